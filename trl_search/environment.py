@@ -1,0 +1,155 @@
+"""The world a policy acts in: takes an `Action`, gives an `Observation`. This is the hook that users subclass.
+
+A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on that copy:
+
+    class GuessTheNumber(Environment):
+        def start(self, row):
+            game = super().start(row)
+            game.guesses = 0
+            return game
+
+        async def step(self, action):
+            if not isinstance(action, Answer):
+                return Observation(done=StopReason.END_OF_TURN)
+            self.guesses += 1
+            if action.text == self.row["number"] or self.guesses == 5:
+                return Observation(done=StopReason.ANSWER)
+            return Observation(notice="Too low." if int(action.text) < int(self.row["number"]) else "Too high.")
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_search.protocols import SEARCH_TOOL
+from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.batching import SearchBatcher
+from trl_search.types import Action, Answer, Invalid, Observation, Passage, Search, StopReason
+
+# Search-R1's own rendering, and verl's; a reproduction needs the exact one.
+PASSAGE_TEMPLATE = 'Doc {rank}(Title: "{title}") {text}'
+_FIELD = re.compile(r"\{(rank|title|text)\}")
+
+
+class Environment(abc.ABC):
+    """A multi-turn world. Subclass it, override `step`, and pass an instance as `SearchGRPOTrainer(environment=...)`.
+
+    Attributes:
+        row (`Mapping[str, Any]`): The dataset row of the trajectory, set by `start`.
+        tools (`Sequence[dict]`): JSON schemas of the tools shown to the policy, as `ToolCall` and `Search` name them.
+    """
+
+    row: Mapping[str, Any]
+    tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,)
+
+    def start(self, row: Mapping[str, Any]) -> Environment:
+        """The environment of one trajectory: a shallow copy of this one that knows its row."""
+        episode = copy.copy(self)
+        episode.row = row
+        return episode
+
+    @abc.abstractmethod
+    async def step(self, action: Action) -> Observation:
+        """Answers one action. Called concurrently for all trajectories on one event loop: never block in it.
+
+        Raising an exception ends that trajectory as failed: it is masked from the loss and counted.
+        """
+
+    async def open(self) -> None:
+        """Called on the event loop before the trajectories of a rollout batch start."""
+
+    async def close(self) -> None:
+        """Called on the event loop after they ended, also when the batch failed."""
+
+
+class SearchEnvironment(Environment):
+    """Answers searches from a retriever until the search budget is spent, then lets the policy answer.
+
+    Args:
+        retriever (`Retriever`): What is searched; calls of concurrent trajectories reach it in batches.
+        top_k (`int`, *optional*, defaults to `3`): Passages a query.
+        max_searches (`int`, *optional*, defaults to `4`): Calls a trajectory may make. After the last one the policy
+            is told so, and one final turn is generated.
+        max_queries (`int`, *optional*, defaults to `4`): Queries a call may hold; those beyond it are not run, and the
+            policy is told.
+        max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered by a correction; one more
+            ends the trajectory.
+        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds after which a search counts as failed.
+        passage_template (`str`, *optional*): How a passage is shown; fields `{rank}`, `{title}`, `{text}`.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        *,
+        top_k: int = 3,
+        max_searches: int = 4,
+        max_queries: int = 4,
+        max_invalid: int = 2,
+        timeout_s: float = 30.0,
+        passage_template: str = PASSAGE_TEMPLATE,
+    ) -> None:
+        self.retriever = retriever
+        self.top_k = top_k
+        self.max_searches = max_searches
+        self.max_queries = max_queries
+        self.max_invalid = max_invalid
+        self.timeout_s = timeout_s
+        self.passage_template = passage_template
+        self.batcher: SearchBatcher | None = None
+        self.searches_left = max_searches
+        self.corrections_left = max_invalid
+
+    async def open(self) -> None:
+        self.batcher = SearchBatcher(self.retriever, timeout_s=self.timeout_s)
+
+    async def close(self) -> None:
+        if self.batcher is not None:
+            await self.batcher.aclose()
+
+    async def step(self, action: Action) -> Observation:
+        if isinstance(action, Answer):
+            return Observation(done=StopReason.ANSWER)
+        if isinstance(action, Invalid):
+            if self.corrections_left == 0:
+                return Observation(done=StopReason.TURN_BUDGET)
+            self.corrections_left -= 1
+            return Observation(notice=f"Your call was not run: {action.problem}. Call again or answer.")
+        if not isinstance(action, Search):
+            return Observation(done=StopReason.END_OF_TURN)
+        if self.searches_left == 0:
+            return Observation(done=StopReason.SEARCH_BUDGET)
+        self.searches_left -= 1
+        return await self._search(action.queries)
+
+    async def _search(self, queries: Sequence[str]) -> Observation:
+        assert self.batcher is not None, "SearchEnvironment.open() was not awaited"
+        batcher, run = self.batcher, queries[: self.max_queries]
+        try:
+            results = await asyncio.gather(*(batcher.search(query, self.top_k) for query in run))
+        except RetrievalError as error:
+            return Observation(done=StopReason.RETRIEVAL_FAILED, error=str(error))
+        notices = []
+        if not any(results):
+            notices.append("Nothing was found.")
+        if len(run) < len(queries):
+            notices.append(f"Only the first {self.max_queries} queries were run.")
+        if self.searches_left == 0:
+            notices.append("You have no searches left: answer now.")
+        return Observation(
+            documents=tuple(document for passages in results for document in self._documents(passages)),
+            notice=" ".join(notices),
+            passages=tuple(passage for passages in results for passage in passages),
+        )
+
+    def _documents(self, passages: Sequence[Passage]) -> list[str]:
+        def show(rank: int, passage: Passage) -> str:
+            fields = {"rank": str(rank), "title": passage.title, "text": passage.text}
+            return _FIELD.sub(lambda match: fields[match[1]], self.passage_template)
+
+        return [show(rank, passage) for rank, passage in enumerate(passages, start=1)]

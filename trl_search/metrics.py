@@ -1,0 +1,42 @@
+"""What is logged of a rollout batch: one row of numbers a trajectory, averaged over all ranks.
+
+| metric                              | mean over trajectories of                                                     |
+|-------------------------------------|-------------------------------------------------------------------------------|
+| `search/searches`, `search/turns`   | searches made, turns the policy took                                          |
+| `search/malformed_calls`            | calls that could not be run                                                   |
+| `search/empty_retrievals`           | searches that found nothing                                                   |
+| `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
+| `tokens/model`, `tokens/observation`| tokens the policy sampled (mask 1), tokens the world wrote (mask 0)           |
+| `tokens/nonfinite_logprobs`         | sampled tokens whose logprob was not finite                                   |
+| `time/generation_s`, `time/search_s`| seconds it spent in generation and in search, waiting included                |
+| `reflection/ratio`                  | 1 where the policy wrote a reflective phrase                                  |
+| `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
+| `stop/<reason>`                     | 1 where it ended for that reason: `answer`, `search_budget`, ...              |
+
+TRL logs the rest beside them: `rewards/<name>/mean`, `frac_reward_zero_std` (groups without a gradient), `entropy`, `kl`.
+"""
+
+from __future__ import annotations
+
+from trl_search.reflection import count_reflections
+from trl_search.types import StopReason, Trajectory
+
+
+def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
+    """The numbers of one trajectory, under the same keys for every trajectory."""
+    phrases = sum(count_reflections(turn.text) for turn in trajectory.turns if turn.role == "assistant")
+    return {
+        "search/searches": float(trajectory.searches),
+        "search/turns": float(sum(turn.role == "assistant" for turn in trajectory.turns)),
+        "search/malformed_calls": float(trajectory.malformed),
+        "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
+        "search/failed_rollouts": float(trajectory.failed),
+        "tokens/model": float(trajectory.model_tokens),
+        "tokens/observation": float(trajectory.observation_tokens),
+        "tokens/nonfinite_logprobs": float(trajectory.nonfinite_logprobs),
+        "time/generation_s": trajectory.generation_s,
+        "time/search_s": trajectory.search_s,
+        "reflection/ratio": float(phrases > 0),
+        "reflection/phrases_per_1k_tokens": 1000 * phrases / max(1, trajectory.model_tokens),
+        **{f"stop/{reason.value}": float(trajectory.stop_reason is reason) for reason in StopReason},
+    }

@@ -1,0 +1,34 @@
+"""`Policy`: what the rollout loop asks for a turn. Implementations differ in the engine, never in what they return."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+from trl_search.types import Completion, Sampling
+
+
+class Policy(abc.ABC):
+    """Generates turns for many trajectories at once; each call is one request to an engine that batches continuously."""
+
+    @abc.abstractmethod
+    async def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Completion:
+        """Samples one turn after `prompt_ids` (the whole conversation so far).
+
+        Args:
+            max_tokens (`int`): What is left of the trajectory's budget; at least 1 token is always sampled.
+            stop (`Sequence[str]`): Ends the turn once the sampled text holds one of them. A stop string can end inside
+                a token: the ids and logprobs of all sampled tokens are kept, so the text may go on for a character.
+
+        Returns:
+            `Completion`: The sampled ids, EOS included, and their logprobs under the temperature-scaled distribution
+                before top-p, top-k and min-p: what TRL computes in training.
+        """
+
+    async def open(self) -> None:
+        """Called on the event loop before a rollout batch: start or wake the engine."""
+
+    async def close(self) -> None:
+        """Called on the event loop after it, also when it failed: put the engine to sleep. Safe to call twice."""

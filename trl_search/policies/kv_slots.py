@@ -1,0 +1,83 @@
+"""A key-value cache of slots, one a running conversation, for continuous batching on any `transformers` decoder.
+
+`transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is installed,
+so its cost on a CPU grows with the square of the batch (`benchmarks/rollout.py --engine` measures both). Here each slot
+is one row of a plain (slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Rows grow in steps of this many tokens.
+_CAPACITY_STEP = 256
+
+
+class SlotCache(Cache):
+    """Keys and values of up to `slots` conversations. `select` names the rows and positions the next forward writes.
+
+    The last position of every row is scratch: padding is written there and never read.
+    """
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.slots = slots
+        self.capacity = 0
+        self.length = 0
+        self.keys: list[torch.Tensor] = []  # one a layer: (slots, key-value heads, capacity, head_dim)
+        self.values: list[torch.Tensor] = []
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` tokens a row, keeping what is there."""
+        if tokens < self.capacity:  # one position is scratch
+            return
+        self.capacity = (tokens // _CAPACITY_STEP + 1) * _CAPACITY_STEP
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                new = old.new_zeros(self.slots, old.shape[1], self.capacity, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                store[layer] = new
+
+    def select(self, rows_B: torch.Tensor, positions_BT: torch.Tensor, length: int) -> torch.Tensor:
+        """Sets where the next forward writes, and returns its attention mask.
+
+        Args:
+            rows_B: The slots of the batch.
+            positions_BT: The position of each new token; -1 for padding.
+            length: Positions of the cache that are read: one more than the highest of `positions_BT`.
+
+        Returns:
+            (B, 1, T, length) booleans: each token sees its row up to and including itself.
+        """
+        self.rows_B, self.length = rows_B, length
+        self.write_BT = positions_BT.where(positions_BT >= 0, self.capacity - 1)
+        # Rows 0, 1, 2, ... can be read in place; any others are gathered into a copy.
+        self.in_place = bool((rows_B == torch.arange(len(rows_B), device=rows_B.device)).all())
+        visible = torch.arange(length, device=rows_B.device) <= positions_BT.clamp(min=0).unsqueeze(-1)
+        return visible.unsqueeze(1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new keys and values, (B, heads, T, head_dim), and returns those of the rows' whole history."""
+        if layer_idx == len(self.keys):
+            shape = (self.slots, key_states.shape[1], self.capacity, key_states.shape[3])
+            self.keys.append(key_states.new_zeros(shape))
+            self.values.append(value_states.new_zeros(shape))
+        history = []
+        for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            store[self.rows_B.unsqueeze(1), :, self.write_BT] = new.transpose(1, 2)
+            rows = store[: len(self.rows_B)] if self.in_place else store[self.rows_B]
+            history.append(rows[:, :, : self.length])
+        return history[0], history[1]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Gives `target` the first `length` positions of `source`: a prompt shared by a group is computed once."""
+        for store in (*self.keys, *self.values):
+            store[target, :, :length] = store[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length

@@ -1,0 +1,308 @@
+"""`SearchGRPOTrainer`: TRL's `GRPOTrainer` whose rollouts talk to a world.
+
+TRL owns groups, advantages, the loss, checkpoints, logging and distribution. This file holds the seams between it and
+our rollout, and nothing else; `tests/test_contract_trl.py` pins each of them, so that a new TRL breaks a named test:
+
+| seam of `GRPOTrainer`             | what we do there                                                              |
+|-----------------------------------|-------------------------------------------------------------------------------|
+| `rollout_func`                    | run the trajectories; give ids, logprobs and `env_mask`                       |
+| `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees                        |
+| `_generate`                       | put the turns as chat messages where TRL put one decoded string; log          |
+| `_calculate_rewards`              | rows whose retrieval failed get no reward, so they enter no baseline          |
+
+Where the mask is: `Trajectory.mask` goes out as `env_mask`, TRL turns it into `tool_mask`, and its loss, KL, entropy,
+ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from trl_search.config import SearchGRPOConfig
+from trl_search.environment import Environment, SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.metrics import trajectory_metrics
+from trl_search.policies.transformers import TransformersPolicy
+from trl_search.protocols import Protocol, load_protocol
+from trl_search.retrieval.base import Retriever
+from trl_search.rewards import check_columns, default_weight, resolve_rewards
+from trl_search.rollout import rollout
+from trl_search.types import Sampling, Trajectory
+
+RewardSpec = str | Callable[..., Any]
+
+
+class SearchGRPOTrainer(GRPOTrainer):
+    """
+    Trains a policy with GRPO to search, read and answer.
+
+    Without `retriever` and `environment` it is a plain [`~trl.GRPOTrainer`].
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, as for [`~trl.GRPOTrainer`].
+        reward_funcs (`str`, `Callable` or a list of both, *optional*, defaults to `"em"`):
+            Names (`"em"`, `"f1"`, `"format"`, `"reflection"`, `"retrieval"`, or one an installed package adds),
+            callables in TRL's signature, or both. Weights come from `args.reward_weights`, else from each reward.
+        args ([`SearchGRPOConfig`], *optional*):
+            The configuration.
+        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*):
+            Rows with a `question` (or a conversational `prompt`) and the columns that the rewards read; `em`, `f1` and
+            `retrieval` read `golden_answers`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; loaded from the model's folder by default.
+        retriever ([`Retriever`], *optional*):
+            What the default [`SearchEnvironment`] searches.
+        environment ([`Environment`], *optional*):
+            A world of your own, in place of `SearchEnvironment(retriever)`.
+        **kwargs:
+            Everything else goes to [`~trl.GRPOTrainer`]: `peft_config`, `callbacks`, `optimizers`, ...
+
+    Raises:
+        UserError: for missing columns, an empty dataset, a model or a template that cannot do what is asked.
+
+    Example:
+        ```python
+        from trl_search import SearchGRPOConfig, SearchGRPOTrainer, load_questions, load_retriever
+
+        trainer = SearchGRPOTrainer(
+            model="Qwen/Qwen2.5-3B-Instruct",
+            args=SearchGRPOConfig(output_dir="runs/qwen3b", max_searches=4),
+            train_dataset=load_questions("nq_hotpotqa"),
+            retriever=load_retriever("bm25", index="indexes/wiki"),
+            reward_funcs=["em", "format", "reflection"],
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "grpo", "trl-search"]
+    _name = "GRPO with search"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] = "em",
+        args: SearchGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        retriever: Retriever | None = None,
+        environment: Environment | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = SearchGRPOConfig("search-grpo")
+        if retriever is not None and environment is not None:
+            raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
+        rewards = resolve_rewards(reward_funcs)
+        if args.reward_weights is None:
+            args.reward_weights = [default_weight(reward) for reward in rewards]
+        if environment is None and retriever is not None:
+            environment = _search_environment(retriever, args)
+        self.environment = environment
+        if environment is not None:
+            _refuse_what_rollouts_cannot_do(args, kwargs)
+            processing_class = processing_class or _load_tokenizer(model, args)
+            self.protocol = load_protocol(
+                args.protocol,
+                processing_class,
+                instruction=args.instruction,
+                system_prompt=args.system_prompt,
+                tools=environment.tools,
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+            train_dataset = _with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: _with_prompts(dataset, self.protocol, rewards, f"eval_dataset[{name!r}]")
+                    for name, dataset in eval_dataset.items()
+                }
+            else:
+                eval_dataset = _with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
+        super().__init__(
+            model=model,
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._trajectories: list[Trajectory] = []
+        if self.environment is not None:
+            self.rollout_func = self._rollout
+
+    # The seams, in the order in which TRL passes through them
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        return output
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        output: tuple[Any, ...] = super()._generate(prompts)
+        if self.environment is None:
+            return output
+        self._log_trajectories(self._trajectories)
+        # Position 3 holds what TRL decoded: one string, in which the policy's words and the world's are mixed.
+        return (*output[:3], [trajectory.messages for trajectory in self._trajectories], *output[4:])
+
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
+        assert self.environment is not None
+        encoded = [self.protocol.prompt_ids(prompt) for prompt in prompts]
+        self._check_lengths(encoded)
+        mode = "train" if self.model.training else "eval"
+        with self._generation_policy() as policy:
+            self._trajectories = rollout(
+                encoded,
+                self._rows,
+                policy=policy,
+                environment=self.environment,
+                protocol=self.protocol,
+                limits=self.args.limits,
+                sampling=self._sampling(mode),
+                description=f"Rollout, {mode} step {self.state.global_step}",
+            )
+        self._check_failures(self._trajectories)
+        return {
+            "prompt_ids": [list(ids) for ids in encoded],
+            "completion_ids": [trajectory.ids for trajectory in self._trajectories],
+            "logprobs": [trajectory.logprobs for trajectory in self._trajectories],
+            "env_mask": [self._loss_mask(trajectory) for trajectory in self._trajectories],
+        }
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        if self.environment is not None:
+            failed = torch.tensor([trajectory.failed for trajectory in self._trajectories], device=rewards.device)
+            rewards[self.accelerator.gather(failed)] = torch.nan
+        return rewards
+
+    # What the seams are made of
+
+    def _loss_mask(self, trajectory: Trajectory) -> list[int]:
+        if trajectory.failed:
+            return [0] * len(trajectory.ids)
+        return trajectory.mask if self.args.mask_observations else [1] * len(trajectory.ids)
+
+    @contextlib.contextmanager
+    def _generation_policy(self) -> Iterator[TransformersPolicy]:
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+        ):
+            yield TransformersPolicy(model, self._tokenizer, max_sequences=self.args.rollout_batch_size)
+
+    def _sampling(self, mode: str) -> Sampling:
+        # Every rank and every generation draws its own numbers, the same ones when the run is repeated or resumed.
+        seed = f"{self.args.seed}/{mode}/{self.state.global_step}/{self._step}/{self.accelerator.process_index}"
+        return Sampling(
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k or 0,
+            min_p=self.args.min_p or 0.0,
+            seed=int.from_bytes(seed.encode(), "big"),
+        )
+
+    def _check_lengths(self, encoded: list[tuple[int, ...]]) -> None:
+        longest = max(map(len, encoded))
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and longest + self.args.max_completion_length > room:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_completion_length={self.args.max_completion_length} need "
+                f"{longest + self.args.max_completion_length} positions, and the model has {room}: lower "
+                "max_completion_length"
+            )
+
+    def _check_failures(self, trajectories: list[Trajectory]) -> None:
+        # Gathered, so that every rank stops at the same step.
+        errors = gather_object([trajectory.error if trajectory.failed else None for trajectory in trajectories])
+        failed = [error for error in errors if error is not None]
+        if len(failed) > self.args.max_failed_share * len(errors):
+            raise RuntimeError(
+                f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
+                f"max_failed_share={self.args.max_failed_share}; the first error: {failed[0]}"
+            )
+
+    def _log_trajectories(self, trajectories: list[Trajectory]) -> None:
+        mode = "train" if self.model.training else "eval"
+        rows = [trajectory_metrics(trajectory) for trajectory in trajectories]
+        local = torch.tensor([list(row.values()) for row in rows], device=self.accelerator.device)  # (B, metrics)
+        means = self.accelerator.gather(local).mean(dim=0).tolist()
+        for name, mean in zip(rows[0], means, strict=True):
+            self._metrics[mode][name].append(mean)
+        self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
+        self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
+
+
+def _search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEnvironment:
+    return SearchEnvironment(
+        retriever,
+        top_k=args.passages_per_query,
+        max_searches=args.max_searches,
+        max_queries=args.max_queries_per_search,
+        timeout_s=args.search_timeout_s,
+        passage_template=args.passage_template,
+    )
+
+
+def _load_tokenizer(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else model.config._name_or_path
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name, padding_side="left", truncation_side="left", trust_remote_code=args.trust_remote_code
+    )
+    return tokenizer
+
+
+def _refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any]) -> None:
+    """Says at start what would otherwise be ignored in silence."""
+    taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
+    if taken:
+        raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and cannot be combined with ours: leave it out")
+    if args.use_vllm:
+        raise UserError("use_vllm=True: rollouts run on the transformers policy only, so far; set use_vllm=False")
+    if args.repetition_penalty != 1.0 or args.generation_kwargs:
+        raise UserError("repetition_penalty and generation_kwargs do not reach the transformers policy: leave them out")
+    if args.fsdp:
+        raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
+
+
+def _with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:
+    """The dataset with a conversational `prompt` column, written by the protocol from `question` where there is none."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise UserError(f"{name} is empty")
+    columns = dataset.column_names
+    if columns is None:  # a streamed dataset that does not know its columns
+        columns = list(next(iter(dataset)))
+    check_columns(rewards, columns)
+    if "prompt" in columns:
+        return dataset.map(lambda row: {"prompt": _conversation(row["prompt"], protocol)})
+    if "question" not in columns:
+        raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
+    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"])})
+
+
+def _conversation(prompt: Any, protocol: Protocol) -> Any:
+    return protocol.messages(prompt) if isinstance(prompt, str) else prompt
