@@ -56,7 +56,9 @@ class SearchGRPOConfig(GRPOConfig):
     )
     max_searches: int = field(
         default=4,
-        metadata={"help": "Searches a trajectory may make. When they are spent the policy is told, and may answer."},
+        metadata={
+            "help": "Searches a trajectory may make. When they are spent the policy is told, and may answer. 0: no tool."
+        },
     )
     passages_per_query: int = field(
         default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
@@ -94,7 +96,7 @@ class SearchGRPOConfig(GRPOConfig):
             raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
-        for name in ("max_searches", "passages_per_query", "max_turn_length", "max_observation_length"):
+        for name in ("passages_per_query", "max_turn_length", "max_observation_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 

@@ -67,6 +67,15 @@ class Environment(abc.ABC):
         """Called on the event loop after they ended, also when the batch failed."""
 
 
+class AnswerOnly(Environment):
+    """A world without tools: the policy has one turn, and answers from what it knows or was shown in the prompt."""
+
+    tools = ()
+
+    async def step(self, action: Action) -> Observation:
+        return Observation(done=StopReason.ANSWER if isinstance(action, Answer) else StopReason.END_OF_TURN)
+
+
 class SearchEnvironment(Environment):
     """Answers searches from a retriever until the search budget is spent, then lets the policy answer.
 
@@ -142,14 +151,16 @@ class SearchEnvironment(Environment):
         if self.searches_left == 0:
             notices.append("You have no searches left: answer now.")
         return Observation(
-            documents=tuple(document for passages in results for document in self._documents(passages)),
+            documents=tuple(document for passages in results for document in self.show(passages)),
             notice=" ".join(notices),
             passages=tuple(passage for passages in results for passage in passages),
         )
 
-    def _documents(self, passages: Sequence[Passage]) -> list[str]:
-        def show(rank: int, passage: Passage) -> str:
+    def show(self, passages: Sequence[Passage]) -> list[str]:
+        """Each passage as the policy reads it, numbered from 1."""
+
+        def show_one(rank: int, passage: Passage) -> str:
             fields = {"rank": str(rank), "title": passage.title, "text": passage.text}
             return _FIELD.sub(lambda match: fields[match[1]], self.passage_template)
 
-        return [show(rank, passage) for rank, passage in enumerate(passages, start=1)]
+        return [show_one(rank, passage) for rank, passage in enumerate(passages, start=1)]

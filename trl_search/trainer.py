@@ -28,7 +28,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import Environment, SearchEnvironment
+from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.metrics import trajectory_metrics
 from trl_search.policies.transformers import TransformersPolicy
@@ -139,6 +139,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.environment is not None and self.is_fsdp_enabled:
+            raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
         self._rows: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
         if self.environment is not None:
@@ -255,7 +257,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
 
 
-def _search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEnvironment:
+def _search_environment(retriever: Retriever, args: SearchGRPOConfig) -> Environment:
+    if args.max_searches == 0:
+        return AnswerOnly()
     return SearchEnvironment(
         retriever,
         top_k=args.passages_per_query,
@@ -283,8 +287,6 @@ def _refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, An
         raise UserError("use_vllm=True: rollouts run on the transformers policy only, so far; set use_vllm=False")
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
         raise UserError("repetition_penalty and generation_kwargs do not reach the transformers policy: leave them out")
-    if args.fsdp:
-        raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
 
 
 def _with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:

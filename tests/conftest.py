@@ -1,0 +1,52 @@
+"""What many tests share: the tiny policy's tokenizer, a small world, its retriever, a model of random weights."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trl_search.retrieval import Retriever, load_retriever
+from trl_search.world import World, generate_world
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from trl_search.tiny_policy.tokenizer import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return generate_world(passages=1000, seed=3)
+
+
+@pytest.fixture(scope="session")
+def retriever(world: World) -> Retriever:
+    return load_retriever("bm25", passages=world.passages)
+
+
+@pytest.fixture
+def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Two layers of random weights: the real architecture, and no behaviour."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config).eval()

@@ -1,0 +1,277 @@
+"""The rollout loop: what the policy sees, what is masked, how trajectories end, and that nobody waits for anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.fakes import FixedRetriever, ScriptedPolicy
+from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.protocols import PROTOCOLS, load_protocol
+from trl_search.rollout import Limits, rollout
+from trl_search.types import Answer, Observation, Passage, Sampling, Search, StopReason
+
+PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
+LIMITS = Limits(completion_tokens=1000, turn_tokens=200, observation_tokens=300)
+
+
+def run(tokenizer, script, *, name="qwen_tools", questions=("Who wrote Quiet Raven?",), environment=None, limits=LIMITS,
+        retriever=None, **options):  # fmt: skip
+    protocol = load_protocol(name, tokenizer, instruction="")
+    policy = ScriptedPolicy(tokenizer, script if callable(script) else lambda _: script, **options)
+    environment = environment or SearchEnvironment(retriever or FixedRetriever(PASSAGES), max_searches=2)
+    protocol.tools = list(environment.tools)
+    trajectories = rollout(
+        [protocol.prompt_ids(protocol.messages(question)) for question in questions],
+        [{"question": question} for question in questions],
+        policy=policy,
+        environment=environment,
+        protocol=protocol,
+        limits=limits,
+        sampling=Sampling(),
+    )
+    return trajectories, policy, protocol
+
+
+def turns(protocol_name, tokenizer, *actions):
+    protocol = load_protocol(protocol_name, tokenizer)
+    return [protocol.write("hm", action) for action in actions]
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_a_search_and_an_answer(tokenizer, name):
+    script = turns(name, tokenizer, Search(("author of Quiet Raven",)), Answer("Mira Talvane"))
+    (trajectory,), policy, protocol = run(tokenizer, script, name=name)
+    assert trajectory.stop_reason is StopReason.ANSWER
+    assert trajectory.actions == [Search(("author of Quiet Raven",)), Answer("Mira Talvane")]
+    assert trajectory.searches == 1 and [p.id for p in trajectory.passages[0]] == ["0", "1", "2"]
+    assert [turn.role for turn in trajectory.turns if turn.text] == ["assistant", "tool", "assistant"]
+    assert trajectory.ids[-1] == tokenizer.eos_token_id
+    # What is masked spells the frame and the passages; what is not spells exactly what the policy said.
+    trained = [i for i, m in zip(trajectory.ids, trajectory.mask, strict=True) if m]
+    assert protocol.decode(trained).replace("<|im_end|>", "") == "".join(script)
+
+
+# Pitfall 1: the next prompt is prompt ids + sampled ids + observation ids, byte for byte; nothing is encoded again.
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_prompts_only_extend_by_the_ids_that_were_sampled(tokenizer, name):
+    script = turns(name, tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
+    (trajectory,), policy, _ = run(tokenizer, script, name=name)
+    for i, prompt in enumerate(policy.prompts):
+        start = [turn.start for turn in trajectory.turns if turn.role == "assistant"][i]
+        assert prompt == [*trajectory.prompt_ids, *trajectory.ids[:start]]
+
+
+def test_ids_that_do_not_re_encode_to_themselves_survive(tokenizer):
+    """A policy may sample ' Mi' + 'ra' where the tokenizer writes ' Mira': those very ids are kept and trained on."""
+    odd = [i for letter in " Mira" for i in tokenizer.encode(letter)]
+    assert tokenizer.encode(tokenizer.decode(odd)) != odd
+    script = turns("qwen_tools", tokenizer, Answer("x"))
+    protocol = load_protocol("qwen_tools", tokenizer)
+
+    class OddPolicy(ScriptedPolicy):
+        async def generate(self, prompt_ids, **options):
+            completion = await super().generate(prompt_ids, **options)
+            return type(completion)((*odd, *completion.ids), (*[-1.0] * len(odd), *completion.logprobs), completion.finish_reason)  # fmt: skip
+
+    (trajectory,) = rollout(
+        [(1, 2)], [{}], policy=OddPolicy(tokenizer, lambda _: script), environment=AnswerOnly(), protocol=protocol,
+        limits=LIMITS, sampling=Sampling(),
+    )  # fmt: skip
+    assert trajectory.ids[: len(odd)] == odd
+
+
+# Pitfall 2: a stop string can end inside a token; ids and logprobs are kept, the text is read up to the tag.
+def test_a_token_that_runs_past_the_stop_string_is_kept(tokenizer):
+    script = turns("search_r1", tokenizer, Search(("a",)), Answer("c"))
+    (trajectory,), _, protocol = run(tokenizer, script, name="search_r1", extra_tokens_after_stop="\n\n")
+    assert trajectory.actions == [Search(("a",)), Answer("c")]
+    trained = [i for i, m in zip(trajectory.ids, trajectory.mask, strict=True) if m]
+    assert protocol.decode(trained) == "".join(turn + "\n\n" for turn in script)
+
+
+# Pitfall 11: when the searches are spent the policy is told so, and the last turn is still generated.
+def test_the_final_turn_after_the_last_search(tokenizer):
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
+    (trajectory,), policy, _ = run(tokenizer, script)
+    tool_turns = [turn.text for turn in trajectory.turns if turn.role == "tool" and turn.text]
+    assert "no searches left" not in tool_turns[0] and "You have no searches left: answer now." in tool_turns[1]
+    assert len(policy.prompts) == 3 and trajectory.stop_reason is StopReason.ANSWER
+
+
+def test_a_search_beyond_the_budget_ends_the_trajectory(tokenizer):
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Search(("b",)), Search(("c",)), Answer("d"))
+    retriever = FixedRetriever(PASSAGES)
+    (trajectory,), _, _ = run(tokenizer, script, retriever=retriever)
+    assert trajectory.stop_reason is StopReason.SEARCH_BUDGET
+    assert [query for batch in retriever.batches for query in batch] == ["a", "b"]
+
+
+def test_each_turn_may_use_what_is_left_of_the_budget(tokenizer):
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("c"))
+    limits = Limits(completion_tokens=180, turn_tokens=150, observation_tokens=300)
+    (trajectory,), policy, _ = run(tokenizer, script, limits=limits)
+    spent = next(turn.start for turn in trajectory.turns[2:] if turn.role == "assistant")
+    assert policy.budgets == [150, min(150, 180 - spent)]
+    assert len(trajectory.ids) <= limits.completion_tokens + 1
+
+
+@pytest.mark.parametrize("tokens", range(1, 140, 7))
+def test_no_budget_breaks_a_trajectory(tokenizer, tokens):
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
+    (trajectory,), _, _ = run(tokenizer, script, limits=Limits(tokens, 40, 60))
+    assert len(trajectory.ids) >= 1 and trajectory.stop_reason is not None
+    assert len(trajectory.ids) <= tokens + 1  # the EOS that closes it for TRL may come on top
+    if trajectory.stop_reason is StopReason.TOKEN_BUDGET:
+        assert len(trajectory.mask) == len(trajectory.ids)
+
+
+def test_malformed_calls_are_corrected_counted_and_limited(tokenizer):
+    bad = "<tool_call>\n{oops\n</tool_call>"
+    (trajectory,), _, _ = run(tokenizer, [bad, *turns("qwen_tools", tokenizer, Answer("c"))])
+    assert trajectory.malformed == 1 and trajectory.stop_reason is StopReason.ANSWER
+    assert any("not valid JSON" in turn.text for turn in trajectory.turns if turn.role == "tool")
+    (trajectory,), _, _ = run(tokenizer, lambda _: [f"<tool_call>\n{{oops {time.perf_counter_ns()}\n</tool_call>"])
+    assert trajectory.malformed == 3 and trajectory.stop_reason is StopReason.TURN_BUDGET
+
+
+# Pitfall 10: a failed retrieval is data about the failure.
+def test_a_failed_search_ends_its_trajectory_alone(tokenizer):
+    def script(prompt):
+        query = "poison" if "Question 1?" in prompt else "fine"
+        return turns("qwen_tools", tokenizer, Search((query,)), Answer("c"))
+
+    questions = [f"Question {i}?" for i in range(4)]
+    trajectories, _, _ = run(
+        tokenizer, script, questions=questions, retriever=FixedRetriever(PASSAGES, poison="poison")
+    )
+    assert [t.failed for t in trajectories] == [False, True, False, False]
+    assert "on fire" in trajectories[1].error
+
+
+def test_a_search_that_hangs_times_out_and_the_others_go_on(tokenizer):
+    class Hangs(FixedRetriever):
+        def search(self, queries, k):
+            if "slow" in queries:
+                time.sleep(3)
+            return super().search(queries, k)
+
+    def script(prompt):
+        return turns("qwen_tools", tokenizer, Search(("slow" if "Question 0?" in prompt else "quick",)), Answer("c"))
+
+    environment = SearchEnvironment(Hangs(PASSAGES), timeout_s=0.3)
+    started = time.perf_counter()
+    trajectories, _, _ = run(tokenizer, script, questions=["Question 0?"], environment=environment)
+    assert trajectories[0].failed and "timed out" in trajectories[0].error
+    assert time.perf_counter() - started < 2
+
+
+def test_an_empty_result_is_not_a_failure(tokenizer):
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("c"))
+    (trajectory,), _, _ = run(tokenizer, script, retriever=FixedRetriever([]))
+    assert trajectory.stop_reason is StopReason.ANSWER and trajectory.passages == [()]
+    assert any("Nothing was found." in turn.text for turn in trajectory.turns)
+
+
+# One coroutine a trajectory and no turn barrier: slow trajectories hold up nobody, searches are batched.
+def test_there_is_no_turn_barrier_and_searches_are_batched(tokenizer):
+    class Slow(SearchEnvironment):
+        async def step(self, action):
+            if self.row["question"] == "Question 0?" and isinstance(action, Search):
+                await asyncio.sleep(0.5)
+            ended.append((time.perf_counter(), self.row["question"], type(action).__name__))
+            return await super().step(action)
+
+    ended: list[tuple[float, str, str]] = []
+    retriever = FixedRetriever(PASSAGES, seconds=0.02)
+    questions = [f"Question {i}?" for i in range(16)]
+
+    def script(prompt):
+        number = prompt.split("Question ")[1].split("?")[0]
+        return turns("qwen_tools", tokenizer, Search((f"a {number}",)), Search((f"b {number}",)), Answer("c"))
+
+    trajectories, _, _ = run(tokenizer, script, questions=questions, environment=Slow(retriever, max_searches=3))
+    assert all(t.searches == 2 for t in trajectories)
+    first_slow_search = next(when for when, question, _ in ended if question == "Question 0?")
+    answers_before = sum(1 for when, q, what in ended if what == "Answer" and when < first_slow_search)
+    assert answers_before == 15  # all others finished while the slow one was in its first search
+    assert len(retriever.batches) < 16  # not one call a query
+
+
+def test_results_come_in_the_order_of_the_prompts(tokenizer):
+    class Late(AnswerOnly):
+        async def step(self, action):
+            await asyncio.sleep(0.1 if self.row["question"] == "Question 0?" else 0)
+            return await super().step(action)
+
+    def script(prompt):
+        return turns("qwen_tools", tokenizer, Answer(prompt.split("Question ")[1][0]))
+
+    questions = [f"Question {i}?" for i in range(5)]
+    trajectories, _, _ = run(tokenizer, script, questions=questions, environment=Late())
+    assert [t.actions[0] for t in trajectories] == [Answer(str(i)) for i in range(5)]
+
+
+def test_a_users_environment_with_state(tokenizer):
+    class Guess(Environment):
+        tools = ()
+
+        def start(self, row):
+            game = super().start(row)
+            game.guesses = 0
+            return game
+
+        async def step(self, action):
+            self.guesses += 1
+            if not isinstance(action, Answer) or action.text == "7":
+                return Observation(done=StopReason.ENVIRONMENT)
+            return Observation(notice=f"No, guess {self.guesses} is wrong.")
+
+    script = turns("qwen_tools", tokenizer, Answer("3"), Answer("5"), Answer("7"))
+    trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?"], environment=Guess())
+    assert all(t.stop_reason is StopReason.ENVIRONMENT and len(t.actions) == 3 for t in trajectories)
+
+
+def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog):
+    class Broken(AnswerOnly):
+        async def step(self, action):
+            if self.row["question"] == "B?":
+                raise KeyError("row")
+            return await super().step(action)
+
+    trajectories, _, _ = run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")), questions=["A?", "B?"], environment=Broken())  # fmt: skip
+    assert [t.failed for t in trajectories] == [False, True]
+    assert "Broken.step raised" in caplog.text
+
+
+def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
+    class Dies(ScriptedPolicy):
+        closed = False
+
+        async def generate(self, prompt_ids, **options):
+            if "Question 2?" in self.tokenizer.decode(list(prompt_ids)):
+                raise RuntimeError("out of memory")
+            await asyncio.sleep(60)
+
+        async def close(self):
+            Dies.closed = True
+
+    protocol = load_protocol("qwen_tools", tokenizer, instruction="")
+    prompts = [protocol.prompt_ids(protocol.messages(f"Question {i}?")) for i in range(4)]
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rollout(prompts, [{}] * 4, policy=Dies(tokenizer, lambda _: []), environment=AnswerOnly(), protocol=protocol,
+                limits=LIMITS, sampling=Sampling())  # fmt: skip
+    assert time.perf_counter() - started < 5 and Dies.closed
+
+
+def test_rollouts_run_inside_a_running_event_loop(tokenizer):
+    """A notebook has one."""
+
+    async def cell():
+        return run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")))
+
+    (trajectory,), _, _ = asyncio.run(cell())
+    assert trajectory.stop_reason is StopReason.ANSWER
