@@ -32,8 +32,7 @@ def retriever(world: World) -> Retriever:
     return load_retriever("bm25", passages=world.passages)
 
 
-@pytest.fixture
-def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """Two layers of random weights: the real architecture, and no behaviour."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -50,3 +49,8 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    return make_random_model(tokenizer)

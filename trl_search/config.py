@@ -57,7 +57,7 @@ class SearchGRPOConfig(GRPOConfig):
     max_searches: int = field(
         default=4,
         metadata={
-            "help": "Searches a trajectory may make. When they are spent the policy is told, and may answer. 0: no tool."
+            "help": "Searches a trajectory may make. When spent, the policy is told so, and may answer. 0: no tool."
         },
     )
     passages_per_query: int = field(
@@ -83,7 +83,7 @@ class SearchGRPOConfig(GRPOConfig):
     )
     mask_observations: bool = field(
         default=True,
-        metadata={"help": "Keep retrieved tokens out of the loss. False only to reproduce the ablation: it collapses."},
+        metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation: it collapses."},
     )
     rollout_batch_size: int = field(
         default=64,
@@ -96,7 +96,17 @@ class SearchGRPOConfig(GRPOConfig):
             raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
-        for name in ("passages_per_query", "max_turn_length", "max_observation_length"):
+        if self.search_timeout_s <= 0:
+            raise ValueError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
+        if self.max_searches < 0:
+            raise ValueError(f"max_searches={self.max_searches} must be at least 0")
+        for name in (
+            "passages_per_query",
+            "max_queries_per_search",
+            "max_turn_length",
+            "max_observation_length",
+            "rollout_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 

@@ -17,6 +17,7 @@ ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,9 +51,11 @@ class SearchGRPOTrainer(GRPOTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, as for [`~trl.GRPOTrainer`].
-        reward_funcs (`str`, `Callable` or a list of both, *optional*, defaults to `"em"`):
+        reward_funcs (`str`, `Callable` or a list of both, *optional*):
             Names (`"em"`, `"f1"`, `"format"`, `"reflection"`, `"retrieval"`, or one an installed package adds),
-            callables in TRL's signature, or both. Weights come from `args.reward_weights`, else from each reward.
+            callables in TRL's signature, reward models as for [`~trl.GRPOTrainer`], or several of them. Defaults to
+            `"em"` where there is a retriever or an environment. Weights come from `args.reward_weights`, else from
+            each reward.
         args ([`SearchGRPOConfig`], *optional*):
             The configuration.
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*):
@@ -85,13 +88,15 @@ class SearchGRPOTrainer(GRPOTrainer):
         ```
     """
 
-    _tag_names = ["trl", "grpo", "trl-search"]
+    _tag_names = ["trl", "grpo", "trl-search"]  # noqa: RUF012 (declared so by TRL)
     _name = "GRPO with search"
+    args: SearchGRPOConfig
+    model: PreTrainedModel
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardSpec | Sequence[RewardSpec] = "em",
+        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         args: SearchGRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
@@ -103,14 +108,16 @@ class SearchGRPOTrainer(GRPOTrainer):
     ) -> None:
         if args is None:
             args = SearchGRPOConfig("search-grpo")
+        if (retriever is not None or environment is not None) and not isinstance(args, SearchGRPOConfig):
+            raise UserError(f"args must be a SearchGRPOConfig, and it is a {type(args).__name__}")
         if retriever is not None and environment is not None:
             raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
-        rewards = resolve_rewards(reward_funcs)
-        if args.reward_weights is None:
-            args.reward_weights = [default_weight(reward) for reward in rewards]
         if environment is None and retriever is not None:
             environment = _search_environment(retriever, args)
         self.environment = environment
+        if reward_funcs is None and environment is not None:
+            reward_funcs = "em"
+        rewards = [] if reward_funcs is None else _resolve_rewards(reward_funcs)
         if environment is not None:
             _refuse_what_rollouts_cannot_do(args, kwargs)
             processing_class = processing_class or _load_tokenizer(model, args)
@@ -139,10 +146,13 @@ class SearchGRPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.reward_weights is None:
+            self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
         if self.environment is not None and self.is_fsdp_enabled:
             raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
         self._rows: list[dict[str, Any]] = []
         self._trajectories: list[Trajectory] = []
+        self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
 
@@ -209,15 +219,18 @@ class SearchGRPOTrainer(GRPOTrainer):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
             ) as model,
             torch.no_grad(),
         ):
             yield TransformersPolicy(model, self._tokenizer, max_sequences=self.args.rollout_batch_size)
 
     def _sampling(self, mode: str) -> Sampling:
-        # Every rank and every generation draws its own numbers, the same ones when the run is repeated or resumed.
-        seed = f"{self.args.seed}/{mode}/{self.state.global_step}/{self._step}/{self.accelerator.process_index}"
+        # Every rank and every generation draws its own numbers, the same ones when the run is repeated or resumed. So
+        # they are counted from the start of their optimizer step: TRL's own `_step` starts at 0 after a resume.
+        step = self.state.global_step
+        self._rollouts[mode, step] += 1
+        seed = f"{self.args.seed}/{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}"
         return Sampling(
             temperature=self.args.temperature,
             top_p=self.args.top_p,
@@ -270,6 +283,15 @@ def _search_environment(retriever: Retriever, args: SearchGRPOConfig) -> Environ
     )
 
 
+def _resolve_rewards(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
+    """Functions in place of names. A hub id or a folder, told by its slash, is a reward model: TRL loads it."""
+    listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
+    is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
+    others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
+    functions = iter(resolve_rewards(others) if others or not listed else [])
+    return [spec if model else next(functions) for spec, model in zip(listed, is_model, strict=True)]
+
+
 def _load_tokenizer(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else model.config._name_or_path
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -282,22 +304,21 @@ def _refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, An
     """Says at start what would otherwise be ignored in silence."""
     taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
     if taken:
-        raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and cannot be combined with ours: leave it out")
+        raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
     if args.use_vllm:
         raise UserError("use_vllm=True: rollouts run on the transformers policy only, so far; set use_vllm=False")
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
-        raise UserError("repetition_penalty and generation_kwargs do not reach the transformers policy: leave them out")
+        raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
 
 
 def _with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:
-    """The dataset with a conversational `prompt` column, written by the protocol from `question` where there is none."""
+    """The dataset with a conversational `prompt` column, which the protocol writes from `question` if need be."""
     if dataset is None:
         return None
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    first = next(iter(dataset), None)
+    if first is None:
         raise UserError(f"{name} is empty")
-    columns = dataset.column_names
-    if columns is None:  # a streamed dataset that does not know its columns
-        columns = list(next(iter(dataset)))
+    columns = list(first)
     check_columns(rewards, columns)
     if "prompt" in columns:
         return dataset.map(lambda row: {"prompt": _conversation(row["prompt"], protocol)})

@@ -1,0 +1,56 @@
+# make quickstart trains a search agent on this machine; make test runs everything that CI runs.
+#
+# Python is `python3` (3.11 or newer, as TRL needs), the environment is .venv, and the versions are those tested together
+# (constraints.txt). `make setup` is done once, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# torch comes first, pinned and alone. On Linux the registry's own build brings gigabytes of CUDA, so without a GPU the
+# CPU build is asked for, from an index that may be out of reach: then it is given up quickly, and a build that is
+# already at hand (pip's find-links) or the registry's serves. What torch needs comes with the rest.
+TORCH := torch==2.13.0 --no-deps
+ifeq ($(shell uname -s),Linux)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH += --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 8
+endif
+endif
+
+.PHONY: help setup quickstart test lint format test-gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
+
+setup: $(STAMP)  ## prepare .venv (several minutes the first time, then nothing)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trl-search needs Python 3.11 or newer, as TRL does; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) show --quiet torch 2>/dev/null || $(PIP) install $(TORCH)
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: setup  ## train a search agent here, in minutes, and print before and after
+	$(BIN)/trl-search train recipes/quickstart.yaml
+
+test: setup lint  ## lint, then the whole test suite
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: setup  ## the tests that need CUDA devices
+	$(BIN)/python -m pytest -m 'gpu or multi_gpu'
+
+clean:  ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

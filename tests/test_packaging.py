@@ -1,0 +1,79 @@
+"""The wheel holds what the checkout holds: every module, the recipes, the tiny policy's files, the type marker."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def sources() -> set[str]:
+    """What the wheel must hold, by its name there."""
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_search").rglob("*") if path.is_file()}
+    recipes = {f"trl_search/recipes/{path.name}" for path in (ROOT / "recipes").iterdir() if path.is_file()}
+    return {name for name in package | recipes if "__pycache__" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("trl_search", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+        ".",
+    ]
+    subprocess.run([sys.executable, *build], cwd=folder, check=True, timeout=120)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_is_complete(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        licensed = any(name.endswith("licenses/LICENSE") for name in held)
+    assert sources() <= held, sorted(sources() - held)
+    assert not {name for name in held - sources() if ".dist-info/" not in name}
+    assert licensed and {"trl_search/py.typed", "trl_search/recipes/quickstart.yaml"} <= held
+
+
+def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = (
+        "import importlib.resources, sys; import trl_search; from trl_search.cli import main;"
+        "print(trl_search.__file__); main(['--help']);"
+        "print(sorted(file.name for file in importlib.resources.files('trl_search.recipes').iterdir()))"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path / "site")) and "quickstart.yaml" in run.stdout.splitlines()[-1]
+
+
+def test_versions_agree() -> None:
+    import trl_search
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["version"] == trl_search.__version__
+    # The Makefile installs torch before anything reads the constraints.
+    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    assert f"TORCH := {torch} " in (ROOT / "Makefile").read_text()

@@ -1,0 +1,9 @@
+"""`python -m trl_search` is `trl-search`, so that `accelerate launch -m trl_search train qwen3b` runs it."""
+
+from __future__ import annotations
+
+import sys
+
+from trl_search.cli import main
+
+sys.exit(main())

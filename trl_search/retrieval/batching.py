@@ -1,0 +1,193 @@
+"""One call of the retriever for many trajectories: `await batcher.search(query, k)` from any number of coroutines.
+
+No timer. While one batch is searched the next one gathers, and leaves as soon as the retriever is free:
+
+    queries   a b c      d e        f g h i        j
+    batches   [a]  [b c d]   [e f g h]   [i j]
+
+A query asked by several coroutines at once is searched once. When a batch raises, its queries are tried one by one, so
+that one poisonous query fails alone. `timeout_s` bounds a call of the retriever, not the wait for one's turn: a call
+that hangs fails its own queries and is left behind on its daemon thread, where it holds up neither the rest nor the
+exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+
+from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.types import Passage
+
+MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
+
+Key = tuple[str, int]  # query, k
+# Failures travel as values, not as exceptions of a future: nobody may be left to retrieve one.
+Result = Sequence[Passage] | RetrievalError
+Outcome = list[list[Passage]] | BaseException
+
+
+@dataclass
+class SearchStats:
+    """`queries` asked of a batcher, `failures` among them, `batches` it sent, `seconds` it spent in the retriever."""
+
+    queries: int = 0
+    failures: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+
+
+class SearchBatcher:
+    """Batches searches across the coroutines of one event loop. Make one in the loop, `aclose` it at the end.
+
+    Args:
+        retriever (`Retriever`): Searched on a thread, or awaited when it has `search_async(queries, k)`.
+        timeout_s (`float`): How long one call of the retriever may take.
+        max_batch (`int`): How many queries one call may hold.
+    """
+
+    def __init__(self, retriever: Retriever, *, timeout_s: float, max_batch: int = 512) -> None:
+        if timeout_s <= 0 or max_batch < 1:
+            raise ValueError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
+        self.stats = SearchStats()
+        self._retriever, self._timeout_s, self._max_batch = retriever, timeout_s, max_batch
+        self._queue: dict[Key, None] = {}  # an ordered set
+        self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
+        self._worker: asyncio.Task[None] | None = None
+        self._left_behind: list[threading.Thread] = []
+        self._closed = False
+
+    async def search(self, query: str, k: int) -> list[Passage]:
+        """Returns up to `k` passages, best first. Raises `RetrievalError` when the search failed or took too long."""
+        if k < 1:
+            raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
+        if self._closed:
+            raise RetrievalError("the search batcher is closed; make a new one for each event loop")
+        self.stats.queries += 1
+        key = (query, k)
+        if key not in self._results:
+            self._results[key] = asyncio.get_running_loop().create_future()
+            self._queue[key] = None
+            if self._worker is None or self._worker.done():
+                self._worker = asyncio.create_task(self._drain())
+        result = await asyncio.shield(self._results[key])  # others may wait for it when this coroutine is cancelled
+        if isinstance(result, RetrievalError):
+            self.stats.failures += 1
+            raise RetrievalError(str(result)) from result.__cause__
+        return list(result)
+
+    async def aclose(self) -> None:
+        """Ends at once: whoever still waits gets a `RetrievalError`."""
+        self._closed = True
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.wait({self._worker})
+        self._queue.clear()
+        for key in list(self._results):
+            self._resolve(key, RetrievalError("the search batcher was closed before this search was done"))
+
+    async def _drain(self) -> None:
+        while self._queue:
+            _, k = next(iter(self._queue))
+            batch = list(islice((key for key in self._queue if key[1] == k), self._max_batch))
+            for key in batch:
+                del self._queue[key]
+            await self._answer(batch, k)
+
+    async def _answer(self, batch: list[Key], k: int) -> None:
+        try:
+            found = await self._call([query for query, _ in batch], k, self._timeout_s)
+        except Exception as error:  # whatever a retriever raises is these queries' failure, never the worker's end
+            await self._answer_singly(batch, k, _as_failure(error))
+        else:
+            for key, passages in zip(batch, found, strict=True):
+                self._resolve(key, passages)
+
+    async def _answer_singly(self, batch: list[Key], k: int, error: RetrievalError) -> None:
+        """Finds the poisonous query. All together get one more timeout: a server that is down fails every query."""
+        deadline = time.monotonic() + self._timeout_s
+        for key in batch:
+            left_s = deadline - time.monotonic()
+            if len(batch) == 1 or left_s <= 0 or isinstance(error, _Hung):
+                self._resolve(key, error)
+                continue
+            try:
+                self._resolve(key, (await self._call([key[0]], k, left_s))[0])
+            except Exception as alone:
+                self._resolve(key, _as_failure(alone))
+
+    async def _call(self, queries: list[str], k: int, timeout_s: float) -> list[list[Passage]]:
+        """One call of the retriever, for at most `timeout_s`."""
+        self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
+        if len(self._left_behind) >= MAX_HUNG:
+            raise _Hung(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
+        self.stats.batches += 1
+        started = time.monotonic()
+        thread: threading.Thread | None = None
+        call: asyncio.Future[Outcome]
+        if hasattr(self._retriever, "search_async"):
+            call = asyncio.ensure_future(self._search_in_loop(queries, k))
+        else:
+            call = asyncio.get_running_loop().create_future()
+            # A daemon, not an executor's thread: the interpreter would wait for those at its exit, hung or not.
+            thread = threading.Thread(target=self._search_on_thread, args=(queries, k, call), daemon=True)
+            thread.start()
+        try:
+            await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
+            if not call.done():
+                raise _Hung(
+                    f"a search of {len(queries)} queries timed out after {timeout_s:.3g} s; is the retriever up, "
+                    "and is the limit on a call long enough for it?"
+                )
+        finally:
+            self.stats.seconds += time.monotonic() - started
+            if not call.done():
+                call.cancel()
+                if thread is not None:
+                    self._left_behind.append(thread)
+        if call.cancelled():
+            raise RetrievalError("the retriever cancelled its own search")
+        found = call.result()
+        if isinstance(found, BaseException):
+            raise _as_failure(found)
+        if len(found) != len(queries):
+            raise RetrievalError(f"the retriever returned {len(found)} results for {len(queries)} queries")
+        return found
+
+    async def _search_in_loop(self, queries: list[str], k: int) -> Outcome:
+        try:
+            found: list[list[Passage]] = await self._retriever.search_async(queries, k)  # type: ignore[attr-defined]
+        except Exception as error:
+            return error
+        return found
+
+    def _search_on_thread(self, queries: list[str], k: int, call: asyncio.Future[Outcome]) -> None:
+        outcome: Outcome
+        try:
+            outcome = self._retriever.search(queries, k)
+        except BaseException as error:
+            outcome = error
+        with suppress(RuntimeError):  # the event loop has ended meanwhile
+            call.get_loop().call_soon_threadsafe(lambda: None if call.done() else call.set_result(outcome))
+
+    def _resolve(self, key: Key, result: Result) -> None:
+        future = self._results.pop(key)
+        if not future.done():
+            future.set_result(result)
+
+
+class _Hung(RetrievalError):
+    """A call did not come back: to try its queries one by one would only hang again."""
+
+
+def _as_failure(error: BaseException) -> RetrievalError:
+    if isinstance(error, RetrievalError):
+        return error
+    failure = RetrievalError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,134 @@
+"""Supervised warm start: TRL's SFTTrainer on scripted trajectories, with the loss on what the policy itself writes.
+
+The scripts play through the rollout engine (`trl_search.scripts`), so the ids and the mask that are trained on are
+those that GRPO's rollouts will have. By default they are of mixed quality: the policy learns the format and behaves
+badly, often answers without a search, or stops after one hop. That is what GRPO then has to turn around.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from trl_search.environment import SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.protocols import Protocol
+from trl_search.retrieval.base import Retriever
+from trl_search.scripts import WEAK, scripted_trajectories
+from trl_search.types import Trajectory
+from trl_search.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def warm_start(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    world: World,
+    retriever: Retriever,
+    *,
+    output_dir: str,
+    steps: int = 60,
+    learning_rate: float = 5e-4,
+    batch_size: int = 16,
+    quality: Mapping[str, float] = WEAK,
+    environment: SearchEnvironment | None = None,
+    seed: int = 0,
+) -> list[Trajectory]:
+    """Trains the model in place on a world's training questions, and saves it with its tokenizer.
+
+    Args:
+        steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
+        quality (`Mapping[str, float]`): Shares of the players in `trl_search.scripts.PLAYERS`.
+        environment (`SearchEnvironment`, *optional*): What the scripts search, if other than the retriever's default.
+
+    Returns:
+        `list[Trajectory]`: What was trained on.
+    """
+    trajectories = scripted_trajectories(
+        world, retriever, protocol, n=steps * batch_size, quality=quality, seed=seed, environment=environment
+    )
+    fine_tune(
+        model,
+        protocol.tokenizer,
+        trajectories,
+        output_dir=output_dir,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return trajectories
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trajectories: Sequence[Trajectory],
+    *,
+    output_dir: str,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains the model in place on trajectories, whoever wrote them, and saves it with its tokenizer in `output_dir`.
+
+    Args:
+        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
+    """
+    rows = sft_dataset(trajectories, max_tokens=max_tokens)
+    config = SFTConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, steps // 20),
+        max_length=None,
+        # Most scripted trajectories are far shorter than the longest: padded, they would cost three times as much.
+        padding_free=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=max(1, steps // 4),
+        seed=seed,
+        data_seed=seed,
+    )
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(output_dir)
+
+
+def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
+    """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks` that are 1 where the policy wrote.
+
+    Raises:
+        UserError: if there is nothing to learn from in them.
+    """
+    rows = [
+        {
+            "input_ids": [*trajectory.prompt_ids, *trajectory.ids],
+            "assistant_masks": [*[0] * len(trajectory.prompt_ids), *trajectory.mask],
+        }
+        for trajectory in trajectories
+        # Whatever the world failed at is no lesson for the policy.
+        if trajectory.model_tokens and not trajectory.error
+    ]
+    kept = [row for row in rows if max_tokens is None or len(row["input_ids"]) <= max_tokens]
+    if len(kept) < len(trajectories):
+        logger.warning("%d of %d trajectories left out of training", len(trajectories) - len(kept), len(trajectories))
+    if not kept:
+        raise UserError(
+            f"none of {len(trajectories)} trajectories can be trained on: each is empty, failed, or longer than "
+            f"max_tokens={max_tokens}"
+        )
+    return Dataset.from_list(kept)

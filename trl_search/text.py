@@ -1,0 +1,114 @@
+r"""Answers as text: normalised, extracted, compared. Pure functions, the ones that published numbers were made with.
+
+Normalisation is SQuAD's, as Search-R1 and its successors use it: lower-case, delete ASCII punctuation, turn the words
+*a*, *an*, *the* into spaces, collapse white space. Punctuation is deleted and not spaced, so `U.S.` becomes `us` and
+`well-known` becomes `wellknown`.
+
+One deviation: `contains_answer` compares whole words, where Search-R1 looks for a substring. There, the gold answer
+`art` is found in every passage about a *party*.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+# No answer tag may lie inside an answer: in `<answer> x <answer> y </answer>` the answer is `y`. It also keeps the
+# match linear on a completion that is nothing but opening tags.
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+
+
+def normalize_answer(text: str) -> str:
+    """Normalises an answer for comparison.
+
+    Example:
+        >>> normalize_answer("  The U.S. Senate ")
+        'us senate'
+    """
+    text = text.lower().translate(_DELETE_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def extract_answer(text: str) -> str | None:
+    """The content of the last `<answer>…</answer>`, stripped; `None` where none is closed. Give it text that the model
+    wrote: a retrieved passage may hold the tags too.
+
+    Example:
+        >>> extract_answer("<answer> Lyon </answer> no, wait: <answer> Paris </answer>")
+        'Paris'
+    """
+    answers = _ANSWER.findall(text)
+    return answers[-1].strip() if answers else None
+
+
+def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
+    """Whether the prediction equals any gold answer, both normalised.
+
+    Example:
+        >>> exact_match("the Beatles!", ["Beatles", "Fab Four"])
+        True
+    """
+    normalized = normalize_answer(prediction)
+    return any(normalized == normalize_answer(golden) for golden in golden_list(golden_answers))
+
+
+def f1_score(prediction: str, golden_answers: str | Iterable[str]) -> float:
+    """SQuAD's F1 over multisets of normalised words, the best over the gold answers. Where either side has no word
+    left, it is 1.0 if both have none and 0.0 otherwise (SQuAD 2.0's rule), so that an exact match always has F1 1.0.
+
+    Example:
+        >>> round(f1_score("Marie Curie of Warsaw", ["Marie Skłodowska Curie"]), 3)
+        0.571
+    """
+    predicted = normalize_answer(prediction).split()
+    return max(
+        (_multiset_f1(predicted, normalize_answer(golden).split()) for golden in golden_list(golden_answers)),
+        default=0.0,
+    )
+
+
+def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
+    """Whether any gold answer occurs in the text as whole words in order, both normalised. A gold answer that
+    normalises to nothing (`"The"`, `"!!!"`) is contained in no text.
+
+    Example:
+        >>> contains_answer("Curie was born in Warsaw, Poland.", ["warsaw"])
+        True
+        >>> contains_answer("A party in Lyon", ["art"])
+        False
+    """
+    padded = f" {normalize_answer(text)} "
+    golden = (normalize_answer(answer) for answer in golden_list(golden_answers))
+    return any(answer and f" {answer} " in padded for answer in golden)
+
+
+def golden_list(value: Any) -> list[str]:
+    """Gold answers as a list of strings, from what datasets hold in their place: one string, a list or tuple, a NumPy
+    array (what pandas reads from a parquet list column), `None`.
+
+    Example:
+        >>> golden_list("Paris"), golden_list(None), golden_list(numpy.array(["Paris", "Paname"]))
+        (['Paris'], [], ['Paris', 'Paname'])
+    """
+    if hasattr(value, "tolist"):  # an ndarray, or a NumPy scalar, whose tolist() is the bare value
+        value = value.tolist()
+    if value is None:
+        return []
+    if isinstance(value, (str, int, float)):
+        return [str(value)]
+    return [str(answer) for answer in value if answer is not None]
+
+
+def _multiset_f1(predicted: list[str], golden: list[str]) -> float:
+    if not predicted or not golden:
+        return float(predicted == golden)
+    common = (Counter(predicted) & Counter(golden)).total()
+    if not common:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(golden)
+    return 2 * precision * recall / (precision + recall)
