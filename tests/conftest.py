@@ -9,14 +9,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.world import World, generate_world
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerBase:
     from trl_search.tiny_policy.tokenizer import make_tokenizer
 
     return make_tokenizer()
@@ -32,7 +32,7 @@ def retriever(world: World) -> Retriever:
     return load_retriever("bm25", passages=world.passages)
 
 
-def make_random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """Two layers of random weights: the real architecture, and no behaviour."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -52,5 +52,5 @@ def make_random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 @pytest.fixture
-def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     return make_random_model(tokenizer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from trl_search.environment import SearchEnvironment
@@ -33,7 +33,7 @@ def em(world: World, trajectories: list[Trajectory]) -> float:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_good_scripts_find_the_answer_in_every_protocol(
-    name: str, world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    name: str, world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol(name, tokenizer, instruction="")
     trajectories = scripted_trajectories(world, retriever, protocol, n=40, quality={"good": 1.0})
@@ -46,7 +46,7 @@ def test_good_scripts_find_the_answer_in_every_protocol(
 
 
 def test_quality_decides_how_well_they_play(
-    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     guesses = scripted_trajectories(world, retriever, protocol, n=100, quality={"guess": 1.0})
@@ -58,7 +58,7 @@ def test_quality_decides_how_well_they_play(
 
 
 def test_the_same_seed_gives_the_same_trajectories(
-    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     first, again, other = (
@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_trajectories(
 
 
 def test_a_good_script_that_runs_out_of_searches_answers(
-    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     one_search = SearchEnvironment(retriever, max_searches=1)
@@ -80,7 +80,7 @@ def test_a_good_script_that_runs_out_of_searches_answers(
 
 
 def test_unknown_players_and_empty_mixtures_are_refused(
-    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     with pytest.raises(UserError, match="unknown player 'god': did you mean 'good'"):
@@ -90,7 +90,7 @@ def test_unknown_players_and_empty_mixtures_are_refused(
 
 
 def test_the_dataset_is_the_trajectories_byte_for_byte(
-    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerFast
+    world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     trajectories = scripted_trajectories(world, retriever, protocol, n=12)
@@ -107,7 +107,7 @@ def test_the_loss_is_on_the_policys_tokens_alone(
     tmp_path: Path,
     world: World,
     retriever: Retriever,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     random_model: Qwen2ForCausalLM,
 ) -> None:
     # Weights large enough for the context to matter, so that a leak between packed trajectories would show.
@@ -140,7 +140,7 @@ def test_warm_start_learns_and_saves(
     tmp_path: Path,
     world: World,
     retriever: Retriever,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     random_model: Qwen2ForCausalLM,
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
@@ -155,7 +155,7 @@ def test_warm_start_learns_and_saves(
 
 
 def test_fine_tune_says_when_there_is_nothing_to_learn(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, random_model: Qwen2ForCausalLM
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, random_model: Qwen2ForCausalLM
 ) -> None:
     with pytest.raises(UserError, match="none of 0 trajectories"):
         fine_tune(random_model, tokenizer, [], output_dir=str(tmp_path), steps=1, learning_rate=1e-3)

@@ -24,7 +24,7 @@ from trl_search.evaluate import evaluate
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.retrieval.bm25 import BM25Retriever
 from trl_search.rollout import Limits
-from trl_search.tiny_policy.tokenizer import MAX_TOKENS, make_tokenizer, save_tokenizer
+from trl_search.tiny_policy.tokenizer import MAX_TOKENS, make_tokenizer
 from trl_search.tiny_policy.training import Plan, train
 from trl_search.world import MIX, generate_world
 from trl_search.world_language import LITERALS, WORDS
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             plan = replace(plan, max_steps=args.max_steps)
         args.output.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer()
-        save_tokenizer(tokenizer, args.output)
+        tokenizer.save_pretrained(args.output)
         model = make_model(tokenizer).to(device)  # type: ignore[arg-type]
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, on {device}",

@@ -1,28 +1,31 @@
-"""The tiny policy's tokenizer: byte-level BPE over the world's language, exactly reversible on any text.
+"""The tiny policy's tokenizer: Qwen2's byte-level BPE, learnt from the world's language; reversible on any NFC text.
 
     ' Mira Talvane was born in Port Eskel in 1847.'  ->  10 tokens, one a word
 
 What a tool call and an observation are framed with is a token each, so that a search costs the policy its thought, its
 query and five tokens more. The chat template is Qwen2.5's, with tools shown by name alone.
+
+It is a `Qwen2Tokenizer` to the letter: whatever a tokenizer's files say, transformers 5 gives every model of type `qwen2`
+that class, with its normaliser and its splitting, which takes numbers apart. Hence years are added tokens.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import Qwen2Tokenizer
 
 from trl_search.protocols import PROTOCOLS
 from trl_search.reflection import LEXICON
 from trl_search.world import generate_world
 from trl_search.world_language import KINDS, LITERALS, RELATIONS, WORDS
 
-VOCABULARY = 2176
+VOCABULARY = 2272
 MAX_TOKENS = 2048
 PAD, START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -39,10 +42,8 @@ _FRAMES = (
     "<tools> search </tools>",
     "<tool_response>\n",
     "\n</tool_response>",
+    *(f" {year}" for year in LITERALS["year"]),
 )
-
-# GPT-2's pattern, not Qwen2's: a number takes the space before it, and a quote stands apart from the word after it.
-_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
 {%- set system = messages[0].content if messages and messages[0].role == 'system' else '' %}
@@ -105,45 +106,35 @@ RESPONSE_TEMPLATE = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Qwen2Tokenizer:
     """Trains the tokenizer, the same every time, in seconds."""
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
     added = [PAD, START, EOS, *_FRAMES]
     trainer = BpeTrainer(
         vocab_size=VOCABULARY - len(added),
         min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
+    bpe = Tokenizer(BPE())
+    bpe.normalizer = Qwen2Tokenizer().backend_tokenizer.normalizer
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.train_from_iterator(_texts(), trainer)
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, START, EOS)])
-    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in _FRAMES])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+    learnt = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(merge) for merge in learnt["merges"]],
+        unk_token=PAD,
         eos_token=EOS,
         pad_token=PAD,
+        extra_special_tokens=[START],
         model_max_length=MAX_TOKENS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
         response_template=RESPONSE_TEMPLATE,
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Saves it in files that transformers 4 and 5, and vLLM, read alike."""
-    tokenizer.save_pretrained(folder)
-    config = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _FRAMES])
+    return tokenizer
 
 
 def _texts() -> Iterator[str]:
