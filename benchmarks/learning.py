@@ -3,8 +3,8 @@
     python benchmarks/learning.py --output runs/learning --jobs 1          # two CPU cores: about 5 minutes a run
     python benchmarks/learning.py --output runs/learning --jobs 8 --steps 60 --ablation_seeds 3
 
-Every run is `trl-search train quickstart` with the options shown in the table; the seed is that of the world, of the
-warm start and of GRPO. Prints one Markdown table, and writes it with all numbers to OUTPUT.
+Every run is `trl-search train recipes/quickstart.yaml` with the options of `ABLATIONS`; the seed is that of the world,
+of the warm start and of GRPO. Prints one Markdown table, and writes it with all numbers to OUTPUT.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 ABLATIONS: dict[str, list[str]] = {
     "search, masked": [],
     "loss mask off": ["--mask_observations", "false"],
@@ -42,7 +43,7 @@ class Run:
 def train(run: Run, root: Path, steps: int, every: int, extra: list[str], threads: int) -> None:
     folder = run.folder(root)
     command = [
-        sys.executable, "-m", "trl_search.cli", "train", "quickstart", "--output_dir", str(folder),
+        sys.executable, "-m", "trl_search.cli", "train", str(RECIPE), "--output_dir", str(folder),
         "--world_seed", str(1000 + run.seed), "--seed", str(run.seed), "--max_steps", str(steps),
         "--evaluate_every", str(every), "--save_strategy", "no", *run.options, *extra,
     ]  # fmt: skip
@@ -58,7 +59,7 @@ def table(runs: list[Run], root: Path, every: int) -> str:
     loaded = [(run, json.loads((run.folder(root) / "results.json").read_text())) for run in runs]
     curves = [{row["step"]: row["eval/em"] for row in result["history"] if "eval/em" in row} for _, result in loaded]
     marks = sorted({step for curve in curves for step in curve})
-    shown = [step for step in marks if step in {every, 2 * every, 4 * every, marks[-1]}]
+    shown = [step for step in marks if step in {every, 2 * every, 4 * every, *marks[-1:]}]
     lines = [
         "| run | seed | direct | one-shot RAG | warm start | "
         + " | ".join(f"step {step}" for step in shown)

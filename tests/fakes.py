@@ -40,7 +40,9 @@ class ScriptedPolicy(Policy):
         said = self.script(text)
         spoken = sum(1 for turn in said if turn.strip() and turn.strip() in text)
         turn = said[min(spoken, len(said) - 1)]
-        ids = self.tokenizer.encode(turn + (self.extra if any(s in turn for s in stop) else ""), add_special_tokens=False)
+        ids = self.tokenizer.encode(
+            turn + (self.extra if any(s in turn for s in stop) else ""), add_special_tokens=False
+        )
         reason = FinishReason.STOP if any(s in turn for s in stop) else FinishReason.EOS
         if reason is FinishReason.EOS:
             ids.append(self.tokenizer.eos_token_id)

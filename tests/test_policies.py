@@ -56,9 +56,7 @@ def test_logprobs_are_the_models_own(random_model, tokenizer):
     policy = TransformersPolicy(random_model, tokenizer, max_sequences=4)
     asked = prompts(9, seed=1)
     how = [Sampling(temperature=0.7, top_p=0.9, top_k=50, seed=i) for i in range(9)]
-    completions = generate(
-        policy, [(p, {"max_tokens": 10, "sampling": s}) for p, s in zip(asked, how, strict=True)]
-    )
+    completions = generate(policy, [(p, {"max_tokens": 10, "sampling": s}) for p, s in zip(asked, how, strict=True)])
     for prompt, completion in zip(asked, completions, strict=True):
         expected = reference_logprobs(random_model, prompt, completion.ids, 0.7)
         chosen = expected.gather(1, torch.tensor(completion.ids).unsqueeze(1)).squeeze(1)
@@ -71,7 +69,9 @@ def test_a_request_is_repeatable_whatever_it_is_batched_with(random_model, token
     alone = generate(TransformersPolicy(random_model, tokenizer), [(asked[0], options)])[0]
     others = [(p, {"max_tokens": 5 + i, "sampling": Sampling(seed=i)}) for i, p in enumerate(asked[1:])]
     for size in (2, 16):
-        together = generate(TransformersPolicy(random_model, tokenizer, max_sequences=size), [*others, (asked[0], options)])
+        together = generate(
+            TransformersPolicy(random_model, tokenizer, max_sequences=size), [*others, (asked[0], options)]
+        )
         assert together[-1].ids == alone.ids
 
 
@@ -205,7 +205,7 @@ def test_the_model_is_left_as_it_was(random_model, tokenizer):
 
 def test_layers_without_full_attention_are_refused(random_model, tokenizer):
     random_model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding_attention.*use vLLM"):
+    with pytest.raises(ValueError, match=r"sliding_attention.*use vLLM"):
         TransformersPolicy(random_model, tokenizer)
 
 

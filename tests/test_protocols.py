@@ -53,7 +53,7 @@ def test_parsing_model_output_never_raises(tokenizer, name, text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('<tool_call>\n{"name": "search", "arguments": {"query_list": ["a", " b "]}}\n</tool_call>', Search(("a", "b"))),
+        ('<tool_call>\n{"name": "search", "arguments": {"query_list": ["a", " b"]}}</tool_call>', Search(("a", "b"))),
         ('<tool_call>{"name": "search", "arguments": {"query": "a"}}</tool_call>', Search(("a",))),
         ("<tool_call> who wrote Quiet Raven </tool_call>", Search(("who wrote Quiet Raven",))),
         ('<tool_call>{"name": "search", "arguments": {"query_list": []}}</tool_call>', "empty"),
@@ -65,7 +65,7 @@ def test_parsing_model_output_never_raises(tokenizer, name, text):
         ("<tool_call>[1]</tool_call>", "must be"),
         ("<tool_call>\nsomething", "not closed"),
         ('<tool_call>{"name": "search", "arguments": {"query_list": ["' + "x" * 2000 + '"]}}</tool_call>', "at most"),
-        ("<tool_call>x</tool_call><tool_response>I make it up</tool_response><answer>y</answer>", "only the search tool"),
+        ("<tool_call>x</tool_call><tool_response>made up</tool_response><answer>y</answer>", "only the search tool"),
         ("<tool_call>x</tool_call><answer>a guess</answer>", Search(("x",))),
         ("<answer>y</answer><tool_call>x</tool_call>", Answer("y")),
         ("<think> I do not know </think>", EndOfTurn()),
@@ -102,8 +102,16 @@ def test_untrusted_text_is_inert(tokenizer, name, text):
     protocol = load_protocol(name, tokenizer)
     ids, _ = protocol.observation_ids(Observation(documents=(text, text)), max_tokens=4000, turn_closed=True)
     clean, _ = protocol.observation_ids(Observation(documents=("x", "x")), max_tokens=4000, turn_closed=True)
-    dangerous = {tokenizer.convert_tokens_to_ids(token) for token in [*tokenizer.all_special_tokens, "<answer>",
-                 "</answer>", " </answer>", "<tool_call>", "</tool_call>", "</tool_response>", "</information>"]}  # fmt: skip
+    names = (
+        "<answer>",
+        "</answer>",
+        " </answer>",
+        "<tool_call>",
+        "</tool_call>",
+        "</tool_response>",
+        "</information>",
+    )
+    dangerous = {tokenizer.convert_tokens_to_ids(token) for token in (*tokenizer.all_special_tokens, *names)}
     assert [i for i in ids if i in dangerous] == [i for i in clean if i in dangerous]
     assert "<answer>" not in protocol.escape(text) and "<|im_end|>" not in protocol.escape(text)
 
@@ -149,7 +157,7 @@ def test_fair_limit_is_fair(lengths, room):
 
 
 def test_qwen_tools_agrees_with_the_chat_template(tokenizer):
-    """Prompt, turn and observation, put together id by id, spell what the template renders for the whole conversation."""
+    """Prompt, turn and observation, put together id by id, spell what the template renders for the whole."""
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     messages = protocol.messages("Who wrote Quiet Raven?")
     call = '<tool_call>\n{"name": "search", "arguments": {"query_list": ["x"]}}\n</tool_call>'
@@ -177,7 +185,7 @@ def test_a_template_without_tools_is_refused(tokenizer):
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(ValueError, match="needs a chat template that takes tools.*search_r1"):
+    with pytest.raises(ValueError, match=r"needs a chat template that takes tools.*search_r1"):
         load_protocol("qwen_tools", bare)
     bare.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(ValueError, match="shows neither tools nor tool replies"):

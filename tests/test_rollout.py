@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 
 import pytest
@@ -17,8 +18,17 @@ PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talva
 LIMITS = Limits(completion_tokens=1000, turn_tokens=200, observation_tokens=300)
 
 
-def run(tokenizer, script, *, name="qwen_tools", questions=("Who wrote Quiet Raven?",), environment=None, limits=LIMITS,
-        retriever=None, **options):  # fmt: skip
+def run(
+    tokenizer,
+    script,
+    *,
+    name="qwen_tools",
+    questions=("Who wrote Quiet Raven?",),
+    environment=None,
+    limits=LIMITS,
+    retriever=None,
+    **options,
+):
     protocol = load_protocol(name, tokenizer, instruction="")
     policy = ScriptedPolicy(tokenizer, script if callable(script) else lambda _: script, **options)
     environment = environment or SearchEnvironment(retriever or FixedRetriever(PASSAGES), max_searches=2)
@@ -43,7 +53,7 @@ def turns(protocol_name, tokenizer, *actions):
 @pytest.mark.parametrize("name", list(PROTOCOLS))
 def test_a_search_and_an_answer(tokenizer, name):
     script = turns(name, tokenizer, Search(("author of Quiet Raven",)), Answer("Mira Talvane"))
-    (trajectory,), policy, protocol = run(tokenizer, script, name=name)
+    (trajectory,), _, protocol = run(tokenizer, script, name=name)
     assert trajectory.stop_reason is StopReason.ANSWER
     assert trajectory.actions == [Search(("author of Quiet Raven",)), Answer("Mira Talvane")]
     assert trajectory.searches == 1 and [p.id for p in trajectory.passages[0]] == ["0", "1", "2"]
@@ -74,7 +84,8 @@ def test_ids_that_do_not_re_encode_to_themselves_survive(tokenizer):
     class OddPolicy(ScriptedPolicy):
         async def generate(self, prompt_ids, **options):
             completion = await super().generate(prompt_ids, **options)
-            return type(completion)((*odd, *completion.ids), (*[-1.0] * len(odd), *completion.logprobs), completion.finish_reason)  # fmt: skip
+            ids, logprobs = (*odd, *completion.ids), (*[-1.0] * len(odd), *completion.logprobs)
+            return dataclasses.replace(completion, ids=ids, logprobs=logprobs)
 
     (trajectory,) = rollout(
         [(1, 2)], [{}], policy=OddPolicy(tokenizer, lambda _: script), environment=AnswerOnly(), protocol=protocol,
@@ -241,7 +252,8 @@ def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog
                 raise KeyError("row")
             return await super().step(action)
 
-    trajectories, _, _ = run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")), questions=["A?", "B?"], environment=Broken())  # fmt: skip
+    script = turns("qwen_tools", tokenizer, Answer("x"))
+    trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?"], environment=Broken())
     assert [t.failed for t in trajectories] == [False, True]
     assert "Broken.step raised" in caplog.text
 

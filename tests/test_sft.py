@@ -54,7 +54,7 @@ def test_quality_decides_how_well_they_play(
     hasty = scripted_trajectories(world, retriever, protocol, n=100, quality={"one_hop": 1.0})
     assert {trajectory.searches for trajectory in hasty} == {1} and 0.2 < em(world, hasty) < 0.7
     weak = scripted_trajectories(world, retriever, protocol, n=200)
-    assert 0.4 < sum(trajectory.searches == 0 for trajectory in weak) / 200 < 0.7
+    assert 0.6 < sum(trajectory.searches == 0 for trajectory in weak) / 200 < 0.8
 
 
 def test_the_same_seed_gives_the_same_trajectories(

@@ -1,6 +1,6 @@
 """The world a policy acts in: takes an `Action`, gives an `Observation`. This is the hook that users subclass.
 
-A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on that copy:
+A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on it:
 
     class GuessTheNumber(Environment):
         def start(self, row):

@@ -20,11 +20,11 @@ from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.reflection import count_reflections
-from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits, rollout
 from trl_search.text import exact_match, extract_answer, f1_score
 from trl_search.types import Passage, Sampling, Trajectory
 
+GREEDY = Sampling(temperature=0.0)
 MODES = ("search", "direct", "rag")
 ANSWER_INSTRUCTION = (
     "Answer the given question. Give the answer inside <answer> and </answer>, without explanation. For example, "
@@ -57,7 +57,7 @@ def evaluate(
     protocol: str = "qwen_tools",
     instruction: str | None = None,
     system_prompt: str | None = None,
-    sampling: Sampling = Sampling(temperature=0.0),
+    sampling: Sampling = GREEDY,
     gather: Callable[[list[Any]], list[Any]] = lambda local: local,
 ) -> Evaluation:
     """Asks the policy every question once, greedily unless `sampling` says otherwise.
@@ -79,7 +79,8 @@ def evaluate(
     )
     if mode == "rag":
         found = environment.retriever.search([row["question"] for row in rows], environment.top_k)
-        conversations = [rag_messages(written, environment, row["question"], p) for row, p in zip(rows, found, strict=True)]
+        pairs = zip(rows, found, strict=True)
+        conversations = [rag_messages(written, environment, row["question"], passages) for row, passages in pairs]
     else:
         conversations = [written.messages(row["question"]) for row in rows]
     trajectories = rollout(

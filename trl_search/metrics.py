@@ -6,14 +6,15 @@
 | `search/malformed_calls`            | calls that could not be run                                                   |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
 | `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
-| `tokens/model`, `tokens/observation`| tokens the policy sampled (mask 1), tokens the world wrote (mask 0)           |
+| `tokens/model`                      | tokens the policy sampled (mask 1)                                            |
+| `tokens/observation`                | tokens the world wrote (mask 0)                                               |
 | `tokens/nonfinite_logprobs`         | sampled tokens whose logprob was not finite                                   |
 | `time/generation_s`, `time/search_s`| seconds it spent in generation and in search, waiting included                |
 | `reflection/ratio`                  | 1 where the policy wrote a reflective phrase                                  |
 | `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
 | `stop/<reason>`                     | 1 where it ended for that reason: `answer`, `search_budget`, ...              |
 
-TRL logs the rest beside them: `rewards/<name>/mean`, `frac_reward_zero_std` (groups without a gradient), `entropy`, `kl`.
+TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_reward_zero_std` (groups without signal).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """How a conversation is written and read: the tags a policy calls the search tool with, and those it is answered in.
 
-| protocol      | the policy writes                                   | the world replies                                  |
-|---------------|-----------------------------------------------------|----------------------------------------------------|
-| `qwen_tools`  | `<tool_call>{"name": "search", ...}</tool_call>`    | a tool message, rendered by the chat template      |
-| `qwen_inline` | the same, or a bare query inside `<tool_call>`      | `<tool_response>` in the same assistant turn       |
-| `search_r1`   | `<search> query </search>`                          | `<information>` in the same assistant turn         |
+| protocol      | the policy writes                                | the world replies                             |
+|---------------|--------------------------------------------------|-----------------------------------------------|
+| `qwen_tools`  | `<tool_call>{"name": "search", ...}</tool_call>` | a tool message, rendered by the chat template |
+| `qwen_inline` | the same, or a bare query inside `<tool_call>`   | `<tool_response>` in the same assistant turn  |
+| `search_r1`   | `<search> query </search>`                       | `<information>` in the same assistant turn    |
 
-All of them end with `<answer> ... </answer>`. A protocol turns text into ids exactly once, when the world speaks; what the
-policy sampled is decoded to be read and never encoded again. The text of passages is untrusted: tags and special tokens
-in it are escaped, so that a passage can neither answer, call a tool, nor end a turn.
+All of them end with `<answer> ... </answer>`. A protocol turns text into ids exactly once, when the world speaks; what
+the policy sampled is decoded to be read and never encoded again. The text of passages is untrusted: tags and special
+tokens in it are escaped, so that a passage can neither answer, call a tool, nor end a turn.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Protocol(abc.ABC):
         self.tokenizer = tokenizer
         self.instruction = self.default_instruction if instruction is None else instruction
         self.system_prompt = system_prompt
-        self.tools = list(tools)
+        self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         specials = sorted({token for token in tokenizer.all_special_tokens if token.strip()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials)))
@@ -244,7 +244,10 @@ class QwenTools(Protocol):
     def _observation_frame(self) -> tuple[str, str]:
         eos = str(self.tokenizer.eos_token)
         call = {"type": "function", "function": {"name": "search", "arguments": {"query_list": ["x"]}}}
-        history = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        history: list[dict[str, Any]] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         reply = {"role": "tool", "name": "search", "content": _SENTINEL}
         remedy = "use an instruct model's tokenizer, set tokenizer.chat_template, or choose protocol='search_r1'"
         if not self.tokenizer.chat_template:
@@ -267,7 +270,7 @@ class QwenTools(Protocol):
         return opening, closing
 
     def _turn_end_ids(self) -> list[int]:
-        return [int(self.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+        return [int(self.tokenizer.eos_token_id)]
 
 
 class QwenInline(QwenTools):

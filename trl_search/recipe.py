@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Path:
     return shipped_recipes()[name]
 
 
-def parse_recipe(argv: Sequence[str], arguments: Sequence[type[Any]], *, usage: str) -> tuple[Any, ...]:
+def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, usage: str) -> tuple[Any, ...]:
     """Reads `RECIPE --key value ...` into one object of each dataclass; the command line overrides the recipe.
 
     Raises:

@@ -29,7 +29,7 @@ Script = Generator[tuple[str, Search | Answer], str, None]
 Player = Callable[[World, Question, random.Random], Script]
 
 # What the warm start is made of: mostly guesses, some that stop too early, a few that do it right.
-WEAK: Mapping[str, float] = {"guess": 0.55, "one_hop": 0.25, "good": 0.20}
+WEAK: Mapping[str, float] = {"guess": 0.70, "one_hop": 0.20, "good": 0.10}
 
 # How often a good player says that it looks again, and how often it asks carelessly and has to.
 REFLECTIVE_SHARE = 0.08

@@ -9,6 +9,7 @@ our rollout, and nothing else; `tests/test_contract_trl.py` pins each of them, s
 | `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees                        |
 | `_generate`                       | put the turns as chat messages where TRL put one decoded string; log          |
 | `_calculate_rewards`              | rows whose retrieval failed get no reward, so they enter no baseline          |
+| `_get_per_token_logps_and_entropies` | run rows of like length together, without most of their padding            |
 
 Where the mask is: `Trajectory.mask` goes out as `env_mask`, TRL turns it into `tool_mask`, and its loss, KL, entropy,
 ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
@@ -31,6 +32,7 @@ from trl.models import unwrap_model_for_generation
 from trl_search.config import SearchGRPOConfig
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
+from trl_search.logprobs import logps_by_length
 from trl_search.metrics import trajectory_metrics
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import Protocol, load_protocol
@@ -204,6 +206,28 @@ class SearchGRPOTrainer(GRPOTrainer):
             failed = torch.tensor([trajectory.failed for trajectory in self._trajectories], device=rewards.device)
             rewards[self.accelerator.gather(failed)] = torch.nan
         return rewards
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        forward = super()._get_per_token_logps_and_entropies
+        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        if self.environment is None or any(value is not None for value in multimodal.values()):
+            return forward(model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal)
+        return logps_by_length(
+            lambda ids, mask, keep: forward(model, ids, mask, keep, batch_size, **options),
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+        )
 
     # What the seams are made of
 

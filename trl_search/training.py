@@ -1,4 +1,4 @@
-"""What `trl-search train` does: load the task, warm the policy up, measure it, train it, measure it again, draw curves."""
+"""What `trl-search train` does: load the task, warm the policy up, measure, train, measure again, draw the curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
@@ -33,6 +40,9 @@ from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer
 from trl_search.world import Question, World, generate_world
 
+# Added to the seed of a world: that of the world in which its policy is warmed up.
+_ELSEWHERE = 1_000_003
+
 
 @dataclass
 class TaskArguments:
@@ -43,15 +53,18 @@ class TaskArguments:
         metadata={"help": "Training questions: 'world' (the embedded one), a name such as nq_hotpotqa, or a file."},
     )
     eval_questions: str | None = field(
-        default=None, metadata={"help": "Questions to evaluate on: a name or a file. With the world: its held-out split."}
+        default=None,
+        metadata={"help": "Questions to evaluate on: a name or a file. With the world: its held-out split."},
     )
-    max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of this many questions."})
-    max_eval_questions: int | None = field(default=200, metadata={"help": "Evaluate on a sample of this many questions."})
+    max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
+    max_eval_questions: int | None = field(
+        default=200, metadata={"help": "Evaluate on a sample of so many questions."}
+    )
     world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
     retriever: str = field(default="bm25", metadata={"help": "Kind of retriever; see load_retriever."})
     retriever_options: str = field(
-        default="{}", metadata={"help": "Its options as JSON: '{\"index\": \"indexes/wiki\"}'. The world needs none."}
+        default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}
@@ -59,8 +72,8 @@ class TaskArguments:
     warm_start_steps: int = field(
         default=0,
         metadata={
-            "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in the embedded world. They "
-            "show the format and leave the behaviour weak. 0: none."
+            "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded "
+            "world. They show the format and leave the behaviour weak. 0: none."
         },
     )
     warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
@@ -104,10 +117,13 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
     return Task(train, held_out, load_retriever(arguments.retriever, **options), None)
 
 
-def run_training(arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig) -> dict[str, Evaluation]:
+def run_training(
+    arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig
+) -> dict[str, Evaluation]:
     """Runs a recipe to its end. Returns the evaluations, by the name of the table's row."""
     started = time.perf_counter()
     task = load_task(arguments, seed=config.seed)
+    folder = Path(config.output_dir or "runs/train")
     name = tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
     if not name:
         raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
@@ -130,18 +146,20 @@ def run_training(arguments: TaskArguments, config: SearchGRPOConfig, model_confi
         protocol = load_protocol(
             config.protocol, tokenizer, instruction=config.instruction, system_prompt=config.system_prompt
         )
+        # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
+        elsewhere = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
         warm_start(
             model,
             protocol,
-            task.world,
-            task.retriever,
-            output_dir=str(Path(config.output_dir) / "warm_start"),
+            elsewhere,
+            load_retriever("bm25", passages=elsewhere.passages),
+            output_dir=str(folder / "warm_start"),
             steps=arguments.warm_start_steps,
             learning_rate=arguments.warm_start_learning_rate,
             seed=config.seed,
         )
         # The reference model of beta > 0 is loaded from where the policy came from: that is now the warm start.
-        model.config._name_or_path = str(Path(config.output_dir) / "warm_start")
+        model.config._name_or_path = str(folder / "warm_start")
     before = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
     mode = "search" if config.max_searches else "direct"
     measure(before, mode, model)
@@ -159,29 +177,27 @@ def run_training(arguments: TaskArguments, config: SearchGRPOConfig, model_confi
     )
     if arguments.evaluate_every and task.held_out is not None:
         trainer.add_callback(_EvaluateEvery(arguments.evaluate_every, trainer, task, tokenizer))
-    trainer.train(resume_from_checkpoint=_checkpoint(config))
-    trainer.save_model(config.output_dir)
+    trainer.train(resume_from_checkpoint=_checkpoint(config, folder))
+    trainer.save_model(str(folder))
     measure("search, after GRPO", mode, trainer.accelerator.unwrap_model(trainer.model))
 
     # 4. What came of it.
     if trainer.accelerator.is_main_process:
-        _write_results(Path(config.output_dir), measured, trainer.state.log_history, time.perf_counter() - started)
+        _write_results(folder, measured, trainer.state.log_history, time.perf_counter() - started)
     return measured
 
 
 class _EvaluateEvery(TrainerCallback):
     """Measures held-out EM every so many steps; the numbers go out with the step's own log."""
 
-    def __init__(
-        self, steps: int, trainer: SearchGRPOTrainer, task: Task, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def __init__(self, steps: int, trainer: SearchGRPOTrainer, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.steps, self.trainer, self.task, self.tokenizer = steps, trainer, task, tokenizer
 
-    def on_step_end(self, args: SearchGRPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps:
             return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        result = _evaluate("search" if args.max_searches else "direct", self.task, model, self.tokenizer, args)
+        model, config = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
+        result = _evaluate("search" if config.max_searches else "direct", self.task, model, self.tokenizer, config)
         for name, value in (("eval/em", result.em), ("eval/searches", result.searches)):
             self.trainer._metrics["train"][name].append(value)
 
@@ -213,7 +229,7 @@ def _evaluate(
         timeout_s=config.search_timeout_s,
         passage_template=config.passage_template,
     )
-    model.to(config.device)
+    model.to(config.device)  # type: ignore[arg-type]
     with torch.no_grad():
         return evaluate(
             mode,
@@ -233,7 +249,9 @@ def _evaluate(
 def _load_model(
     name: str, model_config: ModelConfig, config: SearchGRPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options: dict[str, Any] = {"dtype": model_config.dtype or "float32", **(config.model_init_kwargs or {})}
+    options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
+    if isinstance(config.model_init_kwargs, dict):
+        options |= config.model_init_kwargs
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
     if Path(name).is_absolute() and not Path(name).exists():
@@ -257,13 +275,13 @@ def _peft(peft_config: PeftConfig | None) -> PeftConfig | None:
     return peft_config
 
 
-def _checkpoint(config: SearchGRPOConfig) -> str | None:
+def _checkpoint(config: SearchGRPOConfig, folder: Path) -> str | None:
     """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest of the output folder."""
     if config.resume_from_checkpoint != "last":
         return config.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is None:
-        raise UserError(f"resume_from_checkpoint=last, and {config.output_dir} holds no checkpoint")
+        raise UserError(f"resume_from_checkpoint=last, and {folder} holds no checkpoint")
     return str(checkpoint)
 
 
@@ -272,7 +290,8 @@ def _write_results(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {row: dataclasses.asdict(result) for row, result in measured.items()}
-    (folder / "results.json").write_text(json.dumps({"seconds": seconds, "rows": results, "history": list(history)}, indent=2) + "\n")
+    record = {"seconds": seconds, "rows": results, "history": list(history)}
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     curves = draw_curves(history, folder / "curves.png", measured)
     if measured:
         print(f"\n{results_table(measured)}\n")

@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One retrieved document: `Passage(id="17", title="Mira Talvane", text="Mira Talvane was born ...", score=9.1)`."""
+    """One retrieved document: `Passage(id="17", title="Mira Talvane", text="Mira Talvane was born", score=9.1)`."""
 
     id: str
     title: str
@@ -28,7 +28,7 @@ class Passage:
     url: str | None = None
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why the policy stopped sampling one turn."""
 
     EOS = "eos"
@@ -36,7 +36,7 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"
 
 
-class StopReason(str, enum.Enum):
+class StopReason(enum.StrEnum):
     """Why a trajectory ended. Logged one-hot as `stop/<value>`."""
 
     ANSWER = "answer"
@@ -50,7 +50,7 @@ class StopReason(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the policy samples. `temperature=0` is greedy. `seed` makes one request repeatable whatever it is batched with."""
+    """How the policy samples. `temperature=0` is greedy. `seed` makes a request repeatable, whatever is beside it."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -172,12 +172,12 @@ class Trajectory:
         self._append("assistant", completion.ids, 1, logprobs, text)
 
     def observe(self, ids: Sequence[int], text: str) -> None:
-        """Appends what the world wrote (mask 0): passages, notices, and any token that closes a turn for the policy."""
+        """Appends what the world wrote (mask 0): passages, notices, any token that closes a turn for the policy."""
         self._append("tool", ids, 0, [0.0] * len(ids), text)
 
     def finish(self, reason: StopReason, *, eos_token_id: int | None = None, error: str = "") -> None:
-        """Ends the trajectory. `eos_token_id` closes one that the policy ended by other means than EOS (a stop string):
-        TRL calls a completion without EOS truncated. The token is not the policy's, so its mask is 0."""
+        """Ends the trajectory. `eos_token_id` closes one that the policy did not end by EOS but by a stop string: TRL
+        calls a completion without EOS truncated. The token is not the policy's, so its mask is 0."""
         if eos_token_id is not None and (not self.ids or self.ids[-1] != eos_token_id):
             self.observe((eos_token_id,), text="")
         self.stop_reason, self.error = reason, error

@@ -1,4 +1,4 @@
-"""`Policy`: what the rollout loop asks for a turn. Implementations differ in the engine, never in what they return."""
+"""`Policy`: what the rollout loop asks for a turn. Implementations differ in the engine, not in what they return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trl_search.types import Completion, Sampling
 
 
 class Policy(abc.ABC):
-    """Generates turns for many trajectories at once; each call is one request to an engine that batches continuously."""
+    """Generates turns for many trajectories at once; a call is one request to an engine that batches continuously."""
 
     @abc.abstractmethod
     async def generate(

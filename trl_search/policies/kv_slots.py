@@ -1,8 +1,8 @@
 """A key-value cache of slots, one a running conversation, for continuous batching on any `transformers` decoder.
 
-`transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is installed,
-so its cost on a CPU grows with the square of the batch (`benchmarks/rollout.py --engine` measures both). Here each slot
-is one row of a plain (slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
+`transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is
+installed, so its cost on a CPU grows with the square of the batch (`benchmarks/engine.py` measures it). Here a slot is
+one row of a plain (slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
+# The name under which `slot_attention` is registered with transformers.
+SLOT_ATTENTION = "trl_search_slots"
 # Rows grow in steps of this many tokens.
 _CAPACITY_STEP = 256
 
@@ -70,8 +75,8 @@ class SlotCache(Cache):
         history = []
         for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             store[self.rows_B.unsqueeze(1), :, self.write_BT] = new.transpose(1, 2)
-            rows = store[: len(self.rows_B)] if self.in_place else store[self.rows_B]
-            history.append(rows[:, :, : self.length])
+            used = store[:, :, : self.length]  # cut before rows are gathered: a copy costs what it copies
+            history.append(used[: len(self.rows_B)] if self.in_place else used[self.rows_B])
         return history[0], history[1]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -81,3 +86,30 @@ class SlotCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA that reads grouped keys and values where they lie. transformers' own repeats them for every query head once
+    a mask is given, a copy of the whole cache at every step: on a CPU, six times the attention itself.
+
+    Args:
+        query: (B, heads, T, head_dim).
+        key, value: (B, key-value heads, length, head_dim).
+        attention_mask: (B, 1, T, length), True where a token is seen.
+    """
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)

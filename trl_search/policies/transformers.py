@@ -1,8 +1,8 @@
-"""The policy as a plain `transformers` model, on CPU or GPU: continuous batching, stop strings, conversations kept warm.
+"""The policy as a plain `transformers` model, on CPU or GPU: continuous batching, stop strings, warm conversations.
 
-One engine thread owns the model. Between two forwards it takes in whatever requests have arrived, so a trajectory never
-waits for another's turn to end. A finished turn leaves its keys and values in its slot: when the conversation comes back
-with an observation appended, only the observation is computed.
+One engine thread owns the model. Between two forwards it takes in whatever requests have come, so a trajectory never
+waits for another's turn to end. A finished turn leaves its keys and values in its slot: when the conversation comes
+back with an observation appended, only the observation is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
 )
 
 from trl_search.policies.base import Policy
-from trl_search.policies.kv_slots import SlotCache
+from trl_search.policies.kv_slots import SLOT_ATTENTION, SlotCache
 from trl_search.types import Completion, FinishReason, Sampling
 
 # Padded tokens of one prefill forward; bounds its activations.
@@ -64,7 +64,7 @@ class TransformersPolicy(Policy):
     """Samples from a `transformers` decoder whose layers all have full attention (Qwen2/3, Llama, Mistral v0.3 ...).
 
     Args:
-        model (`PreTrainedModel`): Put into eval mode, and its attention set to SDPA, while open.
+        model (`PreTrainedModel`): Put into eval mode, and its attention set to ours, while open.
         tokenizer (`PreTrainedTokenizerBase`): Used to look for stop strings, and for the EOS.
         max_sequences (`int`, *optional*, defaults to `64`): Conversations that run at once; others queue.
 
@@ -90,8 +90,7 @@ class TransformersPolicy(Policy):
         self._was_training = self.model.training
         self._attention = self.model.config._attn_implementation
         self.model.eval()
-        if self._attention != "sdpa":
-            self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(SLOT_ATTENTION)
         self._thread = threading.Thread(target=self._run, name="transformers-policy", daemon=True)
         self._thread.start()
 
@@ -102,8 +101,7 @@ class TransformersPolicy(Policy):
         await asyncio.to_thread(self._thread.join)
         self._thread = None
         self.model.train(self._was_training)
-        if self._attention != "sdpa":
-            self.model.set_attn_implementation(self._attention)
+        self.model.set_attn_implementation(self._attention)
 
     async def generate(
         self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
@@ -196,7 +194,8 @@ class TransformersPolicy(Policy):
 
     def _prefill_batch(self, groups: list[list[_Slot]]) -> None:
         leaders = [group[0] for group in groups]
-        logits_BV = self._forward([(slot, slot.request.prompt_ids[len(slot.ids) :]) for slot in leaders if slot.request])
+        new = [(slot, slot.request.prompt_ids[len(slot.ids) :]) for slot in leaders if slot.request]
+        logits_BV = self._forward(new)
         followers: list[tuple[_Slot, int]] = []
         for i, group in enumerate(groups):
             for slot in group:
@@ -308,7 +307,8 @@ def sample(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor
             filters.append(TopPLogitsWarper(sampling.top_p))
         if sampling.min_p > 0:
             filters.append(MinPLogitsWarper(sampling.min_p))
-        kept_BV = filters(None, scaled_BV).softmax(dim=-1) if filters else logprobs_BV.exp()
+        # None of these reads the ids so far.
+        kept_BV = filters(None, scaled_BV).softmax(dim=-1) if filters else logprobs_BV.exp()  # type: ignore[arg-type]
         cumulative_BV = kept_BV.cumsum(dim=-1)
         targets_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
         ids_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)

@@ -5,8 +5,8 @@
 What a tool call and an observation are framed with is a token each, so that a search costs the policy its thought, its
 query and five tokens more. The chat template is Qwen2.5's, with tools shown by name alone.
 
-It is a `Qwen2Tokenizer` to the letter: whatever a tokenizer's files say, transformers 5 gives every model of type `qwen2`
-that class, with its normaliser and its splitting, which takes numbers apart. Hence years are added tokens.
+It is a `Qwen2Tokenizer` to the letter: whatever a tokenizer's files say, transformers 5 gives every model of type
+`qwen2` that class, with its normaliser and its splitting, which takes numbers apart. Hence years are added tokens.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(merge) for merge in learnt["merges"]],
+        merges=[tuple(merge) for merge in learnt["merges"]],  # type: ignore[misc]
         unk_token=PAD,
         eos_token=EOS,
         pad_token=PAD,

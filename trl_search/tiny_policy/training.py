@@ -37,7 +37,6 @@ from trl_search.tiny_policy.samples import (
 )
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """How long, how large, how fast. Shares are of the whole time."""
