@@ -112,7 +112,12 @@ class Batch:
 def seconds_without(these: Sequence[Interval], those: Sequence[Interval]) -> float:
     """Seconds in which any of `these` ran and none of `those`."""
     edges = sorted(
-        [(at, kind, step) for kind, spans in enumerate((these, those)) for span in spans for at, step in zip(span, (1, -1))]
+        [
+            (at, kind, step)
+            for kind, spans in enumerate((these, those))
+            for span in spans
+            for at, step in zip(span, (1, -1))
+        ]
     )
     total, open_spans, last = 0.0, [0, 0], 0.0
     for at, kind, step in edges:

@@ -1,0 +1,172 @@
+"""The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from trl import GRPOConfig
+
+from trl_search import metrics
+from trl_search.config import SearchGRPOConfig
+from trl_search.metrics import trajectory_metrics
+from trl_search.training import TaskArguments
+from trl_search.types import StopReason, Trajectory
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+BLOCK = re.compile(r"^(<!-- runnable -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(path: Path, language: str, *, marked: bool = False) -> list[tuple[int, str]]:
+    """Line and text of the code blocks of that language; with `marked`, of those behind `<!-- runnable -->`."""
+    text = path.read_text("utf-8")
+    return [
+        (text.count("\n", 0, match.start(3)) + 1, match[3])
+        for match in BLOCK.finditer(text)
+        if match[2] == language and (match[1] or not marked)
+    ]
+
+
+def run(path: Path, code: list[tuple[int, str]]) -> None:
+    """Runs blocks one after the other, as one program; those that begin with a path become that file."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, block in code:
+        named = re.match(r"# ([\w/]+\.py)\n", block)
+        if named:
+            Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(named[1]).write_text(block, "utf-8")
+            importlib.invalidate_caches()
+        else:
+            exec(compile("\n" * (line - 1) + block, str(path), "exec"), namespace)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty working folder, from which imports work; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def test_extending_runs_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl_search.protocols import PROTOCOLS
+
+    monkeypatch.setattr("trl_search.protocols.PROTOCOLS", PROTOCOLS)
+    page = ROOT / "docs" / "extending.md"
+    # What pip writes when it installs the package whose pyproject.toml the page shows.
+    points = [re.sub(r'"(.*)"', r"\1", block.split("\n", 1)[1]) for _, block in blocks(page, "toml")]
+    points = [re.sub(r"\[project\.entry-points\.(.*)\]", r"[\1]", point) for point in points]
+    info = folder / "my_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("\n".join(points))
+    try:
+        run(page, blocks(page, "python"))
+    finally:
+        PROTOCOLS.pop("lookup", None)
+
+
+def test_the_code_of_the_readme_that_says_so_runs(folder: Path) -> None:
+    run(README, blocks(README, "python", marked=True))
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_python_blocks_are_python(path: Path) -> None:
+    for line, block in blocks(path, "python"):
+        compile("\n" * (line - 1) + block, str(path), "exec")
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    prose = BLOCK.sub("", path.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name} links to {target}, which does not exist"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{path.name} links to {target}, and there is no such heading"
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a page as GitHub makes them into anchors."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"`((?:trl_search|tests|recipes|benchmarks|docs)/[\w/.-]+\.\w+)`", path.read_text("utf-8"))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+# docs/configuration.md
+
+
+def keys(cls: type) -> dict[str, dataclasses.Field]:
+    """The fields that are ours: TRL's own only where their default differs."""
+    theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    return {
+        field.name: field
+        for field in dataclasses.fields(cls)
+        if field.name not in theirs or (cls is SearchGRPOConfig and field.default != theirs[field.name])
+    }
+
+
+def key_table(cls: type) -> str:
+    """`| key | default | what it does |`, from the fields' own help."""
+
+    def default(field: dataclasses.Field) -> str:
+        made = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore
+        return f"`{made}`" if made != "" else '`""`'
+
+    rows = [f"| `{name}` | {default(f)} | {f.metadata['help']} |" for name, f in keys(cls).items()]
+    return "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])
+
+
+def metrics_table() -> str:
+    table = [line for line in (metrics.__doc__ or "").splitlines() if line.startswith("|")]
+    return "\n".join(re.sub(r"\s*\|\s*", " | ", line).strip() if "---" not in line else "|---|---|" for line in table)
+
+
+TABLES = {"task": key_table(TaskArguments), "agent": key_table(SearchGRPOConfig), "metrics": metrics_table()}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_configuration_are_those_of_the_code(name: str) -> None:
+    """`python -m tests.test_docs` rewrites them."""
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    held = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert held and held[1].strip() == TABLES[name], "run: python -m tests.test_docs"
+
+
+def test_every_metric_is_in_the_table() -> None:
+    trajectory = Trajectory(prompt_ids=(1,))
+    trajectory.finish(StopReason.ANSWER)
+    for metric in trajectory_metrics(trajectory):
+        assert f"`{metric}`" in TABLES["metrics"] or metric.startswith("stop/"), metric
+    named = re.findall(r"`((?:search|tokens|time|reflection)/\w+)`", TABLES["metrics"])
+    assert set(named) <= set(trajectory_metrics(trajectory))
+
+
+def rewrite_tables() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    text = page.read_text("utf-8")
+    for name, table in TABLES.items():
+        start = text.index(f"<!-- table: {name} -->\n") + len(f"<!-- table: {name} -->\n")
+        text = text[:start] + f"\n{table}\n\n" + text[text.index("<!-- end -->", start) :]
+    page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    rewrite_tables()
