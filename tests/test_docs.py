@@ -56,10 +56,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         del sys.modules[name]
 
 
-def test_extending_runs_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extending_runs_from_top_to_bottom(folder: Path) -> None:
     from trl_search.protocols import PROTOCOLS
 
-    monkeypatch.setattr("trl_search.protocols.PROTOCOLS", PROTOCOLS)
     page = ROOT / "docs" / "extending.md"
     # What pip writes when it installs the package whose pyproject.toml the page shows.
     points = [re.sub(r'"(.*)"', r"\1", block.split("\n", 1)[1]) for _, block in blocks(page, "toml")]
@@ -74,8 +73,9 @@ def test_extending_runs_from_top_to_bottom(folder: Path, monkeypatch: pytest.Mon
         PROTOCOLS.pop("lookup", None)
 
 
-def test_the_code_of_the_readme_that_says_so_runs(folder: Path) -> None:
-    run(README, blocks(README, "python", marked=True))
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_code_that_is_marked_as_runnable_runs(path: Path, folder: Path) -> None:
+    run(path, blocks(path, "python", marked=True))
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
@@ -130,7 +130,10 @@ def key_table(cls: type) -> str:
         made = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore
         return f"`{made}`" if made != "" else '`""`'
 
-    rows = [f"| `{name}` | {default(f)} | {f.metadata['help']} |" for name, f in keys(cls).items()]
+    def text(field: dataclasses.Field) -> str:
+        return re.sub(r"<\w+>", r"`\g<0>`", field.metadata["help"])  # a bare tag is HTML, and vanishes
+
+    rows = [f"| `{name}` | {default(f)} | {text(f)} |" for name, f in keys(cls).items()]
     return "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])
 
 

@@ -68,6 +68,16 @@ def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> N
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(tmp_path / "site")) and "quickstart.yaml" in run.stdout.splitlines()[-1]
 
+    small = {"world_passages": 1000, "max_eval_questions": 8, "warm_start_steps": 1, "max_steps": 1}
+    options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "trl_search.cli", "train", "quickstart", *options]
+    (tmp_path / "empty").mkdir()
+    environment["HF_HUB_OFFLINE"] = "1"
+    run = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "| search, after GRPO |" in run.stdout
+    assert (tmp_path / "empty" / "runs" / "quickstart" / "curves.png").exists()
+
 
 def test_versions_agree() -> None:
     import trl_search

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from trl_search.alarms import CollapseAlarm
 from trl_search.config import SearchGRPOConfig
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
@@ -157,6 +158,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
+            self.add_callback(CollapseAlarm())
 
     # The seams, in the order in which TRL passes through them
 

@@ -4,7 +4,7 @@
     trl-search sft --output runs/good --quality good=1.0 --steps 200        a policy that searches as it should
 
 The loss is on what the policy itself writes; thoughts, calls and answers, never the passages. The output folder holds
-the model and its tokenizer: `trl-search train RECIPE --model_name_or_path runs/warm` goes on from there.
+the model and its tokenizer: `trl-search train RECIPE --model_name_or_path runs/warm --warm_start_steps 0` goes on.
 """
 
 from __future__ import annotations
