@@ -116,7 +116,7 @@ def seconds_without(these: Sequence[Interval], those: Sequence[Interval]) -> flo
             (at, kind, step)
             for kind, spans in enumerate((these, those))
             for span in spans
-            for at, step in zip(span, (1, -1))
+            for at, step in zip(span, (1, -1), strict=True)
         ]
     )
     total, open_spans, last = 0.0, [0, 0], 0.0

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "types", "text", "world_language"},
     {"reflection", "wellformed", "world"},
     {"retrieval"},
-    {"protocols", "policies", "data", "rewards", "alarms", "logprobs"},
+    {"protocols", "policies", "data", "rewards", "alarms", "logprobs", "progress"},
     {"environment", "metrics"},
     {"rollout"},
     {"evaluate", "config", "scripts"},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -40,10 +43,26 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
 
 
 def test_an_interrupted_run_goes_on(run, capsys):
-    options = ["--output_dir", str(run), "--resume_from_checkpoint", "last", "--evaluate", "false"]
-    assert main(["train", "quickstart", *SMALL, *options, "--max_steps", "3", "--warm_start_steps", "0"]) == 0
-    history = json.loads((run / "results.json").read_text())["history"]
-    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
+    warm = (run / "warm_start" / "model.safetensors").stat().st_mtime_ns
+    options = ["--output_dir", str(run), "--resume_from_checkpoint", "last", "--max_steps", "3"]
+    assert main(["train", "quickstart", *SMALL, *options]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert [row["step"] for row in results["history"] if "loss" in row] == [1, 2, 3]
+    # The warm start and what was measured before training are not paid for twice.
+    assert list(results["rows"]) == ["search, after GRPO"]
+    assert (run / "warm_start" / "model.safetensors").stat().st_mtime_ns == warm
+
+
+def test_two_processes_warm_up_and_train_as_one(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_search.cli"]
+    command = [*launch, "train", "quickstart", *SMALL, "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("s in all.") == 1 and run.stdout.count("step 2/2  reward") == 1
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert all(row["questions"] == 24 for row in rows.values())  # twelve of each rank
 
 
 def test_lora_saves_an_adapter(tmp_path):

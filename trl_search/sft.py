@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
+from trl_search.progress import StepLines
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.scripts import WEAK, scripted_trajectories
@@ -39,6 +41,7 @@ def warm_start(
     quality: Mapping[str, float] = WEAK,
     environment: SearchEnvironment | None = None,
     seed: int = 0,
+    use_cpu: bool = False,
 ) -> list[Trajectory]:
     """Trains the model in place on a world's training questions, and saves it with its tokenizer.
 
@@ -46,6 +49,7 @@ def warm_start(
         steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.scripts.PLAYERS`.
         environment (`SearchEnvironment`, *optional*): What the scripts search, if other than the retriever's default.
+        use_cpu (`bool`): As that of the run it belongs to: processes that disagree on the device train each alone.
 
     Returns:
         `list[Trajectory]`: What was trained on.
@@ -62,6 +66,7 @@ def warm_start(
         learning_rate=learning_rate,
         batch_size=batch_size,
         seed=seed,
+        use_cpu=use_cpu,
     )
     return trajectories
 
@@ -77,6 +82,7 @@ def fine_tune(
     batch_size: int = 16,
     max_tokens: int | None = None,
     seed: int = 0,
+    use_cpu: bool = False,
 ) -> None:
     """Trains the model in place on trajectories, whoever wrote them, and saves it with its tokenizer in `output_dir`.
 
@@ -97,6 +103,7 @@ def fine_tune(
         dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
         bf16=False,
+        use_cpu=use_cpu,
         save_strategy="no",
         report_to="none",
         logging_steps=max(1, steps // 4),
@@ -104,6 +111,8 @@ def fine_tune(
         data_seed=seed,
     )
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLines)
     trainer.train()
     trainer.save_model(output_dir)
 

@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
@@ -33,13 +34,15 @@ from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.evaluate import Evaluation, evaluate
 from trl_search.policies.transformers import TransformersPolicy
+from trl_search.progress import StepLines
 from trl_search.protocols import load_protocol
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.sft import warm_start
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer
-from trl_search.world import Question, World, generate_world
+from trl_search.world import Question, generate_world
 
+BASELINES = {"direct": "direct answer, no search", "rag": "one-shot RAG"}
 # Added to the seed of a world: that of the world in which its policy is warmed up.
 _ELSEWHERE = 1_000_003
 
@@ -88,12 +91,11 @@ class TaskArguments:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to train and to be measured on, and what to search; `world` if they come from the embedded one."""
+    """Questions to train and to be measured on, and what to search."""
 
     train: Dataset
     held_out: Dataset | None
     retriever: Retriever
-    world: World | None
 
 
 def load_task(arguments: TaskArguments, *, seed: int) -> Task:
@@ -107,14 +109,14 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
         held_out = _sample(_as_dataset(world.questions("test")), arguments.max_eval_questions, seed)
         retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
-        return Task(train, held_out, retriever, world)
+        return Task(train, held_out, retriever)
     train = load_questions(arguments.questions, limit=arguments.max_train_questions, seed=seed)
     held_out = (
         load_questions(arguments.eval_questions, split="test", limit=arguments.max_eval_questions, seed=seed)
         if arguments.eval_questions
         else None
     )
-    return Task(train, held_out, load_retriever(arguments.retriever, **options), None)
+    return Task(train, held_out, load_retriever(arguments.retriever, **options))
 
 
 def run_training(
@@ -135,34 +137,21 @@ def run_training(
         if task.held_out is not None and arguments.evaluate:
             measured[row] = _evaluate(mode, task, model, tokenizer, config)
 
-    # 1. What the model can do without having learnt to search.
-    for mode in arguments.baselines:
-        measure({"direct": "direct answer, no search", "rag": "one-shot RAG"}.get(mode, mode), mode, model)
-
-    # 2. The warm start: the format, and weak behaviour.
-    if arguments.warm_start_steps > 0:
-        if task.world is None:
-            raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
-        protocol = load_protocol(
-            config.protocol, tokenizer, instruction=config.instruction, system_prompt=config.system_prompt
-        )
-        # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
-        elsewhere = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
-        warm_start(
-            model,
-            protocol,
-            elsewhere,
-            load_retriever("bm25", passages=elsewhere.passages),
-            output_dir=str(folder / "warm_start"),
-            steps=arguments.warm_start_steps,
-            learning_rate=arguments.warm_start_learning_rate,
-            seed=config.seed,
-        )
-        # The reference model of beta > 0 is loaded from where the policy came from: that is now the warm start.
-        model.config._name_or_path = str(folder / "warm_start")
-    before = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
     mode = "search" if config.max_searches else "direct"
-    measure(before, mode, model)
+    checkpoint = _checkpoint(config, folder)
+    warm_folder = folder / "warm_start"
+    if checkpoint is None:  # a resumed run has all of this behind it
+        # 1. What the model can do without having learnt to search.
+        for baseline in arguments.baselines:
+            measure(BASELINES.get(baseline, baseline), baseline, model)
+
+        # 2. The warm start: the format, and weak behaviour.
+        if arguments.warm_start_steps:
+            _warm_up(model, tokenizer, arguments, config, warm_folder)
+        measure("search, warm-started" if arguments.warm_start_steps else "search, before GRPO", mode, model)
+    if arguments.warm_start_steps:
+        # The reference model of beta > 0 is loaded from where the policy came from: that is the warm start now.
+        model.config._name_or_path = str(warm_folder)
 
     # 3. GRPO.
     trainer = SearchGRPOTrainer(
@@ -175,9 +164,11 @@ def run_training(
         retriever=task.retriever,
         peft_config=_peft(peft_config),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLines)
     if arguments.evaluate_every and task.held_out is not None:
         trainer.add_callback(_EvaluateEvery(arguments.evaluate_every, trainer, task, tokenizer))
-    trainer.train(resume_from_checkpoint=_checkpoint(config, folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     measure("search, after GRPO", mode, trainer.accelerator.unwrap_model(trainer.model))
 
@@ -200,6 +191,33 @@ class _EvaluateEvery(TrainerCallback):
         result = _evaluate("search" if config.max_searches else "direct", self.task, model, self.tokenizer, config)
         for name, value in (("eval/em", result.em), ("eval/searches", result.searches)):
             self.trainer._metrics["train"][name].append(value)
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TaskArguments,
+    config: SearchGRPOConfig,
+    folder: Path,
+) -> None:
+    if arguments.questions != "world":
+        raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
+    protocol = load_protocol(
+        config.protocol, tokenizer, instruction=config.instruction, system_prompt=config.system_prompt
+    )
+    # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
+    world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
+    warm_start(
+        model,
+        protocol,
+        world,
+        load_retriever("bm25", passages=world.passages),
+        output_dir=str(folder),
+        steps=arguments.warm_start_steps,
+        learning_rate=arguments.warm_start_learning_rate,
+        seed=config.seed,
+        use_cpu=config.use_cpu,
+    )
 
 
 def results_table(measured: Mapping[str, Evaluation]) -> str:

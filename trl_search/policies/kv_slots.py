@@ -76,7 +76,7 @@ class SlotCache(Cache):
         for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             store[self.rows_B.unsqueeze(1), :, self.write_BT] = new.transpose(1, 2)
             used = store[:, :, : self.length]  # cut before rows are gathered: a copy costs what it copies
-            history.append(used[: len(self.rows_B)] if self.in_place else used[self.rows_B])
+            history.append(used[: len(self.rows_B)] if self.in_place else used.index_select(0, self.rows_B))
         return history[0], history[1]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
