@@ -119,7 +119,7 @@ def manager(model: PreTrainedModel, config: GenerationConfig, conversations: int
     sizes = ContinuousBatchingConfig(block_size=32, num_blocks=20 * conversations, max_batch_tokens=4096)
 
     def turn(prompts: list[Ids]) -> list[Ids]:
-        outputs = model.generate_batch(
+        outputs = model.generate_batch(  # type: ignore[operator]
             prompts, generation_config=config, continuous_batching_config=sizes, progress_bar=False
         )
         return [_until_eos(output.generated_tokens, config) for output in outputs.values()]

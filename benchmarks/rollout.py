@@ -203,10 +203,11 @@ def make_trainers(retriever: Retriever, questions: Dataset, folder: str) -> dict
 def policy_clock(trainers: dict[str, GRPOTrainer]) -> Iterator[Clock]:
     """Times the policy of both."""
     clock = Clock()
+    stock: Any = trainers["stock TRL"].model
     with (
         mock.patch.object(TransformersPolicy, "_prefill", clock.timed(TransformersPolicy._prefill)),
         mock.patch.object(TransformersPolicy, "_decode", clock.timed(TransformersPolicy._decode)),
-        mock.patch.object(trainers["stock TRL"].model, "generate", clock.timed(trainers["stock TRL"].model.generate)),
+        mock.patch.object(stock, "generate", clock.timed(stock.generate)),
     ):
         yield clock
 
@@ -215,6 +216,7 @@ def run_batch(
     trainer: GRPOTrainer, rows: list[dict[str, Any]], retriever: SlowRetriever, policy: Clock, seed: int
 ) -> Batch:
     torch.manual_seed(seed)
+    assert trainer.model is not None
     trainer.model.train()
     trainer._metrics["train"].clear()
     retriever.clock.intervals.clear()
@@ -290,7 +292,8 @@ def main() -> None:
     measured: dict[tuple[int, str], list[Batch]] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(retriever, questions, folder)
-        rows = [row for row in trainers["stock TRL"].train_dataset for _ in range(GROUP)]
+        dataset: Any = trainers["stock TRL"].train_dataset
+        rows = [row for row in dataset for _ in range(GROUP)]
         batches = len(trainers) * (1 + len(arguments.delays_ms) * arguments.repeats)
         with policy_clock(trainers) as policy, tqdm(total=batches, unit="batch", disable=None) as bar:
             for trainer in trainers.values():

@@ -1,7 +1,7 @@
 """A key-value cache of slots, one a running conversation, for continuous batching on any `transformers` decoder.
 
 `transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is
-installed, so its cost on a CPU grows with the square of the batch (`benchmarks/engine.py` measures it). Here a slot is
+installed, so its cost on a CPU grows much faster with the batch (`benchmarks/engine.py` measures it). Here a slot is
 one row of a plain (slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
 """
 
