@@ -222,6 +222,6 @@ def _backend(name: str | None) -> str:
         raise unknown_name("BM25 backend", name, ["numba", "numpy"])
     if name == "numba" and not importlib.util.find_spec("numba"):
         raise UserError(
-            "the numba backend of BM25 needs numba: pip install 'trl-search[bm25]'; backend='numpy' does the same slower"
+            "BM25's numba backend needs numba: pip install 'trl-search[bm25]'; backend='numpy' does the same, slower"
         )
     return name
