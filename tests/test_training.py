@@ -104,6 +104,15 @@ def test_the_same_seed_gives_the_same_task():
     assert not set(first.train["question"]) & set(first.held_out["question"])
 
 
+def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
+    asked = []
+    monkeypatch.setattr("trl_search.training.load_questions", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr("trl_search.training.load_retriever", lambda kind, **options: None)
+    for name in ("hotpotqa", str(tmp_path)):
+        load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=name), seed=0)
+    assert [options["split"] for name, options in asked if "split" in options] == [None, "test"]
+
+
 def test_curves_survive_missing_and_empty_histories(tmp_path):
     assert draw_curves([], tmp_path / "a.png", {}).exists()
     assert draw_curves([{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}], tmp_path / "b.png", {}).exists()

@@ -21,7 +21,7 @@ from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.reflection import count_reflections
 from trl_search.rollout import Limits, rollout
-from trl_search.text import exact_match, extract_answer, f1_score
+from trl_search.text import exact_match, f1_score, last_answer
 from trl_search.types import Passage, Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
@@ -106,12 +106,6 @@ def rag_messages(
     return [*system, {"role": "user", "content": f"{documents}\n\n{user['content']}"}]
 
 
-def answer_of(trajectory: Trajectory) -> str | None:
-    """The last answer in what the policy wrote; None without one."""
-    spoken = [turn.text for turn in trajectory.turns if turn.role == "assistant"]
-    return next((answer for text in reversed(spoken) if (answer := extract_answer(text)) is not None), None)
-
-
 def bootstrap_ci95(values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> float:
     """Half the width of the 95 % bootstrap interval of the mean."""
     if not values:
@@ -122,8 +116,8 @@ def bootstrap_ci95(values: Sequence[float], *, resamples: int = 1000, seed: int 
 
 
 def _record(trajectory: Trajectory, row: Mapping[str, Any]) -> dict[str, float]:
-    answer, golden = answer_of(trajectory), list(row["golden_answers"])
-    phrases = sum(count_reflections(turn.text) for turn in trajectory.turns if turn.role == "assistant")
+    answer, golden = last_answer(trajectory.spoken), list(row["golden_answers"])
+    phrases = sum(map(count_reflections, trajectory.spoken))
     return {
         "em": 0.0 if answer is None else float(exact_match(answer, golden)),
         "f1": 0.0 if answer is None else float(f1_score(answer, golden)),

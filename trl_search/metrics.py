@@ -25,10 +25,10 @@ from trl_search.types import StopReason, Trajectory
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     """The numbers of one trajectory, under the same keys for every trajectory."""
-    phrases = sum(count_reflections(turn.text) for turn in trajectory.turns if turn.role == "assistant")
+    phrases = sum(map(count_reflections, trajectory.spoken))
     return {
         "search/searches": float(trajectory.searches),
-        "search/turns": float(sum(turn.role == "assistant" for turn in trajectory.turns)),
+        "search/turns": float(len(trajectory.spoken)),
         "search/malformed_calls": float(trajectory.malformed),
         "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
         "search/failed_rollouts": float(trajectory.failed),

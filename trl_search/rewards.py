@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from trl_search.errors import UserError, unknown_name
 from trl_search.reflection import count_reflections
-from trl_search.text import contains_answer, exact_match, extract_answer, f1_score, golden_list
+from trl_search.text import contains_answer, exact_match, f1_score, golden_list, last_answer
 from trl_search.wellformed import format_score
 
 Reward = Callable[..., Any]
@@ -302,6 +302,4 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _answer(completion: Completion) -> str | None:
-    # Turn by turn from the end: an answer opened in one turn is not closed by another.
-    answers = map(extract_answer, reversed(_texts(completion, "assistant")))
-    return next((answer for answer in answers if answer is not None), None)
+    return last_answer(_texts(completion, "assistant"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -44,6 +44,17 @@ def extract_answer(text: str) -> str | None:
     """
     answers = _ANSWER.findall(text)
     return answers[-1].strip() if answers else None
+
+
+def last_answer(turns: Sequence[str]) -> str | None:
+    """The answer of a conversation, from the model's turns: looked for turn by turn from the end, since an answer that
+    is opened in one turn is not closed by another.
+
+    Example:
+        >>> last_answer(["<answer> Lyon </answer>", "let me check"])
+        'Lyon'
+    """
+    return next((answer for answer in map(extract_answer, reversed(turns)) if answer is not None), None)
 
 
 def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:

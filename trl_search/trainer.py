@@ -116,7 +116,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if retriever is not None and environment is not None:
             raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
         if environment is None and retriever is not None:
-            environment = _search_environment(retriever, args)
+            environment = search_environment(retriever, args) if args.max_searches else AnswerOnly()
         self.environment = environment
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
@@ -296,9 +296,8 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
 
 
-def _search_environment(retriever: Retriever, args: SearchGRPOConfig) -> Environment:
-    if args.max_searches == 0:
-        return AnswerOnly()
+def search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEnvironment:
+    """The default world, as the configuration has it: the same in training and in evaluation."""
     return SearchEnvironment(
         retriever,
         top_k=args.passages_per_query,

@@ -29,8 +29,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_search.config import SearchGRPOConfig
 from trl_search.curves import draw_curves
-from trl_search.data import load_questions
-from trl_search.environment import SearchEnvironment
+from trl_search.data import HUB_SETS, load_questions
 from trl_search.errors import UserError
 from trl_search.evaluate import Evaluation, evaluate
 from trl_search.policies.transformers import TransformersPolicy
@@ -39,7 +38,7 @@ from trl_search.protocols import load_protocol
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.sft import warm_start
 from trl_search.tiny_policy import tiny_policy_path
-from trl_search.trainer import SearchGRPOTrainer
+from trl_search.trainer import SearchGRPOTrainer, search_environment
 from trl_search.world import Question, generate_world
 
 BASELINES = {"direct": "direct answer, no search", "rag": "one-shot RAG"}
@@ -111,11 +110,11 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
         retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
         return Task(train, held_out, retriever)
     train = load_questions(arguments.questions, limit=arguments.max_train_questions, seed=seed)
-    held_out = (
-        load_questions(arguments.eval_questions, split="test", limit=arguments.max_eval_questions, seed=seed)
-        if arguments.eval_questions
-        else None
-    )
+    held_out = None
+    if arguments.eval_questions:
+        # A set of the hub has one split that published numbers are measured on, and it is not always called test.
+        split = None if arguments.eval_questions in HUB_SETS else "test"
+        held_out = load_questions(arguments.eval_questions, split=split, limit=arguments.max_eval_questions, seed=seed)
     return Task(train, held_out, load_retriever(arguments.retriever, **options))
 
 
@@ -240,13 +239,6 @@ def _evaluate(
     assert task.held_out is not None
     state = PartialState()
     rows = list(task.held_out)[state.process_index :: state.num_processes]
-    environment = SearchEnvironment(
-        task.retriever,
-        top_k=config.passages_per_query,
-        max_searches=max(1, config.max_searches),
-        timeout_s=config.search_timeout_s,
-        passage_template=config.passage_template,
-    )
     model.to(config.device)  # type: ignore[arg-type]
     with torch.no_grad():
         return evaluate(
@@ -254,7 +246,7 @@ def _evaluate(
             rows,
             policy=TransformersPolicy(model, tokenizer, max_sequences=config.rollout_batch_size),
             tokenizer=tokenizer,
-            environment=environment,
+            environment=search_environment(task.retriever, config),
             limits=config.limits,
             protocol=config.protocol,
             # A baseline is asked in its own words: the recipe's instruction is the search agent's.

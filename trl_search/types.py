@@ -215,6 +215,11 @@ class Trajectory:
         return sum(isinstance(action, Invalid) for action in self.actions)
 
     @property
+    def spoken(self) -> list[str]:
+        """What the policy wrote, turn by turn: the only text that is scored or searched for phrases."""
+        return [turn.text for turn in self.turns if turn.role == "assistant"]
+
+    @property
     def messages(self) -> list[dict[str, str]]:
         """The turns as chat messages, `[{"role": "assistant", "content": ...}, {"role": "tool", ...}, ...]`: what
         reward functions read, so that they can tell the policy's words from the world's."""

@@ -129,7 +129,7 @@ class TransformersPolicy(Policy):
                     self._decode([slot for slot in self._slots if slot.request])
         # Whatever breaks the engine must reach every coroutine that waits on it, or the rollout hangs.
         except BaseException as error:
-            for request in [*self._waiting, *(slot.request for slot in self._slots if slot.request)]:
+            for request in self._unfinished():
                 _fail(request, error)
             while (queued := self._inbox.get()) is not None:
                 _fail(queued, error)
@@ -145,10 +145,13 @@ class TransformersPolicy(Policy):
             except queue.Empty:
                 return True
             if request is None:
-                for left in [*self._waiting, *(slot.request for slot in self._slots if slot.request)]:
+                for left in self._unfinished():
                     left.future.cancel()
                 return False
             self._waiting.append(request)
+
+    def _unfinished(self) -> list[_Request]:
+        return [*self._waiting, *(slot.request for slot in self._slots if slot.request)]
 
     def _admit(self) -> list[_Slot]:
         """Gives waiting requests a slot: the one that holds the conversation so far, or the longest unused one."""
