@@ -90,7 +90,7 @@ class ScriptedTrainer(SearchGRPOTrainer):
     tamper: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @contextlib.contextmanager
-    def _generation_policy(self) -> Iterator[Any]:
+    def _generation_policy(self, context_length: int) -> Iterator[Any]:
         yield self.actor
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import rerank_servers
+from tests.encoders import HAS_MINILM, minilm, minilm_encoder
+from tests.servers import Server, retrieve_from
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import build_index
+from trl_search.retrieval.wire import Limits
 from trl_search.types import Passage
 
 WORLD = [
@@ -35,9 +39,45 @@ def bm25_on_disk(passages: list[Passage], folder: Path) -> Retriever:
     return load_retriever("bm25", index=folder / "index")
 
 
+def dense_in_memory(passages: list[Passage], folder: Path) -> Retriever:
+    return load_retriever("dense", passages=passages, encoder=minilm_encoder())
+
+
+def dense_on_disk(passages: list[Passage], folder: Path) -> Retriever:
+    with pytest.MonkeyPatch.context() as patch:  # loaded once for all tests
+        patch.setattr("trl_search.retrieval.dense.load_encoder", lambda *_, **__: minilm_encoder())
+        build_index(passages, folder / "index", "dense", encoder=minilm())
+        return load_retriever("dense", index=folder / "index")
+
+
+def http_over_bm25(passages: list[Passage], folder: Path) -> Retriever:
+    serves = retrieve_from(bm25_in_memory(passages, folder), Limits(max_query_chars=200_000, max_topk=10_000))
+    return load_retriever("http", url=Server(serves).url)  # its thread is a daemon: it ends with the tests
+
+
+def bm25_tantivy(passages: list[Passage], folder: Path) -> Retriever:
+    build_index(passages, folder / "tantivy", "bm25", engine="tantivy")
+    return load_retriever("bm25", index=folder / "tantivy")
+
+
+def hybrid_of_bm25_twice(passages: list[Passage], folder: Path) -> Retriever:
+    parts = [bm25_tantivy(passages, folder), {"kind": "bm25", "passages": passages, "backend": "numpy"}]
+    return load_retriever("hybrid", retrievers=parts)
+
+
+def rerank_of_bm25(passages: list[Passage], folder: Path) -> Retriever:
+    _, url, _ = rerank_servers.start(rerank_servers.jina)  # its thread is a daemon: it ends with the tests
+    return load_retriever("rerank", retriever={"kind": "bm25", "passages": passages, "backend": "numpy"}, url=url)
+
+
 KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "bm25_in_memory": bm25_in_memory,
     "bm25_on_disk": bm25_on_disk,
+    "bm25_tantivy": bm25_tantivy,
+    "hybrid": hybrid_of_bm25_twice,
+    "rerank": rerank_of_bm25,
+    "http": http_over_bm25,
+    **({"dense_in_memory": dense_in_memory, "dense_on_disk": dense_on_disk} if HAS_MINILM else {}),
 }
 
 

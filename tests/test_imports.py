@@ -16,18 +16,19 @@ LAYERS = [
     {"errors", "types", "text", "world_language"},
     {"reflection", "wellformed", "world"},
     {"retrieval"},
-    {"protocols", "policies", "data", "rewards", "alarms", "logprobs", "progress"},
+    {"serving"},
+    {"protocols", "policies", "data", "rewards", "alarms", "logprobs", "packing", "varlen_attention", "progress"},
     {"environment", "metrics"},
     {"rollout"},
     {"evaluate", "config", "scripts"},
     {"curves", "sft", "trainer", "tiny_policy", "recipe"},
-    {"training"},
+    {"training", "doctor"},
     {"commands"},
     {"cli", "__main__", "__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # torch, directly; what trains or generates, and nothing else.
-MAY_IMPORT_TORCH = {"policies", "logprobs", "trainer", "training", "sft", "tiny_policy"}
+MAY_IMPORT_TORCH = {"policies", "logprobs", "packing", "varlen_attention", "trainer", "training", "sft", "tiny_policy"}
 
 
 def home(path: Path) -> str:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_search.retrieval import RetrievalError, Retriever
+from trl_search.retrieval.base import QueueFull, Unavailable
 from trl_search.retrieval.batching import MAX_HUNG, SearchBatcher
 from trl_search.types import Passage
 
@@ -61,7 +62,7 @@ def run(
     scenario: Callable[[SearchBatcher], Coroutine[Any, Any, Any]],
     retriever: Retriever,
     timeout_s: float = TIMEOUT_S,
-    **options: int,
+    **options: Any,
 ) -> SearchBatcher:
     async def whole() -> SearchBatcher:
         complaints: list[dict[str, Any]] = []  # what asyncio would only log: an exception in a callback
@@ -104,6 +105,82 @@ def test_one_batch_gathers_while_another_is_searched(echo: Echo) -> None:
     batcher = run(scenario, echo)
     assert echo.batches == [["a"], ["b", "c", "d"]]
     assert 0.29 < batcher.stats.seconds < 1.5
+
+
+@pytest.mark.parametrize("turns", range(16))
+def test_a_query_at_the_very_moment_when_the_last_batch_ends_is_searched(turns: int) -> None:
+    async def later(batcher: SearchBatcher) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.search("b", 1)
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.wait_for(asyncio.gather(batcher.search("a", 1), later(batcher)), 5)
+
+    run(scenario, AsyncEcho(), timeout_s=5)
+
+
+def test_a_retriever_that_wants_several_batches_gets_them(echo: Echo) -> None:
+    echo.delay_s, echo.max_concurrent_batches = 0.1, 3
+
+    async def late(batcher: SearchBatcher, query: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await batcher.search(query, 1)
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.gather(*(late(batcher, query, 0.01 * at) for at, query in enumerate("abcdef")))
+        assert await outcomes(batcher, *"ghijk") == [f"{query}0" for query in "ghijk"]
+
+    run(scenario, echo, max_batch=4)
+    assert echo.batches == [["a"], ["b"], ["c"], ["d", "e", "f"], ["g", "h", "i", "j"], ["k"]]
+
+
+def test_a_batch_that_hangs_holds_up_no_batch_beside_it(echo: Echo) -> None:
+    echo.max_concurrent_batches = 2
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        hanging = asyncio.create_task(outcomes(batcher, "hang"))
+        await asyncio.sleep(0.01)
+        for query in "abc":
+            assert await outcomes(batcher, query) == [f"{query}0"]
+        assert not hanging.done()
+        assert "timed out" in (await hanging)[0]
+
+    run(scenario, echo)
+    echo.released.set()
+
+
+def test_one_query_too_many_is_refused_at_once(echo: Echo) -> None:
+    echo.delay_s = 0.1
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        first = asyncio.create_task(batcher.search("a", 1))
+        await asyncio.sleep(0.02)  # it is being searched, and waits no longer
+        waiting = [asyncio.create_task(batcher.search(query, 1)) for query in "bc"]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="2 searches wait already"):
+            await batcher.search("d", 1)
+        again = asyncio.create_task(batcher.search("b", 1))  # asks for nothing new
+        assert [(await one)[0].id for one in (first, *waiting, again)] == ["a0", "b0", "c0", "b0"]
+        assert await outcomes(batcher, "d") == ["d0"]
+
+    batcher = run(scenario, echo, max_queued=2)
+    assert (batcher.stats.queries, batcher.stats.failures) == (6, 1)
+
+
+def test_a_service_that_is_down_is_not_tried_query_by_query() -> None:
+    class Down(Echo):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            self.batches.append(list(queries))
+            raise Unavailable("nobody listens")
+
+    down = Down()
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        assert await outcomes(batcher, "a", "b") == ["Unavailable('nobody listens')"] * 2
+
+    run(scenario, down)
+    assert down.batches == [["a", "b"]]
 
 
 def test_a_lone_query_waits_for_no_timer(echo: Echo) -> None:
@@ -311,9 +388,11 @@ def test_a_retriever_may_cancel_itself() -> None:
 @given(
     asked=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3), st.integers(0, 4)), max_size=30),
     max_batch=st.integers(1, 5),
+    at_once=st.integers(1, 3),
 )
-def test_everyone_gets_what_they_asked_for(asked: list[tuple[str, int, int]], max_batch: int) -> None:
+def test_everyone_gets_what_they_asked_for(asked: list[tuple[str, int, int]], max_batch: int, at_once: int) -> None:
     echo = Echo()
+    echo.max_concurrent_batches = at_once
 
     async def ask(batcher: SearchBatcher, query: str, k: int, turns: int) -> None:
         for _ in range(turns):
@@ -333,6 +412,15 @@ def test_everyone_gets_what_they_asked_for(asked: list[tuple[str, int, int]], ma
 def test_impossible_limits_are_refused(timeout_s: float, max_batch: int) -> None:
     with pytest.raises(ValueError, match="timeout_s must be above 0"):
         SearchBatcher(Echo(), timeout_s=timeout_s, max_batch=max_batch)
+
+
+def test_impossible_numbers_of_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_queued must be at least 1"):
+        SearchBatcher(Echo(), timeout_s=1, max_queued=0)
+    idle = Echo()
+    idle.max_concurrent_batches = 0
+    with pytest.raises(ValueError, match="Echo has 0"):
+        SearchBatcher(idle, timeout_s=1)
 
 
 def test_k_below_one_is_refused() -> None:

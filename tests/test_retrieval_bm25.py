@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_search.errors import UserError
-from trl_search.retrieval import RetrievalError, load_retriever
+from trl_search.retrieval import RetrievalError, Retriever, load_retriever
 from trl_search.retrieval.analyzer import Analyzer
-from trl_search.retrieval.bm25 import MARGIN, BM25Retriever
+from trl_search.retrieval.bm25 import BM25Retriever
+from trl_search.retrieval.bm25s import MARGIN, BM25SEngine
 from trl_search.retrieval.index import build_index, read_manifest
 from trl_search.types import Passage
 
@@ -32,6 +34,12 @@ def passages(*texts: str) -> list[Passage]:
 
 def ids(found: list[Passage]) -> list[str]:
     return [passage.id for passage in found]
+
+
+def scores_of(retriever: Retriever) -> Any:
+    """The `bm25s.BM25` inside."""
+    assert isinstance(retriever, BM25Retriever) and isinstance(retriever._engine, BM25SEngine)
+    return retriever._engine._scores
 
 
 def test_the_score_is_bm25() -> None:
@@ -68,9 +76,9 @@ def test_the_best_k_of_all_scores_ties_in_corpus_order(
     retriever = BM25Retriever.from_passages(passages(*corpus, "z"), stopwords=None, backend=backend)
     found = retriever.search(queries, k)
     for query, got in zip(queries, found, strict=True):
-        vocabulary = retriever._scores.vocab_dict
+        vocabulary = scores_of(retriever).vocab_dict
         known = [vocabulary[term] for term in query.split() if term in vocabulary]
-        scores = retriever._scores.get_scores_from_ids(known)
+        scores = scores_of(retriever).get_scores_from_ids(known)
         expected = [row for row in np.argsort(-scores, kind="stable")[:k] if scores[row] > 0]
         assert [(passage.id, passage.score) for passage in got] == [(str(row), scores[row]) for row in expected]
 
@@ -131,7 +139,8 @@ def test_a_pasted_page_holds_nobody_up() -> None:
 
 def test_one_search_at_a_time_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     retriever = BM25Retriever.from_passages(passages("lantern", "harbour"))
-    retrieve, inside, together = retriever._scores.retrieve, 0, []
+    scores = scores_of(retriever)
+    retrieve, inside, together = scores.retrieve, 0, []
 
     def watched(*args: object, **options: object) -> object:
         nonlocal inside
@@ -141,7 +150,7 @@ def test_one_search_at_a_time_whatever_the_threads(monkeypatch: pytest.MonkeyPat
         inside -= 1
         return retrieve(*args, **options)
 
-    monkeypatch.setattr(retriever._scores, "retrieve", watched)
+    monkeypatch.setattr(scores, "retrieve", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: retriever.search(["lantern"], k=1), range(8)))
     assert together == [1] * 8
@@ -203,7 +212,7 @@ def test_an_index_on_disk_is_mapped_and_equal_to_one_in_memory(tmp_path: Path) -
     build_index(passages(*texts), tmp_path / "index", stemmer=None, stopwords=None, k1=0.9, b=0.4)
     on_disk = load_retriever("bm25", index=tmp_path / "index")
     assert isinstance(on_disk, BM25Retriever)
-    assert all(isinstance(on_disk._scores.scores[name], np.memmap) for name in ("data", "indices", "indptr"))
+    assert all(isinstance(scores_of(on_disk).scores[name], np.memmap) for name in ("data", "indices", "indptr"))
     in_memory = load_retriever("bm25", passages=passages(*texts), stemmer=None, stopwords=None, k1=0.9, b=0.4)
     queries = ["lantern", "vesk3 lantern", "harbour", "vesk6", ""]
     assert on_disk.search(queries, k=20) == in_memory.search(queries, k=20)
@@ -301,5 +310,5 @@ def test_an_installed_package_adds_its_kind(tmp_path: Path, monkeypatch: pytest.
         load_retriever("toy", wrod="vesk")
     with pytest.raises(TypeError, match="gave a int, not a Retriever"):
         load_retriever("wrong")
-    with pytest.raises(UserError, match="There are: bm25, toy, wrong"):
-        load_retriever("qdrant")
+    with pytest.raises(UserError, match=r"There are: bm25, .*toy, .*wrong"):
+        load_retriever("xyzzy")

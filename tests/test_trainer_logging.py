@@ -9,6 +9,9 @@ import pytest
 
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import GOLD, PASSAGES, answer, scripted_trainer, search, steps
+from tests.servers import Said, serving
+from trl_search.metrics import merge_retrieval_metrics
+from trl_search.retrieval import load_retriever
 from trl_search.types import StopReason
 
 ITEM_9 = {
@@ -16,6 +19,7 @@ ITEM_9 = {
     "tokens/model", "tokens/observation", "tokens/nonfinite_logprobs", "time/generation_s", "time/search_s",
     "reflection/ratio", "reflection/phrases_per_1k_tokens", "frac_reward_zero_std", "reward", "entropy",
     "rewards/em/mean", "rewards/reflection/mean", "clip_ratio/region_mean",
+    "retrieval/queries", "retrieval/failed_queries", "retrieval/batches", "retrieval/search_s",
     *(f"stop/{reason.value}" for reason in StopReason),
 }  # fmt: skip
 
@@ -36,6 +40,26 @@ def test_empty_retrievals_are_counted(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, retriever=FixedRetriever([]))
     trainer.score()
     assert trainer._metrics["train"]["search/empty_retrievals"] == [0.75]
+
+
+def test_what_the_retriever_counts_is_logged_and_failures_by_endpoint(tmp_path, random_model, tokenizer):
+    with serving(lambda asked: Said({"error": "no"}, 400)) as server:
+        retriever = load_retriever("http", url=server.url)
+        trainer = scripted_trainer(tmp_path, random_model, tokenizer, retriever=retriever, max_failed_share=1.0)
+        trainer.score()
+        retriever.close()
+    logged = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("retrieval/")}
+    assert logged["retrieval/failed_queries"][0] >= 1
+    assert logged["retrieval/failures"] == logged[f"retrieval/failures/127.0.0.1:{server.port}"] == [len(server.asked)]
+    assert trainer._metrics["train"]["search/failed_rollouts"][0] > 0
+
+
+def test_ranks_are_merged_by_what_a_number_means():
+    one = {"retrieval/requests": 2.0, "retrieval/latency_max_s": 0.5, "retrieval/latency_p50_s": 0.1}
+    other = {"retrieval/requests": 3.0, "retrieval/latency_max_s": 0.2, "retrieval/latency_p50_s": 0.3, "x/new": 1.0}
+    assert merge_retrieval_metrics([one, other, {}]) == {
+        "retrieval/requests": 5.0, "retrieval/latency_max_s": 0.5, "retrieval/latency_p50_s": 0.2, "x/new": 1.0,
+    }  # fmt: skip
 
 
 def test_completion_tables_have_our_columns_and_one_row_a_trajectory(tmp_path, random_model, tokenizer):

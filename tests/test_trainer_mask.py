@@ -59,12 +59,13 @@ def observed(trainer, batch):
 
 
 def replace_labels(trainer, batch, where):
-    """Has the model score other tokens than those of the batch at `where`, in the same context."""
+    """Has the model score other tokens than those of the batch at `where`, in the same context, if it scores them."""
 
     def hook(module, args, kwargs):
-        labels = kwargs["labels"].clone()
-        labels[:, -where.shape[1] :][where] = 7
-        return args, {**kwargs, "labels": labels}
+        labels = kwargs["shift_labels"].clone()  # (1, tokens of the loss), row by row
+        assert labels.shape[1] == loss_mask(batch).sum()
+        labels[0, where[loss_mask(batch)]] = 7
+        return args, {**kwargs, "shift_labels": labels}
 
     return trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -188,20 +189,20 @@ def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
     trainer, batch = scored(script)
     forwarded = []
     trainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: forwarded.append(kwargs["input_ids"].clone()), with_kwargs=True
+        lambda module, args, kwargs: forwarded.append((kwargs["input_ids"], kwargs["shift_labels"])), with_kwargs=True
     )
     trainer.loss(batch)
+    ((inputs, labels),) = forwarded
+    assert labels[0].tolist() == [token for turns in trainer.actor.said for turn in turns for token in turn]
     width = batch["prompt_ids"].shape[1]
-    for row, turns in enumerate(trainer.actor.said):
-        ids = forwarded[0][row, width:]
-        assert ids[loss_mask(batch)[row]].tolist() == [token for turn in turns for token in turn]
-        trajectory = trainer._trajectories[row]
-        prompt = forwarded[0][row, :width][batch["prompt_mask"][row].bool()]
+    for row, trajectory in enumerate(trainer._trajectories):
+        # The last token is scored and not read: nothing follows it.
+        assert inputs[row, width:][: len(trajectory.ids) - 1].tolist() == trajectory.ids[:-1]
+        prompt = inputs[row, :width][batch["prompt_mask"][row].bool()]
         assert tuple(prompt.tolist()) == trajectory.prompt_ids
         # What the policy saw before each turn is a prefix of what is trained on, observations included.
-        assert ids[: len(trajectory.ids)].tolist() == trajectory.ids
         sequence = [*trajectory.prompt_ids, *trajectory.ids]
-        assert len(trainer.actor.asked[row]) == len(turns)
+        assert len(trainer.actor.asked[row]) == len(trainer.actor.said[row])
         assert all(sequence[: len(asked)] == asked for asked in trainer.actor.asked[row])
     assert trainer._trajectories[0].actions[-1].text == GOLD
     assert batch["advantages"][0] > 0  # an oddly spelt right answer is a right answer

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from trl_search.environment import PASSAGE_TEMPLATE
 from trl_search.protocols import PROTOCOLS
 from trl_search.rollout import Limits
+from trl_search.varlen_attention import PACKED_ATTENTION
 
 
 @dataclass
@@ -25,6 +26,8 @@ class SearchGRPOConfig(GRPOConfig):
             TRL's default sums log-ratios over a sequence, which zeroes the loss of long trajectories.
     """
 
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_options"]  # noqa: RUF012 (declared so by TRL)
+
     max_completion_length: int = field(
         default=3072,
         metadata={"help": "Tokens of a trajectory after its prompt: the policy's turns and what is retrieved."},
@@ -38,6 +41,25 @@ class SearchGRPOConfig(GRPOConfig):
     )
     vllm_importance_sampling_clip_max: float = field(
         default=2.0, metadata={"help": "Highest importance ratio of a token between the trainer and vLLM."}
+    )
+    vllm_lora_sync: str = field(
+        default="merged",
+        metadata={
+            "help": "What goes to vLLM when a LoRA adapter is trained. merged: all weights, the adapter merged into "
+            "them. adapter: the adapter alone, which vLLM applies as it serves.",
+            "choices": ["merged", "adapter"],
+        },
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which the adapter reaches vLLM (vllm_lora_sync=adapter); a server must see it "
+            "under the same path. Default: in memory for colocate, output_dir/vllm-adapter for a server."
+        },
+    )
+    vllm_engine_options: dict | str | None = field(
+        default=None,
+        metadata={"help": "More arguments of vllm.LLM for colocate, as JSON: '{\"dtype\": \"float32\"}'."},
     )
     protocol: str = field(
         default="qwen_tools",
@@ -85,6 +107,23 @@ class SearchGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation: it collapses."},
     )
+    packed_attention: str = field(
+        default="auto",
+        metadata={
+            "help": "Which kernel log-probs are computed with, over trajectories packed without padding. auto: the "
+            "first of varlen (PyTorch's own), flash_attention_2 and flex_attention that works here, else padded (rows "
+            "of like length together). sdpa packs too, with one mask of all tokens by all: for tests.",
+            "choices": list(PACKED_ATTENTION),
+        },
+    )
+    max_packed_tokens: int = field(
+        default=16384,
+        metadata={
+            "help": "Tokens of a pack; they bound the memory of a forward, and per_device_train_batch_size may be "
+            "large. Without gradient_checkpointing the activations of one pack are kept at a time, and all packs of a "
+            "micro-batch but the last run twice."
+        },
+    )
     rollout_batch_size: int = field(
         default=64,
         metadata={"help": "Trajectories the transformers policy generates at once, in one process; others queue."},
@@ -94,6 +133,14 @@ class SearchGRPOConfig(GRPOConfig):
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
+        if self.vllm_lora_sync not in ("merged", "adapter"):
+            raise ValueError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
+        if isinstance(self.vllm_engine_options, str):
+            raise ValueError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
+        if self.packed_attention not in PACKED_ATTENTION:
+            raise ValueError(
+                f"packed_attention={self.packed_attention!r} does not exist; there are {', '.join(PACKED_ATTENTION)}"
+            )
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
         if self.search_timeout_s <= 0:
@@ -105,6 +152,7 @@ class SearchGRPOConfig(GRPOConfig):
             "max_queries_per_search",
             "max_turn_length",
             "max_observation_length",
+            "max_packed_tokens",
             "rollout_batch_size",
         ):
             if getattr(self, name) < 1:

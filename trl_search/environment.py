@@ -28,7 +28,7 @@ from typing import Any
 
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval.base import RetrievalError, Retriever
-from trl_search.retrieval.batching import SearchBatcher
+from trl_search.retrieval.batching import SearchBatcher, SearchStats
 from trl_search.types import Action, Answer, Invalid, Observation, Passage, Search, StopReason
 
 # Search-R1's own rendering, and verl's; a reproduction needs the exact one.
@@ -65,6 +65,10 @@ class Environment(abc.ABC):
 
     async def close(self) -> None:
         """Called on the event loop after they ended, also when the batch failed."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Numbers of the last rollout batch, logged beside those of its trajectories; see `Retriever.take_metrics`."""
+        return {}
 
 
 class AnswerOnly(Environment):
@@ -120,6 +124,16 @@ class SearchEnvironment(Environment):
     async def close(self) -> None:
         if self.batcher is not None:
             await self.batcher.aclose()
+
+    def take_metrics(self) -> dict[str, float]:
+        stats = SearchStats() if self.batcher is None else self.batcher.stats
+        return {
+            "retrieval/queries": float(stats.queries),
+            "retrieval/failed_queries": float(stats.failures),
+            "retrieval/batches": float(stats.batches),
+            "retrieval/search_s": stats.seconds,
+            **self.retriever.take_metrics(),
+        }
 
     async def step(self, action: Action) -> Observation:
         if isinstance(action, Answer):

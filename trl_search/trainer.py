@@ -9,7 +9,8 @@ our rollout, and nothing else; `tests/test_contract_trl.py` pins each of them, s
 | `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees                        |
 | `_generate`                       | put the turns as chat messages where TRL put one decoded string; log          |
 | `_calculate_rewards`              | rows whose retrieval failed get no reward, so they enter no baseline          |
-| `_get_per_token_logps_and_entropies` | run rows of like length together, without most of their padding            |
+| `_compute_loss`                   | keep the loss mask, which `_get_per_token_logps_and_entropies` never sees     |
+| `_get_per_token_logps_and_entropies` | run real tokens only, and score those of the loss (`logprobs.py`)           |
 
 Where the mask is: `Trajectory.mask` goes out as `env_mask`, TRL turns it into `tool_mask`, and its loss, KL, entropy,
 ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
@@ -18,14 +19,16 @@ ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -33,16 +36,17 @@ from trl_search.alarms import CollapseAlarm
 from trl_search.config import SearchGRPOConfig
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
-from trl_search.logprobs import logps_by_length
-from trl_search.metrics import trajectory_metrics
+from trl_search.logprobs import make_logprobs
+from trl_search.metrics import merge_retrieval_metrics, trajectory_metrics
+from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
-from trl_search.protocols import Protocol, load_protocol
+from trl_search.prepare import RewardSpec, load_tokenizer, refuse_what_rollouts_cannot_do, resolve_specs, with_prompts
+from trl_search.protocols import load_protocol
 from trl_search.retrieval.base import Retriever
-from trl_search.rewards import check_columns, default_weight, resolve_rewards
+from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
 from trl_search.types import Sampling, Trajectory
-
-RewardSpec = str | Callable[..., Any]
+from trl_search.vllm_backend import SearchVLLM, making_ours
 
 
 class SearchGRPOTrainer(GRPOTrainer):
@@ -120,10 +124,10 @@ class SearchGRPOTrainer(GRPOTrainer):
         self.environment = environment
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
-        rewards = [] if reward_funcs is None else _resolve_rewards(reward_funcs)
+        rewards = [] if reward_funcs is None else resolve_specs(reward_funcs)
         if environment is not None:
-            _refuse_what_rollouts_cannot_do(args, kwargs)
-            processing_class = processing_class or _load_tokenizer(model, args)
+            refuse_what_rollouts_cannot_do(args, kwargs)
+            processing_class = processing_class or load_tokenizer(model, args)
             self.protocol = load_protocol(
                 args.protocol,
                 processing_class,
@@ -132,23 +136,24 @@ class SearchGRPOTrainer(GRPOTrainer):
                 tools=environment.tools,
                 chat_template_kwargs=args.chat_template_kwargs,
             )
-            train_dataset = _with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
+            train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    name: _with_prompts(dataset, self.protocol, rewards, f"eval_dataset[{name!r}]")
+                    name: with_prompts(dataset, self.protocol, rewards, f"eval_dataset[{name!r}]")
                     for name, dataset in eval_dataset.items()
                 }
             else:
-                eval_dataset = _with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
-        super().__init__(
-            model=model,
-            reward_funcs=rewards,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+                eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
+        with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
+            super().__init__(
+                model=model,
+                reward_funcs=rewards,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         if args.reward_weights is None:
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
         if self.environment is not None and self.is_fsdp_enabled:
@@ -159,29 +164,40 @@ class SearchGRPOTrainer(GRPOTrainer):
         if self.environment is not None:
             self.rollout_func = self._rollout
             self.add_callback(CollapseAlarm())
+        self._loss_mask_BC: torch.Tensor | None = None
+        self._logprobs = None
+        if self.environment is not None:
+            self._logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
 
     # The seams, in the order in which TRL passes through them
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self._loss_mask_BC = None  # set by `_rollout`, for the log-probs of the old and the reference policy
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        output: tuple[Any, ...] = super()._generate(prompts)
         if self.environment is None:
-            return output
+            return super()._generate(prompts)
+        tokenizer = self.processing_class
+        # TRL decodes all of a trajectory into one string, the policy's words and the world's, which is not used.
+        self.processing_class = _Undecoded(tokenizer)  # type: ignore[assignment]
+        try:
+            output: tuple[Any, ...] = super()._generate(prompts)
+        finally:
+            self.processing_class = tokenizer
         self._log_trajectories(self._trajectories)
-        # Position 3 holds what TRL decoded: one string, in which the policy's words and the world's are mixed.
         return (*output[:3], [trajectory.messages for trajectory in self._trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
         assert self.environment is not None
-        encoded = [self.protocol.prompt_ids(prompt) for prompt in prompts]
-        self._check_lengths(encoded)
+        encoded = self._encode(prompts)
         mode = "train" if self.model.training else "eval"
-        with self._generation_policy() as policy:
+        with self._generation_policy(self._check_lengths(encoded)) as policy:
             self._trajectories = rollout(
                 encoded,
                 self._rows,
@@ -193,11 +209,13 @@ class SearchGRPOTrainer(GRPOTrainer):
                 description=f"Rollout, {mode} step {self.state.global_step}",
             )
         self._check_failures(self._trajectories)
+        masks = [self._loss_mask(trajectory) for trajectory in self._trajectories]
+        self._loss_mask_BC = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
         return {
             "prompt_ids": [list(ids) for ids in encoded],
             "completion_ids": [trajectory.ids for trajectory in self._trajectories],
             "logprobs": [trajectory.logprobs for trajectory in self._trajectories],
-            "env_mask": [self._loss_mask(trajectory) for trajectory in self._trajectories],
+            "env_mask": masks,
         }
 
     def _calculate_rewards(
@@ -220,16 +238,25 @@ class SearchGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        forward = super()._get_per_token_logps_and_entropies
-        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        if self.environment is None or any(value is not None for value in multimodal.values()):
-            return forward(model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal)
-        return logps_by_length(
-            lambda ids, mask, keep: forward(model, ids, mask, keep, batch_size, **options),
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-        )
+        if self._logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
+            # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
+            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
+            )
+        with self.accelerator.autocast():
+            batch = (input_ids, attention_mask, logits_to_keep, self._loss_mask_BC)
+            again = self.model.is_gradient_checkpointing
+            logps, entropies = self._logprobs(model, *batch, batch_size=batch_size, gradient_checkpointing=again)
+        return logps, entropies if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._loss_mask_BC = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        try:
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._loss_mask_BC = None
+        return loss
 
     # What the seams are made of
 
@@ -239,7 +266,13 @@ class SearchGRPOTrainer(GRPOTrainer):
         return trajectory.mask if self.args.mask_observations else [1] * len(trajectory.ids)
 
     @contextlib.contextmanager
-    def _generation_policy(self) -> Iterator[TransformersPolicy]:
+    def _generation_policy(self, context_length: int) -> Iterator[Policy]:
+        """What generates: vLLM, or the model itself. `context_length` is what the longest trajectory may take."""
+        if self.use_vllm:
+            assert isinstance(self.vllm_generation, SearchVLLM)
+            with self.vllm_generation.policy(context_length) as policy:
+                yield policy
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -265,15 +298,26 @@ class SearchGRPOTrainer(GRPOTrainer):
             seed=int.from_bytes(seed.encode(), "big"),
         )
 
-    def _check_lengths(self, encoded: list[tuple[int, ...]]) -> None:
+    def _encode(self, prompts: list[Any]) -> list[tuple[int, ...]]:
+        """The ids of each prompt; a group's is rendered once."""
+        rendered: dict[str, tuple[int, ...]] = {}
+        keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key not in rendered:
+                rendered[key] = self.protocol.prompt_ids(prompt)
+        return [rendered[key] for key in keys]
+
+    def _check_lengths(self, encoded: list[tuple[int, ...]]) -> int:
+        """Tokens that the longest prompt and a full completion take, which the model must have positions for."""
         longest = max(map(len, encoded))
+        needed = longest + self.args.max_completion_length
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if room is not None and longest + self.args.max_completion_length > room:
+        if room is not None and needed > room:
             raise UserError(
                 f"a prompt of {longest} tokens and max_completion_length={self.args.max_completion_length} need "
-                f"{longest + self.args.max_completion_length} positions, and the model has {room}: lower "
-                "max_completion_length"
+                f"{needed} positions, and the model has {room}: lower max_completion_length"
             )
+        return needed
 
     def _check_failures(self, trajectories: list[Trajectory]) -> None:
         # Gathered, so that every rank stops at the same step.
@@ -292,6 +336,9 @@ class SearchGRPOTrainer(GRPOTrainer):
         means = self.accelerator.gather(local).mean(dim=0).tolist()
         for name, mean in zip(rows[0], means, strict=True):
             self._metrics[mode][name].append(mean)
+        assert self.environment is not None
+        for name, value in merge_retrieval_metrics(gather_object([self.environment.take_metrics()])).items():
+            self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
 
@@ -308,49 +355,14 @@ def search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEn
     )
 
 
-def _resolve_rewards(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
-    """Functions in place of names. A hub id or a folder, told by its slash, is a reward model: TRL loads it."""
-    listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
-    is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
-    others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
-    functions = iter(resolve_rewards(others) if others or not listed else [])
-    return [spec if model else next(functions) for spec, model in zip(listed, is_model, strict=True)]
+class _Undecoded:
+    """A tokenizer whose `batch_decode` costs nothing and gives nothing: a second of each step with 700k tokens."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
-def _load_tokenizer(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else model.config._name_or_path
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, padding_side="left", truncation_side="left", trust_remote_code=args.trust_remote_code
-    )
-    return tokenizer
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
-
-def _refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any]) -> None:
-    """Says at start what would otherwise be ignored in silence."""
-    taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
-    if taken:
-        raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
-    if args.use_vllm:
-        raise UserError("use_vllm=True: rollouts run on the transformers policy only, so far; set use_vllm=False")
-    if args.repetition_penalty != 1.0 or args.generation_kwargs:
-        raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
-
-
-def _with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:
-    """The dataset with a conversational `prompt` column, which the protocol writes from `question` if need be."""
-    if dataset is None:
-        return None
-    first = next(iter(dataset), None)
-    if first is None:
-        raise UserError(f"{name} is empty")
-    columns = list(first)
-    check_columns(rewards, columns)
-    if "prompt" in columns:
-        return dataset.map(lambda row: {"prompt": _conversation(row["prompt"], protocol)})
-    if "question" not in columns:
-        raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
-    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"])})
-
-
-def _conversation(prompt: Any, protocol: Protocol) -> Any:
-    return protocol.messages(prompt) if isinstance(prompt, str) else prompt
+    def batch_decode(self, sequences: Sequence[Any], **options: Any) -> list[str]:
+        return [""] * len(sequences)

@@ -20,14 +20,22 @@ from trl_search.retrieval.base import RetrievalError, Retriever
 __all__ = ["RetrievalError", "Retriever", "load_retriever"]
 
 ENTRY_POINTS = "trl_search.retrievers"
-_BUILT_IN = {"bm25": "trl_search.retrieval.bm25:load"}
+_BUILT_IN = {
+    "bm25": "trl_search.retrieval.bm25:load",
+    "dense": "trl_search.retrieval.dense:load",
+    "http": "trl_search.retrieval.http:load",
+    "hybrid": "trl_search.retrieval.hybrid:load",
+    "rerank": "trl_search.retrieval.rerank:load",
+    "web": "trl_search.retrieval.web:load",
+}
 
 
 def load_retriever(kind: str, **options: Any) -> Retriever:
     """Loads a retriever by name.
 
     Args:
-        kind (`str`): `"bm25"`, or a kind that an installed package declares.
+        kind (`str`): `"bm25"`, `"dense"`, `"hybrid"`, `"rerank"`, `"http"`, `"web"`, or a kind that an installed
+            package declares.
         options: What that kind takes; an option it does not know is an error that lists those it does.
 
     Example:

@@ -12,8 +12,26 @@ class RetrievalError(RuntimeError):
     """A search failed. It reaches the environment as a failed observation, never as an empty result."""
 
 
+class Unavailable(RetrievalError):
+    """What searches is down, hangs, or turns everybody away: a smaller batch would fare no better."""
+
+
+class QueueFull(RetrievalError):
+    """Too many searches wait already. Nothing was searched: the same search may be asked for again later."""
+
+
 class Retriever(abc.ABC):
-    """Finds passages for queries: always batched, thread-safe, deterministic (ties in corpus order)."""
+    """Finds passages for queries: always batched, thread-safe, deterministic (ties in corpus order).
+
+    One that waits for somebody else's answer may add `async def search_async(queries, k)`, which rollouts then await
+    in place of `search` on a thread.
+
+    Attributes:
+        max_concurrent_batches (`int`): How many searches it wants at a time. What computes on this machine wants one,
+            and larger batches; what asks several servers wants several.
+    """
+
+    max_concurrent_batches: int = 1
 
     @abc.abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -23,6 +41,14 @@ class Retriever(abc.ABC):
             ValueError: if `k < 1`.
             RetrievalError: if the search could not be done; the message says what failed and what to do.
         """
+
+    def take_metrics(self) -> dict[str, float]:
+        """Numbers since the last call, for the log of a training step: `{"retrieval/requests": 12.0, ...}`.
+
+        Over the processes of a run they are added up; of those that end in `_max_s` the largest is taken, of those in
+        `_p50_s` the mean.
+        """
+        return {}
 
     def close(self) -> None:
         """Releases files and connections. Safe to call twice."""

@@ -5,10 +5,10 @@ No timer. While one batch is searched the next one gathers, and leaves as soon a
     queries   a b c      d e        f g h i        j
     batches   [a]  [b c d]   [e f g h]   [i j]
 
-A query asked by several coroutines at once is searched once. When a batch raises, its queries are tried one by one, so
-that one poisonous query fails alone. `timeout_s` bounds a call of the retriever, not the wait for one's turn: a call
-that hangs fails its own queries and is left behind on its daemon thread, where it holds up neither the rest nor the
-exit.
+A retriever that says so (`max_concurrent_batches`) is given several batches at a time. A query asked by several
+coroutines at once is searched once. When a batch raises, its queries are tried one by one, so that one poisonous query
+fails alone. `timeout_s` bounds a call of the retriever, not the wait for one's turn: a call that hangs fails its own
+queries and is left behind on its daemon thread, where it holds up neither the rest nor the exit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
 from trl_search.types import Passage
 
 MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
@@ -49,21 +49,38 @@ class SearchBatcher:
         retriever (`Retriever`): Searched on a thread, or awaited when it has `search_async(queries, k)`.
         timeout_s (`float`): How long one call of the retriever may take.
         max_batch (`int`): How many queries one call may hold.
+        max_queued (`int`, *optional*): How many queries may wait for their turn; one more is refused at once with
+            `QueueFull`. By default there is no bound, and a rollout has one: its own trajectories.
     """
 
-    def __init__(self, retriever: Retriever, *, timeout_s: float, max_batch: int = 512) -> None:
+    def __init__(
+        self, retriever: Retriever, *, timeout_s: float, max_batch: int = 512, max_queued: int | None = None
+    ) -> None:
         if timeout_s <= 0 or max_batch < 1:
             raise ValueError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
+        if max_queued is not None and max_queued < 1:
+            raise ValueError(f"max_queued must be at least 1: every query waits for a moment; got {max_queued}")
+        if retriever.max_concurrent_batches < 1:
+            raise ValueError(
+                f"max_concurrent_batches must be at least 1; {type(retriever).__name__} has "
+                f"{retriever.max_concurrent_batches}"
+            )
         self.stats = SearchStats()
         self._retriever, self._timeout_s, self._max_batch = retriever, timeout_s, max_batch
+        self._max_queued = max_queued
         self._queue: dict[Key, None] = {}  # an ordered set
         self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: set[asyncio.Task[None]] = set()  # each searches one batch after the other
         self._left_behind: list[threading.Thread] = []
         self._closed = False
 
     async def search(self, query: str, k: int) -> list[Passage]:
-        """Returns up to `k` passages, best first. Raises `RetrievalError` when the search failed or took too long."""
+        """Returns up to `k` passages, best first.
+
+        Raises:
+            QueueFull: if `max_queued` others wait already.
+            RetrievalError: if the search failed or took too long.
+        """
         if k < 1:
             raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
         if self._closed:
@@ -71,33 +88,46 @@ class SearchBatcher:
         self.stats.queries += 1
         key = (query, k)
         if key not in self._results:
+            if self._max_queued is not None and len(self._queue) >= self._max_queued:
+                self.stats.failures += 1
+                raise QueueFull(f"{len(self._queue)} searches wait already, and {self._max_queued} may")
             self._results[key] = asyncio.get_running_loop().create_future()
             self._queue[key] = None
-            if self._worker is None or self._worker.done():
-                self._worker = asyncio.create_task(self._drain())
+            if len(self._workers) < self._retriever.max_concurrent_batches:
+                self._workers.add(asyncio.create_task(self._drain()))
         result = await asyncio.shield(self._results[key])  # others may wait for it when this coroutine is cancelled
         if isinstance(result, RetrievalError):
             self.stats.failures += 1
-            raise RetrievalError(str(result)) from result.__cause__
+            kind = Unavailable if isinstance(result, Unavailable) else RetrievalError
+            raise kind(str(result)) from result.__cause__
         return list(result)
 
     async def aclose(self) -> None:
         """Ends at once: whoever still waits gets a `RetrievalError`."""
         self._closed = True
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.wait({self._worker})
+        workers = set(self._workers)
+        for worker in workers:
+            worker.cancel()
+        if workers:
+            await asyncio.wait(workers)
         self._queue.clear()
         for key in list(self._results):
             self._resolve(key, RetrievalError("the search batcher was closed before this search was done"))
 
     async def _drain(self) -> None:
-        while self._queue:
-            _, k = next(iter(self._queue))
-            batch = list(islice((key for key in self._queue if key[1] == k), self._max_batch))
-            for key in batch:
-                del self._queue[key]
-            await self._answer(batch, k)
+        worker = asyncio.current_task()
+        assert worker is not None
+        try:
+            while self._queue:
+                _, k = next(iter(self._queue))
+                batch = list(islice((key for key in self._queue if key[1] == k), self._max_batch))
+                for key in batch:
+                    del self._queue[key]
+                await self._answer(batch, k)
+        finally:
+            # Here, in the same breath that saw an empty queue: in a callback of the task it would come a turn of the
+            # loop later, and a query asked meanwhile would find a worker that no longer works.
+            self._workers.discard(worker)
 
     async def _answer(self, batch: list[Key], k: int) -> None:
         try:
@@ -113,7 +143,7 @@ class SearchBatcher:
         deadline = time.monotonic() + self._timeout_s
         for key in batch:
             left_s = deadline - time.monotonic()
-            if len(batch) == 1 or left_s <= 0 or isinstance(error, _Hung):
+            if len(batch) == 1 or left_s <= 0 or isinstance(error, Unavailable):
                 self._resolve(key, error)
                 continue
             try:
@@ -125,7 +155,7 @@ class SearchBatcher:
         """One call of the retriever, for at most `timeout_s`."""
         self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
         if len(self._left_behind) >= MAX_HUNG:
-            raise _Hung(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
+            raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
         self.stats.batches += 1
         started = time.monotonic()
         thread: threading.Thread | None = None
@@ -140,7 +170,7 @@ class SearchBatcher:
         try:
             await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
             if not call.done():
-                raise _Hung(
+                raise Unavailable(
                     f"a search of {len(queries)} queries timed out after {timeout_s:.3g} s; is the retriever up, "
                     "and is the limit on a call long enough for it?"
                 )
@@ -179,10 +209,6 @@ class SearchBatcher:
         future = self._results.pop(key)
         if not future.done():
             future.set_result(result)
-
-
-class _Hung(RetrievalError):
-    """A call did not come back: to try its queries one by one would only hang again."""
 
 
 def _as_failure(error: BaseException) -> RetrievalError:

@@ -1,48 +1,42 @@
-"""BM25 over `bm25s`: the embedded default, good to about two million passages.
+"""BM25: lexical search, on one of two engines that match the same words.
 
-`bm25s` is fast and leaves its edges to the caller; they are all dealt with here:
+    engine     good to              disk a passage    what it keeps                     to build
+    bm25s      about two million    0.7 kB            scores, computed while indexing   5 GB of memory a million
+    tantivy    tens of millions     0.2 kB            an inverted index                 half a GB of memory
 
-- equal scores come in an order that differs between its backends and with k: more is fetched than asked for, until no
-  tie reaches past what was fetched, and ties are put in corpus order;
-- documents that match nothing come with score 0: dropped, so that no match is `[]`;
-- k above the number of passages, an empty batch, a query without a known term raise: never passed on;
-- its "auto" backend takes jax where jax is installed, and its import claims the GPU there: the backend is named, numba
-  if installed, else numpy, and jax is hidden from the import;
-- two numba threads can abort the process: one search at a time, behind a lock.
+Passages and queries become terms in one place, `Analyzer`, and an engine sees terms only: what matches is the same
+under both, and so is every rule here (no match is `[]`, ties in corpus order, k may exceed the corpus). Scores differ
+a little, see `tantivy.py`. `build_index` chooses by the number of passages, an index folder says which it holds.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from tqdm.auto import tqdm
-
 from trl_search.errors import UserError, unknown_name
-from trl_search.retrieval.analyzer import Analyzer, import_bm25s
+from trl_search.retrieval import bm25s, tantivy
+from trl_search.retrieval.analyzer import Analyzer
 from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.corpus import Corpus, read_corpus, refuse_duplicates
 from trl_search.retrieval.index import open_index
 from trl_search.types import Passage
 
 KIND = "bm25"
-MARGIN = 13  # fetched beyond k at first; most ties end within it
+BM25S, TANTIVY = "bm25s", "tantivy"
+BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"  # of an index: which one is there says which engine it is for
+BM25S_LIMIT = 2_000_000  # passages; beyond, bm25s needs more than 10 GB of memory to build
 MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would hold up everybody else's search for minutes
 
 
-class Passages(Protocol):
-    """Passages by row: a `Corpus` on disk, or a tuple."""
+class Engine(Protocol):
+    """Ranks rows for queries that are terms already. Thread-safe."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Passage: ...
+    def rank(self, queries: list[list[str]], k: int) -> list[list[tuple[int, float]]]:
+        """The best `k` rows of each query with their scores, all above 0, equal scores in corpus order."""
 
 
 @dataclass(frozen=True)
@@ -52,43 +46,57 @@ class BM25Builder:
     Args:
         stemmer (`str`, *optional*): A Snowball algorithm: "english", "german", ...; `None` does not stem.
         stopwords (`str`, *optional*): A language whose stop words are dropped; `None` keeps every word.
-        k1 (`float`): How soon a repeated term stops counting.
-        b (`float`): How much long passages are held back, 0 to 1.
+        k1 (`float`, *optional*): How soon a repeated term stops counting; by default the engine's, 1.5 for bm25s. That
+            of tantivy is 1.2 and cannot be changed.
+        b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75. That of tantivy cannot
+            be changed.
+        engine (`str`): "bm25s", "tantivy", or "auto": bm25s up to two million passages, tantivy above.
     """
 
     stemmer: str | None = "english"
     stopwords: str | None = "english"
-    k1: float = 1.5
-    b: float = 0.75
+    k1: float | None = None
+    b: float | None = None
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.k1 < 0 or not 0 <= self.b <= 1:
+        if (self.k1 is not None and self.k1 < 0) or (self.b is not None and not 0 <= self.b <= 1):
             raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
-        self.analyzer()  # an unknown stemmer is an error now, not after an hour of reading
+        if self.engine not in (BM25S, TANTIVY, "auto"):
+            raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
+        # What is wrong is an error now, not after an hour of reading.
+        self.analyzer()
+        if self.engine == TANTIVY:
+            self._check_tantivy()
 
     def analyzer(self) -> Analyzer:
         return Analyzer(self.stemmer, self.stopwords)
 
-    def build(self, corpus: Corpus, folder: Path) -> None:
-        self.score(corpus, "numpy").save(folder / KIND, show_progress=False)
+    def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
+        """Writes the engine's files, and says what the defaults came to, for the manifest."""
+        if self.engine == TANTIVY or (self.engine == "auto" and len(corpus) > BM25S_LIMIT):
+            self._check_tantivy()
+            tantivy.write_terms(corpus, self.analyzer(), folder / TANTIVY_FOLDER)
+            return {"engine": TANTIVY, "k1": tantivy.K1, "b": tantivy.B}
+        scores = self.score(corpus, "numpy")
+        scores.save(folder / BM25S_FOLDER, show_progress=False)
+        return {"engine": BM25S, "k1": scores.k1, "b": scores.b}
 
-    def score(self, passages: Passages, backend: str) -> Any:
-        """A `bm25s.BM25` of the passages, its term ids in order of appearance."""
-        analyzer = self.analyzer()
-        vocabulary: dict[str, int] = {}
-        documents: list[array[int]] = []  # 4 bytes a term; the lists that bm25s itself makes take twice that
-        for row in tqdm(range(len(passages)), desc="splitting into terms", unit=" passages", disable=None):
-            passage = passages[row]
-            terms = analyzer.terms(f"{passage.title}\n{passage.text}")
-            documents.append(array("i", [vocabulary.setdefault(term, len(vocabulary)) for term in terms]))
-        if not vocabulary:
-            raise UserError("no passage holds a word that can be searched; check the corpus and the stop words")
-        scores = import_bm25s().BM25(
-            k1=self.k1, b=self.b, method="lucene", backend=backend, csc_backend="numpy", auto_compile=False
-        )
-        # The empty term that bm25s would add has an id beyond its own arrays.
-        scores.index((documents, vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
-        return scores
+    def score(self, passages: bm25s.Passages, backend: str) -> Any:
+        """A `bm25s.BM25` of the passages."""
+        k1, b = bm25s.K1 if self.k1 is None else self.k1, bm25s.B if self.b is None else self.b
+        return bm25s.index_terms(passages, self.analyzer(), k1=k1, b=b, backend=backend)
+
+    def _check_tantivy(self) -> None:
+        if self.k1 not in (None, tantivy.K1) or self.b not in (None, tantivy.B):
+            raise UserError(
+                f"tantivy's k1 and b are fixed at {tantivy.K1} and {tantivy.B}, got k1={self.k1} and b={self.b}: "
+                f"leave them out, or index with engine='bm25s', which serves up to about {BM25S_LIMIT:,} passages"
+            )
+        try:
+            tantivy.import_tantivy()
+        except UserError as error:
+            raise UserError(f"{error}; bm25s serves up to about {BM25S_LIMIT:,} passages: engine='bm25s'") from None
 
 
 class BM25Retriever(Retriever):
@@ -100,12 +108,10 @@ class BM25Retriever(Retriever):
         [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.8...)], []]
     """
 
-    def __init__(self, scores: Any, passages: Passages, analyzer: Analyzer) -> None:
-        self._scores, self._passages, self._analyzer = scores, passages, analyzer
-        self._lock = threading.Lock()
+    def __init__(self, engine: Engine, passages: bm25s.Passages, analyzer: Analyzer) -> None:
+        self._engine, self._passages, self._analyzer = engine, passages, analyzer
+        self._lock = threading.Lock()  # passages are not read while they are closed
         self._closed = False
-        if scores.backend == "numba":
-            self._rank([[0]], k=1)  # numba compiles for ten seconds on the first search; that is no time for a rollout
 
     @classmethod
     def from_passages(
@@ -114,63 +120,54 @@ class BM25Retriever(Retriever):
         *,
         stemmer: str | None = "english",
         stopwords: str | None = "english",
-        k1: float = 1.5,
-        b: float = 0.75,
+        k1: float | None = None,
+        b: float | None = None,
         backend: str | None = None,
     ) -> BM25Retriever:
-        """Indexes passages in memory. A thousand take a tenth of a second."""
+        """Indexes passages in memory, by bm25s. A thousand take a tenth of a second."""
         builder = BM25Builder(stemmer, stopwords, k1, b)
         rows = tuple(refuse_duplicates(passages))
-        return cls(builder.score(rows, _backend(backend)), rows, builder.analyzer())
+        scores = builder.score(rows, bm25s.choose_backend(backend))
+        return cls(bm25s.BM25SEngine(scores, len(rows)), rows, builder.analyzer())
 
     @classmethod
-    def from_index(cls, folder: str | Path, *, backend: str | None = None, check_source: bool = True) -> BM25Retriever:
+    def from_index(
+        cls,
+        folder: str | Path,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        check_source: bool = True,
+    ) -> BM25Retriever:
         """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped."""
         index = open_index(folder, KIND, check_source=check_source)
-        scores = import_bm25s().BM25.load(
-            index.folder / KIND, mmap=True, backend=_backend(backend), csc_backend="numpy", auto_compile=False
-        )
-        return cls(scores, index.corpus, BM25Builder(**index.manifest.options).analyzer())
+        analyzer = Analyzer(index.manifest.options["stemmer"], index.manifest.options["stopwords"])
+        passages = len(index.corpus)
+        engine: Engine
+        if (index.folder / TANTIVY_FOLDER).is_dir():
+            if backend is not None:
+                raise UserError(f"backend is an option of the bm25s engine, and {folder} was built for tantivy")
+            engine = tantivy.TantivyEngine(index.folder / TANTIVY_FOLDER, passages, threads=threads)
+        else:
+            if threads is not None:
+                raise UserError(f"threads is an option of the tantivy engine, and {folder} was built for bm25s")
+            engine = bm25s.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, backend=backend)
+        return cls(engine, index.corpus, analyzer)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         if isinstance(queries, str):
             raise TypeError("search takes a list of queries; pass [query]")
         if k < 1:
             raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
-        vocabulary: dict[str, int] = self._scores.vocab_dict
-        terms = [self._analyzer.terms(query)[:MAX_QUERY_TERMS] for query in queries]
-        known = [[vocabulary[term] for term in query if term in vocabulary] for query in terms]
-        asked = [query for query, ids in enumerate(known) if ids]
-        found: list[list[Passage]] = [[] for _ in queries]
+        self._check_open()
+        ranked = self._engine.rank([self._analyzer.terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
         with self._lock:
-            if self._closed:
-                raise RetrievalError("this BM25 retriever is closed; load it again to search")
-            for query, ranked in zip(asked, self._rank([known[query] for query in asked], k), strict=True):
-                found[query] = [replace(self._passages[row], score=score) for row, score in ranked]
-        return found
+            self._check_open()
+            return [[replace(self._passages[row], score=score) for row, score in rows] for rows in ranked]
 
-    def _rank(self, queries: list[list[int]], k: int) -> list[list[tuple[int, float]]]:
-        """The best `k` rows of each query, equal scores in corpus order. Every query has a known term."""
-        ranked: list[list[tuple[int, float]]] = [[] for _ in queries]
-        pending, fetch = list(range(len(queries))), k + MARGIN
-        while pending:
-            fetch = min(fetch, len(self._passages))
-            rows_QF, scores_QF = self._scores.retrieve(
-                [queries[query] for query in pending],
-                k=fetch,
-                show_progress=False,
-                backend_selection=self._scores.backend,
-            )
-            undecided = []
-            for query, rows, scores in zip(pending, rows_QF, scores_QF, strict=True):
-                order = np.lexsort((rows, -scores))[:k]
-                # The k-th score is also the last one fetched: documents not fetched may tie, and come earlier.
-                if fetch < len(self._passages) and scores[order[-1]] == scores.min() > 0:
-                    undecided.append(query)
-                else:
-                    ranked[query] = [(int(rows[at]), float(scores[at])) for at in order if scores[at] > 0]
-            pending, fetch = undecided, 8 * fetch
-        return ranked
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RetrievalError("this BM25 retriever is closed; load it again to search")
 
     def close(self) -> None:
         with self._lock:
@@ -185,6 +182,7 @@ def load(
     corpus: str | Path | None = None,
     passages: Iterable[Passage] | None = None,
     backend: str | None = None,
+    threads: int | None = None,
     check_source: bool = True,
     **options: Any,
 ) -> BM25Retriever:
@@ -194,34 +192,27 @@ def load(
         index (`str | Path`, *optional*): A folder made by `trl-search index --kind bm25`.
         corpus (`str | Path`, *optional*): A jsonl file to index in memory: to about 100,000 passages.
         passages (`Iterable[Passage]`, *optional*): Passages to index in memory.
-        backend (`str`, *optional*): "numba" or "numpy"; by default numba where it is installed. Same results.
+        backend (`str`, *optional*): Of bm25s: "numba" or "numpy", with the same results; by default numba where it is
+            installed.
+        threads (`int`, *optional*): Of an index for tantivy: how many queries of a batch are searched at a time; by
+            default one a CPU.
         check_source (`bool`): With `index`, refuse it when the file it was built from has changed.
         options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`. An index has its own.
     """
     if sum(source is not None for source in (index, corpus, passages)) != 1:
         raise UserError("bm25 needs one of index=DIR, corpus=FILE.jsonl and passages=[...]")
-    own = [option.name for option in fields(BM25Builder)]
+    own = [option.name for option in fields(BM25Builder) if option.name != "engine"]
     for option in options:
         if option not in own:
             raise unknown_name(
-                "option of bm25", option, ["index", "corpus", "passages", "backend", "check_source", *own]
+                "option of bm25", option, ["index", "corpus", "passages", "backend", "threads", "check_source", *own]
             )
     if index is not None:
         if options:
             raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild to change")
-        return BM25Retriever.from_index(index, backend=backend, check_source=check_source)
+        return BM25Retriever.from_index(index, backend=backend, threads=threads, check_source=check_source)
+    if threads is not None:
+        raise UserError("threads is an option of an index for tantivy; passages in memory are searched by bm25s")
     found = read_corpus(corpus) if corpus is not None else passages
     assert found is not None
     return BM25Retriever.from_passages(found, backend=backend, **options)
-
-
-def _backend(name: str | None) -> str:
-    if name is None:
-        return "numba" if importlib.util.find_spec("numba") else "numpy"
-    if name not in ("numba", "numpy"):
-        raise unknown_name("BM25 backend", name, ["numba", "numpy"])
-    if name == "numba" and not importlib.util.find_spec("numba"):
-        raise UserError(
-            "BM25's numba backend needs numba: pip install 'trl-search[bm25]'; backend='numpy' does the same, slower"
-        )
-    return name

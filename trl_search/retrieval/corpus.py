@@ -1,6 +1,6 @@
-"""A corpus: one passage a line of a jsonl file, read as a stream, and on disk with random access by row.
+"""A corpus: one passage a line, read as a stream, and on disk with random access by row.
 
-Two shapes of line are read, `.jsonl` or `.jsonl.gz`:
+Two shapes of line are read, from jsonl, parquet and datasets alike (`sources.py`):
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}      (wiki-18 and its kin)
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ...", "url": "https://..."}
@@ -11,10 +11,8 @@ passages cost no Python strings and open at once.
 
 from __future__ import annotations
 
-import gzip
 import json
 import mmap
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,14 +21,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_search.errors import UserError
+from trl_search.retrieval.sources import CorpusError, Source, open_source
 from trl_search.types import Passage
 
 ROWS, OFFSETS = "corpus.jsonl", "corpus.offsets.npy"
-
-
-class CorpusError(UserError):
-    """A corpus cannot be read. The message names the file and the line."""
 
 
 def parse_passage(line: bytes, where: str) -> Passage:
@@ -49,7 +43,7 @@ def parse_passage(line: bytes, where: str) -> Passage:
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
         raise CorpusError(f"{where}: {_problem(row, 'id')}: every passage needs an 'id', a string or an integer")
     if "contents" in row:
-        title, text = _split_contents(_string(row, "contents", where))
+        title, text = split_contents(_string(row, "contents", where))
     elif "text" in row:
         title = "" if row.get("title") is None else _string(row, "title", where)
         text = _string(row, "text", where)
@@ -65,10 +59,10 @@ def parse_passage(line: bytes, where: str) -> Passage:
 
 
 def read_corpus(path: str | Path) -> Iterator[Passage]:
-    """Reads the passages of a jsonl file one at a time. Blank lines are skipped; ids are not compared here."""
-    path = Path(path)
-    for number, line in _lines(path):
-        yield parse_passage(line, f"{path}, line {number}")
+    """Reads the passages of a file or dataset one at a time. Blank lines are skipped; ids are not compared here."""
+    source = open_source(path)
+    for number, line in source.lines():
+        yield parse_passage(line, source.where(number))
 
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
@@ -84,11 +78,11 @@ def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
 class Corpus:
     """Passages on disk, by row: `corpus[17]`. Safe to read from several threads."""
 
-    def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        self._name = str(folder / ROWS)
-        self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
-        with open(folder / ROWS, "rb") as file:
+    def __init__(self, folder: str | Path, *, rows: Path | None = None, offsets: Path | None = None) -> None:
+        rows, offsets = rows or Path(folder, ROWS), offsets or Path(folder, OFFSETS)
+        self._name = str(rows)
+        self._offsets = np.load(offsets, mmap_mode="r")
+        with open(rows, "rb") as file:
             self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
@@ -107,39 +101,31 @@ class Corpus:
         self._rows.close()
 
 
-def write_corpus(source: str | Path | Iterable[Passage], folder: Path) -> Corpus:
-    """Writes a corpus file or passages into `folder`, every line checked, and opens the result.
+def write_corpus(source: Source | str | Path | Iterable[Passage], folder: Path) -> Corpus:
+    """Writes a corpus into `folder`, every line checked, and opens the result.
 
     An error names the line of the source. Duplicate ids are found from 8 bytes an id, not from a set of strings.
     """
+    source = source if isinstance(source, Source) else open_source(source)
     offsets, hashes = array("q", [0]), array("q")
     with open(folder / ROWS, "wb") as rows:
-        for line, passage in tqdm(_checked(source), desc="reading the corpus", unit=" passages", disable=None):
+        for number, line in tqdm(source.lines(), desc="reading the corpus", unit=" passages", disable=None):
+            passage = parse_passage(line, source.where(number))
             offsets.append(offsets[-1] + rows.write(line + b"\n"))
             hashes.append(hash(passage.id))
     if not hashes:
-        raise CorpusError(f"{_name(source)}: no passages; a corpus needs one at least")
+        raise CorpusError(f"{source.name}: no passages; a corpus needs one at least")
     np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
     corpus = Corpus(folder)
-    _check_ids(corpus, np.frombuffer(hashes, dtype=np.int64), source)
+    try:
+        _check_ids(corpus, np.frombuffer(hashes, dtype=np.int64), source)
+    except CorpusError:
+        corpus.close()
+        raise
     return corpus
 
 
-def _checked(source: str | Path | Iterable[Passage]) -> Iterator[tuple[bytes, Passage]]:
-    """Each line of the new corpus with the passage it holds."""
-    if isinstance(source, (str, Path)):
-        for number, line in _lines(Path(source)):
-            yield line, parse_passage(line, f"{source}, line {number}")
-        return
-    for number, passage in enumerate(source, start=1):
-        row = {"id": passage.id, "title": passage.title, "text": passage.text}
-        if passage.url is not None:
-            row["url"] = passage.url
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        yield line, parse_passage(line, f"passage {number}")
-
-
-def _check_ids(corpus: Corpus, hashes: np.ndarray, source: str | Path | Iterable[Passage]) -> None:
+def _check_ids(corpus: Corpus, hashes: np.ndarray, source: Source) -> None:
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
@@ -147,31 +133,18 @@ def _check_ids(corpus: Corpus, hashes: np.ndarray, source: str | Path | Iterable
         identity = corpus[second].id
         if corpus[first].id != identity:
             continue  # two ids, one hash
-        places = f"passages {first + 1} and {second + 1}"
-        if isinstance(source, (str, Path)):  # rows are not lines where blank lines were skipped
-            numbers = [number for row, (number, _) in enumerate(_lines(Path(source))) if row in (first, second)]
-            places = f"{source}, lines {numbers[0]} and {numbers[1]}"
-        corpus.close()
-        raise CorpusError(f"{places}: the same id {identity!r} twice; ids must be unique")
+        numbers = [first + 1, second + 1]
+        if source.fingerprint is not None:  # can be read again; rows are not lines where blank lines were skipped
+            numbers = [number for row, (number, _) in enumerate(source.lines()) if row in (first, second)]
+        raise CorpusError(f"{source.where(*numbers)}: the same id {identity!r} twice; ids must be unique")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, numbered as an editor numbers them."""
-    if not path.is_file():
-        raise CorpusError(f"there is no corpus file {path}")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line := line.strip():
-                    yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorpusError(f"{path}, after line {number}: not a whole gzip file ({error}); fetch it again") from None
+def join_contents(passage: Passage) -> str:
+    """The reverse, and what encoders read: `'"Title"\\ntext'`, or the text alone where there is no title."""
+    return f'"{passage.title}"\n{passage.text}' if passage.title else passage.text
 
 
-def _split_contents(contents: str) -> tuple[str, str]:
+def split_contents(contents: str) -> tuple[str, str]:
     """`'"Title"\\ntext'` -> `("Title", "text")`. Contents of one unquoted line are text without a title."""
     title, newline, text = contents.partition("\n")
     if len(title) >= 2 and title[0] == title[-1] == '"':
@@ -192,7 +165,3 @@ def _problem(row: dict[str, Any], key: str) -> str:
 
 def _excerpt(line: bytes) -> str:
     return repr(line[:80].decode("utf-8", "replace")) + ("..." if len(line) > 80 else "")
-
-
-def _name(source: str | Path | Iterable[Passage]) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "the passages given"

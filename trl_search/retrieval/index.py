@@ -6,33 +6,36 @@
         corpus.offsets.npy      where each row begins
         bm25/                   what the kind itself keeps
 
-A build works in `indexes/.wiki.building-<random>` and renames it when all is there, so a folder under its own name is
-whole or was damaged later, and then `open_index` says so instead of answering from it.
+A build works in a hidden folder beside it (`building.py`) and renames it when all is there, so a folder under its own
+name is whole or was damaged later, and then `open_index` says so instead of answering from it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
-import os
+import logging
 import shlex
-import shutil
-import uuid
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-from tqdm.auto import tqdm
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from trl_search.errors import UserError, unknown_name
-from trl_search.retrieval.corpus import ROWS, Corpus, CorpusError, write_corpus
+from trl_search.retrieval.building import MANIFEST, BuildFolder, build_path
+from trl_search.retrieval.corpus import ROWS, Corpus, write_corpus
+from trl_search.retrieval.sources import Fingerprint, open_source
+from trl_search.retrieval.workers import ALONE, Workers
 from trl_search.types import Passage
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-_BUILDERS = {"bm25": "trl_search.retrieval.bm25:BM25Builder"}
+_CORPUS = "corpus"  # the step of a build after which the passages are there
+_BUILDERS = {
+    "bm25": "trl_search.retrieval.bm25:BM25Builder",
+    "dense": "trl_search.retrieval.dense:DenseBuilder",
+}
+INDEX_KINDS = tuple(_BUILDERS)
+logger = logging.getLogger(__name__)
 
 
 class IndexFolderError(UserError):
@@ -45,34 +48,30 @@ class Builder(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def build(self, corpus: Corpus, folder: Path) -> None:
-        """Writes the kind's own files into `folder`."""
+    def build(self, corpus: Corpus, folder: Path) -> dict[str, Any] | None:
+        """Writes the kind's own files into `folder`. What it returns is the manifest's `details`."""
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """A file's content, by hash. Size and time only spare the hashing when they have not moved."""
+@runtime_checkable
+class Plans(Protocol):
+    """A builder that knows beforehand what an index will cost."""
 
-    name: str
-    bytes: int
-    mtime_ns: int
-    sha256: str
+    def plan(self, passages: int) -> str:
+        """For people, before the work begins: memory, disk, time."""
 
-    @classmethod
-    def of(cls, path: Path, name: str) -> Fingerprint:
-        stat = path.stat()
-        return cls(name, stat.st_size, stat.st_mtime_ns, _sha256(path))
 
-    def matches(self, path: Path) -> bool:
-        stat = path.stat()
-        if stat.st_size != self.bytes:
-            return False
-        return stat.st_mtime_ns == self.mtime_ns or _sha256(path) == self.sha256
+@runtime_checkable
+class Shares(Protocol):
+    """A builder whose work several processes can share, and which can go on where a killed one was."""
+
+    def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
+        """Called in every process, before `build` in one. Works in `folder / SCRATCH`; returns when all is done."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says. `source` is the corpus file that was read, `None` for passages given in memory."""
+    """What `manifest.json` says. `source` is what the corpus was read from, `None` for passages given in memory;
+    `details` what the kind itself wants to know again: its encoder, what was measured."""
 
     format: int
     kind: str
@@ -81,6 +80,7 @@ class Manifest:
     corpus: Fingerprint
     source: Fingerprint | None
     files: dict[str, int]
+    details: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -101,50 +101,78 @@ def build_index(
     kind: str = "bm25",
     *,
     overwrite: bool = False,
+    announce: Callable[[str], None] = logger.info,
+    workers: Workers = ALONE,
     **options: Any,
 ) -> Manifest:
-    """Builds an index folder that `load_retriever(kind, index=output)` opens.
+    """Builds an index folder that `load_retriever(kind, index=output)` opens. Killed and called again with the same
+    arguments, it goes on where it was, to the same bytes.
 
     Args:
-        corpus (`str | Path | Iterable[Passage]`): A jsonl file (see `corpus.py`) or the passages themselves.
+        corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
         output (`str | Path`): The folder to make. Appears only when the index is whole.
-        kind (`str`): `"bm25"`.
+        kind (`str`): `"bm25"`, `"dense"`.
         overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
-        options: Of the kind; for bm25 `stemmer`, `stopwords`, `k1` and `b`.
+        announce (`Callable[[str], None]`): Told what an index will cost before it is built, and what is resumed.
+        workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
+        options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
     """
-    builder, output = _builder(kind, options), Path(output)
+    builder, output = make_builder(kind, options), Path(output)
     _check_output(output, overwrite)
-    source = None
-    if isinstance(corpus, (str, Path)):
-        if not Path(corpus).is_file():
-            raise CorpusError(f"there is no corpus file {corpus}")
-        source = Fingerprint.of(Path(corpus), str(Path(corpus).resolve()))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.building-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
+    source = open_source(corpus)
+    fingerprint = source.fingerprint() if source.fingerprint is not None else None
+    inputs = {
+        "format": FORMAT,
+        "kind": kind,
+        "options": asdict(builder),
+        "source": fingerprint and asdict(fingerprint),
+    }
+    with BuildFolder(output, inputs if fingerprint is not None else None, announce) as build:
+        if not (build.path / MANIFEST).exists():
+            if not build.has(_CORPUS):
+                write_corpus(source, build.path).close()
+                build.note(_CORPUS)
+            rows = Corpus(build.path)
+            try:
+                if isinstance(builder, Plans):
+                    announce(builder.plan(len(rows)))
+                if isinstance(builder, Shares):
+                    workers.wait()
+                    builder.share(rows, build.path, workers)
+                details = builder.build(rows, build.path) or {}
+            finally:
+                rows.close()
+            if fingerprint is not None and fingerprint.changed():
+                raise IndexFolderError(
+                    f"{fingerprint.name} changed while it was indexed; build again when it is complete"
+                )
+            manifest = Manifest(
+                format=FORMAT,
+                kind=kind,
+                passages=len(rows),
+                options=asdict(builder),
+                corpus=Fingerprint.of(build.path / ROWS, ROWS),
+                source=fingerprint,
+                files=build.sizes(),
+                details=details,
+            )
+            manifest.write(build.path)
+        build.put_in_place(replace=overwrite)
+    return read_manifest(output)
+
+
+def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) -> None:
+    """What processes other than that of `build_index` do: their share of the work, where the kind can be shared."""
+    builder = make_builder(kind, options)
+    if not isinstance(builder, Shares):
+        return
+    workers.wait()
+    folder = build_path(Path(output))
+    rows = Corpus(folder)
     try:
-        rows = write_corpus(corpus, folder)
-        try:
-            builder.build(rows, folder)
-        finally:
-            rows.close()
-        if source is not None and not source.matches(Path(source.name)):
-            raise IndexFolderError(f"{source.name} changed while it was indexed; build again when it is complete")
-        manifest = Manifest(
-            format=FORMAT,
-            kind=kind,
-            passages=len(rows),
-            options=asdict(builder),
-            corpus=Fingerprint.of(folder / ROWS, ROWS),
-            source=source,
-            files={file.relative_to(folder).as_posix(): file.stat().st_size for file in _files(folder)},
-        )
-        manifest.write(folder)
-        _put_in_place(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return manifest
+        builder.share(rows, folder, workers)
+    finally:
+        rows.close()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -193,7 +221,7 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     if not manifest.corpus.matches(folder / ROWS):
         raise IndexFolderError(f"{folder / ROWS} was changed after the index was built from it; {rebuild}")
     source = manifest.source
-    if check_source and source is not None and Path(source.name).exists() and not source.matches(Path(source.name)):
+    if check_source and source is not None and source.changed():
         raise IndexFolderError(
             f"{source.name} has changed since {folder} was built from it; {rebuild}; "
             "or keep the index as it is: load_retriever(..., check_source=False)"
@@ -201,17 +229,23 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     return Index(folder, manifest, Corpus(folder))
 
 
-def _builder(kind: str, options: dict[str, Any]) -> Builder:
-    if kind not in _BUILDERS:
-        raise unknown_name("kind of index", kind, _BUILDERS)
-    module, _, name = _BUILDERS[kind].partition(":")
-    make = getattr(importlib.import_module(module), name)
+def make_builder(kind: str, options: dict[str, Any]) -> Builder:
+    """The builder of a kind, its options checked."""
+    make = builder_class(kind)
     known = [option.name for option in fields(make)]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of a {kind} index", option, known)
     builder: Builder = make(**options)
     return builder
+
+
+def builder_class(kind: str) -> Any:
+    """The dataclass whose fields are the options of a kind."""
+    if kind not in _BUILDERS:
+        raise unknown_name("kind of index", kind, _BUILDERS)
+    module, _, name = _BUILDERS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -222,32 +256,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise IndexFolderError(f"{output} exists and is not a finished index; remove it or choose another output")
     if not overwrite:
         raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
-
-
-def _put_in_place(folder: Path, output: Path) -> None:
-    if not (output / MANIFEST).exists():
-        os.rename(folder, output)
-        return
-    old = output.parent / f"{folder.name}.old"
-    os.rename(output, old)
-    os.rename(folder, output)
-    shutil.rmtree(old)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with (
-        open(path, "rb") as file,
-        tqdm(desc=f"hashing {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        while block := file.read(1 << 22):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
 
 
 def _command(folder: Path, manifest: Any = None) -> str:

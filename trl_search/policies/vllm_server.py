@@ -1,0 +1,328 @@
+"""The policy behind a stock `vllm serve`: token ids out, sampled ids and their logprobs back, one request a turn.
+
+    CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \
+        --weight-transfer-config '{"backend": "nccl"}'            (docs/vllm.md has both terminals)
+
+Each rank posts its own trajectories, as many and as often as they need: no rank waits for another. A request holds
+
+1. everything that shapes the distribution, `repetition_penalty` too: the server fills what is left out from the
+   model's own generation_config.json, and Qwen2.5-Instruct's has a repetition penalty and a top-p;
+2. `include_stop_str_in_output` and `skip_special_tokens: false`, so that stop strings are looked for in the text as it
+   is; the ids are those of all sampled tokens, also where the stop string ends inside the last;
+3. a seed of its own, so a request that is asked again, after its connection broke, does no harm: nothing else of the
+   first try remains. Closing the connection makes vLLM abort the request; that is how a cancelled coroutine ends.
+
+`processed_logprobs` are taken after temperature *and* after top-p, top-k and min-p. They are what `Policy` promises as
+long as these cut nothing: keep top_p=1, top_k=0, min_p=0 in training. vLLM's default, raw_logprobs, ignores the
+temperature.
+
+A server that is lost is waited for, by one probe for all requests of the process; then all are asked again. A server
+that was restarted meanwhile serves the weights it was started with, until the next sync: `restarted` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import stamina
+from packaging.version import Version
+
+from trl_search.errors import UserError
+from trl_search.policies.base import Policy
+from trl_search.types import Completion, FinishReason, Sampling
+
+logger = logging.getLogger(__name__)
+
+# The first and the last version of vLLM that TRL 1.16 takes.
+VLLM_VERSIONS = ("0.22.0", "0.31.0")
+# Requests under way at once, in one process; others queue here and not at the server's file descriptors.
+MAX_CONNECTIONS = 512
+# A request is asked so often, when the server is well and yet does not answer it.
+TRIES = 4
+# Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
+_KEEP_ALIVE_S = 4.0
+_PROBE_TIMEOUT_S = 10.0
+# vLLM writes -inf so, because JSON cannot.
+_MINUS_INFINITY = -9999.0
+_MAX_SEED = 2**63 - 1
+
+
+class VLLMServerPolicy(Policy):
+    """Samples from a `vllm serve` process over HTTP.
+
+    Args:
+        base_url (`str`): Its address: `http://localhost:8000`.
+        model (`str`, *optional*): The name it serves the policy under, an adapter's for one. Default: the first one.
+        context_length (`int`, *optional*, defaults to `0`): Tokens of the longest prompt and its completion together;
+            a server with less room is refused by `open`. 0: found out by the first request that is too long.
+        patience_s (`float`, *optional*, defaults to `300.0`): How long a lost server is waited for.
+        request_timeout_s (`float`, *optional*, defaults to `600.0`): After so long without an answer a request counts
+            as lost; the time it waits in the server's queue included.
+
+    Attributes:
+        max_model_len (`int`): The room of the server, once open.
+        restarted (`bool`): Whether the server was started anew since this policy first met it. It then has lost the
+            weights that training gave it, and its end of the NCCL group: synchronize, or start the run again, before
+            what it samples is trained on.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        context_length: int = 0,
+        patience_s: float = 300.0,
+        request_timeout_s: float = 600.0,
+    ) -> None:
+        if not re.match(r"https?://[^/]", base_url):
+            raise UserError(
+                f"the address of the vLLM server must begin with http://, as http://localhost:8000: {base_url!r}"
+            )
+        self.base_url = base_url.rstrip("/")
+        self.model, self.context_length = model, context_length
+        self.patience_s, self.request_timeout_s = patience_s, request_timeout_s
+        self.max_model_len = 0  # 0: never met
+        self.restarted = False
+        self._started_at: float | None = None
+        self._client: httpx.AsyncClient | None = None
+        self._recovery: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connects, on the running event loop. A server never met must be there; one met before is waited for.
+
+        Raises:
+            UserError: if it is not there, is no vLLM server, does not serve the model, or has too little room.
+        """
+        timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
+        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
+        # No proxies of the environment: they do not know the hosts of a cluster.
+        self._client = httpx.AsyncClient(base_url=self.base_url, timeout=timeout, limits=limits, trust_env=False)
+        if self.max_model_len:
+            await self._wait_for_server()
+        try:
+            (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+            models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
+            self._see(await _start_time(self._client))
+            problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
+        except httpx.HTTPError as error:
+            await self.close()
+            raise UserError(
+                f"no vLLM server answers at {self.base_url} ({_reason(error)}): start it first (`vllm serve`, see "
+                "docs/vllm.md), or correct vllm_server_base_url"
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            await self.close()
+            raise UserError(
+                f"what answers at {self.base_url} is not a vLLM server: its /v1/models and /version do not read so"
+            ) from error
+        if problem and not self.max_model_len:
+            logger.warning("The server at %s: %s.", self.base_url, problem)
+        self._choose(models)
+
+    async def close(self) -> None:
+        if self._recovery is not None:
+            self._recovery.cancel()
+            self._recovery = None
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.aclose()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Completion:
+        if self._client is None:
+            raise RuntimeError("the policy is closed: await policy.open() first")
+        if not prompt_ids:
+            raise ValueError("prompt_ids is empty")
+        body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop)
+        trouble: _Trouble | None = None
+        for _ in range(TRIES):
+            try:
+                return read_completion(await self._post(self._client, body), body, self.base_url)
+            except _Trouble as error:
+                trouble = error
+                await self._recover(error)
+        raise UserError(
+            f"the vLLM server at {self.base_url} is up, and yet failed a request {TRIES} times; the last time: "
+            f"{trouble}. Its log says more"
+        ) from trouble
+
+    # Connections and outages
+
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            response = await client.post("/v1/completions", json=body)
+        except httpx.TransportError as error:
+            raise _Trouble(_reason(error)) from error
+        if response.is_success:
+            answer: dict[str, Any] = response.json()
+            return answer
+        said = f"{response.status_code}: {_said(response)}"
+        if response.status_code == 429 or response.status_code >= 500:
+            raise _Trouble(said)
+        needed = max(self.context_length, len(body["prompt"]) + body["max_tokens"])
+        raise refusal(self.base_url, said, needed=needed, model=body["model"])
+
+    async def _recover(self, trouble: _Trouble) -> None:
+        """Returns when the server is well again. One probe serves all requests that were lost with it."""
+        if self._recovery is None or self._recovery.done():
+            logger.warning("vLLM server at %s: %s. Trying again.", self.base_url, trouble)
+            self._recovery = asyncio.create_task(self._wait_for_server())
+        await asyncio.shield(self._recovery)
+
+    async def _wait_for_server(self) -> None:
+        assert self._client is not None
+        started = time.monotonic()
+        # Ranks that lost the server together do not come back together.
+        await asyncio.sleep(0.2 * random.random())
+        try:
+            async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=self.patience_s):
+                with attempt:
+                    (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+                    self._see(await _start_time(self._client))
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"the vLLM server at {self.base_url} was lost, and did not come back in "
+                f"{time.monotonic() - started:.0f} s ({_reason(error)}): start it again, then resume from the last "
+                "checkpoint"
+            ) from error
+
+    def _see(self, started_at: float | None) -> None:
+        if None not in (self._started_at, started_at) and started_at != self._started_at:
+            self.restarted = True
+            logger.warning(
+                "The vLLM server at %s was restarted: until the next weight sync it samples from the weights that it "
+                "was started with.",
+                self.base_url,
+            )
+        self._started_at = started_at
+
+    def _choose(self, models: list[dict[str, Any]]) -> None:
+        served = {str(model["id"]): model for model in models}
+        self.model = self.model or next(iter(served), None)
+        if self.model not in served:
+            raise UserError(
+                f"the vLLM server at {self.base_url} serves {', '.join(served) or 'nothing'}, and not {self.model}: "
+                "start it with that model"
+            )
+        # An adapter has no room of its own.
+        self.max_model_len = max(int(model.get("max_model_len") or 0) for model in models)
+        if self.context_length > self.max_model_len:
+            raise UserError(
+                f"the longest prompt and max_completion_length need {self.context_length} tokens, and the vLLM server "
+                f"at {self.base_url} has room for {self.max_model_len}: start it with --max-model-len "
+                f"{self.context_length}, or lower max_completion_length"
+            )
+
+
+def version_problem(version: str) -> str:
+    """Why a version of vLLM may not work with this TRL; empty where it does."""
+    first, last = VLLM_VERSIONS
+    # A build for the CPU is 0.31.0+cpu.
+    if Version(first) <= Version(Version(version).base_version) <= Version(last):
+        return ""
+    return f"vLLM {version} is outside {first} to {last}, the versions that TRL 1.16 takes"
+
+
+class _Trouble(Exception):
+    """The server's trouble, not the request's: ask again."""
+
+
+def format_request(
+    model: str, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+) -> dict[str, Any]:
+    """The body of `POST /v1/completions` for one turn."""
+    return {
+        "model": model,
+        "prompt": list(prompt_ids),
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": sampling.seed & _MAX_SEED,  # 64 bits with a sign; -1 would mean no seed
+        "stop": list(stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "logprobs": 0,  # those of the sampled tokens alone
+        "return_token_ids": True,
+    }
+
+
+def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str) -> Completion:
+    """What the server answered to `body`.
+
+    Raises:
+        UserError: for an answer without ids, or shorter than was asked for.
+    """
+    choice = answer["choices"][0]
+    ids, reason = choice.get("token_ids"), choice["finish_reason"]
+    if reason == "abort":  # the server shuts down, or somebody paused it
+        raise _Trouble("it aborted the request")
+    if not ids or choice.get("logprobs") is None:
+        raise UserError(f"the vLLM server at {base_url} answered without token ids and logprobs: vLLM is too old")
+    if reason == "length" and len(ids) < body["max_tokens"]:
+        raise UserError(
+            f"the vLLM server at {base_url} ended a turn after {len(ids)} of {body['max_tokens']} tokens: start it "
+            "without max_new_tokens in --override-generation-config"
+        )
+    logprobs = (
+        math.nan if value is None else -math.inf if value <= _MINUS_INFINITY else float(value)
+        for value in choice["logprobs"]["token_logprobs"]
+    )
+    return Completion(tuple(ids), tuple(logprobs), _finish_reason(reason, choice.get("stop_reason")))
+
+
+def _finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
+    if reason == "length":
+        return FinishReason.LENGTH
+    # "stop" is the EOS (no stop reason), another end token of the generation config (its id), or a stop string.
+    return FinishReason.STOP if isinstance(stop_reason, str) else FinishReason.EOS
+
+
+def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
+    """The error for a request that the server will refuse again: what it said, and what helps."""
+    if "context length" in said or "max_model_len" in said:
+        remedy = f"start it with --max-model-len {needed} or more, or lower max_completion_length"
+    elif "does not exist" in said:
+        remedy = f"start it with {model}, or under that name (--served-model-name)"
+    elif "logprobs" in said:
+        remedy = "start it with --max-logprobs -1"
+    elif "vocabulary" in said:
+        remedy = "it serves a model of another tokenizer: start it with the model that is trained"
+    else:
+        remedy = "`trl-search doctor --server` checks its settings"
+    return UserError(f"the vLLM server at {base_url} refused a request ({said}): {remedy}")
+
+
+async def _start_time(client: httpx.AsyncClient) -> float | None:
+    """When the server's process was started, from its metrics; None where it does not say (--api-server-count > 1)."""
+    metrics = await client.get("/metrics", timeout=_PROBE_TIMEOUT_S)
+    found = re.search(r"^process_start_time_seconds (\S+)$", metrics.text, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def _said(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (KeyError, TypeError, ValueError):
+        return response.text[:500] or response.reason_phrase
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.ReadTimeout):
+        return "no answer in time"
+    return str(error) or type(error).__name__

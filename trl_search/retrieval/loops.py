@@ -1,0 +1,109 @@
+"""What async retrievers need of event loops: one for callers that block, and HTTP connections for each.
+
+A `BackgroundLoop` lives from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
+holds an `httpx.AsyncClient` for each loop, since a client works on the loop it was first used on, and a rollout makes
+a new loop each step. Neither goes through a fork: a child process needs new ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import ssl
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import httpx
+
+from trl_search.retrieval.base import RetrievalError
+
+Result = TypeVar("Result")
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The usual certificates, read once: it takes 0.1 s, which every new client would spend again."""
+    return httpx.create_ssl_context()
+
+
+class BackgroundLoop:
+    """Runs coroutines for callers that block: `loop.run(coroutine)`, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stop: asyncio.Event | None = None
+        self._closed = False
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Waits for the coroutine's result. Raises `RetrievalError` when the loop is closed, before or meanwhile."""
+        with self._lock:  # so that no coroutine comes behind the stop, where nothing would run or cancel it
+            if self._closed:
+                coroutine.close()
+                raise RetrievalError("this retriever is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise RetrievalError("the retriever was closed before this search was done") from None
+
+    def close(self) -> None:
+        """Cancels what still runs, and ends the thread. Safe to call twice."""
+        with self._lock:
+            if self._thread is not None and not self._closed:
+                assert self._loop is not None and self._stop is not None
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._closed = True
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._thread is None:
+            ready = threading.Event()
+            self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), daemon=True)
+            self._thread.start()
+            ready.wait()
+        assert self._loop is not None
+        return self._loop
+
+    async def _live(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        await self._stop.wait()
+
+
+class ClientPerLoop:
+    """`await clients.get()` is the client of the running event loop, made by `make` and closed with the loop."""
+
+    def __init__(self, make: Callable[[], httpx.AsyncClient]) -> None:
+        self._make = make
+        self._clients: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[httpx.AsyncClient, None]]
+        ] = weakref.WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    async def get(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            # asyncio ends the async generators of a loop before the loop itself: this is how the connections get
+            # closed, though nobody tells a retriever that a rollout is over.
+            client = self._make()
+            living = self._live(loop, client)
+            self._clients[loop] = client, living
+            await anext(living)
+        return self._clients[loop][0]
+
+    async def _live(
+        self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient
+    ) -> AsyncGenerator[httpx.AsyncClient, None]:
+        try:
+            yield client
+        finally:
+            self._clients.pop(loop, None)
+            await client.aclose()

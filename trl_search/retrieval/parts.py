@@ -1,0 +1,115 @@
+"""What retrievers made of other retrievers share: `hybrid` and `rerank` load, search and close their parts here."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import statistics
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from trl_search.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.types import Passage
+
+Part = Retriever | Mapping[str, Any]
+
+
+def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
+    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; what is a retriever already is taken as it is."""
+    from trl_search.retrieval import load_retriever
+
+    loaded: list[Retriever] = []
+    try:
+        for number, part in enumerate(parts, start=1):
+            if isinstance(part, Retriever):
+                loaded.append(part)
+            elif isinstance(part, Mapping) and isinstance(part.get("kind"), str):
+                loaded.append(load_retriever(**part))
+            else:
+                raise UserError(
+                    f'part {number} of {of} must be a retriever, or options with its kind, as {{"kind": "bm25", '
+                    f'"index": "indexes/wiki"}}; got {part!r}'
+                )
+    except BaseException:
+        for retriever in loaded:
+            retriever.close()
+        raise
+    return loaded
+
+
+def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) -> list[list[list[Passage]]]:
+    """What each part finds, all searched at the same time. The first that fails fails the search."""
+    with ThreadPoolExecutor(len(parts)) as pool:  # made anew: the threads of a kept one would be missing after a fork
+        futures = [pool.submit(part.search, queries, k) for part in parts]
+    return [_checked(part, queries, future.result()) for part, future in zip(parts, futures, strict=True)]
+
+
+async def search_together_async(
+    parts: Sequence[Retriever], queries: Sequence[str], k: int
+) -> list[list[list[Passage]]]:
+    """[`search_together`] for coroutines: parts that can be awaited are, the others run on threads. When one fails, or
+    whoever asked gives up, those that still wait are told to stop."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_outcome(part, queries, k)) for part in parts]
+    return [_checked(part, queries, task.result()) for part, task in zip(parts, tasks, strict=True)]
+
+
+async def _outcome(part: Retriever, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    search = getattr(part, "search_async", None)
+    if inspect.iscoroutinefunction(search):
+        found: list[list[Passage]] = await search(queries, k)
+        return found
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[list[list[Passage]]] = loop.create_future()
+
+    def work() -> None:
+        outcome: list[list[Passage]] | BaseException
+        try:
+            outcome = part.search(queries, k)
+        except BaseException as error:
+            outcome = error
+        with suppress(RuntimeError):  # the event loop has ended meanwhile
+            loop.call_soon_threadsafe(_settle, done, outcome)
+
+    threading.Thread(target=work, daemon=True).start()  # a part that hangs must not hold up the exit
+    return await done
+
+
+def _settle(done: asyncio.Future[Any], outcome: object) -> None:
+    if done.done():
+        return
+    if isinstance(outcome, BaseException):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
+
+
+def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:
+    if len(found) != len(queries):
+        raise RetrievalError(f"{type(part).__name__} returned {len(found)} results for {len(queries)} queries")
+    return found
+
+
+def add_metrics(parts: Sequence[Retriever]) -> dict[str, float]:
+    """The metrics of several retrievers as those of one, by the rules of `Retriever.take_metrics`."""
+    values: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.take_metrics().items():
+            values.setdefault(name, []).append(value)
+    return {name: _combine(name)(each) for name, each in values.items()}
+
+
+def _combine(name: str) -> Any:
+    return max if name.endswith("_max_s") else statistics.fmean if name.endswith("_p50_s") else sum
+
+
+def check_search(queries: Sequence[str], k: int) -> None:
+    """Refuses what every retriever refuses."""
+    if isinstance(queries, str):
+        raise TypeError("search takes a list of queries; pass [query]")
+    if k < 1:
+        raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")

@@ -1,0 +1,222 @@
+"""The text of a web page, fetched as if every page were hostile: a policy chooses what to search, strangers write it.
+
+- Only `http` and `https`, on ports 80 and 443, and only public addresses. Of a host name, the addresses are looked up
+  once and all checked, and the connection goes to one of those very addresses, under the name's own `Host` and TLS
+  certificate: a name that points elsewhere a moment later (DNS rebinding) gains nothing. Redirects pass through the
+  same gate, one by one.
+- What is read ends after `max_bytes` of text, compressed or not; all of it, redirects included, after `timeout_s`.
+- The text is taken from the HTML by trafilatura.
+
+The proxies of the environment are not used: a proxy would look the name up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+
+from trl_search.errors import UserError
+from trl_search.retrieval.loops import tls_context
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+READABLE = ("text/html", "application/xhtml+xml", "text/plain")
+_HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; trl-search)", "Accept": "text/html, text/plain;q=0.9"}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class PageError(RuntimeError):
+    """A page was not fetched, or has no text. The message says why."""
+
+
+@dataclass(frozen=True)
+class PageLimits:
+    """What a page may cost.
+
+    Args:
+        max_bytes (`int`): Of the page, decompressed; what comes after is not read.
+        timeout_s (`float`): From the first lookup to the last byte.
+        max_redirects (`int`): Redirects in a row.
+        ports (`frozenset[int]`): Ports that may be connected to.
+    """
+
+    max_bytes: int = 2 << 20
+    timeout_s: float = 10.0
+    max_redirects: int = 5
+    ports: frozenset[int] = frozenset({80, 443})
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the open internet: not private, loopback, link-local, multicast, reserved, ...
+
+    An IPv6 address that carries an IPv4 one (mapped, 6to4, Teredo, NAT64) is as public as both are.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        inner = [address.sixtofour, *(address.teredo or ())]
+        if address in _NAT64:
+            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if address.is_site_local or not all(is_public(one) for one in inner if one is not None):
+            return False
+    return address.is_global and not (
+        address.is_private
+        or address.is_loopback
+        or address.is_link_local
+        or address.is_multicast
+        or address.is_reserved
+        or address.is_unspecified
+    )
+
+
+async def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a host, as the operating system knows them."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class GuardedTransport(httpx.AsyncBaseTransport):
+    """Connects to public addresses only, and to the very address that was checked.
+
+    Args:
+        ports (`frozenset[int]`): Ports that may be connected to.
+        resolve (`Callable`): `await resolve(host, port)` gives the addresses of a host.
+        allowed (`Callable`): Whether an address may be connected to.
+    """
+
+    def __init__(
+        self,
+        ports: frozenset[int],
+        *,
+        resolve: Resolve = look_up,
+        allowed: Callable[[Address], bool] = is_public,
+    ) -> None:
+        self._ports, self._resolve, self._allowed = ports, resolve, allowed
+        # A kept connection would be found again by its address, under another host's name.
+        self._inner = httpx.AsyncHTTPTransport(
+            verify=tls_context(), trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+        if port is None:
+            raise PageError(f"{url.scheme}: is neither http nor https")
+        if port not in self._ports:
+            raise PageError(f"{url.host}: port {port} is not one of {', '.join(map(str, sorted(self._ports)))}")
+        host = url.raw_host.decode("ascii")
+        address = await self._checked_address(host, port)
+        extensions = request.extensions if _is_address(host) else {**request.extensions, "sni_hostname": host}
+        # `Host` is in the headers already, with the name.
+        pinned = httpx.Request(
+            request.method,
+            url.copy_with(host=address),
+            headers=request.headers,
+            stream=request.stream,
+            extensions=extensions,
+        )
+        return await self._inner.handle_async_request(pinned)
+
+    async def _checked_address(self, host: str, port: int) -> str:
+        try:
+            addresses = await self._resolve(host.strip("[]"), port)
+        except (OSError, UnicodeError) as error:
+            raise PageError(f"{host}: no such host ({error})") from error
+        for address in addresses:
+            try:
+                fine = self._allowed(ipaddress.ip_address(address))
+            except ValueError:  # "fe80::1%eth0" in a form that this Python does not read
+                fine = False
+            if not fine:
+                raise PageError(f"{host}: {address} is not a public address")
+        if not addresses:
+            raise PageError(f"{host}: no such host")
+        return addresses[0]
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: GuardedTransport | None = None) -> str:
+    """The text of a page.
+
+    Raises:
+        PageError: whatever goes wrong.
+    """
+    try:
+        async with (
+            asyncio.timeout(limits.timeout_s),
+            httpx.AsyncClient(
+                transport=transport or GuardedTransport(limits.ports), trust_env=False, headers=_HEADERS, timeout=None
+            ) as client,
+        ):
+            kind, body = await _read(client, url, limits)
+    except TimeoutError:
+        raise PageError(f"{url[:200]}: not read within {limits.timeout_s:.3g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise PageError(f"{url[:200]}: {type(error).__name__}: {error}") from error
+    text = await asyncio.to_thread(extract_text, body, kind)
+    if not text:
+        raise PageError(f"{url[:200]}: no text in it")
+    return text
+
+
+def extract_text(body: bytes, kind: str) -> str:
+    """The main text of a page, `""` where there is none."""
+    if kind == "text/plain":
+        return body.decode("utf-8", "replace").strip()
+    try:
+        import trafilatura
+    except ImportError:
+        raise UserError("pages are read by trafilatura: pip install 'trl-search[web]'") from None
+    # Its own complaints about pages that are none are of no use: there is an error that names the page.
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
+    return (trafilatura.extract(body, include_comments=False, include_tables=True) or "").strip()
+
+
+async def _read(client: httpx.AsyncClient, url: str, limits: PageLimits) -> tuple[str, bytes]:
+    """Content type and body, behind the redirects. They are followed here, so that each is a request of its own."""
+    request = client.build_request("GET", url)
+    for _ in range(limits.max_redirects + 1):
+        if request.url.userinfo:
+            raise PageError(f"{request.url.host}: the URL carries a password")
+        response = await client.send(request, stream=True, follow_redirects=False)
+        try:
+            if response.status_code in _REDIRECTS and "Location" in response.headers:
+                request = client.build_request("GET", request.url.join(response.headers["Location"]))
+                continue
+            return await _read_body(response, limits.max_bytes)
+        finally:
+            await response.aclose()
+    raise PageError(f"{url[:200]}: more than {limits.max_redirects} redirects")
+
+
+async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, bytes]:
+    url = str(response.request.url)[:200]
+    if response.status_code != 200:
+        raise PageError(f"{url}: answered {response.status_code}")
+    kind = response.headers.get("Content-Type", "text/html").partition(";")[0].strip().lower()
+    if kind not in READABLE:
+        raise PageError(f"{url}: is {kind[:80]}, which is not read")
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) >= max_bytes:
+            break
+    return kind, bytes(body[:max_bytes])
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""A server process: its socket, the index that loads while `/ready` is answered already, and the signals that end it.
+
+SIGTERM and Ctrl-C stop it gently: no new connection, what is under way is answered, exit status 0. A second Ctrl-C
+ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trl_search.errors import UserError
+from trl_search.retrieval.base import Retriever
+from trl_search.serving.app import make_app
+from trl_search.serving.config import ServerConfig, need_server_packages
+from trl_search.serving.observe import access_log
+
+
+def serve(
+    load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[], None]
+) -> None:
+    """Serves until a signal says stop.
+
+    Args:
+        load (`Callable[[], Retriever]`): Loads what is served, on a thread; what it raises ends the server.
+        config (`ServerConfig`): Limits, queue, cache, token.
+        listening (`socket.socket`): From `listen`.
+        loaded (`Callable[[], None]`): Called once requests are answered.
+    """
+    need_server_packages()
+    import uvicorn
+
+    if config.access_log:
+        log_to(sys.stderr)
+    app = make_app(None, config)
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
+    )
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As uvicorn's own, without raising the signal once more at the end: a gentle stop is no failure."""
+            loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+            for number in signals:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def main() -> None:
+        server = Server(settings)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        loading = asyncio.create_task(_on_daemon_thread(load))
+        retriever: Retriever | None = None
+        try:
+            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                retriever = loading.result()
+                app.state.service.open(retriever)
+                loaded()
+            else:
+                loading.cancel()
+            await serving
+        finally:
+            server.should_exit = True
+            await serving
+            if retriever is not None:
+                retriever.close()
+
+    with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+        runner.run(main())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the socket before anything is loaded: a port that is taken is found out now."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _on_daemon_thread(load: Callable[[], Retriever]) -> Retriever:
+    """Like `asyncio.to_thread`, on a thread that the exit does not wait for: Ctrl-C while a large index loads."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def tell(outcome: Retriever | BaseException) -> None:
+        if done.done():
+            return
+        if isinstance(outcome, BaseException):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
+
+    def work() -> None:
+        outcome: Retriever | BaseException
+        try:
+            outcome = load()
+        except BaseException as error:
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, outcome)
+
+    threading.Thread(target=work, name="load the index", daemon=True).start()
+    retriever: Retriever = await done
+    return retriever
+
+
+def log_to(stream: Any) -> None:
+    """Where the line of each request goes."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
