@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import random
 import re
 import time
@@ -119,7 +120,7 @@ Forward = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 def stock(accelerator: Accelerator) -> Forward:
     # Undecorated: the method reads nothing of its trainer but the accelerator, and a profile of calls is not wanted.
-    method = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
+    method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     trainer = types.SimpleNamespace(accelerator=accelerator)
 
     def forward(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

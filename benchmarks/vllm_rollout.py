@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import copy
 import cProfile
 import pstats
 import random
@@ -22,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +40,7 @@ from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.policies import vllm_colocate
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.protocols import Protocol
+from trl_search.protocols import Protocol, QwenTools
 from trl_search.retrieval import Retriever
 from trl_search.rollout import run_sync
 from trl_search.types import Action, Answer, Completion, FinishReason, Passage, Sampling
@@ -46,8 +48,8 @@ from trl_search.types import Action, Answer, Completion, FinishReason, Passage, 
 MAX_TOKENS = 4096
 
 
-def no_reward(completions: list[Any], **columns: Any) -> list[float | None]:
-    return [0.0] * len(completions)
+def random_reward(completions: list[Any], **columns: Any) -> list[float | None]:
+    return [random.random() for _ in completions]
 
 
 class PlannedRetriever(Retriever):
@@ -70,9 +72,17 @@ class PlannedRetriever(Retriever):
 
 
 class PlannedEnvironment(SearchEnvironment):
+    """Gives each trajectory its plan, in the order of the prompts."""
+
+    async def open(self) -> None:
+        for plan in PLANS:
+            plan.spoken = 0
+        self.plans = iter(PLANS)
+        await super().open()
+
     def start(self, row: Any) -> Environment:
         # The task of the trajectory calls this, so its context knows the plan from here on.
-        CURRENT.set(PLANS[row["index"]])
+        CURRENT.set(next(self.plans))
         return super().start(row)
 
 
@@ -111,6 +121,8 @@ class PlannedStock:
         self.calls: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def generate(self, prompts: list[Any], sampling_params: Any, **options: Any) -> list[Any]:
+        if len(prompts) == len(PLANS):
+            self.turn = 0
         speakers = [plan for plan in PLANS if len(plan.turns) > self.turn]
         assert len(prompts) == len(speakers)
         each = []
@@ -136,26 +148,31 @@ class PlannedStock:
 # Measuring
 
 
+@contextlib.contextmanager
+def on_the_plan(trainer: GRPOTrainer) -> Iterator[None]:
+    """As long as the context lasts, this trainer's rollouts follow `PLANS`."""
+    llm = trainer.vllm_generation.llm
+    stand_in = PlannedStock(llm.generate)
+    with (
+        mock.patch.object(llm, "generate", stand_in.generate),
+        mock.patch.object(grpo_trainer, "parse_response", stand_in.parse),
+        mock.patch.object(VLLMColocatePolicy, "generate", planned_generate(VLLMColocatePolicy.generate)),
+        mock.patch.object(QwenTools, "parse", planned_parse(QwenTools.parse)),
+    ):
+        yield
+
+
 def run_stock(trainer: GRPOTrainer, prompts: list[Any]) -> float:
-    stand_in = PlannedStock(trainer.vllm_generation.llm.generate)
     # What `_generate_and_score_completions` prepares.
     trainer._sync_tool_dicts = [{tool.__name__: tool for tool in trainer._standalone_tools}] * len(prompts)
     trainer._async_tool_dicts = [{}] * len(prompts)
-    with (
-        mock.patch.object(trainer.vllm_generation.llm, "generate", stand_in.generate),
-        mock.patch.object(grpo_trainer, "parse_response", stand_in.parse),
-    ):
+    with on_the_plan(trainer):
         return timed(lambda: trainer._generate(prompts), trainer)
 
 
 def run_ours(trainer: SearchGRPOTrainer, prompts: list[Any]) -> float:
-    for plan in PLANS:
-        plan.spoken = 0
-    trainer._rows = [{"index": plan.index} for plan in PLANS]
-    with (
-        mock.patch.object(VLLMColocatePolicy, "generate", planned_generate(VLLMColocatePolicy.generate)),
-        mock.patch.object(type(trainer.protocol), "parse", planned_parse(type(trainer.protocol).parse)),
-    ):
+    trainer._rows = [{}] * len(prompts)
+    with on_the_plan(trainer):
         return timed(lambda: trainer._generate(prompts), trainer)
 
 
@@ -191,13 +208,14 @@ def timed(function: Callable[[], Any], trainer: GRPOTrainer) -> float:
     return time.perf_counter() - started
 
 
-def make_trainers(folder: Path, arguments: argparse.Namespace) -> tuple[GRPOTrainer, SearchGRPOTrainer]:
-    """Stock TRL and ours, on one engine and one model."""
+def make_trainers(
+    folder: Path, arguments: argparse.Namespace, of_stock: dict[str, Any], of_ours: dict[str, Any]
+) -> tuple[GRPOTrainer, SearchGRPOTrainer]:
+    """Stock TRL and ours, on one engine and one model, with settings of their own."""
     cuda = torch.cuda.is_available()
     model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
     common: dict[str, Any] = {
         "output_dir": str(folder / "run"),
-        "per_device_train_batch_size": arguments.trajectories,
         "num_generations": GROUP,
         "max_completion_length": MAX_TOKENS,
         "use_vllm": True,
@@ -215,11 +233,11 @@ def make_trainers(folder: Path, arguments: argparse.Namespace) -> tuple[GRPOTrai
         model=model,
         args=SearchGRPOConfig(
             **common,
+            **of_ours,
             vllm_engine_options=vllm_shape.options(arguments.shape),
             max_observation_length=MAX_TOKENS,
-            packed_attention="padded",
         ),
-        reward_funcs=[no_reward],
+        reward_funcs=[random_reward],
         train_dataset=rows,
         processing_class=tokenizer,
         environment=PlannedEnvironment(retriever),
@@ -240,10 +258,10 @@ def make_trainers(folder: Path, arguments: argparse.Namespace) -> tuple[GRPOTrai
     with mock.patch.object(grpo_trainer, "VLLMGeneration", lambda **options: ours.vllm_generation):
         stock = GRPOTrainer(
             model=model,
-            args=GRPOConfig(**common, max_tool_calling_iterations=8),
-            reward_funcs=[no_reward],
+            args=GRPOConfig(**common, **of_stock, max_tool_calling_iterations=8),
+            reward_funcs=[random_reward],
             train_dataset=rows.map(lambda row: {"prompt": ours.protocol.messages(row["question"])}),
-            processing_class=tokenizer,
+            processing_class=copy.deepcopy(tokenizer),  # TRL teaches it to parse tool calls
             tools=[search],
         )
     return stock, ours
@@ -275,7 +293,9 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        stock, ours = make_trainers(vllm_shape.write_model_folder(Path(folder), arguments.shape), arguments)
+        batch = {"per_device_train_batch_size": arguments.trajectories}
+        model_folder = vllm_shape.write_model_folder(Path(folder), arguments.shape)
+        stock, ours = make_trainers(model_folder, arguments, of_stock=batch, of_ours=batch)
         rows: Any = ours.train_dataset
         prompts = [row["prompt"] for row in rows for _ in range(GROUP)]
         stock._last_loaded_step = ours._last_loaded_step = 0  # the weights are random on both sides

@@ -11,9 +11,14 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 
 from tests.scripted_trainer import config
 
@@ -217,3 +222,54 @@ def test_one_generation_serves_several_iterations(spy):
     for spy._step in range(4):
         spy._prepare_inputs(generation_batch(spy))
     assert len(calls) == 2
+
+
+# The seams of trl_search/vllm_backend.py. They are read in TRL's source, since vLLM is not installed beside it;
+# tests/test_vllm_colocate.py and tests/test_vllm_server.py go through them with the real one.
+
+
+def test_the_trainer_makes_its_vllm_backend_by_this_name():
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
+    assert "self.vllm_generation = VLLMGeneration(" in inspect.getsource(GRPOTrainer.__init__)
+
+
+def test_the_trainer_gives_its_vllm_backend_these_arguments():
+    given = inspect.getsource(GRPOTrainer.__init__).split("VLLMGeneration(")[1]
+    read = ["model", "accelerator", "mode", "server_base_url", "server_host", "server_port", "server_timeout"]
+    for name in [*read, "max_model_length", "enable_sleep_mode"]:
+        assert f" {name}=" in given and name in parameters(VLLMGeneration.__init__)
+        assert f"self.{name} = {name}" in inspect.getsource(VLLMGeneration.__init__)
+
+
+def test_the_trainer_syncs_before_it_rolls_out():
+    generate = inspect.getsource(GRPOTrainer._generate)
+    assert generate.index("self.vllm_generation.sync_weights()") < generate.index("self.rollout_func(")
+
+
+def test_the_backend_makes_its_engine_by_this_name_once_its_options_are_set():
+    made = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.llm = LLM(" in made and 'logprobs_mode="processed_logprobs"' in made
+    assert 'distributed_executor_backend="external_launcher"' in made  # the engine is in this process
+    source = inspect.getsource(VLLMGeneration.__init__)
+    assert source.index("self.enable_sleep_mode = ") < source.index("self._init_vllm()")
+    assert "from vllm import LLM" in inspect.getsource(vllm_generation)
+
+
+def test_the_backends_engine_sleeps_after_the_start_where_it_is_told_to():
+    made = inspect.getsource(VLLMGeneration._init_vllm)
+    asleep = made.split("if self.enable_sleep_mode:")[1]
+    assert "self.llm.sleep(level=2)" in asleep and "self._llm_weights_sleeping = self.enable_sleep_mode" in asleep
+    assert made.rstrip().endswith("accelerator.wait_for_everyone()")
+
+
+def test_the_backend_walks_parameters_under_their_vllm_names(random_model):
+    backend = VLLMGeneration.__new__(VLLMGeneration)
+    backend.model = random_model
+    backend._dist = vllm_generation.DistributedBackend(Accelerator(cpu=True))
+    walked = {name: tuple(tensor.shape) for name, tensor in backend._iter_named_params()}
+    assert walked == {name: tuple(parameter.shape) for name, parameter in random_model.named_parameters()}
+
+
+def test_the_client_of_a_server():
+    assert {"base_url", "connection_timeout"} <= set(parameters(VLLMClient.__init__))
+    assert "init_communicator" not in inspect.getsource(VLLMClient.__init__)  # a process group, only when asked for

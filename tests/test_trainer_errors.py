@@ -40,11 +40,6 @@ def test_what_cannot_be_done_is_said_at_start(tmp_path, random_model, tokenizer,
         real_trainer(tmp_path, random_model, tokenizer, **arguments)
 
 
-def test_vllm_is_refused_before_it_is_started(tmp_path, random_model, tokenizer):
-    with pytest.raises(UserError, match="transformers policy only, so far; set use_vllm=False"):
-        real_trainer(tmp_path, random_model, tokenizer, use_vllm=True)
-
-
 def test_a_plain_grpo_config_lacks_what_a_search_needs(tmp_path, random_model, tokenizer):
     arguments = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="must be a SearchGRPOConfig, and it is a GRPOConfig"):

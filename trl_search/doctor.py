@@ -33,7 +33,9 @@ EXTRAS = {
     "report": "reports and TensorBoard logs",
     "wandb": "logs to Weights & Biases",
     "flash-attn": "the flash_attention_2 kernel (PyTorch's own needs nothing)",
-    "ray": "retrieval over several machines",
+    "ray": "trl-search serve --ray: several processes and machines",
+    "qdrant": "an index on a Qdrant cluster",
+    "opensearch": "an index on an OpenSearch cluster",
 }
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 WEIGHT_TRANSFER = """start it with --weight-transfer-config '{"backend": "nccl"}'"""

@@ -182,13 +182,12 @@ class SearchGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
             return super()._generate(prompts)
-        tokenizer = self.processing_class
-        # TRL decodes all of a trajectory into one string, the policy's words and the world's, which is not used.
-        self.processing_class = _Undecoded(tokenizer)  # type: ignore[assignment]
+        tokenizer = self.processing_class, self._tokenizer
+        self.processing_class = self._tokenizer = _Unread(self._tokenizer)  # type: ignore[assignment]
         try:
             output: tuple[Any, ...] = super()._generate(prompts)
         finally:
-            self.processing_class = tokenizer
+            self.processing_class, self._tokenizer = tokenizer
         self._log_trajectories(self._trajectories)
         return (*output[:3], [trajectory.messages for trajectory in self._trajectories], *output[4:])
 
@@ -355,8 +354,14 @@ def search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEn
     )
 
 
-class _Undecoded:
-    """A tokenizer whose `batch_decode` costs nothing and gives nothing: a second of each step with 700k tokens."""
+class _Unread:
+    """A tokenizer with which TRL neither decodes nor parses what was generated.
+
+    It would read a trajectory as one string, the policy's words and the world's, which is not used, takes a second of
+    a step with 700k tokens, and may not parse.
+    """
+
+    response_template = response_schema = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,10 +75,19 @@ class SearchVLLM(VLLMGeneration):
                 self.vllm_client = VLLMClient(base_url=self.url, connection_timeout=self.server_timeout)
             self.accelerator.wait_for_everyone()
             return
+        if self.mode == "colocate" and self.accelerator.num_processes == 1:
+            # TRL takes a free port for the engine's group of one; one named in the environment, the next run has too.
+            os.environ["MASTER_PORT"] = "0"
         # TRL's arguments of the engine are fixed; ours are added, or go before them.
         make = vllm_generation.LLM
-        with _replaced(vllm_generation, "LLM", lambda **theirs: make(**{**theirs, **self._engine_options})):
+        options = {"enable_sleep_mode": self.enable_sleep_mode, **self._engine_options}
+        sleeps, self.enable_sleep_mode = self.enable_sleep_mode, False
+        with _replaced(vllm_generation, "LLM", lambda **theirs: make(**{**theirs, **options})):
             super()._init_vllm()
+        self.enable_sleep_mode = sleeps
+        if self.mode == "colocate" and sleeps:
+            # TRL's own would drop the weights, and with an adapter they do not come again.
+            self._sleep()
 
     @property
     def url(self) -> str:
@@ -129,9 +139,12 @@ class SearchVLLM(VLLMGeneration):
             yield VLLMColocatePolicy(self.llm, lora_request=self._lora_request())
         finally:
             if self.enable_sleep_mode:
-                # Level 2 drops the weights, which come again with the next sync; next to an adapter they must be kept.
-                self.llm.sleep(level=1 if self.lora_sync == "adapter" else 2)
-                self._llm_weights_sleeping = True
+                self._sleep()
+
+    def _sleep(self) -> None:
+        # Level 2 drops the weights, which come again with the next sync; next to an adapter they must be kept.
+        self.llm.sleep(level=1 if self.lora_sync == "adapter" else 2)
+        self._llm_weights_sleeping = True
 
     # Weights
 

@@ -110,10 +110,12 @@ class VLLMColocatePolicy(Policy):
         except BaseException as error:
             for request in self._running.values():
                 _fail(request.future, error)
-            self._abort(list(self._running))
             while (message := self._inbox.get()) is not None:
                 if isinstance(message, _Request):
                     _fail(message.future, error)
+        finally:
+            # Nobody waits any more: a broken engine may refuse this too.
+            self._abort(list(self._running))
 
     def _receive(self) -> bool:
         """Takes in what has come, waiting for it where there is nothing to do. False once the policy is closed."""
@@ -124,7 +126,6 @@ class VLLMColocatePolicy(Policy):
                 if message is None:
                     for request in self._running.values():
                         request.future.cancel()
-                    self._abort(list(self._running))
                     return False
                 if isinstance(message, _Request):
                     self._add(message)
@@ -140,7 +141,8 @@ class VLLMColocatePolicy(Policy):
             self._engine.add_request(
                 request.id, {"prompt_token_ids": request.prompt_ids}, request.params, lora_request=self._lora_request
             )
-        except ValueError as error:  # this request asks for what the engine cannot do; the others go on
+        # This request asks for what the engine cannot do, and the others go on. Older versions raise a ValueError.
+        except Exception as error:
             del self._running[request.id]
             _fail(request.future, error)
 

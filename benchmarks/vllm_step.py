@@ -1,0 +1,117 @@
+"""A whole training step with colocated vLLM, stock TRL's and ours: rollout, log-probs, loss, optimizer, weight sync.
+
+    python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms a search
+    python benchmarks/vllm_step.py --shape tiny --trajectories 32 --scale 0.1      # CPU (without the weight sync)
+
+Both follow the plan of `vllm_rollout.py` and have TRL's defaults, gradient checkpointing among them; stock TRL takes
+micro-batches of 8 rows, of which each is padded to the longest of the batch, ours of 64. A step is a call of `train()`
+for one step, on an engine that has run before, and the sync after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import vllm_rollout
+import vllm_shape
+from trl import GRPOTrainer
+
+
+def steps_of(rows: int, trajectories: int) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": trajectories // rows,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+
+
+def run_step(trainer: GRPOTrainer) -> dict[str, float]:
+    """Seconds of one optimizer step, and of its parts."""
+    clock: dict[str, float] = {}
+
+    def timed(name: str) -> Any:
+        method = getattr(trainer, name)
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            _wait()
+            started = time.perf_counter()
+            result = method(*arguments, **options)
+            _wait()
+            clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return mock.patch.object(trainer, name, run)
+
+    sync = trainer.vllm_generation.sync_weights if torch.cuda.is_available() else lambda: None
+    trainer._last_loaded_step = trainer.state.global_step  # the sync comes at the end of the step here
+    trainer.vllm_generation.llm.reset_prefix_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with vllm_rollout.on_the_plan(trainer), timed("_generate"), timed("_generate_and_score_completions"):
+        _wait()
+        started = time.perf_counter()
+        trainer.train()
+        _wait()
+        trained = time.perf_counter() - started
+        sync()
+        _wait()
+    whole = time.perf_counter() - started
+    scored = clock["_generate_and_score_completions"]
+    return {
+        "whole step": whole,
+        "rollout": clock["_generate"],
+        "old log-probs": scored - clock["_generate"],
+        "loss, backward, optimizer": trained - scored,
+        "weight sync": whole - trained,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan"),
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(vllm_shape.SHAPES), default="3b")
+    parser.add_argument("--trajectories", type=int, default=512)
+    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--search_ms", type=float, default=20.0)
+    parser.add_argument("--rows", type=int, nargs=2, default=[8, 64], help="rows of a micro-batch: stock TRL's, ours")
+    arguments = parser.parse_args()
+    plans = vllm_rollout.PLANS
+    plans.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))
+    print(
+        f"{vllm_shape.describe(plans)}; {arguments.search_ms:g} ms a search\n{vllm_shape.describe_machine()}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = vllm_shape.write_model_folder(Path(folder), arguments.shape)
+        of_stock, of_ours = (steps_of(rows, arguments.trajectories) for rows in arguments.rows)
+        stock, ours = vllm_rollout.make_trainers(model_folder, arguments, of_stock, of_ours)
+        rows: Any = ours.train_dataset
+        vllm_rollout.run_bound(ours, [row["prompt"] for row in rows for _ in range(vllm_shape.GROUP)])
+        measured: dict[str, dict[str, float]] = {}
+        for name, trainer in (("trl-search", ours), ("stock TRL", stock)):
+            measured[name] = run_step(trainer)
+            print(name, {part: round(value, 2) for part, value in measured[name].items()}, flush=True)
+            # Its optimizer's state, for the other's sake.
+            trainer.optimizer = None
+            trainer.accelerator.free_memory()
+    print("| part, seconds | stock TRL | trl-search | of stock |\n|---|---|---|---|")
+    for part, value in measured["stock TRL"].items():
+        mine = measured["trl-search"][part]
+        print(f"| {part} | {value:.2f} | {mine:.2f} | {mine / value:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

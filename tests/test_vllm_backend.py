@@ -1,0 +1,194 @@
+"""What is refused before vLLM is started, and what the trainer does to an engine that cannot be had here.
+
+The engines are fakes that write down what is done to them: vLLM's CPU build neither sleeps nor loads weights anew.
+tests/test_vllm_colocate.py and tests/test_vllm_server.py run the real one, tests/test_gpu_vllm.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, VeraConfig, get_peft_model
+from trl.generation import vllm_generation
+
+from tests.scripted_trainer import config, real_trainer
+from trl_search import vllm_backend
+from trl_search.errors import UserError
+from trl_search.vllm_backend import SearchVLLM, _adapter_rank, refuse_what_vllm_cannot_do
+
+
+class FakeLLM:
+    """A `vllm.LLM` with room for 512 tokens; `done` is what was asked of it."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.done = []
+        self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
+        self.model = self
+        self.max_model_len = 512
+
+    def sleep(self, level):
+        self.done.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.done.append(f"wake {tags[0]}")
+
+    def load_weights(self, weights):
+        self.loaded = {name: tensor.clone() for name, tensor in weights}
+        self.done.append("load")
+
+    def reset_prefix_cache(self):
+        self.done.append("reset")
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """As if vLLM 0.25.1 were installed."""
+    monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_backend, "vllm_version", lambda: "0.25.1+cu130")
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", FakeLLM, raising=False)
+    # TRL writes its ranks there.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture
+def make(vllm, tmp_path, random_model, tokenizer):
+    def make(peft_config=None, **options):
+        trainer = {"peft_config": peft_config} if peft_config else {}
+        return real_trainer(tmp_path, random_model, tokenizer, trainer=trainer, use_vllm=True, **options)
+
+    return make
+
+
+def adapter(random_model, **options):
+    return get_peft_model(random_model, LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+
+
+def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
+    monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: False)
+    with pytest.raises(UserError, match=r"pip install 'trl-search\[vllm\]'"):
+        real_trainer(tmp_path, random_model, tokenizer, use_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("0.22.0", True), ("0.31.0+cpu", True), ("0.21.9", False), ("0.31.1", False)]
+)
+def test_versions(monkeypatch, vllm, tmp_path, version, taken):
+    monkeypatch.setattr(vllm_backend, "vllm_version", lambda: version)
+    arguments = config(tmp_path, use_vllm=True)
+    if taken:
+        refuse_what_vllm_cannot_do(arguments)
+    else:
+        with pytest.raises(UserError, match=rf"vLLM {version} is outside 0.22.0 to 0.31.0.*install one of those"):
+            refuse_what_vllm_cannot_do(arguments)
+
+
+def test_an_engine_over_several_ranks(vllm, tmp_path):
+    refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2))
+    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=1.*vllm serve MODEL --tensor-parallel-size 2"):
+        refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
+
+
+def test_structured_outputs(vllm, tmp_path):
+    with pytest.raises(UserError, match="vllm_structured_outputs_regex does not reach our policy"):
+        refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
+
+
+@pytest.mark.parametrize(("text", "taken"), [('{"dtype": "float32"}', True), ("dtype=float32", False), ("[1]", False)])
+def test_engine_options_are_a_json_object(tmp_path, text, taken):
+    if taken:
+        assert config(tmp_path, vllm_engine_options=text).vllm_engine_options == {"dtype": "float32"}
+    else:
+        with pytest.raises(ValueError, match=r"vllm_engine_options|JSON"):
+            config(tmp_path, vllm_engine_options=text)
+
+
+def test_the_rank_of_an_adapter(random_model):
+    assert _adapter_rank(adapter(random_model, r=4, rank_pattern={"q_proj": 24})) == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ],
+)
+def test_adapters_that_vllm_cannot_apply(random_model, options, named):
+    with pytest.raises(UserError, match=rf"adapter with this {named}: use vllm_lora_sync='merged'"):
+        _adapter_rank(adapter(random_model, **options))
+
+
+def test_what_is_no_lora_adapter(random_model):
+    with pytest.raises(UserError, match="needs a LoRA adapter: give a peft_config"):
+        _adapter_rank(random_model)
+    with pytest.raises(UserError, match="adapter with this peft_type"):
+        _adapter_rank(get_peft_model(random_model, VeraConfig(r=4, target_modules=["q_proj"])))
+
+
+def test_the_trainer_makes_our_backend_and_its_engine(make):
+    trainer = make(vllm_max_model_length=512, vllm_engine_options={"dtype": "float32", "max_num_seqs": 7})
+    backend = trainer.vllm_generation
+    assert isinstance(backend, SearchVLLM) and isinstance(backend.llm, FakeLLM)
+    taken = {name: backend.llm.options[name] for name in ("dtype", "max_num_seqs", "max_model_len", "logprobs_mode")}
+    assert taken == {
+        "dtype": "float32", "max_num_seqs": 7, "max_model_len": 512, "logprobs_mode": "processed_logprobs",
+    }  # fmt: skip
+    assert "enable_lora" not in backend.llm.options and not backend.llm.done
+    # Only as long as that trainer is made: others of the process keep TRL's.
+    assert vllm_backend.grpo_trainer.VLLMGeneration is vllm_generation.VLLMGeneration
+    assert vllm_generation.LLM is FakeLLM
+
+
+def test_an_adapter_gets_room_in_the_engine(make):
+    options = make(LoraConfig(r=12, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation.llm.options
+    assert (options["enable_lora"], options["max_lora_rank"], options["max_loras"]) == (True, 16, 1)
+
+
+@pytest.mark.parametrize(("sync", "level"), [("merged", 2), ("adapter", 1)])
+def test_the_engine_sleeps_between_rollouts(make, sync, level):
+    """Level 2 drops the weights, and next to an adapter nothing brings them again: also not after the start."""
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"])
+    backend = make(peft_config, vllm_lora_sync=sync, vllm_enable_sleep_mode=True).vllm_generation
+    assert backend.llm.options["enable_sleep_mode"] is True and backend.llm.done == [f"sleep {level}"]
+    backend._push_adapter = lambda: backend.llm.done.append("adapter")
+    with backend.policy(512):
+        sent = ["adapter"] if sync == "adapter" else ["load", "reset"]
+        assert backend.llm.done[1:] == ["wake weights", *sent, "wake kv_cache"]
+    assert backend.llm.done[-1] == f"sleep {level}"
+
+
+def test_all_weights_go_over_at_once_and_merged(make):
+    trainer = make(LoraConfig(r=4, target_modules=["q_proj"]))
+    backend, before = trainer.vllm_generation, {}
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+        elif "lora_" not in name:
+            before[name.removeprefix("base_model.model.").replace(".base_layer", "")] = parameter.data.clone()
+    backend.sync_weights()
+    assert backend.llm.done == ["load", "reset"] and set(backend.llm.loaded) == set(before)
+    moved = {name for name, tensor in before.items() if not tensor.equal(backend.llm.loaded[name])}
+    assert moved == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_too_little_room_names_the_number_needed(make):
+    with (
+        pytest.raises(UserError, match=r"need 513 tokens.*room for 512: set vllm_max_model_length=513 or more"),
+        make().vllm_generation.policy(513),
+    ):
+        pass
+
+
+def test_a_server_without_adapters_is_told_how_to_start(make, monkeypatch):
+    """The answer of a server that was started without --enable-lora: it has no such path."""
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    response = SimpleNamespace(status_code=404, text='{"detail": "Not Found"}', is_error=True)
+    monkeypatch.setattr(vllm_backend.httpx, "post", lambda *arguments, **options: response)
+    with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
+        backend._post("/v1/load_lora_adapter", {})

@@ -1,0 +1,130 @@
+"""What tests/test_gpu_vllm.py runs in processes of their own, with a real engine on real devices.
+
+    python -m tests.vllm_gpu_run colocate FOLDER full|merged|adapter        # two steps, a checkpoint, two more from it
+    accelerate launch --num_processes 2 -m tests.vllm_gpu_run server FOLDER URL     # two steps under DDP
+
+Each writes what it saw to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the logprobs that
+the engine gave for what it sampled and the trainer's own for the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.retrieval import load_retriever
+from trl_search.rollout import run_sync
+from trl_search.tiny_policy import tiny_policy_path
+from trl_search.types import Sampling
+from trl_search.world import generate_world
+
+COLOCATE = {
+    "vllm_mode": "colocate",
+    "vllm_gpu_memory_utilization": 0.1,
+    "vllm_max_model_length": 2048,
+    "vllm_enable_sleep_mode": True,
+    "vllm_engine_options": {"enforce_eager": True},
+}
+
+
+def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> SearchGRPOTrainer:
+    world = generate_world(passages=300, seed=0)
+    rows = [question.row() for question in world.questions("train", limit=16)]
+    args = SearchGRPOConfig(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        logging_steps=1,
+        save_steps=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=512,
+        instruction="",
+        bf16=True,
+        gradient_checkpointing=False,
+        use_vllm=True,
+        report_to="none",
+        **vllm,
+    )
+    return SearchGRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype=torch.bfloat16),
+        args=args,
+        reward_funcs=["f1", "format"],
+        train_dataset=Dataset.from_list(rows),
+        retriever=load_retriever("bm25", passages=world.passages),
+        peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if lora else None,
+    )
+
+
+def disagreement(trainer: SearchGRPOTrainer) -> float:
+    prompt = list(trainer.protocol.prompt_ids(trainer.protocol.messages("where was Mira Talvane born?")))
+
+    async def sample(policy: Any) -> list[Any]:
+        await policy.open()
+        try:
+            return [await policy.generate(prompt, max_tokens=32, sampling=Sampling(seed=i)) for i in range(8)]
+        finally:
+            await policy.close()
+
+    with trainer.vllm_generation.policy(512) as policy:
+        completions = run_sync(sample(policy))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    differences = []
+    for completion in completions:
+        ids = torch.tensor([[*prompt, *completion.ids]], device=trainer.accelerator.device)
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+        differences.append((own - torch.tensor(completion.logprobs)).abs())
+    return float(torch.cat(differences).mean())
+
+
+def seen(trainer: SearchGRPOTrainer) -> dict[str, Any]:
+    """Before and after the sync that the next rollout would begin with."""
+    before = disagreement(trainer)
+    trainer.vllm_generation.sync_weights()
+    logged = [row for row in trainer.state.log_history if "search/searches" in row]
+    return {
+        "step": trainer.state.global_step,
+        "before": before,
+        "after": disagreement(trainer),
+        "searches": [row["search/searches"] for row in logged],
+        "ratio": [row.get("sampling/importance_sampling_ratio/mean") for row in logged],
+    }
+
+
+def colocate(folder: Path, kind: str) -> None:
+    lora = kind != "full"
+    options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
+    if kind == "adapter":
+        # vLLM loads the base model from its folder, in the type of its file.
+        options["vllm_engine_options"] = {"enforce_eager": True, "dtype": "bfloat16"}
+    run = folder / f"run-{kind}"
+    if not (run / "checkpoint-2").exists():
+        trainer = make_trainer(run, 2, lora, **options)
+        trainer.train()
+        (folder / f"{kind}.json").write_text(json.dumps(seen(trainer)))
+    else:
+        trainer = make_trainer(run, 4, lora, **options)
+        trainer.train(resume_from_checkpoint=True)
+        (folder / f"{kind}-resumed.json").write_text(json.dumps(seen(trainer)))
+
+
+def server(folder: Path, url: str) -> None:
+    trainer = make_trainer(folder / "run-server", 2, False, vllm_mode="server", vllm_server_base_url=url)
+    trainer.train()
+    result = {**seen(trainer), "processes": trainer.accelerator.num_processes}
+    (folder / f"server-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    mode, where, what = sys.argv[1:]
+    {"colocate": colocate, "server": server}[mode](Path(where), what)
