@@ -79,9 +79,10 @@ class Server:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(written)
+                if self.command != "HEAD":
+                    self.wfile.write(written)
 
-            do_GET = do_POST = respond
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = respond
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests import rerank_servers
 from tests.encoders import HAS_MINILM, minilm, minilm_encoder
+from tests.opensearch_server import OpenSearchServer
 from tests.servers import Server, retrieve_from
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import build_index
@@ -28,6 +30,8 @@ WORLD = [
     Passage("p7", "Karsic & Sons", "Karsic & Sons was founded by Ade Karsic in 1904."),
 ]
 QUERIES = ["where was Mira Talvane born?", "lantern festival", "country with harbours", "Karsic", "Orlune"]
+
+HAS_QDRANT, HAS_OPENSEARCH = (importlib.util.find_spec(name) is not None for name in ("qdrant_client", "opensearchpy"))
 
 
 def bm25_in_memory(passages: list[Passage], folder: Path) -> Retriever:
@@ -70,6 +74,24 @@ def rerank_of_bm25(passages: list[Passage], folder: Path) -> Retriever:
     return load_retriever("rerank", retriever={"kind": "bm25", "passages": passages, "backend": "numpy"}, url=url)
 
 
+def qdrant_sparse(passages: list[Passage], folder: Path) -> Retriever:
+    build_index(passages, folder / "qdrant", "qdrant", path=str(folder / "engine"), vectors="sparse")
+    return load_retriever("qdrant", index=folder / "qdrant")
+
+
+def qdrant_dense(passages: list[Passage], folder: Path) -> Retriever:
+    with pytest.MonkeyPatch.context() as patch:  # loaded once for all tests
+        patch.setattr("trl_search.retrieval.qdrant_build.load_encoder", lambda *_, **__: minilm_encoder())
+        build_index(passages, folder / "qdrant", "qdrant", path=str(folder / "engine"), encoder=minilm())
+    return load_retriever("qdrant", index=folder / "qdrant", encoder=minilm_encoder())
+
+
+def opensearch(passages: list[Passage], folder: Path) -> Retriever:
+    server = OpenSearchServer()  # its thread is a daemon: it ends with the tests
+    build_index(passages, folder / "opensearch", "opensearch", url=server.url, collection="world")
+    return load_retriever("opensearch", url=server.url, collection="world")
+
+
 KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "bm25_in_memory": bm25_in_memory,
     "bm25_on_disk": bm25_on_disk,
@@ -78,6 +100,9 @@ KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "rerank": rerank_of_bm25,
     "http": http_over_bm25,
     **({"dense_in_memory": dense_in_memory, "dense_on_disk": dense_on_disk} if HAS_MINILM else {}),
+    **({"qdrant_sparse": qdrant_sparse} if HAS_QDRANT else {}),
+    **({"qdrant_dense": qdrant_dense} if HAS_QDRANT and HAS_MINILM else {}),
+    **({"opensearch": opensearch} if HAS_OPENSEARCH else {}),
 }
 
 

@@ -21,6 +21,8 @@ LAYERS = [
     {"environment", "metrics"},
     {"rollout"},
     {"evaluate", "config", "scripts"},
+    {"vllm_backend"},
+    {"prepare"},
     {"curves", "sft", "trainer", "tiny_policy", "recipe"},
     {"training", "doctor"},
     {"commands"},

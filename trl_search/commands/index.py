@@ -24,6 +24,12 @@ What a dense index will cost in memory, disk and time, and find, is printed befo
     small-ivf    the same, faster, from ten million passages
     hnsw         fastest, 3.4 GB in memory; recall .87 and more
 
+An index that is too large for one host goes into an engine of its own (docs/scaling.md); the folder then keeps the
+passages and the address:
+
+    trl-search index --corpus corpus.jsonl --kind qdrant --url http://qdrant:6333 --collection wiki --output out
+    trl-search index --corpus corpus.jsonl --kind opensearch --url http://search:9200 --collection wiki --output out
+
 Try it with `trl-search search indexes/corpus "where was Mira Talvane born?"`, train on it with
 
     retriever: bm25

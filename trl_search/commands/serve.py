@@ -2,8 +2,8 @@
 
     trl-search serve bm25 --index indexes/wiki --port 8000
 
-One process holds one index; --ray puts several behind one address, and starts one anew that dies. Trainers that expect a retrieval server of Search-R1 or verl find one at
-http://127.0.0.1:8000/retrieve; ours finds it with
+One process holds one index; --ray puts several behind one address. Trainers that expect a retrieval server of
+Search-R1 or verl find one at http://127.0.0.1:8000/retrieve; ours finds it with
 
     retriever: http
     retriever_options: '{"url": "http://127.0.0.1:8000"}'

@@ -25,6 +25,8 @@ _BUILT_IN = {
     "dense": "trl_search.retrieval.dense:load",
     "http": "trl_search.retrieval.http:load",
     "hybrid": "trl_search.retrieval.hybrid:load",
+    "opensearch": "trl_search.retrieval.opensearch:load",
+    "qdrant": "trl_search.retrieval.qdrant:load",
     "rerank": "trl_search.retrieval.rerank:load",
     "web": "trl_search.retrieval.web:load",
 }
@@ -34,8 +36,8 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
     """Loads a retriever by name.
 
     Args:
-        kind (`str`): `"bm25"`, `"dense"`, `"hybrid"`, `"rerank"`, `"http"`, `"web"`, or a kind that an installed
-            package declares.
+        kind (`str`): `"bm25"`, `"dense"`, `"hybrid"`, `"rerank"`, `"http"`, `"web"`, `"qdrant"`,
+            `"opensearch"`, or a kind that an installed package declares.
         options: What that kind takes; an option it does not know is an error that lists those it does.
 
     Example:

@@ -33,6 +33,8 @@ _CORPUS = "corpus"  # the step of a build after which the passages are there
 _BUILDERS = {
     "bm25": "trl_search.retrieval.bm25:BM25Builder",
     "dense": "trl_search.retrieval.dense:DenseBuilder",
+    "opensearch": "trl_search.retrieval.opensearch_build:OpenSearchBuilder",
+    "qdrant": "trl_search.retrieval.qdrant_build:QdrantBuilder",
 }
 INDEX_KINDS = tuple(_BUILDERS)
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def build_index(
     Args:
         corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
         output (`str | Path`): The folder to make. Appears only when the index is whole.
-        kind (`str`): `"bm25"`, `"dense"`.
+        kind (`str`): `"bm25"`, `"dense"`; `"qdrant"` and `"opensearch"` load an engine on other hosts.
         overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
         announce (`Callable[[str], None]`): Told what an index will cost before it is built, and what is resumed.
         workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.

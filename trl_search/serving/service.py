@@ -11,6 +11,7 @@ able to tell "found nothing" from "could not look".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +54,11 @@ class SearchService:
         self.refused = 0  # queries that found no room
         self._config = config
         self._batcher: SearchBatcher | None = None
+        self._draining = False
 
     @property
     def ready(self) -> bool:
-        return self._batcher is not None
+        return self._batcher is not None and not self._draining
 
     @property
     def stats(self) -> SearchStats:
@@ -68,6 +70,14 @@ class SearchService:
             retriever, timeout_s=self._config.search_timeout_s, max_batch=self._config.max_batch
         )
 
+    async def drain(self, timeout_s: float) -> None:
+        """From now on requests are turned away; returns when those under way are searched, or after `timeout_s`."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.queued:
+                    await asyncio.sleep(0.02)
+
     async def aclose(self) -> None:
         if self._batcher is not None:
             await self._batcher.aclose()
@@ -76,10 +86,13 @@ class SearchService:
         """Searches the queries of one request.
 
         Raises:
-            Refused: while the index loads, when the queue is full, and when a search failed.
+            Refused: while the index loads, once the server is being stopped, when the queue is full, and when a search
+                failed.
         """
         if self._batcher is None:
             raise Refused("the index is still loading; /ready says when it is there", RETRY_AFTER_S)
+        if self._draining:
+            raise Refused("the server is being stopped", RETRY_AFTER_S)
         k, scores = request.k, request.return_scores
         found = [self.cache.get(query, k, scores) for query in request.queries]
         missing = dict.fromkeys(query for query, result in zip(request.queries, found, strict=True) if result is None)

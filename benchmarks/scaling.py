@@ -1,0 +1,190 @@
+"""The table of docs/scaling.md: hosts, memory, disk and queries a second for 21 million to 2 billion passages.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --passages 500000000 --cores 64 --ram-gb 512 --target 2000
+
+Nothing is run: it is arithmetic on what was measured with one shard, each figure with its source in `ENGINES`.
+
+- `dense` and `bm25` hold a whole index on a host; more hosts are copies of it, behind Ray Serve. Qdrant and OpenSearch
+  cut it into shards; a query goes to all at the same time, so they answer as many a second as one host its share.
+- Scanning (`small`) takes time in proportion to the passages of a host, and BM25 too; lists (`small-ivf`), with nprobe
+  kept and as many lists as the root of the passages, to that root; a graph, to the logarithm.
+- Cores of a host add up (measured on two). Three quarters of its memory are for the index, the rest for the system and
+  for passages that were read.
+- There is one copy of every shard. A second one doubles hosts and queries a second, and survives a host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trl_search.retrieval.vectors import plan
+
+DIM = 768
+PASSAGES = (21_000_000, 200_000_000, 2_000_000_000)
+TEXT_BYTES = 670  # a passage of wiki-18: 14 GB for 21 million (FIELD.md)
+USABLE = 0.75  # of a host's memory
+MEASURED_CORES = 2  # of all figures in `ENGINES`
+
+
+@dataclass(frozen=True)
+class Host:
+    """What one machine has."""
+
+    cores: int = 16
+    ram_gb: int = 128
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine, measured with one shard.
+
+    Args:
+        name (`str`): As the table calls it.
+        sharded (`bool`): Whether an index may lie on several hosts.
+        ram_bytes (`Callable`): Of so many passages, what must be in memory.
+        disk_bytes (`Callable`): Of so many passages, on disk beside their text.
+        queries_s (`float`): Measured, a second, on two cores.
+        shard (`int`): Passages it was measured with.
+        slower (`Callable`): How many times slower a shard so many times larger is.
+        source (`str`): Of `queries_s`.
+    """
+
+    name: str
+    sharded: bool
+    ram_bytes: Callable[[int], int]
+    disk_bytes: Callable[[int], int]
+    queries_s: float
+    shard: int
+    slower: Callable[[float], float]
+    source: str
+
+    def rate(self, share: float, host: Host) -> float:
+        """Queries a second of a host with that many passages."""
+        return self.queries_s * host.cores / MEASURED_CORES / self.slower(share / self.shard)
+
+    def shards(self, passages: int, host: Host) -> int | None:
+        """The fewest hosts that hold the index once; `None` where that is more than one, and may not be."""
+        hosts = max(1, math.ceil(self.ram_bytes(passages) / (USABLE * host.ram_gb * 1e9)))
+        return hosts if hosts == 1 or self.sharded else None
+
+    def hosts(self, passages: int, host: Host, target: float) -> int:
+        """The fewest that hold the index and answer `target` queries a second, by more shards or by copies."""
+        shards = self.shards(passages, host)
+        assert shards is not None
+        copies = shards * math.ceil(target / self.rate(passages / shards, host))
+        if not self.sharded:
+            return copies
+        enough = (more for more in range(shards, copies) if self.rate(passages / more, host) >= target)
+        return next(enough, copies)
+
+
+def _linear(times: float) -> float:
+    return times
+
+
+def _graph(times: float) -> float:
+    return 1 + math.log(times) / math.log(200_000)
+
+
+def _ram(word: str) -> Callable[[int], int]:
+    return lambda count: plan(word, count, DIM).ram_bytes
+
+
+def _disk(word: str) -> Callable[[int], int]:
+    return lambda count: plan(word, count, DIM).disk_bytes
+
+
+def _per_passage(size: int) -> Callable[[int], int]:
+    return lambda count: size * count
+
+
+_DENSE = "RETRIEVAL.md, syn200k, batches of 64, recall@3"
+_LINKS = 4 * 2 * 16  # of Qdrant's graph, m = 16
+_WORDS = 165  # of an inverted index; it is read from the page cache
+ENGINES = (
+    Engine("`dense` small", False, _ram("small"), _disk("small"), 723, 200_000, _linear, f"{_DENSE} .973"),
+    Engine(
+        "`dense` small-ivf", False, _ram("small-ivf"), _disk("small-ivf"), 1388, 200_000, math.sqrt, f"{_DENSE} .921"
+    ),
+    Engine(
+        "`qdrant` int8, on disk",
+        True,
+        _per_passage(DIM + _LINKS),
+        _per_passage(DIM + _LINKS + 4 * DIM),
+        1106,
+        200_000,
+        _graph,
+        "**not Qdrant's**: HNSW64, ef 128, of FAISS, RETRIEVAL.md, recall@3 .758 to .873",
+    ),
+    Engine(
+        "`bm25` tantivy",
+        False,
+        _per_passage(_WORDS),
+        _per_passage(_WORDS),
+        609,
+        1_000_000,
+        _linear,
+        "RETRIEVAL.md, batches of 512, two threads",
+    ),
+    Engine(
+        "`opensearch`",
+        True,
+        _per_passage(_WORDS),
+        _per_passage(_WORDS),
+        609,
+        1_000_000,
+        _linear,
+        "**not OpenSearch's**: those of tantivy, the same kind of index",
+    ),
+)
+
+
+def table(passages: Sequence[int] = PASSAGES, host: Host | None = None, target: float = 500) -> str:
+    """The table, as Markdown."""
+    host = host or Host()
+    lines = [
+        f"| passages | engine | hosts | RAM a host, GB | disk a host, GB | queries/s | hosts for {target:g}/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for count in passages:
+        for engine in ENGINES:
+            head = f"| {count // 1_000_000:,}M | {engine.name}"
+            hosts = engine.shards(count, host)
+            if hosts is None:
+                needed = engine.ram_bytes(count) / USABLE / 1e9
+                lines.append(f"{head} | not on such a host: {needed:,.0f} GB of memory | | | | |")
+                continue
+            ram, disk = engine.ram_bytes(count) / hosts, (engine.disk_bytes(count) + count * TEXT_BYTES) / hosts
+            figures = [_short(ram / 1e9), _short(disk / 1e9), _short(engine.rate(count / hosts, host))]
+            lines.append(f"{head} | {hosts:,} | {' | '.join(figures)} | {engine.hosts(count, host, target):,} |")
+    return "\n".join(lines)
+
+
+def sources() -> str:
+    """Where each figure comes from, as Markdown."""
+    rows = [f"| {one.name} | {one.queries_s:g} with {one.shard:,} passages | {one.source} |" for one in ENGINES]
+    return "\n".join(["| engine | queries/s on two cores | source |", "|---|---|---|", *rows])
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, nargs="+", default=PASSAGES)
+    parser.add_argument("--cores", type=int, default=Host().cores, help="of a host (default: %(default)s)")
+    parser.add_argument("--ram-gb", type=int, default=Host().ram_gb, help="of a host (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=500, help="queries a second (default: %(default)s)")
+    args = parser.parse_args()
+    print(table(args.passages, Host(args.cores, args.ram_gb), args.target))
+    print()
+    print(sources())
+
+
+if __name__ == "__main__":
+    main()
