@@ -261,3 +261,18 @@ def test_gradient_checkpointing_and_streamed_data(tmp_path, random_model, tokeni
     trainer = real_trainer(tmp_path, random_model, tokenizer, data=stream, gradient_checkpointing=True)
     trainer.train()
     assert trainer.state.global_step == 2 and all(entry["grad_norm"] > 0 for entry in steps(trainer))
+
+
+def test_trl_neither_decodes_nor_parses_a_trajectory(tmp_path, random_model, tokenizer, monkeypatch):
+    """Some tokenizers (Qwen3's) tell TRL how to parse a response; a trajectory of several turns is none."""
+    monkeypatch.setattr(tokenizer, "response_template", {"type": "object"}, raising=False)
+    read = []
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: read.append("decoded"))
+    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", lambda *args, **kwargs: read.append("parsed"))
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
+    trainer.model.train()
+    trainer._rows = [dict(row) for row in ROWS[:2]]
+    output = trainer._generate([row["prompt"] for row in list(trainer.train_dataset)[:2]])
+    assert not read
+    assert all(completion[0]["role"] == "assistant" for completion in output[3])
+    assert trainer.processing_class is trainer._tokenizer is tokenizer

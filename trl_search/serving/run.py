@@ -38,8 +38,6 @@ def serve(
     need_server_packages()
     import uvicorn
 
-    if config.access_log:
-        log_to(sys.stderr)
     app = make_app(None, config)
     settings = uvicorn.Config(
         app,
@@ -81,7 +79,9 @@ def serve(
             if retriever is not None:
                 retriever.close()
 
-    with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+    with contextlib.ExitStack() as ends, asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+        if config.access_log:
+            ends.callback(access_log.removeHandler, log_to(sys.stderr))
         runner.run(main())
 
 
@@ -131,10 +131,11 @@ async def _on_daemon_thread(load: Callable[[], Retriever]) -> Retriever:
     return retriever
 
 
-def log_to(stream: Any) -> None:
-    """Where the line of each request goes."""
+def log_to(stream: Any) -> logging.Handler:
+    """Where the line of each request goes, until the handler is removed from `access_log` again."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_log.addHandler(handler)
     access_log.setLevel(logging.INFO)
     access_log.propagate = False
+    return handler
