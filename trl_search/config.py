@@ -59,7 +59,7 @@ class SearchGRPOConfig(GRPOConfig):
     )
     vllm_engine_options: dict | str | None = field(
         default=None,
-        metadata={"help": "More arguments of vllm.LLM for colocate, as JSON: '{\"dtype\": \"float32\"}'."},
+        metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'},
     )
     protocol: str = field(
         default="qwen_tools",
