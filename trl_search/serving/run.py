@@ -45,6 +45,8 @@ def serve(
         access_log=False,
         server_header=False,
         backlog=2048,
+        # Longer than most pauses of a trainer: a connection that closes as a request leaves costs a repetition.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
     )
 
