@@ -52,3 +52,11 @@ class Retriever(abc.ABC):
 
     def close(self) -> None:
         """Releases files and connections. Safe to call twice."""
+
+
+def check_search(queries: Sequence[str], k: int) -> None:
+    """What every `search` refuses first: one string, which would be a batch of letters, and a `k` below 1."""
+    if isinstance(queries, str):
+        raise TypeError("search takes a list of queries; pass [query]")
+    if k < 1:
+        raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from trl_search.errors import UserError, unknown_name
 from trl_search.retrieval import bm25s, tantivy
 from trl_search.retrieval.analyzer import Analyzer
-from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.corpus import Corpus, read_corpus, refuse_duplicates
 from trl_search.retrieval.index import open_index
 from trl_search.types import Passage
@@ -155,10 +155,7 @@ class BM25Retriever(Retriever):
         return cls(engine, index.corpus, analyzer)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        if isinstance(queries, str):
-            raise TypeError("search takes a list of queries; pass [query]")
-        if k < 1:
-            raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
+        check_search(queries, k)
         self._check_open()
         ranked = self._engine.rank([self._analyzer.terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
         with self._lock:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trl_search.errors import UserError, unknown_name
-from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.building import SCRATCH
 from trl_search.retrieval.corpus import Corpus, join_contents, read_corpus, refuse_duplicates
 from trl_search.retrieval.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
@@ -172,10 +172,7 @@ class DenseRetriever(Retriever):
         self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        if isinstance(queries, str):
-            raise TypeError("search takes a list of queries; pass [query]")
-        if k < 1:
-            raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
+        check_search(queries, k)
         # Of a query without a letter or digit an encoder makes some vector, and some passages are nearest to it.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         found: list[list[Passage]] = [[] for _ in queries]

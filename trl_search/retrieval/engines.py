@@ -71,13 +71,6 @@ def repeat_trouble(ask: Callable[[], Any]) -> Any:
     return retrying(ask)
 
 
-def check_queries(queries: Sequence[str], k: int) -> None:
-    if isinstance(queries, str):
-        raise TypeError("search takes a list of queries; pass [query]")
-    if k < 1:
-        raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
-
-
 def secret_of(variable: str) -> str | None:
     """A key from the environment; `None` where there is none."""
     return os.environ.get(variable) or None

@@ -36,7 +36,7 @@ import httpx
 import tenacity
 
 from trl_search.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.endpoints import Endpoint, Endpoints, EndpointStats
 from trl_search.retrieval.loops import BackgroundLoop, ClientPerLoop, tls_context
 from trl_search.retrieval.wire import WireError, format_request, parse_response
@@ -105,10 +105,7 @@ class HttpRetriever(Retriever):
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines. Connections are kept open for as long as the event loop lives."""
-        if isinstance(queries, str):
-            raise TypeError("queries must be a list of strings: pass [query]")
-        if k < 1:
-            raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
+        check_search(queries, k)
         if self._closed:
             raise RetrievalError("this retriever is closed")
         if not queries:

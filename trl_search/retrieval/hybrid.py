@@ -27,11 +27,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trl_search.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.parts import (
     Part,
     add_metrics,
-    check_search,
     load_parts,
     search_together,
     search_together_async,

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.bm25 import MAX_QUERY_TERMS
-from trl_search.retrieval.engines import TROUBLE, check_queries, refuse_another_corpus, repeat_trouble, secret_of
+from trl_search.retrieval.engines import TROUBLE, refuse_another_corpus, repeat_trouble, secret_of
 from trl_search.retrieval.index import read_manifest
 from trl_search.types import Passage
 
@@ -51,7 +51,7 @@ class OpenSearchRetriever(Retriever):
         self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        check_queries(queries, k)
+        check_search(queries, k)
         if self._closed:
             raise RetrievalError("this OpenSearch retriever is closed; load it again to search")
         # A clause a word: OpenSearch takes 1024.

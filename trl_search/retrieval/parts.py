@@ -105,11 +105,3 @@ def add_metrics(parts: Sequence[Retriever]) -> dict[str, float]:
 
 def _combine(name: str) -> Any:
     return max if name.endswith("_max_s") else statistics.fmean if name.endswith("_p50_s") else sum
-
-
-def check_search(queries: Sequence[str], k: int) -> None:
-    """Refuses what every retriever refuses."""
-    if isinstance(queries, str):
-        raise TypeError("search takes a list of queries; pass [query]")
-    if k < 1:
-        raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")

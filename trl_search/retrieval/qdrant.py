@@ -23,14 +23,13 @@ import numpy as np
 
 from trl_search.errors import UserError
 from trl_search.retrieval.analyzer import Analyzer
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.bm25 import MAX_QUERY_TERMS
 from trl_search.retrieval.encoder import Encoder, load_encoder, refuse_other_encoder
 from trl_search.retrieval.engines import (
     TROUBLE,
     Hits,
     best_rows,
-    check_queries,
     refuse_another_corpus,
     repeat_trouble,
     secret_of,
@@ -88,7 +87,7 @@ class QdrantRetriever(Retriever):
             self._analyzer = Analyzer(about["stemmer"], about["stopwords"])
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        check_queries(queries, k)
+        check_search(queries, k)
         if self._closed:
             raise RetrievalError("this Qdrant retriever is closed; load it again to search")
         vectors = self._dense(queries) if self._encoder is not None else self._sparse(queries)

@@ -18,8 +18,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from trl_search.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever
-from trl_search.retrieval.parts import Part, add_metrics, check_search, load_parts
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.parts import Part, add_metrics, load_parts
 from trl_search.retrieval.rerank_http import HttpScorer
 from trl_search.types import Passage
 

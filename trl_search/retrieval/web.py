@@ -27,7 +27,7 @@ import httpx
 import tenacity
 
 from trl_search.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.loops import BackgroundLoop, ClientPerLoop, tls_context
 from trl_search.retrieval.web_page import PageError, fetch_page
 from trl_search.retrieval.web_providers import Provider, ProviderBusy, WebHit, load_provider
@@ -97,10 +97,7 @@ class WebRetriever(Retriever):
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines. All queries are asked for, also where one fails: what was found is stored."""
-        if isinstance(queries, str):
-            raise TypeError("queries must be a list of strings: pass [query]")
-        if k < 1:
-            raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
+        check_search(queries, k)
         if self._closed:
             raise RetrievalError("this retriever is closed")
         if self._pid != os.getpid():
