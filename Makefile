@@ -48,7 +48,14 @@ endif
 quickstart: setup  ## train a search agent here, in minutes, and print before and after
 	$(BIN)/trl-search train recipes/quickstart.yaml
 
-test: setup lint $(VENV)/.vllm-done  ## lint, then the whole test suite
+# The report is tested in a real browser: the system's Chromium, fetched where that is one command and nobody is asked.
+$(VENV)/.chromium-done: | $(STAMP)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "Installing Chromium for the report's tests" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "There is no chromium, and it could not be installed: the report's tests in a browser cannot run"
+	@touch $@
+
+test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
 	$(BIN)/python -m pytest
 
 lint: setup  ## ruff and mypy

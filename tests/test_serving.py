@@ -484,10 +484,10 @@ def test_told_to_stop_it_answers_what_is_under_way(number: signal.Signals) -> No
     with process("load") as (server, url), ThreadPoolExecutor(6) as pool:
         assert server.stdout is not None and server.stdout.readline() == "loaded\n"
         answers = [pool.submit(retrieve, url, queries=[f"q{at}"]) for at in range(4)]
-        assert server.stdout.readline() == "searching 1\n"
+        assert server.stdout.readline().startswith("searching ")
         wait_for(lambda: metrics(url)["trl_search_queued_queries"] == 4)
         os.kill(server.pid, number)
-        # One is being searched, three wait for their turn: all are answered.
+        # One or two (they may have come together) are being searched, the others wait: all are answered.
         assert [ids(answer.result()) for answer in answers] == [[[f"q{at}"]] for at in range(4)]
         written, _ = server.communicate(timeout=20)
         assert written.endswith("closed\nended\n") and server.returncode == 0
