@@ -20,7 +20,7 @@ TORCH += --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --ti
 endif
 endif
 
-.PHONY: help setup quickstart test lint format test-gpu clean
+.PHONY: help setup quickstart test lint format docs test-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
@@ -67,9 +67,12 @@ format: setup  ## rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup  ## the documentation as a site, in site/
+	$(BIN)/mkdocs build
+
 test-gpu: setup  ## the tests that need CUDA devices
 	$(BIN)/python -m pytest -m 'gpu or multi_gpu'
 
 clean:  ## remove builds and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
