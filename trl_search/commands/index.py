@@ -93,8 +93,9 @@ def _say(message: str) -> None:
 
 
 def _documented(make: Any) -> dict[str, str]:
-    """What the `Args:` of a builder say of each option."""
-    entries = re.findall(r"^ {8}(\w+) \([^)]*\): (.*(?:\n {12}.*)*)", make.__doc__ or "", re.MULTILINE)
+    """What the `Args:` of a builder, and of what it is made from, say of each option."""
+    documents = "\n".join(cls.__doc__ or "" for cls in reversed(make.__mro__))
+    entries = re.findall(r"^ {8}(\w+) \([^)]*\): (.*(?:\n {12}.*)*)", documents, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.building import SCRATCH
 from trl_search.retrieval.corpus import Corpus, join_contents, read_corpus, refuse_duplicates
 from trl_search.retrieval.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
-from trl_search.retrieval.encoding import VECTORS, Passages, encode_corpus
+from trl_search.retrieval.encoding import ENCODER, VECTORS, EncodingOptions, Passages
 from trl_search.retrieval.index import open_index
 from trl_search.retrieval.published import check_encoder, open_jsonl
 from trl_search.retrieval.vectors import (
@@ -43,7 +42,6 @@ from trl_search.retrieval.workers import Workers
 from trl_search.types import Passage
 
 KIND = "dense"
-ENCODER = "intfloat/e5-base-v2"
 MARGIN = 13  # fetched beyond k at first; most ties end within it
 MOST_FETCHED = 4096  # rows a query; of passages alike beyond that many, those that the index gave first
 TIE = 2e-6  # what batching changes in a score of 1 is a fifth of that; two different passages are far more apart
@@ -51,52 +49,21 @@ DECIMALS = 5
 
 
 @dataclass(frozen=True)
-class DenseBuilder:
-    """How passages become vectors, and `build_index(kind="dense")`.
+class DenseBuilder(EncodingOptions):
+    """How vectors become an index, and `build_index(kind="dense")`.
 
     Args:
-        encoder (`str`): A model of the hub or a folder: e5, bge, MiniLM, any of sentence-transformers.
         index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a tenth of the memory), "small-ivf", "hnsw".
-        dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
-        batch_size (`int`): Passages a step of the encoder. Lower it when a GPU runs out of memory.
-        max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
-        query_prompt (`str`, *optional*): Stands before every query; by default as the encoder was trained.
-        passage_prompt (`str`, *optional*): Stands before every passage; by default as the encoder was trained.
-        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
         seed (`int`): Of the sample that an index is trained on.
     """
 
-    encoder: str = ENCODER
     index_type: str = "flat"
-    dtype: str = "float32"
-    batch_size: int = 64
-    max_length: int | None = None
-    query_prompt: str | None = None
-    passage_prompt: str | None = None
-    pooling: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.index_type not in VECTOR_INDEXES:
             raise unknown_name("type of vector index", self.index_type, VECTOR_INDEXES)
-        if self.dtype not in ("float32", "float16"):
-            raise unknown_name("dtype", self.dtype, ["float32", "float16"])
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is passages a step of the encoder, at least 1; got {self.batch_size}")
-        if Path(self.encoder).is_dir():  # an index is opened from other folders too
-            object.__setattr__(self, "encoder", str(Path(self.encoder).resolve()))
-        _ = self.loaded  # an encoder that is not there is an error now, not after an hour of reading
-
-    @cached_property
-    def loaded(self) -> Encoder:
-        return load_encoder(
-            self.encoder,
-            dtype=self.dtype,
-            max_length=self.max_length,
-            query_prompt=self.query_prompt,
-            passage_prompt=self.passage_prompt,
-            pooling=self.pooling,
-        )
+        self.check_encoding()
 
     def plan(self, passages: int) -> str:
         """Memory, disk, time and recall of the index, and what encoding takes on top."""
@@ -107,14 +74,7 @@ class DenseBuilder:
         )
 
     def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
-        encode_corpus(
-            corpus,
-            self.loaded,
-            folder / SCRATCH,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            workers=workers,
-        )
+        self.encode(corpus, folder / SCRATCH, workers)
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
         (folder / KIND).mkdir(exist_ok=True)

@@ -15,19 +15,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_search.errors import UserError
+from trl_search.errors import UserError, unknown_name
 from trl_search.retrieval.corpus import join_contents
-from trl_search.retrieval.encoder import Encoder, recorded
+from trl_search.retrieval.encoder import Encoder, load_encoder, recorded
 from trl_search.retrieval.workers import ALONE, Workers
 from trl_search.types import Passage
 
 VECTORS, DONE, ABOUT = "vectors.npy", "shards.done", "encoding.json"
+ENCODER = "intfloat/e5-base-v2"
 SHARD_ROWS = 8192  # long enough that sorting by length leaves little padding, short enough to lose
 
 
@@ -37,6 +40,55 @@ class Passages(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> Passage: ...
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How passages become vectors: what every builder of dense vectors is asked.
+
+    Args:
+        encoder (`str`): Of dense vectors: a model of the hub or a folder; e5, bge, MiniLM, any of
+            sentence-transformers.
+        dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
+        batch_size (`int`): Passages a step of the encoder. Lower it when a GPU runs out of memory.
+        max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
+        query_prompt (`str`, *optional*): Stands before every query; by default as the encoder was trained.
+        passage_prompt (`str`, *optional*): Stands before every passage; by default as the encoder was trained.
+        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
+    """
+
+    encoder: str = ENCODER
+    dtype: str = "float32"
+    batch_size: int = 64
+    max_length: int | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    pooling: str | None = None
+
+    def check_encoding(self) -> None:
+        """Loads the encoder too: one that is not there is an error now, not after an hour of reading."""
+        if self.dtype not in ("float32", "float16"):
+            raise unknown_name("dtype", self.dtype, ["float32", "float16"])
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is passages a step of the encoder, at least 1; got {self.batch_size}")
+        if Path(self.encoder).is_dir():  # what is built is searched from other folders too
+            object.__setattr__(self, "encoder", str(Path(self.encoder).resolve()))
+        _ = self.loaded
+
+    @cached_property
+    def loaded(self) -> Encoder:
+        return load_encoder(
+            self.encoder,
+            dtype=self.dtype,
+            max_length=self.max_length,
+            query_prompt=self.query_prompt,
+            passage_prompt=self.passage_prompt,
+            pooling=self.pooling,
+        )
+
+    def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
+        """`encode_corpus` with these options."""
+        encode_corpus(passages, self.loaded, folder, dtype=self.dtype, batch_size=self.batch_size, workers=workers)
 
 
 def encode_corpus(

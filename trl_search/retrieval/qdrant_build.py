@@ -19,9 +19,8 @@ from trl_search.errors import UserError, unknown_name
 from trl_search.retrieval.analyzer import Analyzer
 from trl_search.retrieval.building import SCRATCH
 from trl_search.retrieval.corpus import Corpus
-from trl_search.retrieval.dense import ENCODER
-from trl_search.retrieval.encoder import Encoder, load_encoder, recorded
-from trl_search.retrieval.encoding import VECTORS, encode_corpus
+from trl_search.retrieval.encoder import recorded
+from trl_search.retrieval.encoding import VECTORS, EncodingOptions
 from trl_search.retrieval.engines import Journal, corpus_hash, repeat_trouble
 from trl_search.retrieval.qdrant import ABOUT, API_KEY, DENSE, SPARSE, call, connect
 from trl_search.retrieval.sparse import mean_length, passage_terms, weigh
@@ -32,7 +31,7 @@ MAX_UPSERT = 1000  # points a request: of 768 dimensions 10 MB of JSON, and a se
 
 
 @dataclass(frozen=True)
-class QdrantBuilder:
+class QdrantBuilder(EncodingOptions):
     """How passages become a collection, and `build_index(kind="qdrant")`.
 
     Args:
@@ -40,13 +39,6 @@ class QdrantBuilder:
         path (`str`, *optional*): A folder in place of `url`: Qdrant inside of its client, to try it out.
         collection (`str`): The name of the Qdrant collection to make.
         vectors (`str`): What is searched by: "dense" (meaning) or "sparse" (BM25).
-        encoder (`str`): Of dense vectors: a model of the hub or a folder.
-        dtype (`str`): In which is encoded: "float32" or "float16".
-        batch_size (`int`): Passages a step of the encoder.
-        max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
-        query_prompt (`str`, *optional*): Stands before every query; by default as the encoder was trained.
-        passage_prompt (`str`, *optional*): Stands before every passage; by default as the encoder was trained.
-        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
         stemmer (`str`, *optional*): Of sparse vectors: a Snowball algorithm; `None` does not stem.
         stopwords (`str`, *optional*): Of sparse vectors: a language whose stop words are dropped.
         shards (`int`, *optional*): Pieces of the collection or index; by default one a node of Qdrant, and one of
@@ -63,13 +55,6 @@ class QdrantBuilder:
     path: str | None = None
     collection: str = "passages"
     vectors: str = DENSE
-    encoder: str = ENCODER
-    dtype: str = "float32"
-    batch_size: int = 64
-    max_length: int | None = None
-    query_prompt: str | None = None
-    passage_prompt: str | None = None
-    pooling: str | None = None
     stemmer: str | None = "english"
     stopwords: str | None = "english"
     shards: int | None = None
@@ -90,9 +75,7 @@ class QdrantBuilder:
         if self.replicas < 1 or (self.shards is not None and self.shards < 1):
             raise UserError(f"shards and replicas must be at least 1; got {self.shards} and {self.replicas}")
         if self.vectors == DENSE:
-            if Path(self.encoder).is_dir():  # a collection is searched from other folders too
-                object.__setattr__(self, "encoder", str(Path(self.encoder).resolve()))
-            _ = self.loaded
+            self.check_encoding()
         else:
             _ = self.analyzer
         if self.path is not None and self.url is None:
@@ -101,30 +84,12 @@ class QdrantBuilder:
             connect(self.url, self.path, self.api_key_env, self.timeout_s).close()
 
     @cached_property
-    def loaded(self) -> Encoder:
-        return load_encoder(
-            self.encoder,
-            dtype=self.dtype,
-            max_length=self.max_length,
-            query_prompt=self.query_prompt,
-            passage_prompt=self.passage_prompt,
-            pooling=self.pooling,
-        )
-
-    @cached_property
     def analyzer(self) -> Analyzer:
         return Analyzer(self.stemmer, self.stopwords)
 
     def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
         if self.vectors == DENSE:
-            encode_corpus(
-                corpus,
-                self.loaded,
-                folder / SCRATCH,
-                dtype=self.dtype,
-                batch_size=self.batch_size,
-                workers=workers,
-            )
+            self.encode(corpus, folder / SCRATCH, workers)
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
         client = connect(self.url, self.path, self.api_key_env, self.timeout_s)
