@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import DATA, PASSAGES, answer, real_trainer, scripted_trainer, search
+from trl_search.run_folder import read_run, read_trajectories
 
 # Three samples a rank and two a group: the second group has one member on each rank.
 SHAPE: dict[str, Any] = {
@@ -94,6 +95,10 @@ def main(folder: Path) -> None:
         "seconds": time.perf_counter() - started,
         "logged": trainer.state.log_history[0] if rank == 0 else None,
     }
+    if rank == 0:
+        run = read_run(folder)
+        rows = read_trajectories(run).select(["step", "group", "index", "answer", "advantage", "reward"]).to_pylist()
+        seen["recorded"] = {"rows": rows, "steps": [row["step"] for row in run.history], "problems": run.problems}
     seen["evaluation"] = trainer.evaluate()["eval_reward"]
 
     # 2. The transformers policy: the same prompt on both ranks, other samples on each.

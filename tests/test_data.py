@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+from tests.fake_hub import fake_hub
 from trl_search import data
-from trl_search.data import HUB_SETS, HubSet, load_questions
+from trl_search.data import (
+    EVALUATION_SETS,
+    HUB_SETS,
+    HubSet,
+    load_evaluation_questions,
+    load_questions,
+    question_key,
+    sample_questions,
+    without_overlap,
+)
+from trl_search.data_summary import summarize_questions
 from trl_search.errors import UserError
+from trl_search.text import normalize_answer
+
+ROOT = Path(data.__file__).parents[1]
 
 FLASHRAG = {
     "id": "test_0",
@@ -169,22 +187,88 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 
 def test_hub_sets_are_the_published_ones() -> None:
-    evaluation = {name: hub_set.split for name, hub_set in HUB_SETS.items() if hub_set.repository == data.FLASHRAG}
+    """FIELD.md, section 4."""
+    evaluation = {name: (held.split, held.rows) for name, held in HUB_SETS.items() if held.repository == data.FLASHRAG}
     assert evaluation == {
-        "nq": "test",
-        "triviaqa": "test",
-        "popqa": "test",
-        "hotpotqa": "dev",
-        "2wikimultihopqa": "dev",
-        "musique": "dev",
-        "bamboogle": "test",
+        "nq": ("test", 3_610),
+        "triviaqa": ("test", 11_313),
+        "popqa": ("test", 14_267),
+        "hotpotqa": ("dev", 7_405),
+        "2wikimultihopqa": ("dev", 12_576),
+        "musique": ("dev", 2_417),
+        "bamboogle": ("test", 125),
     }
+    assert tuple(evaluation) == EVALUATION_SETS
+    assert sum(HUB_SETS[name].rows or 0 for name in evaluation) == 51_713
     assert all(name == HUB_SETS[name].config for name in evaluation)
-    assert HUB_SETS["nq_hotpotqa"] == HubSet("PeterJinGo/nq_hotpotqa_train", None, "train")
+    mix = HUB_SETS["nq_hotpotqa"]
+    assert (mix.repository, mix.config, mix.split) == ("PeterJinGo/nq_hotpotqa_train", None, "train")
+    assert mix.splits == {"train": 79_168 + 90_447, "test": 51_713}
 
 
-def test_hub_sets_are_read_with_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub is out of reach here, but load_dataset reads a local repository of the same layout in the same way.
+def hub_row(name: str, split: str) -> dict[str, Any]:
+    return {**FLASHRAG, "id": f"{split}_0", "question": f"{FLASHRAG['question']} ({name}, {split})"}
+
+
+def published(tmp_path: Path) -> dict[str, dict[str, bytes]]:
+    """The two repositories of questions as they are laid out, one row a split: FlashRAG's jsonl with configs in the
+    README, Search-R1's parquet without."""
+    card, flashrag = "---\nconfigs:\n", {}
+    for name in EVALUATION_SETS:
+        splits = list(HUB_SETS[name].splits)
+        files = "".join(f'  - {{split: {split}, path: "{name}/{split}.jsonl"}}\n' for split in splits)
+        card += f"- config_name: {name}\n  data_files:\n{files}"
+        for split in splits:
+            flashrag[f"{name}/{split}.jsonl"] = (json.dumps(hub_row(name, split)) + "\n").encode()
+    mix = {
+        f"{split}.parquet": write_parquet(
+            tmp_path / f"{split}.parquet", {**SEARCH_R1, "id": f"{split}_0"}
+        ).read_bytes()
+        for split in ("train", "test")
+    }
+    flashrag["README.md"] = f"{card}---\n".encode()
+    return {data.FLASHRAG: flashrag, "PeterJinGo/nq_hotpotqa_train": mix}
+
+
+def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> None:
+    """Nothing of ours or of `datasets` is replaced: only the address of the hub is another."""
+    program = """
+        import json
+        from trl_search.data import HUB_SETS, load_questions
+        print(json.dumps({name: load_questions(name)[0] for name in HUB_SETS}))
+        print(json.dumps(load_questions("nq", split="train")[0]))
+        load_questions("musique", split="sideways")
+    """
+    with fake_hub(published(tmp_path)) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    every, train = map(json.loads, done.stdout.splitlines())
+    assert list(every) == list(HUB_SETS)
+    for name in EVALUATION_SETS:
+        row = hub_row(name, HUB_SETS[name].split)
+        del row["metadata"]
+        assert every[name] == {**row, "data_source": name}
+    assert every["nq_hotpotqa"] == {
+        "id": "train_0",
+        "question": SEARCH_R1["question"],
+        "golden_answers": ["2,718"],
+        "data_source": "nq",
+    }
+    assert train["id"] == "train_0"
+    assert "nq (test) holds 1 questions, and published numbers are of 3,610: they do not compare" in done.stderr
+    assert "UserError: dataset 'musique' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded from the hub: " in done.stderr
+    assert "sideways" in done.stderr
+
+
+def test_a_repository_laid_out_as_on_the_hub_is_read_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     repository = tmp_path / "FlashRAG_datasets"
     write_parquet(repository / "nq" / "test.parquet", FLASHRAG)
@@ -194,21 +278,92 @@ def test_hub_sets_are_read_with_load_dataset(tmp_path: Path, monkeypatch: pytest
         "  - {split: dev, path: nq/dev.parquet}\n---\n"
     )
     monkeypatch.setitem(HUB_SETS, "nq", HubSet(str(repository), "nq", "test"))
-    assert load_questions("nq")[0] == {
-        "id": "test_0",
-        "question": FLASHRAG["question"],
-        "golden_answers": FLASHRAG["golden_answers"],
-        "data_source": "nq",
-    }
+    assert load_questions("nq")[0]["data_source"] == "nq"
     assert load_questions("nq", split="dev")[0]["id"] == "dev_0"
-    with pytest.raises(UserError, match=r"dataset 'nq' .* cannot be loaded from the hub: .*sideways"):
-        load_questions("nq", split="sideways")
 
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     program = "from trl_search.data import load_questions; load_questions('bamboogle')"
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "UserError: dataset 'bamboogle' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded" in done.stderr
     assert "bring its files here and give their path" in done.stderr
+
+
+# Train questions that stand in an evaluation set
+
+
+def asked(question: str, source: str = "nq", **more: Any) -> dict[str, Any]:
+    return {"question": question, "golden_answers": ["x"], "data_source": source, **more}
+
+
+def test_questions_of_evaluation_sets_are_left_out_and_counted(tmp_path: Path) -> None:
+    train = write_jsonl(
+        tmp_path / "train.jsonl",
+        asked("Who wrote The Amber Mill?"),
+        asked("who   wrote amber mill"),
+        asked("Who painted the Amber Mill?"),
+        asked("In which city was the author of The Amber Mill born?", "hotpotqa"),
+        asked("???"),
+    )
+    nq = write_jsonl(tmp_path / "nq.jsonl", asked("WHO WROTE THE AMBER MILL"), asked("!!!"))
+    hotpot = write_jsonl(
+        tmp_path / "hotpot.jsonl",
+        asked("who wrote the amber mill?", "hotpotqa"),
+        asked('In which city was the author of "The Amber Mill" born?', "hotpotqa"),
+    )
+    popqa = write_jsonl(tmp_path / "popqa.jsonl", asked("what is Orlune?", "popqa"))
+    kept, dropped = without_overlap(load_questions(train), *map(load_questions, (nq, hotpot, popqa)))
+    assert kept["question"] == ["Who painted the Amber Mill?", "???"]
+    assert dropped == {"nq": 2, "hotpotqa": 3, "popqa": 0}
+    assert load_questions(train, exclude=[str(nq), hotpot])["question"] == kept["question"]
+
+
+def test_what_is_left_out_comes_before_the_sample_and_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", *(asked(f"question {number}") for number in range(20)))
+    held_out = tmp_path / "nq"  # a folder: its test file, not the train file beside it
+    write_parquet(held_out / "test.parquet", *(asked(f"Question {number}?") for number in range(15)))
+    write_parquet(held_out / "train.parquet", asked("question 19"))
+    with caplog.at_level(logging.INFO, "trl_search.data"):
+        questions = load_questions(train, limit=5, exclude=[held_out])
+    assert questions["question"] == [f"question {number}" for number in range(15, 20)]
+    assert "train.jsonl: of 20 questions 15 are left out: 15 in nq" in caplog.text
+    with pytest.raises(UserError, match=r"every question stands in .*train\.jsonl, and none is left"):
+        load_questions(train, exclude=[train])
+    with pytest.raises(UserError, match=r"exclude is a list of names or paths: \['nq'\]"):
+        load_questions(train, exclude="nq")
+    assert len(load_evaluation_questions(held_out)) == 15
+
+
+@given(st.text(st.characters(codec="ascii", categories=("L", "N", "Z")), min_size=1))
+def test_a_question_is_itself_in_other_letters(text: str) -> None:
+    assume(normalize_answer(text))
+    assert question_key(f" The {text.upper()} ?") == question_key(text)
+
+
+def test_a_sample_of_more_than_there_is(tmp_path: Path) -> None:
+    questions = load_questions(write_jsonl(tmp_path / "q.jsonl", FLASHRAG, FLASHRAG))
+    assert len(sample_questions(questions, 3)) == 2 and len(sample_questions(questions, 1)) == 1
+
+
+def test_the_summary_counts(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "q.parquet",
+        asked("who wrote it?", id="a", golden_answers=["Mira Talvane", "Talvane", "M. Talvane", "x", "y"]),
+        asked("Who wrote it", id="b", golden_answers=["Lyon"]),
+        asked("is Orlune a town or a river in the north?", "hotpotqa", id="b", golden_answers=["Yes"]),
+        asked("another one", "nq", id="b", golden_answers=["no", "nope"]),
+    )
+    summary = summarize_questions(load_questions(path), samples=10)
+    assert (summary.rows, summary.sources) == (4, {"nq": 3, "hotpotqa": 1})
+    assert (summary.yes_no, summary.repeated_questions, summary.repeated_ids) == (2, 1, 1)
+    assert (summary.answers.least, summary.answers.median, summary.answers.greatest) == (1, 1.5, 5)
+    assert summary.answers.mean == 9 / 4 and summary.question_words.greatest == 10
+    assert (summary.answer_words.least, summary.answer_words.greatest) == (1, 2)
+    said = summary.describe()
+    assert "  nq                3\n  hotpotqa          1" in said
+    assert "[nq] who wrote it?  ->  Mira Talvane | Talvane | M. Talvane | x | ..." in said
+    assert len(summarize_questions(load_questions(path), samples=2).samples) == 2

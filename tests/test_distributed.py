@@ -82,6 +82,18 @@ def test_groups_that_straddle_ranks_get_their_own_advantages(ranks):
             assert advantages[first : first + 2] == pytest.approx(expected, abs=1e-4)
 
 
+def test_rank_0_records_the_groups_of_both_ranks(ranks):
+    recorded = ranks[0]["recorded"]
+    assert recorded["problems"] == [] and recorded["steps"] == [1, 2, 3, 3] and "recorded" not in ranks[1]
+    for step, batches in enumerate(zip(*(rank["scripted"]["batches"] for rank in ranks), strict=True), start=1):
+        rows = [row for row in recorded["rows"] if row["step"] == step]
+        assert [(row["index"], row["group"]) for row in rows] == [(i, i // 2) for i in range(6)]
+        assert [row["answer"] for row in rows] == [text for batch in batches for text in batch["said"]]
+        assert [row["reward"] for row in rows] == [value(row["answer"]) for row in rows]
+        advantages = [advantage for batch in batches for advantage in batch["advantages"]]
+        assert [row["advantage"] for row in rows] == pytest.approx(advantages, abs=1e-6)
+
+
 def test_weights_are_the_same_on_both_ranks(ranks):
     for run in ("scripted", "real"):
         assert ranks[0][run]["weights"] == ranks[1][run]["weights"]

@@ -1,77 +1,186 @@
-"""Evaluation: three modes on the shipped policy, records from all ranks, intervals that mean what they say."""
+"""Evaluation: four modes on the shipped policy, what counts and what does not, questions that failed, all ranks."""
 
 from __future__ import annotations
 
-import random
+import asyncio
+import dataclasses
+import math
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fakes import FixedRetriever, ScriptedPolicy
-from trl_search.environment import SearchEnvironment
-from trl_search.evaluate import MODES, bootstrap_ci95, evaluate
+from trl_search.environment import AnswerOnly, SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.evaluate import MODES, answer_questions, evaluate
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits
 from trl_search.tiny_policy import tiny_policy_path
-from trl_search.types import Answer, Passage
+from trl_search.types import Answer, Passage, Sampling, Search
 
 LIMITS = Limits(512, 96, 192)
 ROWS = [{"question": f"Who wrote Novel {i}?", "golden_answers": ["Mira Talvane"]} for i in range(6)]
 
 
-def test_the_shipped_policy_in_every_mode(world, retriever):
-    """Facts stand only in the passages: without a search it guesses, with one it answers one-hop questions."""
+@pytest.fixture(scope="module")
+def tiny():
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
-    policy = TransformersPolicy(AutoModelForCausalLM.from_pretrained(tiny_policy_path()), tokenizer)
+    return TransformersPolicy(AutoModelForCausalLM.from_pretrained(tiny_policy_path()), tokenizer), tokenizer
+
+
+def ask(mode, policy, tokenizer, rows=ROWS, *, retriever=None, **options):
+    environment = SearchEnvironment(retriever or FixedRetriever([]))
+    return answer_questions(
+        mode,
+        rows,
+        **{"policy": policy, "tokenizer": tokenizer, "environment": environment, "limits": LIMITS} | options,
+    )
+
+
+def says(tokenizer, *turns):
+    """A policy that makes these turns, whatever it is asked."""
+    protocol = load_protocol("qwen_tools", tokenizer)
+    written = [turn if isinstance(turn, str) else protocol.write("hm", turn) for turn in turns]
+    return ScriptedPolicy(tokenizer, lambda _: written)
+
+
+def test_the_shipped_policy_in_every_mode(tiny, world, retriever):
+    """Facts stand only in the passages: without a search it guesses, with one it answers one-hop questions."""
+    policy, tokenizer = tiny
     rows = [question.row() for question in world.questions("test", limit=40)]
     environment = SearchEnvironment(retriever)
     options = {"policy": policy, "tokenizer": tokenizer, "environment": environment, "limits": LIMITS}
     search = evaluate("search", rows, instruction="", **options)
-    rag, direct = evaluate("rag", rows, **options), evaluate("direct", rows, **options)
+    rag, direct, cot = (evaluate(mode, rows, **options) for mode in ("rag", "direct", "cot"))
     assert search.em > 0.8 > 0.7 > rag.em > direct.em
     assert direct.em < 0.35  # a guess at a comparison is right half of the time
-    assert 1.2 < search.searches < 2.2 and rag.searches == direct.searches == 0
-    assert search.questions == 40 and 0 < search.em_ci95 < 0.2 and search.f1 >= search.em
+    assert 1.2 < search.searches < 2.2 and rag.searches == direct.searches == cot.searches == 0
+    assert search.questions == 40 and search.failed == 0 and search.f1 >= search.contains >= search.em
+    low, high = search.em_interval
+    assert low < search.em < high and search.em_ci95 == pytest.approx((high - low) / 2) and search.em_ci95 < 0.2
+
+
+def test_an_outcome_says_what_happened(tokenizer):
+    row = {"id": "7", "data_source": "nq", "question": "Who wrote it?", "golden_answers": ["the Mira Talvane", "MT"]}
+    policy = says(
+        tokenizer, Search(("it",)), "<tool_call>{</tool_call>", "Wait, let me re-check. <answer> Mira X. </answer>"
+    )
+    (one,) = ask("search", policy, tokenizer, [row], retriever=FixedRetriever([Passage("0", "It", "By Mira.")]))
+    assert (one.id, one.data_source, one.question, one.answer) == ("7", "nq", "Who wrote it?", "Mira X.")
+    assert one.golden_answers == ("the Mira Talvane", "MT")
+    assert (one.em, one.f1, one.contains) == (0.0, 0.5, 0.0)
+    assert (one.searches, one.turns, one.malformed, one.reflections) == (1, 3, 1, 2)
+    assert (one.stop_reason, one.error, one.failed) == ("answer", "", False)
+    assert one.model_tokens > 30 and one.observation_tokens > 20 and 0 < one.latency_s < 60
+
+
+def test_without_an_answer_it_is_wrong(tokenizer):
+    (one,) = ask("direct", says(tokenizer, "Mira Talvane"), tokenizer, ROWS[:1])
+    assert (one.answer, one.em, one.f1, one.contains, one.stop_reason) == (None, 0, 0, 0, "end_of_turn")
 
 
 def test_only_what_the_policy_wrote_is_scored(tokenizer):
-    answers = load_protocol("qwen_tools", tokenizer).write("hm", Answer("somebody else"))
     passages = [Passage("0", "Novel", "<answer>Mira Talvane</answer> wrote it. Let me think again.")]
     for mode in MODES:
-        result = evaluate(
-            mode,
-            ROWS,
-            policy=ScriptedPolicy(tokenizer, lambda _: [answers]),
-            tokenizer=tokenizer,
-            environment=SearchEnvironment(FixedRetriever(passages)),
-            limits=LIMITS,
-        )
-        assert result.em == 0 and result.reflective_ratio == 0
+        policy = says(tokenizer, Answer("somebody else"))
+        outcomes = ask(mode, policy, tokenizer, retriever=FixedRetriever(passages))
+        assert [(one.em, one.reflections) for one in outcomes] == [(0.0, 0)] * 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "shown", "hidden"),
+    [
+        ("search", ["call the search tool", "<tools> search </tools>"], ["Doc 1"]),
+        ("direct", ["Answer the given question.", "without explanation"], ["<think>", "<tools>", "Doc 1"]),
+        ("cot", ["reasoning inside <think> and </think> first"], ["<tools>", "Doc 1"]),
+        ("rag", ['Doc 1(Title: "Novel") Deep.\n\nAnswer the given question.'], ["<think>", "<tools>"]),
+    ],
+)
+def test_a_mode_is_its_prompt(tokenizer, mode, shown, hidden):
+    policy = says(tokenizer, Answer("x"))
+    ask(mode, policy, tokenizer, ROWS[:1], retriever=FixedRetriever([Passage("0", "Novel", "Deep.")]))
+    prompt = tokenizer.decode(policy.prompts[0])
+    assert "Who wrote Novel 0?" in prompt
+    assert all(text in prompt for text in shown) and not any(text in prompt for text in hidden)
+
+
+@pytest.mark.parametrize("mode", ["search", "rag"])
+def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
+    turns = {i: [load_protocol("qwen_tools", tokenizer).write("hm", Search((f"Novel {i}",)))] for i in range(6)}
+    answer = load_protocol("qwen_tools", tokenizer).write("hm", Answer("Mira Talvane"))
+
+    def script(prompt):
+        number = next(i for i in range(6) if f"Novel {i}" in prompt)
+        return [*(turns[number] if mode == "search" else []), answer]
+
+    result = evaluate(
+        mode,
+        ROWS,
+        policy=ScriptedPolicy(tokenizer, script),
+        tokenizer=tokenizer,
+        environment=SearchEnvironment(FixedRetriever([], poison="Novel 4")),
+        limits=LIMITS,
+    )
+    assert (result.questions, result.failed, result.em) == (6, 1, 1.0)
+    assert result.errors == {"the index is on fire": 1}
+
+
+def test_where_all_failed_there_is_no_score(tokenizer):
+    policy, retriever = says(tokenizer, Answer("x")), FixedRetriever([], poison="Novel")
+    result = evaluate(
+        "rag", ROWS, policy=policy, tokenizer=tokenizer, environment=SearchEnvironment(retriever), limits=LIMITS
+    )
+    assert result.failed == 6 and math.isnan(result.em) and math.isnan(result.em_ci95)
+
+
+def test_outcomes_are_told_as_they_end_and_few_run_at_once(tokenizer):
+    running, most, told = 0, 0, []
+
+    class Counting(ScriptedPolicy):
+        async def generate(self, prompt_ids, **options):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.01)
+            running -= 1
+            return await super().generate(prompt_ids, **options)
+
+    answer = load_protocol("qwen_tools", tokenizer).write("hm", Answer("x"))
+    policy = Counting(tokenizer, lambda _: [answer])
+    outcomes = ask("direct", policy, tokenizer, concurrency=2, on_outcome=lambda *one: told.append(one))
+    assert most == 2 and told == list(enumerate(outcomes)) and [one.id for one in outcomes] == list("012345")
+
+
+def test_a_question_samples_the_same_whatever_is_beside_it(tiny, world, retriever):
+    policy, tokenizer = tiny
+    rows = [question.row() for question in world.questions("test", limit=8)]
+    options = {"retriever": retriever, "instruction": ""}
+    hot = ask("search", policy, tokenizer, rows, sampling=Sampling(temperature=1.5, seed=1), **options)
+    half = ask("search", policy, tokenizer, rows[5:], sampling=Sampling(temperature=1.5, seed=1), **options)
+    other = ask("search", policy, tokenizer, rows, sampling=Sampling(temperature=1.5, seed=2), **options)
+
+    def seen(outcomes):
+        return [(one.id, one.answer, one.model_tokens) for one in outcomes]
+
+    assert seen(half) == seen(hot)[5:] and seen(other) != seen(hot)
 
 
 def test_records_of_other_ranks_count(tokenizer):
-    answers = load_protocol("qwen_tools", tokenizer).write("hm", Answer("Mira Talvane"))
     result = evaluate(
         "direct",
         ROWS,
-        policy=ScriptedPolicy(tokenizer, lambda _: [answers]),
+        policy=says(tokenizer, Answer("Mira Talvane")),
         tokenizer=tokenizer,
-        environment=SearchEnvironment(FixedRetriever([])),
+        environment=AnswerOnly(),
         limits=LIMITS,
-        gather=lambda local: [*local, *({**record, "em": 0.0} for record in local)],
+        gather=lambda local: [*local, *(dataclasses.replace(one, em=0.0) for one in local)],
     )
     assert result.questions == 12 and result.em == 0.5
 
 
-def test_an_unknown_mode_names_those_that_exist(tokenizer):
-    with pytest.raises(ValueError, match="search, direct, rag"):
-        evaluate("agentic", ROWS, policy=None, tokenizer=tokenizer, environment=None, limits=LIMITS)
-
-
-def test_the_bootstrap_interval_is_that_of_a_share():
-    draw = random.Random(0)
-    values = [float(draw.random() < 0.3) for _ in range(400)]
-    share = sum(values) / 400
-    assert bootstrap_ci95(values) == pytest.approx(1.96 * (share * (1 - share) / 400) ** 0.5, rel=0.15)
-    assert bootstrap_ci95([]) == 0 and bootstrap_ci95([1.0] * 9) == 0
+def test_a_mode_that_cannot_be_is_refused(tokenizer):
+    with pytest.raises(UserError, match="search, direct, cot, rag"):
+        ask("agentic", None, tokenizer)
+    with pytest.raises(UserError, match="AnswerOnly has no retriever"):
+        ask("rag", None, tokenizer, environment=AnswerOnly())

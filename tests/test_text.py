@@ -78,6 +78,86 @@ def test_normalize_by_hand(text: str, normalized: str) -> None:
     assert normalize_answer(text) == normalized
 
 
+# By hand from the rule (FIELD.md §4): lower-case, delete ASCII punctuation, articles to spaces, collapse white space.
+ADVERSARIAL = [
+    # articles: whole words only, anywhere, and after the punctuation has gone
+    ("The Beatles", "Beatles", True),
+    ("Beatles, The", "the beatles", True),
+    ("An apple a day", "apple day", True),
+    ("Theatre", "atre", False),
+    ("A.", "", True),
+    ("a-ha", "aha", True),
+    ("Vitamin A", "vitamin", True),
+    ("the The", "The", True),
+    ("Thea", "a", False),
+    # punctuation: deleted and not spaced; only ASCII's
+    ("U.S.A.", "USA", True),
+    ("U. S. A.", "USA", False),
+    ("well-known", "well known", False),
+    ("O'Neil", "ONeil", True),
+    ("O\u2019Neil", "ONeil", False),  # a typographic apostrophe is no ASCII
+    ("\u201cHeroes\u201d", "Heroes", False),
+    ("AC/DC", "acdc", True),
+    ("C++", "C#", True),
+    ("100%", "$100", True),
+    ("snake_case", "snakecase", True),
+    # numbers: as text
+    ("1,000", "1000", True),
+    ("3.14", "314", True),
+    ("-5", "5", True),
+    ("7", "seven", False),
+    ("007", "7", False),
+    ("1990s", "1990's", True),
+    ("10 000", "10000", False),
+    ("\u0661", "1", False),  # an Arabic-Indic digit
+    # yes and no: no special case
+    ("Yes.", "yes", True),
+    ("yes, it is", "yes", False),
+    ("no", "No!", True),
+    ("no", "none", False),
+    ("True", "yes", False),
+    # Unicode: compared as it is, neither folded nor composed
+    ("Z\u00dcRICH", "z\u00fcrich", True),
+    ("Zurich", "Z\u00fcrich", False),
+    ("caf\u00e9", "cafe\u0301", False),
+    ("\u0130stanbul", "istanbul", False),  # lower() leaves a combining dot
+    ("STRASSE", "stra\u00dfe", False),
+    ("\u6771\u4eac", "\u6771\u4eac", True),
+    ("\u6771\u4eac\u3002", "\u6771\u4eac", False),
+    ("the\u6771\u4eac", "\u6771\u4eac", False),  # no word ends between them
+    # white space: all of Unicode's, collapsed
+    ("New\u00a0York", "New York", True),
+    ("New\u3000\n\tYork ", "New York", True),
+    ("New\u200bYork", "New York", False),  # a zero-width space is no space
+    # empty: what nothing is left of is equal to nothing
+    ("", "", True),
+    ("...", "the", True),
+    ("", "x", False),
+    ("x", "", False),
+]
+
+
+@pytest.mark.parametrize(("prediction", "golden", "equal"), ADVERSARIAL)
+def test_exact_match_by_hand(prediction: str, golden: str, equal: bool) -> None:
+    assert exact_match(prediction, [golden]) is equal
+    assert exact_match(golden, ["something else", prediction]) is equal  # symmetric, and any golden answer will do
+    assert (reference_normalize(prediction) == reference_normalize(golden)) is equal
+
+
+@given(
+    st.lists(st.sampled_from(["mira", "été", "1969", "東京", "theo", "x"]), min_size=1),
+    st.lists(st.sampled_from(["the", "A", "an.", "!", "'", " ", "\u00a0"])),
+    st.randoms(use_true_random=False),
+)
+def test_articles_punctuation_case_and_spaces_never_matter(words: list[str], noise: list[str], rng) -> None:
+    decorated = [*words]
+    for extra in noise:
+        decorated.insert(rng.randrange(len(decorated) + 1), extra)
+    prediction = " ".join(word.upper() if rng.random() < 0.5 and word.isascii() else word for word in decorated)
+    assert exact_match(prediction, [" ".join(words)])
+    assert not exact_match(prediction, [" ".join([*words, "y"])])
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

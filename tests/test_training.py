@@ -11,7 +11,7 @@ import pytest
 
 from trl_search.cli import main
 from trl_search.config import SearchGRPOConfig
-from trl_search.curves import draw_curves
+from trl_search.report.figures import draw_curves
 from trl_search.training import TaskArguments, load_task
 
 SMALL = [

@@ -128,6 +128,27 @@ class SearchGRPOConfig(GRPOConfig):
         default=64,
         metadata={"help": "Trajectories the transformers policy generates at once, in one process; others queue."},
     )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={
+            "help": "End the training when an alarm (docs/monitoring.md) has lasted ten logs; the best checkpoint is "
+            "kept."
+        },
+    )
+    log_trajectories: int = field(
+        default=64,
+        metadata={
+            "help": "Trajectories of a step that are kept in output_dir/trajectories, with their loss mask: whole "
+            "groups, at least one. 0: none."
+        },
+    )
+    trajectory_table_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps from one table of trajectories to the next in W&B and trackio (report_to); the first step "
+            "has one too. 0: no tables."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +166,9 @@ class SearchGRPOConfig(GRPOConfig):
             raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
         if self.search_timeout_s <= 0:
             raise ValueError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
-        if self.max_searches < 0:
-            raise ValueError(f"max_searches={self.max_searches} must be at least 0")
+        for name in ("max_searches", "log_trajectories", "trajectory_table_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         for name in (
             "passages_per_query",
             "max_queries_per_search",

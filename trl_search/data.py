@@ -8,21 +8,26 @@ Whatever the source looked like, a row comes out as
 Sources: FlashRAG rows (`id, question, golden_answers, metadata`), Search-R1 rows (the same and `data_source`, or the
 answers in `reward_model.ground_truth.target`), verl's preprocessed rows (`data_source` prefixed with `searchR1_`, the
 question in `extra_info`). Sets have one split each that published numbers were measured on; that one is the default.
+
+Training questions that also stand in an evaluation set can be left out (`exclude=`, `without_overlap`): two questions
+are one if their text is, normalised as answers are (case, punctuation, articles, spaces). A question in other words is
+not found that way.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from trl_search.errors import UserError, unknown_name
-from trl_search.text import golden_list
+from trl_search.text import golden_list, normalize_answer
 
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 SUFFIXES = (".jsonl", ".parquet")
@@ -41,27 +46,40 @@ _FEATURES = datasets.Features(
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A dataset on the hub: where it is, and the split that is meant when none is named."""
+    """A dataset on the hub: where it is, the split that is meant when none is named (published numbers are of that
+    one), and how many questions each split had when they were published."""
 
     repository: str
     config: str | None
     split: str
+    splits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int | None:
+        return self.splits.get(self.split)
 
 
 HUB_SETS: dict[str, HubSet] = {
-    "nq_hotpotqa": HubSet("PeterJinGo/nq_hotpotqa_train", None, "train"),
-    "nq": HubSet(FLASHRAG, "nq", "test"),
-    "triviaqa": HubSet(FLASHRAG, "triviaqa", "test"),
-    "popqa": HubSet(FLASHRAG, "popqa", "test"),
-    "hotpotqa": HubSet(FLASHRAG, "hotpotqa", "dev"),
-    "2wikimultihopqa": HubSet(FLASHRAG, "2wikimultihopqa", "dev"),
-    "musique": HubSet(FLASHRAG, "musique", "dev"),
-    "bamboogle": HubSet(FLASHRAG, "bamboogle", "test"),
+    # Its test split is the seven sets below in one, by data_source.
+    "nq_hotpotqa": HubSet("PeterJinGo/nq_hotpotqa_train", None, "train", {"train": 169_615, "test": 51_713}),
+    "nq": HubSet(FLASHRAG, "nq", "test", {"train": 79_168, "dev": 8_757, "test": 3_610}),
+    "triviaqa": HubSet(FLASHRAG, "triviaqa", "test", {"train": 78_785, "dev": 8_837, "test": 11_313}),
+    "popqa": HubSet(FLASHRAG, "popqa", "test", {"test": 14_267}),
+    "hotpotqa": HubSet(FLASHRAG, "hotpotqa", "dev", {"train": 90_447, "dev": 7_405}),
+    "2wikimultihopqa": HubSet(FLASHRAG, "2wikimultihopqa", "dev", {"train": 15_000, "dev": 12_576}),
+    "musique": HubSet(FLASHRAG, "musique", "dev", {"train": 19_938, "dev": 2_417}),
+    "bamboogle": HubSet(FLASHRAG, "bamboogle", "test", {"test": 125}),
 }
+EVALUATION_SETS = tuple(name for name, held in HUB_SETS.items() if held.repository == FLASHRAG)
+logger = logging.getLogger(__name__)
 
 
 def load_questions(
-    name_or_path: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0
+    name_or_path: str | Path,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    exclude: Sequence[str | Path] = (),
 ) -> datasets.Dataset:
     """Loads questions and their golden answers.
 
@@ -75,19 +93,22 @@ def load_questions(
             Keeps a random sample of that many rows, in their order.
         seed (`int`, *optional*, defaults to `0`):
             Seed of that sample.
+        exclude (`Sequence`, *optional*):
+            Evaluation sets, by name or path (of a folder: its test split), whose questions are left out before the
+            sample is drawn. How many were is logged; `without_overlap` returns it.
 
     Returns:
         `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`.
 
     Example:
-        >>> load_questions("nq_hotpotqa", limit=1000)
+        >>> load_questions("nq_hotpotqa", limit=1000, exclude=["nq", "hotpotqa"])
         >>> load_questions("data/bamboogle.jsonl")[0]
         {'id': 'test_0', 'question': 'Who was president …?', 'golden_answers': ['…'], 'data_source': 'bamboogle'}
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in HUB_SETS and not path.exists():
+    if from_hub := name in HUB_SETS and not path.exists():
         origin, source, raw = f"dataset {name!r}", name, _read_hub(name, HUB_SETS[name], split)
     elif path.exists() or path.suffix or path.name != name:
         path = _find_file(path, split)
@@ -99,9 +120,94 @@ def load_questions(
     rows = [_question(row, index, where, source) for index, (where, row) in enumerate(raw)]
     if not rows:
         raise UserError(f"{origin} is empty: it holds no questions")
-    if limit is not None and limit < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    return datasets.Dataset.from_list(rows, features=_FEATURES)
+    if from_hub:
+        _compare_with_published(name, split or HUB_SETS[name].split, len(rows))
+    questions = datasets.Dataset.from_list(rows, features=_FEATURES)
+    if exclude:
+        questions = _excluding(questions, exclude, origin)
+    return questions if limit is None else sample_questions(questions, limit, seed)
+
+
+def sample_questions(questions: datasets.Dataset, limit: int, seed: int = 0) -> datasets.Dataset:
+    """Draws `limit` rows at random, and keeps their order; all of them where there are no more."""
+    if limit >= len(questions):
+        return questions
+    return questions.select(sorted(random.Random(seed).sample(range(len(questions)), limit)))
+
+
+def load_evaluation_questions(name_or_path: str | Path) -> datasets.Dataset:
+    """Loads a set that is not trained on: a hub set in the split of published numbers, a folder's `test` file."""
+    return load_questions(name_or_path, split=None if str(name_or_path) in HUB_SETS else "test")
+
+
+def without_overlap(
+    questions: datasets.Dataset, *evaluation: datasets.Dataset
+) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Leaves out the questions that also stand in an evaluation set.
+
+    Args:
+        questions (`datasets.Dataset`):
+            The rows to train on, from `load_questions`.
+        evaluation (`datasets.Dataset`):
+            The sets to be judged on.
+
+    Returns:
+        `tuple`: the rows that stand in none of them, and for each `data_source` of the evaluation sets the number of
+        rows that it cost (a row that stands in two sets counts for both).
+
+    Example:
+        >>> train, dropped = without_overlap(load_questions("train.parquet"), load_questions("nq"))
+        >>> dropped
+        {'nq': 3}
+    """
+    dropped = {source: 0 for held_out in evaluation for source in held_out.unique("data_source")}
+    sources: dict[str, set[str]] = {}
+    for held_out in evaluation:
+        for question, source in zip(held_out["question"], held_out["data_source"], strict=True):
+            sources.setdefault(question_key(question), set()).add(source)
+    kept = []
+    for index, question in enumerate(questions["question"]):
+        found = sources.get(question_key(question))
+        if found is None:
+            kept.append(index)
+            continue
+        for source in found:
+            dropped[source] += 1
+    return questions.select(kept), dropped
+
+
+def question_key(question: str) -> str:
+    """Two questions of one key are one question.
+
+    Example:
+        >>> question_key("Who wrote  The Amber Mill?")
+        'who wrote amber mill'
+    """
+    # "???" and "The A" have no word left: they are themselves, and not all one question.
+    return normalize_answer(question) or question.strip()
+
+
+def _excluding(questions: datasets.Dataset, exclude: Sequence[str | Path], origin: str) -> datasets.Dataset:
+    if isinstance(exclude, (str, Path)):
+        raise UserError(f"exclude is a list of names or paths: [{str(exclude)!r}]")
+    kept, dropped = without_overlap(questions, *map(load_evaluation_questions, exclude))
+    told = ", ".join(f"{count:,} in {source}" for source, count in dropped.items())
+    logger.info("%s: of %s questions %s are left out: %s", origin, len(questions), len(questions) - len(kept), told)
+    if not len(kept):
+        raise UserError(f"{origin}: every question stands in {', '.join(map(str, exclude))}, and none is left")
+    return kept
+
+
+def _compare_with_published(name: str, split: str, rows: int) -> None:
+    published = HUB_SETS[name].splits.get(split, rows)
+    if rows != published:
+        logger.warning(
+            "%s (%s) holds %s questions, and published numbers are of %s: they do not compare",
+            name,
+            split,
+            f"{rows:,}",
+            f"{published:,}",
+        )
 
 
 def _question(row: Mapping[str, Any], index: int, where: str, source: str) -> dict[str, Any]:

@@ -4,46 +4,64 @@
 |----------|---------------------------------------------------|-------------------------------------------|
 | `search` | the question                                      | until it answers or its budget is spent   |
 | `direct` | the question, no tool                             | one                                       |
+| `cot`    | the question and the request to reason, no tool   | one                                       |
 | `rag`    | the question and the passages it finds, no tool   | one                                       |
+
+In steps, each of which can be had alone:
+
+    rows ─► answer_questions ─► Outcome, one a question ─► summarize          ─► Evaluation   of one set
+                                                       └─► by_dataset ─► macro ─► Evaluation   averaged over sets
+
+Outcomes and means are in outcomes.py.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.outcomes import Evaluation, Outcome, by_dataset, macro, score, summarize
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol, load_protocol
-from trl_search.reflection import count_reflections
-from trl_search.rollout import Limits, rollout
-from trl_search.text import exact_match, f1_score, last_answer
-from trl_search.types import Passage, Sampling, Trajectory
+from trl_search.retrieval.base import RetrievalError
+from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
+from trl_search.types import Passage, Sampling, StopReason, Trajectory
+
+__all__ = [
+    "GREEDY",
+    "MODES",
+    "Evaluation",
+    "Outcome",
+    "answer_questions",
+    "by_dataset",
+    "evaluate",
+    "macro",
+    "rag_messages",
+    "summarize",
+]
 
 GREEDY = Sampling(temperature=0.0)
-MODES = ("search", "direct", "rag")
+MODES = ("search", "direct", "cot", "rag")
 ANSWER_INSTRUCTION = (
     "Answer the given question. Give the answer inside <answer> and </answer>, without explanation. For example, "
     "<answer> Beijing </answer>. Question: "
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Means over the questions; `em` with the half-width of its 95 % bootstrap interval."""
-
-    mode: str
-    questions: int
-    em: float
-    em_ci95: float
-    f1: float
-    searches: float
-    model_tokens: float
-    reflective_ratio: float
+REASON_INSTRUCTION = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, give "
+    "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. Question: "
+)
+# A mode that is not here asks by the protocol's own instruction.
+INSTRUCTIONS = {"direct": ANSWER_INSTRUCTION, "cot": REASON_INSTRUCTION, "rag": ANSWER_INSTRUCTION}
 
 
 def evaluate(
@@ -52,49 +70,148 @@ def evaluate(
     *,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    environment: SearchEnvironment,
+    environment: Environment,
     limits: Limits,
     protocol: str = "qwen_tools",
     instruction: str | None = None,
     system_prompt: str | None = None,
     sampling: Sampling = GREEDY,
-    gather: Callable[[list[Any]], list[Any]] = lambda local: local,
+    gather: Callable[[list[Outcome]], list[Outcome]] = lambda local: local,
 ) -> Evaluation:
-    """Asks the policy every question once, greedily unless `sampling` says otherwise.
+    """Asks the policy every question once, greedily unless `sampling` says otherwise: all steps in one call.
+
+    Args:
+        gather (`Callable`, *optional*): Joins the outcomes of all ranks, each of which has its own `rows`.
+        **others: As for [`answer_questions`].
+    """
+    outcomes = answer_questions(
+        mode,
+        rows,
+        policy=policy,
+        tokenizer=tokenizer,
+        environment=environment,
+        limits=limits,
+        protocol=protocol,
+        instruction=instruction,
+        system_prompt=system_prompt,
+        sampling=sampling,
+    )
+    return summarize(mode, gather(outcomes))
+
+
+def answer_questions(
+    mode: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    limits: Limits,
+    protocol: str = "qwen_tools",
+    instruction: str | None = None,
+    system_prompt: str | None = None,
+    sampling: Sampling = GREEDY,
+    concurrency: int | None = None,
+    on_outcome: Callable[[int, Outcome], None] | None = None,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Asks the policy every question once, and scores what it answers.
 
     Args:
         mode (`str`): One of `MODES`.
-        rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`.
-        environment (`SearchEnvironment`): What the agent searches; `rag` uses its retriever and passage template.
+        rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`, and where they have them `id` and
+            `data_source`.
+        environment (`Environment`): What the agent acts in; `rag` needs a `SearchEnvironment`, and uses its retriever,
+            `top_k`, timeout and passage template.
         instruction (`str`, *optional*): Put before the question; the mode's own by default, `""` for none.
-        gather (`Callable`, *optional*): Joins the records of all ranks, each of which has its own `rows`.
+        sampling (`Sampling`, *optional*): Its seed and a question's id and words make that question repeatable,
+            whatever is asked beside it.
+        concurrency (`int`, *optional*): Questions under way at once. Default: all.
+        on_outcome (`Callable`, *optional*): Called with a row's place and its outcome as it ends, on the event loop.
+        progress (`bool`, *optional*): Shows a bar on a terminal.
+
+    Returns:
+        `list[Outcome]`: One a row, in their order.
     """
+    written = mode_protocol(
+        mode, tokenizer, environment, protocol=protocol, instruction=instruction, system_prompt=system_prompt
+    )
+    world = environment if mode == "search" else AnswerOnly()
+    bar = tqdm(
+        total=len(rows),
+        desc=f"Evaluation, {mode}",
+        unit="question",
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
+
+    async def ask(index: int, row: Mapping[str, Any]) -> Outcome:
+        identifier = str(row.get("id", index))
+        seed = random.Random(f"{sampling.seed}/{identifier}/{row['question']}").getrandbits(63)
+        messages, found_s = written.messages(row["question"]), 0.0
+        if mode == "rag":
+            assert isinstance(environment, SearchEnvironment) and environment.batcher is not None
+            started = time.perf_counter()
+            try:
+                passages = await environment.batcher.search(row["question"], environment.top_k)
+            except RetrievalError as error:
+                trajectory = Trajectory(prompt_ids=())
+                trajectory.finish(StopReason.RETRIEVAL_FAILED, error=str(error))
+                return record(index, trajectory, identifier)
+            found_s = time.perf_counter() - started
+            messages = rag_messages(written, environment, row["question"], passages)
+        trajectory = await run_trajectory(
+            written.prompt_ids(messages),
+            world.start(row),
+            policy=policy,
+            protocol=written,
+            limits=limits,
+            sampling=replace(sampling, seed=seed),
+        )
+        trajectory.search_s += found_s
+        return record(index, trajectory, identifier)
+
+    def record(index: int, trajectory: Trajectory, identifier: str) -> Outcome:
+        outcome = score(trajectory, rows[index], identifier)
+        bar.update()
+        if on_outcome is not None:
+            on_outcome(index, outcome)
+        return outcome
+
+    # The environment of `rag` answers no action, but its batcher finds the passages.
+    opened = environment if mode in ("search", "rag") else world
+    jobs = [partial(ask, index, row) for index, row in enumerate(rows)]
+    try:
+        return run_sync(run_together(jobs, policy=policy, environment=opened, concurrency=concurrency))
+    finally:
+        bar.close()
+
+
+def mode_protocol(
+    mode: str,
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    *,
+    protocol: str,
+    instruction: str | None,
+    system_prompt: str | None,
+) -> Protocol:
+    """What writes a mode's prompts and reads its turns; refuses a mode that does not exist or cannot be run."""
     if mode not in MODES:
-        raise ValueError(f"unknown evaluation mode {mode!r}; there are {', '.join(MODES)}")
-    world: Environment = environment if mode == "search" else AnswerOnly()
-    if mode != "search" and instruction is None:
-        instruction = ANSWER_INSTRUCTION
-    written = load_protocol(
-        protocol, tokenizer, instruction=instruction, system_prompt=system_prompt, tools=world.tools
+        raise UserError(f"unknown evaluation mode {mode!r}; there are {', '.join(MODES)}")
+    if mode == "rag" and not isinstance(environment, SearchEnvironment):
+        raise UserError(
+            f"mode 'rag' searches once before it asks, and {type(environment).__name__} has no retriever: give a "
+            "SearchEnvironment"
+        )
+    return load_protocol(
+        protocol,
+        tokenizer,
+        instruction=INSTRUCTIONS.get(mode) if instruction is None else instruction,
+        system_prompt=system_prompt,
+        tools=environment.tools if mode == "search" else (),
     )
-    if mode == "rag":
-        found = environment.retriever.search([row["question"] for row in rows], environment.top_k)
-        pairs = zip(rows, found, strict=True)
-        conversations = [rag_messages(written, environment, row["question"], passages) for row, passages in pairs]
-    else:
-        conversations = [written.messages(row["question"]) for row in rows]
-    trajectories = rollout(
-        [written.prompt_ids(messages) for messages in conversations],
-        rows,
-        policy=policy,
-        environment=world,
-        protocol=written,
-        limits=limits,
-        sampling=sampling,
-        description=f"Evaluation, {mode}",
-    )
-    records = gather([_record(trajectory, row) for trajectory, row in zip(trajectories, rows, strict=True)])
-    return _summary(mode, records)
 
 
 def rag_messages(
@@ -104,40 +221,3 @@ def rag_messages(
     documents = "\n".join(map(protocol.escape, environment.show(passages)))
     *system, user = protocol.messages(question)
     return [*system, {"role": "user", "content": f"{documents}\n\n{user['content']}"}]
-
-
-def bootstrap_ci95(values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> float:
-    """Half the width of the 95 % bootstrap interval of the mean."""
-    if not values:
-        return 0.0
-    draw = random.Random(seed)
-    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(resamples))
-    return (means[int(0.975 * resamples)] - means[int(0.025 * resamples)]) / 2
-
-
-def _record(trajectory: Trajectory, row: Mapping[str, Any]) -> dict[str, float]:
-    answer, golden = last_answer(trajectory.spoken), list(row["golden_answers"])
-    phrases = sum(map(count_reflections, trajectory.spoken))
-    return {
-        "em": 0.0 if answer is None else float(exact_match(answer, golden)),
-        "f1": 0.0 if answer is None else float(f1_score(answer, golden)),
-        "searches": float(trajectory.searches),
-        "model_tokens": float(trajectory.model_tokens),
-        "reflective": float(phrases > 0),
-    }
-
-
-def _summary(mode: str, records: Sequence[Mapping[str, float]]) -> Evaluation:
-    def mean(key: str) -> float:
-        return sum(record[key] for record in records) / max(1, len(records))
-
-    return Evaluation(
-        mode=mode,
-        questions=len(records),
-        em=mean("em"),
-        em_ci95=bootstrap_ci95([record["em"] for record in records]),
-        f1=mean("f1"),
-        searches=mean("searches"),
-        model_tokens=mean("model_tokens"),
-        reflective_ratio=mean("reflective"),
-    )

@@ -4,6 +4,7 @@
 |-------------------------------------|-------------------------------------------------------------------------------|
 | `search/searches`, `search/turns`   | searches made, turns the policy took                                          |
 | `search/malformed_calls`            | calls that could not be run                                                   |
+| `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
 | `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
 | `tokens/model`                      | tokens the policy sampled (mask 1)                                            |
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 
 from trl_search.reflection import count_reflections
 from trl_search.types import StopReason, Trajectory
+from trl_search.wellformed import duplicate_tags
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
@@ -36,6 +38,7 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "search/searches": float(trajectory.searches),
         "search/turns": float(len(trajectory.spoken)),
         "search/malformed_calls": float(trajectory.malformed),
+        "search/duplicate_tags": float(duplicate_tags(trajectory.spoken)),
         "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
         "search/failed_rollouts": float(trajectory.failed),
         "tokens/model": float(trajectory.model_tokens),

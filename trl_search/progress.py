@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from trl_search.alarms import PREFIX
+
 # Metric -> how it is called in the line; those that a step did not log are left out.
 SHOWN = {
     "reward": "reward",
@@ -32,7 +34,8 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
         'step  3/12  reward 0.500  searches 0.720  seconds 5.10'
     """
     shown = "  ".join(f"{name} {logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None)
-    return f"step {step:>{len(str(max_steps))}}/{max_steps}  {shown}"
+    alarms = ", ".join(name.removeprefix(PREFIX) for name, value in logs.items() if name.startswith(PREFIX) and value)
+    return f"step {step:>{len(str(max_steps))}}/{max_steps}  {shown}" + (f"  ALARM {alarms}" if alarms else "")
 
 
 class StepLines(ProgressCallback):

@@ -14,26 +14,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Who reflects. "The court had to reconsider" is no reflection; "let me reconsider" is.
-_SELF = r"(?:let me|let us|let's|i'll|we'll|(?:i|we) (?:will|must|should|need to|have to|want to|had better))"
-_ADVERB = r"(?:(?:just|also|now|first|quickly|carefully) )?"
+_SELF = (
+    r"(?:let me|let us|let's|i'll|we’ll|i'd better|i'm going to|i am going to|it is worth|it's worth|"
+    r"(?:i|we) (?:will|must|should|ought to|need to|have to|want to|would like to|had better))"
+)
+_ADVERB = r"(?:(?:just|also|now|first|then|quickly|carefully|probably|still|really|try to|go back and) ){0,2}"
+# Where a clause begins: "Wait, ..." stands apart, "they had to wait, ..." does not. White space is \s here, because a
+# look-behind must know its width.
+_CLAUSE = r"(?<!\w\s)"
+_APART = r"(?=\s*(?:[,.!?:;…—–]|\n|\Z)|\s+\x2d)"
+_INTERJECTION = r"(?:wait|hold on|hang on)"
+_LOOK = r"(?:look|inspection|examination)"
 
-# family → phrases. A phrase is a regular expression in which three characters mean more than themselves:
+# family → phrases. A phrase is a regular expression in which four characters mean more than themselves:
 #   " "  white space or hyphens      "double check" also finds `double-check`
 #   "-"  the same, or nothing        "re-verify" also finds `reverify` and `re verify`
 #   "'"  any apostrophe, or none     "let's" also finds `let’s` and `lets`
+#   "’"  any apostrophe              "we’ll" also finds `we'll`, and not `well`
 LEXICON: dict[str, tuple[str, ...]] = {
     "think again": (
         r"think again",
-        r"re-think(?:ing)?",
         r"think (?:about )?(?:this|that|it) (?:over )?(?:again|once more|through again)",
+        rf"{_SELF} {_ADVERB}re-think",
+        r"re-thinking (?:this|that|the|my|our|it)",
         r"on second thoughts?",
-        r"(?:up)?on (?:further |more )?(?:reflection|consideration)",
+        r"(?:up)?on (?:further|more|closer|careful) (?:reflection|consideration|thought)",
+        r"after (?:further|more|closer|careful|some) (?:reflection|consideration|thought)",
+        rf"{_CLAUSE}(?:up)?on reflection(?=\s*,)",
+        r"com(?:e|ing) to think of it",
     ),
     "re-verify": (r"re-verif(?:y|ies|ied|ying|ication)", r"verify (?:this |that |it )?(?:again|once more)"),
     "re-check": (r"re-check(?:s|ed|ing)?", r"check (?:this |that |it )?(?:again|once more)"),
-    "double check": (r"(?:double|triple|cross) check(?:s|ed|ing)?",),
+    "double check": (r"(?:double|triple|cross)-check(?:s|ed|ing)?",),
     "reconsider": (
-        rf"{_SELF} {_ADVERB}(?:re-consider|re-evaluate|re-assess|re-examine|re-visit|re-read)",
+        rf"{_SELF} {_ADVERB}(?:re-consider|re-evaluate|re-assess|re-examine|re-visit|re-read|review)",
         r"(?:re-considering|re-evaluating|re-assessing|re-examining|re-reading) (?:this|that|the|my|our|it)",
     ),
     "verify": (
@@ -41,29 +55,39 @@ LEXICON: dict[str, tuple[str, ...]] = {
         rf"{_SELF} {_ADVERB}check (?:this|that|it|my|the)",
     ),
     "inspection": (
-        r"(?:up)?on (?:a )?(?:close|closer|further|careful|second) (?:inspection|look|reading|examination)",
-        rf"{_SELF} {_ADVERB}(?:look|read) (?:this |that |it )?(?:again|more closely|closer)",
-        r"(?:looking|reading) (?:at (?:this|that|it) )?(?:again|more closely|closer)",
+        rf"(?:up)?on (?:a )?(?:close|closer|further|careful|second) {_LOOK}",
+        r"(?:up)?on (?:a )?(?:close|closer|further|careful) reading",
+        r"after (?:a )?(?:closer|further|careful|second) (?:look|inspection|examination|reading)",
+        rf"{_SELF} {_ADVERB}(?:look|read) (?:this |that |it )?(?:again|back|more closely|closely|closer)",
+        rf"{_SELF} {_ADVERB}(?:take|have) (?:a|another) (?:(?:second|closer|careful|fresh) )?look",
+        rf"{_CLAUSE}(?:looking|reading) (?:at (?:this|that|it) )?(?:again|more closely|closer(?! to\b))",
+        rf"{_CLAUSE}(?:taking|with) (?:a (?:second|closer)|another) look",
     ),
     "wait": (
         # "wait" alone is also a verb ("they wait for the king"): it must stand apart, or turn to the speaker.
-        r"wait(?=\s*(?:[,.!?:;…—–]|\n|\Z))",
-        r"wait (?:a (?:minute|second|moment)|no|but|actually|maybe|that|i|let me)",
-        r"hold on(?! to\b)",
-        r"hang on(?! to\b)",
+        rf"{_CLAUSE}{_INTERJECTION}{_APART}",
+        rf"{_CLAUSE}{_INTERJECTION} (?:a (?:minute|second|moment)|no|but|actually|maybe|that|i|let me)",
+        rf"(?:but|oh|ah|hm+|okay|ok|actually) {_INTERJECTION}{_APART}",
     ),
     "mistake": (
-        r"i (?:made|may have made|might have made) (?:a|an) (?:mistake|error)",
-        r"i (?:was|may be|might be|may have been|might have been) (?:wrong|mistaken)",
-        r"that (?:is not|isn't|does not seem|doesn't seem|can't be|cannot be) (?:right|correct)",
+        r"i (?:made|may have made|might have made|must have made) (?:a|an) (?:mistake|error)",
+        r"i (?:was|may be|might be|may have been|might have been|must have been) (?:wrong|mistaken)",
+        r"i (?:misread|misunderstood|overlooked|misremembered)",
+        r"(?:let me|i must|i should|i need to) correct (?:myself|that|this|my)",
+        r"(?:that|this) (?:is not|isn't|does not seem|doesn't seem|can't be|cannot be) (?:quite )?(?:right|correct)",
+        r"that’s (?:not|not quite) (?:right|correct)",
+        r"(?:this|that|it|something) (?:does not|doesn't) (?:add up|make sense)",
+        r"(?:am i|are we) (?:really |quite )?(?:sure|certain)(?=\s*(?:\?|about|of|that))",
     ),
 }
 
 _HYPHEN = r"\-\u2010\u2011\u2012\u2013"
-_SPELLINGS = {" ": rf"[\s{_HYPHEN}]+", "-": rf"[\s{_HYPHEN}]*", "'": "['\u2018\u2019\u02bc\uff07`]?"}
+_APOSTROPHE = "['\u2018\u2019\u02bc\uff07`]"
+_SPELLINGS = {" ": rf"[\s{_HYPHEN}]+", "-": rf"[\s{_HYPHEN}]*", "'": f"{_APOSTROPHE}?", "’": _APOSTROPHE}
 
 
-def _spell_out(phrase: str) -> str:
+def spell_out(phrase: str) -> str:
+    """The plain regular expression of a phrase of the lexicon."""
     return "".join(_SPELLINGS.get(character, character) for character in phrase)
 
 
@@ -72,7 +96,7 @@ def _spell_out(phrase: str) -> str:
 _FAMILIES = {f"family_{index}": family for index, family in enumerate(LEXICON)}
 _PATTERN = re.compile(
     r"(?<!\w)(?:"
-    + "|".join(f"(?P<{group}>{'|'.join(map(_spell_out, LEXICON[family]))})" for group, family in _FAMILIES.items())
+    + "|".join(f"(?P<{group}>{'|'.join(map(spell_out, LEXICON[family]))})" for group, family in _FAMILIES.items())
     + r")(?!\w)",
     re.IGNORECASE,
 )

@@ -13,11 +13,12 @@ that was sampled is ever decoded and encoded again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -136,11 +137,37 @@ async def run_batch(
         bar.update()
         return trajectory
 
-    tasks: list[asyncio.Task[Trajectory]] = []
+    try:
+        return await run_together(
+            [functools.partial(run, index) for index in range(len(prompts))], policy=policy, environment=environment
+        )
+    finally:
+        bar.close()
+
+
+async def run_together(
+    jobs: Sequence[Callable[[], Coroutine[Any, Any, Result]]],
+    *,
+    policy: Policy,
+    environment: Environment,
+    concurrency: int | None = None,
+) -> list[Result]:
+    """Runs all jobs on the open policy and environment, and returns what they return, in their order.
+
+    Args:
+        concurrency (`int`, *optional*): So many at a time; the others have not begun. Default: all at once.
+    """
+    gate = asyncio.Semaphore(concurrency or max(1, len(jobs)))
+
+    async def run(job: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        async with gate:
+            return await job()
+
+    tasks: list[asyncio.Task[Result]] = []
     try:
         await policy.open()
         await environment.open()
-        tasks = [asyncio.create_task(run(index)) for index in range(len(prompts))]
+        tasks = [asyncio.create_task(run(job)) for job in jobs]
         return list(await asyncio.gather(*tasks))
     finally:
         # When one fails (the engine broke), the others must not go on behind the exception's back.
@@ -149,7 +176,6 @@ async def run_batch(
         await asyncio.gather(*tasks, return_exceptions=True)
         await environment.close()
         await policy.close()
-        bar.close()
 
 
 def rollout(prompts: Sequence[tuple[int, ...]], rows: Sequence[Mapping[str, Any]], **options: Any) -> list[Trajectory]:

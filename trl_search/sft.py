@@ -1,17 +1,24 @@
-"""Supervised warm start: TRL's SFTTrainer on scripted trajectories, with the loss on what the policy itself writes.
+"""Supervised fine-tuning on trajectories: TRL's SFTTrainer, with the loss on what the policy itself writes.
 
-The scripts play through the rollout engine (`trl_search.scripts`), so the ids and the mask that are trained on are
-those that GRPO's rollouts will have. By default they are of mixed quality: the policy learns the format and behaves
-badly, often answers without a search, or stops after one hop. That is what GRPO then has to turn around.
+The trajectories come from the rollout engine, so the ids and the mask that are trained on are those that GRPO's
+rollouts will have. Who wrote them:
+
+- a policy or a teacher, with real searches, and the right ones were kept: a cold start (`trl_search.cold_start`);
+- scripts of the embedded world (`trl_search.scripts`): a warm start. By default they are of mixed quality: the policy
+  learns the format and behaves badly, often answers without a search, or stops after one hop. That is what GRPO then
+  has to turn around.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -26,6 +33,68 @@ from trl_search.types import Trajectory
 from trl_search.world import World
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SearchSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`train`]. All parameters of [`~trl.SFTConfig`] apply; these are added or changed:
+
+    Parameters:
+        max_length (`int`, *optional*):
+            Longer trajectories are left out, where TRL cuts them at 1,024 tokens: half of one teaches no ending.
+        padding_free (`bool`, *optional*, defaults to `True`):
+            Most trajectories are far shorter than the longest: padded, they would cost three times as much.
+        merge_adapter (`bool`, *optional*, defaults to `True`):
+            Save a LoRA adapter merged into the model.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: none is too long."}
+    )
+    padding_free: bool = field(
+        default=True, metadata={"help": "Concatenate the trajectories of a batch in place of padding them."}
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "With use_peft, save the model with the adapter merged into it, which GRPO and vLLM start from. "
+            "false: the adapter alone."
+        },
+    )
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: SearchSFTConfig,
+    *,
+    peft_config: PeftConfig | None = None,
+) -> None:
+    """Trains the model in place on `rows` (`input_ids`, `assistant_masks`), and saves it with its tokenizer.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
+    """
+    # Rows that are too long have been left out: TRL would cut them, or warn that it does not where nothing is padded.
+    config = copy.copy(config)
+    config.max_length = None
+    rows = rows.select_columns(["input_ids", "assistant_masks"])
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLines)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trained, PeftModel) and config.merge_adapter:
+        if trainer.accelerator.is_main_process:
+            trained.merge_and_unload().save_pretrained(str(config.output_dir))
+            tokenizer.save_pretrained(str(config.output_dir))
+        trainer.accelerator.wait_for_everyone()
+    else:
+        trainer.save_model(config.output_dir)
 
 
 def warm_start(
@@ -90,16 +159,13 @@ def fine_tune(
         max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
     """
     rows = sft_dataset(trajectories, max_tokens=max_tokens)
-    config = SFTConfig(
+    config = SearchSFTConfig(
         output_dir=output_dir,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=max(1, steps // 20),
-        max_length=None,
-        # Most scripted trajectories are far shorter than the longest: padded, they would cost three times as much.
-        padding_free=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
         bf16=False,
@@ -110,11 +176,7 @@ def fine_tune(
         seed=seed,
         data_seed=seed,
     )
-    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(StepLines)
-    trainer.train()
-    trainer.save_model(output_dir)
+    train(model, tokenizer, rows, config)
 
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
@@ -123,16 +185,14 @@ def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = 
     Raises:
         UserError: if there is nothing to learn from in them.
     """
-    rows = [
-        {
-            "input_ids": [*trajectory.prompt_ids, *trajectory.ids],
-            "assistant_masks": [*[0] * len(trajectory.prompt_ids), *trajectory.mask],
-        }
+    kept = [
+        (trajectory.prompt_ids, trajectory.ids, trajectory.mask)
         for trajectory in trajectories
         # Whatever the world failed at is no lesson for the policy.
-        if trajectory.model_tokens and not trajectory.error
+        if trajectory.model_tokens
+        and not trajectory.error
+        and (max_tokens is None or len(trajectory.prompt_ids) + len(trajectory.ids) <= max_tokens)
     ]
-    kept = [row for row in rows if max_tokens is None or len(row["input_ids"]) <= max_tokens]
     if len(kept) < len(trajectories):
         logger.warning("%d of %d trajectories left out of training", len(trajectories) - len(kept), len(trajectories))
     if not kept:
@@ -140,4 +200,13 @@ def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = 
             f"none of {len(trajectories)} trajectories can be trained on: each is empty, failed, or longer than "
             f"max_tokens={max_tokens}"
         )
-    return Dataset.from_list(kept)
+    return sft_rows(kept)
+
+
+def sft_rows(tokens: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> Dataset:
+    """The same from prompt ids, ids and mask alone."""
+    rows = [
+        {"input_ids": [*prompt_ids, *ids], "assistant_masks": [*[0] * len(prompt_ids), *mask]}
+        for prompt_ids, ids, mask in tokens
+    ]
+    return Dataset.from_list(rows)

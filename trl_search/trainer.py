@@ -6,7 +6,7 @@ our rollout, and nothing else; `tests/test_contract_trl.py` pins each of them, s
 | seam of `GRPOTrainer`             | what we do there                                                              |
 |-----------------------------------|-------------------------------------------------------------------------------|
 | `rollout_func`                    | run the trajectories; give ids, logprobs and `env_mask`                       |
-| `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees                        |
+| `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees; record trajectories   |
 | `_generate`                       | put the turns as chat messages where TRL put one decoded string; log          |
 | `_calculate_rewards`              | rows whose retrieval failed get no reward, so they enter no baseline          |
 | `_compute_loss`                   | keep the loss mask, which `_get_per_token_logps_and_entropies` never sees     |
@@ -45,6 +45,9 @@ from trl_search.protocols import load_protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
+from trl_search.run_log import RunLog
+from trl_search.trackers import TrackerTables
+from trl_search.trajectory_log import Scored, TrajectoryLog
 from trl_search.types import Sampling, Trajectory
 from trl_search.vllm_backend import SearchVLLM, making_ours
 
@@ -163,7 +166,12 @@ class SearchGRPOTrainer(GRPOTrainer):
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
-            self.add_callback(CollapseAlarm())
+            # First of all: it writes into the logs that the others report.
+            self.callback_handler.callbacks.insert(0, CollapseAlarm(stop=args.stop_on_collapse))
+            self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
+            self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
+            self.add_callback(self.run_log)
+            self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
         self._loss_mask_BC: torch.Tensor | None = None
         self._logprobs = None
         if self.environment is not None:
@@ -177,6 +185,9 @@ class SearchGRPOTrainer(GRPOTrainer):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         finally:
             self._loss_mask_BC = None  # set by `_rollout`, for the log-probs of the old and the reference policy
+        if self.environment is not None and self.model.training:
+            scored = Scored(output, self._rewards_RF, self.reward_weights, self.reward_func_names)
+            self.trajectory_log.add(self.state.global_step + 1, inputs, self._trajectories, scored)
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
@@ -224,6 +235,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if self.environment is not None:
             failed = torch.tensor([trajectory.failed for trajectory in self._trajectories], device=rewards.device)
             rewards[self.accelerator.gather(failed)] = torch.nan
+            self._rewards_RF = rewards
         return rewards
 
     def _get_per_token_logps_and_entropies(

@@ -6,14 +6,12 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from peft import PeftConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -21,138 +19,75 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, get_peft_config
 
+from trl_search.best_checkpoint import LINK, BestCheckpoint, is_whole, read_best
 from trl_search.config import SearchGRPOConfig
-from trl_search.curves import draw_curves
-from trl_search.data import HUB_SETS, load_questions
 from trl_search.errors import UserError
-from trl_search.evaluate import Evaluation, evaluate
+from trl_search.evaluate import answer_questions
+from trl_search.held_out import EvaluateEvery, HeldOut, summarize_held_out
+from trl_search.outcomes import Evaluation
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.progress import StepLines
 from trl_search.protocols import load_protocol
-from trl_search.retrieval import Retriever, load_retriever
+from trl_search.report.figures import draw_curves
+from trl_search.retrieval import load_retriever
 from trl_search.sft import warm_start
+from trl_search.task import Task, TaskArguments, load_task
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer, search_environment
-from trl_search.world import Question, generate_world
+from trl_search.world import generate_world
 
-BASELINES = {"direct": "direct answer, no search", "rag": "one-shot RAG"}
+__all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]
+
+BASELINES = {
+    "direct": "direct answer, no search",
+    "cot": "chain of thought, no search",
+    "rag": "one-shot RAG",
+}
 # Added to the seed of a world: that of the world in which its policy is warmed up.
 _ELSEWHERE = 1_000_003
-
-
-@dataclass
-class TaskArguments:
-    """What is asked, what is searched, and what is measured."""
-
-    questions: str = field(
-        default="world",
-        metadata={"help": "Training questions: 'world' (the embedded one), a name such as nq_hotpotqa, or a file."},
-    )
-    eval_questions: str | None = field(
-        default=None,
-        metadata={"help": "Questions to evaluate on: a name or a file. With the world: its held-out split."},
-    )
-    max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
-    max_eval_questions: int | None = field(
-        default=200, metadata={"help": "Evaluate on a sample of so many questions."}
-    )
-    world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
-    retriever: str = field(default="bm25", metadata={"help": "Kind of retriever; see load_retriever."})
-    retriever_options: str = field(
-        default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}
-    )
-    warm_start_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded "
-            "world. They show the format and leave the behaviour weak. 0: none."
-        },
-    )
-    warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
-    baselines: list[str] = field(
-        default_factory=list, metadata={"help": "Measured before training: direct (no search), rag (one search)."}
-    )
-    evaluate: bool = field(default=True, metadata={"help": "Measure held-out EM before and after training."})
-    evaluate_every: int = field(
-        default=0, metadata={"help": "Measure it every so many steps too, and log it as eval/em. 0: never."}
-    )
-
-
-@dataclass(frozen=True)
-class Task:
-    """Questions to train and to be measured on, and what to search."""
-
-    train: Dataset
-    held_out: Dataset | None
-    retriever: Retriever
-
-
-def load_task(arguments: TaskArguments, *, seed: int) -> Task:
-    """Loads questions and retriever; everything that can be wrong with a recipe's data is said here."""
-    try:
-        options = json.loads(arguments.retriever_options)
-    except json.JSONDecodeError as error:
-        raise UserError(f"retriever_options is not JSON ({error}): {arguments.retriever_options}") from error
-    if arguments.questions == "world":
-        world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
-        train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
-        held_out = _sample(_as_dataset(world.questions("test")), arguments.max_eval_questions, seed)
-        retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
-        return Task(train, held_out, retriever)
-    train = load_questions(arguments.questions, limit=arguments.max_train_questions, seed=seed)
-    held_out = None
-    if arguments.eval_questions:
-        # A set of the hub has one split that published numbers are measured on, and it is not always called test.
-        split = None if arguments.eval_questions in HUB_SETS else "test"
-        held_out = load_questions(arguments.eval_questions, split=split, limit=arguments.max_eval_questions, seed=seed)
-    return Task(train, held_out, load_retriever(arguments.retriever, **options))
 
 
 def run_training(
     arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig
 ) -> dict[str, Evaluation]:
-    """Runs a recipe to its end. Returns the evaluations, by the name of the table's row."""
+    """Runs a recipe to its end. Returns the evaluations, by the name of the table's row; over several sets, averages
+    in which each set counts the same."""
     started = time.perf_counter()
     task = load_task(arguments, seed=config.seed)
     folder = Path(config.output_dir or "runs/train")
     name = tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
     if not name:
         raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
+    if arguments.evaluate_every and task.held_out is None:
+        raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     peft_config = get_peft_config(model_config)
     model, tokenizer = _load_model(name, model_config, config)
     measured: dict[str, Evaluation] = {}
-
-    def measure(row: str, mode: str, model: PreTrainedModel) -> None:
-        if task.held_out is not None and arguments.evaluate:
-            measured[row] = _evaluate(mode, task, model, tokenizer, config)
-
-    mode = "search" if config.max_searches else "direct"
     checkpoint = _checkpoint(config, folder)
     warm_folder = folder / "warm_start"
-    if checkpoint is None:  # a resumed run has all of this behind it
-        # 1. What the model can do without having learnt to search.
-        for baseline in arguments.baselines:
-            measure(BASELINES.get(baseline, baseline), baseline, model)
+    baselines = list(arguments.baselines)
 
-        # 2. The warm start: the format, and weak behaviour.
-        if arguments.warm_start_steps:
-            _warm_up(model, tokenizer, arguments, config, warm_folder)
-        measure("search, warm-started" if arguments.warm_start_steps else "search, before GRPO", mode, model)
+    # 1. The warm start: the format, and weak behaviour. What the model could do without comes before it.
     if arguments.warm_start_steps:
+        if checkpoint is None:
+            if task.held_out is not None and arguments.evaluate:
+                measured |= {
+                    BASELINES.get(mode, mode): _baseline(mode, task, model, tokenizer, config) for mode in baselines
+                }
+            _warm_up(model, tokenizer, arguments, config, warm_folder)
+        baselines = []
         # The reference model of beta > 0 is loaded from where the policy came from: that is the warm start now.
         model.config._name_or_path = str(warm_folder)
 
-    # 3. GRPO.
+    # 2. The trainer, and what is measured with it.
     trainer = SearchGRPOTrainer(
         model=model,
         reward_funcs=list(arguments.reward_funcs),
@@ -163,33 +98,53 @@ def run_training(
         retriever=task.retriever,
         peft_config=_peft(peft_config),
     )
+    trainer.run_log.task = {**dataclasses.asdict(arguments), **task.description}
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLines)
-    if arguments.evaluate_every and task.held_out is not None:
-        trainer.add_callback(_EvaluateEvery(arguments.evaluate_every, trainer, task, tokenizer))
+    held_out = None if task.held_out is None else HeldOut(trainer, task.held_out)
+    if held_out is not None and arguments.evaluate:
+        row = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
+        trainer.add_callback(_MeasureBefore(baselines, row, held_out, task, measured))
+    if held_out is not None and arguments.evaluate_every:
+        trainer.add_callback(EvaluateEvery(arguments.evaluate_every, held_out))
+        trainer.add_callback(BestCheckpoint(held_out))
+
+    # 3. GRPO.
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
-    measure("search, after GRPO", mode, trainer.accelerator.unwrap_model(trainer.model))
+    if held_out is not None and arguments.evaluate:
+        measured["search, after GRPO"] = held_out.measure().average
+    best = read_best(folder) if arguments.evaluate_every else None
+    if best is not None and best.step != trainer.state.global_step:
+        measured[f"search, best checkpoint (step {best.step})"] = best.average
 
     # 4. What came of it.
     if trainer.accelerator.is_main_process:
         _write_results(folder, measured, trainer.state.log_history, time.perf_counter() - started)
+        if best is not None:
+            print(
+                f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder / LINK}."
+            )
     return measured
 
 
-class _EvaluateEvery(TrainerCallback):
-    """Measures held-out EM every so many steps; the numbers go out with the step's own log."""
+class _MeasureBefore(TrainerCallback):
+    """Measures what the policy does before its first step, when the trainer has put it where it generates."""
 
-    def __init__(self, steps: int, trainer: SearchGRPOTrainer, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.steps, self.trainer, self.task, self.tokenizer = steps, trainer, task, tokenizer
+    def __init__(
+        self, baselines: list[str], row: str, held_out: HeldOut, task: Task, measured: dict[str, Evaluation]
+    ) -> None:
+        self.baselines, self.row, self.held_out, self.task, self.measured = baselines, row, held_out, task, measured
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # a resumed run has this behind it
             return
-        model, config = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
-        result = _evaluate("search" if config.max_searches else "direct", self.task, model, self.tokenizer, config)
-        for name, value in (("eval/em", result.em), ("eval/searches", result.searches)):
-            self.trainer._metrics["train"][name].append(value)
+        world = search_environment(self.task.retriever, self.held_out.trainer.args)
+        for mode in self.baselines:
+            self.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode, world).average
+        self.measured[self.row] = self.held_out.measure().average
 
 
 def _warm_up(
@@ -233,27 +188,26 @@ def results_table(measured: Mapping[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(
+def _baseline(
     mode: str, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SearchGRPOConfig
 ) -> Evaluation:
+    """What a model does that no trainer has yet."""
     assert task.held_out is not None
-    state = PartialState()
-    rows = list(task.held_out)[state.process_index :: state.num_processes]
+    state, started = PartialState(), time.perf_counter()
     model.to(config.device)  # type: ignore[arg-type]
     with torch.no_grad():
-        return evaluate(
+        outcomes = answer_questions(
             mode,
-            rows,
+            list(task.held_out)[state.process_index :: state.num_processes],
             policy=TransformersPolicy(model, tokenizer, max_sequences=config.rollout_batch_size),
             tokenizer=tokenizer,
             environment=search_environment(task.retriever, config),
             limits=config.limits,
             protocol=config.protocol,
-            # A baseline is asked in its own words: the recipe's instruction is the search agent's.
-            instruction=config.instruction if mode == "search" else None,
             system_prompt=config.system_prompt,
-            gather=gather_object,
         )
+    seconds = time.perf_counter() - started
+    return summarize_held_out(mode, gather_object(outcomes), step=0, seconds=seconds).average
 
 
 def _load_model(
@@ -286,13 +240,15 @@ def _peft(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def _checkpoint(config: SearchGRPOConfig, folder: Path) -> str | None:
-    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest of the output folder."""
+    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder."""
     if config.resume_from_checkpoint != "last":
         return config.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None:
-        raise UserError(f"resume_from_checkpoint=last, and {folder} holds no checkpoint")
-    return str(checkpoint)
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")}
+    for _, path in sorted(found.items(), reverse=True):
+        if is_whole(path):
+            return str(path)
+        print(f"{path} was not written to its end: it is passed over")
+    raise UserError(f"resume_from_checkpoint=last, and {folder} holds no checkpoint that was written to its end")
 
 
 def _write_results(
@@ -306,13 +262,3 @@ def _write_results(
     if measured:
         print(f"\n{results_table(measured)}\n")
     print(f"{seconds:.0f} s in all. Model, results.json and {curves.name} are in {folder}.")
-
-
-def _sample(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
-    if limit is None or limit >= len(dataset):
-        return dataset
-    return dataset.shuffle(seed=seed).select(range(limit))
-
-
-def _as_dataset(questions: Sequence[Question]) -> Dataset:
-    return Dataset.from_list([question.row() for question in questions])

@@ -37,7 +37,7 @@ from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy, version_problem
 
 # The ranks that vLLM makes room for.
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MEMORY = Path("/dev/shm")
 
 
@@ -62,7 +62,7 @@ class SearchVLLM(VLLMGeneration):
         if lora_sync == "adapter":
             rank = _adapter_rank(kwargs["model"])
             if kwargs["mode"] == "colocate":
-                room = next((size for size in _LORA_RANKS if size >= rank), rank)
+                room = next((size for size in LORA_RANKS if size >= rank), rank)
                 self._engine_options = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, **engine_options}
         super().__init__(**kwargs)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,6 +64,23 @@ def read_blocks(text: str) -> list[Block] | None:
         else:
             return None
     return None if opening else blocks
+
+
+def duplicate_tags(turns: Sequence[str]) -> int:
+    """How often a tag is opened again, or closed again, in one turn: what a policy that loses its protocol does.
+
+    A repeated block counts once. A turn may think twice, and that is counted too: no protocol here asks for it.
+
+    Example:
+        >>> duplicate_tags(["<search> a </search>", "<answer> b </answer> </answer> <answer> c </answer>"])
+        2
+    """
+    repeated = 0
+    for turn in turns:
+        seen = Counter(tag[0] for tag in _TAG.finditer(turn))
+        names = {tag.strip("</>") for tag in seen}
+        repeated += sum(max(seen[f"<{name}>"], seen[f"</{name}>"], 1) - 1 for name in names)
+    return repeated
 
 
 def _ends_in(turn: str, tags: set[str] | frozenset[str]) -> bool:

@@ -11,7 +11,7 @@ import asyncio
 import queue
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -68,6 +68,10 @@ class TransformersPolicy(Policy):
         tokenizer (`PreTrainedTokenizerBase`): Used to look for stop strings, and for the EOS.
         max_sequences (`int`, *optional*, defaults to `64`): Conversations that run at once; others queue.
 
+    Attributes:
+        on_token (`Callable[[Sequence[int]], None]`, *optional*): Called on the engine's thread with the ids of a turn
+            so far, after each that was sampled. It does not say whose turn: for chats, of one sequence.
+
     Raises:
         ValueError: if a layer has no full attention (sliding window, linear): use vLLM for such a model.
     """
@@ -80,6 +84,7 @@ class TransformersPolicy(Policy):
         self.model = model
         self.tokenizer = tokenizer
         self.max_sequences = max_sequences
+        self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -263,6 +268,8 @@ class TransformersPolicy(Policy):
         assert request is not None
         request.ids.append(token)
         request.logprobs.append(logprob)
+        if self.on_token is not None:
+            self.on_token(request.ids)
         if token in self.eos_token_ids:
             reason = FinishReason.EOS
         elif request.stop and self._at_stop(request):

@@ -1,0 +1,103 @@
+"""Records runs that collapse and runs that do not, and shows at which step each alarm fires.
+
+    python benchmarks/alarms.py --output runs/alarms               # two CPU cores, nothing else on them: half an hour
+    python benchmarks/alarms.py --output runs/alarms --only healthy --steps 60
+    python benchmarks/alarms.py --replay                           # of the recorded ones, in a second
+
+Every run is the quickstart with half its batch (4 questions x 8), so that its numbers are noisier than a user's, and a
+small `beta`, so that there is a KL to watch. What the alarms read of each is added to tests/data/histories.json, which
+tests/test_alarms.py holds them to. A run that was recorded before is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trl_search.alarms import RULES, Watch, is_training_log
+from trl_search.run_folder import read_run
+
+HISTORIES = Path(__file__).parents[1] / "tests" / "data" / "histories.json"
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+COMMON = ["--beta", "0.001", "--per_device_train_batch_size", "8", "--rollout_batch_size", "32"]
+RUNS: dict[str, tuple[int, list[str]]] = {
+    "healthy_0": (0, []),
+    "healthy_1": (1, []),
+    "healthy_2": (2, []),
+    "learning_rate_x_5_0": (0, ["--learning_rate", "5e-4"]),
+}
+# What the alarms read, and the step. Of NotFinite, whose metric is a list, each one.
+KEPT = ["step", *dict.fromkeys(name for rule in RULES for name in rule.metric.split(", "))]
+
+
+def record(name: str, output: Path, steps: int) -> list[dict[str, Any]]:
+    """Trains a run, and returns what is kept of its log."""
+    seed, options = RUNS[name]
+    folder = output / name
+    command = [
+        sys.executable, "-m", "trl_search.cli", "train", str(RECIPE), "--seed", str(seed), "--world_seed", str(seed),
+        "--max_steps", str(steps), "--evaluate", "False", "--save_strategy", "no", "--output_dir", str(folder),
+        *COMMON, *options,
+    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        environment = {**os.environ, "TQDM_DISABLE": "1"}
+        if code := subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
+            raise RuntimeError(f"{name} failed ({code}); see {folder / 'log.txt'}")
+    return [kept(row) for row in read_run(folder).history if is_training_log(row)]
+
+
+def kept(row: dict[str, Any]) -> dict[str, Any]:
+    values = {name: row[name] for name in KEPT if name in row}
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def first_alarms(history: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Alarm -> the step at which it first fires, and what it says."""
+    watch, first = Watch(), dict[str, tuple[int, str]]()
+    for row in history:
+        for name, what in watch.add(row).items():
+            if what:
+                first.setdefault(name, (row["step"], what))
+    return first
+
+
+def table(histories: dict[str, list[dict[str, Any]]]) -> str:
+    lines = ["| run | steps | alarms, at the step at which each first fires |", "|---|---|---|"]
+    for name, history in histories.items():
+        fired = sorted(first_alarms(history).items(), key=lambda item: item[1][0])
+        said = "; ".join(f"{step}: `{alarm}` ({what})" for alarm, (step, what) in fired)
+        lines.append(f"| {name} | {len(history)} | {said or 'none'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/alarms"), help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=40, help="GRPO steps of every run (default 40)")
+    parser.add_argument("--only", help="runs whose name begins so")
+    parser.add_argument("--replay", action="store_true", help="train nothing: show the recorded runs")
+    arguments = parser.parse_args()
+    histories = json.loads(HISTORIES.read_text()) if HISTORIES.is_file() else {}
+    if not arguments.replay:
+        for name in tqdm([name for name in RUNS if name.startswith(arguments.only or "")], unit="run", disable=None):
+            histories[name] = record(name, arguments.output, arguments.steps)
+            rows = {
+                run: "[\n" + ",\n".join(json.dumps(row) for row in history) + "\n]"
+                for run, history in histories.items()
+            }
+            text = ",\n".join(f'"{run}": {lines}' for run, lines in rows.items())
+            HISTORIES.write_text("{\n" + text + "\n}\n")
+    print(table(histories))
+
+
+if __name__ == "__main__":
+    main()

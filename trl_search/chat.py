@@ -1,0 +1,254 @@
+"""One agent, asked question after question, and heard while it thinks, searches and answers.
+
+    with load_chat("runs/qwen3b", load_retriever("web")) as chat:
+        print(chat.ask("Who founded Orlune?").answer)
+
+A chat is a rollout of one trajectory: the same loop, environment and protocol as in training, so that the agent meets
+what it was trained in. Two things differ (`hearing.py`): it is heard token by token, and it is told when a search
+failed, where training would throw the trajectory away. Each question is a conversation of its own, as in training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from trl_search.agent_settings import TINY, AgentSettings, read_settings
+from trl_search.errors import UserError
+from trl_search.hearing import Event, HeardEnvironment, HeardPolicy, Listener, unheard
+from trl_search.policies.base import Policy
+from trl_search.protocols import Protocol, load_protocol
+from trl_search.retrieval.base import Retriever
+from trl_search.rollout import Limits, run_trajectory
+from trl_search.text import last_answer
+from trl_search.types import Passage, Sampling, StopReason, Trajectory
+
+Result = TypeVar("Result")
+
+# The seed's inference script: sampled at 0.7.
+SAMPLING = Sampling(temperature=0.7)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a question was answered."""
+
+    question: str
+    answer: str | None
+    turns: tuple[dict[str, str], ...]
+    queries: tuple[str, ...]
+    passages: tuple[Passage, ...]
+    failed_searches: tuple[str, ...]
+    stop_reason: StopReason
+    searches: int
+    model_tokens: int
+    observation_tokens: int
+    seconds: float
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The line that `trl-search chat --json` prints."""
+        passages = [
+            {"id": p.id, "title": p.title, "url": p.url, "score": p.score, "text": p.text} for p in self.passages
+        ]
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "turns": list(self.turns),
+            "queries": list(self.queries),
+            "passages": passages,
+            "failed_searches": list(self.failed_searches),
+            "stop_reason": self.stop_reason.value,
+            "searches": self.searches,
+            "tokens": {"model": self.model_tokens, "observation": self.observation_tokens},
+            "seconds": round(self.seconds, 3),
+            "seed": self.seed,
+        }
+
+
+class Chat:
+    """A policy and what it searches, kept open between questions. Made by [`load_chat`]; `close` it, or use `with`.
+
+    Args:
+        policy (`Policy`): The engine.
+        protocol (`Protocol`): How the policy was trained to search.
+        environment (`HeardEnvironment`): What it searches; its `top_k` may be changed between questions.
+        limits (`Limits`): Token budgets of an answer.
+        sampling (`Sampling`, *optional*): How it samples, its seed apart.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        protocol: Protocol,
+        environment: HeardEnvironment,
+        limits: Limits,
+        sampling: Sampling = SAMPLING,
+    ) -> None:
+        self.policy, self.protocol = HeardPolicy(policy, protocol), protocol
+        self.environment, self.limits, self.sampling = environment, limits, sampling
+        # A loop of its own, on a thread: engine and connections stay warm, and a notebook's running loop is not in
+        # the way. An interrupt reaches the thread that asks, which cancels what it asked for.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
+        self._thread.start()
+        self._opened = False
+
+    def ask(self, question: str, listener: Listener = unheard, *, seed: int | None = None) -> Reply:
+        """Answers one question, and tells the listener meanwhile, from other threads, one event at a time.
+
+        Args:
+            seed (`int`, *optional*): The same seed gives the same answer, as long as searches find the same. Drawn
+                where it is not given, and named in the reply.
+        """
+        if not question.strip():
+            raise UserError("the question is empty")
+        heard = _Switch(listener)
+        try:
+            return self._run(self._answer(question, heard, random.getrandbits(32) if seed is None else seed))
+        finally:
+            heard.on = False
+
+    def close(self) -> None:
+        """Ends the engine and the searches. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        if self._opened:
+            self._run(self.environment.close())
+            self._run(self.policy.close())
+        self._run(self._loop.shutdown_asyncgens())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _answer(self, question: str, listener: Listener, seed: int) -> Reply:
+        if not self._opened:
+            await self.policy.open()
+            await self.environment.open()
+            self._opened = True
+        self.policy.listener = listener
+        episode = self.environment.start({"question": question})
+        assert isinstance(episode, HeardEnvironment)
+        episode.listener = listener
+        started = time.perf_counter()
+        trajectory = await run_trajectory(
+            self.protocol.prompt_ids(self.protocol.messages(question)),
+            episode,
+            policy=self.policy,
+            protocol=self.protocol,
+            limits=self.limits,
+            sampling=replace(self.sampling, seed=seed),
+        )
+        return _reply(question, trajectory, episode, time.perf_counter() - started, seed)
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+@dataclass
+class _Switch:
+    """A listener that can be switched off: an engine may sample one more token of an answer nobody waits for."""
+
+    listener: Listener
+    on: bool = True
+
+    def __call__(self, event: Event) -> None:
+        if self.on:
+            self.listener(event)
+
+
+def _reply(question: str, trajectory: Trajectory, episode: HeardEnvironment, seconds: float, seed: int) -> Reply:
+    assert trajectory.stop_reason is not None
+    return Reply(
+        question=question,
+        answer=last_answer(trajectory.spoken),
+        turns=tuple(trajectory.messages),
+        queries=tuple(query for queries in episode.searched for query in queries),
+        passages=tuple(passage for passages in trajectory.passages for passage in passages),
+        failed_searches=tuple(episode.failures),
+        stop_reason=trajectory.stop_reason,
+        searches=len(episode.searched),
+        model_tokens=trajectory.model_tokens,
+        observation_tokens=trajectory.observation_tokens,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
+def load_chat(
+    model: str,
+    retriever: Retriever,
+    *,
+    settings: AgentSettings | None = None,
+    top_k: int | None = None,
+    sampling: Sampling = SAMPLING,
+    device: str | None = None,
+    dtype: str | None = None,
+    server: str | None = None,
+) -> Chat:
+    """Loads a model and gets it ready for questions.
+
+    Args:
+        model (`str`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
+        retriever (`Retriever`): What it searches; it stays the caller's, to close.
+        settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`agent_settings.py`).
+        top_k (`int`, *optional*): Passages a query; by default as in training.
+        sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
+        device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
+        dtype (`str`, *optional*): bfloat16 on a GPU and float32 on a CPU by default.
+        server (`str`, *optional*): The address of a `vllm serve` that serves the model; only the tokenizer is loaded.
+
+    Example:
+        >>> with load_chat("runs/qwen3b", load_retriever("web")) as chat:
+        ...     chat.ask("Who founded Orlune?").answer
+    """
+    from trl_search.policies.loading import load_model, load_tokenizer
+    from trl_search.policies.transformers import TransformersPolicy
+    from trl_search.policies.vllm_server import VLLMServerPolicy
+    from trl_search.tiny_policy import tiny_policy_path
+
+    settings = settings or trained_settings(model)
+    name = tiny_policy_path() if model == "tiny" else model
+    tokenizer = load_tokenizer(name)
+    protocol = load_protocol(
+        settings.protocol, tokenizer, instruction=settings.instruction, system_prompt=settings.system_prompt
+    )
+    policy: Policy
+    if server is None:
+        loaded = load_model(name, device=device, dtype=dtype)
+        policy = TransformersPolicy(loaded, tokenizer, max_sequences=1)
+    else:
+        policy = VLLMServerPolicy(server, patience_s=30.0)
+    environment = HeardEnvironment(
+        retriever,
+        top_k=top_k or settings.passages_per_query,
+        max_searches=settings.max_searches,
+        max_queries=settings.max_queries_per_search,
+        timeout_s=settings.search_timeout_s,
+        passage_template=settings.passage_template,
+    )
+    return Chat(policy, protocol, environment, settings.limits, sampling)
+
+
+def trained_settings(model: str) -> AgentSettings:
+    """How the model was trained to be asked, as far as that is known."""
+    return TINY if model == "tiny" else read_settings(model) or AgentSettings()

@@ -1,0 +1,127 @@
+"""Who answers: the policy of an evaluation, by the name of its engine.
+
+| backend        | the model runs                                       | several processes            |
+|----------------|------------------------------------------------------|------------------------------|
+| `transformers` | in this process, on its GPU or on the CPU            | each has a copy              |
+| `vllm`         | in an engine of this process                         | no: start a server for them  |
+| `vllm_server`  | behind a `vllm serve` that runs already (`--server`) | all ask the same server      |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_search.errors import UserError
+from trl_search.policies.base import Policy
+
+BACKENDS = ("transformers", "vllm", "vllm_server")
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Which engine, and how.
+
+    Args:
+        name (`str`): One of `BACKENDS`.
+        dtype, device (`str`, *optional*): Of the weights; as `load_model` chooses them.
+        server (`str`, *optional*): The address of the server.
+        served_model (`str`, *optional*): The name it serves the policy under. Default: its first.
+        engine_options (`Mapping`): More arguments of `vllm.LLM`.
+        concurrency (`int`): Questions under way at once, in one process.
+    """
+
+    name: str = "transformers"
+    dtype: str | None = None
+    device: str | None = None
+    server: str | None = None
+    served_model: str | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 64
+
+    def check(self, processes: int) -> None:
+        """Refuses what would be ignored or could not work, before anything is loaded."""
+        if self.name == "vllm_server" and self.server is None:
+            raise UserError("--backend vllm_server needs its address: --server http://127.0.0.1:8000")
+        if self.name != "vllm_server" and (self.server or self.served_model):
+            raise UserError(f"--server and --served_model are for --backend vllm_server, not {self.name}")
+        if self.name != "vllm" and self.engine_options:
+            raise UserError(f"--engine_options are of --backend vllm, not of {self.name}")
+        if self.name == "vllm" and processes > 1:
+            raise UserError(
+                f"--backend vllm is one engine in one process, and there are {processes}: start `vllm serve` and give "
+                "all of them --backend vllm_server --server URL, or use --backend transformers"
+            )
+
+
+@contextmanager
+def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[Policy, dict[str, Any]]]:
+    """The policy, and what is to be known about it: its dtype, its size, what a server says it serves."""
+    if backend.name == "transformers":
+        from trl_search.policies.loading import load_model
+        from trl_search.policies.transformers import TransformersPolicy
+
+        loaded = load_model(model, device=backend.device, dtype=backend.dtype)
+        facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "parameters": loaded.num_parameters()}
+        yield TransformersPolicy(loaded, tokenizer, max_sequences=backend.concurrency), facts
+    elif backend.name == "vllm":
+        yield _engine(backend, model)
+    else:
+        from trl_search.policies.vllm_server import VLLMServerPolicy
+
+        assert backend.server is not None
+        yield VLLMServerPolicy(backend.server, model=backend.served_model), {}
+
+
+def _adapter(folder: Path) -> tuple[str, int]:
+    """The base model of an adapter, and its rank."""
+    path = folder / _ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
+        return str(config["base_model_name_or_path"]), max(ranks)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the configuration of a LoRA adapter ({error}): save the adapter anew"
+        ) from None
+
+
+def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
+    # The policy steps the engine itself, which it can only in its own process. vLLM reads this when it is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"--backend vllm needs vLLM ({error}): pip install 'trl-search[vllm]', or use --backend transformers"
+        ) from error
+    from trl_search.policies.vllm_colocate import VLLMColocatePolicy
+    from trl_search.policies.vllm_server import version_problem
+
+    if problem := version_problem(str(vllm.__version__)):
+        raise UserError(f"{problem}: install one of those")
+    options: dict[str, Any] = {
+        "dtype": backend.dtype or "auto",
+        "max_num_seqs": backend.concurrency,
+        "logprobs_mode": "processed_logprobs",
+        **backend.engine_options,
+    }
+    folder, request = Path(model).expanduser(), None
+    if (folder / _ADAPTER_CONFIG).is_file():
+        from vllm.lora.request import LoRARequest
+
+        from trl_search.vllm_backend import LORA_RANKS
+
+        model, rank = _adapter(folder)
+        room = next((size for size in LORA_RANKS if size >= rank), rank)
+        options = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, **options}
+        request = LoRARequest("policy", 1, str(folder.resolve()))
+    engine = vllm.LLM(model=model, **options)
+    dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
+    return VLLMColocatePolicy(engine, lora_request=request), {"dtype": dtype}

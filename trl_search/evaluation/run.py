@@ -1,0 +1,353 @@
+"""One evaluation: every mode on every set, each finished question written down, then `results.json` and `results.md`.
+
+    DIR/settings.json            everything that defines the number, and the sessions that worked on it
+    DIR/search-nq.jsonl          one line a finished question (`records.py`)
+    DIR/results.json, results.md
+
+Started again, it asks what is not there yet. Several processes (`accelerate launch`) share the questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from trl_search.agent_settings import AgentSettings
+from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.evaluate import answer_questions
+from trl_search.evaluation.backends import Backend, open_policy
+from trl_search.evaluation.published import size_class
+from trl_search.evaluation.records import Records
+from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_set, load_world_set
+from trl_search.evaluation.settings import (
+    check_same,
+    compared_settings,
+    describe_model,
+    describe_retriever,
+    prompts_of,
+    read_settings_file,
+    settings_hash,
+    write_settings,
+)
+from trl_search.evaluation.table import Results, results_markdown
+from trl_search.outcomes import Evaluation, Outcome, macro, summarize
+from trl_search.policies.loading import load_tokenizer
+from trl_search.provenance import git_state, hardware, versions
+from trl_search.retrieval import Retriever, load_retriever
+from trl_search.retrieval.index import MANIFEST, read_manifest
+from trl_search.run_log import written_whole
+from trl_search.tiny_policy import tiny_policy_path
+from trl_search.types import Sampling
+from trl_search.world import World, generate_world
+
+FORMAT = 1
+RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
+_SEARCHING = ("search", "rag")
+# Failures are judged against so many questions at least: the first that fails is no share of anything.
+_FEW = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, on what, and how; the command's options under their names there.
+
+    Attributes:
+        retriever (`str`, *optional*): A kind, an index folder, or the address of a server.
+        seed (`int`): Of the sample of questions.
+        published (`str`): Whose rows stand beside: `auto`, `3B`, `7B`, `all`, `none`.
+        command (`str`): As it was typed, without its secrets.
+    """
+
+    model: str
+    modes: Sequence[str]
+    datasets: Sequence[str]
+    output: Path
+    agent: AgentSettings
+    backend: Backend
+    sampling: Sampling
+    retriever: str | None
+    retriever_options: Mapping[str, Any]
+    world_passages: int
+    world_seed: int
+    limit: int | None
+    seed: int
+    max_failed_share: float
+    published: str
+    command: str
+
+
+def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[str, Any]:
+    """Does what is left to do of an evaluation, and writes its results. Returns what `results.json` holds."""
+    import torch
+
+    # 1. What is asked, and what is searched.
+    # Without an accelerator, accelerate takes each process for one alone, unless it is told that CPUs are meant.
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    plan.backend.check(processes.num_processes)
+    world = _world(plan)
+    sets = _question_sets(plan, world)
+    model = tiny_policy_path() if plan.model == "tiny" else plan.model
+    tokenizer = load_tokenizer(model)
+    retriever, description = _retriever(plan, world)
+    environment = _environment(retriever, plan.agent)
+
+    # 2. What the folder was begun with.
+    folder = plan.output
+    settings = compared_settings(
+        model=describe_model(model),
+        model_name=plan.model,
+        backend={"name": plan.backend.name, "served_model": plan.backend.served_model},
+        sampling=dataclasses.asdict(plan.sampling),
+        agent=dataclasses.asdict(plan.agent),
+        prompts=prompts_of(plan.modes, tokenizer, environment, plan.agent),
+        retriever=description,
+        modes=list(plan.modes),
+        sets={one.name: one.describe() for one in sets},
+    )
+    before = read_settings_file(folder)
+    if before is not None:
+        check_same(folder, before, settings)
+    processes.wait_for_everyone()
+
+    with _alone(folder, processes):
+        # 3. Who answers.
+        backend = plan.backend
+        if backend.device is None and processes.num_processes > 1:
+            device = processes.device  # on CPUs it has a number, which names nothing
+            backend = dataclasses.replace(backend, device="cpu" if device.type == "cpu" else str(device))
+        with open_policy(backend, model, tokenizer) as (policy, facts):
+            settings["dtype"] = facts.get("dtype")
+            if before is not None:
+                check_same(folder, before, settings)
+            settings["sessions"] = [*(before or {}).get("sessions", []), _session(plan, processes)]
+            if processes.is_main_process:
+                write_settings(folder, settings)
+            processes.wait_for_everyone()
+
+            # 4. Every question that has no record yet.
+            results: dict[str, dict[str, Evaluation]] = {}
+            for mode in plan.modes:
+                groups: dict[str, list[Outcome]] = {}
+                for one in sets:
+                    started = time.perf_counter()
+                    groups[one.name] = _measure(mode, one, plan, policy, tokenizer, environment, processes)
+                    result = summarize(mode, groups[one.name])
+                    results.setdefault(mode, {})[one.name] = result
+                    if processes.is_main_process:
+                        announce(_line(mode, one, result, time.perf_counter() - started))
+                results[mode][MACRO] = macro(mode, groups)
+    if retriever is not None:
+        retriever.close()
+
+    # 5. What came of it.
+    size = size_class(plan.model, facts.get("parameters")) if plan.published == "auto" else plan.published
+    report = {
+        "format": FORMAT,
+        "settings_hash": settings_hash(settings),
+        "results": {mode: {name: _plain(one) for name, one in by_set.items()} for mode, by_set in results.items()},
+        "settings": settings,
+    }
+    if processes.is_main_process:
+        _write(folder, report, settings, results, size, announce)
+    return report
+
+
+def _measure(
+    mode: str,
+    asked: QuestionSet,
+    plan: Plan,
+    policy: Any,
+    tokenizer: Any,
+    environment: Environment,
+    processes: PartialState,
+) -> list[Outcome]:
+    """Asks this process's share of what is left; returns the outcomes of all processes and sessions, in order."""
+    records = Records(plan.output, mode, asked.name, processes.process_index)
+    done = records.read()
+    processes.wait_for_everyone()  # all share out what is left from the same records
+    left = [index for index in range(len(asked.rows)) if index not in done or done[index].failed]
+    mine = left[processes.process_index :: processes.num_processes]
+    watch = _FailureWatch(f"{mode}, {asked.name}", len(mine), plan.max_failed_share)
+    bar = tqdm(
+        total=len(mine) + len(asked.rows) - len(left),
+        initial=len(asked.rows) - len(left),
+        desc=f"{mode}, {asked.name}",
+        unit="question",
+        disable=None if processes.is_main_process else True,
+    )
+
+    def finished(position: int, outcome: Outcome) -> None:
+        records.append(mine[position], outcome)
+        bar.update()
+        watch.see(outcome)
+
+    try:
+        if mine:
+            answer_questions(
+                mode,
+                [asked.rows[index] for index in mine],
+                policy=policy,
+                tokenizer=tokenizer,
+                environment=environment,
+                limits=plan.agent.limits,
+                protocol=plan.agent.protocol,
+                # The instruction that a policy was trained with is the search agent's: other modes have their own.
+                instruction=plan.agent.instruction if mode == "search" else None,
+                system_prompt=plan.agent.system_prompt,
+                sampling=plan.sampling,
+                concurrency=plan.backend.concurrency,
+                on_outcome=finished,
+                progress=False,
+            )
+    finally:
+        bar.close()
+        records.close()
+    processes.wait_for_everyone()
+    outcomes = records.read()
+    return [outcomes[index] for index in range(len(asked.rows))]
+
+
+class _FailureWatch:
+    """Stops an evaluation of which too much fails, before hours have gone into it."""
+
+    def __init__(self, what: str, asked: int, share: float) -> None:
+        self.what, self.least, self.share = what, min(asked, _FEW), share
+        self.finished = self.failed = 0
+
+    def see(self, outcome: Outcome) -> None:
+        self.finished += 1
+        self.failed += outcome.failed
+        if self.failed > self.share * max(self.finished, self.least):
+            raise UserError(
+                f"{self.what}: the search of {self.failed} of {self.finished} questions failed, more than "
+                f"--max_failed_share {self.share} allows. The last said: {outcome.error}. Put the retriever right and "
+                "give the same command again: what is finished is not asked again."
+            )
+
+
+def _world(plan: Plan) -> World | None:
+    if WORLD not in plan.datasets:
+        return None
+    if len(plan.datasets) > 1:
+        raise UserError("the embedded world has passages of its own: evaluate on it alone, --datasets world")
+    return generate_world(passages=plan.world_passages, seed=plan.world_seed)
+
+
+def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
+    if plan.limit is not None and plan.limit < 1:
+        raise UserError(f"--limit is how many questions of a set are asked, at least 1; got {plan.limit}")
+    if world is not None:
+        return [load_world_set(world, limit=plan.limit, seed=plan.seed)]
+    sets = [load_set(name, limit=plan.limit, seed=plan.seed) for name in plan.datasets]
+    check_names(sets)
+    return sets
+
+
+def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[str, Any] | None]:
+    """What is searched, and its description; none where no mode searches."""
+    if not set(plan.modes) & set(_SEARCHING):
+        return None, None
+    what, options = plan.retriever, dict(plan.retriever_options)
+    if world is not None:
+        kind = what or "bm25"
+        described = {**options, "passages": f"of the world: {plan.world_passages}, seed {plan.world_seed}"}
+        return load_retriever(kind, passages=world.passages, **options), describe_retriever(kind, described)
+    if what is None:
+        raise UserError(
+            f"mode {next(mode for mode in plan.modes if mode in _SEARCHING)} searches: give --retriever, an index "
+            "folder, the address of a server, or a kind with its --retriever_options"
+        )
+    if what.startswith(("http://", "https://")):
+        what, options = "http", {"url": what, **options}
+    elif Path(what, MANIFEST).is_file():
+        what, options = read_manifest(what).kind, {"index": what, **options}
+    return load_retriever(what, **options), describe_retriever(what, options)
+
+
+def _environment(retriever: Retriever | None, agent: AgentSettings) -> Environment:
+    if retriever is None:
+        return AnswerOnly()
+    return SearchEnvironment(
+        retriever,
+        top_k=agent.passages_per_query,
+        max_searches=agent.max_searches,
+        max_queries=agent.max_queries_per_search,
+        timeout_s=agent.search_timeout_s,
+        passage_template=agent.passage_template,
+    )
+
+
+@contextmanager
+def _alone(folder: Path, processes: PartialState) -> Iterator[None]:
+    """No other evaluation writes into the folder meanwhile."""
+    if not processes.is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another evaluation writes into {folder} at this moment: wait for it") from None
+
+
+def _session(plan: Plan, processes: PartialState) -> dict[str, Any]:
+    return {
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": plan.command,
+        "concurrency": plan.backend.concurrency,
+        "engine_options": dict(plan.backend.engine_options),
+        "versions": versions(),
+        "git": git_state(),
+        "hardware": hardware(processes.num_processes),
+    }
+
+
+def _line(mode: str, asked: QuestionSet, result: Evaluation, seconds: float) -> str:
+    failed = f", {result.failed:,} failed" if result.failed else ""
+    return (
+        f"{mode}, {asked.name}: EM {result.em:.3f} ± {result.em_ci95:.3f}, {result.searches:.2f} searches "
+        f"({result.questions:,} questions{failed}, {seconds:.0f} s)"
+    )
+
+
+def _plain(one: Evaluation) -> dict[str, Any]:
+    """As JSON holds it: what is not a number is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: finite(value) for key, value in dataclasses.asdict(one).items()}
+
+
+def _write(
+    folder: Path,
+    report: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    results: Results,
+    size: str | None,
+    announce: Callable[[str], None],
+) -> None:
+    markdown = results_markdown(settings, results, size=size)
+    for name, text in (
+        (RESULTS_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
+        (RESULTS_MD, markdown),
+    ):
+        with written_whole(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+    announce(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_JSON} are written.")

@@ -1,0 +1,99 @@
+"""The questions of an evaluation, by name or file: how many of how many, and a fingerprint that tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_search.data import HUB_SETS, load_evaluation_questions
+from trl_search.errors import UserError, unknown_name
+from trl_search.world import World
+
+WORLD = "world"
+MACRO = "macro"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions that are measured together.
+
+    Attributes:
+        name (`str`): The heading of its column, and part of a file's name: `nq`.
+        source (`str`): Where they come from: a dataset of the hub and its split, a file, the world.
+        total (`int`): How many there are; `rows` are those that are asked.
+    """
+
+    name: str
+    source: str
+    total: int
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of ids, questions and golden answers, in their order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row["id"], row["question"], list(row["golden_answers"])]).encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What is written down of it."""
+        return {
+            "source": self.source,
+            "asked": len(self.rows),
+            "total": self.total,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load_set(name_or_path: str, *, limit: int | None, seed: int) -> QuestionSet:
+    """Loads a set of the hub in the split of the published numbers, or a file or folder in any known schema.
+
+    Args:
+        limit (`int`, *optional*): Asks a random sample of so many, in their order.
+        seed (`int`): Of that sample.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path not in HUB_SETS and not path.exists() and not path.suffix and path.name == name_or_path:
+        raise unknown_name("dataset", name_or_path, [*HUB_SETS, WORLD])
+    rows = list(load_evaluation_questions(name_or_path))
+    if name_or_path in HUB_SETS and not path.exists():
+        hub = HUB_SETS[name_or_path]
+        source = " ".join(filter(None, (hub.repository, hub.config, hub.split)))
+        return _sampled(name_or_path, source, rows, limit, seed)
+    sources = {row["data_source"] for row in rows}
+    name = sources.pop() if len(sources) == 1 else path.stem
+    return _sampled(name, str(path), rows, limit, seed)
+
+
+def load_world_set(world: World, *, limit: int | None, seed: int) -> QuestionSet:
+    """The held-out questions of an embedded world."""
+    rows = [{**question.row(), "data_source": WORLD} for question in world.questions("test")]
+    source = f"embedded world of {len(world.passages):,} passages, seed {world.seed}, test"
+    return _sampled(WORLD, source, rows, limit, seed)
+
+
+def check_names(sets: Sequence[QuestionSet]) -> None:
+    """Each set has files and a column of its own name."""
+    for i, one in enumerate(sets):
+        if one.name == MACRO:
+            raise UserError(f"{one.source} cannot be called {MACRO!r}, as the average is: give it another data_source")
+        for other in sets[:i]:
+            if one.name == other.name:
+                raise UserError(
+                    f"{other.source} and {one.source} are both called {one.name!r}: evaluate them into folders of "
+                    "their own, or give them another data_source"
+                )
+
+
+def _sampled(name: str, source: str, rows: list[Any], limit: int | None, seed: int) -> QuestionSet:
+    total = len(rows)
+    if limit is not None and limit < total:
+        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(total), limit))]
+    return QuestionSet(re.sub(r"[^\w.-]+", "_", name), source, total, rows)

@@ -1,0 +1,181 @@
+"""Everything that defines the number, in `settings.json`; an evaluation goes on only with what it began with.
+
+What is compared is what an answer depends on: a folder's weights by their hash and not by its name, the prompt as the
+policy reads it, the index by its manifest. What may change from one session to the next, because it should change
+nothing (versions, machine, questions at once), is written down for each. Sets and modes may be added, not left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from trl_search.agent_settings import AgentSettings
+from trl_search.environment import Environment, SearchEnvironment
+from trl_search.errors import UserError
+from trl_search.evaluate import mode_protocol, rag_messages
+from trl_search.provenance import without_secrets
+from trl_search.retrieval.index import MANIFEST
+from trl_search.run_log import written_whole
+from trl_search.types import Passage
+
+FORMAT = 1
+SETTINGS = "settings.json"
+# A change in one of these is another number; in anything else it is another session.
+_COMPARED = ("format", "model", "backend", "dtype", "sampling", "agent", "prompts", "retriever")
+# What a model is read from; logs, results and optimizer states lie in the same folder.
+_MODEL_FILES = re.compile(
+    r".*\.safetensors|(pytorch|adapter)_model.*\.bin|.*\.index\.json|.*\.model|(adapter_|generation_)?config\.json"
+    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
+)
+_PLACEHOLDER = Passage("0", "{title}", "{text}")
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """A model by what is in it: the hash of a folder's files, or name and revision of a repository of the hub."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return {"name": name, "revision": getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _MODEL_FILES.fullmatch(path.name))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as content:
+            digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    base = _base_of(folder)
+    return {"sha256": digest.hexdigest(), **({"adapter_of": describe_model(base)} if base else {})}
+
+
+def describe_retriever(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A retriever by its kind, its options without their secrets, and the manifest of every index that they name."""
+    return {"kind": kind, "options": without_secrets(options), "indexes": [*_indexes(options)]}
+
+
+def prompts_of(
+    modes: Sequence[str], tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
+) -> dict[str, str]:
+    """What the policy reads in each mode, from the first token to the first of its own; `{question}` in its place."""
+    prompts = {}
+    for mode in modes:
+        written = mode_protocol(
+            mode,
+            tokenizer,
+            environment,
+            protocol=agent.protocol,
+            instruction=agent.instruction if mode == "search" else None,
+            system_prompt=agent.system_prompt,
+        )
+        messages = written.messages("{question}")
+        if mode == "rag":
+            assert isinstance(environment, SearchEnvironment)
+            messages = rag_messages(written, environment, "{question}", [_PLACEHOLDER])
+        prompts[mode] = written.decode(written.prompt_ids(messages))
+    return prompts
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """A short name for settings that give the same number."""
+    compared = {key: settings.get(key) for key in (*_COMPARED, "sets")}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_settings_file(folder: Path) -> dict[str, Any] | None:
+    """What the folder was begun with; `None` where nothing was.
+
+    Raises:
+        UserError: if it holds something else than an evaluation.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(not one.name.startswith(".") for one in folder.iterdir())):
+            raise UserError(f"{folder} holds something else than an evaluation: give --output a folder of its own")
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): give another --output, or remove this folder") from error
+    if not isinstance(settings, dict) or "sets" not in settings:
+        raise UserError(f"{path} is not that of an evaluation: give another --output")
+    return settings
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other settings than those the folder was begun with, and names each difference."""
+    differences: list[str] = []
+    for key in _COMPARED:
+        if key in now and not (key == "retriever" and before[key] is None):  # no mode has searched until now
+            differences += [
+                f"{name}: {_short(old)} there, {_short(new)} now"
+                for name, old, new in _differences(key, before.get(key), now[key])
+                if key != "prompts" or name.removeprefix("prompts.") in before["modes"]
+            ]
+    for name, one in before["sets"].items():
+        if name not in now["sets"]:
+            differences.append(f"dataset {name}: there, not asked for now")
+        else:
+            differences += [
+                f"dataset {name}, {key}: {_short(old)} there, {_short(new)} now"
+                for key, old, new in _differences("", one, now["sets"][name])
+            ]
+    differences += [f"mode {mode}: there, not asked for now" for mode in before["modes"] if mode not in now["modes"]]
+    if differences:
+        raise UserError(
+            f"{folder} holds an evaluation with other settings ({'; '.join(differences)}): go on with its own, or "
+            "give --output a new folder"
+        )
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    with written_whole(folder / SETTINGS) as path:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def compared_settings(**values: Any) -> dict[str, Any]:
+    """The settings as JSON holds them: a value that was read back is equal to one that was not."""
+    settings: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **values}))
+    return settings
+
+
+def _base_of(folder: Path) -> str | None:
+    path = folder / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+
+
+def _indexes(options: Any) -> Iterator[dict[str, Any]]:
+    """Every index in the options, at any depth: hybrid and rerank hold retrievers of their own."""
+    if isinstance(options, Mapping):
+        for key, value in options.items():
+            path = Path(value, MANIFEST) if key == "index" and isinstance(value, str) else None
+            if path is not None and path.is_file():
+                manifest = path.read_bytes()
+                facts = json.loads(manifest)
+                yield {
+                    "path": value,
+                    "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                    "kind": facts.get("kind"),
+                    "passages": facts.get("passages"),
+                    "corpus": facts.get("corpus"),
+                }
+            else:
+                yield from _indexes(value)
+    elif isinstance(options, list):
+        for value in options:
+            yield from _indexes(value)
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
+    elif old != new:
+        yield name, old, new
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

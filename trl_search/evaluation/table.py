@@ -1,0 +1,148 @@
+"""The results as Markdown: exact match beside what was published, then everything else that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_search.data import HUB_SETS
+from trl_search.evaluation.published import SETS, TITLES, rows_beside
+from trl_search.evaluation.sets import MACRO
+from trl_search.outcomes import Evaluation
+
+# results[mode][set], and under MACRO the average over sets.
+Results = Mapping[str, Mapping[str, Evaluation]]
+
+
+def results_markdown(settings: Mapping[str, Any], results: Results, *, size: str | None) -> str:
+    """The whole of `results.md`.
+
+    Args:
+        settings (`Mapping`): What `settings.json` holds.
+        size (`str`, *optional*): Whose published rows are shown: `3B`, `7B`, `all`; none by default.
+    """
+    names = ordered(settings["sets"])
+    return "\n".join(
+        [
+            f"# Evaluation of {settings['model_name']}",
+            "",
+            *exact_match_table(settings, results, names, size),
+            "",
+            *notes(settings, results, names, size),
+            "",
+            *others_table(results, names),
+            "",
+            *_how(settings),
+            "",
+        ]
+    )
+
+
+def ordered(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """The seven sets in their usual order, then the others."""
+    return [*(name for name in SETS if name in names), *(name for name in names if name not in SETS)]
+
+
+def exact_match_table(
+    settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None
+) -> list[str]:
+    """EM with its 95 % interval: a row a mode, a column a set, the average last; published rows below ours."""
+    columns = _columns(names)
+    lines = [
+        f"| exact match | {' | '.join(TITLES.get(name, name) for name in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for mode, by_set in results.items():
+        cells = [_em(by_set[name]) for name in columns]
+        lines.append(f"| **{mode}**, measured here | {' | '.join(cells)} |")
+    shared = [name for name in names if name in SETS]
+    for row in rows_beside(shared, size):
+        known = dict(zip(SETS, row.em, strict=True)) if row.em else {}
+        values = [f"{known[name]:.3f}" if name in known else "" for name in names]
+        if MACRO in columns:
+            average = row.macro(shared) if shared == list(names) else None
+            values.append("" if average is None else f"{average:.3f}")
+        lines.append(f"| {row.title} | {' | '.join(values)} |")
+    return lines
+
+
+def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None) -> list[str]:
+    """What a reader must know before comparing."""
+    said = ["± is half of the 95 % bootstrap interval; that of a macro average draws within each set."]
+    shared = [name for name in names if name in SETS]
+    if set(names) == set(SETS):
+        said.append("The macro average is that of the seven sets.")
+    elif len(names) > 1:
+        said.append(f"**The macro average is over these {len(names)} sets, not over the seven.**")
+    for name in names:
+        one, published = settings["sets"][name], HUB_SETS.get(name)
+        if one["asked"] < one["total"]:
+            said.append(f"**{TITLES.get(name, name)} is a sample: {one['asked']:,} of {one['total']:,} questions.**")
+        if published is not None and published.rows not in (None, one["total"]):
+            said.append(
+                f"**{TITLES.get(name, name)} has {one['total']:,} questions here, and {published.rows:,} in published "
+                "numbers.**"
+            )
+    for mode, by_set in results.items():
+        macro = by_set[MACRO]
+        if macro.failed:
+            reasons = "; ".join(f"{count} x {error}" for error, count in list(macro.errors.items())[:3])
+            said.append(
+                f"**{mode}: the search of {macro.failed:,} of {macro.questions:,} questions failed ({reasons}). They "
+                "are in no mean; the same command asks them again.**"
+            )
+    if rows_beside(shared, size):
+        said.append(
+            "Rows without *measured here* are published (FIELD.md §1–2), with the retriever and the prompts of their "
+            "authors. [2°]: read in a secondary copy."
+        )
+    return [f"- {line}" for line in said]
+
+
+def others_table(results: Results, names: Sequence[str]) -> list[str]:
+    """Everything but EM, a row for each mode and set."""
+    lines = [
+        "| mode | set | questions | failed | F1 | contains | searches | turns | tokens | retrieved | s | reflective |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for mode, by_set in results.items():
+        for name in _columns(names):
+            one = by_set[name]
+            values = [
+                *(_number(value, 3) for value in (one.f1, one.contains)),
+                *(_number(value, 2) for value in (one.searches, one.turns)),
+                *(_number(value, 0) for value in (one.model_tokens, one.observation_tokens)),
+                _number(one.latency_s, 2),
+                _number(one.reflective_ratio, 3),
+            ]
+            title = TITLES.get(name, name)
+            lines.append(f"| {mode} | {title} | {one.questions:,} | {one.failed:,} | {' | '.join(values)} |")
+    return lines
+
+
+def _how(settings: Mapping[str, Any]) -> list[str]:
+    sampling, agent, retriever = settings["sampling"], settings["agent"], settings["retriever"]
+    how = "greedy" if sampling["temperature"] == 0 else f"temperature {sampling['temperature']}"
+    searched = "nothing" if retriever is None else retriever["kind"]
+    return [
+        "*contains*: a golden answer stands in the answer. *tokens* are those the policy wrote, *retrieved* those it "
+        "was shown while it answered. *s*: seconds from question to answer, with others asked at the same time.",
+        "",
+        f"One answer a question, {how}, top_p {sampling['top_p']}; protocol {agent['protocol']}, "
+        f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches; retriever {searched}. "
+        "results.json has the prompts, the hashes and the versions.",
+    ]
+
+
+def _columns(names: Sequence[str]) -> list[str]:
+    """The sets and their average; one set is its own."""
+    return [*names, MACRO] if len(names) > 1 else list(names)
+
+
+def _em(one: Evaluation) -> str:
+    return "no answers" if math.isnan(one.em) else f"{one.em:.3f} ± {one.em_ci95:.3f}"
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"

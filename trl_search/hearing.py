@@ -1,0 +1,131 @@
+"""What a chat tells while it goes on: an engine and an environment that a listener hears at work.
+
+    HeardPolicy         Said, Said, Said ...                    token by token
+    HeardEnvironment    Searching ─► Found | SearchFailed       or Corrected, for a call that could not be run
+
+Both wrap what training uses, and leave `rollout.py` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_search.environment import Environment, SearchEnvironment
+from trl_search.policies.base import Policy
+from trl_search.protocols import Protocol
+from trl_search.types import Action, Completion, Observation, Passage, Sampling, Search, StopReason
+
+SEARCH_FAILED = "The search failed: nothing could be looked up. Search again, or answer from what you know."
+NO_SEARCHES_LEFT = "You have no searches left: answer now."
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece of what the model writes."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Searching:
+    queries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search brought; none is "nothing matches". `notice` is what the model is told beside it."""
+
+    passages: tuple[Passage, ...]
+    notice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchFailed:
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """A malformed call was not run, and the model was told so."""
+
+    notice: str
+
+
+Event = Said | Searching | Found | SearchFailed | Corrected
+Listener = Callable[[Event], None]
+
+
+def unheard(event: Event) -> None:
+    """A listener that does not listen."""
+
+
+class HeardEnvironment(SearchEnvironment):
+    """A search environment that tells a listener what it does, and tells the model when a search failed."""
+
+    listener: Listener = staticmethod(unheard)
+    searched: list[tuple[str, ...]]  # the queries of each search that was run
+    failures: list[str]
+
+    def start(self, row: Mapping[str, Any]) -> Environment:
+        episode = super().start(row)
+        assert isinstance(episode, HeardEnvironment)
+        episode.searched, episode.failures = [], []
+        return episode
+
+    async def step(self, action: Action) -> Observation:
+        runs = isinstance(action, Search) and self.searches_left > 0
+        if isinstance(action, Search) and runs:
+            self.searched.append(action.queries[: self.max_queries])
+            self.listener(Searching(self.searched[-1]))
+        observation = await super().step(action)
+        if observation.done is StopReason.RETRIEVAL_FAILED:
+            self.failures.append(observation.error)
+            self.listener(SearchFailed(observation.error))
+            notice = SEARCH_FAILED if self.searches_left else f"{SEARCH_FAILED} {NO_SEARCHES_LEFT}"
+            return Observation(notice=notice)
+        if runs:
+            self.listener(Found(observation.passages, observation.notice))
+        elif observation.done is None:
+            self.listener(Corrected(observation.notice))
+        return observation
+
+
+@dataclass
+class HeardPolicy(Policy):
+    """Tells a listener what an engine writes: token by token where it can, turn by turn where it cannot."""
+
+    engine: Policy
+    protocol: Protocol
+    listener: Listener = unheard
+    _said: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if hasattr(self.engine, "on_token"):
+            self.engine.on_token = self._hear
+
+    async def open(self) -> None:
+        await self.engine.open()
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Completion:
+        self._said = ""
+        completion = await self.engine.generate(prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop)
+        self._tell(self.protocol.read(completion.ids))
+        return completion
+
+    def _hear(self, ids: Sequence[int]) -> None:
+        text = self.protocol.read(ids)
+        # The first bytes of a character are not one yet.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        new, self._said = text[len(self._said) :], text
+        if new:
+            self.listener(Said(new))

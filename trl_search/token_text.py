@@ -1,0 +1,75 @@
+"""What each token of a trajectory shows, so that a mask over tokens can be drawn over text.
+
+    ids      [ 77,    4711,   148, 237, 9 ]
+    texts    [ "Mira", " was", "", "é", "." ]         joined: the decoded text, always
+
+A character split over several tokens is shown by the last of them. So are all those characters that a tokenizer
+does not decode token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class TokenTexts:
+    """
+    Texts of tokens. Keeps the text of each id that it has met, as decoding ids one by one is slow.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of all ids together, special tokens and all."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text: str = self._tokenizer.decode(list(ids), **options)
+        return text
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """One text for each id; joined they are `decode(ids)`."""
+        text = self.decode(ids)
+        for token in set(ids) - self._alone.keys():
+            self._alone[token] = self.decode([token])
+        texts = [self._alone[token] for token in ids]
+        if "".join(texts) == text:
+            return texts
+        # A character is split, or tokens depend on their neighbours (a space at the start of a word, and only there).
+        return _laid_along(text, self._decoded_in_turn(ids))
+
+    def _decoded_in_turn(self, ids: Sequence[int]) -> Iterable[str]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:  # one of the few tokenizers in Python alone
+            return (self._alone[token] for token in ids)
+        return self._streamed(ids, backend)
+
+    def _streamed(self, ids: Sequence[int], backend: Any) -> Iterable[str]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for token in ids:
+            try:
+                yield stream.step(backend, token) or ""
+            # The library raises nothing narrower, for bytes that turn out to be no character.
+            except Exception:
+                stream = DecodeStream(skip_special_tokens=False)
+                yield stream.step(backend, token) or ""
+
+
+def _laid_along(text: str, pieces: Iterable[str]) -> list[str]:
+    """`text`, cut where the pieces end. What lies between two of them is the second's, what comes last the last's."""
+    laid: list[str] = []
+    at = 0
+    for piece in pieces:
+        found = text.find(piece, at)
+        end = at if found < 0 else found + len(piece)
+        laid.append(text[at:end])
+        at = end
+    if laid:
+        laid[-1] += text[at:]
+    return laid

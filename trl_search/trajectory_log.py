@@ -1,0 +1,150 @@
+"""Writes the trajectories of a step as parquet: tokens as text beside the mask that the loss was taken over.
+
+    from datasets import load_dataset
+    load_dataset("parquet", data_files="runs/qwen3b/trajectories/*.parquet")
+
+`run_folder.py` has the columns. The mask is read from the batch that TRL trains on, not from the trajectory: it is
+what was trained, with everything that TRL or a setting has changed in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pyarrow import parquet
+
+from trl_search.config import SearchGRPOConfig
+from trl_search.run_folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
+from trl_search.run_log import written_whole
+from trl_search.token_text import TokenTexts
+from trl_search.types import Answer, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What TRL made of the trajectories of a rollout batch. B: those of this rank; R: of all ranks; F: rewards."""
+
+    batch: Mapping[str, torch.Tensor]  # completion_mask (B, C), tool_mask (B, C), advantages (B)
+    rewards_RF: torch.Tensor  # NaN: not rewarded
+    weights_F: torch.Tensor
+    names: Sequence[str]
+
+
+class TrajectoryLog:
+    """
+    Keeps the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
+
+    Args:
+        args (`SearchGRPOConfig`): The run's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's.
+        accelerator ([`~accelerate.Accelerator`]): It knows which rank this is. Rank 0 writes.
+
+    Attributes:
+        step (`int`): The step that was written last.
+        table (`pyarrow.Table`, *optional*): Its trajectories; on rank 0.
+    """
+
+    def __init__(self, args: SearchGRPOConfig, tokenizer: Any, accelerator: Accelerator) -> None:
+        self.folder, self.group_size = Path(args.output_dir or "."), args.num_generations or 1
+        groups = max(1, args.log_trajectories // self.group_size) if args.log_trajectories else 0
+        self.kept = groups * self.group_size
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.step = 0
+        self.table: pyarrow.Table | None = None
+        self._texts = TokenTexts(tokenizer)
+        self._seen = 0  # trajectories of this step so far: a step may take several rollouts
+
+    def add(
+        self, step: int, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], scored: Scored
+    ) -> None:
+        """Adds a rollout batch to those of the step, and writes them. Every rank has to call it."""
+        if step != self.step:
+            self.step, self.table, self._seen = step, None, 0
+        first, self._seen = self._seen, self._seen + self.ranks * len(trajectories)
+        if first >= self.kept:
+            return
+        own = first + self.rank * len(trajectories)  # TRL's order: rank by rank
+        taken = range(max(0, min(len(trajectories), self.kept - own)))
+        records = gather_object(
+            [self._record(own + i, rows[i], trajectories[i], scored, i, own - first + i) for i in taken]
+        )
+        if self.rank == 0:
+            new = _table(step, records, scored.names, self._texts)
+            self.table = new if self.table is None else pyarrow.concat_tables([self.table, new])
+            with written_whole(trajectory_file(self.folder, step)) as path:
+                parquet.write_table(self.table, path, compression="zstd")
+
+    def _record(
+        self, index: int, row: Mapping[str, Any], trajectory: Trajectory, scored: Scored, local: int, among_all: int
+    ) -> dict[str, Any]:
+        """A row of the table, with ids where it has texts: it travels to rank 0."""
+        batch, length = scored.batch, len(trajectory.ids)
+        mask_C = batch["completion_mask"][local] * batch["tool_mask"][local]
+        rewards_F = scored.rewards_RF[among_all]
+        rewarded = not bool(rewards_F.isnan().all())
+        weighted = (rewards_F * scored.weights_F.to(rewards_F.device)).nansum().item()
+        golden = row.get("golden_answers")
+        golden = [] if golden is None else golden
+        return {
+            "group": index // self.group_size,
+            "index": index,
+            "id": str(row.get("id", "")),
+            "data_source": str(row.get("data_source", "")),
+            "question": _question(row),
+            "golden_answers": [golden] if isinstance(golden, str) else [str(x) for x in golden],
+            "prompt_ids": trajectory.prompt_ids,
+            "ids": trajectory.ids,
+            "mask": mask_C[:length].tolist(),
+            "logprobs": [None if math.isnan(value) else value for value in trajectory.logprobs],
+            "turns": [{"role": turn.role, "start": turn.start, "end": turn.end} for turn in trajectory.turns],
+            "answer": next((act.text for act in reversed(trajectory.actions) if isinstance(act, Answer)), None),
+            "reward": weighted if rewarded else None,
+            "rewards": [None if math.isnan(value) else value for value in rewards_F.tolist()],
+            "advantage": batch["advantages"][local].mean().item(),  # TRL allows one a token
+            "searches": trajectory.searches,
+            "malformed": trajectory.malformed,
+            "model_tokens": trajectory.model_tokens,
+            "observation_tokens": trajectory.observation_tokens,
+            "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else "",
+            "error": trajectory.error,
+            "generation_s": trajectory.generation_s,
+            "search_s": trajectory.search_s,
+        }
+
+
+def _table(step: int, records: Sequence[Mapping[str, Any]], names: Sequence[str], texts: TokenTexts) -> pyarrow.Table:
+    prompts = {ids: texts.decode(ids) for ids in {record["prompt_ids"] for record in records}}
+    columns: dict[str, Any] = {}
+    values: list[Any]
+    for column in TRAJECTORY_SCHEMA:
+        if column.name == "step":
+            values = [step] * len(records)
+        elif column.name == "prompt":
+            values = [prompts[record["prompt_ids"]] for record in records]
+        elif column.name == "tokens":
+            values = [texts(record["ids"]) for record in records]
+        else:
+            values = [record[column.name] for record in records]
+        columns[column.name] = pyarrow.array(values, column.type)
+        if column.name == "reward":
+            for i, name in enumerate(names):
+                of_one = [record["rewards"][i] for record in records]
+                columns[REWARD_PREFIX + name] = pyarrow.array(of_one, pyarrow.float64())
+    return pyarrow.table(columns)
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    if row.get("question") is not None:
+        return str(row["question"])
+    messages = row.get("prompt") or []  # a dataset of conversations
+    return next((str(message["content"]) for message in reversed(messages) if message["role"] == "user"), "")
