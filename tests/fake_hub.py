@@ -7,7 +7,8 @@
     GET  the same                                             the bytes, or a range of them
 
 `cut_after` closes the connection of the next downloads after so many bytes each; `broken` has those behind them fail;
-`stall_after` sends so many bytes of a file and then nothing, until the hub is closed; `ignores_ranges`: no part of a file alone.
+`stall_after` sends so many bytes of a file and then nothing, until the hub is closed; with
+`ignores_ranges` a file comes whole or not at all.
 """
 
 from __future__ import annotations

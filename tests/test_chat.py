@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def test_a_malformed_call_is_told(tokenizer):
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     turns = write(tokenizer, Search(("slow",)), Answer("done"))
-    retriever = FixedRetriever(PASSAGES, seconds=1.0)
+    retriever = FixedRetriever(PASSAGES, seconds=20.0)
+    started = time.monotonic()
     events: list[Event] = []
 
     def listen(event: Event) -> None:
@@ -193,7 +195,9 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
         told = len(events)
         retriever.seconds = 0.0
         assert chat.ask("second").answer == "done"
+        assert chat.ask("third").failed_searches == ()
     assert len(events) == told, "the first listener was told after its question was given up"
+    assert time.monotonic() - started < 15, "the second question waited for the search of the first"
 
 
 def test_it_works_where_a_loop_is_running(tokenizer):

@@ -12,7 +12,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
-from safetensors.numpy import load_file
 
 from tests.model_hub import TOKEN, ModelHub, model_hub
 from tests.test_model_card import INFO
@@ -212,6 +211,7 @@ def test_plan_names_every_shard(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.timeout(600)
 def test_pushed_and_asked_from_the_hub(run, tmp_path):
     """In a process of its own, by nothing but the environment: push, then chat by the repository's name."""
     question = generate_world(300, 4).questions("test", 1)[0]
@@ -229,7 +229,7 @@ sys.exit(main(["chat", "me/agent", {question.question!r}, "--world", "--world_pa
             "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=560
         )
     assert done.returncode == 0, done.stderr
     pushed, said = done.stdout.split("--\n")
@@ -237,5 +237,5 @@ sys.exit(main(["chat", "me/agent", {question.question!r}, "--world", "--world_pa
     reply = json.loads(said)
     assert reply["question"] == question.question and reply["searches"] >= 1 and reply["answer"]
     (weights,) = (tmp_path / "hf").rglob("model.safetensors")
-    assert load_file(weights).keys() == load_file(run / "model.safetensors").keys()
+    assert weights.read_bytes() == (run / "model.safetensors").read_bytes()
     assert TOKEN not in done.stdout + done.stderr

@@ -154,7 +154,7 @@ def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str,
         ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
-        ({"keep": 3}, "unknown option '--keep': did you mean '--keep_per_question'"),
+        ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),
         ({"output": "runs/x"}, "unknown option '--output': did you mean '--output_dir'"),
     ],
 )

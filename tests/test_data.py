@@ -246,7 +246,7 @@ def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
     every, train = map(json.loads, done.stdout.splitlines())
     assert list(every) == list(HUB_SETS)
@@ -285,7 +285,9 @@ def test_a_repository_laid_out_as_on_the_hub_is_read_from_disk(
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     program = "from trl_search.data import load_questions; load_questions('bamboogle')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 1
     assert "UserError: dataset 'bamboogle' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded" in done.stderr
     assert "bring its files here and give their path" in done.stderr

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 def sources() -> set[str]:
     """What the wheel must hold, by its name there."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_search").rglob("*") if path.is_file()}
-    recipes = {f"trl_search/recipes/{path.name}" for path in (ROOT / "recipes").iterdir() if path.is_file()}
+    folder = ROOT / "recipes"
+    recipes = {f"trl_search/recipes/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()}
     return {name for name in package | recipes if "__pycache__" not in name}
 
 

@@ -66,7 +66,9 @@ def test_secrets_are_known_by_name(name):
     assert without_secrets({name: None}) == {name: None}  # not given is not a secret
 
 
-@pytest.mark.parametrize("name", ["max_completion_length", "max_packed_tokens", "include_num_input_tokens_seen", "key"])
+@pytest.mark.parametrize(
+    "name", ["max_completion_length", "max_packed_tokens", "include_num_input_tokens_seen", "key"]
+)
 def test_what_only_sounds_like_a_secret_stays(name):
     assert without_secrets({name: 7}) == {name: 7}
     assert command_without_secrets(["train", f"--{name}", "7"]) == f"train --{name} 7"

@@ -236,9 +236,3 @@ def test_runs_that_cannot_be_compared_are_refused(folders: list[str], message: s
     with pytest.raises(UserError, match=message):
         draw_figures([run_of([], folder) for folder in folders], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"trl-search\[report\]"):
-        overview_figure({"": []})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
+from trl_search.errors import UserError
 from trl_search.report.reflection import (
     Coefficient,
     ReflectionPoint,
@@ -174,6 +176,12 @@ def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, 
         for found in (association.pearson, association.spearman):
             if found is not None and found.low is not None and found.high is not None:
                 assert -1 <= found.low <= found.value + 1e-9 and found.value <= found.high + 1e-9 <= 1 + 1e-9
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=r"trl-search\[report\]"):
+        correlate(checkpoints(RATIOS, EMS))
 
 
 # The figure

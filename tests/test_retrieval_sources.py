@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,3 +129,15 @@ def test_two_builds_of_one_output_at_once_are_refused(tmp_path: Path, table: Pat
 
     with pytest.raises(ValueError, match=r"another process builds .*index now"):
         build_index(builds_the_same(), tmp_path / "index")  # type: ignore[arg-type]
+
+
+def test_a_tar_that_is_called_jsonl_says_what_it_is(tmp_path: Path) -> None:
+    line = json.dumps(ROWS[0]).encode()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        member = tarfile.TarInfo("deep/wiki_dump.jsonl")
+        member.size = len(line)
+        tar.addfile(member, io.BytesIO(line))
+    (tmp_path / "wiki-18.jsonl.gz").write_bytes(gzip.compress(archive.getvalue()))
+    with pytest.raises(CorpusError, match=r"line 1: holds zero bytes.*trl-search data wiki18"):
+        list(read_corpus(tmp_path / "wiki-18.jsonl.gz"))

@@ -133,8 +133,8 @@ def test_numbers_are_written_as_json_has_them(tmp_path, random_model, tokenizer)
     logs = {"nan": float("nan"), "inf": numpy.float32("inf"), "tensor": torch.tensor(0.5), "n": numpy.int64(3),
             "text": "é", "none": None, "yes": True, "list": [1]}  # fmt: skip
     trainer.run_log.on_log(trainer.args, trainer.state, trainer.control, logs=logs)
-    assert rows(tmp_path)[-1] == {"step": 1, "nan": None, "inf": None, "tensor": 0.5, "n": 3, "text": "é", "none": None,
-                                  "yes": True, "list": "[1]"}  # fmt: skip
+    assert rows(tmp_path)[-1] == {"step": 1, "nan": None, "inf": None, "tensor": 0.5, "n": 3, "text": "é",
+                                  "none": None, "yes": True, "list": "[1]"}  # fmt: skip
 
 
 def test_other_ranks_write_nothing(tmp_path, random_model, tokenizer):

@@ -141,7 +141,7 @@ def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
     from trl_search import trackers
 
     class Tracker:
-        __name__, config, sent = "wandb", {}, []  # noqa: RUF012
+        __name__, config, sent = "wandb", {}, []
 
         def Table(self, **data: Any) -> Any:
             return data

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from trl_search.best_checkpoint import is_whole, read_best
 from trl_search.cli import main
 from trl_search.config import SearchGRPOConfig
+from trl_search.errors import UserError
 from trl_search.report.figures import draw_curves
-from trl_search.training import TaskArguments, load_task
+from trl_search.task import TaskArguments, load_held_out, load_task, set_names
 
 SMALL = [
     "--world_passages", "1000", "--max_eval_questions", "24", "--warm_start_steps", "2", "--max_steps", "2",
@@ -30,26 +32,33 @@ def run(tmp_path_factory):
 
 def test_the_quickstart_leaves_a_model_results_and_curves(run):
     results = json.loads((run / "results.json").read_text())
-    assert list(results["rows"]) == [
-        "direct answer, no search",
-        "one-shot RAG",
-        "search, warm-started",
-        "search, after GRPO",
-    ]
+    rows, best = list(results["rows"]), read_best(run)
+    assert rows[:4] == ["direct answer, no search", "one-shot RAG", "search, warm-started", "search, after GRPO"]
+    assert rows[4:] == ([] if best.step == 2 else ["search, best checkpoint (step 1)"])
     assert all(row["questions"] == 24 for row in results["rows"].values())
     assert [row["step"] for row in results["history"] if "eval/em" in row] == [1, 2]
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert best.average.em == max(row["eval/em"] for row in results["history"] if "eval/em" in row)
+    assert (run / "best").is_symlink() and (run / "best" / "model.safetensors").exists()
+    task = json.loads((run / "run.json").read_text())["task"]
+    assert task["evaluate_every"] == 1 and sum(task["held_out_questions"].values()) == 24
     assert (run / "model.safetensors").exists() and (run / "warm_start" / "model.safetensors").exists()
 
 
 def test_an_interrupted_run_goes_on(run, capsys):
     warm = (run / "warm_start" / "model.safetensors").stat().st_mtime_ns
+    (run / "checkpoint-9").mkdir()  # the next one, of which only the model was written
+    (run / "checkpoint-9" / "model.safetensors").write_bytes(b"")
+    assert not is_whole(run / "checkpoint-9") and is_whole(run / "checkpoint-2")
     options = ["--output_dir", str(run), "--resume_from_checkpoint", "last", "--max_steps", "3"]
     assert main(["train", "quickstart", *SMALL, *options]) == 0
     results = json.loads((run / "results.json").read_text())
     assert [row["step"] for row in results["history"] if "loss" in row] == [1, 2, 3]
     # The warm start and what was measured before training are not paid for twice.
-    assert list(results["rows"]) == ["search, after GRPO"]
+    best = read_best(run).step
+    assert list(results["rows"]) == ["search, after GRPO", *[f"search, best checkpoint (step {best})"] * (best != 3)]
+    said = capsys.readouterr().out
+    assert "checkpoint-9 was not written to its end" in said and f"The best checkpoint, of step {best}" in said
     assert (run / "warm_start" / "model.safetensors").stat().st_mtime_ns == warm
 
 
@@ -106,11 +115,55 @@ def test_the_same_seed_gives_the_same_task():
 
 def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
     asked = []
-    monkeypatch.setattr("trl_search.training.load_questions", lambda name, **options: asked.append((name, options)))
-    monkeypatch.setattr("trl_search.training.load_retriever", lambda kind, **options: None)
+    monkeypatch.setattr("trl_search.task.load_questions", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr("trl_search.task.load_retriever", lambda kind, **options: None)
     for name in ("hotpotqa", str(tmp_path)):
-        load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=name), seed=0)
+        load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)
     assert [options["split"] for name, options in asked if "split" in options] == [None, "test"]
+    # What is evaluated on is left out of the training.
+    assert [options["exclude"] for name, options in asked if name == "nq_hotpotqa"] == [["hotpotqa"], [str(tmp_path)]]
+
+
+def test_several_sets_are_drawn_from_each_and_told_apart(tmp_path):
+    for name in ("first", "second"):
+        rows = [{"id": f"{name}{i}", "question": f"{name} {i}?", "golden_answers": ["yes"]} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = set_names(f"{tmp_path / 'first.jsonl'}, {tmp_path / 'second.jsonl'}")
+    drawn, again, other = (load_held_out(names, limit=4, seed=seed) for seed in (1, 1, 2))
+    assert drawn["data_source"] == ["first"] * 4 + ["second"] * 4
+    assert drawn["id"] == again["id"] != other["id"]
+    assert set_names(["nq,hotpotqa", "nq"]) == ["nq", "hotpotqa"] and set_names(None) == []
+
+
+def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
+    from trl_search.recipe import parse_recipe
+
+    (tmp_path / "r.yaml").write_text("questions: nq_hotpotqa\neval_questions: [nq, hotpotqa]\n")
+    (tmp_path / "s.yaml").write_text("eval_questions: hotpotqa\n")
+    for words, names in (
+        (["r.yaml"], ["nq", "hotpotqa"]),
+        (["s.yaml"], ["hotpotqa"]),
+        (["r.yaml", "--eval_questions", "popqa,nq"], ["popqa", "nq"]),
+        (["r.yaml", "--eval_questions", "popqa", "nq"], ["popqa", "nq"]),
+    ):
+        (arguments,) = parse_recipe([str(tmp_path / words[0]), *words[1:]], [TaskArguments], usage="")
+        assert set_names(arguments.eval_questions) == names
+
+
+def test_evaluate_every_needs_something_to_measure_on(tmp_path):
+    from trl import ModelConfig
+
+    from trl_search.training import run_training
+
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "question": "a?", "golden_answers": ["b"]}) + "\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "1", "contents": '"a"\nb'}) + "\n")
+    arguments = TaskArguments(
+        questions=str(tmp_path / "q.jsonl"),
+        retriever_options=json.dumps({"corpus": str(tmp_path / "c.jsonl")}),
+        evaluate_every=5,
+    )
+    with pytest.raises(UserError, match="evaluate_every=5 needs eval_questions"):
+        run_training(arguments, SearchGRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path="tiny"))
 
 
 def test_curves_survive_missing_and_empty_histories(tmp_path):

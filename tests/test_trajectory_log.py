@@ -37,7 +37,7 @@ def test_a_row_holds_the_whole_trajectory(tmp_path, random_model, tokenizer):
         assert row["question"] == "Who wrote book 3?" and row["golden_answers"] == [GOLD]
         assert row["prompt"] == tokenizer.decode(trajectory.prompt_ids) and "Who wrote book 3?" in row["prompt"]
         assert "".join(row["tokens"]) == tokenizer.decode(trajectory.ids)
-        assert row["mask"] == trajectory.mask and 0 < sum(row["mask"])
+        assert row["mask"] == trajectory.mask and sum(row["mask"]) > 0
         assert row["logprobs"] == trajectory.logprobs and len(row["tokens"]) == len(trajectory.ids)
         assert [(turn["role"], turn["start"], turn["end"]) for turn in row["turns"]] == [
             (turn.role, turn.start, turn.end) for turn in trajectory.turns

@@ -112,6 +112,10 @@ class Chat:
         heard = _Switch(listener)
         try:
             return self._run(self._answer(question, heard, random.getrandbits(32) if seed is None else seed))
+        except KeyboardInterrupt:
+            # A search that nobody waits for any more would hold up the next.
+            self._run(self._forget_searches())
+            raise
         finally:
             heard.on = False
 
@@ -154,6 +158,10 @@ class Chat:
             sampling=replace(self.sampling, seed=seed),
         )
         return _reply(question, trajectory, episode, time.perf_counter() - started, seed)
+
+    async def _forget_searches(self) -> None:
+        await self.environment.close()
+        await self.environment.open()
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

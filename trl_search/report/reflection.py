@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trl_search.errors import UserError
 from trl_search.report.drawing import COLOURS, FAINT, INK, dress, from_zero, new_figure, save, whole_steps
 from trl_search.report.panels import points
 
@@ -203,7 +204,7 @@ def reflection_figure(series: ReflectionSeries, correlation: Correlation, *, nam
     dress(beside, title="", note="", x="", y=share)
     beside.grid(visible=False)
     for axis, line in zip((over_steps, beside), drawn, strict=True):
-        line.set_clip_on(False)
+        line.set(clip_on=False, zorder=3)
         axis.yaxis.label.set_color(line.get_color())
         axis.tick_params(axis="y", labelcolor=line.get_color())
         from_zero(axis)
@@ -236,7 +237,10 @@ def _associate(x: Sequence[float], y: Sequence[float], *, of: str) -> Associatio
     for values, what in ((x, "the reflective share"), (y, "the EM")):
         if _constant(values):
             return Association(n, f"{what} is the same over all {n} {plural}")
-    from scipy import stats
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise UserError('the correlation needs scipy: pip install "trl-search[report]"') from error
 
     pearson = stats.pearsonr(x, y)
     interval = pearson.confidence_interval(0.95)

@@ -29,7 +29,9 @@ def open_jsonl(path: str | Path) -> Corpus:
     if not path.is_file():
         raise CorpusError(f"there is no corpus file {path}")
     if path.suffix in (".gz", ".parquet"):
-        raise CorpusError(f"{path} cannot be read by row; unpack it to .jsonl first (gunzip)")
+        raise CorpusError(
+            f"{path} cannot be read by row: unpack it to .jsonl first (gunzip; for wiki-18: trl-search data wiki18)"
+        )
     if path.stat().st_size == 0:
         raise CorpusError(f"{path}: no passages; a corpus needs one at least")
     offsets = _offsets_path(path)

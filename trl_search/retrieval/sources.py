@@ -101,6 +101,11 @@ def _jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
+                    if b"\0" in line[:512]:  # the header of a tar, in front of its first line
+                        raise CorpusError(
+                            f"{path}, line 1: holds zero bytes, so it is no text; the hub's wiki-18.jsonl.gz is a tar "
+                            "inside, which `trl-search data wiki18` unpacks"
+                        )
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line := line.strip():
                     yield number, line
