@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import dataclasses
 import json
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -187,7 +187,8 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     def listen(event: Event) -> None:
         events.append(event)
         if isinstance(event, Searching):
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            # As a terminal does it: the signal wakes the thread that waits.
+            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
     with scripted(tokenizer, turns, retriever) as chat:
         with pytest.raises(KeyboardInterrupt):

@@ -65,12 +65,22 @@ def held_out_trainer(folder, tokenizer, right, *, every=1, model=None, questions
     return trainer, held_out
 
 
+class CountingRetriever(FixedRetriever):
+    """Says how many queries it had since it was last asked, as `http` does."""
+
+    def take_metrics(self):
+        queries = sum(map(len, self.batches))
+        self.batches.clear()
+        return {"retrieval/requests": float(queries)}
+
+
 def checkpoints(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
 def test_the_log_of_the_step_has_every_set_and_their_average(tmp_path, tokenizer):
-    trainer, held_out = held_out_trainer(tmp_path, tokenizer, lambda step: 2, every=2, max_steps=4)
+    options = {"retriever": CountingRetriever(PASSAGES), "max_steps": 4}
+    trainer, held_out = held_out_trainer(tmp_path, tokenizer, lambda step: 2, every=2, **options)
     trainer.train()
     rows = steps(trainer)
     assert [row["step"] for row in rows if "eval/em" in row] == [2, 4]
@@ -83,7 +93,7 @@ def test_the_log_of_the_step_has_every_set_and_their_average(tmp_path, tokenizer
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written if "eval/em" in line] == [2, 4]
     # What the evaluation searched is not counted as the training's.
-    assert {row["retrieval/queries"] for row in rows} == {3.0}
+    assert {row["retrieval/queries"] for row in rows} == {row["retrieval/requests"] for row in rows} == {3.0}
     assert held_out.ids == {"small": ["q0"], "large": ["q1", "q2", "q3"]}
     assert json.loads((tmp_path / HELD_OUT_FILE).read_text())["ids"] == held_out.ids
 

@@ -256,6 +256,13 @@ def test_every_generation_draws_its_own_numbers_and_a_repeated_run_the_same(tmp_
     assert one != sampled(data=same, gradient_accumulation_steps=2, steps_per_generation=1, seed=2)
 
 
+def test_a_model_may_have_one_trainer_after_another(tmp_path, random_model, tokenizer):
+    for name in ("first", "second"):
+        trainer = scripted_trainer(tmp_path / name, random_model, tokenizer, max_steps=1)
+        trainer.train()
+        assert trainer.state.global_step == 1 and trainer.state.log_history[0]["grad_norm"] > 0
+
+
 def test_gradient_checkpointing_and_streamed_data(tmp_path, random_model, tokenizer):
     stream = IterableDataset.from_generator(lambda: iter(ROWS))
     trainer = real_trainer(tmp_path, random_model, tokenizer, data=stream, gradient_checkpointing=True)

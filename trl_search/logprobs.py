@@ -96,7 +96,8 @@ def enable_scoring(model: PreTrainedModel, attention: str) -> None:
         return fused_forward(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
-    model.base_model.register_forward_hook(_keep_scored, with_kwargs=True)
+    if _keep_scored not in model.base_model._forward_hooks.values():  # it may have had a trainer before
+        model.base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     set_attention(model, attention)
 
 
