@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -14,7 +16,7 @@ from trl_search.errors import UserError
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval import Retriever
 from trl_search.scripts import scripted_trajectories
-from trl_search.sft import fine_tune, sft_dataset, warm_start
+from trl_search.sft import SearchSFTConfig, fine_tune, sft_dataset, train, warm_start
 from trl_search.text import exact_match
 from trl_search.types import Answer, StopReason, Trajectory
 from trl_search.world import World
@@ -152,6 +154,16 @@ def test_warm_start_learns_and_saves(
     assert not torch.equal(before, random_model.model.embed_tokens.weight)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(saved.model.embed_tokens.weight, random_model.model.embed_tokens.weight)
+
+
+def test_an_adapter_is_not_merged_into_a_model_that_no_process_has_whole(
+    random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_search.sft.is_deepspeed_zero3_enabled", lambda: True)
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "assistant_masks": [0, 1, 1]}])
+    config = SearchSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(UserError, match="merge_adapter: false"):
+        train(random_model, tokenizer, rows, config, peft_config=LoraConfig(r=2))
 
 
 def test_fine_tune_says_when_there_is_nothing_to_learn(

@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -81,6 +82,11 @@ def train(
     config = copy.copy(config)
     config.max_length = None
     rows = rows.select_columns(["input_ids", "assistant_masks"])
+    if peft_config is not None and config.merge_adapter and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "under ZeRO-3 no process has the whole model to merge the adapter into: set merge_adapter: false, or take "
+            "ZeRO-2"
+        )
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )

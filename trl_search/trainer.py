@@ -167,7 +167,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if self.environment is not None:
             self.rollout_func = self._rollout
             # First of all: it writes into the logs that the others report.
-            self.callback_handler.callbacks.append(CollapseAlarm(stop=args.stop_on_collapse))
+            self.callback_handler.callbacks.insert(0, CollapseAlarm(stop=args.stop_on_collapse))
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             self.add_callback(self.run_log)
