@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.alarms import HISTORIES, first_alarms, table
 from tests.scripted_trainer import scripted_trainer, steps
@@ -156,8 +156,16 @@ def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, m
     silent = dataclasses.replace(next(rule for rule in RULES if rule.name == "malformed"), rises=0.0, beyond=0.1)
     monkeypatch.setattr("trl_search.alarms.RULES", (silent,))
     monkeypatch.setattr("trl_search.alarms.STOP_AFTER", 2)
-    trainer = scripted_trainer(tmp_path, random_model, tokenizer, max_steps=20, stop_on_collapse=True)
+    reported = []
+
+    class Tracker(TrainerCallback):  # as those of report_to, it is there before our own callbacks are
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(logs.get("alarm/malformed"))
+
+    options = {"max_steps": 20, "stop_on_collapse": True, "trainer": {"callbacks": [Tracker()]}}
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, **options)
     trainer.train()
+    assert reported == [0.0] * (WINDOW - 1) + [1.0] * 2 + [None]  # the last is the summary
     assert trainer.state.global_step == WINDOW + 1
     assert [row["alarm/malformed"] for row in steps(trainer)] == [0.0] * (WINDOW - 1) + [1.0] * 2
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -194,6 +194,7 @@ sys.exit(main({list(TINY)!r}))
     os.close(terminal.master)
 
 
+@pytest.mark.slow
 def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     prompt = r"(?:\n|\^C)> $"
     # 1. It says what can be asked in this world.

@@ -211,6 +211,7 @@ def test_plan_names_every_shard(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pushed_and_asked_from_the_hub(run, tmp_path):
     """In a process of its own, by nothing but the environment: push, then chat by the repository's name."""

@@ -28,6 +28,7 @@ from trl_search.types import Answer, Passage, Search
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 EXAMPLE_QUESTION = "Where was the author of Dracula born?"
+_BOTH_READ_IT = "How the agent was trained to be asked is in `trl_search.json`; both read it."
 _EXAMPLE_PASSAGES = (
     Passage("1", "Dracula", "Dracula is a novel by Bram Stoker, published in 1897."),
     Passage("2", "Bram Stoker", "Bram Stoker was born in Dublin in 1847."),
@@ -164,8 +165,7 @@ def _opening(facts: CardFacts) -> str:
     made = f" {base}" if facts.adapter is not None else ""
     lines = [
         f"{kind}{made} a search agent: it reasons, calls a search tool, reads what was found, searches again, and "
-        "answers. Trained with GRPO by `trl-search`"
-        + (f" from {base}." if facts.adapter is None and base else ".")
+        "answers. Trained with GRPO by `trl-search`" + (f" from {base}." if facts.adapter is None and base else ".")
     ]
     if facts.adapter is not None:
         lines.append(
@@ -192,7 +192,7 @@ def _use(facts: CardFacts) -> str:
             _fenced(f'pip install "trl-search{extra}"\n{command}', "sh"),
             "or from Python:",
             _fenced(snippet(facts), "python"),
-            *(["How the agent was trained to be asked is in `trl_search.json`; both read it."] if facts.settings else []),
+            *([_BOTH_READ_IT] if facts.settings else []),
         ]
     )
 
@@ -221,8 +221,8 @@ def _conversation(facts: CardFacts) -> str:
     return "\n\n".join(
         [
             "## Protocol",
-            f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of {settings.passages_per_query} "
-            f"passages a query, {settings.max_turn_length} tokens a turn and {settings.max_completion_length} in all. "
+            f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of "
+            f"{settings.passages_per_query} passages a query, {settings.max_turn_length} tokens a turn and {settings.max_completion_length} in all. "
             "A conversation as the model reads it, by a script that shows the form:",
             _fenced(example, "text"),
         ]

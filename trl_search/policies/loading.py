@@ -37,14 +37,14 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
     name = model_source(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     try:
         target = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"there is no device {device!r}: choose cpu, cuda, or cuda:1") from error
+    if dtype is None:
+        dtype = "float32" if target.type == "cpu" else "bfloat16"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{device} was asked for, and torch finds no GPU here: use cpu")
     try:
