@@ -222,7 +222,8 @@ def _conversation(facts: CardFacts) -> str:
         [
             "## Protocol",
             f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of "
-            f"{settings.passages_per_query} passages a query, {settings.max_turn_length} tokens a turn and {settings.max_completion_length} in all. "
+            f"{settings.passages_per_query} passages a query, {settings.max_turn_length} tokens a turn and "
+            f"{settings.max_completion_length} in all. "
             "A conversation as the model reads it, by a script that shows the form:",
             _fenced(example, "text"),
         ]
