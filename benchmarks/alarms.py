@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trl_search.alarms import RULES, Watch, is_training_log
-from trl_search.run_folder import read_run
+from trl_search.records.run_folder import read_run
 
 HISTORIES = Path(__file__).parents[1] / "tests" / "data" / "histories.json"
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import DATA, PASSAGES, answer, real_trainer, scripted_trainer, search
-from trl_search.run_folder import read_run, read_trajectories
+from trl_search.records.run_folder import read_run, read_trajectories
 
 # Three samples a rank and two a group: the second group has one member on each rank.
 SHAPE: dict[str, Any] = {

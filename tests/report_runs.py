@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from trl_search.run_folder import INFO_FILE, METRICS_FILE, TRAJECTORY_SCHEMA, trajectory_file
+from trl_search.records.run_folder import INFO_FILE, METRICS_FILE, TRAJECTORY_SCHEMA, trajectory_file
 
 SCHEMA = TRAJECTORY_SCHEMA.append(pyarrow.field("rewards/em", pyarrow.float64())).append(
     pyarrow.field("rewards/format", pyarrow.float64())

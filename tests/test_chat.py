@@ -19,12 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.agent_settings import TINY, AgentSettings, read_settings
-from trl_search.chat import Chat, load_chat
-from trl_search.chat_screen import Painter, Screen, visible
-from trl_search.config import SearchGRPOConfig
-from trl_search.environment import SearchEnvironment
-from trl_search.errors import UserError
-from trl_search.hearing import (
+from trl_search.chat.hearing import (
     NO_SEARCHES_LEFT,
     SEARCH_FAILED,
     Corrected,
@@ -36,6 +31,11 @@ from trl_search.hearing import (
     SearchFailed,
     Searching,
 )
+from trl_search.chat.screen import Painter, Screen, visible
+from trl_search.chat.session import Chat, load_chat
+from trl_search.config import SearchGRPOConfig
+from trl_search.environment import SearchEnvironment
+from trl_search.errors import UserError
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.rollout import Limits, rollout

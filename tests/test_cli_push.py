@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from tests.model_hub import TOKEN, ModelHub, model_hub
 from tests.test_model_card import INFO
 from trl_search.cli import main
-from trl_search.publishing import plan_upload
+from trl_search.sharing.publishing import plan_upload
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.world import generate_world
 

@@ -12,13 +12,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.fakes import FixedRetriever
-from trl_search.cold_start import ATTEMPTS, SETTINGS, Attempt, Collected, collect, missing, read_attempts
+from trl_search.cold_start.collect import ATTEMPTS, SETTINGS, Attempt, Collected, collect, missing, read_attempts
+from trl_search.cold_start.select import Rules, describe, select, write_kept
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits
-from trl_search.selection import Rules, describe, select, write_kept
 from trl_search.types import Completion, FinishReason, Passage, Sampling
 
 GOLD = "Mira Talvane"

@@ -17,10 +17,10 @@ from tests.servers import Asked, Said, Server
 from tests.test_cold_start import said
 from trl_search.agent_settings import read_settings
 from trl_search.cli import main
-from trl_search.cold_start import ATTEMPTS, read_attempts
-from trl_search.cold_start_run import ColdStartArguments
+from trl_search.cold_start.collect import ATTEMPTS, read_attempts
+from trl_search.cold_start.run import ColdStartArguments
+from trl_search.cold_start.select import KEPT
 from trl_search.errors import UserError
-from trl_search.selection import KEPT
 from trl_search.tiny_policy import tiny_policy_path
 
 ROOT = Path(__file__).parents[1]

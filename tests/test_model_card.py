@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from trl_search.agent_settings import TINY, AgentSettings
-from trl_search.chat import load_chat
+from trl_search.chat.session import load_chat
 from trl_search.errors import UserError
-from trl_search.model_card import CardFacts, Result, example_conversation, question_for, snippet, write_card
 from trl_search.protocols import PROTOCOLS, load_protocol
-from trl_search.published_results import evaluation_results, training_results
+from trl_search.sharing.model_card import CardFacts, Result, example_conversation, question_for, snippet, write_card
+from trl_search.sharing.results import evaluation_results, training_results
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Answer, Search
 
@@ -83,7 +83,7 @@ def test_the_snippet_of_an_agent_of_the_web_runs(facts, monkeypatch, tmp_path, c
     monkeypatch.setattr(web_providers, "ddgs_text", text)
     monkeypatch.setattr(web.load, "__kwdefaults__", {**web.load.__kwdefaults__, "cache": tmp_path / "web.sqlite3"})
     real = dataclasses.replace(facts, repo_id=tiny_policy_path(), info={})
-    monkeypatch.setattr("trl_search.chat.trained_settings", lambda model: TINY)
+    monkeypatch.setattr("trl_search.chat.session.trained_settings", lambda model: TINY)
     space: dict[str, object] = {}
     exec(snippet(real), space)
     assert space["reply"].question == "Where was the author of Dracula born?" and space["reply"].queries

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_search import provenance
-from trl_search.provenance import command_without_secrets, git_state, versions, without_secrets
+from trl_search.records import provenance
+from trl_search.records.provenance import command_without_secrets, git_state, versions, without_secrets
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, get_peft_config
 
 from trl_search.cli import main
-from trl_search.cold_start_run import ColdStartArguments, run_sft
+from trl_search.cold_start.run import ColdStartArguments, run_sft
 from trl_search.config import SearchGRPOConfig
 from trl_search.data import HUB_SETS
 from trl_search.errors import UserError

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tests.report_runs import trajectory, write_run, write_trajectories
 from trl_search.cli import main
 from trl_search.errors import UserError
+from trl_search.records.run_folder import METRICS_FILE, read_run, read_trajectories, trajectory_file
 from trl_search.report.page import build_page, write_report
 from trl_search.report.trajectories import choose_steps, encode_tokens, page_trajectories, utf16_length
-from trl_search.run_folder import METRICS_FILE, read_run, read_trajectories, trajectory_file
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>{{ 7 * 7 }}\u2028\x00\U0001f9ed"
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.report_runs import trajectory, write_run, write_trajectories
+from trl_search.records.run_folder import read_run, read_trajectories
 from trl_search.report.page import write_report
-from trl_search.run_folder import read_run, read_trajectories
 
 # A browser that phones nobody.
 FLAGS = [

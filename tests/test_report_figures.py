@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from trl_search.errors import UserError
+from trl_search.records.run_folder import Run
 from trl_search.report.drawing import COLOURS, SMOOTH_ABOVE, running_mean, smoothing_window
 from trl_search.report.figures import draw_curves, draw_figures, overview_figure, panel_figure, run_names
 from trl_search.report.panels import PANELS, Panel, curve, lines_of, points
-from trl_search.run_folder import Run
 
 SETS = ("nq", "hotpotqa")
 

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from trl_search.errors import UserError
+from trl_search.records.run_folder import Run
 from trl_search.report.reflection import (
     Coefficient,
     ReflectionPoint,
@@ -25,7 +26,6 @@ from trl_search.report.reflection import (
     reflection_points,
     words,
 )
-from trl_search.run_folder import Run
 
 
 def run_of(history: list[dict], name: str = "seed_0") -> Run:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from trl_search.errors import UserError
-from trl_search.run_folder import TRAJECTORY_SCHEMA, Run, read_run, read_trajectories, step_of, trajectory_file
+from trl_search.records.run_folder import TRAJECTORY_SCHEMA, Run, read_run, read_trajectories, step_of, trajectory_file
 
 ROWS = [{"step": step, "reward": step / 10, "entropy": 1.5} for step in (1, 2, 3)]
 

@@ -14,8 +14,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.conftest import make_random_model
 from tests.scripted_trainer import DATA, later_is_better, scripted_trainer
 from trl_search.config import SearchGRPOConfig
-from trl_search.run_folder import read_run, read_trajectories
-from trl_search.run_log import RunLog, cut_back, written_whole
+from trl_search.records.run_folder import read_run, read_trajectories
+from trl_search.records.run_log import RunLog, cut_back, written_whole
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
 

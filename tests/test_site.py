@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built strictly: a warning of mkdocs (a page that no navigation holds, a link or anchor that is none) fails it."""
+    """Built strictly: a warning (a page that no navigation holds, a link or anchor that is none) fails it."""
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     folder = tmp_path_factory.mktemp("site")
     # Not --quiet: warnings that are not shown are not counted.

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from trl_search.records.token_text import TokenTexts
 from trl_search.tiny_policy.tokenizer import make_tokenizer
-from trl_search.token_text import TokenTexts
 
 PROSE = ["Mira Talvane wrote it in 1847.", "Where was the author of Quiet Raven born?", "naïve café"]
 

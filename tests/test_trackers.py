@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import GOLD, answer, scripted_trainer, search
-from trl_search.trackers import mask_html, mask_text, stretches
+from trl_search.records.trackers import mask_html, mask_text, stretches
 from trl_search.types import Passage
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'so'"
@@ -138,7 +138,7 @@ def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
     tmp_path, random_model, tokenizer, monkeypatch, every
 ):
     """Rollouts are made at steps 1, 3, 5: the table due at step 4 is sent at step 5."""
-    from trl_search import trackers
+    from trl_search.records import trackers
 
     class Tracker:
         __name__, config, sent = "wandb", {}, []
@@ -172,7 +172,7 @@ def test_nothing_is_imported_that_is_not_reported_to(tmp_path, random_model, tok
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    from trl_search.trackers import _trackers
+    from trl_search.records.trackers import _trackers
 
     trainer = scripted_trainer(tmp_path, random_model, tokenizer)
     assert _trackers(trainer.args) == []

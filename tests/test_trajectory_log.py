@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import DATA, GOLD, PASSAGES, Actor, answer, later_is_better, scripted_trainer, search
-from trl_search.run_folder import TRAJECTORY_SCHEMA, read_run, read_trajectories
+from trl_search.records.run_folder import TRAJECTORY_SCHEMA, read_run, read_trajectories
 from trl_search.types import Completion, FinishReason
 
 

@@ -42,12 +42,12 @@ from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.prepare import RewardSpec, load_tokenizer, refuse_what_rollouts_cannot_do, resolve_specs, with_prompts
 from trl_search.protocols import load_protocol
+from trl_search.records.run_log import RunLog
+from trl_search.records.trackers import TrackerTables
+from trl_search.records.trajectory_log import Scored, TrajectoryLog
 from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
-from trl_search.run_log import RunLog
-from trl_search.trackers import TrackerTables
-from trl_search.trajectory_log import Scored, TrajectoryLog
 from trl_search.types import Sampling, Trajectory
 from trl_search.vllm_backend import SearchVLLM, making_ours
 

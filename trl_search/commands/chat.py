@@ -27,7 +27,7 @@ from trl_search.errors import UserError
 
 if TYPE_CHECKING:
     from trl_search.agent_settings import AgentSettings
-    from trl_search.chat import Chat
+    from trl_search.chat.session import Chat
     from trl_search.retrieval import Retriever
     from trl_search.world import World
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trl_search.chat import load_chat, trained_settings
+    from trl_search.chat.session import load_chat, trained_settings
     from trl_search.types import Sampling
 
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -120,7 +120,7 @@ def _answer(chat: Chat, question: str, args: argparse.Namespace, seed: int) -> b
     """Asks, and prints what comes. Whether there was an answer."""
     from rich.console import Console
 
-    from trl_search.chat_screen import Screen, visible
+    from trl_search.chat.screen import Screen, visible
 
     if args.json:
         reply = chat.ask(question, seed=seed)

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.evaluate import MODES
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.run import Plan, run_evaluation
-    from trl_search.provenance import command_without_secrets
+    from trl_search.records.provenance import command_without_secrets
     from trl_search.types import Sampling
 
     modes = list(dict.fromkeys(filter(None, args.modes.split(","))))

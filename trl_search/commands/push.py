@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from trl_search.errors import UserError
 
 if TYPE_CHECKING:
-    from trl_search.model_card import CardFacts
+    from trl_search.sharing.model_card import CardFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi, get_token
 
-    from trl_search.model_card import write_card
-    from trl_search.publishing import CARD, license_of, plan_upload, publish, settings_text
+    from trl_search.sharing.model_card import write_card
+    from trl_search.sharing.publishing import CARD, license_of, plan_upload, publish, settings_text
 
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
@@ -76,11 +76,11 @@ def read_facts(
 ) -> CardFacts:
     """What a card is written from, read from a run's folder, the run that a checkpoint lies in, and evaluations."""
     from trl_search.agent_settings import RUN_FILE, AgentSettings, read_settings
-    from trl_search.model_card import CardFacts
     from trl_search.policies.loading import load_tokenizer
     from trl_search.protocols import load_protocol
-    from trl_search.published_results import evaluation_results, training_results
-    from trl_search.publishing import CURVES, read_adapter, read_json
+    from trl_search.sharing.model_card import CardFacts
+    from trl_search.sharing.publishing import CURVES, read_adapter, read_json
+    from trl_search.sharing.results import evaluation_results, training_results
 
     run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
     info = read_json(run_folder / RUN_FILE) if (run_folder / RUN_FILE).is_file() else {}

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from trl_search.records.run_folder import read_run
     from trl_search.report.page import write_report
-    from trl_search.run_folder import read_run
 
     runs = [read_run(folder) for folder in (args.run, args.other) if folder is not None]
     output = Path(args.output) if args.output is not None else Path(args.run, "report.html")

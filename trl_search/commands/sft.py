@@ -16,7 +16,7 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     from trl import ModelConfig
 
-    from trl_search.cold_start_run import ColdStartArguments, run_sft
+    from trl_search.cold_start.run import ColdStartArguments, run_sft
     from trl_search.recipe import parse_recipe
     from trl_search.sft import SearchSFTConfig
 

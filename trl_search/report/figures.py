@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from trl_search.outcomes import Evaluation
-    from trl_search.run_folder import Run
+    from trl_search.records.run_folder import Run
 
 DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
 

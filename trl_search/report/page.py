@@ -21,11 +21,11 @@ from typing import Any
 
 import trl_search
 from trl_search.errors import UserError
+from trl_search.records.run_folder import Run
 from trl_search.report.figures import run_names
 from trl_search.report.panels import PANELS, History, curve, lines_of, points
 from trl_search.report.reflection import correlate, reflection_points, words
 from trl_search.report.trajectories import PageTrajectories, page_trajectories
-from trl_search.run_folder import Run
 
 MAX_RUNS = 2
 ALARM_PREFIX = "alarm/"

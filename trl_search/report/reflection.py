@@ -25,7 +25,7 @@ from trl_search.report.panels import points
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from trl_search.run_folder import Run
+    from trl_search.records.run_folder import Run
 
 EM, HELD_OUT_RATIO, TRAINING_RATIO = "eval/em", "eval/reflection_ratio", "reflection/ratio"
 # Below this, Fisher's interval spans everything from -1 to 1.

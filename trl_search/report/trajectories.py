@@ -17,7 +17,7 @@ from typing import Any
 
 from pyarrow import parquet
 
-from trl_search.run_folder import REWARD_PREFIX, Run, read_trajectories, step_of
+from trl_search.records.run_folder import REWARD_PREFIX, Run, read_trajectories, step_of
 from trl_search.text import exact_match
 
 BLOCK_TRAJECTORIES = 64

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from trl_search.chat import Reply
-from trl_search.hearing import Corrected, Event, Found, Said, SearchFailed, Searching
+from trl_search.chat.hearing import Corrected, Event, Found, Said, SearchFailed, Searching
+from trl_search.chat.session import Reply
 from trl_search.types import Passage
 
 MAX_PASSAGE_CHARS = 320

@@ -16,9 +16,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.config import SearchGRPOConfig
-from trl_search.run_folder import REWARD_PREFIX
-from trl_search.run_log import RunLog
-from trl_search.trajectory_log import TrajectoryLog
+from trl_search.records.run_folder import REWARD_PREFIX
+from trl_search.records.run_log import RunLog
+from trl_search.records.trajectory_log import TrajectoryLog
 
 TABLE_ROWS = 16  # of a table; the parquet files have them all
 CONFIG_KEY, TABLE_KEY, PAGE_KEY = "trl_search", "trajectories", "trajectories_page"

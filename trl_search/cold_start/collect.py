@@ -14,7 +14,7 @@ A line of attempts.jsonl (ids shortened):
      "stop_reason": "answer", "prompt_ids": [5, 9], "ids": [2, 7, 31], "mask": [1, 1, 0]}
 
 Collecting goes on where it was stopped. A folder belongs to the settings that it was begun with (settings.json):
-others are refused, and nothing is overwritten. The rules of keeping can be changed at any time (`selection.py`).
+others are refused, and nothing is overwritten. The rules of keeping can be changed at any time (`select.py`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from trl_search.environment import Environment
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
+from trl_search.records.run_log import written_whole
 from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
-from trl_search.run_log import written_whole
 from trl_search.text import exact_match, f1_score, last_answer
 from trl_search.types import Sampling, Trajectory
 from trl_search.wellformed import format_score

@@ -1,7 +1,7 @@
 """What `trl-search sft` does: take attempts at questions, keep the good ones, fine-tune on them.
 
 Two sources: scripts of the embedded world (`questions: world`), which play it well or badly as asked; or a policy that
-answers real questions with real searches, of which the right ones are kept (`cold_start.py`, `selection.py`).
+answers real questions with real searches, of which the right ones are kept (`collect.py`, `select.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, get_peft_config
 
 from trl_search.agent_settings import SETTINGS_FILE, AgentSettings
-from trl_search.cold_start import PROBE, Attempt, collect, missing, read_attempts
+from trl_search.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
+from trl_search.cold_start.select import Rules, describe, select, write_kept
 from trl_search.config import SearchGRPOConfig
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
@@ -27,10 +28,9 @@ from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import Protocol, load_protocol
+from trl_search.records.run_log import written_whole
 from trl_search.retrieval import Retriever, load_retriever
-from trl_search.run_log import written_whole
 from trl_search.scripts import PLAYERS, WEAK, scripted_trajectories
-from trl_search.selection import Rules, describe, select, write_kept
 from trl_search.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.task import TaskArguments, load_task
 from trl_search.tiny_policy import tiny_policy_path

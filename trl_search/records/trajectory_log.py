@@ -21,9 +21,9 @@ from accelerate.utils import gather_object
 from pyarrow import parquet
 
 from trl_search.config import SearchGRPOConfig
-from trl_search.run_folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
-from trl_search.run_log import written_whole
-from trl_search.token_text import TokenTexts
+from trl_search.records.run_folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
+from trl_search.records.run_log import written_whole
+from trl_search.records.token_text import TokenTexts
 from trl_search.types import Answer, Trajectory
 
 if TYPE_CHECKING:

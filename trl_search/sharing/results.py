@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.errors import UserError
-from trl_search.publishing import read_json
+from trl_search.sharing.publishing import read_json
 
 RESULTS_FILE = "results.json"
 MACRO = "macro"  # of `trl-search eval`: the average over its sets

@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
-from trl_search.run_folder import FORMAT, INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER, step_of
+from trl_search.records.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
+from trl_search.records.run_folder import FORMAT, INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER, step_of
 
 logger = logging.getLogger(__name__)
 

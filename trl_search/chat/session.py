@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from trl_search.agent_settings import TINY, AgentSettings, read_settings
+from trl_search.chat.hearing import Event, HeardEnvironment, HeardPolicy, Listener, unheard
 from trl_search.errors import UserError
-from trl_search.hearing import Event, HeardEnvironment, HeardPolicy, Listener, unheard
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.retrieval.base import Retriever

@@ -21,9 +21,9 @@ from trl_search.agent_settings import AgentSettings
 from trl_search.data import HUB_SETS
 from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol
-from trl_search.published_results import Result
 from trl_search.retrieval import load_retriever
 from trl_search.scripts import Script, play
+from trl_search.sharing.results import Result
 from trl_search.types import Answer, Passage, Search
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,4 +1,4 @@
-"""Cold start, the choice: which attempts of a collection (`cold_start.py`) are worth copying.
+"""Cold start, the choice: which attempts of a collection (`collect.py`) are worth copying.
 
 An attempt is kept when it is right, keeps to the structure of its protocol, and searched; of a question, the first few
 such attempts. The others are counted by the first thing that speaks against them. Choosing again costs nothing: the
@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trl_search.cold_start import Attempt
+from trl_search.cold_start.collect import Attempt
 from trl_search.errors import UserError
-from trl_search.run_log import written_whole
+from trl_search.records.run_log import written_whole
 
 KEPT = "kept.parquet"
 
