@@ -56,7 +56,7 @@ $(VENV)/.chromium-done: | $(STAMP)
 	@touch $@
 
 test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

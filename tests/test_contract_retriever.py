@@ -81,7 +81,7 @@ def qdrant_sparse(passages: list[Passage], folder: Path) -> Retriever:
 
 def qdrant_dense(passages: list[Passage], folder: Path) -> Retriever:
     with pytest.MonkeyPatch.context() as patch:  # loaded once for all tests
-        patch.setattr("trl_search.retrieval.qdrant_build.load_encoder", lambda *_, **__: minilm_encoder())
+        patch.setattr("trl_search.retrieval.encoding.load_encoder", lambda *_, **__: minilm_encoder())
         build_index(passages, folder / "qdrant", "qdrant", path=str(folder / "engine"), encoder=minilm())
     return load_retriever("qdrant", index=folder / "qdrant", encoder=minilm_encoder())
 

@@ -58,6 +58,7 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     trainer.run_log.task = {"questions": "world", "api_key": SECRET}
     trainer.train()
     wandb.finish()
+    wandb.teardown()  # it would go on with the folders of this run
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}

@@ -100,6 +100,7 @@ def test_wandb_gets_the_curves_and_the_tables(tmp_path, random_model, tokenizer,
     scripted_trainer(tmp_path, random_model, tokenizer, report_to="wandb", log_completions=True).train()
     summary = dict(wandb.run.summary)
     wandb.finish()
+    wandb.teardown()  # it would go on with the folders of this run
     assert summary["train/search/searches"] == 0.75 and summary["train/rewards/em/mean"] == 0.5
     assert "completions" in summary
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trl_search.retrieval.corpus import Corpus
 K1, B = 1.2, 0.75  # constants of tantivy
 HEAP_BYTES = 256 << 20
 MARGIN = 13  # fetched beyond k at first; most ties end within it
+REMOVALS = 20  # tries to remove a folder in which tantivy may hold a lock for an instant
 TERMS, ROW = "terms", "row"
 
 
@@ -131,12 +133,20 @@ class TantivyEngine:
 def _open(folder: Path) -> Any:
     """Opening takes a lock, a file in the folder, and an index may lie where this process may not write: it is opened
     through links, in a folder of its own that is gone once every file is mapped."""
-    with tempfile.TemporaryDirectory(prefix="trl-search-tantivy-") as links:
+    links = Path(tempfile.mkdtemp(prefix="trl-search-tantivy-"))
+    try:
         for file in folder.iterdir():
-            os.symlink(file.resolve(), Path(links, file.name))
-        index = import_tantivy().Index.open(links)
+            os.symlink(file.resolve(), links / file.name)
+        index = import_tantivy().Index.open(str(links))
         index.config_reader(reload_policy="manual")  # nobody writes to it; the default polls the folder on a thread
         return index.searcher()
+    finally:
+        # That thread may have begun, and take its lock in the folder at the very moment it is removed.
+        for _ in range(REMOVALS):
+            shutil.rmtree(links, ignore_errors=True)
+            if not links.exists():
+                break
+            time.sleep(0.05)
 
 
 def _cpus() -> int:
