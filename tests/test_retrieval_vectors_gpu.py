@@ -197,3 +197,33 @@ def test_on_a_gpu():
     for batch in (1, 20, 600):
         assert (search.search(queries[:batch], 3)[1] == expected[:batch]).mean() > 0.999
     assert search.memory().gpu_bytes == 300_000 * 768 * 2
+
+
+@pytest.mark.parametrize("dim", [768, 1000])
+@pytest.mark.parametrize("batch", [1, 64, 512])
+def test_the_kernel_compiles_for_a_hopper_gpu_and_fits_it(batch, dim):
+    """Ahead of time, so that no GPU is needed: Triton brings its compiler for every target."""
+    triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from trl_search.retrieval.vectors import gpu_kernel
+
+    kernel = gpu_kernel._maxima_of_tile
+    queries, rows, warps, stages = gpu_kernel.choose_tile(batch)
+    constants = {
+        "DIM": dim, "GROUP_ROWS": GROUP, "TILE_ROWS": rows, "TILE_QUERIES": queries, "TILE_DIM": gpu_kernel.TILE_DIM,
+    }  # fmt: skip
+    tensors = {"rows": "*fp16", "queries": "*fp16", "maxima": "*fp32"}
+    numbers = dict.fromkeys(["count", "batch", "groups", "query_tiles"], "i32")
+    source = ASTSource(
+        fn=kernel,
+        signature={**tensors, **numbers, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in tensors},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    # The pipeline holds a part of the rows and of the queries a stage, in 227 KB of shared memory at most.
+    stage_bytes = 2 * gpu_kernel.TILE_DIM * (rows + queries)
+    assert (stages - 1) * stage_bytes <= compiled.metadata.shared <= 227 * 1024

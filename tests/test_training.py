@@ -111,6 +111,7 @@ def test_the_same_seed_gives_the_same_task():
     first, again = (load_task(TaskArguments(world_passages=1000, world_seed=4), seed=1) for _ in range(2))
     assert first.held_out["question"] == again.held_out["question"]
     assert not set(first.train["question"]) & set(first.held_out["question"])
+    assert set(first.held_out["data_source"]) == {"world"}  # one set: its average is over questions
 
 
 def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):

@@ -89,7 +89,9 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
     if arguments.questions == "world":
         world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
-        held_out = _sample(_as_dataset(world.questions("test")), arguments.max_eval_questions, seed)
+        # Its three types of question are one set: they are not weighed against each other.
+        tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
+        held_out = _sample(tested, arguments.max_eval_questions, seed)
         retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
         return Task(train, held_out, retriever)
     names = set_names(arguments.eval_questions)
@@ -121,5 +123,5 @@ def _sample(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
     return dataset.shuffle(seed=seed).select(range(limit))
 
 
-def _as_dataset(questions: Sequence[Question]) -> Dataset:
-    return Dataset.from_list([question.row() for question in questions])
+def _as_dataset(questions: Sequence[Question], **columns: str) -> Dataset:
+    return Dataset.from_list([{**question.row(), **columns} for question in questions])

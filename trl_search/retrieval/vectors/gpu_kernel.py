@@ -20,6 +20,8 @@ from trl_search.retrieval.vectors.exact import GROUP
 if TYPE_CHECKING:
     import torch
 
+TILE_DIM = 64  # dimensions that are multiplied at a time
+
 
 def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tensor:
     """As `exact.group_maxima`, for float16 rows and queries on one GPU."""
@@ -29,9 +31,7 @@ def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch
     batch = len(queries_BD)
     groups = -(-count // GROUP)
     maxima_BG = torch.empty((batch, groups), dtype=torch.float32, device=rows_ND.device)
-    # Tensor cores take 16 queries at least. Few queries are bound by memory, many by the products.
-    tile_queries = 16 if batch <= 16 else 64 if batch <= 64 else 128
-    tile_rows, warps, stages = (256, 8, 3) if tile_queries == 128 else (128, 4, 4)
+    tile_queries, tile_rows, warps, stages = choose_tile(batch)
     query_tiles = -(-batch // tile_queries)
     _maxima_of_tile[(-(-count // tile_rows) * query_tiles,)](
         rows_ND,
@@ -45,11 +45,18 @@ def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch
         GROUP_ROWS=GROUP,
         TILE_ROWS=tile_rows,
         TILE_QUERIES=tile_queries,
-        TILE_DIM=64,
+        TILE_DIM=TILE_DIM,
         num_warps=warps,
         num_stages=stages,
     )
     return maxima_BG
+
+
+def choose_tile(batch: int) -> tuple[int, int, int, int]:
+    """Queries and rows of a tile, its warps, and the stages of its pipeline."""
+    # Tensor cores take 16 queries at least. Few queries are bound by memory, many by the products.
+    queries = 16 if batch <= 16 else 64 if batch <= 64 else 128
+    return (queries, 256, 8, 3) if queries == 128 else (queries, 128, 4, 4)
 
 
 # Triton reads annotations, and takes its own alone.
