@@ -7,7 +7,6 @@ import logging
 import subprocess
 
 import numpy
-import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
@@ -15,7 +14,7 @@ from tests.conftest import make_random_model
 from tests.scripted_trainer import DATA, later_is_better, scripted_trainer
 from trl_search.config import SearchGRPOConfig
 from trl_search.records.run_folder import read_run, read_trajectories
-from trl_search.records.run_log import RunLog, cut_back, written_whole
+from trl_search.records.run_log import RunLog, cut_back
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_only_model": False}
 
@@ -144,15 +143,6 @@ def test_other_ranks_write_nothing(tmp_path, random_model, tokenizer):
     log.on_train_begin(trainer.args, trainer.state, trainer.control)
     log.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(KeyError), written_whole(path) as temporary:
-        temporary.write_text("half of the n")
-        raise KeyError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_cutting_back_keeps_what_is_no_trajectory_file(tmp_path):

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl_search.errors import UserError
 from trl_search.held_out import HeldOut, HeldOutResult
 from trl_search.outcomes import Evaluation
-from trl_search.records.run_log import written_whole
+from trl_search.whole_files import written_whole
 
 logger = logging.getLogger(__name__)
 

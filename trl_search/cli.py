@@ -18,7 +18,7 @@ import trl_search.commands
 from trl_search.errors import UserError, unknown_name
 
 # The order of a first day; commands not named here follow by name.
-ORDER = ("train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "doctor")
+ORDER = ("train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
 USER_ERROR, INTERRUPTED = 2, 130
 
 

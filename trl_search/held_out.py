@@ -26,8 +26,8 @@ from trl_search.environment import AnswerOnly, Environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.outcomes import Evaluation, Outcome, by_dataset, macro, summarize
-from trl_search.records.run_log import written_whole
 from trl_search.trainer import SearchGRPOTrainer
+from trl_search.whole_files import written_whole
 
 logger = logging.getLogger(__name__)
 

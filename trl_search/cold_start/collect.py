@@ -34,11 +34,11 @@ from trl_search.environment import Environment
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.records.run_log import written_whole
 from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
 from trl_search.text import exact_match, f1_score, last_answer
 from trl_search.types import Sampling, Trajectory
 from trl_search.wellformed import format_score
+from trl_search.whole_files import written_whole
 
 ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
 # Failed searches are judged from this many attempts on.

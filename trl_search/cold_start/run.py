@@ -28,13 +28,13 @@ from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import Protocol, load_protocol
-from trl_search.records.run_log import written_whole
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.scripts import PLAYERS, WEAK, scripted_trajectories
 from trl_search.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.task import TaskArguments, load_task
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Sampling
+from trl_search.whole_files import written_whole
 from trl_search.world import generate_world
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_search.cold_start.collect import Attempt
 from trl_search.errors import UserError
-from trl_search.records.run_log import written_whole
+from trl_search.whole_files import written_whole
 
 KEPT = "kept.parquet"
 

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_search.errors import UserError
+from trl_search.whole_files import written_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -187,13 +187,9 @@ def _writable(path: Path, force: bool) -> Path:
 
 
 def _write(questions: datasets.Dataset, path: Path) -> None:
-    """Under another name first: the rows may have been read from the very file that is replaced."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Whole, and under another name first: the rows may have been read from the very file that is replaced."""
+    with written_whole(path) as unfinished:
         if path.suffix == ".parquet":
             questions.to_parquet(unfinished)
         else:
             questions.to_json(unfinished, orient="records", lines=True, force_ascii=False)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Train a policy to search with GRPO, from a recipe.
+"""Trains a policy to search with GRPO, from a recipe.
 
     trl-search train quickstart                                   a recipe that ships, by name
     trl-search train recipes/qwen3b.yaml --learning_rate 5e-7     a file; every key can be overridden

@@ -46,11 +46,11 @@ from trl_search.evaluation.table import Results, results_markdown
 from trl_search.outcomes import Evaluation, Outcome, macro, summarize
 from trl_search.policies.loading import load_tokenizer
 from trl_search.records.provenance import git_state, hardware, versions
-from trl_search.records.run_log import written_whole
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import MANIFEST, read_manifest
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Sampling
+from trl_search.whole_files import written_whole
 from trl_search.world import World, generate_world
 
 FORMAT = 1

@@ -21,9 +21,9 @@ from trl_search.environment import Environment, SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.evaluate import mode_protocol, rag_messages
 from trl_search.records.provenance import without_secrets
-from trl_search.records.run_log import written_whole
 from trl_search.retrieval.index import MANIFEST
 from trl_search.types import Passage
+from trl_search.whole_files import written_whole
 
 FORMAT = 1
 SETTINGS = "settings.json"

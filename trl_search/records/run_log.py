@@ -6,14 +6,12 @@ A run that starts from step 0 in a folder with the records of another puts these
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import logging
 import math
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_search.records.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
 from trl_search.records.run_folder import FORMAT, INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER, step_of
+from trl_search.whole_files import written_whole
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `path` at the end: whoever reads `path` sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class RunLog(TrainerCallback):

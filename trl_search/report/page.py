@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -26,8 +25,8 @@ from trl_search.report.figures import run_names
 from trl_search.report.panels import PANELS, History, curve, lines_of, points
 from trl_search.report.reflection import correlate, reflection_points, words
 from trl_search.report.trajectories import PageTrajectories, page_trajectories
+from trl_search.whole_files import written_whole
 
-MAX_RUNS = 2
 ALARM_PREFIX = "alarm/"
 MAX_TRAJECTORIES = 2000
 # In the head of each page, so that only a page of ours is written over.
@@ -60,14 +59,9 @@ def write_report(
     output = Path(output)
     check_output(output, force=force)
     page = build_page(runs, max_trajectories=max_trajectories)
-    output.parent.mkdir(parents=True, exist_ok=True)
     # Whoever has the old page open, or runs out of disk, keeps a whole one.
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return output
 
 
@@ -83,8 +77,7 @@ def check_output(output: Path, *, force: bool) -> None:
 
 def build_page(runs: Sequence[Run], *, max_trajectories: int = MAX_TRAJECTORIES) -> str:
     """The report as a string; see `write_report`."""
-    if not 1 <= len(runs) <= MAX_RUNS:
-        raise UserError(f"a report shows one run or compares two, not {len(runs)}")
+    names = run_names(runs)
     if max_trajectories < 0:
         raise UserError(f"--max_trajectories is {max_trajectories}: give 0 for none, or more")
     try:
@@ -93,7 +86,6 @@ def build_page(runs: Sequence[Run], *, max_trajectories: int = MAX_TRAJECTORIES)
         raise UserError('the report needs jinja2: pip install "trl-search[report]"') from error
 
     trajectories = page_trajectories(runs, max_trajectories)
-    names = run_names(runs)
     data = {
         "meta": _meta(runs, names, trajectories),
         "rows": trajectories.rows,
