@@ -164,3 +164,11 @@ def test_the_adapter_reaches_the_engine_after_every_step(seen):
     training = seen["training"]
     assert len(training["logged"]) == 2 and max(training["logged"]) < 1e-3
     assert training["stale"] > 0.05 and training["synced"] < 1e-3
+
+
+def test_an_evaluation_during_training_is_by_the_engine_with_the_last_weights(seen):
+    evaluated = seen["training"]["held_out"]
+    engine, model = evaluated["engine"], evaluated["model"]
+    assert engine["questions"] == model["questions"] == 8 and evaluated["metrics"]["eval/em"] == engine["em"]
+    assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)  # greedy, but for a tie
+    assert engine["searches"] == pytest.approx(model["searches"], abs=0.25)

@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from tests.scripted_trainer import real_trainer, steps
+from tests.scripted_trainer import ROWS, real_trainer, steps
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
+from trl_search.evaluate import answer_questions
+from trl_search.held_out import HeldOut
+from trl_search.outcomes import Evaluation, summarize
 from trl_search.policies.base import Policy
+from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.retrieval import load_retriever
 from trl_search.rollout import Limits, rollout, run_sync
@@ -63,9 +68,28 @@ def adapter_after_two_steps(trainer: SearchGRPOTrainer) -> dict[str, Any]:
     """Trains, and compares the engine's logprobs with the trainer's: before the last weights went over, and after."""
     trainer.train()
     stale = disagreement(trainer)
-    trainer.vllm_generation.sync_weights()
+    evaluated = held_out(trainer)  # which sends the last weights over
     logged = [step["sampling/sampling_logp_difference/max"] for step in steps(trainer)]
-    return {"logged": logged, "stale": stale, "synced": disagreement(trainer)}
+    return {"logged": logged, "stale": stale, "synced": disagreement(trainer), "held_out": evaluated}
+
+
+def held_out(trainer: SearchGRPOTrainer) -> dict[str, Any]:
+    """An evaluation during training, by the engine; and the same questions asked of the model itself."""
+    questions = [{**row, "id": str(number), "data_source": "books"} for number, row in enumerate(ROWS)]
+    by_engine = HeldOut(trainer, Dataset.from_list(questions)).measure()
+    args, tokenizer = trainer.args, trainer.processing_class
+    by_model = answer_questions(
+        "search",
+        questions,
+        policy=TransformersPolicy(trainer.model, tokenizer),
+        tokenizer=tokenizer,
+        environment=trainer.environment,
+        limits=args.limits,
+        protocol=args.protocol,
+        instruction=args.instruction,
+        progress=False,
+    )
+    return {"metrics": by_engine.metrics, "engine": by_engine.average, "model": summarize("search", by_model)}
 
 
 def disagreement(trainer: SearchGRPOTrainer) -> float:
@@ -228,8 +252,8 @@ def too_little_room(trainer: SearchGRPOTrainer) -> str:
 
 
 def readable(value: Any) -> Any:
-    """For `json`: completions as objects, errors as their text."""
-    if isinstance(value, Completion):
+    """For `json`: completions and evaluations as objects, errors as their text."""
+    if isinstance(value, (Completion, Evaluation)):
         return dataclasses.asdict(value)
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
