@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 Result = TypeVar("Result")
 
+INTERRUPT_S = 0.2  # until an interrupt is noticed, at most
 # The seed's inference script: sampled at 0.7.
 SAMPLING = Sampling(temperature=0.7)
 
@@ -166,6 +168,9 @@ class Chat:
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
+            # An interrupt that another thread was given does not wake this one: it looks for itself.
+            while not wait([future], timeout=INTERRUPT_S).done:
+                continue
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
