@@ -34,7 +34,7 @@ from trl.models import unwrap_model_for_generation
 
 from trl_search.alarms import CollapseAlarm
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.environment import AnswerOnly, Environment, search_environment
 from trl_search.errors import UserError
 from trl_search.logprobs import make_logprobs
 from trl_search.metrics import merge_retrieval_metrics, trajectory_metrics
@@ -352,18 +352,6 @@ class SearchGRPOTrainer(GRPOTrainer):
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
-
-
-def search_environment(retriever: Retriever, args: SearchGRPOConfig) -> SearchEnvironment:
-    """The default world, as the configuration has it: the same in training and in evaluation."""
-    return SearchEnvironment(
-        retriever,
-        top_k=args.passages_per_query,
-        max_searches=args.max_searches,
-        max_queries=args.max_queries_per_search,
-        timeout_s=args.search_timeout_s,
-        passage_template=args.passage_template,
-    )
 
 
 class _Unread:

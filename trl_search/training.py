@@ -29,6 +29,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_search.best_checkpoint import LINK, BestCheckpoint, is_whole, read_best
 from trl_search.config import SearchGRPOConfig
+from trl_search.environment import search_environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.held_out import EvaluateEvery, HeldOut, summarize_held_out
@@ -41,7 +42,7 @@ from trl_search.retrieval import load_retriever
 from trl_search.sft import warm_start
 from trl_search.task import Task, TaskArguments, load_task
 from trl_search.tiny_policy import tiny_policy_path
-from trl_search.trainer import SearchGRPOTrainer, search_environment
+from trl_search.trainer import SearchGRPOTrainer
 from trl_search.world import generate_world
 
 __all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]

@@ -22,13 +22,13 @@ from trl_search.agent_settings import SETTINGS_FILE, AgentSettings
 from trl_search.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.cold_start.select import Rules, describe, select, write_kept
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import SearchEnvironment
+from trl_search.environment import search_environment
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import Protocol, load_protocol
-from trl_search.retrieval import Retriever, load_retriever
+from trl_search.retrieval import load_retriever
 from trl_search.scripts import PLAYERS, WEAK, scripted_trajectories
 from trl_search.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.task import TaskArguments, load_task
@@ -167,7 +167,7 @@ def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, protocol: 
         n=config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         quality=_shares(arguments.quality),
         seed=config.seed,
-        environment=_environment(arguments, retriever),
+        environment=search_environment(retriever, arguments),
     )
     return sft_dataset(trajectories, max_tokens=config.max_length)
 
@@ -195,7 +195,7 @@ def _collect_and_choose(
         folder,
         rows,
         policy=lambda: _policy(teacher, arguments, config, protocol.tokenizer, model_config),
-        environment=_environment(arguments, task.retriever),
+        environment=search_environment(task.retriever, arguments),
         protocol=protocol,
         limits=arguments.agent.limits,
         sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
@@ -259,17 +259,6 @@ def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None
             f"the server at {url} has another tokenizer than the model that is trained, so its tokens mean something "
             "else: serve a teacher of the same family"
         )
-
-
-def _environment(arguments: ColdStartArguments, retriever: Retriever) -> SearchEnvironment:
-    return SearchEnvironment(
-        retriever,
-        top_k=arguments.passages_per_query,
-        max_searches=arguments.max_searches,
-        max_queries=arguments.max_queries_per_search,
-        timeout_s=arguments.search_timeout_s,
-        passage_template=arguments.passage_template,
-    )
 
 
 def _load_model(name: str, model_config: ModelConfig) -> PreTrainedModel:

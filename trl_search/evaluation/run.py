@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from trl_search.agent_settings import AgentSettings
-from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.environment import AnswerOnly, Environment, search_environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.evaluation.backends import Backend, open_policy
@@ -102,7 +102,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     model = tiny_policy_path() if plan.model == "tiny" else plan.model
     tokenizer = load_tokenizer(model)
     retriever, description = _retriever(plan, world)
-    environment = _environment(retriever, plan.agent)
+    environment = AnswerOnly() if retriever is None else search_environment(retriever, plan.agent)
 
     # 2. What the folder was begun with.
     folder = plan.output
@@ -275,19 +275,6 @@ def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[
     elif Path(what, MANIFEST).is_file():
         what, options = read_manifest(what).kind, {"index": what, **options}
     return load_retriever(what, **options), describe_retriever(what, options)
-
-
-def _environment(retriever: Retriever | None, agent: AgentSettings) -> Environment:
-    if retriever is None:
-        return AnswerOnly()
-    return SearchEnvironment(
-        retriever,
-        top_k=agent.passages_per_query,
-        max_searches=agent.max_searches,
-        max_queries=agent.max_queries_per_search,
-        timeout_s=agent.search_timeout_s,
-        passage_template=agent.passage_template,
-    )
 
 
 @contextmanager
