@@ -7,10 +7,6 @@ where two tokens are as likely as each other and another order of additions deci
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.servers import retrieve_from, serving
-from tests.vllm_engine import VLLMServer, make_model_folder, require_vllm, vllm_environment
+from tests.vllm_engine import VLLMServer, make_model_folder, require_vllm, run_with_vllm
 from trl_search.cli import main
 
 TIMEOUT_S = 280
@@ -73,21 +69,9 @@ def agreement(one, other):
 
 def test_an_engine_in_the_process_with_an_adapter(folder, searched, capsys):
     engine = ["--backend", "vllm", "--engine_options", '{"max_model_len": 1024, "enforce_eager": true}']
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_search", *command(folder, "adapter", searched, "engine", *engine)],
-        cwd=folder,
-        env=vllm_environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"the engine hung for {TIMEOUT_S} s:\n{process.communicate()[0][-4000:]}", pytrace=False)
-    assert process.returncode == 0, output[-4000:]
+    words = ["-m", "trl_search", *command(folder, "adapter", searched, "engine", *engine)]
+    process = run_with_vllm(folder, words, timeout_s=TIMEOUT_S)
+    assert process.returncode == 0, process.stdout[-4000:]
     assert main(command(folder, "adapter", searched, "adapter-here")) == 0
     assert main(command(folder, "model", searched, "model-here")) == 0
     capsys.readouterr()
@@ -99,13 +83,7 @@ def test_an_engine_in_the_process_with_an_adapter(folder, searched, capsys):
 
 
 def test_a_server_that_runs(folder, searched, capsys):
-    server = VLLMServer(
-        folder / "model",
-        folder,
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"),
-        *("--logprobs-mode", "processed_logprobs", "--distributed-executor-backend", "uni"),
-        *("--served-model-name", "tiny"),
-    )
+    server = VLLMServer(folder / "model", folder)
     server.start()
     try:
         server.wait()

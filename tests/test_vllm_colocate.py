@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.vllm_colocate_run import GREEDY, LIMITS, PROTOCOLS, ROOM
-from tests.vllm_engine import make_model_folder, require_vllm, vllm_environment
+from tests.vllm_colocate_run import GREEDY, LIMITS, PROTOCOLS, ROOM, check_held_out
+from tests.vllm_engine import make_model_folder, require_vllm, run_with_vllm
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
 
@@ -54,23 +50,9 @@ def seen(folder, prompts):
     """What the process wrote down."""
     require_vllm()
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.vllm_colocate_run", str(folder)],
-        cwd=folder,
-        env=vllm_environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the engine hung for {TIMEOUT_S} s:\n{output[-4000:]}", pytrace=False)
+    process = run_with_vllm(folder, ["-m", "tests.vllm_colocate_run", str(folder)], timeout_s=TIMEOUT_S)
     if process.returncode:
-        pytest.fail(output[-4000:], pytrace=False)
+        pytest.fail(process.stdout[-4000:], pytrace=False)
     return json.loads((folder / "colocate.json").read_text(encoding="utf-8"))
 
 
@@ -167,8 +149,4 @@ def test_the_adapter_reaches_the_engine_after_every_step(seen):
 
 
 def test_an_evaluation_during_training_is_by_the_engine_with_the_last_weights(seen):
-    evaluated = seen["training"]["held_out"]
-    engine, model = evaluated["engine"], evaluated["model"]
-    assert engine["questions"] == model["questions"] == 8 and evaluated["metrics"]["eval/em"] == engine["em"]
-    assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)  # greedy, but for a tie
-    assert engine["searches"] == pytest.approx(model["searches"], abs=0.25)
+    check_held_out(seen["training"]["held_out"])

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.vllm_engine import VLLMServer, make_model_folder, require_vllm, vllm_environment
+from tests.vllm_colocate_run import check_held_out
+from tests.vllm_engine import VLLMServer, make_model_folder, require_vllm, run_with_vllm
 from trl_search.doctor import Status, server_checks
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
@@ -45,10 +44,7 @@ def server(folder):
     server = VLLMServer(
         folder,
         folder.parent,
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--logprobs-mode", "processed_logprobs", "--distributed-executor-backend", "uni"),
-        *("--served-model-name", "tiny", "--weight-transfer-config", '{"backend": "nccl"}'),
-        *("--enable-lora", "--max-lora-rank", "8"),
+        *("--weight-transfer-config", '{"backend": "nccl"}', "--enable-lora", "--max-lora-rank", "8"),
     )
     server.start()
     server.wait()
@@ -211,29 +207,34 @@ def test_doctor_finds_this_server_well_but_for_its_cpu(server):
 
 def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
     """Each step samples from the weights of the one before: where they had not arrived, the difference would show."""
-    command = [sys.executable, "-m", "tests.vllm_server_run", str(folder.parent), server.url]
-    run = subprocess.run(
-        command, cwd=folder.parent, env=vllm_environment(folder.parent), capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = run_with_vllm(folder.parent, ["-m", "tests.vllm_server_run", str(folder.parent), server.url], timeout_s=200)
+    assert run.returncode == 0, run.stdout[-4000:]
     seen = json.loads((folder.parent / "server.json").read_text(encoding="utf-8"))
     assert len(seen["logged"]) == 2 and max(seen["logged"]) < 1e-3
     assert seen["stale"] > 0.05 and seen["synced"] < 1e-3
     assert seen["served"] == ["tiny", "policy-3"]  # the ones before were unloaded
+    check_held_out(seen["held_out"])  # an evaluation during training, by the server
+
+
+def kill_in_the_middle(server, rollout):
+    """Starts the rollout, and kills the server once a completion of it is done."""
+    before = server.metric("vllm:request_success_total")
+    thread = ThreadPoolExecutor(1)
+    running = thread.submit(rollout)
+    while server.metric("vllm:request_success_total") == before:
+        time.sleep(0.02)
+    server.kill()
+    thread.shutdown(wait=False)
+    return running
 
 
 def test_killed_and_restarted_in_the_middle_of_a_rollout(server, tokenizer, world, retriever):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     policy = VLLMServerPolicy(server.url, patience_s=200)
     undisturbed = search(policy, protocol, world, retriever, 16)
-    asked = server.metric("vllm:request_success_total")
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(search, policy, protocol, world, retriever, 16)
-        while server.metric("vllm:request_success_total") == asked:
-            time.sleep(0.02)
-        server.kill()
-        server.start()
-        disturbed = running.result()
+    running = kill_in_the_middle(server, lambda: search(policy, protocol, world, retriever, 16))
+    server.start()
+    disturbed = running.result()
     assert policy.restarted
     # Seeds make the second try the first one again; and the weights of this server never change.
     assert [t.ids for t in disturbed] == [t.ids for t in undisturbed]
@@ -242,10 +243,9 @@ def test_killed_and_restarted_in_the_middle_of_a_rollout(server, tokenizer, worl
 def test_gone_for_good(server, tokenizer, world, retriever):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     policy = VLLMServerPolicy(server.url, patience_s=1)
-    threading.Timer(0.4, server.kill).start()
+    running = kill_in_the_middle(server, lambda: search(policy, protocol, world, retriever, 16))
     with pytest.raises(UserError, match=rf"{server.url} was lost, and did not come back.*start it again"):
-        while True:
-            search(policy, protocol, world, retriever, 16)
+        running.result()
     with pytest.raises(UserError, match=rf"no vLLM server answers at {server.url} .*vllm_server_base_url"):
         generate(VLLMServerPolicy(server.url))
 

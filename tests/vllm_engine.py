@@ -35,6 +35,12 @@ ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+# Every test's server. The CPU build breaks on a seeded request whose prompt is split over two steps.
+SERVER_FLAGS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill"),
+    *("--logprobs-mode", "processed_logprobs", "--distributed-executor-backend", "uni"),
+    *("--served-model-name", "tiny"),
+)
 # What a server must not take from the model's folder: Qwen2.5-Instruct's generation config has all of these.
 GENERATION_CONFIG = {"repetition_penalty": 1.3, "temperature": 0.2, "top_p": 0.5, "top_k": 3, "do_sample": True}
 
@@ -82,7 +88,7 @@ class VLLMServer:
     def start(self) -> None:
         """Starts the process, and returns before the server is ready."""
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *SERVER_FLAGS, *self.flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -128,3 +134,23 @@ def _package_named_vllm(scratch: Path) -> Path:
     metadata.parent.mkdir(parents=True, exist_ok=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
     return scratch / "site"
+
+
+def run_with_vllm(folder: Path, arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` where vLLM can be imported; one that hangs fails the test, and its engine ends with it."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=vllm_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the engine hung for {timeout_s} s:\n{output[-4000:]}", pytrace=False)
+    return subprocess.CompletedProcess(arguments, process.returncode, output)

@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 
-from tests.vllm_colocate_run import adapter_after_two_steps, make_trainer
+from tests.vllm_colocate_run import adapter_after_two_steps, make_trainer, readable
 
 
 def main(folder: Path, url: str) -> None:
     trainer = make_trainer(folder, vllm_mode="server", vllm_server_base_url=url, max_steps=2)
     seen: dict[str, Any] = adapter_after_two_steps(trainer)
     seen["served"] = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
-    (folder / "server.json").write_text(json.dumps(seen), encoding="utf-8")
+    (folder / "server.json").write_text(json.dumps(seen, default=readable), encoding="utf-8")
 
 
 if __name__ == "__main__":
