@@ -187,8 +187,8 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     def listen(event: Event) -> None:
         events.append(event)
         if isinstance(event, Searching):
-            # As a terminal does it: the signal wakes the thread that waits.
-            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+            # A terminal's signal may be given to any thread, and then does not wake the one that waits.
+            threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
 
     with scripted(tokenizer, turns, retriever) as chat:
         with pytest.raises(KeyboardInterrupt):

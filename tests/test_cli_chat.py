@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -171,9 +172,21 @@ def plain(shown: str) -> str:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    """A session with the tiny policy."""
-    terminal = Terminal(sys.executable, "-m", "trl_search", *TINY)
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A session with the tiny policy. While there is a file `slow`, its searches take 20 seconds."""
+    program = f"""
+import os, sys, time
+from trl_search.cli import main
+from trl_search.retrieval.bm25 import BM25Retriever
+search = BM25Retriever.search
+slow = {str(tmp_path / "slow")!r}
+def slowly(self, queries, k):
+    time.sleep(20 if os.path.exists(slow) else 0)
+    return search(self, queries, k)
+BM25Retriever.search = slowly
+sys.exit(main({list(TINY)!r}))
+"""
+    terminal = Terminal(sys.executable, "-c", program)
     yield terminal
     if terminal.process.poll() is None:
         terminal.process.send_signal(signal.SIGKILL)
@@ -182,7 +195,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 @pytest.mark.slow
-def test_a_session_on_a_terminal(terminal: Terminal):
+def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     prompt = r"(?:\n|\^C)> $"
     # 1. It says what can be asked in this world.
     shown = terminal.until(prompt)
@@ -196,7 +209,20 @@ def test_a_session_on_a_terminal(terminal: Terminal):
     assert f"<answer> {QUESTIONS[0].golden_answers[0]} </answer>" in plain(shown)
     terminal.until(prompt)
 
-    # 3. Ctrl-C at the prompt ends the line and not the session; commands work.
+    # 3. Ctrl-C during a search gives the prompt back at once, and the next question is answered.
+    (tmp_path / "slow").touch()
+    terminal.type(f"{ASKED[0]}\n")
+    terminal.until("searching: ")
+    pressed = time.monotonic()
+    terminal.type("\x03")
+    terminal.until(prompt)
+    assert time.monotonic() - pressed < 15, "it waited for the search"
+    (tmp_path / "slow").unlink()
+    terminal.type(f"{ASKED[1]}\n")
+    assert f"<answer> {QUESTIONS[1].golden_answers[0]} </answer>" in plain(terminal.until(r"seed \d+\]"))
+    terminal.until(prompt)
+
+    # 4. Ctrl-C at the prompt ends the line and not the session; commands work.
     terminal.type("half a quest\x03")
     terminal.until(prompt)
     terminal.type("/k 1\n")
@@ -208,6 +234,6 @@ def test_a_session_on_a_terminal(terminal: Terminal):
     assert "1. " in shown and "2. " not in shown
     terminal.until(prompt)
 
-    # 4. Ctrl-D ends it.
+    # 5. Ctrl-D ends it.
     terminal.type("\x04")
     assert terminal.process.wait(timeout=60) == 0
