@@ -325,6 +325,16 @@ def test_half_a_record_is_not_guessed_at(tmp_path, text, message):
         read_settings(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"r": 4', "adapter_config.json is not JSON.*save the adapter anew"), ('{"r": 4}', "no base model")],
+)
+def test_a_damaged_adapter_is_named(tmp_path, retriever, text, message):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_chat(str(tmp_path), retriever)
+
+
 # The screen
 
 

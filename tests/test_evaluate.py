@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 
 import pytest
@@ -12,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, SearchEnvironment
 from trl_search.errors import UserError
-from trl_search.evaluate import MODES, answer_questions, evaluate
+from trl_search.evaluate import MODES, answer_questions
+from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits
@@ -51,8 +51,8 @@ def test_the_shipped_policy_in_every_mode(tiny, world, retriever):
     rows = [question.row() for question in world.questions("test", limit=40)]
     environment = SearchEnvironment(retriever)
     options = {"policy": policy, "tokenizer": tokenizer, "environment": environment, "limits": LIMITS}
-    search = evaluate("search", rows, instruction="", **options)
-    rag, direct, cot = (evaluate(mode, rows, **options) for mode in ("rag", "direct", "cot"))
+    search = summarize("search", answer_questions("search", rows, instruction="", **options))
+    rag, direct, cot = (summarize(mode, answer_questions(mode, rows, **options)) for mode in ("rag", "direct", "cot"))
     assert search.em > 0.8 > 0.7 > rag.em > direct.em
     assert direct.em < 0.35  # a guess at a comparison is right half of the time
     assert 1.2 < search.searches < 2.2 and rag.searches == direct.searches == cot.searches == 0
@@ -114,13 +114,16 @@ def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
         number = next(i for i in range(6) if f"Novel {i}" in prompt)
         return [*(turns[number] if mode == "search" else []), answer]
 
-    result = evaluate(
+    result = summarize(
         mode,
-        ROWS,
-        policy=ScriptedPolicy(tokenizer, script),
-        tokenizer=tokenizer,
-        environment=SearchEnvironment(FixedRetriever([], poison="Novel 4")),
-        limits=LIMITS,
+        answer_questions(
+            mode,
+            ROWS,
+            policy=ScriptedPolicy(tokenizer, script),
+            tokenizer=tokenizer,
+            environment=SearchEnvironment(FixedRetriever([], poison="Novel 4")),
+            limits=LIMITS,
+        ),
     )
     assert (result.questions, result.failed, result.em) == (6, 1, 1.0)
     assert result.errors == {"the index is on fire": 1}
@@ -128,8 +131,11 @@ def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
 
 def test_where_all_failed_there_is_no_score(tokenizer):
     policy, retriever = says(tokenizer, Answer("x")), FixedRetriever([], poison="Novel")
-    result = evaluate(
-        "rag", ROWS, policy=policy, tokenizer=tokenizer, environment=SearchEnvironment(retriever), limits=LIMITS
+    result = summarize(
+        "rag",
+        answer_questions(
+            "rag", ROWS, policy=policy, tokenizer=tokenizer, environment=SearchEnvironment(retriever), limits=LIMITS
+        ),
     )
     assert result.failed == 6 and math.isnan(result.em) and math.isnan(result.em_ci95)
 
@@ -164,19 +170,6 @@ def test_a_question_samples_the_same_whatever_is_beside_it(tiny, world, retrieve
         return [(one.id, one.answer, one.model_tokens) for one in outcomes]
 
     assert seen(half) == seen(hot)[5:] and seen(other) != seen(hot)
-
-
-def test_records_of_other_ranks_count(tokenizer):
-    result = evaluate(
-        "direct",
-        ROWS,
-        policy=says(tokenizer, Answer("Mira Talvane")),
-        tokenizer=tokenizer,
-        environment=AnswerOnly(),
-        limits=LIMITS,
-        gather=lambda local: [*local, *(dataclasses.replace(one, em=0.0) for one in local)],
-    )
-    assert result.questions == 12 and result.em == 0.5
 
 
 def test_a_mode_that_cannot_be_is_refused(tokenizer):

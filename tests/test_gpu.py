@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.environment import SearchEnvironment
-from trl_search.evaluate import evaluate
+from trl_search.evaluate import answer_questions
+from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.rollout import Limits
 from trl_search.tiny_policy import tiny_policy_path
@@ -50,14 +51,17 @@ def test_greedy_equals_generate(tiny):
 
 def test_the_tiny_policy_searches(tiny, world, retriever):
     model, tokenizer = tiny
-    result = evaluate(
+    result = summarize(
         "search",
-        [question.row() for question in world.questions("test", limit=100)],
-        policy=TransformersPolicy(model, tokenizer),
-        tokenizer=tokenizer,
-        environment=SearchEnvironment(retriever),
-        limits=Limits(512, 96, 192),
-        instruction="",
+        answer_questions(
+            "search",
+            [question.row() for question in world.questions("test", limit=100)],
+            policy=TransformersPolicy(model, tokenizer),
+            tokenizer=tokenizer,
+            environment=SearchEnvironment(retriever),
+            limits=Limits(512, 96, 192),
+            instruction="",
+        ),
     )
     assert result.em > 0.9
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response
 
 from trl_search.environment import SearchEnvironment
-from trl_search.evaluate import evaluate
+from trl_search.evaluate import answer_questions
+from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import PROTOCOLS, SEARCH_TOOL, load_protocol
 from trl_search.retrieval import Retriever
@@ -181,14 +182,17 @@ def test_shipped_folder_is_small_and_holds_this_tokenizer() -> None:
 def test_shipped_model_searches_reads_and_answers(protocol: str, world: World, retriever: Retriever) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
-    result = evaluate(
+    result = summarize(
         "search",
-        [question.row() for question in world.questions("test", limit=24)],
-        policy=TransformersPolicy(model, tokenizer),
-        tokenizer=tokenizer,
-        environment=SearchEnvironment(retriever),
-        limits=Limits(completion_tokens=768, turn_tokens=96, observation_tokens=256),
-        protocol=protocol,
-        instruction="",
+        answer_questions(
+            "search",
+            [question.row() for question in world.questions("test", limit=24)],
+            policy=TransformersPolicy(model, tokenizer),
+            tokenizer=tokenizer,
+            environment=SearchEnvironment(retriever),
+            limits=Limits(completion_tokens=768, turn_tokens=96, observation_tokens=256),
+            protocol=protocol,
+            instruction="",
+        ),
     )
     assert result.em > 0.7 and 1.0 <= result.searches < 3.0

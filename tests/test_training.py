@@ -87,6 +87,7 @@ def test_lora_saves_an_adapter(tmp_path):
         (["--questions", "nq_hotpot"], "nq_hotpotqa"),
         (["--model_name_or_path", "/nowhere/model"], "no model at /nowhere/model"),
         (["--retriever_options", "{index}"], "retriever_options is not JSON"),
+        (["--retriever_options", "[]"], "retriever_options must be a JSON object"),
         (["--retriever", "bm52"], "bm25"),
         (["--reward_funcs", "fromat"], "format"),
         (["--world_passages", "10"], "at least"),

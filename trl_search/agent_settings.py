@@ -8,7 +8,6 @@ what it was trained with travels with it: in the folder of a run as `run.json`, 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 
 from trl_search.environment import PASSAGE_TEMPLATE
 from trl_search.errors import UserError
+from trl_search.json_objects import read_object
 from trl_search.rollout import Limits
 
 FORMAT = 1
 SETTINGS_FILE = "trl_search.json"
+REMEDY = "remove it, and say how to ask by options"
 RUN_FILE = "run.json"
 
 
@@ -81,14 +82,14 @@ def read_settings(model: str) -> AgentSettings | None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         found = _cached(model)
-        return None if found is None else settings_of(_read(Path(found)), f"{model}/{SETTINGS_FILE}")
+        return None if found is None else settings_of(read_object(Path(found), REMEDY), f"{model}/{SETTINGS_FILE}")
     if (folder / SETTINGS_FILE).is_file():
-        return settings_of(_read(folder / SETTINGS_FILE), str(folder / SETTINGS_FILE))
+        return settings_of(read_object(folder / SETTINGS_FILE, REMEDY), str(folder / SETTINGS_FILE))
     for path in (folder / RUN_FILE, folder.resolve().parent / RUN_FILE):
         if path.is_file():
-            config = _read(path).get("config")
+            config = read_object(path, REMEDY).get("config")
             if not isinstance(config, dict):
-                raise UserError(f"{path} has no config: it is half-written; remove it, and say how to ask by options")
+                raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
             return settings_of(config, str(path))
     return None
 
@@ -109,13 +110,3 @@ def _cached(model: str) -> str | None:
         )
     except OSError:
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): remove it, and say how to ask by options") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: remove it, and say how to ask by options")
-    return values

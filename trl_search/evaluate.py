@@ -29,25 +29,12 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
-from trl_search.outcomes import Evaluation, Outcome, by_dataset, macro, score, summarize
+from trl_search.outcomes import Outcome, score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.retrieval.base import RetrievalError
 from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
 from trl_search.types import Passage, Sampling, StopReason, Trajectory
-
-__all__ = [
-    "GREEDY",
-    "MODES",
-    "Evaluation",
-    "Outcome",
-    "answer_questions",
-    "by_dataset",
-    "evaluate",
-    "macro",
-    "rag_messages",
-    "summarize",
-]
 
 GREEDY = Sampling(temperature=0.0)
 MODES = ("search", "direct", "cot", "rag")
@@ -62,41 +49,6 @@ REASON_INSTRUCTION = (
 )
 # A mode that is not here asks by the protocol's own instruction.
 INSTRUCTIONS = {"direct": ANSWER_INSTRUCTION, "cot": REASON_INSTRUCTION, "rag": ANSWER_INSTRUCTION}
-
-
-def evaluate(
-    mode: str,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    environment: Environment,
-    limits: Limits,
-    protocol: str = "qwen_tools",
-    instruction: str | None = None,
-    system_prompt: str | None = None,
-    sampling: Sampling = GREEDY,
-    gather: Callable[[list[Outcome]], list[Outcome]] = lambda local: local,
-) -> Evaluation:
-    """Asks the policy every question once, greedily unless `sampling` says otherwise: all steps in one call.
-
-    Args:
-        gather (`Callable`, *optional*): Joins the outcomes of all ranks, each of which has its own `rows`.
-        **others: As for [`answer_questions`].
-    """
-    outcomes = answer_questions(
-        mode,
-        rows,
-        policy=policy,
-        tokenizer=tokenizer,
-        environment=environment,
-        limits=limits,
-        protocol=protocol,
-        instruction=instruction,
-        system_prompt=system_prompt,
-        sampling=sampling,
-    )
-    return summarize(mode, gather(outcomes))
 
 
 def answer_questions(

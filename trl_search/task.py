@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from trl_search.data import HUB_SETS, load_questions
-from trl_search.errors import UserError
+from trl_search.json_objects import parse_object
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.world import Question, generate_world
 
@@ -82,10 +81,7 @@ class Task:
 
 def load_task(arguments: TaskArguments, *, seed: int) -> Task:
     """Loads questions and retriever; everything that can be wrong with a recipe's data is said here."""
-    try:
-        options = json.loads(arguments.retriever_options)
-    except json.JSONDecodeError as error:
-        raise UserError(f"retriever_options is not JSON ({error}): {arguments.retriever_options}") from error
+    options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
     if arguments.questions == "world":
         world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)

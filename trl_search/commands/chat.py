@@ -21,7 +21,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_search.errors import UserError
 
@@ -203,16 +203,12 @@ def _asked(trained: AgentSettings, args: argparse.Namespace) -> AgentSettings:
 
 
 def _retriever(what: str, args: argparse.Namespace) -> tuple[Retriever, World | None]:
+    from trl_search.json_objects import parse_object
     from trl_search.retrieval import load_retriever
     from trl_search.retrieval.index import read_manifest
     from trl_search.world import generate_world
 
-    try:
-        options: Any = json.loads(args.retriever_options)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--retriever_options is not JSON ({error}): {args.retriever_options}") from None
-    if not isinstance(options, dict):
-        raise UserError(f"""--retriever_options must be a JSON object, '{{"provider": "serper"}}', not {options!r}""")
+    options = parse_object(args.retriever_options, "--retriever_options", '{"provider": "serper"}')
     if what == "world":
         world = generate_world(args.world_passages, args.world_seed)
         return load_retriever("bm25", passages=world.passages, **options), world

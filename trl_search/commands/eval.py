@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_search.errors import UserError, unknown_name
+from trl_search.json_objects import parse_object
 
 if TYPE_CHECKING:
     from trl_search.agent_settings import AgentSettings
@@ -133,12 +133,12 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             server=args.server,
             served_model=args.served_model,
-            engine_options=_json("engine_options", args.engine_options),
+            engine_options=parse_object(args.engine_options, "--engine_options", '{"max_model_len": 8192}'),
             concurrency=args.concurrency,
         ),
         sampling=Sampling(args.temperature, args.top_p, args.top_k, seed=args.seed),
         retriever=args.retriever,
-        retriever_options=_json("retriever_options", args.retriever_options),
+        retriever_options=parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}'),
         world_passages=args.world_passages,
         world_seed=args.world_seed,
         limit=args.limit,
@@ -177,13 +177,3 @@ def _asked(args: argparse.Namespace) -> AgentSettings:
     if asked.search_timeout_s <= 0:
         raise UserError(f"--search_timeout_s must be more than 0; got {asked.search_timeout_s}")
     return asked
-
-
-def _json(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--{option} is not JSON ({error}): {text}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"--{option} must be a JSON object, not {text}")
-    return value

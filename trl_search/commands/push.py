@@ -76,14 +76,15 @@ def read_facts(
 ) -> CardFacts:
     """What a card is written from, read from a run's folder, the run that a checkpoint lies in, and evaluations."""
     from trl_search.agent_settings import RUN_FILE, AgentSettings, read_settings
-    from trl_search.policies.loading import load_tokenizer
+    from trl_search.json_objects import read_object
+    from trl_search.policies.loading import load_tokenizer, read_adapter
     from trl_search.protocols import load_protocol
     from trl_search.sharing.model_card import CardFacts
-    from trl_search.sharing.publishing import CURVES, read_adapter, read_json
+    from trl_search.sharing.publishing import CURVES, DAMAGED
     from trl_search.sharing.results import evaluation_results, training_results
 
     run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
-    info = read_json(run_folder / RUN_FILE) if (run_folder / RUN_FILE).is_file() else {}
+    info = read_object(run_folder / RUN_FILE, DAMAGED) if (run_folder / RUN_FILE).is_file() else {}
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
     protocol = load_protocol(

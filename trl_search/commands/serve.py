@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.errors import UserError
+from trl_search.json_objects import parse_object
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import MANIFEST
 from trl_search.retrieval.wire import Limits
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits, config = Limits(), ServerConfig()
     parser.add_argument("kind", metavar="KIND", help="what to serve: bm25, dense, ... as for load_retriever")
     parser.add_argument("--index", metavar="DIR", help="a folder made by `trl-search index`")
-    parser.add_argument("--options", type=_options, default={}, metavar="JSON", help="further options of the kind")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="further options of the kind")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--token-file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
@@ -83,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.index is not None and not Path(args.index, MANIFEST).is_file():
         raise UserError(f"there is no finished index in {args.index}; build it with `trl-search index`")
-    options = {**args.options, **({"index": args.index} if args.index is not None else {})}
+    options = parse_object(args.options, "--options", '{"backend": "numpy"}')
+    if args.index is not None:
+        options["index"] = args.index
     source = f" from {args.index}" if args.index is not None else ""
     config = ServerConfig(
         limits=_limits(args),
@@ -140,16 +143,6 @@ def _say_ready(url: str, config: ServerConfig, started: float) -> None:
     request = '{"queries": ["who founded Orlune?"], "topk": 3, "return_scores": true}'
     print(f"ready after {time.monotonic() - started:.1f} s; try\n", flush=True)
     print(f"  curl -s {url}/retrieve{secret} -d '{request}'\n", flush=True)
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from error
-    if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f'an object such as {{"backend": "numpy"}}, not {text!r}')
-    return options
 
 
 def _limits(args: argparse.Namespace) -> Limits:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
+from trl_search.policies.loading import read_adapter
 
 BACKENDS = ("transformers", "vllm", "vllm_server")
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,6 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
         yield VLLMServerPolicy(backend.server, model=backend.served_model), {}
 
 
-def _adapter(folder: Path) -> tuple[str, int]:
-    """The base model of an adapter, and its rank."""
-    path = folder / _ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
-        return str(config["base_model_name_or_path"]), max(ranks)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the configuration of a LoRA adapter ({error}): save the adapter anew"
-        ) from None
-
-
 def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     # The policy steps the engine itself, which it can only in its own process. vLLM reads this when it is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -113,15 +99,23 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
         **backend.engine_options,
     }
     folder, request = Path(model).expanduser(), None
-    if (folder / _ADAPTER_CONFIG).is_file():
+    if (adapter := read_adapter(folder)) is not None:
         from vllm.lora.request import LoRARequest
 
         from trl_search.vllm_backend import LORA_RANKS
 
-        model, rank = _adapter(folder)
+        model, rank = adapter["base_model_name_or_path"], _rank(adapter, folder)
         room = next((size for size in LORA_RANKS if size >= rank), rank)
         options = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, **options}
         request = LoRARequest("policy", 1, str(folder.resolve()))
     engine = vllm.LLM(model=model, **options)
     dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
     return VLLMColocatePolicy(engine, lora_request=request), {"dtype": dtype}
+
+
+def _rank(adapter: Mapping[str, Any], folder: Path) -> int:
+    """The largest of an adapter's ranks."""
+    try:
+        return max([int(adapter["r"]), *map(int, (adapter.get("rank_pattern") or {}).values())])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the adapter in {folder} is not one of LoRA ({error!r}): save it anew") from None

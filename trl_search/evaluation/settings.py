@@ -20,6 +20,8 @@ from trl_search.agent_settings import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.evaluate import mode_protocol, rag_messages
+from trl_search.json_objects import read_object
+from trl_search.policies.loading import read_adapter
 from trl_search.records.provenance import without_secrets
 from trl_search.retrieval.index import MANIFEST
 from trl_search.types import Passage
@@ -47,8 +49,9 @@ def describe_model(name: str) -> dict[str, Any]:
     for path in files:
         with path.open("rb") as content:
             digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    base = _base_of(folder)
-    return {"sha256": digest.hexdigest(), **({"adapter_of": describe_model(base)} if base else {})}
+    adapter = read_adapter(folder)
+    base = {} if adapter is None else {"adapter_of": describe_model(adapter["base_model_name_or_path"])}
+    return {"sha256": digest.hexdigest(), **base}
 
 
 def describe_retriever(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +98,8 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
         if folder.exists() and (not folder.is_dir() or any(not one.name.startswith(".") for one in folder.iterdir())):
             raise UserError(f"{folder} holds something else than an evaluation: give --output a folder of its own")
         return None
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): give another --output, or remove this folder") from error
-    if not isinstance(settings, dict) or "sets" not in settings:
+    settings = read_object(path, "give another --output, or remove this folder")
+    if "sets" not in settings:
         raise UserError(f"{path} is not that of an evaluation: give another --output")
     return settings
 
@@ -139,11 +139,6 @@ def compared_settings(**values: Any) -> dict[str, Any]:
     """The settings as JSON holds them: a value that was read back is equal to one that was not."""
     settings: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **values}))
     return settings
-
-
-def _base_of(folder: Path) -> str | None:
-    path = folder / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
 
 
 def _indexes(options: Any) -> Iterator[dict[str, Any]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_search.errors import UserError
+from trl_search.json_objects import read_object
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model on the hub or in a folder; an adapter's folder without one has its base model's."""
     name = model_source(name)
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name = str(json.loads(adapter.read_bytes())["base_model_name_or_path"])
+    adapter = read_adapter(Path(name))
+    if adapter is not None and not (Path(name) / "tokenizer_config.json").is_file():
+        name = adapter["base_model_name_or_path"]
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -54,14 +57,25 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
     return model.to(target).eval()  # type: ignore[arg-type]
 
 
+def read_adapter(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the PEFT adapter in a folder, which names its base model; `None` where there is none."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    config = read_object(path, "save the adapter anew")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise UserError(f"{path} names no base model (base_model_name_or_path): save the adapter anew")
+    return config
+
+
 def model_source(name: str) -> str:
     """The name as `from_pretrained` takes it; a folder without a model, or one that is not there, is an error."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             found = sorted((folder for folder in path.glob("*/") if (folder / "config.json").is_file()), key=_number)
             hint = f"; one lies in {found[-1]}" if found else ""
-            raise UserError(f"{path} holds no model: it has neither config.json nor adapter_config.json{hint}")
+            raise UserError(f"{path} holds no model: it has neither config.json nor {ADAPTER_CONFIG}{hint}")
         return str(path)
     if path.exists():
         raise UserError(f"{path} is a file: give the folder that it lies in")

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from trl_search.agent_settings import SETTINGS_FILE
 from trl_search.errors import UserError
+from trl_search.json_objects import read_object
 
 CARD = "README.md"
 CURVES = "curves.png"
@@ -27,6 +28,7 @@ MODEL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+DAMAGED = "it was written only half, or damaged"
 TRAJECTORIES = "trajectories/*.parquet"
 
 
@@ -66,7 +68,7 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
         raise UserError(f"{folder} has no tokenizer: save it there (tokenizer.save_pretrained), or nobody can ask")
     for name in names:
         if name.endswith(".index.json"):
-            missing = set(read_json(folder / name)["weight_map"].values()) - weights
+            missing = set(read_object(folder / name, DAMAGED)["weight_map"].values()) - weights
             if missing:
                 raise UserError(
                     f"{folder} is not whole: {name} names {', '.join(sorted(missing))}, which is not there"
@@ -127,12 +129,6 @@ def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
         raise UserError(f"the hub cannot be reached ({error}): check the network, or use --dry_run") from error
 
 
-def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """`adapter_config.json`; `None` where the folder holds a full model."""
-    path = folder / "adapter_config.json"
-    return read_json(path) if path.is_file() else None
-
-
 def settings_text(settings: Mapping[str, Any]) -> dict[str, str]:
     """`trl_search.json`, by its name."""
     return {SETTINGS_FILE: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
@@ -146,17 +142,6 @@ def _check_weights(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or was cut off ({error}): save the model again") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that a run has written."""
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): it was written only half, or damaged") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: it was written only half, or damaged")
-    return value
 
 
 def _size(size: int) -> str:

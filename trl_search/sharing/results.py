@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.errors import UserError
-from trl_search.sharing.publishing import read_json
+from trl_search.json_objects import read_object
+from trl_search.sharing.publishing import DAMAGED
 
 RESULTS_FILE = "results.json"
 MACRO = "macro"  # of `trl-search eval`: the average over its sets
@@ -40,7 +41,7 @@ def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> 
     """
     if not (folder / RESULTS_FILE).is_file():
         return []
-    rows = read_json(folder / RESULTS_FILE).get("rows")
+    rows = read_object(folder / RESULTS_FILE, DAMAGED).get("rows")
     if not isinstance(rows, dict):
         raise UserError(f"{folder / RESULTS_FILE} is not of a training: is {folder} the folder of an evaluation?")
     sets = task.get("held_out_questions")
@@ -56,7 +57,7 @@ def evaluation_results(folder: Path) -> list[Result]:
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
-    modes = read_json(path).get("results")
+    modes = read_object(path, DAMAGED).get("results")
     if not isinstance(modes, dict):
         raise UserError(f"{path} is not of an evaluation: give the --output of a `trl-search eval`")
     lines: list[Result] = []

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from trl_search.environment import SearchEnvironment
-from trl_search.evaluate import evaluate
+from trl_search.evaluate import answer_questions
+from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.retrieval.bm25 import BM25Retriever
 from trl_search.rollout import Limits
@@ -95,7 +96,7 @@ def report(folder: Path, device: torch.device, *, questions: int, passages: int,
     runs += [("rag", "qwen_tools", group) for group in groups] + [("direct", "qwen_tools", "mixed")]
     for mode, protocol, group in runs:
         started = time.monotonic()
-        result = evaluate(
+        outcomes = answer_questions(
             mode,
             groups[group],
             policy=policy,
@@ -105,6 +106,7 @@ def report(folder: Path, device: torch.device, *, questions: int, passages: int,
             protocol=protocol,
             instruction="" if mode == "search" else None,
         )
+        result = summarize(mode, outcomes)
         seconds = time.monotonic() - started
         print(
             f"{mode:7} {protocol:12} {group:11} EM {result.em:.3f} ± {result.em_ci95:.3f}  "
