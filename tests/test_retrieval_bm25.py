@@ -21,7 +21,7 @@ from trl_search.errors import UserError
 from trl_search.retrieval import RetrievalError, Retriever, load_retriever
 from trl_search.retrieval.analyzer import Analyzer
 from trl_search.retrieval.bm25 import BM25Retriever
-from trl_search.retrieval.bm25s import MARGIN, BM25SEngine
+from trl_search.retrieval.bm25s import BM25SEngine
 from trl_search.retrieval.index import build_index, read_manifest
 from trl_search.types import Passage
 
@@ -39,7 +39,7 @@ def ids(found: list[Passage]) -> list[str]:
 def scores_of(retriever: Retriever) -> Any:
     """The `bm25s.BM25` inside."""
     assert isinstance(retriever, BM25Retriever) and isinstance(retriever._engine, BM25SEngine)
-    return retriever._engine._scores
+    return retriever._engine.scores
 
 
 def test_the_score_is_bm25() -> None:
@@ -55,10 +55,10 @@ def test_the_score_is_bm25() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tie_that_reaches_past_everything_fetched_is_still_in_corpus_order(backend: str) -> None:
-    copies = 40 * MARGIN
+def test_a_long_tie_is_in_corpus_order(backend: str) -> None:
+    copies = 500
     retriever = BM25Retriever.from_passages(passages("vesk", *["lantern"] * copies, "vesk lantern"), backend=backend)
-    for k in (1, 3, MARGIN, copies):
+    for k in (1, 3, 13, copies):
         (found,) = retriever.search(["lantern"], k=k)
         assert ids(found) == [str(row) for row in range(1, k + 1)]
 
@@ -137,23 +137,15 @@ def test_a_pasted_page_holds_nobody_up() -> None:
     assert time.monotonic() - started < 3  # 15,000 terms of 20,000 postings each would take ten times that
 
 
-def test_one_search_at_a_time_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    retriever = BM25Retriever.from_passages(passages("lantern", "harbour"))
-    scores = scores_of(retriever)
-    retrieve, inside, together = scores.retrieve, 0, []
-
-    def watched(*args: object, **options: object) -> object:
-        nonlocal inside
-        inside += 1
-        together.append(inside)
-        time.sleep(0.005)
-        inside -= 1
-        return retrieve(*args, **options)
-
-    monkeypatch.setattr(scores, "retrieve", watched)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: retriever.search(["lantern"], k=1), range(8)))
-    assert together == [1] * 8
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_searches_of_several_threads_do_not_meet(backend: str) -> None:
+    texts = [" ".join(f"w{(row * step) % 97}" for step in range(1, 30)) for row in range(3_000)]
+    retriever = BM25Retriever.from_passages(passages(*texts), backend=backend)
+    queries = [f"w{number} w{number * 7 % 97} w{number * 31 % 97}" for number in range(97)]
+    alone = [retriever.search([query], k=5) for query in queries]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(lambda query: retriever.search([query], k=5), queries)) == alone
 
 
 # jax
@@ -163,21 +155,11 @@ FAKE_JAX = """
 import builtins
 builtins.jax_imports = getattr(builtins, "jax_imports", 0) + 1
 """
-FAKE_LAX = """
-calls = 0
-def top_k(scores, k):
-    global calls
-    calls += 1
-    return scores[:k], list(range(k))
-"""
 
 
 def run_with_a_fake_jax(folder: Path, code: str) -> str:
     (folder / "jax").mkdir()
     (folder / "jax" / "__init__.py").write_text(FAKE_JAX)
-    (folder / "jax" / "lax.py").write_text(FAKE_LAX)
-    (folder / "numba").mkdir()  # an uninstalled numba: the numpy backend is the one that would take jax
-    (folder / "numba" / "__init__.py").write_text("raise ImportError")
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -197,11 +179,6 @@ assert [passage.id for passage in found[0]] == ["2"], found
 def test_an_installed_jax_is_not_even_imported(tmp_path: Path) -> None:
     code = SEARCH + "import builtins; print(hasattr(builtins, 'jax_imports')); import jax; print(builtins.jax_imports)"
     assert run_with_a_fake_jax(tmp_path, code).split() == ["False", "1"]
-
-
-def test_a_program_that_uses_jax_gets_numpy_for_its_searches(tmp_path: Path) -> None:
-    code = "import jax\nimport bm25s, jax.lax\nbefore = jax.lax.calls\n" + SEARCH + "print(jax.lax.calls - before)"
-    assert run_with_a_fake_jax(tmp_path, code) == "0"
 
 
 # On disk

@@ -23,6 +23,7 @@ from trl_search.retrieval.analyzer import Analyzer
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.corpus import Corpus, read_corpus, refuse_duplicates
 from trl_search.retrieval.index import open_index
+from trl_search.retrieval.postings import choose_backend
 from trl_search.types import Passage
 
 KIND = "bm25"
@@ -78,14 +79,14 @@ class BM25Builder:
             self._check_tantivy()
             tantivy.write_terms(corpus, self.analyzer(), folder / TANTIVY_FOLDER)
             return {"engine": TANTIVY, "k1": tantivy.K1, "b": tantivy.B}
-        scores = self.score(corpus, "numpy")
+        scores = self.score(corpus)
         scores.save(folder / BM25S_FOLDER, show_progress=False)
         return {"engine": BM25S, "k1": scores.k1, "b": scores.b}
 
-    def score(self, passages: bm25s.Passages, backend: str) -> Any:
+    def score(self, passages: bm25s.Passages) -> Any:
         """A `bm25s.BM25` of the passages."""
         k1, b = bm25s.K1 if self.k1 is None else self.k1, bm25s.B if self.b is None else self.b
-        return bm25s.index_terms(passages, self.analyzer(), k1=k1, b=b, backend=backend)
+        return bm25s.index_terms(passages, self.analyzer(), k1=k1, b=b)
 
     def _check_tantivy(self) -> None:
         if self.k1 not in (None, tantivy.K1) or self.b not in (None, tantivy.B):
@@ -127,8 +128,8 @@ class BM25Retriever(Retriever):
         """Indexes passages in memory, by bm25s. A thousand take a tenth of a second."""
         builder = BM25Builder(stemmer, stopwords, k1, b)
         rows = tuple(refuse_duplicates(passages))
-        scores = builder.score(rows, bm25s.choose_backend(backend))
-        return cls(bm25s.BM25SEngine(scores, len(rows)), rows, builder.analyzer())
+        engine = bm25s.BM25SEngine(builder.score(rows), len(rows), choose_backend(backend))
+        return cls(engine, rows, builder.analyzer())
 
     @classmethod
     def from_index(
@@ -151,7 +152,7 @@ class BM25Retriever(Retriever):
         else:
             if threads is not None:
                 raise UserError(f"threads is an option of the tantivy engine, and {folder} was built for bm25s")
-            engine = bm25s.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, backend=backend)
+            engine = bm25s.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, choose_backend(backend))
         return cls(engine, index.corpus, analyzer)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:

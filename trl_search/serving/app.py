@@ -33,7 +33,7 @@ from trl_search.serving.service import Refused, SearchService
 def make_app(
     retriever: Retriever | None, config: ServerConfig, *, scrape: Callable[[], Awaitable[bytes]] | None = None
 ) -> Any:
-    """Makes the ASGI application (a `FastAPI`) that serves a retriever.
+    """Makes the ASGI application (a `Starlette`) that serves a retriever.
 
     Args:
         retriever (`Retriever`, *optional*): What is searched; stays the caller's to close. `None` where it loads while
@@ -47,7 +47,8 @@ def make_app(
         >>> uvicorn.run(app, port=8000)
     """
     need_server_packages()
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -56,7 +57,7 @@ def make_app(
     metrics = ServerMetrics(service)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if retriever is not None:
             service.open(retriever)
         yield
@@ -74,14 +75,16 @@ def make_app(
         text = metrics.text() if scrape is None else await scrape()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # No pages of documentation: they would load scripts from the network, and say nothing of this one route.
-    app = FastAPI(title="trl-search", lifespan=lifespan, openapi_url=None)
+    routes = [
+        # An object, not a function: it is called as ASGI, without a layer that would read the request before it.
+        Route("/retrieve", _Retrieve(service, config), methods=["POST"]),
+        Route("/health", health, methods=["GET"]),
+        Route("/ready", ready, methods=["GET"]),
+        Route("/metrics", numbers, methods=["GET"]),
+    ]
+    observed = Middleware(Observed, metrics=metrics, log=config.access_log)
+    app = Starlette(routes=routes, middleware=[observed], lifespan=lifespan)
     app.state.service, app.state.metrics = service, metrics
-    # An object, not a function: it is called as ASGI, without the layers that would parse and validate once more.
-    app.router.routes.append(Route("/retrieve", _Retrieve(service, config), methods=["POST"]))
-    for path, route in (("/health", health), ("/ready", ready), ("/metrics", numbers)):
-        app.router.routes.append(Route(path, route, methods=["GET"]))
-    app.add_middleware(Observed, metrics=metrics, log=config.access_log)
     return app
 
 

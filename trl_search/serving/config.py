@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from trl_search.errors import UserError
 from trl_search.retrieval.wire import Limits
 
-_PACKAGES = ("fastapi", "uvicorn", "orjson", "prometheus_client", "cachetools")
+_PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "cachetools")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from trl_search.retrieval import load_retriever
 from trl_search.serving.app import make_app
 from trl_search.serving.config import ServerConfig, need_server_packages
 from trl_search.serving.metrics import join_replicas
-from trl_search.serving.run import is_loopback, listen, log_to
+from trl_search.serving.run import is_loopback, listen, log_to, spare_what_is_loaded
 from trl_search.serving.service import SearchService
 
 APP, DEPLOYMENT = "trl-search", "gateway"
@@ -142,6 +142,7 @@ class Gateway:
         from ray import serve
 
         self._config, self._retriever = config, load_retriever(kind, **options)
+        spare_what_is_loaded()
         self._name = serve.get_replica_context().replica_id.unique_id
         if config.access_log:
             log_to(sys.stderr)  # Ray brings it to the terminal that serves, and keeps it in its own log files
