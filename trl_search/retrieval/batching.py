@@ -17,11 +17,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
 from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.threads import on_daemon_thread
 from trl_search.types import Passage
 
 MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
@@ -163,10 +163,7 @@ class SearchBatcher:
         if hasattr(self._retriever, "search_async"):
             call = asyncio.ensure_future(self._search_in_loop(queries, k))
         else:
-            call = asyncio.get_running_loop().create_future()
-            # A daemon, not an executor's thread: the interpreter would wait for those at its exit, hung or not.
-            thread = threading.Thread(target=self._search_on_thread, args=(queries, k, call), daemon=True)
-            thread.start()
+            call, thread = on_daemon_thread(lambda: self._search_on_thread(queries, k))
         try:
             await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
             if not call.done():
@@ -196,14 +193,11 @@ class SearchBatcher:
             return error
         return found
 
-    def _search_on_thread(self, queries: list[str], k: int, call: asyncio.Future[Outcome]) -> None:
-        outcome: Outcome
+    def _search_on_thread(self, queries: list[str], k: int) -> Outcome:
         try:
-            outcome = self._retriever.search(queries, k)
+            return self._retriever.search(queries, k)
         except BaseException as error:
-            outcome = error
-        with suppress(RuntimeError):  # the event loop has ended meanwhile
-            call.get_loop().call_soon_threadsafe(lambda: None if call.done() else call.set_result(outcome))
+            return error
 
     def _resolve(self, key: Key, result: Result) -> None:
         future = self._results.pop(key)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import statistics
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.threads import on_daemon_thread
 from trl_search.types import Passage
 
 Part = Retriever | Mapping[str, Any]
@@ -63,29 +62,8 @@ async def _outcome(part: Retriever, queries: Sequence[str], k: int) -> list[list
     if inspect.iscoroutinefunction(search):
         found: list[list[Passage]] = await search(queries, k)
         return found
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[list[list[Passage]]] = loop.create_future()
-
-    def work() -> None:
-        outcome: list[list[Passage]] | BaseException
-        try:
-            outcome = part.search(queries, k)
-        except BaseException as error:
-            outcome = error
-        with suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(_settle, done, outcome)
-
-    threading.Thread(target=work, daemon=True).start()  # a part that hangs must not hold up the exit
-    return await done
-
-
-def _settle(done: asyncio.Future[Any], outcome: object) -> None:
-    if done.done():
-        return
-    if isinstance(outcome, BaseException):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
+    outcome, _ = on_daemon_thread(lambda: part.search(queries, k))
+    return await outcome
 
 
 def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:

@@ -14,12 +14,12 @@ import logging
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.retrieval.base import Retriever
+from trl_search.retrieval.threads import on_daemon_thread
 from trl_search.serving.app import make_app
 from trl_search.serving.config import ServerConfig, need_server_packages
 from trl_search.serving.observe import access_log
@@ -65,10 +65,11 @@ def serve(
     async def main() -> None:
         server = Server(settings)
         serving = asyncio.create_task(server.serve(sockets=[listening]))
-        loading = asyncio.create_task(_on_daemon_thread(load))
+        loading, _ = on_daemon_thread(load)  # Ctrl-C while a large index loads does not wait for it
         retriever: Retriever | None = None
         try:
-            await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+            either: tuple[asyncio.Future[Any], ...] = (serving, loading)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 retriever = loading.result()
                 spare_what_is_loaded()
@@ -112,33 +113,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-async def _on_daemon_thread(load: Callable[[], Retriever]) -> Retriever:
-    """Like `asyncio.to_thread`, on a thread that the exit does not wait for: Ctrl-C while a large index loads."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def tell(outcome: Retriever | BaseException) -> None:
-        if done.done():
-            return
-        if isinstance(outcome, BaseException):
-            done.set_exception(outcome)
-        else:
-            done.set_result(outcome)
-
-    def work() -> None:
-        outcome: Retriever | BaseException
-        try:
-            outcome = load()
-        except BaseException as error:
-            outcome = error
-        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, outcome)
-
-    threading.Thread(target=work, name="load the index", daemon=True).start()
-    retriever: Retriever = await done
-    return retriever
 
 
 def log_to(stream: Any) -> logging.Handler:
