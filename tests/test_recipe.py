@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_a_file_of_that_name_comes_before_the_shipped_one(monkeypatch: pytest.Mo
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown recipe 'quickstrat': did you mean 'quickstart'"):
         parse("quickstrat")
+
+
+@pytest.mark.parametrize(
+    ("read", "recipe", "command"),
+    [
+        (parse, "sft_world", "trl-search sft sft_world"),
+        (parse, "recipes/sft_cold_start.yaml", "trl-search sft sft_cold_start"),
+        (parse_sft, "qwen3b", "trl-search train qwen3b"),
+    ],
+)
+def test_a_recipe_of_the_other_command_says_which(read: Callable[..., Any], recipe: str, command: str) -> None:
+    with pytest.raises(UserError, match=f"of another command: {command}$"):
+        read(recipe)
 
 
 def test_an_unknown_key_of_a_recipe_names_the_nearest(tmp_path: Path) -> None:

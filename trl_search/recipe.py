@@ -51,6 +51,7 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, usage: str) -
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
             argv[i + 1] = str(find_recipe(argv[i + 1]))
+            _check_command(Path(argv[i + 1]), usage)
             _check_keys(Path(argv[i + 1]), known)
         elif word.startswith("--") and word not in ("--help", "--config"):
             key = word[2:].split("=")[0].replace("-", "_")
@@ -59,6 +60,14 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, usage: str) -
     parser = TrlParser(list(arguments), prog="trl-search", usage=usage)
     parsed: tuple[Any, ...] = tuple(parser.parse_args_and_config(argv))
     return parsed
+
+
+def _check_command(path: Path, usage: str) -> None:
+    """A recipe that ships is for one of two commands; its keys would be unknown to the other."""
+    command = "sft" if path.stem.startswith("sft_") else "train"
+    shipped = shipped_recipes().get(path.stem)
+    if shipped is not None and shipped.samefile(path) and not usage.startswith(f"trl-search {command}"):
+        raise UserError(f"{path.stem} is a recipe of another command: trl-search {command} {path.stem}")
 
 
 def _check_keys(path: Path, known: set[str]) -> None:
