@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_search"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module may import those of the layers before its own, and of its own.
 LAYERS = [
-    {"errors", "types", "text", "world_language", "whole_files", "json_objects"},
+    {"errors", "types", "text", "world_language", "whole_files", "json_objects", "credentials"},
     {"reflection", "wellformed", "world"},
     {"retrieval"},
     {"serving"},

@@ -112,7 +112,8 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return True
-    deliberate = isinstance(error, ValueError) or type(error).__name__ == "RetrievalError"
+    # By name: whoever did not search has not imported it.
+    deliberate = isinstance(error, ValueError) or "RetrievalError" in (one.__name__ for one in type(error).__mro__)
     missing_extra = isinstance(error, ImportError) and error.name is None
     return (deliberate or missing_extra) and _raised_by_us(error)
 

@@ -108,7 +108,7 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if from_hub := name in HUB_SETS and not path.exists():
+    if from_hub := is_hub_set(name_or_path):
         origin, source, raw = f"dataset {name!r}", name, _read_hub(name, HUB_SETS[name], split)
     elif path.exists() or path.suffix or path.name != name:
         path = _find_file(path, split)
@@ -135,9 +135,16 @@ def sample_questions(questions: datasets.Dataset, limit: int, seed: int = 0) -> 
     return questions.select(sorted(random.Random(seed).sample(range(len(questions)), limit)))
 
 
-def load_evaluation_questions(name_or_path: str | Path) -> datasets.Dataset:
+def load_evaluation_questions(
+    name_or_path: str | Path, *, limit: int | None = None, seed: int = 0
+) -> datasets.Dataset:
     """Loads a set that is not trained on: a hub set in the split of published numbers, a folder's `test` file."""
-    return load_questions(name_or_path, split=None if str(name_or_path) in HUB_SETS else "test")
+    return load_questions(name_or_path, split=None if is_hub_set(name_or_path) else "test", limit=limit, seed=seed)
+
+
+def is_hub_set(name_or_path: str | Path) -> bool:
+    """Whether a name means a set of the hub: a file or folder of that name comes before it."""
+    return str(name_or_path) in HUB_SETS and not Path(name_or_path).expanduser().exists()
 
 
 def without_overlap(

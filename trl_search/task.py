@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from trl_search.data import HUB_SETS, load_questions
+from trl_search.data import load_evaluation_questions, load_questions
 from trl_search.json_objects import parse_object
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.world import Question, generate_world
@@ -101,9 +101,7 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
 
 def load_held_out(names: Sequence[str], *, limit: int | None, seed: int) -> Dataset:
     """The questions of all sets, a sample of `limit` of each: the same ones for the same seed."""
-    # A set of the hub has one split that published numbers are measured on, and it is not always called test.
-    splits = {name: None if name in HUB_SETS else "test" for name in names}
-    sets = [load_questions(name, split=split, limit=limit, seed=seed) for name, split in splits.items()]
+    sets = [load_evaluation_questions(name, limit=limit, seed=seed) for name in names]
     return concatenate_datasets(sets) if len(sets) > 1 else sets[0]
 
 

@@ -17,6 +17,7 @@ Passages are rendered on demand from compact tables; `iter_passages()` and `writ
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -130,7 +131,8 @@ class World:
             raise UserError(f"there is no split {split!r}: choose 'train' or 'test'")
         rng = random.Random(f"{self.seed}/{split}/questions")
         wanted = sum(map(len, self._members[split].values())) if limit is None else limit
-        types, weights = list(MIX), list(MIX.values())
+        mix = {name: share for name, share in MIX.items() if name != "comparison" or self._compared[split]}
+        types, weights = list(mix), list(mix.values())
         asked: set[tuple[Any, ...]] = set()
         questions: list[Question] = []
         for _ in range(20 * wanted):
@@ -166,6 +168,17 @@ class World:
             members[entity.split][entity.kind].append(index)
         return members
 
+    @cached_property
+    def _compared(self) -> dict[Split, list[str]]:
+        """The kinds of which a split has two that are far enough apart in time: in a world of fifty some have not."""
+        compared: dict[Split, list[str]] = {split: [] for split in SPLITS}
+        for split, name in itertools.product(SPLITS, (name for name, kind in KINDS.items() if kind.year_of)):
+            relation = RELATIONS[KINDS[name].year_of]
+            years = [int(self._fact(subject, relation)) for subject in self._members[split][name]]
+            if max(years) - min(years) >= MIN_YEARS_APART:
+                compared[split].append(name)
+        return compared
+
     def _text(self, fact: int | str) -> str:
         return fact if isinstance(fact, str) else self.entities[fact].name
 
@@ -196,7 +209,7 @@ class World:
         return (subject, first.name, second.name), rng.choice(second.asks).format(description), hops[1].value, hops
 
     def _comparison(self, split: Split, rng: random.Random) -> tuple[tuple[Any, ...], str, str, tuple[Hop, ...]]:
-        name = rng.choice([name for name, kind in KINDS.items() if kind.year_of])
+        name = rng.choice(self._compared[split])
         kind, relation = KINDS[name], RELATIONS[KINDS[name].year_of]
         while True:
             pair = rng.sample(self._members[split][name], 2)

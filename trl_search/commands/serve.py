@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trl_search.credentials import bearer_token
 from trl_search.errors import UserError
 from trl_search.json_objects import parse_object
 from trl_search.retrieval import Retriever, load_retriever
@@ -154,12 +155,10 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 def _token(file: str | None) -> str | None:
     """From the file, else from the environment; never from the command line, which every user of a machine sees."""
-    if file is None:
-        return os.environ.get(TOKEN)
-    token = Path(file).read_text(encoding="utf-8").strip()
-    if not token:
-        raise UserError(f"the token file {file} is empty")
-    return token
+    if file is not None:
+        return bearer_token(Path(file).read_text(encoding="utf-8"), f"the file {file}")
+    # A variable that is set and empty is a mistake, and not a server without a token.
+    return bearer_token(os.environ[TOKEN], TOKEN) if TOKEN in os.environ else None
 
 
 def _fingerprint(kind: str, options: dict[str, Any]) -> str:

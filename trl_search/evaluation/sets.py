@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_search.data import HUB_SETS, load_evaluation_questions
+from trl_search.data import HUB_SETS, is_hub_set, load_evaluation_questions
 from trl_search.errors import UserError, unknown_name
 from trl_search.world import World
 
@@ -63,7 +63,7 @@ def load_set(name_or_path: str, *, limit: int | None, seed: int) -> QuestionSet:
     if name_or_path not in HUB_SETS and not path.exists() and not path.suffix and path.name == name_or_path:
         raise unknown_name("dataset", name_or_path, [*HUB_SETS, WORLD])
     rows = list(load_evaluation_questions(name_or_path))
-    if name_or_path in HUB_SETS and not path.exists():
+    if is_hub_set(name_or_path):
         hub = HUB_SETS[name_or_path]
         source = " ".join(filter(None, (hub.repository, hub.config, hub.split)))
         return _sampled(name_or_path, source, rows, limit, seed)

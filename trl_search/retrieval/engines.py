@@ -71,11 +71,6 @@ def repeat_trouble(ask: Callable[[], Any]) -> Any:
     return retrying(ask)
 
 
-def secret_of(variable: str) -> str | None:
-    """A key from the environment; `None` where there is none."""
-    return os.environ.get(variable) or None
-
-
 def corpus_hash(folder: Path) -> str:
     """Of the passages as an index folder holds them: `manifest.json` has the same under `corpus`."""
     with open(folder / ROWS, "rb") as file:

@@ -35,6 +35,7 @@ from typing import Any
 import httpx
 import tenacity
 
+from trl_search.credentials import bearer_token, required_token
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.endpoints import Endpoint, Endpoints, EndpointStats
@@ -80,7 +81,7 @@ class HttpRetriever(Retriever):
             raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
         self._urls = tuple(urls)
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = {} if token is None else {"Authorization": f"Bearer {bearer_token(token, 'token')}"}
         self._closed = False
         self._start()
         self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
@@ -179,12 +180,12 @@ class HttpRetriever(Retriever):
     async def _request(
         self, endpoint: Endpoint, queries: Sequence[str], k: int, deadline: float
     ) -> list[list[Passage]]:
-        client = await self._clients.get()
         body = format_request(queries, k)
         started = time.monotonic()
         wait_s: float | None = None
         aside = answered = False
         try:
+            client = await self._clients.get()
             async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
                 response = await client.post(endpoint.url, json=body)
             found = _read(endpoint, response, queries, k)
@@ -306,10 +307,6 @@ def load(
     if isinstance(urls, str):
         raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
     options: dict[str, Any] = {"timeout_s": timeout_s, "patience_s": patience_s, "max_batch": max_batch}
-    token = None
-    if token_env is not None:
-        token = os.environ.get(token_env)
-        if not token:
-            raise UserError(f"the environment variable {token_env}, named by token_env, is not set")
+    token = None if token_env is None else required_token(token_env)
     addresses = [url] if url is not None else list(urls or ())
     return HttpRetriever(addresses, max_concurrent_batches=max_concurrent_batches, token=token, **options)

@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_search.credentials import from_environment
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.bm25 import MAX_QUERY_TERMS
-from trl_search.retrieval.engines import TROUBLE, refuse_another_corpus, repeat_trouble, secret_of
+from trl_search.retrieval.engines import TROUBLE, refuse_another_corpus, repeat_trouble
 from trl_search.retrieval.index import read_manifest
 from trl_search.types import Passage
 
@@ -134,7 +135,7 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
         raise UserError(f"opensearch needs the address of a node or balancer, url='http://host:9200'; got {url!r}")
     if "@" in url:
         raise UserError(f"the url would be written into files: put user and password in {USER} and {PASSWORD}")
-    user, password = secret_of(USER), secret_of(PASSWORD)
+    user, password = from_environment(USER), from_environment(PASSWORD)
     return OpenSearch(
         hosts=[url],
         http_auth=(user, password) if user and password else None,

@@ -53,7 +53,11 @@ class Postings:
         terms = np.fromiter(chain.from_iterable(queries), dtype=np.int64, count=ends_Q[-1] if queries else 0)
         shape = (len(queries), min(k, len(self._totals)))
         rows_QK, scores_QK = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
+        try:
+            self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
+        except BaseException:  # an interrupt in the middle, or no memory: the next query starts at 0 all the same
+            self._totals[:] = 0
+            raise
         return [
             [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
             for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)

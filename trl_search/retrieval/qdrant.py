@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_search.credentials import from_environment
 from trl_search.errors import UserError
 from trl_search.retrieval.analyzer import Analyzer
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
@@ -32,7 +33,6 @@ from trl_search.retrieval.engines import (
     best_rows,
     refuse_another_corpus,
     repeat_trouble,
-    secret_of,
 )
 from trl_search.retrieval.index import read_manifest
 from trl_search.retrieval.sparse import term_counts
@@ -197,7 +197,7 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
             raise UserError(f"{path} cannot be opened: {error}") from error
     # The proxies of the environment do not know the hosts of a cluster.
     return QdrantClient(
-        url=url, api_key=secret_of(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
+        url=url, api_key=from_environment(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
     )
 
 

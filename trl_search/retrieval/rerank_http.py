@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import tenacity
 
+from trl_search.credentials import required_token
 from trl_search.errors import UserError, unknown_name
 from trl_search.retrieval.base import RetrievalError, Unavailable
 
@@ -73,7 +74,7 @@ class HttpScorer:
         self._request, self._read, most = _WIRES[api]
         self._batch_size = batch_size or most
         self._concurrency, self._timeout_s = concurrency, timeout_s
-        self._headers = {} if token_env is None else {"Authorization": f"Bearer {_secret(token_env)}"}
+        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
         self._start()
 
     def _start(self) -> None:
@@ -172,10 +173,3 @@ Wire = tuple[
     Callable[[str, Sequence[str], str | None], dict[str, Any]], Callable[[Any], list[tuple[int, float]]], int | None
 ]
 _WIRES: dict[str, Wire] = {"jina": (_jina_request, _jina_scores, None), "tei": (_tei_request, _tei_scores, 32)}
-
-
-def _secret(variable: str) -> str:
-    value = os.environ.get(variable)
-    if not value:
-        raise UserError(f"the environment variable {variable}, named by token_env, is not set")
-    return value

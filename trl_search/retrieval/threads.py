@@ -32,7 +32,8 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
         try:
             result = work()
         except BaseException as error:
-            failure = error
+            # A future takes any exception but this one, which would end the coroutine that waits.
+            failure = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
             tell(lambda: done.set_exception(failure))
         else:
             tell(lambda: done.set_result(result))

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from trl_search.credentials import bearer_token, from_environment
 from trl_search.errors import UserError, unknown_name
 from trl_search.retrieval.base import RetrievalError
 
@@ -211,9 +212,10 @@ def load_provider(name: str, base_url: str | None = None) -> Provider:
         raise UserError('searxng needs base_url="https://your.instance", or SEARXNG_URL in the environment')
     key = ""
     if api.key_variable is not None:
-        key = os.environ.get(api.key_variable, "").strip()
-        if not key:
+        given = from_environment(api.key_variable)
+        if given is None:
             raise UserError(f"{name} needs a key: set the environment variable {api.key_variable}")
+        key = bearer_token(given, api.key_variable)
     return HttpProvider(name, api, where.rstrip("/"), key)
 
 

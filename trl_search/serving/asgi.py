@@ -31,20 +31,16 @@ async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes
         WireError: 413 for a body that is too large, 408 for one that does not arrive.
         ClientGone: where the connection was closed.
     """
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body", False) and len(body) <= limits.max_body_bytes:
-        return body
-    chunks, size = [body], len(body)
+    chunks: list[bytes] = []
+    size, more = 0, True
     try:
         async with asyncio.timeout(timeout_s):
-            while message.get("more_body", False) and size <= _DISCARDED * limits.max_body_bytes:
+            while more and size <= _DISCARDED * limits.max_body_bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                chunk = message.get("body", b"")
+                chunk: bytes = message.get("body", b"")
+                more = message.get("more_body", False)
                 size += len(chunk)
                 if size <= limits.max_body_bytes:
                     chunks.append(chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
+from trl_search.credentials import bearer_token
 from trl_search.errors import UserError
 from trl_search.retrieval.wire import Limits
 
@@ -51,8 +52,8 @@ class ServerConfig:
             raise UserError(f"max_batch must be at least 1 and cache_bytes at least 0; got {self}")
         if min(self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s) <= 0:
             raise UserError(f"timeouts must be above 0; got {self}")
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
-            raise UserError("the token must be printable ASCII, and not empty: it travels in an HTTP header")
+        if self.token is not None:
+            object.__setattr__(self, "token", bearer_token(self.token, "the server"))
 
 
 def need_server_packages() -> None:
