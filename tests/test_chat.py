@@ -103,6 +103,12 @@ def test_a_chat_writes_the_tokens_of_a_rollout_and_tells_them_as_they_come(world
     assert right >= 2
 
 
+def test_it_is_asked_as_it_was_trained(retriever):
+    settings = dataclasses.replace(TINY, max_searches=0, chat_template_kwargs={"enable_thinking": False})
+    with load_chat("tiny", retriever, settings=settings, device="cpu") as chat:
+        assert chat.protocol.tools == [] and chat.protocol.chat_template_kwargs == {"enable_thinking": False}
+
+
 def test_a_seed_repeats_an_answer_and_is_named(world, retriever):
     question = world.questions("test", limit=1)[0].question
     with load_chat("tiny", retriever, sampling=Sampling(temperature=2.0), device="cpu") as chat:
@@ -307,6 +313,9 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
     published = dataclasses.replace(wanted, system_prompt="Be brief.", search_timeout_s=5)
     (tmp_path / "checkpoint-5/trl_search.json").write_text(json.dumps(published.as_json()))
     assert read_settings(str(tmp_path / "checkpoint-5")) == published
+    thinking = dataclasses.replace(wanted, chat_template_kwargs={"enable_thinking": False})
+    (tmp_path / "run.json").write_text(json.dumps({"config": thinking.as_json()}))
+    assert read_settings(str(tmp_path)) == thinking
 
 
 @pytest.mark.parametrize(
@@ -317,6 +326,7 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
         ("[]", "holds no JSON object"),
         ('{"config": {"max_searches": "four"}}', "max_searches cannot be 'four'"),
         ('{"config": {"instruction": 4}}', "instruction cannot be 4"),
+        ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs cannot be 'x'"),
     ],
 )
 def test_half_a_record_is_not_guessed_at(tmp_path, text, message):

@@ -123,6 +123,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
             'from trl_search.retrieval.base import RetrievalError; raise RetrievalError("no server: start it")',
             "no server: start it",
         ),
+        ('from trl_search.retrieval.base import Unavailable; raise Unavailable("it is down")', "it is down"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(

@@ -30,6 +30,8 @@ from trl_search.data import (
 )
 from trl_search.data_summary import summarize_questions
 from trl_search.errors import UserError
+from trl_search.evaluation.sets import load_set
+from trl_search.task import load_held_out
 from trl_search.text import normalize_answer
 
 ROOT = Path(data.__file__).parents[1]
@@ -119,6 +121,17 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
     assert load_questions(tmp_path / "nq", split="test")[0]["data_source"] == "nq"
     with pytest.raises(UserError, match=r"holds no train\.jsonl or train\.parquet, but: test\.parquet"):
         load_questions(tmp_path / "nq")
+
+
+def test_a_folder_with_the_name_of_a_hub_set_is_evaluated_on_its_test_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "nq" / f"{split}.parquet", {**FLASHRAG, "question": f"{split}?"})
+    monkeypatch.chdir(tmp_path)
+    assert load_evaluation_questions("nq")[0]["question"] == "test?"
+    assert load_held_out(["nq"], limit=1, seed=0)[0]["question"] == "test?"
+    assert load_set("nq", limit=None, seed=0).rows[0]["question"] == "test?"
 
 
 def test_a_limit_is_a_seeded_sample_in_order(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import asyncio
 import math
 
@@ -103,6 +104,25 @@ def test_a_mode_is_its_prompt(tokenizer, mode, shown, hidden):
     prompt = tokenizer.decode(policy.prompts[0])
     assert "Who wrote Novel 0?" in prompt
     assert all(text in prompt for text in shown) and not any(text in prompt for text in hidden)
+
+
+def test_who_may_not_search_is_told_of_no_tool_and_ends_with_its_turn(tokenizer):
+    policy = says(tokenizer, Search(("Novel",)), Answer("x"))
+    options = {"tokenizer": tokenizer, "limits": LIMITS}
+    never = SearchEnvironment(FixedRetriever([]), max_searches=0)
+    (searched,) = answer_questions("search", ROWS[:1], policy=policy, environment=never, **options)
+    (only,) = answer_questions("search", ROWS[:1], policy=policy, environment=AnswerOnly(), **options)
+    assert policy.prompts[0] == policy.prompts[1] and "<tools>" not in tokenizer.decode(policy.prompts[0])
+    assert searched.stop_reason == only.stop_reason == "end_of_turn" and searched.searches == 0
+
+
+def test_options_of_the_chat_template_reach_the_prompt(tokenizer):
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = "{% if marker is defined %}{{ marker }}{% endif %}" + tokenizer.chat_template
+    policy = says(marked, Answer("x"))
+    options = {"policy": policy, "tokenizer": marked, "environment": AnswerOnly(), "limits": LIMITS}
+    answer_questions("search", ROWS[:1], chat_template_kwargs={"marker": "THINK "}, **options)
+    assert marked.decode(policy.prompts[0]).startswith("THINK ")
 
 
 @pytest.mark.parametrize("mode", ["search", "rag"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -117,6 +118,14 @@ def test_measuring_does_not_change_what_is_trained(tmp_path, random_model, token
     start, plain, measured = results
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
     assert any(not torch.equal(plain[name], start[name]) for name in plain)
+
+
+def test_questions_are_put_as_in_training(tmp_path, tokenizer):
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = "{% if marker is defined %}{{ marker }}{% endif %}" + tokenizer.chat_template
+    trainer, held_out = held_out_trainer(tmp_path, marked, lambda step: 4, chat_template_kwargs={"marker": "THINK "})
+    held_out.measure()
+    assert all(marked.decode(asked[0]).startswith("THINK ") for asked in trainer.actor.asked)
 
 
 def test_the_same_weights_are_measured_once(tmp_path, tokenizer):

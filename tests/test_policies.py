@@ -219,3 +219,11 @@ def test_sample_follows_the_distribution():
     torch.testing.assert_close(logprobs, expected.log()[ids])
     kept, _ = sample(logits.expand(20_000, -1), Sampling(top_k=2), uniforms)
     assert set(kept.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.5)])
+def test_what_has_no_probability_is_never_sampled(how):
+    logits = torch.tensor([[9.0, 8.0] + [-200.0] * 998])
+    nearly_one = torch.tensor([1 - 2**-26])  # 1 in float32
+    ids, _ = sample(logits, how, nearly_one)
+    assert ids.tolist() == [0 if how.top_p < 1 else 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -340,6 +341,16 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(client, monkeyp
         retriever.close()
         assert server.asked[0].headers["authorization"] == "Bearer s3cret"
     assert "s3cret" not in repr(raised.value)
+    monkeypatch.setenv("RETRIEVER_TOKEN", "s3cret\n")  # as a mounted file ends
+    with serving(ECHO) as server:
+        with contextlib.closing(load_retriever("http", url=server.url, token_env="RETRIEVER_TOKEN")) as retriever:
+            retriever.search(["a"], 1)
+        assert server.asked[0].headers["authorization"] == "Bearer s3cret"
+    for unfit in ("s3\ncret", "s3crét"):
+        monkeypatch.setenv("RETRIEVER_TOKEN", unfit)
+        with pytest.raises(UserError, match="RETRIEVER_TOKEN must be printable ASCII") as refused:
+            load_retriever("http", url=server.url, token_env="RETRIEVER_TOKEN")
+        assert "s3" not in str(refused.value)
     monkeypatch.delenv("RETRIEVER_TOKEN")
     with pytest.raises(UserError, match="RETRIEVER_TOKEN, named by token_env, is not set"):
         load_retriever("http", url=server.url, token_env="RETRIEVER_TOKEN")

@@ -55,6 +55,19 @@ def test_values_are_plain_python(backend):
     assert found == (3, 1.0) and [type(value) for value in found] == [int, float]
 
 
+def test_an_interrupted_search_leaves_nothing_behind(monkeypatch):
+    index = postings([{0, 1}, {2}], np.ones(3, dtype=np.float32), "numpy")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "flatnonzero", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index.best([[0]], 3)
+    assert index.best([[1]], 3) == [[(2, 1.0)]]
+
+
 def test_a_backend_is_taken_at_its_word():
     assert choose_backend("numpy") == "numpy" and choose_backend(None) in BACKENDS
     with pytest.raises(UserError, match="unknown BM25 backend 'jax'"):

@@ -279,6 +279,25 @@ def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
     assert time.perf_counter() - started < 5 and Dies.closed
 
 
+def test_an_environment_that_does_not_close_leaves_the_engine_closed(tokenizer):
+    closed = []
+
+    class Stuck(AnswerOnly):
+        async def close(self):
+            raise OSError("the sandbox is gone")
+
+    class Engine(ScriptedPolicy):
+        async def close(self):
+            closed.append(True)
+
+    protocol = load_protocol("qwen_tools", tokenizer, instruction="")
+    turn = protocol.write("hm", Answer("x"))
+    with pytest.raises(OSError, match="sandbox"):
+        rollout([protocol.prompt_ids(protocol.messages("A?"))], [{}], policy=Engine(tokenizer, lambda _: [turn]),
+                environment=Stuck(), protocol=protocol, limits=LIMITS, sampling=Sampling())  # fmt: skip
+    assert closed == [True]
+
+
 def test_rollouts_run_inside_a_running_event_loop(tokenizer):
     """A notebook has one."""
 

@@ -314,9 +314,11 @@ def test_of_a_body_no_more_than_the_limit_is_kept(sent: int, taken: int) -> None
 
 
 def test_a_client_that_sends_too_slowly_is_told(echo: Echo) -> None:
-    with serving(echo, limits=SMALL, body_timeout_s=0.2) as (url, _), connect(url) as client:
-        client.sendall(b'POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"quer')
-        assert b" 408 " in client.recv(1000).split(b"\r\n")[0]
+    with serving(echo, limits=SMALL, body_timeout_s=0.2) as (url, _):
+        for sent in (b'{"quer', b""):
+            with connect(url) as client:
+                client.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + sent)
+                assert b" 408 " in client.recv(1000).split(b"\r\n")[0]
 
 
 def connect(url: str) -> socket.socket:

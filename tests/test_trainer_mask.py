@@ -13,7 +13,7 @@ import torch
 from tests.fakes import FixedRetriever
 from tests.scripted_trainer import GOLD, PASSAGES, Actor, answer, four_ways, scripted_trainer, search
 from trl_search.policies.transformers import TransformersPolicy
-from trl_search.types import EndOfTurn, Passage
+from trl_search.types import EndOfTurn, Passage, StopReason
 
 # Everything that changes which quantities enter the loss.
 SETTINGS = {
@@ -344,6 +344,27 @@ def test_the_ablation_really_trains_on_observations(scored):
     trainer.loss(batch)[0].backward()
     hidden = observed(trainer, batch)
     assert hidden.sum() > 100 and (trainer.logps.grad[hidden] != 0).all()
+
+
+def test_tokens_that_nobody_sampled_have_no_sampling_logprob_in_the_ablation(scored):
+    """A 0 in that place is a certain token, and the importance ratio of vLLM's correction would be its probability."""
+    trainer, batch = scored(mask_observations=False)
+    for row, trajectory in enumerate(trainer._trajectories):
+        found = torch.tensor(trainer._sampling_logprobs(trajectory))
+        hidden = observed(trainer, batch)[row, : len(found)]
+        assert found[hidden].isnan().all() and found[~hidden].isfinite().all()
+    trainer.args.mask_observations = True
+    assert trainer._sampling_logprobs(trainer._trajectories[0]) == trainer._trajectories[0].logprobs
+
+
+def test_a_trajectory_without_room_for_its_observation_is_truncated(scored):
+    """It ends in an EOS that was sampled, and looks finished to TRL."""
+    trainer, batch = scored(max_completion_length=60, mask_truncated_completions=True)
+    cut = [trajectory.stop_reason is StopReason.TOKEN_BUDGET for trajectory in trainer._trajectories]
+    assert any(cut) and not all(cut)
+    for row, trajectory in enumerate(trainer._trajectories):
+        assert trajectory.ids[-1] == trainer._tokenizer.eos_token_id
+        assert loss_mask(batch)[row].any() != cut[row]
 
 
 def test_failures_stay_masked_in_the_ablation(scored):

@@ -10,7 +10,7 @@ import pytest
 
 from trl_search.errors import UserError
 from trl_search.retrieval import Retriever
-from trl_search.world import MIN_YEARS_APART, Question, World, generate_world
+from trl_search.world import MIN_YEARS_APART, SPLITS, Question, World, generate_world
 from trl_search.world_language import KINDS, LITERALS, WORDS
 
 
@@ -128,6 +128,17 @@ def test_write_gives_jsonl_in_the_schemas_of_corpora_and_question_sets(tmp_path:
     }
     assert train == [question.row() for question in world.questions("train")] and test
     assert set(train[0]) == {"id", "question", "golden_answers", "data_source", "split"}
+
+
+def test_a_world_too_small_for_comparisons_has_none() -> None:
+    """Of a few there may be no two that are far enough apart in time."""
+    types = [{q.type for seed in range(40) for q in generate_world(50, seed).questions(split)} for split in SPLITS]
+    assert all({"one_hop", "two_hop"} <= found for found in types)
+    close = [seed for seed in range(200) if not all(generate_world(50, seed)._compared.values())]
+    for seed in close[:3]:
+        world = generate_world(50, seed)
+        split = next(split for split in SPLITS if not world._compared[split])
+        assert {question.type for question in world.questions(split)} == {"one_hop", "two_hop"}
 
 
 def test_bad_requests_are_said_clearly(world: World) -> None:

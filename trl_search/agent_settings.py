@@ -31,6 +31,7 @@ class AgentSettings:
     protocol: str = "qwen_tools"
     instruction: str | None = None
     system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     max_searches: int = 4
     max_queries_per_search: int = 4
     passages_per_query: int = 3
@@ -66,6 +67,8 @@ def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
     for name, value in given.items():
         default = known[name]
         wanted: Any = str | None if default is None else (int, float) if isinstance(default, float) else type(default)
+        if name == "chat_template_kwargs":
+            wanted = Mapping | None
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UserError(f"{source}: {name} cannot be {value!r}: correct it there, or remove the file")
     return AgentSettings(**given)

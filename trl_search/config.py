@@ -95,7 +95,10 @@ class SearchGRPOConfig(GRPOConfig):
         default=PASSAGE_TEMPLATE,
         metadata={"help": "How a passage is shown to the policy, with {rank}, {title} and {text}."},
     )
-    search_timeout_s: float = field(default=30.0, metadata={"help": "Seconds after which a search counts as failed."})
+    search_timeout_s: float = field(
+        default=30.0,
+        metadata={"help": "Seconds that one call of the retriever may take; waiting for one's turn is not counted."},
+    )
     max_failed_share: float = field(
         default=0.5,
         metadata={

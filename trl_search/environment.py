@@ -87,12 +87,13 @@ class SearchEnvironment(Environment):
         retriever (`Retriever`): What is searched; calls of concurrent trajectories reach it in batches.
         top_k (`int`, *optional*, defaults to `3`): Passages a query.
         max_searches (`int`, *optional*, defaults to `4`): Calls a trajectory may make. After the last one the policy
-            is told so, and one final turn is generated.
+            is told so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
         max_queries (`int`, *optional*, defaults to `4`): Queries a call may hold; those beyond it are not run, and the
             policy is told.
         max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered by a correction; one more
             ends the trajectory.
-        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds after which a search counts as failed.
+        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds that one call of the retriever may take; waiting
+            for one's turn is not counted.
         passage_template (`str`, *optional*): How a passage is shown; fields `{rank}`, `{title}`, `{text}`.
     """
 
@@ -110,6 +111,8 @@ class SearchEnvironment(Environment):
         self.retriever = retriever
         self.top_k = top_k
         self.max_searches = max_searches
+        if not max_searches:
+            self.tools = ()  # who may not search is told of no tool
         self.max_queries = max_queries
         self.max_invalid = max_invalid
         self.timeout_s = timeout_s
@@ -138,6 +141,8 @@ class SearchEnvironment(Environment):
     async def step(self, action: Action) -> Observation:
         if isinstance(action, Answer):
             return Observation(done=StopReason.ANSWER)
+        if not self.max_searches:
+            return Observation(done=StopReason.END_OF_TURN)
         if isinstance(action, Invalid):
             if self.corrections_left == 0:
                 return Observation(done=StopReason.TURN_BUDGET)

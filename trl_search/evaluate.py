@@ -62,6 +62,7 @@ def answer_questions(
     protocol: str = "qwen_tools",
     instruction: str | None = None,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     sampling: Sampling = GREEDY,
     concurrency: int | None = None,
     on_outcome: Callable[[int, Outcome], None] | None = None,
@@ -86,7 +87,13 @@ def answer_questions(
         `list[Outcome]`: One a row, in their order.
     """
     written = mode_protocol(
-        mode, tokenizer, environment, protocol=protocol, instruction=instruction, system_prompt=system_prompt
+        mode,
+        tokenizer,
+        environment,
+        protocol=protocol,
+        instruction=instruction,
+        system_prompt=system_prompt,
+        chat_template_kwargs=chat_template_kwargs,
     )
     world = environment if mode == "search" else AnswerOnly()
     bar = tqdm(
@@ -148,6 +155,7 @@ def mode_protocol(
     protocol: str,
     instruction: str | None,
     system_prompt: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Protocol:
     """What writes a mode's prompts and reads its turns; refuses a mode that does not exist or cannot be run."""
     if mode not in MODES:
@@ -163,6 +171,7 @@ def mode_protocol(
         instruction=INSTRUCTIONS.get(mode) if instruction is None else instruction,
         system_prompt=system_prompt,
         tools=environment.tools if mode == "search" else (),
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

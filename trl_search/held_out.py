@@ -136,6 +136,7 @@ class HeldOut:
                 protocol=trainer.args.protocol,
                 instruction=trainer.args.instruction if trained else None,
                 system_prompt=trainer.args.system_prompt,
+                chat_template_kwargs=trainer.protocol.chat_template_kwargs,
                 progress=trainer.accelerator.is_main_process,
             )
 

@@ -174,8 +174,10 @@ async def run_together(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await environment.close()
-        await policy.close()
+        try:
+            await environment.close()  # the user's code
+        finally:
+            await policy.close()
 
 
 def rollout(prompts: Sequence[tuple[int, ...]], rows: Sequence[Mapping[str, Any]], **options: Any) -> list[Trajectory]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ from trl_search.records.trajectory_log import Scored, TrajectoryLog
 from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
-from trl_search.types import Sampling, Trajectory
+from trl_search.types import Sampling, StopReason, Trajectory
 from trl_search.vllm_backend import SearchVLLM, making_ours
 
 
@@ -224,7 +225,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         return {
             "prompt_ids": [list(ids) for ids in encoded],
             "completion_ids": [trajectory.ids for trajectory in self._trajectories],
-            "logprobs": [trajectory.logprobs for trajectory in self._trajectories],
+            "logprobs": [self._sampling_logprobs(trajectory) for trajectory in self._trajectories],
             "env_mask": masks,
         }
 
@@ -272,9 +273,18 @@ class SearchGRPOTrainer(GRPOTrainer):
     # What the seams are made of
 
     def _loss_mask(self, trajectory: Trajectory) -> list[int]:
-        if trajectory.failed:
+        # One whose last observation found no room ends in a sampled EOS: to TRL it would look finished.
+        cut = self.args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET
+        if trajectory.failed or cut:
             return [0] * len(trajectory.ids)
         return trajectory.mask if self.args.mask_observations else [1] * len(trajectory.ids)
+
+    def _sampling_logprobs(self, trajectory: Trajectory) -> list[float]:
+        if self.args.mask_observations:
+            return trajectory.logprobs
+        # In the loss without having been sampled: TRL weighs a NaN with 1, and the 0 that stands there with p(token).
+        pairs = zip(trajectory.logprobs, trajectory.mask, strict=True)
+        return [logprob if sampled else math.nan for logprob, sampled in pairs]
 
     @contextlib.contextmanager
     def _generation_policy(self, context_length: int) -> Iterator[Policy]:

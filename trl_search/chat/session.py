@@ -242,9 +242,6 @@ def load_chat(
     settings = settings or trained_settings(model)
     name = tiny_policy_path() if model == "tiny" else model
     tokenizer = load_tokenizer(name)
-    protocol = load_protocol(
-        settings.protocol, tokenizer, instruction=settings.instruction, system_prompt=settings.system_prompt
-    )
     policy: Policy
     if server is None:
         loaded = load_model(name, device=device, dtype=dtype)
@@ -258,6 +255,14 @@ def load_chat(
         max_queries=settings.max_queries_per_search,
         timeout_s=settings.search_timeout_s,
         passage_template=settings.passage_template,
+    )
+    protocol = load_protocol(
+        settings.protocol,
+        tokenizer,
+        instruction=settings.instruction,
+        system_prompt=settings.system_prompt,
+        tools=environment.tools,
+        chat_template_kwargs=settings.chat_template_kwargs,
     )
     return Chat(policy, protocol, environment, settings.limits, sampling)
 

@@ -121,7 +121,8 @@ class ColdStartArguments:
     @property
     def agent(self) -> AgentSettings:
         """How the policy is asked, as those want to know who ask it later."""
-        return AgentSettings(**{key.name: getattr(self, key.name) for key in dataclasses.fields(AgentSettings)})
+        keys = [key.name for key in dataclasses.fields(AgentSettings) if hasattr(self, key.name)]
+        return AgentSettings(**{key: getattr(self, key) for key in keys})
 
 
 _TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")

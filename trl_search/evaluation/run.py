@@ -207,6 +207,7 @@ def _measure(
                 # The instruction that a policy was trained with is the search agent's: other modes have their own.
                 instruction=plan.agent.instruction if mode == "search" else None,
                 system_prompt=plan.agent.system_prompt,
+                chat_template_kwargs=plan.agent.chat_template_kwargs,
                 sampling=plan.sampling,
                 concurrency=plan.backend.concurrency,
                 on_outcome=finished,

@@ -72,6 +72,7 @@ def prompts_of(
             protocol=agent.protocol,
             instruction=agent.instruction if mode == "search" else None,
             system_prompt=agent.system_prompt,
+            chat_template_kwargs=agent.chat_template_kwargs,
         )
         messages = written.messages("{question}")
         if mode == "rag":

@@ -320,7 +320,10 @@ def sample(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor
         # None of these reads the ids so far.
         kept_BV = filters(None, scaled_BV).softmax(dim=-1) if filters else logprobs_BV.exp()  # type: ignore[arg-type]
         cumulative_BV = kept_BV.cumsum(dim=-1)
-        targets_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
+        total_B1 = cumulative_BV[:, -1:]
+        # A uniform just below 1 becomes 1 in float32; at the total itself stand tokens of no probability.
+        below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
+        targets_B1 = (uniforms_B.to(cumulative_BV).unsqueeze(-1) * total_B1).minimum(below_B1)
         ids_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
         ids_B = ids_B.clamp(max=logits_BV.shape[-1] - 1)
     return ids_B, logprobs_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1)
