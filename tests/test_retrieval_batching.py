@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from trl_search.retrieval import RetrievalError, Retriever
 from trl_search.retrieval.base import QueueFull, Unavailable
-from trl_search.retrieval.batching import MAX_HUNG, SearchBatcher
+from trl_search.retrieval.batching import SearchBatcher
+from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.types import Passage
 
 TIMEOUT_S = 0.3  # of a call that hangs; whatever does not hang takes a hundredth of that

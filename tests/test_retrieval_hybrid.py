@@ -17,6 +17,7 @@ from trl_search.retrieval import RetrievalError, Retriever, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.hybrid import HybridRetriever, fuse
+from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.types import Passage
 
 
@@ -165,6 +166,43 @@ def test_an_awaited_part_that_fails_fails_the_search_and_stops_the_others() -> N
     assert slow.cancelled and time.monotonic() - started < 30
 
 
+def test_a_part_that_always_hangs_is_given_up() -> None:
+    released = threading.Event()
+
+    class Hanging(FixedRetriever):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            self.batches.append(list(queries))
+            released.wait(60)
+            return [self.passages[:k] for _ in queries]
+
+    hanging = Hanging(ranking("b"))
+    retriever = HybridRetriever([FixedRetriever(ranking("a")), hanging])
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(retriever.search_async(["?"], k=1), 0.1)
+
+    async def scenario() -> None:
+        for _ in range(MAX_HUNG):
+            await give_up()
+        with pytest.raises(Unavailable, match=f"the retriever hangs: {MAX_HUNG} calls have not come back"):
+            await retriever.search_async(["?"], k=1)
+        assert len(hanging.batches) == MAX_HUNG
+
+    async def until_it_is_back() -> list[Passage]:
+        while True:
+            try:
+                return (await retriever.search_async(["?"], k=2))[0]
+            except Unavailable:
+                await asyncio.sleep(0.01)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        released.set()
+    assert ids(asyncio.run(asyncio.wait_for(until_it_is_back(), 10))) == "ab"
+
+
 def test_a_part_that_loses_a_query_fails_the_search() -> None:
     class Lossy(FixedRetriever):
         def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -216,16 +254,19 @@ def test_parts_are_loaded_by_kind() -> None:
     assert ids(retriever.search(["lantern"], k=2)[0]) == "2"
 
 
-def test_a_part_that_cannot_be_loaded_closes_the_others() -> None:
-    closed = []
+def test_a_part_that_cannot_be_loaded_closes_those_that_were_and_none_that_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[str] = []
 
     class Closing(FixedRetriever):
         def close(self) -> None:
-            closed.append(self)
+            closed.append(ids(self.passages))
 
+    monkeypatch.setattr("trl_search.retrieval.bm25.load", lambda: Closing(ranking("l")))
     with pytest.raises(UserError, match="did you mean 'bm25'"):
-        load_retriever("hybrid", retrievers=[Closing([]), {"kind": "bm52"}])
-    assert len(closed) == 1
+        load_retriever("hybrid", retrievers=[Closing(ranking("g")), {"kind": "bm25"}, {"kind": "bm52"}])
+    assert closed == ["l"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,14 @@ def test_what_work_returns_and_raises():
     asyncio.run(both())
 
 
+def test_an_exception_that_no_future_takes_arrives_as_another():
+    async def stop():
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(on_daemon_thread(lambda: next(iter(())))[0], timeout=5)
+
+    asyncio.run(stop())
+
+
 def test_work_that_was_given_up_disturbs_nobody(caplog):
     async def give_up():
         done, thread = on_daemon_thread(lambda: time.sleep(0.2))

@@ -16,15 +16,16 @@ from typing import Any
 
 import httpx
 import pytest
+import tenacity
 
 from tests.servers import Said, Server, serving
 from trl_search.errors import UserError
-from trl_search.retrieval import RetrievalError, load_retriever
+from trl_search.retrieval import RetrievalError, load_retriever, web
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.web import WebRetriever
 from trl_search.retrieval.web_page import PageError
-from trl_search.retrieval.web_providers import DdgsProvider, Provider, WebHit, load_provider
+from trl_search.retrieval.web_providers import DdgsProvider, Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web_store import WebStore
 from trl_search.types import Passage
 
@@ -284,19 +285,63 @@ def test_searches_keep_the_pace_and_the_first_waits_for_nothing(make) -> None:
     assert waits.slept[-1] == 0.0  # nothing is owed, and nothing saved up
 
 
-def test_a_queue_that_outlasts_the_patience_fails_at_once_and_says_how_to_go_faster(make) -> None:
-    class Stopped(Waits):
-        async def sleep(self, seconds: float) -> None:
-            self.slept.append(seconds)
+class Stopped(Waits):
+    """A clock that stands still."""
 
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+def test_a_queue_that_outlasts_the_patience_fails_at_once_and_says_how_to_go_faster(make) -> None:
     engine = Engine()
-    retriever = make(engine, Stopped(), rate_per_s=1.0, patience_s=3.0)
+    retriever = make(engine, Stopped(), rate_per_s=1.0, patience_s=3.9)
     with pytest.raises(
-        RetrievalError, match=r"more searches wait than 1 a second let through in 3 s; raise rate_per_s"
+        RetrievalError, match=r"more searches wait than 1 a second let through in 3.9 s; raise rate_per_s"
     ):
         retriever.search([f"q{at}" for at in range(10)], 1)
     assert len(engine.asked) == 4  # at 0, 1, 2 and 3 seconds; they are stored
     assert retriever.search(engine.asked, 1)
+
+
+class Slow(Engine):
+    """Says after `takes_s` that it is busy."""
+
+    def __init__(self, takes_s: float) -> None:
+        super().__init__()
+        self.takes_s = takes_s
+
+    async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
+        self.asked.append(query)
+        await asyncio.sleep(self.takes_s)
+        raise ProviderBusy("busy")
+
+
+def test_an_engine_that_hangs_is_given_up_when_the_patience_ends(make) -> None:
+    engine = Slow(20)
+    retriever = make(engine, patience_s=0.3)
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"engine: no answer within 0.3 s.*patience_s"):
+        retriever.search(["a"], 1)
+    assert time.monotonic() - started < 10 and engine.asked == ["a"]
+    metrics = retriever.take_metrics()
+    assert metrics["retrieval/requests"] == metrics["retrieval/failures"] == 1
+
+
+def test_the_turn_of_a_repetition_is_waited_for_no_longer_than_the_rest_of_the_patience(make, monkeypatch) -> None:
+    monkeypatch.setattr(web, "_GROWING", tenacity.wait_none())
+    engine = Slow(1.0)
+    retriever = make(engine, Stopped(), rate_per_s=0.4, patience_s=3.0)  # the next turn is 2.5 s away, and 2 are left
+    with pytest.raises(RetrievalError, match=r"let through in 3 s"):
+        retriever.search(["a"], 1)
+    assert engine.asked == ["a"]
+
+
+def test_no_repetition_is_waited_for_beyond_the_patience(make, monkeypatch) -> None:
+    monkeypatch.setattr(web, "_GROWING", tenacity.wait_fixed(5))
+    engine, waits = Slow(0), Waits()
+    with pytest.raises(Unavailable, match="busy; gave up after 1 tries"):
+        make(engine, waits, patience_s=3.0).search(["a"], 1)
+    assert waits.slept == [0.0]
 
 
 def test_a_query_that_fails_takes_none_of_its_batch_along(make) -> None:

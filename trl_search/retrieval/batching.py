@@ -14,17 +14,14 @@ queries and is left behind on its daemon thread, where it holds up neither the r
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
-from trl_search.retrieval.threads import on_daemon_thread
+from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
-
-MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
 
 Key = tuple[str, int]  # query, k
 # Failures travel as values, not as exceptions of a future: nobody may be left to retrieve one.
@@ -71,7 +68,7 @@ class SearchBatcher:
         self._queue: dict[Key, None] = {}  # an ordered set
         self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
         self._workers: set[asyncio.Task[None]] = set()  # each searches one batch after the other
-        self._left_behind: list[threading.Thread] = []
+        self._on_threads = DaemonCalls()
         self._closed = False
 
     async def search(self, query: str, k: int) -> list[Passage]:
@@ -153,17 +150,13 @@ class SearchBatcher:
 
     async def _call(self, queries: list[str], k: int, timeout_s: float) -> list[list[Passage]]:
         """One call of the retriever, for at most `timeout_s`."""
-        self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
-        if len(self._left_behind) >= MAX_HUNG:
-            raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
-        self.stats.batches += 1
         started = time.monotonic()
-        thread: threading.Thread | None = None
         call: asyncio.Future[Outcome]
         if hasattr(self._retriever, "search_async"):
             call = asyncio.ensure_future(self._search_in_loop(queries, k))
         else:
-            call, thread = on_daemon_thread(lambda: self._search_on_thread(queries, k))
+            call = self._on_threads.start(lambda: self._search_on_thread(queries, k))
+        self.stats.batches += 1
         try:
             await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
             if not call.done():
@@ -173,10 +166,7 @@ class SearchBatcher:
                 )
         finally:
             self.stats.seconds += time.monotonic() - started
-            if not call.done():
-                call.cancel()
-                if thread is not None:
-                    self._left_behind.append(thread)
+            call.cancel()  # nothing where it is done
         if call.cancelled():
             raise RetrievalError("the retriever cancelled its own search")
         found = call.result()

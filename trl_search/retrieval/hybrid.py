@@ -35,6 +35,7 @@ from trl_search.retrieval.parts import (
     search_together,
     search_together_async,
 )
+from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 
 RRF_K = 60  # of the paper: how little the very first ranks stand out
@@ -59,6 +60,7 @@ class HybridRetriever(Retriever):
     ) -> None:
         _check(len(retrievers), weights, depth)
         self._parts, self._depth = tuple(retrievers), depth
+        self._on_threads = [DaemonCalls() for _ in retrievers]
         self._weights = tuple(weights) if weights is not None else (1.0,) * len(retrievers)
         self.max_concurrent_batches = min(part.max_concurrent_batches for part in retrievers)
         self._closed = False
@@ -73,7 +75,7 @@ class HybridRetriever(Retriever):
         if not self._begin(queries, k):
             return []
         try:
-            found = await search_together_async(self._parts, queries, max(k, self._depth))
+            found = await search_together_async(self._parts, self._on_threads, queries, max(k, self._depth))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         return self._fuse(found, k)

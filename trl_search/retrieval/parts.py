@@ -11,7 +11,7 @@ from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever
-from trl_search.retrieval.threads import on_daemon_thread
+from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 
 Part = Retriever | Mapping[str, Any]
@@ -22,19 +22,21 @@ def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
     from trl_search.retrieval import load_retriever
 
     loaded: list[Retriever] = []
+    own: list[Retriever] = []  # what was given is its owner's to close
     try:
         for number, part in enumerate(parts, start=1):
             if isinstance(part, Retriever):
                 loaded.append(part)
             elif isinstance(part, Mapping) and isinstance(part.get("kind"), str):
-                loaded.append(load_retriever(**part))
+                own.append(load_retriever(**part))
+                loaded.append(own[-1])
             else:
                 raise UserError(
                     f'part {number} of {of} must be a retriever, or options with its kind, as {{"kind": "bm25", '
                     f'"index": "indexes/wiki"}}; got {part!r}'
                 )
     except BaseException:
-        for retriever in loaded:
+        for retriever in own:
             retriever.close()
         raise
     return loaded
@@ -48,22 +50,24 @@ def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) 
 
 
 async def search_together_async(
-    parts: Sequence[Retriever], queries: Sequence[str], k: int
+    parts: Sequence[Retriever], on_threads: Sequence[DaemonCalls], queries: Sequence[str], k: int
 ) -> list[list[list[Passage]]]:
-    """[`search_together`] for coroutines: parts that can be awaited are, the others run on threads. When one fails, or
-    whoever asked gives up, those that still wait are told to stop."""
+    """[`search_together`] for coroutines: parts that can be awaited are, the others run on threads, each among its own
+    calls of `on_threads`. When one fails, or whoever asked gives up, those that still wait are told to stop; threads
+    cannot be, and are left behind."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_outcome(part, queries, k)) for part in parts]
+        tasks = [
+            group.create_task(_outcome(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)
+        ]
     return [_checked(part, queries, task.result()) for part, task in zip(parts, tasks, strict=True)]
 
 
-async def _outcome(part: Retriever, queries: Sequence[str], k: int) -> list[list[Passage]]:
+async def _outcome(part: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int) -> list[list[Passage]]:
     search = getattr(part, "search_async", None)
     if inspect.iscoroutinefunction(search):
         found: list[list[Passage]] = await search(queries, k)
         return found
-    outcome, _ = on_daemon_thread(lambda: part.search(queries, k))
-    return await outcome
+    return await calls.start(lambda: part.search(queries, k))
 
 
 def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:

@@ -6,7 +6,11 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from trl_search.retrieval.base import Unavailable
+
+MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
 
 T = TypeVar("T")
 
@@ -41,3 +45,26 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return done, thread
+
+
+class DaemonCalls:
+    """Calls of one retriever on daemon threads. One that was given up, by cancelling its future, counts as hung until
+    its thread ends; new ones are refused while `MAX_HUNG` hang."""
+
+    def __init__(self) -> None:
+        self._calls: dict[threading.Thread, asyncio.Future[Any]] = {}
+
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """[`on_daemon_thread`], unless too many hang.
+
+        Raises:
+            Unavailable: if `MAX_HUNG` calls were given up and have not come back.
+        """
+        for thread in list(self._calls):
+            if not thread.is_alive():
+                self._calls.pop(thread, None)  # or another event loop's thread was first
+        if sum(found.cancelled() for found in list(self._calls.values())) >= MAX_HUNG:
+            raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
+        found, thread = on_daemon_thread(work)
+        self._calls[thread] = found
+        return found

@@ -9,8 +9,9 @@
   A page that cannot be read (a PDF, a 403, too slow, not public) leaves the snippet, and is counted.
 - What was found is stored in one file (`web_store.py`), so that a re-run trains on the same results. Failures are not
   stored, and neither is a page of no results: engines answer so whom they block.
-- A search that would wait for its turn beyond `patience_s` fails at once and says so. 64 trajectories at one search a
-  second need a minute: raise `rate_per_s` as your plan allows, with `patience_s` and training's `search_timeout_s`.
+- A query that the engine has not answered within `patience_s`, turns and repetitions included, fails. One that would
+  wait for its turn beyond that fails at once and says so. 64 trajectories at one search a second need a minute: raise
+  `rate_per_s` as your plan allows, with `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class WebRetriever(Retriever):
         rate_per_s (`float`): Searches a second, of all processes that share the store.
         pages (`bool`): Whether passages hold the text of the pages.
         page_chars (`int`): Characters of a page's text.
-        patience_s (`float`): Seconds a search may take, waiting included.
+        patience_s (`float`): Seconds the engine may take, waiting and repetitions included; pages come after that.
         tries (`int`): Times a search is asked of a provider that is busy.
         fetch (`Callable`): `await fetch(url)` gives a page's text, or raises `PageError`.
         sleep (`Callable`): `await sleep(seconds)`.
@@ -161,13 +162,10 @@ class WebRetriever(Retriever):
             named_s = error.wait_s if isinstance(error, ProviderBusy) else None
             return _GROWING(state) if named_s is None else named_s + _GROWING(state) / 10
 
-        def is_worth_another(error: BaseException) -> bool:
-            return isinstance(error, ProviderBusy) and time.monotonic() + (error.wait_s or 0.0) < deadline
-
         try:
             async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(is_worth_another),
-                stop=tenacity.stop_after_attempt(self._tries),
+                retry=tenacity.retry_if_exception_type(ProviderBusy),
+                stop=tenacity.stop_after_attempt(self._tries) | tenacity.stop_before_delay(self._patience_s),
                 wait=wait_s,
                 sleep=self._sleep,
                 reraise=True,
@@ -175,14 +173,14 @@ class WebRetriever(Retriever):
                 with attempt:
                     if attempt.retry_state.attempt_number > 1:
                         self._count("retries")
-                    return await self._ask_once(query, count)
+                    return await self._ask_once(query, count, deadline)
         except ProviderBusy as error:
             raise Unavailable(f"{error}; gave up after {attempt.retry_state.attempt_number} tries") from error
         raise AssertionError("a retry loop ends by a result or an error")
 
-    async def _ask_once(self, query: str, count: int) -> list[WebHit]:
+    async def _ask_once(self, query: str, count: int, deadline: float) -> list[WebHit]:
         turn_s = await asyncio.to_thread(
-            self._store.take_turn, self._provider.name, rate_per_s=self._rate_per_s, within_s=self._patience_s
+            self._store.take_turn, self._provider.name, rate_per_s=self._rate_per_s, within_s=_left_s(deadline)
         )
         if turn_s is None:
             self._count("failures")
@@ -193,7 +191,14 @@ class WebRetriever(Retriever):
         await self._sleep(turn_s)
         self._count("requests")
         try:
-            return await self._provider.search(await self._clients.get(), query, count)
+            async with asyncio.timeout(_left_s(deadline)):
+                return await self._provider.search(await self._clients.get(), query, count)
+        except TimeoutError:
+            self._count("failures")
+            raise Unavailable(
+                f"{self._provider.name}: no answer within {self._patience_s:g} s, its turn and repetitions included; "
+                "is it up, and is patience_s long enough for it?"
+            ) from None
         except RetrievalError:
             self._count("failures")
             raise
@@ -214,6 +219,10 @@ class WebRetriever(Retriever):
     def _count(self, name: str) -> None:
         with self._counting:
             self._counts[name] += 1
+
+
+def _left_s(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 def _tidy(query: str) -> str:
@@ -240,7 +249,7 @@ def load(
         rate_per_s (`float`, *optional*): Searches a second; by default what the provider's smallest plan bears.
         pages (`bool`): Passages hold the text of the pages in place of the engine's snippets.
         page_chars (`int`): Characters of a page's text.
-        patience_s (`float`): Seconds a search may take, waiting for its turn included.
+        patience_s (`float`): Seconds the engine may take, waiting for one's turn and repetitions included.
     """
     engine = load_provider(provider, base_url)
     return WebRetriever(

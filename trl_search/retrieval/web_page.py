@@ -16,6 +16,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 READABLE = ("text/html", "application/xhtml+xml", "text/plain")
-_HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; trl-search)", "Accept": "text/html, text/plain;q=0.9"}
+_HEADERS = {
+    "User-Agent": "Mozilla/5.0 (compatible; trl-search)",
+    "Accept": "text/html, text/plain;q=0.9",
+    "Accept-Encoding": "gzip",
+}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -206,12 +211,21 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, byt
     kind = response.headers.get("Content-Type", "text/html").partition(";")[0].strip().lower()
     if kind not in READABLE:
         raise PageError(f"{url}: is {kind[:80]}, which is not read")
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip"):  # of several, one on the other, a kilobyte unpacks to gigabytes
+        raise PageError(f"{url}: its Content-Encoding is {encoding[:80]!r}, and only gzip is read")
+    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding == "gzip" else None
     body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) >= max_bytes:
-            break
-    return kind, bytes(body[:max_bytes])
+    try:
+        # httpx would unpack all of a chunk before it shows how long that is.
+        async for chunk in response.aiter_raw():
+            left = max_bytes - len(body)
+            body += chunk[:left] if unpacker is None else unpacker.decompress(chunk, left)
+            if len(body) >= max_bytes or (unpacker is not None and unpacker.eof):
+                break
+    except zlib.error as error:
+        raise PageError(f"{url}: is not the gzip that it says it is ({error})") from error
+    return kind, bytes(body)
 
 
 def _is_address(host: str) -> bool:
