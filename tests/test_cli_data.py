@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.fake_hub import FakeHub, fake_hub
-from tests.test_wiki18 import CORPUS, INDEX, corpus_lines, flat_index, lay, tar_gz
+from tests.test_wiki18 import CORPUS, INDEX, corpus_lines, lay, tar_gz
 from trl_search.cli import USER_ERROR, main
 from trl_search.data import HUB_SETS, load_questions
 from trl_search.wiki18 import ARCHIVE, DIM, PIECES
@@ -121,9 +121,12 @@ def test_all_stands_for_the_seven_sets(train: Path, capsys: pytest.CaptureFixtur
 # wiki-18
 
 
-def run(hub: FakeHub, folder: Path, *more: str) -> subprocess.Popen[str]:
+def run(hub: FakeHub, folder: Path, count: int, *more: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, where the published corpus has `count` passages."""
+    program = "import sys, trl_search.wiki18 as wiki18; from trl_search.cli import main; "
+    program += f"wiki18.PASSAGES = {count}; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-m", "trl_search", "data", "wiki18", "--output", str(folder), *more],
+        [sys.executable, "-c", program, "data", "wiki18", "--output", str(folder), *more],
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -132,7 +135,9 @@ def run(hub: FakeHub, folder: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_download_is_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_download_is_killed_and_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = 8000  # 24.6 MB: huggingface_hub writes in pieces of 10
     index = faiss.IndexFlatIP(DIM)
     index.add(np.random.default_rng(0).random((count, DIM), dtype=np.float32))
@@ -142,7 +147,7 @@ def test_a_download_is_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.Ca
     parts = {"part_aa": flat[:20_000_000], "part_ab": flat[20_000_000:]}
     with fake_hub({PIECES["e5-flat"].repository: parts, PIECES["corpus"].repository: {ARCHIVE: tar_gz(lines)}}) as hub:
         hub.stall_after = {"part_aa": 15_000_000}
-        killed = run(hub, folder, "--yes")
+        killed = run(hub, folder, count, "--yes")
         until = time.monotonic() + 180
         while not any(path.stat().st_size >= 10_000_000 for path in folder.glob("*.incomplete")):
             assert killed.poll() is None and time.monotonic() < until
@@ -152,7 +157,7 @@ def test_a_download_is_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.Ca
         assert not (folder / INDEX).exists()
         came = next(folder.glob("e5*.incomplete")).stat().st_size
 
-        again = run(hub, folder, "--yes")
+        again = run(hub, folder, count, "--yes")
         out, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
     assert hub.ranges == [
@@ -160,18 +165,25 @@ def test_a_download_is_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     assert (folder / INDEX).read_bytes() == flat and (folder / CORPUS).read_bytes() == lines
     assert f"{folder / CORPUS} is there" in out and "of it are here already" in out
-    assert "whole, and checked" in out and f"rm {folder / ARCHIVE}" in out
+    assert "e5-flat   checked: 8,000 vectors of 768 dimensions" in out and "; SHA-256 as on the hub\n" in out
+    assert (
+        "corpus    checked: 8,000 passages, and the ids of 1,001 of them; not compared" in out
+        and f"rm {folder / ARCHIVE}" in out
+    )
     # What is printed as the next command opens what was fetched.
     options = json.loads(out.split("trl-search serve dense --options '")[1].split("'")[0])
     assert options["encoder"] == "intfloat/e5-base-v2" and Path(options["faiss_file"]).read_bytes() == flat
 
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", count)
     assert main(["data", "wiki18", "--output", str(folder), "--check"]) == 0
-    assert "whole, and checked" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("; not compared with the hub\n") == 2 and "whole" not in out
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The corpus alone, on the hub of this very process."""
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", 20)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with fake_hub({PIECES["corpus"].repository: {ARCHIVE: tar_gz(corpus_lines())}}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
@@ -206,10 +218,12 @@ def test_it_asks_before_it_downloads(
     assert "trl-search index --corpus" in capsys.readouterr().out
 
 
-def test_a_corpus_that_the_index_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_that_is_not_the_published_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lay(tmp_path, corpus_lines([str(row) for row in range(19)]))
-    said = refused(capsys, "wiki18", "--output", tmp_path)
-    assert "has 19 passages and e5_Flat.index knows 20" in said
-    lay(tmp_path, corpus_lines([str(row) for row in range(19)]), flat_index(19))
-    (tmp_path / f"{CORPUS}.offsets.npy").unlink()
-    assert main(["data", "wiki18", "--output", str(tmp_path)]) == 0
+    said = refused(capsys, "wiki18", "--what", "corpus", "--output", tmp_path, "--check")
+    assert "has 19 passages and the published corpus 21,015,324" in said
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", 19)
+    assert main(["data", "wiki18", "--what", "corpus", "--output", str(tmp_path)]) == 0
+    assert "the published index 19" in refused(capsys, "wiki18", "--output", tmp_path, "--check")

@@ -182,14 +182,47 @@ def test_a_name_is_owner_and_name(run, capsys, repo_id):
     assert push(run, repo_id) == 2 and "write it as owner/name" in capsys.readouterr().err
 
 
-def test_an_adapter_goes_without_its_base(tmp_path, hub):
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    """An adapter of a model that lies on this machine."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_policy_path()), LoraConfig(r=2))
-    adapted.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_policy_path()).save_pretrained(tmp_path)
-    assert push(tmp_path, "me/lora", "--license", "mit") == 0
+    adapted.save_pretrained(tmp_path / "lora")
+    AutoTokenizer.from_pretrained(tiny_policy_path()).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def name_base(lora: Path, base: str) -> bytes:
+    """Writes another base model into the adapter's configuration, and returns the file."""
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("base", [tiny_policy_path(), "/scratch/alice/warm", "./warm", "runs/warm", "warm", "a/b/c"])
+def test_an_adapter_of_a_local_model_names_the_base_on_the_hub(lora, hub, capsys, base):
+    mine = name_base(lora, base)
+    assert push(lora, "me/lora") == 2 and push(lora, "me/lora", "--dry_run", "--base_model", "/scratch/alice/x") == 2
+    error = capsys.readouterr().err
+    assert error.count(f"base model is {base}, which nobody else has") == error.count("--base_model owner/name") == 2
+    assert "me/lora" not in hub.models
+    assert push(lora, "me/lora", "--license", "mit", "--base_model", "Qwen/Base") == 0
+    published = json.loads(hub.models["me/lora"]["adapter_config.json"])
+    assert published == {**json.loads(mine), "base_model_name_or_path": "Qwen/Base"}
+    assert "base_model: Qwen/Base" in hub.models["me/lora"]["README.md"].decode()
+    assert (lora / "adapter_config.json").read_bytes() == mine, "a push writes nothing into the run"
+
+
+def test_an_adapter_of_a_model_of_the_hub_goes_as_it_is(lora, hub):
+    mine = name_base(lora, "Qwen/Base")
+    assert push(lora, "me/lora", "--license", "mit") == 0
+    assert hub.models["me/lora"]["adapter_config.json"] == mine
+
+
+def test_an_adapter_goes_without_its_base(lora, hub):
+    assert push(lora, "me/lora", "--license", "mit", "--base_model", "Qwen/Base") == 0
     assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.models["me/lora"])
     assert "model.safetensors" not in hub.models["me/lora"] and "config.json" not in hub.models["me/lora"]
     card = hub.models["me/lora"]["README.md"].decode()

@@ -22,6 +22,7 @@ from trl_search.retrieval.published import open_jsonl
 from trl_search.retrieval.vectors import open_faiss_file
 from trl_search.wiki18 import (
     ARCHIVE,
+    ARCHIVE_BYTES,
     CORPUS,
     CORPUS_BYTES,
     DIM,
@@ -76,6 +77,12 @@ PUBLISHED = {
     PIECES["e5-flat"].repository: {"part_aa": FLAT[:CUT], "part_ab": FLAT[CUT:], ".gitattributes": b"part_*"},
     PIECES["e5-hnsw"].repository: {"part_aa": HNSW[:CUT], "part_ab": HNSW[CUT:]},
 }
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The corpus that is published here has `COUNT` passages."""
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", COUNT)
 
 
 @pytest.fixture
@@ -165,9 +172,13 @@ def test_parts_that_lie_there_are_not_fetched(hub: FakeHub, tmp_path: Path) -> N
     (tmp_path / "part_aa").write_bytes(FLAT[:CUT])
     (tmp_path / "part_ab").write_bytes(FLAT[CUT:-1])  # cut short: not used
     (tmp_path / ARCHIVE).write_bytes(PUBLISHED[PIECES["corpus"].repository][ARCHIVE])
-    get(hub, tmp_path, BOTH)
+    planned = get(hub, tmp_path, BOTH)
     assert hub.ranges == [("part_ab", "")]
     assert (tmp_path / INDEX).read_bytes() == FLAT and (tmp_path / "part_aa").read_bytes() == FLAT[:CUT]
+    (tmp_path / INDEX).unlink()
+    assert planned.download_bytes == len(FLAT) - CUT, "a part that lies there is not fetched"
+    corpus = len(PUBLISHED[PIECES["corpus"].repository][ARCHIVE]) * CORPUS_BYTES // ARCHIVE_BYTES + 8 * COUNT
+    assert planned.disk_bytes == len(FLAT) + corpus, "and is written once more, into the index"
 
 
 def test_a_file_of_another_size_is_not_overwritten(hub: FakeHub, tmp_path: Path) -> None:
@@ -178,13 +189,19 @@ def test_a_file_of_another_size_is_not_overwritten(hub: FakeHub, tmp_path: Path)
     with pytest.raises(UserError, match=r"wiki-18\.jsonl\.gz has 4 bytes"):
         get(hub, tmp_path, ["corpus"])
     assert (tmp_path / INDEX).read_bytes() == FLAT[:-4] and (tmp_path / ARCHIVE).read_bytes() == b"mine"
+    (tmp_path / "e5_HNSW64.index").write_bytes(HNSW[:-4])  # its head does not say how long it is; the hub does
+    with pytest.raises(
+        UserError, match=r"e5_HNSW64\.index has [\d,]+ bytes and the published file [\d,]+: .* Move it"
+    ):
+        plan_wiki18(["e5-hnsw"], tmp_path, endpoint=hub.url)
     assert hub.ranges == []
 
 
-def test_a_repository_that_changed_begins_anew(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_repository_that_changed_begins_anew(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.cut_after, hub.broken = [10_500], True
     with pytest.raises(UserError):
         get(hub, tmp_path, ["e5-flat"])
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", COUNT + 1)
     changed = flat_index(COUNT + 1)
     hub.repositories[PIECES["e5-flat"].repository] = {"part_aa": changed[:CUT], "part_ab": changed[CUT:]}
     hub.broken = False
@@ -225,8 +242,9 @@ def test_a_disk_that_fills_up_is_named(tmp_path: Path) -> None:
         (tmp_path / "x").read_bytes()
 
 
-def test_what_the_published_files_take(tmp_path: Path) -> None:
+def test_what_the_published_files_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of docs/data.md and of the help."""
+    monkeypatch.setattr("trl_search.wiki18.PASSAGES", PASSAGES)
     part_aa, part_ab = HubFile("part_aa", 42_949_672_960, "a"), HubFile("part_ab", 21_609_402_413, "b")
     flat = HubFiles(PIECES["e5-flat"].repository, COMMIT, (part_aa, part_ab))
     assert flat.bytes == PIECES["e5-flat"].published_bytes == 45 + PASSAGES * DIM * 4
@@ -295,17 +313,22 @@ ROWS = [str(row) for row in range(COUNT)]
 @pytest.mark.parametrize(
     ("corpus", "index", "message"),
     [
-        (corpus_lines(ROWS[:-1]), FLAT, r"has 19 passages and e5_Flat\.index knows 20: row i of the index is line i"),
-        (corpus_lines(ROWS[::-1]), FLAT, r"line 1: the passage has id '19', and the index knows the passage 0 there"),
+        (corpus_lines(ROWS[:-1]), FLAT, r"has 19 passages and the published corpus 20: row i of an index is line i"),
+        (
+            corpus_lines(ROWS[::-1]),
+            FLAT,
+            r"line 1: the passage has id '19', and the published corpus the passage 0 there",
+        ),
         (corpus_lines([*ROWS[:-1], "99"]), FLAT, r"line 20: the passage has id '99'"),
         (gzip.decompress(tar_gz(corpus_lines())), FLAT, r"is a tar, as `gzip -d wiki-18\.jsonl\.gz` leaves it"),
         (corpus_lines(), flat_index(dim=384), r"vectors of 384 dimensions under inner product; the e5 index has 768"),
         (corpus_lines(), flat_index(metric=faiss.IndexFlatL2), r"is not the FAISS file that e5-flat is"),
         (corpus_lines(), HNSW, r"is not the FAISS file that e5-flat is \(it begins with b'IHNf'\)"),
         (corpus_lines(), FLAT[:20], r"is not the FAISS file that e5-flat is"),
+        (corpus_lines(), flat_index(19), r"e5_Flat\.index holds 19 vectors and the published index 20"),
         (corpus_lines(), FLAT + b"x", r"has 61,486 bytes and the published file 61,485"),
     ],
-    ids=["fewer", "sorted", "other-id", "tar", "dimensions", "metric", "kind", "head", "length"],
+    ids=["fewer", "sorted", "other-id", "tar", "dimensions", "metric", "kind", "head", "vectors", "length"],
 )
 def test_a_corpus_and_an_index_that_are_no_pair(tmp_path: Path, corpus: bytes, index: bytes, message: str) -> None:
     lay(tmp_path, corpus, index)
@@ -322,6 +345,41 @@ def test_an_index_is_compared_with_the_corpus_beside_it(tmp_path: Path) -> None:
         check_wiki18(["e5-flat"], tmp_path)
     with pytest.raises(UserError, match=r"there is no .*wiki-18\.jsonl: fetch it with trl-search data wiki18"):
         check_wiki18(["corpus"], tmp_path / "empty")
+
+
+def test_a_corpus_alone_is_compared_with_the_published_one(tmp_path: Path) -> None:
+    def said(corpus: bytes) -> str:
+        (tmp_path / f"{CORPUS}.offsets.npy").unlink(missing_ok=True)
+        (tmp_path / CORPUS).write_bytes(corpus)
+        return check_wiki18(["corpus"], tmp_path)["corpus"]
+
+    with pytest.raises(UserError, match="has 2 passages and the published corpus 20"):
+        said(corpus_lines(["0"]) + b"no JSON\n")
+    with pytest.raises(UserError, match="line 1: the passage has id '19'"):
+        said(corpus_lines(ROWS[::-1]))
+    with pytest.raises(UserError, match="line 20"):
+        said(corpus_lines(ROWS[:-1]) + b"no JSON\n")
+    assert said(corpus_lines()) == "20 passages, and the ids of 20 of them; not compared with the hub"
+
+
+def test_what_was_not_checked_is_not_said(hub: FakeHub, tmp_path: Path) -> None:
+    """The head of an HNSW file does not say how long the file is."""
+    index = tmp_path / "e5_HNSW64.index"
+    index.write_bytes(HNSW[:100])
+    with pytest.raises(UserError, match=r"has 100 bytes and its vectors alone take 61,440: it was cut short"):
+        check_wiki18(["e5-hnsw"], tmp_path)
+    index.write_bytes(HNSW[:-4])
+    said = check_wiki18(["e5-hnsw"], tmp_path)["e5-hnsw"]
+    assert said.endswith("no shorter than they are; the graph was not looked at; not compared with the hub")
+    index.write_bytes(HNSW)
+    (tmp_path / ARCHIVE).write_bytes(PUBLISHED[PIECES["corpus"].repository][ARCHIVE])
+    planned = plan_wiki18([*BOTH, "e5-hnsw"], tmp_path, endpoint=hub.url)
+    checked = fetch_wiki18(planned, endpoint=hub.url)
+    assert {word: said.split("; ")[-1] for word, said in checked.items()} == {
+        "corpus": "size of the archive as on the hub",
+        "e5-flat": "SHA-256 as on the hub",
+        "e5-hnsw": "size as on the hub",
+    }
 
 
 def test_the_commands_that_come_next(tmp_path: Path) -> None:
@@ -355,5 +413,6 @@ def test_without_a_network(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub is not asked"):
         plan_wiki18(BOTH, tmp_path, endpoint=hub.url)
-    planned = plan_wiki18(BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url)  # all is there: nobody is asked
-    fetch_wiki18(planned, endpoint=hub.url)
+    planned = plan_wiki18(BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url)  # all is there: the hub may be away
+    checked = fetch_wiki18(planned, endpoint=hub.url)
+    assert all(said.endswith("; not compared with the hub") for said in checked.values())

@@ -22,7 +22,7 @@ import shlex
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +68,27 @@ PIECES: dict[str, Piece] = {
 
 @dataclass(frozen=True)
 class Wiki18Plan:
-    """What is asked for, what of it is missing in the folder, and what that takes. `files` holds the missing ones."""
+    """What is asked for, what of it is missing in the folder, and what that takes. `files` holds the missing ones;
+    `same_size` names the indexes that are there, in the size that the hub has."""
 
     what: tuple[str, ...]
     folder: Path
     files: dict[str, HubFiles]
+    same_size: frozenset[str] = frozenset()
 
     @property
     def download_bytes(self) -> int:
-        return sum(files.missing_bytes(self._target(word)) for word, files in self.files.items())
+        return sum(map(self._download_bytes, self.files))
 
     @property
     def disk_bytes(self) -> int:
         """What is written from now on, all together and at the worst moment: nothing is written to be deleted."""
+        # A part that lies there is not fetched, and takes its place once more in the file that is made of it.
+        made = sum(files.missing_bytes(self._target(word)) for word, files in self.files.items())
         unpacked = 0
         if "corpus" in self.files:
             unpacked = self.files["corpus"].bytes * CORPUS_BYTES // ARCHIVE_BYTES + OFFSET_BYTES * PASSAGES
-        return self.download_bytes + unpacked
+        return made + unpacked
 
     def check_disk(self, free: int) -> None:
         """Refuses to begin what the disk cannot hold.
@@ -109,10 +113,22 @@ class Wiki18Plan:
             files = self.files[word]
             lines.append(f"{word:<9} {files.repository} at {files.commit[:12]} -> {made}")
             lines += [f"            {file.name:<18} {file.bytes:>15,} bytes" for file in files.files]
-            if come := files.bytes - files.missing_bytes(self._target(word)):
+            if come := files.bytes - self._download_bytes(word):
                 lines.append(f"            {gb(come)} of it are here already: it goes on from there")
         lines += [f"download  {gb(self.download_bytes)}", f"disk      {gb(self.disk_bytes)} in {self.folder}"]
         return "\n".join(lines + [f"serving   {line}" for line in serving_needs(self.what)])
+
+    def _download_bytes(self, word: str) -> int:
+        """What has neither come yet nor lies in the folder as a part in full size, as `fetch` takes it."""
+        files, target = self.files[word], self._target(word)
+        come, wanted = files.bytes - files.missing_bytes(target), 0
+        for part in files.files:
+            have = min(max(come, 0), part.bytes)
+            come -= part.bytes
+            local = target.with_name(part.name)
+            if not (local.is_file() and local.stat().st_size == part.bytes):
+                wanted += part.bytes - have
+        return wanted
 
     def _target(self, word: str) -> Path:
         """What the files of the hub become: the index itself, or the archive that the corpus is unpacked from."""
@@ -120,7 +136,9 @@ class Wiki18Plan:
 
 
 def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None = None) -> Wiki18Plan:
-    """Finds out what is missing, and asks the hub for the sizes of that. Downloads nothing.
+    """Finds out what is missing, and asks the hub for sizes. Downloads nothing.
+
+    An index that is there in another size is refused. Of the corpus the hub knows the archive's size alone.
 
     Args:
         what (`Sequence[str]`):
@@ -143,20 +161,28 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
             raise unknown_name("part of wiki-18", word, PIECES)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder")
-    files = {}
+    files, same_size = {}, set()
     for word in what:
         piece = PIECES[word]
-        if (folder / piece.made).exists():
+        made = folder / piece.made
+        if word == "corpus" and made.exists():
             continue
         try:
-            files[word] = list_files(piece.repository, piece.pattern, endpoint=endpoint)
+            listed = list_files(piece.repository, piece.pattern, endpoint=endpoint)
         except UserError as error:
+            if made.exists():  # nothing is to be fetched: what is said in the end is that the hub was not asked
+                continue
             published = ", ".join(f"{name} {gb(PIECES[name].published_bytes)}" for name in what)
             raise UserError(f"{error}\nAs published, the downloads are: {published}.") from error
-    return Wiki18Plan(tuple(what), folder, files)
+        if made.exists():
+            check_bytes(made, listed.bytes)
+            same_size.add(word)
+        else:
+            files[word] = listed
+    return Wiki18Plan(tuple(what), folder, files, frozenset(same_size))
 
 
-def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> None:
+def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[str, str]:
     """Fetches what is missing, unpacks the corpus, and checks all that was asked for. Start it again after a kill.
 
     Args:
@@ -164,20 +190,40 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> None:
             From `plan_wiki18`.
         endpoint (`str`, *optional*):
             As for `plan_wiki18`.
+
+    Returns:
+        `dict[str, str]`: what was checked of each, for people.
     """
+    of_hub = dict.fromkeys(planned.same_size, "size as on the hub")
     for word, files in planned.files.items():
         target = planned._target(word)
+        compared = "size" if target.exists() else "SHA-256"
         fetch(files, target, endpoint=endpoint)
+        of_hub[word] = f"{compared} as on the hub"
         if word == "corpus":
             unpack_corpus(target, planned.folder / CORPUS)
-    check_wiki18(planned.what, planned.folder)
+            of_hub[word] = f"{compared} of the archive as on the hub"
+    return check_wiki18(planned.what, planned.folder, of_hub)
 
 
-def check_wiki18(what: Sequence[str], folder: Path) -> None:
-    """Checks what is in the folder: the heads of the indexes, and that the corpus is the one they were made of."""
-    vectors = {word: read_index_head(folder / PIECES[word].made, word) for word in what if word != "corpus"}
-    if "corpus" in what or (vectors and (folder / CORPUS).exists()):
-        check_corpus(folder / CORPUS, vectors)
+def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Checks what is in the folder: the heads of the indexes, and that the corpus is the one they were made of.
+
+    Args:
+        what (`Sequence[str]`):
+            As for `plan_wiki18`. A corpus beside an index is checked with it.
+        folder (`Path`):
+            Where the files lie.
+        of_hub (`Mapping[str, str]`, *optional*):
+            What was compared with the hub, of each where something was.
+
+    Returns:
+        `dict[str, str]`: what was checked of each, for people.
+    """
+    checked = {word: check_index(folder / PIECES[word].made, word) for word in what if word != "corpus"}
+    if "corpus" in what or (checked and (folder / CORPUS).exists()):
+        checked["corpus"] = check_corpus(folder / CORPUS)
+    return {word: f"{said}; {(of_hub or {}).get(word, 'not compared with the hub')}" for word, said in checked.items()}
 
 
 def unpack_corpus(archive: Path, target: Path) -> None:
@@ -204,8 +250,11 @@ def unpack_corpus(archive: Path, target: Path) -> None:
     os.replace(unfinished, target)
 
 
-def read_index_head(path: Path, word: str) -> int:
-    """The number of vectors in a published index, from its first bytes; refuses what is not that index, or is cut."""
+def check_index(path: Path, word: str) -> str:
+    """Refuses what is not the published index by its first bytes, or too short for them; returns what was checked.
+
+    How long an HNSW file is, its head does not say: cut in its last bytes, only the hub's listing shows it.
+    """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
     with path.open("rb") as file:
@@ -218,19 +267,24 @@ def read_index_head(path: Path, word: str) -> int:
         raise UserError(
             f"{path} holds vectors of {dim} dimensions under {kind}; the e5 index has {DIM} under inner product"
         )
+    if count != PASSAGES:
+        raise UserError(f"{path} holds {count:,} vectors and the published index {PASSAGES:,}: move it away")
+    vectors = f"{count:,} vectors of {dim} dimensions, by its head"
     if word == "e5-flat":
         check_bytes(path, _FLAT_HEAD_BYTES + 4 * dim * count)
-    return int(count)
+        return f"{vectors}, and the length that they take"
+    there, least = path.stat().st_size, 4 * dim * count
+    if there < least:
+        raise UserError(f"{path} has {there:,} bytes and its vectors alone take {least:,}: it was cut short")
+    return f"{vectors}, and no shorter than they are; the graph was not looked at"
 
 
-def check_corpus(path: Path, vectors: dict[str, int]) -> int:
-    """Refuses a corpus that an index does not know, and returns the number of passages.
+def check_corpus(path: Path) -> str:
+    """Refuses a corpus that has not the published passages, by their number and ids; returns what was checked.
 
     Args:
         path (`Path`):
             The jsonl file. Where its lines begin is kept beside it, as a search needs that too.
-        vectors (`dict[str, int]`):
-            Name of an index -> its number of vectors.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")
@@ -242,19 +296,19 @@ def check_corpus(path: Path, vectors: dict[str, int]) -> int:
             )
     with closing(open_jsonl(path)) as corpus:
         count = len(corpus)
-        for word, known in vectors.items():
-            if known != count:
+        if count != PASSAGES:
+            raise UserError(
+                f"{path} has {count:,} passages and the published corpus {PASSAGES:,}: row i of an index is line i of "
+                "the corpus, so another corpus would be searched wrongly. Fetch the published one"
+            )
+        rows = sorted({count * part // IDS_COMPARED for part in range(IDS_COMPARED)} | {count - 1})
+        for row in rows:
+            if (identity := corpus[row].id) != str(row):
                 raise UserError(
-                    f"{path} has {count:,} passages and {PIECES[word].made} knows {known:,}: row i of the index is "
-                    "line i of the corpus, so another corpus would be searched wrongly. Fetch the published one"
+                    f"{path}, line {row + 1}: the passage has id {identity!r}, and the published corpus the passage "
+                    f"{row} there: this one was sorted, filtered or renumbered. Fetch the published one"
                 )
-        for row in sorted({count * part // IDS_COMPARED for part in range(IDS_COMPARED)} | {count - 1}):
-            if vectors and (identity := corpus[row].id) != str(row):
-                raise UserError(
-                    f"{path}, line {row + 1}: the passage has id {identity!r}, and the index knows the passage "
-                    f"{row} there: the corpus was sorted, filtered or renumbered. Fetch the published one"
-                )
-    return count
+    return f"{count:,} passages, and the ids of {len(rows):,} of them"
 
 
 def serving_needs(what: Sequence[str]) -> list[str]:

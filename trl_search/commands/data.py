@@ -54,9 +54,10 @@ not). It refuses where the disk is too small, and overwrites nothing.
   e5-hnsw   e5_HNSW64.index: a graph, approximate, about 75 GB, all of it in memory
 
 Killed or cut off, the same command goes on at the byte where it was. Parts that lie in DIR already (part_aa, part_ab,
-wiki-18.jsonl.gz) are used. In the end files, sizes, SHA-256 and the pairing of index and corpus have been checked, and
-the commands that come next are printed. The published BM25 index is Lucene's and is not read here; build one with
-`trl-search index`, from the corpus.
+wiki-18.jsonl.gz) are used. What is fetched is compared with the hub's SHA-256, an index that is there with the hub's
+size; the corpus must have the published number of passages, in their order. In the end it says what was checked, and
+prints the commands that come next. --check does not ask the hub. The published BM25 index is Lucene's and is not read
+here; build one with `trl-search index`, from the corpus.
 """
 
 
@@ -159,10 +160,11 @@ def get_wiki18(args: argparse.Namespace) -> int:
         if planned.files and not (args.yes or _agreed()):
             print("nothing was downloaded")
             return 1
-        fetch_wiki18(planned)
+        checked = fetch_wiki18(planned)
     else:
-        check_wiki18(what, folder)
-    print(f"{', '.join(what)}: whole, and checked. What comes next:\n")
+        checked = check_wiki18(what, folder)
+    print("\n".join(f"{word:<9} checked: {said}" for word, said in checked.items()))
+    print("What comes next:\n")
     print("\n".join(f"    {command}" for command in next_commands(folder)))
     archive = folder / "wiki-18.jsonl.gz"
     if archive.exists():

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval", action="append", default=[], metavar="DIR", type=Path, help="made by `trl-search eval`; repeatable"
     )
     parser.add_argument("--license", metavar="ID", help="of the weights, as the hub names it (default: the base's)")
-    parser.add_argument("--base_model", metavar="NAME", help="what was trained (default: as the run recorded it)")
+    parser.add_argument("--base_model", metavar="NAME", help="what was trained, on the hub (default: as recorded)")
     parser.add_argument("--card", metavar="FILE", type=Path, help="your own card in place of the one that is written")
     parser.add_argument("--with_trajectories", action="store_true", help="trajectories too: they hold training data")
     parser.add_argument("--public", action="store_true", help="a repository that everybody sees (default: private)")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi, get_token
 
     from trl_search.sharing.model_card import write_card
-    from trl_search.sharing.publishing import CARD, license_of, plan_upload, publish, settings_text
+    from trl_search.sharing.publishing import CARD, adapter_text, license_of, plan_upload, publish, settings_text
 
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
@@ -51,10 +51,11 @@ def run(args: argparse.Namespace) -> int:
     plan_upload(args.run_dir, {}, with_trajectories=args.with_trajectories)  # before anything is loaded
     api = HfApi(token=token)
     facts = read_facts(args.run_dir, args.repo_id, args.eval, base_model=args.base_model, license=args.license)
+    texts = adapter_text(facts.adapter, facts.hub_base) if facts.adapter else {}
     if facts.license is None and not args.dry_run and facts.hub_base is not None:
         facts = replace(facts, license=license_of(facts.hub_base, api))
     card = _own_card(args.card) if args.card else str(write_card(facts))
-    texts = {CARD: card, **(settings_text(facts.settings.as_json()) if facts.settings else {})}
+    texts |= {CARD: card, **(settings_text(facts.settings.as_json()) if facts.settings else {})}
     upload = plan_upload(args.run_dir, texts, with_trajectories=args.with_trajectories)
     if facts.license is None:
         print("The card names no licence: --license ID")
@@ -92,6 +93,7 @@ def read_facts(
         load_tokenizer(str(folder)),
         instruction=asked.instruction,
         system_prompt=asked.system_prompt,
+        chat_template_kwargs=asked.chat_template_kwargs,
     )
     adapter = read_adapter(folder)
     base = base_model or (adapter or {}).get("base_model_name_or_path") or info.get("model")

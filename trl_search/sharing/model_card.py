@@ -23,10 +23,10 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol
 from trl_search.retrieval import load_retriever
 from trl_search.scripts import Script, play
+from trl_search.sharing.publishing import on_hub
 from trl_search.sharing.results import Result
 from trl_search.types import Answer, Passage, Search
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 EXAMPLE_QUESTION = "Where was the author of Dracula born?"
 _BOTH_READ_IT = "How the agent was trained to be asked is in `trl_search.json`; both read it."
 _EXAMPLE_PASSAGES = (
@@ -39,7 +39,8 @@ TASK_KEYS = (
     "warm_start_steps", "warm_start_learning_rate",
 )  # fmt: skip
 CONFIG_KEYS = (
-    "protocol", "instruction", "system_prompt", "max_searches", "passages_per_query", "max_queries_per_search",
+    "protocol", "instruction", "system_prompt", "chat_template_kwargs", "max_searches", "passages_per_query",
+    "max_queries_per_search",
     "max_turn_length", "max_observation_length", "max_completion_length", "mask_observations", "reward_weights",
     "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
     "num_iterations", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio",
@@ -88,7 +89,7 @@ class CardFacts:
     @property
     def hub_base(self) -> str | None:
         """The base model's name on the hub, if it has one."""
-        return self.base_model if self.base_model and _on_hub(self.base_model) else None
+        return self.base_model if self.base_model and on_hub(self.base_model) else None
 
     @property
     def in_world(self) -> bool:
@@ -317,11 +318,7 @@ def _base_link(facts: CardFacts) -> str:
         return "a base model that is not recorded" if facts.adapter is not None else ""
     if base == "tiny" or Path(base).parent.name == "tiny_policy":
         return "the small policy that ships with trl-search"
-    return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{Path(base).name}` (a local model)"
-
-
-def _on_hub(name: str) -> bool:
-    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+    return f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}` (a local model)"
 
 
 def _world(facts: CardFacts) -> str:
@@ -330,7 +327,7 @@ def _world(facts: CardFacts) -> str:
 
 def _published(value: Any) -> Any:
     """A name without what a machine would tell: of a path only its last part."""
-    if isinstance(value, str) and ("/" in value or "\\" in value) and not _on_hub(value):
+    if isinstance(value, str) and ("/" in value or "\\" in value) and not on_hub(value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     if isinstance(value, list):
         return [_published(one) for one in value]

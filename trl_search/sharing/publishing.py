@@ -8,6 +8,7 @@ passages of the training, unless they are asked for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from trl_search.agent_settings import SETTINGS_FILE
 from trl_search.errors import UserError
 from trl_search.json_objects import read_object
+from trl_search.policies.loading import ADAPTER_CONFIG
 
+HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # and neither ./warm nor runs/warm of another folder
 CARD = "README.md"
 CURVES = "curves.png"
 MODEL_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json",
+    "config.json", "generation_config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
@@ -132,6 +135,28 @@ def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
 def settings_text(settings: Mapping[str, Any]) -> dict[str, str]:
     """`trl_search.json`, by its name."""
     return {SETTINGS_FILE: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
+
+
+def on_hub(name: str) -> bool:
+    """Whether it reads as a model's name on the hub, and is no folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def adapter_text(adapter: Mapping[str, Any], hub_base: str | None) -> dict[str, str]:
+    """`adapter_config.json`, by its name, where the one of the run names a base model that only this machine has.
+
+    Raises:
+        UserError: if the base model's name on the hub is not known: nobody else could load the adapter.
+    """
+    if on_hub(base := adapter["base_model_name_or_path"]):
+        return {}
+    if hub_base is None:
+        raise UserError(
+            f"the adapter's base model is {base}, which nobody else has: name the same model on the hub with "
+            "--base_model owner/name"
+        )
+    config = {**adapter, "base_model_name_or_path": hub_base}
+    return {ADAPTER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _check_weights(path: Path) -> None:
