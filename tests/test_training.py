@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from trl_search.best_checkpoint import is_whole, read_best
 from trl_search.cli import main
 from trl_search.config import SearchGRPOConfig
 from trl_search.errors import UserError
+from trl_search.policies.loading import load_model
+from trl_search.records.run_folder import read_run
 from trl_search.report.figures import draw_curves
 from trl_search.task import TaskArguments, load_held_out, load_task, set_names
+from trl_search.trainer import SearchGRPOTrainer
 
 SMALL = [
     "--world_passages", "1000", "--max_eval_questions", "24", "--warm_start_steps", "2", "--max_steps", "2",
@@ -46,20 +52,38 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
 
 
 def test_an_interrupted_run_goes_on(run, capsys):
+    before = json.loads((run / "results.json").read_text())["rows"]
     warm = (run / "warm_start" / "model.safetensors").stat().st_mtime_ns
     (run / "checkpoint-9").mkdir()  # the next one, of which only the model was written
     (run / "checkpoint-9" / "model.safetensors").write_bytes(b"")
     assert not is_whole(run / "checkpoint-9") and is_whole(run / "checkpoint-2")
+    for name in ("checkpoint-2-old", "checkpoint-7"):  # the user's, and an earlier run's in this folder
+        shutil.copytree(run / "checkpoint-2", run / name)
+    os.utime(run / "checkpoint-7" / "trainer_state.json", (1e9, 1e9))
     options = ["--output_dir", str(run), "--resume_from_checkpoint", "last", "--max_steps", "3"]
     assert main(["train", "quickstart", *SMALL, *options]) == 0
     results = json.loads((run / "results.json").read_text())
     assert [row["step"] for row in results["history"] if "loss" in row] == [1, 2, 3]
-    # The warm start and what was measured before training are not paid for twice.
-    best = read_best(run).step
-    assert list(results["rows"]) == ["search, after GRPO", *[f"search, best checkpoint (step {best})"] * (best != 3)]
+    # The warm start and what was measured before training are kept, and not paid for twice.
+    best, kept = read_best(run).step, list(before)[:3]
+    assert {row: results["rows"][row] for row in kept} == {row: before[row] for row in kept}
+    after = ["search, after GRPO", *[f"search, best checkpoint (step {best})"] * (best != 3)]
+    assert list(results["rows"]) == [*kept, *after]
     said = capsys.readouterr().out
+    assert "checkpoint-7 is older than the run" in said
     assert "checkpoint-9 was not written to its end" in said and f"The best checkpoint, of step {best}" in said
     assert (run / "warm_start" / "model.safetensors").stat().st_mtime_ns == warm
+
+
+def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypatch):
+    def killed(trainer, inputs):
+        raise UserError("killed in the first step")
+
+    monkeypatch.setattr("trl_search.training.SearchGRPOTrainer._generate_and_score_completions", killed)
+    assert main(["train", "quickstart", *SMALL, "--output_dir", str(tmp_path)]) == 2
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert list(rows) == ["direct answer, no search", "one-shot RAG", "search, warm-started"]
+    assert any("no metrics.jsonl" in problem for problem in read_run(tmp_path).problems)
 
 
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
@@ -74,11 +98,36 @@ def test_two_processes_warm_up_and_train_as_one(tmp_path):
     assert all(row["questions"] == 24 for row in rows.values())  # twelve of each rank
 
 
-def test_lora_saves_an_adapter(tmp_path):
-    options = ["--output_dir", str(tmp_path), "--use_peft", "true", "--lora_r", "4", "--evaluate", "false"]
-    options += ["--warm_start_steps", "0", "--max_steps", "1", "--evaluate_every", "0"]
-    assert main(["train", "quickstart", *SMALL, *options]) == 0
-    assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    class Recorded(SearchGRPOTrainer):
+        def save_model(self, *args, **kwargs):
+            super().save_model(*args, **kwargs)
+            trained.append(self.model)
+
+    monkeypatch.setattr("trl_search.training.SearchGRPOTrainer", Recorded)
+    monkeypatch.chdir(tmp_path)
+    options = ["train", "quickstart", *SMALL, "--output_dir", "run", "--use_peft", "true", "--lora_r", "4"]
+    options += ["--evaluate", "false", "--evaluate_every", "0", "--save_strategy", "steps", "--save_steps", "1"]
+    options += ["--gradient_accumulation_steps", "1", "--max_completion_length", "128"]
+    assert main([*options, "--max_steps", "1"]) == 0
+    assert main([*options, "--max_steps", "2", "--resume_from_checkpoint", "last"]) == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    monkeypatch.chdir("/")  # the adapter names its base wherever it is loaded
+    warm = load_file(tmp_path / "run" / "warm_start" / "model.safetensors")
+    ids = torch.arange(40)[None]
+    for folder, model in (("run/checkpoint-1", trained[0]), ("run", trained[-1])):
+        base = {name.replace(".base_layer", ""): value for name, value in model.get_base_model().state_dict().items()}
+        assert all(torch.equal(base[name].cpu(), value) for name, value in warm.items())
+        with torch.no_grad():
+            reloaded = load_model(str(tmp_path / folder), device="cpu")(ids).logits
+            torch.testing.assert_close(reloaded, model.cpu().eval()(ids).logits)
+    shutil.rmtree(tmp_path / "run" / "warm_start")
+    monkeypatch.chdir(tmp_path)
+    assert main([*options, "--max_steps", "3", "--resume_from_checkpoint", "last"]) == 2
+    assert f"{tmp_path / 'run' / 'warm_start'} holds no model: copy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -92,6 +141,8 @@ def test_lora_saves_an_adapter(tmp_path):
         (["--reward_funcs", "fromat"], "format"),
         (["--world_passages", "10"], "at least"),
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--load_in_4bit", "true", "--use_peft", "true"], "quantized models are not supported; leave it out"),
+        (["--load_in_8bit", "true"], "load_in_8bit: quantized"),
         (["--learnin_rate", "1"], "--learning_rate"),
     ],
 )

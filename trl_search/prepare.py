@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from trl_search.config import SearchGRPOConfig
 from trl_search.errors import UserError
@@ -43,6 +44,16 @@ def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any
         refuse_what_vllm_cannot_do(args)
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
         raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
+
+
+def refuse_quantization(model_config: ModelConfig) -> None:
+    """TRL's `ModelConfig` has keys for a quantized base, which is not loaded here; nobody shall think that it was."""
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_config, key):
+            raise UserError(
+                f"{key}: quantized models are not supported; leave it out. What saves memory instead is LoRA on a "
+                f"bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true"
+            )
 
 
 def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:

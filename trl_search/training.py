@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, get_peft_config
@@ -33,16 +36,20 @@ from trl_search.environment import search_environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.held_out import EvaluateEvery, HeldOut, summarize_held_out
+from trl_search.json_objects import read_object
 from trl_search.outcomes import Evaluation
 from trl_search.policies.transformers import TransformersPolicy
+from trl_search.prepare import refuse_quantization
 from trl_search.progress import StepLines
 from trl_search.protocols import load_protocol
+from trl_search.records.run_folder import INFO_FILE, RESULTS_FILE
 from trl_search.report.figures import draw_curves
 from trl_search.retrieval import load_retriever
 from trl_search.sft import warm_start
 from trl_search.task import Task, TaskArguments, load_task
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer
+from trl_search.whole_files import written_whole
 from trl_search.world import generate_world
 
 __all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]
@@ -52,6 +59,7 @@ BASELINES = {
     "cot": "chain of thought, no search",
     "rag": "one-shot RAG",
 }
+_AFTER, _BEST = "search, after GRPO", "search, best checkpoint"
 # Added to the seed of a world: that of the world in which its policy is warmed up.
 _ELSEWHERE = 1_000_003
 
@@ -70,23 +78,33 @@ def run_training(
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     peft_config = get_peft_config(model_config)
-    model, tokenizer = _load_model(name, model_config, config)
-    measured: dict[str, Evaluation] = {}
     checkpoint = _checkpoint(config, folder)
-    warm_folder = folder / "warm_start"
+    warm_folder = folder.absolute() / "warm_start"
+    if checkpoint and arguments.warm_start_steps:
+        if (warm_folder / "config.json").is_file():
+            name = str(warm_folder)
+        # A full fine-tuning's checkpoint has all weights; an adapter's has none of its base, nor of the reference.
+        elif model_config.use_peft or config.beta:
+            raise UserError(
+                f"the run to resume was warmed up, and {warm_folder} holds no model: copy warm_start there from the "
+                f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
+            )
+    model, tokenizer = _load_model(name, model_config, config)
+    measured = _measured_before(folder) if checkpoint else {}
     baselines = list(arguments.baselines)
 
     # 1. The warm start: the format, and weak behaviour. What the model could do without comes before it.
     if arguments.warm_start_steps:
-        if checkpoint is None:
+        if not checkpoint:
             if task.held_out is not None and arguments.evaluate:
                 measured |= {
                     BASELINES.get(mode, mode): _baseline(mode, task, model, tokenizer, config) for mode in baselines
                 }
             _warm_up(model, tokenizer, arguments, config, warm_folder)
+            # The policy comes from the warm start now: a reference model is loaded from the config's name, and an
+            # adapter names as its base, and vLLM loads, the model's.
+            model.name_or_path = model.config._name_or_path = str(warm_folder)
         baselines = []
-        # The reference model of beta > 0 is loaded from where the policy came from: that is the warm start now.
-        model.config._name_or_path = str(warm_folder)
 
     # 2. The trainer, and what is measured with it.
     trainer = SearchGRPOTrainer(
@@ -105,7 +123,7 @@ def run_training(
     held_out = None if task.held_out is None else HeldOut(trainer, task.held_out)
     if held_out is not None and arguments.evaluate:
         row = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
-        trainer.add_callback(_MeasureBefore(baselines, row, held_out, task, measured))
+        trainer.add_callback(_MeasureBefore(baselines, row, held_out, task, measured, folder, started))
     if held_out is not None and arguments.evaluate_every:
         trainer.add_callback(EvaluateEvery(arguments.evaluate_every, held_out))
         trainer.add_callback(BestCheckpoint(held_out))
@@ -114,14 +132,19 @@ def run_training(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     if held_out is not None and arguments.evaluate:
-        measured["search, after GRPO"] = held_out.measure().average
+        measured[_AFTER] = held_out.measure().average
     best = read_best(folder) if arguments.evaluate_every else None
     if best is not None and best.step != trainer.state.global_step:
-        measured[f"search, best checkpoint (step {best.step})"] = best.average
+        measured[f"{_BEST} (step {best.step})"] = best.average
 
     # 4. What came of it.
     if trainer.accelerator.is_main_process:
-        _write_results(folder, measured, trainer.state.log_history, time.perf_counter() - started)
+        seconds, history = time.perf_counter() - started, trainer.state.log_history
+        _write_results(folder, measured, history, seconds)
+        curves = draw_curves(history, folder / "curves.png", measured)
+        if measured:
+            print(f"\n{results_table(measured)}\n")
+        print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {curves.name} are in {folder}.")
         if best is not None:
             print(
                 f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder / LINK}."
@@ -133,9 +156,17 @@ class _MeasureBefore(TrainerCallback):
     """Measures what the policy does before its first step, when the trainer has put it where it generates."""
 
     def __init__(
-        self, baselines: list[str], row: str, held_out: HeldOut, task: Task, measured: dict[str, Evaluation]
+        self,
+        baselines: list[str],
+        row: str,
+        held_out: HeldOut,
+        task: Task,
+        measured: dict[str, Evaluation],
+        folder: Path,
+        started: float,
     ) -> None:
         self.baselines, self.row, self.held_out, self.task, self.measured = baselines, row, held_out, task, measured
+        self.folder, self.started = folder, started
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,6 +177,8 @@ class _MeasureBefore(TrainerCallback):
         for mode in self.baselines:
             self.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode, world).average
         self.measured[self.row] = self.held_out.measure().average
+        if state.is_world_process_zero:  # now, as the run may be killed and resumed
+            _write_results(self.folder, self.measured, [], time.perf_counter() - self.started)
 
 
 def _warm_up(
@@ -158,7 +191,11 @@ def _warm_up(
     if arguments.questions != "world":
         raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
     protocol = load_protocol(
-        config.protocol, tokenizer, instruction=config.instruction, system_prompt=config.system_prompt
+        config.protocol,
+        tokenizer,
+        instruction=config.instruction,
+        system_prompt=config.system_prompt,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
@@ -206,6 +243,7 @@ def _baseline(
             limits=config.limits,
             protocol=config.protocol,
             system_prompt=config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,  # type: ignore[arg-type]  # TRL has parsed the string
         )
     seconds = time.perf_counter() - started
     return summarize_held_out(mode, gather_object(outcomes), step=0, seconds=seconds).average
@@ -214,6 +252,7 @@ def _baseline(
 def _load_model(
     name: str, model_config: ModelConfig, config: SearchGRPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    refuse_quantization(model_config)
     options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
     if isinstance(config.model_init_kwargs, dict):
         options |= config.model_init_kwargs
@@ -241,25 +280,47 @@ def _peft(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def _checkpoint(config: SearchGRPOConfig, folder: Path) -> str | None:
-    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder."""
+    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder's run."""
     if config.resume_from_checkpoint != "last":
         return config.resume_from_checkpoint
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")}
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = {int(match[1]): path for path in folder.glob("*") if (match := name.fullmatch(path.name))}
+    started = _started_at(folder)
     for _, path in sorted(found.items(), reverse=True):
-        if is_whole(path):
+        if not is_whole(path):
+            print(f"{path} was not written to its end: it is passed over")
+        elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
+            print(f"{path} is older than the run of {folder / INFO_FILE}, so of another: it is passed over")
+        else:
             return str(path)
-        print(f"{path} was not written to its end: it is passed over")
-    raise UserError(f"resume_from_checkpoint=last, and {folder} holds no checkpoint that was written to its end")
+    raise UserError(
+        f"resume_from_checkpoint=last, and {folder} holds no checkpoint of its run that was written to its end: give "
+        f"the path of one, or leave resume_from_checkpoint out"
+    )
+
+
+def _started_at(folder: Path) -> float:
+    """When the run of a folder began, as a file's time: resumes do not change it. 0 where nothing tells."""
+    path = folder / INFO_FILE
+    text = read_object(path, "move it away").get("started_at") if path.is_file() else None
+    return datetime.datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def _measured_before(folder: Path) -> dict[str, Evaluation]:
+    """What a run that is resumed measured before its training; what came after is measured again."""
+    path = folder / RESULTS_FILE
+    rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
+    return {
+        row: Evaluation(**{**values, "em_interval": tuple(values["em_interval"])})
+        for row, values in rows.items()
+        if not row.startswith((_AFTER, _BEST))
+    }
 
 
 def _write_results(
     folder: Path, measured: Mapping[str, Evaluation], history: Sequence[Mapping[str, Any]], seconds: float
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     results = {row: dataclasses.asdict(result) for row, result in measured.items()}
     record = {"seconds": seconds, "rows": results, "history": list(history)}
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    curves = draw_curves(history, folder / "curves.png", measured)
-    if measured:
-        print(f"\n{results_table(measured)}\n")
-    print(f"{seconds:.0f} s in all. Model, results.json and {curves.name} are in {folder}.")
+    with written_whole(folder / RESULTS_FILE) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")

@@ -27,6 +27,7 @@ from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
+from trl_search.prepare import refuse_quantization
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.retrieval import load_retriever
 from trl_search.scripts import PLAYERS, WEAK, scripted_trajectories
@@ -263,7 +264,10 @@ def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def _load_model(name: str, model_config: ModelConfig) -> PreTrainedModel:
+    refuse_quantization(model_config)
     options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
+    if name == _model_name(model_config):  # and not a teacher of another name
+        options["revision"] = model_config.model_revision
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)

@@ -4,7 +4,7 @@
         run.json                          when, with what and how it was started (`run_log.py` writes it)
         metrics.jsonl                     {"step": 12, "reward": 0.41, ...}, one log a line
         trajectories/step_000012.parquet  one row a trajectory, with its mask (`trajectory_log.py` writes it)
-        results.json                      the evaluations, at the end of `trl-search train`
+        results.json                      the evaluations of `trl-search train`: before training, and at its end
 
 A run may have been killed at any point. What it left half-written is left out and named in `Run.problems`; it is never
 repaired in place, as the run may still be going on.
@@ -165,12 +165,15 @@ def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
                 except ValueError as error:
                     cut = " and was cut off" if number == len(lines) else ""
                     problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
-    elif older.is_file():  # of a run from before there was a metrics file
-        path = older
-        history = _read_object(path, problems).get("history", [])
-        rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
     else:
-        problems.append(f"there is no {path.name}: nothing was logged yet, or the run was killed before its first log")
+        if older.is_file():  # of a run from before there was a metrics file
+            history = _read_object(older, problems).get("history", [])
+            rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
+        if not rows:
+            problems.append(
+                f"there is no {path.name}: nothing was logged yet, or the run was killed before its first log"
+            )
+        path = older
     kept, broken = [], dict[str, list[int]]()
     for where, row in rows:
         if not isinstance(row, dict) or type(row.get("step")) is not int:

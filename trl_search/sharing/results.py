@@ -46,7 +46,7 @@ def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> 
         raise UserError(f"{folder / RESULTS_FILE} is not of a training: is {folder} the folder of an evaluation?")
     sets = task.get("held_out_questions")
     dataset = ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
-    own = _AFTER if _AFTER in rows else next(reversed(rows), None)
+    own = _AFTER if _AFTER in rows else None  # a run that was killed has what it could before
     best = next((name for name in rows if name.startswith(_BEST)), own)
     final = own if published.resolve() == folder.resolve() else best if published.name == "best" else None
     return [line for name, row in rows.items() for line in _line(name, dataset, row, final=name == final)]
