@@ -164,7 +164,7 @@ def test_the_commands_in_the_header_of_an_sft_recipe_parse(path: Path) -> None:
                 "max_observation_length",
                 "max_completion_length",
             ):
-                assert getattr(config, key.name) == getattr(taught, key.name), key.name
+                assert getattr(config, key.name) == getattr(taught.agent, key.name), key.name
         assert taught.retriever_options == task.retriever_options
         assert model.model_name_or_path == parse_sft(*tuned[0])[1].output_dir
 

@@ -168,7 +168,10 @@ def test_the_same_seed_gives_the_same_task():
 
 def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
     asked = []
-    monkeypatch.setattr("trl_search.task.load_questions", lambda name, **options: asked.append((name, options)))
+    for module in ("task", "data"):
+        monkeypatch.setattr(
+            f"trl_search.{module}.load_questions", lambda name, **options: asked.append((name, options))
+        )
     monkeypatch.setattr("trl_search.task.load_retriever", lambda kind, **options: None)
     for name in ("hotpotqa", str(tmp_path)):
         load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)

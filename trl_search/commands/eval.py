@@ -165,7 +165,7 @@ def _asked(args: argparse.Namespace) -> AgentSettings:
 
     trained = TINY if args.model == "tiny" else read_settings(args.model) or AgentSettings()
     names = [field.name for field in dataclasses.fields(AgentSettings)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     asked = dataclasses.replace(trained, **given)
     if asked.protocol not in PROTOCOLS:
         raise unknown_name("protocol", asked.protocol, PROTOCOLS)
