@@ -220,7 +220,7 @@ def make_trainers(
         "max_completion_length": MAX_TOKENS,
         "use_vllm": True,
         "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": 0.45,
+        "vllm_gpu_memory_utilization": 0.4,
         "vllm_max_model_length": 8192,
         "bf16": cuda,
         "use_cpu": not cuda,
