@@ -1,11 +1,15 @@
 """A whole training step with colocated vLLM, stock TRL's and ours: rollout, log-probs, loss, optimizer, weight sync.
 
     python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms a search
+    python benchmarks/vllm_step.py --no_checkpointing # ours alone, with nothing computed twice
     python benchmarks/vllm_step.py --shape tiny --trajectories 32 --scale 0.1      # CPU (without the weight sync)
 
 Both follow the plan of `vllm_rollout.py` and have TRL's defaults, gradient checkpointing among them; stock TRL takes
 micro-batches of 8 rows, of which each is padded to the longest of the batch, ours of 64. A step is a call of `train()`
 for one step, on an engine that has run before, and the sync after it.
+
+Without checkpointing the engine sleeps between rollouts, which gives the activations its memory; its weights come as
+it wakes, so the sync is a part of the rollout there. Ours takes micro-batches of 8 rows then, of one pack each.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ def run_step(trainer: GRPOTrainer) -> dict[str, float]:
 
         return mock.patch.object(trainer, name, run)
 
-    sync = trainer.vllm_generation.sync_weights if torch.cuda.is_available() else lambda: None
+    synced = torch.cuda.is_available() and not trainer.args.vllm_enable_sleep_mode
+    sync = trainer.vllm_generation.sync_weights if synced else lambda: None
     trainer._last_loaded_step = trainer.state.global_step  # the sync comes at the end of the step here
     trainer.vllm_generation.llm.reset_prefix_cache()
     if torch.cuda.is_available():
@@ -86,8 +91,13 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=512)
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--search_ms", type=float, default=20.0)
-    parser.add_argument("--rows", type=int, nargs=2, default=[8, 64], help="rows of a micro-batch: stock TRL's, ours")
+    parser.add_argument("--rows", type=int, nargs=2, help="of a micro-batch: stock TRL's (8), ours (64, or 8)")
+    parser.add_argument("--no_checkpointing", action="store_true", help="ours alone, its engine asleep meanwhile")
     arguments = parser.parse_args()
+    saving: dict[str, Any] = {}
+    if arguments.no_checkpointing:
+        saving = {"gradient_checkpointing": False, "vllm_enable_sleep_mode": torch.cuda.is_available()}
+    both_rows = arguments.rows or [8, 8 if arguments.no_checkpointing else 64]
     plans = vllm_rollout.PLANS
     plans.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))
     print(
@@ -96,17 +106,19 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model_folder = vllm_shape.write_model_folder(Path(folder), arguments.shape)
-        of_stock, of_ours = (steps_of(rows, arguments.trajectories) for rows in arguments.rows)
+        of_stock, of_ours = ({**steps_of(rows, arguments.trajectories), **saving} for rows in both_rows)
         stock, ours = vllm_rollout.make_trainers(model_folder, arguments, of_stock, of_ours)
         rows: Any = ours.train_dataset
         vllm_rollout.run_bound(ours, [row["prompt"] for row in rows for _ in range(vllm_shape.GROUP)])
         measured: dict[str, dict[str, float]] = {}
-        for name, trainer in (("trl-search", ours), ("stock TRL", stock)):
+        for name, trainer in (("trl-search", ours), ("stock TRL", stock))[: 1 if arguments.no_checkpointing else 2]:
             measured[name] = run_step(trainer)
             print(name, {part: round(value, 2) for part, value in measured[name].items()}, flush=True)
             # Its optimizer's state, for the other's sake.
             trainer.optimizer = None
             trainer.accelerator.free_memory()
+    if "stock TRL" not in measured:
+        return
     print("| part, seconds | stock TRL | trl-search | of stock |\n|---|---|---|---|")
     for part, value in measured["stock TRL"].items():
         mine = measured["trl-search"][part]
