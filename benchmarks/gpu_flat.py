@@ -8,7 +8,7 @@ Rows are made on the GPU, normal and scaled to length 1, and are the same for ev
 of about 250 on. Times are medians of `--repeats` calls of the public `search`, from queries in host memory to results
 there, after two to warm up. "recall@3" is against fp32 scores of all rows for 16 of the queries.
 
-Engines: torch with the fused kernel, torch without it, and FAISS where it is installed with its GPU functions.
+Engines: torch with the fused kernels, torch without them, and FAISS where it is installed with its GPU functions.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], 
     """What can run here; each is made when its turn comes, since two may not fit."""
 
     def torch_search(*, fused: bool) -> Search:
-        maxima = gpu.fused_maxima(rows_ND) if fused else None
+        kernels = gpu.fused_kernels(rows_ND) if fused else None
 
         def search(queries: np.ndarray) -> np.ndarray:
             queries_BD = torch.from_numpy(queries).to(rows_ND.device)
-            return top_rows(rows_ND, queries_BD, K, max_norm=1.01, maxima=maxima)[1].cpu().numpy()
+            return top_rows(rows_ND, queries_BD, K, max_norm=1.01, kernels=kernels)[1].cpu().numpy()
 
         return search
 
@@ -70,7 +70,7 @@ def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], 
 
     found: dict[str, Callable[[], Search]] = {"torch": lambda: torch_search(fused=False)}
     if rows_ND.is_cuda and importlib.util.find_spec("triton") is not None:
-        found = {"torch, fused kernel": lambda: torch_search(fused=True), **found}
+        found = {"torch, fused kernels": lambda: torch_search(fused=True), **found}
     if rows_ND.is_cuda and getattr(faiss_or_none(), "get_num_gpus", lambda: 0)() > 0:
         found["faiss-gpu"] = faiss_search
     return {name: make for name, make in found.items() if not wanted or name.split(",")[0] in wanted}

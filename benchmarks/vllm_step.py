@@ -54,7 +54,7 @@ def run_step(trainer: GRPOTrainer) -> dict[str, float]:
 
         return mock.patch.object(trainer, name, run)
 
-    synced = torch.cuda.is_available() and not trainer.args.vllm_enable_sleep_mode
+    synced = torch.cuda.is_available() and not trainer.vllm_generation.enable_sleep_mode
     sync = trainer.vllm_generation.sync_weights if synced else lambda: None
     trainer._last_loaded_step = trainer.state.global_step  # the sync comes at the end of the step here
     trainer.vllm_generation.llm.reset_prefix_cache()

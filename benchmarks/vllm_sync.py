@@ -34,7 +34,7 @@ def no_reward(completions: list[Any], **columns: Any) -> list[float | None]:
     return [0.0] * len(completions)
 
 
-def make_trainer(folder: Path, shape: str, lora_sync: str | None) -> SearchGRPOTrainer:
+def make_trainer(folder: Path, shape: str, kind: str) -> SearchGRPOTrainer:
     cuda = torch.cuda.is_available()
     model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
     # The engine loads what the trainer has, so that an adapter on top of it means the same.
@@ -49,7 +49,7 @@ def make_trainer(folder: Path, shape: str, lora_sync: str | None) -> SearchGRPOT
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=0.2,
         vllm_max_model_length=2048,
-        vllm_lora_sync="adapter" if lora_sync == "adapter" else "merged",
+        vllm_lora_sync="adapter" if kind == "adapter" else "merged",
         vllm_engine_options={**options, "enforce_eager": True},
         bf16=cuda,
         use_cpu=not cuda,
@@ -62,7 +62,7 @@ def make_trainer(folder: Path, shape: str, lora_sync: str | None) -> SearchGRPOT
         train_dataset=Dataset.from_list([{"question": "who?"}]),
         processing_class=tokenizer,
         environment=AnswerOnly(),
-        peft_config=None if lora_sync is None else LoraConfig(r=32, lora_alpha=32, target_modules="all-linear"),
+        peft_config=None if kind == "full" else LoraConfig(r=32, lora_alpha=32, target_modules="all-linear"),
     )
 
 
@@ -131,13 +131,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(vllm_shape.SHAPES), default="3b")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=["full", "merged", "adapter"], help="default: all that run here")
     arguments = parser.parse_args()
     lines = [
         "| what is trained | sync | MB | seconds (median) | logprob difference before → after |",
         "|---|---|---|---|---|",
     ]
-    kinds: list[str | None] = [None, "merged", "adapter"] if torch.cuda.is_available() else ["adapter"]
-    for kind in kinds:
+    able = ["full", "merged", "adapter"] if torch.cuda.is_available() else ["adapter"]
+    for kind in arguments.kinds or able:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(vllm_shape.write_model_folder(Path(folder), arguments.shape), arguments.shape, kind)
             backend: Any = trainer.vllm_generation
@@ -150,7 +151,7 @@ def main() -> None:
             for name, way in ways.items():
                 seconds, before, after = measure(trainer, way, arguments.repeats)
                 size = megabytes(trainer, adapter_only=kind == "adapter")
-                trained = "all weights" if kind is None else "LoRA, rank 32"
+                trained = "all weights" if kind == "full" else "LoRA, rank 32"
                 lines.append(f"| {trained} | {name} | {size:,.0f} | {seconds:.2f} | {before:.4f} → {after:.4f} |")
                 print(lines[-1], flush=True)
             del trainer, backend, ways

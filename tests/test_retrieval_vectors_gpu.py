@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.vectors import build_vectors, exact, gpu, open_vectors
 from trl_search.retrieval.vectors import open as open_module
-from trl_search.retrieval.vectors.exact import GROUP, group_maxima, top_rows
+from trl_search.retrieval.vectors.exact import GROUP, Kernels, group_maxima, score_again, top_rows
 from trl_search.retrieval.vectors.gpu import TorchSearch, check_gpu_memory, merge, split_rows, transfer, work_bytes
 
 CPU = torch.device("cpu")
@@ -62,9 +61,9 @@ def test_what_the_certificate_does_not_cover_is_searched_in_full(monkeypatch):
     rows = unit(200 * GROUP, 32, seed=0)
     rows[5::GROUP] = rows[5]
     queries = torch.from_numpy(np.concatenate([rows[5:6], unit(3, 32, seed=1)]))
-    for maxima in (None, blurred):
+    for kernels in (None, Kernels(blurred, score_again)):
         searched.clear()
-        _, found = top_rows(torch.from_numpy(rows), queries, 3, max_norm=1.01, maxima=maxima)
+        _, found = top_rows(torch.from_numpy(rows), queries, 3, max_norm=1.01, kernels=kernels)
         assert found[0].tolist() == [5, 5 + GROUP, 5 + 2 * GROUP]
         np.testing.assert_array_equal(found[1:].numpy(), ranked(rows, queries[1:].numpy(), 3))
         assert len(searched) == 1
@@ -171,21 +170,24 @@ def test_the_device_is_chosen_by_room(tmp_path, monkeypatch, caplog):
         open_vectors(tmp_path, device="tpu")
 
 
-KERNEL = """
+KERNELS = """
 import torch
-from trl_search.retrieval.vectors.exact import group_maxima
-from trl_search.retrieval.vectors.gpu_kernel import fused_group_maxima
+from trl_search.retrieval.vectors.exact import group_maxima, score_again
+from trl_search.retrieval.vectors.gpu_kernel import fused_group_maxima, fused_scores
 torch.manual_seed(0)
-for count, dim, batch in ((130, 72, 3), (260, 64, 130)):
+for count, dim, batch in ((130, 72, 3), (260, 64, 130), (1500, 16, 70)):
     rows, queries = torch.randn(count, dim).half(), torch.randn(batch, dim).half()
     torch.testing.assert_close(fused_group_maxima(rows, queries), group_maxima(rows.float(), queries.float()))
+    candidates = torch.randint(count + 9, (batch, 21))
+    again = score_again(rows, queries.float(), candidates)
+    torch.testing.assert_close(fused_scores(rows, queries.float(), candidates), again)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for CUDA")
-def test_the_kernel_computes_the_same_maxima():
+def test_the_kernels_compute_what_torch_does():
+    pytest.importorskip("triton", "3.9", reason="Triton comes with torch for CUDA; older ones interpret no such loop")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -201,29 +203,52 @@ def test_on_a_gpu():
 
 @pytest.mark.parametrize("dim", [768, 1000])
 @pytest.mark.parametrize("batch", [1, 64, 512])
-def test_the_kernel_compiles_for_a_hopper_gpu_and_fits_it(batch, dim):
+def test_the_maxima_compile_for_a_hopper_gpu_and_fit_it(batch, dim):
     """Ahead of time, so that no GPU is needed: Triton brings its compiler for every target."""
-    triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    from trl_search.retrieval.vectors import gpu_kernel
+
+    queries, rows, warps, stages = gpu_kernel.choose_tile(batch)
+    part = gpu_kernel.TILE_DIM
+    constants = {"DIM": dim, "GROUP_ROWS": GROUP, "TILE_ROWS": rows, "TILE_QUERIES": queries, "TILE_DIM": part}
+    tensors = {name: f"tensordesc<fp16[{size},{part}]>" for name, size in (("rows", rows), ("queries", queries))}
+    numbers = dict.fromkeys(["count", "batch", "groups", "query_tiles", "tiles"], "i32")
+    shared = compiled_for_hopper(
+        gpu_kernel._maxima_of_tiles,
+        {**tensors, "maxima": "*fp32", **numbers},
+        constants,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    # The pipeline holds a part of the rows and of the queries a stage.
+    assert (stages - 1) * 2 * part * (rows + queries) <= shared <= gpu_kernel.SHARED_BYTES
+
+
+@pytest.mark.parametrize("dim", [384, 768])
+def test_the_scores_compile_for_a_hopper_gpu(dim):
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    from trl_search.retrieval.vectors import gpu_kernel
+
+    types = {"rows": "*fp16", "queries": "*fp32", "candidates": "*i64", "scores": "*fp32"}
+    constants = {"DIM": dim, "WIDTH": 1024, "AT_ONCE": gpu_kernel.SCORED_AT_ONCE}
+    numbers = {"count": "i32", "per_query": "i32"}
+    assert compiled_for_hopper(gpu_kernel._scores_of_candidates, {**types, **numbers}, constants) < 16 << 10
+
+
+def compiled_for_hopper(kernel, types: dict[str, str], constants: dict[str, int], **options: int) -> int:
+    """Compiles, and says what a tile takes of a multiprocessor's memory."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from trl_search.retrieval.vectors import gpu_kernel
-
-    kernel = gpu_kernel._maxima_of_tile
-    queries, rows, warps, stages = gpu_kernel.choose_tile(batch)
-    constants = {
-        "DIM": dim, "GROUP_ROWS": GROUP, "TILE_ROWS": rows, "TILE_QUERIES": queries, "TILE_DIM": gpu_kernel.TILE_DIM,
-    }  # fmt: skip
-    tensors = {"rows": "*fp16", "queries": "*fp16", "maxima": "*fp32"}
-    numbers = dict.fromkeys(["count", "batch", "groups", "query_tiles"], "i32")
     source = ASTSource(
         fn=kernel,
-        signature={**tensors, **numbers, **dict.fromkeys(constants, "constexpr")},
+        signature={**types, **dict.fromkeys(constants, "constexpr")},
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in tensors},
-    )
-    options = {"num_warps": warps, "num_stages": stages}
+        attrs={
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items() if kind.startswith("*")
+        },
+    )  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    # The pipeline holds a part of the rows and of the queries a stage, in 227 KB of shared memory at most.
-    stage_bytes = 2 * gpu_kernel.TILE_DIM * (rows + queries)
-    assert (stages - 1) * stage_bytes <= compiled.metadata.shared <= 227 * 1024
+    return int(compiled.metadata.shared)

@@ -41,6 +41,10 @@ def any_reward(completions: list[Any], **columns: Any) -> list[float | None]:
     return [random.random() for _ in completions]
 
 
+def untrained() -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype=torch.bfloat16)
+
+
 def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> SearchGRPOTrainer:
     world = generate_world(passages=300, seed=0)
     rows = [question.row() for question in world.questions("train", limit=16)]
@@ -61,7 +65,7 @@ def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> Searc
         **vllm,
     )
     return SearchGRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype=torch.bfloat16),
+        model=untrained(),
         args=args,
         reward_funcs=[any_reward],
         train_dataset=Dataset.from_list(rows),
@@ -70,7 +74,8 @@ def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> Searc
     )
 
 
-def disagreement(trainer: SearchGRPOTrainer) -> float:
+def disagreement(trainer: SearchGRPOTrainer) -> dict[str, float]:
+    """How far the engine's logprobs of what it samples are from the trainer's, and from the untrained model's."""
     prompt = list(trainer.protocol.prompt_ids(trainer.protocol.messages("where was Mira Talvane born?")))
 
     async def sample(policy: Any) -> list[Any]:
@@ -82,26 +87,28 @@ def disagreement(trainer: SearchGRPOTrainer) -> float:
 
     with trainer.vllm_generation.policy(512) as policy:
         completions = run_sync(sample(policy))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    differences = []
-    for completion in completions:
-        ids = torch.tensor([[*prompt, *completion.ids]], device=trainer.accelerator.device)
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
-        differences.append((own - torch.tensor(completion.logprobs)).abs())
-    return float(torch.cat(differences).mean())
+    device = trainer.accelerator.device
+    models = {"trainer": trainer.accelerator.unwrap_model(trainer.model), "untrained": untrained().to(device)}
+    found = {}
+    for name, model in models.items():
+        differences = []
+        for completion in completions:
+            ids = torch.tensor([[*prompt, *completion.ids]], device=device)
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+            own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+            differences.append((own - torch.tensor(completion.logprobs)).abs())
+        found[name] = float(torch.cat(differences).mean())
+    return found
 
 
 def seen(trainer: SearchGRPOTrainer) -> dict[str, Any]:
-    """Before and after the sync that the next rollout would begin with."""
-    before = disagreement(trainer)
+    """After the sync that the next rollout would begin with."""
     trainer.vllm_generation.sync_weights()
     logged = [row for row in trainer.state.log_history if "search/searches" in row]
     return {
         "step": trainer.state.global_step,
-        "before": before,
-        "after": disagreement(trainer),
+        "disagreement": disagreement(trainer),
         "searches": [row["search/searches"] for row in logged],
         "ratio": [row.get("sampling/importance_sampling_ratio/mean") for row in logged],
     }

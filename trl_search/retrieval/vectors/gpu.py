@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError
-from trl_search.retrieval.vectors.exact import MAX_BATCH, SCORED_AGAIN, GroupMaxima, top_rows
+from trl_search.retrieval.vectors.exact import MAX_BATCH, SCORED_AGAIN, Kernels, top_rows
 from trl_search.retrieval.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.vectors.plans import SLICE_ROWS
 from trl_search.retrieval.vectors.search import Memory, VectorSearch, available_ram_bytes, gb
@@ -222,19 +222,18 @@ def _search_shard(shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray
 
     queries_BD = torch.from_numpy(queries).to(shard.rows_ND.device)
     fetch = min(k, len(shard.rows_ND))
-    scores, rows = top_rows(
-        shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, maxima=fused_maxima(shard.rows_ND)
-    )
+    kernels = fused_kernels(shard.rows_ND)
+    scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=kernels)
     return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
 
 
-def fused_maxima(rows_ND: torch.Tensor) -> GroupMaxima | None:
-    """The kernel for a GPU that has Triton; `None` means `exact.group_maxima`."""
+def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
+    """What a GPU with Triton has for these rows; `None` means torch's own."""
     if not rows_ND.is_cuda or importlib.util.find_spec("triton") is None:
         return None
-    from trl_search.retrieval.vectors.gpu_kernel import fused_group_maxima
+    from trl_search.retrieval.vectors import gpu_kernel
 
-    return fused_group_maxima
+    return gpu_kernel.fused_kernels(rows_ND)
 
 
 def _faiss_shards(rows: np.ndarray, gpus: int) -> FaissGpuSearch:
