@@ -53,8 +53,8 @@ class SearchGRPOConfig(GRPOConfig):
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder through which the adapter reaches vLLM (vllm_lora_sync=adapter); a server must see it "
-            "under the same path. Default: in memory for colocate, output_dir/vllm-adapter for a server."
+            "help": "Folder through which the adapter reaches a vLLM server (vllm_lora_sync=adapter), which must see "
+            "it under the same path. Default: output_dir/vllm-adapter. A colocated engine needs none."
         },
     )
     vllm_engine_options: dict | str | None = field(

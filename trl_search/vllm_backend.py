@@ -50,19 +50,16 @@ class SearchVLLM(VLLMGeneration):
 
     Args:
         lora_sync (`str`): `"merged"` or `"adapter"`.
-        adapter_dir (`Path`, *optional*): The folder through which an adapter reaches vLLM.
+        adapter_dir (`Path`): The folder through which an adapter reaches a server.
         engine_options (`dict`): More arguments of the colocated `vllm.LLM`.
         **kwargs: TRL's own.
     """
 
-    def __init__(
-        self, *, lora_sync: str, adapter_dir: Path | None, engine_options: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
         self.lora_sync = lora_sync
         self._adapter_dir = adapter_dir
         self._engine_options = engine_options
         self._adapter_version = 0
-        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         if lora_sync == "adapter":
             rank = _adapter_rank(kwargs["model"])
             if kwargs["mode"] == "colocate":
@@ -174,7 +171,6 @@ class SearchVLLM(VLLMGeneration):
         model: Any = self.model
         old = self._adapter_name
         self._adapter_version += 1
-        folder = self._folder()
         # "auto" would ask the hub whether the embeddings have grown.
         options: dict[str, Any] = {"save_embedding_layers": False}
         with self._dist.gather_params([p for name, p in model.named_parameters() if model.prefix in name]):
@@ -183,9 +179,9 @@ class SearchVLLM(VLLMGeneration):
                 # vLLM multiplies what it is given by the adapter's scale, in place.
                 tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             elif self.accelerator.is_main_process:
-                model.save_pretrained(folder, selected_adapters=[model.active_adapter], **options)
+                model.save_pretrained(self._folder, selected_adapters=[model.active_adapter], **options)
         if self.mode == "colocate":
-            model.peft_config[model.active_adapter].save_pretrained(folder)
+            model.peft_config[model.active_adapter].save_pretrained(self._folder)
             engine = self.llm.llm_engine
             manager = engine.model_executor.driver_worker.model_runner.lora_manager
             with _replaced(manager, "_lora_model_cls", _adapter_of(tensors)):
@@ -193,17 +189,17 @@ class SearchVLLM(VLLMGeneration):
             if old is not None:
                 engine.remove_lora(self._adapter_version - 1)
         elif self.accelerator.is_main_process:
-            self._post("/v1/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": str(folder)})
+            self._post("/v1/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": str(self._folder)})
             if old is not None:
                 self._post("/v1/unload_lora_adapter", {"lora_name": old})
 
+    @functools.cached_property
     def _folder(self) -> Path:
         """Where vLLM looks for the adapter; a colocated engine finds its settings alone there."""
-        if self._adapter_dir is not None:
-            return self._adapter_dir.resolve() / f"rank-{self.accelerator.process_index}"
-        if self._adapter_folder is None:
-            self._adapter_folder = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")
-        return Path(self._adapter_folder.name)
+        if self.mode == "server":
+            return self._adapter_dir.resolve()
+        self._settings = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")
+        return Path(self._settings.name)
 
     @property
     def _adapter_name(self) -> str | None:
@@ -214,7 +210,7 @@ class SearchVLLM(VLLMGeneration):
             return None
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(self._adapter_name, self._adapter_version, str(self._folder()))
+        return LoRARequest(self._adapter_name, self._adapter_version, str(self._folder))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         response = httpx.post(self.url + path, json=body, timeout=self.server_timeout)
@@ -232,13 +228,10 @@ class SearchVLLM(VLLMGeneration):
 @contextlib.contextmanager
 def making_ours(args: SearchGRPOConfig) -> Iterator[None]:
     """As long as the context lasts, TRL's trainer makes a [`SearchVLLM`] where it would make a `VLLMGeneration`."""
-    adapter_dir = args.vllm_adapter_dir
-    if adapter_dir is None and args.vllm_mode == "server":
-        adapter_dir = f"{args.output_dir}/vllm-adapter"
     make = functools.partial(
         SearchVLLM,
         lora_sync=args.vllm_lora_sync,
-        adapter_dir=Path(adapter_dir) if adapter_dir else None,
+        adapter_dir=Path(args.vllm_adapter_dir or f"{args.output_dir}/vllm-adapter"),
         engine_options=cast("dict[str, Any]", args.vllm_engine_options or {}),  # TRL has parsed the JSON
     )
     with _replaced(grpo_trainer, "VLLMGeneration", make):
