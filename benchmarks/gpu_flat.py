@@ -69,7 +69,7 @@ def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], 
         return lambda queries: index.search(queries, K)[1]
 
     found: dict[str, Callable[[], Search]] = {"torch": lambda: torch_search(fused=False)}
-    if rows_ND.is_cuda and importlib.util.find_spec("triton") is not None:
+    if gpu.fused_kernels(rows_ND) is not None:
         found = {"torch, fused kernels": lambda: torch_search(fused=True), **found}
     if rows_ND.is_cuda and getattr(faiss_or_none(), "get_num_gpus", lambda: 0)() > 0:
         found["faiss-gpu"] = faiss_search

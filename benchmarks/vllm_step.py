@@ -94,10 +94,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs=2, help="of a micro-batch: stock TRL's (8), ours (64, or 8)")
     parser.add_argument("--no_checkpointing", action="store_true", help="ours alone, its engine asleep meanwhile")
     arguments = parser.parse_args()
-    saving: dict[str, Any] = {}
+    unchecked: dict[str, Any] = {}
     if arguments.no_checkpointing:
-        saving = {"gradient_checkpointing": False, "vllm_enable_sleep_mode": torch.cuda.is_available()}
-    both_rows = arguments.rows or [8, 8 if arguments.no_checkpointing else 64]
+        unchecked = {"gradient_checkpointing": False, "vllm_enable_sleep_mode": torch.cuda.is_available()}
+    rows_of_stock, rows_of_ours = arguments.rows or (8, 8 if arguments.no_checkpointing else 64)
     plans = vllm_rollout.PLANS
     plans.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))
     print(
@@ -106,23 +106,27 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model_folder = vllm_shape.write_model_folder(Path(folder), arguments.shape)
-        of_stock, of_ours = ({**steps_of(rows, arguments.trajectories), **saving} for rows in both_rows)
+        # Both: they share the model, of which the last to be made says whether it checkpoints.
+        of_stock = {**steps_of(rows_of_stock, arguments.trajectories), **unchecked}
+        of_ours = {**steps_of(rows_of_ours, arguments.trajectories), **unchecked}
         stock, ours = vllm_rollout.make_trainers(model_folder, arguments, of_stock, of_ours)
-        rows: Any = ours.train_dataset
-        vllm_rollout.run_bound(ours, [row["prompt"] for row in rows for _ in range(vllm_shape.GROUP)])
+        questions: Any = ours.train_dataset
+        vllm_rollout.run_bound(ours, [row["prompt"] for row in questions for _ in range(vllm_shape.GROUP)])
+        trainers: dict[str, GRPOTrainer] = {"trl-search": ours}
+        if not arguments.no_checkpointing:
+            trainers["stock TRL"] = stock
         measured: dict[str, dict[str, float]] = {}
-        for name, trainer in (("trl-search", ours), ("stock TRL", stock))[: 1 if arguments.no_checkpointing else 2]:
+        for name, trainer in trainers.items():
             measured[name] = run_step(trainer)
             print(name, {part: round(value, 2) for part, value in measured[name].items()}, flush=True)
             # Its optimizer's state, for the other's sake.
             trainer.optimizer = None
             trainer.accelerator.free_memory()
-    if "stock TRL" not in measured:
-        return
-    print("| part, seconds | stock TRL | trl-search | of stock |\n|---|---|---|---|")
-    for part, value in measured["stock TRL"].items():
-        mine = measured["trl-search"][part]
-        print(f"| {part} | {value:.2f} | {mine:.2f} | {mine / value:.2f} |")
+    if len(measured) == 2:
+        print("| part, seconds | stock TRL | trl-search | of stock |\n|---|---|---|---|")
+        for part, mine in measured["trl-search"].items():
+            theirs = measured["stock TRL"][part]
+            print(f"| {part} | {theirs:.2f} | {mine:.2f} | {mine / theirs:.2f} |")
 
 
 if __name__ == "__main__":

@@ -143,8 +143,10 @@ def test_weight_sync():
 
 
 def test_adapters():
-    assert check_adapter_sync(frozenset({"/v1/load_lora_adapter"})).status is Status.OK
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in check_adapter_sync(frozenset()).remedy
+    paths = frozenset({"/v1/load_lora_adapter"})
+    assert check_adapter_sync(paths, {}).status is Status.OK
+    assert "VLLM_SERVER_DEV_MODE" in check_adapter_sync(paths, None).remedy
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in check_adapter_sync(frozenset(), {}).remedy
 
 
 def test_a_server_that_is_not_there_is_a_problem(capsys):

@@ -226,11 +226,11 @@ def test_the_maxima_compile_for_a_hopper_gpu_and_fit_it(batch, dim):
 
 @pytest.mark.parametrize("dim", [384, 768])
 def test_the_scores_compile_for_a_hopper_gpu(dim):
-    pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
     from trl_search.retrieval.vectors import gpu_kernel
 
     types = {"rows": "*fp16", "queries": "*fp32", "candidates": "*i64", "scores": "*fp32"}
-    constants = {"DIM": dim, "WIDTH": 1024, "AT_ONCE": gpu_kernel.SCORED_AT_ONCE}
+    constants = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "AT_ONCE": gpu_kernel.SCORED_AT_ONCE}
     numbers = {"count": "i32", "per_query": "i32"}
     assert compiled_for_hopper(gpu_kernel._scores_of_candidates, {**types, **numbers}, constants) < 16 << 10
 

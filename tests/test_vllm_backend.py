@@ -6,17 +6,23 @@ tests/test_vllm_colocate.py and tests/test_vllm_server.py run the real one, test
 
 from __future__ import annotations
 
+import asyncio
 import os
-from types import SimpleNamespace
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
 
+import httpx
 import pytest
+import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from trl.generation import vllm_generation
 
 from tests.scripted_trainer import config, real_trainer
 from trl_search import vllm_backend
 from trl_search.errors import UserError
-from trl_search.vllm_backend import SearchVLLM, _adapter_rank, refuse_what_vllm_cannot_do
+from trl_search.policies.vllm_colocate import VLLMColocatePolicy
+from trl_search.vllm_backend import SearchVLLM, _adapter_of, _adapter_rank, refuse_what_vllm_cannot_do
 
 
 class FakeLLM:
@@ -107,7 +113,7 @@ def test_engine_options_are_a_json_object(tmp_path, text, taken):
 
 
 def test_the_rank_of_an_adapter(random_model):
-    assert _adapter_rank(adapter(random_model, r=4, rank_pattern={"q_proj": 24})) == 24
+    assert _adapter_rank(adapter(random_model, r=12)) == 12
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,9 @@ def test_the_rank_of_an_adapter(random_model):
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"rank_pattern": {"q_proj": 24}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 24}}, "alpha_pattern"),
+        ({"lora_bias": True}, "lora_bias"),
     ],
 )
 def test_adapters_that_vllm_cannot_apply(random_model, options, named):
@@ -188,7 +197,83 @@ def test_too_little_room_names_the_number_needed(make):
 def test_a_server_without_adapters_is_told_how_to_start(make, monkeypatch):
     """The answer of a server that was started without --enable-lora: it has no such path."""
     backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
-    response = SimpleNamespace(status_code=404, text='{"detail": "Not Found"}', is_error=True)
+    response = httpx.Response(404, text='{"detail": "Not Found"}')
     monkeypatch.setattr(vllm_backend.httpx, "post", lambda *arguments, **options: response)
     with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
         backend._post("/v1/load_lora_adapter", {})
+
+
+def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
+    given = {}
+
+    class LoRAModel:
+        @classmethod
+        def from_lora_tensors(cls, lora_model_id, tensors, device, dtype=None):
+            given.update(id=lora_model_id, device=device, dtype=dtype)
+            return SimpleNamespace(loras=dict.fromkeys(name.rsplit(".lora", 1)[0] for name in tensors))
+
+    module = ModuleType("vllm.lora.lora_model")
+    module.LoRAModel = LoRAModel
+    monkeypatch.setitem(sys.modules, "vllm.lora.lora_model", module)
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    tensors = {"model.layers.0.q_proj.lora_A": torch.ones(1), "lm_head.lora_A": torch.ones(1)}
+    load = _adapter_of(tensors).from_local_checkpoint
+    lora = load("folder", {"q_proj", "lm_head"}, lora_model_id=3, dtype="bfloat16", moe_ep_spec=None, device="cpu:9")
+    assert set(lora.loras) == {"model.layers.0.q_proj", "lm_head"}
+    assert given == {"id": 3, "dtype": "bfloat16", "device": torch.device("cpu")}
+    with pytest.raises(UserError, match="no adapter to lm_head of this model: leave it out of target_modules"):
+        load("folder", {"q_proj"}, lora_model_id=4)
+
+
+def test_weights_are_not_sent_to_a_server_that_was_restarted(make, monkeypatch):
+    """Its end of the NCCL group is gone: the broadcast would never end."""
+    backend = make().vllm_generation
+    backend.mode, backend.server_base_url, backend._server_start_time = "server", "http://gpu-1:8000", 1.0
+    backend.server_timeout, sent = 1.0, []
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: sent.append("weights"))
+    monkeypatch.setattr(backend.accelerator, "wait_for_everyone", lambda: sent.append("barrier"))
+    monkeypatch.setattr(vllm_backend, "server_start_time", lambda url, patience_s: 1.0)
+    backend.sync_weights()
+    assert sent == ["weights", "barrier"]
+    monkeypatch.setattr(vllm_backend, "server_start_time", lambda url, patience_s: 2.0)
+    with pytest.raises(UserError, match="http://gpu-1:8000 was restarted during training"):
+        backend.sync_weights()
+    assert sent == ["weights", "barrier"]
+
+
+def test_a_server_that_is_gone_gets_no_adapter_and_is_named(make):
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    backend.server_base_url, backend.server_timeout = "http://127.0.0.1:1", 0.3
+    with pytest.raises(UserError, match=r"http://127.0.0.1:1 did not take the adapter.*start it again"):
+        backend._post("/v1/load_lora_adapter", {})
+
+
+def test_what_is_not_an_error_of_an_adapter(make, monkeypatch):
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    answer = httpx.Response(400, text="The lora adapter 'policy-1' has already been loaded.")
+    monkeypatch.setattr(vllm_backend.httpx, "post", lambda *arguments, **options: answer)
+    backend._post("/v1/load_lora_adapter", {})  # the answer to the first try was lost
+    answer = httpx.Response(404, text="The lora adapter 'policy-1' cannot be found.")
+    backend._post("/v1/unload_lora_adapter", {})  # the server was restarted
+    answer = httpx.Response(400, text="rank 64 is greater than max_lora_rank 32")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
+        backend._post("/v1/load_lora_adapter", {})
+
+
+def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
+    """A thread begins on device 0, which is another rank's."""
+    taken = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device))
+    )
+    worker = SimpleNamespace(device=torch.device("cuda", 3))
+    engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker), abort_request=lambda ids: None)
+    policy = VLLMColocatePolicy(SimpleNamespace(llm_engine=engine))
+
+    async def open_and_close():
+        await policy.open()
+        await policy.close()
+
+    asyncio.run(open_and_close())
+    assert taken == [("vllm-engine", torch.device("cuda", 3))]

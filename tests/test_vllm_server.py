@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +26,7 @@ from trl_search.doctor import Status, server_checks
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.policies.transformers import TransformersPolicy
-from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy
+from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, _read_start_time, server_start_time
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits, rollout
 from trl_search.types import FinishReason, Sampling, StopReason
@@ -212,7 +215,8 @@ def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
     seen = json.loads((folder.parent / "server.json").read_text(encoding="utf-8"))
     assert len(seen["logged"]) == 2 and max(seen["logged"]) < 1e-3
     assert seen["stale"] > 0.05 and seen["synced"] < 1e-3
-    assert seen["served"] == ["tiny", "policy-3"]  # the ones before were unloaded
+    base, adapter = seen["served"]  # the ones before were unloaded
+    assert base == "tiny" and re.fullmatch("policy-[0-9a-f]{8}-3", adapter)
     check_held_out(seen["held_out"])  # an evaluation during training, by the server
 
 
@@ -296,8 +300,37 @@ def test_trouble_of_the_server_is_asked_again(answering, trouble):
     assert completion.ids == (5, 6) and completion.finish_reason is FinishReason.LENGTH
     assert completion.logprobs[0] == -0.5 and completion.logprobs[1] != completion.logprobs[1]
     answers[:] = [trouble]
-    with pytest.raises(UserError, match=rf"{url} is up, and yet failed"):
-        generate(VLLMServerPolicy(url), ASK)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"{url} is up, and yet failed a request [3-9] times in \d s"):
+        generate(VLLMServerPolicy(url, patience_s=1.5), ASK)
+    assert 1.5 < time.monotonic() - started < 15
+
+
+def test_when_a_server_was_started(answering, monkeypatch):
+    url, _ = answering
+    assert server_start_time(url, 5.0) is None  # as behind several API servers
+    metrics = httpx.Response(200, text="# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n")
+    assert _read_start_time(metrics) == 1.5e9
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match=rf"{gone} was lost, and did not come back.*start it again"):
+        server_start_time(gone, 0.3)
+
+
+def test_what_tells_a_restart(caplog):
+    policy = VLLMServerPolicy("http://localhost:1")
+    policy._see(5.0)
+    policy._see(None)  # an answer of /metrics that was no answer
+    policy._see(5.0)
+    assert not policy.restarted
+    policy._see(6.0)
+    assert policy.restarted
+    silent = VLLMServerPolicy("http://localhost:1")
+    silent._see(None)
+    assert not silent.restarted
+    silent._see(None, gone=True)
+    assert silent.restarted and "was restarted" in caplog.text
 
 
 def test_answers_that_lack_what_is_needed(answering):

@@ -111,7 +111,6 @@ def seen(trainer: SearchGRPOTrainer) -> dict[str, Any]:
         "step": trainer.state.global_step,
         "disagreement": disagreement(trainer),
         "searches": [row["search/searches"] for row in logged],
-        "ratio": [row.get("sampling/importance_sampling_ratio/mean") for row in logged],
     }
 
 

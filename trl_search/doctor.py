@@ -332,17 +332,19 @@ def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
     return Check(name, Status.OK, "development endpoints and an NCCL engine are there")
 
 
-def check_adapter_sync(paths: frozenset[str]) -> Check:
-    """What `vllm_lora_sync=adapter` needs: a server that takes adapters while it runs."""
+def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) -> Check:
+    """What `vllm_lora_sync=adapter` needs: a server that takes adapters while it runs, and tells TRL its settings."""
     if "/v1/load_lora_adapter" not in paths:
         remedy = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
         return Check("weight sync", Status.PROBLEM, "the server takes no adapters while it runs", remedy)
+    if info is None:
+        return Check("weight sync", Status.PROBLEM, "the server hides its settings, which TRL asks for", DEV_MODE)
     return Check("weight sync", Status.OK, "adapters can be loaded")
 
 
 def _check_sync(facts: ServerFacts, recipe: Mapping[str, Any]) -> Check:
     if recipe.get("use_peft") and recipe.get("vllm_lora_sync") == "adapter":
-        return check_adapter_sync(facts.paths)
+        return check_adapter_sync(facts.paths, facts.info)
     return check_weight_sync(facts.info)
 
 

@@ -19,13 +19,15 @@ import functools
 import inspect
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
-from accelerate.utils import is_peft_model
+import stamina
+from accelerate.utils import broadcast_object_list, is_peft_model
 from peft import get_peft_model_state_dict
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
@@ -36,13 +38,13 @@ from trl_search.config import SearchGRPOConfig
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.policies.vllm_server import VLLMServerPolicy, version_problem
+from trl_search.policies.vllm_server import VLLMServerPolicy, server_start_time, version_problem
 
 if TYPE_CHECKING:
     import torch
 
 # The ranks that vLLM makes room for.
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class SearchVLLM(VLLMGeneration):
@@ -60,12 +62,16 @@ class SearchVLLM(VLLMGeneration):
         self._adapter_dir = adapter_dir
         self._engine_options = engine_options
         self._adapter_version = 0
+        self._run_id = "run"
         if lora_sync == "adapter":
             rank = _adapter_rank(kwargs["model"])
             if kwargs["mode"] == "colocate":
-                room = next((size for size in LORA_RANKS if size >= rank), rank)
-                self._engine_options = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, **engine_options}
+                self._engine_options = {**lora_options(rank), **engine_options}
         super().__init__(**kwargs)
+        if self.mode == "server":
+            # Of this run alone: a server keeps the adapters of the runs before, and what it computed with them.
+            self._run_id = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
+            self._server_start_time = server_start_time(self.url, self.server_timeout)
 
     # Making the engine
 
@@ -115,10 +121,13 @@ class SearchVLLM(VLLMGeneration):
         policy.model = self._adapter_name
         yield policy
         if policy.restarted:
-            raise UserError(
-                f"the vLLM server at {self.url} was restarted during training and has lost the policy's weights: "
-                "resume this run from its last checkpoint, so that it meets the server anew"
-            )
+            raise self._restarted()
+
+    def _restarted(self) -> UserError:
+        return UserError(
+            f"the vLLM server at {self.url} was restarted during training and has lost the policy's weights: "
+            "resume this run from its last checkpoint, so that it meets the server anew"
+        )
 
     @functools.cached_property
     def _served(self) -> VLLMServerPolicy:
@@ -162,9 +171,15 @@ class SearchVLLM(VLLMGeneration):
             model.load_weights(self._iter_named_params())
             self.llm.reset_prefix_cache()
         else:
+            # Weights broadcast to a server that has left the NCCL group would be waited for without end.
+            if self.accelerator.is_main_process and self._was_restarted():
+                raise self._restarted()
             super().sync_weights()
         if self.mode == "server":
             self.accelerator.wait_for_everyone()
+
+    def _was_restarted(self) -> bool:
+        return server_start_time(self.url, self.server_timeout) != self._server_start_time
 
     def _push_adapter(self) -> None:
         """Each version goes under a name of its own: vLLM's prefix cache tells adapters apart by their names."""
@@ -189,7 +204,9 @@ class SearchVLLM(VLLMGeneration):
             if old is not None:
                 engine.remove_lora(self._adapter_version - 1)
         elif self.accelerator.is_main_process:
-            self._post("/v1/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": str(self._folder)})
+            # PEFT gives every adapter but "default" a folder of its own.
+            path = self._folder if model.active_adapter == "default" else self._folder / model.active_adapter
+            self._post("/v1/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": str(path)})
             if old is not None:
                 self._post("/v1/unload_lora_adapter", {"lora_name": old})
 
@@ -198,12 +215,12 @@ class SearchVLLM(VLLMGeneration):
         """Where vLLM looks for the adapter; a colocated engine finds its settings alone there."""
         if self.mode == "server":
             return self._adapter_dir.resolve()
-        self._settings = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")
-        return Path(self._settings.name)
+        self._scratch = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")  # as long as the backend
+        return Path(self._scratch.name)
 
     @property
     def _adapter_name(self) -> str | None:
-        return f"policy-{self._adapter_version}" if self._adapter_version else None
+        return f"policy-{self._run_id}-{self._adapter_version}" if self._adapter_version else None
 
     def _lora_request(self) -> Any:
         if self._adapter_name is None:
@@ -213,16 +230,35 @@ class SearchVLLM(VLLMGeneration):
         return LoRARequest(self._adapter_name, self._adapter_version, str(self._folder))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
-        response = httpx.post(self.url + path, json=body, timeout=self.server_timeout)
+        try:
+            for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=self.server_timeout):
+                with attempt:
+                    response = httpx.post(self.url + path, json=body, timeout=self.server_timeout, trust_env=False)
+                    if response.status_code >= 500:
+                        response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"the vLLM server at {self.url} did not take the adapter ({path}: {error}): start it again, then "
+                "resume from the last checkpoint"
+            ) from error
+        # One that took it and whose answer was lost has it already; one that was restarted has lost the old one.
+        if response.is_success or "already been loaded" in response.text or "unload" in path:
+            return
         if response.status_code == 404 and "lora" not in response.text.lower():
             raise UserError(
                 f"the vLLM server at {self.url} takes no adapters: start it with --enable-lora --max-lora-rank "
                 f"{_adapter_rank(self.model)} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
             )
-        if response.is_error:
-            raise RuntimeError(
-                f"the vLLM server at {self.url} refused {path} ({response.status_code}): {response.text}"
-            )
+        raise UserError(
+            f"the vLLM server at {self.url} refused {path} ({response.status_code}: {response.text}): "
+            "`trl-search doctor --server` checks its settings"
+        )
+
+
+def lora_options(rank: int) -> dict[str, Any]:
+    """Arguments of a `vllm.LLM` that applies one adapter of that rank."""
+    room = next((size for size in _LORA_RANKS if size >= rank), rank)
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
 
 
 @contextlib.contextmanager
@@ -246,6 +282,8 @@ def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
         raise UserError(f"{problem}: install one of those")
     if args.vllm_structured_outputs_regex:
         raise UserError("vllm_structured_outputs_regex does not reach our policy: leave it out")
+    if args.vllm_mode == "colocate" and args.vllm_adapter_dir:
+        raise UserError("vllm_adapter_dir is for vllm_mode='server': a colocated engine needs no folder, leave it out")
     if args.vllm_mode == "colocate" and args.vllm_tensor_parallel_size > 1:
         raise UserError(
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} with vllm_mode='colocate': the ranks of one "
@@ -259,11 +297,20 @@ def _adapter_of(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
     """In place of vLLM's `LoRAModel` where it reads a file: these tensors, which stay on their device."""
     from vllm.lora.lora_model import LoRAModel
 
-    def from_local_checkpoint(*_: Any, **options: Any) -> Any:
+    def from_local_checkpoint(folder: str, expected_modules: set[str], **options: Any) -> Any:
+        # Without what only a file has, which is not the same in all versions.
         known = inspect.signature(LoRAModel.from_lora_tensors).parameters
         options = {name: value for name, value in options.items() if name in known}
         device = next(iter(tensors.values())).device
-        return LoRAModel.from_lora_tensors(**{**options, "tensors": tensors, "device": device})
+        lora = LoRAModel.from_lora_tensors(**{**options, "tensors": tensors, "device": device})
+        # As vLLM does with a file: it would leave out what it has no place for, and say nothing.
+        last = {name.rsplit(".", 1)[-1] for name in lora.loras if ".experts" not in name}
+        if unknown := sorted(last - expected_modules):
+            raise UserError(
+                f"vLLM applies no adapter to {', '.join(unknown)} of this model: leave it out of target_modules, or "
+                "use vllm_lora_sync='merged'"
+            )
+        return lora
 
     return SimpleNamespace(from_local_checkpoint=from_local_checkpoint)
 
@@ -286,7 +333,7 @@ def _replaced(owner: object, name: str, value: Any) -> Iterator[None]:
 
 
 def _adapter_rank(model: Any) -> int:
-    """The highest rank in the adapter, which must be one that vLLM can apply to the base model as it is on disk."""
+    """The rank of the adapter, which must be one that vLLM can apply to the base model as it is on disk."""
     if not is_peft_model(model):
         raise UserError("vllm_lora_sync='adapter' needs a LoRA adapter: give a peft_config, or use 'merged'")
     config = model.peft_config[model.active_adapter]
@@ -294,6 +341,10 @@ def _adapter_rank(model: Any) -> int:
         "use_dora": bool(getattr(config, "use_dora", False)),
         "modules_to_save": bool(getattr(config, "modules_to_save", None)),
         "bias": getattr(config, "bias", "none") != "none",
+        "lora_bias": bool(getattr(config, "lora_bias", False)),
+        # vLLM has one scale for all modules.
+        "rank_pattern": bool(getattr(config, "rank_pattern", None)),
+        "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
         # PiSSA, OLoRA, LoftQ and the like change the base weights, of which vLLM loads the originals.
         "init_lora_weights": getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"),
         "peft_type": config.peft_type != "LORA",
@@ -301,4 +352,4 @@ def _adapter_rank(model: Any) -> int:
     found = [name for name, is_set in unsupported.items() if is_set]
     if found:
         raise UserError(f"vLLM cannot apply an adapter with this {', '.join(found)}: use vllm_lora_sync='merged'")
-    return int(max([config.r, *(config.rank_pattern or {}).values()]))
+    return int(config.r)

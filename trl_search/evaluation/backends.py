@@ -102,11 +102,10 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     if (adapter := read_adapter(folder)) is not None:
         from vllm.lora.request import LoRARequest
 
-        from trl_search.vllm_backend import LORA_RANKS
+        from trl_search.vllm_backend import lora_options
 
-        model, rank = adapter["base_model_name_or_path"], _rank(adapter, folder)
-        room = next((size for size in LORA_RANKS if size >= rank), rank)
-        options = {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, **options}
+        model = adapter["base_model_name_or_path"]
+        options = {**lora_options(_rank(adapter, folder)), **options}
         request = LoRARequest("policy", 1, str(folder.resolve()))
     engine = vllm.LLM(model=model, **options)
     dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -114,8 +113,13 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
 
 
 def _rank(adapter: Mapping[str, Any], folder: Path) -> int:
-    """The largest of an adapter's ranks."""
+    """An adapter's rank, which vLLM takes for that of all its modules."""
+    if adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
+        raise UserError(
+            f"the adapter in {folder} has modules of other ranks or scales, and vLLM applies one to all: merge it "
+            "into its base, or use --backend transformers"
+        )
     try:
-        return max([int(adapter["r"]), *map(int, (adapter.get("rank_pattern") or {}).values())])
+        return int(adapter["r"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the adapter in {folder} is not one of LoRA ({error!r}): save it anew") from None

@@ -102,6 +102,7 @@ class VLLMColocatePolicy(Policy):
 
     def _run(self) -> None:
         try:
+            self._take_device()
             while self._receive():
                 for output in self._engine.step():
                     if output.finished and (request := self._running.pop(output.request_id, None)):
@@ -116,6 +117,15 @@ class VLLMColocatePolicy(Policy):
         finally:
             # Nobody waits any more: a broken engine may refuse this too.
             self._abort(list(self._running))
+
+    def _take_device(self) -> None:
+        """A thread begins on device 0, and vLLM has chosen its own on the main thread alone."""
+        import torch
+
+        # None where the workers are processes of their own.
+        worker = getattr(self._engine.model_executor, "driver_worker", None)
+        if worker is not None and worker.device.type == "cuda":
+            torch.cuda.set_device(worker.device)
 
     def _receive(self) -> bool:
         """Takes in what has come, waiting for it where there is nothing to do. False once the policy is closed."""
@@ -165,6 +175,9 @@ def _params(max_tokens: int, sampling: Sampling, stop: Sequence[str]) -> Any:
         stop=list(stop),
         # Stop strings are found in text, and nothing else needs it: the ids are what comes back.
         detokenize=bool(stop),
+        # In the text as it is: a stop string may be a special token.
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
         logprobs=0,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,

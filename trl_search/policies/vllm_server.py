@@ -23,6 +23,7 @@ that was restarted meanwhile serves the weights it was started with, until the n
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import random
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 VLLM_VERSIONS = ("0.22.0", "0.31.0")
 # Requests under way at once, in one process; others queue here and not at the server's file descriptors.
 MAX_CONNECTIONS = 512
-# A request is asked so often, when the server is well and yet does not answer it.
-TRIES = 4
 # Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
 _KEEP_ALIVE_S = 4.0
 _PROBE_TIMEOUT_S = 10.0
@@ -63,7 +62,8 @@ class VLLMServerPolicy(Policy):
         model (`str`, *optional*): The name it serves the policy under, an adapter's for one. Default: the first one.
         context_length (`int`, *optional*, defaults to `0`): Tokens of the longest prompt and its completion together;
             a server with less room is refused by `open`. 0: found out by the first request that is too long.
-        patience_s (`float`, *optional*, defaults to `300.0`): How long a lost server is waited for.
+        patience_s (`float`, *optional*, defaults to `300.0`): How long a lost server is waited for, and how long one
+            that is up is asked again for what it fails to answer.
         request_timeout_s (`float`, *optional*, defaults to `600.0`): After so long without an answer a request counts
             as lost; the time it waits in the server's queue included.
 
@@ -144,17 +144,21 @@ class VLLMServerPolicy(Policy):
         if not prompt_ids:
             raise ValueError("prompt_ids is empty")
         body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop)
-        trouble: _Trouble | None = None
-        for _ in range(TRIES):
+        failing_since: float | None = None
+        for tries in itertools.count(1):
             try:
                 return read_completion(await self._post(self._client, body), body, self.base_url)
             except _Trouble as error:
-                trouble = error
                 await self._recover(error)
-        raise UserError(
-            f"the vLLM server at {self.base_url} is up, and yet failed a request {TRIES} times; the last time: "
-            f"{trouble}. Its log says more"
-        ) from trouble
+                failing_since = failing_since or time.monotonic()
+                seconds = time.monotonic() - failing_since
+                if seconds > self.patience_s:
+                    raise UserError(
+                        f"the vLLM server at {self.base_url} is up, and yet failed a request {tries} times in "
+                        f"{seconds:.0f} s; the last time: {error}. Its log says more"
+                    ) from error
+            await asyncio.sleep(min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
+        raise AssertionError("it is asked until it answers or patience ends")
 
     # Connections and outages
 
@@ -181,30 +185,31 @@ class VLLMServerPolicy(Policy):
 
     async def _wait_for_server(self) -> None:
         assert self._client is not None
-        started = time.monotonic()
+        started, gone = time.monotonic(), False
         # Ranks that lost the server together do not come back together.
         await asyncio.sleep(0.2 * random.random())
         try:
             async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=self.patience_s):
                 with attempt:
-                    (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
-                    self._see(await _start_time(self._client))
+                    try:
+                        (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+                    except httpx.ConnectError:
+                        gone = True
+                        raise
+                    self._see(await _start_time(self._client), gone)
         except httpx.HTTPError as error:
-            raise UserError(
-                f"the vLLM server at {self.base_url} was lost, and did not come back in "
-                f"{time.monotonic() - started:.0f} s ({_reason(error)}): start it again, then resume from the last "
-                "checkpoint"
-            ) from error
+            raise _lost(self.base_url, time.monotonic() - started, error) from error
 
-    def _see(self, started_at: float | None) -> None:
-        if None not in (self._started_at, started_at) and started_at != self._started_at:
+    def _see(self, started_at: float | None, gone: bool = False) -> None:
+        """Takes note of the server's start; where it does not say, one that nobody listened for was started anew."""
+        if gone if started_at is None else self._started_at not in (None, started_at):
             self.restarted = True
             logger.warning(
                 "The vLLM server at %s was restarted: until the next weight sync it samples from the weights that it "
                 "was started with.",
                 self.base_url,
             )
-        self._started_at = started_at
+        self._started_at = started_at or self._started_at
 
     def _choose(self, models: list[dict[str, Any]]) -> None:
         served = {str(model["id"]): model for model in models}
@@ -308,11 +313,38 @@ def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
     return UserError(f"the vLLM server at {base_url} refused a request ({said}): {remedy}")
 
 
+def server_start_time(base_url: str, patience_s: float) -> float | None:
+    """When the server's process was started; None where it does not say (several API servers). Waits for a lost one.
+
+    Raises:
+        UserError: if it does not come back within `patience_s`.
+    """
+    started = time.monotonic()
+    with httpx.Client(base_url=base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
+        try:
+            for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=patience_s):
+                with attempt:
+                    client.get("/health").raise_for_status()
+                    found = _read_start_time(client.get("/metrics"))
+        except httpx.HTTPError as error:
+            raise _lost(base_url, time.monotonic() - started, error) from error
+    return found
+
+
 async def _start_time(client: httpx.AsyncClient) -> float | None:
-    """When the server's process was started, from its metrics; None where it does not say (--api-server-count > 1)."""
-    metrics = await client.get("/metrics", timeout=_PROBE_TIMEOUT_S)
+    return _read_start_time(await client.get("/metrics", timeout=_PROBE_TIMEOUT_S))
+
+
+def _read_start_time(metrics: httpx.Response) -> float | None:
     found = re.search(r"^process_start_time_seconds (\S+)$", metrics.text, re.MULTILINE)
     return float(found[1]) if found else None
+
+
+def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> UserError:
+    return UserError(
+        f"the vLLM server at {base_url} was lost, and did not come back in {seconds:.0f} s ({_reason(error)}): "
+        "start it again, then resume from the last checkpoint"
+    )
 
 
 def _said(response: httpx.Response) -> str:

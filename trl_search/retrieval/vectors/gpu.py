@@ -49,6 +49,7 @@ class Shard:
     rows_ND: torch.Tensor
     first: int
     max_norm: float
+    kernels: Kernels | None
 
 
 class TorchSearch(VectorSearch):
@@ -206,7 +207,7 @@ def transfer(rows: np.ndarray, first: int, device: torch.device) -> Shard:
         longest = max(longest, norm)
         if not math.isfinite(norm):
             raise UserError(f"a vector of rows {first + start:,} and on holds NaN, infinity or more than fp16 can")
-    return Shard(rows_ND, first, longest)
+    return Shard(rows_ND, first, longest, fused_kernels(rows_ND))
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,18 +223,22 @@ def _search_shard(shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray
 
     queries_BD = torch.from_numpy(queries).to(shard.rows_ND.device)
     fetch = min(k, len(shard.rows_ND))
-    kernels = fused_kernels(shard.rows_ND)
-    scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=kernels)
+    scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
     return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
 
 
 def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
-    """What a GPU with Triton has for these rows; `None` means torch's own."""
+    """Kernels of our own for these rows; `None`, which is torch's, where GPU or dimension do not allow them."""
+    import torch
+
     if not rows_ND.is_cuda or importlib.util.find_spec("triton") is None:
         return None
-    from trl_search.retrieval.vectors import gpu_kernel
+    from trl_search.retrieval.vectors.gpu_kernel import SHARED_BYTES, fused_group_maxima, fused_scores
 
-    return gpu_kernel.fused_kernels(rows_ND)
+    gpu: Any = torch.cuda.get_device_properties(rows_ND.device)
+    if gpu.major < 9 or gpu.shared_memory_per_block_optin < SHARED_BYTES or rows_ND.shape[1] % 8:
+        return None  # loads of tiles count in 16 bytes
+    return Kernels(fused_group_maxima, fused_scores)
 
 
 def _faiss_shards(rows: np.ndarray, gpus: int) -> FaissGpuSearch:

@@ -14,13 +14,13 @@ Triton comes with torch's CUDA builds; with `TRITON_INTERPRET=1` the kernels run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from trl_search.retrieval.vectors.exact import GROUP, Kernels
+from trl_search.retrieval.vectors.exact import GROUP
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +29,6 @@ TILE_DIM = 64  # dimensions that are multiplied at a time
 SCORED_AT_ONCE = 8
 # What the largest tile takes of a multiprocessor's memory: Hopper and Blackwell have it, a GeForce has less.
 SHARED_BYTES = 192 << 10
-
-
-def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
-    """The kernels for these rows, or `None` where their GPU or their dimension does not allow it."""
-    import torch
-
-    properties: Any = torch.cuda.get_device_properties(rows_ND.device)
-    able = properties.major >= 9 and properties.shared_memory_per_block_optin >= SHARED_BYTES
-    # Hopper's loads of tiles count in 16 bytes.
-    return Kernels(fused_group_maxima, fused_scores) if able and rows_ND.shape[1] % 8 == 0 else None
 
 
 def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tensor:
@@ -102,7 +92,9 @@ def fused_scores(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC:
 def _multiprocessors(device: torch.device) -> int:
     import torch
 
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    if device.type != "cuda":
+        return 3  # interpreted: enough for programs to have several tiles each
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # Triton reads annotations, and takes its own alone.
