@@ -106,6 +106,20 @@ def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leave
     ]
 
 
+def test_a_model_with_a_prompt_by_default_gives_passages_none(checkpoints: Path) -> None:
+    plain = load_encoder(checkpoints / "e5-base-v2", device="cpu", query_prompt="", passage_prompt="")
+    plain._model.prompts, plain._model.default_prompt_name = {"query": "query: ", "passage": ""}, "query"
+    plain._model.save(str(checkpoints / "st" / "asks-by-default"))
+    encoder = load_encoder(checkpoints / "st" / "asks-by-default", device="cpu")
+    assert (encoder.fingerprint.query_prompt, encoder.fingerprint.passage_prompt) == ("query: ", "")
+    plain._model.default_prompt_name = None
+    passages, queries, expected = (
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        for vectors in (encoder.encode_passages(TEXTS), encoder.encode_queries(TEXTS), plain.encode_passages(TEXTS))
+    )
+    assert np.allclose(passages, expected, atol=1e-5) and not np.allclose(queries, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "pooling", "prompt", "max_length"),
     [

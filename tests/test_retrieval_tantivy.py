@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -282,3 +286,29 @@ def test_an_option_of_the_other_engine_is_refused(tmp_path: Path) -> None:
         load_retriever("bm25", index=tmp_path / "tantivy", backend="numpy")
     with pytest.raises(UserError, match="searched by bm25s"):
         load_retriever("bm25", passages=passages("lantern"), threads=2)
+
+
+def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from trl_search.retrieval import tantivy
+from trl_search.retrieval.index import build_index
+write = tantivy.document
+def write_some(row, terms):
+    if row == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(row, terms)
+if sys.argv[3] == "killed":
+    tantivy.document = write_some
+build_index(sys.argv[1], sys.argv[2], engine="tantivy")
+"""
+    lines = [json.dumps({"id": str(n), "contents": f'"Title {n}"\nword{n} lantern'}) for n in range(4)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for outcome, status in (("killed", -signal.SIGKILL), ("whole", 0)):
+        command = [sys.executable, "-c", code, str(tmp_path / "corpus.jsonl"), str(tmp_path / "index"), outcome]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+    retriever = load_retriever("bm25", index=tmp_path / "index")
+    assert [passage.id for passage in retriever.search(["word3"], 1)[0]] == ["3"]
+    retriever.close()

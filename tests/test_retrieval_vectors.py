@@ -384,3 +384,30 @@ def test_a_graph_larger_than_memory_is_refused_and_a_flat_file_warned_about(fold
     found: VectorSearch = open_vectors(folders["flat"], device="cpu")
     assert "searches will wait for the disk" in caplog.text
     assert found.memory().host_bytes == 0
+
+
+def test_a_published_graph_is_searched_well_and_ids_of_its_own_are_refused(tmp_path):
+    faiss = faiss_module()
+    vectors = np.random.default_rng(0).standard_normal((5000, 96)).astype(np.float32)
+    graph = faiss.IndexHNSWFlat(96, 16, faiss.METRIC_INNER_PRODUCT)
+    graph.add(vectors)
+    assert graph.hnsw.efSearch == 16
+    faiss.write_index(graph, str(tmp_path / "graph.index"))
+    found = open_faiss_file(tmp_path / "graph.index", device="cpu").search(vectors[:200], 3)[1]
+    exact = np.argsort(-(vectors[:200] @ vectors.T), axis=1)[:, :3]
+    as_it_was = graph.search(vectors[:200], 3)[1]
+    recall, low = (
+        np.mean([len({*a} & {*b}) / 3 for a, b in zip(rows, exact, strict=True)]) for rows in (found, as_it_was)
+    )
+    assert recall > 0.97 and recall > low + 0.02
+    mapped = faiss.IndexIDMap(faiss.IndexFlatIP(96))
+    mapped.add_with_ids(vectors[:100], np.arange(1000, 1100))
+    faiss.write_index(mapped, str(tmp_path / "mapped.index"))
+    with pytest.raises(UserError, match="maps its rows to ids of its own"):
+        open_faiss_file(tmp_path / "mapped.index")
+
+
+def test_a_published_graph_larger_than_memory_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(open_module, "available_ram_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"a graph of .* searched in memory"):
+        open_faiss_file(folders["hnsw"] / "vectors.index")

@@ -193,8 +193,20 @@ def test_the_kernels_compute_what_torch_does():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
+    check_on([torch.device("cuda", 0)])
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_two_gpus():
+    check_on([torch.device("cuda", 0), torch.device("cuda", 1)])
+
+
+def check_on(devices: list[torch.device]) -> None:
     vectors, queries = unit(300_000, 768, seed=0), unit(600, 768, seed=1)
-    search = TorchSearch([transfer(vectors, 0, torch.device("cuda", 0))])
+    parts = split_rows(len(vectors), len(devices))
+    shards = (transfer(vectors[a:b], a, device) for (a, b), device in zip(parts, devices, strict=True))
+    search = TorchSearch(list(shards))
     expected = ranked(vectors.astype(np.float16), queries, 3)
     for batch in (1, 20, 600):
         assert (search.search(queries[:batch], 3)[1] == expected[:batch]).mean() > 0.999

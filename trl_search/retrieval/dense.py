@@ -2,7 +2,8 @@
 
 Batching changes the last bits of a vector and of a score, and a vector index breaks ties as it likes. So more is
 fetched than asked for, until no tie reaches past it; scores within `TIE` of the best among them are one, and stand in
-corpus order. Passages are the same whatever else is in the batch, and scores to their last decimal.
+corpus order. Passages are the same whatever else is in the batch, and scores to their last decimal; where queries are
+encoded in bfloat16 or float16, the batch moves a score by thousandths, and may swap passages as near as that.
 
     load_retriever("dense", index="indexes/wiki")                                 made by trl-search index --kind dense
     load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")     in memory

@@ -112,7 +112,7 @@ class Encoder:
         with self._lock:
             vectors_ND = self._model.encode(
                 readable,
-                prompt=prompt or None,
+                prompt=prompt,  # "" is none; None would be the one that a model has by default
                 prompt_name=None,
                 batch_size=batch_size,
                 show_progress_bar=False,

@@ -62,6 +62,7 @@ def document(row: int, terms: list[str]) -> Any:
 def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     """Indexes the terms of every passage into the new folder `folder`."""
     tantivy = import_tantivy()
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     folder.mkdir()
     # One thread: several would each hold a buffer and write segments of interleaved rows, and splitting into terms, in
     # Python, is what takes the time.

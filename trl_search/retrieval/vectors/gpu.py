@@ -7,14 +7,15 @@ says beforehand what is needed and what is there.
 
 Two engines:
 
-- **faiss-gpu**, where it is installed with its GPU functions: flat indexes of a million rows each, since FAISS
-  converts what one `add` brings in pieces only into an index that was empty.
-- **torch** otherwise (`exact.py`): faiss-gpu has no build for CUDA 13, and a machine that trains has torch with CUDA
-  in any case. Products by tensor cores, results those of an fp32 search over the fp16 rows.
+- **torch**, where it sees a GPU (`exact.py`, `gpu_kernel.py`): products by tensor cores, results those of an fp32
+  search over the fp16 rows. A machine that trains has it in any case.
+- **faiss-gpu** otherwise, which has no build for CUDA 13: flat indexes of a million rows each, since FAISS converts
+  what one `add` brings in pieces only into an index that was empty. It was not run: no machine with it was at hand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import subprocess
@@ -111,15 +112,13 @@ class FaissGpuSearch(VectorSearch):
 
 
 def gpu_engine() -> str | None:
-    """`"faiss"`, `"torch"`, or `None` where neither reaches a GPU."""
-    faiss = faiss_module()
-    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-        return "faiss"
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
+    """`"torch"`, `"faiss"`, or `None` where neither reaches a GPU."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
 
-    return "torch" if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            return "torch"
+    return "faiss" if getattr(faiss_module(), "get_num_gpus", lambda: 0)() > 0 else None
 
 
 def open_on_gpus(rows: np.ndarray, *, engine: str) -> VectorSearch:
@@ -221,10 +220,13 @@ def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.nd
 def _search_shard(shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     import torch
 
-    queries_BD = torch.from_numpy(queries).to(shard.rows_ND.device)
-    fetch = min(k, len(shard.rows_ND))
-    scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
-    return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
+    device = shard.rows_ND.device
+    # Triton starts kernels on the thread's own device, which is the first one wherever the rows are.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        queries_BD = torch.from_numpy(queries).to(device)
+        fetch = min(k, len(shard.rows_ND))
+        scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
+        return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
 
 
 def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
