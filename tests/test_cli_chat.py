@@ -62,6 +62,12 @@ def test_a_pipe_of_questions_and_one_object_a_line(capsys, monkeypatch):
         assert record["tokens"]["model"] > 10 and record["seconds"] > 0
 
 
+def test_who_may_not_search_answers_from_what_it_knows(capsys):
+    main([*TINY, ASKED[0], "--json", "--max_searches", "0"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["searches"] == 0 and [turn["role"] for turn in record["turns"]] == ["assistant"]
+
+
 def test_an_index_folder_and_a_server_are_searched_by_their_names(tmp_path, capsys):
     build_index(WORLD.passages, tmp_path / "index")
     with serving(retrieve_from(load_retriever("bm25", passages=WORLD.passages))) as server:
@@ -120,7 +126,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         (["tiny", "q", "--temperature", "-1"], "--temperature is at least 0"),
         (["tiny", "q", "--world", "--retriever", "web"], "give one of them"),
         (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
-        (["tiny", "q", "--max_searches", "0"], "max_searches must be at least 1"),
+        (["tiny", "q", "--max_searches", "-1"], "--max_searches must be at least 0"),
         (["tiny", "q", "--retriever", "bm52"], "did you mean 'bm25'?"),
         (["tiny", "q", "--retriever_options", "{"], "--retriever_options is not JSON"),
         (["tiny", "q", "--retriever_options", "[]"], "must be a JSON object"),
@@ -175,7 +181,8 @@ def plain(shown: str) -> str:
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     """A session with the tiny policy. While there is a file `slow`, its searches take 20 seconds."""
     program = f"""
-import os, sys, time
+import faulthandler, os, sys, time
+faulthandler.dump_traceback_later(150)  # where it hangs, should it ever
 from trl_search.cli import main
 from trl_search.retrieval.bm25 import BM25Retriever
 search = BM25Retriever.search

@@ -87,6 +87,15 @@ def test_a_dry_run_needs_no_network_and_overwrites_nothing(run, capsys, monkeypa
     assert (run / "README.md").read_text() == "my own words" and (run / "README.new.md").read_text() == card
 
 
+def test_the_card_of_an_agent_that_may_not_search_shows_no_tool(run):
+    info = json.loads((run / "run.json").read_text())
+    for max_searches in (3, 0):
+        (run / "run.json").write_text(json.dumps({**info, "config": {**info["config"], "max_searches": max_searches}}))
+        assert push(run, "me/agent", "--dry_run") == 0
+        assert ("<tools>" in (run / "README.md").read_text()) is (max_searches > 0)
+        (run / "README.md").unlink()
+
+
 def test_an_own_card_goes_as_it_is(run, hub, tmp_path, capsys):
     mine = tmp_path / "mine.md"
     mine.write_text("---\nlicense: mit\n---\n\nMy own words.\n")
@@ -166,7 +175,7 @@ def damage(run: Path, name: str) -> None:
         ("tokenizer", "has no tokenizer"),
         ("cut", "is damaged or was cut off"),
         ("shards", "names model-00002-of-00002.safetensors, which is not there"),
-        ("run.json", "run.json is not JSON"),
+        ("run.json", "run.json is not JSON .*: move it away"),
     ],
 )
 def test_half_a_model_does_not_go(run, hub, capsys, name, message):

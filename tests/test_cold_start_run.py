@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.servers import Asked, Said, Server
 from tests.test_cold_start import said
@@ -146,9 +147,32 @@ def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str,
     assert not served.asked
 
 
+def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+    """As in GRPO: a model that thinks unless it is told not to would else learn from prompts it never meets again."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_policy_path(), model)
+    template = (model / "chat_template.jinja").read_text("utf-8")
+    (model / "chat_template.jinja").write_text("{% if marker is defined %}{{ marker }}{% endif %}" + template, "utf-8")
+    options = {"model_name_or_path": model, "chat_template_kwargs": '{"marker": "THINK "}', "collect_only": "true"}
+    sft(tmp_path / "run", **files, teacher=served.url, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    attempts = read_attempts(tmp_path / "run/collection")
+    assert attempts and all(tokenizer.decode(one.prompt_ids).startswith("THINK ") for one in attempts)
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base_is_refused_before_anyone_is_asked(
+    tmp_path: Path, files: dict[str, Any], served: Server, key: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}: quantized models are not supported"):
+        sft(tmp_path, **files, teacher=served.url, use_peft="true", **{key: "true"})
+    assert not served.asked and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"chat_template_kwargs": "think"}, "chat_template_kwargs is not JSON"),
         ({"teacher": "scripts", "questions": "nq_hotpotqa"}, "set questions: world, or another teacher"),
         ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
         ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),

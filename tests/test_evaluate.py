@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fakes import FixedRetriever, ScriptedPolicy
+from trl_search.agent_settings import TINY
 from trl_search.environment import AnswerOnly, SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.evaluate import MODES, answer_questions
 from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
-from trl_search.rollout import Limits
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Answer, Passage, Sampling, Search
 
-LIMITS = Limits(512, 96, 192)
+AGENT = replace(TINY, instruction=None)
 ROWS = [{"question": f"Who wrote Novel {i}?", "golden_answers": ["Mira Talvane"]} for i in range(6)]
 
 
@@ -35,7 +36,7 @@ def ask(mode, policy, tokenizer, rows=ROWS, *, retriever=None, **options):
     return answer_questions(
         mode,
         rows,
-        **{"policy": policy, "tokenizer": tokenizer, "environment": environment, "limits": LIMITS} | options,
+        **{"policy": policy, "tokenizer": tokenizer, "environment": environment, "agent": AGENT} | options,
     )
 
 
@@ -51,8 +52,8 @@ def test_the_shipped_policy_in_every_mode(tiny, world, retriever):
     policy, tokenizer = tiny
     rows = [question.row() for question in world.questions("test", limit=40)]
     environment = SearchEnvironment(retriever)
-    options = {"policy": policy, "tokenizer": tokenizer, "environment": environment, "limits": LIMITS}
-    search = summarize("search", answer_questions("search", rows, instruction="", **options))
+    options = {"policy": policy, "tokenizer": tokenizer, "environment": environment, "agent": TINY}
+    search = summarize("search", answer_questions("search", rows, **options))
     rag, direct, cot = (summarize(mode, answer_questions(mode, rows, **options)) for mode in ("rag", "direct", "cot"))
     assert search.em > 0.8 > 0.7 > rag.em > direct.em
     assert direct.em < 0.35  # a guess at a comparison is right half of the time
@@ -108,7 +109,7 @@ def test_a_mode_is_its_prompt(tokenizer, mode, shown, hidden):
 
 def test_who_may_not_search_is_told_of_no_tool_and_ends_with_its_turn(tokenizer):
     policy = says(tokenizer, Search(("Novel",)), Answer("x"))
-    options = {"tokenizer": tokenizer, "limits": LIMITS}
+    options = {"tokenizer": tokenizer, "agent": AGENT}
     never = SearchEnvironment(FixedRetriever([]), max_searches=0)
     (searched,) = answer_questions("search", ROWS[:1], policy=policy, environment=never, **options)
     (only,) = answer_questions("search", ROWS[:1], policy=policy, environment=AnswerOnly(), **options)
@@ -120,8 +121,9 @@ def test_options_of_the_chat_template_reach_the_prompt(tokenizer):
     marked = copy.deepcopy(tokenizer)
     marked.chat_template = "{% if marker is defined %}{{ marker }}{% endif %}" + tokenizer.chat_template
     policy = says(marked, Answer("x"))
-    options = {"policy": policy, "tokenizer": marked, "environment": AnswerOnly(), "limits": LIMITS}
-    answer_questions("search", ROWS[:1], chat_template_kwargs={"marker": "THINK "}, **options)
+    agent = replace(AGENT, chat_template_kwargs={"marker": "THINK "})
+    options = {"policy": policy, "tokenizer": marked, "environment": AnswerOnly(), "agent": agent}
+    answer_questions("search", ROWS[:1], **options)
     assert marked.decode(policy.prompts[0]).startswith("THINK ")
 
 
@@ -142,7 +144,7 @@ def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
             policy=ScriptedPolicy(tokenizer, script),
             tokenizer=tokenizer,
             environment=SearchEnvironment(FixedRetriever([], poison="Novel 4")),
-            limits=LIMITS,
+            agent=AGENT,
         ),
     )
     assert (result.questions, result.failed, result.em) == (6, 1, 1.0)
@@ -154,7 +156,7 @@ def test_where_all_failed_there_is_no_score(tokenizer):
     result = summarize(
         "rag",
         answer_questions(
-            "rag", ROWS, policy=policy, tokenizer=tokenizer, environment=SearchEnvironment(retriever), limits=LIMITS
+            "rag", ROWS, policy=policy, tokenizer=tokenizer, environment=SearchEnvironment(retriever), agent=AGENT
         ),
     )
     assert result.failed == 6 and math.isnan(result.em) and math.isnan(result.em_ci95)
@@ -181,7 +183,7 @@ def test_outcomes_are_told_as_they_end_and_few_run_at_once(tokenizer):
 def test_a_question_samples_the_same_whatever_is_beside_it(tiny, world, retriever):
     policy, tokenizer = tiny
     rows = [question.row() for question in world.questions("test", limit=8)]
-    options = {"retriever": retriever, "instruction": ""}
+    options = {"retriever": retriever, "agent": TINY}
     hot = ask("search", policy, tokenizer, rows, sampling=Sampling(temperature=1.5, seed=1), **options)
     half = ask("search", policy, tokenizer, rows[5:], sampling=Sampling(temperature=1.5, seed=1), **options)
     other = ask("search", policy, tokenizer, rows, sampling=Sampling(temperature=1.5, seed=2), **options)

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.agent_settings import TINY
 from trl_search.environment import SearchEnvironment
 from trl_search.evaluate import answer_questions
 from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
-from trl_search.rollout import Limits
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.training import TaskArguments, load_task
 from trl_search.types import Sampling
@@ -59,8 +59,7 @@ def test_the_tiny_policy_searches(tiny, world, retriever):
             policy=TransformersPolicy(model, tokenizer),
             tokenizer=tokenizer,
             environment=SearchEnvironment(retriever),
-            limits=Limits(512, 96, 192),
-            instruction="",
+            agent=TINY,
         ),
     )
     assert result.em > 0.9

@@ -25,7 +25,7 @@ LAYERS = [
     {"records"},
     {"vllm_backend"},
     {"prepare"},
-    {"report", "sft", "trainer", "tiny_policy", "recipe"},
+    {"report", "sft", "trainer", "tiny_policy", "recipe", "base_model"},
     {"evaluation"},
     {"task", "held_out"},
     {"best_checkpoint", "cold_start"},

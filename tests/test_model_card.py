@@ -229,7 +229,7 @@ def test_lines_of_an_evaluation(tmp_path):
     [
         (None, "has no results.json"),
         ('{"rows": {}}', "is not of an evaluation"),
-        ('{"resu', "results.json is not JSON"),
+        ('{"resu', "results.json is not JSON .*: run the evaluation again"),
     ],
 )
 def test_a_folder_that_is_no_evaluation(tmp_path, content, message):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
 import pytest
 
-from trl_search.outcomes import Outcome, bootstrap_interval, by_dataset, macro, summarize
+from trl_search.errors import UserError
+from trl_search.outcomes import Outcome, bootstrap_interval, by_dataset, evaluation_of, macro, summarize
 
 
 def outcome(em: float = 0.0, *, source: str = "nq", failed: str = "", **others) -> Outcome:
@@ -57,6 +59,21 @@ def test_a_set_without_a_single_answer_leaves_no_average():
     result = macro("search", groups)
     assert math.isnan(result.em) and result.errors == {"down": 2, "up": 1}
     assert math.isnan(summarize("search", []).em)
+
+
+def test_an_evaluation_comes_back_from_a_file_as_it_was():
+    measured = summarize("search", [outcome(1.0), outcome(0.0), outcome(failed="down")])
+    nothing = summarize("search", [outcome(failed="down")])
+    for result in (measured, nothing):
+        text = json.dumps(result.as_json(), allow_nan=False)
+        assert repr(evaluation_of(json.loads(text), "x.json")) == repr(result)  # NaN is not equal to itself
+    assert nothing.as_json()["em"] is None and nothing.as_json()["em_interval"] == [None, None]
+
+
+@pytest.mark.parametrize("values", [{}, {"em": 1.0, "em_interval": [0.0, 1.0]}, {"em_interval": None}, "0.5", None])
+def test_what_is_no_evaluation_of_this_version_is_named(values):
+    with pytest.raises(UserError, match=r"x\.json holds no evaluation of this version .*: move it away"):
+        evaluation_of(values, "x.json")
 
 
 def test_the_interval_is_that_of_a_share():

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
+from trl_search.base_model import adapter_config
 from trl_search.cli import main
 from trl_search.cold_start.run import ColdStartArguments, run_sft
 from trl_search.config import SearchGRPOConfig
@@ -30,7 +31,6 @@ from trl_search.sft import SearchSFTConfig
 from trl_search.task import TaskArguments, set_names
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer
-from trl_search.training import _peft
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -47,11 +47,11 @@ each_sft_recipe = pytest.mark.parametrize("path", SFT, ids=lambda path: path.ste
 
 
 def parse(*argv: str) -> tuple[TaskArguments, SearchGRPOConfig, ModelConfig]:
-    return parse_recipe([*argv, *ON_CPU], (TaskArguments, SearchGRPOConfig, ModelConfig), usage="trl-search train")
+    return parse_recipe([*argv, *ON_CPU], (TaskArguments, SearchGRPOConfig, ModelConfig), command="train")
 
 
 def parse_sft(*argv: str) -> tuple[ColdStartArguments, SearchSFTConfig, ModelConfig]:
-    return parse_recipe([*argv, *ON_CPU], (ColdStartArguments, SearchSFTConfig, ModelConfig), usage="trl-search sft")
+    return parse_recipe([*argv, *ON_CPU], (ColdStartArguments, SearchSFTConfig, ModelConfig), command="sft")
 
 
 def test_every_recipe_ships() -> None:
@@ -293,7 +293,7 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_policy_path()),
         retriever=retriever,
-        peft_config=_peft(get_peft_config(model_config)),
+        peft_config=adapter_config(model_config),
     )
     trainer.remove_callback(PrinterCallback)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response
 
+from trl_search.agent_settings import TINY
 from trl_search.environment import SearchEnvironment
 from trl_search.evaluate import answer_questions
 from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import PROTOCOLS, SEARCH_TOOL, load_protocol
 from trl_search.retrieval import Retriever
-from trl_search.rollout import Limits
 from trl_search.tiny_policy import tiny_policy_path
 from trl_search.tiny_policy.make import save_model
 from trl_search.tiny_policy.samples import ANSWER, KINDS, PADDING, POLICY, ROW, pack, samples_of_world
@@ -190,9 +191,7 @@ def test_shipped_model_searches_reads_and_answers(protocol: str, world: World, r
             policy=TransformersPolicy(model, tokenizer),
             tokenizer=tokenizer,
             environment=SearchEnvironment(retriever),
-            limits=Limits(completion_tokens=768, turn_tokens=96, observation_tokens=256),
-            protocol=protocol,
-            instruction="",
+            agent=replace(TINY, protocol=protocol, max_completion_length=768, max_observation_length=256),
         ),
     )
     assert result.em > 0.7 and 1.0 <= result.searches < 3.0

@@ -21,6 +21,8 @@ from trl_search.records.run_folder import read_run
 from trl_search.report.figures import draw_curves
 from trl_search.task import TaskArguments, load_held_out, load_task, set_names
 from trl_search.trainer import SearchGRPOTrainer
+from trl_search.training import _warm_up
+from trl_search.types import StopReason
 
 SMALL = [
     "--world_passages", "1000", "--max_eval_questions", "24", "--warm_start_steps", "2", "--max_steps", "2",
@@ -84,6 +86,17 @@ def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypat
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows) == ["direct answer, no search", "one-shot RAG", "search, warm-started"]
     assert any("no metrics.jsonl" in problem for problem in read_run(tmp_path).problems)
+
+
+@pytest.mark.parametrize("max_searches", [0, 2])
+def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(tmp_path, tokenizer, monkeypatch, max_searches):
+    played = []
+    monkeypatch.setattr("trl_search.sft.fine_tune", lambda model, tokenizer, shown, **options: played.extend(shown))
+    config = SearchGRPOConfig(str(tmp_path), bf16=False, instruction="", max_searches=max_searches)
+    _warm_up(None, tokenizer, TaskArguments(world_passages=1000, warm_start_steps=2), config, tmp_path)
+    assert {"<tools>" in tokenizer.decode(one.prompt_ids) for one in played} == {max_searches > 0}
+    assert any(one.searches for one in played) is (max_searches > 0)
+    assert {one.stop_reason for one in played} == {StopReason.ANSWER}
 
 
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
@@ -202,7 +215,7 @@ def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
         (["r.yaml", "--eval_questions", "popqa,nq"], ["popqa", "nq"]),
         (["r.yaml", "--eval_questions", "popqa", "nq"], ["popqa", "nq"]),
     ):
-        (arguments,) = parse_recipe([str(tmp_path / words[0]), *words[1:]], [TaskArguments], usage="")
+        (arguments,) = parse_recipe([str(tmp_path / words[0]), *words[1:]], [TaskArguments], command="train")
         assert set_names(arguments.eval_questions) == names
 
 

@@ -85,9 +85,7 @@ def held_out(trainer: SearchGRPOTrainer) -> dict[str, Any]:
         policy=TransformersPolicy(trainer.model, tokenizer),
         tokenizer=tokenizer,
         environment=trainer.environment,
-        limits=args.limits,
-        protocol=args.protocol,
-        instruction=args.instruction,
+        agent=args.agent,
         progress=False,
     )
     return {"metrics": by_engine.metrics, "engine": by_engine.average, "model": summarize("search", by_model)}

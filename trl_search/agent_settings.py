@@ -8,14 +8,18 @@ what it was trained with travels with it: in the folder of a run as `run.json`, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from trl_search.environment import PASSAGE_TEMPLATE
-from trl_search.errors import UserError
+from transformers import PreTrainedTokenizerBase
+
+from trl_search.environment import PASSAGE_TEMPLATE, SearchEnvironment
+from trl_search.errors import UserError, unknown_name
 from trl_search.json_objects import read_object
+from trl_search.protocols import PROTOCOLS, Protocol, load_protocol
+from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits
 
 FORMAT = 1
@@ -56,20 +60,74 @@ TINY = AgentSettings(
 )
 
 
+def agent_of(config: Any) -> AgentSettings:
+    """The settings among the attributes of a configuration, which has all of them."""
+    return AgentSettings(**{key.name: getattr(config, key.name) for key in dataclasses.fields(AgentSettings)})
+
+
+def protocol_of(agent: AgentSettings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> Protocol:
+    """What writes the agent's prompts and reads its turns.
+
+    Args:
+        tools (`Sequence[dict]`): Those of the environment that it acts in.
+    """
+    return load_protocol(
+        agent.protocol,
+        tokenizer,
+        instruction=agent.instruction,
+        system_prompt=agent.system_prompt,
+        tools=tools,
+        chat_template_kwargs=agent.chat_template_kwargs,
+    )
+
+
+def search_environment(
+    retriever: Retriever, agent: AgentSettings, kind: type[SearchEnvironment] = SearchEnvironment
+) -> SearchEnvironment:
+    """The default world of the agent: the same in training, in a cold start, in evaluation and in a chat."""
+    return kind(
+        retriever,
+        top_k=agent.passages_per_query,
+        max_searches=agent.max_searches,
+        max_queries=agent.max_queries_per_search,
+        timeout_s=agent.search_timeout_s,
+        passage_template=agent.passage_template,
+    )
+
+
+def trained_settings(model: str) -> AgentSettings:
+    """How the model was trained to be asked, as far as that is known."""
+    return TINY if model == "tiny" else read_settings(model) or AgentSettings()
+
+
+def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
+    """The settings of training, but for what the options of a command say; `None` is an option that was not given.
+
+    Raises:
+        UserError: for a value that cannot be.
+    """
+    agent = dataclasses.replace(trained, **{name: value for name, value in options.items() if value is not None})
+    if agent.protocol not in PROTOCOLS:
+        raise unknown_name("protocol", agent.protocol, PROTOCOLS)
+    for key in dataclasses.fields(AgentSettings):
+        value, least = getattr(agent, key.name), 0 if key.name == "max_searches" else 1
+        if isinstance(value, int) and value < least:
+            raise UserError(f"--{key.name} must be at least {least}; got {value}")
+    if agent.search_timeout_s <= 0:
+        raise UserError(f"--search_timeout_s must be more than 0; got {agent.search_timeout_s}")
+    return agent
+
+
 def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
     """The settings among the keys of a configuration; what is not there keeps its default.
 
     Raises:
         UserError: if a value has not the type of its key, naming `source`.
     """
-    known = {field.name: field.default for field in dataclasses.fields(AgentSettings)}
+    known = get_type_hints(AgentSettings)
     given = {name: values[name] for name in known if name in values}
     for name, value in given.items():
-        default = known[name]
-        wanted: Any = str | None if default is None else (int, float) if isinstance(default, float) else type(default)
-        if name == "chat_template_kwargs":
-            wanted = Mapping | None
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, _types(known[name])) or isinstance(value, bool):
             raise UserError(f"{source}: {name} cannot be {value!r}: correct it there, or remove the file")
     return AgentSettings(**given)
 
@@ -95,6 +153,13 @@ def read_settings(model: str) -> AgentSettings | None:
                 raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
             return settings_of(config, str(path))
     return None
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """What `isinstance` takes for a field's type: `Mapping[str, Any] | None` is a mapping or none."""
+    if hint is float:
+        return (int, float)
+    return tuple(get_origin(one) or one for one in get_args(hint) or (hint,))
 
 
 def _cached(model: str) -> str | None:

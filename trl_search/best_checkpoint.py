@@ -11,7 +11,6 @@ best alone goes when a better one comes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -27,7 +26,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.errors import UserError
 from trl_search.held_out import HeldOut, HeldOutResult
-from trl_search.outcomes import Evaluation
+from trl_search.json_objects import read_object
+from trl_search.outcomes import evaluation_of
 from trl_search.whole_files import written_whole
 
 logger = logging.getLogger(__name__)
@@ -112,9 +112,15 @@ class BestCheckpoint(TrainerCallback):
 
 def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) -> None:
     """Puts the evaluation into the checkpoint; `only_best` says that it was saved for nothing else."""
-    record = {**dataclasses.asdict(result), "only_best": only_best}
+    record = {
+        "step": result.step,
+        "average": result.average.as_json(),
+        "datasets": {name: evaluation.as_json() for name, evaluation in result.datasets.items()},
+        "seconds": result.seconds,
+        "only_best": only_best,
+    }
     with written_whole(checkpoint / RECORD) as path:
-        path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_best(folder: Path) -> HeldOutResult | None:
@@ -122,9 +128,11 @@ def read_best(folder: Path) -> HeldOutResult | None:
     path = folder / LINK / RECORD
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    datasets = {name: _evaluation(values) for name, values in record["datasets"].items()}
-    return HeldOutResult(record["step"], _evaluation(record["average"]), datasets, record["seconds"])
+    record = read_object(path, "move it away")
+    if missing := {"step", "average", "datasets", "seconds"} - record.keys():
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}: move it away")
+    datasets = {name: evaluation_of(values, str(path)) for name, values in record["datasets"].items()}
+    return HeldOutResult(record["step"], evaluation_of(record["average"], str(path)), datasets, record["seconds"])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -161,18 +169,3 @@ def _only_best(checkpoint: Path) -> bool:
         return json.loads((checkpoint / RECORD).read_bytes())["only_best"] is True
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _evaluation(values: dict[str, Any]) -> Evaluation:
-    numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-    low, high = (math.nan if value is None else value for value in values["em_interval"])
-    return Evaluation(**{**numbers, "em_interval": (low, high)})
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from trl_search.agent_settings import AgentSettings, agent_of
 from trl_search.environment import PASSAGE_TEMPLATE
 from trl_search.protocols import PROTOCOLS
-from trl_search.rollout import Limits
 from trl_search.varlen_attention import PACKED_ATTENTION
 
 
@@ -159,8 +159,9 @@ class SearchGRPOConfig(GRPOConfig):
             raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
         if self.vllm_lora_sync not in ("merged", "adapter"):
             raise ValueError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
-        if isinstance(self.vllm_engine_options, str):
-            raise ValueError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
+        for name in ("vllm_engine_options", "chat_template_kwargs"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a JSON object")
         if self.packed_attention not in PACKED_ATTENTION:
             raise ValueError(
                 f"packed_attention={self.packed_attention!r} does not exist; there are {', '.join(PACKED_ATTENTION)}"
@@ -184,5 +185,6 @@ class SearchGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.max_completion_length, self.max_turn_length, self.max_observation_length)
+    def agent(self) -> AgentSettings:
+        """How the policy is asked."""
+        return agent_of(self)

@@ -16,14 +16,14 @@ def bearer_token(token: str, source: str) -> str:
     """The token as it goes into `Authorization: Bearer ...`.
 
     Args:
-        source (`str`): What the user knows it by: a variable, a file, an argument.
+        source (`str`): What the user knows it by: a variable, a file.
 
     Raises:
         UserError: for one that no header can hold. Whoever sent it would be told, and would tell it.
     """
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable():
-        raise UserError(f"the token of {source} must be printable ASCII, and not empty: it travels in an HTTP header")
+        raise UserError(f"the token from {source} must be printable ASCII and not empty: it travels in an HTTP header")
     return token
 
 

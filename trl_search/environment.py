@@ -24,7 +24,7 @@ import asyncio
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval.base import RetrievalError, Retriever
@@ -183,30 +183,3 @@ class SearchEnvironment(Environment):
             return _FIELD.sub(lambda match: fields[match[1]], self.passage_template)
 
         return [show_one(rank, passage) for rank, passage in enumerate(passages, start=1)]
-
-
-class SearchKeys(Protocol):
-    """The keys of a configuration that shape a search, under the names that recipes give them."""
-
-    @property
-    def passages_per_query(self) -> int: ...
-    @property
-    def max_searches(self) -> int: ...
-    @property
-    def max_queries_per_search(self) -> int: ...
-    @property
-    def search_timeout_s(self) -> float: ...
-    @property
-    def passage_template(self) -> str: ...
-
-
-def search_environment(retriever: Retriever, keys: SearchKeys) -> SearchEnvironment:
-    """The default world, as a configuration has it: the same in training, in a cold start and in evaluation."""
-    return SearchEnvironment(
-        retriever,
-        top_k=keys.passages_per_query,
-        max_searches=keys.max_searches,
-        max_queries=keys.max_queries_per_search,
-        timeout_s=keys.search_timeout_s,
-        passage_template=keys.passage_template,
-    )

@@ -27,13 +27,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from trl_search.agent_settings import AgentSettings, protocol_of
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.errors import UserError
 from trl_search.outcomes import Outcome, score
 from trl_search.policies.base import Policy
-from trl_search.protocols import Protocol, load_protocol
+from trl_search.protocols import Protocol
 from trl_search.retrieval.base import RetrievalError
-from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
+from trl_search.rollout import run_sync, run_together, run_trajectory
 from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
@@ -47,7 +48,7 @@ REASON_INSTRUCTION = (
     "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
     "</answer>. Question: "
 )
-# A mode that is not here asks by the protocol's own instruction.
+# The instruction that a policy was trained with is the search agent's: the other modes have their own.
 INSTRUCTIONS = {"direct": ANSWER_INSTRUCTION, "cot": REASON_INSTRUCTION, "rag": ANSWER_INSTRUCTION}
 
 
@@ -58,11 +59,7 @@ def answer_questions(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     environment: Environment,
-    limits: Limits,
-    protocol: str = "qwen_tools",
-    instruction: str | None = None,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    agent: AgentSettings,
     sampling: Sampling = GREEDY,
     concurrency: int | None = None,
     on_outcome: Callable[[int, Outcome], None] | None = None,
@@ -76,7 +73,8 @@ def answer_questions(
             `data_source`.
         environment (`Environment`): What the agent acts in; `rag` needs a `SearchEnvironment`, and uses its retriever,
             `top_k`, timeout and passage template.
-        instruction (`str`, *optional*): Put before the question; the mode's own by default, `""` for none.
+        agent (`AgentSettings`): How the policy is asked: protocol, prompts and token budgets. Its instruction is that
+            of `search`; the other modes have their own. How it searches, the environment says.
         sampling (`Sampling`, *optional*): Its seed and a question's id and words make that question repeatable,
             whatever is asked beside it.
         concurrency (`int`, *optional*): Questions under way at once. Default: all.
@@ -86,15 +84,7 @@ def answer_questions(
     Returns:
         `list[Outcome]`: One a row, in their order.
     """
-    written = mode_protocol(
-        mode,
-        tokenizer,
-        environment,
-        protocol=protocol,
-        instruction=instruction,
-        system_prompt=system_prompt,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    written = mode_protocol(mode, tokenizer, environment, agent)
     world = environment if mode == "search" else AnswerOnly()
     bar = tqdm(
         total=len(rows),
@@ -125,7 +115,7 @@ def answer_questions(
             world.start(row),
             policy=policy,
             protocol=written,
-            limits=limits,
+            limits=agent.limits,
             sampling=replace(sampling, seed=seed),
         )
         trajectory.search_s += found_s
@@ -148,14 +138,7 @@ def answer_questions(
 
 
 def mode_protocol(
-    mode: str,
-    tokenizer: PreTrainedTokenizerBase,
-    environment: Environment,
-    *,
-    protocol: str,
-    instruction: str | None,
-    system_prompt: str | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    mode: str, tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
 ) -> Protocol:
     """What writes a mode's prompts and reads its turns; refuses a mode that does not exist or cannot be run."""
     if mode not in MODES:
@@ -165,14 +148,9 @@ def mode_protocol(
             f"mode 'rag' searches once before it asks, and {type(environment).__name__} has no retriever: give a "
             "SearchEnvironment"
         )
-    return load_protocol(
-        protocol,
-        tokenizer,
-        instruction=INSTRUCTIONS.get(mode) if instruction is None else instruction,
-        system_prompt=system_prompt,
-        tools=environment.tools if mode == "search" else (),
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    if mode == "search":
+        return protocol_of(agent, tokenizer, environment.tools)
+    return protocol_of(replace(agent, instruction=INSTRUCTIONS[mode]), tokenizer, tools=())
 
 
 def rag_messages(

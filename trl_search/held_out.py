@@ -22,9 +22,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.environment import AnswerOnly, Environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
+from trl_search.json_objects import read_object
 from trl_search.outcomes import Evaluation, Outcome, by_dataset, macro, summarize
 from trl_search.trainer import SearchGRPOTrainer
 from trl_search.whole_files import written_whole
@@ -89,24 +89,22 @@ class HeldOut:
             found.setdefault(row["data_source"], []).append(row["id"])
         return found
 
-    def measure(self, mode: str | None = None, environment: Environment | None = None) -> HeldOutResult:
+    def measure(self, mode: str | None = None) -> HeldOutResult:
         """Asks the policy as it is now. All ranks call it together, and all get the result of all.
 
         Args:
             mode (`str`, *optional*): A baseline: `direct`, `cot` or `rag`, asked in its own words. Default: the policy
                 as it is trained.
-            environment (`Environment`, *optional*): What `rag` searches; the trainer's by default.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
         started = time.perf_counter()
         trained = mode is None
         if trained and self.last is not None and self.last.step == step:
             return self.last  # the same weights, greedily: the same answers
-        world = environment or trainer.environment
-        assert world is not None
-        outcomes = gather_object(self._answer(mode or "search", world, trained))
-        world.take_metrics()  # or they would be counted as the next rollout's
-        name = mode or ("direct" if isinstance(world, AnswerOnly) else "search")
+        assert trainer.environment is not None
+        outcomes = gather_object(self._answer(mode or "search"))
+        trainer.environment.take_metrics()  # or they would be counted as the next rollout's
+        name = mode or ("search" if trainer.environment.tools else "direct")
         result = summarize_held_out(name, outcomes, step=step, seconds=time.perf_counter() - started)
         if result.average.failed and trainer.accelerator.is_main_process:
             said = "; ".join(f"{times} × {error}" for error, times in result.average.errors.items())
@@ -118,8 +116,9 @@ class HeldOut:
             self.last = result
         return result
 
-    def _answer(self, mode: str, world: Environment, trained: bool) -> list[Outcome]:
+    def _answer(self, mode: str) -> list[Outcome]:
         trainer = self.trainer
+        assert trainer.environment is not None
         mine = self.rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
         # As TRL does before a rollout: vLLM has the weights of the last one.
         if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
@@ -131,12 +130,8 @@ class HeldOut:
                 mine,
                 policy=policy,
                 tokenizer=trainer._tokenizer,
-                environment=world,
-                limits=trainer.args.limits,
-                protocol=trainer.args.protocol,
-                instruction=trainer.args.instruction if trained else None,
-                system_prompt=trainer.args.system_prompt,
-                chat_template_kwargs=trainer.protocol.chat_template_kwargs,
+                environment=trainer.environment,
+                agent=trainer.args.agent,
                 progress=trainer.accelerator.is_main_process,
             )
 
@@ -188,11 +183,7 @@ def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> No
     """
     path = folder / HELD_OUT_FILE
     if state.global_step and path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))["ids"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it to go on without comparing") from error
-        if before != ids:
+        if read_object(path, "remove it to go on without comparing").get("ids") != ids:
             raise UserError(
                 f"this run was measured on other questions so far ({path}), and its numbers and its best checkpoint "
                 "could not be compared: resume with the same eval_questions, max_eval_questions and seed, or remove "

@@ -55,12 +55,24 @@ class HubFiles:
         content = hashlib.sha256(repr([(file.bytes, file.sha256 or file.name) for file in self.files]).encode())
         return target.with_name(f"{target.name}.{content.hexdigest()[:12]}.incomplete")
 
-    def missing_bytes(self, target: Path) -> int:
-        """What is still to be fetched: 0 where `target` is there."""
+    def unwritten_bytes(self, target: Path) -> int:
+        """What is still to be written: 0 where `target` is there."""
         if target.exists():
             return 0
         unfinished = self.unfinished(target)
         return self.bytes - (unfinished.stat().st_size if unfinished.exists() else 0)
+
+    def download_bytes(self, target: Path) -> int:
+        """What of that the hub must send: `fetch` copies a part that lies beside `target`."""
+        parts = self.parts(self.bytes - self.unwritten_bytes(target))
+        return sum(part.bytes - have for part, _, have in parts if _local_part(target, part) is None)
+
+    def parts(self, written: int) -> Iterator[tuple[HubFile, int, int]]:
+        """Each file, the byte at which it begins, and how much of it is there once so many bytes are written."""
+        begins = 0
+        for part in self.files:
+            yield part, begins, min(max(written - begins, 0), part.bytes)
+            begins += part.bytes
 
 
 def list_files(repository: str, pattern: str, *, endpoint: str | None = None) -> HubFiles:
@@ -142,18 +154,20 @@ def _gather(files: HubFiles, path: Path, target: Path, endpoint: str | None) -> 
     if done > files.bytes:
         raise UserError(f"{path} is longer than what it is made from: delete it and run this again")
     with path.open("r+b" if path.exists() else "x+b") as file:
-        begins = 0
-        for part in files.files:
-            have = min(max(done - begins, 0), part.bytes)
+        for part, begins, have in files.parts(done):
             file.seek(begins + have)
-            local = target.with_name(part.name)
             if have == part.bytes:
-                pass
-            elif local != target and local.is_file() and local.stat().st_size == part.bytes:
+                continue
+            if local := _local_part(target, part):
                 _copy(local, file, have)
             else:
                 _download(files, part, file, have, endpoint)
-            begins += part.bytes
+
+
+def _local_part(target: Path, part: HubFile) -> Path | None:
+    """A part that lies beside `target` in its full size."""
+    local = target.with_name(part.name)
+    return local if local != target and local.is_file() and local.stat().st_size == part.bytes else None
 
 
 class _Part:

@@ -5,13 +5,15 @@ A question whose search failed has no answer that could be scored: it is counted
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from trl_search.errors import UserError
 from trl_search.reflection import count_reflections
 from trl_search.text import contains_answer, exact_match, f1_score, last_answer
 from trl_search.types import StopReason, Trajectory
@@ -87,6 +89,32 @@ class Evaluation:
     observation_tokens: float
     latency_s: float
     reflective_ratio: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As a file holds it: JSON has no NaN, so what is not a number is null. Read back by [`evaluation_of`]."""
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        values = {name: plain(value) for name, value in asdict(self).items()}
+        return values | {"em_interval": [plain(value) for value in self.em_interval]}
+
+
+def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:
+    """The evaluation that a file holds.
+
+    Args:
+        source (`str`): The file, for the message.
+
+    Raises:
+        UserError: where it is none, or that of another version.
+    """
+    try:
+        numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        low, high = (math.nan if value is None else value for value in values["em_interval"])
+        return Evaluation(**{**numbers, "em_interval": (low, high)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source} holds no evaluation of this version ({error}): move it away") from error
 
 
 def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Outcome:

@@ -38,8 +38,12 @@ def find_recipe(name: str) -> Path:
     return shipped_recipes()[name]
 
 
-def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, usage: str) -> tuple[Any, ...]:
+def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> tuple[Any, ...]:
     """Reads `RECIPE --key value ...` into one object of each dataclass; the command line overrides the recipe.
+
+    Args:
+        arguments (`Sequence[type]`): The dataclasses.
+        command (`str`): Who asks: `train` or `sft`.
 
     Raises:
         UserError: for a key that no dataclass has, in the recipe or on the command line; the nearest one is named.
@@ -51,23 +55,24 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, usage: str) -
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
             argv[i + 1] = str(find_recipe(argv[i + 1]))
-            _check_command(Path(argv[i + 1]), usage)
+            _check_command(Path(argv[i + 1]), command)
             _check_keys(Path(argv[i + 1]), known)
         elif word.startswith("--") and word not in ("--help", "--config"):
             key = word[2:].split("=")[0].replace("-", "_")
             if key not in known and key.removeprefix("no_") not in known:
                 raise unknown_name("option", f"--{key}", [f"--{name}" for name in known])
+    usage = f"trl-search {command} RECIPE [--key value ...]"
     parser = TrlParser(list(arguments), prog="trl-search", usage=usage)
     parsed: tuple[Any, ...] = tuple(parser.parse_args_and_config(argv))
     return parsed
 
 
-def _check_command(path: Path, usage: str) -> None:
+def _check_command(path: Path, command: str) -> None:
     """A recipe that ships is for one of two commands; its keys would be unknown to the other."""
-    command = "sft" if path.stem.startswith("sft_") else "train"
+    its = "sft" if path.stem.startswith("sft_") else "train"
     shipped = shipped_recipes().get(path.stem)
-    if shipped is not None and shipped.samefile(path) and not usage.startswith(f"trl-search {command}"):
-        raise UserError(f"{path.stem} is a recipe of another command: trl-search {command} {path.stem}")
+    if shipped is not None and shipped.samefile(path) and command != its:
+        raise UserError(f"{path.stem} is a recipe of another command: trl-search {its} {path.stem}")
 
 
 def _check_keys(path: Path, known: set[str]) -> None:

@@ -33,16 +33,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from trl_search.agent_settings import protocol_of, search_environment
 from trl_search.alarms import CollapseAlarm
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import AnswerOnly, Environment, search_environment
+from trl_search.environment import Environment
 from trl_search.errors import UserError
 from trl_search.logprobs import make_logprobs
 from trl_search.metrics import merge_retrieval_metrics, trajectory_metrics
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.prepare import RewardSpec, load_tokenizer, refuse_what_rollouts_cannot_do, resolve_specs, with_prompts
-from trl_search.protocols import load_protocol
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
@@ -124,7 +124,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if retriever is not None and environment is not None:
             raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
         if environment is None and retriever is not None:
-            environment = search_environment(retriever, args) if args.max_searches else AnswerOnly()
+            environment = search_environment(retriever, args.agent)
         self.environment = environment
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
@@ -132,14 +132,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if environment is not None:
             refuse_what_rollouts_cannot_do(args, kwargs)
             processing_class = processing_class or load_tokenizer(model, args)
-            self.protocol = load_protocol(
-                args.protocol,
-                processing_class,
-                instruction=args.instruction,
-                system_prompt=args.system_prompt,
-                tools=environment.tools,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
+            self.protocol = protocol_of(args.agent, processing_class, environment.tools)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
@@ -215,7 +208,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 policy=policy,
                 environment=self.environment,
                 protocol=self.protocol,
-                limits=self.args.limits,
+                limits=self.args.agent.limits,
                 sampling=self._sampling(mode),
                 description=f"Rollout, {mode} step {self.state.global_step}",
             )

@@ -7,16 +7,14 @@ import datetime
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftConfig
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,26 +26,26 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
+from trl_search.agent_settings import protocol_of, search_environment
+from trl_search.base_model import adapter_config, base_name, load_base
 from trl_search.best_checkpoint import LINK, BestCheckpoint, is_whole, read_best
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import search_environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.held_out import EvaluateEvery, HeldOut, summarize_held_out
 from trl_search.json_objects import read_object
-from trl_search.outcomes import Evaluation
+from trl_search.outcomes import Evaluation, evaluation_of
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.prepare import refuse_quantization
 from trl_search.progress import StepLines
-from trl_search.protocols import load_protocol
-from trl_search.records.run_folder import INFO_FILE, RESULTS_FILE
+from trl_search.records.run_folder import AFTER_ROW, BEST_ROW, INFO_FILE, RESULTS_FILE
 from trl_search.report.figures import draw_curves
 from trl_search.retrieval import load_retriever
+from trl_search.scripts import WEAK
 from trl_search.sft import warm_start
 from trl_search.task import Task, TaskArguments, load_task
-from trl_search.tiny_policy import tiny_policy_path
 from trl_search.trainer import SearchGRPOTrainer
 from trl_search.whole_files import written_whole
 from trl_search.world import generate_world
@@ -59,7 +57,6 @@ BASELINES = {
     "cot": "chain of thought, no search",
     "rag": "one-shot RAG",
 }
-_AFTER, _BEST = "search, after GRPO", "search, best checkpoint"
 # Added to the seed of a world: that of the world in which its policy is warmed up.
 _ELSEWHERE = 1_000_003
 
@@ -69,15 +66,13 @@ def run_training(
 ) -> dict[str, Evaluation]:
     """Runs a recipe to its end. Returns the evaluations, by the name of the table's row; over several sets, averages
     in which each set counts the same."""
+    refuse_quantization(model_config)
+    name = base_name(model_config)
     started = time.perf_counter()
     task = load_task(arguments, seed=config.seed)
     folder = Path(config.output_dir or "runs/train")
-    name = tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
-    if not name:
-        raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
-    peft_config = get_peft_config(model_config)
     checkpoint = _checkpoint(config, folder)
     warm_folder = folder.absolute() / "warm_start"
     if checkpoint and arguments.warm_start_steps:
@@ -89,7 +84,14 @@ def run_training(
                 f"the run to resume was warmed up, and {warm_folder} holds no model: copy warm_start there from the "
                 f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
             )
-    model, tokenizer = _load_model(name, model_config, config)
+    model = load_base(name, model_config, config)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name,
+        revision=model_config.model_revision,
+        padding_side="left",
+        truncation_side="left",
+        trust_remote_code=config.trust_remote_code,
+    )
     measured = _measured_before(folder) if checkpoint else {}
     baselines = list(arguments.baselines)
 
@@ -115,7 +117,7 @@ def run_training(
         eval_dataset=task.held_out,
         processing_class=tokenizer,
         retriever=task.retriever,
-        peft_config=_peft(peft_config),
+        peft_config=adapter_config(model_config),
     )
     trainer.run_log.task = {**dataclasses.asdict(arguments), **task.description}
     trainer.remove_callback(ProgressCallback)
@@ -123,7 +125,11 @@ def run_training(
     held_out = None if task.held_out is None else HeldOut(trainer, task.held_out)
     if held_out is not None and arguments.evaluate:
         row = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
-        trainer.add_callback(_MeasureBefore(baselines, row, held_out, task, measured, folder, started))
+
+        def save() -> None:
+            _write_results(folder, measured, [], time.perf_counter() - started)
+
+        trainer.add_callback(_MeasureBefore(baselines, row, held_out, measured, save))
     if held_out is not None and arguments.evaluate_every:
         trainer.add_callback(EvaluateEvery(arguments.evaluate_every, held_out))
         trainer.add_callback(BestCheckpoint(held_out))
@@ -132,10 +138,10 @@ def run_training(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     if held_out is not None and arguments.evaluate:
-        measured[_AFTER] = held_out.measure().average
+        measured[AFTER_ROW] = held_out.measure().average
     best = read_best(folder) if arguments.evaluate_every else None
     if best is not None and best.step != trainer.state.global_step:
-        measured[f"{_BEST} (step {best.step})"] = best.average
+        measured[f"{BEST_ROW} (step {best.step})"] = best.average
 
     # 4. What came of it.
     if trainer.accelerator.is_main_process:
@@ -160,25 +166,21 @@ class _MeasureBefore(TrainerCallback):
         baselines: list[str],
         row: str,
         held_out: HeldOut,
-        task: Task,
         measured: dict[str, Evaluation],
-        folder: Path,
-        started: float,
+        save: Callable[[], None],
     ) -> None:
-        self.baselines, self.row, self.held_out, self.task, self.measured = baselines, row, held_out, task, measured
-        self.folder, self.started = folder, started
+        self.baselines, self.row, self.held_out, self.measured, self.save = baselines, row, held_out, measured, save
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step:  # a resumed run has this behind it
             return
-        world = search_environment(self.task.retriever, self.held_out.trainer.args)
         for mode in self.baselines:
-            self.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode, world).average
+            self.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
         self.measured[self.row] = self.held_out.measure().average
         if state.is_world_process_zero:  # now, as the run may be killed and resumed
-            _write_results(self.folder, self.measured, [], time.perf_counter() - self.started)
+            self.save()
 
 
 def _warm_up(
@@ -190,20 +192,18 @@ def _warm_up(
 ) -> None:
     if arguments.questions != "world":
         raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
-    protocol = load_protocol(
-        config.protocol,
-        tokenizer,
-        instruction=config.instruction,
-        system_prompt=config.system_prompt,
-        chat_template_kwargs=config.chat_template_kwargs,
-    )
     # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
+    retriever = load_retriever("bm25", passages=world.passages)
+    environment = search_environment(retriever, config.agent)
     warm_start(
         model,
-        protocol,
+        protocol_of(config.agent, tokenizer, environment.tools),
         world,
-        load_retriever("bm25", passages=world.passages),
+        retriever,
+        environment=environment,
+        # Who has no tool can show no search.
+        quality=WEAK if config.max_searches else {"guess": 1.0},
         output_dir=str(folder),
         steps=arguments.warm_start_steps,
         learning_rate=arguments.warm_start_learning_rate,
@@ -239,44 +239,11 @@ def _baseline(
             list(task.held_out)[state.process_index :: state.num_processes],
             policy=TransformersPolicy(model, tokenizer, max_sequences=config.rollout_batch_size),
             tokenizer=tokenizer,
-            environment=search_environment(task.retriever, config),
-            limits=config.limits,
-            protocol=config.protocol,
-            system_prompt=config.system_prompt,
-            chat_template_kwargs=config.chat_template_kwargs,  # type: ignore[arg-type]  # TRL has parsed the string
+            environment=search_environment(task.retriever, config.agent),
+            agent=config.agent,
         )
     seconds = time.perf_counter() - started
     return summarize_held_out(mode, gather_object(outcomes), step=0, seconds=seconds).average
-
-
-def _load_model(
-    name: str, model_config: ModelConfig, config: SearchGRPOConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    refuse_quantization(model_config)
-    options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
-    if isinstance(config.model_init_kwargs, dict):
-        options |= config.model_init_kwargs
-    if model_config.attn_implementation:
-        options["attn_implementation"] = model_config.attn_implementation
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise UserError(f"there is no model at {name}")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name, revision=model_config.model_revision, trust_remote_code=config.trust_remote_code, **options
-    )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name,
-        revision=model_config.model_revision,
-        padding_side="left",
-        truncation_side="left",
-        trust_remote_code=config.trust_remote_code,
-    )
-    return model, tokenizer
-
-
-def _peft(peft_config: PeftConfig | None) -> PeftConfig | None:
-    if peft_config is not None and not getattr(peft_config, "target_modules", None):
-        peft_config.target_modules = "all-linear"  # type: ignore[attr-defined]
-    return peft_config
 
 
 def _checkpoint(config: SearchGRPOConfig, folder: Path) -> str | None:
@@ -311,16 +278,16 @@ def _measured_before(folder: Path) -> dict[str, Evaluation]:
     path = folder / RESULTS_FILE
     rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
     return {
-        row: Evaluation(**{**values, "em_interval": tuple(values["em_interval"])})
+        row: evaluation_of(values, str(path))
         for row, values in rows.items()
-        if not row.startswith((_AFTER, _BEST))
+        if not row.startswith((AFTER_ROW, BEST_ROW))
     }
 
 
 def _write_results(
     folder: Path, measured: Mapping[str, Evaluation], history: Sequence[Mapping[str, Any]], seconds: float
 ) -> None:
-    results = {row: dataclasses.asdict(result) for row, result in measured.items()}
+    results = {row: result.as_json() for row, result in measured.items()}
     record = {"seconds": seconds, "rows": results, "history": list(history)}
     with written_whole(folder / RESULTS_FILE) as path:
         path.write_text(json.dumps(record, indent=2) + "\n")

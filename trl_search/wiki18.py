@@ -78,13 +78,13 @@ class Wiki18Plan:
 
     @property
     def download_bytes(self) -> int:
-        return sum(map(self._download_bytes, self.files))
+        return sum(files.download_bytes(self.target(word)) for word, files in self.files.items())
 
     @property
     def disk_bytes(self) -> int:
         """What is written from now on, all together and at the worst moment: nothing is written to be deleted."""
         # A part that lies there is not fetched, and takes its place once more in the file that is made of it.
-        made = sum(files.missing_bytes(self._target(word)) for word, files in self.files.items())
+        made = sum(files.unwritten_bytes(self.target(word)) for word, files in self.files.items())
         unpacked = 0
         if "corpus" in self.files:
             unpacked = self.files["corpus"].bytes * CORPUS_BYTES // ARCHIVE_BYTES + OFFSET_BYTES * PASSAGES
@@ -113,24 +113,12 @@ class Wiki18Plan:
             files = self.files[word]
             lines.append(f"{word:<9} {files.repository} at {files.commit[:12]} -> {made}")
             lines += [f"            {file.name:<18} {file.bytes:>15,} bytes" for file in files.files]
-            if come := files.bytes - self._download_bytes(word):
+            if come := files.bytes - files.download_bytes(self.target(word)):
                 lines.append(f"            {gb(come)} of it are here already: it goes on from there")
         lines += [f"download  {gb(self.download_bytes)}", f"disk      {gb(self.disk_bytes)} in {self.folder}"]
         return "\n".join(lines + [f"serving   {line}" for line in serving_needs(self.what)])
 
-    def _download_bytes(self, word: str) -> int:
-        """What has neither come yet nor lies in the folder as a part in full size, as `fetch` takes it."""
-        files, target = self.files[word], self._target(word)
-        come, wanted = files.bytes - files.missing_bytes(target), 0
-        for part in files.files:
-            have = min(max(come, 0), part.bytes)
-            come -= part.bytes
-            local = target.with_name(part.name)
-            if not (local.is_file() and local.stat().st_size == part.bytes):
-                wanted += part.bytes - have
-        return wanted
-
-    def _target(self, word: str) -> Path:
+    def target(self, word: str) -> Path:
         """What the files of the hub become: the index itself, or the archive that the corpus is unpacked from."""
         return self.folder / (ARCHIVE if word == "corpus" else PIECES[word].made)
 
@@ -196,7 +184,7 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
     """
     of_hub = dict.fromkeys(planned.same_size, "size as on the hub")
     for word, files in planned.files.items():
-        target = planned._target(word)
+        target = planned.target(word)
         compared = "size" if target.exists() else "SHA-256"
         fetch(files, target, endpoint=endpoint)
         of_hub[word] = f"{compared} as on the hub"

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from trl_search.agent_settings import TINY, AgentSettings, read_settings
+from trl_search.agent_settings import AgentSettings, protocol_of, search_environment, trained_settings
 from trl_search.chat.hearing import Event, HeardEnvironment, HeardPolicy, Listener, unheard
 from trl_search.errors import UserError
 from trl_search.policies.base import Policy
-from trl_search.protocols import Protocol, load_protocol
+from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits, run_trajectory
 from trl_search.text import last_answer
@@ -212,7 +212,6 @@ def load_chat(
     retriever: Retriever,
     *,
     settings: AgentSettings | None = None,
-    top_k: int | None = None,
     sampling: Sampling = SAMPLING,
     device: str | None = None,
     dtype: str | None = None,
@@ -224,7 +223,6 @@ def load_chat(
         model (`str`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
         retriever (`Retriever`): What it searches; it stays the caller's, to close.
         settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`agent_settings.py`).
-        top_k (`int`, *optional*): Passages a query; by default as in training.
         sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
         device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
         dtype (`str`, *optional*): bfloat16 on a GPU and float32 on a CPU by default.
@@ -248,25 +246,7 @@ def load_chat(
         policy = TransformersPolicy(loaded, tokenizer, max_sequences=1)
     else:
         policy = VLLMServerPolicy(server, patience_s=30.0)
-    environment = HeardEnvironment(
-        retriever,
-        top_k=top_k or settings.passages_per_query,
-        max_searches=settings.max_searches,
-        max_queries=settings.max_queries_per_search,
-        timeout_s=settings.search_timeout_s,
-        passage_template=settings.passage_template,
-    )
-    protocol = load_protocol(
-        settings.protocol,
-        tokenizer,
-        instruction=settings.instruction,
-        system_prompt=settings.system_prompt,
-        tools=environment.tools,
-        chat_template_kwargs=settings.chat_template_kwargs,
-    )
+    environment = search_environment(retriever, settings, HeardEnvironment)
+    assert isinstance(environment, HeardEnvironment)
+    protocol = protocol_of(settings, tokenizer, environment.tools)
     return Chat(policy, protocol, environment, settings.limits, sampling)
-
-
-def trained_settings(model: str) -> AgentSettings:
-    """How the model was trained to be asked, as far as that is known."""
-    return TINY if model == "tiny" else read_settings(model) or AgentSettings()

@@ -15,25 +15,24 @@ from typing import Any
 import httpx
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
 
-from trl_search.agent_settings import SETTINGS_FILE, AgentSettings
+from trl_search.agent_settings import SETTINGS_FILE, AgentSettings, agent_of, protocol_of, search_environment
+from trl_search.base_model import adapter_config, base_name, load_base
 from trl_search.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.cold_start.select import Rules, describe, select, write_kept
 from trl_search.config import SearchGRPOConfig
-from trl_search.environment import search_environment
 from trl_search.errors import UserError
+from trl_search.json_objects import parse_object
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.prepare import refuse_quantization
-from trl_search.protocols import Protocol, load_protocol
 from trl_search.retrieval import load_retriever
 from trl_search.scripts import PLAYERS, WEAK, scripted_trajectories
 from trl_search.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.task import TaskArguments, load_task
-from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Sampling
 from trl_search.whole_files import written_whole
 from trl_search.world import generate_world
@@ -61,6 +60,7 @@ class ColdStartArguments:
     protocol: str = _as_in(SearchGRPOConfig, "protocol")
     instruction: str | None = _as_in(SearchGRPOConfig, "instruction")
     system_prompt: str | None = _as_in(SearchGRPOConfig, "system_prompt")
+    chat_template_kwargs: dict | str | None = _as_in(SearchGRPOConfig, "chat_template_kwargs")  # noqa: RUF009 (a field)
     max_searches: int = _as_in(SearchGRPOConfig, "max_searches")
     passages_per_query: int = _as_in(SearchGRPOConfig, "passages_per_query")
     max_queries_per_search: int = _as_in(SearchGRPOConfig, "max_queries_per_search")
@@ -111,6 +111,9 @@ class ColdStartArguments:
     keep_per_question: int = field(default=2, metadata={"help": "Keep at most so many attempts of a question."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, str):
+            example = '{"enable_thinking": false}'
+            self.chat_template_kwargs = parse_object(self.chat_template_kwargs, "chat_template_kwargs", example)
         for name in ("samples_per_question", "keep_per_question", "rollout_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -122,8 +125,7 @@ class ColdStartArguments:
     @property
     def agent(self) -> AgentSettings:
         """How the policy is asked, as those want to know who ask it later."""
-        keys = [key.name for key in dataclasses.fields(AgentSettings) if hasattr(self, key.name)]
-        return AgentSettings(**{key: getattr(self, key) for key in keys})
+        return agent_of(self)
 
 
 _TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")
@@ -133,23 +135,21 @@ _DEFINING = (*_TASK_KEYS, "temperature", "top_p")
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
     """Runs a recipe of `trl-search sft` to its end. Returns the folder of the model, or that of the collection."""
-    name = _model_name(model_config)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision)
-    protocol = load_protocol(
-        arguments.protocol, tokenizer, instruction=arguments.instruction, system_prompt=arguments.system_prompt
+    refuse_quantization(model_config)
+    name = base_name(model_config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=model_config.model_revision, trust_remote_code=config.trust_remote_code
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
     if arguments.teacher == "scripts":
-        rows = _scripted(arguments, config, protocol)
+        rows = _scripted(arguments, config, tokenizer)
     else:
-        kept = _collect_and_choose(folder, arguments, config, protocol, model_config)
+        kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
         if arguments.collect_only:
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
-    peft_config = get_peft_config(model_config)
-    if peft_config is not None and not getattr(peft_config, "target_modules", None):
-        peft_config.target_modules = "all-linear"  # type: ignore[attr-defined]
-    train(_load_model(name, model_config), tokenizer, rows, config, peft_config=peft_config)
+    model = load_base(name, model_config, config)
+    train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
     if PartialState().is_main_process:
         with written_whole(Path(f"{config.output_dir}/{SETTINGS_FILE}")) as file:
             file.write_text(json.dumps(arguments.agent.as_json(), indent=2) + "\n")
@@ -157,19 +157,20 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     return Path(config.output_dir or "")
 
 
-def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, protocol: Protocol) -> Dataset:
+def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     if config.max_steps < 1:
         raise UserError("teacher: scripts writes as many trajectories as are asked for: set max_steps")
     world = generate_world(arguments.world_passages, arguments.world_seed)
     retriever = load_retriever("bm25", passages=world.passages)
+    environment = search_environment(retriever, arguments.agent)
     trajectories = scripted_trajectories(
         world,
         retriever,
-        protocol,
+        protocol_of(arguments.agent, tokenizer, environment.tools),
         n=config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         quality=_shares(arguments.quality),
         seed=config.seed,
-        environment=search_environment(retriever, arguments),
+        environment=environment,
     )
     return sft_dataset(trajectories, max_tokens=config.max_length)
 
@@ -178,7 +179,7 @@ def _collect_and_choose(
     folder: Path,
     arguments: ColdStartArguments,
     config: SearchSFTConfig,
-    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase,
     model_config: ModelConfig,
 ) -> list[Attempt]:
     state = PartialState()
@@ -192,13 +193,14 @@ def _collect_and_choose(
             f"{len(left)} attempts are missing in {folder}, and one process collects: run this recipe with "
             "--collect_only true first, without accelerate launch"
         )
-    teacher = _model_name(model_config) if arguments.teacher == "self" else arguments.teacher
+    teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
+    environment = search_environment(task.retriever, arguments.agent)
     collected = collect(
         folder,
         rows,
-        policy=lambda: _policy(teacher, arguments, config, protocol.tokenizer, model_config),
-        environment=search_environment(task.retriever, arguments),
-        protocol=protocol,
+        policy=lambda: _policy(teacher, arguments, config, tokenizer, model_config),
+        environment=environment,
+        protocol=protocol_of(arguments.agent, tokenizer, environment.tools),
         limits=arguments.agent.limits,
         sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
         samples=arguments.samples_per_question,
@@ -237,13 +239,13 @@ def _policy(
     if teacher.startswith(("http://", "https://")):
         check_server_tokenizer(teacher, tokenizer)
         return VLLMServerPolicy(teacher)
-    theirs = AutoTokenizer.from_pretrained(teacher)
+    theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=config.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{teacher} has another tokenizer than the model that is trained, so its tokens mean something else: take "
             "a teacher of the same family"
         )
-    model = _load_model(teacher, model_config).to(config.device)  # type: ignore[arg-type]
+    model = load_base(teacher, model_config, config).to(config.device)  # type: ignore[arg-type]
     return TransformersPolicy(model, tokenizer, max_sequences=arguments.rollout_batch_size)
 
 
@@ -261,23 +263,6 @@ def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None
             f"the server at {url} has another tokenizer than the model that is trained, so its tokens mean something "
             "else: serve a teacher of the same family"
         )
-
-
-def _load_model(name: str, model_config: ModelConfig) -> PreTrainedModel:
-    refuse_quantization(model_config)
-    options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
-    if name == _model_name(model_config):  # and not a teacher of another name
-        options["revision"] = model_config.model_revision
-    if model_config.attn_implementation:
-        options["attn_implementation"] = model_config.attn_implementation
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
-    return model
-
-
-def _model_name(model_config: ModelConfig) -> str:
-    if not model_config.model_name_or_path:
-        raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
-    return tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
 
 
 def _shares(text: str) -> dict[str, float]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import random
 import sys
@@ -26,12 +25,12 @@ from typing import TYPE_CHECKING
 from trl_search.errors import UserError
 
 if TYPE_CHECKING:
-    from trl_search.agent_settings import AgentSettings
     from trl_search.chat.session import Chat
     from trl_search.retrieval import Retriever
     from trl_search.world import World
 
 WEB_HITS = 5  # a query, as in the seed's script
+_ASKED = ("protocol", "instruction", "system_prompt", "max_searches", "max_turn_length", "max_completion_length")
 HELP = """\
   /k N      passages a query (now {k})
   /help     this
@@ -81,7 +80,8 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trl_search.chat.session import load_chat, trained_settings
+    from trl_search.agent_settings import asked, trained_settings
+    from trl_search.chat.session import load_chat
     from trl_search.types import Sampling
 
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -95,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
         if not args.questions:
             raise UserError("there is no question: give one in quotes, or one a line on stdin")
-    settings = _asked(trained_settings(args.model), args)
+    options = {name: getattr(args, name) for name in _ASKED}
+    options["passages_per_query"] = args.k or (WEB_HITS if what == "web" else None)
+    settings = asked(trained_settings(args.model), options)
     retriever, world = _retriever(what, args)
     chat = load_chat(
         args.model,
         retriever,
         settings=settings,
-        top_k=args.k or (WEB_HITS if what == "web" else None),
         sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
         device=args.device,
         dtype=args.dtype,
@@ -181,25 +182,6 @@ def _lines(prompt: str) -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _asked(trained: AgentSettings, args: argparse.Namespace) -> AgentSettings:
-    """The settings of training, but for what the command line says."""
-    from trl_search.errors import unknown_name
-    from trl_search.protocols import PROTOCOLS
-
-    names = (
-        "protocol", "instruction", "system_prompt", "max_searches", "max_turn_length", "max_completion_length",
-    )  # fmt: skip
-    settings = dataclasses.replace(
-        trained, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    )
-    if settings.protocol not in PROTOCOLS:
-        raise unknown_name("protocol", settings.protocol, PROTOCOLS)
-    for name in ("max_searches", "max_turn_length", "max_completion_length"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    return settings
 
 
 def _retriever(what: str, args: argparse.Namespace) -> tuple[Retriever, World | None]:

@@ -18,18 +18,17 @@ other settings it refuses; datasets and modes may be added. A run's folder knows
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trl_search.errors import UserError, unknown_name
 from trl_search.json_objects import parse_object
 
-if TYPE_CHECKING:
-    from trl_search.agent_settings import AgentSettings
-
 _SIZES = ("auto", "3B", "7B", "all", "none")
+_ASKED = (
+    "protocol", "instruction", "system_prompt", "max_searches", "passages_per_query", "max_queries_per_search",
+    "max_turn_length", "max_observation_length", "max_completion_length", "passage_template", "search_timeout_s",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from trl_search.agent_settings import asked, trained_settings
     from trl_search.evaluate import MODES
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.run import Plan, run_evaluation
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         modes=modes,
         datasets=_datasets(args.datasets),
         output=Path(args.output),
-        agent=_asked(args),
+        agent=asked(trained_settings(args.model), {name: getattr(args, name) for name in _ASKED}),
         backend=Backend(
             args.backend,
             dtype=args.dtype,
@@ -157,23 +157,3 @@ def _datasets(words: list[str]) -> list[str]:
     if not names:
         raise UserError("--datasets is empty: give names or files")
     return list(dict.fromkeys(names))
-
-
-def _asked(args: argparse.Namespace) -> AgentSettings:
-    from trl_search.agent_settings import TINY, AgentSettings, read_settings
-    from trl_search.protocols import PROTOCOLS
-
-    trained = TINY if args.model == "tiny" else read_settings(args.model) or AgentSettings()
-    names = [field.name for field in dataclasses.fields(AgentSettings)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    asked = dataclasses.replace(trained, **given)
-    if asked.protocol not in PROTOCOLS:
-        raise unknown_name("protocol", asked.protocol, PROTOCOLS)
-    for name in names:
-        value = getattr(asked, name)
-        least = 0 if name == "max_searches" else 1
-        if isinstance(value, int) and value < least:
-            raise UserError(f"--{name} must be at least {least}; got {value}")
-    if asked.search_timeout_s <= 0:
-        raise UserError(f"--search_timeout_s must be more than 0; got {asked.search_timeout_s}")
-    return asked

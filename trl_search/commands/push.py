@@ -76,25 +76,22 @@ def read_facts(
     folder: Path, repo_id: str, evaluations: list[Path], *, base_model: str | None = None, license: str | None = None
 ) -> CardFacts:
     """What a card is written from, read from a run's folder, the run that a checkpoint lies in, and evaluations."""
-    from trl_search.agent_settings import RUN_FILE, AgentSettings, read_settings
+    from trl_search.agent_settings import RUN_FILE, AgentSettings, protocol_of, read_settings
+    from trl_search.environment import SearchEnvironment
     from trl_search.json_objects import read_object
     from trl_search.policies.loading import load_tokenizer, read_adapter
-    from trl_search.protocols import load_protocol
     from trl_search.sharing.model_card import CardFacts
-    from trl_search.sharing.publishing import CURVES, DAMAGED
+    from trl_search.sharing.publishing import CURVES
     from trl_search.sharing.results import evaluation_results, training_results
 
     run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
-    info = read_object(run_folder / RUN_FILE, DAMAGED) if (run_folder / RUN_FILE).is_file() else {}
+    remedy = "move it away, and the card says less of the training"
+    info = read_object(run_folder / RUN_FILE, remedy) if (run_folder / RUN_FILE).is_file() else {}
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
-    protocol = load_protocol(
-        asked.protocol,
-        load_tokenizer(str(folder)),
-        instruction=asked.instruction,
-        system_prompt=asked.system_prompt,
-        chat_template_kwargs=asked.chat_template_kwargs,
-    )
+    # There is nothing to search here; a world in which an agent may not search has no tool.
+    tools = SearchEnvironment.tools if asked.max_searches else ()
+    protocol = protocol_of(asked, load_tokenizer(str(folder)), tools)
     adapter = read_adapter(folder)
     base = base_model or (adapter or {}).get("base_model_name_or_path") or info.get("model")
     results = training_results(run_folder, info.get("task") or {}, folder)

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from trl_search.sft import SearchSFTConfig
 
     arguments, config, model_config = parse_recipe(
-        argv, (ColdStartArguments, SearchSFTConfig, ModelConfig), usage="trl-search sft RECIPE [--key value ...]"
+        argv, (ColdStartArguments, SearchSFTConfig, ModelConfig), command="sft"
     )
     run_sft(arguments, config, model_config)
     return 0

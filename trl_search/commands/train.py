@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     from trl_search.training import TaskArguments, run_training
 
     arguments, config, model_config = parse_recipe(
-        argv, (TaskArguments, SearchGRPOConfig, ModelConfig), usage="trl-search train RECIPE [--key value ...]"
+        argv, (TaskArguments, SearchGRPOConfig, ModelConfig), command="train"
     )
     run_training(arguments, config, model_config)
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +23,8 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from trl_search.agent_settings import AgentSettings
-from trl_search.environment import AnswerOnly, Environment, search_environment
+from trl_search.agent_settings import AgentSettings, search_environment
+from trl_search.environment import AnswerOnly, Environment
 from trl_search.errors import UserError
 from trl_search.evaluate import answer_questions
 from trl_search.evaluation.backends import Backend, open_policy
@@ -46,6 +45,7 @@ from trl_search.evaluation.table import Results, results_markdown
 from trl_search.outcomes import Evaluation, Outcome, macro, summarize
 from trl_search.policies.loading import load_tokenizer
 from trl_search.records.provenance import git_state, hardware, versions
+from trl_search.records.run_folder import RESULTS_FILE
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import MANIFEST, read_manifest
 from trl_search.tiny_policy import tiny_policy_path
@@ -54,7 +54,7 @@ from trl_search.whole_files import written_whole
 from trl_search.world import World, generate_world
 
 FORMAT = 1
-RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
+RESULTS_MD = "results.md"
 _SEARCHING = ("search", "rag")
 # Failures are judged against so many questions at least: the first that fails is no share of anything.
 _FEW = 100
@@ -157,7 +157,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     report = {
         "format": FORMAT,
         "settings_hash": settings_hash(settings),
-        "results": {mode: {name: _plain(one) for name, one in by_set.items()} for mode, by_set in results.items()},
+        "results": {mode: {name: one.as_json() for name, one in by_set.items()} for mode, by_set in results.items()},
         "settings": settings,
     }
     if processes.is_main_process:
@@ -202,12 +202,7 @@ def _measure(
                 policy=policy,
                 tokenizer=tokenizer,
                 environment=environment,
-                limits=plan.agent.limits,
-                protocol=plan.agent.protocol,
-                # The instruction that a policy was trained with is the search agent's: other modes have their own.
-                instruction=plan.agent.instruction if mode == "search" else None,
-                system_prompt=plan.agent.system_prompt,
-                chat_template_kwargs=plan.agent.chat_template_kwargs,
+                agent=plan.agent,
                 sampling=plan.sampling,
                 concurrency=plan.backend.concurrency,
                 on_outcome=finished,
@@ -312,17 +307,6 @@ def _line(mode: str, asked: QuestionSet, result: Evaluation, seconds: float) -> 
     )
 
 
-def _plain(one: Evaluation) -> dict[str, Any]:
-    """As JSON holds it: what is not a number is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: finite(value) for key, value in dataclasses.asdict(one).items()}
-
-
 def _write(
     folder: Path,
     report: Mapping[str, Any],
@@ -333,9 +317,9 @@ def _write(
 ) -> None:
     markdown = results_markdown(settings, results, size=size)
     for name, text in (
-        (RESULTS_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
+        (RESULTS_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
         (RESULTS_MD, markdown),
     ):
         with written_whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
-    announce(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_JSON} are written.")
+    announce(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_FILE} are written.")

@@ -65,15 +65,7 @@ def prompts_of(
     """What the policy reads in each mode, from the first token to the first of its own; `{question}` in its place."""
     prompts = {}
     for mode in modes:
-        written = mode_protocol(
-            mode,
-            tokenizer,
-            environment,
-            protocol=agent.protocol,
-            instruction=agent.instruction if mode == "search" else None,
-            system_prompt=agent.system_prompt,
-            chat_template_kwargs=agent.chat_template_kwargs,
-        )
+        written = mode_protocol(mode, tokenizer, environment, agent)
         messages = written.messages("{question}")
         if mode == "rag":
             assert isinstance(environment, SearchEnvironment)

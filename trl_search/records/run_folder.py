@@ -27,6 +27,8 @@ from trl_search.errors import UserError
 
 FORMAT = 1
 INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "results.json", "trajectories"
+# The rows of results.json after a training; those before it are named after what was measured.
+AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
 TRAJECTORY_SCHEMA = pyarrow.schema(
@@ -155,8 +157,10 @@ def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     path, older = folder / METRICS_FILE, folder / RESULTS_FILE
+    # A run from before there was a metrics file has its history in its results.
+    source = path if path.is_file() else older
     rows: list[tuple[str, Any]] = []  # where, what
-    if path.is_file():
+    if source == path:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -166,18 +170,17 @@ def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
                     cut = " and was cut off" if number == len(lines) else ""
                     problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
     else:
-        if older.is_file():  # of a run from before there was a metrics file
+        if older.is_file():
             history = _read_object(older, problems).get("history", [])
             rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
         if not rows:
             problems.append(
                 f"there is no {path.name}: nothing was logged yet, or the run was killed before its first log"
             )
-        path = older
     kept, broken = [], dict[str, list[int]]()
     for where, row in rows:
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            problems.append(f"{path.name} {where} has no step")
+            problems.append(f"{source.name} {where} has no step")
             continue
         kept.append({name: _finite(value) for name, value in row.items()})
         for name, value in kept[-1].items():
@@ -185,7 +188,7 @@ def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
                 broken.setdefault(name, []).append(row["step"])
     for name, at in broken.items():
         more = f" and {len(at) - 3} more" if len(at) > 3 else ""
-        problems.append(f"{path.name}: {name} is not a finite number at step {', '.join(map(str, at[:3]))}{more}")
+        problems.append(f"{source.name}: {name} is not a finite number at step {', '.join(map(str, at[:3]))}{more}")
     return kept
 
 

@@ -31,7 +31,6 @@ MODEL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-DAMAGED = "it was written only half, or damaged"
 TRAJECTORIES = "trajectories/*.parquet"
 
 
@@ -71,7 +70,8 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
         raise UserError(f"{folder} has no tokenizer: save it there (tokenizer.save_pretrained), or nobody can ask")
     for name in names:
         if name.endswith(".index.json"):
-            missing = set(read_object(folder / name, DAMAGED)["weight_map"].values()) - weights
+            index = read_object(folder / name, "save the model again, or push another checkpoint")
+            missing = set(index["weight_map"].values()) - weights
             if missing:
                 raise UserError(
                     f"{folder} is not whole: {name} names {', '.join(sorted(missing))}, which is not there"

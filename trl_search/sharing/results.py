@@ -10,11 +10,9 @@ from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.json_objects import read_object
-from trl_search.sharing.publishing import DAMAGED
+from trl_search.records.run_folder import AFTER_ROW, BEST_ROW, RESULTS_FILE
 
-RESULTS_FILE = "results.json"
 MACRO = "macro"  # of `trl-search eval`: the average over its sets
-_AFTER, _BEST = "search, after GRPO", "search, best checkpoint"  # of `trl-search train`
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,13 @@ def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> 
     """
     if not (folder / RESULTS_FILE).is_file():
         return []
-    rows = read_object(folder / RESULTS_FILE, DAMAGED).get("rows")
+    rows = read_object(folder / RESULTS_FILE, "move it away, and the card is without these results").get("rows")
     if not isinstance(rows, dict):
         raise UserError(f"{folder / RESULTS_FILE} is not of a training: is {folder} the folder of an evaluation?")
     sets = task.get("held_out_questions")
     dataset = ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
-    own = _AFTER if _AFTER in rows else None  # a run that was killed has what it could before
-    best = next((name for name in rows if name.startswith(_BEST)), own)
+    own = AFTER_ROW if AFTER_ROW in rows else None  # a run that was killed has what it could before
+    best = next((name for name in rows if name.startswith(BEST_ROW)), own)
     final = own if published.resolve() == folder.resolve() else best if published.name == "best" else None
     return [line for name, row in rows.items() for line in _line(name, dataset, row, final=name == final)]
 
@@ -57,7 +55,7 @@ def evaluation_results(folder: Path) -> list[Result]:
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
-    modes = read_object(path, DAMAGED).get("results")
+    modes = read_object(path, "run the evaluation again").get("results")
     if not isinstance(modes, dict):
         raise UserError(f"{path} is not of an evaluation: give the --output of a `trl-search eval`")
     lines: list[Result] = []

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from trl_search.agent_settings import AgentSettings
 from trl_search.environment import SearchEnvironment
 from trl_search.evaluate import answer_questions
 from trl_search.outcomes import summarize
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.retrieval.bm25 import BM25Retriever
-from trl_search.rollout import Limits
 from trl_search.tiny_policy.tokenizer import MAX_TOKENS, make_tokenizer
 from trl_search.tiny_policy.training import Plan, train
 from trl_search.world import MIX, generate_world
@@ -90,7 +90,7 @@ def report(folder: Path, device: torch.device, *, questions: int, passages: int,
     by_type = {str(name): [q.row() for q in asked if q.type == name][: questions // 3] for name in MIX}
     mixed = [question.row() for question in asked[:questions]]
     groups = {"mixed": mixed, **by_type}
-    limits = Limits(completion_tokens=1024, turn_tokens=96, observation_tokens=512)
+    agent = AgentSettings(instruction="", max_turn_length=96, max_observation_length=512, max_completion_length=1024)
     runs = [("search", "qwen_tools", group) for group in groups]
     runs += [("search", "qwen_inline", "mixed"), ("search", "search_r1", "mixed")]
     runs += [("rag", "qwen_tools", group) for group in groups] + [("direct", "qwen_tools", "mixed")]
@@ -102,9 +102,7 @@ def report(folder: Path, device: torch.device, *, questions: int, passages: int,
             policy=policy,
             tokenizer=tokenizer,
             environment=SearchEnvironment(retriever),
-            limits=limits,
-            protocol=protocol,
-            instruction="" if mode == "search" else None,
+            agent=replace(agent, protocol=protocol),
         )
         result = summarize(mode, outcomes)
         seconds = time.monotonic() - started
