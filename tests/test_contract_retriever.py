@@ -6,15 +6,17 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from tests import rerank_servers
 from tests.encoders import HAS_MINILM, minilm, minilm_encoder
 from tests.opensearch_server import OpenSearchServer
-from tests.servers import Server, retrieve_from
+from tests.servers import Asked, Said, Server, retrieve_from
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.index import build_index
+from trl_search.retrieval.web import WebRetriever
 from trl_search.retrieval.wire import Limits
 from trl_search.types import Passage
 
@@ -92,6 +94,19 @@ def opensearch(passages: list[Passage], folder: Path) -> Retriever:
     return load_retriever("opensearch", url=server.url, collection="world")
 
 
+def web_over_bm25(passages: list[Passage], folder: Path) -> Retriever:
+    engine = bm25_in_memory(passages, folder)
+
+    def searxng(asked: Asked) -> Said:
+        query = parse_qs(urlsplit(asked.target).query)["q"]
+        (found,) = engine.search(query, len(passages))
+        results = [{"title": one.title, "url": one.id, "content": one.text} for one in found]
+        return Said({"results": results, "unresponsive_engines": []})
+
+    url = Server(searxng).url  # its thread is a daemon: it ends with the tests
+    return load_retriever("web", provider="searxng", base_url=url, cache=folder / "web.sqlite3", rate_per_s=1000.0)
+
+
 KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "bm25_in_memory": bm25_in_memory,
     "bm25_on_disk": bm25_on_disk,
@@ -99,6 +114,7 @@ KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "hybrid": hybrid_of_bm25_twice,
     "rerank": rerank_of_bm25,
     "http": http_over_bm25,
+    "web": web_over_bm25,
     **({"dense_in_memory": dense_in_memory, "dense_on_disk": dense_on_disk} if HAS_MINILM else {}),
     **({"qdrant_sparse": qdrant_sparse} if HAS_QDRANT else {}),
     **({"qdrant_dense": qdrant_dense} if HAS_QDRANT and HAS_MINILM else {}),
@@ -126,7 +142,8 @@ def test_gives_whole_passages(retriever: Retriever) -> None:
     by_id = {passage.id: passage for passage in WORLD}
     for passage in found:
         original = by_id[passage.id]
-        assert (passage.title, passage.text, passage.url) == (original.title, original.text, original.url)
+        url = passage.id if isinstance(retriever, WebRetriever) else original.url  # on the web, the two are one
+        assert (passage.title, passage.text, passage.url) == (original.title, original.text, url)
 
 
 def test_equal_scores_come_in_corpus_order_at_every_k(retriever: Retriever) -> None:

@@ -458,6 +458,20 @@ def test_pages_take_the_place_of_snippets_where_they_can_be_read(make) -> None:
     assert len(fetched) == 3  # neither the pages nor the one that failed again, for another query with the same result
 
 
+def test_a_page_that_may_be_readable_later_is_tried_again(make) -> None:
+    pages: list[Any] = [PageError("not read within 10 s", passing=True), "text of the page"]
+
+    async def fetch(url: str) -> str:
+        page = pages.pop(0)
+        if isinstance(page, PageError):
+            raise page
+        return page
+
+    retriever = make(Engine(), pages=True, fetch=fetch)
+    assert [retriever.search(["a"], 1)[0][0].text for _ in range(3)] == ["a", "text of the page", "text of the page"]
+    assert retriever.take_metrics()["retrieval/page_failures"] == 1
+
+
 def test_a_page_on_a_private_address_leaves_the_snippet(make) -> None:
     class Trap(Engine):
         async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:

@@ -306,6 +306,32 @@ def test_what_is_no_page_is_an_error(said: Said, message: str) -> None:
         fetch(server)
 
 
+@pytest.mark.parametrize(
+    ("said", "passing"),
+    [
+        (Said(b"", 404), False),
+        (Said(b"", 403), False),
+        (Said(b"%PDF", headers={"Content-Type": "application/pdf"}), False),
+        (Said(b"", headers={"Content-Type": "text/html"}), False),
+        (to("http://10.0.0.1/"), False),
+        (Said(b"", 429), True),
+        (Said(b"", 503), True),
+        (Said(by_hand=lambda wfile: None), True),
+        (Said(by_hand=lambda wfile: time.sleep(1)), True),
+        (to("http://nowhere.invalid/"), True),
+    ],
+)
+def test_what_may_pass_is_told_from_what_would_fail_again(said: Said, passing: bool) -> None:
+    async def look(host: str, port: int) -> list[str]:
+        if host == "nowhere.invalid":
+            raise OSError("Temporary failure in name resolution")
+        return [host]
+
+    with serving(lambda asked: said, host=HERE) as server, pytest.raises(PageError) as raised:
+        fetch(server, resolve=look, timeout_s=0.5)
+    assert raised.value.passing == passing
+
+
 NOT_PUBLIC = [
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.2.0/24",
     "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",

@@ -7,8 +7,9 @@
 
 - A passage is a result: its id and `url` are the address, its text the engine's snippet, or the beginning of the page.
   A page that cannot be read (a PDF, a 403, too slow, not public) leaves the snippet, and is counted.
-- What was found is stored in one file (`web_store.py`), so that a re-run trains on the same results. Failures are not
-  stored, and neither is a page of no results: engines answer so whom they block.
+- What was found is stored in one file (`web_store.py`), so that a re-run trains on the same results. A search that
+  failed is not stored, and neither is one without results: engines answer so whom they block. Of a page that cannot be
+  read that is stored too, unless it may pass: an outage or a slow site must not cost all later runs the page.
 - A query that the engine has not answered within `patience_s`, turns and repetitions included, fails. One that would
   wait for its turn beyond that fails at once and says so. 64 trajectories at one search a second need a minute: raise
   `rate_per_s` as your plan allows, with `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
@@ -210,9 +211,11 @@ class WebRetriever(Retriever):
             try:
                 async with gate:
                     stored = [(await self._fetch(hit.url))[: self._page_chars]]
-            except PageError:
+            except PageError as error:
                 self._count("page_failures")
-                stored = []  # stored too: a page that comes back would change what a re-run trains on
+                if error.passing:
+                    return hit.snippet
+                stored = []  # stored too: a page that changes its mind would change what a re-run trains on
             stored = await asyncio.to_thread(self._store.put, key, stored)
         return stored[0] if stored else hit.snippet
 

@@ -4,8 +4,9 @@
   once and all checked, and the connection goes to one of those very addresses, under the name's own `Host` and TLS
   certificate: a name that points elsewhere a moment later (DNS rebinding) gains nothing. Redirects pass through the
   same gate, one by one.
-- What is read ends after `max_bytes` of text, compressed or not; all of it, redirects included, after `timeout_s`.
-- The text is taken from the HTML by trafilatura.
+- What is read ends after `max_bytes` of text, compressed or not; all of it, from redirects to the extraction of the
+  text, after `timeout_s`.
+- The text is taken from the HTML by trafilatura, in a child process (`web_text.py`).
 
 The proxies of the environment are not used: a proxy would look the name up again.
 """
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import socket
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 import httpx
 
 from trl_search.errors import UserError
+from trl_search.retrieval import web_text
 from trl_search.retrieval.loops import tls_context
+from trl_search.retrieval.threads import on_daemon_thread
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -35,11 +38,21 @@ _HEADERS = {
     "Accept-Encoding": "gzip",
 }
 _REDIRECTS = {301, 302, 303, 307, 308}
+_PASSING = {408, 425, 429}  # and all of 5xx
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class PageError(RuntimeError):
-    """A page was not fetched, or has no text. The message says why."""
+    """A page was not fetched, or has no text. The message says why.
+
+    Args:
+        passing (`bool`): Whether another attempt may succeed: the network, the site or this machine was the reason,
+            and not the page.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class PageLimits:
 
     Args:
         max_bytes (`int`): Of the page, decompressed; what comes after is not read.
-        timeout_s (`float`): From the first lookup to the last byte.
+        timeout_s (`float`): From the first lookup to the extracted text.
         max_redirects (`int`): Redirects in a row.
         ports (`frozenset[int]`): Ports that may be connected to.
     """
@@ -134,7 +147,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         try:
             addresses = await self._resolve(host.strip("[]"), port)
         except (OSError, UnicodeError) as error:
-            raise PageError(f"{host}: no such host ({error})") from error
+            raise PageError(f"{host}: no such host ({error})", passing=True) from error
         for address in addresses:
             try:
                 fine = self._allowed(ipaddress.ip_address(address))
@@ -143,7 +156,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             if not fine:
                 raise PageError(f"{host}: {address} is not a public address")
         if not addresses:
-            raise PageError(f"{host}: no such host")
+            raise PageError(f"{host}: no such host", passing=True)
         return addresses[0]
 
     async def aclose(self) -> None:
@@ -156,35 +169,34 @@ async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: 
     Raises:
         PageError: whatever goes wrong.
     """
+    deadline = time.monotonic() + limits.timeout_s
     try:
-        async with (
-            asyncio.timeout(limits.timeout_s),
-            httpx.AsyncClient(
+        async with asyncio.timeout(limits.timeout_s):
+            async with httpx.AsyncClient(
                 transport=transport or GuardedTransport(limits.ports), trust_env=False, headers=_HEADERS, timeout=None
-            ) as client,
-        ):
-            kind, body = await _read(client, url, limits)
+            ) as client:
+                kind, body = await _read(client, url, limits)
+            text = await _text(kind, body, deadline - time.monotonic())
     except TimeoutError:
-        raise PageError(f"{url[:200]}: not read within {limits.timeout_s:.3g} s") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise PageError(f"{url[:200]}: {type(error).__name__}: {error}") from error
-    text = await asyncio.to_thread(extract_text, body, kind)
+        raise PageError(f"{url[:200]}: not read within {limits.timeout_s:.3g} s", passing=True) from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise PageError(f"{url[:200]}: {type(error).__name__}: {error}", passing=True) from error
+    except web_text.TextError as error:
+        raise PageError(f"{url[:200]}: {error}") from error
     if not text:
         raise PageError(f"{url[:200]}: no text in it")
     return text
 
 
-def extract_text(body: bytes, kind: str) -> str:
-    """The main text of a page, `""` where there is none."""
+async def _text(kind: str, body: bytes, within_s: float) -> str:
     if kind == "text/plain":
         return body.decode("utf-8", "replace").strip()
+    # Not on the loop's own threads: those look up hosts and read the store for every other search.
+    text, _ = on_daemon_thread(lambda: web_text.extract(body, within_s))
     try:
-        import trafilatura
-    except ImportError:
-        raise UserError("pages are read by trafilatura: pip install 'trl-search[web]'") from None
-    # Its own complaints about pages that are none are of no use: there is an error that names the page.
-    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
-    return (trafilatura.extract(body, include_comments=False, include_tables=True) or "").strip()
+        return await text
+    except ImportError as error:
+        raise UserError(f"pages are read by trafilatura ({error}): pip install 'trl-search[web]'") from None
 
 
 async def _read(client: httpx.AsyncClient, url: str, limits: PageLimits) -> tuple[str, bytes]:
@@ -206,8 +218,9 @@ async def _read(client: httpx.AsyncClient, url: str, limits: PageLimits) -> tupl
 
 async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, bytes]:
     url = str(response.request.url)[:200]
-    if response.status_code != 200:
-        raise PageError(f"{url}: answered {response.status_code}")
+    status = response.status_code
+    if status != 200:
+        raise PageError(f"{url}: answered {status}", passing=status in _PASSING or status >= 500)
     kind = response.headers.get("Content-Type", "text/html").partition(";")[0].strip().lower()
     if kind not in READABLE:
         raise PageError(f"{url}: is {kind[:80]}, which is not read")

@@ -145,8 +145,9 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
     """A conversation as the model reads it, token by token: a script, played by the rollout of training."""
 
     def script() -> Script:
-        yield "I need the author.", Search(("author of Dracula",))
-        yield "The author is Bram Stoker. I need the birthplace.", Search(("where was Bram Stoker born?",))
+        if settings.max_searches:
+            yield "I need the author.", Search(("author of Dracula",))
+            yield "The author is Bram Stoker. I need the birthplace.", Search(("where was Bram Stoker born?",))
         yield "Bram Stoker was born in Dublin.", Answer("Dublin")
 
     environment = SearchEnvironment(
