@@ -56,7 +56,8 @@ def test_other_machines_are_let_in_on_purpose_only(
     said = refusal(capsys, "bm25", "--index", str(index), "--host", "0.0.0.0")
     assert "TRL_SEARCH_TOKEN" in said and "--allow-anonymous" in said
     (tmp_path / "token").write_text(" \n")
-    assert "not empty" in refusal(capsys, "bm25", "--index", str(index), "--token-file", str(tmp_path / "token"))
+    said = refusal(capsys, "bm25", "--index", str(index), "--token-file", str(tmp_path / "token"))
+    assert f"the token from the file {tmp_path / 'token'} must be printable ASCII and not empty" in said
     monkeypatch.setenv("TRL_SEARCH_TOKEN", "")
     assert "not empty" in refusal(capsys, "bm25", "--index", str(index), "--host", "0.0.0.0")
 

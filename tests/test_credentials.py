@@ -19,6 +19,6 @@ def test_the_newline_of_a_mounted_file_is_no_part_of_it(monkeypatch):
 
 @pytest.mark.parametrize("token", ["", "\n", "s3 cr\net", "s3crét", "s3\x00cret"])
 def test_what_no_header_can_hold_is_refused_and_not_shown(token):
-    with pytest.raises(UserError, match="the token of KEY must be printable ASCII") as raised:
+    with pytest.raises(UserError, match="the token from KEY must be printable ASCII") as raised:
         bearer_token(token, "KEY")
     assert "s3" not in str(raised.value)

@@ -10,7 +10,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_search.errors import UserError
-from trl_search.retrieval import RetrievalError, Retriever, load_retriever
+from trl_search.retrieval import RetrievalError, load_retriever
 from trl_search.retrieval.analyzer import Analyzer
-from trl_search.retrieval.bm25 import BM25Retriever
+from trl_search.retrieval.bm25 import BM25Builder, BM25Retriever
 from trl_search.retrieval.bm25s import BM25SEngine
 from trl_search.retrieval.index import build_index, read_manifest
 from trl_search.types import Passage
@@ -34,12 +33,6 @@ def passages(*texts: str) -> list[Passage]:
 
 def ids(found: list[Passage]) -> list[str]:
     return [passage.id for passage in found]
-
-
-def scores_of(retriever: Retriever) -> Any:
-    """The `bm25s.BM25` inside."""
-    assert isinstance(retriever, BM25Retriever) and isinstance(retriever._engine, BM25SEngine)
-    return retriever._engine.scores
 
 
 def test_the_score_is_bm25() -> None:
@@ -75,10 +68,10 @@ def test_the_best_k_of_all_scores_ties_in_corpus_order(
 ) -> None:
     retriever = BM25Retriever.from_passages(passages(*corpus, "z"), stopwords=None, backend=backend)
     found = retriever.search(queries, k)
+    bm25s = BM25Builder(stopwords=None).score(passages(*corpus, "z"))
     for query, got in zip(queries, found, strict=True):
-        vocabulary = scores_of(retriever).vocab_dict
-        known = [vocabulary[term] for term in query.split() if term in vocabulary]
-        scores = scores_of(retriever).get_scores_from_ids(known)
+        known = [bm25s.vocab_dict[term] for term in query.split() if term in bm25s.vocab_dict]
+        scores = bm25s.get_scores_from_ids(known)
         expected = [row for row in np.argsort(-scores, kind="stable")[:k] if scores[row] > 0]
         assert [(passage.id, passage.score) for passage in got] == [(str(row), scores[row]) for row in expected]
 
@@ -188,8 +181,9 @@ def test_an_index_on_disk_is_mapped_and_equal_to_one_in_memory(tmp_path: Path) -
     texts = [f"harbour {'lantern ' * (row % 5)} vesk{row % 7}" for row in range(300)]
     build_index(passages(*texts), tmp_path / "index", stemmer=None, stopwords=None, k1=0.9, b=0.4)
     on_disk = load_retriever("bm25", index=tmp_path / "index")
-    assert isinstance(on_disk, BM25Retriever)
-    assert all(isinstance(scores_of(on_disk).scores[name], np.memmap) for name in ("data", "indices", "indptr"))
+    assert isinstance(on_disk, BM25Retriever) and isinstance(on_disk._engine, BM25SEngine)
+    postings = on_disk._engine._postings
+    assert all(isinstance(one.base, np.memmap) for one in (postings._rows, postings._scores, postings._starts))
     in_memory = load_retriever("bm25", passages=passages(*texts), stemmer=None, stopwords=None, k1=0.9, b=0.4)
     queries = ["lantern", "vesk3 lantern", "harbour", "vesk6", ""]
     assert on_disk.search(queries, k=20) == in_memory.search(queries, k=20)

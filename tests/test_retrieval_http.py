@@ -85,6 +85,7 @@ def test_the_two_ways_to_name_a_server_ask_the_same_one(client) -> None:
             retriever.close()
         assert {asked.target for asked in server.asked} == {"/retrieve"}
         assert server.asked[0].json == {"queries": ["a", "b"], "topk": 2, "return_scores": True}
+        assert (client(server).search([], 2), len(server.asked)) == ([], 3)  # nobody is asked for nothing
 
 
 def test_answers_of_other_servers_are_read(client) -> None:
@@ -433,7 +434,7 @@ def test_closing_ends_a_search_under_way(client) -> None:
         release.set()
 
 
-def test_who_gives_up_is_counted_as_a_failure_of_the_server(client) -> None:
+def test_who_gives_up_says_nothing_about_the_server(client) -> None:
     release = threading.Event()
     with serving(lambda asked: Said(b"", 500) if release.wait(20) else Said(b"")) as server:
         retriever = client(server)
@@ -446,7 +447,9 @@ def test_who_gives_up_is_counted_as_a_failure_of_the_server(client) -> None:
 
         asyncio.run(scenario())
         release.set()
-        assert total(retriever)["retrieval/failures"] == 1
+        assert retriever._endpoints.other_is_well([])
+        metrics = total(retriever)
+        assert (metrics["retrieval/requests"], metrics["retrieval/failures"]) == (1, 0)
 
 
 def test_metrics_start_again_after_they_were_taken(client) -> None:
@@ -525,6 +528,36 @@ def test_what_took_long_to_fail_stays_away_longer() -> None:
     assert endpoints.take() is not a
     clock.now += 1
     assert endpoints.take() is a
+
+
+def test_a_server_that_asks_for_a_day_is_asked_again_in_half_a_minute() -> None:
+    endpoints, clock = named("a", "b")
+    a = endpoints.take()
+    endpoints.failed(a, 0.0, wait_s=86_400.0)
+    clock.now += 29
+    assert endpoints.take() is not a
+    clock.now += 1
+    assert endpoints.take() is a
+
+
+def test_a_probe_that_was_given_up_is_followed_by_another() -> None:
+    endpoints, clock = named("a", "b")
+    a = endpoints.take()
+    endpoints.failed(a, 0.0)
+    assert all(endpoints.take() is not a for _ in range(3))
+    clock.now += 0.5
+    assert endpoints.take() is a
+    endpoints.given_up(a, 3.0)
+    assert endpoints.take() is a
+    assert endpoints.take_stats()[a.name].failures == 1
+
+
+def test_what_nobody_takes_does_not_grow() -> None:
+    endpoints, _ = named("a")
+    for at in range(10_050):
+        endpoints.done(endpoints.take(), float(at))
+    stats = endpoints.take_stats()["a:80"]
+    assert (stats.requests, len(stats.latencies_s), stats.latencies_s[-1]) == (10_050, 10_000, 10_049.0)
 
 
 def test_when_all_are_aside_the_one_due_first_is_asked() -> None:

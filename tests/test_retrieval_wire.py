@@ -76,6 +76,7 @@ def test_the_protocol_to_the_letter() -> None:
     ("body", "expected"),
     [
         ({"query": "one string"}, RetrieveRequest(("one string",), 3, False)),
+        ({"queries": [], "topk": 3, "return_scores": True}, RetrieveRequest((), 3, True)),
         ({"queries": ["a"], "topk": None, "return_scores": None}, RetrieveRequest(("a",), 3, False)),
         ({"queries": ["", "a", "a"], "topk": 10}, RetrieveRequest(("", "a", "a"), 10, False)),
         (
@@ -104,7 +105,6 @@ def test_variants_of_a_request(body: dict[str, Any], expected: RetrieveRequest) 
         ({"queries": "a"}, 422, "queries"),
         ({"queries": None}, 422, "queries"),
         ({"queries": {"0": "a"}}, 422, "queries"),
-        ({"queries": []}, 422, "queries"),
         ({"queries": ["a"] * 5}, 413, "queries"),
         ({"queries": ["a", 3]}, 422, "queries[1]"),
         ({"queries": ["a", None]}, 422, "queries[1]"),

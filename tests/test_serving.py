@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from trl_search.errors import UserError
-from trl_search.retrieval import RetrievalError, Retriever
+from trl_search.retrieval import RetrievalError, Retriever, load_retriever
+from trl_search.retrieval.base import Unavailable
+from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.wire import Limits, WireError, parse_response
 from trl_search.serving import ServerConfig, make_app
 from trl_search.serving.asgi import read_body
@@ -131,7 +133,8 @@ def test_the_protocol_to_the_letter(url: str) -> None:
 
 
 def test_search_r1s_client_is_served(url: str) -> None:
-    """One POST a turn, by `requests`, with every query of the batch; the documents as it shows them to its model."""
+    """One POST a turn, by `requests`, with every query of the batch, also in a turn in which nobody searches; the
+    documents as it shows them to its model."""
 
     def batch_search(queries: list[str]) -> list[str]:
         payload = {"queries": queries, "topk": 3, "return_scores": True}
@@ -147,6 +150,7 @@ def test_search_r1s_client_is_served(url: str) -> None:
 
     first, second = batch_search(["a", "b"])
     assert first.startswith('Doc 1(Title: "T") about a\nDoc 2(Title: "T") about a\n') and "about b" in second
+    assert batch_search([]) == []
 
 
 def test_verls_clients_are_served(url: str) -> None:
@@ -218,12 +222,40 @@ def test_a_failed_search_says_why_and_fails_nobody_else(echo: Echo) -> None:
         echo.gate.set()
         first, poison, crash, b = (answer.result() for answer in answers)
         assert (first.status_code, b.status_code) == (200, 200)
-        assert (poison.status_code, crash.status_code) == (503, 503)
-        assert poison.json()["error"] == "the search failed: the index is on fire"
+        assert (poison.status_code, crash.status_code) == (422, 500)
+        assert poison.json() == {"error": "the search failed: the index is on fire", "field": None}
         assert "KeyError" in crash.json()["error"]
         assert "retry-after" not in poison.headers
-        assert retrieve(url, queries=["a", "poison"]).status_code == 503
+        assert retrieve(url, queries=["a", "poison"]).status_code == 422
         assert metrics(url)["trl_search_query_failures_total"] == 3
+
+
+def test_of_a_clients_batch_the_poisonous_query_fails_alone_and_at_once(echo: Echo) -> None:
+    async def search(retriever: Retriever) -> list[Any]:
+        batcher = SearchBatcher(retriever, timeout_s=10)
+        asked = (batcher.search(query, 1) for query in ("a", "b", "poison", "c"))
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.aclose()
+        return found
+
+    with serving(echo, limits=SMALL) as (url, _), contextlib.closing(load_retriever("http", url=url)) as retriever:
+        started = time.monotonic()
+        a, b, poison, c = asyncio.run(search(retriever))
+        assert [found[0].id for found in (a, b, c)] == ["a0", "b0", "c0"]
+        assert type(poison) is RetrievalError and "422" in str(poison) and "the index is on fire" in str(poison)
+        assert time.monotonic() - started < 5  # of the 25 s that a server in trouble is waited for
+        assert retriever.take_metrics()["retrieval/retries"] == 0
+        assert retriever._endpoints.other_is_well([])  # it was not put aside
+
+
+def test_a_retriever_that_is_down_is_503(echo: Echo) -> None:
+    def down(queries: Sequence[str], k: int) -> list[list[Passage]]:
+        raise Unavailable("nobody listens")
+
+    echo.search = down  # type: ignore[method-assign]
+    with serving(echo) as (url, _):
+        response = retrieve(url, queries=["a", "b"])
+    assert (response.status_code, response.json()["error"]) == (503, "the search failed: nobody listens")
 
 
 def test_a_search_that_hangs_is_answered(echo: Echo) -> None:
@@ -352,7 +384,7 @@ def test_a_query_asked_again_is_not_searched_again(echo: Echo) -> None:
         retrieve(url, queries=["a"], topk=2, return_scores=True)
         retrieve(url, queries=["a"], return_scores=False)
         assert len(echo.batches) == 4
-        assert retrieve(url, queries=["poison"]).status_code == retrieve(url, queries=["poison"]).status_code == 503
+        assert retrieve(url, queries=["poison"]).status_code == retrieve(url, queries=["poison"]).status_code == 422
         assert len(echo.batches) == 6  # a failure is no result
         counted = metrics(url)
         assert (counted["trl_search_cache_hits_total"], counted["trl_search_cache_entries"]) == (2, 5)
@@ -398,15 +430,16 @@ def test_the_token_is_asked_for_and_never_told(echo: Echo, caplog: pytest.LogCap
     assert echo.batches == [["words"]]
     written = "".join(record.getMessage() for record in caplog.records if "trl_search" in record.name)
     assert '"status":401' in written and "s3cret" not in written and "words" not in written
-    with pytest.raises(UserError, match="token"):
-        ServerConfig(token=" ")
+    for unfit, message in ((" ", "not empty"), ("s3cret\n", "pass it stripped")):
+        with pytest.raises(UserError, match=f"the token from ServerConfig .*{message}"):
+            ServerConfig(token=unfit)
 
 
 def test_every_request_is_one_line_of_json(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trl_search.serving.access")
     retrieve(url, queries=["a", "b"], topk=2)
     retrieve(url, queries=["a"], topk=2)
-    retrieve(url, queries=[])
+    retrieve(url, queries="a")
     CLIENT.get(f"{url}/health?secret=1")
     wait_for(lambda: len(caplog.records) == 4)
     lines = [json.loads(record.getMessage()) for record in caplog.records]

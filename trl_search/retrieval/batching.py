@@ -20,13 +20,16 @@ from dataclasses import dataclass
 from itertools import islice
 
 from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
-from trl_search.retrieval.threads import DaemonCalls
+from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
 
 Key = tuple[str, int]  # query, k
 # Failures travel as values, not as exceptions of a future: nobody may be left to retrieve one.
 Result = Sequence[Passage] | RetrievalError
-Outcome = list[list[Passage]] | BaseException
+
+
+class Crashed(RetrievalError):
+    """The retriever raised what it never promised to: a bug in it, or a machine that fails. Another may do better."""
 
 
 @dataclass
@@ -76,12 +79,13 @@ class SearchBatcher:
 
         Raises:
             QueueFull: if `max_queued` others wait already.
-            RetrievalError: if the search failed or took too long.
+            Unavailable: if the retriever is down or took too long, or the batcher is closed.
+            RetrievalError: if the search failed.
         """
         if k < 1:
             raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
         if self._closed:
-            raise RetrievalError("the search batcher is closed; make a new one for each event loop")
+            raise Unavailable("the search batcher is closed; make a new one for each event loop")
         self.stats.queries += 1
         key = (query, k)
         if key not in self._results:
@@ -95,12 +99,12 @@ class SearchBatcher:
         result = await asyncio.shield(self._results[key])  # others may wait for it when this coroutine is cancelled
         if isinstance(result, RetrievalError):
             self.stats.failures += 1
-            kind = Unavailable if isinstance(result, Unavailable) else RetrievalError
+            kind = next(kind for kind in (Unavailable, Crashed, RetrievalError) if isinstance(result, kind))
             raise kind(str(result)) from result.__cause__
         return list(result)
 
     async def aclose(self) -> None:
-        """Ends at once: whoever still waits gets a `RetrievalError`."""
+        """Ends at once: whoever still waits gets an `Unavailable`."""
         self._closed = True
         workers = set(self._workers)
         for worker in workers:
@@ -109,7 +113,7 @@ class SearchBatcher:
             await asyncio.wait(workers)
         self._queue.clear()
         for key in list(self._results):
-            self._resolve(key, RetrievalError("the search batcher was closed before this search was done"))
+            self._resolve(key, Unavailable("the search batcher was closed before this search was done"))
 
     async def _drain(self) -> None:
         worker = asyncio.current_task()
@@ -151,11 +155,7 @@ class SearchBatcher:
     async def _call(self, queries: list[str], k: int, timeout_s: float) -> list[list[Passage]]:
         """One call of the retriever, for at most `timeout_s`."""
         started = time.monotonic()
-        call: asyncio.Future[Outcome]
-        if hasattr(self._retriever, "search_async"):
-            call = asyncio.ensure_future(self._search_in_loop(queries, k))
-        else:
-            call = self._on_threads.start(lambda: self._search_on_thread(queries, k))
+        call = start_search(self._retriever, self._on_threads, queries, k)
         self.stats.batches += 1
         try:
             await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
@@ -169,25 +169,12 @@ class SearchBatcher:
             call.cancel()  # nothing where it is done
         if call.cancelled():
             raise RetrievalError("the retriever cancelled its own search")
+        if (error := call.exception()) is not None:
+            raise _as_failure(error)  # of what is no Exception too: a retriever that exits ends no worker
         found = call.result()
-        if isinstance(found, BaseException):
-            raise _as_failure(found)
         if len(found) != len(queries):
             raise RetrievalError(f"the retriever returned {len(found)} results for {len(queries)} queries")
         return found
-
-    async def _search_in_loop(self, queries: list[str], k: int) -> Outcome:
-        try:
-            found: list[list[Passage]] = await self._retriever.search_async(queries, k)  # type: ignore[attr-defined]
-        except Exception as error:
-            return error
-        return found
-
-    def _search_on_thread(self, queries: list[str], k: int) -> Outcome:
-        try:
-            return self._retriever.search(queries, k)
-        except BaseException as error:
-            return error
 
     def _resolve(self, key: Key, result: Result) -> None:
         future = self._results.pop(key)
@@ -198,6 +185,6 @@ class SearchBatcher:
 def _as_failure(error: BaseException) -> RetrievalError:
     if isinstance(error, RetrievalError):
         return error
-    failure = RetrievalError(f"{type(error).__name__}: {error}")
+    failure = Crashed(f"{type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

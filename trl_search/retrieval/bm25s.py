@@ -54,7 +54,7 @@ class BM25SEngine:
     """Ranks rows by a `bm25s.BM25`, one search at a time."""
 
     def __init__(self, scores: Any, passages: int, backend: str) -> None:
-        self.scores = scores
+        self._vocabulary: dict[str, int] = scores.vocab_dict
         found = scores.scores
         self._postings = Postings(found["indices"], found["data"], found["indptr"], passages, backend)
         self._lock = threading.Lock()
@@ -67,7 +67,6 @@ class BM25SEngine:
 
     def rank(self, queries: list[list[str]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores, equal scores in corpus order."""
-        vocabulary: dict[str, int] = self.scores.vocab_dict
-        known = [[vocabulary[term] for term in query if term in vocabulary] for query in queries]
+        known = [[self._vocabulary[term] for term in query if term in self._vocabulary] for query in queries]
         with self._lock:
             return self._postings.best(known, k)

@@ -1,19 +1,20 @@
 """Which of several servers is asked next, and what became of what was asked.
 
-    Endpoints.take() ─► the healthy one with the fewest requests under way ─► request ─► done(...) or failed(...)
+    Endpoints.take() ─► the healthy one with the fewest requests under way ─► request ─► done(...), failed(...) or
+                                                                                         given_up(...)
 
 A server that fails is put aside, twice as long each time, and at least three times what its failure cost to notice:
-one that hangs for 20 seconds is not asked again for a minute. When its time is up, one request is let through as a
-probe; an answer brings it back. When all are put aside, the one that is due first is asked all the same: there is
-nothing to lose.
+one that hangs for 20 seconds is not asked again for a minute. The time that it names itself is kept, `MAX_ASIDE_S` at
+most. When its time is up, one request is let through as a probe; an answer brings it back. When all are put aside, the
+one that is due first is asked all the same: there is nothing to lose.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,8 @@ class EndpointStats:
         retries (`int`): Requests that repeat one that failed, here or at another server.
         seconds (`float`): Time in requests, added up.
         max_s (`float`): The longest request.
-        latencies_s (`list[float]`): Of the requests that were answered.
+        latencies_s (`deque[float]`): Of the requests that were answered, the last 10,000: a gateway serves for weeks,
+            and nobody takes its numbers.
     """
 
     requests: int = 0
@@ -42,11 +44,7 @@ class EndpointStats:
     retries: int = 0
     seconds: float = 0.0
     max_s: float = 0.0
-    latencies_s: list[float] = field(default_factory=list)
-
-    @property
-    def p50_s(self) -> float:
-        return statistics.median(self.latencies_s) if self.latencies_s else 0.0
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
 
 @dataclass(eq=False)
@@ -113,7 +111,14 @@ class Endpoints:
             endpoint.failures_in_row, endpoint.aside_until = 0, 0.0
 
     def failed(self, endpoint: Endpoint, seconds: float, *, wait_s: float | None = None, aside: bool = True) -> None:
-        """It did not answer as it should. `wait_s`: what it asked for. `aside=False`: the request's own fault."""
+        """It did not answer as it should.
+
+        Args:
+            endpoint (`Endpoint`): From `take`.
+            seconds (`float`): Until it failed.
+            wait_s (`float`, *optional*): What it asked for; `MAX_ASIDE_S` at most are granted.
+            aside (`bool`): False where it is the request's own fault.
+        """
         with self._lock:
             self._ended(endpoint, seconds)
             endpoint.stats.failures += 1
@@ -125,7 +130,14 @@ class Endpoints:
                 growing = min(MAX_ASIDE_S, FIRST_ASIDE_S * 2**endpoint.failures_in_row)
                 wait_s = max(3 * seconds, growing * (0.5 + self._jitter() / 2))
                 endpoint.failures_in_row += 1
+            else:
+                wait_s = min(MAX_ASIDE_S, wait_s)
             endpoint.aside_until = max(endpoint.aside_until, self._clock() + wait_s)
+
+    def given_up(self, endpoint: Endpoint, seconds: float) -> None:
+        """Who asked waits no longer, whatever the reason: nothing was learnt about the server."""
+        with self._lock:
+            self._ended(endpoint, seconds)
 
     def other_is_well(self, than: Collection[Endpoint]) -> bool:
         """Whether a request that failed at all of `than` can go elsewhere at once."""

@@ -27,6 +27,7 @@ import email.utils
 import math
 import os
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -35,10 +36,10 @@ from typing import Any
 import httpx
 import tenacity
 
-from trl_search.credentials import bearer_token, required_token
+from trl_search.credentials import required_token
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
-from trl_search.retrieval.endpoints import Endpoint, Endpoints, EndpointStats
+from trl_search.retrieval.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.loops import BackgroundLoop, ClientPerLoop, tls_context
 from trl_search.retrieval.wire import WireError, format_request, parse_response
 from trl_search.types import Passage
@@ -59,7 +60,7 @@ class HttpRetriever(Retriever):
             `search_timeout_s` of training, which otherwise cuts it short.
         max_batch (`int`): Queries a request.
         max_concurrent_batches (`int`, *optional*): Batches under way at a time; two a server by default.
-        token (`str`, *optional*): Sent as `Authorization: Bearer`.
+        token_env (`str`, *optional*): The environment variable whose token is sent as `Authorization: Bearer`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class HttpRetriever(Retriever):
         patience_s: float = 25.0,
         max_batch: int = 512,
         max_concurrent_batches: int | None = None,
-        token: str | None = None,
+        token_env: str | None = None,
     ) -> None:
         if min(timeout_s, patience_s) <= 0 or max_batch < 1:
             raise UserError(
@@ -81,7 +82,7 @@ class HttpRetriever(Retriever):
             raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
         self._urls = tuple(urls)
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
-        self._headers = {} if token is None else {"Authorization": f"Bearer {bearer_token(token, 'token')}"}
+        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
         self._closed = False
         self._start()
         self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
@@ -130,7 +131,7 @@ class HttpRetriever(Retriever):
             "retrieval/failures": float(sum(one.failures for one in stats.values())),
             "retrieval/retries": float(sum(one.retries for one in stats.values())),
             "retrieval/request_seconds": sum(one.seconds for one in stats.values()),
-            "retrieval/latency_p50_s": EndpointStats(latencies_s=latencies_s).p50_s,
+            "retrieval/latency_p50_s": statistics.median(latencies_s) if latencies_s else 0.0,
             "retrieval/latency_max_s": max(one.max_s for one in stats.values()),
             **{f"retrieval/failures/{name}": float(one.failures) for name, one in stats.items()},
         }
@@ -183,7 +184,7 @@ class HttpRetriever(Retriever):
         body = format_request(queries, k)
         started = time.monotonic()
         wait_s: float | None = None
-        aside = answered = False
+        aside = answered = given_up = False
         try:
             client = await self._clients.get()
             async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
@@ -205,12 +206,14 @@ class HttpRetriever(Retriever):
             aside = True
             raise
         except asyncio.CancelledError:
-            aside = True  # whoever asked has given up waiting for it
+            given_up = True
             raise
         finally:
             seconds = time.monotonic() - started
             if answered:
                 self._endpoints.done(endpoint, seconds)
+            elif given_up:
+                self._endpoints.given_up(endpoint, seconds)
             else:
                 self._endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=aside)
 
@@ -307,6 +310,5 @@ def load(
     if isinstance(urls, str):
         raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
     options: dict[str, Any] = {"timeout_s": timeout_s, "patience_s": patience_s, "max_batch": max_batch}
-    token = None if token_env is None else required_token(token_env)
     addresses = [url] if url is not None else list(urls or ())
-    return HttpRetriever(addresses, max_concurrent_batches=max_concurrent_batches, token=token, **options)
+    return HttpRetriever(addresses, max_concurrent_batches=max_concurrent_batches, token_env=token_env, **options)

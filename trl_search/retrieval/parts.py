@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import Any
 
 from trl_search.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever
-from trl_search.retrieval.threads import DaemonCalls
+from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
 
 Part = Retriever | Mapping[str, Any]
@@ -63,11 +62,7 @@ async def search_together_async(
 
 
 async def _outcome(part: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int) -> list[list[Passage]]:
-    search = getattr(part, "search_async", None)
-    if inspect.iscoroutinefunction(search):
-        found: list[list[Passage]] = await search(queries, k)
-        return found
-    return await calls.start(lambda: part.search(queries, k))
+    return await start_search(part, calls, queries, k)
 
 
 def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:

@@ -66,7 +66,11 @@ class RerankRetriever(Retriever):
         reranked: list[list[Passage]] = [[] for _ in queries]
         for row, scores in zip(asked, scored, strict=True):
             if not all(map(math.isfinite, scores)):
-                raise RetrievalError(f"the reranker gave a score that is not a number for {queries[row][:80]!r}")
+                # Without the query: servers log why a search failed, and log no queries.
+                raise RetrievalError(
+                    f"the reranker gave a score that is not a number to query {row + 1} of {len(queries)}; is its "
+                    "model sound?"
+                )
             best = sorted(zip(scores, found[row], strict=True), key=lambda scored: -scored[0])[:k]
             reranked[row] = [replace(passage, score=score) for score, passage in best]
         return reranked

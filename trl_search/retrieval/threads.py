@@ -1,14 +1,15 @@
-"""Work for an event loop on threads that nobody has to wait for."""
+"""Searches and other work for an event loop, none of which anybody has to wait for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from trl_search.retrieval.base import Unavailable
+from trl_search.retrieval.base import Retriever, Unavailable
+from trl_search.types import Passage
 
 MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
 
@@ -68,3 +69,24 @@ class DaemonCalls:
         found, thread = on_daemon_thread(work)
         self._calls[thread] = found
         return found
+
+
+def start_search(
+    retriever: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int
+) -> asyncio.Future[list[list[Passage]]]:
+    """One search of a retriever: a task where it has `search_async`, else on a thread among its `calls`.
+
+    To give it up, cancel it: a task is told to stop, a thread is left behind.
+
+    Raises:
+        Unavailable: if it would need a thread, and too many of them hang.
+    """
+    search_async = getattr(retriever, "search_async", None)
+    found: asyncio.Future[list[list[Passage]]]
+    if search_async is None:
+        found = calls.start(lambda: retriever.search(queries, k))
+    else:
+        found = asyncio.ensure_future(search_async(queries, k))
+    # A task that was given up may fail while it stops. Nobody asks for that any more, and asyncio would log it.
+    found.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return found

@@ -6,6 +6,7 @@
 Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, all of which are read:
 
 - `{"query": "one string"}` in place of the list; the result is a list of one;
+- `{"queries": []}`, which Search-R1 asks in a turn in which nobody searches; the result is an empty list;
 - `return_scores` false or absent: the inner items are the bare documents;
 - `topk` absent or null: the server's default;
 - in a response, documents with `title`, `text` and `url`, and documents without an id.
@@ -167,8 +168,6 @@ def _queries(request: dict[str, Any], limits: Limits) -> tuple[str, ...]:
     queries = request["queries"]
     if not isinstance(queries, list):
         raise WireError(422, f"must be a list of strings, not {_type_name(queries)}", "queries")
-    if not queries:
-        raise WireError(422, "an empty list; send one query at least", "queries")
     if len(queries) > limits.max_queries:
         raise WireError(
             413, f"{len(queries):,} queries; a request may hold {limits.max_queries:,}, send several", "queries"

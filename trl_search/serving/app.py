@@ -10,8 +10,9 @@
 With a token, `/retrieve` and `/metrics` ask for it; `/health` and `/ready` do not, so that a balancer can look.
 
 Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 the token; 408, 413, 400 and 422 the request
-itself; 503 the index loads, the queue is full (both with `Retry-After`) or the search failed. A bug of ours is 500
-with an incident number that the log explains; no request that was thought of leads there.
+itself; 422 without a field a query that cannot be searched; 503 the index loads, the queue is full (both with
+`Retry-After`) or the retriever is down or hangs; 500 the retriever crashed. A bug of ours is 500 with an incident
+number that the log explains; no request that was thought of leads there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def make_app(
 
     Example:
         >>> app = make_app(load_retriever("bm25", index="indexes/wiki"), ServerConfig())
-        >>> uvicorn.run(app, port=8000)
+        >>> uvicorn.run(app, http=LimitedConnection, port=8000)
     """
     need_server_packages()
     from starlette.applications import Starlette
@@ -118,7 +119,7 @@ class _Retrieve:
         except Refused as error:
             facts["error"] = str(error)
             after = error.retry_after_s
-            await _refuse(send, 503, str(error), headers=[(b"retry-after", b"%d" % after)] if after else [])
+            await _refuse(send, error.status, str(error), headers=[(b"retry-after", b"%d" % after)] if after else [])
         else:
             facts["cached"] = answered.cached
             await send_json(send, 200, answered.body)

@@ -9,7 +9,7 @@ from trl_search.credentials import bearer_token
 from trl_search.errors import UserError
 from trl_search.retrieval.wire import Limits
 
-_PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "cachetools")
+_PACKAGES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client", "cachetools")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ServerConfig:
             raise UserError(f"max_batch must be at least 1 and cache_bytes at least 0; got {self}")
         if min(self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s) <= 0:
             raise UserError(f"timeouts must be above 0; got {self}")
-        if self.token is not None:
-            object.__setattr__(self, "token", bearer_token(self.token, "the server"))
+        if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):
+            raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")
 
 
 def need_server_packages() -> None:

@@ -39,9 +39,12 @@ def serve(
     need_server_packages()
     import uvicorn
 
+    from trl_search.serving.connection import LimitedConnection
+
     app = make_app(None, config)
     settings = uvicorn.Config(
         app,
+        http=LimitedConnection,
         log_level="warning",
         access_log=False,
         server_header=False,

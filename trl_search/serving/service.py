@@ -4,8 +4,9 @@
                     └─ no ──► room in the queue? ──► SearchBatcher ──┴─► {"result":[ , , ]}
                                   └─ no ──► Refused(503)
 
-A search that fails is a `Refused` with 503 and its cause, never an empty result: the trainer at the other end must be
-able to tell "found nothing" from "could not look".
+A search that fails is a `Refused` with its cause, never an empty result: the trainer at the other end must be able to
+tell "found nothing" from "could not look". Its status says whose trouble it is, for a client that has other queries
+and perhaps other servers: 503 this server's, so ask another; 422 the query's, so ask without it; 500 unknown.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_search.retrieval.base import RetrievalError, Retriever
-from trl_search.retrieval.batching import SearchBatcher, SearchStats
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.batching import Crashed, SearchBatcher, SearchStats
 from trl_search.retrieval.wire import RetrieveRequest, format_passages
 from trl_search.serving.cache import ResultCache
 from trl_search.serving.config import ServerConfig
@@ -26,11 +27,11 @@ RETRY_AFTER_S = 1
 
 
 class Refused(Exception):
-    """A request that is sound and cannot be answered now: 503. With `retry_after_s` it may be sent again."""
+    """A request that is of the protocol and cannot be answered. With `retry_after_s` it may be sent again."""
 
-    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.status, self.retry_after_s = status, retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ class SearchService:
                 failed.
         """
         if self._batcher is None:
-            raise Refused("the index is still loading; /ready says when it is there", RETRY_AFTER_S)
+            raise Refused(503, "the index is still loading; /ready says when it is there", RETRY_AFTER_S)
         if self._draining:
-            raise Refused("the server is being stopped", RETRY_AFTER_S)
+            raise Refused(503, "the server is being stopped", RETRY_AFTER_S)
         k, scores = request.k, request.return_scores
         found = [self.cache.get(query, k, scores) for query in request.queries]
         missing = dict.fromkeys(query for query, result in zip(request.queries, found, strict=True) if result is None)
@@ -114,6 +115,7 @@ class SearchService:
         if self.queued + len(queries) > self._config.max_queued:
             self.refused += len(queries)
             raise Refused(
+                503,
                 f"the queue is full: {self.queued} queries are under way, {self._config.max_queued} may be",
                 RETRY_AFTER_S,
             )
@@ -129,7 +131,8 @@ class SearchService:
                     raise outcome
             return found  # type: ignore[return-value]
         except RetrievalError as error:
-            raise Refused(f"the search failed: {error}") from error
+            status = 503 if isinstance(error, Unavailable) else 500 if isinstance(error, Crashed) else 422
+            raise Refused(status, f"the search failed: {error}") from error
         finally:
             self.queued -= len(queries)
 
