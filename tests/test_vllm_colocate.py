@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.vllm_colocate_run import GREEDY, LIMITS, PROTOCOLS, ROOM, check_held_out
-from tests.vllm_engine import make_model_folder, require_vllm, run_with_vllm
+from tests.scripted_trainer import ROWS
+from tests.vllm_colocate_run import GREEDY, LIMITS, PROTOCOLS, ROOM
+from tests.vllm_engine import check_held_out, make_model_folder, require_vllm, run_with_vllm
 from trl_search.policies.transformers import TransformersPolicy
 from trl_search.protocols import load_protocol
 
@@ -149,4 +150,4 @@ def test_the_adapter_reaches_the_engine_after_every_step(seen):
 
 
 def test_an_evaluation_during_training_is_by_the_engine_with_the_last_weights(seen):
-    check_held_out(seen["training"]["held_out"])
+    check_held_out(seen["training"]["held_out"], len(ROWS))

@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.vllm_colocate_run import check_held_out
-from tests.vllm_engine import VLLMServer, make_model_folder, require_vllm, run_with_vllm
+from tests.scripted_trainer import ROWS
+from tests.vllm_engine import VLLMServer, check_held_out, make_model_folder, require_vllm, run_with_vllm
 from trl_search.doctor import Status, server_checks
 from trl_search.environment import SearchEnvironment
 from trl_search.errors import UserError
@@ -217,7 +217,7 @@ def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
     assert seen["stale"] > 0.05 and seen["synced"] < 1e-3
     base, adapter = seen["served"]  # the ones before were unloaded
     assert base == "tiny" and re.fullmatch("policy-[0-9a-f]{8}-3", adapter)
-    check_held_out(seen["held_out"])  # an evaluation during training, by the server
+    check_held_out(seen["held_out"], len(ROWS))  # an evaluation during training, by the server
 
 
 def kill_in_the_middle(server, rollout):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -88,15 +87,7 @@ def held_out(trainer: SearchGRPOTrainer) -> dict[str, Any]:
         agent=args.agent,
         progress=False,
     )
-    return {"metrics": by_engine.metrics, "engine": by_engine.average, "model": summarize("search", by_model)}
-
-
-def check_held_out(seen: dict[str, Any]) -> None:
-    """For the tests: what `held_out` found is one evaluation twice, greedy but for tokens as likely as each other."""
-    engine, model = seen["engine"], seen["model"]
-    assert engine["questions"] == model["questions"] == len(ROWS) and seen["metrics"]["eval/em"] == engine["em"]
-    assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)
-    assert engine["searches"] == pytest.approx(model["searches"], abs=0.25)
+    return {"engine": by_engine.average, "model": summarize("search", by_model)}
 
 
 def disagreement(trainer: SearchGRPOTrainer) -> float:

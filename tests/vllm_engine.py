@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -154,3 +155,12 @@ def run_with_vllm(folder: Path, arguments: list[str], *, timeout_s: float) -> su
         output, _ = process.communicate()
         pytest.fail(f"the engine hung for {timeout_s} s:\n{output[-4000:]}", pytrace=False)
     return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def check_held_out(seen: dict[str, Any], questions: int) -> None:
+    """What `held_out` of vllm_colocate_run.py found is one evaluation twice, greedy but for tokens as likely as each
+    other."""
+    engine, model = seen["engine"], seen["model"]
+    assert engine["questions"] == model["questions"] == questions
+    assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)
+    assert engine["searches"] == pytest.approx(model["searches"], abs=0.25)
