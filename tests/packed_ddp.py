@@ -1,6 +1,6 @@
 """What each of two ranks runs for tests/test_logprobs.py: one packed backward under DDP, against both ranks' by hand.
 
-    python -m tests.packed_ddp FOLDER PORT RANK
+    python -m tests.packed_ddp FOLDER RANK
 
 And the models and batches that those tests share with it: here, since importing a trainer takes a while.
 """
@@ -8,6 +8,7 @@ And the models and batches that those tests share with it: here, since importing
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def a_batch(rows=8, prompt=10, completion=40):
     return ids_for(mask), mask, (torch.arange(completion) % 3 > 0).long().expand(rows, -1)
 
 
-def main(folder: Path, port: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+def main(folder: Path, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=2, rank=rank)
     batches = [a_batch(rows=8), a_batch(rows=3, completion=20)]
     packs: list[int] = []
 
@@ -87,8 +88,9 @@ def main(folder: Path, port: str, rank: int) -> None:
         "norm": float(expected.norm()),
     }
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # once, both ranks were done and hung in gloo's own end
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
