@@ -520,21 +520,18 @@ def test_failures_at_the_same_time_are_one_failure() -> None:
     assert endpoints.take().name == "a:80"
 
 
-def test_what_took_long_to_fail_stays_away_longer() -> None:
+@pytest.mark.parametrize(
+    ("seconds", "wait_s", "away_s"),
+    [
+        pytest.param(20.0, None, 60, id="what took long to fail stays away longer"),
+        pytest.param(0.0, 86_400.0, 30, id="who asks for a day is asked again in half a minute"),
+    ],
+)
+def test_how_long_a_server_stays_away(seconds: float, wait_s: float | None, away_s: int) -> None:
     endpoints, clock = named("a", "b")
     a = endpoints.take()
-    endpoints.failed(a, 20.0)
-    clock.now += 59
-    assert endpoints.take() is not a
-    clock.now += 1
-    assert endpoints.take() is a
-
-
-def test_a_server_that_asks_for_a_day_is_asked_again_in_half_a_minute() -> None:
-    endpoints, clock = named("a", "b")
-    a = endpoints.take()
-    endpoints.failed(a, 0.0, wait_s=86_400.0)
-    clock.now += 29
+    endpoints.failed(a, seconds, wait_s=wait_s)
+    clock.now += away_s - 1
     assert endpoints.take() is not a
     clock.now += 1
     assert endpoints.take() is a

@@ -23,7 +23,6 @@ that was restarted meanwhile serves the weights it was started with, until the n
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import random
@@ -145,7 +144,9 @@ class VLLMServerPolicy(Policy):
             raise ValueError("prompt_ids is empty")
         body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop)
         failing_since: float | None = None
-        for tries in itertools.count(1):
+        tries = 0
+        while True:
+            tries += 1
             try:
                 return read_completion(await self._post(self._client, body), body, self.base_url)
             except _Trouble as error:
@@ -158,7 +159,6 @@ class VLLMServerPolicy(Policy):
                         f"{seconds:.0f} s; the last time: {error}. Its log says more"
                     ) from error
             await asyncio.sleep(min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
-        raise AssertionError("it is asked until it answers or patience ends")
 
     # Connections and outages
 
