@@ -5,8 +5,9 @@
     python benchmarks/alarms.py --replay                           # of the recorded ones, in a second
 
 Every run is the quickstart with half its batch (4 questions x 8), so that its numbers are noisier than a user's, and a
-small `beta`, so that there is a KL to watch. What the alarms read of each is added to tests/data/histories.json, which
-tests/test_alarms.py holds them to. A run that was recorded before is replaced.
+small `beta`, so that there is a KL to watch. What the alarms read of each is added to
+tests/support/data/histories.json, which tests/trainer/callbacks/test_alarms.py holds them to. A run that was recorded
+before is replaced.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trl_search.alarms import RULES, Watch, is_training_log
-from trl_search.records.run_folder import read_run
+from trl_search.records.folder import read_run
+from trl_search.trainer.callbacks.alarms import RULES, Watch, is_training_log
 
-HISTORIES = Path(__file__).parents[1] / "tests" / "data" / "histories.json"
+HISTORIES = Path(__file__).parents[1] / "tests" / "support" / "data" / "histories.json"
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 COMMON = ["--beta", "0.001", "--per_device_train_batch_size", "8", "--rollout_batch_size", "32"]
 RUNS: dict[str, tuple[int, list[str]]] = {
@@ -43,7 +44,7 @@ def record(name: str, output: Path, steps: int) -> list[dict[str, Any]]:
     seed, options = RUNS[name]
     folder = output / name
     command = [
-        sys.executable, "-m", "trl_search.cli", "train", str(RECIPE), "--seed", str(seed), "--world_seed", str(seed),
+        sys.executable, "-m", "trl_search", "train", str(RECIPE), "--seed", str(seed), "--world_seed", str(seed),
         "--max_steps", str(steps), "--evaluate", "False", "--save_strategy", "no", "--output_dir", str(folder),
         *COMMON, *options,
     ]  # fmt: skip

@@ -31,8 +31,8 @@ import numpy as np
 from retrieval_servers import bm25s_as_it_comes
 
 from trl_search.retrieval import load_retriever
-from trl_search.retrieval.corpus import Corpus
-from trl_search.retrieval.index import MANIFEST, build_index
+from trl_search.retrieval.corpus.passages import Corpus
+from trl_search.retrieval.index.folder import MANIFEST, build_index
 
 WORDS, WORDS_A_PASSAGE, WORDS_A_QUERY = 500_000, 100, 6
 ENGINES: dict[str, tuple[str, dict[str, Any] | None]] = {

@@ -36,11 +36,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl_search.policies.transformers import TransformersPolicy
+from trl_search.data.world import generate_world
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.protocols import load_protocol
-from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Observation, Sampling
-from trl_search.world import generate_world
 
 MAX_TOKENS = 96
 TURNS = 2

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from trl_search.retrieval.vectors import gpu
-from trl_search.retrieval.vectors.exact import top_rows
-from trl_search.retrieval.vectors.faiss_setup import faiss_module
+from trl_search.retrieval.dense.vectors import gpu
+from trl_search.retrieval.dense.vectors.exact import top_rows
+from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 
 K = 3
 CHECKED = 16

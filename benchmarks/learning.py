@@ -43,7 +43,7 @@ class Run:
 def train(run: Run, root: Path, steps: int, every: int, extra: list[str], threads: int) -> None:
     folder = run.folder(root)
     command = [
-        sys.executable, "-m", "trl_search.cli", "train", str(RECIPE), "--output_dir", str(folder),
+        sys.executable, "-m", "trl_search", "train", str(RECIPE), "--output_dir", str(folder),
         "--world_seed", str(1000 + run.seed), "--seed", str(run.seed), "--max_steps", str(steps),
         "--evaluate_every", str(every), "--save_strategy", "no", *run.options, *extra,
     ]  # fmt: skip

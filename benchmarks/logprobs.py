@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_search.errors import UserError
-from trl_search.logprobs import LogProbs, enable_scoring
-from trl_search.varlen_attention import choose_attention
+from trl_search.common.errors import UserError
+from trl_search.trainer.loss.attention import choose_attention
+from trl_search.trainer.loss.logprobs import LogProbs, enable_scoring
 
 QWEN_3B: dict[str, Any] = {
     "vocab_size": 151936,

@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from trl_search.retrieval.index import MANIFEST, build_index
-from trl_search.retrieval.vectors import build_vectors
+from trl_search.retrieval.dense.vectors import build_vectors
+from trl_search.retrieval.index.folder import MANIFEST, build_index
 from trl_search.types import Passage
 
 HERE = Path(__file__).parent

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from trl_search.retrieval import Retriever, load_retriever
-from trl_search.retrieval.index import open_index
-from trl_search.serving import ServerConfig
-from trl_search.serving.run import listen, serve
+from trl_search.retrieval.index.folder import open_index
+from trl_search.retrieval.server import ServerConfig
+from trl_search.retrieval.server.run import listen, serve
 
 # Queries -> for each the rows and the scores of the best.
 Search = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
@@ -39,7 +39,7 @@ def bm25s_as_it_comes(index: Path) -> Search:
     """bm25s's own search, compiled, over the scores of an index folder."""
     import bm25s
 
-    from trl_search.retrieval.analyzer import Analyzer
+    from trl_search.retrieval.bm25.analyzer import Analyzer
 
     scores = bm25s.BM25.load(index / "bm25", mmap=False, backend="numba")
     analyzer = Analyzer()
@@ -102,9 +102,9 @@ def serve_field(backend: str, folder: Path, port: int) -> None:
 
 def ours_dense(folder: Path) -> Retriever:
     """What `load_retriever("dense", index=...)` opens, of vectors that no passage was encoded to."""
-    from trl_search.retrieval.dense import DenseRetriever
-    from trl_search.retrieval.encoder import load_encoder
-    from trl_search.retrieval.vectors import open_vectors
+    from trl_search.retrieval.dense.encoder import load_encoder
+    from trl_search.retrieval.dense.retriever import DenseRetriever
+    from trl_search.retrieval.dense.vectors import open_vectors
 
     corpus = open_index(folder / "bm25", "bm25").corpus
     return DenseRetriever(load_encoder(minilm()), open_vectors(folder / "dense"), corpus)

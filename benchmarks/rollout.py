@@ -38,14 +38,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.data.world import generate_world
 from trl_search.environment import SearchEnvironment
-from trl_search.policies.transformers import TransformersPolicy
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.rewards import em
-from trl_search.tiny_policy import tiny_policy_path
 from trl_search.types import Passage
-from trl_search.world import generate_world
 
 GROUP = 8
 MAX_SEARCHES = 3

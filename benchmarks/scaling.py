@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trl_search.retrieval.vectors import plan
+from trl_search.retrieval.dense.vectors import plan
 
 DIM = 768
 PASSAGES = (21_000_000, 200_000_000, 2_000_000_000)

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from trl_search.retrieval.vectors import VECTOR_INDEXES, build_vectors, open_vectors, plan
-from trl_search.retrieval.vectors.calibrate import K, find_truth
-from trl_search.retrieval.vectors.plans import SLICE_ROWS
+from trl_search.retrieval.dense.vectors import VECTOR_INDEXES, build_vectors, open_vectors, plan
+from trl_search.retrieval.dense.vectors.calibrate import K, find_truth
+from trl_search.retrieval.dense.vectors.plans import SLICE_ROWS
 
 DIM = 768
 LATENT = 256

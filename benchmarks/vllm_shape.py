@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
-from trl_search.tiny_policy import tiny_policy_path
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.types import Action, Answer, Search
 
 GROUP = 8

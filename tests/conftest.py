@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from trl_search.data.world import World, generate_world
 from trl_search.retrieval import Retriever, load_retriever
-from trl_search.world import World, generate_world
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    from trl_search.tiny_policy.tokenizer import make_tokenizer
+    from tools.tiny_policy.tokenizer import make_tokenizer
 
     return make_tokenizer()
 

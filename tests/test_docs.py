@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
-from trl_search import metrics
-from trl_search.config import SearchGRPOConfig
-from trl_search.metrics import trajectory_metrics
-from trl_search.training import TaskArguments
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.records import trajectory_metrics as metrics
+from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.trainer.pipeline import TaskArguments
 from trl_search.types import StopReason, Trajectory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = ROOT / "README.md"
 BLOCK = re.compile(r"^(<!-- runnable -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

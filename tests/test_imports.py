@@ -11,35 +11,28 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trl_search"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# From the bottom up: a module may import those of the layers before its own, and of its own.
-LAYERS = [
-    {"errors", "types", "text", "world_language", "whole_files", "json_objects", "credentials"},
-    {"reflection", "wellformed", "world"},
-    {"retrieval"},
-    {"serving"},
-    {"data", "data_summary", "hub_files", "wiki18"},
-    {"protocols", "policies", "rewards", "alarms", "logprobs", "packing", "varlen_attention", "progress"},
-    {"environment", "metrics", "outcomes"},
-    {"rollout"},
-    {"evaluate", "config", "scripts", "agent_settings"},
-    {"records"},
-    {"vllm_backend"},
-    {"prepare"},
-    {"report", "sft", "trainer", "tiny_policy", "recipe", "base_model"},
-    {"evaluation"},
-    {"task", "held_out"},
-    {"best_checkpoint", "cold_start"},
-    {"training", "doctor"},
-    {"chat", "sharing"},
-    {"commands"},
-    {"cli", "__main__", "__init__"},
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# torch, directly; what trains or generates, and nothing else.
-MAY_IMPORT_TORCH = {"policies", "logprobs", "packing", "varlen_attention", "trainer", "training", "sft", "tiny_policy"}
+# The rooms of the package from the bottom up: each imports from those on the lines before it, and from itself.
+FLOORS = """
+common
+types
+rewards protocols retrieval policies
+environment
+rollout
+data
+config
+evaluation
+chat
+records
+trainer
+cli
+__main__ __init__
+"""
+FLOOR = {room: floor for floor, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+# torch is imported at the top of a file only where tensors are.
+MAY_IMPORT_TORCH = {"policies", "trainer"}
 
 
-def home(path: Path) -> str:
+def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -50,17 +43,55 @@ def imported(path: Path, *, top_level: bool = False) -> set[str]:
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
+def test_every_room_has_a_floor_and_there_are_few():
+    rooms = {room(path) for path in FILES} - {"__init__", "__main__"}
+    assert rooms == FLOOR.keys() - {"__init__", "__main__"}
+    assert len(rooms) <= 15
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    if home(path) == "__init__":
+    if room(path) == "__init__":
         return
     for name in imported(path):
         if name.startswith("trl_search."):
             below = name.split(".")[1]
-            assert RANK[below] <= RANK[home(path)], f"{home(path)} imports {below}, which stands above it"
+            assert below == room(path) or FLOOR[below] < FLOOR[room(path)], f"{room(path)} imports {below}"
     heavy = {name.split(".")[0] for name in imported(path, top_level=True)} & {"torch", "vllm", "faiss", "matplotlib"}
-    assert heavy <= ({"torch"} if home(path) in MAY_IMPORT_TORCH else set())
+    assert heavy <= ({"torch"} if room(path) in MAY_IMPORT_TORCH else set())
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    graph = {module(path): {name for name in map(as_file, imported(path)) if name} for path in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for below in graph[name]:
+                visit(below, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def as_file(name: str) -> str | None:
+    return name if name in MODULES else None
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def test_no_file_shadows_a_library_that_the_code_imports():
+    libraries = {name.split(".")[0] for path in FILES for name in imported(path)} - {"trl_search", "types"}
+    assert not {path.stem for path in FILES if path.name != "__init__.py"} & libraries - {"types", "data"}
 
 
 def test_the_package_itself_is_quick_to_import():

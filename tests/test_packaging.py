@@ -58,7 +58,7 @@ def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     program = (
-        "import importlib.resources, sys; import trl_search; from trl_search.cli import main;"
+        "import importlib.resources, sys; import trl_search; from trl_search.cli.main import main;"
         "print(trl_search.__file__); main(['--help']);"
         "print(sorted(file.name for file in importlib.resources.files('trl_search.recipes').iterdir()))"
     )
@@ -71,7 +71,7 @@ def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> N
 
     small = {"world_passages": 1000, "max_eval_questions": 8, "warm_start_steps": 1, "max_steps": 1}
     options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "trl_search.cli", "train", "quickstart", *options]
+    command = [sys.executable, "-m", "trl_search", "train", "quickstart", *options]
     (tmp_path / "empty").mkdir()
     environment["HF_HUB_OFFLINE"] = "1"
     run = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.fakes import FixedRetriever, ScriptedPolicy
+from tests.support.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.rollout import Limits, rollout

@@ -11,19 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_search.config import SearchGRPOConfig
+    from trl_search.config.grpo import SearchGRPOConfig
     from trl_search.data import load_questions
     from trl_search.environment import Environment, SearchEnvironment
     from trl_search.protocols import load_protocol
     from trl_search.retrieval import Retriever, load_retriever
-    from trl_search.trainer import SearchGRPOTrainer
+    from trl_search.trainer.grpo import SearchGRPOTrainer
     from trl_search.types import Observation, Passage, Trajectory
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "SearchGRPOConfig": "trl_search.config",
-    "SearchGRPOTrainer": "trl_search.trainer",
+    "SearchGRPOConfig": "trl_search.config.grpo",
+    "SearchGRPOTrainer": "trl_search.trainer.grpo",
     "load_questions": "trl_search.data",
     "load_retriever": "trl_search.retrieval",
     "load_protocol": "trl_search.protocols",

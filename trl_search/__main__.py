@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from trl_search.cli import main
+from trl_search.cli.main import main
 
 sys.exit(main())

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from trl_search.agent_settings import AgentSettings, protocol_of, search_environment, trained_settings
-from trl_search.chat.hearing import Event, HeardEnvironment, HeardPolicy, Listener, unheard
-from trl_search.errors import UserError
+from trl_search.chat.events import Event, HeardEnvironment, HeardPolicy, Listener, unheard
+from trl_search.common.errors import UserError
+from trl_search.config.agent import AgentSettings, protocol_of, search_environment, trained_settings
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
+from trl_search.rewards.answers import last_answer
 from trl_search.rollout import Limits, run_trajectory
-from trl_search.text import last_answer
 from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 Result = TypeVar("Result")
@@ -233,9 +233,9 @@ def load_chat(
         ...     chat.ask("Who founded Orlune?").answer
     """
     from trl_search.policies.loading import load_model, load_tokenizer
-    from trl_search.policies.transformers import TransformersPolicy
+    from trl_search.policies.tiny import tiny_policy_path
+    from trl_search.policies.transformers_policy import TransformersPolicy
     from trl_search.policies.vllm_server import VLLMServerPolicy
-    from trl_search.tiny_policy import tiny_policy_path
 
     settings = settings or trained_settings(model)
     name = tiny_policy_path() if model == "tiny" else model

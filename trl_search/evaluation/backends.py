@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_search.errors import UserError
+from trl_search.common.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import read_adapter
 
@@ -64,7 +64,7 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
     """The policy, and what is to be known about it: its dtype, its size, what a server says it serves."""
     if backend.name == "transformers":
         from trl_search.policies.loading import load_model
-        from trl_search.policies.transformers import TransformersPolicy
+        from trl_search.policies.transformers_policy import TransformersPolicy
 
         loaded = load_model(model, device=backend.device, dtype=backend.dtype)
         facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "parameters": loaded.num_parameters()}
@@ -102,7 +102,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     if (adapter := read_adapter(folder)) is not None:
         from vllm.lora.request import LoRARequest
 
-        from trl_search.vllm_backend import lora_options
+        from trl_search.policies.lora import lora_options
 
         model = adapter["base_model_name_or_path"]
         options = {**lora_options(_rank(adapter, folder)), **options}

@@ -23,13 +23,17 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from trl_search.agent_settings import AgentSettings, search_environment
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+from trl_search.common.provenance import git_state, hardware, versions
+from trl_search.config.agent import AgentSettings, search_environment
+from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
-from trl_search.errors import UserError
-from trl_search.evaluate import answer_questions
+from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend, open_policy
-from trl_search.evaluation.published import size_class
-from trl_search.evaluation.records import Records
+from trl_search.evaluation.evaluate import answer_questions
+from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, macro, summarize
+from trl_search.evaluation.published_scores import size_class
 from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_set, load_world_set
 from trl_search.evaluation.settings import (
     check_same,
@@ -42,16 +46,11 @@ from trl_search.evaluation.settings import (
     write_settings,
 )
 from trl_search.evaluation.table import Results, results_markdown
-from trl_search.outcomes import Evaluation, Outcome, macro, summarize
 from trl_search.policies.loading import load_tokenizer
-from trl_search.records.provenance import git_state, hardware, versions
-from trl_search.records.run_folder import RESULTS_FILE
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import Retriever, load_retriever
-from trl_search.retrieval.index import MANIFEST, read_manifest
-from trl_search.tiny_policy import tiny_policy_path
+from trl_search.retrieval.index.folder import MANIFEST, read_manifest
 from trl_search.types import Sampling
-from trl_search.whole_files import written_whole
-from trl_search.world import World, generate_world
 
 FORMAT = 1
 RESULTS_MD = "results.md"

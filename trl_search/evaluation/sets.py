@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.data import HUB_SETS, is_hub_set, load_evaluation_questions
-from trl_search.errors import UserError, unknown_name
-from trl_search.world import World
+from trl_search.data.world import World
 
 WORLD = "world"
 MACRO = "macro"

@@ -16,16 +16,15 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from trl_search.agent_settings import AgentSettings
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object, written_whole
+from trl_search.common.provenance import without_secrets
+from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
-from trl_search.errors import UserError
-from trl_search.evaluate import mode_protocol, rag_messages
-from trl_search.json_objects import read_object
+from trl_search.evaluation.evaluate import mode_protocol, rag_messages
 from trl_search.policies.loading import read_adapter
-from trl_search.records.provenance import without_secrets
-from trl_search.retrieval.index import MANIFEST
+from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.types import Passage
-from trl_search.whole_files import written_whole
 
 FORMAT = 1
 SETTINGS = "settings.json"

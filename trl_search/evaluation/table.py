@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_search.data import HUB_SETS
-from trl_search.evaluation.published import SETS, TITLES, rows_beside
+from trl_search.evaluation.outcomes import Evaluation
+from trl_search.evaluation.published_scores import SETS, TITLES, rows_beside
 from trl_search.evaluation.sets import MACRO
-from trl_search.outcomes import Evaluation
 
 # results[mode][set], and under MACRO the average over sets.
 Results = Mapping[str, Mapping[str, Evaluation]]

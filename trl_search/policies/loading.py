@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_search.errors import UserError
-from trl_search.json_objects import read_object
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -35,7 +35,7 @@ import httpx
 import stamina
 from packaging.version import Version
 
-from trl_search.errors import UserError
+from trl_search.common.errors import UserError
 from trl_search.policies.base import Policy
 from trl_search.types import Completion, FinishReason, Sampling
 

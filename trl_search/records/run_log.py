@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.records.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
-from trl_search.records.run_folder import FORMAT, INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER, step_of
-from trl_search.whole_files import written_whole
+from trl_search.common.files import written_whole
+from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
+from trl_search.evaluation.outcomes import RESULTS_FILE
+from trl_search.records.folder import FORMAT, INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER, step_of
 
 logger = logging.getLogger(__name__)
 

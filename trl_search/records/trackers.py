@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.config import SearchGRPOConfig
-from trl_search.records.run_folder import REWARD_PREFIX
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.records.folder import REWARD_PREFIX
 from trl_search.records.run_log import RunLog
 from trl_search.records.trajectory_log import TrajectoryLog
 

@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pyarrow import parquet
 
-from trl_search.config import SearchGRPOConfig
-from trl_search.records.run_folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
+from trl_search.common.files import written_whole
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.records.folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
 from trl_search.records.token_text import TokenTexts
 from trl_search.types import Answer, Trajectory
-from trl_search.whole_files import written_whole
 
 if TYPE_CHECKING:
     import torch

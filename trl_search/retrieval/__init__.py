@@ -14,21 +14,21 @@ import inspect
 from importlib.metadata import entry_points
 from typing import Any
 
-from trl_search.errors import UserError, unknown_name
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.base import RetrievalError, Retriever
 
 __all__ = ["RetrievalError", "Retriever", "load_retriever"]
 
 ENTRY_POINTS = "trl_search.retrievers"
 _BUILT_IN = {
-    "bm25": "trl_search.retrieval.bm25:load",
-    "dense": "trl_search.retrieval.dense:load",
-    "http": "trl_search.retrieval.http:load",
-    "hybrid": "trl_search.retrieval.hybrid:load",
-    "opensearch": "trl_search.retrieval.opensearch:load",
-    "qdrant": "trl_search.retrieval.qdrant:load",
-    "rerank": "trl_search.retrieval.rerank:load",
-    "web": "trl_search.retrieval.web:load",
+    "bm25": "trl_search.retrieval.bm25.retriever:load",
+    "dense": "trl_search.retrieval.dense.retriever:load",
+    "http": "trl_search.retrieval.remote.http_retriever:load",
+    "hybrid": "trl_search.retrieval.combine.hybrid:load",
+    "opensearch": "trl_search.retrieval.engines.opensearch:load",
+    "qdrant": "trl_search.retrieval.engines.qdrant:load",
+    "rerank": "trl_search.retrieval.combine.rerank:load",
+    "web": "trl_search.retrieval.web.retriever:load",
 }
 
 

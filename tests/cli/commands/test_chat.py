@@ -1,0 +1,246 @@
+"""`trl-search chat`: one question, a pipe, and a session on a real terminal with its interrupts."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.support.servers import Asked, Said, retrieve_from, serving
+from trl_search.cli.main import main
+from trl_search.data.world import generate_world
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.protocols import load_protocol
+from trl_search.retrieval import load_retriever
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Answer, Search
+
+WORLD = generate_world(300, 0)
+# Of one hop, which the tiny policy gets right.
+QUESTIONS = [question for question in WORLD.questions("test") if question.type == "one_hop"][:2]
+ASKED = [question.question for question in QUESTIONS]
+TINY = ("chat", "tiny", "--world_passages", "300", "--temperature", "0", "--device", "cpu")
+
+
+class Pipe(io.StringIO):
+    def isatty(self) -> bool:
+        return False
+
+
+def test_one_question(capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main([*TINY, ASKED[0], "--seed", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    order = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in
+             ("<think>", "<tool_call>", "searching: ", "  1. ", "<answer>", "[1 search, ")]  # fmt: skip
+    assert order == sorted(order) and lines[-1].endswith("s, seed 3]")
+    assert f"<answer> {QUESTIONS[0].golden_answers[0]} </answer>" in lines
+
+
+def test_a_pipe_of_questions_and_one_object_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\n\n  {ASKED[1]}  \n"))
+    assert main([*TINY, "--json", "--seed", "7", "--k", "2"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["question"] for record in records] == ASKED and [record["seed"] for record in records] == [7, 8]
+    for record, question in zip(records, QUESTIONS, strict=True):
+        assert record["answer"] in question.golden_answers and record["stop_reason"] == "answer"
+        assert [turn["role"] for turn in record["turns"]] == ["assistant", "tool"] * record["searches"] + ["assistant"]
+        assert len(record["passages"]) == 2 * len(record["queries"]) and record["failed_searches"] == []
+        assert {"id", "title", "url", "score", "text"} == set(record["passages"][0])
+        assert record["tokens"]["model"] > 10 and record["seconds"] > 0
+
+
+def test_who_may_not_search_answers_from_what_it_knows(capsys):
+    main([*TINY, ASKED[0], "--json", "--max_searches", "0"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["searches"] == 0 and [turn["role"] for turn in record["turns"]] == ["assistant"]
+
+
+def test_an_index_folder_and_a_server_are_searched_by_their_names(tmp_path, capsys):
+    build_index(WORLD.passages, tmp_path / "index")
+    with serving(retrieve_from(load_retriever("bm25", passages=WORLD.passages))) as server:
+        for what in (str(tmp_path / "index"), server.url):
+            assert main([*TINY, ASKED[0], "--json", "--retriever", what]) == 0
+        assert any(asked.target == "/retrieve" for asked in server.asked)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert records[0]["passages"] == records[1]["passages"] and records[0]["answer"] == records[1]["answer"]
+
+
+def test_a_web_without_network_is_a_failed_search_and_not_an_empty_one(tmp_path, capsys):
+    options = {
+        "provider": "searxng",
+        "base_url": "http://127.0.0.1:9",
+        "cache": str(tmp_path / "c"),
+        "patience_s": 0.2,
+    }
+    status = main([*TINY, ASKED[0], "--retriever", "web", "--retriever_options", json.dumps(options)])
+    out = capsys.readouterr().out
+    assert re.search(r"the search failed: searxng: \w+", out)
+    assert re.search(r"\d of \d searches failed: this may rest on nothing found", out.replace("\n", " "))
+    assert "Nothing was found" not in out and status in (0, 1)
+
+
+def test_a_server_answers_in_the_model_s_place_and_its_turns_come_whole(capsys):
+    """The routes of `vllm serve` that are asked, over a script: the tokenizer alone is loaded here."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    protocol = load_protocol("qwen_tools", tokenizer)
+    turns = [protocol.write("a", Search(("town",))), protocol.write("b", Answer("Orlune"))]
+
+    def answer(asked: Asked) -> Said:
+        if asked.target != "/v1/completions":
+            return Said({"data": [{"id": "tiny", "max_model_len": 2048}], "version": "0.31.0"})
+        first = "<tool_response>" not in tokenizer.decode(asked.json["prompt"])
+        ids = [*protocol.encode(turns[0 if first else 1]), tokenizer.eos_token_id]
+        logprobs = {"token_logprobs": [-0.1] * len(ids)}
+        return Said({"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}]})
+
+    with serving(answer) as server:
+        assert main([*TINY, ASKED[0], "--json", "--server", server.url]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert reply["queries"] == ["town"] and reply["answer"] == "Orlune" and len(reply["passages"]) == 3
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ddgs", None)
+    assert main([*TINY, ASKED[0], "--retriever", "web"]) == 2
+    assert "pip install 'trl-search[web]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./no/model", "q", "--world"], "there is no model at no/model"),
+        (["tiny", "q", "--k", "0"], "--k is how many passages"),
+        (["tiny", "q", "--temperature", "-1"], "--temperature is at least 0"),
+        (["tiny", "q", "--world", "--retriever", "web"], "give one of them"),
+        (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
+        (["tiny", "q", "--max_searches", "-1"], "--max_searches must be at least 0"),
+        (["tiny", "q", "--retriever", "bm52"], "did you mean 'bm25'?"),
+        (["tiny", "q", "--retriever_options", "{"], "--retriever_options is not JSON"),
+        (["tiny", "q", "--retriever_options", "[]"], "must be a JSON object"),
+        (["tiny", "q", "--server", "http://127.0.0.1:9"], "no vLLM server answers"),
+        (["tiny", "--world"], "there is no question"),
+        (["tiny", " ", "--world"], "the question is empty"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "stdin", Pipe("\n"))
+    assert main(["chat", *arguments]) == 2
+    captured = capsys.readouterr()
+    error = [line for line in captured.err.splitlines() if line.startswith("trl-search: error: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+class Terminal:
+    """A process on a pseudo-terminal. `until(pattern)` reads on until the pattern has come."""
+
+    def __init__(self, *command: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+            environment.pop(name, None)
+        # A session of its own, whose terminal this is: Ctrl-C then is a signal, as it is for people.
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen, self.at = "", 0
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, pattern: str, seconds: float = 200) -> str:
+        """What is shown from where the last call ended to the end of the pattern."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.compile(pattern).search(self.seen, self.at)):
+            ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{pattern!r} did not come; the terminal shows: {self.seen[self.at :]!r}"
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
+        start, self.at = self.at, found.end()
+        return self.seen[start : self.at]
+
+
+def plain(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A session with the tiny policy. While there is a file `slow`, its searches take 20 seconds."""
+    program = f"""
+import faulthandler, os, sys, time
+faulthandler.dump_traceback_later(150)  # where it hangs, should it ever
+from trl_search.cli.main import main
+from trl_search.retrieval.bm25.retriever import BM25Retriever
+search = BM25Retriever.search
+slow = {str(tmp_path / "slow")!r}
+def slowly(self, queries, k):
+    time.sleep(20 if os.path.exists(slow) else 0)
+    return search(self, queries, k)
+BM25Retriever.search = slowly
+sys.exit(main({list(TINY)!r}))
+"""
+    terminal = Terminal(sys.executable, "-c", program)
+    yield terminal
+    if terminal.process.poll() is None:
+        terminal.process.send_signal(signal.SIGKILL)
+        terminal.process.wait()
+    os.close(terminal.master)
+
+
+@pytest.mark.slow
+def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
+    prompt = r"(?:\n|\^C)> $"
+    # 1. It says what can be asked in this world.
+    shown = terminal.until(prompt)
+    assert all(question.question in shown for question in WORLD.questions("test", 3))
+
+    # 2. An answer streams in its order, in colours.
+    terminal.type(f"{ASKED[0]}\n")
+    shown = terminal.until(r"seed \d+\]")
+    marks = ["\x1b[2;3m<think>", "\x1b[36m<tool_call>", "searching: ", "1. ", "\x1b[1;32m<answer>", "[1 search, "]
+    assert sorted(marks, key=shown.index) == marks
+    assert f"<answer> {QUESTIONS[0].golden_answers[0]} </answer>" in plain(shown)
+    terminal.until(prompt)
+
+    # 3. Ctrl-C during a search gives the prompt back at once, and the next question is answered.
+    (tmp_path / "slow").touch()
+    terminal.type(f"{ASKED[0]}\n")
+    terminal.until("searching: ")
+    pressed = time.monotonic()
+    terminal.type("\x03")
+    terminal.until(prompt)
+    assert time.monotonic() - pressed < 15, "it waited for the search"
+    (tmp_path / "slow").unlink()
+    terminal.type(f"{ASKED[1]}\n")
+    assert f"<answer> {QUESTIONS[1].golden_answers[0]} </answer>" in plain(terminal.until(r"seed \d+\]"))
+    terminal.until(prompt)
+
+    # 4. Ctrl-C at the prompt ends the line and not the session; commands work.
+    terminal.type("half a quest\x03")
+    terminal.until(prompt)
+    terminal.type("/k 1\n")
+    terminal.until(prompt)
+    terminal.type("/help\n")
+    assert "passages a query (now 1)" in terminal.until(prompt)
+    terminal.type(f"{ASKED[0]}\n")
+    shown = terminal.until(r"seed \d+\]")
+    assert "1. " in shown and "2. " not in shown
+    terminal.until(prompt)
+
+    # 5. Ctrl-D ends it.
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=60) == 0

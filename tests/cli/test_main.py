@@ -1,0 +1,195 @@
+"""The command line: finds commands by what lies in the folder, stays light, and keeps tracebacks for bugs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trl_search.cli.commands
+from trl_search.cli.main import command_names, is_user_error, main
+from trl_search.common.errors import UserError
+
+ROOT = Path(trl_search.__path__[0]).parent
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose modules are commands, in place of the package's own."""
+    monkeypatch.setattr(trl_search.cli.commands, "__path__", [str(tmp_path)])
+    monkeypatch.delenv("TRL_SEARCH_DEBUG", raising=False)
+    for name in [name for name in sys.modules if name.startswith("trl_search.cli.commands.")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("trl_search.cli.commands.")]:
+        del sys.modules[name]
+
+
+def write(folder: Path, name: str, source: str) -> None:
+    (folder / f"{name}.py").write_text(textwrap.dedent(source), "utf-8")
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    program = """
+        import sys, time
+        start = time.perf_counter()
+        from trl_search.cli.main import main
+        assert main(["--help"]) == 0
+        seconds = time.perf_counter() - start
+        heavy = {"torch", "transformers", "trl", "datasets", "numpy", "bm25s", "httpx"} & sys.modules.keys()
+        assert not heavy, heavy
+        assert seconds < 1, seconds
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert list(lines) == command_names()
+    assert all(len(line.split()) > 3 for line in lines.values()), "a command's docstring has no first line"
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: trl-search {name}" in capsys.readouterr().out
+
+
+def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(
+        commands,
+        "plain",
+        '''
+        """Adds one."""
+        def add_arguments(parser):
+            parser.add_argument("--number", type=int, default=1)
+        def run(args):
+            return args.number + 1
+    ''',
+    )
+    write(
+        commands,
+        "raw",
+        '''
+        """Counts its arguments."""
+        def main(argv):
+            print(argv)
+            return len(argv)
+    ''',
+    )
+    write(commands, "broken", '"""Is never imported for the overview."""\nraise RuntimeError')
+    assert main(["plain", "--number", "4"]) == 5
+    # --debug behind the command is the command's own: transformers has a key of that name.
+    assert main(["--debug", "raw", "recipe.yaml", "--debug", "underflow"]) == 3
+    assert "['recipe.yaml', '--debug', 'underflow']" in capsys.readouterr().out
+    assert main([]) == main(["help"]) == main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  broken  Is never imported for the overview.") == 3
+    with pytest.raises(SystemExit) as stop:
+        main(["plain", "--nmber", "4"])
+    assert stop.value.code == 2
+
+
+def test_commands_come_in_the_order_of_a_first_day(commands: Path) -> None:
+    for name in ("zebra", "index", "ant", "train"):
+        write(commands, name, '"""A command."""')
+    assert command_names() == ["train", "index", "ant", "zebra"]
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("trl-search: error: unknown command 'trian': did you mean 'train'? There are: ")
+    assert message.count("\n") == 1
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == trl_search.__version__
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ('raise __import__("trl_search.common.errors").errors.UserError("too small: use 3")', "too small: use 3"),
+        ('raise ValueError("top_k is 0: use at least 1")', "top_k is 0: use at least 1"),
+        ('open("/no/such/corpus.jsonl")', "No such file or directory: /no/such/corpus.jsonl"),
+        ('raise ImportError("faiss is missing: pip install trl-search[faiss]")', "pip install trl-search[faiss]"),
+        (
+            'from trl_search.retrieval.base import RetrievalError; raise RetrievalError("no server: start it")',
+            "no server: start it",
+        ),
+        ('from trl_search.retrieval.base import Unavailable; raise Unavailable("it is down")', "it is down"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(
+    commands: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, statement: str, message: str
+) -> None:
+    write(commands, "fails", f'"""Fails."""\ndef main(argv):\n    {statement}\n')
+    assert main(["fails"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("trl-search: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    with pytest.raises((ValueError, OSError, RuntimeError, ImportError)):
+        main(["--debug", "fails"])
+    monkeypatch.setenv("TRL_SEARCH_DEBUG", "1")
+    with pytest.raises((ValueError, OSError, RuntimeError, ImportError)):
+        main(["fails"])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        'import textwrap; textwrap.fill("text", 0)',  # a ValueError from somewhere else's depths
+        "import no_such_module",
+        'raise KeyError("ids")',
+        'raise RuntimeError("shape mismatch")',
+    ],
+)
+def test_a_bug_keeps_its_traceback(commands: Path, statement: str) -> None:
+    write(commands, "fails", f'"""Fails."""\ndef main(argv):\n    {statement}\n')
+    with pytest.raises((ValueError, ImportError, KeyError, RuntimeError)):
+        main(["fails"])
+
+
+def test_an_interrupt_is_not_a_traceback(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(commands, "waits", '"""Waits."""\ndef main(argv):\n    raise KeyboardInterrupt\n')
+    assert main(["waits"]) == 130
+    assert capsys.readouterr().err == "trl-search waits: interrupted\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_is_no_error(commands: Path, lines: int) -> None:
+    # The one line waits in the buffer until the command is over; the many break off while it prints.
+    write(
+        commands,
+        "talks",
+        f'''
+        """Talks, when nobody listens any more."""
+        import time
+        def main(argv):
+            time.sleep(0.5)
+            for _ in range({lines}):
+                print("x" * 80)
+            return 0
+        ''',
+    )
+    program = f"""
+        import sys, trl_search.cli.commands
+        trl_search.cli.commands.__path__ = [{str(commands)!r}]
+        from trl_search.cli.main import main
+        sys.exit(main(["talks"]))
+    """
+    shell = f'{sys.executable} -c "$PROGRAM" | true; exit ${{PIPESTATUS[0]}}'
+    environment = {**os.environ, "PROGRAM": textwrap.dedent(program)}
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_user_errors_are_told_from_bugs_without_a_traceback_too() -> None:
+    assert is_user_error(UserError("x"))
+    assert not is_user_error(ValueError("never raised, so by nobody"))

@@ -1,0 +1,164 @@
+"""The doctor: each check on facts that are as they should be, and on others. (A real server's: test_vllm_server.)"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from packaging.requirements import Requirement
+
+from trl_search.cli.main import main
+from trl_search.cli.preflight import (
+    EXTRAS,
+    Device,
+    Status,
+    check_adapter_sync,
+    check_devices,
+    check_extra,
+    check_logprobs_mode,
+    check_model,
+    check_package,
+    check_room,
+    check_sampling,
+    check_server_version,
+    check_stop,
+    check_token_ids,
+    check_weight_sync,
+    environment_checks,
+    installed_version,
+    recipe_server,
+    recipe_values,
+    server_checks,
+)
+
+TRL = Requirement("trl>=1.16,<1.17")
+VLLM = Requirement("vllm>=0.22,<=0.31; extra == 'vllm'")
+GOOD = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None}
+
+
+@pytest.mark.parametrize(
+    ("installed", "status"), [("1.16.0", "ok"), ("1.16.0+cpu", "ok"), ("1.17.1", "problem"), (None, "problem")]
+)
+def test_packages(installed, status):
+    check = check_package(TRL, installed)
+    assert check.status == status
+    assert check.remedy == ("" if status == "ok" else "pip install 'trl<1.17,>=1.16'")
+
+
+def test_extras():
+    assert check_extra("vllm", [(VLLM, "0.31.0+cpu")]).status is Status.OK
+    assert check_extra("vllm", [(VLLM, "0.40.0")]).status is Status.WARNING
+    missing = check_extra("vllm", [(VLLM, None)])
+    assert missing.status is Status.NOTE and "use_vllm" in missing.said and "trl-search[vllm]" in missing.remedy
+
+
+def test_this_environment_has_what_the_tests_run_on():
+    checks = {check.name: check for check in environment_checks()}
+    assert {checks[name].status for name in ("torch", "transformers", "trl")} == {Status.OK}
+    assert {f"extra {name}" for name in EXTRAS} <= checks.keys()
+    assert checks["trl"].said == installed_version("trl") and installed_version("no-such-package") is None
+
+
+def test_devices():
+    assert check_devices([]).status is Status.NOTE
+    assert "H200 (100 of 140 GiB free)" in check_devices([Device("H200", 100 * 2**30, 140 * 2**30)]).said
+
+
+def test_sampling_that_cuts_the_distribution():
+    assert check_sampling(GOOD).status is Status.OK
+    for cut in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}):
+        check = check_sampling({**GOOD, **cut})
+        assert check.status is Status.WARNING and f"{next(iter(cut))}={next(iter(cut.values()))}" in check.said
+
+
+def test_recipes_are_read_without_being_run(tmp_path):
+    recipe = recipe_values("qwen3b")  # its bf16 would be refused on a machine without a GPU
+    assert recipe["max_completion_length"] == 4096 and recipe["epsilon"] == 0.2
+    path = tmp_path / "served.yaml"
+    path.write_text("use_vllm: true\nvllm_mode: server\nvllm_server_host: gpu1\n", encoding="utf-8")
+    assert recipe_server(recipe_values(str(path))) == "http://gpu1:8000"
+    path.write_text("use_vllm: true\nvllm_mode: colocate\n", encoding="utf-8")
+    assert recipe_server(recipe_values(str(path))) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "here", "status"),
+    [
+        ("0.31.0", "0.31.0+cpu", "ok"),
+        ("0.32.0", "0.32.0", "warning"),
+        ("0.25.1", "0.31.0", "warning"),
+        ("0.25.1", None, "problem"),
+    ],
+)
+def test_versions_of_both_ends(version, here, status):
+    assert check_server_version(version, here).status == status
+
+
+def test_the_model_and_its_room():
+    models = [{"id": "policy", "root": "Qwen/Qwen2.5-3B-Instruct", "max_model_len": 4096}]
+    recipe = {"model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "max_completion_length": 4000}
+    assert check_model(models, recipe).status is Status.OK
+    assert check_model(models, {"model_name_or_path": "Qwen/Qwen2.5-7B"}).status is Status.WARNING
+    assert check_room(models, recipe, prompt_tokens=96).status is Status.OK
+    small = check_room(models, recipe, prompt_tokens=97)
+    assert small.status is Status.PROBLEM and small.remedy.startswith("start it with --max-model-len 4097")
+
+
+def test_token_ids():
+    logprobs = {"token_logprobs": [-1.0, -2.0]}
+    assert check_token_ids({"token_ids": [5, 6], "logprobs": logprobs}).status is Status.OK
+    assert check_token_ids({"token_ids": None, "logprobs": logprobs}).status is Status.PROBLEM
+
+
+@pytest.mark.parametrize(
+    ("hot", "status"),
+    [
+        ({"a": -1.4, "b": -1.9, "c": -2.4}, "ok"),  # processed_logprobs
+        ({"a": -0.6, "b": -1.6, "c": -2.6}, "problem"),  # raw_logprobs
+        ({"a": 4.0, "b": 3.5, "c": 3.0}, "problem"),  # logits
+        ({"x": -1.0}, "warning"),
+    ],
+)
+def test_logprobs_mode(hot, status):
+    assert check_logprobs_mode({"a": -0.6, "b": -1.6, "c": -2.6}, hot).status == status
+
+
+def test_stop_strings():
+    def stopped(*tokens):
+        return {"token_ids": [1] * 3, "stop_reason": "r</se", "logprobs": {"tokens": list(tokens)}}
+
+    assert check_stop("r</se", stopped("a", " r", "</search>")).status is Status.OK
+    assert check_stop("r</se", stopped("a", " r", "</se")).status is Status.PROBLEM
+    assert check_stop("r</se", stopped("a", " r")).status is Status.PROBLEM
+    assert check_stop("", {}).status is Status.WARNING
+
+
+def test_weight_sync():
+    good = {"weight_transfer_config": {"backend": "nccl"}, "device_config": {"device": "cuda"}}
+    assert check_weight_sync(good).status is Status.OK
+    assert "VLLM_SERVER_DEV_MODE=1" in check_weight_sync(None).remedy
+    assert "--weight-transfer-config" in check_weight_sync({"weight_transfer_config": None}).remedy
+    assert check_weight_sync({**good, "device_config": {"device": "cpu"}}).status is Status.WARNING
+
+
+def test_adapters():
+    paths = frozenset({"/v1/load_lora_adapter"})
+    assert check_adapter_sync(paths, {}).status is Status.OK
+    assert "VLLM_SERVER_DEV_MODE" in check_adapter_sync(paths, None).remedy
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in check_adapter_sync(frozenset(), {}).remedy
+
+
+def test_a_server_that_is_not_there_is_a_problem(capsys):
+    url = "http://127.0.0.1:9"
+    (check,) = server_checks(url)
+    assert check.status is Status.PROBLEM and url in check.said
+    assert main(["doctor", "--server", url, "--json"]) == 1
+    assert asdict(check) in json.loads(capsys.readouterr().out)
+
+
+def test_one_line_a_check(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(environment_checks())
+    assert {line.split()[0] for line in lines} <= {status.value for status in Status}

@@ -1,0 +1,24 @@
+"""Tokens and keys: cleaned of what files add to them, refused where no header can hold them, and never shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from trl_search.common.credentials import bearer_token, from_environment, required_token
+from trl_search.common.errors import UserError
+
+
+def test_the_newline_of_a_mounted_file_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("KEY", "s3cret\n")
+    assert from_environment("KEY") == required_token("KEY") == bearer_token(" s3cret\r\n", "KEY") == "s3cret"
+    monkeypatch.setenv("KEY", " ")
+    assert from_environment("KEY") is None
+    with pytest.raises(UserError, match="KEY, named by token_env, is not set"):
+        required_token("KEY")
+
+
+@pytest.mark.parametrize("token", ["", "\n", "s3 cr\net", "s3crét", "s3\x00cret"])
+def test_what_no_header_can_hold_is_refused_and_not_shown(token):
+    with pytest.raises(UserError, match="the token from KEY must be printable ASCII") as raised:
+        bearer_token(token, "KEY")
+    assert "s3" not in str(raised.value)

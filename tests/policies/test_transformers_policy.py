@@ -1,0 +1,229 @@
+"""The transformers policy: what it samples is what the model says, however requests come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import torch
+
+from trl_search.policies.transformers_policy import TransformersPolicy, sample
+from trl_search.types import FinishReason, Sampling
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def prompts(count, seed=0, low=3, high=40):
+    draw = random.Random(seed)
+    return [[draw.randrange(300, 1500) for _ in range(draw.randrange(low, high))] for _ in range(count)]
+
+
+def generate(policy, requests):
+    """Runs `(prompt, options)` requests at once."""
+
+    async def go():
+        await policy.open()
+        try:
+            return await asyncio.gather(*(policy.generate(prompt, **options) for prompt, options in requests))
+        finally:
+            await policy.close()
+
+    return asyncio.run(go())
+
+
+def reference_logprobs(model, prompt, ids, temperature=1.0):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def test_greedy_equals_generate(random_model, tokenizer):
+    random_model.generation_config.eos_token_id = None
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=8)
+    policy.eos_token_ids = set()
+    asked = prompts(20)
+    completions = generate(policy, [(p, {"max_tokens": 12, "sampling": GREEDY}) for p in asked])
+    for prompt, completion in zip(asked, completions, strict=True):
+        with torch.no_grad():
+            out = random_model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False
+            )
+        assert list(completion.ids) == out[0, len(prompt) :].tolist()
+
+
+def test_logprobs_are_the_models_own(random_model, tokenizer):
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=4)
+    asked = prompts(9, seed=1)
+    how = [Sampling(temperature=0.7, top_p=0.9, top_k=50, seed=i) for i in range(9)]
+    completions = generate(policy, [(p, {"max_tokens": 10, "sampling": s}) for p, s in zip(asked, how, strict=True)])
+    for prompt, completion in zip(asked, completions, strict=True):
+        expected = reference_logprobs(random_model, prompt, completion.ids, 0.7)
+        chosen = expected.gather(1, torch.tensor(completion.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-4, rtol=1e-4)
+
+
+def test_a_request_is_repeatable_whatever_it_is_batched_with(random_model, tokenizer):
+    asked = prompts(12, seed=2)
+    options = {"max_tokens": 15, "sampling": Sampling(seed=7)}
+    alone = generate(TransformersPolicy(random_model, tokenizer), [(asked[0], options)])[0]
+    others = [(p, {"max_tokens": 5 + i, "sampling": Sampling(seed=i)}) for i, p in enumerate(asked[1:])]
+    for size in (2, 16):
+        together = generate(
+            TransformersPolicy(random_model, tokenizer, max_sequences=size), [*others, (asked[0], options)]
+        )
+        assert together[-1].ids == alone.ids
+
+
+def test_a_group_shares_its_prompt_and_draws_different_samples(random_model, tokenizer):
+    prompt = prompts(1, low=30)[0]
+    completions = generate(
+        TransformersPolicy(random_model, tokenizer),
+        [(prompt, {"max_tokens": 8, "sampling": Sampling(seed=i)}) for i in range(8)],
+    )
+    assert len({completion.ids for completion in completions}) > 1
+    for completion in completions:
+        expected = reference_logprobs(random_model, prompt, completion.ids)
+        chosen = expected.gather(1, torch.tensor(completion.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_that_comes_back_computes_only_what_is_new(random_model, tokenizer):
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=4)
+    policy.eos_token_ids = set()
+    widths = []
+    hook = random_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompt = prompts(1, low=39, high=40)[0]
+
+    async def conversation():
+        await policy.open()
+        first = await policy.generate(prompt, max_tokens=6, sampling=GREEDY)
+        again = [*prompt, *first.ids, *range(400, 410)]
+        second = await policy.generate(again, max_tokens=6, sampling=GREEDY)
+        await policy.close()
+        return again, second
+
+    again, second = asyncio.run(conversation())
+    hook.remove()
+    assert widths[0] == 39 and widths[6] == 11  # the last sampled token and the ten of the observation
+    expected = reference_logprobs(random_model, again, second.ids)
+    assert list(second.ids) == expected.argmax(-1).tolist()
+
+
+def test_more_conversations_than_slots(random_model, tokenizer):
+    """Slots are taken over by others between two turns; nothing of the former owner shows."""
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=3)
+    policy.eos_token_ids = set()
+
+    async def conversation(prompt):
+        for _ in range(3):
+            completion = await policy.generate(prompt, max_tokens=4, sampling=GREEDY)
+            expected = reference_logprobs(random_model, prompt, completion.ids).argmax(-1).tolist()
+            assert list(completion.ids) == expected
+            prompt = [*prompt, *completion.ids, 450, 451]
+
+    async def go():
+        await policy.open()
+        await asyncio.gather(*(conversation(prompt) for prompt in prompts(10, seed=5)))
+        await policy.close()
+
+    asyncio.run(go())
+
+
+def test_stop_strings_budgets_and_eos(random_model, tokenizer):
+    policy = TransformersPolicy(random_model, tokenizer)
+    script = tokenizer.encode("<search> a </search>\n\n more", add_special_tokens=False)
+    says = iter([])
+
+    def fake_forward(new):
+        nonlocal says
+        logits = torch.full((len(new), len(tokenizer)), -50.0)
+        for i, (slot, _) in enumerate(new):
+            position = len(slot.request.ids)
+            logits[i, script[position] if position < len(script) else tokenizer.eos_token_id] = 50.0
+        return logits
+
+    policy._forward = fake_forward
+    stopped, cut, ended = generate(
+        policy,
+        [
+            ([5], {"max_tokens": 50, "sampling": GREEDY, "stop": ("</search>", "</answer>")}),
+            ([5], {"max_tokens": 2, "sampling": GREEDY}),
+            ([5], {"max_tokens": 50, "sampling": GREEDY}),
+        ],
+    )
+    assert stopped.finish_reason is FinishReason.STOP and tokenizer.decode(stopped.ids) == "<search> a </search>"
+    assert cut.finish_reason is FinishReason.LENGTH and list(cut.ids) == script[:2]
+    assert ended.finish_reason is FinishReason.EOS and list(ended.ids) == [*script, tokenizer.eos_token_id]
+
+
+def test_a_cancelled_request_frees_its_slot(random_model, tokenizer):
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=1)
+    policy.eos_token_ids = set()
+
+    async def go():
+        await policy.open()
+        endless = asyncio.create_task(policy.generate([5, 6], max_tokens=100_000, sampling=GREEDY))
+        await asyncio.sleep(0.1)
+        endless.cancel()
+        completion = await asyncio.wait_for(policy.generate([7], max_tokens=2, sampling=GREEDY), timeout=20)
+        await policy.close()
+        return completion
+
+    assert len(asyncio.run(go()).ids) == 2
+
+
+def test_a_broken_engine_reaches_every_waiting_coroutine(random_model, tokenizer):
+    policy = TransformersPolicy(random_model, tokenizer, max_sequences=2)
+    calls = []
+
+    def explode(new):
+        calls.append(len(new))
+        raise RuntimeError("device lost")
+
+    policy._forward = explode
+
+    async def go():
+        await policy.open()
+        tasks = [asyncio.create_task(policy.generate([i + 5], max_tokens=3, sampling=GREEDY)) for i in range(6)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=20)
+        late = await asyncio.gather(policy.generate([5], max_tokens=3, sampling=GREEDY), return_exceptions=True)
+        await policy.close()
+        return [*outcomes, *late]
+
+    assert all("device lost" in str(outcome) for outcome in asyncio.run(go()))
+
+
+def test_the_model_is_left_as_it_was(random_model, tokenizer):
+    random_model.train()
+    random_model.set_attn_implementation("eager")
+    generate(TransformersPolicy(random_model, tokenizer), [([5], {"max_tokens": 2, "sampling": GREEDY})])
+    assert random_model.training and random_model.config._attn_implementation == "eager"
+
+
+def test_layers_without_full_attention_are_refused(random_model, tokenizer):
+    random_model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"sliding_attention.*use vLLM"):
+        TransformersPolicy(random_model, tokenizer)
+
+
+def test_sample_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    uniforms = (torch.arange(20_000) + 0.5) / 20_000
+    ids, logprobs = sample(logits.expand(20_000, -1), Sampling(temperature=2.0), uniforms)
+    expected = torch.softmax(logits[0] / 2, -1)
+    counted = torch.bincount(ids, minlength=4) / 20_000
+    torch.testing.assert_close(counted, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[ids])
+    kept, _ = sample(logits.expand(20_000, -1), Sampling(top_k=2), uniforms)
+    assert set(kept.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.5)])
+def test_what_has_no_probability_is_never_sampled(how):
+    logits = torch.tensor([[9.0, 8.0] + [-200.0] * 998])
+    nearly_one = torch.tensor([1 - 2**-26])  # 1 in float32
+    ids, _ = sample(logits, how, nearly_one)
+    assert ids.tolist() == [0 if how.top_p < 1 else 1]

@@ -1,0 +1,199 @@
+"""W&B and trackio, offline and for real: what is in their files after a run."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.fakes import FixedRetriever
+from tests.support.scripted_trainer import GOLD, answer, scripted_trainer, search
+from trl_search.records.trackers import mask_html, mask_text, stretches
+from trl_search.types import Passage
+
+EVIL = "<script>alert(1)</script> & \"quoted\" 'so'"
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+def evil_ways(number: int, prompt: str) -> list[str]:
+    """A model and a web page that try to write HTML into the page."""
+    return [search("the book"), answer(GOLD if number % 2 else EVIL)]
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a `.wandb` file: a LevelDB log behind a header of seven bytes, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, random_model, tokenizer, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}
+    for name, value in {**settings, "WANDB_DATA_DIR": str(tmp_path), "WANDB_CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    trainer = scripted_trainer(
+        tmp_path, random_model, tokenizer, evil_ways, report_to="wandb", rewards=["em", "format"], max_steps=3,
+        trajectory_table_steps=2, hub_token=SECRET, retriever=FixedRetriever([Passage("0", "T", EVIL)]),
+    )  # fmt: skip
+    trainer.run_log.task = {"questions": "world", "api_key": SECRET}
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()  # it would go on with the folders of this run
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    config: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+    artifacts: list[dict[str, Path]] = []  # what `wandb sync` would send: path -> where it lies
+    for record in wandb_records(file):
+        for item in (*record.run.config.update, *record.config.update):
+            config[item.key] = json.loads(item.value_json)
+        if record.WhichOneof("record_type") == "history":
+            values = {".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.append(values)
+        if record.WhichOneof("record_type") == "artifact":
+            artifacts.append({entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents})
+    # The config, ours included, and how the run was started.
+    assert config["protocol"] == "qwen_tools" and config["max_observation_length"] == 200
+    ours = config["trl_search"]
+    assert ours["git"] == trainer.run_log.info["git"] and ours["run_folder"] == str(tmp_path)
+    assert ours["task"] == {"questions": "world", "api_key": "<redacted>"} and ours["versions"]["trl"]
+    assert SECRET.encode() not in file.read_bytes()
+    # The metrics, at every step.
+    assert [row["train/search/searches"] for row in history if "train/search/searches" in row] == [1, 1, 1]
+    # The tables, at the first step and at every second.
+    tables = [row for row in history if row.get("trajectories._type") == "table-file"]
+    assert [row["train/global_step"] for row in tables] == [1, 2]
+    assert len(artifacts) == 2
+    table = json.loads(artifacts[0]["trajectories.table.json"].read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(rows) == 4 and {row["answer"] for row in rows} == {GOLD, EVIL}
+    assert [row["rewards/em"] for row in rows] == [0, 1, 0, 1]
+    assert all(row["golden_answers"] == GOLD and row["step"] == 1 for row in rows)
+    one = artifacts[0][rows[0]["trajectory"]["path"]].read_text()
+    assert "<script" not in one and one.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    masked = one.split('<span style="color:#888">')[1].split("</span>")[0]
+    assert "&lt;tool_response&gt;" in masked and "&lt;script&gt;" in masked and "&lt;answer&gt;" not in masked
+    page = (file.parent / "files" / tables[0]["trajectories_page.path"]).read_text()
+    assert page.count("<details>") == 4 and "<script" not in page and masked in page
+
+
+def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_model, tokenizer, monkeypatch):
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    storage, media = trackio.sqlite_storage, trackio.media
+    folder = tmp_path / "trackio"
+    for module in (trackio, trackio.utils, storage):  # TRL has imported it: TRACKIO_DIR is no longer read
+        monkeypatch.setattr(module, "TRACKIO_DIR", folder)
+    for module in (trackio.utils, media.utils, trackio.table, media.media):
+        if hasattr(module, "MEDIA_DIR"):
+            monkeypatch.setattr(module, "MEDIA_DIR", folder / "media")
+    trainer = scripted_trainer(
+        tmp_path, random_model, tokenizer, evil_ways, report_to="trackio", project="trl-search-tables", max_steps=3,
+        trackio_static_space_id=False, trajectory_table_steps=2, hub_token=SECRET,
+        retriever=FixedRetriever([Passage("0", "T", EVIL)]),
+    )  # fmt: skip
+    trainer.run_log.task = {"questions": "world", "api_key": SECRET}
+    trainer.train()
+
+    (run,) = storage.SQLiteStorage.get_runs("trl-search-tables")
+    config = storage.SQLiteStorage.get_run_config("trl-search-tables", run)
+    assert config["protocol"] == "qwen_tools" and config["max_observation_length"] == 200
+    assert config["trl_search"]["git"] == trainer.run_log.info["git"]
+    assert config["trl_search"]["run_folder"] == str(tmp_path)
+    assert config["trl_search"]["task"] == {"questions": "world", "api_key": "<redacted>"}
+    assert SECRET not in json.dumps(config)
+    logged = storage.SQLiteStorage.get_logs("trl-search-tables", run)
+    assert len([row for row in logged if "train/search/searches" in row]) == 3
+    tables = [row for row in logged if "trajectories" in row]
+    assert [row["train/global_step"] for row in tables] == [1, 2]
+    rows = tables[0]["trajectories"]["_value"]
+    assert len(rows) == 4 and {row["answer"] for row in rows} == {GOLD, EVIL}
+    masked = rows[0]["trajectory"].split("⟦")[1].split("⟧")[0]
+    assert "<tool_response>" in masked and EVIL in masked and "<answer>" not in masked
+    (page, _) = sorted(folder.rglob("*.html"))
+    text = page.read_text()
+    assert "<script" not in text and text.count("<details>") == 4 and "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
+    tmp_path, random_model, tokenizer, monkeypatch, every
+):
+    """Rollouts are made at steps 1, 3, 5: the table due at step 4 is sent at step 5."""
+    from trl_search.records import trackers
+
+    class Tracker:
+        __name__, config, sent = "wandb", {}, []
+
+        def Table(self, **data: Any) -> Any:
+            return data
+
+        def Html(self, text: str, inject: bool, data_is_not_path: bool) -> str:
+            assert not inject and data_is_not_path
+            return text
+
+        def log(self, values: dict[str, Any]) -> None:
+            self.sent.append(values["train/global_step"])
+
+    class Config(dict):
+        def update(self, values: Any, allow_val_change: bool) -> None:  # type: ignore[override]
+            assert allow_val_change
+
+    tracker = Tracker()
+    Tracker.config, Tracker.sent = Config(), []
+    monkeypatch.setattr(trackers, "_trackers", lambda args: [tracker])
+    trainer = scripted_trainer(
+        tmp_path, random_model, tokenizer, trajectory_table_steps=every, num_iterations=2, max_steps=5
+    )
+    trainer.train()
+    assert tracker.sent == ([1, 5] if every else [])
+
+
+def test_nothing_is_imported_that_is_not_reported_to(tmp_path, random_model, tokenizer, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    from trl_search.records.trackers import _trackers
+
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
+    assert _trackers(trainer.args) == []
+
+
+TEXTS = st.lists(st.tuples(st.text(max_size=5), st.integers(0, 1)), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS)
+def test_nothing_is_lost_and_nothing_gets_out_of_its_span(pairs):
+    import html
+    import re
+
+    tokens, mask = [text for text, _ in pairs], [trained for _, trained in pairs]
+    page = mask_html(tokens, mask)
+    inner = re.fullmatch(r"<pre [^>]*>(.*)</pre>", page, re.DOTALL)[1]
+    assert html.unescape(re.sub(r"<[^>]*>", "", inner)) == "".join(tokens)
+    assert inner.count("<") == 2 * len(list(stretches(tokens, mask)))
+    trained = "".join(text for text, one in pairs if one)
+    assert "".join(text for one, text in stretches(tokens, mask) if one) == trained
+    if all(mask):
+        assert mask_text(tokens, mask) == trained

@@ -1,0 +1,292 @@
+"""Reranking: a cross-encoder here, servers of both wires, and that each query meets its own passages only."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fakes import FixedRetriever
+from tests.support.rerank_servers import Answer, jina, serving, shared_words, tei
+from trl_search.common.errors import UserError
+from trl_search.retrieval import RetrievalError, Retriever, load_retriever
+from trl_search.retrieval.base import Unavailable
+from trl_search.retrieval.combine.rerank import CrossEncoderScorer, RerankRetriever
+from trl_search.types import Passage
+
+TEXTS = [
+    "A harbour town in Vesk.",
+    "The lantern festival of Orlune.",
+    "Mira Talvane was born in Orlune.",
+    "The lantern festival of Orlune.",
+    "Karsic founded the lantern works of Orlune in 1904.",
+]
+WORLD = [Passage(str(row), "", text, score=9.0 - row) for row, text in enumerate(TEXTS)]
+
+
+def ids(found: Sequence[Passage]) -> str:
+    return "".join(passage.id for passage in found)
+
+
+class ByQuery(Retriever):
+    """Finds for each query what it is told to."""
+
+    def __init__(self, found: dict[str, list[Passage]]) -> None:
+        self.found = found
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        return [self.found[query][:k] for query in queries]
+
+
+# A cross-encoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cross-encoder of the published kind, tiny and random: BERT with one logit and a sigmoid behind it."""
+    pytest.importorskip("sentence_transformers")
+    import torch
+    from sentence_transformers import CrossEncoder
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cross-encoder")
+    words = sorted({word.strip(".").lower() for text in TEXTS for word in text.split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=1,
+        initializer_range=0.5,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    CrossEncoder(str(folder), device="cpu").save_pretrained(str(folder / "saved"))
+    return folder / "saved"
+
+
+def test_a_cross_encoder_orders_by_its_own_logits(model: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(model), device="cpu")
+    queries = ["Where was Mira Talvane born?", "lantern", "a harbour in Vesk?"]
+    reference = CrossEncoder(str(model), device="cpu")
+    for query, found in zip(queries, retriever.search(queries, k=5), strict=True):
+        probabilities = reference.predict([(query, text) for text in TEXTS])
+        assert ids(found) == "".join(str(row) for row in sorted(range(5), key=lambda row: (-probabilities[row], row)))
+        for passage in found:
+            expected = probabilities[int(passage.id)]
+            assert 1 / (1 + 2.718281828459045**-passage.score) == pytest.approx(expected, abs=1e-4)
+        assert len({passage.score for passage in found}) == 4  # the two copies share one
+        assert ids(found).index("1") + 1 == ids(found).index("3")
+
+
+def test_all_pairs_of_a_search_are_scored_in_one_call(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = CrossEncoderScorer(str(model), device="cpu")
+    predict, asked = scorer._model.predict, []
+
+    def watched(pairs: list[tuple[str, str]], **options: Any) -> Any:
+        asked.append(list(pairs))
+        return predict(pairs, **options)
+
+    monkeypatch.setattr(scorer._model, "predict", watched)
+    retriever = RerankRetriever(ByQuery({"a": WORLD[:2], "b": WORLD[2:], "none": []}), scorer)
+    retriever.search(["a", "none", "b"], k=1)
+    assert asked == [
+        [("a", TEXTS[0]), ("a", TEXTS[1]), ("b", TEXTS[2]), ("b", TEXTS[3]), ("b", TEXTS[4])]
+    ]  # each query with its own texts
+    retriever.search(["none"], k=1)
+    assert len(asked) == 1
+
+
+def test_a_result_does_not_depend_on_what_else_is_in_the_batch(model: Path) -> None:
+    retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(model), batch_size=3, device="cpu")
+    queries = ["lantern", "Where was Mira Talvane born in Orlune the works of 1904?", "vesk", "town"]
+    alone = [retriever.search([query], k=5)[0] for query in queries]
+    for found, expected in zip(retriever.search(queries, k=5), alone, strict=True):
+        assert ids(found) == ids(expected)
+        assert [passage.score for passage in found] == pytest.approx([p.score for p in expected], abs=2e-4)
+
+
+def test_threads_and_strange_queries(model: Path) -> None:
+    retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(model), device="cpu")
+    queries = ["", "Orlune\ud800", "lantern " * 20_000, "\0 灯"]
+    expected = retriever.search(queries, k=3)
+    assert all(len(found) == 3 for found in expected)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(expected.__eq__, pool.map(lambda _: retriever.search(queries, k=3), range(8))))
+
+
+def test_a_model_that_is_not_there_or_is_no_reranker_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere' cannot be loaded"):
+        load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path / "nowhere"))
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    config = BertConfig.from_pretrained(model, num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "three")
+    with pytest.raises(UserError, match="gives 3 numbers a pair"):
+        load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path / "three"))
+
+
+# A server
+
+
+@pytest.mark.parametrize("api", ["jina", "tei"])
+def test_a_server_orders_by_its_scores_and_each_query_meets_its_own_passages(api: str) -> None:
+    found = {"where was Talvane born": WORLD[:3], "lantern festival": WORLD[1:], "none": []}
+    with serving({"jina": jina, "tei": tei}[api]) as (url, asked):
+        retriever = load_retriever("rerank", retriever=ByQuery(found), url=url, api=api)
+        first, second, none = retriever.search(list(found), k=2)
+        assert [(passage.id, passage.score) for passage in first] == [("2", 3.0), ("0", 0.0)]
+        assert [(passage.id, passage.score) for passage in second] == [("1", 2.0), ("3", 2.0)]
+        assert none == []
+        documents = "documents" if api == "jina" else "texts"
+        assert sorted((body["query"], body[documents]) for _, body in asked) == [
+            ("lantern festival", TEXTS[1:]),
+            ("where was Talvane born", TEXTS[:3]),
+        ]
+
+
+def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RERANK_TOKEN", "secret")
+    titled = FixedRetriever([Passage("1", "Orlune", "A town.")])
+    with serving(jina) as (url, asked):
+        options = {"model": "reranker-v2", "token_env": "RERANK_TOKEN", "fields": {"truncate_prompt_tokens": -1}}
+        load_retriever("rerank", retriever=titled, url=url, **options).search(["town\ud800"], k=1)
+        ((headers, body),) = asked
+        assert headers["Authorization"] == "Bearer secret"
+        assert body == {
+            "model": "reranker-v2",
+            "query": "town?",
+            "documents": ["Orlune\nA town."],
+            "top_n": 1,
+            "truncate_prompt_tokens": -1,
+        }
+    with serving(tei) as (url, asked):
+        load_retriever("rerank", retriever=titled, url=url, api="tei").search(["town"], k=1)
+        assert asked[0][1] == {"query": "town", "texts": ["Orlune\nA town."], "raw_scores": True, "truncate": True}
+
+
+def test_more_documents_than_a_server_takes_are_sent_in_pieces() -> None:
+    world = [Passage(str(row), "", "lantern " if row in (3, 40, 69) else "harbour") for row in range(70)]
+    with serving(tei) as (url, asked):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(world), url=url, api="tei", depth=70)
+        assert [passage.id for passage in retriever.search(["lantern"], k=4)[0]] == ["3", "40", "69", "0"]
+        assert sorted(len(body["texts"]) for _, body in asked) == [6, 32, 32]
+
+
+def test_depth_or_k_are_fetched_and_k_returned() -> None:
+    with serving(jina) as (url, asked):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url, depth=3)
+        assert [len(retriever.search(["lantern"], k=k)[0]) for k in (1, 3, 5)] == [1, 3, 5]
+        assert [len(body["documents"]) for _, body in asked] == [3, 3, 5]
+
+
+def test_requests_of_a_batch_go_out_together() -> None:
+    together = threading.Barrier(4, timeout=10)
+
+    def answer(body: dict[str, Any]) -> Answer:
+        together.wait()
+        return jina(body)
+
+    with serving(answer) as (url, _):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url, concurrency=4)
+        assert len(retriever.search(["a", "b", "c", "d"], k=1)) == 4
+
+
+def test_a_server_in_trouble_is_asked_again_and_then_fails_the_search() -> None:
+    answers = iter([503, 429, 200])
+
+    def recovers(body: dict[str, Any]) -> Answer:
+        status = next(answers)
+        return jina(body) if status == 200 else (status, "busy")
+
+    with serving(recovers) as (url, _):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url)
+        assert ids(retriever.search(["harbour"], k=1)[0]) == "0"
+    with serving(lambda body: (502, "no upstream")) as (url, asked):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url)
+        with pytest.raises(Unavailable, match=r"answered 502.*no upstream"):
+            retriever.search(["harbour"], k=1)
+        assert len(asked) == 3
+    with pytest.raises(Unavailable, match="Connect"):
+        load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url).search(["harbour"], k=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((422, {"error": "`texts` is missing"}), "answered 422.*`texts` is missing"),
+        ((200, b"<html>"), "no reranking of 5 documents.*<html>"),
+        ((200, {"results": []}), "no reranking of 5 documents"),
+        ((200, [{"index": 0, "score": 1.0}]), "no reranking of 5 documents.*is api right"),
+        ((200, {"results": [{"index": 0, "relevance_score": 1.0}] * 5}), "no reranking of 5 documents"),
+        ((200, {"results": [{"index": row, "relevance_score": "high"} for row in range(5)]}), "no reranking"),
+        ((200, {"results": [{"index": row % 5, "relevance_score": row} for row in range(6)]}), "no reranking"),
+        ((200, {"results": [{"index": row + 1, "relevance_score": 1.0} for row in range(5)]}), "no reranking"),
+        ((200, {"results": [{"index": row, "relevance_score": float("nan")} for row in range(5)]}), "not a number"),
+    ],
+)
+def test_an_answer_that_is_none_fails_the_search_at_once(answer: Answer, message: str) -> None:
+    with serving(lambda body: answer) as (url, asked):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url)
+        with pytest.raises(RetrievalError, match=message) as raised:
+            retriever.search(["harbour"], k=1)
+        assert len(asked) == 1 and "harbour" not in str(raised.value)  # it is logged by servers, which log no queries
+
+
+def test_a_retriever_that_fails_fails_the_search_unasked() -> None:
+    with serving(jina) as (url, asked):
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD, poison="fire"), url=url)
+        with pytest.raises(RetrievalError, match="on fire"):
+            retriever.search(["fire"], k=1)
+        assert not asked
+        retriever.close()
+        with pytest.raises(RetrievalError, match="closed"):
+            retriever.search(["harbour"], k=1)
+
+
+def test_the_servers_of_these_tests_count_words() -> None:
+    assert shared_words("Where was Talvane born?", TEXTS[2]) == 3
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, 'needs model="cross-encoder'),
+        ({"model": "m", "api": "tei"}, "api: of a server, and there is no url"),
+        ({"url": "http://a/rerank", "device": "cpu"}, "device: of a local model"),
+        ({"url": "http://a/rerank", "api": "tie"}, "unknown reranking api 'tie': did you mean 'tei'"),
+        ({"url": "http://a/rerank", "api": "tei", "model": "m"}, "one model and no name for it"),
+        ({"url": "a:8000"}, "as http://localhost:8080/rerank"),
+        ({"url": "http://a/rerank", "concurrency": 0}, "at least 1"),
+        ({"url": "http://a/rerank", "token_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*is not set"),
+        ({"url": "http://a/rerank", "depth": 0}, "at least 1; got 0"),
+        ({"model": "m", "batch_size": 0}, "at least 1; got 0"),
+        ({"url": "http://a/rerank", "retriever": {"kind": "bm52"}}, "did you mean 'bm25'"),
+        ({"url": "http://a/rerank", "retriever": 3}, "part 1 of rerank must be a retriever"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_retriever("rerank", **{"retriever": FixedRetriever(WORLD), **options})
+
+
+def test_without_sentence_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'trl-search\[dense\]'.*url="):
+        load_retriever("rerank", retriever=FixedRetriever(WORLD), model="m")

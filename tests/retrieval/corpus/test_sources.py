@@ -1,0 +1,143 @@
+"""Corpora from tables: parquet files and datasets become the same passages as jsonl, and say where they are wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from trl_search.retrieval.corpus.passages import CorpusError, read_corpus
+from trl_search.retrieval.corpus.sources import open_source
+from trl_search.retrieval.index.folder import IndexFolderError, build_index, open_index, read_manifest
+from trl_search.types import Passage
+
+ROWS = [
+    {"id": "1", "title": "Orlune", "text": "A harbour town.", "url": None, "size": 3},
+    {"id": "2", "title": None, "text": "A country.", "url": "https://example.org", "size": None},
+]
+PASSAGES = [Passage("1", "Orlune", "A harbour town."), Passage("2", "", "A country.", url="https://example.org")]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "corpus.parquet")
+    return tmp_path / "corpus.parquet"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as it lies on the hub, which `datasets` loads by the same code."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "wiki").mkdir()
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "wiki" / "train.parquet")
+    return tmp_path / "wiki"
+
+
+def test_a_parquet_file_and_a_dataset_hold_the_same_passages(table: Path, dataset: Path) -> None:
+    assert list(read_corpus(table)) == list(read_corpus(dataset)) == PASSAGES
+
+
+def test_they_are_indexed_and_recorded(table: Path, dataset: Path, tmp_path: Path) -> None:
+    for number, source in enumerate((table, dataset)):
+        build_index(source, tmp_path / str(number))
+        recorded = read_manifest(tmp_path / str(number)).source
+        assert recorded is not None and recorded.name == str(source)
+        assert list(open_index(tmp_path / str(number), "bm25").corpus) == PASSAGES
+    parquet.write_table(pa.Table.from_pylist(ROWS[:1]), table)
+    with pytest.raises(IndexFolderError, match=r"corpus\.parquet has changed since"):
+        open_index(tmp_path / "0", "bm25")
+
+
+def test_a_dataset_that_changed_is_another(dataset: Path) -> None:
+    first, same = (open_source(dataset).fingerprint for _ in range(2))
+    assert first is not None and same is not None and first() == same()
+    parquet.write_table(pa.Table.from_pylist(ROWS[:1]), dataset / "train.parquet")
+    changed = open_source(dataset).fingerprint
+    assert changed is not None and changed() != first()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS, {"id": None, "text": "x"}], "row 3: 'id' is missing"),
+        ([{"id": 1.5, "text": "x"}], "row 1: 'id' is 1.5"),
+        ([{"name": "x"}], "no column of id, contents, title, text, url; has name"),
+        ([*ROWS, ROWS[0]], "rows 1 and 3: the same id '1' twice"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named(
+    tmp_path: Path, dataset: Path, rows: list[dict[str, object]], message: str
+) -> None:
+    for path in (tmp_path / "bad.parquet", dataset / "train.parquet"):
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    for source in (tmp_path / "bad.parquet", dataset):
+        with pytest.raises(CorpusError, match=message):
+            build_index(source, tmp_path / "index")
+    assert not (tmp_path / "index").exists() and not (tmp_path / ".index.building").exists()
+
+
+def test_a_file_that_is_no_parquet_and_a_dataset_that_is_nowhere_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(CorpusError, match=r"x\.parquet, after row 0: not a whole parquet file"):
+        list(read_corpus(tmp_path / "x.parquet"))
+    with pytest.raises(CorpusError, match=r"no corpus file nobody/nothing, and no dataset [^\n]*$"):
+        list(read_corpus("nobody/nothing"))
+
+
+def test_the_same_source_goes_on_and_another_starts_anew(
+    tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl_search.retrieval.bm25.retriever import BM25Builder
+    from trl_search.retrieval.index import folder as index
+
+    class Dies(BM25Builder):
+        def build(self, *args: object) -> None:
+            (tmp_path / ".index.building" / "scratch").mkdir()
+            raise KeyboardInterrupt
+
+    said: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)
+        build_index(table, tmp_path / "index", announce=said.append)
+    assert said == [f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"]
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "write_corpus", lambda *_: pytest.fail("the corpus was read again"))
+        build_index(table, tmp_path / "index", announce=said.append)
+    assert said[1].startswith("going on with the build in")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.parquet", "index"]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)
+        build_index(table, tmp_path / "index", overwrite=True)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "9", "text": "x"}) + "\n")
+    said.clear()
+    build_index(tmp_path / "c.jsonl", tmp_path / "index", overwrite=True, announce=said.append)
+    assert "of other passages or options: starting anew" in said[0]
+    assert read_manifest(tmp_path / "index").passages == 1
+
+
+def test_two_builds_of_one_output_at_once_are_refused(tmp_path: Path, table: Path) -> None:
+    def builds_the_same() -> object:
+        yield PASSAGES[0]
+        build_index(table, tmp_path / "index")
+
+    with pytest.raises(ValueError, match=r"another process builds .*index now"):
+        build_index(builds_the_same(), tmp_path / "index")  # type: ignore[arg-type]
+
+
+def test_a_tar_that_is_called_jsonl_says_what_it_is(tmp_path: Path) -> None:
+    line = json.dumps(ROWS[0]).encode()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        member = tarfile.TarInfo("deep/wiki_dump.jsonl")
+        member.size = len(line)
+        tar.addfile(member, io.BytesIO(line))
+    (tmp_path / "wiki-18.jsonl.gz").write_bytes(gzip.compress(archive.getvalue()))
+    with pytest.raises(CorpusError, match=r"line 1: holds zero bytes.*trl-search data wiki18"):
+        list(read_corpus(tmp_path / "wiki-18.jsonl.gz"))

@@ -1,0 +1,221 @@
+"""Encoding a corpus: killed anywhere and started again, or shared by processes, it gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.encoders import save_random_bert
+from tests.support.shared_build import SHARD_ROWS
+from trl_search.common.errors import UserError
+from trl_search.retrieval.corpus.passages import join_contents
+from trl_search.retrieval.dense import corpus_vectors as encoding
+from trl_search.retrieval.dense.corpus_vectors import DONE, VECTORS, encode_corpus
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
+from trl_search.retrieval.index.folder import MANIFEST, build_index, read_manifest
+from trl_search.retrieval.index.workers import Workers
+from trl_search.types import Passage
+
+ROOT = Path(__file__).parents[3]
+PASSAGES = tuple(
+    Passage(str(row), f"Title {row}", "harbour town " * (row * 7 % 23) + f"lantern {row}") for row in range(50)
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_bert(tmp_path_factory.mktemp("checkpoints") / "e5-base-v2")
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Path) -> Encoder:
+    return load_encoder(checkpoint, device="cpu")
+
+
+@pytest.fixture
+def one_thread() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_jsonl(path: Path, count: int) -> Path:
+    rows = (
+        {"id": str(row), "contents": f'"T{row}"\nharbour {row} ' + "town " * (row * 7 % 19)} for row in range(count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_passage_has_its_vector_in_its_row(tmp_path: Path, encoder: Encoder, dtype: str) -> None:
+    vectors = encode_corpus(PASSAGES, encoder, tmp_path / "s", dtype=dtype, shard_rows=16, batch_size=4)
+    expected = encoder.encode_passages([join_contents(passage) for passage in PASSAGES])
+    assert vectors.dtype == dtype and isinstance(vectors, np.memmap)
+    assert np.abs(vectors.astype(np.float32) - expected).max() < (1e-6 if dtype == "float32" else 1e-3)
+
+
+@pytest.mark.parametrize("dies_at", range(1, 9))
+def test_whenever_it_dies_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, encoder: Encoder, dies_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode_corpus(PASSAGES, encoder, tmp_path / "whole", shard_rows=16)
+    to_disk, calls = encoding._to_disk, 0
+
+    def die(file: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == dies_at:
+            raise KeyboardInterrupt
+        to_disk(file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoding, "_to_disk", die)
+        encode_corpus(PASSAGES, encoder, tmp_path / "cut", shard_rows=16)
+    done = (tmp_path / "cut" / DONE).read_bytes().count(1)
+    assert done == dies_at // 2  # the shard that was in work is not believed, unless its byte is there
+    encoded: list[int] = []
+    encode = encoder.encode_passages
+    monkeypatch.setattr(
+        encoder, "encode_passages", lambda texts, **rest: encoded.append(len(texts)) or encode(texts, **rest)
+    )
+    again = encode_corpus(PASSAGES, encoder, tmp_path / "cut", shard_rows=16)
+    assert len(encoded) == 4 - done
+    assert np.array_equal(again, whole)
+    assert (tmp_path / "cut" / VECTORS).read_bytes() == (tmp_path / "whole" / VECTORS).read_bytes()
+
+
+def test_another_encoder_or_option_starts_anew_and_says_so(tmp_path: Path, encoder: Encoder) -> None:
+    said: list[str] = []
+    for batch_size in (8, 8, 4):
+        encode_corpus(PASSAGES, encoder, tmp_path / "s", shard_rows=16, batch_size=batch_size, announce=said.append)
+    assert said[0] == "4 of 4 shards are encoded already"
+    assert "encoding anew" in said[1] and len(said) == 2
+
+
+def test_two_workers_do_each_shard_once(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "wait", lambda self: None)
+    whole = encode_corpus(PASSAGES, encoder, tmp_path / "whole", shard_rows=16)
+    for rank, done in ((0, b"\1\0\1\0"), (1, b"\1\1\1\1")):
+        vectors = encode_corpus(PASSAGES, encoder, tmp_path / "s", shard_rows=16, workers=Workers(rank, 2))
+        assert (tmp_path / "s" / DONE).read_bytes() == done
+    assert np.array_equal(vectors, whole)
+
+
+def test_a_vector_that_is_no_number_names_its_passage(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        encoder,
+        "encode_passages",
+        lambda texts, **_: np.array([[1e6 if "lantern 7" in text else 0.0] * 32 for text in texts]),
+    )
+    with pytest.raises(UserError, match="passage '7' became a vector with NaN or infinity"):
+        encode_corpus(PASSAGES, encoder, tmp_path / "s", dtype="float16", shard_rows=16)
+
+
+def test_a_disk_without_room_is_told_before_any_work(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shutil import _ntuple_diskusage
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"the vectors take 0\.0 GB .* dtype float16"):
+        encode_corpus(PASSAGES, encoder, tmp_path / "s")
+
+
+# Real processes
+
+BUILD = """
+import sys
+from trl_search.retrieval.dense.corpus_vectors import encode_corpus
+encode_corpus.__kwdefaults__["shard_rows"] = 64
+from trl_search.retrieval.index.folder import build_index
+build_index(sys.argv[1], sys.argv[2], "dense", announce=lambda said: print(said, flush=True), encoder=sys.argv[3])
+"""
+
+
+def same_bytes(one: Path, other: Path) -> None:
+    """Every file but times: when it was built, and how long that took."""
+    assert read_manifest(one).files.keys() == read_manifest(other).files.keys()
+    for name in read_manifest(one).files:
+        if name.endswith("vectors.json"):
+            first, second = (json.loads((folder / name).read_text()) for folder in (one, other))
+            assert {**first, "build_s": 0} == {**second, "build_s": 0}
+        else:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", 1500)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path / "index"), str(checkpoint)]
+    process = subprocess.Popen(command, env=environment)
+    journal = tmp_path / ".index.building" / "scratch" / DONE
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(1) >= 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
+    assert 3 <= journal.read_bytes().count(1) < 24, "it was killed too late for this test to say anything"
+    monkeypatch.setitem(encode_corpus.__kwdefaults__, "shard_rows", 64)
+    said: list[str] = []
+    build_index(corpus, tmp_path / "index", "dense", announce=said.append, encoder=str(checkpoint))
+    assert said[0] == f"going on with the build in {tmp_path / '.index.building'}"
+    build_index(corpus, tmp_path / "whole", "dense", encoder=str(checkpoint))
+    same_bytes(tmp_path / "index", tmp_path / "whole")
+    assert not (tmp_path / ".index.building").exists()
+
+
+def test_two_processes_build_one_index_together(
+    tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", SHARD_ROWS + 100)
+    (tmp_path / "counts").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = ["index", "--corpus", str(corpus), "--kind", "dense", "--encoder", str(checkpoint)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COUNTS": str(tmp_path / "counts")}
+    done = subprocess.run(
+        [
+            *launcher,
+            "--num_machines",
+            "1",
+            "-m",
+            "tests.support.shared_build",
+            *command,
+            "--output",
+            str(tmp_path / "index"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("recall@3") == 2  # the plan and what was measured, from one process alone
+    assert {file.name: int(file.read_text()) for file in (tmp_path / "counts").iterdir()} == {
+        "0": SHARD_ROWS,
+        "1": 100,
+    }
+    monkeypatch.setitem(encode_corpus.__kwdefaults__, "shard_rows", SHARD_ROWS)
+    build_index(corpus, tmp_path / "alone", "dense", encoder=str(checkpoint))
+    same_bytes(tmp_path / "index", tmp_path / "alone")
+    assert (tmp_path / "index" / MANIFEST).exists()

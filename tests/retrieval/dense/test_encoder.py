@@ -1,0 +1,221 @@
+"""Encoders: the reference e5 recipe to the last digit, what each family adds, and that no two are taken for one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from tests.support.encoders import minilm, needs_minilm, save_random_bert
+from trl_search.common.errors import UserError
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
+
+TEXTS = [
+    "lantern",
+    '"Orlune"\nOrlune is a harbour town in Vesk, a country of many harbours.',
+    "Who founded the harbour town? " * 40,  # beyond 256 tokens
+    "كتاب 灯 \U0001f30a",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_random_bert(folder / "e5-base-v2")
+    for name in ("bge-base-en-v1.5", "bge-large-zh", "nobody-base", "bge-m3"):
+        shutil.copytree(folder / "e5-base-v2", folder / name)
+    return folder
+
+
+@torch.no_grad()
+def reference(folder: Path, texts: list[str], *, pooling: str, max_length: int) -> np.ndarray:
+    """The encoder of the field's servers, written out with transformers alone, one batch of padded texts."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, max_length=max_length, padding=True, truncation=True, return_tensors="pt")
+    hidden_NTD = model(**batch, return_dict=True).last_hidden_state
+    if pooling == "mean":
+        mask_NT = batch["attention_mask"]
+        summed_ND = hidden_NTD.masked_fill(~mask_NT[..., None].bool(), 0.0).sum(dim=1)
+        pooled_ND = summed_ND / mask_NT.sum(dim=1)[..., None]
+    else:
+        pooled_ND = hidden_NTD[:, 0]
+    normal: np.ndarray = torch.nn.functional.normalize(pooled_ND, dim=-1).numpy()
+    return normal
+
+
+def test_e5_is_the_reference_recipe(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    for encode, prompt in ((encoder.encode_queries, "query: "), (encoder.encode_passages, "passage: ")):
+        expected = reference(
+            checkpoints / "e5-base-v2", [prompt + text for text in TEXTS], pooling="mean", max_length=256
+        )
+        for batch_size in (1, 2, 64):
+            got = encode(TEXTS, batch_size=batch_size)
+            assert got.dtype == np.float32 and np.abs(got - expected).max() < 1e-6
+    # The test would not notice a lost prefix or another length, were texts of this model all alike.
+    assert np.abs(encoder.encode_queries(TEXTS) - encoder.encode_passages(TEXTS)).max() > 0.01
+    longer = reference(checkpoints / "e5-base-v2", [f"query: {TEXTS[2]}"], pooling="mean", max_length=512)
+    assert np.abs(encoder.encode_queries([TEXTS[2]]) - longer).max() > 1e-3
+
+
+def test_bge_has_a_prompt_for_queries_alone_and_takes_the_first_token(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "bge-base-en-v1.5", device="cpu")
+    prompt = "Represent this sentence for searching relevant passages: "
+    folder = checkpoints / "bge-base-en-v1.5"
+    expected = reference(folder, [prompt + text for text in TEXTS], pooling="cls", max_length=512)
+    assert np.abs(encoder.encode_queries(TEXTS) - expected).max() < 1e-6
+    expected = reference(folder, TEXTS, pooling="cls", max_length=512)
+    assert np.abs(encoder.encode_passages(TEXTS) - expected).max() < 1e-6
+
+
+@needs_minilm
+def test_a_model_of_sentence_transformers_is_used_as_its_files_say() -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder, model = load_encoder(minilm(), device="cpu"), SentenceTransformer(minilm(), device="cpu")
+    expected = model.encode(TEXTS)
+    for got in (encoder.encode_queries(TEXTS), encoder.encode_passages(TEXTS)):
+        assert np.abs(got - expected).max() < 1e-6
+    print_ = encoder.fingerprint
+    assert (print_.max_length, print_.modules, print_.dim) == (256, "Transformer + Pooling(mean) + Normalize", 384)
+    asked, *found = encoder.encode_queries(["where was she born?", "Her birthplace is Orlune.", "The price of tin."])
+    assert asked @ found[0] > asked @ found[1] + 0.2
+
+
+def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leaves_out(checkpoints: Path) -> None:
+    plain = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    plain._model.prompts = {}
+    plain._model.max_seq_length = 512
+    plain._model.save(str(checkpoints / "st" / "e5-base-v2"))
+    plain._model.max_seq_length = 256
+    packed = load_encoder(checkpoints / "st" / "e5-base-v2", device="cpu")
+    assert packed.fingerprint.differences(plain.fingerprint) == []
+    assert np.array_equal(packed.encode_queries(TEXTS), plain.encode_queries(TEXTS))
+    asked = load_encoder(checkpoints / "st" / "e5-base-v2", device="cpu", max_length=128, query_prompt="ask: ")
+    assert asked.fingerprint.differences(plain.fingerprint) == [
+        "query_prompt is 'ask: ', not 'query: '",
+        "max_length is 128, not 256",
+    ]
+
+
+def test_a_model_with_a_prompt_by_default_gives_passages_none(checkpoints: Path) -> None:
+    plain = load_encoder(checkpoints / "e5-base-v2", device="cpu", query_prompt="", passage_prompt="")
+    plain._model.prompts, plain._model.default_prompt_name = {"query": "query: ", "passage": ""}, "query"
+    plain._model.save(str(checkpoints / "st" / "asks-by-default"))
+    encoder = load_encoder(checkpoints / "st" / "asks-by-default", device="cpu")
+    assert (encoder.fingerprint.query_prompt, encoder.fingerprint.passage_prompt) == ("query: ", "")
+    plain._model.default_prompt_name = None
+    passages, queries, expected = (
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        for vectors in (encoder.encode_passages(TEXTS), encoder.encode_queries(TEXTS), plain.encode_passages(TEXTS))
+    )
+    assert np.allclose(passages, expected, atol=1e-5) and not np.allclose(queries, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "prompt", "max_length"),
+    [
+        ("e5-base-v2", "mean", "query: ", 256),
+        ("bge-base-en-v1.5", "cls", "Represent this sentence for searching relevant passages: ", 512),
+        ("bge-large-zh", "cls", "为这个句子生成表示以用于检索相关文章：", 512),
+        ("bge-m3", "cls", "", 512),  # of 8192, what this checkpoint has positions for
+    ],
+)
+def test_families_are_known_by_name(checkpoints: Path, name: str, pooling: str, prompt: str, max_length: int) -> None:
+    found = load_encoder(checkpoints / name, device="cpu").fingerprint
+    assert (found.modules, found.query_prompt, found.max_length, found.normalize) == (
+        f"Transformer + Pooling({pooling})",
+        prompt,
+        max_length,
+        True,
+    )
+
+
+def test_a_plain_checkpoint_of_no_family_needs_its_pooling(checkpoints: Path) -> None:
+    with pytest.raises(UserError, match=r"nobody-base.*pass pooling, one of mean, cls"):
+        load_encoder(checkpoints / "nobody-base", device="cpu")
+    found = load_encoder(checkpoints / "nobody-base", device="cpu", pooling="cls", normalize=False)
+    assert (found.fingerprint.query_prompt, found.fingerprint.normalize) == ("", False)
+    assert np.abs(np.linalg.norm(found.encode_queries(["lantern"])) - 1) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("nowhere", {}, "no encoder folder"),
+        ("e5-base-v2", {"dtype": "float61"}, "did you mean 'float16'"),
+        ("e5-base-v2", {"pooling": "men"}, "did you mean 'mean'"),
+        ("e5-base-v2", {"max_length": 1000}, "positions for 512 tokens"),
+    ],
+)
+def test_wrong_options_are_refused(checkpoints: Path, name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_encoder(checkpoints / name, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_an_encoder_that_is_not_on_this_machine_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"encoder 'nobody/e5-base-v9' cannot be loaded: [^\n]*$"):
+        load_encoder("nobody/e5-base-v9", device="cpu")
+
+
+@needs_minilm
+def test_a_folder_that_says_how_it_pools_is_not_overruled() -> None:
+    with pytest.raises(UserError, match="says itself how it pools"):
+        load_encoder(minilm(), pooling="cls")
+    with pytest.raises(UserError, match="normalises by itself"):
+        load_encoder(minilm(), normalize=False)
+
+
+# One encoder, or another?
+
+
+def test_a_moved_or_rewritten_folder_is_the_same_encoder_and_other_weights_are_not(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    shutil.copytree(checkpoints / "e5-base-v2", checkpoints / "moved" / "e5-base-v2")
+    moved = load_encoder(checkpoints / "moved" / "e5-base-v2", device="cpu", dtype="bfloat16")
+    refuse_other_encoder(moved, recorded(encoder), "indexes/x")
+    save_random_bert(checkpoints / "other" / "e5-base-v2", seed=1)
+    other = load_encoder(checkpoints / "other" / "e5-base-v2", device="cpu")
+    with pytest.raises(UserError, match=r"is not the one indexes/x was built with .*: its weights is"):
+        refuse_other_encoder(other, recorded(encoder), "indexes/x")
+
+
+def test_another_prompt_or_length_is_another_encoder(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    changed = Encoder(None, replace(encoder.fingerprint, passage_prompt="", dim=768))
+    with pytest.raises(UserError, match="its passage_prompt is '', not 'passage: ', dim is 768, not 32"):
+        refuse_other_encoder(changed, recorded(encoder), "indexes/x")
+
+
+# What reaches it
+
+
+def test_a_text_of_100_000_characters_costs_what_its_first_tokens_cost(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    long, cut = "harbour town " * 80_000, "harbour town " * 200
+    start = time.perf_counter()
+    assert np.abs(encoder.encode_queries([long]) - encoder.encode_queries([cut])).max() < 1e-6
+    assert time.perf_counter() - start < 5  # a million characters through the tokenizer take minutes
+
+
+def test_strange_texts_are_encoded(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    vectors = encoder.encode_queries(["Orlune\ud800", "\0", "", "x" * 100_000])
+    assert vectors.shape == (4, 32) and np.isfinite(vectors).all()
+    assert encoder.encode_queries([]).shape == (0, 32)
+
+
+def test_threads_get_what_one_thread_gets(checkpoints: Path) -> None:
+    encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
+    expected = [encoder.encode_queries([text]) for text in TEXTS]
+    with ThreadPoolExecutor(8) as pool:
+        for number, got in enumerate(pool.map(lambda n: encoder.encode_queries([TEXTS[n % 5]]), range(40))):
+            assert np.array_equal(got, expected[number % 5])

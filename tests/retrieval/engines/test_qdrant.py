@@ -1,0 +1,277 @@
+"""The Qdrant adapter, over the engine inside of the official client; what only a server does, over HTTP on loopback.
+
+No Qdrant server runs here: that a cluster spreads shards and replicas as it is told is Qdrant's, and what is held is
+that it is told so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: pip install 'trl-search[qdrant]'")
+
+from tests.support.encoders import save_random_bert  # noqa: E402
+from tests.support.servers import Asked, Said, serving  # noqa: E402
+from trl_search.cli.main import main  # noqa: E402
+from trl_search.common.errors import UserError  # noqa: E402
+from trl_search.data.world import generate_world  # noqa: E402
+from trl_search.retrieval import RetrievalError, load_retriever  # noqa: E402
+from trl_search.retrieval.base import Unavailable  # noqa: E402
+from trl_search.retrieval.bm25.analyzer import Analyzer  # noqa: E402
+from trl_search.retrieval.engines import qdrant, qdrant_build  # noqa: E402
+from trl_search.retrieval.engines.base import best_rows  # noqa: E402
+from trl_search.retrieval.engines.qdrant_build import QdrantBuilder  # noqa: E402
+from trl_search.retrieval.index.build_folder import build_path  # noqa: E402
+from trl_search.retrieval.index.folder import MANIFEST, build_index, read_manifest  # noqa: E402
+from trl_search.types import Passage  # noqa: E402
+
+PASSAGES = [Passage(f"p{row}", f"Town {row}", f"harbour {'lantern ' * (row % 4)} word{row}") for row in range(11)]
+
+
+def write(passages: list[Passage], path: Path) -> Path:
+    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in passages]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def build(folder: Path, passages: Any = PASSAGES, **options: Any) -> Path:
+    build_index(passages, folder / "index", "qdrant", path=str(folder / "engine"), **{"vectors": "sparse"} | options)
+    return folder / "index"
+
+
+def found(index: Path, query: str, k: int = 3, **options: Any) -> list[Passage]:
+    retriever = load_retriever("qdrant", index=index, **options)
+    try:
+        return retriever.search([query], k)[0]
+    finally:
+        retriever.close()
+
+
+def test_sparse_scores_are_bm25(tmp_path: Path) -> None:
+    passages = list(generate_world(passages=120, seed=1).passages)
+    index = build(tmp_path, passages)
+    analyzer = Analyzer()
+    terms = [analyzer.terms(f"{passage.title}\n{passage.text}") for passage in passages]
+    mean = sum(map(len, terms)) / len(terms)
+
+    def bm25(query: list[str], row: int) -> float:
+        score = 0.0
+        for term in query:
+            holding = sum(term in one for one in terms)
+            idf = math.log(1 + (len(terms) - holding + 0.5) / (holding + 0.5))
+            count = terms[row].count(term)
+            score += idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * len(terms[row]) / mean))
+        return score
+
+    query = f"where was {passages[7].title} born, and in which town?"
+    expected = {passages[row].id: bm25(analyzer.terms(query), row) for row in range(len(passages))}
+    best = sorted(expected.values(), reverse=True)[:5]
+    hits = found(index, query, 5)
+    assert [hit.score for hit in hits] == pytest.approx(best, rel=1e-4)
+    assert [expected[hit.id] for hit in hits] == pytest.approx(best, rel=1e-4)
+
+
+def test_ties_beyond_what_is_fetched_first_stand_in_corpus_order(tmp_path: Path) -> None:
+    index = build(tmp_path, [Passage(f"c{row}", "", "lantern festival") for row in range(60)])
+    assert [hit.id for hit in found(index, "lantern", 3)] == ["c0", "c1", "c2"]
+
+
+def test_whatever_order_an_engine_gives_ties_in() -> None:
+    """Two queries: 60 rows alike, the last ones first; and rows whose scores differ."""
+    fetched: list[tuple[list[int], int]] = []
+
+    def fetch(queries: list[int], count: int) -> list[Any]:
+        fetched.append((queries, count))
+        rows = np.arange(60)
+        alike, unlike = (np.ones(60), rows[::-1]), (1 / (1.0 + rows), rows)
+        return [tuple(part[:count] for part in (alike, unlike)[query]) for query in queries]
+
+    assert best_rows(fetch, 2, 3, most=4096) == [
+        [(0, 1.0), (1, 1.0), (2, 1.0)],
+        [(0, 1.0), (1, 0.5), (2, 0.33333)],
+    ]
+    assert fetched == [([0, 1], 16), ([0], 128)]
+    # No more than the engine gives: of a longer tie, those it gave first.
+    assert best_rows(fetch, 1, 3, most=20) == [[(40, 1.0), (41, 1.0), (42, 1.0)]]
+
+
+def test_a_build_that_is_killed_sends_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write(PASSAGES, tmp_path / "corpus.jsonl")
+    monkeypatch.setattr(qdrant_build, "MAX_UPSERT", 2)
+    upsert, sent = qdrant_client.QdrantClient.upsert, []
+
+    def failing(self: Any, *, points: list[Any], **options: Any) -> Any:
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        sent.append([point.id for point in points])
+        return upsert(self, points=points, **options)
+
+    monkeypatch.setattr(qdrant_client.QdrantClient, "upsert", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, corpus)
+    assert not (tmp_path / "index").exists() and build_path(tmp_path / "index").exists()
+    with pytest.raises(UserError, match="is loaded just now"):
+        load_retriever("qdrant", path=tmp_path / "engine", collection="passages")
+    sent.append([])
+    index = build(tmp_path, corpus)
+    assert sent == [[0, 1], [2, 3], [4, 5], [], [6, 7], [8, 9], [10]]
+    assert {hit.id for hit in found(index, "harbour", 50)} == {passage.id for passage in PASSAGES}
+
+
+def test_a_collection_that_is_there_is_replaced_on_purpose_only(tmp_path: Path) -> None:
+    index = build(tmp_path)
+    for replace in (False, True):
+        other = tmp_path / f"other-{replace}"
+        options = {"path": str(tmp_path / "engine"), "vectors": "sparse", "replace": replace}
+        if not replace:
+            with pytest.raises(UserError, match="--replace"):
+                build_index(PASSAGES[:4], other, "qdrant", **options)
+            assert len(found(index, "harbour", 50)) == 11
+        else:
+            build_index(PASSAGES[:4], other, "qdrant", **options)
+            assert len(found(other, "harbour", 50)) == 4
+    # The first folder's collection holds other passages now.
+    with pytest.raises(UserError, match="was loaded with other passages"):
+        load_retriever("qdrant", index=index)
+
+
+def test_a_gateway_needs_the_manifest_alone_or_nothing_on_disk(tmp_path: Path) -> None:
+    index = build(tmp_path)
+    expected = found(index, "lantern word3")
+    for file in index.iterdir():
+        if file.name != MANIFEST:
+            file.unlink()
+    assert found(index, "lantern word3") == expected
+    retriever = load_retriever("qdrant", path=tmp_path / "engine", collection="passages")
+    assert retriever.search(["lantern word3"], 3) == [expected]
+    retriever.close()
+    with pytest.raises(RetrievalError, match="closed"):
+        retriever.search(["lantern"], 3)
+
+
+def test_dense_vectors_are_searched_with_their_encoder_and_no_other(tmp_path: Path) -> None:
+    mine, other = (save_random_bert(tmp_path / name / "e5-base-v2", seed=seed) for seed, name in enumerate("ab"))
+    index = build(tmp_path, vectors="dense", encoder=str(mine), quantization="int8", on_disk=True, shards=2)
+    assert read_manifest(index).details["encoder"]["query_prompt"] == "query: "
+    expected = load_retriever("dense", passages=PASSAGES, encoder=str(mine)).search(["lantern word3"], 4)[0]
+    hits = found(index, "lantern word3", 4, exact=True)
+    assert [hit.id for hit in hits] == [hit.id for hit in expected]
+    assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-4)
+    with pytest.raises(UserError, match="its weights is"):
+        load_retriever("qdrant", index=index, encoder=str(other))
+
+
+def test_the_command_line_loads_and_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write(PASSAGES, tmp_path / "corpus.jsonl")
+    place = ["--path", str(tmp_path / "engine"), "--collection", "towns"]
+    made = ["index", "--kind", "qdrant", "--corpus", str(corpus), "--output", str(tmp_path / "index"), *place]
+    assert main([*made, "--vectors", "sparse", "--stemmer", "none"]) == 0
+    assert main(["search", str(tmp_path / "index"), "word7", "--top_k", "1"]) == 0
+    assert "Town 7   [id p7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "path=DIR"),
+        ({"url": "http://a:6333", "path": "x"}, "path=DIR"),
+        ({"url": "http://u:p@a:6333"}, "QDRANT_API_KEY"),
+        ({"path": "x", "vectors": "spares"}, "did you mean 'sparse'"),
+        ({"path": "x", "quantization": "int8"}, "sparse ones"),
+        ({"path": "x", "shards": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        QdrantBuilder(**{"vectors": "sparse"} | options)
+
+
+def result(value: Any) -> Said:
+    return Said({"result": value, "status": "ok", "time": 0.001})
+
+
+def collection(metadata: dict[str, Any]) -> Said:
+    """`GET /collections/NAME`, as Qdrant 1.16 answers it."""
+    params = {"shard_number": 2, "replication_factor": 2, "on_disk_payload": True}
+    hnsw = {"m": 16, "ef_construct": 100, "full_scan_threshold": 10000}
+    optimizer = {"deleted_threshold": 0.2, "vacuum_min_vector_number": 1000, "default_segment_number": 0}
+    optimizer["flush_interval_sec"] = 5
+    config = {"params": params, "hnsw_config": hnsw, "optimizer_config": optimizer, "metadata": metadata}
+    counts = {"points_count": 2, "segments_count": 1, "indexed_vectors_count": 0}
+    return result({"status": "green", "optimizer_status": "ok", **counts, "config": config, "payload_schema": {}})
+
+
+ABOUT = {"corpus": "0", "passages": 2, "vectors": "sparse", "stemmer": "english", "stopwords": "english"}
+
+
+def test_a_cluster_is_told_of_shards_replicas_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save_random_bert(tmp_path / "e5-base-v2")
+    monkeypatch.setenv("QDRANT_API_KEY", "s3cret")
+
+    def answer(asked: Asked) -> Said:
+        path = asked.target.partition("?")[0]
+        if path.endswith("/exists"):
+            return result({"exists": False})
+        if path.endswith("/points/count"):
+            return result({"count": len(PASSAGES)})
+        return result({"operation_id": 0, "status": "completed"} if "/points" in path else True)
+
+    with serving(answer) as server:
+        build_index(
+            PASSAGES,
+            tmp_path / "index",
+            "qdrant",
+            **{"url": server.url, "encoder": str(checkpoint), "collection": "wiki"},
+            **{"shards": 12, "replicas": 2, "quantization": "binary", "on_disk": True},
+        )
+    asked = {(one.method, one.target.partition("?")[0]): one for one in server.asked}
+    made = asked["PUT", "/collections/wiki"].json
+    assert (made["shard_number"], made["replication_factor"], made["on_disk_payload"]) == (12, 2, True)
+    assert made["vectors"]["dense"] == {"size": 32, "distance": "Dot", "on_disk": True}
+    assert made["quantization_config"]["binary"]["always_ram"] is True
+    upserted = asked["PUT", "/collections/wiki/points"]
+    assert len(upserted.json["points"]) == len(PASSAGES) and "wait=true" in upserted.target
+    # What it was loaded with comes last.
+    assert server.asked[-1].method == "PATCH" and server.asked[-1].json["metadata"]["trl_search"]["passages"] == 11
+    assert upserted.headers["api-key"] == "s3cret"
+    assert "s3cret" not in (tmp_path / "index" / MANIFEST).read_text()
+
+
+def test_failures_are_failures_and_what_passes_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    troubles: list[Said] = []
+    hits = result([{"points": [{"id": 1, "version": 0, "score": 2.0}]}])
+    read = result([{"id": 1, "payload": {"id": "p1", "title": "T", "text": "x"}}])
+
+    def answer(asked: Asked) -> Said:
+        if asked.method == "GET":
+            return collection({"trl_search": ABOUT})
+        if troubles:
+            return troubles.pop()
+        return hits if asked.target.split("?")[0].endswith("/query/batch") else read
+
+    with serving(answer) as server:
+        retriever = load_retriever("qdrant", url=server.url, collection="wiki")
+        troubles += [Said({"status": {"error": "busy"}}, 503), Said({"status": {"error": "slow down"}}, 429)]
+        assert retriever.search(["harbour", "?!"], 3) == [[Passage("p1", "T", "x", score=2.0)], []]
+        troubles += [Said({"status": {"error": "busy"}}, 503)] * 3
+        with pytest.raises(Unavailable, match=r"answered 503.*busy"):
+            retriever.search(["harbour"], 3)
+        asked = len(server.asked)
+        troubles.append(Said({"status": {"error": "Wrong input: no such vector"}}, 400))
+        with pytest.raises(RetrievalError, match="no such vector"):
+            retriever.search(["harbour"], 3)
+        assert len(server.asked) == asked + 1
+        monkeypatch.setattr(qdrant, "MAX_BATCH", 2)
+        server.asked.clear()
+        hits.body["result"] *= 2
+        retriever.search(["a harbour", "a town", "two towns", "the lantern"], 3)
+        sizes = [len(one.json["searches"]) for one in server.asked if "query/batch" in one.target]
+        assert sizes == [2, 2]
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        retriever.search(["harbour"], 3)

@@ -1,0 +1,269 @@
+"""Index folders: whole or not there, and refused when they are not what they say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval import Retriever, load_retriever
+from trl_search.retrieval.corpus.passages import CorpusError
+from trl_search.retrieval.index.folder import MANIFEST, IndexFolderError, build_index, open_index, read_manifest
+from trl_search.types import Passage
+
+WORLD = [Passage("1", "Orlune", "A harbour town."), Passage("2", "Vesk", "A country.")]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "my corpus.jsonl"
+    lines = [json.dumps({"id": passage.id, "title": passage.title, "text": passage.text}) for passage in WORLD]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def index(corpus: Path, tmp_path: Path) -> Path:
+    build_index(corpus, tmp_path / "indexes" / "one")
+    return tmp_path / "indexes" / "one"
+
+
+def load(index: Path, **options: object) -> Retriever:
+    return load_retriever("bm25", index=index, **options)
+
+
+def refused(index: Path, *words: str) -> None:
+    with pytest.raises(IndexFolderError) as raised:
+        load(index)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_an_index_says_what_it_is_made_of(index: Path, corpus: Path) -> None:
+    manifest = read_manifest(index)
+    assert (manifest.kind, manifest.passages, manifest.options["stemmer"]) == ("bm25", 2, "english")
+    assert manifest.source is not None and manifest.source.name == str(corpus)
+    assert set(manifest.files) == {str(f.relative_to(index)) for f in index.rglob("*") if f.is_file()} - {MANIFEST}
+
+
+def test_the_same_corpus_gives_the_same_bytes(index: Path, corpus: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from trl_search.retrieval.index.folder import build_index; build_index(sys.argv[1], sys.argv[2])"
+    )
+    again = tmp_path / "again"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code, str(corpus), str(again)], env=environment, check=True)
+    for name in read_manifest(index).files:
+        assert (index / name).read_bytes() == (again / name).read_bytes(), name
+
+
+# Half-written
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def breaks() -> Iterator[Passage]:
+        yield WORLD[0]
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        build_index(breaks(), tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_is_killed_leaves_nothing_under_its_name(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from trl_search.retrieval.index.folder import build_index
+from trl_search.retrieval.bm25.retriever import BM25Builder
+save = BM25Builder.build
+def build_and_die(self, corpus, folder):
+    save(self, corpus, folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+BM25Builder.build = build_and_die
+from trl_search.types import Passage
+build_index([Passage("1", "", "lantern")], sys.argv[1])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
+    (left,) = tmp_path.iterdir()
+    refused(left, "not a finished index", "no manifest.json")
+    build_index(WORLD, tmp_path / "index")  # what was left does not stand in the way
+
+
+def test_a_folder_without_a_manifest_is_refused_with_the_command_to_build_it(index: Path) -> None:
+    (index / MANIFEST).unlink()
+    refused(index, "not a finished index", f"trl-search index --corpus FILE.jsonl --kind bm25 --output {index}")
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "there is no index folder", "trl-search index --corpus FILE.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"format": 1, "kind": "bm25"}', '{"format": 1, "source": null, "corpus": 3}']
+)
+def test_a_damaged_manifest_is_refused(index: Path, text: str) -> None:
+    (index / MANIFEST).write_text(text)
+    refused(index, "damaged", "rebuild with: trl-search index")
+
+
+@pytest.mark.parametrize("name", ["bm25/data.csc.index.npy", "corpus.offsets.npy", "corpus.jsonl"])
+def test_a_file_cut_short_or_lost_is_refused(index: Path, name: str) -> None:
+    content = (index / name).read_bytes()
+    (index / name).write_bytes(content[:-1])
+    refused(index, name, f"should have {len(content)} bytes", "--overwrite")
+    (index / name).unlink()
+    refused(index, name, "nothing")
+
+
+@pytest.mark.parametrize("written", [0, 2, None])
+def test_another_format_is_refused_with_the_whole_command(index: Path, corpus: Path, written: int | None) -> None:
+    manifest = json.loads((index / MANIFEST).read_text())
+    manifest["format"] = written
+    (index / MANIFEST).write_text(json.dumps(manifest))
+    refused(index, f"format {written}", f"--corpus '{corpus}' --kind bm25 --output {index} --overwrite")
+
+
+def test_another_kind_is_refused(index: Path) -> None:
+    with pytest.raises(IndexFolderError, match="of kind 'bm25', not 'dense'"):
+        open_index(index, "dense")
+
+
+# A corpus that changed
+
+
+def test_passages_edited_in_the_folder_are_refused(index: Path) -> None:
+    rows = (index / "corpus.jsonl").read_bytes()
+    (index / "corpus.jsonl").write_bytes(rows.replace(b"harbour", b"HARBOUR"))
+    refused(index, "was changed after the index was built", "rebuild with")
+
+
+def test_a_source_that_changed_is_refused_unless_told(index: Path, corpus: Path) -> None:
+    corpus.write_text(corpus.read_text() + '{"id": "3", "text": "new"}\n')
+    refused(index, f"{corpus} has changed since", "rebuild with", "check_source=False")
+    assert load(index, check_source=False).search(["harbour"], k=1)[0][0].id == "1"
+
+
+def test_a_source_changed_in_place_is_refused(index: Path, corpus: Path) -> None:
+    corpus.write_text(corpus.read_text().replace("town", "TOWN"))
+    refused(index, "has changed since")
+
+
+def test_a_source_touched_or_gone_is_not_a_changed_one(index: Path, corpus: Path) -> None:
+    corpus.touch()
+    load(index)
+    corpus.unlink()
+    load(index)
+
+
+def test_a_copied_index_opens(index: Path, tmp_path: Path) -> None:
+    shutil.copytree(index, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert load(tmp_path / "copy").search(["harbour"], k=1)[0][0].id == "1"
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus: Path, tmp_path: Path) -> None:
+    from trl_search.retrieval.bm25.retriever import BM25Builder
+
+    class Slow(BM25Builder):
+        def build(self, *args: object) -> None:
+            corpus.write_text(corpus.read_text() + "\n")
+
+    builder = import_module("trl_search.retrieval.bm25.retriever")
+    original, builder.BM25Builder = builder.BM25Builder, Slow  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(IndexFolderError, match="changed while it was indexed"):
+            build_index(corpus, tmp_path / "index")
+    finally:
+        builder.BM25Builder = original  # type: ignore[attr-defined]
+
+
+# Where it is written
+
+
+def test_an_index_is_replaced_only_when_told_and_never_by_a_failed_build(index: Path, tmp_path: Path) -> None:
+    before = read_manifest(index)
+    with pytest.raises(IndexFolderError, match="--overwrite"):
+        build_index(WORLD[:1], index)
+    with pytest.raises(CorpusError, match="no passages"):
+        build_index([], index, overwrite=True)
+    assert read_manifest(index) == before
+    build_index(WORLD[:1], index, overwrite=True)
+    assert load(index).search(["country"], k=1) == [[]]
+    assert [path.name for path in index.parent.iterdir()] == ["one"]
+
+
+def test_what_is_not_an_index_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("three years of work")
+    with pytest.raises(IndexFolderError, match="not a finished index"):
+        build_index(WORLD, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "three years of work"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    build_index(WORLD, tmp_path / "index")
+    load(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("bm52", {}, "unknown kind of index 'bm52': did you mean 'bm25'"),
+        ("bm25", {"stemer": None}, "did you mean 'stemmer'"),
+        ("bm25", {"stemmer": "klingon"}, "unknown stemmer"),
+        ("bm25", {"k1": -1}, "k1 >= 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    tmp_path: Path, kind: str, options: dict[str, Any], message: str
+) -> None:
+    def never() -> Iterator[Passage]:
+        raise AssertionError("the corpus was read")
+        yield
+
+    with pytest.raises(UserError, match=message):
+        build_index(never(), tmp_path / "index", kind, **options)
+
+
+# The commands
+
+
+def command(name: str, *arguments: object) -> int:
+    module = import_module(f"trl_search.cli.commands.{name}")
+    parser = argparse.ArgumentParser(description=module.__doc__)
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args([str(argument) for argument in arguments]))
+    return code
+
+
+def test_index_then_search(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("index", "--corpus", corpus, "--kind", "bm25", "--output", tmp_path / "i", "--stemmer", "none") == 0
+    assert "2 passages" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "i").options["stemmer"] is None
+    assert command("search", tmp_path / "i", "harbour?", "zeppelin", "--top_k", 1) == 0
+    first, second = capsys.readouterr().out.split("zeppelin")
+    assert "1. Orlune   [id 1, score" in first and "A harbour town." in first
+    assert "no match" in second
+
+
+def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
+    with pytest.raises(UserError, match=r"no corpus file .*nowhere\.jsonl"):
+        command("index", "--corpus", tmp_path / "nowhere.jsonl", "--output", tmp_path / "i")
+    with pytest.raises(UserError, match="--top_k"):
+        command("search", index, "harbour", "--top_k", 0)
+    with pytest.raises(UserError, match="no index folder"):
+        command("search", tmp_path / "nowhere", "harbour")

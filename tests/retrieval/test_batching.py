@@ -1,0 +1,433 @@
+"""The search batcher: what travels together, what fails alone, and that nothing waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_search.retrieval import RetrievalError, Retriever
+from trl_search.retrieval.base import QueueFull, Unavailable
+from trl_search.retrieval.batching import SearchBatcher
+from trl_search.retrieval.threads import MAX_HUNG
+from trl_search.types import Passage
+
+TIMEOUT_S = 0.3  # of a call that hangs; whatever does not hang takes a hundredth of that
+
+
+class Echo(Retriever):
+    """Finds its own query `k` times. "poison" raises; "hang" waits until `released`."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s, self.released = delay_s, threading.Event()
+        self.batches: list[list[str]] = []
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        self.batches.append(list(queries))
+        time.sleep(self.delay_s)
+        if "poison" in queries:
+            raise KeyError("poison")
+        if "hang" in queries:
+            self.released.wait(20)
+        return [[Passage(f"{query}{rank}", "", "") for rank in range(k)] for query in queries]
+
+
+class AsyncEcho(Echo):
+    async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        self.batches.append(list(queries))
+        await asyncio.sleep(20 if "hang" in queries else self.delay_s)
+        if "poison" in queries:
+            raise KeyError("poison")
+        return [[Passage(f"{query}{rank}", "", "") for rank in range(k)] for query in queries]
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        raise AssertionError("search_async was there")
+
+
+@pytest.fixture(params=[Echo, AsyncEcho])
+def echo(request: pytest.FixtureRequest) -> Echo:
+    made: Echo = request.param()
+    return made
+
+
+def run(
+    scenario: Callable[[SearchBatcher], Coroutine[Any, Any, Any]],
+    retriever: Retriever,
+    timeout_s: float = TIMEOUT_S,
+    **options: Any,
+) -> SearchBatcher:
+    async def whole() -> SearchBatcher:
+        complaints: list[dict[str, Any]] = []  # what asyncio would only log: an exception in a callback
+        asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
+        batcher = SearchBatcher(retriever, timeout_s=timeout_s, **options)
+        await asyncio.wait_for(scenario(batcher), 20)
+        await asyncio.wait_for(batcher.aclose(), 2)
+        await asyncio.sleep(0)
+        assert complaints == []
+        return batcher
+
+    return asyncio.run(whole())
+
+
+async def outcomes(batcher: SearchBatcher, *queries: str, k: int = 1) -> list[str]:
+    """The id of the first passage, or the failure, of each query, all asked at once."""
+    found = await asyncio.gather(*(batcher.search(query, k) for query in queries), return_exceptions=True)
+    return [one[0].id if isinstance(one, list) else repr(one) for one in found]
+
+
+def test_queries_asked_at_once_go_in_one_batch(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        assert await outcomes(batcher, "a", "b", "c") == ["a0", "b0", "c0"]
+
+    batcher = run(scenario, echo)
+    assert echo.batches == [["a", "b", "c"]]
+    assert (batcher.stats.queries, batcher.stats.batches, batcher.stats.failures) == (3, 1, 0)
+
+
+def test_one_batch_gathers_while_another_is_searched(echo: Echo) -> None:
+    echo.delay_s = 0.15
+
+    async def late(batcher: SearchBatcher, query: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await batcher.search(query, 1)
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.gather(*(late(batcher, query, 0.01 * at) for at, query in enumerate("abcd")))
+
+    batcher = run(scenario, echo)
+    assert echo.batches == [["a"], ["b", "c", "d"]]
+    assert 0.29 < batcher.stats.seconds < 1.5
+
+
+@pytest.mark.parametrize("turns", range(16))
+def test_a_query_at_the_very_moment_when_the_last_batch_ends_is_searched(turns: int) -> None:
+    async def later(batcher: SearchBatcher) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.search("b", 1)
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.wait_for(asyncio.gather(batcher.search("a", 1), later(batcher)), 5)
+
+    run(scenario, AsyncEcho(), timeout_s=5)
+
+
+def test_a_retriever_that_wants_several_batches_gets_them(echo: Echo) -> None:
+    echo.delay_s, echo.max_concurrent_batches = 0.1, 3
+
+    async def late(batcher: SearchBatcher, query: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await batcher.search(query, 1)
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.gather(*(late(batcher, query, 0.01 * at) for at, query in enumerate("abcdef")))
+        assert await outcomes(batcher, *"ghijk") == [f"{query}0" for query in "ghijk"]
+
+    run(scenario, echo, max_batch=4)
+    assert echo.batches == [["a"], ["b"], ["c"], ["d", "e", "f"], ["g", "h", "i", "j"], ["k"]]
+
+
+def test_a_batch_that_hangs_holds_up_no_batch_beside_it(echo: Echo) -> None:
+    echo.max_concurrent_batches = 2
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        hanging = asyncio.create_task(outcomes(batcher, "hang"))
+        await asyncio.sleep(0.01)
+        for query in "abc":
+            assert await outcomes(batcher, query) == [f"{query}0"]
+        assert not hanging.done()
+        assert "timed out" in (await hanging)[0]
+
+    run(scenario, echo)
+    echo.released.set()
+
+
+def test_one_query_too_many_is_refused_at_once(echo: Echo) -> None:
+    echo.delay_s = 0.1
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        first = asyncio.create_task(batcher.search("a", 1))
+        await asyncio.sleep(0.02)  # it is being searched, and waits no longer
+        waiting = [asyncio.create_task(batcher.search(query, 1)) for query in "bc"]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="2 searches wait already"):
+            await batcher.search("d", 1)
+        again = asyncio.create_task(batcher.search("b", 1))  # asks for nothing new
+        assert [(await one)[0].id for one in (first, *waiting, again)] == ["a0", "b0", "c0", "b0"]
+        assert await outcomes(batcher, "d") == ["d0"]
+
+    batcher = run(scenario, echo, max_queued=2)
+    assert (batcher.stats.queries, batcher.stats.failures) == (6, 1)
+
+
+def test_a_service_that_is_down_is_not_tried_query_by_query() -> None:
+    class Down(Echo):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            self.batches.append(list(queries))
+            raise Unavailable("nobody listens")
+
+    down = Down()
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        assert await outcomes(batcher, "a", "b") == ["Unavailable('nobody listens')"] * 2
+
+    run(scenario, down)
+    assert down.batches == [["a", "b"]]
+
+
+def test_a_lone_query_waits_for_no_timer(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        for at in range(50):
+            await batcher.search(f"q{at}", 1)
+
+    started = time.monotonic()
+    run(scenario, echo)
+    assert time.monotonic() - started < 2
+    assert len(echo.batches) == 50
+
+
+def test_a_batch_is_no_larger_than_told_and_of_one_k(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        found = await asyncio.gather(*(batcher.search(f"{at}", 1 + at % 2) for at in range(10)))
+        assert [len(passages) for passages in found] == [1, 2] * 5
+
+    run(scenario, echo, max_batch=3)
+    assert echo.batches == [["0", "2", "4"], ["1", "3", "5"], ["6", "8"], ["7", "9"]]
+
+
+def test_the_same_query_is_searched_once_while_it_is_in_flight(echo: Echo) -> None:
+    echo.delay_s = 0.1
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        first = asyncio.create_task(batcher.search("a", 1))
+        await asyncio.sleep(0.02)
+        assert await outcomes(batcher, "a", "a", "b") == ["a0", "a0", "b0"]
+        one, other = await asyncio.gather(batcher.search("c", 1), batcher.search("c", 1))
+        assert one == other and one is not other  # the caller may do with its list what it likes
+        assert await outcomes(batcher, "a") == [(await first)[0].id]
+
+    run(scenario, echo)
+    assert echo.batches == [["a"], ["b"], ["c"], ["a"]]
+
+
+def test_a_poisonous_query_fails_alone(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        a, poison, b = await outcomes(batcher, "a", "poison", "b")
+        assert (a, b) == ("a0", "b0")
+        assert poison.startswith("Crashed") and "KeyError" in poison
+        with pytest.raises(RetrievalError) as raised:
+            await batcher.search("poison", 1)
+        assert isinstance(raised.value.__cause__, KeyError)
+        assert await outcomes(batcher, "c") == ["c0"]
+
+    batcher = run(scenario, echo)
+    assert echo.batches == [["a", "poison", "b"], ["a"], ["poison"], ["b"], ["poison"], ["c"]]
+    assert batcher.stats.failures == 2
+
+
+def test_a_dead_server_is_not_asked_once_for_each_of_many_queries() -> None:
+    class Dead(Retriever):
+        calls = 0
+
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            self.calls += 1
+            time.sleep(0.05)
+            raise RetrievalError("connection refused")
+
+    dead = Dead()
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        failures = await outcomes(batcher, *map(str, range(200)))
+        assert len(failures) == 200 and all("connection refused" in failure for failure in failures[:2])
+
+    run(scenario, dead)
+    assert dead.calls < 10
+
+
+def test_a_call_that_hangs_fails_its_queries_and_holds_nobody_up(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        hanging = asyncio.create_task(outcomes(batcher, "hang", "beside"))
+        await asyncio.sleep(0.01)
+        assert await outcomes(batcher, "a", "b") == ["a0", "b0"]
+        assert all("timed out after 0.3 s" in failure for failure in await hanging)
+
+    started = time.monotonic()
+    batcher = run(scenario, echo)
+    assert time.monotonic() - started < 2
+    assert batcher.stats.failures == 2
+    assert echo.batches == [["hang", "beside"], ["a", "b"]]  # what hung is not tried again one by one
+    echo.released.set()
+
+
+def test_what_comes_back_too_late_disturbs_nobody() -> None:
+    echo = Echo()
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        assert "timed out" in (await outcomes(batcher, "hang"))[0]
+        echo.released.set()
+        await asyncio.sleep(0.05)
+        assert await outcomes(batcher, "hang", "a") == ["hang0", "a0"]
+
+    run(scenario, echo)
+
+
+def test_a_retriever_that_always_hangs_is_given_up() -> None:
+    echo = Echo()
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        for _ in range(MAX_HUNG):
+            assert "timed out" in (await outcomes(batcher, "hang"))[0]
+        started = time.monotonic()
+        assert "calls have not come back" in (await outcomes(batcher, "a"))[0]
+        assert time.monotonic() - started < 0.1
+        echo.released.set()
+        await asyncio.sleep(0.05)
+        assert await outcomes(batcher, "a") == ["a0"]
+
+    run(scenario, echo, timeout_s=0.1)
+
+
+def test_closing_fails_who_waits_and_waits_for_nobody(echo: Echo) -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        waiting = [asyncio.create_task(outcomes(batcher, query)) for query in ("hang", "a")]
+        await asyncio.sleep(0.01)
+        waiting.append(asyncio.create_task(outcomes(batcher, "b")))
+        await asyncio.sleep(0.01)
+        await batcher.aclose()
+        failures = [failure for (failure,) in await asyncio.gather(*waiting)]
+        assert all(failure.startswith("Unavailable('the search batcher was closed before") for failure in failures)
+        with pytest.raises(Unavailable, match="is closed"):
+            await batcher.search("c", 1)
+
+    started = time.monotonic()
+    run(scenario, echo, timeout_s=20)
+    assert time.monotonic() - started < 2
+    echo.released.set()
+
+
+def test_a_hanging_search_does_not_keep_the_process() -> None:
+    code = """
+import asyncio, threading
+from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.batching import SearchBatcher
+class Hangs(Retriever):
+    def search(self, queries, k):
+        threading.Event().wait()
+async def main():
+    batcher = SearchBatcher(Hangs(), timeout_s=0.05)
+    try:
+        await batcher.search("a", 1)
+    except RetrievalError as error:
+        print(error)
+    await batcher.aclose()
+asyncio.run(main())
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=10, check=True
+    )
+    assert "timed out" in done.stdout
+
+
+def test_who_gives_up_waiting_takes_nobody_along(echo: Echo) -> None:
+    echo.delay_s = 0.1
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        first, second = (asyncio.create_task(batcher.search("a", 1)) for _ in range(2))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        assert (await second)[0].id == "a0"
+        assert first.cancelled()
+
+    run(scenario, echo)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda queries: [[]] * (len(queries) + 1), "returned 2 results for 1 queries"),
+        (lambda queries: None, "TypeError"),
+        (lambda queries: sys.exit(3), "SystemExit"),
+        (lambda queries: next(iter(())), "StopIteration"),
+    ],
+)
+def test_whatever_a_retriever_does_is_a_failed_search(answer: Callable[[Sequence[str]], Any], message: str) -> None:
+    class Broken(Retriever):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            found: list[list[Passage]] = [[]] if queries == ["good"] else answer(queries)
+            return found
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        with pytest.raises(RetrievalError, match=message):
+            await batcher.search("a", 1)
+        assert await batcher.search("good", 1) == []
+
+    run(scenario, Broken(), timeout_s=2)
+
+
+def test_a_retriever_may_cancel_itself() -> None:
+    class Cancels(AsyncEcho):
+        async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            raise asyncio.CancelledError
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        with pytest.raises(RetrievalError, match="cancelled its own"):
+            await batcher.search("a", 1)
+
+    run(scenario, Cancels())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3), st.integers(0, 4)), max_size=30),
+    max_batch=st.integers(1, 5),
+    at_once=st.integers(1, 3),
+)
+def test_everyone_gets_what_they_asked_for(asked: list[tuple[str, int, int]], max_batch: int, at_once: int) -> None:
+    echo = Echo()
+    echo.max_concurrent_batches = at_once
+
+    async def ask(batcher: SearchBatcher, query: str, k: int, turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert [passage.id for passage in await batcher.search(query, k)] == [f"{query}{rank}" for rank in range(k)]
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        await asyncio.gather(*(ask(batcher, *one) for one in asked))
+
+    batcher = run(scenario, echo, timeout_s=5, max_batch=max_batch)
+    assert batcher.stats.queries == len(asked)
+    assert batcher.stats.batches == len(echo.batches)
+    assert all(len(set(batch)) == len(batch) <= max_batch for batch in echo.batches)
+
+
+@pytest.mark.parametrize(("timeout_s", "max_batch"), [(0, 1), (-1, 1), (1, 0)])
+def test_impossible_limits_are_refused(timeout_s: float, max_batch: int) -> None:
+    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+        SearchBatcher(Echo(), timeout_s=timeout_s, max_batch=max_batch)
+
+
+def test_impossible_numbers_of_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_queued must be at least 1"):
+        SearchBatcher(Echo(), timeout_s=1, max_queued=0)
+    idle = Echo()
+    idle.max_concurrent_batches = 0
+    with pytest.raises(ValueError, match="Echo has 0"):
+        SearchBatcher(idle, timeout_s=1)
+
+
+def test_k_below_one_is_refused() -> None:
+    async def scenario(batcher: SearchBatcher) -> None:
+        with pytest.raises(ValueError, match="k is"):
+            await batcher.search("a", 0)
+
+    run(scenario, Echo())

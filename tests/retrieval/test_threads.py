@@ -1,0 +1,93 @@
+"""Work on threads that nobody has to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Sequence
+
+import pytest
+
+from tests.support.fakes import FixedRetriever
+from trl_search.retrieval.threads import DaemonCalls, on_daemon_thread, start_search
+from trl_search.types import Passage
+
+
+def test_what_work_returns_and_raises():
+    async def both():
+        assert await on_daemon_thread(threading.get_ident)[0] != threading.get_ident()
+        with pytest.raises(ZeroDivisionError):
+            await on_daemon_thread(lambda: 1 // 0)[0]
+
+    asyncio.run(both())
+
+
+def test_an_exception_that_no_future_takes_arrives_as_another():
+    async def stop():
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(on_daemon_thread(lambda: next(iter(())))[0], timeout=5)
+
+    asyncio.run(stop())
+
+
+def test_work_that_was_given_up_disturbs_nobody(caplog):
+    async def give_up():
+        done, thread = on_daemon_thread(lambda: time.sleep(0.2))
+        done.cancel()
+        await asyncio.sleep(0)
+        return thread
+
+    thread = asyncio.run(give_up())
+    assert thread.is_alive()
+    thread.join()  # its loop has ended meanwhile
+    assert not caplog.records
+
+
+def test_the_exit_does_not_wait():
+    program = """
+import asyncio, time
+from trl_search.retrieval.threads import on_daemon_thread
+async def main():
+    on_daemon_thread(lambda: time.sleep(60))
+asyncio.run(main())
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=30).returncode == 0
+
+
+def test_what_can_be_awaited_is_whoever_wrote_it():
+    class Forwards(FixedRetriever):
+        def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            raise AssertionError("searched on a thread")
+
+        def search_async(self, queries: Sequence[str], k: int) -> Awaitable[list[list[Passage]]]:
+            return asyncio.sleep(
+                0, [self.passages for _ in queries]
+            )  # an awaitable, by a function that is no coroutine
+
+    async def search():
+        return await start_search(Forwards([Passage("a", "", "")]), DaemonCalls(), ["?"], 1)
+
+    assert asyncio.run(search()) == [[Passage("a", "", "")]]
+
+
+def test_a_search_that_was_given_up_may_fail_without_a_word(caplog):
+    class Fails(FixedRetriever):
+        async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                raise ConnectionError("while it stops")
+
+    async def give_up():
+        found = start_search(Fails([]), DaemonCalls(), ["?"], 1)
+        await asyncio.sleep(0)
+        found.cancel()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(give_up())
+    gc.collect()  # asyncio speaks when the task is thrown away
+    assert not caplog.records

@@ -1,0 +1,217 @@
+"""Answers compared: against a reference written another way (character runs, no regular expression), and by hand."""
+
+from __future__ import annotations
+
+import itertools
+import string
+import time
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from trl_search.rewards.answers import (
+    contains_answer,
+    exact_match,
+    extract_answer,
+    f1_score,
+    golden_list,
+    normalize_answer,
+)
+
+# Words that collide with the rules, and whatever else Unicode has.
+awkward = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from(["a", "An", "THE", "the.", "U.S.", "l'été", "İ", "_", "\u00a0", "x", "y", "a-b"])).map(
+        " ".join
+    ),
+)
+
+
+def reference_normalize(text: str) -> str:
+    """Lower, delete punctuation, blank the articles among the runs of word characters, collapse white space."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    runs = ("".join(run) for _, run in itertools.groupby(kept, key=lambda c: c.isalnum() or c == "_"))
+    return " ".join("".join(" " if run in {"a", "an", "the"} else run for run in runs).split())
+
+
+def reference_f1(prediction: str, golden: str) -> float:
+    """SQuAD's, pairing words off one by one."""
+    predicted, remaining = reference_normalize(prediction).split(), reference_normalize(golden).split()
+    if not predicted or not remaining:
+        return float(predicted == remaining)
+    total, same = len(predicted) + len(remaining), 0
+    for word in predicted:
+        if word in remaining:
+            remaining.remove(word)
+            same += 1
+    return 2 * same / total
+
+
+@given(awkward)
+@example("The a-an THE, a!")
+@example("İstanbul's the\u00a0a")
+def test_normalize_agrees_with_the_reference(text: str) -> None:
+    assert normalize_answer(text) == reference_normalize(text)
+
+
+@given(awkward, st.lists(awkward, max_size=4))
+def test_exact_match_and_f1_agree_with_the_reference(prediction: str, golden: list[str]) -> None:
+    assert exact_match(prediction, golden) == (reference_normalize(prediction) in map(reference_normalize, golden))
+    expected = max((reference_f1(prediction, answer) for answer in golden), default=0.0)
+    assert f1_score(prediction, golden) == pytest.approx(expected)
+    assert not exact_match(prediction, golden) or f1_score(prediction, golden) == 1.0
+
+
+@given(awkward)
+def test_every_answer_matches_itself(answer: str) -> None:
+    assert exact_match(answer, [answer]) and f1_score(answer, [answer]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("The U.S. Senate", "us senate"),  # punctuation is deleted, not spaced
+        ("a well-known the-atre", "wellknown theatre"),  # and it goes before the articles do
+        ("a.n answer", "answer"),
+        ("Theodore and Ana", "theodore and ana"),
+        ("«Été»", "«été»"),  # only ASCII punctuation
+        ("the", ""),
+        ("«the»", "« »"),  # an article leaves a space behind
+    ],
+)
+def test_normalize_by_hand(text: str, normalized: str) -> None:
+    assert normalize_answer(text) == normalized
+
+
+# By hand from the rule (FIELD.md §4): lower-case, delete ASCII punctuation, articles to spaces, collapse white space.
+ADVERSARIAL = [
+    # articles: whole words only, anywhere, and after the punctuation has gone
+    ("The Beatles", "Beatles", True),
+    ("Beatles, The", "the beatles", True),
+    ("An apple a day", "apple day", True),
+    ("Theatre", "atre", False),
+    ("A.", "", True),
+    ("a-ha", "aha", True),
+    ("Vitamin A", "vitamin", True),
+    ("the The", "The", True),
+    ("Thea", "a", False),
+    # punctuation: deleted and not spaced; only ASCII's
+    ("U.S.A.", "USA", True),
+    ("U. S. A.", "USA", False),
+    ("well-known", "well known", False),
+    ("O'Neil", "ONeil", True),
+    ("O\u2019Neil", "ONeil", False),  # a typographic apostrophe is no ASCII
+    ("\u201cHeroes\u201d", "Heroes", False),
+    ("AC/DC", "acdc", True),
+    ("C++", "C#", True),
+    ("100%", "$100", True),
+    ("snake_case", "snakecase", True),
+    # numbers: as text
+    ("1,000", "1000", True),
+    ("3.14", "314", True),
+    ("-5", "5", True),
+    ("7", "seven", False),
+    ("007", "7", False),
+    ("1990s", "1990's", True),
+    ("10 000", "10000", False),
+    ("\u0661", "1", False),  # an Arabic-Indic digit
+    # yes and no: no special case
+    ("Yes.", "yes", True),
+    ("yes, it is", "yes", False),
+    ("no", "No!", True),
+    ("no", "none", False),
+    ("True", "yes", False),
+    # Unicode: compared as it is, neither folded nor composed
+    ("Z\u00dcRICH", "z\u00fcrich", True),
+    ("Zurich", "Z\u00fcrich", False),
+    ("caf\u00e9", "cafe\u0301", False),
+    ("\u0130stanbul", "istanbul", False),  # lower() leaves a combining dot
+    ("STRASSE", "stra\u00dfe", False),
+    ("\u6771\u4eac", "\u6771\u4eac", True),
+    ("\u6771\u4eac\u3002", "\u6771\u4eac", False),
+    ("the\u6771\u4eac", "\u6771\u4eac", False),  # no word ends between them
+    # white space: all of Unicode's, collapsed
+    ("New\u00a0York", "New York", True),
+    ("New\u3000\n\tYork ", "New York", True),
+    ("New\u200bYork", "New York", False),  # a zero-width space is no space
+    # empty: what nothing is left of is equal to nothing
+    ("", "", True),
+    ("...", "the", True),
+    ("", "x", False),
+    ("x", "", False),
+]
+
+
+@pytest.mark.parametrize(("prediction", "golden", "equal"), ADVERSARIAL)
+def test_exact_match_by_hand(prediction: str, golden: str, equal: bool) -> None:
+    assert exact_match(prediction, [golden]) is equal
+    assert exact_match(golden, ["something else", prediction]) is equal  # symmetric, and any golden answer will do
+    assert (reference_normalize(prediction) == reference_normalize(golden)) is equal
+
+
+@given(
+    st.lists(st.sampled_from(["mira", "été", "1969", "東京", "theo", "x"]), min_size=1),
+    st.lists(st.sampled_from(["the", "A", "an.", "!", "'", " ", "\u00a0"])),
+    st.randoms(use_true_random=False),
+)
+def test_articles_punctuation_case_and_spaces_never_matter(words: list[str], noise: list[str], rng) -> None:
+    decorated = [*words]
+    for extra in noise:
+        decorated.insert(rng.randrange(len(decorated) + 1), extra)
+    prediction = " ".join(word.upper() if rng.random() < 0.5 and word.isascii() else word for word in decorated)
+    assert exact_match(prediction, [" ".join(words)])
+    assert not exact_match(prediction, [" ".join([*words, "y"])])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer> Paris </answer>", "Paris"),
+        ("<answer>Lyon</answer> … <answer>\nParis\n</answer> done", "Paris"),  # the last
+        ("<answer>Lyon <answer>Paris</answer>", "Paris"),
+        ("<answer>Paris</answer> </answer>", "Paris"),
+        ("<answer>Paris</answer> <answer>Lyon", "Paris"),
+        ("<answer></answer>", ""),
+        ("<answer>a < b > c</answer>", "a < b > c"),
+        ("Paris", None),
+        ("<answer>Paris", None),
+        ("</answer>Paris<answer>", None),
+        ("<Answer>Paris</Answer>", None),
+    ],
+)
+def test_the_last_answer_is_extracted(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@given(st.text(), st.text().filter(lambda text: "<" not in text))
+def test_a_closed_answer_at_the_end_is_always_the_one(before: str, answer: str) -> None:
+    assert extract_answer(f"{before}<answer>{answer}</answer>") == answer.strip()
+
+
+def test_extraction_is_linear_on_hostile_text() -> None:
+    start = time.perf_counter()
+    assert extract_answer("<answer>" * 100_000) is None
+    assert extract_answer("<answer>" + "<" * 500_000) is None
+    assert time.perf_counter() - start < 2
+
+
+def test_containment_is_by_whole_words() -> None:
+    assert contains_answer("Curie was born in Warsaw, Poland.", ["Lyon", "the WARSAW"])
+    assert contains_answer("the U.S. Senate", ["us"])
+    assert not contains_answer("A party in Lyon", ["art"])
+    assert not contains_answer("Poland Warsaw", ["Warsaw Poland"])
+    assert not contains_answer("anything", ["The", "!!!"])
+    assert not contains_answer("anything", [])
+
+
+def test_golden_answers_come_in_many_shapes() -> None:
+    assert golden_list("Paris") == ["Paris"]
+    assert golden_list(np.array(["Paris", "Paname"])) == ["Paris", "Paname"]
+    assert golden_list(np.array("Paris")) == golden_list(np.str_("Paris")) == ["Paris"]
+    assert golden_list(("Paris", None)) == ["Paris"]
+    assert golden_list(1969) == ["1969"]
+    assert golden_list(None) == golden_list([]) == []
+    # A string is one answer, not its letters.
+    assert exact_match("Paris", "Paris") and not exact_match("P", "Paris")

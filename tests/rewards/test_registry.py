@@ -1,0 +1,266 @@
+"""Rewards read the model's words only, come by name, survive pickling, and say what they lack."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trl_search
+from trl_search.common.errors import UserError
+from trl_search.rewards import (
+    BUILT_IN,
+    REFLECTION_CAP,
+    check_columns,
+    default_weight,
+    em,
+    f1,
+    format,
+    reflection,
+    required_columns,
+    resolve_rewards,
+    retrieval,
+)
+from trl_search.rewards.tag_structure import read_blocks
+
+CALL = '<think> who? </think>\n<tool_call>\n{"name": "search", "arguments": {"query_list": ["Mira"]}}\n</tool_call>'
+ANSWER = "<think> it says so </think>\n<answer> Lyon </answer>"
+
+
+def trajectory(*turns: str) -> list[dict[str, Any]]:
+    """Turns written by the model and the world in alternation."""
+    return [{"role": "tool" if index % 2 else "assistant", "content": text} for index, text in enumerate(turns)]
+
+
+def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [1.0 / len(completion) for completion in completions]
+
+
+GOOD = trajectory(CALL, "Mira was born in Lyon. Wait, upon closer inspection: Lyon.", ANSWER)
+
+
+def test_every_reward_takes_what_trl_passes() -> None:
+    for name, reward in BUILT_IN.items():
+        scores = reward(
+            prompts=[[{"role": "user", "content": "where?"}]] * 2,
+            completions=[GOOD, trajectory("Lyon")],
+            completion_ids=[[1, 2], [3]],
+            golden_answers=[["Lyon"], ["Lyon"]],
+            question=["where?"] * 2,
+            trainer_state=object(),
+            log_extra=print,
+            log_metric=print,
+        )
+        assert len(scores) == 2 and all(0.0 <= score <= 1.0 for score in scores), name
+        assert reward.__name__ == name
+        assert pickle.loads(pickle.dumps(reward)) is reward
+
+
+@pytest.mark.parametrize("golden", ["Lyon", ["Paris", "the Lyon!"], ("Lyon",), np.array(["Lyon"])])
+@pytest.mark.parametrize("completion", [GOOD, ANSWER, {"role": "assistant", "content": ANSWER}, [{"content": ANSWER}]])
+def test_em_over_shapes_of_completions_and_golden_answers(completion: Any, golden: Any) -> None:
+    assert em(completions=[completion], golden_answers=[golden]) == [1.0]
+    assert f1(completions=[completion], golden_answers=[golden]) == [1.0]
+
+
+def test_em_and_f1_score_the_last_answer() -> None:
+    completions: list[Any] = ["<answer>Lyon</answer><answer>Paris</answer>", "Lyon", "<answer></answer>", trajectory()]
+    assert em(completions=completions, golden_answers=[["Lyon"]] * 4) == [0.0] * 4
+    assert f1(completions=["<answer>Lyon in France</answer>"], golden_answers=[["Lyon"]]) == [0.5]
+
+
+def test_rows_without_golden_answers_are_left_out() -> None:
+    for reward in (em, f1, retrieval):
+        assert reward(completions=[ANSWER, ANSWER, ANSWER], golden_answers=[None, [], ["Lyon"]])[:2] == [None, None]
+
+
+def test_only_the_model_can_earn() -> None:
+    # Pitfall 7: the passage answers, reflects and calls; the model does not.
+    world = "<answer> Lyon </answer> wait, let me double-check <tool_call>x</tool_call>"
+    completion = trajectory(CALL, world, "I do not know")
+    assert em(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
+    assert f1(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
+    assert reflection(completions=[completion]) == [0.0]
+    assert format(completions=[completion]) == [0.0]
+    # And the other way round: retrieval is not earned by writing the answer oneself.
+    assert retrieval(completions=[trajectory(CALL, "nothing", ANSWER)], golden_answers=[["Lyon"]]) == [0.0]
+    assert retrieval(completions=[ANSWER], golden_answers=[["Lyon"]]) == [0.0]
+    assert retrieval(completions=[GOOD], golden_answers=[["LYON."]]) == [1.0]
+
+
+def test_no_answer_forms_across_turns() -> None:
+    completion = trajectory("<answer> Paris </answer> <answer>", "…", "Lyon </answer>")
+    assert em(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
+    assert em(completions=[completion], golden_answers=[["Paris"]]) == [1.0]
+
+
+def test_messages_in_trls_other_shapes() -> None:
+    # Stock TRL parses calls out of the text, and multimodal content comes in parts.
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query_list": ["Mira"]}}}
+    completion: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "search", "content": "Lyon"},
+        {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+    ]
+    assert em(completions=[completion], golden_answers=[["Lyon"]]) == [1.0]
+    assert format(completions=[completion]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("turns", "score"),
+    [
+        ([ANSWER], 1.0),
+        (["<answer>Lyon</answer><|im_end|>\n"], 1.0),
+        (["So: <answer>Lyon</answer>"], 1.0),
+        ([CALL, "…", CALL + "<|im_end|>", "…", ANSWER], 1.0),  # qwen_tools, qwen_inline
+        (["<tool_call> where is Mira </tool_call>", "…", ANSWER], 1.0),  # the seed's bare query
+        (["<think> a </think><search> b </search>", "…", "<think> c </think>" + ANSWER], 1.0),  # search_r1
+        # An answer, but malformed.
+        (["<answer>Lyon</answer> that is it"], 0.5),
+        (["<answer> </answer>"], 0.5),
+        (["<answer>Paris</answer><answer>Lyon</answer>"], 0.5),
+        (["<think> a <answer>Lyon</answer>"], 0.5),
+        (["<think> <answer>Lyon</answer> </think>"], 0.5),
+        (["<think> a </think></think><answer>Lyon</answer>"], 0.5),
+        (["</think><answer>Lyon</answer>"], 0.5),
+        ([CALL + ANSWER], 0.5),
+        (["I give up", "…", ANSWER], 0.5),
+        ([CALL + CALL, "…", ANSWER], 0.5),
+        ([CALL + " and then?", "…", ANSWER], 0.5),
+        (["<search>a</tool_call>", "…", ANSWER], 0.5),
+        (["<search> </search>", "…", ANSWER], 0.5),
+        (['<tool_call>{"name": "search"</tool_call>', "…", ANSWER], 0.5),
+        (['<tool_call>{"name": "search"}</tool_call>', "…", ANSWER], 0.5),
+        (["<tool_call>" + "[" * 100_000 + "</tool_call>", "…", ANSWER], 0.5),
+        ([ANSWER, "…", ANSWER], 0.5),
+        # No answer in the last turn, or the model speaks for the world.
+        ([], 0.0),
+        (["Lyon"], 0.0),
+        (["<answer> Lyon"], 0.0),
+        ([CALL], 0.0),
+        ([ANSWER, "…", CALL], 0.0),
+        ([CALL + "\n<tool_response>Lyon</tool_response>", "…", ANSWER], 0.0),
+        (["<information>Lyon</information>" + ANSWER], 0.0),
+    ],
+)
+def test_format(turns: list[str], score: float) -> None:
+    assert format(completions=[trajectory(*turns)]) == [score]
+
+
+def test_blocks_are_read_whole_or_not_at_all() -> None:
+    blocks = read_blocks("a <think> b </think> c <answer>d</answer>")
+    assert blocks is not None and [(block.tag, block.content) for block in blocks] == [
+        ("think", " b "),
+        ("answer", "d"),
+    ]
+    assert read_blocks("no tags, a < b") == []
+    assert read_blocks("<think> a </think> <think> b") is None
+
+
+def test_reflection_is_capped_and_off() -> None:
+    scores = reflection(completions=["Lyon", "Wait, Lyon", "wait, " * 50])
+    assert scores == [0.0, 1 / REFLECTION_CAP, 1.0]
+    assert default_weight(reflection) == 0.0
+    assert default_weight(em) == default_weight(brevity) == 1.0
+
+
+def test_columns_are_checked_up_front_and_in_the_call() -> None:
+    assert [required_columns(reward) for reward in (em, format, brevity)] == [("golden_answers",), (), ()]
+    check_columns([em, format, brevity], ["prompt", "golden_answers"])
+    with pytest.raises(UserError, match=r"'f1' needs the dataset column 'golden_answers', .* are: answer, prompt\."):
+        check_columns([format, f1], ["prompt", "answer"])
+    with pytest.raises(UserError, match=r"'em' needs .* are: answer\. Add the column"):
+        em(prompts=["a"], completions=["b"], answer=["c"], log_metric=print)
+
+
+def test_rewards_resolve_in_order() -> None:
+    assert resolve_rewards("em") == [em]
+    assert resolve_rewards(brevity) == [brevity]
+    assert resolve_rewards(["format", brevity, "em"]) == [format, brevity, em]
+    assert resolve_rewards("trl_search.rewards.f1") == resolve_rewards("trl_search.rewards:f1") == [f1]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ("formt", r"unknown reward 'formt': did you mean 'format'\? There are: em, f1, format, reflection, retrieval"),
+        ("zzz", r"unknown reward 'zzz'\. There are: em"),
+        ([], "no reward is given"),
+        (["em", "f1", "em"], "'em' is named twice"),
+        ([3], "a name or a function, not int"),
+        ("no_such_module.reward", "'no_such_module.reward' cannot be imported: No module named"),
+        ("trl_search.rewards:nothing", "cannot be imported: .*has no attribute 'nothing'"),
+        ("trl_search.rewards:REFLECTION_CAP", "is not a function but int"),
+    ],
+)
+def test_what_cannot_be_resolved_is_explained(specs: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_rewards(specs)
+
+
+def test_an_installed_package_adds_rewards(tmp_path: Path) -> None:
+    project, site = tmp_path / "project", tmp_path / "site"
+    project.mkdir()
+    (project / "toy_rewards.py").write_text(
+        textwrap.dedent("""
+            from trl_search.rewards import declare
+
+            @declare(required_columns=["difficulty"])
+            def brevity(completions, difficulty, **kwargs):
+                return [1.0 / len(completion) for completion in completions]
+        """)
+    )
+    (project / "pyproject.toml").write_text(
+        textwrap.dedent("""
+            [build-system]
+            requires = ["setuptools"]
+            build-backend = "setuptools.build_meta"
+            [project]
+            name = "toy-rewards"
+            version = "1.0"
+            [project.entry-points."trl_search.rewards"]
+            brevity = "toy_rewards:brevity"
+            broken = "toy_rewards:gone"
+            [tool.setuptools]
+            py-modules = ["toy_rewards"]
+        """)
+    )
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([sys.executable, *install, str(project)], check=True, timeout=120)
+    program = textwrap.dedent("""
+        import pickle
+        from trl_search.common.errors import UserError
+        from trl_search.rewards import check_columns, em, resolve_rewards
+        first, second = resolve_rewards(["brevity", "em"])
+        assert second is em and first(completions=["ab"], difficulty=[1]) == [0.5]
+        assert pickle.loads(pickle.dumps(first)) is first
+        for attempt in (lambda: resolve_rewards("brevty"), lambda: resolve_rewards("broken"),
+                        lambda: check_columns([first], ["prompt"])):
+            try:
+                attempt()
+            except UserError as error:
+                print(error)
+    """)
+    path = f"{site}:{Path(trl_search.__path__[0]).parent}"
+    run = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    misspelled, broken, column = run.stdout.splitlines()
+    assert misspelled.startswith("unknown reward 'brevty': did you mean 'brevity'? There are: brevity, broken, em")
+    assert broken.startswith("reward 'broken' of package 'toy-rewards' (toy_rewards:gone) cannot be imported")
+    assert column.startswith("reward 'brevity' needs the dataset column 'difficulty'")

@@ -1,0 +1,128 @@
+"""Real HTTP servers on loopback, each a thread that answers what a function says, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from trl_search.retrieval import Retriever
+from trl_search.retrieval.remote.wire import Limits, WireError, format_response, parse_request
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the server saw it."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A response: of JSON, of bytes, or written by hand to the open socket."""
+
+    body: Any = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    by_hand: Callable[[Any], None] | None = None
+
+
+class Server:
+    """`answer(asked)` is called on a thread for each request. Listens at once; `kill` drops every connection."""
+
+    def __init__(self, answer: Callable[[Asked], Said], host: str = "127.0.0.1", port: int = 0) -> None:
+        self.asked: list[Asked] = []
+        self._connections: set[socket.socket] = set()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.add(self.connection)
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError, ValueError):  # the client has gone, or `kill` came
+                    super().handle()
+
+            def finish(self) -> None:
+                with contextlib.suppress(OSError, ValueError):
+                    super().finish()
+                server._connections.discard(self.connection)
+
+            def respond(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                asked = Asked(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                server.asked.append(asked)
+                said = answer(asked)
+                if said.by_hand is not None:
+                    self.close_connection = True
+                    said.by_hand(self.wfile)
+                    return
+                written = said.body if isinstance(said.body, bytes) else json.dumps(said.body).encode()
+                self.send_response(said.status)
+                headers = {"Content-Type": "application/json", "Content-Length": str(len(written)), **said.headers}
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(written)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = respond
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class Listener(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 128
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        self._listener = Listener((host, port), Handler)
+        self.port = self._listener.server_port
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        threading.Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
+
+    def kill(self) -> None:
+        self._listener.shutdown()
+        self._listener.server_close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[Asked], Said], **options: Any) -> Iterator[Server]:
+    server = Server(answer, **options)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def retrieve_from(retriever: Retriever, limits: Limits = Limits()) -> Callable[[Asked], Said]:  # noqa: B008 (frozen)
+    """`POST /retrieve` over a retriever, for clients to be tested against."""
+
+    def answer(asked: Asked) -> Said:
+        if asked.target != "/retrieve":
+            return Said({"detail": "Not Found"}, 404)
+        try:
+            request = parse_request(asked.body, limits)
+        except WireError as error:
+            return Said({"error": str(error)}, error.status)
+        return Said(format_response(retriever.search(request.queries, request.k), request.return_scores))
+
+    return answer

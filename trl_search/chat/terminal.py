@@ -1,0 +1,134 @@
+"""What a chat looks like on a terminal: thoughts, calls, passages and the answer in colours of their own.
+
+Colours go to terminals only, and not where `NO_COLOR` is set; a pipe gets the same text without them. What a model
+writes and what a search finds is not ours: control characters in it, which could move the cursor, ring, retitle the
+window or turn the text around, are shown as what they are (`\\x1b`) and not sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from trl_search.chat.events import Corrected, Event, Found, Said, SearchFailed, Searching
+from trl_search.chat.session import Reply
+from trl_search.types import Passage
+
+MAX_PASSAGE_CHARS = 320
+
+STYLES = {"think": "dim italic", "tool_call": "cyan", "search": "cyan", "answer": "bold green"}
+_TAG = re.compile(rf"<(/?)({'|'.join(STYLES)})>")
+_TAGS = [f"<{slash}{name}>" for name in STYLES for slash in ("", "/")]
+_TAG_BEGUN = re.compile(r"<[^<>]{0,11}$")
+# C0 and C1 without tab and newline, what changes the direction of text, and halves of surrogate pairs.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with every control character written out.
+
+    Example:
+        >>> visible("\\x1b[2Jgone")
+        '\\\\x1b[2Jgone'
+    """
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Painter:
+    """Gives each piece of a turn the style of the tags around it, as the pieces come: a tag may come in several."""
+
+    def __init__(self) -> None:
+        self._held, self._style = "", ""
+
+    def feed(self, text: str) -> Iterator[tuple[str, str]]:
+        """Pieces of text with their styles. The beginning of what may be a tag is held back."""
+        text = self._held + text
+        begun = _TAG_BEGUN.search(text)
+        held = begun[0] if begun and any(tag.startswith(begun[0]) for tag in _TAGS) else ""
+        self._held = held
+        yield from self._paint(text[: len(text) - len(held)])
+
+    def flush(self) -> Iterator[tuple[str, str]]:
+        """The end of a turn: what was held back is no tag, and no style outlives a turn."""
+        yield from self._paint(self._held)
+        self._held, self._style = "", ""
+
+    def _paint(self, text: str) -> Iterator[tuple[str, str]]:
+        at = 0
+        for match in _TAG.finditer(text):
+            yield text[at : match.start()], self._style
+            self._style = STYLES[match[2]]
+            yield match[0], self._style
+            self._style = "" if match[1] else self._style
+            at = match.end()
+        yield text[at:], self._style
+
+
+class Screen:
+    """Shows the events of a chat on a console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._painter = console, Painter()
+        self._at_line_start = True
+
+    def show(self, event: Event) -> None:
+        """A listener of [`Chat.ask`]."""
+        if isinstance(event, Said):
+            self._write(self._painter.feed(event.text))
+            return
+        self.end_turn()
+        if isinstance(event, Searching):
+            self._line("searching: " + " | ".join(map(visible, event.queries)), "cyan")
+        elif isinstance(event, Found):
+            for rank, passage in enumerate(event.passages, start=1):
+                self._passage(rank, passage)
+            self._line(event.notice, "yellow")
+        elif isinstance(event, SearchFailed):
+            self._line(f"the search failed: {visible(event.error)}", "bold red")
+        elif isinstance(event, Corrected):
+            self._line(visible(event.notice), "yellow")
+
+    def end_turn(self) -> None:
+        """Ends the line that the model was writing, if any."""
+        self._write(self._painter.flush())
+        if not self._at_line_start:
+            self._write([("\n", "")])
+
+    def finish(self, reply: Reply) -> None:
+        """The last lines: what the question came to."""
+        self.end_turn()
+        if reply.answer is None:
+            self._line(f"no answer (stopped by {reply.stop_reason.value})", "bold red")
+        counts = f"{reply.searches} search{'' if reply.searches == 1 else 'es'}, {reply.model_tokens} tokens"
+        self._line(f"[{counts}, {reply.seconds:.1f} s, seed {reply.seed}]", "dim")
+        if reply.failed_searches:
+            self._line(
+                f"{len(reply.failed_searches)} of {reply.searches} searches failed: this may rest on nothing found",
+                "bold red",
+            )
+
+    def _write(self, pieces: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> None:
+        for text, style in pieces:
+            if text:
+                self._console.out(visible(text), style=style or None, end="", highlight=False)
+                self._at_line_start = text.endswith("\n")
+
+    def _line(self, text: str, style: str) -> None:
+        if text:
+            self._console.out(text, style=style, highlight=False)
+
+    def _passage(self, rank: int, passage: Passage) -> None:
+        where = passage.url or f"id {passage.id}"
+        head = f"{rank}. {' '.join(passage.title.split()) or '(no title)'}  [{where}, score {passage.score:.2f}]"
+        text = " ".join(passage.text.split())
+        text = text if len(text) <= MAX_PASSAGE_CHARS else text[:MAX_PASSAGE_CHARS] + " …"
+        self._block(visible(head), 2, "blue")
+        self._block(visible(text), 5, "bright_black")
+
+    def _block(self, text: str, indent: int, style: str) -> None:
+        """Lines no wider than the console, which knows how wide a character is."""
+        for line in Text(text).wrap(self._console, max(20, self._console.width - indent)):
+            self._line(" " * indent + line.plain.rstrip(), style)

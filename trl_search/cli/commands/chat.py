@@ -1,0 +1,201 @@
+"""Asks a search agent: it thinks, searches and answers before your eyes.
+
+    trl-search chat tiny                                              a session offline: the shipped policy, its world
+    trl-search chat owner/model "How is the weather in Seoul?"        one question; searches the web (ddgs)
+    trl-search chat runs/qwen3b --retriever indexes/wiki              a run or an adapter, over an index folder
+    trl-search chat runs/qwen3b --retriever http://localhost:8000     over a server
+    trl-search chat runs/qwen3b --json < questions.txt                a question a line in, a JSON object a line out
+
+A run's folder and a model published by `trl-search push` know how they were trained to be asked; options overrule it.
+Each question is a conversation of its own. In a session, Ctrl-C ends the answer, Ctrl-D the session; /help says more.
+The exit status is 1 if a question got no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_search.common.errors import UserError
+
+if TYPE_CHECKING:
+    from trl_search.chat.session import Chat
+    from trl_search.data.world import World
+    from trl_search.retrieval import Retriever
+
+WEB_HITS = 5  # a query, as in the seed's script
+_ASKED = ("protocol", "instruction", "system_prompt", "max_searches", "max_turn_length", "max_completion_length")
+HELP = """\
+  /k N      passages a query (now {k})
+  /help     this
+  /quit     ends the session, as Ctrl-D does; Ctrl-C ends the answer only
+Anything else is a question. Each is a conversation of its own: the agent remembers none before it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes; none: from stdin, or a session")
+    searched = parser.add_argument_group("what is searched")
+    searched.add_argument(
+        "--retriever",
+        metavar="WHAT",
+        help="a kind (web, http, dense ...), an index folder, a server's address, or 'world', the embedded one "
+        "(default: web; world for tiny)",
+    )
+    searched.add_argument("--retriever_options", default="{}", metavar="JSON", help="""'{"provider": "serper"}'""")
+    searched.add_argument("--world", action="store_true", help="the same as --retriever world")
+    searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
+    searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+    searched.add_argument("--k", type=int, help="passages a query (default: 5 for the web, else as in training, or 3)")
+    asked = parser.add_argument_group("how it is asked (default: as it was trained, if it says so)")
+    asked.add_argument("--protocol", help="qwen_tools, qwen_inline or search_r1 (default: qwen_tools)")
+    asked.add_argument("--instruction", help="put before each question; '' for none (default: the protocol's own)")
+    asked.add_argument("--system_prompt", help="the system message (default: the chat template's)")
+    asked.add_argument("--max_searches", type=int, metavar="N", help="searches an answer (default: 4)")
+    asked.add_argument("--max_turn_length", type=int, metavar="N", help="tokens a turn (default: 512)")
+    asked.add_argument("--max_completion_length", type=int, metavar="N", help="tokens an answer, passages included")
+    run = parser.add_argument_group("how it runs")
+    run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    run.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    run.add_argument("--seed", type=int, help="of the first question, one more for each after it (default: drawn)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
+    run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns then come whole")
+    run.add_argument("--json", action="store_true", help="print one JSON object a question, and nothing else")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trl-search chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    # Questions may stand behind the options, which `parse_args` does not take from a list that may be empty.
+    return run(parser.parse_intermixed_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.chat.session import load_chat
+    from trl_search.config.agent import asked, trained_settings
+    from trl_search.types import Sampling
+
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError(f"--temperature is at least 0 and --top_p in (0, 1]; got {args.temperature} and {args.top_p}")
+    if args.k is not None and args.k < 1:
+        raise UserError(f"--k is how many passages a query gets, at least 1; got {args.k}")
+    if args.world and args.retriever not in (None, "world"):
+        raise UserError(f"--world and --retriever {args.retriever} are two things to search: give one of them")
+    what = args.retriever or ("world" if args.world or args.model == "tiny" else "web")
+    if not args.questions and not sys.stdin.isatty():
+        args.questions = [line.strip() for line in sys.stdin if line.strip()]
+        if not args.questions:
+            raise UserError("there is no question: give one in quotes, or one a line on stdin")
+    options = {name: getattr(args, name) for name in _ASKED}
+    options["passages_per_query"] = args.k or (WEB_HITS if what == "web" else None)
+    settings = asked(trained_settings(args.model), options)
+    retriever, world = _retriever(what, args)
+    chat = load_chat(
+        args.model,
+        retriever,
+        settings=settings,
+        sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
+        device=args.device,
+        dtype=args.dtype,
+        server=args.server,
+    )
+    seed = random.getrandbits(32) if args.seed is None else args.seed
+    with contextlib.closing(retriever), chat:
+        if args.questions:
+            answered = [_answer(chat, question, args, seed + n) for n, question in enumerate(args.questions)]
+            return int(not all(answered))
+        _session(chat, args, seed, world)
+    return 0
+
+
+def _answer(chat: Chat, question: str, args: argparse.Namespace, seed: int) -> bool:
+    """Asks, and prints what comes. Whether there was an answer."""
+    from rich.console import Console
+
+    from trl_search.chat.terminal import Screen, visible
+
+    if args.json:
+        reply = chat.ask(question, seed=seed)
+        print(json.dumps(reply.as_json()), flush=True)
+        return reply.answer is not None
+    console = Console(highlight=False)
+    screen = Screen(console)
+    if len(args.questions) > 1:
+        console.out(f"> {visible(question)}", style="bold")
+    try:
+        reply = chat.ask(question, screen.show, seed=seed)
+    finally:
+        screen.end_turn()
+    screen.finish(reply)
+    if len(args.questions) > 1:
+        console.out("")
+    return reply.answer is not None
+
+
+def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | None) -> None:
+    """Questions from a terminal, until Ctrl-D."""
+    with contextlib.suppress(ImportError):  # lines can be edited where Python was built with it
+        import readline  # noqa: F401
+    if not args.json:
+        print("Ask. /help lists what else there is.")
+        for question in world.questions("test", limit=3) if world else ():
+            print(f"  {question.question}")
+    for line in _lines("" if args.json else "> "):
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/help":
+            print(HELP.format(k=chat.environment.top_k))
+        elif command == "/k":
+            if rest.strip().isdigit() and int(rest) > 0:
+                chat.environment.top_k = int(rest)
+            else:
+                print("write it as /k 5", file=sys.stderr)
+        elif command.startswith("/"):
+            print(f"there is no {command}: /help lists what there is", file=sys.stderr)
+        else:
+            try:
+                _answer(chat, line, args, seed)
+            except KeyboardInterrupt:
+                print("(interrupted)", file=sys.stderr)
+            seed += 1
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    while True:
+        try:
+            line = input(prompt).strip()
+        except KeyboardInterrupt:  # ends the line, not the session
+            print()
+            continue
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line:
+            yield line
+
+
+def _retriever(what: str, args: argparse.Namespace) -> tuple[Retriever, World | None]:
+    from trl_search.common.files import parse_object
+    from trl_search.data.world import generate_world
+    from trl_search.retrieval import load_retriever
+    from trl_search.retrieval.index.folder import read_manifest
+
+    options = parse_object(args.retriever_options, "--retriever_options", '{"provider": "serper"}')
+    if what == "world":
+        world = generate_world(args.world_passages, args.world_seed)
+        return load_retriever("bm25", passages=world.passages, **options), world
+    if what.startswith(("http://", "https://")):
+        return load_retriever("http", url=what, **options), None
+    if Path(what).is_dir():
+        return load_retriever(read_manifest(what).kind, index=what, **options), None
+    return load_retriever(what, **options), None

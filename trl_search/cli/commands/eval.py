@@ -1,0 +1,159 @@
+"""Measures a policy on question sets: exact match with intervals, beside published numbers.
+
+    trl-search eval tiny --datasets world --modes search,direct,rag --limit 200 --output runs/eval-tiny      offline
+    trl-search eval runs/qwen3b --datasets nq,hotpotqa,bamboogle --retriever http://127.0.0.1:8000 --output runs/eval
+    trl-search eval runs/qwen3b --datasets data/mine.jsonl --retriever indexes/mine --output runs/eval-mine
+    accelerate launch --num_processes 8 -m trl_search eval runs/qwen3b ...           the questions are shared out
+
+Modes: `search` is the agent; `direct` answers from what it knows; `cot` reasons first; `rag` reads one search's
+passages. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of published
+numbers), files and folders of the same schemas, and `world`, the embedded one, which needs no network.
+
+The folder then holds results.md, results.json (with everything that defines the numbers) and a line for each
+question. Killed and started again with the same command, it goes on: finished questions are not paid for twice. With
+other settings it refuses; datasets and modes may be added. A run's folder knows how its policy was trained to be asked
+(protocol, instruction, budgets), and options say otherwise. docs/evaluation.md says how each number is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.files import parse_object
+
+_SIZES = ("auto", "3B", "7B", "all", "none")
+_ASKED = (
+    "protocol", "instruction", "system_prompt", "max_searches", "passages_per_query", "max_queries_per_search",
+    "max_turn_length", "max_observation_length", "max_completion_length", "passage_template", "search_timeout_s",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
+    parser.add_argument(
+        "--datasets", required=True, nargs="+", metavar="SET", help="names and files, separated by commas or spaces"
+    )
+    parser.add_argument("--modes", default="search", metavar="MODES", help="search,direct,cot,rag (default: search)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder of its own, new or to go on with")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions of each set")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample and of sampling (default: 0)")
+    parser.add_argument(
+        "--published",
+        default="auto",
+        choices=_SIZES,
+        help="published rows beside ours: of models of the same size, of that size, all or none (default: auto)",
+    )
+    searched = parser.add_argument_group("what is searched")
+    searched.add_argument(
+        "--retriever",
+        metavar="WHAT",
+        help="an index folder, a server's address, or a kind (dense, http, web ...; default with the world: bm25)",
+    )
+    searched.add_argument("--retriever_options", default="{}", metavar="JSON", help="""'{"index": "indexes/wiki"}'""")
+    searched.add_argument(
+        "--max_failed_share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="stop when the searches of more questions fail; those that failed are counted, named, left out of the "
+        "means, and asked again by the same command (default: 0.05)",
+    )
+    searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
+    searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+    asked = parser.add_argument_group("how it is asked (default: as it was trained, if it says so)")
+    asked.add_argument("--protocol", help="qwen_tools, qwen_inline or search_r1 (default: qwen_tools)")
+    asked.add_argument("--instruction", help="before each question in mode search; '' for none (the protocol's own)")
+    asked.add_argument("--system_prompt", help="the system message (default: the chat template's)")
+    asked.add_argument("--max_searches", type=int, metavar="N", help="searches an answer (default: 4)")
+    asked.add_argument("--passages_per_query", type=int, metavar="K", help="passages of each query, k (default: 3)")
+    asked.add_argument("--max_queries_per_search", type=int, metavar="N", help="queries of one call (default: 4)")
+    asked.add_argument("--max_turn_length", type=int, metavar="N", help="tokens a turn (default: 512)")
+    asked.add_argument("--max_observation_length", type=int, metavar="N", help="tokens an observation (default: 768)")
+    asked.add_argument("--max_completion_length", type=int, metavar="N", help="tokens in all (default: 3072)")
+    asked.add_argument("--passage_template", help="how a passage is shown, with {rank}, {title} and {text}")
+    asked.add_argument("--search_timeout_s", type=float, metavar="S", help="a search that takes longer failed (30)")
+    sampled = parser.add_argument_group("how it samples")
+    sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    sampled.add_argument("--top_k", type=int, default=0, help="0: all tokens (default: 0)")
+    run = parser.add_argument_group("where it runs")
+    run.add_argument(
+        "--backend",
+        default="transformers",
+        metavar="NAME",
+        help="transformers, vllm (an engine in this process) or vllm_server (default: transformers)",
+    )
+    run.add_argument(
+        "--server", metavar="URL", help="the `vllm serve` of --backend vllm_server; MODEL is its tokenizer"
+    )
+    run.add_argument("--served_model", metavar="NAME", help="what it serves the policy as (default: its first)")
+    run.add_argument("--engine_options", default="{}", metavar="JSON", help="""of vllm: '{"max_model_len": 8192}'""")
+    run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
+    run.add_argument("--device", help="of transformers: cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument("--concurrency", type=int, default=64, metavar="N", help="questions at once (default: 64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.common.provenance import command_without_secrets
+    from trl_search.config.agent import asked, trained_settings
+    from trl_search.evaluation.backends import BACKENDS, Backend
+    from trl_search.evaluation.evaluate import MODES
+    from trl_search.evaluation.run import Plan, run_evaluation
+    from trl_search.types import Sampling
+
+    modes = list(dict.fromkeys(filter(None, args.modes.split(","))))
+    for mode in modes:
+        if mode not in MODES:
+            raise unknown_name("mode", mode, MODES)
+    if not modes:
+        raise UserError(f"--modes is empty: give some of {','.join(MODES)}")
+    if args.backend not in BACKENDS:
+        raise unknown_name("backend", args.backend, BACKENDS)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+        raise UserError(
+            "--temperature and --top_k are at least 0 and --top_p in (0, 1]; got "
+            f"{args.temperature}, {args.top_k} and {args.top_p}"
+        )
+    if not 0 <= args.max_failed_share <= 1:
+        raise UserError(f"--max_failed_share is a share, from 0 to 1; got {args.max_failed_share}")
+    if args.concurrency < 1:
+        raise UserError(f"--concurrency is how many questions are asked at once, at least 1; got {args.concurrency}")
+    plan = Plan(
+        model=args.model,
+        modes=modes,
+        datasets=_datasets(args.datasets),
+        output=Path(args.output),
+        agent=asked(trained_settings(args.model), {name: getattr(args, name) for name in _ASKED}),
+        backend=Backend(
+            args.backend,
+            dtype=args.dtype,
+            device=args.device,
+            server=args.server,
+            served_model=args.served_model,
+            engine_options=parse_object(args.engine_options, "--engine_options", '{"max_model_len": 8192}'),
+            concurrency=args.concurrency,
+        ),
+        sampling=Sampling(args.temperature, args.top_p, args.top_k, seed=args.seed),
+        retriever=args.retriever,
+        retriever_options=parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}'),
+        world_passages=args.world_passages,
+        world_seed=args.world_seed,
+        limit=args.limit,
+        seed=args.seed,
+        max_failed_share=args.max_failed_share,
+        published=args.published,
+        command=command_without_secrets(["trl-search", *sys.argv[1:]]),
+    )
+    run_evaluation(plan)
+    return 0
+
+
+def _datasets(words: list[str]) -> list[str]:
+    """Names and files: `nq,hotpotqa data/a,b.jsonl`, where a file may have a comma in its name."""
+    names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
+    if not names:
+        raise UserError("--datasets is empty: give names or files")
+    return list(dict.fromkeys(names))

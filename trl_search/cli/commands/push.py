@@ -1,0 +1,127 @@
+"""Publishes the model of a run on the Hugging Face hub, with a card that says how to run it and how it was made.
+
+    trl-search push runs/qwen3b owner/name --dry_run                  writes the card, lists what would go; no network
+    trl-search push runs/qwen3b owner/name --eval runs/qwen3b-eval    to a private repository, evaluation in the card
+    trl-search push runs/qwen3b/best owner/name --public              a checkpoint; for everybody to see
+
+What goes: weights, tokenizer, card, trl_search.json (how the agent wants to be asked), curves. Never optimizer states,
+checkpoints or logs. The token is that of `hf auth login` or HF_TOKEN. `trl-search chat owner/name` then asks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_search.common.errors import UserError
+
+if TYPE_CHECKING:
+    from trl_search.records.publish.model_card import CardFacts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, or a checkpoint in it")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the hub")
+    parser.add_argument(
+        "--eval", action="append", default=[], metavar="DIR", type=Path, help="made by `trl-search eval`; repeatable"
+    )
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the hub names it (default: the base's)")
+    parser.add_argument("--base_model", metavar="NAME", help="what was trained, on the hub (default: as recorded)")
+    parser.add_argument("--card", metavar="FILE", type=Path, help="your own card in place of the one that is written")
+    parser.add_argument("--with_trajectories", action="store_true", help="trajectories too: they hold training data")
+    parser.add_argument("--public", action="store_true", help="a repository that everybody sees (default: private)")
+    parser.add_argument("--dry_run", action="store_true", help="write the card into RUN_DIR, and push nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from huggingface_hub import HfApi, get_token
+
+    from trl_search.records.publish.commit import CARD, adapter_text, license_of, plan_upload, publish, settings_text
+    from trl_search.records.publish.model_card import write_card
+
+    if not args.run_dir.is_dir():
+        raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
+    if args.repo_id.count("/") != 1 or not all(args.repo_id.split("/")):
+        raise UserError(f"{args.repo_id!r} is no name of a repository: write it as owner/name")
+    token = get_token()
+    if token is None and not args.dry_run:
+        raise UserError("no token: log in (`hf auth login`), set HF_TOKEN, or use --dry_run")
+    plan_upload(args.run_dir, {}, with_trajectories=args.with_trajectories)  # before anything is loaded
+    api = HfApi(token=token)
+    facts = read_facts(args.run_dir, args.repo_id, args.eval, base_model=args.base_model, license=args.license)
+    texts = adapter_text(facts.adapter, facts.hub_base) if facts.adapter else {}
+    if facts.license is None and not args.dry_run and facts.hub_base is not None:
+        facts = replace(facts, license=license_of(facts.hub_base, api))
+    card = _own_card(args.card) if args.card else str(write_card(facts))
+    texts |= {CARD: card, **(settings_text(facts.settings.as_json()) if facts.settings else {})}
+    upload = plan_upload(args.run_dir, texts, with_trajectories=args.with_trajectories)
+    if facts.license is None:
+        print("The card names no licence: --license ID")
+    if facts.settings is None:
+        print("There is neither run.json nor trl_search.json: the card cannot say how it was trained to be asked.")
+    if args.dry_run:
+        print(f"Would go to {args.repo_id}, {'public' if args.public else 'private'}:")
+        print("\n".join(upload.lines()))
+        if not args.card:
+            print(f"The card is in {_write_beside(args.run_dir / CARD, card)}.")
+        return 0
+    print("\n".join([f"To {args.repo_id}, {'public' if args.public else 'private'}:", *upload.lines()]), flush=True)
+    print(publish(upload, args.repo_id, api=api, public=args.public))
+    return 0
+
+
+def read_facts(
+    folder: Path, repo_id: str, evaluations: list[Path], *, base_model: str | None = None, license: str | None = None
+) -> CardFacts:
+    """What a card is written from, read from a run's folder, the run that a checkpoint lies in, and evaluations."""
+    from trl_search.common.files import read_object
+    from trl_search.config.agent import RUN_FILE, AgentSettings, protocol_of, read_settings
+    from trl_search.environment import SearchEnvironment
+    from trl_search.policies.loading import load_tokenizer, read_adapter
+    from trl_search.records.publish.commit import CURVES
+    from trl_search.records.publish.model_card import CardFacts
+    from trl_search.records.publish.results import evaluation_results, training_results
+
+    run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
+    remedy = "move it away, and the card says less of the training"
+    info = read_object(run_folder / RUN_FILE, remedy) if (run_folder / RUN_FILE).is_file() else {}
+    settings = read_settings(str(folder))
+    asked = settings or AgentSettings()
+    # There is nothing to search here; a world in which an agent may not search has no tool.
+    tools = SearchEnvironment.tools if asked.max_searches else ()
+    protocol = protocol_of(asked, load_tokenizer(str(folder)), tools)
+    adapter = read_adapter(folder)
+    base = base_model or (adapter or {}).get("base_model_name_or_path") or info.get("model")
+    results = training_results(run_folder, info.get("task") or {}, folder)
+    for evaluation in evaluations:
+        results += evaluation_results(evaluation)
+    return CardFacts(
+        repo_id=repo_id,
+        settings=settings,
+        protocol=protocol,
+        base_model=base,
+        adapter=adapter,
+        info=info,
+        results=results,
+        license=license,
+        curves=(folder / CURVES).is_file(),
+    )
+
+
+def _own_card(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"there is no card {path}")
+    text = path.read_text("utf-8")
+    if not text.startswith("---\n"):
+        raise UserError(f"{path} has no metadata: a card begins with YAML between two lines of ---")
+    return text
+
+
+def _write_beside(path: Path, text: str) -> Path:
+    """Writes a file, or another beside it where one of other content is there: that one may be somebody's work."""
+    if path.is_file() and path.read_text("utf-8", errors="replace") != text:
+        path = path.with_suffix(".new.md")
+    path.write_text(text, "utf-8")
+    return path

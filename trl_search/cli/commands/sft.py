@@ -1,0 +1,27 @@
+"""Fine-tunes a policy on trajectories: its own or a teacher's right ones, or scripted ones of the embedded world.
+
+    trl-search sft sft_cold_start                                      real questions; what is right is kept
+    trl-search sft sft_cold_start --teacher http://localhost:8000      a teacher behind `vllm serve`
+    trl-search sft sft_cold_start --collect_only true                  collect and choose, train later
+    trl-search sft sft_world --output_dir runs/good --quality good=1.0 scripted: it searches as it should
+
+The loss is on what the policy itself writes; thoughts, calls and answers, never the passages. Collecting goes on where
+it was stopped. A recipe is a flat YAML file of TRL's SFTConfig and ModelConfig keys and ours beside them. output_dir
+then holds a model: `trl-search train RECIPE --model_name_or_path OUTPUT_DIR` goes on from it.
+"""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    from trl import ModelConfig
+
+    from trl_search.config.recipe import parse_recipe
+    from trl_search.trainer.cold_start.run import ColdStartArguments, run_sft
+    from trl_search.trainer.sft import SearchSFTConfig
+
+    arguments, config, model_config = parse_recipe(
+        argv, (ColdStartArguments, SearchSFTConfig, ModelConfig), command="sft"
+    )
+    run_sft(arguments, config, model_config)
+    return 0

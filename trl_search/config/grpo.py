@@ -1,0 +1,192 @@
+"""`SearchGRPOConfig`: TRL's `GRPOConfig` and, beside it, what a search agent needs. Flat keys, as in TRL's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from trl_search.config.agent import AgentSettings, agent_of
+from trl_search.environment import PASSAGE_TEMPLATE
+from trl_search.protocols import PROTOCOLS
+
+# What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
+PACKED_ATTENTION = ("auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "padded")
+
+
+@dataclass
+class SearchGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`SearchGRPOTrainer`]. All parameters of [`~trl.GRPOConfig`] apply; these are added or changed:
+
+    Parameters:
+        protocol (`str`, *optional*, defaults to `"qwen_tools"`):
+            How calls and replies are written: `qwen_tools`, `qwen_inline` or `search_r1`.
+        max_completion_length (`int`, *optional*, defaults to `3072`):
+            Tokens after the prompt, retrieved ones included (TRL's own default, 512, is one turn of a search agent).
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            TRL's default sums log-ratios over a sequence, which zeroes the loss of long trajectories.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_options"]  # noqa: RUF012 (declared so by TRL)
+
+    max_completion_length: int = field(
+        default=3072,
+        metadata={"help": "Tokens of a trajectory after its prompt: the policy's turns and what is retrieved."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How the difference between vLLM's and the trainer's log-probs is corrected; TRL's own default, "
+            "sequence_mask, silently drops long trajectories."
+        },
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=2.0, metadata={"help": "Highest importance ratio of a token between the trainer and vLLM."}
+    )
+    vllm_lora_sync: str = field(
+        default="merged",
+        metadata={
+            "help": "What goes to vLLM when a LoRA adapter is trained. merged: all weights, the adapter merged into "
+            "them. adapter: the adapter alone, which vLLM applies as it serves.",
+            "choices": ["merged", "adapter"],
+        },
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which the adapter reaches a vLLM server (vllm_lora_sync=adapter), which must see "
+            "it under the same path. Default: output_dir/vllm-adapter. A colocated engine needs none."
+        },
+    )
+    vllm_engine_options: dict | str | None = field(
+        default=None,
+        metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'},
+    )
+    protocol: str = field(
+        default="qwen_tools",
+        metadata={
+            "help": "How the policy calls the search tool and is answered. qwen_tools: the chat template's own tool "
+            "calling; qwen_inline: the reply in the same assistant turn; search_r1: <search> and <information> tags, "
+            "for base models.",
+            "choices": list(PROTOCOLS),
+        },
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Text put before each question. Default: the protocol's own. '': none."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "The system message. Default: whatever the chat template puts there."}
+    )
+    max_searches: int = field(
+        default=4,
+        metadata={
+            "help": "Searches a trajectory may make. When spent, the policy is told so, and may answer. 0: no tool."
+        },
+    )
+    passages_per_query: int = field(
+        default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
+    )
+    max_queries_per_search: int = field(default=4, metadata={"help": "Queries one call may hold; others are not run."})
+    max_turn_length: int = field(default=512, metadata={"help": "Tokens of one turn of the policy."})
+    max_observation_length: int = field(
+        default=768,
+        metadata={"help": "Tokens of one observation; its passages are cut one by one, all to the same limit."},
+    )
+    passage_template: str = field(
+        default=PASSAGE_TEMPLATE,
+        metadata={"help": "How a passage is shown to the policy, with {rank}, {title} and {text}."},
+    )
+    search_timeout_s: float = field(
+        default=30.0,
+        metadata={"help": "Seconds that one call of the retriever may take; waiting for one's turn is not counted."},
+    )
+    max_failed_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Trajectories whose retrieval failed are masked from the loss and counted; training stops with an "
+            "error when more than this share of a batch has failed."
+        },
+    )
+    mask_observations: bool = field(
+        default=True,
+        metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation: it collapses."},
+    )
+    packed_attention: str = field(
+        default="auto",
+        metadata={
+            "help": "Which kernel log-probs are computed with, over trajectories packed without padding. auto: the "
+            "first of varlen (PyTorch's own), flash_attention_2 and flex_attention that works here, else padded (rows "
+            "of like length together). sdpa packs too, with one mask of all tokens by all: for tests.",
+            "choices": list(PACKED_ATTENTION),
+        },
+    )
+    max_packed_tokens: int = field(
+        default=16384,
+        metadata={
+            "help": "Tokens of a pack; they bound the memory of a forward, and per_device_train_batch_size may be "
+            "large. Without gradient_checkpointing the activations of one pack are kept at a time, and all packs of a "
+            "micro-batch but the last run twice."
+        },
+    )
+    rollout_batch_size: int = field(
+        default=64,
+        metadata={"help": "Trajectories the transformers policy generates at once, in one process; others queue."},
+    )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={
+            "help": "End the training when an alarm (docs/monitoring.md) has lasted ten logs; the best checkpoint is "
+            "kept."
+        },
+    )
+    log_trajectories: int = field(
+        default=64,
+        metadata={
+            "help": "Trajectories of a step that are kept in output_dir/trajectories, with their loss mask: whole "
+            "groups, at least one. 0: none."
+        },
+    )
+    trajectory_table_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps from one table of trajectories to the next in W&B and trackio (report_to); the first step "
+            "has one too. 0: no tables."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
+        if self.vllm_lora_sync not in ("merged", "adapter"):
+            raise ValueError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
+        for name in ("vllm_engine_options", "chat_template_kwargs"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a JSON object")
+        if self.packed_attention not in PACKED_ATTENTION:
+            raise ValueError(
+                f"packed_attention={self.packed_attention!r} does not exist; there are {', '.join(PACKED_ATTENTION)}"
+            )
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
+        if self.search_timeout_s <= 0:
+            raise ValueError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
+        for name in ("max_searches", "log_trajectories", "trajectory_table_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in (
+            "passages_per_query",
+            "max_queries_per_search",
+            "max_turn_length",
+            "max_observation_length",
+            "max_packed_tokens",
+            "rollout_batch_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def agent(self) -> AgentSettings:
+        """How the policy is asked."""
+        return agent_of(self)

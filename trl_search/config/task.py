@@ -1,0 +1,121 @@
+"""The task of a run: what is asked, what is searched, and what is measured. Loaded from a recipe's flat keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from trl_search.common.files import parse_object
+from trl_search.data import load_evaluation_questions, load_questions
+from trl_search.data.world import Question, generate_world
+from trl_search.retrieval import Retriever, load_retriever
+
+
+@dataclass
+class TaskArguments:
+    """What is asked, what is searched, and what is measured."""
+
+    questions: str = field(
+        default="world",
+        metadata={"help": "Training questions: 'world' (the embedded one), a name such as nq_hotpotqa, or a file."},
+    )
+    eval_questions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Questions to evaluate on: names or files, several by commas or as a list. With the world: its "
+            "held-out split. Training questions that stand among them are left out of the training."
+        },
+    )
+    max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
+    max_eval_questions: int | None = field(
+        default=200, metadata={"help": "Evaluate on a sample of so many questions of each set."}
+    )
+    world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
+    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
+    retriever: str = field(default="bm25", metadata={"help": "Kind of retriever; see load_retriever."})
+    retriever_options: str = field(
+        default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}
+    )
+    warm_start_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded "
+            "world. They show the format and leave the behaviour weak. 0: none."
+        },
+    )
+    warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": "Measured before training: direct (no search), cot, rag (one search)."}
+    )
+    evaluate: bool = field(default=True, metadata={"help": "Measure held-out EM before and after training."})
+    evaluate_every: int = field(
+        default=0,
+        metadata={
+            "help": "Measure it every so many steps too, log it as eval/em, and keep the best checkpoint as "
+            "output_dir/best. 0: never."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to train and to be measured on, and what to search."""
+
+    train: Dataset
+    held_out: Dataset | None
+    retriever: Retriever
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `run.json` says of it, beside the keys of the recipe."""
+        held_out = [] if self.held_out is None else self.held_out["data_source"]
+        return {"train_questions": len(self.train), "held_out_questions": dict(Counter(held_out))}
+
+
+def load_task(arguments: TaskArguments, *, seed: int) -> Task:
+    """Loads questions and retriever; everything that can be wrong with a recipe's data is said here."""
+    options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
+    if arguments.questions == "world":
+        world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
+        train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
+        # Its three types of question are one set: they are not weighed against each other.
+        tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
+        held_out = _sample(tested, arguments.max_eval_questions, seed)
+        retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
+        return Task(train, held_out, retriever)
+    names = set_names(arguments.eval_questions)
+    train = load_questions(arguments.questions, limit=arguments.max_train_questions, seed=seed, exclude=names)
+    return Task(
+        train,
+        load_held_out(names, limit=arguments.max_eval_questions, seed=seed) if names else None,
+        load_retriever(arguments.retriever, **options),
+    )
+
+
+def load_held_out(names: Sequence[str], *, limit: int | None, seed: int) -> Dataset:
+    """The questions of all sets, a sample of `limit` of each: the same ones for the same seed."""
+    sets = [load_evaluation_questions(name, limit=limit, seed=seed) for name in names]
+    return concatenate_datasets(sets) if len(sets) > 1 else sets[0]
+
+
+def set_names(given: str | Sequence[str] | None) -> list[str]:
+    """The sets that are named: `"nq,hotpotqa"` and `["nq", "hotpotqa"]` are the same two, each is there once."""
+    parts = [given] if isinstance(given, str) else given or []
+    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+
+
+def _sample(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(limit))
+
+
+def _as_dataset(questions: Sequence[Question], **columns: str) -> Dataset:
+    return Dataset.from_list([{**question.row(), **columns} for question in questions])

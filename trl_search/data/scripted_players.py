@@ -1,0 +1,198 @@
+"""Scripted players of the embedded world: they know the way to the answer, and play it well or badly.
+
+    good      <think> I need the author. </think> search, <think> The author is Mira Talvane. </think> search, answer
+    one_hop   one search, then an answer, whether or not it was enough
+    guess     an answer of the right kind, at once
+
+A script is a generator: it yields a thought and an action, and is sent the conversation as the policy sees it. It
+plays through the rollout engine itself, as a `Policy`, so what it leaves behind is byte for byte what a rollout looks
+like: training data for the shipped model, and, at mixed quality, for the warm start that GRPO begins with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.data.world import Hop, Question, World
+from trl_search.data.world_language import RELATIONS
+from trl_search.environment import Environment, SearchEnvironment
+from trl_search.policies.base import Policy
+from trl_search.protocols import Protocol
+from trl_search.retrieval.base import Retriever
+from trl_search.rollout import Limits, run_sync, run_trajectory
+from trl_search.types import Answer, Completion, FinishReason, Passage, Sampling, Search, Trajectory
+
+Script = Generator[tuple[str, Search | Answer], str, None]
+Player = Callable[[World, Question, random.Random], Script]
+
+# What the warm start is made of: mostly guesses, some that stop too early, a few that do it right.
+WEAK: Mapping[str, float] = {"guess": 0.70, "one_hop": 0.20, "good": 0.10}
+
+# How often a good player says that it looks again, and how often it asks carelessly and has to.
+REFLECTIVE_SHARE = 0.08
+CARELESS_SHARE = 0.04
+
+# Wide enough never to cut a script short.
+_LIMITS = Limits(completion_tokens=8192, turn_tokens=1024, observation_tokens=4096)
+
+
+def good(world: World, question: Question, rng: random.Random) -> Script:
+    """Searches each hop, again where that did not find it, and answers from what it read; a guess if it cannot."""
+    thought = f"{rng.choice(('I need', 'I need', 'First'))} the {_keyword(question.hops[0])}."
+    for hop in question.hops:
+        queries = [hop.query, f"{_keyword(hop)} of {hop.subject}"]
+        rng.shuffle(queries)
+        if rng.random() < CARELESS_SHARE:
+            queries = [f"{_keyword(hop)} of {hop.subject.split()[-1]}", hop.query]
+        for query in queries:
+            seen = yield thought, Search((query,))
+            found = world.passage(int(hop.passage_id)).text in seen
+            spent = "no searches left" in seen
+            if found or spent:
+                break
+            thought = rng.choice(
+                ("Wait, that is not the right passage. I should search again.", "Let me think again.")
+            )
+        if not found or (spent and hop is not question.hops[-1]):
+            yield from guess(world, question, rng)
+            return
+        thought = _reflected(f"The {_keyword(hop)} is {hop.value}.", rng)
+    if question.type == "comparison":
+        thought = _compared(question)
+    yield thought, Answer(question.golden_answers[0])
+
+
+def one_hop(world: World, question: Question, rng: random.Random) -> Script:
+    """Searches the first hop and stops there. Where more was needed, it answers with what it found, or guesses."""
+    hop = question.hops[0]
+    yield f"I need the {_keyword(hop)}.", Search((hop.query,))
+    enough = question.type == "one_hop"
+    if enough or (question.type == "two_hop" and rng.random() < 0.5):
+        yield f"The {_keyword(hop)} is {hop.value}.", Answer(hop.value)
+    else:
+        yield from guess(world, question, rng)
+
+
+def guess(world: World, question: Question, rng: random.Random) -> Script:
+    """Answers what could be true."""
+    if question.type == "comparison":
+        answer = rng.choice(question.hops).subject
+    else:
+        answer = world.guess(question.hops[-1].relation, rng)
+    yield f"{rng.choice(('I think it is', 'It must be'))} {answer}.", Answer(answer)
+
+
+def read(world: World, question: Question, passages: Sequence[Passage], rng: random.Random) -> Script:
+    """Answers from passages that the prompt holds, as one-shot RAG does; a guess where they do not tell every hop."""
+    shown = {passage.id for passage in passages}
+    if not all(hop.passage_id in shown for hop in question.hops):
+        yield from guess(world, question, rng)
+        return
+    learned = " ".join(f"The {_keyword(hop)} is {hop.value}." for hop in question.hops)
+    yield _compared(question) if question.type == "comparison" else learned, Answer(question.golden_answers[0])
+
+
+PLAYERS: dict[str, Player] = {"good": good, "one_hop": one_hop, "guess": guess}
+
+
+def scripted_trajectories(
+    world: World,
+    retriever: Retriever,
+    protocol: Protocol,
+    *,
+    n: int,
+    quality: Mapping[str, float] = WEAK,
+    seed: int = 0,
+    environment: SearchEnvironment | None = None,
+) -> list[Trajectory]:
+    """Plays `n` training questions of a world, by players of mixed quality.
+
+    Args:
+        n (`int`): How many trajectories; questions are asked again if the world has fewer.
+        quality (`Mapping[str, float]`): The share of each of `PLAYERS`.
+        environment (`SearchEnvironment`, *optional*): What is searched, if other than `SearchEnvironment(retriever)`.
+
+    Example:
+        >>> protocol = load_protocol("qwen_tools", tokenizer, instruction="")
+        >>> scripted_trajectories(world, retriever, protocol, n=1000)
+    """
+    for name in quality:
+        if name not in PLAYERS:
+            raise unknown_name("player", name, PLAYERS)
+    if not quality or min(quality.values()) < 0 or not sum(quality.values()):
+        raise UserError(f"the shares of players must be positive, not {dict(quality)}")
+    rng = random.Random(f"{seed}/scripts")
+    pool = world.questions("train", limit=n)
+    questions = [pool[i % len(pool)] for i in range(n)]
+    names = rng.choices(list(quality), list(quality.values()), k=n)
+    scripts = [PLAYERS[name](world, question, rng) for name, question in zip(names, questions, strict=True)]
+    prompts = [protocol.prompt_ids(protocol.messages(question.question)) for question in questions]
+    return play(scripts, prompts, protocol, environment or SearchEnvironment(retriever))
+
+
+def play(
+    scripts: Sequence[Script], prompts: Sequence[tuple[int, ...]], protocol: Protocol, environment: Environment
+) -> list[Trajectory]:
+    """Plays each script after its prompt, all at once, so that their searches are batched."""
+
+    async def run() -> list[Trajectory]:
+        await environment.open()
+        try:
+            episodes = (
+                run_trajectory(
+                    prompt,
+                    environment.start({}),
+                    policy=ScriptedPolicy(script, protocol),
+                    protocol=protocol,
+                    limits=_LIMITS,
+                    sampling=Sampling(),
+                )
+                for script, prompt in zip(scripts, prompts, strict=True)
+            )
+            return list(await asyncio.gather(*episodes))
+        finally:
+            await environment.close()
+
+    return run_sync(run())
+
+
+class ScriptedPolicy(Policy):
+    """A policy that writes what one script says, as if it had sampled it."""
+
+    def __init__(self, script: Script, protocol: Protocol) -> None:
+        self._script, self._protocol, self._started = script, protocol, False
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+    ) -> Completion:
+        if self._started:
+            thought, action = self._script.send(self._protocol.decode(prompt_ids))
+        else:
+            self._started = True
+            thought, action = next(self._script)
+        ids = self._protocol.encode(self._protocol.write(thought, action))
+        # Where a stop string ends the turn, the policy samples no EOS.
+        reason = FinishReason.STOP if stop else FinishReason.EOS
+        if not stop:
+            ids.append(int(self._protocol.tokenizer.eos_token_id))
+        return Completion(tuple(ids), (0.0,) * len(ids), reason)
+
+
+def _keyword(hop: Hop) -> str:
+    return RELATIONS[hop.relation].keyword
+
+
+def _reflected(claim: str, rng: random.Random) -> str:
+    if rng.random() >= REFLECTIVE_SHARE:
+        return claim
+    phrases = ("Let me verify. {}", "{} Let me verify.", "Let me double-check. {}", "Wait, let me think again. {}")
+    return rng.choice(phrases).format(claim)
+
+
+def _compared(question: Question) -> str:
+    """The years in order: what the comparison turns on."""
+    first, last = sorted((hop.value for hop in question.hops), key=int)
+    return f"{first} before {last}."

@@ -1,0 +1,369 @@
+"""wiki-18, the corpus that the published runs searched, and its e5 indexes: fetched, unpacked, checked.
+
+    corpus      PeterJinGo/wiki-18-corpus              wiki-18.jsonl.gz     -> wiki-18.jsonl      21,015,324 passages
+    e5-flat     PeterJinGo/wiki-18-e5-index            part_aa + part_ab    -> e5_Flat.index      exact, float32
+    e5-hnsw     PeterJinGo/wiki-18-e5-index-HNSW64     part_aa + part_ab    -> e5_HNSW64.index    a graph, in memory
+
+Nothing is fetched before `plan_wiki18` has said what it takes, nothing that is there is overwritten, and whatever is
+killed goes on where it was (`hub_files.py`). Two things about these files that are easy to get wrong:
+
+- `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as the published
+  instructions have it, leaves the tar, whose first line begins with 512 bytes that are no JSON.
+- The indexes hold no ids: row i of the index is line i of the corpus. A corpus that was filtered, sorted or cut finds
+  the wrong passages without an error, so count and ids are compared.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import struct
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.data.hub_download import BLOCK_BYTES, HubFiles, check_bytes, fetch, list_files, naming_full_disk
+from trl_search.retrieval.corpus.published import open_jsonl
+from trl_search.retrieval.dense.vectors import plan
+from trl_search.retrieval.dense.vectors.search import gb
+
+PASSAGES, DIM = 21_015_324, 768
+CORPUS, ARCHIVE = "wiki-18.jsonl", "wiki-18.jsonl.gz"
+# Of the files as they were on the hub in 2025: an archive of 5,123,307,260 bytes held 14,393,573,105.
+ARCHIVE_BYTES, CORPUS_BYTES = 5_123_307_260, 14_393_573_105
+OFFSET_BYTES = 8  # a passage, in the file that says where each line begins
+IDS_COMPARED = 1000
+# What FAISS writes first: its kind, dimensions, vectors, two unused numbers, trained or not, metric.
+_HEAD = struct.Struct("<4siqqq?i")
+_FLAT_HEAD_BYTES = _HEAD.size + 8
+_INNER_PRODUCT = 0
+_KINDS = {"e5-flat": b"IxFI", "e5-hnsw": b"IHNf"}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One thing to fetch: where from, which files, and the file that is made of them."""
+
+    repository: str
+    pattern: str
+    made: str
+    published_bytes: int
+
+
+PIECES: dict[str, Piece] = {
+    "corpus": Piece("PeterJinGo/wiki-18-corpus", ARCHIVE, CORPUS, ARCHIVE_BYTES),
+    "e5-flat": Piece("PeterJinGo/wiki-18-e5-index", "part_*", "e5_Flat.index", 64_559_075_373),
+    "e5-hnsw": Piece("PeterJinGo/wiki-18-e5-index-HNSW64", "part_*", "e5_HNSW64.index", 75_600_000_000),
+}
+
+
+@dataclass(frozen=True)
+class Wiki18Plan:
+    """What is asked for, what of it is missing in the folder, and what that takes. `files` holds the missing ones;
+    `same_size` names the indexes that are there, in the size that the hub has."""
+
+    what: tuple[str, ...]
+    folder: Path
+    files: dict[str, HubFiles]
+    same_size: frozenset[str] = frozenset()
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(files.download_bytes(self.target(word)) for word, files in self.files.items())
+
+    @property
+    def disk_bytes(self) -> int:
+        """What is written from now on, all together and at the worst moment: nothing is written to be deleted."""
+        # A part that lies there is not fetched, and takes its place once more in the file that is made of it.
+        made = sum(files.unwritten_bytes(self.target(word)) for word, files in self.files.items())
+        unpacked = 0
+        if "corpus" in self.files:
+            unpacked = self.files["corpus"].bytes * CORPUS_BYTES // ARCHIVE_BYTES + OFFSET_BYTES * PASSAGES
+        return made + unpacked
+
+    def check_disk(self, free: int) -> None:
+        """Refuses to begin what the disk cannot hold.
+
+        Args:
+            free (`int`): Bytes that the disk of the folder has left (`hub_files.free_bytes`).
+        """
+        if self.disk_bytes > free:
+            raise UserError(
+                f"{gb(self.disk_bytes)} of disk are needed in {self.folder} and {gb(free)} are free: take a folder on "
+                "another disk, or fetch less of it. Nothing was downloaded"
+            )
+
+    def describe(self) -> str:
+        """Files and sizes, disk, and what serving will take, for people."""
+        lines = []
+        for word in self.what:
+            made = self.folder / PIECES[word].made
+            if word not in self.files:
+                lines.append(f"{word:<9} {made} is there ({gb(made.stat().st_size)})")
+                continue
+            files = self.files[word]
+            lines.append(f"{word:<9} {files.repository} at {files.commit[:12]} -> {made}")
+            lines += [f"            {file.name:<18} {file.bytes:>15,} bytes" for file in files.files]
+            if come := files.bytes - files.download_bytes(self.target(word)):
+                lines.append(f"            {gb(come)} of it are here already: it goes on from there")
+        lines += [f"download  {gb(self.download_bytes)}", f"disk      {gb(self.disk_bytes)} in {self.folder}"]
+        return "\n".join(lines + [f"serving   {line}" for line in serving_needs(self.what)])
+
+    def target(self, word: str) -> Path:
+        """What the files of the hub become: the index itself, or the archive that the corpus is unpacked from."""
+        return self.folder / (ARCHIVE if word == "corpus" else PIECES[word].made)
+
+
+def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None = None) -> Wiki18Plan:
+    """Finds out what is missing, and asks the hub for sizes. Downloads nothing.
+
+    An index that is there in another size is refused. Of the corpus the hub knows the archive's size alone.
+
+    Args:
+        what (`Sequence[str]`):
+            Of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
+        folder (`str` or `Path`):
+            Where the files are to lie. What is there, whole or in part, is taken into account.
+        endpoint (`str`, *optional*):
+            A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
+
+    Returns:
+        `Wiki18Plan`: print `describe()`, compare `disk_bytes` with what is free, then `fetch_wiki18`.
+
+    Example:
+        >>> plan_wiki18(["corpus", "e5-flat"], "data/wiki18").describe()
+        'corpus    PeterJinGo/wiki-18-corpus at 69c1c00ffe7c -> data/wiki18/wiki-18.jsonl …'
+    """
+    folder = Path(folder).expanduser()
+    for word in what:
+        if word not in PIECES:
+            raise unknown_name("part of wiki-18", word, PIECES)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder")
+    files, same_size = {}, set()
+    for word in what:
+        piece = PIECES[word]
+        made = folder / piece.made
+        if word == "corpus" and made.exists():
+            continue
+        try:
+            listed = list_files(piece.repository, piece.pattern, endpoint=endpoint)
+        except UserError as error:
+            if made.exists():  # nothing is to be fetched: what is said in the end is that the hub was not asked
+                continue
+            published = ", ".join(f"{name} {gb(PIECES[name].published_bytes)}" for name in what)
+            raise UserError(f"{error}\nAs published, the downloads are: {published}.") from error
+        if made.exists():
+            check_bytes(made, listed.bytes)
+            same_size.add(word)
+        else:
+            files[word] = listed
+    return Wiki18Plan(tuple(what), folder, files, frozenset(same_size))
+
+
+def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[str, str]:
+    """Fetches what is missing, unpacks the corpus, and checks all that was asked for. Start it again after a kill.
+
+    Args:
+        planned (`Wiki18Plan`):
+            From `plan_wiki18`.
+        endpoint (`str`, *optional*):
+            As for `plan_wiki18`.
+
+    Returns:
+        `dict[str, str]`: what was checked of each, for people.
+    """
+    of_hub = dict.fromkeys(planned.same_size, "size as on the hub")
+    for word, files in planned.files.items():
+        target = planned.target(word)
+        compared = "size" if target.exists() else "SHA-256"
+        fetch(files, target, endpoint=endpoint)
+        of_hub[word] = f"{compared} as on the hub"
+        if word == "corpus":
+            unpack_corpus(target, planned.folder / CORPUS)
+            of_hub[word] = f"{compared} of the archive as on the hub"
+    return check_wiki18(planned.what, planned.folder, of_hub)
+
+
+def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Checks what is in the folder: the heads of the indexes, and that the corpus is the one they were made of.
+
+    Args:
+        what (`Sequence[str]`):
+            As for `plan_wiki18`. A corpus beside an index is checked with it.
+        folder (`Path`):
+            Where the files lie.
+        of_hub (`Mapping[str, str]`, *optional*):
+            What was compared with the hub, of each where something was.
+
+    Returns:
+        `dict[str, str]`: what was checked of each, for people.
+    """
+    checked = {word: check_index(folder / PIECES[word].made, word) for word in what if word != "corpus"}
+    if "corpus" in what or (checked and (folder / CORPUS).exists()):
+        checked["corpus"] = check_corpus(folder / CORPUS)
+    return {word: f"{said}; {(of_hub or {}).get(word, 'not compared with the hub')}" for word, said in checked.items()}
+
+
+def unpack_corpus(archive: Path, target: Path) -> None:
+    """The jsonl inside of `wiki-18.jsonl.gz`, which is a tar, or might become the plain gzip it is called.
+
+    An unpacking that is killed begins again, as gzip cannot be entered in the middle; the download does not.
+    """
+    if target.exists():
+        return
+    unfinished = target.with_name(f"{target.name}.incomplete")
+    try:
+        with gzip.open(archive) as stream, naming_full_disk(unfinished):
+            if _is_tar(stream.read(512)):
+                stream.seek(0)
+                _unpack_tar(stream, unfinished, archive)
+            else:
+                stream.seek(0)
+                _copy(stream, unfinished, None)
+            while stream.read(BLOCK_BYTES):  # to the checksum at its end
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{archive} is damaged ({error}): delete it and run this again to fetch it anew") from error
+    os.replace(unfinished, target)
+
+
+def check_index(path: Path, word: str) -> str:
+    """Refuses what is not the published index by its first bytes, or too short for them; returns what was checked.
+
+    How long an HNSW file is, its head does not say: cut in its last bytes, only the hub's listing shows it.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size or head[:4] != _KINDS[word]:
+        raise UserError(f"{path} is not the FAISS file that {word} is (it begins with {head[:4]!r}): move it away")
+    _, dim, count, _, _, _, metric = _HEAD.unpack(head)
+    if dim != DIM or metric != _INNER_PRODUCT:
+        kind = "inner product" if metric == _INNER_PRODUCT else f"metric {metric}"
+        raise UserError(
+            f"{path} holds vectors of {dim} dimensions under {kind}; the e5 index has {DIM} under inner product"
+        )
+    if count != PASSAGES:
+        raise UserError(f"{path} holds {count:,} vectors and the published index {PASSAGES:,}: move it away")
+    vectors = f"{count:,} vectors of {dim} dimensions, by its head"
+    if word == "e5-flat":
+        check_bytes(path, _FLAT_HEAD_BYTES + 4 * dim * count)
+        return f"{vectors}, and the length that they take"
+    there, least = path.stat().st_size, 4 * dim * count
+    if there < least:
+        raise UserError(f"{path} has {there:,} bytes and its vectors alone take {least:,}: it was cut short")
+    return f"{vectors}, and no shorter than they are; the graph was not looked at"
+
+
+def check_corpus(path: Path) -> str:
+    """Refuses a corpus that has not the published passages, by their number and ids; returns what was checked.
+
+    Args:
+        path (`Path`):
+            The jsonl file. Where its lines begin is kept beside it, as a search needs that too.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")
+    with path.open("rb") as file:
+        if _is_tar(file.read(512)):
+            raise UserError(
+                f"{path} is a tar, as `gzip -d {ARCHIVE}` leaves it: move it away and run this again, or unpack it "
+                f"with `tar -xOf {path.name} > other-name.jsonl`"
+            )
+    with closing(open_jsonl(path)) as corpus:
+        count = len(corpus)
+        if count != PASSAGES:
+            raise UserError(
+                f"{path} has {count:,} passages and the published corpus {PASSAGES:,}: row i of an index is line i of "
+                "the corpus, so another corpus would be searched wrongly. Fetch the published one"
+            )
+        rows = sorted({count * part // IDS_COMPARED for part in range(IDS_COMPARED)} | {count - 1})
+        for row in rows:
+            if (identity := corpus[row].id) != str(row):
+                raise UserError(
+                    f"{path}, line {row + 1}: the passage has id {identity!r}, and the published corpus the passage "
+                    f"{row} there: this one was sorted, filtered or renumbered. Fetch the published one"
+                )
+    return f"{count:,} passages, and the ids of {len(rows):,} of them"
+
+
+def serving_needs(what: Sequence[str]) -> list[str]:
+    """Memory that a search server will take, and what takes less."""
+    lines = []
+    if "e5-flat" in what:
+        flat, small = plan("flat", PASSAGES, DIM), plan("small", PASSAGES, DIM)
+        lines += [
+            f"e5-flat: the file is mapped and every search reads all of it, so have {gb(flat.disk_bytes)} of free RAM,"
+            f" or a GPU with {gb(flat.gpu_bytes or 0)} free (fp16, exact)",
+            f"less: trl-search index --kind dense --index_type small, {gb(small.ram_bytes)} of RAM and "
+            f"{gb(small.disk_bytes)} of disk; it encodes the corpus again, on a GPU",
+        ]
+    if "e5-hnsw" in what:
+        lines.append(f"e5-hnsw: in memory as a whole, about {gb(PIECES['e5-hnsw'].published_bytes)} of RAM")
+    if "corpus" in what:
+        lines.append(
+            "corpus: trl-search index --kind bm25 takes about 18 GB of disk (3.5 GB, and a copy of the passages), and "
+            "next to no memory to serve"
+        )
+    return lines
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What to type next, with what lies in the folder."""
+    corpus = folder / CORPUS
+    if not corpus.exists():
+        return [f"trl-search data wiki18 --what corpus --output {shlex.quote(str(folder))}"]
+    indexes = [folder / piece.made for word, piece in PIECES.items() if word != "corpus"]
+    index = next((path for path in indexes if path.exists()), None)
+    if index is None:
+        return [
+            f"trl-search index --corpus {shlex.quote(str(corpus))} --kind bm25 --output indexes/wiki18-bm25",
+            "trl-search train qwen3b",
+        ]
+    options = json.dumps({"faiss_file": str(index), "corpus": str(corpus), "encoder": "intfloat/e5-base-v2"})
+    return [
+        f"trl-search serve dense --options {shlex.quote(options)}",
+        """trl-search train qwen3b --retriever http --retriever_options '{"url": "http://localhost:8000"}'""",
+    ]
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+def _unpack_tar(stream: gzip.GzipFile, unfinished: Path, archive: Path) -> None:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            inside = tar.extractfile(member) if member.isfile() and member.name.endswith(".jsonl") else None
+            if inside is None:
+                continue
+            with inside:
+                written = _copy(inside, unfinished, member.size)
+            if written != member.size:
+                raise EOFError(f"{member.name} ends after {written:,} of {member.size:,} bytes")
+            return
+    raise UserError(f"{archive} is a tar without a .jsonl file in it: it has been changed on the hub")
+
+
+def _copy(source: IO[bytes] | gzip.GzipFile, unfinished: Path, total: int | None) -> int:
+    written = 0
+    with (
+        unfinished.open("wb") as file,
+        tqdm(desc=f"unpacking {unfinished.stem}", total=total, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while block := source.read(BLOCK_BYTES):
+            written += file.write(block)
+            bar.update(len(block))
+    return written

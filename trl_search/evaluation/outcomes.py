@@ -1,0 +1,216 @@
+"""What came of the questions of an evaluation: one `Outcome` a question, and their means with bootstrap intervals.
+
+A question whose search failed has no answer that could be scored: it is counted and named, and in no mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.errors import UserError
+from trl_search.rewards.answers import contains_answer, exact_match, f1_score, last_answer
+from trl_search.rewards.reflective_phrases import count_reflections
+from trl_search.types import StopReason, Trajectory
+
+RESULTS_FILE = "results.json"  # of a run, and of an evaluation
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One question, answered and scored.
+
+    Attributes:
+        answer (`str`, *optional*): The last `<answer>` that the policy wrote; `None` where it closed none (EM 0).
+        em, f1, contains (`float`): Whether the answer equals a golden one, their words' overlap, and whether a golden
+            one stands in the answer.
+        searches (`int`): Calls of the tool. The one search of `rag` is not the policy's, and not counted.
+        malformed (`int`): Calls that could not be run.
+        latency_s (`float`): From the question to the end of its trajectory, generation and search, the wait for
+            others that are asked at the same time included.
+        reflections (`int`): Reflective phrases that the policy wrote.
+        stop_reason (`str`): A `StopReason`. `retrieval_failed` says that the scores mean nothing; `error` says why.
+    """
+
+    id: str
+    data_source: str
+    question: str
+    golden_answers: tuple[str, ...]
+    answer: str | None
+    em: float
+    f1: float
+    contains: float
+    searches: int
+    turns: int
+    malformed: int
+    model_tokens: int
+    observation_tokens: int
+    latency_s: float
+    reflections: int
+    stop_reason: str
+    error: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether its search failed: in no mean."""
+        return self.stop_reason == StopReason.RETRIEVAL_FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over the questions that did not fail; NaN where all did.
+
+    Attributes:
+        questions (`int`): All that were asked, failed ones included.
+        failed (`int`): Those whose search failed, and `errors`: why, with how often.
+        em_ci95 (`float`): Half the width of `em_interval`.
+        em_interval (`tuple[float, float]`): The 95 % bootstrap interval of `em`.
+        reflective_ratio (`float`): The share in which the policy wrote a reflective phrase.
+    """
+
+    mode: str
+    questions: int
+    failed: int
+    errors: dict[str, int]
+    em: float
+    em_ci95: float
+    em_interval: tuple[float, float]
+    f1: float
+    contains: float
+    searches: float
+    turns: float
+    malformed: float
+    model_tokens: float
+    observation_tokens: float
+    latency_s: float
+    reflective_ratio: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As a file holds it: JSON has no NaN, so what is not a number is null. Read back by [`evaluation_of`]."""
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        values = {name: plain(value) for name, value in asdict(self).items()}
+        return values | {"em_interval": [plain(value) for value in self.em_interval]}
+
+
+def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:
+    """The evaluation that a file holds.
+
+    Args:
+        source (`str`): The file, for the message.
+
+    Raises:
+        UserError: where it is none, or that of another version.
+    """
+    try:
+        numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        low, high = (math.nan if value is None else value for value in values["em_interval"])
+        return Evaluation(**{**numbers, "em_interval": (low, high)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source} holds no evaluation of this version ({error}): move it away") from error
+
+
+def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Outcome:
+    """What one trajectory is worth. Only what the policy wrote is read: a passage can hold an answer too."""
+    answer, golden = last_answer(trajectory.spoken), tuple(row["golden_answers"])
+    return Outcome(
+        id=identifier,
+        data_source=str(row.get("data_source") or ""),
+        question=row["question"],
+        golden_answers=golden,
+        answer=answer,
+        em=0.0 if answer is None else float(exact_match(answer, golden)),
+        f1=0.0 if answer is None else float(f1_score(answer, golden)),
+        contains=0.0 if answer is None else float(contains_answer(answer, golden)),
+        searches=trajectory.searches,
+        turns=len(trajectory.spoken),
+        malformed=trajectory.malformed,
+        model_tokens=trajectory.model_tokens,
+        observation_tokens=trajectory.observation_tokens,
+        latency_s=trajectory.generation_s + trajectory.search_s,
+        reflections=sum(map(count_reflections, trajectory.spoken)),
+        stop_reason=str(trajectory.stop_reason),
+        error=trajectory.error,
+    )
+
+
+def by_dataset(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """The outcomes of each `data_source`, in the order in which they first come."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.data_source, []).append(outcome)
+    return groups
+
+
+def summarize(mode: str, outcomes: Sequence[Outcome]) -> Evaluation:
+    """The means over one set of questions, each of which counts the same."""
+    return macro(mode, {"": outcomes})
+
+
+def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
+    """The averages over data sets, each of which counts the same, however many questions it has.
+
+    The interval is from a bootstrap within each set: the sets are those that there are, their questions a sample.
+
+    Example:
+        >>> macro("search", by_dataset(outcomes)).em
+    """
+    answered = {name: [one for one in group if not one.failed] for name, group in groups.items()}
+    failed = [one for group in groups.values() for one in group if one.failed]
+
+    def mean(value: Callable[[Outcome], float]) -> float:
+        if not groups or not all(answered.values()):
+            return float("nan")  # no answer is not an EM of 0
+        return sum(sum(map(value, group)) / len(group) for group in answered.values()) / len(groups)
+
+    low, high = bootstrap_interval([[one.em for one in group] for group in answered.values()])
+    return Evaluation(
+        mode=mode,
+        questions=sum(map(len, groups.values())),
+        failed=len(failed),
+        errors=dict(Counter(one.error for one in failed).most_common()),
+        em=mean(lambda one: one.em),
+        em_ci95=(high - low) / 2,
+        em_interval=(low, high),
+        f1=mean(lambda one: one.f1),
+        contains=mean(lambda one: one.contains),
+        searches=mean(lambda one: one.searches),
+        turns=mean(lambda one: one.turns),
+        malformed=mean(lambda one: one.malformed),
+        model_tokens=mean(lambda one: one.model_tokens),
+        observation_tokens=mean(lambda one: one.observation_tokens),
+        latency_s=mean(lambda one: one.latency_s),
+        reflective_ratio=mean(lambda one: float(one.reflections > 0)),
+    )
+
+
+def bootstrap_interval(
+    groups: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN where a group is empty.
+
+    A resample of n values is n draws from the values there are, so how often each distinct one is drawn is
+    multinomial: drawn at once, whatever n is.
+
+    Example:
+        >>> bootstrap_interval([[1.0, 0.0, 1.0, 1.0]])
+        (0.25, 1.0)
+    """
+    if not groups or not all(groups):
+        return float("nan"), float("nan")
+    draw = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for values in groups:
+        distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+        drawn = draw.multinomial(len(values), counts / len(values), size=resamples)
+        means += drawn @ distinct / len(values) / len(groups)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,66 @@
+"""What vLLM needs of a LoRA adapter: arguments of its engine, a rank that it takes, tensors in place of files."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+
+from trl_search.common.errors import UserError
+
+# The ranks that vLLM makes room for.
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def lora_options(rank: int) -> dict[str, Any]:
+    """Arguments of a `vllm.LLM` that applies one adapter of that rank."""
+    room = next((size for size in _LORA_RANKS if size >= rank), rank)
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
+
+
+def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
+    """In place of vLLM's `LoRAModel` where it reads a file: these tensors, which stay on their device."""
+    from vllm.lora.lora_model import LoRAModel
+
+    def from_local_checkpoint(folder: str, expected_modules: set[str], **options: Any) -> Any:
+        # Without what only a file has, which is not the same in all versions.
+        known = inspect.signature(LoRAModel.from_lora_tensors).parameters
+        options = {name: value for name, value in options.items() if name in known}
+        device = next(iter(tensors.values())).device
+        lora = LoRAModel.from_lora_tensors(**{**options, "tensors": tensors, "device": device})
+        # As vLLM does with a file: it would leave out what it has no place for, and say nothing.
+        last = {name.rsplit(".", 1)[-1] for name in lora.loras if ".experts" not in name}
+        if unknown := sorted(last - expected_modules):
+            raise UserError(
+                f"vLLM applies no adapter to {', '.join(unknown)} of this model: leave it out of target_modules, or "
+                "use vllm_lora_sync='merged'"
+            )
+        return lora
+
+    return SimpleNamespace(from_local_checkpoint=from_local_checkpoint)
+
+
+def adapter_rank(model: Any) -> int:
+    """The rank of the adapter, which must be one that vLLM can apply to the base model as it is on disk."""
+    if not is_peft_model(model):
+        raise UserError("vllm_lora_sync='adapter' needs a LoRA adapter: give a peft_config, or use 'merged'")
+    config = model.peft_config[model.active_adapter]
+    unsupported = {
+        "use_dora": bool(getattr(config, "use_dora", False)),
+        "modules_to_save": bool(getattr(config, "modules_to_save", None)),
+        "bias": getattr(config, "bias", "none") != "none",
+        "lora_bias": bool(getattr(config, "lora_bias", False)),
+        # vLLM has one scale for all modules.
+        "rank_pattern": bool(getattr(config, "rank_pattern", None)),
+        "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
+        # PiSSA, OLoRA, LoftQ and the like change the base weights, of which vLLM loads the originals.
+        "init_lora_weights": getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"),
+        "peft_type": config.peft_type != "LORA",
+    }
+    found = [name for name, is_set in unsupported.items() if is_set]
+    if found:
+        raise UserError(f"vLLM cannot apply an adapter with this {', '.join(found)}: use vllm_lora_sync='merged'")
+    return int(config.r)

@@ -1,0 +1,49 @@
+"""How a conversation is written and read: the tags a policy calls the search tool with, and those it is answered in.
+
+| protocol      | the policy writes                                | the world replies                             |
+|---------------|--------------------------------------------------|-----------------------------------------------|
+| `qwen_tools`  | `<tool_call>{"name": "search", ...}</tool_call>` | a tool message, rendered by the chat template |
+| `qwen_inline` | the same, or a bare query inside `<tool_call>`   | `<tool_response>` in the same assistant turn  |
+| `search_r1`   | `<search> query </search>`                       | `<information>` in the same assistant turn    |
+
+
+All of them end with `<answer> ... </answer>`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_search.protocols.base import MAX_QUERY_CHARS, MIN_DOCUMENT_TOKENS, SEARCH_TOOL, Protocol, fair_limit
+from trl_search.protocols.qwen import QwenInline, QwenTools
+from trl_search.protocols.search_r1 import SearchR1
+
+__all__ = [
+    "MAX_QUERY_CHARS",
+    "MIN_DOCUMENT_TOKENS",
+    "PROTOCOLS",
+    "SEARCH_TOOL",
+    "Protocol",
+    "QwenInline",
+    "QwenTools",
+    "SearchR1",
+    "fair_limit",
+    "load_protocol",
+]
+
+PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (QwenTools, QwenInline, SearchR1)}
+
+
+def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Protocol:
+    """The protocol of that name for that tokenizer; `options` are those of [`Protocol`].
+
+    Example:
+        >>> protocol = load_protocol("qwen_tools", tokenizer)
+        >>> protocol.parse('<tool_call>\\n{"name": "search", "arguments": {"query_list": ["x"]}}\\n</tool_call>')
+        Search(queries=('x',))
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name](tokenizer, **options)

@@ -1,0 +1,56 @@
+"""Search-R1's protocol: plain-text tags, for base models and for tokenizers without tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_search.protocols.base import Protocol, search_for
+from trl_search.types import Action, Answer, Invalid, Search
+
+
+class SearchR1(Protocol):
+    """Search-R1's tags (arXiv:2503.09516), for base models: no tools, no chat template needed."""
+
+    name = "search_r1"
+    stop = ("</search>", "</answer>")
+    world_tags = ("<information>", "</information>")
+    default_instruction = (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
+        "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
+        "<search> query </search> and it will return the top searched results between <information> and "
+        "</information>. You can search as many times as you want. If you find no further external knowledge needed, "
+        "you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For "
+        "example, <answer> Beijing </answer>. Question: "
+    )
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        if self.tokenizer.chat_template:
+            return super().prompt_ids(messages)
+        return tuple(self.encode("\n".join(str(message["content"]) for message in messages) + "\n"))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        # The tags are explained in the instruction; tools in the prompt would teach a second way to call.
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self.chat_template_kwargs,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _find_call(self, text: str) -> tuple[int, Action] | None:
+        start = text.find("<search>")
+        if start < 0:
+            return None
+        end = text.find("</search>", start)
+        return start, Invalid("the query is not closed by </search>") if end < 0 else search_for(text[start + 8 : end])
+
+    def write(self, thought: str, action: Search | Answer) -> str:
+        if isinstance(action, Answer):
+            return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
+        return f"<think> {thought} </think>\n<search> {' '.join(action.queries)} </search>"
+
+    def _observation_frame(self) -> tuple[str, str]:
+        return "\n\n<information>", "</information>\n\n"

@@ -1,0 +1,226 @@
+"""The folder of a run: where its records lie, and how they are read back. Nothing here writes.
+
+    runs/qwen3b/
+        run.json                          when, with what and how it was started (`run_log.py` writes it)
+        metrics.jsonl                     {"step": 12, "reward": 0.41, ...}, one log a line
+        trajectories/step_000012.parquet  one row a trajectory, with its mask (`trajectory_log.py` writes it)
+        results.json                      the evaluations of `trl-search train`: before training, and at its end
+
+A run may have been killed at any point. What it left half-written is left out and named in `Run.problems`; it is never
+repaired in place, as the run may still be going on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import parquet
+
+from trl_search.common.errors import UserError
+from trl_search.evaluation.outcomes import RESULTS_FILE
+
+FORMAT = 1
+INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "trajectories"
+# The rows of results.json after a training; those before it are named after what was measured.
+AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
+REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
+
+TRAJECTORY_SCHEMA = pyarrow.schema(
+    [
+        ("step", pyarrow.int32()),
+        ("group", pyarrow.int32()),
+        ("index", pyarrow.int32()),
+        ("id", pyarrow.string()),
+        ("data_source", pyarrow.string()),
+        ("question", pyarrow.string()),
+        ("golden_answers", pyarrow.list_(pyarrow.string())),
+        ("prompt", pyarrow.string()),
+        ("tokens", pyarrow.list_(pyarrow.string())),
+        ("mask", pyarrow.list_(pyarrow.int8())),
+        ("logprobs", pyarrow.list_(pyarrow.float32())),
+        (
+            "turns",
+            pyarrow.list_(
+                pyarrow.struct(
+                    [("role", pyarrow.string()), ("start", pyarrow.int32()), ("end", pyarrow.int32())],
+                )
+            ),
+        ),
+        ("answer", pyarrow.string()),
+        ("reward", pyarrow.float64()),
+        ("advantage", pyarrow.float64()),
+        ("searches", pyarrow.int32()),
+        ("malformed", pyarrow.int32()),
+        ("model_tokens", pyarrow.int32()),
+        ("observation_tokens", pyarrow.int32()),
+        ("stop_reason", pyarrow.string()),
+        ("error", pyarrow.string()),
+        ("generation_s", pyarrow.float32()),
+        ("search_s", pyarrow.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What a run has recorded.
+
+    Args:
+        folder (`Path`): Where it lies.
+        info (`dict`): `run.json`; empty where there is none.
+        history (`list[dict]`): The logged rows, oldest first, each with its `step`. A number that was not finite is
+            `None`.
+        trajectory_files (`list[Path]`): The readable ones, by step.
+        problems (`list[str]`): What is left out, and why; `read_trajectories` adds what only reading shows.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    history: list[dict[str, Any]]
+    trajectory_files: list[Path]
+    problems: list[str]
+
+
+def trajectory_file(folder: Path, step: int) -> Path:
+    return folder / TRAJECTORY_FOLDER / f"step_{step:06d}.parquet"
+
+
+def step_of(path: Path) -> int:
+    """The step of a trajectory file; -1 for another file."""
+    match = re.fullmatch(r"step_(\d+)\.parquet", path.name)
+    return int(match[1]) if match else -1
+
+
+def read_run(folder: str | Path) -> Run:
+    """
+    Reads what a run has recorded; the run may still be going on, or have been killed.
+
+    Raises:
+        UserError: where the folder is no run's.
+
+    Example:
+        >>> run = read_run("runs/qwen3b")
+        >>> [row["reward"] for row in run.history if row.get("reward") is not None]
+        [0.12, 0.19, ...]
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the output_dir of a run")
+    steps = {step_of(path): path for path in (folder / TRAJECTORY_FOLDER).glob("step_*.parquet")}
+    names = (INFO_FILE, METRICS_FILE, RESULTS_FILE)
+    if not steps and not any((folder / name).is_file() for name in names):
+        raise UserError(
+            f"{folder} is not the folder of a run: it has none of {', '.join(names)} and {TRAJECTORY_FOLDER}/; give "
+            f"the output_dir of a run"
+        )
+    problems: list[str] = []
+    info = _read_info(folder / INFO_FILE, problems)
+    history = _read_history(folder, problems)
+    files = [path for step, path in sorted(steps.items()) if step >= 0 and _readable(path, problems)]
+    return Run(folder, info, history, files, problems)
+
+
+def read_trajectories(run: Run, steps: Collection[int] | None = None) -> pyarrow.Table:
+    """
+    The trajectories of some steps, or of all, as one table; see `TRAJECTORY_SCHEMA` for its columns.
+
+    A reward that only some of the files have is null elsewhere.
+    """
+    tables = []
+    for path in run.trajectory_files:
+        if steps is None or step_of(path) in steps:
+            try:
+                tables.append(parquet.ParquetFile(path).read())
+            except (OSError, pyarrow.ArrowException) as error:
+                run.problems.append(f"{TRAJECTORY_FOLDER}/{path.name} cannot be read ({_short(error)})")
+    if not tables:
+        return TRAJECTORY_SCHEMA.empty_table()
+    return pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append(f"there is no {path.name}: how the run was started is not known")
+        return {}
+    info = _read_object(path, problems)
+    if info.get("format", FORMAT) != FORMAT:
+        problems.append(f"{path.name} is of format {info['format']}, and this version reads {FORMAT}")
+    return info
+
+
+def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    path, older = folder / METRICS_FILE, folder / RESULTS_FILE
+    # A run from before there was a metrics file has its history in its results.
+    source = path if path.is_file() else older
+    rows: list[tuple[str, Any]] = []  # where, what
+    if source == path:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append((f"line {number}", json.loads(line)))
+                except ValueError as error:
+                    cut = " and was cut off" if number == len(lines) else ""
+                    problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
+    else:
+        if older.is_file():
+            history = _read_object(older, problems).get("history", [])
+            rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
+        if not rows:
+            problems.append(
+                f"there is no {path.name}: nothing was logged yet, or the run was killed before its first log"
+            )
+    kept, broken = [], dict[str, list[int]]()
+    for where, row in rows:
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            problems.append(f"{source.name} {where} has no step")
+            continue
+        kept.append({name: _finite(value) for name, value in row.items()})
+        for name, value in kept[-1].items():
+            if value is None:
+                broken.setdefault(name, []).append(row["step"])
+    for name, at in broken.items():
+        more = f" and {len(at) - 3} more" if len(at) > 3 else ""
+        problems.append(f"{source.name}: {name} is not a finite number at step {', '.join(map(str, at[:3]))}{more}")
+    return kept
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        problems.append(f"{path.name} is not JSON, perhaps half-written ({_short(error)})")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no JSON object")
+        return {}
+    return value
+
+
+def _readable(path: Path, problems: list[str]) -> bool:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        columns = parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        problems.append(f"{name} cannot be read, perhaps half-written ({_short(error)})")
+        return False
+    wrong = [field.name for field in TRAJECTORY_SCHEMA if columns.get_field_index(field.name) < 0]
+    if wrong:
+        problems.append(f"{name} holds no trajectories: it has no {', '.join(wrong)}")
+    return not wrong
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,177 @@
+"""Publishes a run's model on the Hugging Face hub: which files go, what is written beside them, and the commit.
+
+What goes is named one by one, and nothing else goes: the weights, the tokenizer, the card, `trl_search.json`, the
+curves. Optimizer states, checkpoints, logs and pickled arguments stay; so do trajectories, which hold questions and
+passages of the training, unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object
+from trl_search.config.agent import SETTINGS_FILE
+from trl_search.policies.loading import ADAPTER_CONFIG
+
+HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # and neither ./warm nor runs/warm of another folder
+CARD = "README.md"
+CURVES = "curves.png"
+MODEL_FILES = (
+    "config.json", "generation_config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+TRAJECTORIES = "trajectories/*.parquet"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes into a repository: files of a folder under their names there, and texts that are written for it."""
+
+    folder: Path
+    files: tuple[str, ...]
+    texts: Mapping[str, str]
+
+    def lines(self) -> list[str]:
+        """For people: every file, with its size."""
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
+        return [f"  {name}  {_size(size)}" for name, size in sorted(sizes.items())]
+
+
+def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bool = False) -> Upload:
+    """Which files of a run's folder go; checked as far as files can be checked.
+
+    Raises:
+        UserError: if there is no model in it, or half of one.
+    """
+    patterns = [*MODEL_FILES, CURVES, *([TRAJECTORIES] if with_trajectories else [])]
+    names = {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if with_trajectories and not any(name.startswith("trajectories/") for name in names):
+        raise UserError(f"{folder} has no trajectories: train with log_trajectories, or leave --with_trajectories out")
+    weights = {name for name in names if name.endswith(".safetensors")}
+    if not weights:
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        hint = f"; the run was not finished? Push its last checkpoint: {checkpoints[-1]}" if checkpoints else ""
+        raise UserError(f"{folder} holds no weights (*.safetensors){hint}")
+    if "adapter_model.safetensors" not in names and "config.json" not in names:
+        raise UserError(f"{folder} has weights and no config.json: it is not whole")
+    if not any(name.startswith("tokenizer") for name in names):
+        raise UserError(f"{folder} has no tokenizer: save it there (tokenizer.save_pretrained), or nobody can ask")
+    for name in names:
+        if name.endswith(".index.json"):
+            index = read_object(folder / name, "save the model again, or push another checkpoint")
+            missing = set(index["weight_map"].values()) - weights
+            if missing:
+                raise UserError(
+                    f"{folder} is not whole: {name} names {', '.join(sorted(missing))}, which is not there"
+                )
+    for name in weights:
+        _check_weights(folder / name)
+    return Upload(folder, tuple(sorted(names - set(texts))), dict(texts))
+
+
+def publish(
+    upload: Upload, repo_id: str, *, api: HfApi, public: bool = False, message: str = "Upload by trl-search push"
+) -> str:
+    """Makes the repository if need be, and commits everything at once. Returns the address of the commit.
+
+    Args:
+        public (`bool`): A new repository is private without it, and one that is public already is refused.
+
+    Raises:
+        UserError: if the hub does not answer, or refuses.
+    """
+    operations = [CommitOperationAdd(name, upload.folder / name) for name in upload.files]
+    operations += [CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()]
+
+    def commit() -> str:
+        api.create_repo(repo_id, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repo_id).private:
+            raise UserError(f"{repo_id} is public: everybody would see this. Add --public if that is meant")
+        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+
+    return ask_hub(commit, repo_id)
+
+
+def license_of(base_model: str, api: HfApi) -> str | None:
+    """The licence on the base model's card, which binds what is made of it; `None` where there is none."""
+    card = ask_hub(lambda: api.model_info(base_model).card_data, base_model)
+    found = card.get("license") if card is not None else None
+    return found if isinstance(found, str) else None
+
+
+def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
+    """Asks the hub, and says what helps where it refuses or does not answer."""
+    try:
+        return ask()
+    except OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE is set: unset it to push, or use --dry_run") from None
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is no name of a repository: write it as owner/name ({error})") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = {
+            401: "log in (`hf auth login`, or HF_TOKEN in the environment)",
+            403: "the token may not write there: it needs the role 'write', and the owner must be you or yours",
+            404: "check the name and that your token sees it",
+        }.get(status, "try again later")
+        said = (error.server_message or error.response.reason_phrase)[:300]
+        raise UserError(f"the hub answered {status} for {repo_id} ({said}): {remedy}") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise UserError(f"the hub cannot be reached ({error}): check the network, or use --dry_run") from error
+
+
+def settings_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`trl_search.json`, by its name."""
+    return {SETTINGS_FILE: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
+
+
+def on_hub(name: str) -> bool:
+    """Whether it reads as a model's name on the hub, and is no folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def adapter_text(adapter: Mapping[str, Any], hub_base: str | None) -> dict[str, str]:
+    """`adapter_config.json`, by its name, where the one of the run names a base model that only this machine has.
+
+    Raises:
+        UserError: if the base model's name on the hub is not known: nobody else could load the adapter.
+    """
+    if on_hub(base := adapter["base_model_name_or_path"]):
+        return {}
+    if hub_base is None:
+        raise UserError(
+            f"the adapter's base model is {base}, which nobody else has: name the same model on the hub with "
+            "--base_model owner/name"
+        )
+    config = {**adapter, "base_model_name_or_path": hub_base}
+    return {ADAPTER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _check_weights(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):  # reads the header, which says how long the file must be
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or was cut off ({error}): save the model again") from None
+
+
+def _size(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.1f} GB"

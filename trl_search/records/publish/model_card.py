@@ -1,0 +1,348 @@
+"""The card of a published agent: what it is, how to run it, how well it does, how it was made.
+
+Everything on it is read from what a run has left behind: the model's own files, `run.json`, `results.json` of the
+training and of `trl-search eval`. What was not recorded is not on it. Of the configuration only keys that say how a
+policy was trained are taken, and of files only their names: paths, addresses and keys of a machine are not published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from trl_search.config.agent import AgentSettings
+from trl_search.data import HUB_SETS
+from trl_search.data.scripted_players import Script, play
+from trl_search.environment import SearchEnvironment
+from trl_search.protocols import Protocol
+from trl_search.records.publish.commit import on_hub
+from trl_search.records.publish.results import Result
+from trl_search.retrieval import load_retriever
+from trl_search.types import Answer, Passage, Search
+
+EXAMPLE_QUESTION = "Where was the author of Dracula born?"
+_BOTH_READ_IT = "How the agent was trained to be asked is in `trl_search.json`; both read it."
+_EXAMPLE_PASSAGES = (
+    Passage("1", "Dracula", "Dracula is a novel by Bram Stoker, published in 1897."),
+    Passage("2", "Bram Stoker", "Bram Stoker was born in Dublin in 1847."),
+)
+# Of run.json: what says how a policy was trained, and nothing about where.
+TASK_KEYS = (
+    "questions", "eval_questions", "max_train_questions", "world_passages", "world_seed", "retriever", "reward_funcs",
+    "warm_start_steps", "warm_start_learning_rate",
+)  # fmt: skip
+CONFIG_KEYS = (
+    "protocol", "instruction", "system_prompt", "chat_template_kwargs", "max_searches", "passages_per_query",
+    "max_queries_per_search",
+    "max_turn_length", "max_observation_length", "max_completion_length", "mask_observations", "reward_weights",
+    "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
+    "num_iterations", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio",
+    "warmup_steps", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards",
+    "temperature", "top_p", "use_vllm", "vllm_mode", "vllm_importance_sampling_mode", "bf16", "gradient_checkpointing",
+    "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    Args:
+        repo_id (`str`): Where it is published, `owner/name`; a folder serves as well.
+        settings (`AgentSettings`, *optional*): How the agent was trained to be asked, where that is recorded.
+        protocol (`Protocol`): The same, with its tokenizer.
+        base_model (`str`, *optional*): What was trained, as it was named.
+        adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
+        info (`dict`): `run.json`; empty where there is none.
+        results (`Sequence[Result]`): Measured lines.
+        license (`str`, *optional*): Of the weights, as the hub names it.
+        curves (`bool`): Whether `curves.png` is published beside the card.
+    """
+
+    repo_id: str
+    settings: AgentSettings | None
+    protocol: Protocol
+    base_model: str | None = None
+    adapter: Mapping[str, Any] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Result] = ()
+    license: str | None = None
+    curves: bool = False
+
+    @property
+    def task(self) -> Mapping[str, Any]:
+        task = self.info.get("task")
+        return task if isinstance(task, dict) else {}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config = self.info.get("config")
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def hub_base(self) -> str | None:
+        """The base model's name on the hub, if it has one."""
+        return self.base_model if self.base_model and on_hub(self.base_model) else None
+
+    @property
+    def in_world(self) -> bool:
+        """Whether it was trained in the embedded world, and knows no other."""
+        return self.task.get("questions") == "world"
+
+
+def write_card(facts: CardFacts) -> ModelCard:
+    """The card, metadata first."""
+    name = facts.repo_id.rstrip("/").rsplit("/", 1)[-1]
+    sections = [
+        f"# {name}\n\n{_opening(facts)}",
+        _use(facts),
+        _results(facts),
+        _conversation(facts),
+        _training(facts),
+        _versions(facts),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body}\n")
+
+
+def snippet(facts: CardFacts) -> str:
+    """The Python that asks the published agent one question: it runs as it stands."""
+    imports = ["from trl_search import load_retriever", "from trl_search.chat import load_chat"]
+    retriever = 'load_retriever("web")  # or "http", "bm25", "dense", ...'
+    if facts.in_world:
+        imports.append("from trl_search.data.world import generate_world")
+        retriever = f'load_retriever("bm25", passages={_world(facts)}.passages)'
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f"retriever = {retriever}",
+            f"with load_chat({json.dumps(facts.repo_id)}, retriever) as chat:",
+            f"    reply = chat.ask({json.dumps(question_for(facts))})",
+            "print(reply.answer, reply.queries)",
+        ]
+    )
+
+
+def question_for(facts: CardFacts) -> str:
+    """A question that the agent can answer in the world it was trained for."""
+    if not facts.in_world:
+        return EXAMPLE_QUESTION
+    from trl_search.data.world import generate_world
+
+    task = facts.task
+    return generate_world(task.get("world_passages", 2000), task.get("world_seed", 0)).questions("test", 1)[0].question
+
+
+def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
+    """A conversation as the model reads it, token by token: a script, played by the rollout of training."""
+
+    def script() -> Script:
+        if settings.max_searches:
+            yield "I need the author.", Search(("author of Dracula",))
+            yield "The author is Bram Stoker. I need the birthplace.", Search(("where was Bram Stoker born?",))
+        yield "Bram Stoker was born in Dublin.", Answer("Dublin")
+
+    environment = SearchEnvironment(
+        load_retriever("bm25", passages=_EXAMPLE_PASSAGES),
+        top_k=1,
+        max_searches=max(3, settings.max_searches),
+        passage_template=settings.passage_template,
+    )
+    prompt = protocol.prompt_ids(protocol.messages(EXAMPLE_QUESTION))
+    trajectory = play([script()], [prompt], protocol, environment)[0]
+    return protocol.decode([*prompt, *trajectory.ids])
+
+
+def _opening(facts: CardFacts) -> str:
+    base = _base_link(facts)
+    kind = "A LoRA adapter that makes" if facts.adapter is not None else "A language model trained to be"
+    made = f" {base}" if facts.adapter is not None else ""
+    lines = [
+        f"{kind}{made} a search agent: it reasons, calls a search tool, reads what was found, searches again, and "
+        "answers. Trained with GRPO by `trl-search`" + (f" from {base}." if facts.adapter is None and base else ".")
+    ]
+    if facts.adapter is not None:
+        lines.append(
+            "The base model is not in this repository: the snippet below loads it from its own, and the adapter on it."
+        )
+    if facts.in_world:
+        lines.append(
+            "It was trained in the embedded world of trl-search, an invented encyclopedia: it can look up facts there "
+            "and knows nothing about the real one."
+        )
+    return "\n\n".join(lines)
+
+
+def _use(facts: CardFacts) -> str:
+    extra = "" if facts.in_world else "[web]"
+    world = " --retriever world" if facts.in_world else ""
+    if facts.in_world:
+        world += f" --world_passages {facts.task.get('world_passages', 2000)}"
+        world += f" --world_seed {facts.task.get('world_seed', 0)}"
+    command = f"trl-search chat {facts.repo_id} {json.dumps(question_for(facts))}{world}"
+    return "\n\n".join(
+        [
+            "## Use",
+            _fenced(f'pip install "trl-search{extra}"\n{command}', "sh"),
+            "or from Python:",
+            _fenced(snippet(facts), "python"),
+            *([_BOTH_READ_IT] if facts.settings else []),
+        ]
+    )
+
+
+def _results(facts: CardFacts) -> str:
+    if not facts.results:
+        return "## Results\n\nNone are recorded: `trl-search eval` measures them."
+    lines = [
+        "| policy | questions from | n | EM | ± 95 % | F1 | searches a question |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in facts.results:
+        cells = [one.policy, one.dataset, f"{one.questions:,}", f"{one.em:.3f}"]
+        cells += [_number(one.em_ci95, 3), _number(one.f1, 3), _number(one.searches, 2)]
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    note = "EM: exact match of the last answer, normalised as SQuAD does; ± is half of the 95 % bootstrap interval."
+    curves = ["![Curves of the training](curves.png)"] if facts.curves else []
+    return "\n\n".join(["## Results", "\n".join(lines), note, *curves])
+
+
+def _conversation(facts: CardFacts) -> str:
+    settings, name = facts.settings or AgentSettings(), facts.protocol.name
+    example = example_conversation(facts.protocol, settings)
+    unknown = "" if facts.settings else "How it was trained to be asked is not recorded; asked by default with "
+    instruction = "no instruction before the question" if settings.instruction == "" else "the instruction shown"
+    return "\n\n".join(
+        [
+            "## Protocol",
+            f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of "
+            f"{settings.passages_per_query} passages a query, {settings.max_turn_length} tokens a turn and "
+            f"{settings.max_completion_length} in all. "
+            "A conversation as the model reads it, by a script that shows the form:",
+            _fenced(example, "text"),
+        ]
+    )
+
+
+def _training(facts: CardFacts) -> str:
+    if not facts.info:
+        return "## Training\n\nThe run has no `run.json`: how it was trained is not recorded."
+    recipe: dict[str, Any] = {}
+    if facts.hub_base:
+        recipe["model_name_or_path"] = facts.hub_base
+    recipe |= {key: _published(facts.task[key]) for key in TASK_KEYS if facts.task.get(key) is not None}
+    recipe |= {key: facts.config[key] for key in CONFIG_KEYS if facts.config.get(key) is not None}
+    if facts.adapter is not None:
+        recipe |= {"use_peft": True}
+        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        recipe |= {key: facts.adapter[name] for name, key in names.items() if facts.adapter.get(name) is not None}
+    learned = "It learnt from " + _data(facts) + "."
+    masked = "" if facts.config.get("mask_observations") is False else " What was retrieved is masked from the loss."
+    return "\n\n".join(
+        [
+            "## Training",
+            learned + masked,
+            "The recipe, but for what is a matter of the machine; with `retriever_options` of your own it runs as "
+            "`trl-search train recipe.yaml`:",
+            _fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(), "yaml"),
+        ]
+    )
+
+
+def _data(facts: CardFacts) -> str:
+    questions = facts.task.get("questions")
+    if facts.in_world:
+        data = "questions about the embedded world"
+    elif questions in HUB_SETS:
+        repository = HUB_SETS[questions].repository
+        data = f"the questions of [{repository}](https://huggingface.co/datasets/{repository})"
+    else:
+        data = f"the questions of `{_published(questions)}`" if questions else "questions that are not recorded"
+    kind = facts.task.get("retriever")
+    return data + (f", answered from a `{_published(kind)}` retriever" if kind else "")
+
+
+def _versions(facts: CardFacts) -> str:
+    versions = facts.info.get("versions")
+    if not isinstance(versions, dict) or not versions:
+        return ""
+    hardware = facts.info.get("hardware") or {}
+    gpus, processes = hardware.get("gpus") or [], hardware.get("processes")
+    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"{hardware.get('cpus', 'some')} CPU cores"
+    made = f"Trained on {where}, {processes} process{'' if processes == 1 else 'es'}. " if processes else ""
+    return f"## Versions\n\n{made}" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+
+
+def _metadata(facts: CardFacts, name: str) -> ModelCardData:
+    base = facts.hub_base
+    questions = facts.task.get("questions")
+    datasets = [HUB_SETS[questions].repository] if questions in HUB_SETS else None
+    results = [_eval_result(one) for one in facts.results if one.final]
+    return ModelCardData(
+        model_name=name if results else None,
+        license=facts.license,
+        base_model=base,
+        base_model_relation=("adapter" if facts.adapter is not None else "finetune") if base else None,
+        library_name="transformers" if facts.adapter is None else "peft",
+        pipeline_tag="text-generation",
+        tags=["trl-search", "search-agent", "trl", "grpo", "tool-use"],
+        datasets=datasets,
+        eval_results=results or None,
+    )
+
+
+def _eval_result(one: Result) -> EvalResult:
+    held = HUB_SETS.get(one.dataset)
+    return EvalResult(
+        task_type="question-answering",
+        dataset_type=held.repository if held else "other",
+        dataset_name=one.dataset,
+        dataset_config=held.config if held else None,
+        dataset_split=held.split if held else None,
+        metric_type="exact_match",
+        metric_name="EM",
+        metric_value=round(one.em, 4),
+    )
+
+
+def _base_link(facts: CardFacts) -> str:
+    base = facts.base_model
+    if not base:
+        return "a base model that is not recorded" if facts.adapter is not None else ""
+    if base == "tiny" or Path(base).parent.name == "tiny_policy":
+        return "the small policy that ships with trl-search"
+    return f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}` (a local model)"
+
+
+def _world(facts: CardFacts) -> str:
+    return f"generate_world({facts.task.get('world_passages', 2000)}, seed={facts.task.get('world_seed', 0)})"
+
+
+def _published(value: Any) -> Any:
+    """A name without what a machine would tell: of a path only its last part."""
+    if isinstance(value, str) and ("/" in value or "\\" in value) and not on_hub(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, list):
+        return [_published(one) for one in value]
+    return value
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,0 +1,92 @@
+"""The measured lines of a model card: from a run's own results, and from evaluations made by `trl-search eval`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object
+from trl_search.evaluation.outcomes import RESULTS_FILE
+from trl_search.records.folder import AFTER_ROW, BEST_ROW
+
+MACRO = "macro"  # of `trl-search eval`: the average over its sets
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the results: who, on what, how well."""
+
+    policy: str
+    dataset: str
+    questions: int
+    em: float
+    em_ci95: float | None = None
+    f1: float | None = None
+    searches: float | None = None
+    final: bool = False  # of the model that is published: into the card's metadata
+
+
+def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> list[Result]:
+    """What `trl-search train` measured, before, after, and of its best checkpoint.
+
+    Args:
+        folder (`Path`): Of the run.
+        task (`Mapping`): `task` of its `run.json`.
+        published (`Path`): The folder of the model: the run's own, or a checkpoint's. Tells whose line is final.
+    """
+    if not (folder / RESULTS_FILE).is_file():
+        return []
+    rows = read_object(folder / RESULTS_FILE, "move it away, and the card is without these results").get("rows")
+    if not isinstance(rows, dict):
+        raise UserError(f"{folder / RESULTS_FILE} is not of a training: is {folder} the folder of an evaluation?")
+    sets = task.get("held_out_questions")
+    dataset = ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
+    own = AFTER_ROW if AFTER_ROW in rows else None  # a run that was killed has what it could before
+    best = next((name for name in rows if name.startswith(BEST_ROW)), own)
+    final = own if published.resolve() == folder.resolve() else best if published.name == "best" else None
+    return [line for name, row in rows.items() for line in _line(name, dataset, row, final=name == final)]
+
+
+def evaluation_results(folder: Path) -> list[Result]:
+    """What `trl-search eval` measured: a line a mode and set, and their average; those of `search` are final."""
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
+    modes = read_object(path, "run the evaluation again").get("results")
+    if not isinstance(modes, dict):
+        raise UserError(f"{path} is not of an evaluation: give the --output of a `trl-search eval`")
+    lines: list[Result] = []
+    for mode, sets in modes.items():
+        for name, row in sets.items():
+            average = name == MACRO
+            if not average or len(sets) > 2:  # the average of one set is that set
+                label = f"average of {len(sets) - 1} sets" if average else name
+                lines += _line(f"{mode}, evaluated", label, row, final=mode == "search" and not average)
+    return lines
+
+
+def _line(policy: str, dataset: str, row: Any, *, final: bool) -> list[Result]:
+    """One line; none where the mean is not a number, as when every search failed."""
+    em = _finite(row.get("em")) if isinstance(row, dict) else None
+    if em is None:
+        return []
+    return [
+        Result(
+            policy=policy,
+            dataset=dataset,
+            questions=int(row.get("questions") or 0),
+            em=em,
+            em_ci95=_finite(row.get("em_ci95")),
+            f1=_finite(row.get("f1")),
+            searches=_finite(row.get("searches")),
+            final=final,
+        )
+    ]
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,69 @@
+"""What is logged of a rollout batch: one row of numbers a trajectory, averaged over all ranks.
+
+| metric                              | mean over trajectories of                                                     |
+|-------------------------------------|-------------------------------------------------------------------------------|
+| `search/searches`, `search/turns`   | searches made, turns the policy took                                          |
+| `search/malformed_calls`            | calls that could not be run                                                   |
+| `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
+| `search/empty_retrievals`           | searches that found nothing                                                   |
+| `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
+| `tokens/model`                      | tokens the policy sampled (mask 1)                                            |
+| `tokens/observation`                | tokens the world wrote (mask 0)                                               |
+| `tokens/nonfinite_logprobs`         | sampled tokens whose logprob was not finite                                   |
+| `time/generation_s`, `time/search_s`| seconds it spent in generation and in search, waiting included                |
+| `reflection/ratio`                  | 1 where the policy wrote a reflective phrase                                  |
+| `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
+| `stop/<reason>`                     | 1 where it ended for that reason: `answer`, `search_budget`, ...              |
+
+Beside them, `retrieval/<name>` is what happened between us and the retriever in a rollout batch, all ranks together:
+`queries`, `failed_queries`, `batches`, `search_s` of every retriever; of `http` and `web` also `requests`, `failures`,
+`retries`, `failures/<endpoint>` and more of their own.
+
+TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_reward_zero_std` (groups without signal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from trl_search.rewards.reflective_phrases import count_reflections
+from trl_search.rewards.tag_structure import duplicate_tags
+from trl_search.types import StopReason, Trajectory
+
+
+def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
+    """The numbers of one trajectory, under the same keys for every trajectory."""
+    phrases = sum(map(count_reflections, trajectory.spoken))
+    return {
+        "search/searches": float(trajectory.searches),
+        "search/turns": float(len(trajectory.spoken)),
+        "search/malformed_calls": float(trajectory.malformed),
+        "search/duplicate_tags": float(duplicate_tags(trajectory.spoken)),
+        "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
+        "search/failed_rollouts": float(trajectory.failed),
+        "tokens/model": float(trajectory.model_tokens),
+        "tokens/observation": float(trajectory.observation_tokens),
+        "tokens/nonfinite_logprobs": float(trajectory.nonfinite_logprobs),
+        "time/generation_s": trajectory.generation_s,
+        "time/search_s": trajectory.search_s,
+        "reflection/ratio": float(phrases > 0),
+        "reflection/phrases_per_1k_tokens": 1000 * phrases / max(1, trajectory.model_tokens),
+        **{f"stop/{reason.value}": float(trajectory.stop_reason is reason) for reason in StopReason},
+    }
+
+
+def merge_retrieval_metrics(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The numbers of all ranks as one: of `_max_s` the largest, of `_p50_s` the mean, of the others the sum.
+
+    Example:
+        >>> merge_retrieval_metrics([{"retrieval/requests": 2.0}, {"retrieval/requests": 3.0}])
+        {'retrieval/requests': 5.0}
+    """
+    merged = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        values = [rank[name] for rank in ranks if name in rank]
+        if name.endswith("_max_s"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(values) / (len(values) if name.endswith("_p50_s") else 1)
+    return merged

@@ -1,0 +1,1 @@
+"""BM25: lexical search over an index of terms."""

@@ -1,0 +1,157 @@
+"""The best rows for the terms of a query, from an inverted index of scores: in numpy, or compiled by numba.
+
+    term 17 -> rows  3  8 40        totals   row 3: 1.2   row 8: 0.4 + 0.9   row 40: 0.1
+    term  4 -> rows  8 91                    row 91: 0.7                  ──► [(8, 1.3), (3, 1.2), ...]
+
+Compiled, only the rows that a term points to are looked at: a search costs what its words cost, not what the corpus
+does. Both ways add the same float32 numbers in the same order, and agree to the bit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.errors import UserError, unknown_name
+
+Array = np.ndarray[Any, Any]
+
+
+class Postings:
+    """Rows and scores of every term: those of term t are `[starts[t], starts[t + 1])`. Not thread-safe.
+
+    Args:
+        rows (`np.ndarray`): Shape (postings,): row numbers, none twice in a term.
+        scores (`np.ndarray`): Shape (postings,): float32, above 0.
+        starts (`np.ndarray`): Shape (terms + 1,).
+        passages (`int`): How many rows there are.
+        backend (`str`): "numba" or "numpy".
+    """
+
+    def __init__(self, rows: Array, scores: Array, starts: Array, passages: int, backend: str) -> None:
+        # A memory-map is an array; numba takes a detour for subclasses, at every call.
+        self._rows, self._scores, self._starts = (array.view(np.ndarray) for array in (rows, scores, starts))
+        self._totals = np.zeros(passages, dtype=np.float32)  # all 0 between queries
+        self._find: Callable[..., None] = _find_by_numpy
+        if backend == "numba":
+            self._find = _compiled()
+            self.best([[0]], 1)  # it is compiled for a second; that is no time for a rollout
+
+    def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
+        """The best `k` rows of each query with their scores; equal scores in the order of the rows.
+
+        Args:
+            queries (`Sequence[Sequence[int]]`): The terms of each. A repeated term counts again.
+        """
+        ends_Q = np.cumsum([len(terms) for terms in queries], dtype=np.int64)
+        terms = np.fromiter(chain.from_iterable(queries), dtype=np.int64, count=ends_Q[-1] if queries else 0)
+        shape = (len(queries), min(k, len(self._totals)))
+        rows_QK, scores_QK = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        try:
+            self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
+        except BaseException:  # an interrupt in the middle, or no memory: the next query starts at 0 all the same
+            self._totals[:] = 0
+            raise
+        return [
+            [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+            for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
+        ]
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    """Writes the best rows of every query and their scores, best first, and lets other threads run meanwhile."""
+    from numba import njit
+
+    @njit
+    def offer(best: list[tuple[Any, int]], k: int, row: int, total: Any) -> Any:
+        """Keeps a row that is among the best k; of equal scores the lower row is. Returns what the next one needs."""
+        if len(best) < k:
+            heapq.heappush(best, (total, -row))
+        elif (total, -row) > best[0]:
+            heapq.heapreplace(best, (total, -row))
+        return best[0][0] if len(best) == k else np.float32(0)
+
+    @njit(nogil=True)
+    def find(
+        terms: Array,
+        ends_Q: Array,
+        rows: Array,
+        scores: Array,
+        starts: Array,
+        totals: Array,
+        rows_QK: Array,
+        scores_QK: Array,
+    ) -> None:
+        begin, (queries, k) = 0, rows_QK.shape
+        for query in range(queries):
+            asked, begin = terms[begin : ends_Q[query]], ends_Q[query]
+            postings = 0
+            for term in asked:
+                postings += starts[term + 1] - starts[term]
+                for at in range(starts[term], starts[term + 1]):
+                    totals[rows[at]] += scores[at]
+            best = [(np.float32(0), 0) for _ in range(0)]  # (score, -row); empty, and typed
+            needed = np.float32(0)
+            if postings < len(totals):
+                for term in asked:
+                    for at in range(starts[term], starts[term + 1]):
+                        total, totals[rows[at]] = totals[rows[at]], 0
+                        if total >= needed and total > 0:
+                            needed = offer(best, k, rows[at], total)
+            else:  # common words, which most rows have: one by one is quicker
+                for row in range(len(totals)):
+                    if totals[row] > needed:  # a later row of the same score is not better
+                        needed = offer(best, k, row, totals[row])
+                totals[:] = 0
+            for place in range(len(best) - 1, -1, -1):
+                scores_QK[query, place], negative = heapq.heappop(best)
+                rows_QK[query, place] = -negative
+
+    return find
+
+
+def _find_by_numpy(
+    terms: Array,
+    ends_Q: Array,
+    rows: Array,
+    scores: Array,
+    starts: Array,
+    totals: Array,
+    rows_QK: Array,
+    scores_QK: Array,
+) -> None:
+    """The same, without a compiler."""
+    begin, k = 0, rows_QK.shape[1]
+    for query, end in enumerate(ends_Q):
+        for term in terms[begin:end]:
+            span = slice(starts[term], starts[term + 1])
+            totals[rows[span]] += scores[span]
+        begin = end
+        found = np.flatnonzero(totals)
+        total = totals[found]
+        totals[found] = 0
+        if len(found) > k:
+            good = total >= np.partition(total, -k)[-k]
+            found, total = found[good], total[good]
+        best = np.lexsort((found, -total))[:k]
+        rows_QK[query, : len(best)], scores_QK[query, : len(best)] = found[best], total[best]
+
+
+def choose_backend(name: str | None) -> str:
+    """ "numba" where it is installed, else "numpy"; a name is taken at its word."""
+    if name is None:
+        return "numba" if importlib.util.find_spec("numba") else "numpy"
+    if name not in ("numba", "numpy"):
+        raise unknown_name("BM25 backend", name, ["numba", "numpy"])
+    if name == "numba" and not importlib.util.find_spec("numba"):
+        raise UserError(
+            "BM25's numba backend needs numba: pip install 'trl-search[bm25]'; backend='numpy' does the same, slower"
+        )
+    return name

@@ -1,0 +1,217 @@
+"""BM25: lexical search, on one of two engines that match the same words.
+
+    engine     good to              disk a passage    what it keeps                     to build
+    bm25s      about two million    0.7 kB            scores, computed while indexing   5 GB of memory a million
+    tantivy    tens of millions     0.2 kB            an inverted index                 half a GB of memory
+
+Passages and queries become terms in one place, `Analyzer`, and an engine sees terms only: what matches is the same
+under both, and so is every rule here (no match is `[]`, ties in corpus order, k may exceed the corpus). Scores differ
+a little, see `tantivy_engine.py`. `build_index` chooses by the number of passages, the folder says which it holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.bm25 import bm25s_engine, tantivy_engine
+from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.bm25.postings import choose_backend
+from trl_search.retrieval.corpus.passages import Corpus, read_corpus, refuse_duplicates
+from trl_search.retrieval.index.folder import open_index
+from trl_search.types import Passage
+
+KIND = "bm25"
+BM25S, TANTIVY = "bm25s", "tantivy"
+BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"  # of an index: which one is there says which engine it is for
+BM25S_LIMIT = 2_000_000  # passages; beyond, bm25s needs more than 10 GB of memory to build
+MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would hold up everybody else's search for minutes
+
+
+class Engine(Protocol):
+    """Ranks rows for queries that are terms already. Thread-safe."""
+
+    def rank(self, queries: list[list[str]], k: int) -> list[list[tuple[int, float]]]:
+        """The best `k` rows of each query with their scores, all above 0, equal scores in corpus order."""
+
+
+@dataclass(frozen=True)
+class BM25Builder:
+    """How passages become scores, and `build_index(kind="bm25")`.
+
+    Args:
+        stemmer (`str`, *optional*): A Snowball algorithm: "english", "german", ...; `None` does not stem.
+        stopwords (`str`, *optional*): A language whose stop words are dropped; `None` keeps every word.
+        k1 (`float`, *optional*): How soon a repeated term stops counting; by default the engine's, 1.5 for bm25s. That
+            of tantivy is 1.2 and cannot be changed.
+        b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75. That of tantivy cannot
+            be changed.
+        engine (`str`): "bm25s", "tantivy", or "auto": bm25s up to two million passages, tantivy above.
+    """
+
+    stemmer: str | None = "english"
+    stopwords: str | None = "english"
+    k1: float | None = None
+    b: float | None = None
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.k1 is not None and self.k1 < 0) or (self.b is not None and not 0 <= self.b <= 1):
+            raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
+        if self.engine not in (BM25S, TANTIVY, "auto"):
+            raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
+        # What is wrong is an error now, not after an hour of reading.
+        self.analyzer()
+        if self.engine == TANTIVY:
+            self._check_tantivy()
+
+    def analyzer(self) -> Analyzer:
+        return Analyzer(self.stemmer, self.stopwords)
+
+    def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
+        """Writes the engine's files, and says what the defaults came to, for the manifest."""
+        if self.engine == TANTIVY or (self.engine == "auto" and len(corpus) > BM25S_LIMIT):
+            self._check_tantivy()
+            tantivy_engine.write_terms(corpus, self.analyzer(), folder / TANTIVY_FOLDER)
+            return {"engine": TANTIVY, "k1": tantivy_engine.K1, "b": tantivy_engine.B}
+        scores = self.score(corpus)
+        scores.save(folder / BM25S_FOLDER, show_progress=False)
+        return {"engine": BM25S, "k1": scores.k1, "b": scores.b}
+
+    def score(self, passages: bm25s_engine.Passages) -> Any:
+        """A `bm25s_engine.BM25` of the passages."""
+        k1, b = bm25s_engine.K1 if self.k1 is None else self.k1, bm25s_engine.B if self.b is None else self.b
+        return bm25s_engine.index_terms(passages, self.analyzer(), k1=k1, b=b)
+
+    def _check_tantivy(self) -> None:
+        if self.k1 not in (None, tantivy_engine.K1) or self.b not in (None, tantivy_engine.B):
+            raise UserError(
+                f"tantivy's k1 and b are fixed at {tantivy_engine.K1} and {tantivy_engine.B}, "
+                f"got k1={self.k1} and b={self.b}: "
+                f"leave them out, or index with engine='bm25s', which serves up to about {BM25S_LIMIT:,} passages"
+            )
+        try:
+            tantivy_engine.import_tantivy()
+        except UserError as error:
+            raise UserError(f"{error}; bm25s serves up to about {BM25S_LIMIT:,} passages: engine='bm25s'") from None
+
+
+class BM25Retriever(Retriever):
+    """Lexical search. Make one with `from_passages` (in memory), `from_index` (memory-mapped) or `load_retriever`.
+
+    Example:
+        >>> retriever = BM25Retriever.from_passages([Passage("1", "Mira Talvane", "Mira Talvane was born in Orlune.")])
+        >>> retriever.search(["where was Talvane born?", "zeppelin"], k=3)
+        [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.8...)], []]
+    """
+
+    def __init__(self, engine: Engine, passages: bm25s_engine.Passages, analyzer: Analyzer) -> None:
+        self._engine, self._passages, self._analyzer = engine, passages, analyzer
+        self._lock = threading.Lock()  # passages are not read while they are closed
+        self._closed = False
+
+    @classmethod
+    def from_passages(
+        cls,
+        passages: Iterable[Passage],
+        *,
+        stemmer: str | None = "english",
+        stopwords: str | None = "english",
+        k1: float | None = None,
+        b: float | None = None,
+        backend: str | None = None,
+    ) -> BM25Retriever:
+        """Indexes passages in memory, by bm25s_engine. A thousand take a tenth of a second."""
+        builder = BM25Builder(stemmer, stopwords, k1, b)
+        rows = tuple(refuse_duplicates(passages))
+        engine = bm25s_engine.BM25SEngine(builder.score(rows), len(rows), choose_backend(backend))
+        return cls(engine, rows, builder.analyzer())
+
+    @classmethod
+    def from_index(
+        cls,
+        folder: str | Path,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        check_source: bool = True,
+    ) -> BM25Retriever:
+        """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped."""
+        index = open_index(folder, KIND, check_source=check_source)
+        analyzer = Analyzer(index.manifest.options["stemmer"], index.manifest.options["stopwords"])
+        passages = len(index.corpus)
+        engine: Engine
+        if (index.folder / TANTIVY_FOLDER).is_dir():
+            if backend is not None:
+                raise UserError(f"backend is an option of the bm25s engine, and {folder} was built for tantivy")
+            engine = tantivy_engine.TantivyEngine(index.folder / TANTIVY_FOLDER, passages, threads=threads)
+        else:
+            if threads is not None:
+                raise UserError(f"threads is an option of the tantivy engine, and {folder} was built for bm25s")
+            engine = bm25s_engine.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, choose_backend(backend))
+        return cls(engine, index.corpus, analyzer)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        check_search(queries, k)
+        self._check_open()
+        ranked = self._engine.rank([self._analyzer.terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
+        with self._lock:
+            self._check_open()
+            return [[replace(self._passages[row], score=score) for row, score in rows] for rows in ranked]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RetrievalError("this BM25 retriever is closed; load it again to search")
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if isinstance(self._passages, Corpus):
+                self._passages.close()
+
+
+def load(
+    *,
+    index: str | Path | None = None,
+    corpus: str | Path | None = None,
+    passages: Iterable[Passage] | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    check_source: bool = True,
+    **options: Any,
+) -> BM25Retriever:
+    """`load_retriever("bm25", ...)`: of one of `index`, `corpus` and `passages`.
+
+    Args:
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind bm25`.
+        corpus (`str | Path`, *optional*): A jsonl file to index in memory: to about 100,000 passages.
+        passages (`Iterable[Passage]`, *optional*): Passages to index in memory.
+        backend (`str`, *optional*): Of bm25s: "numba" or "numpy", with the same results; by default numba where it is
+            installed.
+        threads (`int`, *optional*): Of an index for tantivy: how many queries of a batch are searched at a time; by
+            default one a CPU.
+        check_source (`bool`): With `index`, refuse it when the file it was built from has changed.
+        options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`. An index has its own.
+    """
+    if sum(source is not None for source in (index, corpus, passages)) != 1:
+        raise UserError("bm25 needs one of index=DIR, corpus=FILE.jsonl and passages=[...]")
+    own = [option.name for option in fields(BM25Builder) if option.name != "engine"]
+    for option in options:
+        if option not in own:
+            raise unknown_name(
+                "option of bm25", option, ["index", "corpus", "passages", "backend", "threads", "check_source", *own]
+            )
+    if index is not None:
+        if options:
+            raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild to change")
+        return BM25Retriever.from_index(index, backend=backend, threads=threads, check_source=check_source)
+    if threads is not None:
+        raise UserError("threads is an option of an index for tantivy; passages in memory are searched by bm25s")
+    found = read_corpus(corpus) if corpus is not None else passages
+    assert found is not None
+    return BM25Retriever.from_passages(found, backend=backend, **options)

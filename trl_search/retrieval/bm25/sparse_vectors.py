@@ -1,0 +1,47 @@
+"""BM25 as sparse vectors, for engines that multiply vectors and know how often a term occurs in the whole corpus.
+
+    passage   the weight of each term by its count and the passage's length; of the query: the counts alone
+    engine    the inverse document frequency of each term, and the sum
+
+Terms are those of `analyzer.py`. A term's number is a hash of 32 bits, so that no vocabulary has to travel: among ten
+million terms one in 430 shares its number with another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.dense.corpus_vectors import Passages
+from trl_search.types import Passage
+
+K1, B = 1.2, 0.75  # as tantivy and OpenSearch have it
+LENGTH_SAMPLE = 100_000  # passages of which the mean length is taken: BM25 hardly cares
+
+
+def term_counts(terms: Iterable[str]) -> dict[int, int]:
+    """How often each term occurs, by number."""
+    return dict(Counter(map(_number, terms)))
+
+
+def passage_terms(passage: Passage, analyzer: Analyzer) -> list[str]:
+    return analyzer.terms(f"{passage.title}\n{passage.text}")
+
+
+def mean_length(passages: Passages, analyzer: Analyzer) -> float:
+    """Terms a passage, from a sample spread over all of them."""
+    step = max(1, len(passages) // LENGTH_SAMPLE)
+    rows = range(0, len(passages), step)
+    return max(1.0, sum(len(passage_terms(passages[row], analyzer)) for row in rows) / len(rows))
+
+
+def weigh(terms: list[str], mean: float, k1: float = K1, b: float = B) -> dict[int, float]:
+    """The passage's half of BM25: each term's number, and its weight."""
+    longer = k1 * (1 - b + b * len(terms) / mean)
+    return {number: count * (k1 + 1) / (count + longer) for number, count in term_counts(terms).items()}
+
+
+def _number(term: str) -> int:
+    return int.from_bytes(hashlib.blake2b(term.encode(), digest_size=4).digest(), "big")

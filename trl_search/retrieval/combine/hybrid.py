@@ -1,0 +1,144 @@
+"""Several retrievers as one, by reciprocal-rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009).
+
+    load_retriever("hybrid", retrievers=[{"kind": "bm25", "index": "indexes/wiki-bm25"},
+                                         {"kind": "dense", "index": "indexes/wiki-e5"}])
+
+    bm25   a b c          score(d) = sum over the retrievers that found d of  weight / (60 + rank of d)
+    dense  b d a
+    ────────────
+    hybrid b a d c        b: 1/62 + 1/61   a: 1/61 + 1/63   d: 1/62   c: 1/63
+
+Only ranks count, so scores of any kind may be fused. Every retriever is asked for `depth` passages whatever k is: a
+passage that one has at rank 30 and another at rank 2 belongs before one that has rank 3 alone, and the first three of
+k = 10 are the result of k = 3.
+
+Rules:
+
+- passages are the same when their ids are. Where two retrievers have different texts under one id, the first of
+  `retrievers` is believed; a retriever that finds an id twice has it at the better rank;
+- equal scores: the rank in the first retriever decides, then that in the second, and so on;
+- when one retriever fails, the search fails: half an answer would train another policy than was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.combine.parts import (
+    Part,
+    add_metrics,
+    load_parts,
+    search_together,
+    search_together_async,
+)
+from trl_search.retrieval.threads import DaemonCalls
+from trl_search.types import Passage
+
+RRF_K = 60  # of the paper: how little the very first ranks stand out
+DEPTH = 50
+
+
+class HybridRetriever(Retriever):
+    """Fuses the rankings of several retrievers, which it searches at the same time.
+
+    Args:
+        retrievers (`Sequence[Retriever]`): Two or more, of the same corpus.
+        weights (`Sequence[float]`, *optional*): How much each counts, above 0; by default all the same.
+        depth (`int`): How many passages each is asked for, or k where that is more.
+
+    Example:
+        >>> hybrid = HybridRetriever([lexical, dense], weights=[1, 2])
+        >>> hybrid.search(["where was Mira Talvane born?"], k=3)
+    """
+
+    def __init__(
+        self, retrievers: Sequence[Retriever], *, weights: Sequence[float] | None = None, depth: int = DEPTH
+    ) -> None:
+        _check(len(retrievers), weights, depth)
+        self._parts, self._depth = tuple(retrievers), depth
+        self._on_threads = [DaemonCalls() for _ in retrievers]
+        self._weights = tuple(weights) if weights is not None else (1.0,) * len(retrievers)
+        self.max_concurrent_batches = min(part.max_concurrent_batches for part in retrievers)
+        self._closed = False
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        if not self._begin(queries, k):
+            return []
+        return self._fuse(search_together(self._parts, queries, max(k, self._depth)), k)
+
+    async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """[`search`] for coroutines: parts that can be awaited are."""
+        if not self._begin(queries, k):
+            return []
+        try:
+            found = await search_together_async(self._parts, self._on_threads, queries, max(k, self._depth))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return self._fuse(found, k)
+
+    def take_metrics(self) -> dict[str, float]:
+        return add_metrics(self._parts)
+
+    def close(self) -> None:
+        self._closed = True
+        for part in self._parts:
+            part.close()
+
+    def _begin(self, queries: Sequence[str], k: int) -> bool:
+        """Whether there is anything to search."""
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this hybrid retriever is closed; load it again to search")
+        return bool(queries)
+
+    def _fuse(self, found: list[list[list[Passage]]], k: int) -> list[list[Passage]]:
+        return [fuse(rankings, self._weights)[:k] for rankings in zip(*found, strict=True)]
+
+
+def fuse(rankings: Sequence[Sequence[Passage]], weights: Sequence[float]) -> list[Passage]:
+    """The passages of several rankings, best first, each with its fused score."""
+    passages: dict[str, Passage] = {}
+    ranks: dict[str, list[float]] = {}
+    for part, ranking in enumerate(rankings):
+        for rank, passage in enumerate(ranking, start=1):
+            passages.setdefault(passage.id, passage)
+            own = ranks.setdefault(passage.id, [math.inf] * len(rankings))
+            own[part] = min(own[part], rank)
+
+    # fsum: the same ranks in another order are the same score to the bit
+    scores = {
+        identity: math.fsum(weight / (RRF_K + rank) for weight, rank in zip(weights, own, strict=True))
+        for identity, own in ranks.items()
+    }
+    order = sorted(passages, key=lambda identity: (-scores[identity], ranks[identity]))
+    return [replace(passages[identity], score=scores[identity]) for identity in order]
+
+
+def load(*, retrievers: Sequence[Part], weights: Sequence[float] | None = None, depth: int = DEPTH) -> HybridRetriever:
+    """`load_retriever("hybrid", ...)`.
+
+    Args:
+        retrievers (`Sequence`): Two or more: retrievers, or the options of one with its kind, as
+            `{"kind": "bm25", "index": "indexes/wiki"}`.
+        weights (`Sequence[float]`, *optional*): How much each counts, above 0; by default all the same.
+        depth (`int`): How many passages each is asked for, or k where that is more.
+    """
+    if isinstance(retrievers, (str, Retriever)) or not isinstance(retrievers, Sequence):
+        raise UserError(f'hybrid needs a list, retrievers=[{{"kind": "bm25", ...}}, ...]; got {retrievers!r}')
+    _check(len(retrievers), weights, depth)  # before an index is opened
+    return HybridRetriever(load_parts(retrievers, "hybrid"), weights=weights, depth=depth)
+
+
+def _check(parts: int, weights: Sequence[float] | None, depth: int) -> None:
+    if parts < 2:
+        raise UserError(f"hybrid fuses two retrievers or more; got {parts}")
+    if weights is not None and len(weights) != parts:
+        raise UserError(f"hybrid needs a weight for each of its {parts} retrievers; got {len(weights)}")
+    if weights is not None and not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"a weight must be above 0, got {list(weights)}; leave out a retriever that is not to count")
+    if depth < 1:
+        raise UserError(f"depth is how many passages each retriever is asked for, at least 1; got {depth}")

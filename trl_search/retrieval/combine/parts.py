@@ -1,0 +1,84 @@
+"""What retrievers made of other retrievers share: `hybrid` and `rerank` load, search and close their parts here."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.threads import DaemonCalls, start_search
+from trl_search.types import Passage
+
+Part = Retriever | Mapping[str, Any]
+
+
+def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
+    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; what is a retriever already is taken as it is."""
+    from trl_search.retrieval import load_retriever
+
+    loaded: list[Retriever] = []
+    own: list[Retriever] = []  # what was given is its owner's to close
+    try:
+        for number, part in enumerate(parts, start=1):
+            if isinstance(part, Retriever):
+                loaded.append(part)
+            elif isinstance(part, Mapping) and isinstance(part.get("kind"), str):
+                own.append(load_retriever(**part))
+                loaded.append(own[-1])
+            else:
+                raise UserError(
+                    f'part {number} of {of} must be a retriever, or options with its kind, as {{"kind": "bm25", '
+                    f'"index": "indexes/wiki"}}; got {part!r}'
+                )
+    except BaseException:
+        for retriever in own:
+            retriever.close()
+        raise
+    return loaded
+
+
+def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) -> list[list[list[Passage]]]:
+    """What each part finds, all searched at the same time. The first that fails fails the search."""
+    with ThreadPoolExecutor(len(parts)) as pool:  # made anew: the threads of a kept one would be missing after a fork
+        futures = [pool.submit(part.search, queries, k) for part in parts]
+    return [_checked(part, queries, future.result()) for part, future in zip(parts, futures, strict=True)]
+
+
+async def search_together_async(
+    parts: Sequence[Retriever], on_threads: Sequence[DaemonCalls], queries: Sequence[str], k: int
+) -> list[list[list[Passage]]]:
+    """[`search_together`] for coroutines: parts that can be awaited are, the others run on threads, each among its own
+    calls of `on_threads`. When one fails, or whoever asked gives up, those that still wait are told to stop; threads
+    cannot be, and are left behind."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(_outcome(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)
+        ]
+    return [_checked(part, queries, task.result()) for part, task in zip(parts, tasks, strict=True)]
+
+
+async def _outcome(part: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    return await start_search(part, calls, queries, k)
+
+
+def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:
+    if len(found) != len(queries):
+        raise RetrievalError(f"{type(part).__name__} returned {len(found)} results for {len(queries)} queries")
+    return found
+
+
+def add_metrics(parts: Sequence[Retriever]) -> dict[str, float]:
+    """The metrics of several retrievers as those of one, by the rules of `Retriever.take_metrics`."""
+    values: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.take_metrics().items():
+            values.setdefault(name, []).append(value)
+    return {name: _combine(name)(each) for name, each in values.items()}
+
+
+def _combine(name: str) -> Any:
+    return max if name.endswith("_max_s") else statistics.fmean if name.endswith("_p50_s") else sum

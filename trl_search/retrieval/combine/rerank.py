@@ -1,0 +1,211 @@
+"""Passages of another retriever, put in a better order by a model that reads query and passage together.
+
+    load_retriever("rerank", retriever={"kind": "bm25", "index": "indexes/wiki"},
+                   model="cross-encoder/ms-marco-MiniLM-L6-v2")                          # here, on this machine
+    load_retriever("rerank", retriever={...}, url="http://localhost:8080/rerank", api="tei")     # by a server
+
+`depth` passages are fetched for each query, or k where that is more, and the best k of them returned, with the
+reranker's scores. Each query is scored against its own passages and no others. Equal scores stay in the order in which
+they came. What the retriever did not find, a reranker cannot find either: raise `depth` for recall.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.combine.parts import Part, add_metrics, load_parts
+from trl_search.retrieval.combine.rerank_http import HttpScorer
+from trl_search.types import Passage
+
+DEPTH = 20
+# Of a local model's scores. Which pairs share a batch changes their last bits; nobody's ranking should hang on that.
+DECIMALS = 4
+MAX_QUERY_CHARS = 2_000  # a question has a hundred; a pasted book would be tokenized once a passage
+
+Candidates = tuple[str, tuple[str, ...]]  # a query, and the texts found for it
+
+
+class Scorer(Protocol):
+    """Scores texts for queries; higher is better. Thread-safe."""
+
+    def score(self, candidates: Sequence[Candidates]) -> list[list[float]]:
+        """One score for each text of each query, in order."""
+
+    def close(self) -> None: ...
+
+
+class RerankRetriever(Retriever):
+    """Reorders what another retriever finds.
+
+    Args:
+        retriever (`Retriever`): Finds the candidates.
+        scorer (`Scorer`): A `CrossEncoderScorer` or an `HttpScorer`.
+        depth (`int`): How many candidates a query gets, or k where that is more.
+    """
+
+    def __init__(self, retriever: Retriever, scorer: Scorer, *, depth: int = DEPTH) -> None:
+        _check_depth(depth)
+        self._retriever, self._scorer, self._depth = retriever, scorer, depth
+        self._closed = False
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this rerank retriever is closed; load it again to search")
+        if not queries:
+            return []
+        found = self._retriever.search(queries, max(k, self._depth))
+        asked = [row for row, passages in enumerate(found) if passages]
+        scored = self._scorer.score([_candidates(queries[row], found[row]) for row in asked])
+        reranked: list[list[Passage]] = [[] for _ in queries]
+        for row, scores in zip(asked, scored, strict=True):
+            if not all(map(math.isfinite, scores)):
+                # Without the query: servers log why a search failed, and log no queries.
+                raise RetrievalError(
+                    f"the reranker gave a score that is not a number to query {row + 1} of {len(queries)}; is its "
+                    "model sound?"
+                )
+            best = sorted(zip(scores, found[row], strict=True), key=lambda scored: -scored[0])[:k]
+            reranked[row] = [replace(passage, score=score) for score, passage in best]
+        return reranked
+
+    def take_metrics(self) -> dict[str, float]:
+        return add_metrics([self._retriever])
+
+    def close(self) -> None:
+        self._closed = True
+        self._scorer.close()
+        self._retriever.close()
+
+
+class CrossEncoderScorer:
+    """A cross-encoder of sentence-transformers, on this machine. All pairs of a search are scored in one call.
+
+    Scores are the model's logits, rounded: a sigmoid, which many models would apply, makes all good passages 1.0.
+
+    Args:
+        model (`str`): A name on the hub or a folder: "cross-encoder/ms-marco-MiniLM-L6-v2", "BAAI/bge-reranker-v2-m3".
+        device (`str`, *optional*): "cuda:1", "cpu"; by default the best there is.
+        batch_size (`int`): Pairs a forward.
+        max_length (`int`, *optional*): Tokens a pair is cut to; by default the model's.
+    """
+
+    def __init__(
+        self, model: str, *, device: str | None = None, batch_size: int = 32, max_length: int | None = None
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is how many pairs are scored at a time, at least 1; got {batch_size}")
+        try:
+            from sentence_transformers import CrossEncoder
+        except ImportError as error:
+            raise UserError(
+                "a local reranker needs sentence-transformers: pip install 'trl-search[dense]'; or name a server: url="
+            ) from error
+        try:
+            self._model = CrossEncoder(model, device=device, max_length=max_length)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
+        if self._model.num_labels != 1:
+            raise UserError(
+                f"{model!r} gives {self._model.num_labels} numbers a pair, a reranker gives one; choose a model that "
+                "was trained for it, as cross-encoder/ms-marco-MiniLM-L6-v2"
+            )
+        self._batch_size = batch_size
+        self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
+
+    def score(self, candidates: Sequence[Candidates]) -> list[list[float]]:
+        import torch
+
+        # A pair that is there twice is scored once: copies of a passage are equal to the bit, and stay in their order.
+        pairs = list(dict.fromkeys((query, text) for query, texts in candidates for text in texts))
+        if not pairs:
+            return []
+        with self._lock:
+            logits = self._model.predict(
+                pairs, batch_size=self._batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
+            )
+        scores = {pair: round(float(logit), DECIMALS) for pair, logit in zip(pairs, logits, strict=True)}
+        return [[scores[query, text] for text in texts] for query, texts in candidates]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def load(
+    *,
+    retriever: Part,
+    model: str | None = None,
+    url: str | None = None,
+    depth: int = DEPTH,
+    device: str | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    api: str | None = None,
+    concurrency: int | None = None,
+    timeout_s: float | None = None,
+    token_env: str | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> RerankRetriever:
+    """`load_retriever("rerank", ...)`: with a model, or with a server.
+
+    Args:
+        retriever (`Retriever` or `dict`): What finds the candidates: a retriever, or its options with its kind.
+        model (`str`, *optional*): A cross-encoder: a name on the hub or a folder. With `url`, the server's own name
+            for its model.
+        url (`str`, *optional*): The whole address of a server's endpoint: "http://localhost:8080/rerank".
+        depth (`int`): How many candidates a query gets, or k where that is more.
+        device (`str`, *optional*): Of a local model: "cuda:1", "cpu"; by default the best there is.
+        batch_size (`int`, *optional*): Pairs a forward of a local model, 32 by default; or documents a request to a
+            server, by default all of a query (32 with "tei", as its servers have it).
+        max_length (`int`, *optional*): Of a local model: tokens a pair is cut to; by default the model's.
+        api (`str`, *optional*): What the server speaks: "jina" (Jina, Cohere, vLLM, Infinity; the default) or "tei".
+        concurrency (`int`, *optional*): Requests to the server at a time, 16 by default.
+        timeout_s (`float`, *optional*): Seconds until a request counts as failed, 20 by default.
+        token_env (`str`, *optional*): The environment variable that holds the server's bearer token.
+        fields (`Mapping`, *optional*): More of each request to the server: `{"truncate_prompt_tokens": -1}` for vLLM.
+    """
+    _check_depth(depth)
+    remote = {"api": api, "concurrency": concurrency, "timeout_s": timeout_s, "token_env": token_env, "fields": fields}
+    local = {"device": device, "max_length": max_length}
+    if model is None and url is None:
+        raise UserError('rerank needs model="cross-encoder/..." or url="http://.../rerank"')
+    misplaced = [name for name, value in (remote if url is None else local).items() if value is not None]
+    if misplaced:
+        of = "a server, and there is no url" if url is None else "a local model, and url names a server"
+        raise UserError(f"{', '.join(misplaced)}: of {of}")
+    scorer: Scorer
+    if url is not None:
+        scorer = HttpScorer(url, model=model, batch_size=batch_size, **_given(remote))
+    else:
+        assert model is not None
+        scorer = CrossEncoderScorer(model, **_given({**local, "batch_size": batch_size}))
+    (part,) = load_parts([retriever], "rerank")
+    return RerankRetriever(part, scorer, depth=depth)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_depth(depth: int) -> None:
+    if depth < 1:
+        raise UserError(f"depth is how many candidates a query gets, at least 1; got {depth}")
+
+
+def _candidates(query: str, found: Sequence[Passage]) -> Candidates:
+    return _clean(query[:MAX_QUERY_CHARS]), tuple(map(_text, found))
+
+
+def _text(passage: Passage) -> str:
+    return _clean(f"{passage.title}\n{passage.text}" if passage.title else passage.text)
+
+
+def _clean(text: str) -> str:
+    """Half a surrogate pair is no text to tokenizers and JSON."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,175 @@
+"""Scores from a reranking server, by either of the two wires that servers speak.
+
+    "jina": Jina, Cohere (v1 and v2), vLLM, Infinity
+        -> {"model": "...", "query": "who founded Orlune?", "documents": ["...", "..."], "top_n": 2}
+        <- {"results": [{"index": 1, "relevance_score": 0.98}, {"index": 0, "relevance_score": 0.02}], ...}
+    "tei": Hugging Face's text-embeddings-inference
+        -> {"query": "who founded Orlune?", "texts": ["...", "..."], "raw_scores": true, "truncate": true}
+        <- [{"index": 1, "score": 4.2}, {"index": 0, "score": -3.9}]
+
+One request holds one query and its own documents. An answer must score every document once; one that does not, an
+error and a server that stays away end the search as a `RetrievalError`. What may pass (a lost connection, 429, 502,
+503, 504) is tried again, three times in all: scoring changes nothing on the server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import tenacity
+
+from trl_search.common.credentials import required_token
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.base import RetrievalError, Unavailable
+
+TRIES = 3
+_TROUBLE = {429, 502, 503, 504}
+
+
+class HttpScorer:
+    """Asks one reranking server, with up to `concurrency` requests at a time.
+
+    Args:
+        url (`str`): The whole address of its endpoint: "http://localhost:8080/rerank".
+        api (`str`): "jina" or "tei".
+        model (`str`, *optional*): The server's name for its model; hosted services need it.
+        batch_size (`int`, *optional*): Documents a request; by default all of a query, and 32 with "tei", whose
+            servers refuse more unless told otherwise.
+        concurrency (`int`): Requests at a time.
+        timeout_s (`float`): Seconds until a request counts as failed.
+        token_env (`str`, *optional*): The environment variable that holds the bearer token.
+        fields (`Mapping`, *optional*): More of each request.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api: str = "jina",
+        model: str | None = None,
+        batch_size: int | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 20.0,
+        token_env: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> None:
+        if api not in _WIRES:
+            raise unknown_name("reranking api", api, _WIRES)
+        if api == "tei" and model is not None:
+            raise UserError(
+                f"a text-embeddings-inference server has one model and no name for it; leave out {model!r}"
+            )
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"{url!r}: the address of a reranking server, as http://localhost:8080/rerank")
+        if concurrency < 1 or timeout_s <= 0 or (batch_size is not None and batch_size < 1):
+            raise UserError(
+                f"concurrency and batch_size must be at least 1 and timeout_s above 0; got {concurrency}, "
+                f"{batch_size} and {timeout_s}"
+            )
+        self._url, self._model, self._fields = url, model, dict(fields or {})
+        self._request, self._read, most = _WIRES[api]
+        self._batch_size = batch_size or most
+        self._concurrency, self._timeout_s = concurrency, timeout_s
+        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
+        self._start()
+
+    def _start(self) -> None:
+        """What belongs to one process; a forked child makes its own."""
+        self._pid = os.getpid()
+        # The proxies of the environment do not know the hosts of a cluster.
+        self._client = httpx.Client(
+            headers=self._headers,
+            timeout=self._timeout_s,
+            limits=httpx.Limits(max_keepalive_connections=self._concurrency),
+            trust_env=False,
+        )
+
+    def score(self, candidates: Sequence[tuple[str, tuple[str, ...]]]) -> list[list[float]]:
+        """One score for each text of each query, in order."""
+        if self._pid != os.getpid():
+            self._start()
+        requests = [
+            (row, query, texts[start : start + (self._batch_size or len(texts))])
+            for row, (query, texts) in enumerate(candidates)
+            for start in range(0, len(texts), self._batch_size or len(texts))
+        ]
+        if not requests:
+            return [[] for _ in candidates]
+        with ThreadPoolExecutor(min(self._concurrency, len(requests))) as pool:
+            futures = [pool.submit(self._ask, query, texts) for _, query, texts in requests]
+            try:
+                answers = [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # of a server that is down, three tries of each would take hours
+                raise
+        scores: list[list[float]] = [[] for _ in candidates]
+        for (row, _, _), answer in zip(requests, answers, strict=True):
+            scores[row].extend(answer)
+        return scores
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _ask(self, query: str, texts: Sequence[str]) -> list[float]:
+        body = {**self._request(query, texts, self._model), **self._fields}
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unavailable),
+            stop=tenacity.stop_after_attempt(TRIES),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                response = self._post(body)
+        try:
+            return _in_order(self._read(response.json()), len(texts))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RetrievalError(
+                f"{self._url} answered something that is no reranking of {len(texts)} documents "
+                f"({type(error).__name__}: {error}): {response.text[:200]!r}; is api right?"
+            ) from error
+
+    def _post(self, body: dict[str, Any]) -> httpx.Response:
+        try:
+            response = self._client.post(self._url, json=body)
+        except httpx.TransportError as error:
+            raise Unavailable(f"{self._url}: {type(error).__name__}: {error or 'connection lost'}") from error
+        if response.status_code == 200:
+            return response
+        message = f"{self._url} answered {response.status_code}: {response.text[:300]}"
+        raise Unavailable(message) if response.status_code in _TROUBLE else RetrievalError(message)
+
+
+def _jina_request(query: str, texts: Sequence[str], model: str | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"query": query, "documents": list(texts), "top_n": len(texts)}
+    return body if model is None else {"model": model, **body}
+
+
+def _jina_scores(answer: Any) -> list[tuple[int, float]]:
+    return [(row["index"], row["relevance_score"]) for row in answer["results"]]
+
+
+def _tei_request(query: str, texts: Sequence[str], _model: str | None) -> dict[str, Any]:
+    # Raw: a sigmoid makes all good passages 1.0. Truncated: one long passage would fail the search.
+    return {"query": query, "texts": list(texts), "raw_scores": True, "truncate": True}
+
+
+def _tei_scores(answer: Any) -> list[tuple[int, float]]:
+    return [(row["index"], row["score"]) for row in answer]
+
+
+def _in_order(scored: list[tuple[int, float]], count: int) -> list[float]:
+    """Scores by index, each there once."""
+    scores = dict(scored)
+    if len(scored) != count or len(scores) != count:
+        raise ValueError(f"the indexes are {[index for index, _ in scored][:40]}")
+    return [float(scores[index]) for index in range(count)]
+
+
+Wire = tuple[
+    Callable[[str, Sequence[str], str | None], dict[str, Any]], Callable[[Any], list[tuple[int, float]]], int | None
+]
+_WIRES: dict[str, Wire] = {"jina": (_jina_request, _jina_scores, None), "tei": (_tei_request, _tei_scores, 32)}

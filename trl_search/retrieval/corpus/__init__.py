@@ -1,0 +1,1 @@
+"""Corpora: passages read from files and datasets, and on disk with access by row."""

@@ -1,0 +1,102 @@
+"""A corpus as others published it, to go with their index: `wiki-18.jsonl` beside `e5_Flat.index`, opened as it is.
+
+Row i of the index is line i of the file. What is made is one file of offsets, 8 bytes a line, once; the corpus stays
+on disk, memory-mapped, and no line of it is read before a search finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.corpus.passages import Corpus, join_contents
+from trl_search.retrieval.corpus.sources import CorpusError
+from trl_search.retrieval.dense.encoder import Encoder
+
+BLOCK_BYTES = 1 << 26
+SAME_PASSAGE = 0.98  # cosine of one passage encoded twice, in fp16 or cut a little earlier; another prefix: below
+
+
+def open_jsonl(path: str | Path) -> Corpus:
+    """A jsonl file as a `Corpus`, whatever its size: offsets of its lines are kept in `<file>.offsets.npy`, or in
+    `~/.cache/trl-search` where its folder cannot be written."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise CorpusError(f"there is no corpus file {path}")
+    if path.suffix in (".gz", ".parquet"):
+        raise CorpusError(
+            f"{path} cannot be read by row: unpack it to .jsonl first (gunzip; for wiki-18: trl-search data wiki18)"
+        )
+    if path.stat().st_size == 0:
+        raise CorpusError(f"{path}: no passages; a corpus needs one at least")
+    offsets = _offsets_path(path)
+    if not _fresh(offsets, path):
+        offsets.parent.mkdir(parents=True, exist_ok=True)
+        new = offsets.with_name(f"{offsets.name}.{os.getpid()}.npy")
+        np.save(new, find_lines(path))
+        os.replace(new, offsets)
+    return Corpus(path.parent, rows=path, offsets=offsets)
+
+
+def find_lines(path: Path) -> np.ndarray:
+    """Where each line that holds something begins, int64, and at last the size of the file."""
+    size, read = path.stat().st_size, 0
+    ends = []
+    with (
+        open(path, "rb") as file,
+        tqdm(desc=f"finding the lines of {path.name}", total=size, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while block := file.read(BLOCK_BYTES):
+            ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + (read + 1))
+            read += len(block)
+            bar.update(len(block))
+        starts = np.concatenate([[0], *ends]).astype(np.int64)
+        starts = starts[starts < size]
+        lengths = np.diff(np.append(starts, size))
+        # A blank line is "\n" or "\r\n"; dropped, it belongs to the line before, where JSON does not mind it.
+        blank = np.zeros(len(starts), dtype=bool)
+        for line in np.flatnonzero(lengths <= 2):
+            file.seek(int(starts[line]))
+            blank[line] = not file.read(int(lengths[line])).strip()
+        file.seek(0)
+        if file.read(3) == b"\xef\xbb\xbf":
+            starts[0] = 3
+    if blank.all():
+        raise CorpusError(f"{path}: no passages; a corpus needs one at least")
+    return np.append(starts[~blank], size)
+
+
+def check_encoder(encoder: Encoder, rows_ND: np.ndarray, corpus: Corpus, name: str) -> None:
+    """Encodes a few passages again: are these their vectors? Wrong pooling, prefix or weights find the wrong passages,
+    and nothing else would say so."""
+    chosen = sorted({len(corpus) * part // 5 for part in range(5)})
+    again_ND = encoder.encode_passages([join_contents(corpus[row]) for row in chosen])
+    there_ND = np.asarray(rows_ND[chosen], dtype=np.float32)
+    lengths = np.linalg.norm(again_ND, axis=1) * np.linalg.norm(there_ND, axis=1)
+    cosine = float(np.median((again_ND * there_ND).sum(axis=1) / np.maximum(lengths, 1e-12)))
+    if cosine < SAME_PASSAGE:
+        raise UserError(
+            f"encoder {encoder.fingerprint.name!r} does not give the vectors of {name}: passages encoded again are "
+            f"only {cosine:.2f} alike (cosine), not 1. Is it another model, prefix, pooling or corpus? "
+            "check_source=False searches all the same"
+        )
+
+
+def _offsets_path(path: Path) -> Path:
+    beside = path.with_name(f"{path.name}.offsets.npy")
+    if beside.exists() or os.access(path.parent, os.W_OK):
+        return beside
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "trl-search")
+    return cache / f"{path.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.offsets.npy"
+
+
+def _fresh(offsets: Path, path: Path) -> bool:
+    """Whether the offsets are those of the file as it is now."""
+    if not offsets.exists() or offsets.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        return False
+    return int(np.load(offsets, mmap_mode="r")[-1]) == path.stat().st_size

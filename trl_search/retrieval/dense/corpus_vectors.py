@@ -1,0 +1,217 @@
+"""Encoding a corpus to vectors on disk: in shards, by several processes, and on from where a killed one was.
+
+    scratch/vectors.npy     (N, dim) float32 or float16, preallocated; each shard is written at its own place
+    scratch/shards.done     one byte a shard: 1 when its vectors are on disk
+    scratch/encoding.json   what was encoded by what; another corpus, encoder or precision starts anew
+
+A shard's vectors reach the disk before its byte does, so a kill at any moment costs the shards in work and nothing
+else. What a shard becomes depends on its own texts alone (sentence-transformers batches them by length within it), so
+the bytes are those of a build that was never interrupted, however many processes took part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.corpus.passages import join_contents
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded
+from trl_search.retrieval.index.workers import ALONE, Workers
+from trl_search.types import Passage
+
+VECTORS, DONE, ABOUT = "vectors.npy", "shards.done", "encoding.json"
+ENCODER = "intfloat/e5-base-v2"
+SHARD_ROWS = 8192  # long enough that sorting by length leaves little padding, short enough to lose
+
+
+class Passages(Protocol):
+    """Passages by row: a `Corpus` on disk, or a tuple."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Passage: ...
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How passages become vectors: what every builder of dense vectors is asked.
+
+    Args:
+        encoder (`str`): Of dense vectors: a model of the hub or a folder; e5, bge, MiniLM, any of
+            sentence-transformers.
+        dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
+        batch_size (`int`): Passages a step of the encoder. Lower it when a GPU runs out of memory.
+        max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
+        query_prompt (`str`, *optional*): Stands before every query; by default as the encoder was trained.
+        passage_prompt (`str`, *optional*): Stands before every passage; by default as the encoder was trained.
+        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
+    """
+
+    encoder: str = ENCODER
+    dtype: str = "float32"
+    batch_size: int = 64
+    max_length: int | None = None
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+    pooling: str | None = None
+
+    def check_encoding(self) -> None:
+        """Loads the encoder too: one that is not there is an error now, not after an hour of reading."""
+        if self.dtype not in ("float32", "float16"):
+            raise unknown_name("dtype", self.dtype, ["float32", "float16"])
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is passages a step of the encoder, at least 1; got {self.batch_size}")
+        if Path(self.encoder).is_dir():  # what is built is searched from other folders too
+            object.__setattr__(self, "encoder", str(Path(self.encoder).resolve()))
+        _ = self.loaded
+
+    @cached_property
+    def loaded(self) -> Encoder:
+        return load_encoder(
+            self.encoder,
+            dtype=self.dtype,
+            max_length=self.max_length,
+            query_prompt=self.query_prompt,
+            passage_prompt=self.passage_prompt,
+            pooling=self.pooling,
+        )
+
+    def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
+        """`encode_corpus` with these options."""
+        encode_corpus(passages, self.loaded, folder, dtype=self.dtype, batch_size=self.batch_size, workers=workers)
+
+
+def encode_corpus(
+    passages: Passages,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    shard_rows: int = SHARD_ROWS,
+    workers: Workers = ALONE,
+    announce: Callable[[str], None] | None = None,
+) -> np.ndarray:
+    """Encodes every passage into `folder/vectors.npy` and returns it, memory-mapped.
+
+    Called again, it does what is not done yet. With several workers every one calls it, and all return together.
+
+    Args:
+        passages (`Passages`): Titles are encoded with their texts, as `'"Title"\\ntext'`.
+        encoder (`Encoder`): Its passage prompt goes before each.
+        folder (`Path`): Is made if need be.
+        dtype (`str`): Of the vectors: `"float32"` or `"float16"`.
+        batch_size (`int`): Passages a step of the encoder.
+        shard_rows (`int`): Passages a shard.
+        workers (`Workers`): This process among those that share the work.
+        announce (`Callable[[str], None]`, *optional*): Told what is taken up or thrown away.
+    """
+    about = {
+        "passages": len(passages),
+        "dim": encoder.dim,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "shard_rows": shard_rows,
+        "encoder": recorded(encoder),
+    }
+    if workers.rank == 0:
+        _prepare(folder, about, announce or (lambda message: None))
+    workers.wait()
+    if json.loads((folder / ABOUT).read_text(encoding="utf-8")) != about:
+        raise UserError(f"process {workers.rank} encodes with another encoder or other options than process 0")
+    _encode_shards(passages, encoder, folder, about, workers)
+    workers.wait()
+    return np.load(folder / VECTORS, mmap_mode="r")
+
+
+def _prepare(folder: Path, about: dict[str, Any], announce: Callable[[str], None]) -> None:
+    """Makes the files, unless those of the same work are there."""
+    shards = -(-about["passages"] // about["shard_rows"])
+    if (folder / ABOUT).exists():
+        if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == about:
+            done = (folder / DONE).read_bytes().count(1)
+            announce(f"{done:,} of {shards:,} shards are encoded already")
+            return
+        announce(f"{folder} holds vectors of another encoder or other options: encoding anew")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {
+        "descr": np.dtype(about["dtype"]).str,
+        "fortran_order": False,
+        "shape": (about["passages"], about["dim"]),
+    }
+    size = about["passages"] * about["dim"] * np.dtype(about["dtype"]).itemsize
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"the vectors take {size / 1e9:,.1f} GB while they are made, and {folder} has {free / 1e9:,.1f} GB free; "
+            "dtype float16 takes half of float32"
+        )
+    with open(folder / VECTORS, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
+    (folder / DONE).write_bytes(bytes(shards))
+    # Last, and at once: its presence says that the others are there.
+    (folder / f"{ABOUT}.new").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / f"{ABOUT}.new", folder / ABOUT)
+
+
+def _encode_shards(
+    passages: Passages, encoder: Encoder, folder: Path, about: dict[str, Any], workers: Workers
+) -> None:
+    """The shards of this worker that are not done."""
+    count, step, width = about["passages"], about["shard_rows"], about["dim"] * np.dtype(about["dtype"]).itemsize
+    shards = {shard: range(shard * step, min((shard + 1) * step, count)) for shard in range(-(-count // step))}
+    mine = {shard: rows for shard, rows in shards.items() if shard % workers.count == workers.rank}
+    done = (folder / DONE).read_bytes()
+    left = {shard: rows for shard, rows in mine.items() if not done[shard]}
+    # Not through a memory map: on a disk that is full, a write there kills the process and a write here says why.
+    with (
+        open(folder / VECTORS, "r+b") as vectors,
+        open(folder / DONE, "r+b") as journal,
+        tqdm(
+            desc="encoding" if workers.count == 1 else f"encoding ({workers.rank + 1} of {workers.count})",
+            total=sum(map(len, mine.values())),
+            initial=sum(map(len, mine.values())) - sum(map(len, left.values())),
+            unit=" passages",
+            position=workers.rank,
+            disable=None,
+        ) as bar,
+    ):
+        start = vectors.seek(0, os.SEEK_END) - count * width
+        for shard, rows in left.items():
+            vectors.seek(start + rows.start * width)
+            vectors.write(_encode(passages, encoder, rows, about).tobytes())
+            _to_disk(vectors)
+            journal.seek(shard)
+            journal.write(b"\1")
+            _to_disk(journal)
+            bar.update(len(rows))
+
+
+def _encode(passages: Passages, encoder: Encoder, rows: range, about: dict[str, Any]) -> np.ndarray:
+    texts = [join_contents(passages[row]) for row in rows]
+    with np.errstate(over="ignore"):  # said below
+        vectors_ND = encoder.encode_passages(texts, batch_size=about["batch_size"]).astype(about["dtype"])
+    broken = np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))
+    if len(broken):
+        raise UserError(
+            f"passage {passages[rows[int(broken[0])]].id!r} became a vector with NaN or infinity; "
+            "encode with dtype float32"
+        )
+    return vectors_ND
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,254 @@
+"""Dense retrieval: an encoder turns text into vectors, a vector index finds the nearest (`vectors/`).
+
+Batching changes the last bits of a vector and of a score, and a vector index breaks ties as it likes. So more is
+fetched than asked for, until no tie reaches past it; scores within `TIE` of the best among them are one, and stand in
+corpus order. Passages are the same whatever else is in the batch, and scores to their last decimal; where queries are
+encoded in bfloat16 or float16, the batch moves a score by thousandths, and may swap passages as near as that.
+
+    load_retriever("dense", index="indexes/wiki")                                 made by trl-search index --kind dense
+    load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")     in memory
+    load_retriever("dense", faiss_file="e5_Flat.index", corpus="wiki-18.jsonl", encoder="intfloat/e5-base-v2")
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.corpus.passages import Corpus, join_contents, read_corpus, refuse_duplicates
+from trl_search.retrieval.corpus.published import check_encoder, open_jsonl
+from trl_search.retrieval.dense.corpus_vectors import ENCODER, VECTORS, EncodingOptions, Passages
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
+from trl_search.retrieval.dense.vectors import (
+    VECTOR_INDEXES,
+    VectorSearch,
+    build_vectors,
+    open_faiss_file,
+    open_vectors,
+    plan,
+)
+from trl_search.retrieval.dense.vectors.build import read_faiss
+from trl_search.retrieval.dense.vectors.open import stored_rows
+from trl_search.retrieval.dense.vectors.search import Memory
+from trl_search.retrieval.index.build_folder import SCRATCH
+from trl_search.retrieval.index.folder import open_index
+from trl_search.retrieval.index.workers import Workers
+from trl_search.types import Passage
+
+KIND = "dense"
+MARGIN = 13  # fetched beyond k at first; most ties end within it
+MOST_FETCHED = 4096  # rows a query; of passages alike beyond that many, those that the index gave first
+TIE = 2e-6  # what batching changes in a score of 1 is a fifth of that; two different passages are far more apart
+DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class DenseBuilder(EncodingOptions):
+    """How vectors become an index, and `build_index(kind="dense")`.
+
+    Args:
+        index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a tenth of the memory), "small-ivf", "hnsw".
+        seed (`int`): Of the sample that an index is trained on.
+    """
+
+    index_type: str = "flat"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.index_type not in VECTOR_INDEXES:
+            raise unknown_name("type of vector index", self.index_type, VECTOR_INDEXES)
+        self.check_encoding()
+
+    def plan(self, passages: int) -> str:
+        """Memory, disk, time and recall of the index, and what encoding takes on top."""
+        scratch = passages * self.loaded.dim * np.dtype(self.dtype).itemsize
+        return (
+            f"{plan(self.index_type, passages, self.loaded.dim).describe()}\n"
+            f"while it builds, {scratch / 1e9:,.2f} GB of vectors on disk beside it, and first the time to encode"
+        )
+
+    def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
+        self.encode(corpus, folder / SCRATCH, workers)
+
+    def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
+        (folder / KIND).mkdir(exist_ok=True)
+        vectors_ND = np.load(folder / SCRATCH / VECTORS, mmap_mode="r")
+        measured = build_vectors(folder / KIND, vectors_ND, index=self.index_type, seed=self.seed)
+        return {"encoder": recorded(self.loaded), "vectors": measured}
+
+
+class InMemorySearch(VectorSearch):
+    """Exact search over vectors in memory, by sentence-transformers; needs no FAISS. To about 200,000."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors: np.ndarray | None = vectors
+        self.count, self.dim = vectors.shape
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        from sentence_transformers.util import dot_score, semantic_search
+        from torch import from_numpy
+
+        vectors = self._vectors
+        if vectors is None:
+            raise RetrievalError("this vector index is closed; open it again to search")
+        found = semantic_search(from_numpy(queries), from_numpy(vectors), top_k=k, score_function=dot_score)
+        scores = np.array([[hit["score"] for hit in hits] for hits in found], dtype=np.float32)
+        return scores, np.array([[hit["corpus_id"] for hit in hits] for hits in found], dtype=np.int64)
+
+    def memory(self) -> Memory:
+        return Memory(host_bytes=0 if self._vectors is None else self._vectors.nbytes)
+
+    def close(self) -> None:
+        self._vectors = None
+
+
+class DenseRetriever(Retriever):
+    """Search by meaning. Make one with `load_retriever("dense", ...)`.
+
+    Example:
+        >>> retriever = load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")
+        >>> retriever.search(["where was Talvane born?"], k=1)
+        [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.86...)]]
+    """
+
+    def __init__(self, encoder: Encoder, vectors: VectorSearch, passages: Passages) -> None:
+        if encoder.dim != vectors.dim:
+            raise UserError(
+                f"encoder {encoder.fingerprint.name!r} makes vectors of {encoder.dim} dimensions and the index holds "
+                f"vectors of {vectors.dim}: it was built with another encoder"
+            )
+        if len(passages) != vectors.count:
+            raise UserError(
+                f"the corpus has {len(passages):,} passages and the index {vectors.count:,} vectors: not a pair"
+            )
+        self._encoder, self._vectors, self._passages = encoder, vectors, passages
+        self._lock = threading.Lock()  # nothing is closed while it is read
+        self._closed = False
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        check_search(queries, k)
+        # Of a query without a letter or digit an encoder makes some vector, and some passages are nearest to it.
+        asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
+        found: list[list[Passage]] = [[] for _ in queries]
+        with self._lock:
+            if self._closed:
+                raise RetrievalError("this dense retriever is closed; load it again to search")
+            vectors_QD = self._encoder.encode_queries([queries[number] for number in asked])
+            for number, ranked in zip(asked, self._rank(vectors_QD, k), strict=True):
+                found[number] = [replace(self._passages[row], score=score) for row, score in ranked]
+        return found
+
+    def _rank(self, vectors_QD: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+        """The best `k` rows of each query, equal scores in corpus order."""
+        ranked: list[list[tuple[int, float]]] = [[] for _ in vectors_QD]
+        most = min(max(k + MARGIN, MOST_FETCHED), self._vectors.count)
+        pending, fetch = list(range(len(vectors_QD))), k + MARGIN
+        while pending:
+            fetch = min(fetch, most)
+            scores_QF, rows_QF = self._vectors.search(vectors_QD[pending], fetch)
+            undecided = []
+            for query, scores, rows in zip(pending, scores_QF, rows_QF, strict=True):
+                there = rows >= 0
+                order, best = order_ties(scores[there], rows[there])
+                # A tie of the k-th passage that is also the last fetched may go on beyond it.
+                if fetch < most and len(order) > k and best[k - 1] == best[-1]:
+                    undecided.append(query)
+                else:
+                    ranked[query] = [
+                        (int(rows[there][at]), round(float(score), DECIMALS))
+                        for at, score in zip(order[:k], best[:k], strict=True)
+                    ]
+            pending, fetch = undecided, 8 * fetch
+        return ranked
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._vectors.close()
+            if isinstance(self._passages, Corpus):
+                self._passages.close()
+
+
+def order_ties(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Puts scores that come best first, and within `TIE` of the best among them are equal, in order of their rows.
+
+    Rounding would not do: wherever it cuts, two equal scores that differ in the last bit may fall to both sides.
+
+    Returns:
+        `(order, best)`: positions in `scores`, and for each the score of the best it is equal to.
+    """
+    best = scores.astype(np.float64)
+    for at in range(1, len(best)):
+        if best[at - 1] - best[at] <= TIE * max(1.0, abs(best[at - 1])):
+            best[at] = best[at - 1]
+    order = np.lexsort((rows, -best))
+    return order, best[order]
+
+
+def load(
+    *,
+    index: str | Path | None = None,
+    corpus: str | Path | None = None,
+    passages: Iterable[Passage] | None = None,
+    faiss_file: str | Path | None = None,
+    encoder: str | Path | Encoder | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    check_source: bool = True,
+    **options: Any,
+) -> DenseRetriever:
+    """`load_retriever("dense", ...)`: of `index`; of `passages` or a `corpus`; or of `faiss_file` and `corpus`.
+
+    Args:
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind dense`. It knows its encoder.
+        corpus (`str | Path`, *optional*): A file or dataset to encode now; with `faiss_file` its jsonl file.
+        passages (`Iterable[Passage]`, *optional*): Passages to encode now.
+        faiss_file (`str | Path`, *optional*): A published index, such as `e5_Flat.index`, used as it is.
+        encoder (`str | Path | Encoder`, *optional*): By default that of the index, else `intfloat/e5-base-v2`. An
+            index takes no other: give it only where the same one lies elsewhere now.
+        device (`str`, *optional*): Of encoder and index: "cpu", "cuda"; by default GPUs where they are and have room.
+        dtype (`str`): In which queries are encoded.
+        check_source (`bool`): Refuse an index whose source has changed, or a published one of another encoder.
+        options: `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see `load_encoder`. An index
+            has its own.
+    """
+    places = "cpu" if device == "cpu" else "auto"
+    if index is not None:
+        if options or corpus is not None or passages is not None or faiss_file is not None:
+            given = sorted(options) or ["corpus, passages and faiss_file"]
+            raise UserError(f"{', '.join(given)}: fixed when {index} was built; rebuild to change")
+        opened = open_index(index, KIND, check_source=check_source)
+        there = opened.manifest.details["encoder"]
+        if not isinstance(encoder, Encoder):
+            own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}
+            encoder = load_encoder(encoder or opened.manifest.options["encoder"], device=device, dtype=dtype, **own)
+        refuse_other_encoder(encoder, there, str(index))
+        return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places), opened.corpus)
+    if (corpus is None) == (passages is None) or (faiss_file is not None and corpus is None):
+        raise UserError(
+            "dense needs one of index=DIR, corpus=FILE.jsonl and passages=[...], or faiss_file=FILE.index and "
+            "corpus=FILE.jsonl"
+        )
+    if not isinstance(encoder, Encoder):
+        encoder = load_encoder(encoder or ENCODER, device=device, dtype=dtype, **options)
+    if faiss_file is not None:
+        assert corpus is not None
+        rows = open_jsonl(corpus)
+        retriever = DenseRetriever(encoder, open_faiss_file(Path(faiss_file), device=places), rows)
+        stored_ND = stored_rows(Path(faiss_file), read_faiss(Path(faiss_file))) if check_source else None
+        if stored_ND is not None:
+            check_encoder(encoder, stored_ND, rows, str(faiss_file))
+        return retriever
+    read = read_corpus(corpus) if corpus is not None else passages
+    assert read is not None
+    kept = tuple(refuse_duplicates(read))
+    if not kept:
+        raise UserError("no passages; a corpus needs one at least")
+    return DenseRetriever(encoder, InMemorySearch(encoder.encode_passages(list(map(join_contents, kept)))), kept)

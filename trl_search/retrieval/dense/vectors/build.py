@@ -1,0 +1,189 @@
+"""`build_vectors`: vectors in, `vectors.index` (a FAISS file) and `vectors.json` (what it is and how well it does)
+out.
+
+Rows stream: FAISS keeps the rows of its flat and scalar-quantised indexes in one array at the end of the file, so the
+file is written as the head that FAISS gives an empty index of this length, then the codes slice by slice. `flat`,
+`fp16` and `int8` are built in constant memory, `small` and `small-ivf` in that of their bits, whatever the size; FAISS
+reads the file as its own. (`hnsw` is built in memory: it lives there.)
+
+The same vectors, seed and machine give the same bytes, but for `hnsw`, whose graph depends on how its threads meet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.dense.vectors.calibrate import calibrate, find_truth, slices
+from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
+from trl_search.retrieval.dense.vectors.plans import TRAINING_ROWS, check_word, factory_of, list_count, plan
+from trl_search.retrieval.dense.vectors.search import FaissSearch, available_ram_bytes, gb
+from trl_search.retrieval.dense.vectors.sliced import SlicedSearch, read_faiss, stored_rows
+
+VECTORS, ABOUT = "vectors.index", "vectors.json"
+_TRAINED_ON = 64  # vectors a list of an IVF
+_CENTRE = np.float32(0.99)
+_LENGTH = struct.Struct("<Q")
+_K_FACTOR = struct.Struct("<f")
+
+
+def build_vectors(
+    folder: Path,
+    vectors: np.ndarray,
+    *,
+    index: str,
+    seed: int = 0,
+    calibration_queries: np.ndarray | None = None,
+    target_recall: float = 0.97,
+) -> dict[str, Any]:
+    """Builds `folder/vectors.index`, sets it to reach the target and measures it.
+
+    Args:
+        folder (`Path`): Where to; exists.
+        vectors (`np.ndarray`): (N, d) float32 or float16; may be a memory map, is read in slices.
+        index (`str`): One of `VECTOR_INDEXES`.
+        seed (`int`): Of the training sample and the queries.
+        calibration_queries (`np.ndarray`, *optional*): (Q, d) encoded queries, the first 256 are used; else they are
+            made from the vectors (`calibrate.py`).
+        target_recall (`float`): recall@3 against exact search that the setting must reach.
+
+    Returns:
+        `dict`: what `vectors.json` holds: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
+    """
+    check_word(index)
+    _check(vectors, index)
+    started = time.perf_counter()
+    path = folder / VECTORS
+    factory = factory_of(index, len(vectors))
+    made = faiss_module().index_factory(vectors.shape[1], factory, faiss_module().METRIC_INNER_PRODUCT)
+    _train(made, vectors, index, seed)
+    max_norm = _WRITERS.get(index, _write_rows)(path, made, vectors)
+    del made
+
+    truth = find_truth(vectors, calibration_queries, seed)
+    opened = read_faiss(path)
+    rows = stored_rows(path, opened)
+    sliced = SlicedSearch(opened, rows, max_norm) if rows is not None and rows.dtype != np.float32 else None
+    settings, recall = calibrate(index, sliced or FaissSearch(opened), opened, vectors, truth, target_recall)
+    about = {
+        "word": index,
+        "factory": factory,
+        "dim": int(vectors.shape[1]),
+        "count": len(vectors),
+        "max_norm": max_norm,
+        **settings,
+        "recall_at_3": round(recall, 4),
+        "calibration_queries": truth.source,
+        "seed": seed,
+        "build_s": round(time.perf_counter() - started, 1),
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return about
+
+
+def _check(vectors: np.ndarray, word: str) -> None:
+    if vectors.ndim != 2 or vectors.dtype not in (np.float32, np.float16) or not vectors.size:
+        raise UserError(
+            f"vectors must be (N, d) of float32 or float16 and not empty; got {vectors.shape} of {vectors.dtype}"
+        )
+    needed, there = plan(word, *vectors.shape).build_ram_bytes, available_ram_bytes()
+    if needed > there:
+        raise UserError(
+            f"building {word!r} over {len(vectors):,} x {vectors.shape[1]} needs {gb(needed)} of memory and "
+            f"{gb(there)} are free; 'fp16', 'int8' and 'small' need the least"
+        )
+
+
+def _train(made: Any, vectors: np.ndarray, word: str, seed: int) -> None:
+    if made.is_trained:
+        return
+    wanted = _TRAINED_ON * list_count(len(vectors)) if word == "small-ivf" else TRAINING_ROWS
+    chosen = np.arange(len(vectors))
+    if wanted < len(vectors):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
+    sample = np.concatenate(list(slices(vectors[chosen])))
+    if word == "small":
+        # RaBitQ codes the direction from the centre and never finds a vector that lies in it, as one of a kind would.
+        made.base_index.train(sample * _CENTRE)
+        made.refine_index.train(sample)
+        made.is_trained = True
+        return
+    if word == "small-ivf":
+        faiss_module().extract_index_ivf(made.base_index).cp.seed = seed + 1
+    made.train(sample)
+
+
+def _write_rows(path: Path, made: Any, vectors: np.ndarray) -> float:
+    """flat, fp16, int8: the whole file streams."""
+    faiss = faiss_module()
+    # The length of a flat index' rows is counted in floats, that of all others in bytes.
+    unit = 4 if isinstance(made, faiss.IndexFlat) else 1
+    made.ntotal = len(vectors)
+    with open(path, "wb") as file:
+        file.write(faiss.serialize_index(made).tobytes()[: -_LENGTH.size])
+        made.ntotal = 0
+        return _append_codes(file, made, vectors, unit)
+
+
+def _write_refined(path: Path, made: Any, vectors: np.ndarray) -> float:
+    """small, small-ivf: the bits are made in memory, the rows that refine them stream."""
+    faiss = faiss_module()
+    base, refine = made.base_index, faiss.downcast_index(made.refine_index)
+    for slice_ND in tqdm(slices(vectors), desc="codes", disable=None):
+        base.add(slice_ND)
+    made.ntotal = refine.ntotal = len(vectors)
+    faiss.write_index(made, str(path))
+    made.ntotal = refine.ntotal = 0
+    with open(path, "r+b") as file:
+        # At the end: the length of the rows, none so far, and k_factor, which closes a refined index.
+        file.seek(-_LENGTH.size - _K_FACTOR.size, os.SEEK_END)
+        end = file.read()
+        file.seek(-len(end), os.SEEK_END)
+        file.truncate()
+        max_norm = _append_codes(file, refine, vectors, 1)
+        file.write(end[_LENGTH.size :])
+    return max_norm
+
+
+def _write_graph(path: Path, made: Any, vectors: np.ndarray) -> float:
+    for slice_ND in tqdm(slices(vectors), desc="graph", disable=None):
+        made.add(slice_ND)
+    faiss_module().write_index(made, str(path))
+    return _max_norm(vectors)
+
+
+_WRITERS: dict[str, Callable[[Path, Any, np.ndarray], float]] = {
+    "small": _write_refined,
+    "small-ivf": _write_refined,
+    "hnsw": _write_graph,
+}
+
+
+def _append_codes(file: Any, made: Any, vectors: np.ndarray, unit: int) -> float:
+    """Writes the length of all codes, then the codes, and returns the length of the longest row as it is stored."""
+    longest = 0.0
+    file.write(_LENGTH.pack(len(vectors) * made.sa_code_size() // unit))
+    total = -(-len(vectors) // 65_536)
+    for slice_ND in tqdm(slices(vectors), desc="rows", total=total, disable=None):
+        codes = made.sa_encode(slice_ND)
+        stored = slice_ND if unit == 4 else made.sa_decode(codes)
+        longest = max(longest, float(np.linalg.norm(stored, axis=1).max()))
+        if longest == np.inf:
+            raise UserError(
+                f"vectors hold numbers beyond what {made.__class__.__name__} stores; normalise them, or use 'flat'"
+            )
+        file.write(codes.tobytes())
+    return longest
+
+
+def _max_norm(vectors: np.ndarray) -> float:
+    return max(float(np.linalg.norm(slice_ND, axis=1).max()) for slice_ND in slices(vectors))

@@ -1,0 +1,139 @@
+"""What an index is worth on these vectors: recall@3 against exact search, and the cheapest setting that reaches a
+target.
+
+Queries are the caller's (`calibration_queries`: encoded questions, the best choice), or made from the vectors: a
+random row plus three quarters of the difference of two others, seeded. Such a query keeps to where the vectors are
+(isotropic noise does not, and any index finds its way back from it), its own row stays in the index, and its
+neighbours are contested.
+
+A row counts as found when its exact score reaches that of the third-best row: among duplicates any will do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
+from trl_search.retrieval.dense.vectors.plans import SLICE_ROWS
+from trl_search.retrieval.dense.vectors.search import VectorSearch
+
+K = 3
+QUERIES = 256
+_TIE = 1e-6
+_MOVE = 0.75  # at 0.5, 1M synthetic vectors had .970 where queries of their own kind had .941
+# Each dearer than the one before, by about the same factor.
+_K_FACTORS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+_NPROBES = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
+_EF_SEARCHES = (16, 32, 64, 128, 256, 512, 1024)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Queries and, for each, the exact score of its K-th best row."""
+
+    queries: np.ndarray
+    kth_scores: np.ndarray
+    source: str
+
+    def recall(self, vectors: np.ndarray, rows_QK: np.ndarray) -> float:
+        """The share of the K best that `rows_QK` holds."""
+        found = 0
+        for query, rows, least in zip(self.queries, rows_QK, self.kth_scores, strict=True):
+            unique = np.unique(rows[rows >= 0])
+            scores = vectors[unique].astype(np.float32) @ query
+            found += min(int((scores >= least - _TIE * max(1.0, abs(float(least)))).sum()), K)
+        return found / (len(self.queries) * min(K, len(vectors)))
+
+
+def find_truth(vectors: np.ndarray, queries: np.ndarray | None, seed: int) -> Truth:
+    """Exact search for the queries given, or for queries made from the vectors. One pass over all vectors."""
+    source = "given" if queries is not None else "made from the vectors"
+    asked = np.ascontiguousarray(queries[:QUERIES] if queries is not None else make_queries(vectors, seed), np.float32)
+    k = min(K, len(vectors))
+    best = np.full((len(asked), k), -np.inf, dtype=np.float32)
+    faiss = faiss_module()
+    for slice_ND in slices(vectors):
+        scores, _ = faiss.knn(asked, slice_ND, min(k, len(slice_ND)), metric=faiss.METRIC_INNER_PRODUCT)
+        best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, :k]
+    return Truth(asked, best[:, -1], source)
+
+
+def make_queries(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Rows, each moved by three quarters of the difference of two others, and as long as before."""
+    random = np.random.default_rng(seed)
+    rows_3Q = random.integers(len(vectors), size=(3, QUERIES))
+    row, one, other = (np.asarray(vectors[rows], dtype=np.float32) for rows in rows_3Q)
+    moved = row + _MOVE * (one - other)
+    length = np.linalg.norm(moved, axis=1, keepdims=True)
+    return np.asarray(moved / np.where(length > 0, length, 1) * np.linalg.norm(row, axis=1, keepdims=True))
+
+
+def calibrate(
+    word: str, search: VectorSearch, index: Any, vectors: np.ndarray, truth: Truth, target: float
+) -> tuple[dict[str, int], float]:
+    """The cheapest setting of `index` whose recall@3 by `search` reaches `target`, else the dearest there is:
+    `(settings, recall)`. Leaves the index at that setting."""
+    ladders = _ladders(word, index)
+
+    def measure(settings: dict[str, int]) -> float:
+        apply_settings(index, settings)
+        return truth.recall(vectors, search.search(truth.queries, K)[1])
+
+    # All at their dearest first; then each in turn comes down to the least that still reaches the target.
+    chosen = {name: ladder[-1] for name, ladder in ladders.items()}
+    recall = measure(chosen)
+    if recall < target:
+        logger.warning("%s reaches recall@3 %.3f on these vectors, not %.2f: set to its dearest", word, recall, target)
+    else:
+        for name, ladder in ladders.items():
+            for value in ladder[:-1]:
+                reached = measure({**chosen, name: value})
+                if reached >= target:
+                    chosen[name], recall = value, reached
+                    break
+    apply_settings(index, chosen)
+    return chosen, recall
+
+
+def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
+    """What can be set, in the order in which it is: lists first, they cost most."""
+    if word == "small-ivf":
+        lists = int(faiss_module().extract_index_ivf(index.base_index).nlist)
+        return {
+            "nprobe": (*(probe for probe in _NPROBES[:-1] if probe < lists), min(lists, _NPROBES[-1])),
+            "k_factor": _K_FACTORS,
+        }
+    if word == "small":
+        return {"k_factor": _K_FACTORS}
+    return {"efSearch": _EF_SEARCHES} if word == "hnsw" else {}
+
+
+def apply_settings(index: Any, settings: dict[str, int]) -> None:
+    """Sets k_factor, nprobe and efSearch where FAISS keeps them."""
+    faiss = faiss_module()
+    for name, value in settings.items():
+        if name == "k_factor":
+            index.k_factor = float(value)
+        elif name == "nprobe":
+            faiss.extract_index_ivf(index.base_index).nprobe = int(value)
+        elif name == "efSearch":
+            index.hnsw.efSearch = int(value)
+        else:
+            raise ValueError(f"unknown setting {name}")
+
+
+def slices(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    """The vectors as contiguous float32, so many at a time. What no score can be computed of is refused."""
+    for start in range(0, len(vectors), SLICE_ROWS):
+        slice_ND = np.ascontiguousarray(vectors[start : start + SLICE_ROWS], dtype=np.float32)
+        broken = np.flatnonzero(~np.isfinite(slice_ND).all(axis=1))
+        if len(broken):
+            raise UserError(f"vector {start + int(broken[0]):,} holds NaN or infinity: the encoder overflowed")
+        yield slice_ND

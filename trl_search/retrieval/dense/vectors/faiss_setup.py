@@ -1,0 +1,66 @@
+"""`faiss_module()`: FAISS as every other file here gets it, with its matrix library set right.
+
+Two defaults of faiss-cpu cost a factor of five to ten in exact search and in IVF training (RETRIEVAL.md):
+
+- The OpenBLAS that its wheels carry (0.3.15) does not know processors younger than itself and then falls back to
+  kernels of the SSE years. `OPENBLAS_CORETYPE` names the kernels, and is read once, when the library is loaded. It is
+  set for that moment alone and put back, so that no other OpenBLAS of the process, and no child, inherits it.
+- BLAS serves only batches with queries x dimensions above 128,000; below, FAISS compares pair by pair.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+
+CORETYPE = "OPENBLAS_CORETYPE"
+BLAS_THRESHOLD = 20
+# OpenBLAS' SkylakeX kernels use these four; a processor with the first alone (Xeon Phi) has none of its kernels.
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_AVX2 = {"avx2", "fma"}
+_lock = threading.Lock()
+
+
+def faiss_module() -> Any:
+    """Imports FAISS: the one way in. Without it, a `UserError` names the extras."""
+    with _lock:
+        name = kernels(_cpu_flags())
+        chosen = name is not None and CORETYPE not in os.environ and "faiss" not in sys.modules
+        if chosen:
+            os.environ[CORETYPE] = str(name)
+        try:
+            import faiss
+        except ImportError as error:
+            raise UserError(
+                f"vector indexes need FAISS ({error}): pip install 'trl-search[faiss]' (any machine) or "
+                "'trl-search[faiss-gpu]' (CUDA 12)"
+            ) from None
+        finally:
+            if chosen:
+                del os.environ[CORETYPE]
+        faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
+    return faiss
+
+
+def kernels(flags: Set[str]) -> str | None:
+    """The OpenBLAS kernels for a processor with these flags; `None` leaves the choice to OpenBLAS."""
+    if flags >= _AVX512:
+        return "SkylakeX"
+    return "Haswell" if flags >= _AVX2 else None
+
+
+def _cpu_flags() -> set[str]:
+    """Empty where the system does not say (macOS, Windows): FAISS is built with another BLAS there."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return set()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()

@@ -1,0 +1,167 @@
+"""The index types, each by one word, and what each costs: `plan("small", 21_000_000, 768)` before anything is built.
+
+| word | what it is | bytes in RAM and on disk, a vector of d dimensions |
+|---|---|---|
+| `flat` | exact, fp32 | mapped; 4 d |
+| `fp16` | exact over fp16 rows | mapped; 2 d |
+| `int8` | exact over one-byte rows | mapped; d |
+| `small` | RaBitQ codes of one bit, the best candidates scored again from one-byte rows on disk | d/8 + 8; + d |
+| `small-ivf` | the same in lists, of which `nprobe` are read | d/8 + 16 and the centroids; + d |
+| `hnsw` | a graph over fp32 rows | 4 d + 280; the same |
+
+RAM is what a search cannot do without. Mapped files are read as needed and the kernel takes their pages back when
+memory is short; an exact search reads every row, so it is fast only while its file fits into the page cache.
+
+Sizes are arithmetic, held to real files by a test. Build times are `benchmarks/vector_index.py`'s, 768 dimensions on
+two AVX-512 cores, scaled by dimensions and by the cores here; recall@3 is measured there and in RETRIEVAL.md, on
+embeddings of MiniLM and on synthetic ones. What counts is what `build_vectors` measures on the vectors themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from trl_search.common.errors import unknown_name
+from trl_search.retrieval.dense.vectors.search import gb
+
+VECTOR_INDEXES = ("flat", "fp16", "int8", "small", "small-ivf", "hnsw")
+HNSW_LINKS = 32
+_FACTORIES = {
+    "flat": "Flat",
+    "fp16": "SQfp16",
+    "int8": "SQ8",
+    "small": "RaBitQfs,Refine(SQ8)",
+    "small-ivf": "IVF{lists},RaBitQfs,Refine(SQ8)",
+    "hnsw": f"HNSW{HNSW_LINKS}",
+}
+# Expected recall@3 as (from, to): exact ones lose what rounding loses, the others are set to reach the target.
+_RECALL = {
+    "flat": (1.0, 1.0),
+    "fp16": (0.999, 1.0),
+    "int8": (0.987, 0.994),
+    "small": (0.95, 0.98),
+    "small-ivf": (0.95, 0.97),
+    "hnsw": (0.87, 0.97),
+}
+# Microseconds a vector of 768 dimensions, one core, calibration included.
+_BUILD_US = {"flat": 60, "fp16": 60, "int8": 70, "small": 90, "small-ivf": 260, "hnsw": 2200}
+_FILE_HEAD = 4096
+_TRAINED_LIST = 39  # vectors a list below which FAISS warns that k-means has too few
+
+
+@dataclass(frozen=True)
+class VectorPlan:
+    """What an index will cost. `ram_bytes` stay resident; `mapped_bytes` of the disk are read as needed."""
+
+    word: str
+    factory: str
+    count: int
+    dim: int
+    ram_bytes: int
+    mapped_bytes: int
+    disk_bytes: int
+    build_ram_bytes: int
+    build_s: float
+    recall_at_3: tuple[float, float]
+    gpu_bytes: int | None
+
+    def describe(self) -> str:
+        """One line for people: `small (RaBitQfs,Refine(SQ8)): 21,000,000 x 768: RAM 2.2 GB, disk 18.3 GB, ...`."""
+        low, high = self.recall_at_3
+        recall = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        gpu = f", or {gb(self.gpu_bytes)} of GPU memory" if self.gpu_bytes is not None else ""
+        return (
+            f"{self.word} ({self.factory}): {self.count:,} x {self.dim}: RAM {gb(self.ram_bytes)}{gpu}, disk "
+            f"{gb(self.disk_bytes)}, build about {_duration(self.build_s)} in {gb(self.build_ram_bytes)} on "
+            f"{os.cpu_count()} cores, recall@3 {recall}"
+        )
+
+
+def plan(word: str, count: int, dim: int) -> VectorPlan:
+    """What an index of `count` vectors of `dim` dimensions will cost, before it is built.
+
+    Args:
+        word (`str`): One of `VECTOR_INDEXES`.
+        count (`int`): Vectors.
+        dim (`int`): Dimensions.
+    """
+    check_word(word)
+    # Fast-scan codes lie in blocks of 32 vectors; each vector carries two floats beside its bits.
+    bits = math.ceil(dim / 8) + 8
+    lists = list_count(count)
+    codes = {"flat": 4 * dim, "fp16": 2 * dim, "int8": dim}
+    gpu = None
+    if word in codes:
+        disk = codes[word] * count + _FILE_HEAD
+        ram, mapped = _FILE_HEAD, disk
+        # Rows stream through: a slice and its copy.
+        build_ram = 2 * 4 * dim * min(count, SLICE_ROWS)
+        gpu = 2 * dim * count if word in ("flat", "fp16") else None
+    elif word == "hnsw":
+        # Links of the ground level, half of them above for one vector in 32, an offset and a level.
+        disk = ram = count * (4 * dim + 4 * (2 * HNSW_LINKS + HNSW_LINKS // 31) + 12) + _FILE_HEAD
+        mapped, build_ram = 0, ram
+    else:
+        ram = bits * 32 * math.ceil(count / 32) + _FILE_HEAD
+        if word == "small-ivf":
+            # An id a vector, a centroid a list, half a block of padding a list.
+            ram = (bits + 8) * count + lists * (4 * dim + 16 * bits + 64) + _FILE_HEAD
+        mapped = dim * count
+        disk = ram + mapped + 8 * dim
+        # The training sample, beside the codes.
+        sample = 64 * lists if word == "small-ivf" else TRAINING_ROWS
+        build_ram = ram + 2 * 4 * dim * min(count, max(sample, SLICE_ROWS))
+    return VectorPlan(
+        word=word,
+        factory=factory_of(word, count),
+        count=count,
+        dim=dim,
+        ram_bytes=ram,
+        mapped_bytes=mapped,
+        disk_bytes=disk,
+        build_ram_bytes=build_ram,
+        build_s=count * _BUILD_US[word] * 1e-6 * (dim / 768) / (os.cpu_count() or 1),
+        recall_at_3=_RECALL[word],
+        gpu_bytes=gpu,
+    )
+
+
+def recommend(count: int, dim: int, ram_bytes: int) -> VectorPlan:
+    """The plan to take with this much RAM and no GPU: exact while that is quick, then the small ones."""
+    exact = plan("flat", count, dim)
+    if count <= 200_000 and exact.mapped_bytes <= ram_bytes:
+        return exact
+    return plan("small" if count <= 2_000_000 else "small-ivf", count, dim)
+
+
+def describe_plans(count: int, dim: int) -> str:
+    """Every word's plan, a line each."""
+    return "\n".join(plan(word, count, dim).describe() for word in VECTOR_INDEXES)
+
+
+def check_word(word: str) -> None:
+    if word not in VECTOR_INDEXES:
+        raise unknown_name("vector index", word, VECTOR_INDEXES)
+
+
+def factory_of(word: str, count: int) -> str:
+    """FAISS' name of it."""
+    return _FACTORIES[word].format(lists=list_count(count))
+
+
+def list_count(count: int) -> int:
+    """Lists of an IVF: a power of two near 4 sqrt(N), each with enough vectors to train on."""
+    wanted = 2 ** round(math.log2(4 * math.sqrt(max(count, 1))))
+    return max(1, min(wanted, count // _TRAINED_LIST))
+
+
+SLICE_ROWS = 65_536
+TRAINING_ROWS = 100_000
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,119 @@
+"""`VectorSearch`: the one interface of an open vector index, and its FAISS implementation on CPU.
+
+Scores are inner products, the best is the highest. Rows come best first and equal scores by row; where there are fewer
+than k, the row is -1 and the score -inf. A caller that wants the same rows however queries are batched over-fetches
+and rounds, since batching changes the last bits of a score (RETRIEVAL.md).
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an open index holds: on the host, on GPUs, and in files that are mapped (read when needed, given back when
+    memory is short)."""
+
+    host_bytes: int = 0
+    gpu_bytes: int = 0
+    mapped_bytes: int = 0
+
+
+class VectorSearch(abc.ABC):
+    """Finds the nearest vectors. Several threads may call `search` at once."""
+
+    dim: int
+    count: int
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` best rows of each query.
+
+        Args:
+            queries (`np.ndarray`): (B, d), any float type and any strides.
+            k (`int`): At least 1; may exceed the number of vectors.
+
+        Returns:
+            `(scores, rows)`: (B, k) float32 and (B, k) int64; -inf and -1 where there are no more.
+        """
+        queries_BD = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries_BD.ndim != 2 or queries_BD.shape[1] != self.dim:
+            raise UserError(
+                f"queries have shape {queries_BD.shape}, this index has vectors of {self.dim} dimensions: was it "
+                "built with another encoder?"
+            )
+        if k < 1:
+            raise ValueError(f"k is the number of rows wanted a query, at least 1; got {k}")
+        if not np.isfinite(queries_BD).all():
+            raise ValueError("a query vector holds NaN or infinity; the encoder overflowed")
+        scores_BK = np.full((len(queries_BD), k), -np.inf, dtype=np.float32)
+        rows_BK = np.full((len(queries_BD), k), -1, dtype=np.int64)
+        fetch = min(k, self.count)
+        if len(queries_BD) and fetch:
+            found_scores, found_rows = self._search(queries_BD, fetch)
+            found_scores = np.where(found_rows < 0, -np.inf, found_scores)
+            order = np.lexsort((found_rows, -found_scores), axis=-1)
+            scores_BK[:, :fetch] = np.take_along_axis(found_scores, order, axis=1)
+            rows_BK[:, :fetch] = np.take_along_axis(found_rows, order, axis=1)
+        return scores_BK, rows_BK
+
+    @abc.abstractmethod
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, for a batch that is not empty, contiguous float32, and `1 <= k <= count`."""
+
+    @abc.abstractmethod
+    def memory(self) -> Memory:
+        """What this index holds now."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Lets go of memory and files. Safe to call twice; a search that runs finishes."""
+
+
+class FaissSearch(VectorSearch):
+    """A FAISS index on CPU, memory-mapped where its type allows. Searches there are thread-safe."""
+
+    def __init__(self, index: Any, *, mapped_bytes: int = 0, host_bytes: int = 0) -> None:
+        self._index = index
+        self._memory = Memory(host_bytes=host_bytes, mapped_bytes=mapped_bytes)
+        # L2 distances fall towards the best; scores rise.
+        self._sign = -1.0 if index.metric_type == faiss_module().METRIC_L2 else 1.0
+        self.dim, self.count = int(index.d), int(index.ntotal)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        index = self._index  # held until this search is done, whatever `close` does meanwhile
+        if index is None:
+            raise RetrievalError("this vector index is closed; open it again to search")
+        scores_BK, rows_BK = index.search(queries, k)
+        return (scores_BK if self._sign > 0 else -scores_BK), rows_BK
+
+    def memory(self) -> Memory:
+        return self._memory if self._index is not None else Memory()
+
+    def close(self) -> None:
+        self._index = None
+
+
+def available_ram_bytes() -> int:
+    """Memory that this host can give without swapping; page cache counts as free."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+
+
+def gb(size: float) -> str:
+    """`"3.1 GB"`; decimal, as disks and GPUs are sold."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Adapters for search engines that run elsewhere: Qdrant and OpenSearch."""

@@ -1,0 +1,203 @@
+"""Passages from an OpenSearch cluster by BM25, for sites that run one: many queries a request, through `_msearch`.
+
+    trl-search index --kind opensearch --corpus corpus.jsonl --url http://search:9200 --collection wiki --output out
+    load_retriever("opensearch", url="http://search:9200", collection="wiki")
+
+Words are split and stemmed by an analyzer of OpenSearch, for passages and queries alike; title and text are searched
+as one field, as our own `bm25` does. Equal scores come in corpus order, because OpenSearch is told to sort so, and are
+equal, because frequencies are those of all shards together (`dfs_query_then_fetch`). The index says in its mapping
+which corpus it was loaded with.
+
+A shard that failed or did not end in time makes the search fail: OpenSearch itself would answer with the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.credentials import from_environment
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
+from trl_search.retrieval.engines.base import TROUBLE, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.index.folder import read_manifest
+from trl_search.types import Passage
+
+KIND = "opensearch"
+ABOUT = "trl_search"  # in a mapping's `_meta`
+CONTENTS = "contents"  # the field that title and text are copied to
+USER, PASSWORD = "OPENSEARCH_USER", "OPENSEARCH_PASSWORD"
+MAX_RESULTS = 10_000  # OpenSearch's own limit, `index.max_result_window`
+MAX_BATCH = 128  # queries a request
+_WORD = re.compile(r"\w{1,255}")
+
+
+class OpenSearchRetriever(Retriever):
+    """Asks an index. Make one with `load_retriever("opensearch", ...)`.
+
+    Args:
+        client (`OpenSearch`): Ours to close.
+        collection (`str`): The index' name.
+    """
+
+    max_concurrent_batches = 4
+
+    def __init__(self, client: Any, collection: str) -> None:
+        self.about = read_about(client, collection)
+        self._client, self._collection = client, collection
+        self._closed = False
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this OpenSearch retriever is closed; load it again to search")
+        # A clause a word: OpenSearch takes 1024.
+        words = [" ".join(_WORD.findall(query)[:MAX_QUERY_TERMS]) for query in queries]
+        asked = [number for number, text in enumerate(words) if any(map(str.isalnum, text))]
+        found: list[list[Passage]] = [[] for _ in queries]
+        for start in range(0, len(asked), MAX_BATCH):
+            batch = asked[start : start + MAX_BATCH]
+            ask = partial(self._ask, [words[number] for number in batch], k)
+            for number, passages in zip(batch, repeat_trouble(ask), strict=True):
+                found[number] = passages
+        return found
+
+    def _ask(self, texts: list[str], k: int) -> list[list[Passage]]:
+        body: list[dict[str, Any]] = []
+        for text in texts:
+            body.append({"search_type": "dfs_query_then_fetch"})
+            body.append(
+                {
+                    "query": {"match": {CONTENTS: {"query": text}}},
+                    "size": min(k, MAX_RESULTS),
+                    "sort": [{"_score": "desc"}, {"row": "asc"}],
+                    "_source": ["id", "title", "text", "url"],
+                    "track_scores": True,
+                    "track_total_hits": False,
+                }
+            )
+        answers = call(self._client.msearch, body=body, index=self._collection)["responses"]
+        if len(answers) != len(texts):
+            raise RetrievalError(f"OpenSearch answered {len(answers)} results to {len(texts)} queries")
+        return [[_passage(hit) for hit in _hits(answer)] for answer in answers]
+
+    def close(self) -> None:
+        self._closed = True
+        self._client.close()
+
+
+def _hits(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of one query, or why there are none."""
+    if "error" in answer:
+        error = answer["error"]
+        causes = error.get("root_cause") or [error]
+        said = f"OpenSearch refused a query: {causes[0].get('type')}: {causes[0].get('reason')}"
+        raise (Unavailable if answer.get("status") in TROUBLE else RetrievalError)(said)
+    shards = answer["_shards"]
+    if answer["timed_out"] or shards["failed"]:
+        raise Unavailable(f"OpenSearch searched {shards['successful']} of {shards['total']} shards in time")
+    hits: list[dict[str, Any]] = answer["hits"]["hits"]
+    return hits
+
+
+def _passage(hit: dict[str, Any]) -> Passage:
+    source = hit["_source"]
+    return Passage(source["id"], source["title"], source["text"], float(hit["_score"]), source.get("url"))
+
+
+def call(method: Callable[..., Any], **options: Any) -> Any:
+    """One request. What may pass is `Unavailable`, any other refusal a `RetrievalError` that says what was said."""
+    from opensearchpy.exceptions import ConnectionError as NoConnection
+    from opensearchpy.exceptions import OpenSearchException, TransportError
+
+    try:
+        return method(**options)
+    except NoConnection as error:
+        raise Unavailable(f"OpenSearch cannot be reached: {error.error}") from error
+    except TransportError as error:
+        said = f"OpenSearch answered {error.status_code}: {error.error}"
+        raise (Unavailable if error.status_code in TROUBLE else RetrievalError)(said) from error
+    except OpenSearchException as error:
+        raise RetrievalError(f"OpenSearch: {error}") from error
+
+
+def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> Any:
+    """A client. User and password come from the environment alone."""
+    try:
+        from opensearchpy import OpenSearch
+    except ImportError:
+        raise UserError("OpenSearch needs its client: pip install 'trl-search[opensearch]'") from None
+    if url is None or not url.startswith(("http://", "https://")):
+        raise UserError(f"opensearch needs the address of a node or balancer, url='http://host:9200'; got {url!r}")
+    if "@" in url:
+        raise UserError(f"the url would be written into files: put user and password in {USER} and {PASSWORD}")
+    user, password = from_environment(USER), from_environment(PASSWORD)
+    return OpenSearch(
+        hosts=[url],
+        http_auth=(user, password) if user and password else None,
+        ca_certs=None if ca_certs is None else str(ca_certs),
+        timeout=timeout_s,
+        max_retries=0,  # `repeat_trouble` does that
+        pool_maxsize=8,
+    )
+
+
+def read_about(client: Any, collection: str) -> dict[str, Any]:
+    """What an index was loaded with."""
+    try:
+        mapping = repeat_trouble(lambda: call(client.indices.get_mapping, index=collection))
+    except Unavailable:
+        raise
+    except RetrievalError as error:
+        raise UserError(f"there is no index {collection!r} to search: {error}") from error
+    found: dict[str, Any] = next(iter(mapping.values()))
+    about = found["mappings"].get("_meta", {}).get(ABOUT)
+    if about is None:
+        raise UserError(
+            f"the index {collection!r} was not loaded by `trl-search index --kind opensearch`, or is loaded just now"
+        )
+    return dict(about)
+
+
+def load(
+    *,
+    url: str | None = None,
+    collection: str | None = None,
+    index: str | Path | None = None,
+    ca_certs: str | Path | None = None,
+    timeout_s: float = 30.0,
+) -> OpenSearchRetriever:
+    """`load_retriever("opensearch", ...)`: of `url` and `collection`, or of the `index` folder that names them.
+
+    User and password are those of the environment, `OPENSEARCH_USER` and `OPENSEARCH_PASSWORD`.
+
+    Args:
+        url (`str`, *optional*): Of any node of the cluster, or of the balancer before it.
+        collection (`str`, *optional*): The name of the index in OpenSearch.
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind opensearch`, of which
+            `manifest.json` is read; an index that was loaded again since, with other passages, is refused.
+        ca_certs (`str | Path`, *optional*): Certificates to trust, where the cluster has its own.
+        timeout_s (`float`): Seconds until one request counts as failed.
+    """
+    expected = None
+    if index is not None:
+        manifest = read_manifest(index)
+        if manifest.kind != KIND:
+            raise UserError(f"{index} is an index of kind {manifest.kind!r}, not {KIND!r}; load it as such")
+        expected = manifest.corpus.sha256
+        url, collection = url or manifest.options["url"], collection or manifest.options["collection"]
+    if collection is None:
+        raise UserError("opensearch needs the name of an index: collection='wiki'")
+    client = connect(url, ca_certs, timeout_s)
+    try:
+        retriever = OpenSearchRetriever(client, collection)
+        if expected is not None:
+            refuse_another_corpus(retriever.about["corpus"], expected, f"the index {collection!r}", str(index))
+    except BaseException:
+        client.close()
+        raise
+    return retriever

@@ -1,0 +1,290 @@
+"""Passages from a Qdrant cluster, for an index that is too large for one host: by meaning, or by words.
+
+    trl-search index --kind qdrant --corpus corpus.jsonl --url http://qdrant:6333 --collection wiki --output out
+    load_retriever("qdrant", url="http://qdrant:6333", collection="wiki")
+
+A collection holds a vector and the passage itself under each row number: a dense vector of an encoder, or a sparse one
+of BM25 over the terms of `analyzer.py`, whose inverse document frequencies Qdrant keeps (its "idf" modifier). Shards,
+replicas, quantisation and what lies on disk are Qdrant's. Its metadata (Qdrant 1.16) say which encoder or analyzer and
+which corpus it was loaded with: a gateway needs an address, and refuses another encoder.
+
+Qdrant's dense search is approximate (HNSW); `exact=True` is not, and reads every vector. `path` in place of `url` is
+the official client without a server, in this process: for tests, and 20,000 passages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_search.common.credentials import from_environment
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
+from trl_search.retrieval.bm25.sparse_vectors import term_counts
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder, refuse_other_encoder
+from trl_search.retrieval.engines.base import (
+    TROUBLE,
+    Hits,
+    best_rows,
+    refuse_another_corpus,
+    repeat_trouble,
+)
+from trl_search.retrieval.index.folder import read_manifest
+from trl_search.types import Passage
+
+KIND = "qdrant"
+DENSE, SPARSE = "dense", "sparse"  # the name of a collection's vector
+ABOUT = "trl_search"  # in a collection's metadata
+API_KEY = "QDRANT_API_KEY"
+MOST_FETCHED = 4096  # rows a query
+MAX_BATCH = 128  # queries a request
+
+Ask = Callable[[Sequence[str]], list[Any]]  # queries to what Qdrant searches for; `None` for one without words
+
+
+class QdrantRetriever(Retriever):
+    """Asks a collection. Make one with `load_retriever("qdrant", ...)`.
+
+    Args:
+        client (`QdrantClient`): Ours to close.
+        collection (`str`): Its name.
+        encoder (`Encoder`, *optional*): For a collection of dense vectors.
+        search_params (`dict`, *optional*): Qdrant's `SearchParams`: `hnsw_ef`, `exact`, `quantization`.
+        local (`bool`): The client is the whole engine: one search at a time.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        collection: str,
+        *,
+        encoder: Encoder | None = None,
+        search_params: dict[str, Any] | None = None,
+        local: bool = False,
+    ) -> None:
+        from qdrant_client import models
+
+        about = read_about(client, collection)
+        self.about = about
+        self._client, self._collection, self._encoder = client, collection, encoder
+        self._passages = int(about["passages"])
+        self._params = models.SearchParams(**search_params) if search_params else None
+        self._lock = threading.Lock() if local else None
+        self._closed = False
+        self.max_concurrent_batches = 1 if local else 4
+        if about["vectors"] == DENSE:
+            if encoder is None:
+                name = about["encoder"]["name"]
+                raise UserError(f"{collection!r} holds dense vectors: it needs its encoder, {name!r}")
+            refuse_other_encoder(encoder, about["encoder"], f"the collection {collection!r}")
+        else:
+            self._analyzer = Analyzer(about["stemmer"], about["stopwords"])
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this Qdrant retriever is closed; load it again to search")
+        vectors = self._dense(queries) if self._encoder is not None else self._sparse(queries)
+        asked = [number for number, vector in enumerate(vectors) if vector is not None]
+
+        def fetch(numbers: list[int], count: int) -> list[Hits]:
+            return self._fetch([vectors[asked[number]] for number in numbers], count)
+
+        ranked = best_rows(fetch, len(asked), k, min(self._passages, max(MOST_FETCHED, k)))
+        passages = self._read({row for rows in ranked for row, _ in rows})
+        found: list[list[Passage]] = [[] for _ in queries]
+        for number, rows in zip(asked, ranked, strict=True):
+            found[number] = [_passage(passages[row], score) for row, score in rows]
+        return found
+
+    def _dense(self, queries: Sequence[str]) -> list[Any]:
+        assert self._encoder is not None
+        # Of a query without a letter or digit an encoder makes some vector, and some passages are nearest to it.
+        asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
+        vectors: list[Any] = [None] * len(queries)
+        encoded_QD = self._encoder.encode_queries([queries[number] for number in asked])
+        for number, vector_D in zip(asked, encoded_QD, strict=True):
+            vectors[number] = vector_D.tolist()
+        return vectors
+
+    def _sparse(self, queries: Sequence[str]) -> list[Any]:
+        from qdrant_client import models
+
+        vectors: list[Any] = []
+        for query in queries:
+            counts = term_counts(self._analyzer.terms(query)[:MAX_QUERY_TERMS])
+            weights = [float(count) for count in counts.values()]
+            vectors.append(models.SparseVector(indices=list(counts), values=weights) if counts else None)
+        return vectors
+
+    def _fetch(self, vectors: list[Any], count: int) -> list[Hits]:
+        from qdrant_client import models
+
+        hits: list[Hits] = []
+        for start in range(0, len(vectors), MAX_BATCH):
+            requests = [
+                models.QueryRequest(
+                    query=vector,
+                    using=self.about["vectors"],
+                    limit=count,
+                    params=self._params,
+                    with_payload=False,  # of the few that are wanted it comes in a second request
+                )
+                for vector in vectors[start : start + MAX_BATCH]
+            ]
+            for answer in self._ask(self._client.query_batch_points, requests=requests):
+                scores = np.array([point.score for point in answer.points], dtype=np.float32)
+                hits.append((scores, np.array([point.id for point in answer.points], dtype=np.int64)))
+        return hits
+
+    def _read(self, rows: set[int]) -> dict[int, dict[str, Any]]:
+        if not rows:
+            return {}
+        found = {point.id: point.payload for point in self._ask(self._client.retrieve, ids=sorted(rows))}
+        if len(found) < len(rows):
+            raise RetrievalError(f"{len(rows) - len(found)} passages went out of {self._collection!r} during a search")
+        return found
+
+    def _ask(self, method: Callable[..., Any], **options: Any) -> Any:
+        def ask() -> Any:
+            return call(method, self._collection, **options)
+
+        if self._lock is None:
+            return repeat_trouble(ask)
+        with self._lock:
+            return ask()
+
+    def close(self) -> None:
+        self._closed = True
+        self._client.close()
+
+
+def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
+    """One request. What may pass is `Unavailable`, any other refusal a `RetrievalError` that says what Qdrant said."""
+    from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
+
+    try:
+        return method(collection_name=collection, **options)
+    except UnexpectedResponse as error:
+        said = f"Qdrant answered {error.status_code}: {error.content.decode('utf-8', 'replace')[:300]}"
+        raise (Unavailable if error.status_code in TROUBLE else RetrievalError)(said) from error
+    except ApiException as error:
+        raise Unavailable(f"Qdrant cannot be reached: {error}") from error
+    except (RuntimeError, ValueError) as error:  # the client's own, and of the engine that is in it
+        raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
+
+
+def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_s: int) -> Any:
+    """A client. No key is taken from anywhere but the environment."""
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError:
+        raise UserError("Qdrant needs its client: pip install 'trl-search[qdrant]'") from None
+    if (url is None) == (path is None):
+        raise UserError('qdrant needs url="http://host:6333", or path=DIR to try it out without a server')
+    if url is not None and "@" in url:
+        raise UserError(f"the url would be written into files: put the API key in {api_key_env}")
+    if path is not None:
+        try:
+            return QdrantClient(path=str(path), force_disable_check_same_thread=True)
+        except RuntimeError as error:
+            raise UserError(f"{path} cannot be opened: {error}") from error
+    # The proxies of the environment do not know the hosts of a cluster.
+    return QdrantClient(
+        url=url, api_key=from_environment(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
+    )
+
+
+def read_about(client: Any, collection: str) -> dict[str, Any]:
+    """What a collection was loaded with."""
+    try:
+        metadata = repeat_trouble(lambda: call(client.get_collection, collection)).config.metadata or {}
+    except Unavailable:
+        raise
+    except RetrievalError as error:
+        raise UserError(f"there is no collection {collection!r} to search: {error}") from error
+    about = metadata.get(ABOUT)
+    if about is None:
+        raise UserError(
+            f"the collection {collection!r} was not loaded by `trl-search index --kind qdrant`, or is loaded just "
+            "now, or by a Qdrant before 1.16, which keeps no metadata"
+        )
+    return dict(about)
+
+
+def load(
+    *,
+    url: str | None = None,
+    collection: str | None = None,
+    path: str | Path | None = None,
+    index: str | Path | None = None,
+    encoder: str | Path | Encoder | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    exact: bool = False,
+    hnsw_ef: int | None = None,
+    oversampling: float | None = None,
+    api_key_env: str = API_KEY,
+    timeout_s: int = 30,
+) -> QdrantRetriever:
+    """`load_retriever("qdrant", ...)`: of `url` and `collection`, or of the `index` folder that names them.
+
+    Args:
+        url (`str`, *optional*): Of any node of the cluster, or of the balancer before it.
+        collection (`str`, *optional*): Its name.
+        path (`str | Path`, *optional*): A folder in place of `url`: the engine inside of the client.
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind qdrant`, of which `manifest.json`
+            is read; a collection that was loaded again since, with other passages, is refused.
+        encoder (`str | Path | Encoder`, *optional*): By default the one that the collection names; no other is taken.
+        device (`str`, *optional*): Of the encoder: "cpu", "cuda".
+        dtype (`str`): In which queries are encoded.
+        exact (`bool`): Compares with every vector.
+        hnsw_ef (`int`, *optional*): Candidates of the approximate search; more finds more.
+        oversampling (`float`, *optional*): With quantised vectors, how many times k are scored again with whole ones.
+        api_key_env (`str`): The environment variable that holds the API key, where there is one.
+        timeout_s (`int`): Seconds until one request counts as failed.
+    """
+    expected = None
+    if index is not None:
+        manifest = read_manifest(index)
+        if manifest.kind != KIND:
+            raise UserError(f"{index} is an index of kind {manifest.kind!r}, not {KIND!r}; load it as such")
+        expected = manifest.corpus.sha256
+        if url is None and path is None:
+            url, path = manifest.options["url"], manifest.options["path"]
+        collection = collection or manifest.options["collection"]
+    if collection is None:
+        raise UserError("qdrant needs the name of a collection")
+    client = connect(url, path, api_key_env, timeout_s)
+    try:
+        about = read_about(client, collection)
+        if expected is not None:
+            refuse_another_corpus(about["corpus"], expected, f"the collection {collection!r}", str(index))
+        if about["vectors"] == DENSE and not isinstance(encoder, Encoder):
+            there = about["encoder"]
+            own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}
+            encoder = load_encoder(encoder or there["name"], device=device, dtype=dtype, **own)
+        params: dict[str, Any] = {"exact": exact, "hnsw_ef": hnsw_ef}
+        if oversampling is not None:
+            params["quantization"] = {"rescore": True, "oversampling": oversampling}
+        used = encoder if about["vectors"] == DENSE else None
+        return QdrantRetriever(
+            client,
+            collection,
+            encoder=used if isinstance(used, Encoder) else None,
+            search_params=params,
+            local=path is not None,
+        )
+    except BaseException:
+        client.close()
+        raise
+
+
+def _passage(payload: dict[str, Any], score: float) -> Passage:
+    return Passage(payload["id"], payload["title"], payload["text"], score, payload.get("url"))

@@ -1,0 +1,1 @@
+"""Index folders: built under a temporary name, finished by a manifest, checked when opened."""

@@ -1,0 +1,270 @@
+"""An index folder: built under another name, finished by its manifest, checked when opened.
+
+    indexes/wiki/
+        manifest.json           what this is: format, kind, options, every file's size, the corpus' hash; written last
+        corpus.jsonl            the passages, by row
+        corpus.offsets.npy      where each row begins
+        bm25/                   what the kind itself keeps
+
+A build works in a hidden folder beside it (`building.py`) and renames it when all is there, so a folder under its own
+name is whole or was damaged later, and then `open_index` says so instead of answering from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
+from trl_search.retrieval.corpus.sources import Fingerprint, open_source
+from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path
+from trl_search.retrieval.index.workers import ALONE, Workers
+from trl_search.types import Passage
+
+FORMAT = 1
+_CORPUS = "corpus"  # the step of a build after which the passages are there
+_BUILDERS = {
+    "bm25": "trl_search.retrieval.bm25.retriever:BM25Builder",
+    "dense": "trl_search.retrieval.dense.retriever:DenseBuilder",
+    "opensearch": "trl_search.retrieval.engines.opensearch_build:OpenSearchBuilder",
+    "qdrant": "trl_search.retrieval.engines.qdrant_build:QdrantBuilder",
+}
+INDEX_KINDS = tuple(_BUILDERS)
+logger = logging.getLogger(__name__)
+
+
+class IndexFolderError(UserError):
+    """A folder cannot be used as an index. The message says why and which command rebuilds it."""
+
+
+class Builder(Protocol):
+    """What a kind is built with. Made from the user's options, which it checks before any work; a dataclass, whose
+    fields become the manifest's `options`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, corpus: Corpus, folder: Path) -> dict[str, Any] | None:
+        """Writes the kind's own files into `folder`. What it returns is the manifest's `details`."""
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """A builder that knows beforehand what an index will cost."""
+
+    def plan(self, passages: int) -> str:
+        """For people, before the work begins: memory, disk, time."""
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """A builder whose work several processes can share, and which can go on where a killed one was."""
+
+    def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
+        """Called in every process, before `build` in one. Works in `folder / SCRATCH`; returns when all is done."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. `source` is what the corpus was read from, `None` for passages given in memory;
+    `details` what the kind itself wants to know again: its encoder, what was measured."""
+
+    format: int
+    kind: str
+    passages: int
+    options: dict[str, Any]
+    corpus: Fingerprint
+    source: Fingerprint | None
+    files: dict[str, int]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index folder that passed every check."""
+
+    folder: Path
+    manifest: Manifest
+    corpus: Corpus
+
+
+def build_index(
+    corpus: str | Path | Iterable[Passage],
+    output: str | Path,
+    kind: str = "bm25",
+    *,
+    overwrite: bool = False,
+    announce: Callable[[str], None] = logger.info,
+    workers: Workers = ALONE,
+    **options: Any,
+) -> Manifest:
+    """Builds an index folder that `load_retriever(kind, index=output)` opens. Killed and called again with the same
+    arguments, it goes on where it was, to the same bytes.
+
+    Args:
+        corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
+        output (`str | Path`): The folder to make. Appears only when the index is whole.
+        kind (`str`): `"bm25"`, `"dense"`; `"qdrant"` and `"opensearch"` load an engine on other hosts.
+        overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
+        announce (`Callable[[str], None]`): Told what an index will cost before it is built, and what is resumed.
+        workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
+        options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
+    """
+    builder, output = make_builder(kind, options), Path(output)
+    _check_output(output, overwrite)
+    source = open_source(corpus)
+    fingerprint = source.fingerprint() if source.fingerprint is not None else None
+    inputs = {
+        "format": FORMAT,
+        "kind": kind,
+        "options": asdict(builder),
+        "source": fingerprint and asdict(fingerprint),
+    }
+    with BuildFolder(output, inputs if fingerprint is not None else None, announce) as build:
+        if not (build.path / MANIFEST).exists():
+            if not build.has(_CORPUS):
+                write_corpus(source, build.path).close()
+                build.note(_CORPUS)
+            rows = Corpus(build.path)
+            try:
+                if isinstance(builder, Plans):
+                    announce(builder.plan(len(rows)))
+                if isinstance(builder, Shares):
+                    workers.wait()
+                    builder.share(rows, build.path, workers)
+                details = builder.build(rows, build.path) or {}
+            finally:
+                rows.close()
+            if fingerprint is not None and fingerprint.changed():
+                raise IndexFolderError(
+                    f"{fingerprint.name} changed while it was indexed; build again when it is complete"
+                )
+            manifest = Manifest(
+                format=FORMAT,
+                kind=kind,
+                passages=len(rows),
+                options=asdict(builder),
+                corpus=Fingerprint.of(build.path / ROWS, ROWS),
+                source=fingerprint,
+                files=build.sizes(),
+                details=details,
+            )
+            manifest.write(build.path)
+        build.put_in_place(replace=overwrite)
+    return read_manifest(output)
+
+
+def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) -> None:
+    """What processes other than that of `build_index` do: their share of the work, where the kind can be shared."""
+    builder = make_builder(kind, options)
+    if not isinstance(builder, Shares):
+        return
+    workers.wait()
+    folder = build_path(Path(output))
+    rows = Corpus(folder)
+    try:
+        builder.share(rows, folder, workers)
+    finally:
+        rows.close()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads `manifest.json`, refusing a folder without one and a format that this version does not read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise IndexFolderError(f"there is no index folder {folder}; build it with: {_command(folder)}")
+    try:
+        written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IndexFolderError(
+            f"{folder} is not a finished index, it has no {MANIFEST}: a copy or a build was cut short, or it is "
+            f"another folder; build it with: {_command(folder)}"
+        ) from None
+    except ValueError as error:
+        raise IndexFolderError(f"{folder}/{MANIFEST} is damaged ({error}); rebuild with: {_command(folder)}") from None
+    if not isinstance(written, dict) or written.get("format") != FORMAT:
+        found = written.get("format") if isinstance(written, dict) else None
+        raise IndexFolderError(
+            f"{folder} has index format {found}, this version of trl-search reads format {FORMAT}; rebuild with: "
+            f"{_command(folder, written)}"
+        )
+    try:
+        source = written.pop("source")
+        corpus = Fingerprint(**written.pop("corpus"))
+        return Manifest(corpus=corpus, source=Fingerprint(**source) if source else None, **written)
+    except (KeyError, TypeError) as error:
+        raise IndexFolderError(f"{folder}/{MANIFEST} is damaged ({error}); rebuild with: {_command(folder)}") from None
+
+
+def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> Index:
+    """Opens an index folder after checking that it is whole, of this kind, and of the corpus it was built from.
+
+    `check_source=False` skips the last question, whether the file it was built from has changed since.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rebuild = f"rebuild with: {_command(folder, asdict(manifest))}"
+    if manifest.kind != kind:
+        raise IndexFolderError(f"{folder} is an index of kind {manifest.kind!r}, not {kind!r}; load it as such")
+    for name, size in manifest.files.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != size:
+            there = f"{file.stat().st_size} bytes" if file.exists() else "nothing"
+            raise IndexFolderError(f"{file} should have {size} bytes and there is {there}; {rebuild}")
+    if not manifest.corpus.matches(folder / ROWS):
+        raise IndexFolderError(f"{folder / ROWS} was changed after the index was built from it; {rebuild}")
+    source = manifest.source
+    if check_source and source is not None and source.changed():
+        raise IndexFolderError(
+            f"{source.name} has changed since {folder} was built from it; {rebuild}; "
+            "or keep the index as it is: load_retriever(..., check_source=False)"
+        )
+    return Index(folder, manifest, Corpus(folder))
+
+
+def make_builder(kind: str, options: dict[str, Any]) -> Builder:
+    """The builder of a kind, its options checked."""
+    make = builder_class(kind)
+    known = [option.name for option in fields(make)]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of a {kind} index", option, known)
+    builder: Builder = make(**options)
+    return builder
+
+
+def builder_class(kind: str) -> Any:
+    """The dataclass whose fields are the options of a kind."""
+    if kind not in _BUILDERS:
+        raise unknown_name("kind of index", kind, _BUILDERS)
+    module, _, name = _BUILDERS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Asked before hours of work: may `output` be written? What is not an index is never replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST).is_file():
+        raise IndexFolderError(f"{output} exists and is not a finished index; remove it or choose another output")
+    if not overwrite:
+        raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
+
+
+def _command(folder: Path, manifest: Any = None) -> str:
+    """The command that builds `folder`, as far as a manifest tells."""
+    known = manifest if isinstance(manifest, dict) else {}
+    source = known.get("source")
+    corpus = shlex.quote(str(source["name"])) if isinstance(source, dict) and "name" in source else "FILE.jsonl"
+    kind = shlex.quote(str(known.get("kind", "bm25")))
+    overwrite = " --overwrite" if (folder / MANIFEST).exists() else ""
+    return f"trl-search index --corpus {corpus} --kind {kind} --output {shlex.quote(str(folder))}{overwrite}"

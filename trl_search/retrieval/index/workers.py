@@ -1,0 +1,42 @@
+"""The processes that build one index together: `accelerate launch -m trl_search index ...` starts one a GPU.
+
+Each takes the shards whose number divides to its rank; that of rank 0 writes the corpus before and the index after.
+Who is alone waits for nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+LONGEST_WAIT = timedelta(days=7)  # for the slowest: reading a corpus, or its share of the encoding
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among `count`, numbered by `rank`."""
+
+    rank: int = 0
+    count: int = 1
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+ALONE = Workers()
+
+
+def launched_workers() -> Workers:
+    """The processes that `accelerate launch` started with this one. Takes this one's GPU as torch's default."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return ALONE
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
+    return Workers(state.process_index, state.num_processes)

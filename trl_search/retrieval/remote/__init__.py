@@ -1,0 +1,1 @@
+"""Passages from servers that speak `POST /retrieve`."""

@@ -1,0 +1,314 @@
+"""Passages from servers that speak `POST /retrieve`: ours (`trl-search serve`), Search-R1's, verl's.
+
+    load_retriever("http", url="http://localhost:8000")
+    load_retriever("http", urls=["http://a:8000", "http://b:8000"])
+
+What happens to a batch:
+
+1. it is cut into requests: one share a server, none above `max_batch` queries;
+2. each goes to the healthy server with the fewest requests under way (`endpoints.py`);
+3. a lost connection, a timeout, 429, 502, 503, 504 are the server's trouble: it is put aside, and the request goes to
+   another one at once, or, where there is none, again after a growing and jittered wait (the server's own
+   `Retry-After` where it names one), until `patience_s` are over; a search changes nothing on the server, so to repeat
+   it does no harm;
+4. any other 5xx may be the query's doing: it is asked three times at most;
+5. a 4xx, a redirect, and an answer that is not of the protocol would come again: they fail at once. Only where a batch
+   is too large (413) are its halves sent.
+
+Every failure is a `RetrievalError` that names the server, the status and what the server said.
+
+The proxies of the environment (`HTTP_PROXY`) are not used: they do not know the hosts of a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import httpx
+import tenacity
+
+from trl_search.common.credentials import required_token
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
+from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
+from trl_search.retrieval.remote.wire import WireError, format_request, parse_response
+from trl_search.types import Passage
+
+SHARE = 32  # queries below which a batch is not cut up for the sake of a second server
+TRIES_OF_AN_ERROR = 3
+_TROUBLE = {429, 502, 503, 504}
+_GROWING = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+
+
+class HttpRetriever(Retriever):
+    """Asks one or several retrieval servers.
+
+    Args:
+        urls (`Sequence[str]`): Their addresses; all of them serve the same index.
+        timeout_s (`float`): Seconds until one request counts as failed.
+        patience_s (`float`): Seconds until a search fails, all requests and waits together. Keep it below the
+            `search_timeout_s` of training, which otherwise cuts it short.
+        max_batch (`int`): Queries a request.
+        max_concurrent_batches (`int`, *optional*): Batches under way at a time; two a server by default.
+        token_env (`str`, *optional*): The environment variable whose token is sent as `Authorization: Bearer`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float = 20.0,
+        patience_s: float = 25.0,
+        max_batch: int = 512,
+        max_concurrent_batches: int | None = None,
+        token_env: str | None = None,
+    ) -> None:
+        if min(timeout_s, patience_s) <= 0 or max_batch < 1:
+            raise UserError(
+                f"timeout_s and patience_s must be above 0 and max_batch at least 1; got {timeout_s}, {patience_s} "
+                f"and {max_batch}"
+            )
+        if max_concurrent_batches is not None and max_concurrent_batches < 1:
+            raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
+        self._urls = tuple(urls)
+        self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
+        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
+        self._closed = False
+        self._start()
+        self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
+
+    def _start(self) -> None:
+        """What belongs to one process; a forked child makes its own."""
+        self._pid = os.getpid()
+        self._background = BackgroundLoop()
+        self._endpoints = Endpoints(self._urls)
+        self._clients = ClientPerLoop(self._make_client)
+
+    def _make_client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self._endpoints))
+        return httpx.AsyncClient(
+            headers=self._headers, timeout=None, limits=limits, verify=tls_context(), trust_env=False
+        )
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        if self._pid != os.getpid():
+            self._start()
+        return self._background.run(self.search_async(queries, k))
+
+    async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """[`search`] for coroutines. Connections are kept open for as long as the event loop lives."""
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this retriever is closed")
+        if not queries:
+            return []
+        if self._pid != os.getpid():
+            self._start()
+        size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
+        deadline = time.monotonic() + self._patience_s
+        shares = [queries[start : start + size] for start in range(0, len(queries), size)]
+        found = await asyncio.gather(*(self._ask(share, k, deadline) for share in shares), return_exceptions=True)
+        for outcome in found:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return list(chain.from_iterable(found))  # type: ignore[arg-type]  # mypy does not see the raise
+
+    def take_metrics(self) -> dict[str, float]:
+        stats = self._endpoints.take_stats()
+        latencies_s = list(chain.from_iterable(one.latencies_s for one in stats.values()))
+        return {
+            "retrieval/requests": float(sum(one.requests for one in stats.values())),
+            "retrieval/failures": float(sum(one.failures for one in stats.values())),
+            "retrieval/retries": float(sum(one.retries for one in stats.values())),
+            "retrieval/request_seconds": sum(one.seconds for one in stats.values()),
+            "retrieval/latency_p50_s": statistics.median(latencies_s) if latencies_s else 0.0,
+            "retrieval/latency_max_s": max(one.max_s for one in stats.values()),
+            **{f"retrieval/failures/{name}": float(one.failures) for name, one in stats.items()},
+        }
+
+    def close(self) -> None:
+        self._closed = True
+        if self._pid == os.getpid():
+            self._background.close()
+
+    async def _ask(self, queries: Sequence[str], k: int, deadline: float) -> list[list[Passage]]:
+        """One request and its repetitions."""
+        tried: list[Endpoint] = []
+
+        def is_worth_another(error: BaseException) -> bool:
+            if not isinstance(error, _Repeatable) or (error.tries and len(tried) >= error.tries):
+                return False
+            least_s = min(self._timeout_s, self._patience_s) / 10  # with less, it would only time out
+            wait_s = 0.0 if self._endpoints.other_is_well(tried) else error.wait_s or 0.0
+            return time.monotonic() + wait_s + least_s < deadline
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            if self._endpoints.other_is_well(tried):
+                return 0.05 * random.random()
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, _Repeatable) and error.wait_s is not None:
+                return error.wait_s + min(1.0, error.wait_s) * random.random()
+            return 0.05 + _GROWING(state)
+
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception(is_worth_another), wait=wait_s, reraise=True
+            ):
+                with attempt:
+                    endpoint = self._endpoints.take(tried, retry=bool(tried))
+                    tried.append(endpoint)
+                    return await self._request(endpoint, queries, k, deadline)
+        except _TooLarge as error:
+            if len(queries) == 1:
+                raise RetrievalError(str(error)) from error.__cause__
+            half = len(queries) // 2
+            return await self._ask(queries[:half], k, deadline) + await self._ask(queries[half:], k, deadline)
+        except _Repeatable as error:
+            kind = RetrievalError if error.tries else Unavailable
+            raise kind(f"{error}; gave up after {_times(len(tried))}") from error.__cause__
+        raise AssertionError("a retry loop ends by a result or an error")
+
+    async def _request(
+        self, endpoint: Endpoint, queries: Sequence[str], k: int, deadline: float
+    ) -> list[list[Passage]]:
+        body = format_request(queries, k)
+        started = time.monotonic()
+        wait_s: float | None = None
+        aside = answered = given_up = False
+        try:
+            client = await self._clients.get()
+            async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
+                response = await client.post(endpoint.url, json=body)
+            found = _read(endpoint, response, queries, k)
+            answered = True
+            return found
+        except TimeoutError as error:
+            aside = True
+            waited_s = time.monotonic() - started
+            raise _Repeatable(f"{endpoint.name}: no answer to {len(queries)} queries in {waited_s:.3g} s") from error
+        except httpx.TransportError as error:
+            aside = True
+            raise _Repeatable(f"{endpoint.name}: {type(error).__name__}: {error or 'connection lost'}") from error
+        except _Repeatable as error:
+            wait_s, aside = error.wait_s, error.tries is None
+            raise
+        except _Broken:
+            aside = True
+            raise
+        except asyncio.CancelledError:
+            given_up = True
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            if answered:
+                self._endpoints.done(endpoint, seconds)
+            elif given_up:
+                self._endpoints.given_up(endpoint, seconds)
+            else:
+                self._endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=aside)
+
+
+class _Repeatable(RetrievalError):
+    """A failure that another request may not meet: after `wait_s` where the server said so, `tries` times at most."""
+
+    def __init__(self, message: str, *, wait_s: float | None = None, tries: int | None = None) -> None:
+        super().__init__(message)
+        self.wait_s, self.tries = wait_s, tries
+
+
+class _TooLarge(RetrievalError):
+    """The server takes fewer queries, or shorter ones."""
+
+
+class _Broken(RetrievalError):
+    """What answered does not speak the protocol."""
+
+
+def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    status = response.status_code
+    if status != 200:
+        message = f"{endpoint.name} answered {status} {response.reason_phrase}: {_said(response)}"
+        if status in _TROUBLE:
+            raise _Repeatable(message, wait_s=_retry_after_s(response.headers))
+        if status >= 500:
+            raise _Repeatable(message, tries=TRIES_OF_AN_ERROR)
+        if status == 413:
+            raise _TooLarge(message)
+        raise RetrievalError(message)
+    try:
+        found = parse_response(response.json())
+    except (WireError, ValueError, RecursionError) as error:
+        raise _Broken(
+            f"{endpoint.name} answered something that is no result ({error}): {_said(response)}; is it a retrieval "
+            "server?"
+        ) from error
+    if len(found) != len(queries):
+        raise _Broken(f"{endpoint.name} answered {len(found)} results to {len(queries)} queries")
+    return [passages[:k] for passages in found]
+
+
+def _said(response: httpx.Response) -> str:
+    """What the server said about an error: the field where frameworks put it, else the beginning of the body."""
+    try:
+        body = response.json()
+    except (ValueError, RecursionError):
+        body = response.text
+    if isinstance(body, dict):
+        body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
+    said = body if isinstance(body, str) else str(body)
+    return " ".join(said[:1000].split())[:300] or "(an empty body)"
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds, or a date; `None` where it is neither."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:6])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _times(tries: int) -> str:
+    return "one try" if tries == 1 else f"{tries} tries"
+
+
+def load(
+    *,
+    url: str | None = None,
+    urls: Sequence[str] | None = None,
+    timeout_s: float = 20.0,
+    patience_s: float = 25.0,
+    max_batch: int = 512,
+    max_concurrent_batches: int | None = None,
+    token_env: str | None = None,
+) -> HttpRetriever:
+    """`load_retriever("http", ...)`. No server is asked before the first search.
+
+    Args:
+        url (`str`, *optional*): One server; or
+        urls (`Sequence[str]`, *optional*): several, of the same index.
+        timeout_s (`float`): Seconds until one request counts as failed.
+        patience_s (`float`): Seconds until a search fails, repetitions included.
+        max_batch (`int`): Queries a request.
+        max_concurrent_batches (`int`, *optional*): Batches under way at a time; two a server by default.
+        token_env (`str`, *optional*): The environment variable that holds the bearer token.
+    """
+    if (url is None) == (urls is None):
+        raise UserError('http needs url="http://host:8000" or urls=["http://a:8000", "http://b:8000"]')
+    if isinstance(urls, str):
+        raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
+    options: dict[str, Any] = {"timeout_s": timeout_s, "patience_s": patience_s, "max_batch": max_batch}
+    addresses = [url] if url is not None else list(urls or ())
+    return HttpRetriever(addresses, max_concurrent_batches=max_concurrent_batches, token_env=token_env, **options)

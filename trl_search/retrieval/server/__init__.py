@@ -1,0 +1,17 @@
+"""A retriever behind `POST /retrieve`: `trl-search serve`, or `make_app(retriever, ServerConfig())` in yours.
+
+config.py      what a server is told
+app.py         the routes, the token, the order in which a request is refused
+service.py     one request: cache, bounded queue, batches across requests, errors as data
+cache.py       results by (index, query, k), least recently used out first
+connection.py  a connection under uvicorn: a head read within limits
+asgi.py        a body read within limits, JSON sent
+observe.py     one log line and one measurement a request, whatever became of it
+metrics.py     what Prometheus reads
+run.py         a process: socket, loading, signals
+"""
+
+from trl_search.retrieval.server.app import make_app
+from trl_search.retrieval.server.config import ServerConfig
+
+__all__ = ["ServerConfig", "make_app"]

@@ -1,0 +1,63 @@
+"""What a server is told: limits, queue, cache, token."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+
+from trl_search.common.credentials import bearer_token
+from trl_search.common.errors import UserError
+from trl_search.retrieval.remote.wire import Limits
+
+_PACKAGES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client", "cachetools")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How one worker process serves one index.
+
+    Args:
+        limits (`Limits`): What one request may ask.
+        max_queued (`int`): Queries that may be under way, over all requests; a request beyond it is answered 503.
+        max_batch (`int`): Queries that one call of the retriever may hold.
+        search_timeout_s (`float`): How long one call of the retriever may take.
+        body_timeout_s (`float`): How long a client may take to send a request.
+        shutdown_timeout_s (`float`): How long requests under way are waited for when the server is told to stop.
+        cache_bytes (`int`): Memory for results; 0 keeps none, for a retriever whose answers change.
+        fingerprint (`str`): Of the index: results are cached under it and `/health` says it.
+        name (`str`): What is served, in words, for `/health`.
+        token (`str`, *optional*): What clients must send as `Authorization: Bearer ...`; never shown or logged.
+        access_log (`bool`): One line of JSON a request.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    max_queued: int = 20_000
+    max_batch: int = 256
+    search_timeout_s: float = 60.0
+    body_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 60.0
+    cache_bytes: int = 256 << 20
+    fingerprint: str = ""
+    name: str = "retriever"
+    token: str | None = field(default=None, repr=False)
+    access_log: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_queued < self.limits.max_queries:
+            raise UserError(
+                f"max_queued={self.max_queued} is less than the {self.limits.max_queries} queries that one request "
+                "may hold: such a request could never be answered; raise the one or lower the other"
+            )
+        if self.max_batch < 1 or self.cache_bytes < 0:
+            raise UserError(f"max_batch must be at least 1 and cache_bytes at least 0; got {self}")
+        if min(self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s) <= 0:
+            raise UserError(f"timeouts must be above 0; got {self}")
+        if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):
+            raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")
+
+
+def need_server_packages() -> None:
+    """Says which extra is missing, before anything is half started."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"serving needs {', '.join(missing)}: pip install 'trl-search[server]'")

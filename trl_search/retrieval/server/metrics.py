@@ -1,0 +1,118 @@
+"""What `/metrics` says, in Prometheus' text format.
+
+| metric | what it is |
+|---|---|
+| `trl_search_requests_total{path,status}` | requests answered |
+| `trl_search_request_seconds{path}` | how long they took, a histogram |
+| `trl_search_queries_total` | queries searched, after the cache |
+| `trl_search_query_failures_total` | of these, how many failed |
+| `trl_search_queries_refused_total` | queries turned away because the queue was full |
+| `trl_search_batches_total` | calls of the retriever; queries / batches is the mean batch |
+| `trl_search_search_seconds_total` | time in these calls |
+| `trl_search_queued_queries` | queries waiting or being searched now |
+| `trl_search_cache_hits_total`, `trl_search_cache_misses_total` | queries found in the cache, and not |
+| `trl_search_cache_entries`, `trl_search_cache_bytes` | what the cache holds |
+| `trl_search_ready` | 1 when the index is loaded |
+| `process_resident_memory_bytes`, `process_cpu_seconds_total`, ... | of the process (Linux) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trl_search.retrieval.server.service import SearchService
+
+PATHS = ("/retrieve", "/health", "/ready", "/metrics")
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class ServerMetrics:
+    """The numbers of one server, in a registry of its own: several may live in one process."""
+
+    def __init__(self, service: SearchService) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "trl_search_requests", "Requests answered.", ["path", "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "trl_search_request_seconds",
+            "Seconds a request took.",
+            ["path"],
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._registry.register(_ServiceCollector(service))
+        ProcessCollector(registry=self._registry)
+
+    def count(self, path: str, status: int, seconds: float) -> None:
+        path = path if path in PATHS else "other"  # a label for every path that a scanner tries would never end
+        self._requests.labels(path, str(status)).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def text(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        return generate_latest(self._registry)
+
+
+class _ServiceCollector:
+    """Reads the service's own counts when it is asked: nothing is counted twice on the way of a request."""
+
+    def __init__(self, service: SearchService) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        service, stats = self._service, self._service.stats
+        counters = {
+            "queries": ("Queries searched, after the cache.", stats.queries),
+            "query_failures": ("Queries whose search failed.", stats.failures),
+            "queries_refused": ("Queries turned away because the queue was full.", service.refused),
+            "batches": ("Calls of the retriever.", stats.batches),
+            "search_seconds": ("Seconds in the retriever.", stats.seconds),
+            "cache_hits": ("Queries found in the cache.", service.cache.hits),
+            "cache_misses": ("Queries not found in the cache.", service.cache.misses),
+        }
+        gauges = {
+            "queued_queries": ("Queries waiting or being searched.", service.queued),
+            "cache_entries": ("Results in the cache.", len(service.cache)),
+            "cache_bytes": ("Bytes of the cache.", service.cache.size_bytes),
+            "ready": ("1 when the index is loaded.", int(service.ready)),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"trl_search_{name}", text, value=value)
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"trl_search_{name}", text, value=value)
+
+
+def join_replicas(texts: Mapping[str, bytes]) -> bytes:
+    """The numbers of several processes as one page, each told apart by the label `replica`."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families: dict[str, Any] = {}
+    for replica, text in sorted(texts.items()):
+        for family in text_string_to_metric_families(text.decode()):
+            labelled = [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
+            if family.name in families:
+                families[family.name].samples += labelled
+            else:
+                family.samples = labelled
+                families[family.name] = family
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Given(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Given:
+    """Families that are there already, as prometheus_client wants to be told of them."""
+
+    def __init__(self, families: list[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Any]:
+        yield from self._families

@@ -1,0 +1,256 @@
+"""Several gateways behind one address, on Ray Serve: `trl-search serve --ray`.
+
+    http retriever ──► Ray's proxy, one a machine ──► replica 1: app.py over its own retriever
+                                                 └──► replica 2: ...
+
+Each replica is a process with the app of `make_app`: its own batches, cache and queue. Ray starts them, starts one
+anew that dies, and spreads requests; it does not cut an index in pieces. What a replica that dies was asked fails
+with a lost connection or a 500 that our `http` retriever repeats: a search changes nothing.
+
+Ray's own ports are open to the network, the proxy's is where we say. Who gets into them runs code on the machines:
+Ray asks for a token since 2.60, and a cluster belongs in a network that is yours alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval import load_retriever
+from trl_search.retrieval.server.app import make_app
+from trl_search.retrieval.server.config import ServerConfig, need_server_packages
+from trl_search.retrieval.server.metrics import join_replicas
+from trl_search.retrieval.server.run import is_loopback, listen, log_to, spare_what_is_loaded
+from trl_search.retrieval.server.service import SearchService
+
+APP, DEPLOYMENT = "trl-search", "gateway"
+HEALTH_PERIOD_S = 5.0  # how soon Ray sees that a replica is gone and starts another; requests go round it at once
+SCRAPE_S = 5.0
+PROXY_S = 0.3  # until the last answer has left the proxy
+OBJECT_STORE_BYTES = 128 << 20  # requests do not pass through it; Ray's own default is a third of the memory
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """How many gateways, and where.
+
+    Args:
+        replicas (`int`): Processes, each with its own retriever.
+        cpus (`float`): What one of them takes of a machine's CPUs, also the threads of its encoder.
+        gpus (`float`): What it takes of a GPU, for an encoder: 0.25 puts four on one.
+        address (`str`, *optional*): Of a cluster that runs; `None` starts one on this machine, while we serve.
+    """
+
+    replicas: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or self.cpus <= 0 or self.gpus < 0:
+            raise UserError(f"replicas must be at least 1, cpus above 0 and gpus at least 0; got {self}")
+
+
+def serve_on_ray(
+    kind: str,
+    options: dict[str, Any],
+    config: ServerConfig,
+    settings: RayConfig,
+    *,
+    host: str,
+    port: int,
+    loaded: Callable[[str], None],
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, then answers what is under way.
+
+    Args:
+        kind (`str`): Of the retriever that every replica loads, with `options`, as for `load_retriever`.
+        options (`dict`): Must mean the same on every machine: addresses, or folders that all of them see.
+        config (`ServerConfig`): Limits, queue, cache, token; of each replica.
+        settings (`RayConfig`): How many replicas, and where.
+        host (`str`): Where the proxies listen, on every machine that has a replica.
+        port (`int`): 0 takes a free one.
+        loaded (`Callable[[str], None]`): Called with the address once requests are answered.
+    """
+    stop = threading.Event()
+    with gateways(kind, options, config, settings, host=host, port=port) as url:
+        # After Ray has started, which sets handlers of its own that end the process at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        loaded(url)
+        while not stop.wait(0.5):  # in steps, so that Python gets to run the handler
+            pass
+
+
+@contextlib.contextmanager
+def gateways(
+    kind: str,
+    options: dict[str, Any],
+    config: ServerConfig,
+    settings: RayConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> Iterator[str]:
+    """Starts the replicas and gives their address; at the end drains them and leaves the cluster as it was."""
+    need_server_packages()
+    ray, serve = _import_ray()
+    port = _free_port(host, port)
+    _join(ray, settings)
+    try:
+        if serve.status().proxies:
+            raise UserError(
+                "Ray Serve runs on this cluster already, and a cluster has one; end it with `serve shutdown`, or "
+                "start another cluster"
+            )
+        _need_room(ray, settings)
+        everywhere = settings.address is not None
+        serve.start(
+            proxy_location="EveryNode" if everywhere else "HeadOnly",
+            http_options={"host": host, "port": port},
+            logging_config=_quiet(),
+        )
+        try:
+            try:
+                serve.run(_deployment(serve, kind, options, config, settings), name=APP)
+            except RuntimeError as error:
+                raise UserError(f"the replicas did not start: {_cause(error, serve)}") from error
+            reachable = ray.util.get_node_ip_address() if everywhere and not is_loopback(host) else host
+            yield f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
+        finally:
+            _drain(serve, config)
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+class Gateway:
+    """One replica: a retriever, and the app over it. Made by Ray, on the machine where it is to run."""
+
+    def __init__(self, kind: str, options: dict[str, Any], config: ServerConfig) -> None:
+        from ray import serve
+
+        self._config, self._retriever = config, load_retriever(kind, **options)
+        spare_what_is_loaded()
+        self._name = serve.get_replica_context().replica_id.unique_id
+        if config.access_log:
+            log_to(sys.stderr)  # Ray brings it to the terminal that serves, and keeps it in its own log files
+
+    def __serve_build_asgi_app__(self) -> Any:
+        # The proxy takes a scrape to any replica, which then asks all.
+        app = make_app(self._retriever, self._config, scrape=self._scrape_all)
+        self._numbers: Callable[[], bytes] = app.state.metrics.text
+        self._service: SearchService = app.state.service
+        return app
+
+    async def drain(self) -> None:
+        await self._service.drain(self._config.shutdown_timeout_s)
+
+    def numbers(self) -> tuple[str, bytes]:
+        """This replica's name, and its `/metrics`. Asked for by the others."""
+        return self._name, self._numbers()
+
+    async def _scrape_all(self) -> bytes:
+        from ray import serve
+
+        asked = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("numbers")
+        # One that has just died is left out.
+        answers = await asked.results_async(timeout_s=SCRAPE_S, return_exceptions=True)
+        return join_replicas(dict(answer for answer in answers if not isinstance(answer, BaseException)))
+
+    async def __del__(self) -> None:
+        self._retriever.close()
+
+
+def _deployment(serve: Any, kind: str, options: dict[str, Any], config: ServerConfig, settings: RayConfig) -> Any:
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        # Ray's own default, 5, would leave nothing to search together. What is too much, the replica itself refuses.
+        max_ongoing_requests=config.max_queued,
+        max_queued_requests=config.max_queued,  # while no replica is there
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=config.search_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=config.shutdown_timeout_s,
+        max_constructor_retry_count=1,
+        logging_config=_quiet(),
+    )(serve.ingress()(Gateway))
+    return deployment.bind(kind, options, config)
+
+
+def _drain(serve: Any, config: ServerConfig) -> None:
+    """Ray's own ways to end would cut off what is under way (a shutdown) or answer 404 meanwhile (deleting the app),
+    which tells a client to give up. Ours is 503: it goes to another server."""
+    try:
+        serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("drain").results(
+            timeout_s=config.shutdown_timeout_s + SCRAPE_S, return_exceptions=True
+        )
+    except (RuntimeError, TimeoutError, serve.exceptions.RayServeException) as error:  # they never started, or hang
+        logger.debug("not drained: %s", error)
+        return
+    time.sleep(PROXY_S)
+
+
+def _join(ray: Any, settings: RayConfig) -> None:
+    shared = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if settings.address is not None:
+        try:
+            ray.init(address=settings.address, **shared)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"there is no Ray cluster at {settings.address}: {error}") from error
+        return
+    ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **shared)
+
+
+def _need_room(ray: Any, settings: RayConfig) -> None:
+    """Ray would wait for machines that may never come."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
+        if settings.replicas * each > there.get(name, 0):
+            raise UserError(
+                f"{settings.replicas} replicas of {each:g} {name}s do not fit on a cluster of {there.get(name, 0):g}; "
+                f"lower --replicas or --replica-{name.lower()}s, or add machines"
+            )
+
+
+def _cause(error: RuntimeError, serve: Any) -> str:
+    """The last line of what stopped a replica's constructor, which Ray wraps in a traceback of its own."""
+    application = serve.status().applications.get(APP)
+    said = [one.message for one in application.deployments.values()] if application else []
+    lines = [line.strip() for line in "\n".join(said or [str(error)]).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
+
+
+def _free_port(host: str, port: int) -> int:
+    """Says now that a port is taken, and finds one for 0: Ray's proxy, in another process, opens it a moment later."""
+    with contextlib.closing(listen(host, port)) as found:
+        return int(found.getsockname()[1])
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_level": "WARNING", "enable_access_log": False}
+
+
+def _import_ray() -> tuple[Any, Any]:
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("serving on Ray needs Ray Serve: pip install 'trl-search[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise UserError(f"this Ray lacks its Serve ({error}): pip install 'trl-search[ray]'") from None
+    return ray, serve

@@ -1,0 +1,128 @@
+"""A server process: its socket, the index that loads while `/ready` is answered already, and the signals that end it.
+
+SIGTERM and Ctrl-C stop it gently: no new connection, what is under way is answered, exit status 0. A second Ctrl-C
+ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import Retriever
+from trl_search.retrieval.server.app import make_app
+from trl_search.retrieval.server.config import ServerConfig, need_server_packages
+from trl_search.retrieval.server.observe import access_log
+from trl_search.retrieval.threads import on_daemon_thread
+
+
+def serve(
+    load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[], None]
+) -> None:
+    """Serves until a signal says stop.
+
+    Args:
+        load (`Callable[[], Retriever]`): Loads what is served, on a thread; what it raises ends the server.
+        config (`ServerConfig`): Limits, queue, cache, token.
+        listening (`socket.socket`): From `listen`.
+        loaded (`Callable[[], None]`): Called once requests are answered.
+    """
+    need_server_packages()
+    import uvicorn
+
+    from trl_search.retrieval.server.connection import LimitedConnection
+
+    app = make_app(None, config)
+    settings = uvicorn.Config(
+        app,
+        http=LimitedConnection,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        # Longer than most pauses of a trainer: a connection that closes as a request leaves costs a repetition.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
+    )
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As uvicorn's own, without raising the signal once more at the end: a gentle stop is no failure."""
+            loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+            for number in signals:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def main() -> None:
+        server = Server(settings)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        loading, _ = on_daemon_thread(load)  # Ctrl-C while a large index loads does not wait for it
+        retriever: Retriever | None = None
+        try:
+            either: tuple[asyncio.Future[Any], ...] = (serving, loading)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                retriever = loading.result()
+                spare_what_is_loaded()
+                app.state.service.open(retriever)
+                loaded()
+            else:
+                loading.cancel()
+            await serving
+        finally:
+            server.should_exit = True
+            await serving
+            if retriever is not None:
+                retriever.close()
+
+    with contextlib.ExitStack() as ends, asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+        if config.access_log:
+            ends.callback(access_log.removeHandler, log_to(sys.stderr))
+        runner.run(main())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the socket before anything is loaded: a port that is taken is found out now."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from None
+
+
+def spare_what_is_loaded() -> None:
+    """Garbage collections leave alone what is there now: walking through it takes 0.1 s, and requests wait for it."""
+    gc.collect()
+    gc.freeze()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def log_to(stream: Any) -> logging.Handler:
+    """Where the line of each request goes, until the handler is removed from `access_log` again."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
+    return handler

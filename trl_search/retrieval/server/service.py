@@ -1,0 +1,153 @@
+"""One request from its queries to the bytes of its answer: cache, bounded queue, batches across requests.
+
+    queries ──► in the cache? ──► bytes ─────────────────────────────┐
+                    └─ no ──► room in the queue? ──► SearchBatcher ──┴─► {"result":[ , , ]}
+                                  └─ no ──► Refused(503)
+
+A search that fails is a `Refused` with its cause, never an empty result: the trainer at the other end must be able to
+tell "found nothing" from "could not look". Its status says whose trouble it is, for a client that has other queries
+and perhaps other servers: 503 this server's, so ask another; 422 the query's, so ask without it; 500 unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.batching import Crashed, SearchBatcher, SearchStats
+from trl_search.retrieval.remote.wire import RetrieveRequest, format_passages
+from trl_search.retrieval.server.cache import ResultCache
+from trl_search.retrieval.server.config import ServerConfig
+from trl_search.types import Passage
+
+RETRY_AFTER_S = 1
+
+
+class Refused(Exception):
+    """A request that is of the protocol and cannot be answered. With `retry_after_s` it may be sent again."""
+
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The body of a response, and how many of its queries came out of the cache."""
+
+    body: bytes
+    cached: int
+
+
+class SearchService:
+    """What a worker process does with requests. `open` it with a retriever in the event loop, `aclose` it at the end.
+
+    Args:
+        config (`ServerConfig`): Queue, batches and cache.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.cache = ResultCache(config.cache_bytes, config.fingerprint)
+        self.queued = 0  # queries that are waiting or being searched
+        self.refused = 0  # queries that found no room
+        self._config = config
+        self._batcher: SearchBatcher | None = None
+        self._draining = False
+
+    @property
+    def ready(self) -> bool:
+        return self._batcher is not None and not self._draining
+
+    @property
+    def stats(self) -> SearchStats:
+        return self._batcher.stats if self._batcher is not None else SearchStats()
+
+    def open(self, retriever: Retriever) -> None:
+        """From now on requests are answered. The retriever stays the caller's to close."""
+        self._batcher = SearchBatcher(
+            retriever, timeout_s=self._config.search_timeout_s, max_batch=self._config.max_batch
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """From now on requests are turned away; returns when those under way are searched, or after `timeout_s`."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.queued:
+                    await asyncio.sleep(0.02)
+
+    async def aclose(self) -> None:
+        if self._batcher is not None:
+            await self._batcher.aclose()
+
+    async def answer(self, request: RetrieveRequest) -> Answered:
+        """Searches the queries of one request.
+
+        Raises:
+            Refused: while the index loads, once the server is being stopped, when the queue is full, and when a search
+                failed.
+        """
+        if self._batcher is None:
+            raise Refused(503, "the index is still loading; /ready says when it is there", RETRY_AFTER_S)
+        if self._draining:
+            raise Refused(503, "the server is being stopped", RETRY_AFTER_S)
+        k, scores = request.k, request.return_scores
+        found = [self.cache.get(query, k, scores) for query in request.queries]
+        missing = dict.fromkeys(query for query, result in zip(request.queries, found, strict=True) if result is None)
+        if not missing:
+            return Answered(_joined(found), len(found))
+        fresh = {}
+        searched = await self._search(self._batcher, list(missing), k)
+        for query, passages in zip(missing, searched, strict=True):
+            fresh[query] = _dumps(passages, scores)
+            self.cache.put(query, k, scores, fresh[query])
+        cached = sum(result is not None for result in found)
+        whole = [
+            fresh[query] if result is None else result for query, result in zip(request.queries, found, strict=True)
+        ]
+        return Answered(_joined(whole), cached)
+
+    async def _search(self, batcher: SearchBatcher, queries: list[str], k: int) -> list[list[Passage]]:
+        # All of a request or nothing: half of it would be searched in vain.
+        if self.queued + len(queries) > self._config.max_queued:
+            self.refused += len(queries)
+            raise Refused(
+                503,
+                f"the queue is full: {self.queued} queries are under way, {self._config.max_queued} may be",
+                RETRY_AFTER_S,
+            )
+        self.queued += len(queries)
+        try:
+            if len(queries) == 1:
+                return [await batcher.search(queries[0], k)]
+            # Every search is waited for, also when one has failed: the queue is to know what is under way.
+            searches = (batcher.search(query, k) for query in queries)
+            found = await asyncio.gather(*searches, return_exceptions=True)
+            for outcome in found:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            return found  # type: ignore[return-value]
+        except RetrievalError as error:
+            status = 503 if isinstance(error, Unavailable) else 500 if isinstance(error, Crashed) else 422
+            raise Refused(status, f"the search failed: {error}") from error
+        finally:
+            self.queued -= len(queries)
+
+
+def _dumps(passages: Sequence[Passage], return_scores: bool) -> bytes:
+    import json
+
+    import orjson
+
+    items = format_passages(passages, return_scores)
+    try:
+        return orjson.dumps(items)
+    except orjson.JSONEncodeError:  # half of a surrogate pair in a web page: JSON can say it with an escape
+        return json.dumps(items).encode()
+
+
+def _joined(results: Sequence[bytes | None]) -> bytes:
+    return b'{"result":[' + b",".join(result for result in results if result is not None) + b"]}"

@@ -1,0 +1,1 @@
+"""Passages from the live web."""

@@ -1,0 +1,230 @@
+"""The search engines of the `web` retriever, each a request and how its answer is read.
+
+| provider  | key                        | where                                              |
+|-----------|----------------------------|----------------------------------------------------|
+| `ddgs`    | none                       | DuckDuckGo and others, through the package `ddgs`  |
+| `serper`  | `SERPER_API_KEY`           | https://google.serper.dev                          |
+| `tavily`  | `TAVILY_API_KEY`           | https://api.tavily.com                             |
+| `brave`   | `BRAVE_API_KEY`            | https://api.search.brave.com                       |
+| `searxng` | none; `SEARXNG_URL`        | an instance that has `json` among its formats      |
+
+Keys travel in headers, which nothing here logs, and are cut out of what a server says before it enters an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from trl_search.common.credentials import bearer_token, from_environment
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.retrieval.base import RetrievalError
+
+_TAG = re.compile(r"</?\w[^<>]*>")
+
+
+@dataclass(frozen=True, slots=True)
+class WebHit:
+    """One line of a page of results."""
+
+    title: str
+    url: str
+    snippet: str
+
+
+class ProviderBusy(RetrievalError):
+    """The provider turned a search away, or was not reached: it may answer the same search later."""
+
+    def __init__(self, message: str, *, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class Provider(Protocol):
+    """A search engine. `identity` tells its answers from those of others in the cache."""
+
+    name: str
+    identity: str
+    rate_per_s: float
+
+    async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
+        """The first `count` results. Raises `ProviderBusy`, or `RetrievalError` for what would fail again."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """How one provider is asked over HTTP and read.
+
+    Args:
+        key_variable (`str`, *optional*): The environment variable of the key; `None` where it needs none.
+        base_url (`str`): Where it is; `""` where the user says.
+        rate_per_s (`float`): Searches a second that its smallest plan bears.
+        ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.request`.
+        read (`Callable`): The decoded answer to hits; raises `LookupError` or `TypeError` where it is another shape.
+    """
+
+    key_variable: str | None
+    base_url: str
+    rate_per_s: float
+    ask: Callable[[str, str, str, int], dict[str, Any]]
+    read: Callable[[Any], list[WebHit]]
+
+
+def _ask_serper(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
+    body = {"q": query, "num": min(count, 100)}
+    return {"method": "POST", "url": f"{base_url}/search", "headers": {"X-API-KEY": key}, "json": body}
+
+
+def _read_serper(answer: Any) -> list[WebHit]:
+    return [_hit(one["title"], one["link"], one.get("snippet")) for one in answer["organic"]]
+
+
+def _ask_tavily(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {key}"}
+    body = {"query": query, "max_results": min(count, 20), "search_depth": "basic"}
+    return {"method": "POST", "url": f"{base_url}/search", "headers": headers, "json": body}
+
+
+def _read_tavily(answer: Any) -> list[WebHit]:
+    return [_hit(one["title"], one["url"], one.get("content")) for one in answer["results"]]
+
+
+def _ask_brave(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
+    headers = {"X-Subscription-Token": key, "Accept": "application/json"}
+    # It refuses queries above 50 words.
+    asked = {"q": " ".join(query.split()[:50]), "count": min(count, 20), "text_decorations": "false"}
+    return {"method": "GET", "url": f"{base_url}/res/v1/web/search", "headers": headers, "params": asked}
+
+
+def _read_brave(answer: Any) -> list[WebHit]:
+    if answer["type"] == "search" and "web" not in answer:  # nothing was found
+        return []
+    return [_hit(one["title"], one["url"], one.get("description")) for one in answer["web"]["results"]]
+
+
+def _ask_searxng(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
+    return {"method": "GET", "url": f"{base_url}/search", "params": {"q": query, "format": "json"}}
+
+
+def _read_searxng(answer: Any) -> list[WebHit]:
+    silent = answer.get("unresponsive_engines")
+    if not answer["results"] and silent:
+        raise ProviderBusy(f"searxng: its engines did not answer: {str(silent)[:200]}")
+    return [_hit(one["title"], one["url"], one.get("content")) for one in answer["results"]]
+
+
+APIS = {
+    "serper": Api("SERPER_API_KEY", "https://google.serper.dev", 5.0, _ask_serper, _read_serper),
+    "tavily": Api("TAVILY_API_KEY", "https://api.tavily.com", 1.5, _ask_tavily, _read_tavily),
+    "brave": Api("BRAVE_API_KEY", "https://api.search.brave.com", 1.0, _ask_brave, _read_brave),
+    "searxng": Api(None, "", 2.0, _ask_searxng, _read_searxng),
+}
+
+
+class HttpProvider:
+    """A provider that is asked over HTTP."""
+
+    def __init__(self, name: str, api: Api, base_url: str, key: str) -> None:
+        self.name, self.rate_per_s = name, api.rate_per_s
+        self.identity = f"{name} {base_url}"
+        self._api, self._base_url, self._key = api, base_url, key
+
+    async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
+        try:
+            response = await client.request(**self._api.ask(self._base_url, self._key, query, count))
+        except httpx.TransportError as error:
+            raise ProviderBusy(f"{self.name}: {type(error).__name__}: {self._clean(str(error))}") from error
+        status, said = response.status_code, self._clean(response.text[:300])
+        if status in (401, 403):
+            remedy = (
+                f"is {self._api.key_variable} right?" if self._api.key_variable else "is 'json' among its formats?"
+            )
+            raise RetrievalError(f"{self.name} answered {status}: {said}; {remedy}")
+        if status == 429 or status >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise ProviderBusy(
+                f"{self.name} answered {status}: {said}", wait_s=float(wait) if wait.isdigit() else None
+            )
+        if status != 200:
+            raise RetrievalError(f"{self.name} answered {status}: {said}")
+        try:
+            return self._api.read(response.json())[:count]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise RetrievalError(f"{self.name} answered in a shape that is not its own ({error!r}): {said}") from error
+
+    def _clean(self, text: str) -> str:
+        return " ".join((text.replace(self._key, "[key]") if self._key else text).split())
+
+
+class DdgsProvider:
+    """DuckDuckGo and others, without a key. `text(query, count)` is `DDGS().text`, on a thread."""
+
+    name = identity = "ddgs"
+    rate_per_s = 0.5  # it turns people away after two or three searches in a row
+
+    def __init__(self, text: Callable[[str, int], list[dict[str, str]]]) -> None:
+        self._text = text
+
+    async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
+        from ddgs.exceptions import DDGSException
+
+        try:
+            rows = await asyncio.to_thread(self._text, query, count)
+        except DDGSException as error:
+            if str(error) == "No results found.":  # what it says where no engine failed and none found anything
+                return []
+            raise ProviderBusy(f"ddgs: {type(error).__name__}: {str(error)[:300]}") from error
+        try:
+            return [_hit(row["title"], row["href"], row["body"]) for row in rows][:count]
+        except (LookupError, TypeError) as error:
+            raise RetrievalError(f"ddgs answered in a shape that is not its own: {error!r}") from error
+
+
+def ddgs_text(query: str, count: int) -> list[dict[str, str]]:
+    from ddgs import DDGS
+
+    found: list[dict[str, str]] = DDGS(timeout=10).text(query, max_results=count)
+    return found
+
+
+def load_provider(name: str, base_url: str | None = None) -> Provider:
+    """The provider of that name, with its key from the environment."""
+    if name == "ddgs":
+        if base_url is not None:
+            raise UserError("ddgs has no base_url: it asks several engines")
+        try:
+            import ddgs  # noqa: F401
+        except ImportError:
+            raise UserError("the provider ddgs needs its package: pip install 'trl-search[web]'") from None
+        return DdgsProvider(ddgs_text)
+    if name not in APIS:
+        raise unknown_name("web provider", name, ["ddgs", *APIS])
+    api = APIS[name]
+    where = base_url or api.base_url or os.environ.get("SEARXNG_URL", "")
+    if not where:
+        raise UserError('searxng needs base_url="https://your.instance", or SEARXNG_URL in the environment')
+    key = ""
+    if api.key_variable is not None:
+        given = from_environment(api.key_variable)
+        if given is None:
+            raise UserError(f"{name} needs a key: set the environment variable {api.key_variable}")
+        key = bearer_token(given, api.key_variable)
+    return HttpProvider(name, api, where.rstrip("/"), key)
+
+
+def _hit(title: Any, url: Any, snippet: Any) -> WebHit:
+    """Of plain text: engines mark the words of the query with tags, and escape the rest."""
+    if not isinstance(title, str) or not isinstance(url, str) or not isinstance(snippet, str | None):
+        raise TypeError(f"a title, a URL and a text were expected, not {str((title, url, snippet))[:200]}")
+    return WebHit(_plain(title), url, _plain(snippet or ""))
+
+
+def _plain(text: str) -> str:
+    return " ".join(html.unescape(_TAG.sub("", text)).split())

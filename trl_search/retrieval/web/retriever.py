@@ -1,0 +1,265 @@
+"""Passages from the live web.
+
+    load_retriever("web")                                   # ddgs: no key, slow, for trying out
+    load_retriever("web", provider="serper", pages=True)    # SERPER_API_KEY; the text of the pages, not the snippets
+
+    query ─► stored answer? ─► wait for a turn ─► provider ─► store ─► [pages: stored text? fetch, extract, store]
+
+- A passage is a result: its id and `url` are the address, its text the engine's snippet, or the beginning of the page.
+  A page that cannot be read (a PDF, a 403, too slow, not public) leaves the snippet, and is counted.
+- What was found is stored in one file (`web_store.py`), so that a re-run trains on the same results. A search that
+  failed is not stored, and neither is one without results: engines answer so whom they block. Of a page that cannot be
+  read that is stored too, unless it may pass: an outage or a slow site must not cost all later runs the page.
+- A query that the engine has not answered within `patience_s`, turns and repetitions included, fails. One that would
+  wait for its turn beyond that fails at once and says so. 64 trajectories at one search a second need a minute: raise
+  `rate_per_s` as your plan allows, with `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import httpx
+import tenacity
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
+from trl_search.retrieval.web.page import PageError, fetch_page
+from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
+from trl_search.retrieval.web.store import WebStore
+from trl_search.types import Passage
+
+DEFAULT_CACHE = Path("~/.cache/trl-search/web.sqlite3")
+RESULTS = 10  # asked of a provider at least: a page of them costs what one costs, and serves every k
+MAX_QUERY_CHARS = 400  # engines read no more, or refuse it
+PAGES_AT_ONCE = 16
+_GROWING = tenacity.wait_random_exponential(multiplier=1, max=10)
+
+
+class WebRetriever(Retriever):
+    """Searches the web through a provider.
+
+    Args:
+        provider (`Provider`): The search engine.
+        store (`WebStore`): Where answers and turns are kept.
+        rate_per_s (`float`): Searches a second, of all processes that share the store.
+        pages (`bool`): Whether passages hold the text of the pages.
+        page_chars (`int`): Characters of a page's text.
+        patience_s (`float`): Seconds the engine may take, waiting and repetitions included; pages come after that.
+        tries (`int`): Times a search is asked of a provider that is busy.
+        fetch (`Callable`): `await fetch(url)` gives a page's text, or raises `PageError`.
+        sleep (`Callable`): `await sleep(seconds)`.
+    """
+
+    max_concurrent_batches = 8
+
+    def __init__(
+        self,
+        provider: Provider,
+        store: WebStore,
+        *,
+        rate_per_s: float,
+        pages: bool = False,
+        page_chars: int = 2000,
+        patience_s: float = 25.0,
+        tries: int = 4,
+        fetch: Callable[[str], Awaitable[str]] = fetch_page,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        if rate_per_s <= 0 or patience_s <= 0 or page_chars < 1 or tries < 1:
+            raise UserError(
+                "rate_per_s and patience_s must be above 0, page_chars and tries at least 1; got "
+                f"{rate_per_s}, {patience_s}, {page_chars} and {tries}"
+            )
+        self._provider, self._store, self._rate_per_s = provider, store, rate_per_s
+        self._pages, self._page_chars = pages, page_chars
+        self._patience_s, self._tries, self._fetch, self._sleep = patience_s, tries, fetch, sleep
+        self._counts: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        """What belongs to one process; a forked child makes its own."""
+        self._pid = os.getpid()
+        self._background = BackgroundLoop()
+        self._clients = ClientPerLoop(lambda: httpx.AsyncClient(timeout=10.0, verify=tls_context()))
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        if self._pid != os.getpid():
+            self._start()
+        return self._background.run(self.search_async(queries, k))
+
+    async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """[`search`] for coroutines. All queries are asked for, also where one fails: what was found is stored."""
+        check_search(queries, k)
+        if self._closed:
+            raise RetrievalError("this retriever is closed")
+        if self._pid != os.getpid():
+            self._start()
+        gate = asyncio.Semaphore(PAGES_AT_ONCE)
+        asked = dict.fromkeys(_tidy(query) for query in queries)
+        outcomes = await asyncio.gather(*(self._passages(query, k, gate) for query in asked), return_exceptions=True)
+        found: dict[str, list[Passage]] = {}
+        for query, outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            found[query] = outcome
+        return [found[_tidy(query)] for query in queries]
+
+    def take_metrics(self) -> dict[str, float]:
+        with self._counting:
+            counts, self._counts = self._counts, Counter()
+        return {
+            "retrieval/requests": float(counts["requests"]),
+            "retrieval/failures": float(counts["failures"]),
+            "retrieval/retries": float(counts["retries"]),
+            "retrieval/from_cache": float(counts["from_cache"]),
+            "retrieval/page_failures": float(counts["page_failures"]),
+            f"retrieval/failures/{self._provider.name}": float(counts["failures"]),
+        }
+
+    def close(self) -> None:
+        self._closed = True
+        if self._pid == os.getpid():
+            self._background.close()
+
+    async def _passages(self, query: str, k: int, gate: asyncio.Semaphore) -> list[Passage]:
+        if not query:
+            return []
+        hits = (await self._hits(query, max(k, RESULTS)))[:k]
+        texts = [hit.snippet for hit in hits]
+        if self._pages:
+            texts = list(await asyncio.gather(*(self._page(hit, gate) for hit in hits)))
+        return [
+            Passage(hit.url, hit.title, text, 1.0 / rank, hit.url)
+            for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
+        ]
+
+    async def _hits(self, query: str, count: int) -> list[WebHit]:
+        key = ["hits", self._provider.identity, query, count]
+        rows = await asyncio.to_thread(self._store.get, key)
+        if rows is not None:
+            self._count("from_cache")
+        else:
+            hits = await self._ask(query, count)
+            rows = [[hit.title, hit.url, hit.snippet] for hit in hits]
+            if rows:
+                rows = await asyncio.to_thread(self._store.put, key, rows)
+        return [WebHit(*row) for row in rows]
+
+    async def _ask(self, query: str, count: int) -> list[WebHit]:
+        deadline = time.monotonic() + self._patience_s
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            named_s = error.wait_s if isinstance(error, ProviderBusy) else None
+            return _GROWING(state) if named_s is None else named_s + _GROWING(state) / 10
+
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception_type(ProviderBusy),
+                stop=tenacity.stop_after_attempt(self._tries) | tenacity.stop_before_delay(self._patience_s),
+                wait=wait_s,
+                sleep=self._sleep,
+                reraise=True,
+            ):
+                with attempt:
+                    if attempt.retry_state.attempt_number > 1:
+                        self._count("retries")
+                    return await self._ask_once(query, count, deadline)
+        except ProviderBusy as error:
+            raise Unavailable(f"{error}; gave up after {attempt.retry_state.attempt_number} tries") from error
+        raise AssertionError("a retry loop ends by a result or an error")
+
+    async def _ask_once(self, query: str, count: int, deadline: float) -> list[WebHit]:
+        turn_s = await asyncio.to_thread(
+            self._store.take_turn, self._provider.name, rate_per_s=self._rate_per_s, within_s=_left_s(deadline)
+        )
+        if turn_s is None:
+            self._count("failures")
+            raise RetrievalError(
+                f"{self._provider.name}: more searches wait than {self._rate_per_s:g} a second let through in "
+                f"{self._patience_s:g} s; raise rate_per_s (as your plan allows) or patience_s"
+            )
+        await self._sleep(turn_s)
+        self._count("requests")
+        try:
+            async with asyncio.timeout(_left_s(deadline)):
+                return await self._provider.search(await self._clients.get(), query, count)
+        except TimeoutError:
+            self._count("failures")
+            raise Unavailable(
+                f"{self._provider.name}: no answer within {self._patience_s:g} s, its turn and repetitions included; "
+                "is it up, and is patience_s long enough for it?"
+            ) from None
+        except RetrievalError:
+            self._count("failures")
+            raise
+
+    async def _page(self, hit: WebHit, gate: asyncio.Semaphore) -> str:
+        key = ["page", hit.url, self._page_chars]
+        stored = await asyncio.to_thread(self._store.get, key)
+        if stored is None:
+            try:
+                async with gate:
+                    stored = [(await self._fetch(hit.url))[: self._page_chars]]
+            except PageError as error:
+                self._count("page_failures")
+                if error.passing:
+                    return hit.snippet
+                stored = []  # stored too: a page that changes its mind would change what a re-run trains on
+            stored = await asyncio.to_thread(self._store.put, key, stored)
+        return stored[0] if stored else hit.snippet
+
+    def _count(self, name: str) -> None:
+        with self._counting:
+            self._counts[name] += 1
+
+
+def _left_s(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _tidy(query: str) -> str:
+    """One line of valid text, no longer than an engine reads."""
+    return " ".join(query.encode("utf-8", "replace").decode().split())[:MAX_QUERY_CHARS].strip()
+
+
+def load(
+    *,
+    provider: str = "ddgs",
+    base_url: str | None = None,
+    cache: str | Path = DEFAULT_CACHE,
+    rate_per_s: float | None = None,
+    pages: bool = False,
+    page_chars: int = 2000,
+    patience_s: float = 25.0,
+) -> WebRetriever:
+    """`load_retriever("web", ...)`.
+
+    Args:
+        provider (`str`): "ddgs", "serper", "tavily", "brave" or "searxng".
+        base_url (`str`, *optional*): Where the provider is; searxng needs it, or `SEARXNG_URL`.
+        cache (`str | Path`): The file of answers: the same file, the same results.
+        rate_per_s (`float`, *optional*): Searches a second; by default what the provider's smallest plan bears.
+        pages (`bool`): Passages hold the text of the pages in place of the engine's snippets.
+        page_chars (`int`): Characters of a page's text.
+        patience_s (`float`): Seconds the engine may take, waiting for one's turn and repetitions included.
+    """
+    engine = load_provider(provider, base_url)
+    return WebRetriever(
+        engine,
+        WebStore(Path(cache).expanduser()),
+        rate_per_s=engine.rate_per_s if rate_per_s is None else rate_per_s,
+        pages=pages,
+        page_chars=page_chars,
+        patience_s=patience_s,
+    )

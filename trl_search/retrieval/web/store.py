@@ -1,0 +1,73 @@
+"""One sqlite file that the threads and processes of a run share: what the web answered, and when it may be asked next.
+
+A re-run with the same file trains on the same results. The pace is kept here too, because a limit of one search a
+second is one for all ranks of a run together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, stored_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS pace (provider TEXT PRIMARY KEY, next_at REAL NOT NULL);
+"""
+
+
+class WebStore:
+    """Answers by key, and turns by provider. Every call opens the file: a connection goes through no fork or thread.
+
+    Args:
+        path (`Path`): The file; made where there is none.
+        clock (`Callable`): Seconds that all processes agree on.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = path, clock
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as connection:
+                connection.executescript(_TABLES)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{path} cannot be the web cache ({error}); name another file by cache=") from None
+
+    def get(self, key: Sequence[Any]) -> Any:
+        """The answer stored under a key, `None` where there is none."""
+        with self._open() as connection:
+            row = connection.execute("SELECT answer FROM answers WHERE key = ?", (json.dumps(key),)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, key: Sequence[Any], answer: Any) -> Any:
+        """Stores an answer, and gives what is stored: where another process was first, its answer stays."""
+        with self._open() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (json.dumps(key), json.dumps(answer), self._clock())
+            )
+        return self.get(key)
+
+    def take_turn(self, provider: str, *, rate_per_s: float, within_s: float) -> float | None:
+        """Seconds to wait before asking; `None`, and no turn taken, where they are more than `within_s`."""
+        with self._open() as connection:
+            row = connection.execute("SELECT next_at FROM pace WHERE provider = ?", (provider,)).fetchone()
+            now = self._clock()
+            turn_at = max(now, row[0] if row else 0.0)
+            if turn_at - now > within_s:
+                return None
+            connection.execute("INSERT OR REPLACE INTO pace VALUES (?, ?)", (provider, turn_at + 1 / rate_per_s))
+        return turn_at - now
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of one's own: whoever comes meanwhile waits."""
+        with contextlib.closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.commit()

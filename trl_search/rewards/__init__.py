@@ -1,0 +1,23 @@
+"""Rewards: what is scored, and how it is found by name (`registry.py` says how to add your own)."""
+
+from trl_search.rewards.built_in import BUILT_IN, REFLECTION_CAP, em, f1, format, reflection, retrieval
+from trl_search.rewards.declaration import Reward, check_columns, declare, default_weight, required_columns
+from trl_search.rewards.registry import ENTRY_POINT_GROUP, available_rewards, resolve_rewards
+
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINT_GROUP",
+    "REFLECTION_CAP",
+    "Reward",
+    "available_rewards",
+    "check_columns",
+    "declare",
+    "default_weight",
+    "em",
+    "f1",
+    "format",
+    "reflection",
+    "required_columns",
+    "resolve_rewards",
+    "retrieval",
+]

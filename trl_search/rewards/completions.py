@@ -1,0 +1,40 @@
+"""A completion as TRL hands it to rewards.
+
+It is a list of chat messages, where `assistant` is the model's and `tool` the world's, or a plain string, all of it
+the model's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from trl_search.rewards.answers import last_answer
+
+Completion = str | Sequence[dict[str, Any]] | dict[str, Any]
+
+
+def texts_of(completion: Completion, role: str) -> list[str]:
+    """The texts of one role, turn by turn: `assistant` wrote them, or `tool` did."""
+    return [_content(message) for message in _messages(completion) if message.get("role", "assistant") == role]
+
+
+def answer_of(completion: Completion) -> str | None:
+    """The last `<answer>` that the model closed; `None` where there is none."""
+    return last_answer(texts_of(completion, "assistant"))
+
+
+def _messages(completion: Completion) -> Sequence[dict[str, Any]]:
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return [completion] if isinstance(completion, dict) else completion
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)  # [{"type": "text", "text": …}, …]
+    # Stock TRL parses calls out of the text; written back, one reader serves both.
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return content + "".join(f"\n<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)

@@ -1,0 +1,59 @@
+"""What a reward function declares about itself: the dataset columns it reads, and its weight by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from trl_search.common.errors import UserError
+
+Reward = Callable[..., Any]
+RewardT = TypeVar("RewardT", bound=Reward)
+
+
+def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0) -> Callable[[RewardT], RewardT]:
+    """Marks a reward function with what the trainer should know of it; the function itself is unchanged.
+
+    Args:
+        required_columns (`Sequence[str]`, *optional*, defaults to `()`):
+            Dataset columns that it takes as keywords.
+        default_weight (`float`, *optional*, defaults to `1.0`):
+            Its weight where `reward_weights` is not given. At 0 it is tracked and not trained on.
+
+    Example:
+        >>> @declare(required_columns=["golden_answers"])
+        ... def brevity(completions, golden_answers, **kwargs): ...
+    """
+
+    def mark(reward: RewardT) -> RewardT:
+        vars(reward).update(required_columns=tuple(required_columns), default_weight=default_weight)
+        return reward
+
+    return mark
+
+
+def required_columns(reward: Reward) -> tuple[str, ...]:
+    """The dataset columns that a reward declares; none where it declares nothing."""
+    return tuple(getattr(reward, "required_columns", ()))
+
+
+def default_weight(reward: Reward) -> float:
+    """The weight that a reward declares; 1.0 where it declares none."""
+    return float(getattr(reward, "default_weight", 1.0))
+
+
+def check_columns(rewards: Iterable[Reward], columns: Iterable[str]) -> None:
+    """Raises a `UserError` where the dataset lacks a column that a reward needs."""
+    present = set(columns)
+    for reward in rewards:
+        for column in required_columns(reward):
+            if column not in present:
+                raise missing_column(getattr(reward, "__name__", str(reward)), column, present)
+
+
+def missing_column(reward: str, column: str, present: Iterable[str]) -> UserError:
+    found = ", ".join(sorted(present)) or "none"
+    return UserError(
+        f"reward {reward!r} needs the dataset column {column!r}, and the columns are: {found}. Add the column, or "
+        "leave the reward out of `reward_funcs`."
+    )

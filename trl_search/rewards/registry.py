@@ -1,0 +1,101 @@
+"""Rewards: plain functions in TRL's signature, found by name, that read what the *model* wrote.
+
+    reward(prompts, completions, completion_ids=None, golden_answers=[...], **kwargs) -> list[float | None]
+
+A completion is what TRL hands over: a list of chat messages (`assistant` is the model's, `tool` is the world's), or a
+plain string, all of it the model's. `None` leaves a sample out of that reward.
+
+A recipe names rewards: a name below, a name that an installed package adds, or an import path:
+
+    reward_funcs: [em, format, my_package.rewards.brevity]
+
+A package adds rewards through the entry-point group `trl_search.rewards`:
+
+    [project.entry-points."trl_search.rewards"]
+    brevity = "my_package.rewards:brevity"
+
+`@declare` says which dataset columns a reward needs, so that a run stops before its first step and not in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from trl_search.common.errors import UserError, unknown_name
+from trl_search.rewards.built_in import BUILT_IN
+from trl_search.rewards.declaration import Reward
+
+ENTRY_POINT_GROUP = "trl_search.rewards"
+
+
+def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward]:
+    """Turns what a recipe or a script gives into reward functions.
+
+    Args:
+        specs (`str`, `Callable` or a list of both):
+            A name (built in, or added by an installed package), an import path (`package.module.function`, also with
+            `:`), or the function itself, which is returned as it is.
+
+    Returns:
+        `list[Callable]`: one function for each, in order.
+
+    Example:
+        >>> resolve_rewards(["em", my_reward])
+        [<function em>, <function my_reward>]
+    """
+    listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
+    if not listed:
+        raise UserError("no reward is given: name at least one, as in `reward_funcs: [em, format]`")
+    names = [spec for spec in listed if isinstance(spec, str)]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise UserError(f"reward {min(repeated)!r} is named twice: name it once, and give it more in `reward_weights`")
+    return [_resolve(spec) for spec in listed]
+
+
+def available_rewards() -> list[str]:
+    """The names that `resolve_rewards` knows: built in, then added by installed packages."""
+    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - BUILT_IN.keys())]
+
+
+def _resolve(spec: str | Reward) -> Reward:
+    if callable(spec):
+        return spec
+    if not isinstance(spec, str):
+        raise UserError(f"a reward is a name or a function, not {type(spec).__name__}: {spec!r}")
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=spec):
+        try:
+            return _callable(point.load(), spec)
+        except (ImportError, AttributeError) as error:
+            package = point.dist.name if point.dist else "unknown"
+            raise UserError(
+                f"reward {spec!r} of package {package!r} ({point.value}) cannot be imported: {error}"
+            ) from error
+    if "." in spec or ":" in spec:
+        return _import(spec)
+    raise unknown_name("reward", spec, available_rewards())
+
+
+def _import(path: str) -> Reward:
+    module_name, _, name = path.replace(":", ".").rpartition(".")
+    # A console script does not look in the folder that it is started from; `python script.py` beside the module does.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _callable(getattr(importlib.import_module(module_name), name), path)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward {path!r} cannot be imported: {error}") from error
+
+
+def _callable(value: Any, name: str) -> Reward:
+    if not callable(value):
+        raise UserError(f"reward {name!r} is not a function but {type(value).__name__}")
+    reward: Reward = value
+    return reward

@@ -1,0 +1,170 @@
+"""Keeps the checkpoint with the highest held-out EM as `output_dir/best`.
+
+    step 20: eval/em 0.81, the highest so far ─► checkpoint-20 is saved, whatever save_strategy says
+                                              ─► when all of it is there: best -> checkpoint-20, in one step
+
+It is a whole checkpoint: it loads as a model and training resumes from it. `best` is a symbolic link that changes
+place once every rank has written its part, so what it names was never half-written. transformers is told, too, in
+`state.best_model_checkpoint`, so `save_total_limit` does not rotate it away. A checkpoint that was saved for being the
+best alone goes when a better one comes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object, written_whole
+from trl_search.evaluation.outcomes import evaluation_of
+from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
+
+logger = logging.getLogger(__name__)
+
+LINK = "best"
+RECORD = "held_out_result.json"
+# More failed searches than this, and an evaluation says too little about the policy to be the best.
+MAX_FAILED = 0.05
+
+
+class BestCheckpoint(TrainerCallback):
+    """
+    Saves a checkpoint whenever a held-out evaluation is the best so far. Add it after [`EvaluateEvery`].
+
+    Args:
+        held_out ([`HeldOut`]): What is evaluated; its last result is looked at.
+    """
+
+    def __init__(self, held_out: HeldOut) -> None:
+        self.held_out = held_out
+        args = held_out.trainer.args
+        if args.metric_for_best_model is not None or args.load_best_model_at_end:
+            raise UserError(
+                "evaluate_every and metric_for_best_model (or load_best_model_at_end) both say which checkpoint is "
+                "the best: leave the latter out; the one with the highest eval/em is kept as output_dir/best"
+            )
+        self._asked: int | None = None  # the step whose checkpoint is saved for being the best alone
+        self._beaten: Path | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes up the best of the run that is resumed; a checkpoint of another run in this folder is not it."""
+        folder = Path(args.output_dir or ".")
+        link = folder / LINK
+        if link.exists() and not link.is_symlink():
+            raise UserError(f"{link} is in the way: it is where the best checkpoint will be. Move it")
+        best: Path | None = None
+        if state.is_world_process_zero:
+            best = _recorded(folder, state)
+            if best is not None:
+                _point(link, best)
+            elif link.is_symlink():
+                logger.warning(
+                    "%s named the best checkpoint of another run, %s; it is taken away", link, link.readlink()
+                )
+                link.unlink()
+        if self.held_out.trainer.accelerator.num_processes > 1:
+            best = broadcast_object_list([best])[0]
+        state.best_model_checkpoint = None if best is None else str(best)
+        if best is None:
+            state.best_metric = state.best_global_step = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        result = self.held_out.last
+        if result is None or result.step != state.global_step or not _better(result, state.best_metric):
+            return
+        self._beaten = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+        self._asked = None if control.should_save else state.global_step
+        state.best_metric, state.best_global_step = result.average.em, state.global_step
+        state.best_model_checkpoint = os.path.join(
+            args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        )
+        control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        result = self.held_out.last
+        if result is None or state.best_global_step != state.global_step or result.step != state.global_step:
+            return
+        self.held_out.trainer.accelerator.wait_for_everyone()  # every rank has written its part
+        if state.is_world_process_zero:
+            best = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_record(best, result, only_best=self._asked == state.global_step)
+            _point(best.parent / LINK, best)
+            if self._beaten is not None and self._beaten != best and _only_best(self._beaten):
+                shutil.rmtree(self._beaten)
+        # Saved once more at this step, as at the end of an epoch, it is also a checkpoint like any other.
+        self._asked = self._beaten = None
+
+
+def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) -> None:
+    """Puts the evaluation into the checkpoint; `only_best` says that it was saved for nothing else."""
+    record = {
+        "step": result.step,
+        "average": result.average.as_json(),
+        "datasets": {name: evaluation.as_json() for name, evaluation in result.datasets.items()},
+        "seconds": result.seconds,
+        "only_best": only_best,
+    }
+    with written_whole(checkpoint / RECORD) as path:
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_best(folder: Path) -> HeldOutResult | None:
+    """The evaluation of the best checkpoint of a run; `None` where none was kept."""
+    path = folder / LINK / RECORD
+    if not path.is_file():
+        return None
+    record = read_object(path, "move it away")
+    if missing := {"step", "average", "datasets", "seconds"} - record.keys():
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}: move it away")
+    datasets = {name: evaluation_of(values, str(path)) for name, values in record["datasets"].items()}
+    return HeldOutResult(record["step"], evaluation_of(record["average"], str(path)), datasets, record["seconds"])
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _better(result: HeldOutResult, best: float | None) -> bool:
+    if not math.isfinite(result.average.em) or result.average.failed > MAX_FAILED * result.average.questions:
+        return False
+    return best is None or result.average.em > best
+
+
+def _recorded(folder: Path, state: TrainerState) -> Path | None:
+    """The best checkpoint that the resumed state speaks of, where it is still there; the folder may have moved."""
+    if not state.global_step or not state.best_global_step:
+        return None
+    best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    return best if is_whole(best) else None
+
+
+def _point(link: Path, checkpoint: Path) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint.name, target_is_directory=True)
+    os.replace(temporary, link)
+
+
+def _only_best(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / RECORD).read_bytes())["only_best"] is True
+    except (OSError, ValueError, KeyError):
+        return False

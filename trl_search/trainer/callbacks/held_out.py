@@ -1,0 +1,193 @@
+"""Held-out evaluation of a policy that is being trained: every N steps, on a subset that stays the same.
+
+    step 50 ─► the questions, shared out over the ranks ─► the trainer's own generation (vLLM or the model), greedily
+            ─► outcomes of all ranks ─► eval/em, eval/<dataset>/em, ... in the log of step 50
+
+The prompts, the environment and the limits are those of the training. The sampling has random numbers of its own, so a
+run that is measured takes the same steps as one that is not. The subset is drawn once, by the seed, and its ids are
+kept in the run's folder: a run that is resumed with other questions is refused, as its numbers could not be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object, written_whole
+from trl_search.evaluation.evaluate import answer_questions
+from trl_search.evaluation.outcomes import Evaluation, Outcome, by_dataset, macro, summarize
+from trl_search.trainer.grpo import SearchGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_FILE = "held_out.json"
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """One evaluation: of all sets, each of which counts the same, and of each of them."""
+
+    step: int
+    average: Evaluation
+    datasets: dict[str, Evaluation]
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        return {
+            "eval/em": self.average.em,
+            "eval/f1": self.average.f1,
+            "eval/searches": self.average.searches,
+            "eval/reflection_ratio": self.average.reflective_ratio,
+            "eval/failed": self.average.failed / max(1, self.average.questions),
+            "eval/seconds": self.seconds,
+            **{f"eval/{name}/em": evaluation.em for name, evaluation in self.datasets.items()},
+        }
+
+
+class HeldOut:
+    """
+    Asks the policy of a trainer the same questions again and again.
+
+    Args:
+        trainer ([`SearchGRPOTrainer`]): Its model, generation, environment, protocol and limits are used.
+        questions ([`~datasets.Dataset`]): Rows with `question`, `golden_answers`, `id` and `data_source`.
+
+    Example:
+        >>> held_out = HeldOut(trainer, load_questions("hotpotqa", limit=200))
+        >>> trainer.add_callback(EvaluateEvery(50, held_out))
+    """
+
+    def __init__(self, trainer: SearchGRPOTrainer, questions: Dataset) -> None:
+        if trainer.environment is None:
+            raise UserError("held-out evaluation needs a retriever or an environment: a plain GRPOTrainer has none")
+        self.trainer = trainer
+        self.rows: list[dict[str, Any]] = list(questions)
+        if missing := {"question", "golden_answers", "id", "data_source"} - set(questions.column_names):
+            raise UserError(f"held-out questions lack the columns {', '.join(sorted(missing))}: see load_questions")
+        if not self.rows:
+            raise UserError("there are no held-out questions to evaluate on")
+        self.last: HeldOutResult | None = None
+
+    @property
+    def ids(self) -> dict[str, list[str]]:
+        """The ids of the questions, by data set."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(row["data_source"], []).append(row["id"])
+        return found
+
+    def measure(self, mode: str | None = None) -> HeldOutResult:
+        """Asks the policy as it is now. All ranks call it together, and all get the result of all.
+
+        Args:
+            mode (`str`, *optional*): A baseline: `direct`, `cot` or `rag`, asked in its own words. Default: the policy
+                as it is trained.
+        """
+        trainer, step = self.trainer, self.trainer.state.global_step
+        started = time.perf_counter()
+        trained = mode is None
+        if trained and self.last is not None and self.last.step == step:
+            return self.last  # the same weights, greedily: the same answers
+        assert trainer.environment is not None
+        outcomes = gather_object(self._answer(mode or "search"))
+        trainer.environment.take_metrics()  # or they would be counted as the next rollout's
+        name = mode or ("search" if trainer.environment.tools else "direct")
+        result = summarize_held_out(name, outcomes, step=step, seconds=time.perf_counter() - started)
+        if result.average.failed and trainer.accelerator.is_main_process:
+            said = "; ".join(f"{times} × {error}" for error, times in result.average.errors.items())
+            logger.warning(
+                "step %d: the search of %d of %d held-out questions failed, which are in no mean: %s",
+                step, result.average.failed, result.average.questions, said,
+            )  # fmt: skip
+        if trained:
+            self.last = result
+        return result
+
+    def _answer(self, mode: str) -> list[Outcome]:
+        trainer = self.trainer
+        assert trainer.environment is not None
+        mine = self.rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        # As TRL does before a rollout: vLLM has the weights of the last one.
+        if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
+            trainer.vllm_generation.sync_weights()
+            trainer._last_loaded_step = trainer.state.global_step
+        with trainer._generation_policy(self._context_length()) as policy:
+            return answer_questions(
+                mode,
+                mine,
+                policy=policy,
+                tokenizer=trainer._tokenizer,
+                environment=trainer.environment,
+                agent=trainer.args.agent,
+                progress=trainer.accelerator.is_main_process,
+            )
+
+    def _context_length(self) -> int:
+        questions = [self.trainer.protocol.messages(row["question"]) for row in self.rows]
+        return self.trainer._check_lengths(self.trainer._encode(questions))
+
+
+class EvaluateEvery(TrainerCallback):
+    """Measures every so many steps; the numbers go out with the step's own log.
+
+    Args:
+        steps (`int`): Steps from one evaluation to the next.
+        held_out ([`HeldOut`]): What is asked.
+    """
+
+    def __init__(self, steps: int, held_out: HeldOut) -> None:
+        if steps < 1:
+            raise UserError(f"evaluate_every={steps} must be at least 1")
+        self.steps, self.held_out = steps, held_out
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        keep_ids(Path(args.output_dir or "."), self.held_out.ids, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.steps:
+            return
+        for name, value in self.held_out.measure().metrics.items():
+            self.held_out.trainer._metrics["train"][name].append(value)
+        control.should_log = True
+
+
+def summarize_held_out(mode: str, outcomes: Sequence[Outcome], *, step: int, seconds: float) -> HeldOutResult:
+    """The result of the outcomes of all ranks."""
+    groups = by_dataset(sorted(outcomes, key=lambda one: one.data_source))
+    each = {name: summarize(mode, group) for name, group in groups.items()}
+    return HeldOutResult(step, macro(mode, groups), each, seconds)
+
+
+def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> None:
+    """Writes which questions a run is measured on, or, where it is resumed, checks that they are the same.
+
+    Raises:
+        UserError: where they are others.
+    """
+    path = folder / HELD_OUT_FILE
+    if state.global_step and path.is_file():
+        if read_object(path, "remove it to go on without comparing").get("ids") != ids:
+            raise UserError(
+                f"this run was measured on other questions so far ({path}), and its numbers and its best checkpoint "
+                "could not be compared: resume with the same eval_questions, max_eval_questions and seed, or remove "
+                "that file to go on all the same"
+            )
+    elif state.is_world_process_zero:
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({"ids": ids}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,251 @@
+"""Cold start, the data: let a policy answer training questions with real searches, and keep what is worth copying.
+
+    questions ─► n samples each, by the policy itself or a teacher ─► attempts.jsonl   appended to as each is finished
+              ─► right, well-formed, searched; at most m a question ─► kept.parquet    what `trainer/sft.py` trains on
+
+This is rejection sampling: nobody writes a demonstration, the environment and the golden answers choose among what was
+sampled. The ids and the mask in both files are those of the rollout, token for token; nothing is encoded again.
+
+A line of attempts.jsonl (ids shortened):
+
+    {"index": 0, "sample": 1, "id": "train_0", "data_source": "nq", "question": "who wrote The Amber Mill",
+     "golden_answers": ["Mira Talvane"], "messages": [{"role": "assistant", "content": "<think> …"}, …],
+     "answer": "Mira Talvane", "em": 1.0, "f1": 1.0, "format": 1.0, "searches": 1, "malformed": 0,
+     "stop_reason": "answer", "prompt_ids": [5, 9], "ids": [2, 7, 31], "mask": [1, 1, 0]}
+
+Collecting goes on where it was stopped. A folder belongs to the settings that it was begun with (settings.json):
+others are refused, and nothing is overwritten. The rules of keeping can be changed at any time (`select.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+from trl_search.environment import Environment
+from trl_search.policies.base import Policy
+from trl_search.protocols import Protocol
+from trl_search.rewards.answers import exact_match, f1_score, last_answer
+from trl_search.rewards.tag_structure import format_score
+from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
+from trl_search.types import Sampling, Trajectory
+
+ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
+# Failed searches are judged from this many attempts on.
+_MIN_JUDGED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One finished trajectory and how good it is; `index` is its question's place among the questions."""
+
+    index: int
+    sample: int
+    id: str
+    data_source: str
+    question: str
+    golden_answers: list[str]
+    messages: list[dict[str, str]]
+    answer: str | None
+    em: float
+    f1: float
+    format: float
+    searches: int
+    malformed: int
+    stop_reason: str
+    prompt_ids: list[int]
+    ids: list[int]
+    mask: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What one call of [`collect`] came to: attempts new and from before, and those whose search failed."""
+
+    new: int
+    before: int
+    failed: int
+
+
+# Collecting
+
+
+def collect(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    policy: Callable[[], Policy],
+    environment: Environment,
+    protocol: Protocol,
+    limits: Limits,
+    sampling: Sampling,
+    samples: int,
+    concurrency: int,
+    settings: Mapping[str, Any],
+    max_failed_share: float = 0.5,
+) -> Collected:
+    """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished.
+
+    Args:
+        rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`; `id` and `data_source` where they are.
+        policy (`Callable`): Makes who answers; not called where all attempts are there.
+        sampling (`Sampling`): Its seed and an attempt's question and number give the attempt's own seed.
+        concurrency (`int`): Trajectories under way at once.
+        settings (`Mapping`): What defines an attempt, beside the questions and the tokenizer; held against those that
+            the folder was begun with.
+        max_failed_share (`float`, *optional*, defaults to `0.5`): With more failed searches than that it stops. An
+            attempt whose search failed is not written, so that the next call tries it again.
+
+    Raises:
+        UserError: if the folder holds attempts made with other settings, or the retriever fails.
+    """
+    claim(folder, {**settings, "questions_hash": _hash(rows), "tokenizer_hash": _hash(protocol.encode(PROBE))})
+    todo = missing(folder, len(rows), samples)
+    before = samples * len(rows) - len(todo)
+    if not todo:
+        return Collected(0, before, 0)
+    speaker = policy()
+    failures: list[str] = []
+    written = 0
+
+    def finish(index: int, sample: int, trajectory: Trajectory, file: TextIO) -> None:
+        nonlocal written
+        if trajectory.failed:
+            failures.append(trajectory.error)
+        else:
+            file.write(json.dumps(asdict(_attempt(index, sample, rows[index], trajectory)), ensure_ascii=False) + "\n")
+            file.flush()
+            written += 1
+        if len(failures) > max_failed_share * max(_MIN_JUDGED, written + len(failures)):
+            raise UserError(
+                f"{len(failures)} of {written + len(failures)} attempts failed because a search did; the first: "
+                f"{failures[0]}. Put the retriever right and start again: {written + before} attempts are kept"
+            )
+
+    queue = iter(todo)
+    bar = tqdm(total=len(todo), desc="Collecting", unit="attempt", delay=2, disable=None)
+
+    async def work(file: TextIO) -> None:
+        for index, sample in queue:
+            seed = random.Random(f"{sampling.seed}/{index}/{sample}").getrandbits(63)
+            trajectory = await run_trajectory(
+                protocol.prompt_ids(protocol.messages(str(rows[index]["question"]))),
+                environment.start(rows[index]),
+                policy=speaker,
+                protocol=protocol,
+                limits=limits,
+                sampling=replace(sampling, seed=seed),
+            )
+            finish(index, sample, trajectory, file)
+            bar.update()
+
+    # A few workers with one queue: a coroutine for each of a million attempts would not fit.
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file, bar:
+        workers = [functools.partial(work, file)] * min(concurrency, len(todo))
+        run_sync(run_together(workers, policy=speaker, environment=environment))
+    return Collected(written, before, len(failures))
+
+
+def missing(folder: Path, questions: int, samples: int) -> list[tuple[int, int]]:
+    """Question and number of each attempt that a collection still lacks. Sample by sample, so that one that is stopped
+    early has seen every question about equally often."""
+    done = {(attempt.index, attempt.sample) for attempt in read_attempts(folder)}
+    return [(index, sample) for sample in range(samples) for index in range(questions) if (index, sample) not in done]
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder that of a collection with these settings, or finds that it is.
+
+    Raises:
+        UserError: if it was begun with others; names them.
+    """
+    path = folder / SETTINGS
+    settings = json.loads(json.dumps(settings))  # as it will be read
+    if not path.exists():
+        if (folder / ATTEMPTS).exists():
+            raise UserError(
+                f"{folder} holds {ATTEMPTS} and no {SETTINGS}, so nobody knows how they were made: give another "
+                "`collection` folder"
+            )
+        with written_whole(path) as file:
+            file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        return
+    try:
+        held = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): give another `collection` folder") from error
+    changed = [
+        f"{key} was {held.get(key)!r}, and is {settings.get(key)!r}"
+        for key in sorted(held.keys() | settings.keys())
+        if held.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"the collection in {folder} was made with other settings ({'; '.join(changed)}): give another "
+            "`collection` folder, or the settings it was begun with"
+        )
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """The attempts of a collection. A last line that was cut, when the process was killed, is taken out of the file.
+
+    Raises:
+        UserError: for a line that is no attempt.
+    """
+    path = folder / ATTEMPTS
+    if not path.exists():
+        return []
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+    attempts = []
+    for number, line in enumerate(content[:whole].splitlines(), start=1):
+        try:
+            attempts.append(Attempt(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number}, is no attempt ({error}): remove the line") from error
+    return attempts
+
+
+def _attempt(index: int, sample: int, row: Mapping[str, Any], trajectory: Trajectory) -> Attempt:
+    answer, golden = last_answer(trajectory.spoken), list(row["golden_answers"])
+    return Attempt(
+        index=index,
+        sample=sample,
+        id=str(row.get("id", index)),
+        data_source=str(row.get("data_source", "")),
+        question=str(row["question"]),
+        golden_answers=golden,
+        messages=trajectory.messages,
+        answer=answer,
+        em=0.0 if answer is None else float(exact_match(answer, golden)),
+        f1=0.0 if answer is None else float(f1_score(answer, golden)),
+        format=format_score(trajectory.spoken),
+        searches=trajectory.searches,
+        malformed=trajectory.malformed,
+        stop_reason=trajectory.stop_reason.value if trajectory.stop_reason else "",
+        prompt_ids=list(trajectory.prompt_ids),
+        ids=trajectory.ids,
+        mask=trajectory.mask,
+    )
+
+
+# Tokenizers that write this alike and have the same special tokens are taken for the same one.
+PROBE = '<|im_start|>assistant\n<think> Wer schrieb „Die Mühle“? 東京 3.14 </think>\n<tool_call> {"a": [1]}<|im_end|>'
+
+
+def _hash(value: Any) -> str:
+    rows = [list(map(str, row.items())) if isinstance(row, Mapping) else row for row in value]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,271 @@
+"""What `trl-search sft` does: take attempts at questions, keep the good ones, fine-tune on them.
+
+Two sources: scripts of the embedded world (`questions: world`), which play it well or badly as asked; or a policy that
+answers real questions with real searches, of which the right ones are kept (`collect.py`, `select.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import parse_object, written_whole
+from trl_search.config.agent import SETTINGS_FILE, AgentSettings, agent_of, protocol_of, search_environment
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.task import TaskArguments, load_task
+from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
+from trl_search.data.world import generate_world
+from trl_search.policies.base import Policy
+from trl_search.policies.base_model import adapter_config, base_name, load_base
+from trl_search.policies.transformers_policy import TransformersPolicy
+from trl_search.policies.vllm_server import VLLMServerPolicy
+from trl_search.retrieval import load_retriever
+from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
+from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
+from trl_search.trainer.inputs import refuse_quantization
+from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
+from trl_search.types import Sampling
+
+
+def _as_in(cls: type, name: str) -> Any:
+    """A key that means what it means in training."""
+    theirs = next(key for key in dataclasses.fields(cls) if key.name == name)
+    return field(default=theirs.default, metadata=dict(theirs.metadata))
+
+
+@dataclass
+class ColdStartArguments:
+    """Whose attempts at which questions are learnt from."""
+
+    questions: str = _as_in(TaskArguments, "questions")
+    max_train_questions: int | None = field(
+        default=None, metadata={"help": "Take a sample of so many questions. Default: all."}
+    )
+    world_passages: int = _as_in(TaskArguments, "world_passages")
+    world_seed: int = _as_in(TaskArguments, "world_seed")
+    retriever: str = _as_in(TaskArguments, "retriever")
+    retriever_options: str = _as_in(TaskArguments, "retriever_options")
+
+    protocol: str = _as_in(SearchGRPOConfig, "protocol")
+    instruction: str | None = _as_in(SearchGRPOConfig, "instruction")
+    system_prompt: str | None = _as_in(SearchGRPOConfig, "system_prompt")
+    chat_template_kwargs: dict | str | None = _as_in(SearchGRPOConfig, "chat_template_kwargs")  # noqa: RUF009 (a field)
+    max_searches: int = _as_in(SearchGRPOConfig, "max_searches")
+    passages_per_query: int = _as_in(SearchGRPOConfig, "passages_per_query")
+    max_queries_per_search: int = _as_in(SearchGRPOConfig, "max_queries_per_search")
+    max_completion_length: int = _as_in(SearchGRPOConfig, "max_completion_length")
+    max_turn_length: int = _as_in(SearchGRPOConfig, "max_turn_length")
+    max_observation_length: int = _as_in(SearchGRPOConfig, "max_observation_length")
+    passage_template: str = _as_in(SearchGRPOConfig, "passage_template")
+    search_timeout_s: float = _as_in(SearchGRPOConfig, "search_timeout_s")
+    max_failed_share: float = field(
+        default=0.5,
+        metadata={"help": "Collecting stops with an error when more than this share of the attempts has failed."},
+    )
+    rollout_batch_size: int = field(
+        default=64, metadata={"help": "Attempts under way at once; a vLLM server takes several hundred."}
+    )
+
+    teacher: str = field(
+        default="self",
+        metadata={
+            "help": "Who makes the attempts. self: the model that is trained. A model of the hub, a folder, or the "
+            "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: the embedded "
+            "world's players, for `questions: world`."
+        },
+    )
+    quality: str = field(
+        default=",".join(f"{name}={share}" for name, share in WEAK.items()),
+        metadata={"help": f"With teacher: scripts, the shares of the players {', '.join(PLAYERS)}."},
+    )
+    samples_per_question: int = field(default=4, metadata={"help": "Attempts at each question."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
+    top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; here it may be below 1."})
+    collection: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the attempts, appended to as they finish, and read again by the next run. Default: "
+            "output_dir/collection."
+        },
+    )
+    collect_only: bool = field(default=False, metadata={"help": "Collect and choose, and do not train."})
+
+    min_f1: float | None = field(
+        default=None, metadata={"help": "Keep answers of at least this F1. Default: exact matches alone."}
+    )
+    well_formed: bool = field(
+        default=True, metadata={"help": "Keep attempts alone in which every call and the answer are well-formed."}
+    )
+    min_searches: int = field(default=1, metadata={"help": "Keep attempts of at least so many searches."})
+    keep_per_question: int = field(default=2, metadata={"help": "Keep at most so many attempts of a question."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, str):
+            example = '{"enable_thinking": false}'
+            self.chat_template_kwargs = parse_object(self.chat_template_kwargs, "chat_template_kwargs", example)
+        for name in ("samples_per_question", "keep_per_question", "rollout_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
+            raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
+        if self.teacher == "scripts" and self.questions != "world":
+            raise UserError("teacher: scripts plays the embedded world: set questions: world, or another teacher")
+
+    @property
+    def agent(self) -> AgentSettings:
+        """How the policy is asked, as those want to know who ask it later."""
+        return agent_of(self)
+
+
+_TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")
+# What defines an attempt, beside the agent; a change of the other keys leaves a collection as good as it was.
+_DEFINING = (*_TASK_KEYS, "temperature", "top_p")
+
+
+def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
+    """Runs a recipe of `trl-search sft` to its end. Returns the folder of the model, or that of the collection."""
+    refuse_quantization(model_config)
+    name = base_name(model_config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=model_config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    folder = Path(arguments.collection or f"{config.output_dir}/collection")
+    if arguments.teacher == "scripts":
+        rows = _scripted(arguments, config, tokenizer)
+    else:
+        kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
+        if arguments.collect_only:
+            return folder
+        rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
+    model = load_base(name, model_config, config)
+    train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
+    if PartialState().is_main_process:
+        with written_whole(Path(f"{config.output_dir}/{SETTINGS_FILE}")) as file:
+            file.write_text(json.dumps(arguments.agent.as_json(), indent=2) + "\n")
+        print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
+    return Path(config.output_dir or "")
+
+
+def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    if config.max_steps < 1:
+        raise UserError("teacher: scripts writes as many trajectories as are asked for: set max_steps")
+    world = generate_world(arguments.world_passages, arguments.world_seed)
+    retriever = load_retriever("bm25", passages=world.passages)
+    environment = search_environment(retriever, arguments.agent)
+    trajectories = scripted_trajectories(
+        world,
+        retriever,
+        protocol_of(arguments.agent, tokenizer, environment.tools),
+        n=config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
+        quality=_shares(arguments.quality),
+        seed=config.seed,
+        environment=environment,
+    )
+    return sft_dataset(trajectories, max_tokens=config.max_length)
+
+
+def _collect_and_choose(
+    folder: Path,
+    arguments: ColdStartArguments,
+    config: SearchSFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: ModelConfig,
+) -> list[Attempt]:
+    state = PartialState()
+    task = load_task(
+        TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False), seed=config.seed
+    )
+    rows: list[Any] = list(task.train)
+    left = missing(folder, len(rows), arguments.samples_per_question)
+    if left and state.num_processes > 1:
+        raise UserError(
+            f"{len(left)} attempts are missing in {folder}, and one process collects: run this recipe with "
+            "--collect_only true first, without accelerate launch"
+        )
+    teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
+    environment = search_environment(task.retriever, arguments.agent)
+    collected = collect(
+        folder,
+        rows,
+        policy=lambda: _policy(teacher, arguments, config, tokenizer, model_config),
+        environment=environment,
+        protocol=protocol_of(arguments.agent, tokenizer, environment.tools),
+        limits=arguments.agent.limits,
+        sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
+        samples=arguments.samples_per_question,
+        concurrency=arguments.rollout_batch_size,
+        settings={
+            **{key: getattr(arguments, key) for key in _DEFINING},
+            **dataclasses.asdict(arguments.agent),
+            "seed": config.seed,
+            "teacher": teacher,
+        },
+        max_failed_share=arguments.max_failed_share,
+    )
+    attempts = [one for one in read_attempts(folder) if one.sample < arguments.samples_per_question]
+    rules = Rules(
+        min_f1=arguments.min_f1,
+        well_formed=arguments.well_formed,
+        min_searches=arguments.min_searches,
+        keep_per_question=arguments.keep_per_question,
+        max_tokens=config.max_length,
+    )
+    kept, outcomes = select(attempts, rules)
+    if state.is_main_process:
+        path = write_kept(folder, kept)
+        print(f"{describe(attempts, kept, outcomes)}\n{collected.new:,} new, {collected.before:,} from before", end="")
+        print(f", {collected.failed:,} failed searches to try again" if collected.failed else "", f"\n{path}", sep="")
+    return kept
+
+
+def _policy(
+    teacher: str,
+    arguments: ColdStartArguments,
+    config: SearchSFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: ModelConfig,
+) -> Policy:
+    if teacher.startswith(("http://", "https://")):
+        check_server_tokenizer(teacher, tokenizer)
+        return VLLMServerPolicy(teacher)
+    theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=config.trust_remote_code)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{teacher} has another tokenizer than the model that is trained, so its tokens mean something else: take "
+            "a teacher of the same family"
+        )
+    model = load_base(teacher, model_config, config).to(config.device)  # type: ignore[arg-type]
+    return TransformersPolicy(model, tokenizer, max_sequences=arguments.rollout_batch_size)
+
+
+def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` where the server's tokenizer does not write a text of many kinds as this one does."""
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/tokenize", json={"prompt": PROBE, "add_special_tokens": False})
+        ids = answer.raise_for_status().json()["tokens"]
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        raise UserError(
+            f"no vLLM server answers at {url}/tokenize ({error}): start it first (`vllm serve`)"
+        ) from error
+    if ids != tokenizer.encode(PROBE, add_special_tokens=False):
+        raise UserError(
+            f"the server at {url} has another tokenizer than the model that is trained, so its tokens mean something "
+            "else: serve a teacher of the same family"
+        )
+
+
+def _shares(text: str) -> dict[str, float]:
+    try:
+        return {name.strip(): float(share) for name, share in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"quality: write it as guess=0.5,good=0.5, not {text!r}") from error

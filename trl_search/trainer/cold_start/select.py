@@ -1,0 +1,133 @@
+"""Cold start, the choice: which attempts of a collection (`collect.py`) are worth copying.
+
+An attempt is kept when it is right, keeps to the structure of its protocol, and searched; of a question, the first few
+such attempts. The others are counted by the first thing that speaks against them. Choosing again costs nothing: the
+attempts stay where they are, and kept.parquet is made anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+from trl_search.trainer.cold_start.collect import Attempt
+
+KEPT = "kept.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is kept.
+
+    Args:
+        min_f1 (`float`, *optional*): The answer's F1 is at least so much; by default it is an exact match.
+        well_formed (`bool`): No malformed call, no tag left open, nothing after a call or an answer.
+        min_searches (`int`): It has searched so often at least.
+        keep_per_question (`int`): At most so many of a question, the first that were sampled.
+        max_tokens (`int`, *optional*): Prompt and trajectory are no longer than this. Never cut: half of one teaches
+            no ending.
+    """
+
+    min_f1: float | None = None
+    well_formed: bool = True
+    min_searches: int = 1
+    keep_per_question: int = 2
+    max_tokens: int | None = None
+
+    def objection(self, attempt: Attempt) -> str | None:
+        """Why this attempt, by itself, is not kept; `None` where nothing speaks against it."""
+        if attempt.answer is None:
+            return "no answer"
+        if attempt.em < 1.0 if self.min_f1 is None else attempt.f1 < self.min_f1:
+            return "wrong answer"
+        if self.well_formed and (attempt.malformed or attempt.format < 1.0):
+            return "malformed"
+        if attempt.searches < self.min_searches:
+            return "too few searches"
+        if self.max_tokens is not None and len(attempt.prompt_ids) + len(attempt.ids) > self.max_tokens:
+            return "too long"
+        return None
+
+
+def select(attempts: Sequence[Attempt], rules: Rules) -> tuple[list[Attempt], Counter[str]]:
+    """What is kept, in the order of the questions, and how many attempts went which way: `kept`, or a reason.
+
+    Raises:
+        UserError: if nothing is kept; says how many went which way, and what helps against the most frequent.
+    """
+    kept: list[Attempt] = []
+    outcomes: Counter[str] = Counter()
+    of_question: Counter[int] = Counter()
+    seen: set[tuple[int, ...]] = set()
+    for attempt in sorted(attempts, key=lambda attempt: (attempt.index, attempt.sample)):
+        same = (attempt.index, *attempt.ids)
+        outcome = rules.objection(attempt)
+        if outcome is None and same in seen:
+            outcome = "duplicate"
+        if outcome is None and of_question[attempt.index] >= rules.keep_per_question:
+            outcome = "enough of its question"
+        outcomes[outcome or "kept"] += 1
+        if outcome is None:
+            seen.add(same)
+            of_question[attempt.index] += 1
+            kept.append(attempt)
+    if not kept:
+        raise UserError(_nothing_kept(outcomes, rules))
+    return kept, outcomes
+
+
+_ADVICE = {
+    "no answer": "it runs out of tokens, or does not know the format: raise max_turn_length or max_completion_length, "
+    "say the format in `instruction`, or ask a larger teacher",
+    "wrong answer": "sample more (samples_per_question), take what is nearly right (min_f1: 0.5), or ask a larger "
+    "teacher",
+    "malformed": "ask a teacher that knows the format, or take them as they are (well_formed: false)",
+    "too few searches": "it answers from memory: ask another teacher, or take that too (min_searches: 0)",
+    "too long": "raise max_length",
+}
+
+
+def _nothing_kept(outcomes: Mapping[str, int], rules: Rules) -> str:
+    if not outcomes:
+        return "there are no attempts to choose from: every search failed, or there are no questions"
+    most = max(outcomes, key=lambda name: outcomes[name])
+    counted = ", ".join(f"{name} {count}" for name, count in Counter(outcomes).most_common())
+    return f"none of {sum(outcomes.values())} attempts is kept ({counted}). Most: {most}: {_ADVICE[most]}"
+
+
+def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
+    """Writes what is trained on, as parquet that SFTTrainer reads as it is: `input_ids`, `assistant_masks`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    inspected = [f.name for f in fields(Attempt) if f.name not in ("prompt_ids", "ids", "mask", "index")]
+    columns: dict[str, list[Any]] = {name: [getattr(attempt, name) for attempt in kept] for name in inspected}
+    columns["input_ids"] = [[*attempt.prompt_ids, *attempt.ids] for attempt in kept]
+    columns["assistant_masks"] = [[*[0] * len(attempt.prompt_ids), *attempt.mask] for attempt in kept]
+    path = folder / KEPT
+    with written_whole(path) as file:
+        pq.write_table(pa.table(columns), file)
+    return path
+
+
+def describe(attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Mapping[str, int]) -> str:
+    """The statistics of a collection, a line each."""
+    total = sum(outcomes.values())
+    questions = len({attempt.index for attempt in attempts})
+    lines = [
+        f"{total:,} attempts at {questions:,} questions: EM {_mean(attempts, 'em'):.3f}, "
+        f"F1 {_mean(attempts, 'f1'):.3f}, {_mean(attempts, 'searches'):.2f} searches",
+        *(f"  {name:<24}{count:>8,}  {count / total:6.1%}" for name, count in Counter(outcomes).most_common()),
+        f"kept: {len({attempt.index for attempt in kept}):,} questions, {_mean(kept, 'searches'):.2f} searches, "
+        f"{sum(sum(attempt.mask) for attempt in kept):,} tokens of the policy's own",
+    ]
+    return "\n".join(lines)
+
+
+def _mean(attempts: Sequence[Attempt], name: str) -> float:
+    return sum(getattr(attempt, name) for attempt in attempts) / max(1, len(attempts))

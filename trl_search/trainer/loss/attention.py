@@ -1,0 +1,255 @@
+"""Attention within each trajectory of a pack, and none across: which kernel computes it, and how a model is given it.
+
+| name                | what it is                                                  | where                        |
+|---------------------|-------------------------------------------------------------|------------------------------|
+| `varlen`            | PyTorch's own `torch.nn.attention.varlen.varlen_attn`       | CUDA from 8.0 on, bf16, fp16 |
+| `flash_attention_2` | the flash-attn package                                      | CUDA, bf16, fp16             |
+| `flex_attention`    | PyTorch's compiled block mask                               | CUDA                         |
+| `sdpa`              | one (T, T) mask: the reference that tests hold others to    | everywhere                   |
+| `padded`            | no packs: rows of like length together (`logprobs.py`)      | everywhere                   |
+
+`auto` takes the first of `varlen`, `flash_attention_2`, `flex_attention` that works here, else `padded`.
+
+A model gets its kernel for good and not just for the time of a forward: gradient checkpointing runs layers again in
+the backward, long after. Calls that are not of packs (generation, padded forwards) reach the implementation it had
+before: a packed call is told by its `cu_seq_lens_q`, or by its block mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from trl_search.common.errors import UserError
+
+_PREFERRED = ("varlen", "flash_attention_2", "flex_attention")
+_MAX_HEAD_DIM = 256
+
+
+def choose_attention(
+    requested: str, model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    """The kernel that packs of this model run on, here.
+
+    Args:
+        requested (`str`): One of `PACKED_ATTENTION`.
+        model ([`~transformers.PreTrainedModel`]): The causal language model, without wrappers.
+        device, dtype: Where it runs and what attention computes in (autocast's type, where there is autocast).
+
+    Returns:
+        Its name, and why it was chosen, for the log.
+
+    Raises:
+        UserError: if the one asked for does not work here.
+    """
+    if requested == "auto":
+        refused = {name: _why_not(name, model, device, dtype) for name in _PREFERRED}
+        for name, reason in refused.items():
+            if reason is None:
+                return name, "the first that works here"
+        return "padded", "; ".join(f"no {name}: {reason}" for name, reason in refused.items())
+    reason = _why_not(requested, model, device, dtype)
+    if reason is not None:
+        raise UserError(f"packed_attention={requested!r} does not work here: {reason}. Set it to 'auto'")
+    return requested, "as packed_attention says"
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Has `model` run packs on the kernel `name`, and all other calls as before."""
+    before = model.config._attn_implementation
+    if name in ("sdpa", "flash_attention_2"):
+        model.set_attn_implementation(name)
+    elif name in ("varlen", "flex_attention"):
+        # Eager attention belongs to no registry: the same numbers come from sdpa.
+        model.set_attn_implementation(_register(name, "sdpa" if before == "eager" else before))
+
+
+def attention_inputs(name: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """What a forward over one pack of trajectories of these lengths is given, beside its tokens and positions."""
+    if name in ("sdpa", "flex_attention"):
+        document_T = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        return {"attention_mask": _block_mask(document_T) if name == "flex_attention" else _full_mask(document_T)}
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    return {
+        # A mask of four dimensions is passed through as it is: without one, transformers would make one of (T, T).
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device) if name == "varlen" else None,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`varlen_attn` in the form of a transformers attention function.
+
+    Args:
+        query: (1, heads, T, head_dim).
+        key, value: (1, key-value heads, T, head_dim).
+        cu_seq_lens_q: (trajectories + 1,) int32, where each begins and the last one ends.
+        max_length_q: Tokens of the longest.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UserError("varlen_attn has neither soft-capping nor attention sinks: set packed_attention='padded'")
+    # Rotary embeddings promote queries and keys to float32 where the weights are float32 and autocast is on.
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query_THD, key_THD, value_THD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    options: dict[str, Any] = {}
+    groups = query_THD.shape[1] // key_THD.shape[1]
+    if groups > 1:
+        if "enable_gqa" in _varlen_parameters():
+            options["enable_gqa"] = True
+        else:
+            key_THD, value_THD = key_THD.repeat_interleave(groups, 1), value_THD.repeat_interleave(groups, 1)
+    attended_THD: Any = varlen_attn(
+        query_THD,
+        key_THD,
+        value_THD,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        # Causal. A window of W holds the token itself and W - 1 before it.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **options,
+    )
+    return attended_THD.unsqueeze(0), None
+
+
+def _flex_attention(*args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    return flex_attention_forward(*args, **kwargs)
+
+
+def _is_packed_for_flex(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return isinstance(attention_mask, BlockMask)
+
+
+def _varlen_attention(*args: Any, **kwargs: Any) -> Any:
+    module, query, key, value, _mask = args
+    return varlen_attention(module, query, key, value, **kwargs)
+
+
+def _is_packed_for_varlen(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("cu_seq_lens_q") is not None
+
+
+_KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
+    "varlen": (_is_packed_for_varlen, _varlen_attention),
+    "flex_attention": (_is_packed_for_flex, _flex_attention),
+}
+
+
+@functools.cache
+def _register(name: str, otherwise: str) -> str:
+    """Registers, with transformers, kernel `name` for packs and implementation `otherwise` for everything else."""
+    is_packed, packed = _KERNELS[name]
+    plain = AttentionInterface()[otherwise]
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        function = packed if is_packed(attention_mask, kwargs) else plain
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    registered = f"trl_search_{name}_or_{otherwise}"
+    AttentionInterface.register(registered, attention)
+    AttentionMaskInterface.register(registered, AttentionMaskInterface()[otherwise])
+    return registered
+
+
+def _full_mask(document_T: torch.Tensor) -> torch.Tensor:
+    """(1, 1, T, T), True where a token is seen: its own trajectory, up to and including itself."""
+    same_TT = document_T.unsqueeze(0) == document_T.unsqueeze(1)
+    return same_TT.tril().unsqueeze(0).unsqueeze(0)
+
+
+def _block_mask(document_T: torch.Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query >= key) & (document_T[query] == document_T[key])
+
+    # Compiled, so that no (T, T) tensor is made on the way.
+    compiled = document_T.device.type == "cuda"
+    tokens = len(document_T)
+    return create_block_mask(seen, None, None, tokens, tokens, device=document_T.device, _compile=compiled)
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why packs of this model cannot run on `name` here; None if they can."""
+    if name == "padded":
+        return None
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"layers of the kind {', '.join(sorted(others))} would mix the trajectories of a pack"
+    if config is not model.config:
+        return "a vision-language model has positions of its own making"
+    if not model._can_set_attn_implementation():
+        return f"the attention of {type(model).__name__} cannot be replaced"
+    if name in ("sdpa", "flex_attention"):
+        if getattr(config, "sliding_window", None) and "sliding_attention" in getattr(config, "layer_types", []):
+            return "its one mask would serve sliding-window layers too"
+        if name == "flex_attention" and device.type != "cuda":
+            return f"it has no backward on {device.type}"
+        return None
+    if device.type != "cuda":
+        return f"it needs CUDA, and the model is on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16 or fp16, and training runs in {dtype}"
+    if name == "flash_attention_2":
+        return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
+    return _why_not_varlen(model, device)
+
+
+def _why_not_varlen(model: PreTrainedModel, device: torch.device) -> str | None:
+    if not {"window_size", "scale"} <= _varlen_parameters():
+        return f"torch {torch.__version__} has no varlen_attn with a window and a scale"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim % 8 or head_dim > _MAX_HEAD_DIM or hasattr(config, "v_head_dim"):
+        return f"it needs heads of one size, a multiple of 8 up to {_MAX_HEAD_DIM}, and these are {head_dim} wide"
+    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(part, "sinks") for part in model.modules()):
+        return "it has neither soft-capping nor attention sinks"
+    return None

@@ -1,0 +1,222 @@
+"""Per-token log-probs of ragged trajectories, without padding, and for the tokens of the loss alone.
+
+TRL pads a whole generation batch to its longest trajectory, runs every micro-batch at that width, and projects every
+completion token onto the vocabulary, the retrieved ones too. A search agent's trajectories are ragged, and most of
+their tokens are not the policy's. Here (`benchmarks/logprobs.py` measures it):
+
+1. real tokens run, packed one trajectory after the other up to `max_packed_tokens` (`packing.py`), each attending to
+   its own trajectory (`varlen_attention.py`); where no kernel for it works, rows of like length run together, padded;
+2. of the hidden states, those whose next token is in the loss are kept, and TRL's fused LM head turns them into
+   log-probs and entropies in tiles. Everywhere else both are 0, and TRL uses neither there (test_logprobs.py).
+
+Memory of the backward: all packs of a micro-batch wait for its one backward. With `gradient_checkpointing`, what waits
+is each layer's input, and layers run again one by one. Without, every pack but the last runs again as a whole when its
+turn comes, so that the activations of one pack live at a time; a micro-batch of one pack never runs twice. So
+`max_packed_tokens` bounds the peak, and `per_device_train_batch_size` may be large.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from trl_search.trainer.loss.attention import attention_inputs, choose_attention, set_attention
+from trl_search.trainer.loss.packing import Pack, idle_pack, make_packs, needed_tokens, scored_tokens
+
+logger = logging.getLogger(__name__)
+
+# A padded chunk has at least this many rows, and a micro-batch at most so many chunks (more only where TRL asks for
+# smaller ones). The number of chunks depends on the number of rows alone: ranks that shard a model, or broadcast its
+# buffers, must all run the same number of forwards.
+MIN_ROWS, MAX_CHUNKS = 4, 4
+
+# Log-probs and entropies, one a scored token, and where in the flattened (B, T) batch those tokens are.
+Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) -> LogProbs | None:
+    """Chooses, once, how the log-probs of a trainer's models are computed, says so in the log, and prepares them.
+
+    Args:
+        models: The policy and, after it, the reference model or None; wrapped or not.
+        args ([`SearchGRPOConfig`]): `packed_attention`, `max_packed_tokens`, `bf16` and `fp16` are read.
+        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+
+    Returns:
+        None where only TRL's own forward can compute them.
+    """
+    policy = models[0]
+    if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
+        logger.info("log-probs: TRL's own padded forward, since prompt learning puts tokens before every row")
+        return None
+    unwrapped = [accelerator.unwrap_model(model) for model in models if model is not None]
+    bare = [model.get_base_model() if is_peft_model(model) else model for model in unwrapped]
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else bare[0].dtype
+    attention, why = choose_attention(args.packed_attention, bare[0], device=accelerator.device, dtype=dtype)
+    for model in bare:
+        enable_scoring(model, attention)
+    logger.info("log-probs: %s attention (%s)", attention, why)
+
+    def most_of_all_ranks(packs: int) -> int:
+        if accelerator.num_processes == 1:
+            return packs
+        return int(accelerator.gather(torch.tensor([packs], device=accelerator.device)).max())
+
+    return LogProbs(attention, args.max_packed_tokens, most_of_all_ranks)
+
+
+def enable_scoring(model: PreTrainedModel, attention: str) -> None:
+    """Teaches `model`, which has TRL's fused LM head, to run packs and to project chosen hidden states only.
+
+    Everything a packed call needs travels in its keywords, through whatever wraps the model: nothing is held aside
+    that gradient checkpointing, DDP or DeepSpeed could miss.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The causal language model itself, not its PEFT or DDP wrapper.
+        attention (`str`): What `choose_attention` chose.
+    """
+    fused_forward = model.forward
+
+    # Keep the original signature: `generate` validates its model kwargs against it
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, run_again: bool = False, **kwargs: Any) -> Any:
+        if run_again:
+            return torch.utils.checkpoint.checkpoint(fused_forward, *args, use_reentrant=False, **kwargs)
+        return fused_forward(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    if _keep_scored not in model.base_model._forward_hooks.values():  # it may have had a trainer before
+        model.base_model.register_forward_hook(_keep_scored, with_kwargs=True)
+    set_attention(model, attention)
+
+
+def _keep_scored(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook on the backbone: only the scored hidden states go on to the LM head."""
+    scored_N = kwargs.get("scored_positions")
+    if scored_N is not None:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored_N].unsqueeze(0)  # (1, N, hidden)
+    return output
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """TRL's `_get_per_token_logps_and_entropies` over real tokens only.
+
+    Args:
+        attention (`str`): What `choose_attention` chose, and `enable_scoring` was given.
+        max_packed_tokens (`int`): Tokens of a pack; a longer trajectory has one of its own.
+        agree (`Callable`): From this rank's number of packs to that of the rank that has most.
+    """
+
+    attention: str
+    max_packed_tokens: int
+    agree: Callable[[int], int] = lambda packs: packs
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor,
+        logits_to_keep: int,
+        loss_mask_BC: torch.Tensor | None,
+        *,
+        batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs `model`, which may be wrapped, on a padded batch.
+
+        Args:
+            model: A model that has been through `enable_scoring`, or what wraps it.
+            input_ids_BT, attention_mask_BT: Prompts padded on the left, completions on the right.
+            logits_to_keep (`int`): Columns of the completion, C; more than the mask's where TRL pads to a multiple.
+            loss_mask_BC: Completion tokens whose log-probs are wanted; None for all.
+            batch_size (`int`, *optional*): Rows of a padded forward, at most; packs are cut by tokens instead.
+            gradient_checkpointing (`bool`): Whether the model's layers run again in the backward anyhow.
+
+        Returns:
+            Log-probs (B, C) and entropies (B, C), 0 outside the mask; no entropies from a model whose head has none.
+        """
+        completion_BC = attention_mask_BT[:, -logits_to_keep:]
+        if loss_mask_BC is not None:
+            missing = logits_to_keep - loss_mask_BC.shape[1]
+            completion_BC = completion_BC * F.pad(loss_mask_BC.to(completion_BC), (0, missing))
+        scored_BT = scored_tokens(attention_mask_BT, completion_BC)
+        if self.attention == "padded":
+            scores = _padded_scores(model, input_ids_BT, attention_mask_BT, scored_BT, batch_size)
+        else:
+            packs = make_packs(attention_mask_BT, scored_BT, self.max_packed_tokens)
+            # A rank with nothing to score still runs a forward: the backward of its wrapper waits for one.
+            packs += [idle_pack()] * (max(1, self.agree(len(packs))) - len(packs))
+            again = torch.is_grad_enabled() and not gradient_checkpointing
+            scores = [
+                _pack_scores(model, pack, self.attention, input_ids_BT, run_again=again and i < len(packs) - 1)
+                for i, pack in enumerate(packs)
+            ]
+        logps, entropies, where = zip(*scores, strict=True)
+        where_N, shape = torch.cat(where), input_ids_BT.shape
+
+        def spread(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            values_N = torch.cat(list(parts))
+            values_BT = values_N.new_zeros(shape.numel()).index_put((where_N,), values_N).view(shape)
+            return values_BT[:, -logits_to_keep:]
+
+        return spread(logps), None if entropies[0] is None else spread(entropies)
+
+
+def _pack_scores(model: Any, pack: Pack, attention: str, input_ids_BT: torch.Tensor, *, run_again: bool) -> Scores:
+    device = input_ids_BT.device
+    ids = input_ids_BT.flatten()
+    targets_N = pack.targets_N.to(device)
+    outputs = model(
+        input_ids=ids[pack.tokens_T.to(device)].unsqueeze(0),
+        position_ids=pack.positions_T.to(device).unsqueeze(0),
+        shift_labels=ids[targets_N].unsqueeze(0),
+        scored_positions=pack.scored_N.to(device),
+        fused_lm_head=True,
+        run_again=run_again,
+        **attention_inputs(attention, pack.lengths, device),
+    )
+    return outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N
+
+
+def _padded_scores(
+    model: Any,
+    input_ids_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor,
+    scored_BT: torch.Tensor,
+    batch_size: int | None,
+) -> list[Scores]:
+    """Rows sorted by length, in a few chunks, each cut to the columns that its scored tokens depend on."""
+    rows, width = input_ids_BT.shape
+    needed_BT = needed_tokens(attention_mask_BT, scored_BT)
+    count = max(1, min(MAX_CHUNKS, rows // MIN_ROWS), -(-rows // (batch_size or rows)))
+    order_B = needed_BT.sum(dim=1).argsort(stable=True) if count > 1 else torch.arange(rows, device=needed_BT.device)
+    where_BT = torch.arange(rows * width, device=input_ids_BT.device).view(rows, width)
+    ids = input_ids_BT.flatten()
+    scores = []
+    for chunk in order_B.tensor_split(count):
+        used = needed_BT[chunk].any(dim=0).nonzero().flatten()
+        # One column always stays, and its row's attention with it: a chunk may have nothing to score.
+        start, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        scored_N = scored_BT[chunk, start + 1 : end + 1].flatten().nonzero().squeeze(1)
+        targets_N = where_BT[chunk, start + 1 : end + 1].flatten()[scored_N]
+        outputs = model(
+            input_ids=input_ids_BT[chunk, start:end],
+            attention_mask=attention_mask_BT[chunk, start:end],
+            shift_labels=ids[targets_N].unsqueeze(0),
+            scored_positions=scored_N,
+            fused_lm_head=True,
+        )
+        scores.append((outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N))
+    return scores

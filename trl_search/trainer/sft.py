@@ -1,0 +1,218 @@
+"""Supervised fine-tuning on trajectories: TRL's SFTTrainer, with the loss on what the policy itself writes.
+
+The trajectories come from the rollout engine, so the ids and the mask that are trained on are those that GRPO's
+rollouts will have. Who wrote them:
+
+- a policy or a teacher, with real searches, and the right ones were kept: a cold start (`trainer/cold_start`);
+- scripts of the embedded world (`data/scripted_players.py`): a warm start. By default they are of mixed quality: the
+  policy learns the format and behaves badly: it often answers without a search, or stops after one hop. GRPO then
+  has to turn that around.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_search.common.errors import UserError
+from trl_search.data.scripted_players import WEAK, scripted_trajectories
+from trl_search.data.world import World
+from trl_search.environment import SearchEnvironment
+from trl_search.protocols import Protocol
+from trl_search.retrieval.base import Retriever
+from trl_search.trainer.callbacks.progress import StepLines
+from trl_search.types import Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SearchSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`train`]. All parameters of [`~trl.SFTConfig`] apply; these are added or changed:
+
+    Parameters:
+        max_length (`int`, *optional*):
+            Longer trajectories are left out, where TRL cuts them at 1,024 tokens: half of one teaches no ending.
+        padding_free (`bool`, *optional*, defaults to `True`):
+            Most trajectories are far shorter than the longest: padded, they would cost three times as much.
+        merge_adapter (`bool`, *optional*, defaults to `True`):
+            Save a LoRA adapter merged into the model.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: none is too long."}
+    )
+    padding_free: bool = field(
+        default=True, metadata={"help": "Concatenate the trajectories of a batch in place of padding them."}
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "With use_peft, save the model with the adapter merged into it, which GRPO and vLLM start from. "
+            "false: the adapter alone."
+        },
+    )
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: SearchSFTConfig,
+    *,
+    peft_config: PeftConfig | None = None,
+) -> None:
+    """Trains the model in place on `rows` (`input_ids`, `assistant_masks`), and saves it with its tokenizer.
+
+    Args:
+        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
+    """
+    # Rows that are too long have been left out: TRL would cut them, or warn that it does not where nothing is padded.
+    config = copy.copy(config)
+    config.max_length = None
+    rows = rows.select_columns(["input_ids", "assistant_masks"])
+    if peft_config is not None and config.merge_adapter and is_deepspeed_zero3_enabled():
+        raise UserError(
+            "under ZeRO-3 no process has the whole model to merge the adapter into: set merge_adapter: false, or take "
+            "ZeRO-2"
+        )
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLines)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trained, PeftModel) and config.merge_adapter:
+        if trainer.accelerator.is_main_process:
+            trained.merge_and_unload().save_pretrained(str(config.output_dir))
+            tokenizer.save_pretrained(str(config.output_dir))
+        trainer.accelerator.wait_for_everyone()
+    else:
+        trainer.save_model(config.output_dir)
+
+
+def warm_start(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    world: World,
+    retriever: Retriever,
+    *,
+    output_dir: str,
+    steps: int = 60,
+    learning_rate: float = 5e-4,
+    batch_size: int = 16,
+    quality: Mapping[str, float] = WEAK,
+    environment: SearchEnvironment | None = None,
+    seed: int = 0,
+    use_cpu: bool = False,
+) -> list[Trajectory]:
+    """Trains the model in place on a world's training questions, and saves it with its tokenizer.
+
+    Args:
+        steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
+        quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
+        environment (`SearchEnvironment`, *optional*): What the scripts search, if other than the retriever's default.
+        use_cpu (`bool`): As that of the run it belongs to: processes that disagree on the device train each alone.
+
+    Returns:
+        `list[Trajectory]`: What was trained on.
+    """
+    trajectories = scripted_trajectories(
+        world, retriever, protocol, n=steps * batch_size, quality=quality, seed=seed, environment=environment
+    )
+    fine_tune(
+        model,
+        protocol.tokenizer,
+        trajectories,
+        output_dir=output_dir,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        use_cpu=use_cpu,
+    )
+    return trajectories
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trajectories: Sequence[Trajectory],
+    *,
+    output_dir: str,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    use_cpu: bool = False,
+) -> None:
+    """Trains the model in place on trajectories, whoever wrote them, and saves it with its tokenizer in `output_dir`.
+
+    Args:
+        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
+    """
+    rows = sft_dataset(trajectories, max_tokens=max_tokens)
+    config = SearchSFTConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, steps // 20),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=use_cpu,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=max(1, steps // 4),
+        seed=seed,
+        data_seed=seed,
+    )
+    train(model, tokenizer, rows, config)
+
+
+def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
+    """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks` that are 1 where the policy wrote.
+
+    Raises:
+        UserError: if there is nothing to learn from in them.
+    """
+    kept = [
+        (trajectory.prompt_ids, trajectory.ids, trajectory.mask)
+        for trajectory in trajectories
+        # Whatever the world failed at is no lesson for the policy.
+        if trajectory.model_tokens
+        and not trajectory.error
+        and (max_tokens is None or len(trajectory.prompt_ids) + len(trajectory.ids) <= max_tokens)
+    ]
+    if len(kept) < len(trajectories):
+        logger.warning("%d of %d trajectories left out of training", len(trajectories) - len(kept), len(trajectories))
+    if not kept:
+        raise UserError(
+            f"none of {len(trajectories)} trajectories can be trained on: each is empty, failed, or longer than "
+            f"max_tokens={max_tokens}"
+        )
+    return sft_rows(kept)
+
+
+def sft_rows(tokens: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> Dataset:
+    """The same from prompt ids, ids and mask alone."""
+    rows = [
+        {"input_ids": [*prompt_ids, *ids], "assistant_masks": [*[0] * len(prompt_ids), *mask]}
+        for prompt_ids, ids, mask in tokens
+    ]
+    return Dataset.from_list(rows)
