@@ -115,7 +115,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
-        ('raise __import__("trl_search.common.errors").errors.UserError("too small: use 3")', "too small: use 3"),
+        ('from trl_search.common.errors import UserError; raise UserError("too small: use 3")', "too small: use 3"),
         ('raise ValueError("top_k is 0: use at least 1")', "top_k is 0: use at least 1"),
         ('open("/no/such/corpus.jsonl")', "No such file or directory: /no/such/corpus.jsonl"),
         ('raise ImportError("faiss is missing: pip install trl-search[faiss]")', "pip install trl-search[faiss]"),

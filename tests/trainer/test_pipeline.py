@@ -183,7 +183,7 @@ def test_the_same_seed_gives_the_same_task():
 
 def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
     asked = []
-    for module in ("task", "data"):
+    for module in ("config.task", "data.questions"):
         monkeypatch.setattr(
             f"trl_search.{module}.load_questions", lambda name, **options: asked.append((name, options))
         )

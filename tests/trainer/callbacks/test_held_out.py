@@ -277,7 +277,7 @@ def test_two_ranks_share_the_questions_and_keep_one_best_checkpoint(tmp_path, ra
     tokenizer.save_pretrained(tmp_path / "model")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = str(Path(__file__).parent / "held_out_run.py")
+    script = str(Path(__file__).parents[2] / "support" / "held_out_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     run = subprocess.run(
         [*launch, script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
