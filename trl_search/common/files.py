@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, and JSON objects read with the place of a mistake named."""
+"""Files that are written whole or not at all, JSON objects read with the place of a mistake named, and `~` in paths."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,21 @@ def parse_object(text: str, option: str, example: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option} must be a JSON object such as {example}, not {text}")
     return value
+
+
+def home_expanded(value: Any) -> Any:
+    """A path, or a string that begins with `~`, with the user's folder in place of the `~`; any other value as it is.
+
+    Example:
+        >>> home_expanded("~/wiki.jsonl"), home_expanded("bm25"), home_expanded(3)
+        ('/home/mira/wiki.jsonl', 'bm25', 3)
+    """
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+def cache_folder() -> Path:
+    """`~/.cache/trl-search`, or below `XDG_CACHE_HOME`. In a container without a home it is in the temporary folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(tempfile.gettempdir() if base.startswith("~") else base, "trl-search")

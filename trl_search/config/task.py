@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from trl_search.common.files import parse_object
 from trl_search.data import load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
-from trl_search.retrieval import Retriever, load_retriever
+from trl_search.retrieval import Retriever, load_retriever, open_retriever
 
 
 @dataclass
@@ -36,7 +36,10 @@ class TaskArguments:
     )
     world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
-    retriever: str = field(default="bm25", metadata={"help": "Kind of retriever; see load_retriever."})
+    retriever: str = field(
+        default="bm25",
+        metadata={"help": "An index folder, the address of a server (http://host:8000), or a kind of retriever."},
+    )
     retriever_options: str = field(
         default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
     )
@@ -95,7 +98,7 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
     return Task(
         train,
         load_held_out(names, limit=arguments.max_eval_questions, seed=seed) if names else None,
-        load_retriever(arguments.retriever, **options),
+        open_retriever(arguments.retriever, options),
     )
 
 

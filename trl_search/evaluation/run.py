@@ -48,8 +48,7 @@ from trl_search.evaluation.settings import (
 from trl_search.evaluation.table import Results, results_markdown
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.retrieval import Retriever, load_retriever
-from trl_search.retrieval.index.folder import MANIFEST, read_manifest
+from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
 from trl_search.types import Sampling
 
 FORMAT = 1
@@ -265,11 +264,8 @@ def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[
             f"mode {next(mode for mode in plan.modes if mode in _SEARCHING)} searches: give --retriever, an index "
             "folder, the address of a server, or a kind with its --retriever_options"
         )
-    if what.startswith(("http://", "https://")):
-        what, options = "http", {"url": what, **options}
-    elif Path(what, MANIFEST).is_file():
-        what, options = read_manifest(what).kind, {"index": what, **options}
-    return load_retriever(what, **options), describe_retriever(what, options)
+    kind, options = resolve_retriever(what, options)
+    return load_retriever(kind, **options), describe_retriever(kind, options)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Retrievers and the one way to get one by name: `load_retriever("bm25", index="indexes/wiki")`.
+"""Retrievers, and the two ways to get one.
+
+    load_retriever("bm25", index="indexes/wiki")     by kind, with that kind's options
+    open_retriever("indexes/wiki")                   by one word, as on a command line: a folder, an address or a kind
 
 A kind is a function `(**options) -> Retriever`. Packages add kinds of their own through the entry-point group
 `trl_search.retrievers`:
@@ -9,52 +12,98 @@ A kind is a function `(**options) -> Retriever`. Packages add kinds of their own
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from importlib.metadata import entry_points
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.errors import UserError
+from trl_search.common.files import home_expanded
+from trl_search.common.registry import Registry
 from trl_search.retrieval.base import RetrievalError, Retriever
+from trl_search.retrieval.index.folder import read_manifest
 
-__all__ = ["RetrievalError", "Retriever", "load_retriever"]
+__all__ = ["RetrievalError", "Retriever", "load_retriever", "open_retriever", "resolve_retriever"]
 
-ENTRY_POINTS = "trl_search.retrievers"
-_BUILT_IN = {
-    "bm25": "trl_search.retrieval.bm25.retriever:load",
-    "dense": "trl_search.retrieval.dense.retriever:load",
-    "http": "trl_search.retrieval.remote.http_retriever:load",
-    "hybrid": "trl_search.retrieval.combine.hybrid:load",
-    "opensearch": "trl_search.retrieval.engines.opensearch:load",
-    "qdrant": "trl_search.retrieval.engines.qdrant:load",
-    "rerank": "trl_search.retrieval.combine.rerank:load",
-    "web": "trl_search.retrieval.web.retriever:load",
-}
+RETRIEVERS = Registry(
+    "retriever",
+    "trl_search.retrievers",
+    {
+        "bm25": "trl_search.retrieval.bm25.retriever:load",
+        "dense": "trl_search.retrieval.dense.retriever:load",
+        "http": "trl_search.retrieval.remote.http_retriever:load",
+        "hybrid": "trl_search.retrieval.combine.hybrid:load",
+        "opensearch": "trl_search.retrieval.engines.opensearch:load",
+        "qdrant": "trl_search.retrieval.engines.qdrant:load",
+        "rerank": "trl_search.retrieval.combine.rerank:load",
+        "web": "trl_search.retrieval.web.retriever:load",
+    },
+)
 
 
 def load_retriever(kind: str, **options: Any) -> Retriever:
-    """Loads a retriever by name.
+    """Loads a retriever by kind.
 
     Args:
         kind (`str`): `"bm25"`, `"dense"`, `"hybrid"`, `"rerank"`, `"http"`, `"web"`, `"qdrant"`,
-            `"opensearch"`, or a kind that an installed package declares.
-        options: What that kind takes; an option it does not know is an error that lists those it does.
+            `"opensearch"`, or a kind that an installed package adds.
+        options: The options of that kind. A path may begin with `~`.
+
+    Raises:
+        UserError: for an unknown kind or option; the message lists those that exist.
 
     Example:
         >>> retriever = load_retriever("bm25", index="indexes/wiki")
         >>> retriever.search(["who founded Orlune?"], k=3)
     """
-    loaders = {**{entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}, **_BUILT_IN}
-    if kind not in loaders:
-        raise unknown_name("retriever", kind, loaders)
-    module, _, function = loaders[kind].partition(":")
-    load = getattr(importlib.import_module(module), function)
+    load = RETRIEVERS.get(kind)
     signature = inspect.signature(load)
     try:
         signature.bind(**options)
     except TypeError as error:
         raise UserError(f"retriever {kind!r}: {error}; its options are {signature}") from None
-    retriever = load(**options)
+    retriever = load(**{name: home_expanded(value) for name, value in options.items()})
     if not isinstance(retriever, Retriever):
-        raise TypeError(f"retriever {kind!r} ({loaders[kind]}) gave a {type(retriever).__name__}, not a Retriever")
+        raise TypeError(f"retriever {kind!r} gave a {type(retriever).__name__}, not a Retriever")
     return retriever
+
+
+def open_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -> Retriever:
+    """Loads the retriever that one word names: an index folder, the address of a server, or a kind.
+
+    Args:
+        word (`str | Path`): `"indexes/wiki"`, `"http://localhost:8000"` or `"bm25"`. Where a folder has the name of a
+            kind, the kind is meant; write `./bm25` for the folder.
+        options (`Mapping`, *optional*): Further options of the kind.
+
+    Example:
+        >>> open_retriever("indexes/wiki").search(["who founded Orlune?"], k=3)
+        >>> open_retriever("web", {"provider": "serper"})
+    """
+    kind, resolved = resolve_retriever(word, options)
+    return load_retriever(kind, **resolved)
+
+
+def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """The kind and the options that `open_retriever` would load. Of a folder, its manifest is read and nothing else.
+
+    Raises:
+        UserError: where the word is neither, or names a folder that is no finished index.
+
+    Example:
+        >>> resolve_retriever("http://localhost:8000", {"timeout_s": 5.0})
+        ('http', {'url': 'http://localhost:8000', 'timeout_s': 5.0})
+    """
+    name, given = str(word), dict(options or {})
+    if name.startswith(("http://", "https://")):
+        return "http", {"url": name, **given}
+    if isinstance(word, str) and name in RETRIEVERS:
+        return name, given
+    folder = Path(home_expanded(name))
+    if folder.is_dir() or isinstance(word, Path) or os.sep in name or name.startswith((".", "~")):
+        return read_manifest(folder).kind, {"index": str(folder), **given}
+    raise UserError(
+        f"{name!r} is no retriever: give an index folder, the address of a server (http://host:8000), or one of the "
+        f"kinds {', '.join(RETRIEVERS.names())}"
+    )

@@ -48,7 +48,7 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from trl_search.retrieval.index.folder import INDEX_KINDS, build_index, builder_class, join_build
+from trl_search.retrieval.index.folder import INDEX_KINDS, build_index, join_build
 from trl_search.retrieval.index.workers import launched_workers
 
 OWN = ("corpus", "output", "kind", "overwrite")
@@ -57,11 +57,11 @@ OWN = ("corpus", "output", "kind", "overwrite")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, metavar="FILE", help="the passages: a file, or a dataset's name")
     parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to make")
-    parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS, help="how to search (default: bm25)")
+    parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="how to search (default: bm25)")
     parser.add_argument("--overwrite", action="store_true", help="replace the index in DIR when the new one is whole")
     added: set[str] = set()
-    for kind in INDEX_KINDS:
-        make = builder_class(kind)
+    for kind in INDEX_KINDS.names():
+        make = INDEX_KINDS.get(kind)
         group = parser.add_argument_group(kind, "Recorded in the index; queries are treated as passages were.")
         helps, hints = _documented(make), get_type_hints(make)
         for option in fields(make):

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import cache_folder
 from trl_search.retrieval.corpus.passages import Corpus, join_contents
 from trl_search.retrieval.corpus.sources import CorpusError
 from trl_search.retrieval.dense.encoder import Encoder
@@ -91,8 +92,7 @@ def _offsets_path(path: Path) -> Path:
     beside = path.with_name(f"{path.name}.offsets.npy")
     if beside.exists() or os.access(path.parent, os.W_OK):
         return beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "trl-search")
-    return cache / f"{path.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.offsets.npy"
+    return cache_folder() / f"{path.name}.{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.offsets.npy"
 
 
 def _fresh(offsets: Path, path: Path) -> bool:

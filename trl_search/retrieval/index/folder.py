@@ -12,7 +12,6 @@ name is whole or was damaged later, and then `open_index` says so instead of ans
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import shlex
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.files import home_expanded
+from trl_search.common.registry import Registry
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
 from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path
@@ -30,13 +31,16 @@ from trl_search.types import Passage
 
 FORMAT = 1
 _CORPUS = "corpus"  # the step of a build after which the passages are there
-_BUILDERS = {
-    "bm25": "trl_search.retrieval.bm25.retriever:BM25Builder",
-    "dense": "trl_search.retrieval.dense.retriever:DenseBuilder",
-    "opensearch": "trl_search.retrieval.engines.opensearch_build:OpenSearchBuilder",
-    "qdrant": "trl_search.retrieval.engines.qdrant_build:QdrantBuilder",
-}
-INDEX_KINDS = tuple(_BUILDERS)
+INDEX_KINDS = Registry(
+    "kind of index",
+    "trl_search.index_kinds",
+    {
+        "bm25": "trl_search.retrieval.bm25.retriever:BM25Builder",
+        "dense": "trl_search.retrieval.dense.retriever:DenseBuilder",
+        "opensearch": "trl_search.retrieval.engines.opensearch_build:OpenSearchBuilder",
+        "qdrant": "trl_search.retrieval.engines.qdrant_build:QdrantBuilder",
+    },
+)
 logger = logging.getLogger(__name__)
 
 
@@ -119,7 +123,8 @@ def build_index(
         workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
         options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
     """
-    builder, output = make_builder(kind, options), Path(output)
+    corpus, output = home_expanded(corpus), Path(home_expanded(output))
+    builder = make_builder(kind, options)
     _check_output(output, overwrite)
     source = open_source(corpus)
     fingerprint = source.fingerprint() if source.fingerprint is not None else None
@@ -233,21 +238,13 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
 
 def make_builder(kind: str, options: dict[str, Any]) -> Builder:
     """The builder of a kind, its options checked."""
-    make = builder_class(kind)
+    make = INDEX_KINDS.get(kind)
     known = [option.name for option in fields(make)]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of a {kind} index", option, known)
-    builder: Builder = make(**options)
+    builder: Builder = make(**{name: home_expanded(value) for name, value in options.items()})
     return builder
-
-
-def builder_class(kind: str) -> Any:
-    """The dataclass whose fields are the options of a kind."""
-    if kind not in _BUILDERS:
-        raise unknown_name("kind of index", kind, _BUILDERS)
-    module, _, name = _BUILDERS[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

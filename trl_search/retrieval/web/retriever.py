@@ -29,6 +29,7 @@ import httpx
 import tenacity
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import cache_folder, home_expanded
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
 from trl_search.retrieval.web.page import PageError, fetch_page
@@ -36,7 +37,6 @@ from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, l
 from trl_search.retrieval.web.store import WebStore
 from trl_search.types import Passage
 
-DEFAULT_CACHE = Path("~/.cache/trl-search/web.sqlite3")
 RESULTS = 10  # asked of a provider at least: a page of them costs what one costs, and serves every k
 MAX_QUERY_CHARS = 400  # engines read no more, or refuse it
 PAGES_AT_ONCE = 16
@@ -237,7 +237,7 @@ def load(
     *,
     provider: str = "ddgs",
     base_url: str | None = None,
-    cache: str | Path = DEFAULT_CACHE,
+    cache: str | Path | None = None,
     rate_per_s: float | None = None,
     pages: bool = False,
     page_chars: int = 2000,
@@ -248,7 +248,8 @@ def load(
     Args:
         provider (`str`): "ddgs", "serper", "tavily", "brave" or "searxng".
         base_url (`str`, *optional*): Where the provider is; searxng needs it, or `SEARXNG_URL`.
-        cache (`str | Path`): The file of answers: the same file, the same results.
+        cache (`str | Path`, *optional*): The file of answers; by default `~/.cache/trl-search/web.sqlite3`. The same
+            file gives the same results.
         rate_per_s (`float`, *optional*): Searches a second; by default what the provider's smallest plan bears.
         pages (`bool`): Passages hold the text of the pages in place of the engine's snippets.
         page_chars (`int`): Characters of a page's text.
@@ -257,7 +258,7 @@ def load(
     engine = load_provider(provider, base_url)
     return WebRetriever(
         engine,
-        WebStore(Path(cache).expanduser()),
+        WebStore(Path(home_expanded(cache)) if cache is not None else cache_folder() / "web.sqlite3"),
         rate_per_s=engine.rate_per_s if rate_per_s is None else rate_per_s,
         pages=pages,
         page_chars=page_chars,

@@ -1,0 +1,49 @@
+"""One word, one retriever: a folder, an address and a kind are told apart in the same way everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval import load_retriever, open_retriever, resolve_retriever
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Passage
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    build_index([Passage("1", "Orlune", "A harbour town.")], "~/wiki")
+    return tmp_path
+
+
+@pytest.mark.parametrize("word", ["wiki", "./wiki", "~/wiki", Path("wiki")])
+def test_a_folder_is_opened_by_its_manifest(home: Path, word: str | Path) -> None:
+    assert [passage.id for passage in open_retriever(word).search(["harbour"], k=1)[0]] == ["1"]
+
+
+def test_an_address_and_a_kind(home: Path) -> None:
+    assert resolve_retriever("https://host:1", {"timeout_s": 1}) == ("http", {"url": "https://host:1", "timeout_s": 1})
+    Path("bm25").mkdir()
+    assert resolve_retriever("bm25", {"index": "wiki"}) == ("bm25", {"index": "wiki"})
+    with pytest.raises(UserError, match="not a finished index"):
+        resolve_retriever("./bm25")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"), [("nowhere/at/all", "no index folder nowhere/at/all"), ("bm52", "bm52.*kinds bm25, dense")]
+)
+def test_a_word_that_names_nothing_says_what_would(home: Path, word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_retriever(word)
+
+
+def test_every_path_may_begin_at_home(home: Path) -> None:
+    (home / "corpus.jsonl").write_text('{"id": "7", "text": "A lantern."}\n')
+    for options in ({"index": "~/wiki"}, {"corpus": "~/corpus.jsonl"}):
+        load_retriever("bm25", **options).close()  # type: ignore[arg-type]
+    build_index("~/corpus.jsonl", "~/other")
+    assert (home / "other" / "manifest.json").is_file()
