@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON objects read with the place of a mistake named, and `~` in paths."""
+"""Files that are written whole or not at all, JSON objects whose mistakes are located, and `~` in paths."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def home_expanded(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """`~/.cache/trl-search`, or below `XDG_CACHE_HOME`. In a container without a home it is in the temporary folder."""
+    """`~/.cache/trl-search`, or below `XDG_CACHE_HOME`; in a container without a home, below the temporary folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(tempfile.gettempdir() if base.startswith("~") else base, "trl-search")
