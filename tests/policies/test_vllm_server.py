@@ -31,6 +31,8 @@ from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits, rollout
 from trl_search.types import FinishReason, Sampling, StopReason
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Sampling(temperature=0.0)
 LIMITS = Limits(completion_tokens=320, turn_tokens=48, observation_tokens=128)
 MAX_MODEL_LEN = 1024

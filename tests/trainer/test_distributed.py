@@ -19,6 +19,8 @@ import pytest
 from tests.conftest import make_random_model
 from tests.support.distributed_run import value
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
 

@@ -101,6 +101,7 @@ def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(tmp_path, tokenize
     assert {one.stop_reason for one in played} == {StopReason.ANSWER}
 
 
+@pytest.mark.slow
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_search"]

@@ -115,6 +115,7 @@ def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questi
     assert results(tmp_path / "whole")["search"]["nq"]["em"] > 0.7
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_questions(tmp_path, questions, capsys):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

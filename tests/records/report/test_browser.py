@@ -17,6 +17,8 @@ from tests.support.report_runs import trajectory, write_run, write_trajectories
 from trl_search.records.folder import read_run, read_trajectories
 from trl_search.records.report.page import write_report
 
+pytestmark = pytest.mark.slow
+
 # A browser that phones nobody.
 FLAGS = [
     "--no-sandbox",

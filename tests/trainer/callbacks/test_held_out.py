@@ -272,6 +272,7 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, random_model, token
         other.train()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_questions_and_keep_one_best_checkpoint(tmp_path, random_model, tokenizer):
     random_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
