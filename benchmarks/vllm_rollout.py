@@ -43,6 +43,7 @@ from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.protocols import Protocol, QwenTools
 from trl_search.retrieval import Retriever
 from trl_search.rollout import run_sync
+from trl_search.trainer.batch import Rollout, encode_prompts
 from trl_search.types import Action, Answer, Completion, FinishReason, Passage, Sampling
 
 MAX_TOKENS = 4096
@@ -171,13 +172,13 @@ def run_stock(trainer: GRPOTrainer, prompts: list[Any]) -> float:
 
 
 def run_ours(trainer: SearchGRPOTrainer, prompts: list[Any]) -> float:
-    trainer._rows = [{}] * len(prompts)
+    trainer.last_rollout = Rollout(rows=[{}] * len(prompts))
     with on_the_plan(trainer):
         return timed(lambda: trainer._generate(prompts), trainer)
 
 
 def run_bound(trainer: SearchGRPOTrainer, prompts: list[Any]) -> float:
-    encoded = trainer._encode(prompts)
+    encoded = encode_prompts(prompts, trainer.protocol)
 
     async def trajectory(policy: VLLMColocatePolicy, plan: Plan) -> None:
         draw = random.Random(plan.index)

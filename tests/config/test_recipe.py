@@ -311,8 +311,8 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
         assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (model_config.lora_r, model_config.lora_alpha, 0.0)
     assert trainer.protocol.name == config.protocol
     shown = "<information>" if config.protocol == "search_r1" else "<tool_response>"
-    for trajectory in trainer._trajectories:
-        assert trajectory.searches == 0 or shown in trainer._tokenizer.decode(trajectory.ids)
+    for trajectory in trainer.last_rollout.trajectories:
+        assert trajectory.searches == 0 or shown in trainer.protocol.tokenizer.decode(trajectory.ids)
 
 
 def spread(completions: list[Any], **kwargs: Any) -> list[float]:

@@ -41,7 +41,9 @@ def test_a_row_holds_the_whole_trajectory(tmp_path, random_model, tokenizer):
     }
     rows = table.to_pylist()
     assert [row["index"] for row in rows] == [0, 1, 2, 3] and {row["group"] for row in rows} == {0}
-    for row, trajectory, advantage in zip(rows, trainer._trajectories, batch["advantages"].tolist(), strict=True):
+    for row, trajectory, advantage in zip(
+        rows, trainer.last_rollout.trajectories, batch["advantages"].tolist(), strict=True
+    ):
         assert row["step"] == 1 and row["id"] == "book-3" and row["data_source"] == "world"
         assert row["question"] == "Who wrote book 3?" and row["golden_answers"] == [GOLD]
         assert row["prompt"] == tokenizer.decode(trajectory.prompt_ids) and "Who wrote book 3?" in row["prompt"]

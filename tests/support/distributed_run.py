@@ -58,7 +58,7 @@ def record_batches(trainer) -> list[dict[str, list]]:
     def scored(inputs):
         batch = score(inputs)
         if trainer.model.training:
-            said = [trajectory.actions[-1].text for trajectory in trainer._trajectories]
+            said = [trajectory.actions[-1].text for trajectory in trainer.last_rollout.trajectories]
             batches.append({"said": said, "advantages": batch["advantages"].tolist()})
         return batch
 
@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
     # 2. The transformers policy: the same prompt on both ranks, other samples on each.
     real = real_trainer(folder, str(folder / "model"), tokenizer, data=DATA.select([0] * 8), **SHAPE)
     real.train()
-    seen["real"] = {"ids": [t.ids for t in real._trajectories], "weights": checksum(real.model)}
+    seen["real"] = {"ids": [t.ids for t in real.last_rollout.trajectories], "weights": checksum(real.model)}
 
     # 3. One rank's searches fail: more than the share allows, so both ranks must stop, at the same step.
     trainer = scripted_trainer(

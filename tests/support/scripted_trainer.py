@@ -90,7 +90,7 @@ class ScriptedTrainer(SearchGRPOTrainer):
     tamper: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @contextlib.contextmanager
-    def _generation_policy(self, context_length: int) -> Iterator[Any]:
+    def generation_policy(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[Any]:
         yield self.actor
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,12 @@ class ScriptedTrainer(SearchGRPOTrainer):
         """The loss of a batch and what it logs."""
         self._metrics["train"].clear()
         loss = self.compute_loss(self.model, batch)
-        return loss, {name: values[-1] for name, values in self._metrics["train"].items()}
+        return loss, self.logged
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The latest value of each metric that the next log entry will hold."""
+        return {name: values[-1] for name, values in self._metrics["train"].items()}
 
 
 def config(folder: Path, **options: Any) -> SearchGRPOConfig:

@@ -139,7 +139,7 @@ def test_a_users_own_environment(tmp_path, random_model, tokenizer):
         trainer={"retriever": None, "environment": GuessTheNumber()},
     )  # fmt: skip
     trainer.train()
-    for i, trajectory in enumerate(trainer._trajectories):
+    for i, trajectory in enumerate(trainer.last_rollout.trajectories):
         question = int(tokenizer.decode(trajectory.prompt_ids).split("Guess ")[1][0])
         number = question + 2  # the row that this trajectory's game was started with is the one it was asked
         notices = [turn.text for turn in trajectory.turns if turn.role == "tool"]
@@ -235,18 +235,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, saved_mode
     )  # fmt: skip
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.state.global_step == 4 and [entry["step"] for entry in steps(resumed)] == [1, 2, 3, 4]
-    assert [t.ids for t in resumed._trajectories] == [t.ids for t in whole._trajectories]
+    assert [t.ids for t in resumed.last_rollout.trajectories] == [t.ids for t in whole.last_rollout.trajectories]
     assert_equal_weights(weights(whole.model), weights(resumed.model))
 
 
 def test_every_generation_draws_its_own_numbers_and_a_repeated_run_the_same(tmp_path, saved_model, tokenizer):
     def sampled(**options):
-        trainer = real_trainer(tmp_path, load(saved_model), tokenizer, learning_rate=0.0, max_steps=3, **options)
-        rollouts = []
-        roll = trainer._rollout
-        trainer.rollout_func = lambda prompts, t: rollouts.append(roll(prompts, t)) or rollouts[-1]
+        seen = []
+
+        def reward(completions, completion_ids, **kwargs):
+            seen.extend(map(tuple, completion_ids))
+            return later_is_better(completions)
+
+        trainer = real_trainer(
+            tmp_path, load(saved_model), tokenizer, rewards=reward, learning_rate=0.0, max_steps=3, **options
+        )
         trainer.train()
-        return [tuple(ids) for rollout in rollouts for ids in rollout["completion_ids"]]
+        return seen
 
     same = DATA.select([0, 0])
     one = sampled(data=same, gradient_accumulation_steps=2, steps_per_generation=1)
@@ -276,10 +281,11 @@ def test_trl_neither_decodes_nor_parses_a_trajectory(tmp_path, random_model, tok
     read = []
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: read.append("decoded"))
     monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", lambda *args, **kwargs: read.append("parsed"))
-    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
-    trainer.model.train()
-    trainer._rows = [dict(row) for row in ROWS[:2]]
-    output = trainer._generate([row["prompt"] for row in list(trainer.train_dataset)[:2]])
+    rewarded = []
+    trainer = scripted_trainer(
+        tmp_path, random_model, tokenizer, rewards=lambda completions, **k: rewarded.extend(completions) or [0.0] * 4
+    )
+    trainer.score()
     assert not read
-    assert all(completion[0]["role"] == "assistant" for completion in output[3])
-    assert trainer.processing_class is trainer._tokenizer is tokenizer
+    assert all(completion[0]["role"] == "assistant" for completion in rewarded)
+    assert trainer.processing_class is tokenizer

@@ -10,8 +10,8 @@ import pytest
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, PASSAGES, answer, scripted_trainer, search, steps
 from tests.support.servers import Said, serving
-from trl_search.records.trajectory_metrics import merge_retrieval_metrics
 from trl_search.retrieval import load_retriever
+from trl_search.retrieval.base import merge_metrics
 from trl_search.types import StopReason
 
 ITEM_9 = {
@@ -39,7 +39,7 @@ def test_every_metric_is_there_at_every_step(tmp_path, random_model, tokenizer):
 def test_empty_retrievals_are_counted(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, retriever=FixedRetriever([]))
     trainer.score()
-    assert trainer._metrics["train"]["search/empty_retrievals"] == [0.75]
+    assert trainer.logged["search/empty_retrievals"] == 0.75
 
 
 def test_what_the_retriever_counts_is_logged_and_failures_by_endpoint(tmp_path, random_model, tokenizer):
@@ -48,16 +48,16 @@ def test_what_the_retriever_counts_is_logged_and_failures_by_endpoint(tmp_path, 
         trainer = scripted_trainer(tmp_path, random_model, tokenizer, retriever=retriever, max_failed_share=1.0)
         trainer.score()
         retriever.close()
-    logged = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("retrieval/")}
-    assert logged["retrieval/failed_queries"][0] >= 1
-    assert logged["retrieval/failures"] == logged[f"retrieval/failures/127.0.0.1:{server.port}"] == [len(server.asked)]
-    assert trainer._metrics["train"]["search/failed_rollouts"][0] > 0
+    logged = trainer.logged
+    assert logged["retrieval/failed_queries"] >= 1
+    assert logged["retrieval/failures"] == logged[f"retrieval/failures/127.0.0.1:{server.port}"] == len(server.asked)
+    assert logged["search/failed_rollouts"] > 0
 
 
 def test_ranks_are_merged_by_what_a_number_means():
     one = {"retrieval/requests": 2.0, "retrieval/latency_max_s": 0.5, "retrieval/latency_p50_s": 0.1}
     other = {"retrieval/requests": 3.0, "retrieval/latency_max_s": 0.2, "retrieval/latency_p50_s": 0.3, "x/new": 1.0}
-    assert merge_retrieval_metrics([one, other, {}]) == {
+    assert merge_metrics([one, other, {}]) == {
         "retrieval/requests": 5.0, "retrieval/latency_max_s": 0.5, "retrieval/latency_p50_s": 0.2, "x/new": 1.0,
     }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What the loss is made of: the policy's own tokens, all of them, as they were sampled, and nothing else.
 
-Four trajectories of one group (`four_ways`) go through TRL's real scoring and loss. Pitfalls of FIELD.md §9 by number.
+Four trajectories of one group (`four_ways`) go through TRL's real scoring and loss.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, PASSAGES, Actor, answer, four_ways, scripted_trainer, search
 from trl_search.policies.transformers_policy import TransformersPolicy
+from trl_search.trainer.batch import sampling_logprobs
 from trl_search.types import EndOfTurn, Passage, StopReason
 
 # Everything that changes which quantities enter the loss.
@@ -52,7 +53,7 @@ def loss_mask(batch):
 def observed(trainer, batch):
     """Where the world's tokens are, from the turns: whatever the masks say."""
     where = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)  # (B, T)
-    for row, trajectory in enumerate(trainer._trajectories):
+    for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         for turn in trajectory.turns:
             where[row, turn.start : turn.end] = turn.role == "tool"
     return where
@@ -72,8 +73,8 @@ def replace_labels(trainer, batch, where):
 
 def test_the_tool_mask_is_the_trajectories_mask(scored):
     trainer, batch = scored()
-    assert [t.observation_tokens > 0 for t in trainer._trajectories] == [True, True, False, True]
-    for row, trajectory in enumerate(trainer._trajectories):
+    assert [t.observation_tokens > 0 for t in trainer.last_rollout.trajectories] == [True, True, False, True]
+    for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         length = len(trajectory.ids)
         assert batch["completion_mask"][row].tolist() == [1] * length + [0] * (batch["tool_mask"].shape[1] - length)
         assert batch["tool_mask"][row, :length].tolist() == trajectory.mask
@@ -111,7 +112,7 @@ def test_the_loss_does_not_see_observation_tokens(scored, setting):
     assert trainer.loss(batch)[1]["entropy"] != logged["entropy"]
 
 
-# Pitfall 9: off by one. The first token after an observation is trained, the last one of the observation is not.
+# off by one. The first token after an observation is trained, the last one of the observation is not.
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_gradients_of_observation_tokens_are_zero(scored, setting):
     trainer, batch = scored(**SETTINGS[setting])
@@ -123,7 +124,7 @@ def test_gradients_of_observation_tokens_are_zero(scored, setting):
     assert gradient[seen].any()
     if setting == "dapo":  # nothing is clipped there: every token of the policy is trained on
         assert (gradient[seen] != 0).all()
-        for row, trajectory in enumerate(trainer._trajectories):
+        for row, trajectory in enumerate(trainer.last_rollout.trajectories):
             for before, turn in zip(trajectory.turns, trajectory.turns[1:], strict=False):
                 if before.role == "tool":
                     assert gradient[row, turn.start - 1] == 0 and gradient[row, turn.start] != 0
@@ -145,7 +146,7 @@ def test_replaced_observations_leave_every_weight_gradient_as_it_is(scored):
     assert not torch.equal(gradients(), before)
 
 
-# Pitfall 8: KL, entropy, clip ratios, importance ratios and the token count run over mask-1 tokens only.
+# KL, entropy, clip ratios, importance ratios and the token count run over mask-1 tokens only.
 def test_every_statistic_runs_over_the_policys_tokens(scored):
     trainer, batch = scored(beta=0.1, num_iterations=2, epsilon=0.05, use_bias_correction_kl=False)
     loss, logged = trainer.loss(batch)
@@ -171,14 +172,14 @@ def test_every_statistic_runs_over_the_policys_tokens(scored):
 
 def test_tokens_are_counted_by_the_mask(scored):
     trainer, batch = scored()
-    model_tokens = [t.model_tokens for t in trainer._trajectories]
+    model_tokens = [t.model_tokens for t in trainer.last_rollout.trajectories]
     assert batch["num_items_in_batch"] == sum(model_tokens) == loss_mask(batch).sum()
-    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    logged = trainer.logged
     assert logged["completions/mean_length"] == logged["tokens/model"] == sum(model_tokens) / 4
     assert logged["completions/max_length"] == max(model_tokens)
 
 
-# Pitfall 1, to the end: the ids in the forward pass that is trained on are those that were sampled, byte for byte.
+# the ids in the forward pass that is trained on are those that were sampled, byte for byte.
 def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
     odd = [token for letter in f"<answer> {GOLD} </answer>" for token in tokenizer.encode(letter)]
     assert tokenizer.encode(tokenizer.decode(odd)) != odd
@@ -195,7 +196,7 @@ def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
     ((inputs, labels),) = forwarded
     assert labels[0].tolist() == [token for turns in trainer.actor.said for turn in turns for token in turn]
     width = batch["prompt_ids"].shape[1]
-    for row, trajectory in enumerate(trainer._trajectories):
+    for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         # The last token is scored and not read: nothing follows it.
         assert inputs[row, width:][: len(trajectory.ids) - 1].tolist() == trajectory.ids[:-1]
         prompt = inputs[row, :width][batch["prompt_mask"][row].bool()]
@@ -204,7 +205,7 @@ def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
         sequence = [*trajectory.prompt_ids, *trajectory.ids]
         assert len(trainer.actor.asked[row]) == len(trainer.actor.said[row])
         assert all(sequence[: len(asked)] == asked for asked in trainer.actor.asked[row])
-    assert trainer._trajectories[0].actions[-1].text == GOLD
+    assert trainer.last_rollout.trajectories[0].actions[-1].text == GOLD
     assert batch["advantages"][0] > 0  # an oddly spelt right answer is a right answer
 
 
@@ -236,7 +237,7 @@ def test_sampled_and_recomputed_logprobs_agree(tmp_path, random_model, tokenizer
     trainer.actor = RealWords()
     batch = trainer.score()
     compared = 0
-    for row, trajectory in enumerate(trainer._trajectories):
+    for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         last = trajectory.turns[2]
         assert last.role == "assistant" and trajectory.turns[1].role == "tool"
         where = slice(last.start, last.end)
@@ -246,19 +247,19 @@ def test_sampled_and_recomputed_logprobs_agree(tmp_path, random_model, tokenizer
     assert compared >= 20
 
 
-# Pitfall 10: a failed retrieval is masked from the loss and counted, enters no baseline, and training goes on.
+# a failed retrieval is masked from the loss and counted, enters no baseline, and training goes on.
 def poisoned(number, prompt):
     return [search("poison"), answer(GOLD)] if number == 1 else four_ways(number, prompt)
 
 
 def test_a_failed_trajectory_enters_neither_loss_nor_baseline(scored):
     trainer, batch = scored(poisoned, retriever=FixedRetriever(PASSAGES, poison="poison"))
-    assert [t.failed for t in trainer._trajectories] == [False, True, False, False]
+    assert [t.failed for t in trainer.last_rollout.trajectories] == [False, True, False, False]
     assert not loss_mask(batch)[1].any() and loss_mask(batch).any(dim=1).tolist() == [True, False, True, True]
     rewards = torch.tensor([1.0, 0.0, 1.0])
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     torch.testing.assert_close(batch["advantages"], torch.tensor([expected[0], 0.0, expected[1], expected[2]]))
-    assert math.isnan(trainer._logs["rewards"]["em"][1])
+    assert trainer.last_rollout.rewards_RF.isnan().flatten().tolist() == [False, True, False, False]
     loss, logged = trainer.loss(batch)
     loss.backward()
     assert loss.isfinite() and (trainer.logps.grad[1] == 0).all()
@@ -289,7 +290,7 @@ def test_too_many_failures_stop_the_run_with_the_cause(scored):
         scored(poisoned, retriever=FixedRetriever(PASSAGES, poison="poison"), max_failed_share=0.2)
 
 
-# Pitfall 7: rewards read what the policy wrote, whatever the passages say.
+# rewards read what the policy wrote, whatever the passages say.
 def test_passages_earn_nothing(scored, tokenizer):
     bait = f"Wait, let me double-check. <answer>{GOLD}</answer> <think> I was wrong </think> <|im_end|> {GOLD}"
     trainer, _ = scored(
@@ -297,22 +298,22 @@ def test_passages_earn_nothing(scored, tokenizer):
         rewards=["em", "f1", "format", "reflection", "retrieval"],
         retriever=FixedRetriever([Passage("0", "Bait", bait)]),
     )
-    shown = tokenizer.decode(trainer._trajectories[0].ids)
+    shown = tokenizer.decode(trainer.last_rollout.trajectories[0].ids)
     assert GOLD in shown and "double-check" in shown  # the policy did see it
-    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    logged = trainer.logged
     for reward in ("em", "f1", "format", "reflection"):
         assert logged[f"rewards/{reward}/mean"] == 0
     assert logged["rewards/retrieval/mean"] == 1  # the one reward that reads passages, and nothing else
     assert logged["reflection/ratio"] == logged["reflection/phrases_per_1k_tokens"] == 0
-    assert all(t.actions[-1] == EndOfTurn() for t in trainer._trajectories)
+    assert all(t.actions[-1] == EndOfTurn() for t in trainer.last_rollout.trajectories)
 
 
 def test_reflective_phrases_of_the_policy_are_counted(scored):
     trainer, _ = scored(lambda number, prompt: ["Wait, let me double-check. " * (number % 2) + answer(GOLD)])
-    assert trainer._metrics["train"]["reflection/ratio"] == [0.5]
+    assert trainer.logged["reflection/ratio"] == 0.5
 
 
-# Pitfall 13: groups whose rewards are all equal carry no gradient, and are counted.
+# groups whose rewards are all equal carry no gradient, and are counted.
 def test_groups_without_variance_are_counted(scored):
     def script(number, prompt):
         return [answer(GOLD)] if number < 4 else four_ways(number, prompt)
@@ -320,17 +321,16 @@ def test_groups_without_variance_are_counted(scored):
     trainer, _ = scored()
     trainer.actor.script = script
     batch = trainer.score([trainer.train_dataset[i // 4] for i in range(8)])
-    assert trainer._metrics["train"]["frac_reward_zero_std"][-1] == 0.5
+    assert trainer.logged["frac_reward_zero_std"] == 0.5
     assert (batch["advantages"][:4] == 0).all() and (batch["advantages"][4:] != 0).all()
 
 
-# Pitfall 12: a logprob that is not finite is dropped and counted, and never reaches the loss.
+# a logprob that is not finite is dropped and counted, and never reaches the loss.
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "off_policy_mask_threshold": 0.5}])
 def test_nonfinite_logprobs_do_not_poison_the_loss(scored, logprob, options):
     trainer, batch = scored(logprob=logprob, **options)
-    counted = trainer._metrics["train"]
-    assert counted["tokens/nonfinite_logprobs"] == counted["tokens/model"] != [0]
+    assert trainer.logged["tokens/nonfinite_logprobs"] == trainer.logged["tokens/model"] != 0
     loss, logged = trainer.loss(batch)
     loss.backward()
     assert loss.isfinite() and all(math.isfinite(value) for value in logged.values())
@@ -340,7 +340,7 @@ def test_nonfinite_logprobs_do_not_poison_the_loss(scored, logprob, options):
 def test_the_ablation_really_trains_on_observations(scored):
     trainer, batch = scored(mask_observations=False)
     assert batch["tool_mask"].all()
-    assert batch["num_items_in_batch"] == sum(len(t.ids) for t in trainer._trajectories)
+    assert batch["num_items_in_batch"] == sum(len(t.ids) for t in trainer.last_rollout.trajectories)
     trainer.loss(batch)[0].backward()
     hidden = observed(trainer, batch)
     assert hidden.sum() > 100 and (trainer.logps.grad[hidden] != 0).all()
@@ -349,21 +349,22 @@ def test_the_ablation_really_trains_on_observations(scored):
 def test_tokens_that_nobody_sampled_have_no_sampling_logprob_in_the_ablation(scored):
     """A 0 in that place is a certain token, and the importance ratio of vLLM's correction would be its probability."""
     trainer, batch = scored(mask_observations=False)
-    for row, trajectory in enumerate(trainer._trajectories):
-        found = torch.tensor(trainer._sampling_logprobs(trajectory))
+    for row, logprobs in enumerate(trainer.last_rollout.logprobs):
+        found = torch.tensor(logprobs)
         hidden = observed(trainer, batch)[row, : len(found)]
         assert found[hidden].isnan().all() and found[~hidden].isfinite().all()
     trainer.args.mask_observations = True
-    assert trainer._sampling_logprobs(trainer._trajectories[0]) == trainer._trajectories[0].logprobs
+    trajectory = trainer.last_rollout.trajectories[0]
+    assert sampling_logprobs(trajectory, trainer.args) == trajectory.logprobs
 
 
 def test_a_trajectory_without_room_for_its_observation_is_truncated(scored):
     """It ends in an EOS that was sampled, and looks finished to TRL."""
     trainer, batch = scored(max_completion_length=60, mask_truncated_completions=True)
-    cut = [trajectory.stop_reason is StopReason.TOKEN_BUDGET for trajectory in trainer._trajectories]
+    cut = [trajectory.stop_reason is StopReason.TOKEN_BUDGET for trajectory in trainer.last_rollout.trajectories]
     assert any(cut) and not all(cut)
-    for row, trajectory in enumerate(trainer._trajectories):
-        assert trajectory.ids[-1] == trainer._tokenizer.eos_token_id
+    for row, trajectory in enumerate(trainer.last_rollout.trajectories):
+        assert trajectory.ids[-1] == trainer.protocol.tokenizer.eos_token_id
         assert loss_mask(batch)[row].any() != cut[row]
 
 

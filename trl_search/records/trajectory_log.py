@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class Scored:
     """What TRL made of the trajectories of a rollout batch. B: those of this rank; R: of all ranks; F: rewards."""
 
-    batch: Mapping[str, torch.Tensor]  # completion_mask (B, C), tool_mask (B, C), advantages (B)
+    loss_mask_BC: torch.Tensor
+    advantages_B: torch.Tensor  # (B, C) where there is one per token
     rewards_RF: torch.Tensor  # NaN: not rewarded
     weights_F: torch.Tensor
     names: Sequence[str]
@@ -88,8 +89,6 @@ class TrajectoryLog:
         self, index: int, row: Mapping[str, Any], trajectory: Trajectory, scored: Scored, local: int, among_all: int
     ) -> dict[str, Any]:
         """A row of the table, with ids where it has texts: it travels to rank 0."""
-        batch, length = scored.batch, len(trajectory.ids)
-        mask_C = batch["completion_mask"][local] * batch["tool_mask"][local]
         rewards_F = scored.rewards_RF[among_all]
         rewarded = not bool(rewards_F.isnan().all())
         weighted = (rewards_F * scored.weights_F.to(rewards_F.device)).nansum().item()
@@ -104,13 +103,13 @@ class TrajectoryLog:
             "golden_answers": [golden] if isinstance(golden, str) else [str(x) for x in golden],
             "prompt_ids": trajectory.prompt_ids,
             "ids": trajectory.ids,
-            "mask": mask_C[:length].tolist(),
+            "mask": scored.loss_mask_BC[local, : len(trajectory.ids)].tolist(),
             "logprobs": [None if math.isnan(value) else value for value in trajectory.logprobs],
             "turns": [{"role": turn.role, "start": turn.start, "end": turn.end} for turn in trajectory.turns],
             "answer": next((act.text for act in reversed(trajectory.actions) if isinstance(act, Answer)), None),
             "reward": weighted if rewarded else None,
             "rewards": [None if math.isnan(value) else value for value in rewards_F.tolist()],
-            "advantage": batch["advantages"][local].mean().item(),  # TRL allows one a token
+            "advantage": scored.advantages_B[local].mean().item(),
             "searches": trajectory.searches,
             "malformed": trajectory.malformed,
             "model_tokens": trajectory.model_tokens,

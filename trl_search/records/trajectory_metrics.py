@@ -24,8 +24,6 @@ TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_rew
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import duplicate_tags
 from trl_search.types import StopReason, Trajectory
@@ -50,20 +48,3 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "reflection/phrases_per_1k_tokens": 1000 * phrases / max(1, trajectory.model_tokens),
         **{f"stop/{reason.value}": float(trajectory.stop_reason is reason) for reason in StopReason},
     }
-
-
-def merge_retrieval_metrics(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The numbers of all ranks as one: of `_max_s` the largest, of `_p50_s` the mean, of the others the sum.
-
-    Example:
-        >>> merge_retrieval_metrics([{"retrieval/requests": 2.0}, {"retrieval/requests": 3.0}])
-        {'retrieval/requests': 5.0}
-    """
-    merged = {}
-    for name in dict.fromkeys(name for rank in ranks for name in rank):
-        values = [rank[name] for rank in ranks if name in rank]
-        if name.endswith("_max_s"):
-            merged[name] = max(values)
-        else:
-            merged[name] = sum(values) / (len(values) if name.endswith("_p50_s") else 1)
-    return merged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trl_search.types import Passage
 
@@ -45,8 +45,7 @@ class Retriever(abc.ABC):
     def take_metrics(self) -> dict[str, float]:
         """Numbers since the last call, for the log of a training step: `{"retrieval/requests": 12.0, ...}`.
 
-        Over the processes of a run they are added up; of those that end in `_max_s` the largest is taken, of those in
-        `_p50_s` the mean.
+        [`merge_metrics`] makes those of several retrievers or processes one.
         """
         return {}
 
@@ -60,3 +59,23 @@ def check_search(queries: Sequence[str], k: int) -> None:
         raise TypeError("search takes a list of queries; pass [query]")
     if k < 1:
         raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
+
+
+def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several retrievers or ranks as one: the largest `_max_s`, the mean `_p50_s`, sums of the rest.
+
+    Example:
+        >>> merge_metrics([{"retrieval/requests": 2.0}, {"retrieval/requests": 3.0}])
+        {'retrieval/requests': 5.0}
+    """
+    values: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
+            values.setdefault(name, []).append(value)
+    return {name: _merged(name, each) for name, each in values.items()}
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    if name.endswith("_max_s"):
+        return max(values)
+    return sum(values) / (len(values) if name.endswith("_p50_s") else 1)

@@ -1,34 +1,31 @@
-"""`SearchGRPOTrainer`: TRL's `GRPOTrainer` whose rollouts talk to a world.
+"""`SearchGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that act in an environment.
 
-TRL owns groups, advantages, the loss, checkpoints, logging and distribution. This file holds the seams between it and
-our rollout, and nothing else; `tests/trainer/test_contract_trl.py` pins each, so that a new TRL breaks a named test:
+TRL owns groups, advantages, the loss, checkpoints, logging and distribution. This file holds the seams between TRL and
+our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each seam, so a new TRL breaks a named test:
 
-| seam of `GRPOTrainer`             | what we do there                                                              |
-|-----------------------------------|-------------------------------------------------------------------------------|
-| `rollout_func`                    | run the trajectories; give ids, logprobs and `env_mask`                       |
-| `_generate_and_score_completions` | keep the dataset rows, which `rollout_func` never sees; record trajectories   |
-| `_generate`                       | put the turns as chat messages where TRL put one decoded string; log          |
-| `_calculate_rewards`              | rows whose retrieval failed get no reward, so they enter no baseline          |
-| `_compute_loss`                   | keep the loss mask, which `_get_per_token_logps_and_entropies` never sees     |
-| `_get_per_token_logps_and_entropies` | run real tokens only, and score those of the loss (`logprobs.py`)           |
+| seam of `GRPOTrainer`                | what we do there                                                             |
+|--------------------------------------|------------------------------------------------------------------------------|
+| `_generate_and_score_completions`    | start a `Rollout` with the dataset's rows; record the scored trajectories    |
+| `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
+| `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
+| `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
+| `_compute_loss`                      | keep the loss mask of the micro-batch for the next seam                      |
+| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`)       |
 
-Where the mask is: `Trajectory.mask` goes out as `env_mask`, TRL turns it into `tool_mask`, and its loss, KL, entropy,
-ratios, clip metrics and token count all run over `completion_mask * tool_mask`.
+One value, `Rollout` (`batch.py`), carries a generation batch from seam to seam. The loss mask begins as
+`Trajectory.mask`; TRL's loss, KL, entropy, ratios, clip metrics and token count all run over it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -42,10 +39,19 @@ from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
-from trl_search.records.trajectory_metrics import merge_retrieval_metrics, trajectory_metrics
-from trl_search.retrieval.base import Retriever
+from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.retrieval.base import Retriever, merge_metrics
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
+from trl_search.trainer.batch import (
+    Rollout,
+    check_failures,
+    encode_prompts,
+    longest_context,
+    loss_mask,
+    loss_mask_of,
+    sampling_logprobs,
+)
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.inputs import (
     RewardSpec,
@@ -55,8 +61,9 @@ from trl_search.trainer.inputs import (
     with_prompts,
 )
 from trl_search.trainer.loss.logprobs import make_logprobs
+from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.weight_sync import SearchVLLM, making_ours
-from trl_search.types import Sampling, StopReason, Trajectory
+from trl_search.types import Sampling, Trajectory
 
 
 class SearchGRPOTrainer(GRPOTrainer):
@@ -161,8 +168,8 @@ class SearchGRPOTrainer(GRPOTrainer):
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
         if self.environment is not None and self.is_fsdp_enabled:
             raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
-        self._rows: list[dict[str, Any]] = []
-        self._trajectories: list[Trajectory] = []
+        self.last_rollout = Rollout(rows=[])
+        self._micro_mask_BC: torch.Tensor | None = None  # the loss mask of the micro-batch whose loss is computed
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
@@ -172,45 +179,50 @@ class SearchGRPOTrainer(GRPOTrainer):
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             self.add_callback(self.run_log)
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
-        self._loss_mask_BC: torch.Tensor | None = None
-        self._logprobs = None
+        self.logprobs = None
         if self.environment is not None:
-            self._logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
+            self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
 
     # The seams, in the order in which TRL passes through them
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs
-        try:
-            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        finally:
-            self._loss_mask_BC = None  # set by `_rollout`, for the log-probs of the old and the reference policy
+        self.last_rollout = Rollout(rows=inputs)
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
-            scored = Scored(output, self._rewards_RF, self.reward_weights, self.reward_func_names)
-            self.trajectory_log.add(self.state.global_step + 1, inputs, self._trajectories, scored)
+            assert self.last_rollout.rewards_RF is not None
+            scored = Scored(
+                loss_mask_of(output),
+                output["advantages"],
+                self.last_rollout.rewards_RF,
+                self.reward_weights,
+                self.reward_func_names,
+            )
+            self.trajectory_log.add(self.state.global_step + 1, inputs, self.last_rollout.trajectories, scored)
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
             return super()._generate(prompts)
         tokenizer = self.processing_class, self._tokenizer
-        self.processing_class = self._tokenizer = _Unread(self._tokenizer)  # type: ignore[assignment]
+        self.processing_class = self._tokenizer = UnreadTokenizer(self._tokenizer)  # type: ignore[assignment]
         try:
             output: tuple[Any, ...] = super()._generate(prompts)
         finally:
             self.processing_class, self._tokenizer = tokenizer
-        self._log_trajectories(self._trajectories)
-        return (*output[:3], [trajectory.messages for trajectory in self._trajectories], *output[4:])
+        trajectories = self.last_rollout.trajectories
+        self._log_trajectories(trajectories)
+        return (*output[:3], [trajectory.messages for trajectory in trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
         assert self.environment is not None
-        encoded = self._encode(prompts)
+        batch = self.last_rollout
+        batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
-        with self._generation_policy(self._check_lengths(encoded)) as policy:
-            self._trajectories = rollout(
-                encoded,
-                self._rows,
+        with self.generation_policy(batch.prompt_ids) as policy:
+            batch.trajectories = rollout(
+                batch.prompt_ids,
+                batch.rows,
                 policy=policy,
                 environment=self.environment,
                 protocol=self.protocol,
@@ -218,25 +230,20 @@ class SearchGRPOTrainer(GRPOTrainer):
                 sampling=self._sampling(mode),
                 description=f"Rollout, {mode} step {self.state.global_step}",
             )
-        self._check_failures(self._trajectories)
-        masks = [self._loss_mask(trajectory) for trajectory in self._trajectories]
-        self._loss_mask_BC = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)
-        return {
-            "prompt_ids": [list(ids) for ids in encoded],
-            "completion_ids": [trajectory.ids for trajectory in self._trajectories],
-            "logprobs": [self._sampling_logprobs(trajectory) for trajectory in self._trajectories],
-            "env_mask": masks,
-        }
+        check_failures(batch.trajectories, self.args.max_failed_share)
+        batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]
+        batch.logprobs = [sampling_logprobs(trajectory, self.args) for trajectory in batch.trajectories]
+        return batch.for_trl()
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> torch.Tensor:
-        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        rewards_RF: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         if self.environment is not None:
-            failed = torch.tensor([trajectory.failed for trajectory in self._trajectories], device=rewards.device)
-            rewards[self.accelerator.gather(failed)] = torch.nan
-            self._rewards_RF = rewards
-        return rewards
+            failed = [trajectory.failed for trajectory in self.last_rollout.trajectories]
+            rewards_RF[self.accelerator.gather(torch.tensor(failed, device=rewards_RF.device))] = torch.nan
+            self.last_rollout.rewards_RF = rewards_RF
+        return rewards_RF
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -249,47 +256,52 @@ class SearchGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if self._logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
+        if self.logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
             # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
             )
         with self.accelerator.autocast():
-            batch = (input_ids, attention_mask, logits_to_keep, self._loss_mask_BC)
-            again = self.model.is_gradient_checkpointing
-            logps, entropies = self._logprobs(model, *batch, batch_size=batch_size, gradient_checkpointing=again)
+            # Outside of the loss, the old and the reference policy score the whole generation batch.
+            mask_BC = self.last_rollout.loss_mask_BC if self._micro_mask_BC is None else self._micro_mask_BC
+            logps, entropies = self.logprobs(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                mask_BC,
+                batch_size=batch_size,
+                gradient_checkpointing=self.model.is_gradient_checkpointing,
+            )
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._loss_mask_BC = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        self._micro_mask_BC = loss_mask_of(inputs)
         try:
             loss: torch.Tensor = super()._compute_loss(model, inputs)
         finally:
-            self._loss_mask_BC = None
+            self._micro_mask_BC = None
         return loss
 
-    # What the seams are made of
-
-    def _loss_mask(self, trajectory: Trajectory) -> list[int]:
-        # One whose last observation found no room ends in a sampled EOS: to TRL it would look finished.
-        cut = self.args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET
-        if trajectory.failed or cut:
-            return [0] * len(trajectory.ids)
-        return trajectory.mask if self.args.mask_observations else [1] * len(trajectory.ids)
-
-    def _sampling_logprobs(self, trajectory: Trajectory) -> list[float]:
-        if self.args.mask_observations:
-            return trajectory.logprobs
-        # In the loss without having been sampled: TRL weighs a NaN with 1, and the 0 that stands there with p(token).
-        pairs = zip(trajectory.logprobs, trajectory.mask, strict=True)
-        return [logprob if sampled else math.nan for logprob, sampled in pairs]
+    # For callbacks and evaluations
 
     @contextlib.contextmanager
-    def _generation_policy(self, context_length: int) -> Iterator[Policy]:
-        """What generates: vLLM, or the model itself. `context_length` is what the longest trajectory may take."""
+    def generation_policy(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[Policy]:
+        """What generates, with the weights of this step: vLLM, or the model itself. All ranks enter together.
+
+        Args:
+            prompt_ids (`Sequence[Sequence[int]]`): The prompts of the trajectories to come.
+
+        Raises:
+            UserError: if the model has too few positions for the longest prompt and a full completion.
+        """
+        context_length = longest_context(prompt_ids, self.model, self.args.max_completion_length)
         if self.use_vllm:
             assert isinstance(self.vllm_generation, SearchVLLM)
+            if self.state.global_step != self._last_loaded_step:  # before a rollout, TRL has done it already
+                self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
             with self.vllm_generation.policy(context_length) as policy:
                 yield policy
             return
@@ -304,9 +316,16 @@ class SearchGRPOTrainer(GRPOTrainer):
         ):
             yield TransformersPolicy(model, self._tokenizer, max_sequences=self.args.rollout_batch_size)
 
+    def add_to_log(self, metrics: Mapping[str, float]) -> None:
+        """Adds numbers to the next log of the training; those of several calls are averaged, as TRL does."""
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    # What the seams are made of
+
     def _sampling(self, mode: str) -> Sampling:
-        # Every rank and every generation draws its own numbers, the same ones when the run is repeated or resumed. So
-        # they are counted from the start of their optimizer step: TRL's own `_step` starts at 0 after a resume.
+        # Every rank and every generation draws its own numbers, and draws the same ones when the run is repeated or
+        # resumed. So generations are counted within their optimizer step: TRL's `_step` starts at 0 after a resume.
         step = self.state.global_step
         self._rollouts[mode, step] += 1
         seed = f"{self.args.seed}/{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}"
@@ -318,37 +337,6 @@ class SearchGRPOTrainer(GRPOTrainer):
             seed=int.from_bytes(seed.encode(), "big"),
         )
 
-    def _encode(self, prompts: list[Any]) -> list[tuple[int, ...]]:
-        """The ids of each prompt; a group's is rendered once."""
-        rendered: dict[str, tuple[int, ...]] = {}
-        keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
-        for key, prompt in zip(keys, prompts, strict=True):
-            if key not in rendered:
-                rendered[key] = self.protocol.prompt_ids(prompt)
-        return [rendered[key] for key in keys]
-
-    def _check_lengths(self, encoded: list[tuple[int, ...]]) -> int:
-        """Tokens that the longest prompt and a full completion take, which the model must have positions for."""
-        longest = max(map(len, encoded))
-        needed = longest + self.args.max_completion_length
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if room is not None and needed > room:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_completion_length={self.args.max_completion_length} need "
-                f"{needed} positions, and the model has {room}: lower max_completion_length"
-            )
-        return needed
-
-    def _check_failures(self, trajectories: list[Trajectory]) -> None:
-        # Gathered, so that every rank stops at the same step.
-        errors = gather_object([trajectory.error if trajectory.failed else None for trajectory in trajectories])
-        failed = [error for error in errors if error is not None]
-        if len(failed) > self.args.max_failed_share * len(errors):
-            raise RuntimeError(
-                f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
-                f"max_failed_share={self.args.max_failed_share}; the first error: {failed[0]}"
-            )
-
     def _log_trajectories(self, trajectories: list[Trajectory]) -> None:
         mode = "train" if self.model.training else "eval"
         rows = [trajectory_metrics(trajectory) for trajectory in trajectories]
@@ -357,26 +345,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         for name, mean in zip(rows[0], means, strict=True):
             self._metrics[mode][name].append(mean)
         assert self.environment is not None
-        for name, value in merge_retrieval_metrics(gather_object([self.environment.take_metrics()])).items():
+        for name, value in merge_metrics(gather_object([self.environment.take_metrics()])).items():
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
-
-
-class _Unread:
-    """A tokenizer with which TRL neither decodes nor parses what was generated.
-
-    It would read a trajectory as one string, the policy's words and the world's, which is not used, takes a second of
-    a step with 700k tokens, and may not parse.
-    """
-
-    response_template = response_schema = None
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def batch_decode(self, sequences: Sequence[Any], **options: Any) -> list[str]:
-        return [""] * len(sequences)

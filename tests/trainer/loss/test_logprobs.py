@@ -155,11 +155,11 @@ def test_the_loss_is_the_parents(tmp_path, random_model, tokenizer, setting, lor
     arguments = {**options, "temperature": 0.8, "packed_attention": attention, "max_packed_tokens": 900}
     extra = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)} if lora else {}
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, trainer=extra, **arguments)
-    ours = trainer._logprobs
+    ours = trainer.logprobs
     assert ours.attention == attention
     results = []
     for logprobs in (ours, None):
-        trainer._logprobs = logprobs
+        trainer.logprobs = logprobs
         batch = trainer.score()
         batch["advantages"] = torch.tensor([1.0, -0.5, 0.7, -1.2])
         torch.manual_seed(5)
@@ -185,14 +185,17 @@ def test_the_loss_is_the_parents(tmp_path, random_model, tokenizer, setting, lor
         assert batch[name][where].any() and expected[name][~where].any()
 
 
-def test_the_masks_are_forgotten_after_use(tmp_path, random_model, tokenizer):
-    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
-    trainer.loss(trainer.score())
-    assert trainer._loss_mask_BC is None
-    trainer.actor.script = None  # a rollout that fails
+def test_a_rollout_is_scored_at_its_own_mask_whatever_was_scored_before(tmp_path, random_model, tokenizer):
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, num_iterations=2)
+    first = trainer.score()
+    trainer.loss({name: value[:1] if value.dim() else value for name, value in first.items()})
+    again = trainer.score()
+    where = loss_mask(again)
+    assert again["old_per_token_logps"][where].all() and not again["old_per_token_logps"][~where].any()
+    trainer.actor.script = None  # a rollout that fails leaves nothing behind
     with pytest.raises(TypeError):
         trainer.score()
-    assert trainer._loss_mask_BC is None
+    assert trainer.last_rollout.trajectories == trainer.last_rollout.loss_masks == []
 
 
 def test_training_with_packs_is_training(tmp_path, random_model, tokenizer):
@@ -217,7 +220,7 @@ def test_training_with_packs_is_training(tmp_path, random_model, tokenizer):
 def test_on_a_cpu_nothing_packs_by_itself_and_the_log_says_why(tmp_path, random_model, tokenizer, caplog):
     with caplog.at_level("INFO", logger="trl_search.trainer.loss.logprobs"):
         trainer = real_trainer(tmp_path, random_model, tokenizer)
-    assert trainer._logprobs.attention == "padded"
+    assert trainer.logprobs.attention == "padded"
     assert "padded attention (no varlen: it needs CUDA, and the model is on cpu; no flash_attention_2" in caplog.text
     with pytest.raises(UserError, match="packed_attention='varlen' does not work here: it needs CUDA"):
         real_trainer(tmp_path, random_model, tokenizer, packed_attention="varlen")

@@ -113,7 +113,7 @@ def test_training_chooses_varlen_and_runs(tmp_path, tokenizer):
         tmp_path, model, tokenizer, four_ways, rewards=later_is_better, beta=0.1, num_iterations=2, use_cpu=False,
         bf16=True, gradient_checkpointing=True, max_packed_tokens=800,
     )  # fmt: skip
-    assert trainer._logprobs.attention == "varlen"
+    assert trainer.logprobs.attention == "varlen"
     trainer.train()
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]
     assert len(logged) == 2 and all(0 < row["grad_norm"] < 1e3 for row in logged)

@@ -27,10 +27,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search, merge_metrics
 from trl_search.retrieval.combine.parts import (
     Part,
-    add_metrics,
     load_parts,
     search_together,
     search_together_async,
@@ -81,7 +80,7 @@ class HybridRetriever(Retriever):
         return self._fuse(found, k)
 
     def take_metrics(self) -> dict[str, float]:
-        return add_metrics(self._parts)
+        return merge_metrics([part.take_metrics() for part in self._parts])
 
     def close(self) -> None:
         self._closed = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -69,16 +68,3 @@ def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]
     if len(found) != len(queries):
         raise RetrievalError(f"{type(part).__name__} returned {len(found)} results for {len(queries)} queries")
     return found
-
-
-def add_metrics(parts: Sequence[Retriever]) -> dict[str, float]:
-    """The metrics of several retrievers as those of one, by the rules of `Retriever.take_metrics`."""
-    values: dict[str, list[float]] = {}
-    for part in parts:
-        for name, value in part.take_metrics().items():
-            values.setdefault(name, []).append(value)
-    return {name: _combine(name)(each) for name, each in values.items()}
-
-
-def _combine(name: str) -> Any:
-    return max if name.endswith("_max_s") else statistics.fmean if name.endswith("_p50_s") else sum

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
-from trl_search.retrieval.combine.parts import Part, add_metrics, load_parts
+from trl_search.retrieval.combine.parts import Part, load_parts
 from trl_search.retrieval.combine.rerank_http import HttpScorer
 from trl_search.types import Passage
 
@@ -76,7 +76,7 @@ class RerankRetriever(Retriever):
         return reranked
 
     def take_metrics(self) -> dict[str, float]:
-        return add_metrics([self._retriever])
+        return self._retriever.take_metrics()
 
     def close(self) -> None:
         self._closed = True

@@ -26,6 +26,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, written_whole
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import Evaluation, Outcome, by_dataset, macro, summarize
+from trl_search.trainer.batch import encode_prompts
 from trl_search.trainer.grpo import SearchGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -119,24 +120,17 @@ class HeldOut:
         trainer = self.trainer
         assert trainer.environment is not None
         mine = self.rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-        # As TRL does before a rollout: vLLM has the weights of the last one.
-        if trainer.use_vllm and trainer.state.global_step != trainer._last_loaded_step:
-            trainer.vllm_generation.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
-        with trainer._generation_policy(self._context_length()) as policy:
+        questions = [trainer.protocol.messages(row["question"]) for row in self.rows]
+        with trainer.generation_policy(encode_prompts(questions, trainer.protocol)) as policy:
             return answer_questions(
                 mode,
                 mine,
                 policy=policy,
-                tokenizer=trainer._tokenizer,
+                tokenizer=trainer.protocol.tokenizer,
                 environment=trainer.environment,
                 agent=trainer.args.agent,
                 progress=trainer.accelerator.is_main_process,
             )
-
-    def _context_length(self) -> int:
-        questions = [self.trainer.protocol.messages(row["question"]) for row in self.rows]
-        return self.trainer._check_lengths(self.trainer._encode(questions))
 
 
 class EvaluateEvery(TrainerCallback):
@@ -162,8 +156,7 @@ class EvaluateEvery(TrainerCallback):
     ) -> None:
         if state.global_step % self.steps:
             return
-        for name, value in self.held_out.measure().metrics.items():
-            self.held_out.trainer._metrics["train"][name].append(value)
+        self.held_out.trainer.add_to_log(self.held_out.measure().metrics)
         control.should_log = True
 
 

@@ -1,0 +1,129 @@
+"""`Rollout`: everything known about one generation batch, in one value that the trainer's seams hand on.
+
+TRL calls the seams one after the other and gives each only a part of the batch. What a later seam needs is set here by
+an earlier one; nothing else is kept between them. `trainer.last_rollout` is the latest batch, for callers to read.
+
+Suffixes of tensors: B trajectories of this rank, C completion tokens, R trajectories of all ranks, F reward functions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_search.common.errors import UserError
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.protocols import Protocol
+from trl_search.types import StopReason, Trajectory
+
+
+@dataclass
+class Rollout:
+    """
+    One generation batch on this rank; lists run over its trajectories, in the order of the rows.
+
+    | field          | set by                            | read by                                                    |
+    |----------------|-----------------------------------|------------------------------------------------------------|
+    | `rows`         | `_generate_and_score_completions` | `_rollout` (starts environments), the trajectory log       |
+    | `prompt_ids`   | `_rollout`                        | TRL                                                        |
+    | `trajectories` | `_rollout`                        | TRL, `_generate`, `_calculate_rewards`, the trajectory log |
+    | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
+    | `logprobs`     | `_rollout`                        | TRL, as those of the policy that sampled                   |
+    | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
+
+    Example:
+        >>> trainer.train()
+        >>> [trajectory.searches for trajectory in trainer.last_rollout.trajectories]
+        [1, 2, 0, 1]
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    prompt_ids: list[tuple[int, ...]] = field(default_factory=list)
+    trajectories: list[Trajectory] = field(default_factory=list)
+    loss_masks: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    rewards_RF: torch.Tensor | None = None  # NaN: not rewarded
+
+    @property
+    def loss_mask_BC(self) -> torch.Tensor:
+        """The loss masks as one tensor, 0 where a trajectory has ended."""
+        return pad_sequence([torch.tensor(mask) for mask in self.loss_masks], batch_first=True)
+
+    def for_trl(self) -> dict[str, list[Any]]:
+        """What `rollout_func` returns. TRL's name for the loss mask is `env_mask` here, and `tool_mask` afterwards."""
+        return {
+            "prompt_ids": [list(ids) for ids in self.prompt_ids],
+            "completion_ids": [trajectory.ids for trajectory in self.trajectories],
+            "logprobs": self.logprobs,
+            "env_mask": self.loss_masks,
+        }
+
+
+def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The loss mask (B, C) of a batch that TRL has scored: there it is the product of two masks."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def loss_mask(trajectory: Trajectory, args: SearchGRPOConfig) -> list[int]:
+    """1 for each token that is trained on: those the policy sampled, and none of a trajectory that failed."""
+    # TRL takes a completion for truncated if it does not end in EOS. Where the last observation found no room, a
+    # sampled EOS comes last, so TRL would take that trajectory for a finished one.
+    truncated = args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET
+    if trajectory.failed or truncated:
+        return [0] * len(trajectory.ids)
+    return trajectory.mask if args.mask_observations else [1] * len(trajectory.ids)
+
+
+def sampling_logprobs(trajectory: Trajectory, args: SearchGRPOConfig) -> list[float]:
+    """The log-probs at sampling time, which TRL compares with the trainer's."""
+    if args.mask_observations:
+        return trajectory.logprobs
+    # Observation tokens were never sampled. NaN gives them importance weight 1; the stored 0.0 would give p(token).
+    pairs = zip(trajectory.logprobs, trajectory.mask, strict=True)
+    return [logprob if sampled else math.nan for logprob, sampled in pairs]
+
+
+def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
+    """The ids of each prompt. The prompt of a group is rendered once."""
+    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    rendered = {key: protocol.prompt_ids(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
+    return [rendered[key] for key in keys]
+
+
+def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, max_completion_length: int) -> int:
+    """Tokens of the longest prompt with a full completion.
+
+    Raises:
+        UserError: if the model has fewer positions.
+    """
+    longest = max(map(len, prompt_ids))
+    needed = longest + max_completion_length
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and needed > positions:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} need {needed} positions, "
+            f"and the model has {positions}: lower max_completion_length"
+        )
+    return needed
+
+
+def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) -> None:
+    """Stops the run when retrieval fails for too many trajectories. Every rank calls it, so all stop at the same step.
+
+    Raises:
+        RuntimeError: if more than `max_failed_share` of the trajectories of all ranks have failed.
+    """
+    errors = gather_object([trajectory.error if trajectory.failed else None for trajectory in trajectories])
+    failed = [error for error in errors if error is not None]
+    if len(failed) > max_failed_share * len(errors):
+        raise RuntimeError(
+            f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
+            f"max_failed_share={max_failed_share}; the first error: {failed[0]}"
+        )
