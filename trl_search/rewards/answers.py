@@ -1,23 +1,32 @@
-r"""Answers as text: normalised, extracted, compared. Pure functions, the ones that published numbers were made with.
+r"""Answers as text: normalised, extracted, compared. Published numbers were made with these functions.
 
 Normalisation is SQuAD's, as Search-R1 and its successors use it: lower-case, delete ASCII punctuation, turn the words
 *a*, *an*, *the* into spaces, collapse white space. Punctuation is deleted and not spaced, so `U.S.` becomes `us` and
 `well-known` becomes `wellknown`.
 
-One deviation: `contains_answer` compares whole words, where Search-R1 looks for a substring. There, the gold answer
-`art` is found in every passage about a *party*.
+Two deviations:
+
+- `contains_answer` compares whole words, where Search-R1 looks for a substring. There, the gold answer `art` is found
+  in every passage about a *party*.
+- In scripts without spaces between words (Chinese, Japanese, Korean, Thai, ...) answers are compared letter by letter,
+  as MLQA does (arXiv:1910.07475). A text with such letters loses all punctuation, "。" too, and its full-width
+  letters become ordinary ones: "北京。" is "北京". Text without such letters is compared as SQuAD does.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
+
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_UNSPACED_LETTER = re.compile(rf"[{UNSPACED_LETTERS}][^\w\s]*")  # with its marks: the vowels and tones of Thai
 # No answer tag may lie inside an answer: in `<answer> x <answer> y </answer>` the answer is `y`. It also keeps the
 # match linear on a completion that is nothing but opening tags.
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
@@ -32,6 +41,19 @@ def normalize_answer(text: str) -> str:
     """
     text = text.lower().translate(_DELETE_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def answer_words(text: str) -> list[str]:
+    """The units that answers are compared by: normalised words, and single letters of scripts without spaces.
+
+    Example:
+        >>> answer_words("The U.S. Senate"), answer_words("東京タワー(1958年)。")
+        (['us', 'senate'], ['東', '京', 'タ', 'ワ', 'ー', '1958', '年'])
+    """
+    if text.isascii() or not UNSPACED.search(unicodedata.normalize("NFKC", text)):
+        return normalize_answer(text).split()
+    spaced = "".join(" " if not c.isascii() and unicodedata.category(c)[0] == "P" else c for c in text)
+    return _UNSPACED_LETTER.sub(r" \g<0> ", normalize_answer(unicodedata.normalize("NFKC", spaced))).split()
 
 
 def extract_answer(text: str) -> str | None:
@@ -63,9 +85,11 @@ def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
     Example:
         >>> exact_match("the Beatles!", ["Beatles", "Fab Four"])
         True
+        >>> exact_match("北京。", ["北京"])
+        True
     """
-    normalized = normalize_answer(prediction)
-    return any(normalized == normalize_answer(golden) for golden in golden_list(golden_answers))
+    words = answer_words(prediction)
+    return any(words == answer_words(golden) for golden in golden_list(golden_answers))
 
 
 def f1_score(prediction: str, golden_answers: str | Iterable[str]) -> float:
@@ -76,11 +100,8 @@ def f1_score(prediction: str, golden_answers: str | Iterable[str]) -> float:
         >>> round(f1_score("Marie Curie of Warsaw", ["Marie Skłodowska Curie"]), 3)
         0.571
     """
-    predicted = normalize_answer(prediction).split()
-    return max(
-        (_multiset_f1(predicted, normalize_answer(golden).split()) for golden in golden_list(golden_answers)),
-        default=0.0,
-    )
+    predicted = answer_words(prediction)
+    return max((_multiset_f1(predicted, answer_words(golden)) for golden in golden_list(golden_answers)), default=0.0)
 
 
 def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
@@ -92,9 +113,11 @@ def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
         True
         >>> contains_answer("A party in Lyon", ["art"])
         False
+        >>> contains_answer("他出生在北京市。", ["北京"])
+        True
     """
-    padded = f" {normalize_answer(text)} "
-    golden = (normalize_answer(answer) for answer in golden_list(golden_answers))
+    padded = f" {' '.join(answer_words(text))} "
+    golden = (" ".join(answer_words(answer)) for answer in golden_list(golden_answers))
     return any(answer and f" {answer} " in padded for answer in golden)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -222,10 +224,87 @@ def test_a_closed_retriever_says_so(tmp_path: Path) -> None:
         ("Cafe\u0301 Ｎｏ １", ["café", "1"]),
         ("Zürich, 1904", ["zürich", "1904"]),
         ("the of and", []),
+        ("İSTANBUL İstanbul istanbul", ["istanbul"] * 3),
+        ("東京タワー", ["東京", "京タ", "タワ", "ワー"]),
+        ("iPhone手机 2007年 雨", ["iphon", "手机", "2007", "年", "雨"]),
+        ("서울은 수도", ["서울", "울은", "수도"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("ক্ষমতা தமிழ்", ["ক্ষমতা", "தமிழ்"]),
+        ("ไทยแท้", ["ไท", "ทย", "ยแ", "แท้"]),
+        ("مُحَمَّد محمـد", ["محمد"] * 2),
+        ("שָׁלוֹם שלום", ["שלום"] * 2),
+        ("x̄ ❤️ 1️⃣", ["x̄", "1"]),
     ],
 )
 def test_terms(text: str, terms: list[str]) -> None:
     assert Analyzer().terms(text) == terms
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_the_terms_of_english_are_words_without_stop_words_stemmed(text: str) -> None:
+    words = re.findall(r"\w+", re.sub(r"(?<=\w)'s\b", "", text.lower()))
+    plain = Analyzer(stemmer=None, stopwords=None)
+    assert plain.terms(text) == words
+    assert Analyzer(stemmer=None).terms(text) == [word for word in words if word not in Analyzer()._dropped]
+
+
+def test_accents_are_folded_on_request() -> None:
+    assert Analyzer(fold_accents=True).terms("Zürich naïve ไทยแท้") == ["zurich", "naiv", "ไท", "ทย", "ยแ", "แท้"]
+    retriever = BM25Retriever.from_passages(passages("Zürich", "Bern"), fold_accents=True)
+    assert [ids(found) for found in retriever.search(["Zurich", "Zürich"], k=1)] == [["0"], ["0"]]
+
+
+BAND = [
+    Passage("town", "Orlune", "The harbour of Orlune is the largest of the country, and it is in the north."),
+    Passage("band", "The The", "The The are an English band."),
+    Passage("none", "", "Lanterns."),
+]
+
+
+@pytest.mark.parametrize("engine", ["bm25s", "tantivy"])
+def test_a_query_of_stop_words_alone_is_searched_by_them(tmp_path: Path, engine: str) -> None:
+    if engine == "tantivy":
+        pytest.importorskip("tantivy")
+    build_index(BAND, tmp_path / "index", engine=engine)
+    retriever = load_retriever("bm25", index=tmp_path / "index")
+    found = retriever.search(["The The", "the lantern", "who are the band", "they"], k=3)
+    assert [ids(one) for one in found] == [["band", "town"], ["none"], ["band"], []]
+
+
+def test_stop_words_do_not_change_other_scores() -> None:
+    with_stops, without = (
+        BM25Retriever.from_passages(passages(*texts)).search(["harbour lantern"], k=3)
+        for texts in (["the harbour of the lantern", "a harbour", "it is"], ["harbour lantern", "harbour", "..."])
+    )
+    scores = [[(passage.id, passage.score) for passage in found[0]] for found in (with_stops, without)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "warned"),
+    [
+        ("Der Hafen von Orlune liegt im Norden des Landes und hat viele Schiffe", {}, "stop words of 'english'"),
+        ("Орлун город у моря на севере страны", {}, "100% of the words .* Cyrillic"),
+        ("東京タワーは日本の東京にある", {}, "stemmer 'english'"),
+        ("東京タワーは日本の東京にある", {"stemmer": None, "stopwords": None}, None),
+        ("Орлун город у моря на севере страны", {"stemmer": "russian", "stopwords": None}, None),
+        ("The harbour of Orlune is the largest of the country", {}, None),
+    ],
+)
+def test_a_build_warns_of_an_analyzer_for_another_language(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, options: dict[str, None], warned: str | None
+) -> None:
+    build_index(passages(*[text] * 40), tmp_path / "index", **options)
+    assert bool(re.search(warned or "does not suit", caplog.text)) == (warned is not None)
+
+
+def test_an_index_of_other_terms_is_refused(tmp_path: Path) -> None:
+    build_index(passages("lantern"), tmp_path / "index")
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    del manifest["details"]["analyzer"]
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"split text into other terms.*rebuild with: trl-search index"):
+        load_retriever("bm25", index=tmp_path / "index")
 
 
 @given(st.text())

@@ -22,6 +22,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval import RetrievalError, Retriever, load_retriever
 from trl_search.retrieval.bm25 import retriever as bm25
 from trl_search.retrieval.bm25 import tantivy_engine
+from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION
 from trl_search.retrieval.bm25.retriever import BM25Retriever
 from trl_search.retrieval.index.folder import build_index, read_manifest
 from trl_search.types import Passage
@@ -236,6 +237,7 @@ def test_the_number_of_passages_chooses(tmp_path: Path, monkeypatch: pytest.Monk
         build_index(passages(*["lantern"] * count), tmp_path / folder)
         assert (tmp_path / folder / folder).is_dir()
         details = read_manifest(tmp_path / folder).details
+        assert details.pop("analyzer") == ANALYZER_VERSION
         assert details == (
             {"engine": "bm25s", "k1": 1.5, "b": 0.75} if count == 3 else {"engine": "tantivy", "k1": 1.2, "b": 0.75}
         )
@@ -294,12 +296,13 @@ def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from trl_search.retrieval.bm25 import tantivy_engine
+from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION
 from trl_search.retrieval.index.folder import build_index
 write = tantivy_engine.document
-def write_some(row, terms):
+def write_some(row, *terms):
     if row == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(row, terms)
+    return write(row, *terms)
 if sys.argv[3] == "killed":
     tantivy_engine.document = write_some
 build_index(sys.argv[1], sys.argv[2], engine="tantivy")

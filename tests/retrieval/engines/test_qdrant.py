@@ -207,7 +207,14 @@ def collection(metadata: dict[str, Any]) -> Said:
     return result({"status": "green", "optimizer_status": "ok", **counts, "config": config, "payload_schema": {}})
 
 
-ABOUT = {"corpus": "0", "passages": 2, "vectors": "sparse", "stemmer": "english", "stopwords": "english"}
+ABOUT = {
+    "corpus": "0",
+    "passages": 2,
+    "vectors": "sparse",
+    "analyzer": 2,
+    "stemmer": "english",
+    "stopwords": "english",
+}
 
 
 def test_a_cluster_is_told_of_shards_replicas_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

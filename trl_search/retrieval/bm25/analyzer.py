@@ -1,41 +1,66 @@
-"""From text to index terms, the same for passages and for queries whatever the lexical engine.
+"""From text to index terms, the same for passages and queries, whichever engine ranks them.
 
     "Mira Talvane's novels of the U.S."  ->  ["mira", "talvan", "novel", "u", "s"]
+    "東京タワー"                          ->  ["東京", "京タ", "タワ", "ワー"]
 
-A query stemmed otherwise than the index finds nothing and says nothing, so an index records its `Analyzer` in the
-manifest and every query goes through that one. Single characters are terms ("U.S.", "Vitamin C"), which bm25s' own
-pattern drops.
+A query that is split or stemmed differently from the index finds nothing, without an error. So an index records its
+`Analyzer` in the manifest, and every query goes through that one.
+
+- Words are runs of letters and digits with their combining marks: the vowels of Hindi and Thai are part of a word.
+- Scripts without spaces between words (`common/unspaced.py`) become pairs of neighbouring letters, as in Lucene's
+  CJKAnalyzer.
+- Points that are optional in writing (Arabic and Hebrew vowels, tatweel, joiners) are dropped. So is the dot over a
+  lower-case i, which Python makes of the Turkish İ.
+- Single characters are terms ("U.S.", "Vitamin C"); the pattern of bm25s drops them.
+- Stop words are left out, except for a query that has nothing else: "The The" finds the band. For that, passages keep
+  their stop words in a second list of terms ("'the"), whose scores never mix with those of other words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import re
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
+
+ANALYZER_VERSION = 2  # raised whenever the same options give other terms: an index of another version is refused
+STOP_MARK = "'"  # begins the terms of stop words; no other term holds an apostrophe
 
 # A possessive is no part of its word: "Talvane's" is found by "Talvane", stemmed or not.
 _POSSESSIVE = re.compile(r"(?<=\w)['\u2019]s\b")
-_WORD = re.compile(r"\w+")
+_OPTIONAL_POINTS = re.compile(
+    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew
+    "\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed"  # Arabic
+    "\u200c\u200d]"  # joiners
+)
+_ACCENTS = re.compile("[\u0300-\u036f]")
+_ASCII_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Analyzer:
-    """Splits text into terms: NFKC, lower case, words, minus stop words, stemmed.
+    """Splits text into terms: NFKC, lower case, words or pairs of letters, minus stop words, stemmed.
 
     Args:
-        stemmer (`str`, *optional*): A Snowball algorithm by name ("english", "german", ...); `None` does not stem.
-        stopwords (`str`, *optional*): A language whose bm25s stop-word list is dropped; `None` keeps every word.
+        stemmer (`str`, *optional*): A Snowball algorithm ("english", "german", ...); `None` does not stem.
+        stopwords (`str`, *optional*): A language whose stop words (those of bm25s) are left out; `None` keeps every
+            word.
+        fold_accents (`bool`): Drops accents, so that "Zurich" finds "Zürich" and the other way round.
     """
 
     stemmer: str | None = "english"
     stopwords: str | None = "english"
+    fold_accents: bool = False
     _stem: Callable[[list[str]], list[str]] = field(init=False, repr=False, compare=False)
     _dropped: frozenset[str] = field(init=False, repr=False, compare=False)
 
@@ -44,8 +69,97 @@ class Analyzer:
         object.__setattr__(self, "_dropped", _stop_words(self.stopwords) if self.stopwords else frozenset())
 
     def terms(self, text: str) -> list[str]:
-        plain = _POSSESSIVE.sub("", unicodedata.normalize("NFKC", text).lower())
-        return self._stem([word for word in _WORD.findall(plain) if word not in self._dropped])
+        """The terms of a text, stop words left out."""
+        return self.split(text)[0]
+
+    def query_terms(self, query: str) -> list[str]:
+        """The terms that a query is searched by: its words or, where they are all stop words, those."""
+        terms, stops = self.split(query)
+        return terms or stops
+
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The terms of a text, and apart from them its stop words, each with its mark: `(["orlun"], ["'the"])`."""
+        words = self._words(text)
+        kept = self._stem([word for word in words if word not in self._dropped])
+        return kept, [f"{STOP_MARK}{word}" for word in words if word in self._dropped]
+
+    def misfit(self, texts: Iterable[str]) -> str | None:
+        """What makes these options a poor choice for a sample of a corpus; `None` where nothing does."""
+        words = [word for text in texts for word in self._words(text)]
+        if len(words) < 200 or self.stemmer is None:
+            return None
+        scripts = Counter(map(_script, words))
+        latin = self.stemmer not in _OTHER_SCRIPTS
+        foreign = sum(count for script, count in scripts.items() if (script == "LATIN") != latin and script)
+        if foreign > 0.3 * len(words):
+            main = max((script for script in scripts if script), key=scripts.__getitem__)
+            return (
+                f"{foreign / len(words):.0%} of the words are not in the script of the stemmer {self.stemmer!r} (most "
+                f"are {main.title()}); choose stemmer and stopwords by language, or none"
+            )
+        stops = sum(word in self._dropped for word in words)
+        if self._dropped and stops < 0.04 * len(words):
+            return (
+                f"only {stops / len(words):.1%} of the words are stop words of {self.stopwords!r}, as if the passages "
+                "were in another language; choose stemmer and stopwords by language, or none"
+            )
+        return None
+
+    def _words(self, text: str) -> list[str]:
+        if text.isascii():
+            return _ASCII_WORD.findall(_POSSESSIVE.sub("", text.lower()))
+        plain = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")
+        if self.fold_accents:
+            folded = _ACCENTS.sub("", unicodedata.normalize("NFD", plain))
+            plain = unicodedata.normalize("NFC", folded)
+        plain = _OPTIONAL_POINTS.sub("", _POSSESSIVE.sub("", plain))
+        word, run = _patterns()
+        words: list[str] = []
+        for found in word.findall(plain):
+            if found.isascii() or not UNSPACED.search(found):
+                words.append(found)
+            else:
+                for unspaced, other in run.findall(found):
+                    words += _pairs(unspaced) if unspaced else [other]
+        return words
+
+
+def _pairs(run: str) -> list[str]:
+    """Neighbouring letters with their marks, two by two; a single letter is a term of its own."""
+    letters = _letters().findall(run)
+    return [first + second for first, second in itertools.pairwise(letters)] or letters
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A word with its marks; and, within one, a run of a script without spaces, or of anything else."""
+    marks = _marks()
+    unspaced = f"[{UNSPACED_LETTERS}][{marks}]*"
+    return (
+        re.compile(rf"\w[\w{marks}]*"),
+        re.compile(rf"((?:{unspaced})+)|((?:(?![{UNSPACED_LETTERS}]).)+)"),
+    )
+
+
+@functools.cache
+def _letters() -> re.Pattern[str]:
+    return re.compile(f"[{UNSPACED_LETTERS}][{_marks()}]*")
+
+
+@functools.cache
+def _marks() -> str:
+    """Combining marks, as the inside of a character class. Variation selectors, which follow emoji, are no letters."""
+    codes = [code for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
+    return "".join(chr(code) for code in codes if not 0xFE00 <= code <= 0xFE0F)
+
+
+# Snowball's languages that are not written in Latin letters.
+_OTHER_SCRIPTS = {"arabic", "armenian", "greek", "hindi", "nepali", "russian", "tamil", "yiddish"}
+
+
+def _script(word: str) -> str:
+    """The first word of a letter's Unicode name: "LATIN", "CYRILLIC", "CJK"; `""` for digits."""
+    return unicodedata.name(word[0], "").split(" ")[0] if word[0].isalpha() else ""
 
 
 def _snowball(algorithm: str) -> Callable[[list[str]], list[str]]:
@@ -76,8 +190,8 @@ def _stop_words(language: str) -> frozenset[str]:
 
 
 def import_bm25s() -> Any:
-    """bm25s, for its stop words or its scores. Where jax is installed its import would start jax, which claims most of
-    the GPU's memory, so jax is hidden from it."""
+    """bm25s, for its stop words or its scores. It would import jax where that is installed, and jax claims most of the
+    GPU's memory, so jax is hidden from it."""
     try:
         with _hidden("jax"):
             import bm25s

@@ -1,11 +1,10 @@
-"""The `bm25s` engine of BM25: scores computed once, while indexing; to about two million passages.
+"""The `bm25s` engine of BM25: scores are computed once, while indexing. For up to about two million passages.
 
     terms ["talvan", "born"]  ->  ids [17, 4]  ->  [(row 0, 1.93), (row 5, 0.41)]
 
-`bm25s` computes the scores and keeps them on disk, by term. Searching is ours (`postings.py`): its own adds up a score
-for every passage of the corpus at every query, gives equal scores in an order that differs between its backends and
-with k, gives passages that match nothing, raises for a batch without a known word, and compiles for ten seconds.
-Where jax is installed, its import claims the GPU there, so jax is hidden from it.
+`bm25s` computes the scores and stores them by term. We search them ourselves (`postings.py`), because the search of
+bm25s adds up a score for every passage of the corpus at every query, orders equal scores differently by backend and k,
+returns passages that match nothing, raises for a batch without a known word, and compiles for ten seconds.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from __future__ import annotations
 import sys
 import threading
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
@@ -35,19 +36,51 @@ class Passages(Protocol):
 
 
 def index_terms(passages: Passages, analyzer: Analyzer, *, k1: float, b: float) -> Any:
-    """A `bm25s.BM25` of the passages, its term ids in order of appearance."""
-    vocabulary: dict[str, int] = {}
-    documents: list[array[int]] = []  # 4 bytes a term; the lists that bm25s itself makes take twice that
+    """A `bm25s.BM25` of the passages, its term ids in order of appearance; those of stop words come last."""
+    kept, stops = _Terms(), _Terms()
     for row in tqdm(range(len(passages)), desc="splitting into terms", unit=" passages", disable=None):
         passage = passages[row]
-        terms = analyzer.terms(f"{passage.title}\n{passage.text}")
-        documents.append(array("i", [vocabulary.setdefault(term, len(vocabulary)) for term in terms]))
-    if not vocabulary:
+        for terms, found in zip((kept, stops), analyzer.split(f"{passage.title}\n{passage.text}"), strict=True):
+            terms.add(found)
+    if not kept.vocabulary:
         raise UserError("no passage holds a word that can be searched; check the corpus and the stop words")
-    scores = import_bm25s().BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy", auto_compile=False)
-    # The empty term that bm25s would add has an id beyond its own arrays.
-    scores.index((documents, vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
-    return scores
+    index = kept.scores(k1, b)
+    if stops.vocabulary:
+        _append(index, stops.scores(k1, b))
+    return index
+
+
+class _Terms:
+    """The terms of every passage, by number."""
+
+    def __init__(self) -> None:
+        self.vocabulary: dict[str, int] = {}
+        self._documents: list[array[int]] = []  # 4 bytes per term; the lists that bm25s itself makes take twice that
+
+    def add(self, terms: Sequence[str]) -> None:
+        numbers = [self.vocabulary.setdefault(term, len(self.vocabulary)) for term in terms]
+        self._documents.append(array("i", numbers))
+
+    def scores(self, k1: float, b: float) -> Any:
+        index = import_bm25s().BM25(
+            k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy", auto_compile=False
+        )
+        # The empty term that bm25s would add has an id beyond its own arrays.
+        index.index((self._documents, self.vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
+        return index
+
+
+def _append(index: Any, more: Any) -> None:
+    """Puts the terms of `more` behind those of `index`. Their scores stay as they are: BM25 of stop words alone."""
+    ours, theirs, terms = index.scores, more.scores, len(index.vocab_dict)
+    index.scores = {
+        **ours,
+        "data": np.concatenate([ours["data"], theirs["data"]]),
+        "indices": np.concatenate([ours["indices"], theirs["indices"]]),
+        "indptr": np.concatenate([ours["indptr"], theirs["indptr"][1:] + ours["indptr"][-1]]),
+    }
+    index.vocab_dict |= {term: terms + number for term, number in more.vocab_dict.items()}
+    index.unique_token_ids_set = set(index.vocab_dict.values())
 
 
 class BM25SEngine:

@@ -11,6 +11,7 @@ a little, see `tantivy_engine.py`. `build_index` chooses by the number of passag
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,17 +21,20 @@ from typing import Any, Protocol
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.bm25 import bm25s_engine, tantivy_engine
-from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.postings import choose_backend
 from trl_search.retrieval.corpus.passages import Corpus, read_corpus, refuse_duplicates
-from trl_search.retrieval.index.folder import open_index
+from trl_search.retrieval.index.folder import IndexFolderError, open_index, rebuild_hint
 from trl_search.types import Passage
 
 KIND = "bm25"
 BM25S, TANTIVY = "bm25s", "tantivy"
 BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"  # of an index: which one is there says which engine it is for
 BM25S_LIMIT = 2_000_000  # passages; beyond, bm25s needs more than 10 GB of memory to build
+SAMPLE = 1000  # passages that are looked at to judge whether the analyzer suits the corpus
 MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would hold up everybody else's search for minutes
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -46,12 +50,14 @@ class BM25Builder:
 
     Args:
         stemmer (`str`, *optional*): A Snowball algorithm: "english", "german", ...; `None` does not stem.
-        stopwords (`str`, *optional*): A language whose stop words are dropped; `None` keeps every word.
+        stopwords (`str`, *optional*): A language whose stop words are dropped, except from a query that has no other
+            word; `None` keeps every word.
         k1 (`float`, *optional*): How soon a repeated term stops counting; by default the engine's, 1.5 for bm25s. That
             of tantivy is 1.2 and cannot be changed.
         b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75. That of tantivy cannot
             be changed.
         engine (`str`): "bm25s", "tantivy", or "auto": bm25s up to two million passages, tantivy above.
+        fold_accents (`bool`): Drops accents: "Zurich" finds "Zürich", and the other way round.
     """
 
     stemmer: str | None = "english"
@@ -59,6 +65,7 @@ class BM25Builder:
     k1: float | None = None
     b: float | None = None
     engine: str = "auto"
+    fold_accents: bool = False
 
     def __post_init__(self) -> None:
         if (self.k1 is not None and self.k1 < 0) or (self.b is not None and not 0 <= self.b <= 1):
@@ -71,20 +78,25 @@ class BM25Builder:
             self._check_tantivy()
 
     def analyzer(self) -> Analyzer:
-        return Analyzer(self.stemmer, self.stopwords)
+        return Analyzer(self.stemmer, self.stopwords, self.fold_accents)
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
         """Writes the engine's files, and says what the defaults came to, for the manifest."""
+        step = max(1, len(corpus) // SAMPLE)
+        sample = (corpus[row] for row in range(0, len(corpus), step))
+        misfit = self.analyzer().misfit(f"{passage.title}\n{passage.text}" for passage in sample)
+        if misfit is not None:
+            logger.warning("this analyzer does not suit this corpus: %s", misfit)
         if self.engine == TANTIVY or (self.engine == "auto" and len(corpus) > BM25S_LIMIT):
             self._check_tantivy()
             tantivy_engine.write_terms(corpus, self.analyzer(), folder / TANTIVY_FOLDER)
-            return {"engine": TANTIVY, "k1": tantivy_engine.K1, "b": tantivy_engine.B}
+            return {"analyzer": ANALYZER_VERSION, "engine": TANTIVY, "k1": tantivy_engine.K1, "b": tantivy_engine.B}
         scores = self.score(corpus)
         scores.save(folder / BM25S_FOLDER, show_progress=False)
-        return {"engine": BM25S, "k1": scores.k1, "b": scores.b}
+        return {"analyzer": ANALYZER_VERSION, "engine": BM25S, "k1": scores.k1, "b": scores.b}
 
     def score(self, passages: bm25s_engine.Passages) -> Any:
-        """A `bm25s_engine.BM25` of the passages."""
+        """A `bm25s.BM25` of the passages."""
         k1, b = bm25s_engine.K1 if self.k1 is None else self.k1, bm25s_engine.B if self.b is None else self.b
         return bm25s_engine.index_terms(passages, self.analyzer(), k1=k1, b=b)
 
@@ -124,10 +136,11 @@ class BM25Retriever(Retriever):
         stopwords: str | None = "english",
         k1: float | None = None,
         b: float | None = None,
+        fold_accents: bool = False,
         backend: str | None = None,
     ) -> BM25Retriever:
         """Indexes passages in memory, by bm25s_engine. A thousand take a tenth of a second."""
-        builder = BM25Builder(stemmer, stopwords, k1, b)
+        builder = BM25Builder(stemmer, stopwords, k1, b, fold_accents=fold_accents)
         rows = tuple(refuse_duplicates(passages))
         engine = bm25s_engine.BM25SEngine(builder.score(rows), len(rows), choose_backend(backend))
         return cls(engine, rows, builder.analyzer())
@@ -143,7 +156,14 @@ class BM25Retriever(Retriever):
     ) -> BM25Retriever:
         """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped."""
         index = open_index(folder, KIND, check_source=check_source)
-        analyzer = Analyzer(index.manifest.options["stemmer"], index.manifest.options["stopwords"])
+        if index.manifest.details.get("analyzer") != ANALYZER_VERSION:
+            raise IndexFolderError(
+                f"{folder} was built by a version of trl-search that split text into other terms, so queries would "
+                f"miss them; {rebuild_hint(folder)}"
+            )
+        analyzer = Analyzer(
+            **{name: index.manifest.options[name] for name in ("stemmer", "stopwords", "fold_accents")}
+        )
         passages = len(index.corpus)
         engine: Engine
         if (index.folder / TANTIVY_FOLDER).is_dir():
@@ -159,7 +179,7 @@ class BM25Retriever(Retriever):
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
         self._check_open()
-        ranked = self._engine.rank([self._analyzer.terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
+        ranked = self._engine.rank([self._analyzer.query_terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
         with self._lock:
             self._check_open()
             return [[replace(self._passages[row], score=score) for row, score in rows] for rows in ranked]
@@ -196,7 +216,7 @@ def load(
         threads (`int`, *optional*): Of an index for tantivy: how many queries of a batch are searched at a time; by
             default one a CPU.
         check_source (`bool`): With `index`, refuse it when the file it was built from has changed.
-        options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`. An index has its own.
+        options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index has its own.
     """
     if sum(source is not None for source in (index, corpus, passages)) != 1:
         raise UserError("bm25 needs one of index=DIR, corpus=FILE.jsonl and passages=[...]")

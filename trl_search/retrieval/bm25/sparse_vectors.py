@@ -26,21 +26,22 @@ def term_counts(terms: Iterable[str]) -> dict[int, int]:
     return dict(Counter(map(_number, terms)))
 
 
-def passage_terms(passage: Passage, analyzer: Analyzer) -> list[str]:
-    return analyzer.terms(f"{passage.title}\n{passage.text}")
-
-
 def mean_length(passages: Passages, analyzer: Analyzer) -> float:
     """Terms a passage, from a sample spread over all of them."""
     step = max(1, len(passages) // LENGTH_SAMPLE)
     rows = range(0, len(passages), step)
-    return max(1.0, sum(len(passage_terms(passages[row], analyzer)) for row in rows) / len(rows))
+    return max(1.0, sum(len(_split(passages[row], analyzer)[0]) for row in rows) / len(rows))
 
 
-def weigh(terms: list[str], mean: float, k1: float = K1, b: float = B) -> dict[int, float]:
-    """The passage's half of BM25: each term's number, and its weight."""
+def weigh(passage: Passage, analyzer: Analyzer, mean: float, k1: float = K1, b: float = B) -> dict[int, float]:
+    """The passage's half of BM25: the number of each term and its weight. Stop words do not count as length."""
+    terms, stops = _split(passage, analyzer)
     longer = k1 * (1 - b + b * len(terms) / mean)
-    return {number: count * (k1 + 1) / (count + longer) for number, count in term_counts(terms).items()}
+    return {number: count * (k1 + 1) / (count + longer) for number, count in term_counts(terms + stops).items()}
+
+
+def _split(passage: Passage, analyzer: Analyzer) -> tuple[list[str], list[str]]:
+    return analyzer.split(f"{passage.title}\n{passage.text}")
 
 
 def _number(term: str) -> int:

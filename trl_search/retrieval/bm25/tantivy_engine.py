@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.bm25.analyzer import STOP_MARK, Analyzer
 from trl_search.retrieval.corpus.passages import Corpus
 
 K1, B = 1.2, 0.75  # constants of tantivy
 HEAP_BYTES = 256 << 20
 MARGIN = 13  # fetched beyond k at first; most ties end within it
 REMOVALS = 20  # tries to remove a folder in which tantivy may hold a lock for an instant
-TERMS, ROW = "terms", "row"
+TERMS, STOPS, ROW = "terms", "stops", "row"
 
 
 def import_tantivy() -> Any:
@@ -45,16 +46,18 @@ def import_tantivy() -> Any:
 
 
 def schema() -> Any:
-    """A document: its terms with their counts, and its row in the corpus. The text itself is in the corpus."""
+    """A document: its terms and its stop words with their counts, and its row in the corpus, which has the text."""
     builder = import_tantivy().SchemaBuilder()
-    builder.add_text_field(TERMS, stored=False, tokenizer_name="whitespace", index_option="freq")
+    for field in (TERMS, STOPS):
+        builder.add_text_field(field, stored=False, tokenizer_name="whitespace", index_option="freq")
     builder.add_unsigned_field(ROW, stored=False, fast=True)
     return builder.build()
 
 
-def document(row: int, terms: list[str]) -> Any:
+def document(row: int, terms: list[str], stops: Sequence[str] = ()) -> Any:
     filled = import_tantivy().Document()
     filled.add_text(TERMS, " ".join(terms))
+    filled.add_text(STOPS, " ".join(stops))
     filled.add_unsigned(ROW, row)
     return filled
 
@@ -70,8 +73,8 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     with tantivy.Index(schema(), path=str(folder)).writer(heap_size=HEAP_BYTES, num_threads=1) as writer:
         for row in tqdm(range(len(corpus)), desc="indexing terms", unit=" passages", disable=None):
             passage = corpus[row]
-            terms = analyzer.terms(f"{passage.title}\n{passage.text}")
-            writer.add_document(document(row, terms))
+            terms, stops = analyzer.split(f"{passage.title}\n{passage.text}")
+            writer.add_document(document(row, terms, stops))
             searchable = searchable or bool(terms)
         if not searchable:
             raise UserError("no passage holds a word that can be searched; check the corpus and the stop words")
@@ -114,8 +117,8 @@ class TantivyEngine:
     def _rank(self, terms: list[str], k: int) -> list[tuple[int, float]]:
         query = self._tantivy.Query.boolean_query(
             [
-                (self._tantivy.Occur.Should, self._tantivy.Query.term_query(self._schema, TERMS, term, "freq"))
-                for term in terms
+                (self._tantivy.Occur.Should, self._tantivy.Query.term_query(self._schema, field, term, "freq"))
+                for field, term in ((STOPS if term.startswith(STOP_MARK) else TERMS, term) for term in terms)
             ]
         )
         fetch = k + MARGIN

@@ -24,7 +24,7 @@ import numpy as np
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
-from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
 from trl_search.retrieval.dense.encoder import Encoder, load_encoder, refuse_other_encoder
@@ -84,6 +84,11 @@ class QdrantRetriever(Retriever):
                 raise UserError(f"{collection!r} holds dense vectors: it needs its encoder, {name!r}")
             refuse_other_encoder(encoder, about["encoder"], f"the collection {collection!r}")
         else:
+            if about.get("analyzer") != ANALYZER_VERSION:
+                raise UserError(
+                    f"the collection {collection!r} was loaded by a version of trl-search that split text into other "
+                    "terms, so queries would miss them; load it again with --replace"
+                )
             self._analyzer = Analyzer(about["stemmer"], about["stopwords"])
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -118,7 +123,7 @@ class QdrantRetriever(Retriever):
 
         vectors: list[Any] = []
         for query in queries:
-            counts = term_counts(self._analyzer.terms(query)[:MAX_QUERY_TERMS])
+            counts = term_counts(self._analyzer.query_terms(query)[:MAX_QUERY_TERMS])
             weights = [float(count) for count in counts.values()]
             vectors.append(models.SparseVector(indices=list(counts), values=weights) if counts else None)
         return vectors

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.retrieval.bm25.analyzer import Analyzer
-from trl_search.retrieval.bm25.sparse_vectors import mean_length, passage_terms, weigh
+from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
+from trl_search.retrieval.bm25.sparse_vectors import mean_length, weigh
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.dense.corpus_vectors import VECTORS, EncodingOptions
 from trl_search.retrieval.dense.encoder import recorded
@@ -109,7 +109,7 @@ class QdrantBuilder(EncodingOptions):
             if self.vectors == DENSE:
                 about["encoder"] = recorded(self.loaded)
             else:
-                about |= {"stemmer": self.stemmer, "stopwords": self.stopwords}
+                about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
             self._call(client.update_collection, metadata={ABOUT: about})
             return about
         finally:
@@ -181,7 +181,7 @@ class QdrantBuilder(EncodingOptions):
         mean = mean_length(corpus, self.analyzer)
 
         def vector(row: int) -> Any:
-            weights = weigh(passage_terms(corpus[row], self.analyzer), mean)
+            weights = weigh(corpus[row], self.analyzer, mean)
             return models.SparseVector(indices=list(weights), values=list(weights.values()))
 
         return vector

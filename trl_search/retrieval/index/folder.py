@@ -217,7 +217,7 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    rebuild = f"rebuild with: {_command(folder, asdict(manifest))}"
+    rebuild = rebuild_hint(folder)
     if manifest.kind != kind:
         raise IndexFolderError(f"{folder} is an index of kind {manifest.kind!r}, not {kind!r}; load it as such")
     for name, size in manifest.files.items():
@@ -234,6 +234,11 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
             "or keep the index as it is: load_retriever(..., check_source=False)"
         )
     return Index(folder, manifest, Corpus(folder))
+
+
+def rebuild_hint(folder: str | Path) -> str:
+    """`"rebuild with: trl-search index ..."`, the command that builds a finished index again."""
+    return f"rebuild with: {_command(Path(folder), asdict(read_manifest(folder)))}"
 
 
 def make_builder(kind: str, options: dict[str, Any]) -> Builder:

@@ -1,0 +1,22 @@
+"""Scripts in which a space does not separate words, so that a run of letters is a sentence and not a word.
+
+Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words. Korean has, but its endings are written
+onto the word ("서울은", *Seoul* as the topic). What splits text into words treats these letters one by one.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The inside of a regular expression's character class. Vowel signs and tones are marks and not in it: they follow a
+# letter. Half-width and presentation forms are not in it either: NFKC turns them into these.
+UNSPACED_LETTERS = (
+    "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7a3\ud7b0-\ud7fb"  # Hangul
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # kana
+    "\u3005-\u3007\u3021-\u3029\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
+    "\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd\u0ec0-\u0ec6\u0edc-\u0edf"  # Lao
+    "\u1780-\u17b3\u17d7\u17dc"  # Khmer
+    "\u1000-\u102a\u103f\u1050-\u1055\u105a-\u105d\u1061\u1065\u1066\u106e-\u1070\u1075-\u1081"  # Burmese
+)
+UNSPACED = re.compile(f"[{UNSPACED_LETTERS}]")
