@@ -67,6 +67,7 @@ async def run_trajectory(
             max_tokens=min(left, limits.turn_tokens),
             sampling=replace(sampling, seed=random.Random(f"{sampling.seed}/{turn}").getrandbits(63)),
             stop=protocol.stop,
+            stop_token_ids=protocol.stop_token_ids,
         )
         trajectory.generation_s += time.perf_counter() - started
         turn += 1

@@ -8,10 +8,18 @@ import random
 import pytest
 import torch
 
-from trl_search.policies.transformers_policy import TransformersPolicy, sample
+from trl_search.policies.token_sampling import sample
+from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.types import FinishReason, Sampling
 
 GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture
+def probed_model(random_model, tokenizer):
+    """A model whose first forwards, those of the probe, are behind it."""
+    generate(TransformersPolicy(random_model, tokenizer), [])
+    return random_model
 
 
 def prompts(count, seed=0, low=3, high=40):
@@ -88,11 +96,11 @@ def test_a_group_shares_its_prompt_and_draws_different_samples(random_model, tok
         torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-4, rtol=1e-4)
 
 
-def test_a_conversation_that_comes_back_computes_only_what_is_new(random_model, tokenizer):
-    policy = TransformersPolicy(random_model, tokenizer, max_sequences=4)
+def test_a_conversation_that_comes_back_computes_only_what_is_new(probed_model, tokenizer):
+    policy = TransformersPolicy(probed_model, tokenizer, max_sequences=4)
     policy.eos_token_ids = set()
     widths = []
-    hook = random_model.register_forward_pre_hook(
+    hook = probed_model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     prompt = prompts(1, low=39, high=40)[0]
@@ -108,7 +116,7 @@ def test_a_conversation_that_comes_back_computes_only_what_is_new(random_model, 
     again, second = asyncio.run(conversation())
     hook.remove()
     assert widths[0] == 39 and widths[6] == 11  # the last sampled token and the ten of the observation
-    expected = reference_logprobs(random_model, again, second.ids)
+    expected = reference_logprobs(probed_model, again, second.ids)
     assert list(second.ids) == expected.argmax(-1).tolist()
 
 
@@ -132,8 +140,8 @@ def test_more_conversations_than_slots(random_model, tokenizer):
     asyncio.run(go())
 
 
-def test_stop_strings_budgets_and_eos(random_model, tokenizer):
-    policy = TransformersPolicy(random_model, tokenizer)
+def test_stop_strings_budgets_and_eos(probed_model, tokenizer):
+    policy = TransformersPolicy(probed_model, tokenizer)
     script = tokenizer.encode("<search> a </search>\n\n more", add_special_tokens=False)
     says = iter([])
 
@@ -141,7 +149,7 @@ def test_stop_strings_budgets_and_eos(random_model, tokenizer):
         nonlocal says
         logits = torch.full((len(new), len(tokenizer)), -50.0)
         for i, (slot, _) in enumerate(new):
-            position = len(slot.request.ids)
+            position = len(slot.turn.ids)
             logits[i, script[position] if position < len(script) else tokenizer.eos_token_id] = 50.0
         return logits
 
@@ -175,8 +183,8 @@ def test_a_cancelled_request_frees_its_slot(random_model, tokenizer):
     assert len(asyncio.run(go()).ids) == 2
 
 
-def test_a_broken_engine_reaches_every_waiting_coroutine(random_model, tokenizer):
-    policy = TransformersPolicy(random_model, tokenizer, max_sequences=2)
+def test_a_broken_engine_reaches_every_waiting_coroutine(probed_model, tokenizer):
+    policy = TransformersPolicy(probed_model, tokenizer, max_sequences=2)
     calls = []
 
     def explode(new):
@@ -203,10 +211,15 @@ def test_the_model_is_left_as_it_was(random_model, tokenizer):
     assert random_model.training and random_model.config._attn_implementation == "eager"
 
 
-def test_layers_without_full_attention_are_refused(random_model, tokenizer):
-    random_model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"sliding_attention.*use vLLM"):
-        TransformersPolicy(random_model, tokenizer)
+def test_the_turn_ends_at_the_stop_ids_that_only_the_protocol_knows(random_model, tokenizer):
+    """A base model with a chat template: its checkpoint names another EOS than the template's end of turn."""
+    policy = TransformersPolicy(random_model, tokenizer)
+    policy.eos_token_ids = set()
+    (prompt,) = prompts(1)
+    (endless,) = generate(policy, [(prompt, {"max_tokens": 30, "sampling": Sampling(seed=0)})])
+    end = endless.ids[5]
+    (ended,) = generate(policy, [(prompt, {"max_tokens": 30, "sampling": Sampling(seed=0), "stop_token_ids": (end,)})])
+    assert ended.finish_reason is FinishReason.EOS and ended.ids == endless.ids[: endless.ids.index(end) + 1]
 
 
 def test_sample_follows_the_distribution():

@@ -31,7 +31,13 @@ class ScriptedPolicy(Policy):
         self.turns: dict[tuple[int, ...], int] = {}
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         await asyncio.sleep(self.seconds)
         self.prompts.append(list(prompt_ids))

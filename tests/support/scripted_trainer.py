@@ -67,7 +67,13 @@ class Actor(Policy):
         self.said: list[list[list[int]]] = []  # of trajectory i, the ids of each of its turns
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         number = self.numbers.setdefault(asyncio.current_task(), len(self.numbers))
         if number == len(self.said):

@@ -112,10 +112,18 @@ class HeardPolicy(Policy):
         await self.engine.close()
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         self._said = ""
-        completion = await self.engine.generate(prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop)
+        completion = await self.engine.generate(
+            prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
+        )
         self._tell(self.protocol.read(completion.ids))
         return completion
 

@@ -166,7 +166,13 @@ class ScriptedPolicy(Policy):
         self._script, self._protocol, self._started = script, protocol, False
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         if self._started:
             thought, action = self._script.send(self._protocol.decode(prompt_ids))

@@ -13,14 +13,23 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         """Samples one turn after `prompt_ids` (the whole conversation so far).
 
         Args:
             max_tokens (`int`): What is left of the trajectory's budget; at least 1 token is always sampled.
-            stop (`Sequence[str]`): Ends the turn once the sampled text holds one of them. A stop string can end inside
-                a token: the ids and logprobs of all sampled tokens are kept, so the text may go on for a character.
+            stop (`Sequence[str]`): Ends the turn once the sampled text contains one of these strings. A stop string
+                can end inside a token. The ids and logprobs of all sampled tokens are kept, so the text may go on for
+                a character.
+            stop_token_ids (`Sequence[int]`): Tokens that end the turn, beside the model's own EOS: those with which
+                the chat template closes the assistant's turn. They are sampled, so they are part of the completion.
 
         Returns:
             `Completion`: The sampled ids, EOS included, and their logprobs under the temperature-scaled distribution

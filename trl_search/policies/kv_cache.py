@@ -1,4 +1,4 @@
-"""A key-value cache of slots, one a running conversation, for continuous batching on any `transformers` decoder.
+"""A key-value cache of slots, one per running conversation, for continuous batching on any `transformers` decoder.
 
 `transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is
 installed, so its cost on a CPU grows much faster with the batch (`benchmarks/engine.py` measures it). Here a slot is
@@ -32,11 +32,11 @@ class SlotCache(Cache):
         self.slots = slots
         self.capacity = 0
         self.length = 0
-        self.keys: list[torch.Tensor] = []  # one a layer: (slots, key-value heads, capacity, head_dim)
+        self.keys: list[torch.Tensor] = []  # one per layer: (slots, key-value heads, capacity, head_dim)
         self.values: list[torch.Tensor] = []
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` tokens a row, keeping what is there."""
+        """Makes room for `tokens` tokens per row, keeping what is there."""
         if tokens < self.capacity:  # one position is scratch
             return
         self.capacity = (tokens // _CAPACITY_STEP + 1) * _CAPACITY_STEP
@@ -69,9 +69,8 @@ class SlotCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new keys and values, (B, heads, T, head_dim), and returns those of the rows' whole history."""
         if layer_idx == len(self.keys):
-            shape = (self.slots, key_states.shape[1], self.capacity, key_states.shape[3])
-            self.keys.append(key_states.new_zeros(shape))
-            self.values.append(value_states.new_zeros(shape))
+            for states, kept in ((key_states, self.keys), (value_states, self.values)):
+                kept.append(states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3]))
         history = []
         for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             store[self.rows_B.unsqueeze(1), :, self.write_BT] = new.transpose(1, 2)
@@ -95,6 +94,7 @@ def slot_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA that reads grouped keys and values where they lie. transformers' own repeats them for every query head once
@@ -103,8 +103,14 @@ def slot_attention(
     Args:
         query: (B, heads, T, head_dim).
         key, value: (B, key-value heads, length, head_dim).
-        attention_mask: (B, 1, T, length), True where a token is seen.
+        attention_mask: (B, 1, T, length), True where a token is seen: its row from position 0 up to itself.
+        sliding_window: The layer's window: a token sees itself and the `sliding_window - 1` tokens before it.
     """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"its attention uses {', '.join(unknown)}")
+    if attention_mask is not None and sliding_window is not None and attention_mask.shape[-1] > sliding_window:
+        first_BT1 = attention_mask.sum(dim=-1, keepdim=True) - sliding_window
+        attention_mask = attention_mask & (torch.arange(key.shape[2], device=key.device) >= first_BT1)
     attended = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )

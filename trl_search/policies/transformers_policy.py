@@ -1,67 +1,66 @@
 """The policy as a plain `transformers` model, on CPU or GPU: continuous batching, stop strings, warm conversations.
 
-One engine thread owns the model. Between two forwards it takes in whatever requests have come, so a trajectory never
-waits for another's turn to end. A finished turn leaves its keys and values in its slot: when the conversation comes
-back with an observation appended, only the observation is computed.
+The engine's thread (`engine_thread.py`) owns the model. Between two forwards it takes in new requests, so a trajectory
+never waits for another's turn to end. A finished turn leaves its keys and values in its slot: when the conversation
+comes back with an observation appended, only the observation is computed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import inspect
 import random
-import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from trl_search.policies.base import Policy
+from trl_search.common.errors import UserError
+from trl_search.policies import probe
+from trl_search.policies.engine_thread import EngineThread, Request
 from trl_search.policies.kv_cache import SLOT_ATTENTION, SlotCache
+from trl_search.policies.token_sampling import sample
 from trl_search.types import Completion, FinishReason, Sampling
 
 # Padded tokens of one prefill forward; bounds its activations.
 _MAX_PREFILL_TOKENS = 16_384
-# A stop string can begin this many tokens before the one that completes it, at one character a token or more.
+# A stop string can begin this many tokens before the one that completes it, at one character per token or more.
 _STOP_TAIL_TOKENS = 32
+_REMEDY = "sample with vLLM instead (use_vllm: true in training, --backend vllm in an evaluation)"
+# Models whose samples were found to be their own.
+_probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 @dataclass
-class _Request:
-    """One turn being generated."""
+class _Turn:
+    """A request and what was sampled for it so far."""
 
-    prompt_ids: list[int]
-    max_tokens: int
-    stop: tuple[str, ...]
-    sampling: Sampling
-    future: Future[Completion] = field(default_factory=Future)
+    request: Request
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.sampling.seed)
+        self.random = random.Random(self.request.sampling.seed)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.request.prompt_ids
 
 
 @dataclass
 class _Slot:
-    """One row of the cache: the ids whose keys and values it holds, and the request that runs in it, if any."""
+    """One row of the cache: the ids whose keys and values it holds, and the turn that runs in it, if any."""
 
     row: int
     ids: list[int] = field(default_factory=list)
-    request: _Request | None = None
+    turn: _Turn | None = None
     used_at: int = 0
 
 
-class TransformersPolicy(Policy):
-    """Samples from a `transformers` decoder whose layers all have full attention (Qwen2/3, Llama, Mistral v0.3 ...).
+class TransformersPolicy(EngineThread):
+    """Samples from a `transformers` decoder with full or sliding-window attention (Qwen2/3, Llama, Mistral, ...).
 
     Args:
         model (`PreTrainedModel`): Put into eval mode, and its attention set to ours, while open.
@@ -73,121 +72,131 @@ class TransformersPolicy(Policy):
             so far, after each that was sampled. It does not say whose turn: for chats, of one sequence.
 
     Raises:
-        ValueError: if a layer has no full attention (sliding window, linear): use vLLM for such a model.
+        UserError: if the model's attention or positions cannot be replaced. `open` raises it if a probe shows that
+            the engine would sample another model than the one given.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_sequences: int = 64) -> None:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(f"the transformers policy needs full attention, this model has {sorted(kinds)}: use vLLM")
+        super().__init__()
+        reason = why_not(model)
+        if reason:
+            raise UserError(f"the transformers policy cannot sample {_name(model)}: {reason}; {_REMEDY}")
         self.model = model
         self.tokenizer = tokenizer
         self.max_sequences = max_sequences
         self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._stop_tokens: dict[tuple[str, ...], set[int]] = {}
+        self._options = {"output_router_logits": False} if probe.has_router_logits(model) else {}
 
     async def open(self) -> None:
+        bare = probe.bare_model(self.model)
+        if bare not in _probed:
+            await self._probe()
+            _probed.add(bare)
+        await self._start()
+
+    async def _start(self) -> None:
         self._was_training = self.model.training
         self._attention = self.model.config._attn_implementation
         self.model.eval()
         self.model.set_attn_implementation(SLOT_ATTENTION)
-        self._thread = threading.Thread(target=self._run, name="transformers-policy", daemon=True)
-        self._thread.start()
+        await super().open()
 
     async def close(self) -> None:
         if self._thread is None:
             return
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._thread = None
+        await super().close()
         self.model.train(self._was_training)
         self.model.set_attn_implementation(self._attention)
 
-    async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-    ) -> Completion:
-        if self._thread is None:
-            raise RuntimeError("the policy is closed: await policy.open() first")
-        if not prompt_ids:
-            raise ValueError("prompt_ids is empty")
-        request = _Request(list(prompt_ids), max(1, max_tokens), tuple(stop), sampling)
-        self._inbox.put(request)
-        return await asyncio.wrap_future(request.future)
+    async def _probe(self) -> None:
+        """Two conversations of different lengths, two turns each: padding, warm slots and the window are all in it."""
+        listener, self.on_token = self.on_token, None
+        long = probe.random_ids(self.tokenizer, self.model, probe.probe_length(self.model, self.model.device), seed=0)
+        asked, found = [long, probe.random_ids(self.tokenizer, self.model, 3, seed=1)], []
+        more = probe.random_ids(self.tokenizer, self.model, 2, seed=2)
+        try:
+            await self._start()
+            for turn in range(2):
+                turns = await asyncio.gather(
+                    *(self.generate(ids, max_tokens=2, sampling=Sampling(seed=turn)) for ids in asked)
+                )
+                found += list(zip(asked, turns, strict=True))
+                asked = [[*ids, *completion.ids, *more] for ids, completion in zip(asked, turns, strict=True)]
+        # Whatever an architecture raises when it meets our cache.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the transformers policy cannot sample {_name(self.model)} ({reason}); {_REMEDY}"
+            ) from error
+        finally:
+            await self.close()
+            self.on_token = listener
+        was_training = self.model.training
+        self.model.eval()
+        expected = torch.cat([probe.plain_logprobs(self.model, ids, completion.ids) for ids, completion in found])
+        self.model.train(was_training)
+        sampled = torch.tensor([logprob for _, completion in found for logprob in completion.logprobs])
+        difference = probe.differ(sampled, expected, float32=probe.computes_in_float32(self.model))
+        if difference:
+            raise UserError(
+                f"the transformers policy would sample another model than {_name(self.model)}: {difference}; {_REMEDY}"
+            )
 
-    # The engine thread
+    # On the engine's thread
 
-    def _run(self) -> None:
+    def start_engine(self) -> None:
         self._cache = SlotCache(self.max_sequences)
         self._slots = [_Slot(row) for row in range(self.max_sequences)]
         self._clock = 0
-        self._waiting: list[_Request] = []
-        try:
-            with torch.no_grad():
-                while self._receive():
-                    self._clock += 1
-                    self._prefill(self._admit())
-                    self._decode([slot for slot in self._slots if slot.request])
-        # Whatever breaks the engine must reach every coroutine that waits on it, or the rollout hangs.
-        except BaseException as error:
-            for request in self._unfinished():
-                _fail(request, error)
-            while (queued := self._inbox.get()) is not None:
-                _fail(queued, error)
-        finally:
-            del self._cache
+        self._waiting: list[_Turn] = []
+        self._finished: list[tuple[Request, Completion]] = []
 
-    def _receive(self) -> bool:
-        """Takes in new requests, waiting for one if there is nothing to do. False once the policy is closed."""
-        while True:
-            idle = not self._waiting and not any(slot.request for slot in self._slots)
-            try:
-                request = self._inbox.get(block=idle)
-            except queue.Empty:
-                return True
-            if request is None:
-                for left in self._unfinished():
-                    left.future.cancel()
-                return False
-            self._waiting.append(request)
+    def stop_engine(self, unfinished: Sequence[Request]) -> None:
+        del self._cache
 
-    def _unfinished(self) -> list[_Request]:
-        return [*self._waiting, *(slot.request for slot in self._slots if slot.request)]
+    def add(self, request: Request) -> None:
+        self._waiting.append(_Turn(request))
+
+    def drop(self, request: Request) -> None:
+        self._waiting = [turn for turn in self._waiting if turn.request is not request]
+        for slot in self._slots:
+            if slot.turn and slot.turn.request is request:
+                slot.turn = None
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, Completion]]:
+        self._clock += 1
+        self._prefill(self._admit())
+        self._decode([slot for slot in self._slots if slot.turn])
+        finished, self._finished = self._finished, []
+        return finished
 
     def _admit(self) -> list[_Slot]:
-        """Gives waiting requests a slot: the one that holds the conversation so far, or the longest unused one."""
-        self._drop_cancelled()
+        """Gives waiting turns a slot: the one that holds the conversation so far, or the longest unused one."""
         admitted: list[_Slot] = []
-        free = [slot for slot in self._slots if slot.request is None]
+        free = [slot for slot in self._slots if slot.turn is None]
         while self._waiting and free:
-            request = self._waiting.pop(0)
-            prompt = request.prompt_ids
+            turn = self._waiting.pop(0)
+            prompt = turn.prompt_ids
             warm = [slot for slot in free if 0 < len(slot.ids) < len(prompt) and slot.ids == prompt[: len(slot.ids)]]
             slot = max(warm, key=lambda s: len(s.ids)) if warm else min(free, key=lambda s: (bool(s.ids), s.used_at))
             if not warm:
                 slot.ids = []
-            slot.request, slot.used_at = request, self._clock
+            slot.turn, slot.used_at = turn, self._clock
             free.remove(slot)
             admitted.append(slot)
         return admitted
-
-    def _drop_cancelled(self) -> None:
-        self._waiting = [request for request in self._waiting if not request.future.cancelled()]
-        for slot in self._slots:
-            if slot.request and slot.request.future.cancelled():
-                slot.request = None
 
     def _prefill(self, admitted: list[_Slot]) -> None:
         """Computes the prompts of new requests, each distinct one once, and samples their first tokens."""
         groups: dict[tuple[int, ...], list[_Slot]] = {}
         for slot in admitted:
-            assert slot.request is not None
+            assert slot.turn is not None
             # A warm slot has its own history to continue; cold ones with the same prompt share one computation.
-            key = (slot.row, -1) if slot.ids else tuple(slot.request.prompt_ids)
+            key = (slot.row, -1) if slot.ids else tuple(slot.turn.prompt_ids)
             groups.setdefault(key, []).append(slot)
         batch: list[list[_Slot]] = []
         width = 0
@@ -202,26 +211,26 @@ class TransformersPolicy(Policy):
 
     def _prefill_batch(self, groups: list[list[_Slot]]) -> None:
         leaders = [group[0] for group in groups]
-        new = [(slot, slot.request.prompt_ids[len(slot.ids) :]) for slot in leaders if slot.request]
+        new = [(slot, slot.turn.prompt_ids[len(slot.ids) :]) for slot in leaders if slot.turn]
         logits_BV = self._forward(new)
         followers: list[tuple[_Slot, int]] = []
         for i, group in enumerate(groups):
             for slot in group:
-                assert slot.request is not None
-                slot.ids = list(slot.request.prompt_ids)
+                assert slot.turn is not None
+                slot.ids = list(slot.turn.prompt_ids)
                 if slot is not group[0]:
                     self._cache.copy_row(group[0].row, slot.row, len(slot.ids))
                 followers.append((slot, i))
         self._sample([slot for slot, _ in followers], logits_BV[[i for _, i in followers]])
 
     def _decode(self, running: list[_Slot]) -> None:
-        """One more token for every running request."""
+        """One more token for every running turn."""
         if not running:
             return
-        logits_BV = self._forward([(slot, [slot.request.ids[-1]]) for slot in running if slot.request])
+        logits_BV = self._forward([(slot, [slot.turn.ids[-1]]) for slot in running if slot.turn])
         for slot in running:
-            assert slot.request is not None
-            slot.ids.append(slot.request.ids[-1])
+            assert slot.turn is not None
+            slot.ids.append(slot.turn.ids[-1])
         self._sample(running, logits_BV)
 
     def _forward(self, new: list[tuple[_Slot, list[int]]]) -> torch.Tensor:
@@ -244,97 +253,74 @@ class TransformersPolicy(Policy):
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._options,
         )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
     def _sample(self, slots: list[_Slot], logits_BV: torch.Tensor) -> None:
-        """Samples one token for each slot, and ends the requests that it completes."""
+        """Samples one token for each slot, and ends the turns that it completes."""
         by_sampling: dict[tuple[float, float, int, float], list[int]] = {}
-        for i, slot in enumerate(slots):
-            assert slot.request is not None
-            how = slot.request.sampling
+        turns = [slot.turn for slot in slots if slot.turn]
+        for i, turn in enumerate(turns):
+            how = turn.request.sampling
             by_sampling.setdefault((how.temperature, how.top_p, how.top_k, how.min_p), []).append(i)
         for rows in by_sampling.values():
-            requests = [slots[i].request for i in rows]
-            uniforms = torch.tensor([request.random.random() for request in requests if request])
-            how = requests[0].sampling if requests[0] else Sampling()
+            uniforms = torch.tensor([turns[i].random.random() for i in rows])
+            how = turns[rows[0]].request.sampling
             ids_B, logprobs_B = sample(logits_BV if len(rows) == len(slots) else logits_BV[rows], how, uniforms)
             for i, token, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
-                self._append(slots[i], token, logprob)
+                self._append(slots[i], turns[i], token, logprob)
 
-    def _append(self, slot: _Slot, token: int, logprob: float) -> None:
-        request = slot.request
-        assert request is not None
-        request.ids.append(token)
-        request.logprobs.append(logprob)
+    def _append(self, slot: _Slot, turn: _Turn, token: int, logprob: float) -> None:
+        turn.ids.append(token)
+        turn.logprobs.append(logprob)
         if self.on_token is not None:
-            self.on_token(request.ids)
-        if token in self.eos_token_ids:
+            self.on_token(turn.ids)
+        if token in self.eos_token_ids or token in turn.request.stop_token_ids:
             reason = FinishReason.EOS
-        elif request.stop and self._at_stop(request):
+        elif turn.request.stop and self._at_stop(turn):
             reason = FinishReason.STOP
-        elif len(request.ids) >= request.max_tokens:
+        elif len(turn.ids) >= turn.request.max_tokens:
             reason = FinishReason.LENGTH
         else:
             return
-        slot.request = None
-        if request.future.set_running_or_notify_cancel():
-            request.future.set_result(Completion(tuple(request.ids), tuple(request.logprobs), reason))
+        slot.turn = None
+        self._finished.append((turn.request, Completion(tuple(turn.ids), tuple(turn.logprobs), reason)))
 
-    def _at_stop(self, request: _Request) -> bool:
+    def _at_stop(self, turn: _Turn) -> bool:
         """Whether the token just sampled completed a stop string."""
-        if request.stop not in self._stop_tokens:
+        stop = turn.request.stop
+        if stop not in self._stop_tokens:
             # Byte-level vocabularies write ASCII as it is: only a token with a stop's last character can complete it.
-            ends = {text[-1] for text in request.stop}
+            ends = {text[-1] for text in stop}
             tokens = self.tokenizer.get_vocab().items() if all(end.isascii() for end in ends) else ()
-            self._stop_tokens[request.stop] = {i for token, i in tokens if ends & set(token)}
-        candidates = self._stop_tokens[request.stop]
-        if candidates and request.ids[-1] not in candidates:
+            self._stop_tokens[stop] = {i for token, i in tokens if ends & set(token)}
+        candidates = self._stop_tokens[stop]
+        if candidates and turn.ids[-1] not in candidates:
             return False
-        tail = self.tokenizer.decode(request.ids[-_STOP_TAIL_TOKENS:], skip_special_tokens=False)
-        return any(text in tail for text in request.stop)
+        tail = self.tokenizer.decode(turn.ids[-_STOP_TAIL_TOKENS:], skip_special_tokens=False)
+        return any(text in tail for text in stop)
 
 
-def sample(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token a row by inverting the cumulative distribution at `uniforms_B` (in [0, 1)).
+def why_not(model: PreTrainedModel) -> str:
+    """What of the model's architecture the slots cannot compute. Empty if nothing is known; `open` probes the rest."""
+    bare = probe.bare_model(model)
+    kinds = set(getattr(bare.config.get_text_config(), "layer_types", None) or [])
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the kind {', '.join(sorted(others))}"
+    if not bare._can_set_attn_implementation():
+        return f"the attention of {type(bare).__name__} cannot be replaced"
+    if "position_ids" not in inspect.signature(type(bare).forward).parameters:
+        return f"{type(bare).__name__} takes no position_ids"
+    return ""
 
-    One number a token from the request's own generator makes a request repeatable whatever it is batched with.
 
-    Returns:
-        The ids (B) and their logprobs (B) at that temperature, before top-p, top-k and min-p.
-    """
-    greedy = sampling.temperature == 0
-    scaled_BV = logits_BV if greedy else logits_BV / sampling.temperature
-    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-    if greedy:
-        ids_B = scaled_BV.argmax(dim=-1)
-    else:
-        filters = LogitsProcessorList()
-        if sampling.top_k > 0:
-            filters.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            filters.append(TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p > 0:
-            filters.append(MinPLogitsWarper(sampling.min_p))
-        # None of these reads the ids so far.
-        kept_BV = filters(None, scaled_BV).softmax(dim=-1) if filters else logprobs_BV.exp()  # type: ignore[arg-type]
-        cumulative_BV = kept_BV.cumsum(dim=-1)
-        total_B1 = cumulative_BV[:, -1:]
-        # A uniform just below 1 becomes 1 in float32; at the total itself stand tokens of no probability.
-        below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
-        targets_B1 = (uniforms_B.to(cumulative_BV).unsqueeze(-1) * total_B1).minimum(below_B1)
-        ids_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
-        ids_B = ids_B.clamp(max=logits_BV.shape[-1] - 1)
-    return ids_B, logprobs_BV.gather(-1, ids_B.unsqueeze(-1)).squeeze(-1)
+def _name(model: PreTrainedModel) -> str:
+    return model.config._name_or_path or type(probe.bare_model(model)).__name__
 
 
 def _missing(slot: _Slot) -> int:
     """Tokens of the slot's prompt that its cache does not hold yet."""
-    assert slot.request is not None
-    return len(slot.request.prompt_ids) - len(slot.ids)
-
-
-def _fail(request: _Request, error: BaseException) -> None:
-    if request.future.set_running_or_notify_cancel():
-        request.future.set_exception(error)
+    assert slot.turn is not None
+    return len(slot.turn.prompt_ids) - len(slot.ids)

@@ -136,13 +136,19 @@ class VLLMServerPolicy(Policy):
             await client.aclose()
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         if self._client is None:
             raise RuntimeError("the policy is closed: await policy.open() first")
         if not prompt_ids:
             raise ValueError("prompt_ids is empty")
-        body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop)
+        body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop, stop_token_ids)
         failing_since: float | None = None
         tries = 0
         while True:
@@ -243,7 +249,12 @@ class _Trouble(Exception):
 
 
 def format_request(
-    model: str, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+    model: str,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The body of `POST /v1/completions` for one turn."""
     return {
@@ -259,6 +270,7 @@ def format_request(
         "frequency_penalty": 0.0,
         "seed": sampling.seed & _MAX_SEED,  # 64 bits with a sign; -1 would mean no seed
         "stop": list(stop),
+        "stop_token_ids": list(stop_token_ids),
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,

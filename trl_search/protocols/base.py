@@ -95,6 +95,11 @@ class Protocol(abc.ABC):
 
     # What the policy wrote
 
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens with which the policy ends its turn. Every engine is told: a checkpoint may name another EOS."""
+        return (int(self.tokenizer.eos_token_id),)
+
     def read(self, ids: Sequence[int]) -> str:
         """Decodes a turn for reading, without the EOS that ended it."""
         ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

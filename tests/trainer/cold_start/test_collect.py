@@ -49,7 +49,13 @@ class Teacher(Policy):
         self.open_now = False
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         assert self.open_now
         if self.said == self.turns:

@@ -1,0 +1,85 @@
+"""Does an engine compute the model that it was given? A few random tokens tell, before anything is trained.
+
+Engines and kernels replace parts of a model: its cache, its attention, its positions. Most architectures permit that;
+some do not, and then an engine samples from another distribution without an error. So a few tokens are computed both
+ways, past the sliding window if there is one, and the log-probs must be those of one plain forward.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of the longest probe. A window longer than this is not crossed: it would take minutes on a CPU.
+_MAX_TOKENS = {"cpu": 1024}
+_MAX_TOKENS_GPU = 8192
+_SHORT, _PAST_WINDOW = 9, 12
+# The mean difference that rounding explains. Half precision rounds logits of about 16 to steps of 1/16.
+_TOLERANCE_FLOAT32, _TOLERANCE_HALF = 5e-3, 0.15
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """The causal language model inside a PEFT wrapper."""
+    bare: PreTrainedModel = model.get_base_model() if is_peft_model(model) else model
+    return bare
+
+
+def window_of(model: Any) -> int | None:
+    """The sliding window of a model's layers, in tokens. Some families have one without naming it in `layer_types`."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return window if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def probe_length(model: Any, device: torch.device) -> int:
+    """Tokens of a probe that goes past the model's window, if that is affordable here."""
+    window = window_of(model) or 0
+    length = window + _PAST_WINDOW if window < _MAX_TOKENS.get(device.type, _MAX_TOKENS_GPU) else 2 * _PAST_WINDOW
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + _SHORT
+    return max(_SHORT, min(max(length, 2 * _PAST_WINDOW), room - _SHORT))
+
+
+def random_ids(tokenizer: PreTrainedTokenizerBase | None, model: Any, count: int, *, seed: int) -> list[int]:
+    """Ordinary tokens, none of which a model could treat as an image or as control."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    special: set[int] = set()
+    if tokenizer is not None:
+        vocabulary = min(vocabulary, len(tokenizer.get_vocab()))
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    draw = random.Random(seed)
+    ordinary = [token for token in (draw.randrange(vocabulary) for _ in range(4 * count + 64)) if token not in special]
+    return (ordinary * count)[:count] if ordinary else [0] * count
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """Log-probs of `ids` after `prompt_ids` by one forward: no cache, no padding, no other sequence. (len(ids))"""
+    ids_BT = torch.tensor([[*prompt_ids, *ids]], device=model.device)
+    options = {"output_router_logits": False} if has_router_logits(model) else {}
+    logits_TV = model(input_ids=ids_BT, use_cache=False, **options).logits[0, -len(ids) - 1 : -1].float()
+    return torch.log_softmax(logits_TV, dim=-1).gather(-1, ids_BT[0, -len(ids) :].unsqueeze(-1)).squeeze(-1).cpu()
+
+
+def has_router_logits(model: Any) -> bool:
+    """Whether a forward may compute a mixture's load-balancing loss, which reads the mask as one of (B, T)."""
+    return hasattr(model.config.get_text_config(), "output_router_logits")
+
+
+def differ(found_N: torch.Tensor, expected_N: torch.Tensor, *, float32: bool) -> str:
+    """How two computations of the same log-probs differ, in words. Empty if rounding explains it."""
+    gaps_N = (found_N - expected_N).abs()
+    mean = float(gaps_N.mean())
+    if mean <= (_TOLERANCE_FLOAT32 if float32 else _TOLERANCE_HALF):
+        return ""
+    return f"log-probs of the same {len(gaps_N)} tokens differ by {mean:.2g} on average and {gaps_N.max():.2g} at most"
+
+
+def computes_in_float32(model: Any) -> bool:
+    # accelerate keeps the forward that it wraps in autocast.
+    return bare_model(model).dtype == torch.float32 and not hasattr(model, "_original_forward")
