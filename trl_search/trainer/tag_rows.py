@@ -57,7 +57,7 @@ def warn_of_untrained_tags(model: PreTrainedModel, protocol: Protocol) -> None:
         tags = ", ".join(f"{tag} (the same as {count} other rows)" for tag, count in found.items())
         logger.warning(
             "The embeddings of these tags were never trained: %s. The policy will write random rare tokens in their "
-            "place. Either choose protocol: search_r1, whose tags are plain text, or begin with a cold start that gives "
+            "place. Choose protocol: search_r1, whose tags are plain text, or begin with a cold start that gives "
             "them embeddings: trl-search sft ... --initialise_tags.",
             tags,
         )
