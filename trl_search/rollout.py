@@ -5,7 +5,7 @@
                                  Trajectory.observe    mask 0
               └──────── until the environment says done, or the tokens are spent ────────┘
 
-One coroutine a trajectory, all on one event loop, and no barrier between turns: while one trajectory waits for its
+One coroutine per trajectory, all on one event loop, and no barrier between turns: while one trajectory waits for its
 search, the engine generates the others. What comes next is always prompt ids + sampled ids + observation ids; nothing
 that was sampled is ever decoded and encoded again.
 """
@@ -13,12 +13,11 @@ that was sampled is ever decoded and encoded again.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
+from trl_search.retrieval.base import RetrievalError
 from trl_search.types import Answer, FinishReason, Observation, Sampling, Search, StopReason, ToolCall, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -111,79 +111,114 @@ async def _step(episode: Environment, action: Any) -> Observation:
         return Observation(done=StopReason.RETRIEVAL_FAILED, error=repr(error))
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One trajectory to run.
+
+    Args:
+        prompt (`tuple[int, ...]` or `Callable`): The prompt's ids, or a coroutine function that makes them: one-shot
+            RAG searches first. A `RetrievalError` in it fails this trajectory only.
+        row (`Mapping`): The dataset's row; the environment starts with it.
+        key (`str`): What makes this trajectory's random numbers its own; the batch's seed is mixed in.
+        policy (`Policy`, *optional*): Speaks in this trajectory in place of the batch's policy; scripted players do.
+    """
+
+    prompt: tuple[int, ...] | Callable[[], Awaitable[tuple[int, ...]]]
+    row: Mapping[str, Any]
+    key: str
+    policy: Policy | None = None
+
+
 async def run_batch(
-    prompts: Sequence[tuple[int, ...]],
-    rows: Sequence[Mapping[str, Any]],
+    jobs: Iterable[Job],
     *,
-    policy: Policy,
+    count: int,
+    policy: Policy | None,
     environment: Environment,
     protocol: Protocol,
     limits: Limits,
     sampling: Sampling,
-    description: str = "Rollout",
-) -> list[Trajectory]:
-    """Runs one trajectory a prompt, all at once, and returns them in the order of the prompts."""
-    bar = tqdm(total=len(prompts), desc=description, unit="trajectory", delay=2, leave=False, disable=None)
-
-    async def run(index: int) -> Trajectory:
-        seed = random.Random(f"{sampling.seed}/{index}").getrandbits(63)
-        trajectory = await run_trajectory(
-            prompts[index],
-            environment.start(rows[index]),
-            policy=policy,
-            protocol=protocol,
-            limits=limits,
-            sampling=replace(sampling, seed=seed),
-        )
-        bar.update()
-        return trajectory
-
-    try:
-        return await run_together(
-            [functools.partial(run, index) for index in range(len(prompts))], policy=policy, environment=environment
-        )
-    finally:
-        bar.close()
-
-
-async def run_together(
-    jobs: Sequence[Callable[[], Coroutine[Any, Any, Result]]],
-    *,
-    policy: Policy,
-    environment: Environment,
+    on_finish: Callable[[int, Trajectory], None],
     concurrency: int | None = None,
-) -> list[Result]:
-    """Runs all jobs on the open policy and environment, and returns what they return, in their order.
+    progress: str | None = "Rollout",
+) -> None:
+    """Runs many trajectories on one event loop: training, evaluation, cold start and scripted players all come here.
 
     Args:
-        concurrency (`int`, *optional*): So many at a time; the others have not begun. Default: all at once.
+        jobs (`Iterable[Job]`): Taken one by one as trajectories begin, so a generator of a million jobs stays small.
+        count (`int`): How many jobs there are.
+        policy (`Policy`, *optional*): Speaks wherever a job brings no policy of its own.
+        sampling (`Sampling`): Its seed and a job's key give the trajectory's own seed.
+        on_finish (`Callable`): Called with a job's place and its trajectory, as each one ends. What it raises ends the
+            batch.
+        concurrency (`int`, *optional*): Trajectories under way at once. Default: all.
+        progress (`str`, *optional*): Title of the progress bar that a terminal shows; None for no bar.
     """
-    gate = asyncio.Semaphore(concurrency or max(1, len(jobs)))
+    queue = iter(enumerate(jobs))
+    bar = tqdm(total=count, desc=progress, unit="trajectory", delay=2, leave=False, disable=None if progress else True)
 
-    async def run(job: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        async with gate:
-            return await job()
+    async def work() -> None:
+        for index, job in queue:
+            trajectory = await _run_job(job, policy, environment, protocol, limits, sampling)
+            on_finish(index, trajectory)
+            bar.update()
 
-    tasks: list[asyncio.Task[Result]] = []
+    tasks: list[asyncio.Task[None]] = []
     try:
-        await policy.open()
+        if policy is not None:
+            await policy.open()
         await environment.open()
-        tasks = [asyncio.create_task(run(job)) for job in jobs]
-        return list(await asyncio.gather(*tasks))
+        tasks = [asyncio.create_task(work()) for _ in range(min(concurrency or count, count))]
+        await asyncio.gather(*tasks)
     finally:
         # When one fails (the engine broke), the others must not go on behind the exception's back.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        bar.close()
         try:
             await environment.close()  # the user's code
         finally:
-            await policy.close()
+            if policy is not None:
+                await policy.close()
+
+
+async def _run_job(
+    job: Job, policy: Policy | None, environment: Environment, protocol: Protocol, limits: Limits, sampling: Sampling
+) -> Trajectory:
+    speaker = job.policy or policy
+    assert speaker is not None, "a job without a policy needs a batch with one"
+    seed = random.Random(f"{sampling.seed}/{job.key}").getrandbits(63)
+    started = time.perf_counter()
+    try:
+        prompt_ids = job.prompt if isinstance(job.prompt, tuple) else await job.prompt()
+    except RetrievalError as error:
+        trajectory = Trajectory(prompt_ids=())
+        trajectory.finish(StopReason.RETRIEVAL_FAILED, error=str(error))
+        return trajectory
+    searched_s = time.perf_counter() - started
+    trajectory = await run_trajectory(
+        prompt_ids,
+        environment.start(job.row),
+        policy=speaker,
+        protocol=protocol,
+        limits=limits,
+        sampling=replace(sampling, seed=seed),
+    )
+    trajectory.search_s += searched_s
+    return trajectory
 
 
 def rollout(prompts: Sequence[tuple[int, ...]], rows: Sequence[Mapping[str, Any]], **options: Any) -> list[Trajectory]:
-    """[`run_batch`] for callers without an event loop, a notebook's running one included."""
-    return run_sync(run_batch(prompts, rows, **options))
+    """Runs one trajectory per prompt, all at once, and returns them in the order of the prompts.
+
+    For callers without an event loop, or in a notebook, which has a running one. `options` are those of [`run_batch`].
+    """
+    finished: dict[int, Trajectory] = {}
+    pairs = enumerate(zip(prompts, rows, strict=True))
+    jobs = [Job(prompt, row, key=str(index)) for index, (prompt, row) in pairs]
+    run_sync(run_batch(jobs, count=len(jobs), on_finish=finished.__setitem__, **options))
+    return [finished[index] for index in range(len(jobs))]
 
 
 def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:

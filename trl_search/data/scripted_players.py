@@ -11,7 +11,6 @@ like: training data for the shipped model, and, at mixed quality, for the warm s
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 
@@ -22,7 +21,7 @@ from trl_search.environment import Environment, SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
-from trl_search.rollout import Limits, run_sync, run_trajectory
+from trl_search.rollout import Job, Limits, run_batch, run_sync
 from trl_search.types import Answer, Completion, FinishReason, Passage, Sampling, Search, Trajectory
 
 Script = Generator[tuple[str, Search | Answer], str, None]
@@ -136,27 +135,27 @@ def scripted_trajectories(
 def play(
     scripts: Sequence[Script], prompts: Sequence[tuple[int, ...]], protocol: Protocol, environment: Environment
 ) -> list[Trajectory]:
-    """Plays each script after its prompt, all at once, so that their searches are batched."""
+    """Plays each script after its prompt, all at once, so their searches are batched."""
 
-    async def run() -> list[Trajectory]:
-        await environment.open()
-        try:
-            episodes = (
-                run_trajectory(
-                    prompt,
-                    environment.start({}),
-                    policy=ScriptedPolicy(script, protocol),
-                    protocol=protocol,
-                    limits=_LIMITS,
-                    sampling=Sampling(),
-                )
-                for script, prompt in zip(scripts, prompts, strict=True)
-            )
-            return list(await asyncio.gather(*episodes))
-        finally:
-            await environment.close()
-
-    return run_sync(run())
+    jobs = [
+        Job(prompt, {}, key=str(index), policy=ScriptedPolicy(script, protocol))
+        for index, (script, prompt) in enumerate(zip(scripts, prompts, strict=True))
+    ]
+    finished: dict[int, Trajectory] = {}
+    run_sync(
+        run_batch(
+            jobs,
+            count=len(jobs),
+            policy=None,
+            environment=environment,
+            protocol=protocol,
+            limits=_LIMITS,
+            sampling=Sampling(),
+            on_finish=finished.__setitem__,
+            progress=None,
+        )
+    )
+    return [finished[index] for index in range(len(jobs))]
 
 
 class ScriptedPolicy(Policy):

@@ -7,7 +7,7 @@
 | `cot`    | the question and the request to reason, no tool   | one                                       |
 | `rag`    | the question and the passages it finds, no tool   | one                                       |
 
-In steps, each of which can be had alone:
+In steps, each of which can be used alone:
 
     rows ─► answer_questions ─► Outcome, one a question ─► summarize          ─► Evaluation   of one set
                                                        └─► by_dataset ─► macro ─► Evaluation   averaged over sets
@@ -17,14 +17,11 @@ Outcomes and means are in outcomes.py.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
@@ -33,9 +30,8 @@ from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.evaluation.outcomes import Outcome, score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.retrieval.base import RetrievalError
-from trl_search.rollout import run_sync, run_together, run_trajectory
-from trl_search.types import Passage, Sampling, StopReason, Trajectory
+from trl_search.rollout import Job, run_batch, run_sync
+from trl_search.types import Passage, Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
 MODES = ("search", "direct", "cot", "rag")
@@ -75,66 +71,48 @@ def answer_questions(
             `top_k`, timeout and passage template.
         agent (`AgentSettings`): How the policy is asked: protocol, prompts and token budgets. Its instruction is that
             of `search`; the other modes have their own. How it searches, the environment says.
-        sampling (`Sampling`, *optional*): Its seed and a question's id and words make that question repeatable,
+        sampling (`Sampling`, *optional*): Its seed, the question's id and its words make the answer repeatable,
             whatever is asked beside it.
         concurrency (`int`, *optional*): Questions under way at once. Default: all.
-        on_outcome (`Callable`, *optional*): Called with a row's place and its outcome as it ends, on the event loop.
+        on_outcome (`Callable`, *optional*): Called with a row's place and its outcome as each question ends.
         progress (`bool`, *optional*): Shows a bar on a terminal.
 
     Returns:
-        `list[Outcome]`: One a row, in their order.
+        `list[Outcome]`: One per row, in their order.
     """
-    written = mode_protocol(mode, tokenizer, environment, agent)
+    protocol = mode_protocol(mode, tokenizer, environment, agent)
     world = environment if mode == "search" else AnswerOnly()
-    bar = tqdm(
-        total=len(rows),
-        desc=f"Evaluation, {mode}",
-        unit="question",
-        delay=2,
-        leave=False,
-        disable=None if progress else True,
-    )
+    if mode == "rag":
+        assert isinstance(environment, SearchEnvironment)  # mode_protocol has refused others
+        world = SearchedOnce(environment)
+    outcomes: dict[int, Outcome] = {}
 
-    async def ask(index: int, row: Mapping[str, Any]) -> Outcome:
-        identifier = str(row.get("id", index))
-        seed = random.Random(f"{sampling.seed}/{identifier}/{row['question']}").getrandbits(63)
-        messages, found_s = written.messages(row["question"]), 0.0
-        if mode == "rag":
-            assert isinstance(environment, SearchEnvironment) and environment.batcher is not None
-            started = time.perf_counter()
-            try:
-                passages = await environment.batcher.search(row["question"], environment.top_k)
-            except RetrievalError as error:
-                trajectory = Trajectory(prompt_ids=())
-                trajectory.finish(StopReason.RETRIEVAL_FAILED, error=str(error))
-                return record(index, trajectory, identifier)
-            found_s = time.perf_counter() - started
-            messages = rag_messages(written, environment, row["question"], passages)
-        trajectory = await run_trajectory(
-            written.prompt_ids(messages),
-            world.start(row),
-            policy=policy,
-            protocol=written,
-            limits=agent.limits,
-            sampling=replace(sampling, seed=seed),
-        )
-        trajectory.search_s += found_s
-        return record(index, trajectory, identifier)
+    def job(index: int, row: Mapping[str, Any]) -> Job:
+        question, key = row["question"], f"{row.get('id', index)}/{row['question']}"
+        if isinstance(world, SearchedOnce):
+            return Job(partial(world.prompt, protocol, question), row, key)
+        return Job(protocol.prompt_ids(protocol.messages(question)), row, key)
 
-    def record(index: int, trajectory: Trajectory, identifier: str) -> Outcome:
-        outcome = score(trajectory, rows[index], identifier)
-        bar.update()
+    def finish(index: int, trajectory: Trajectory) -> None:
+        outcomes[index] = score(trajectory, rows[index], str(rows[index].get("id", index)))
         if on_outcome is not None:
-            on_outcome(index, outcome)
-        return outcome
+            on_outcome(index, outcomes[index])
 
-    # The environment of `rag` answers no action, but its batcher finds the passages.
-    opened = environment if mode in ("search", "rag") else world
-    jobs = [partial(ask, index, row) for index, row in enumerate(rows)]
-    try:
-        return run_sync(run_together(jobs, policy=policy, environment=opened, concurrency=concurrency))
-    finally:
-        bar.close()
+    run_sync(
+        run_batch(
+            (job(index, row) for index, row in enumerate(rows)),
+            count=len(rows),
+            policy=policy,
+            environment=world,
+            protocol=protocol,
+            limits=agent.limits,
+            sampling=sampling,
+            on_finish=finish,
+            concurrency=concurrency,
+            progress=f"Evaluation, {mode}" if progress else None,
+        )
+    )
+    return [outcomes[index] for index in range(len(rows))]
 
 
 def mode_protocol(
@@ -151,6 +129,25 @@ def mode_protocol(
     if mode == "search":
         return protocol_of(agent, tokenizer, environment.tools)
     return protocol_of(replace(agent, instruction=INSTRUCTIONS[mode]), tokenizer, tools=())
+
+
+class SearchedOnce(AnswerOnly):
+    """The world of one-shot RAG: it searches for the prompt, and the policy has one turn to answer."""
+
+    def __init__(self, environment: SearchEnvironment) -> None:
+        self.environment = environment
+
+    async def open(self) -> None:
+        await self.environment.open()
+
+    async def close(self) -> None:
+        await self.environment.close()
+
+    async def prompt(self, protocol: Protocol, question: str) -> tuple[int, ...]:
+        """The ids of a prompt that holds the passages found for the question."""
+        assert self.environment.batcher is not None, "the environment is open while a batch runs"
+        passages = await self.environment.batcher.search(question, self.environment.top_k)
+        return protocol.prompt_ids(rag_messages(protocol, self.environment, question, passages))
 
 
 def rag_messages(

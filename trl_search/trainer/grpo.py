@@ -228,7 +228,7 @@ class SearchGRPOTrainer(GRPOTrainer):
                 protocol=self.protocol,
                 limits=self.args.agent.limits,
                 sampling=self._sampling(mode),
-                description=f"Rollout, {mode} step {self.state.global_step}",
+                progress=f"Rollout, {mode} step {self.state.global_step}",
             )
         check_failures(batch.trajectories, self.args.max_failed_share)
         batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]

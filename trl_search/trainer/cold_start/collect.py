@@ -19,16 +19,12 @@ others are refused, and nothing is overwritten. The rules of keeping can be chan
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
@@ -37,7 +33,7 @@ from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.rewards.answers import exact_match, f1_score, last_answer
 from trl_search.rewards.tag_structure import format_score
-from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
+from trl_search.rollout import Job, Limits, run_batch, run_sync
 from trl_search.types import Sampling, Trajectory
 
 ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
@@ -114,7 +110,6 @@ def collect(
     before = samples * len(rows) - len(todo)
     if not todo:
         return Collected(0, before, 0)
-    speaker = policy()
     failures: list[str] = []
     written = 0
 
@@ -132,27 +127,25 @@ def collect(
                 f"{failures[0]}. Put the retriever right and start again: {written + before} attempts are kept"
             )
 
-    queue = iter(todo)
-    bar = tqdm(total=len(todo), desc="Collecting", unit="attempt", delay=2, disable=None)
+    def job(index: int, sample: int) -> Job:
+        prompt = protocol.prompt_ids(protocol.messages(str(rows[index]["question"])))
+        return Job(prompt, rows[index], key=f"{index}/{sample}")
 
-    async def work(file: TextIO) -> None:
-        for index, sample in queue:
-            seed = random.Random(f"{sampling.seed}/{index}/{sample}").getrandbits(63)
-            trajectory = await run_trajectory(
-                protocol.prompt_ids(protocol.messages(str(rows[index]["question"]))),
-                environment.start(rows[index]),
-                policy=speaker,
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+        run_sync(
+            run_batch(
+                (job(*attempt) for attempt in todo),
+                count=len(todo),
+                policy=policy(),
+                environment=environment,
                 protocol=protocol,
                 limits=limits,
-                sampling=replace(sampling, seed=seed),
+                sampling=sampling,
+                on_finish=lambda number, trajectory: finish(*todo[number], trajectory, file),
+                concurrency=concurrency,
+                progress="Collecting",
             )
-            finish(index, sample, trajectory, file)
-            bar.update()
-
-    # A few workers with one queue: a coroutine for each of a million attempts would not fit.
-    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file, bar:
-        workers = [functools.partial(work, file)] * min(concurrency, len(todo))
-        run_sync(run_together(workers, policy=speaker, environment=environment))
+        )
     return Collected(written, before, len(failures))
 
 
