@@ -25,7 +25,16 @@ passages_of_any_text = st.builds(Passage, id=texts.filter(bool), title=texts, te
         ({"id": "7", "contents": '"Orlune"\nA town.\nIn Vesk.'}, Passage("7", "Orlune", "A town.\nIn Vesk.")),
         ({"id": 7, "contents": "Orlune\nA town."}, Passage("7", "Orlune", "A town.")),
         ({"id": "7", "contents": '"Or "lune""\n'}, Passage("7", 'Or "lune"', "")),
-        ({"id": "7", "contents": '"Orlune"'}, Passage("7", "Orlune", "")),
+        # One line is a text, whether or not it is quoted: it has nothing to be the title of.
+        ({"id": "7", "contents": '"Orlune"'}, Passage("7", "", '"Orlune"')),
+        ({"id": "7", "contents": "A town.\n"}, Passage("7", "", "A town.\n")),
+        ({"id": "7", "contents": '""Orlune""\nA town.'}, Passage("7", "Orlune", "A town.")),
+        ({"id": "7", "title": "Orlune", "contents": "A town.\nIn Vesk."}, Passage("7", "Orlune", "A town.\nIn Vesk.")),
+        ({"id": "7", "title": "Orlune", "contents": '"Orlune"\nA town.'}, Passage("7", "Orlune", "A town.")),
+        ({"id": "7", "title": "", "contents": '"Orlune"\nA town.'}, Passage("7", "Orlune", "A town.")),
+        ({"_id": "7", "title": "Orlune", "text": "A town."}, Passage("7", "Orlune", "A town.")),
+        ({"doc_id": 7, "text": "A town."}, Passage("7", "", "A town.")),
+        ({"docid": "7", "text": "A town."}, Passage("7", "", "A town.")),
         ({"id": "7", "contents": '"'}, Passage("7", "", '"')),
         ({"id": "7", "contents": "A town."}, Passage("7", "", "A town.")),
         ({"id": "7", "title": "Orlune", "text": "A town.", "url": "u"}, Passage("7", "Orlune", "A town.", url="u")),
@@ -36,7 +45,7 @@ def test_both_shapes_of_line(line: dict[str, object], passage: Passage) -> None:
     assert parse_passage(json.dumps(line).encode(), "x") == passage
 
 
-@given(title=texts.filter(lambda title: "\n" not in title), text=texts)
+@given(title=texts.filter(lambda title: "\n" not in title and title[:1] != '"'), text=texts)
 def test_contents_hold_title_and_text(title: str, text: str) -> None:
     line = json.dumps({"id": "1", "contents": f'"{title}"\n{text}'}).encode()
     assert parse_passage(line, "x") == Passage("1", title, text)

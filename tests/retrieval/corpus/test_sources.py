@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from trl_search.retrieval.corpus.passages import CorpusError, read_corpus
+from trl_search.retrieval.corpus.fields import Fields
+from trl_search.retrieval.corpus.passages import Corpus, CorpusError, read_corpus, write_corpus
 from trl_search.retrieval.corpus.sources import open_source
 from trl_search.retrieval.index.folder import IndexFolderError, build_index, open_index, read_manifest
 from trl_search.types import Passage
@@ -67,7 +71,7 @@ def test_a_dataset_that_changed_is_another(dataset: Path) -> None:
     [
         ([*ROWS, {"id": None, "text": "x"}], "row 3: 'id' is missing"),
         ([{"id": 1.5, "text": "x"}], "row 1: 'id' is 1.5"),
-        ([{"name": "x"}], "no column of id, contents, title, text, url; has name"),
+        ([{"name": "x"}], "'id' is missing .*the fields are: name; name yours with --id_field"),
         ([*ROWS, ROWS[0]], "rows 1 and 3: the same id '1' twice"),
     ],
 )
@@ -141,3 +145,95 @@ def test_a_tar_that_is_called_jsonl_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "wiki-18.jsonl.gz").write_bytes(gzip.compress(archive.getvalue()))
     with pytest.raises(CorpusError, match=r"line 1: holds zero bytes.*trl-search data wiki18"):
         list(read_corpus(tmp_path / "wiki-18.jsonl.gz"))
+
+
+# Files as they come
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": pa.Codec("zstd").compress}
+    path = folder / name
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
+    return path
+
+
+JSONL = b'{"_id": "1", "title": "Orlune", "text": "A harbour town."}\n{"_id": "2", "text": "A \\"country\\"."}\n'
+ARRAY = b'[{"id": 1, "title": "Orlune", "text": "A harbour town."},\n {"id": 2, "text": "A \\"country\\"."}]'
+TSV = b'id\ttext\ttitle\n1\tA harbour town.\tOrlune\n2\t"A ""country""."\t\n'
+CSV = b'\xef\xbb\xbfid,extra,text,title\r\n1,x,A harbour town.,Orlune\r\n2,,"A ""country"".",\r\n'
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize(("kind", "content"), [("jsonl", JSONL), ("json", ARRAY), ("tsv", TSV), ("csv", CSV)])
+def test_files_are_read_as_they_come(tmp_path: Path, kind: str, content: bytes, packed: str) -> None:
+    file = written(tmp_path, f"corpus.{kind}{packed}", content)
+    expected = [Passage("1", "Orlune", "A harbour town."), Passage("2", "", 'A "country".')]
+    assert list(read_corpus(file)) == expected
+    (tmp_path / "out").mkdir()
+    write_corpus(file, tmp_path / "out").close()
+    assert list(Corpus(tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz", "zst"])
+def test_a_packed_file_that_was_cut_off_is_named(tmp_path: Path, packed: str) -> None:
+    content = b"".join(b'{"id": "%d", "text": "%s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(3000))
+    file = written(tmp_path, f"corpus.jsonl.{packed}", content)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CorpusError, match=rf"corpus\.jsonl\.{packed}, after line \d+: (not a whole|.*not JSON)"):
+        list(read_corpus(file))
+
+
+def test_a_beir_folder_is_its_corpus(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(JSONL)
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who?"}\n')
+    (tmp_path / "qrels").mkdir()
+    assert [passage.id for passage in read_corpus(tmp_path)] == ["1", "2"]
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
+    assert [passage.id for passage in read_corpus(written(tmp_path, "corpus.json", JSONL))] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'id\ttext\n1\t"Never closed\n2\tx\n', r"corpus\.tsv, after line 0: .*quote"),
+        (b'id\ttext\n1\t"Heroes" is a song\n', r"corpus\.tsv, after line 0: .*quotes inside it must be doubled"),
+        (b"id\ttext\n1\tone\n2\ta\tb\n", "line 3: 3 fields, and the header has 2"),
+        (b"1\tA town.\n2\tx\n", "'id' is missing .*the fields are: 1, A town"),
+        (b"id\tbody\n1\tx\n", "neither 'contents' nor 'text'.*id, body; name yours with --text_field"),
+        (b"id\ttext\n1\t\xff\n", "after line 0: not UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_trusted_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(CorpusError, match=f"(?s){message}"):
+        list(read_corpus(written(tmp_path, "corpus.tsv", content)))
+
+
+def test_fields_are_named_and_kept_under_the_usual_names(tmp_path: Path) -> None:
+    fields = Fields(id_field="docno", title_field="heading", text_field="body")
+    row = {"docno": "7", "id": "other", "heading": "Orlune", "body": "A town.", "text": "not this"}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "corpus.parquet")
+    (tmp_path / "corpus.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("corpus.parquet", "corpus.jsonl"):
+        build_index(tmp_path / name, tmp_path / f"of {name}", fields=fields)
+        assert list(open_index(tmp_path / f"of {name}", "bm25").corpus) == [Passage("7", "Orlune", "A town.")]
+        with pytest.raises(CorpusError, match="'name' is missing; the fields are: docno, id, heading"):
+            list(read_corpus(tmp_path / name, Fields(id_field="name")))
+
+
+def test_bytes_in_a_table_are_text_or_an_error(tmp_path: Path) -> None:
+    for name, text in (("good", "Zürich".encode()), ("bad", b"\xff\xfe")):
+        table = pa.table({"id": ["1"], "text": pa.array([text], pa.binary())})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert [passage.text for passage in read_corpus(tmp_path / "good.parquet")] == ["Zürich"]
+    with pytest.raises(CorpusError, match="row 1: bytes that are not UTF-8"):
+        list(read_corpus(tmp_path / "bad.parquet"))
+
+
+def test_repeated_ids_are_left_out_on_request(tmp_path: Path) -> None:
+    rows = [("1", "first"), ("2", "x"), ("1", "again"), ("3", "y"), ("1", "again"), ("3", "z")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in rows))
+    build_index(tmp_path / "in.jsonl", tmp_path / "index", skip_duplicates=True)
+    corpus = open_index(tmp_path / "index", "bm25").corpus
+    assert [(passage.id, passage.text) for passage in corpus] == [("1", "first"), ("2", "x"), ("3", "y")]

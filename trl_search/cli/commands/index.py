@@ -4,15 +4,16 @@
     trl-search index --corpus corpus.parquet --kind dense --encoder intfloat/e5-base-v2 --output indexes/dense
     accelerate launch -m trl_search index --corpus org/dataset --kind dense ...        encodes on every GPU
 
-The corpus is a file with one passage a line or row, `.jsonl`, `.jsonl.gz` or `.parquet`, or a dataset of the hub
-(`name`, `name:config`, `name:config:split`), in either shape:
+The corpus is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, each also as `.gz`, `.bz2`, `.xz` or `.zst`; `.parquet`), a
+BEIR folder, or a dataset of the hub (`name`, `name:config`, `name:config:split`). Its rows have either shape:
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ..."}
 
-A line that is not JSON, lacks a field or repeats an id ends the build, and is named. The output folder holds
-everything a search needs, the passages too, and appears only when it is whole. A build that is killed leaves nothing
-under its name; the same command goes on with what it had encoded.
+The id may also be called `_id`, `doc_id` or `docid`; give other names with --id_field, --title_field and --text_field.
+A line that is not JSON, lacks a field or repeats an id ends the build with an error that names it. The output folder
+holds everything a search needs, the passages too, and appears only when it is whole. A build that is killed leaves
+nothing under its name; the same command goes on with what it had encoded.
 
 What a dense index will cost in memory, disk and time, and find, is printed before it is built; what it does find
 (recall@3 against exact search), after. --index_type chooses:
@@ -48,10 +49,12 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from trl_search.retrieval.corpus.fields import Fields
 from trl_search.retrieval.index.folder import INDEX_KINDS, build_index, join_build
 from trl_search.retrieval.index.workers import launched_workers
 
-OWN = ("corpus", "output", "kind", "overwrite")
+FIELDS = ("id_field", "title_field", "text_field")
+OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", *FIELDS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to make")
     parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="how to search (default: bm25)")
     parser.add_argument("--overwrite", action="store_true", help="replace the index in DIR when the new one is whole")
+    for name, part in zip(FIELDS, ("id", "title", "text"), strict=True):
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"the field or column that holds the {part}")
+    parser.add_argument("--skip_duplicates", action="store_true", help="keep the first passage of a repeated id")
     added: set[str] = set()
     for kind in INDEX_KINDS.names():
         make = INDEX_KINDS.get(kind)
@@ -79,7 +85,15 @@ def run(args: argparse.Namespace) -> int:
         join_build(args.output, args.kind, workers, **options)
         return 0
     manifest = build_index(
-        args.corpus, args.output, args.kind, overwrite=args.overwrite, announce=_say, workers=workers, **options
+        args.corpus,
+        args.output,
+        args.kind,
+        overwrite=args.overwrite,
+        fields=Fields(*(getattr(args, name) for name in FIELDS)),
+        skip_duplicates=args.skip_duplicates,
+        announce=_say,
+        workers=workers,
+        **options,
     )
     print(f"{args.output}: {manifest.passages:,} passages, {sum(manifest.files.values()) / 1e6:,.1f} MB")
     measured = manifest.details.get("vectors", {})

@@ -1,18 +1,22 @@
-"""A corpus: one passage a line, read as a stream, and on disk with random access by row.
+"""A corpus: passages read as a stream, and kept on disk with random access by row.
 
-Two shapes of line are read, from jsonl, parquet and datasets alike (`sources.py`):
+Two shapes of row are read, whatever the file (`formats.py`):
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}      (wiki-18 and its kin)
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ...", "url": "https://..."}
 
-`write_corpus` keeps the lines as they are beside one 8-byte offset each, both memory-mapped by `Corpus`: 21 million
-passages cost no Python strings and open at once.
+A row may also have both `title` and `contents`: the title is then that of `contents` only where they agree.
+
+`write_corpus` keeps the rows as lines of JSON beside one 8-byte offset each. `Corpus` maps both into memory, so that
+21 million passages cost no Python strings and open at once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,14 +25,18 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_search.retrieval.corpus.sources import CorpusError, Source, open_source
+from trl_search.retrieval.corpus.fields import TITLE, URL, USUAL_FIELDS, CorpusError, Fields
+from trl_search.retrieval.corpus.formats import row_bytes
+from trl_search.retrieval.corpus.sources import Source, open_source
 from trl_search.types import Passage
 
 ROWS, OFFSETS = "corpus.jsonl", "corpus.offsets.npy"
+CONTENTS = "contents"
+logger = logging.getLogger(__name__)
 
 
-def parse_passage(line: bytes, where: str) -> Passage:
-    """Reads one line of a corpus; `where` ("corpus.jsonl, line 7") opens every complaint."""
+def parse_passage(line: bytes, where: str, fields: Fields = USUAL_FIELDS) -> Passage:
+    """Reads one row of a corpus; `where` ("corpus.jsonl, line 7") begins every error message."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -39,17 +47,13 @@ def parse_passage(line: bytes, where: str) -> Passage:
         raise CorpusError(f"{where}: not a passage ({error}): {_excerpt(line)}") from None
     if not isinstance(row, dict):
         raise CorpusError(f"{where}: expected a JSON object, got {type(row).__name__}: {_excerpt(line)}")
-    identity = row.get("id")
+    identity = _value(row, fields.id_name(row, where), where)
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
-        raise CorpusError(f"{where}: {_problem(row, 'id')}: every passage needs an 'id', a string or an integer")
-    if "contents" in row:
-        title, text = split_contents(_string(row, "contents", where))
-    elif "text" in row:
-        title = "" if row.get("title") is None else _string(row, "title", where)
-        text = _string(row, "text", where)
-    else:
-        raise CorpusError(f"{where}: neither 'contents' nor 'text' is there; the fields are: {', '.join(row)}")
-    url = None if row.get("url") is None else _string(row, "url", where)
+        raise CorpusError(
+            f"{where}: {_shown(row, fields.id_name(row, where))}: every passage needs an id, a string or an integer"
+        )
+    title, text = _title_and_text(row, where, fields)
+    url = None if row.get(URL) is None else _string(row, URL, where)
     passage = Passage(id=str(identity), title=title, text=text, url=url)
     try:
         f"{passage.id}{title}{text}{url}".encode()
@@ -58,15 +62,32 @@ def parse_passage(line: bytes, where: str) -> Passage:
     return passage
 
 
-def read_corpus(path: str | Path) -> Iterator[Passage]:
+def _title_and_text(row: dict[str, Any], where: str, fields: Fields) -> tuple[str, str]:
+    name, title_name = fields.text_name(row, where), fields.title_field or TITLE
+    text = _string(row, name, where)
+    title = "" if row.get(title_name) is None else _without_doubled_quotes(_string(row, title_name, where))
+    if name != CONTENTS:
+        return title, text
+    line, newline, rest = text.partition("\n")
+    plain = _without_doubled_quotes(line)
+    first, rest = split_contents(text if plain == line else f'"{plain}"{newline}{rest}')
+    return (first, rest) if title in ("", first) else (title, text)
+
+
+def _without_doubled_quotes(title: str) -> str:
+    """`""Orlune""`, as a CSV field that was not read as CSV has it -> `Orlune`."""
+    return title[2:-2] if len(title) > 4 and title.startswith('""') and title.endswith('""') else title
+
+
+def read_corpus(path: str | Path, fields: Fields = USUAL_FIELDS) -> Iterator[Passage]:
     """Reads the passages of a file or dataset one at a time. Blank lines are skipped; ids are not compared here."""
-    source = open_source(path)
+    source = open_source(path, fields)
     for number, line in source.lines():
-        yield parse_passage(line, source.where(number))
+        yield parse_passage(line, source.where(number), fields)
 
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
-    """Passes passages through and fails on an id seen before. For worlds that fit in memory."""
+    """Passes passages through, and fails on an id that it has seen. For corpora that fit in memory."""
     rows: dict[str, int] = {}
     for row, passage in enumerate(passages, start=1):
         first = rows.setdefault(passage.id, row)
@@ -101,66 +122,118 @@ class Corpus:
         self._rows.close()
 
 
-def write_corpus(source: Source | str | Path | Iterable[Passage], folder: Path) -> Corpus:
-    """Writes a corpus into `folder`, every line checked, and opens the result.
+def write_corpus(
+    source: Source | str | Path | Iterable[Passage],
+    folder: Path,
+    fields: Fields = USUAL_FIELDS,
+    *,
+    skip_duplicates: bool = False,
+) -> Corpus:
+    """Writes a corpus into `folder`, checks every row, and opens the result.
 
-    An error names the line of the source. Duplicate ids are found from 8 bytes an id, not from a set of strings.
+    Duplicate ids are found from 8 bytes per id; a set of strings would take ten times that.
+
+    Raises:
+        CorpusError: for a row that is no passage, or that repeats an id; the message names the line of the source.
+            With `skip_duplicates`, the first passage of an id is kept and the others are left out.
     """
-    source = source if isinstance(source, Source) else open_source(source)
+    source = source if isinstance(source, Source) else open_source(source, fields)
     offsets, hashes = array("q", [0]), array("q")
     with open(folder / ROWS, "wb") as rows:
         for number, line in tqdm(source.lines(), desc="reading the corpus", unit=" passages", disable=None):
-            passage = parse_passage(line, source.where(number))
+            passage = parse_passage(line, source.where(number), fields)
+            if fields.given:  # from here on, the usual names
+                line = _line(passage)
             offsets.append(offsets[-1] + rows.write(line + b"\n"))
             hashes.append(hash(passage.id))
     if not hashes:
         raise CorpusError(f"{source.name}: no passages; a corpus needs one at least")
     np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
     corpus = Corpus(folder)
-    try:
-        _check_ids(corpus, np.frombuffer(hashes, dtype=np.int64), source)
-    except CorpusError:
-        corpus.close()
-        raise
-    return corpus
-
-
-def _check_ids(corpus: Corpus, hashes: np.ndarray, source: Source) -> None:
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
-        first, second = int(order[at]), int(order[at + 1])
+    repeated = _repeated(corpus, np.frombuffer(hashes, dtype=np.int64))
+    if not repeated:
+        return corpus
+    if not skip_duplicates:
+        first, second = min(repeated, key=lambda pair: pair[1])
         identity = corpus[second].id
-        if corpus[first].id != identity:
-            continue  # two ids, one hash
+        corpus.close()
         numbers = [first + 1, second + 1]
         if source.fingerprint is not None:  # can be read again; rows are not lines where blank lines were skipped
             numbers = [number for row, (number, _) in enumerate(source.lines()) if row in (first, second)]
-        raise CorpusError(f"{source.where(*numbers)}: the same id {identity!r} twice; ids must be unique")
+        raise CorpusError(
+            f"{source.where(*numbers)}: the same id {identity!r} twice; ids must be unique (--skip_duplicates keeps "
+            "the first passage of each)"
+        )
+    corpus.close()
+    _drop_rows(folder, np.array([second for _, second in repeated]))
+    logger.warning("%s: %s passages repeat an id and are left out", source.name, f"{len(repeated):,}")
+    return Corpus(folder)
+
+
+def _repeated(corpus: Corpus, hashes: np.ndarray) -> list[tuple[int, int]]:
+    """Rows whose id an earlier row has: `[(earlier, row), ...]`."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    pairs = []
+    seen: dict[str, int] = {}  # the ids of one hash, each with its first row; two ids may share a hash
+    for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
+        earlier, row = int(order[at]), int(order[at + 1])
+        if at == 0 or ordered[at - 1] != ordered[at]:
+            seen = {corpus[earlier].id: earlier}
+        identity = corpus[row].id
+        if identity in seen:
+            pairs.append((seen[identity], row))
+        else:
+            seen[identity] = row
+    return pairs
+
+
+def _drop_rows(folder: Path, dropped: np.ndarray) -> None:
+    """Writes the corpus again without some rows."""
+    starts = np.load(folder / OFFSETS)
+    kept = np.ones(len(starts) - 1, dtype=bool)
+    kept[dropped] = False
+    new = folder / f"{ROWS}.new"
+    with open(folder / ROWS, "rb") as old, open(new, "wb") as rows:
+        for keep, line in zip(kept, old, strict=True):
+            if keep:
+                rows.write(line)
+    os.replace(new, folder / ROWS)
+    np.save(folder / OFFSETS, np.concatenate([[0], np.cumsum(np.diff(starts)[kept])]))
+
+
+def _line(passage: Passage) -> bytes:
+    return row_bytes({"id": passage.id, "title": passage.title, "text": passage.text, "url": passage.url}, "")
 
 
 def join_contents(passage: Passage) -> str:
-    """The reverse, and what encoders read: `'"Title"\\ntext'`, or the text alone where there is no title."""
+    """`'"Title"\\ntext'`, which encoders read; the text alone where there is no title."""
     return f'"{passage.title}"\n{passage.text}' if passage.title else passage.text
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """`'"Title"\\ntext'` -> `("Title", "text")`. Contents of one unquoted line are text without a title."""
+    """`'"Title"\\ntext'` -> `("Title", "text")`. Contents of a single line are text without a title."""
     title, newline, text = contents.partition("\n")
-    if len(title) >= 2 and title[0] == title[-1] == '"':
+    if newline and len(title) >= 2 and title[0] == title[-1] == '"':
         return title[1:-1], text
-    return (title, text) if newline else ("", contents)
+    return (title, text) if text.strip() else ("", contents)
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(row[key], str):
-        raise CorpusError(f"{where}: {_problem(row, key)}; it must be a string")
-    value: str = row[key]
+    value = _value(row, key, where)
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: {_shown(row, key)}; it must be a string")
     return value
 
 
-def _problem(row: dict[str, Any], key: str) -> str:
-    return f"{key!r} is {json.dumps(row[key])[:80]}" if key in row else f"{key!r} is missing"
+def _value(row: dict[str, Any], key: str, where: str) -> Any:
+    if key not in row:
+        raise CorpusError(f"{where}: {key!r} is missing; the fields are: {', '.join(row)[:300]}")
+    return row[key]
+
+
+def _shown(row: dict[str, Any], key: str) -> str:
+    return f"{key!r} is {json.dumps(row[key])[:80]}"
 
 
 def _excerpt(line: bytes) -> str:

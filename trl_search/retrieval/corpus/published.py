@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import cache_folder
+from trl_search.retrieval.corpus.fields import CorpusError
+from trl_search.retrieval.corpus.formats import FILES
 from trl_search.retrieval.corpus.passages import Corpus, join_contents
-from trl_search.retrieval.corpus.sources import CorpusError
 from trl_search.retrieval.dense.encoder import Encoder
 
 BLOCK_BYTES = 1 << 26
@@ -29,9 +30,9 @@ def open_jsonl(path: str | Path) -> Corpus:
     path = Path(path).resolve()
     if not path.is_file():
         raise CorpusError(f"there is no corpus file {path}")
-    if path.suffix in (".gz", ".parquet"):
+    if path.suffix in FILES and path.suffix not in (".jsonl", ".ndjson", ".json"):
         raise CorpusError(
-            f"{path} cannot be read by row: unpack it to .jsonl first (gunzip; for wiki-18: trl-search data wiki18)"
+            f"{path} cannot be read by row: unpack or convert it to .jsonl first (wiki-18: trl-search data wiki18)"
         )
     if path.stat().st_size == 0:
         raise CorpusError(f"{path}: no passages; a corpus needs one at least")

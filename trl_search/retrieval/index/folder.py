@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import home_expanded
 from trl_search.common.registry import Registry
+from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
 from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path
@@ -107,6 +108,8 @@ def build_index(
     kind: str = "bm25",
     *,
     overwrite: bool = False,
+    fields: Fields = USUAL_FIELDS,
+    skip_duplicates: bool = False,
     announce: Callable[[str], None] = logger.info,
     workers: Workers = ALONE,
     **options: Any,
@@ -118,6 +121,8 @@ def build_index(
         corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
         output (`str | Path`): The folder to make. Appears only when the index is whole.
         kind (`str`): `"bm25"`, `"dense"`; `"qdrant"` and `"opensearch"` load an engine on other hosts.
+        fields (`Fields`): The fields of id, title and text, where they are not the usual ones.
+        skip_duplicates (`bool`): Keeps the first passage of each id; otherwise a repeated id is an error.
         overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
         announce (`Callable[[str], None]`): Told what an index will cost before it is built, and what is resumed.
         workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
@@ -126,18 +131,20 @@ def build_index(
     corpus, output = home_expanded(corpus), Path(home_expanded(output))
     builder = make_builder(kind, options)
     _check_output(output, overwrite)
-    source = open_source(corpus)
+    source = open_source(corpus, fields)
     fingerprint = source.fingerprint() if source.fingerprint is not None else None
     inputs = {
         "format": FORMAT,
         "kind": kind,
         "options": asdict(builder),
         "source": fingerprint and asdict(fingerprint),
+        "fields": asdict(fields),
+        "skip_duplicates": skip_duplicates,
     }
     with BuildFolder(output, inputs if fingerprint is not None else None, announce) as build:
         if not (build.path / MANIFEST).exists():
             if not build.has(_CORPUS):
-                write_corpus(source, build.path).close()
+                write_corpus(source, build.path, fields, skip_duplicates=skip_duplicates).close()
                 build.note(_CORPUS)
             rows = Corpus(build.path)
             try:

@@ -1,0 +1,80 @@
+"""Which field of a row is the id, the title and the text of a passage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from trl_search.common.errors import UserError
+
+# In the order in which they are looked for: wiki-18's and ours; BEIR's; those of ir_datasets, Pyserini and Tevatron.
+ID_NAMES = ("id", "_id", "doc_id", "docid")
+TEXT_NAMES = ("contents", "text")
+TITLE, URL = "title", "url"
+
+
+class CorpusError(UserError):
+    """A corpus cannot be read. The message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a corpus by name, where they are not the usual ones.
+
+    Args:
+        id_field (`str`, *optional*): By default the first of "id", "_id", "doc_id" and "docid" that is there.
+        title_field (`str`, *optional*): By default "title", which a row need not have.
+        text_field (`str`, *optional*): By default "contents" (a quoted title in its first line, then the text), else
+            "text".
+    """
+
+    id_field: str | None = None
+    title_field: str | None = None
+    text_field: str | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Those that were named."""
+        return [name for name in (self.id_field, self.title_field, self.text_field) if name is not None]
+
+    def choose(self, names: Iterable[str], where: str) -> list[str]:
+        """The columns of a table that matter.
+
+        Raises:
+            CorpusError: if there is none for the id or for the text, or none of a name that was given.
+        """
+        there = list(names)
+        for name in self.given:
+            if name not in there:
+                raise CorpusError(f"{where}: {name!r} is missing; {_listed(there)}")
+        self.id_name(there, where)
+        self.text_name(there, where)
+        known = {*ID_NAMES, *TEXT_NAMES, TITLE, URL, *self.given}
+        return [name for name in there if name in known]
+
+    def id_name(self, names: Collection[str], where: str) -> str:
+        """The field of the id among those of a row."""
+        found = self.id_field or next((name for name in ID_NAMES if name in names), None)
+        if found is None:
+            raise CorpusError(
+                f"{where}: 'id' is missing (and _id, doc_id, docid); {_listed(names)}; name yours with --id_field "
+                "(id_field=...)"
+            )
+        return found
+
+    def text_name(self, names: Collection[str], where: str) -> str:
+        """The field of the text among those of a row."""
+        found = self.text_field or next((name for name in TEXT_NAMES if name in names), None)
+        if found is None:
+            raise CorpusError(
+                f"{where}: neither 'contents' nor 'text' is there; {_listed(names)}; name yours with --text_field "
+                "(text_field=...)"
+            )
+        return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"the fields are: {', '.join(map(str, names))[:300]}"
+
+
+USUAL_FIELDS = Fields()
