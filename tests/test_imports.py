@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = """
 common
 types
-rewards protocols retrieval policies
+protocols retrieval policies
+rewards
 environment
 rollout
 data

@@ -97,9 +97,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """A malformed call. `problem` is said back to the policy, so write it to the policy: "the JSON does not parse"."""
+    """A malformed call. `problem` is said back to the policy, so write it to the policy: "the JSON does not parse".
+
+    `near` marks what was meant as a call in another notation, such as a code fence around JSON.
+    """
 
     problem: str
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,10 @@ class Trajectory:
     @property
     def malformed(self) -> int:
         return sum(isinstance(action, Invalid) for action in self.actions)
+
+    @property
+    def near_calls(self) -> int:
+        return sum(isinstance(action, Invalid) and action.near for action in self.actions)
 
     @property
     def spoken(self) -> list[str]:

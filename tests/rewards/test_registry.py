@@ -27,7 +27,6 @@ from trl_search.rewards import (
     resolve_rewards,
     retrieval,
 )
-from trl_search.rewards.tag_structure import read_blocks
 
 CALL = '<think> who? </think>\n<tool_call>\n{"name": "search", "arguments": {"query_list": ["Mira"]}}\n</tool_call>'
 ANSWER = "<think> it says so </think>\n<answer> Lyon </answer>"
@@ -125,11 +124,9 @@ def test_messages_in_trls_other_shapes() -> None:
         (["<answer>Lyon</answer> that is it"], 0.5),
         (["<answer> </answer>"], 0.5),
         (["<answer>Paris</answer><answer>Lyon</answer>"], 0.5),
-        (["<think> a <answer>Lyon</answer>"], 0.5),
-        (["<think> <answer>Lyon</answer> </think>"], 0.5),
+        (["<think> <answer>Paris</answer> or <tool_call> </think> <answer>Lyon</answer>"], 1.0),  # a thought is no act
         (["<think> a </think></think><answer>Lyon</answer>"], 0.5),
         (["</think><answer>Lyon</answer>"], 0.5),
-        ([CALL + ANSWER], 0.5),
         (["I give up", "…", ANSWER], 0.5),
         ([CALL + CALL, "…", ANSWER], 0.5),
         ([CALL + " and then?", "…", ANSWER], 0.5),
@@ -143,6 +140,9 @@ def test_messages_in_trls_other_shapes() -> None:
         ([], 0.0),
         (["Lyon"], 0.0),
         (["<answer> Lyon"], 0.0),
+        (["<think> a <answer>Lyon</answer>"], 0.0),
+        (["<think> <answer>Lyon</answer> </think>"], 0.0),
+        ([CALL + ANSWER], 0.0),  # the environment saw a call
         ([CALL], 0.0),
         ([ANSWER, "…", CALL], 0.0),
         ([CALL + "\n<tool_response>Lyon</tool_response>", "…", ANSWER], 0.0),
@@ -151,16 +151,6 @@ def test_messages_in_trls_other_shapes() -> None:
 )
 def test_format(turns: list[str], score: float) -> None:
     assert format(completions=[trajectory(*turns)]) == [score]
-
-
-def test_blocks_are_read_whole_or_not_at_all() -> None:
-    blocks = read_blocks("a <think> b </think> c <answer>d</answer>")
-    assert blocks is not None and [(block.tag, block.content) for block in blocks] == [
-        ("think", " b "),
-        ("answer", "d"),
-    ]
-    assert read_blocks("no tags, a < b") == []
-    assert read_blocks("<think> a </think> <think> b") is None
 
 
 def test_reflection_is_capped_and_off() -> None:

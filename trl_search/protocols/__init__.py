@@ -12,13 +12,15 @@ All of them end with `<answer> ... </answer>`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from trl_search.protocols.base import MAX_QUERY_CHARS, MIN_DOCUMENT_TOKENS, SEARCH_TOOL, Protocol, fair_limit
+from trl_search.protocols.base import MIN_DOCUMENT_TOKENS, SEARCH_TOOL, Protocol, fair_limit
+from trl_search.protocols.calls import MAX_QUERY_CHARS
 from trl_search.protocols.qwen import QwenInline, QwenTools
 from trl_search.protocols.search_r1 import SearchR1
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "MAX_QUERY_CHARS",

@@ -10,11 +10,14 @@ from __future__ import annotations
 import abc
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from trl_search.protocols.calls import looks_like_a_call
+from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The schema of the seed's inference script, minus the name of its engine.
 SEARCH_TOOL: dict[str, Any] = {
@@ -37,10 +40,8 @@ SEARCH_TOOL: dict[str, Any] = {
 }
 
 MIN_DOCUMENT_TOKENS = 16
-MAX_QUERY_CHARS = 1000
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
 _TAG = re.compile(rf"<(?=\s*/?\s*(?:{_TAGS})\b)", re.IGNORECASE)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class Protocol(abc.ABC):
@@ -57,8 +58,9 @@ class Protocol(abc.ABC):
     name: str
     stop: tuple[str, ...] = ()
     default_instruction: str
-    # The tags in which only the world speaks: a turn in which the policy writes them is malformed.
-    world_tags: tuple[str, ...]
+    # The tag that a call stands in, and how a policy that writes something else is corrected.
+    call_tag: str
+    correction: str
 
     def __init__(
         self,
@@ -106,17 +108,33 @@ class Protocol(abc.ABC):
         return self.decode(ids)
 
     def parse(self, text: str) -> Action:
-        """What the policy did in a turn: the first complete call or answer in it counts."""
-        if any(tag in text for tag in self.world_tags):
+        """What the policy did in a turn: the first call or answer after its thoughts counts."""
+        turn = read_turn(text)
+        act = turn.act
+        if turn.speaks_for_world:
             return Invalid("only the search tool may write its response")
-        call, answer = self._find_call(text), _ANSWER.search(text)
-        if answer and (call is None or answer.start() < call[0]):
-            return Answer(answer.group(1).strip())
-        return EndOfTurn() if call is None else call[1]
+        if act is None:
+            meant = bool(self.tools) and not in_thought(text) and looks_like_a_call(outside_thoughts(text))
+            return Invalid(self.correction, near=True) if meant else EndOfTurn()
+        if act.tag == "answer":
+            return Answer(str(turn.answer))
+        if act.tag != self.call_tag:
+            return Invalid(self.correction, near=True)
+        # One message may hold several calls: the queries of all searches in it go out together.
+        calls = [block for block in turn.blocks if block.tag == self.call_tag]
+        if not calls[-1].closed:
+            return Invalid(f"the call is not closed by </{self.call_tag}>")
+        queries: list[str] = []
+        for call in calls:
+            action = self._read_call(call.content)
+            if not isinstance(action, Search):
+                return action
+            queries.extend(action.queries)
+        return Search(tuple(queries))
 
     @abc.abstractmethod
-    def _find_call(self, text: str) -> tuple[int, Action] | None:
-        """The first call in `text` and where it starts; `Invalid` if it is malformed; None if there is none."""
+    def _read_call(self, content: str) -> Action:
+        """What the content of one call asks for."""
 
     @abc.abstractmethod
     def write(self, thought: str, action: Search | Answer) -> str:
@@ -210,16 +228,3 @@ def fair_limit(lengths: Sequence[int], room: int) -> tuple[int, int]:
         if limit >= MIN_DOCUMENT_TOKENS:
             return limit, kept
     return 0, 0
-
-
-def search_for(queries: Any) -> Action:
-    """A search for `queries`, which is model output: a string, a list of strings, or anything else."""
-    queries = [queries] if isinstance(queries, str) else queries
-    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
-        return Invalid("query_list must be a list of strings")
-    stripped = tuple(query.strip() for query in queries if query.strip())
-    if not stripped:
-        return Invalid("the query is empty")
-    if any(len(query) > MAX_QUERY_CHARS for query in stripped):
-        return Invalid(f"a query may have at most {MAX_QUERY_CHARS} characters")
-    return Search(stripped)

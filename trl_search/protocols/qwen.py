@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
-from trl_search.protocols.base import Protocol, search_for
-from trl_search.types import Action, Answer, Invalid, Search, ToolCall
+from trl_search.protocols.base import Protocol
+from trl_search.protocols.calls import read_call
+from trl_search.types import Action, Answer, Search
 
 _SENTINEL = "TRL_SEARCH_OBSERVATION"
 
@@ -16,7 +16,8 @@ class QwenTools(Protocol):
     """The chat template's own tool calling (seed.txt, verl): a call ends the turn, the reply is a tool message."""
 
     name = "qwen_tools"
-    world_tags = ("<tool_response>", "</tool_response>")
+    call_tag = "tool_call"
+    correction = "write the call as JSON between the tool_call tags, without a code fence"
     default_instruction = (
         "Answer the given question. You must reason inside <think> and </think> first every time you get new "
         "information. If you lack knowledge, call the search tool; its results come between <tool_response> and "
@@ -24,37 +25,8 @@ class QwenTools(Protocol):
         "inside <answer> and </answer>, without explanation. For example, <answer> Beijing </answer>. Question: "
     )
 
-    def _find_call(self, text: str) -> tuple[int, Action] | None:
-        start = text.find("<tool_call>")
-        if start < 0:
-            return None
-        if text.find("</tool_call>", start) < 0:
-            return start, Invalid("the call is not closed by </tool_call>")
-        # One message may hold several calls: the queries of all searches in it go out together.
-        calls = [self._parse_call(raw) for raw in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL)]
-        if not all(isinstance(call, Search) for call in calls):
-            return start, next(call for call in calls if not isinstance(call, Search))
-        queries = tuple(query for call in calls if isinstance(call, Search) for query in call.queries)
-        return start, Search(queries)
-
-    def _parse_call(self, raw: str) -> Action:
-        if not raw.startswith(("{", "[")):
-            return search_for(raw)  # a bare query, which the seed's script takes too
-        try:
-            call = json.loads(raw)
-        # A document nested deeper than the interpreter's stack is as malformed as one that does not parse.
-        except (json.JSONDecodeError, RecursionError):
-            return Invalid("the call is not valid JSON")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return Invalid('the call must be {"name": ..., "arguments": {...}}')
-        name, arguments = call["name"], call.get("arguments")
-        if name not in {tool["function"]["name"] for tool in self.tools}:
-            return Invalid("there is no tool of that name")
-        if not isinstance(arguments, dict):
-            return Invalid("the call has no arguments")
-        if name != "search":
-            return ToolCall(name, arguments)
-        return search_for(arguments.get("query_list", arguments.get("query")))
+    def _read_call(self, content: str) -> Action:
+        return read_call(content, {tool["function"]["name"] for tool in self.tools})
 
     def write(self, thought: str, action: Search | Answer) -> str:
         if isinstance(action, Answer):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_search.protocols.base import Protocol, search_for
-from trl_search.types import Action, Answer, Invalid, Search
+from trl_search.protocols.base import Protocol
+from trl_search.protocols.calls import read_query
+from trl_search.types import Action, Answer, Search
 
 
 class SearchR1(Protocol):
@@ -14,7 +15,8 @@ class SearchR1(Protocol):
 
     name = "search_r1"
     stop = ("</search>", "</answer>")
-    world_tags = ("<information>", "</information>")
+    call_tag = "search"
+    correction = "write the query in plain words between the search tags"
     default_instruction = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
         "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
@@ -40,12 +42,8 @@ class SearchR1(Protocol):
         assert isinstance(text, str)
         return text
 
-    def _find_call(self, text: str) -> tuple[int, Action] | None:
-        start = text.find("<search>")
-        if start < 0:
-            return None
-        end = text.find("</search>", start)
-        return start, Invalid("the query is not closed by </search>") if end < 0 else search_for(text[start + 8 : end])
+    def _read_call(self, content: str) -> Action:
+        return read_query(content)
 
     def write(self, thought: str, action: Search | Answer) -> str:
         if isinstance(action, Answer):

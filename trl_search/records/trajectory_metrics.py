@@ -4,6 +4,7 @@
 |-------------------------------------|-------------------------------------------------------------------------------|
 | `search/searches`, `search/turns`   | searches made, turns the policy took                                          |
 | `search/malformed_calls`            | calls that could not be run                                                   |
+| `search/near_calls`                 | among them: fenced JSON, `search(...)`, markup of another model, no tags      |
 | `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
 | `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
@@ -36,6 +37,7 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "search/searches": float(trajectory.searches),
         "search/turns": float(len(trajectory.spoken)),
         "search/malformed_calls": float(trajectory.malformed),
+        "search/near_calls": float(trajectory.near_calls),
         "search/duplicate_tags": float(duplicate_tags(trajectory.spoken)),
         "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
         "search/failed_rollouts": float(trajectory.failed),

@@ -23,13 +23,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
+from trl_search.protocols.turn import read_turn
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _UNSPACED_LETTER = re.compile(rf"[{UNSPACED_LETTERS}][^\w\s]*")  # with its marks: the vowels and tones of Thai
-# No answer tag may lie inside an answer: in `<answer> x <answer> y </answer>` the answer is `y`. It also keeps the
-# match linear on a completion that is nothing but opening tags.
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 def normalize_answer(text: str) -> str:
@@ -57,26 +55,30 @@ def answer_words(text: str) -> list[str]:
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last `<answer>…</answer>`, stripped; `None` where none is closed. Give it text that the model
-    wrote: a retrieved passage may hold the tags too.
+    """The content of the last `<answer>…</answer>` outside thoughts, stripped; `None` where none is closed.
+
+    Give it text that the model wrote: a retrieved passage may hold the tags too.
 
     Example:
-        >>> extract_answer("<answer> Lyon </answer> no, wait: <answer> Paris </answer>")
+        >>> extract_answer("<think> <answer> Rome </answer> </think> <answer> Lyon </answer><answer> Paris </answer>")
         'Paris'
     """
-    answers = _ANSWER.findall(text)
-    return answers[-1].strip() if answers else None
+    return read_turn(text).answer
 
 
 def last_answer(turns: Sequence[str]) -> str | None:
-    """The answer of a conversation, from the model's turns: looked for turn by turn from the end, since an answer that
-    is opened in one turn is not closed by another.
+    """The answer of a conversation, from the model's turns: that of the last turn whose act is an answer.
+
+    A turn that calls a tool first, or that writes the world's tags, has no answer: the environment saw none either.
 
     Example:
         >>> last_answer(["<answer> Lyon </answer>", "let me check"])
         'Lyon'
     """
-    return next((answer for answer in map(extract_answer, reversed(turns)) if answer is not None), None)
+    for turn in map(read_turn, reversed(turns)):
+        if turn.act is not None and turn.act.tag == "answer" and not turn.speaks_for_world:
+            return turn.answer
+    return None
 
 
 def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:

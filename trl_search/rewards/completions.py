@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trl_search.rewards.answers import last_answer
+from trl_search.rewards.answers import extract_answer, last_answer
 
 Completion = str | Sequence[dict[str, Any]] | dict[str, Any]
 
@@ -21,7 +21,9 @@ def texts_of(completion: Completion, role: str) -> list[str]:
 
 
 def answer_of(completion: Completion) -> str | None:
-    """The last `<answer>` that the model closed; `None` where there is none."""
+    """The last `<answer>` that the model gave; `None` where there is none."""
+    if isinstance(completion, str):  # a whole conversation may stand in it, calls included
+        return extract_answer(completion)
     return last_answer(texts_of(completion, "assistant"))
 
 

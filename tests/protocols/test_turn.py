@@ -1,0 +1,135 @@
+"""A turn is read once for everybody: thoughts are no acts, and reading takes linear time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_search.protocols import PROTOCOLS, load_protocol
+from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
+from trl_search.rewards.answers import extract_answer, last_answer
+from trl_search.rewards.tag_structure import duplicate_tags, format_score
+from trl_search.types import Answer, EndOfTurn, Invalid, Search
+
+TAGS = [
+    f"<{slash}{tag}>"
+    for tag in ("think", "tool_call", "search", "answer", "tool_response", "information")
+    for slash in ("", "/")
+]
+turns = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from([" ", "a", "<", "{", '"', "```"])), max_size=12).map(
+    "".join
+)
+# What made a reader quadratic or worse, or would.
+HOSTILE = [
+    "<answer>", "<think>", "<tool_call>", "</think>", "<search>", "</answer>", "<tool_response>", "<answer></answer>",
+    "<think></think>", "<tool_call></tool_call>", "<tool_call>{</tool_call>", " ", "\n", "<", "< ", "[", '{"a":', "a",
+    "```", "search(", "'name':", "<|", "<|a|>", "</s>", "Wait, ", "<function=search>", "<parameter=",
+    "[TOOL_CALLS]", "\ud800", "\uff1c/s\uff1e", "query: ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "acts"),
+    [
+        ("a <think> b </think> c <answer>d</answer>", [("answer", "d")]),
+        ("no tags, a < b", []),
+        ("<think> inside <answer> and </answer> </think> <tool_call>x</tool_call>", [("tool_call", "x")]),
+        ("<think> I could use <tool_call> … </think> <answer> Lyon </answer>", [("answer", " Lyon ")]),
+        ("<think> <tool_response> comes next </think> <answer>x</answer>", [("answer", "x")]),
+        ("<think> never closed <answer>x</answer>", []),
+        ("the prompt opened <answer>this</answer> </think> <search>x</search>", [("answer", "this"), ("search", "x")]),
+        ("the prompt opened this </think> <search>x</search>", [("search", "x")]),
+        ("<tool_call>about <answer>a</answer></tool_call>", [("tool_call", "about <answer>a</answer>")]),
+        ("<answer> or <search>x</search>", [("search", "x")]),
+        ("<search> x <answer>y</answer>", [("search", " x <answer>y</answer>")]),
+    ],
+)
+def test_acts_are_read_from_what_follows_the_thoughts(text, acts):
+    assert [(block.tag, block.content) for block in read_turn(text).acts] == acts
+
+
+def test_a_thought_that_is_open_can_be_told_from_one_that_is_closed():
+    assert in_thought("<think> I could <search> x </search>") and not in_thought(
+        "<think> a </think> <search>x</search>"
+    )
+    assert outside_thoughts("<think>a</think>b<think>c</think>d<think>e") == "bd"
+
+
+@settings(deadline=None)
+@given(text=turns)
+def test_environment_reward_and_format_read_the_same_act(tokenizer, text):
+    for name in PROTOCOLS:
+        action = load_protocol(name, tokenizer).parse(text)
+        assert (last_answer([text]) is not None) == isinstance(action, Answer)
+        if isinstance(action, Answer):
+            assert action.text == last_answer([text]) == extract_answer(text)
+        assert (format_score([text]) > 0) == isinstance(action, Answer)
+
+
+@settings(deadline=None)
+@given(text=turns, thought=turns.filter(lambda text: "</think>" not in text))
+def test_what_a_thought_says_changes_nothing(tokenizer, text, thought):
+    for name in PROTOCOLS:
+        protocol = load_protocol(name, tokenizer)
+        plain, thoughtful = f"<think> a </think>{text}", f"<think>{thought}</think>{text}"
+        assert protocol.parse(thoughtful) == protocol.parse(plain)
+        assert format_score([thoughtful]) == format_score([plain])
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_reading_is_linear(tokenizer, piece):
+    """200,000 characters of anything take under 0.2 s on a quiet machine, and minutes if reading is quadratic."""
+    protocol = load_protocol("qwen_tools", tokenizer)
+    for text in (piece * (200_000 // len(piece)), "<tool_call>" + piece * (200_000 // len(piece)) + "</tool_call>"):
+        for read in (
+            protocol.parse,
+            extract_answer,
+            lambda said: format_score([said]),
+            lambda said: duplicate_tags([said]),
+        ):
+            started = time.process_time()
+            read(text)
+            assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '```json\n{"name": "search", "arguments": {"query": "x"}}\n```', 'search(query="x")', 'search: {"query": "x"}',
+        "<function=search><parameter=query_list>x</parameter></function>", "null", '"[\\"a\\", \\"b\\"]"',
+    ],
+)  # fmt: skip
+def test_a_near_call_is_no_query(tokenizer, call):
+    for name, tag in (("qwen_tools", "tool_call"), ("qwen_inline", "tool_call"), ("search_r1", "search")):
+        protocol = load_protocol(name, tokenizer)
+        action = protocol.parse(f"<{tag}>{call}</{tag}>")
+        assert isinstance(action, Invalid) and action.near
+        assert format_score([f"<{tag}>{call}</{tag}>", "<answer>x</answer>"]) == 0.5
+
+
+def test_a_call_without_its_tags_is_a_near_call(tokenizer):
+    protocol = load_protocol("qwen_tools", tokenizer)
+    fenced = 'I will look it up.\n```json\n{"name": "search", "arguments": {"query": "x"}}\n```'
+    assert protocol.parse(fenced) == Invalid(protocol.correction, near=True)
+    assert protocol.parse("<search> x </search>") == Invalid(protocol.correction, near=True)
+    assert protocol.parse(f"<think> {fenced} </think> Hm.") == EndOfTurn()
+    assert protocol.parse("I could search (again) or give up.") == EndOfTurn()
+    assert load_protocol("qwen_tools", tokenizer, tools=()).parse(fenced) == EndOfTurn()
+
+
+@pytest.mark.parametrize(
+    ("call", "queries"),
+    [
+        ('{"name": "search", "arguments": "{\\"query_list\\": [\\"a\\", \\"b\\"]}"}', ("a", "b")),
+        ('{"name": "search", "arguments": {"query_list": "[\\"a\\", \\"b\\"]"}}', ("a", "b")),
+        ('{"name": "search", "arguments": {"query_list": "[draft] a memo"}}', ("[draft] a memo",)),
+        ('"Quiet Raven" author', ('"Quiet Raven" author',)),
+        ("what is 3 < 4", ("what is 3 < 4",)),
+        ("search engines: history", ("search engines: history",)),
+    ],
+)
+def test_what_is_written_as_a_string_is_read_as_what_it_is(tokenizer, call, queries):
+    assert load_protocol("qwen_tools", tokenizer).parse(f"<tool_call>{call}</tool_call>") == Search(queries)
