@@ -18,7 +18,6 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import TaskArguments, load_held_out, load_task, set_names
 from trl_search.policies.loading import load_model
 from trl_search.records.folder import read_run
-from trl_search.records.report.figures import draw_curves
 from trl_search.trainer.callbacks.best_checkpoint import is_whole, read_best
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.pipeline import _warm_up
@@ -236,11 +235,6 @@ def test_evaluate_every_needs_something_to_measure_on(tmp_path):
     )
     with pytest.raises(UserError, match="evaluate_every=5 needs eval_questions"):
         run_training(arguments, SearchGRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path="tiny"))
-
-
-def test_curves_survive_missing_and_empty_histories(tmp_path):
-    assert draw_curves([], tmp_path / "a.png", {}).exists()
-    assert draw_curves([{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}], tmp_path / "b.png", {}).exists()
 
 
 def test_config_checks_what_trl_does_not(tmp_path):

@@ -1,13 +1,13 @@
-"""The folder of a run: where its records lie, and how they are read back. Nothing here writes.
+"""The folder of a run: which files record it, and how they are read. Nothing here writes.
 
     runs/qwen3b/
         run.json                          when, with what and how it was started (`run_log.py` writes it)
-        metrics.jsonl                     {"step": 12, "reward": 0.41, ...}, one log a line
-        trajectories/step_000012.parquet  one row a trajectory, with its mask (`trajectory_log.py` writes it)
-        results.json                      the evaluations of `trl-search train`: before training, and at its end
+        metrics.jsonl                     {"step": 12, "reward": 0.41, ...}, one log per line
+        trajectories/step_000012.parquet  one row per trajectory, with its mask (`trajectory_log.py` writes it)
+        results.json                      the evaluations of `trl-search train`, before and after training
 
-A run may have been killed at any point. What it left half-written is left out and named in `Run.problems`; it is never
-repaired in place, as the run may still be going on.
+A run may have been killed at any point. A half-written file is left out and named in `Run.problems`. It is never
+repaired in place, because the run may still be going on.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
 INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "trajectories"
-# The rows of results.json after a training; those before it are named after what was measured.
+# The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
+BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
@@ -74,12 +75,15 @@ class Run:
     What a run has recorded.
 
     Args:
-        folder (`Path`): Where it lies.
-        info (`dict`): `run.json`; empty where there is none.
+        folder (`Path`): The folder.
+        info (`dict`): `run.json`; empty if there is none.
         history (`list[dict]`): The logged rows, oldest first, each with its `step`. A number that was not finite is
             `None`.
         trajectory_files (`list[Path]`): The readable ones, by step.
-        problems (`list[str]`): What is left out, and why; `read_trajectories` adds what only reading shows.
+        problems (`list[str]`): What is left out, and why. `read_trajectories` adds what it cannot read.
+        results (`dict[str, dict]`): The evaluations of `results.json` by the name of their row, such as
+            `{"search, after GRPO": {"em": 0.935, ...}}`.
+        seconds (`float`, *optional*): How long the whole training took, once it has ended.
     """
 
     folder: Path
@@ -87,6 +91,8 @@ class Run:
     history: list[dict[str, Any]]
     trajectory_files: list[Path]
     problems: list[str]
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 def trajectory_file(folder: Path, step: int) -> Path:
@@ -94,17 +100,17 @@ def trajectory_file(folder: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step of a trajectory file; -1 for another file."""
+    """The step of a trajectory file; -1 for any other file."""
     match = re.fullmatch(r"step_(\d+)\.parquet", path.name)
     return int(match[1]) if match else -1
 
 
 def read_run(folder: str | Path) -> Run:
     """
-    Reads what a run has recorded; the run may still be going on, or have been killed.
+    Reads what a run has recorded. The run may still be going on, or have been killed.
 
     Raises:
-        UserError: where the folder is no run's.
+        UserError: if the folder does not belong to a run.
 
     Example:
         >>> run = read_run("runs/qwen3b")
@@ -123,9 +129,23 @@ def read_run(folder: str | Path) -> Run:
         )
     problems: list[str] = []
     info = _read_info(folder / INFO_FILE, problems)
-    history = _read_history(folder, problems)
+    recorded = _read_object(folder / RESULTS_FILE, problems) if (folder / RESULTS_FILE).is_file() else {}
+    history = _read_history(folder, recorded, problems)
     files = [path for step, path in sorted(steps.items()) if step >= 0 and _readable(path, problems)]
-    return Run(folder, info, history, files, problems)
+    rows = recorded.get("rows")
+    results = {name: row for name, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
+    seconds = recorded.get("seconds")
+    # Before training ends, the file holds the evaluations so far, and a time that is not the run's.
+    ended = AFTER_ROW in results or bool(recorded.get("history"))
+    return Run(
+        folder,
+        info,
+        history,
+        files,
+        problems,
+        results,
+        seconds if ended and isinstance(seconds, int | float) else None,
+    )
 
 
 def read_trajectories(run: Run, steps: Collection[int] | None = None) -> pyarrow.Table:
@@ -148,18 +168,17 @@ def read_trajectories(run: Run, steps: Collection[int] | None = None) -> pyarrow
 
 def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        problems.append(f"there is no {path.name}: how the run was started is not known")
+        problems.append(f"there is no {path.name}: how the run was started is unknown")
         return {}
     info = _read_object(path, problems)
     if info.get("format", FORMAT) != FORMAT:
-        problems.append(f"{path.name} is of format {info['format']}, and this version reads {FORMAT}")
+        problems.append(f"{path.name} has format {info['format']}, and this version reads {FORMAT}")
     return info
 
 
-def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    path, older = folder / METRICS_FILE, folder / RESULTS_FILE
-    # A run from before there was a metrics file has its history in its results.
-    source = path if path.is_file() else older
+def _read_history(folder: Path, recorded: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+    path = folder / METRICS_FILE
+    source = path if path.is_file() else folder / RESULTS_FILE
     rows: list[tuple[str, Any]] = []  # where, what
     if source == path:
         lines = path.read_bytes().split(b"\n")
@@ -171,9 +190,9 @@ def _read_history(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
                     cut = " and was cut off" if number == len(lines) else ""
                     problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
     else:
-        if older.is_file():
-            history = _read_object(older, problems).get("history", [])
-            rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
+        # A finished run has its history in its results, too.
+        history = recorded.get("history")
+        rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
         if not rows:
             problems.append(
                 f"there is no {path.name}: nothing was logged yet, or the run was killed before its first log"

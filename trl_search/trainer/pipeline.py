@@ -146,7 +146,7 @@ def run_training(
     if trainer.accelerator.is_main_process:
         seconds, history = time.perf_counter() - started, trainer.state.log_history
         _write_results(folder, measured, history, seconds)
-        curves = draw_curves(history, folder / "curves.png", measured)
+        curves = draw_curves(folder, folder / "curves.png")
         if measured:
             print(f"\n{results_table(measured)}\n")
         print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {curves.name} are in {folder}.")

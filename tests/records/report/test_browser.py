@@ -4,87 +4,21 @@ what a model wrote stays text."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.report_browser import Page
 from tests.support.report_runs import trajectory, write_run, write_trajectories
 from trl_search.records.folder import read_run, read_trajectories
 from trl_search.records.report.page import write_report
 
 pytestmark = pytest.mark.slow
 
-# A browser that phones nobody.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-# Generous: what takes a reader's patience, and not what a loaded machine takes.
-INTERACTION_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra dev has it")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        reason = "there is no chromium on this machine"
-        if os.environ.get("CI"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield started
-        started.close()
-
-
-class Page:
-    """A report that is open in the browser, with what it logged and what it asked for."""
-
-    def __init__(self, browser: Any, file: Path, *, tab: str = "trajectories", scheme: str = "light") -> None:
-        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, color_scheme=scheme)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.url = file.resolve().as_uri()
-        self.page.goto(f"{self.url}#{tab}")
-        self.page.wait_for_selector("html[data-ready]")
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.complaints == []
-        assert [url for url in self.requests if url.partition("#")[0] != self.url] == []
-
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).inner_text()
-
-    def found(self, text: str) -> None:
-        """Waits until the list says how many it shows."""
-        self.page.wait_for_function("text => document.querySelector('.found').textContent === text", arg=text)
-
-    def detail(self, question: str) -> None:
-        self.page.wait_for_function("text => document.querySelector('.detail h2')?.textContent === text", arg=question)
-
-    def listed(self, what: str) -> list[str]:
-        return self.page.locator(f".row {what}").all_inner_texts()
-
-    def style(self, selector: str, name: str) -> str:
-        return self.page.eval_on_selector(selector, "(at, name) => getComputedStyle(at)[name]", name)
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +85,13 @@ def test_turns_and_tags_are_marked(opened: Page) -> None:
     opened.page.wait_for_selector(".turn[data-role=tool]")
     assert opened.listed(".facts")[0].startswith("step 1")
     headers = opened.page.locator(".turn header b").all_inner_texts()
-    assert headers == ["Turn 1 · policy", "World", "Turn 2 · policy"]
+    assert headers == ["Turn 1 · policy", "Tool result", "Turn 2 · policy"]
     # A tag is cut into tokens wherever the tokenizer cuts it: its pieces are marked one by one.
     for family, tag in (
         ("think", "<think>"),
         ("call", "<tool_call>"),
         ("answer", "<answer>"),
-        ("world", "</tool_resp"),
+        ("tool", "</tool_resp"),
     ):
         assert tag in "".join(opened.page.locator(f".text .tag.{family}").all_text_contents())
 
@@ -183,9 +117,9 @@ def test_a_token_says_what_it_is(opened: Page, folder: Path) -> None:
     opened.detail(row["question"])
     opened.page.hover(".text .t[data-i='4']")
     assert opened.text("#tip code") == json.dumps(row["tokens"][4], ensure_ascii=False)
-    assert "trained (mask 1)" in opened.text("#tip") and "logprob −0.004" in opened.text("#tip")
+    assert "trained (mask 1)" in opened.text("#tip") and "log-prob −0.004" in opened.text("#tip")
     opened.page.hover(f".text .t[data-i='{row['turns'][1]['start'] + 1}']")
-    assert "masked (mask 0)" in opened.text("#tip") and "no logprob" in opened.text("#tip")
+    assert "masked (mask 0)" in opened.text("#tip") and "no log-prob" in opened.text("#tip")
     assert opened.page.locator("mark").all_text_contents() and set(
         "".join(opened.page.locator("mark").all_text_contents())
     ) <= set("onerror")
@@ -251,7 +185,9 @@ def test_the_keyboard(opened: Page) -> None:
 
 def test_the_group_of_a_trajectory(opened: Page, folder: Path) -> None:
     rows = read_trajectories(read_run(folder)).to_pylist()
-    assert opened.page.locator(".group button").all_inner_texts() == [f"{row['reward']:.2f}" for row in rows[:4]]
+    assert opened.page.locator(".group button[aria-pressed]").all_inner_texts() == [
+        f"{row['reward']:.2f}" for row in rows[:4]
+    ]
     opened.page.click(".group button >> nth=2")
     opened.page.wait_for_selector("#row-2.selected")
 
@@ -259,9 +195,9 @@ def test_the_group_of_a_trajectory(opened: Page, folder: Path) -> None:
 def test_themes(browser: Any, report: Path) -> None:
     light, dark = "rgb(247, 247, 245)", "rgb(19, 21, 24)"
     page = Page(browser, report, scheme="dark")
-    assert page.style("body", "backgroundColor") == dark and contrast(page) >= 4.5
+    assert page.style("body", "backgroundColor") == dark and page.contrast() >= 4.5
     page.page.emulate_media(color_scheme="light")
-    assert page.style("body", "backgroundColor") == light and contrast(page) >= 4.5
+    assert page.style("body", "backgroundColor") == light and page.contrast() >= 4.5
     page.page.click("#theme")
     assert page.style("body", "backgroundColor") == dark, "the reader's choice comes before the system's"
     page.page.reload()
@@ -270,117 +206,103 @@ def test_themes(browser: Any, report: Path) -> None:
     page.close()
 
 
-def contrast(page: Page) -> float:
-    """The lowest contrast of text with what lies behind it, as WCAG counts it, over tokens, tags and the list."""
-    return page.page.evaluate(
-        """() => {
-          const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-            .map(v => (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4))
-            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-          const behind = at => { const own = getComputedStyle(at).backgroundColor;
-            return own === 'rgba(0, 0, 0, 0)' && at.parentElement ? behind(at.parentElement) : own; };
-          const ratios = [...document.querySelectorAll(
-            '.t, .tag, .row span, .numbers dt, .where span, .turn span, .hint, #subtitle, .count span, .legend span')]
-            .map(at => [light(getComputedStyle(at).color), light(behind(at))]).map(([a, b]) =>
-              (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
-          return Math.min(...ratios);
-        }"""
-    )
-
-
-def test_curves_and_their_values(browser: Any, report: Path, folder: Path) -> None:
-    page = Page(browser, report, tab="curves")
-    history = read_run(folder).history
-    card = page.page.locator(".card[aria-label='Reward']")
-    assert card.locator("canvas").count() == 1
-    assert "step 6" in " ".join(card.locator(".u-legend").inner_text().split())
-    over = card.locator(".u-over").bounding_box()
-    page.page.mouse.move(over["x"] + over["width"] * 0.2, over["y"] + 60)
-    page.page.wait_for_function(
-        "() => document.querySelector(\".card[aria-label='Reward'] .u-legend .u-value\").textContent === '2'"
-    )
-    values = card.locator(".u-value").all_inner_texts()
-    assert values[:2] == ["2", f"{history[1]['reward']:.4g}"]
-    # The same step in all charts.
-    entropy = page.page.locator(".card[aria-label='Entropy'] .u-value").all_inner_texts()
-    assert entropy == ["2", f"{history[1]['entropy']:.4g}"]
-    assert page.page.locator(".card[aria-label='Reflection and exact match'] canvas").count() == 1
-    page.page.click("#tab-setup")
-    assert "config.learning_rate" in page.text("#setup")
-    page.close()
-
-
-def test_two_runs(browser: Any, folder: Path) -> None:
-    second = write_run(folder.parent / "second", steps=4, seed=1, beta=0.01)
-    file = write_report([read_run(folder), read_run(second)], folder.parent / "two.html")
-    page = Page(browser, file, tab="curves")
-    assert page.text(".runs").split() == ["first", "solid", "second", "dashed"]
-    markers = page.page.eval_on_selector_all(
-        ".card[aria-label='Entropy'] .u-marker",
-        "all => all.map(one => [one.style.borderTopStyle, one.style.borderTopColor])",
-    )
-    legend = page.page.locator(".card[aria-label='Entropy'] .u-label").all_text_contents()
-    assert legend == ["step", "entropy", "\u200b"]
-    (solid, colour), (dashed, other) = markers[-2:]
-    assert (solid, dashed) == ("solid", "dashed") and colour == other
-    page.page.click("#tab-trajectories")
-    page.found("81 trajectories")
-    page.page.select_option("[name=run]", "1")
-    page.found("32 of 81")
-    page.page.wait_for_function("() => document.querySelector('.where').textContent.startsWith('second')")
-    page.page.click("#tab-setup")
-    assert "config.beta" in page.page.locator("#setup table").first.inner_text()
-    assert "config.num_generations" not in page.page.locator("#setup table").first.inner_text()
-    page.close()
-
-
 def test_what_could_not_be_read_is_said_first(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "killed", steps=2)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
-    page = Page(browser, write_report([read_run(folder)], tmp_path / "report.html"), tab="curves")
+    page = Page(browser, write_report([read_run(folder)], tmp_path / "report.html"), tab="overview")
     assert "1 part of this run could not be read" in page.text("#notices") and "line 3" in page.text("#notices")
     page.close()
 
 
-def test_a_narrow_window_scrolls_one_way_only(opened: Page) -> None:
-    opened.page.set_viewport_size({"width": 390, "height": 800})
-    for tab in ("setup", "curves", "trajectories"):
-        opened.page.click(f"#tab-{tab}")
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
-    opened.page.set_viewport_size({"width": 1400, "height": 900})
+def test_a_link_opens_what_its_sender_saw(browser: Any, opened: Page, report: Path) -> None:
+    opened.page.select_option("[name=outcome]", "correct")
+    opened.page.fill("[name=from]", "2")
+    opened.page.click(".row >> nth=2")
+    opened.page.click(".heat-switch")
+    seen, rows = opened.text(".where"), opened.text(".found")
+    other = Page(browser, report, tab=opened.page.url.partition("#")[2])
+    other.found(rows)
+    other.page.wait_for_function("text => document.querySelector('.where').innerText === text", arg=seen)
+    assert other.page.input_value("[name=outcome]") == "correct" and other.page.input_value("[name=from]") == "2"
+    assert other.page.locator("#trajectories.heat").count() == 1
+    other.close()
+    opened.page.click(".heat-switch")
 
 
-def test_two_thousand_trajectories_stay_quick(browser: Any, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "long", steps=1, a_step=80, words=1150)
+def test_a_link_to_what_is_not_there_opens_the_first_trajectory(browser: Any, report: Path) -> None:
+    page = Page(browser, report, tab="trajectories?open=0.99.99&sort=nonsense")
+    page.found("49 trajectories")
+    page.page.wait_for_selector("#row-0.selected")
+    page.close()
+
+
+def test_golden_answers_are_marked_in_tool_results_and_can_be_filtered(browser: Any, folder: Path) -> None:
+    other = write_run(folder.parent / "gold", steps=1, a_step=4)
+    texts = ["by Mira Talvane, and Miranda Talvane", "by nobody"]
+    rows = [trajectory(2, i, [("assistant", "Mira Talvane"), ("tool", text)]) for i, text in enumerate(texts)]
+    write_trajectories(other, 2, rows)
+    page = Page(browser, write_report([read_run(other)], other / "report.html"))
+    page.page.fill("[name=from]", "2")
+    page.page.select_option("[name=gold]", "yes")
+    page.found("1 of 6")
+    page.page.wait_for_selector("mark.gold")
+    assert "".join(page.page.locator("mark.gold").all_text_contents()) == "Mira Talvane"
+    assert page.text(".answers").endswith("retrieved") and page.page.locator(".row .gold-found").count() == 1
+    page.page.select_option("[name=gold]", "no")
+    page.found("1 of 6")
+    page.page.wait_for_function("() => !document.querySelector('mark.gold')")
+    page.close()
+
+
+def test_probabilities_as_colour(opened: Page, folder: Path) -> None:
     rows = read_trajectories(read_run(folder)).to_pylist()
-    for step in range(2, 26):
-        again = [{**row, "step": step, "question": row["question"].replace("step 1", f"step {step}")} for row in rows]
-        write_trajectories(folder, step, again)
-    assert sum(len(row["tokens"]) for row in rows) > 70_000
-    file = write_report([read_run(folder)], tmp_path / "long.html")
-    assert file.stat().st_size < 20e6
-    page = Page(browser, file)
-    page.found("2,000 trajectories")
-    assert page.page.locator(".row").count() < 40, "rows out of sight are not drawn"
+    number = min(range(len(rows)), key=lambda i: min(rows[i]["logprobs"]))
+    row = rows[number]
+    opened.page.evaluate("number => document.querySelector('.list').scrollTo(0, number * 62)", number)
+    opened.page.click(f"#row-{number}")
+    opened.detail(row["question"])
+    opened.page.click(".heat-switch")
+    shown = opened.page.eval_on_selector_all(".text .t.trained", "all => all.map(one => +one.dataset.heat)")
+    logprobs = [value for value, bit in zip(row["logprobs"], row["mask"], strict=True) if bit]
+    assert shown == [sum(math.exp(round(value, 3)) < least for least in (0.9, 0.5, 0.2, 0.05)) for value in logprobs]
+    colours = [opened.style(f".heat-legend [data-heat='{i}']", "backgroundColor") for i in range(5)]
+    assert len(set(colours)) == 5 and opened.style(".text .t[data-heat='1']", "backgroundColor") == colours[1]
+    opened.page.click(".heat-switch")
+    assert opened.style(".text .t.trained", "backgroundColor") == "rgb(211, 231, 253)"
 
-    def quick(do: str, value: str, found: str) -> None:
-        started = time.monotonic()
-        page.page.select_option(do, value) if do != "[name=query]" else page.page.fill(do, value)
-        page.found(found)
-        assert time.monotonic() - started < INTERACTION_S, (do, value)
 
-    quick("[name=query]", "step 17?", "80 of 2,000")
-    quick("[name=query]", "", "2,000 trajectories")
-    right = 25 * sum(row["answer"] == "Mira Talvane" for row in rows)
-    quick("[name=outcome]", "correct", f"{right:,} of 2,000")
-    quick("[name=outcome]", "", "2,000 trajectories")
-    quick("[name=sort]", "tokens", "2,000 trajectories")
-    page.page.evaluate("document.querySelector('.list').scrollTo(0, 1e6)")
-    page.page.wait_for_selector(".row[aria-posinset='2000']")
-    started = time.monotonic()
-    page.page.click(".row[aria-posinset='2000']")
-    longest = max(len(row["tokens"]) for row in rows)
-    page.page.wait_for_function("n => document.querySelectorAll('.text .t').length === n", arg=longest)
-    assert time.monotonic() - started < INTERACTION_S
+def test_a_group_side_by_side_shows_where_its_members_part(browser: Any, tmp_path: Path) -> None:
+    texts = ["I need the founder of A", "I need the founder of B", "I guess C", "I guess C"]
+    folder = write_run(tmp_path / "run", steps=1, a_step=4)
+    rows = [trajectory(2, i, [("assistant", text)], reward=i / 4, answer=text[-1]) for i, text in enumerate(texts)]
+    write_trajectories(folder, 2, rows)
+    page = Page(browser, write_report([read_run(folder)], tmp_path / "report.html"), tab="trajectories?open=0.2.0")
+    page.page.click(".side-by-side")
+    page.page.wait_for_selector(".columns")
+    assert page.page.locator(".column .reward").all_inner_texts() == ["0.75", "0.50", "0.25", "0.00"]
+    assert page.page.locator(".column .shared").all_text_contents() == [*texts[:1:-1], *["I need the founder of "] * 2]
+    said = [" ".join(text.split()) for text in page.page.locator(".column .fork").all_text_contents()]
+    assert said == ["= no. 2", "= no. 3", "↳ parts from no. 0", "↳ parts from no. 1"]
+    assert "view=group" in page.page.url
+    page.page.click(".column >> nth=1 >> header button")
+    page.page.wait_for_function("() => document.querySelector('.where').innerText.includes('no. 2')")
+    page.page.keyboard.press("g")
+    page.page.wait_for_selector(".columns")
+    page.page.click(".back")
+    page.page.wait_for_selector(".strip")
+    page.close()
+
+
+def test_the_same_question_at_other_steps(browser: Any, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=1, a_step=4)
+    for step in (2, 5):
+        write_trajectories(
+            folder, step, [trajectory(step, i, [("assistant", "x")], reward=step / 10) for i in range(2)]
+        )
+    page = Page(browser, write_report([read_run(folder)], tmp_path / "report.html"), tab="trajectories?open=0.2.0")
+    assert page.text(".asked summary") == "The same question was asked 2 times"
+    assert page.page.locator(".asked .group").all_inner_texts() == ["step 2\n0.20\n0.20", "step 5\n0.50\n0.50"]
+    page.page.click(".asked button >> nth=3")
+    page.page.wait_for_function("() => document.querySelector('.where').innerText.startsWith('step 5')")
     page.close()

@@ -1,20 +1,32 @@
-"""The figures hold the data: what is drawn is read back from them, and pictures are opened."""
+"""Charts hold the data of the runs, and figures hold the charts: both are read back, and pictures are opened."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from trl_search.common.errors import UserError
 from trl_search.records.folder import Run
-from trl_search.records.report.drawing import COLOURS, SMOOTH_ABOVE, running_mean, smoothing_window
-from trl_search.records.report.figures import draw_curves, draw_figures, overview_figure, panel_figure, run_names
-from trl_search.records.report.panels import PANELS, Panel, curve, lines_of, points
+from trl_search.records.report.charts import (
+    SMOOTH_ABOVE,
+    Alarm,
+    Chart,
+    charts_of,
+    curve,
+    metrics_of,
+    points,
+    run_names,
+    running_mean,
+    smoothing_window,
+)
+from trl_search.records.report.figures import COLOURS, draw_curves, draw_figures, sheet
+from trl_search.records.report.panels import PANELS
+from trl_search.trainer.callbacks.alarms import RULES
 
 SETS = ("nq", "hotpotqa")
 
@@ -36,12 +48,19 @@ def history(steps: int = 6, *, shift: float = 0.0, kl: bool = True) -> list[dict
     return rows
 
 
-def run_of(rows: list[dict], folder: str = "/runs/seed_0") -> Run:
-    return Run(Path(folder), {}, rows, [], [])
+def run_of(rows: list[dict], folder: str = "/runs/seed_0", **results: dict) -> Run:
+    return Run(Path(folder), {}, rows, [], [], {name.replace("_", " "): row for name, row in results.items()})
 
 
-def panel(title: str) -> Panel:
-    return next(panel for panel in PANELS if panel.title == title)
+def charts(*histories: list[dict], **results: dict) -> dict[str, Chart]:
+    """The charts by their titles, of runs named a, b, ..."""
+    runs = [run_of(rows, **results) for rows in histories]
+    return {chart.title: chart for chart in charts_of(runs, "abcdefghijklmnop"[: len(runs)])}
+
+
+def axis_of(chart: Chart):
+    [axis] = sheet([chart]).axes
+    return axis
 
 
 def axes_of(figure) -> dict:
@@ -56,7 +75,7 @@ def drawn(axis) -> list[tuple[str, str, list, list]]:
     ]
 
 
-# The data of a panel
+# The data of a chart
 
 
 def test_a_number_that_is_none_is_a_gap_and_the_last_log_of_a_step_wins() -> None:
@@ -68,18 +87,20 @@ def test_a_number_that_is_none_is_a_gap_and_the_last_log_of_a_step_wins() -> Non
         {"step": 3, "kl": 0.5},
     ]
     rows += [{"kl": 9.0}, {"step": 5, "kl": math.inf}, {"step": 6, "kl": "much"}]
-    found = curve(rows, "kl")
-    assert list(found) == [1, 2, 3, 5, 6]
-    assert [value for value in found.values() if not math.isnan(value)] == [0.1, 0.5]
+    assert curve(rows, "kl") == {1: 0.1, 2: None, 3: 0.5, 5: None, 6: None}
     assert points(rows, "kl") == {1: 0.1, 3: 0.5}
 
 
 def test_a_star_is_spelt_out_and_an_end_that_never_happens_left_out() -> None:
-    rows = history()
-    named = {panel.title: [(line.metric, line.label) for line in lines_of(panel, [rows])] for panel in PANELS}
+    named = {panel.title: metrics_of(panel, [history()]) for panel in PANELS}
     assert named["Exact match per dataset"] == [("eval/hotpotqa/em", "hotpotqa"), ("eval/nq/em", "nq")]
     assert [label for _, label in named["How trajectories end"]] == ["answer", "search budget"]
     assert named["Gradient norm"] == []
+
+
+def test_one_dataset_needs_no_chart_of_its_own() -> None:
+    rows = [{"step": 1, "eval/em": 0.1, "eval/nq/em": 0.1}]
+    assert list(charts(rows)) == ["Held-out answers"]
 
 
 def test_panels_have_titles_of_their_own_and_no_metric_twice() -> None:
@@ -88,35 +109,74 @@ def test_panels_have_titles_of_their_own_and_no_metric_twice() -> None:
     assert len(set(metrics)) == len(metrics)
 
 
-# A panel
+def test_each_alarm_stands_on_the_chart_of_the_metric_that_it_watches() -> None:
+    drawn = {alarm: [metric for metric, _ in panel.lines] for panel in PANELS for alarm in panel.alarms}
+    assert drawn.keys() == {rule.name for rule in RULES}
+    for rule in RULES:
+        watched = getattr(rule, "metrics", (rule.metric,))
+        assert any(metric in drawn[rule.name] or metric.startswith("stop/") for metric in watched), rule.name
 
 
-def test_two_runs_share_colours_and_differ_in_dashes() -> None:
-    first, second = history(), history(shift=0.5)
-    figure = panel_figure(panel("Reward"), {"a": first, "b": second})
-    [axis] = figure.axes
+def test_alarms_that_rang_are_on_their_chart_with_their_steps() -> None:
+    rows = history()
+    for row in rows:
+        row |= {"alarm/reward": float(row["step"] in (3, 4)), "alarm/entropy_rise": 0.0}
+    found = charts(rows)
+    assert found["Reward"].alarms == [Alarm("reward", 0, [3, 4])] and found["Entropy"].alarms == []
+    axis = axis_of(found["Reward"])
+    bands = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches)
+    assert bands == [(2.5, 3.5), (3.5, 4.5)]
+    assert "alarm: reward" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_held_out_answers_begin_before_the_training_and_end_after_it() -> None:
+    before, after, rag = {"em": 0.1, "f1": 0.2}, {"em": 0.9, "f1": 0.95}, {"em": 0.4}
+    results = {"search, before GRPO": before, "search, after GRPO": after, "one-shot RAG": rag}
+    for rows, steps, values in (
+        ([{"step": 1, "reward": 0.5}, {"step": 5, "reward": 0.5}], [0, 5], [0.1, 0.9]),
+        ([{"step": 2, "eval/em": 0.3}, {"step": 4, "eval/em": 0.8}], [0, 2, 4], [0.1, 0.3, 0.8]),  # logged at the end
+    ):
+        run = Run(Path("/a"), {}, rows, [], [], results)
+        chart = next(chart for chart in charts_of([run], ["a"]) if chart.title == "Held-out answers")
+        em, rag_line = chart.lines[0], chart.lines[-1]
+        assert (em.steps, em.values) == (steps, values)
+        assert (rag_line.label, rag_line.level, rag_line.values) == ("one-shot RAG", True, [0.4, 0.4])
+        level = {line.get_label(): list(line.get_ydata()) for line in axis_of(chart).get_lines()}
+        assert level["one-shot RAG"] == [0.4, 0.4]
+
+
+# A chart
+
+
+def test_runs_that_are_compared_have_a_colour_each_and_a_chart_per_metric() -> None:
+    first, second, third = history(), history(shift=0.5), history(shift=0.7, kl=False)
+    found = charts(first, second, third)
+    assert "Reward" not in found and "Reward: mean" in found
+    axis = axis_of(found["Reward: mean"])
     steps = [1, 2, 3, 4, 5, 6]
-    assert drawn(axis) == [
-        (COLOURS[0], "-", steps, [row["reward"] for row in first]),
-        (COLOURS[0], "--", steps, [row["reward"] for row in second]),
-        (COLOURS[1], "-", steps, [0.2] * 6),
-        (COLOURS[1], "--", steps, [0.2] * 6),
+    expected = [
+        (COLOURS[i], "-", steps, [row["reward"] for row in rows]) for i, rows in enumerate((first, second, third))
     ]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["mean", "std within groups"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert drawn(axis) == expected
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "c"]
+    # What one run lacks is drawn of the others, in their colours.
+    assert [line.run for line in found["KL"].lines] == [0, 1]
 
 
-def test_what_one_of_two_runs_lacks_is_drawn_of_the_other_in_its_dash() -> None:
-    [axis] = panel_figure(panel("KL"), {"a": history(kl=False), "b": history()}).axes
-    assert [(colour, dash) for colour, dash, _, _ in drawn(axis)] == [(COLOURS[0], "--")]
-    assert axis.get_legend() is None  # one line is named by the title
+def test_the_ninth_run_has_the_first_colour_and_is_dashed() -> None:
+    axis = axis_of(charts(*[history(shift=i / 10) for i in range(9)])["Entropy"])
+    first, ninth = drawn(axis)[0], drawn(axis)[8]
+    assert first[0] == ninth[0] and (first[1], ninth[1]) == ("-", "--")
+
+
+def test_a_single_line_is_named_by_its_title() -> None:
+    assert axis_of(charts(history())["KL"]).get_legend() is None
 
 
 def test_gaps_of_the_log_are_gaps_of_the_line() -> None:
     rows = history()
     rows[2]["entropy"] = None
-    [axis] = panel_figure(panel("Entropy"), {"": rows}).axes
-    [(_, _, steps, values)] = drawn(axis)
+    [(_, _, steps, values)] = drawn(axis_of(charts(rows)["Entropy"]))
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [math.isnan(value) for value in values] == [False, False, True, False, False, False]
 
@@ -124,7 +184,7 @@ def test_gaps_of_the_log_are_gaps_of_the_line() -> None:
 def test_a_long_run_is_smoothed_and_shown_as_it_is_behind() -> None:
     steps = SMOOTH_ABOVE + 20
     rows = [{"step": step, "entropy": float(step % 2)} for step in range(1, steps + 1)]
-    [axis] = panel_figure(panel("Entropy"), {"": rows}).axes
+    axis = axis_of(charts(rows)["Entropy"])
     pale, smooth = axis.get_lines()
     assert list(pale.get_ydata()) == [row["entropy"] for row in rows] and pale.get_alpha() < 0.5
     assert list(smooth.get_ydata()) == running_mean([row["entropy"] for row in rows], 5)
@@ -132,14 +192,14 @@ def test_a_long_run_is_smoothed_and_shown_as_it_is_behind() -> None:
     assert smoothing_window(SMOOTH_ABOVE) == 1 and smoothing_window(331) % 2 == 1
 
 
-def test_the_running_mean_is_centred_and_passes_over_nan() -> None:
+def test_the_running_mean_is_centred_and_passes_over_gaps() -> None:
     assert running_mean([1.0, 2.0, 6.0], 3) == [1.5, 3.0, 4.0]
-    assert running_mean([1.0, math.nan, 3.0], 3)[::2] == [1.0, 3.0] and math.isnan(running_mean([math.nan], 3)[0])
+    assert running_mean([1.0, None, 3.0], 3) == [1.0, None, 3.0] and running_mean([None], 3) == [None]
 
 
 @pytest.mark.parametrize(("value", "bottom"), [(0.2, 0.0), (0.0, 0.0), (-0.3, None)])
 def test_axes_begin_at_zero_unless_something_lies_below(value: float, bottom: float | None) -> None:
-    [axis] = panel_figure(panel("Loss"), {"": [{"step": 1, "loss": value}, {"step": 2, "loss": value}]}).axes
+    axis = axis_of(charts([{"step": 1, "loss": value}, {"step": 2, "loss": value}])["Loss"])
     low, high = axis.get_ylim()
     assert (low == bottom if bottom is not None else low < value) and low <= value < high
 
@@ -147,64 +207,60 @@ def test_axes_begin_at_zero_unless_something_lies_below(value: float, bottom: fl
 # The sheet
 
 
-def test_the_sheet_holds_the_panels_with_data_and_no_empty_ones() -> None:
-    figure = overview_figure({"seed_0": history(kl=False)})
-    titles = list(axes_of(figure))
-    assert titles == [panel.title for panel in PANELS if lines_of(panel, [history(kl=False)])]
-    assert "KL" not in titles and "Exact match per dataset" in titles and figure.get_suptitle() == "seed_0"
+def test_the_sheet_holds_the_charts_with_data_and_no_empty_ones() -> None:
+    found = charts(history(kl=False))
+    figure = sheet(list(found.values()), title="seed_0")
+    assert list(axes_of(figure)) == list(found)
+    assert "KL" not in found and "Exact match per dataset" in found and figure.get_suptitle() == "seed_0"
 
 
 def test_labels_do_not_overlap() -> None:
-    """As drawn: no text of the sheet lies over another, with seven data sets and two runs of long names."""
+    """As drawn: no text of the sheet lies over another, with seven data sets, baselines, and runs with long names."""
     rows = history()
     for row in rows[1::2]:
         row |= {f"eval/{name}/em": 0.5 for name in ("2wikimultihopqa", "bamboogle", "musique", "popqa", "triviaqa")}
-    figure = overview_figure({"qwen3b_masked_seed_0": rows, "qwen3b_mask_off_seed_0": history(shift=0.1)})
-    figure.draw_without_rendering()
-    for axis in figure.axes:
-        legend = axis.get_legend()
-        texts = [axis.title, axis._left_title, axis.xaxis.label, *axis.texts, *axis.get_xticklabels()]
-        texts += [*axis.get_yticklabels(), *(legend.get_texts() if legend else [])]
-        boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
-        for i, (name, box) in enumerate(boxes):
-            for other, other_box in boxes[:i]:
-                apart = box.x1 <= other_box.x0 + 1 or other_box.x1 <= box.x0 + 1
-                apart |= box.y1 <= other_box.y0 + 1 or other_box.y1 <= box.y0 + 1
-                assert apart, (axis.get_title(loc="left"), name, other)
-
-
-def test_curves_of_a_run_show_what_was_measured_beside_the_log(tmp_path: Path) -> None:
-    measured = {"one-shot RAG": SimpleNamespace(em=0.39), "search, after GRPO": SimpleNamespace(em=0.92)}
-    levels = {row: result.em for row, result in measured.items()}
-    for rows in (history(), [{"step": 1, "reward": 0.5}]):  # with held-out EM in the log, and without
-        axis = axes_of(overview_figure({"": rows}, levels=levels))["Held-out answers"]
-        level = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
-        assert level["one-shot RAG"] == [0.39, 0.39] and level["search, after GRPO"] == [0.92, 0.92]
-        assert axis.get_ylim()[1] > 0.92
-    assert draw_curves([{"step": 1, "reward": 0.5}], tmp_path / "a.png", measured).exists()  # type: ignore[arg-type]
+    one = Run(Path("/a"), {}, rows, [], [], {"direct answer, no search": {"em": 0.1}, "one-shot RAG": {"em": 0.4}})
+    names = ["qwen3b_masked_seed_0", "qwen3b_mask_off_seed_0"]
+    compared = charts_of([one, run_of(history(shift=0.1), "/b")], names)[:2]
+    for found in (charts_of([one], ["a"]), compared):
+        figure = sheet(found)
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            legend = axis.get_legend()
+            texts = [axis.title, axis._left_title, axis.xaxis.label, *axis.texts, *axis.get_xticklabels()]
+            texts += [*axis.get_yticklabels(), *(legend.get_texts() if legend else [])]
+            boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+            for i, (name, box) in enumerate(boxes):
+                for other, other_box in boxes[:i]:
+                    apart = box.x1 <= other_box.x0 + 1 or other_box.x1 <= box.x0 + 1
+                    apart |= box.y1 <= other_box.y0 + 1 or other_box.y1 <= box.y0 + 1
+                    assert apart, (axis.get_title(loc="left"), name, other)
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "reward": None}], [{"step": 1, "reward": math.nan}], [{"note": 1}]])
 def test_an_empty_log_gives_a_sheet_that_says_so(rows: list[dict], tmp_path: Path) -> None:
-    figure = overview_figure({"": rows})
+    figure = sheet(charts_of([run_of(rows)], ["a"]))
     assert not figure.axes and figure.texts[0].get_text() == "Nothing is logged yet."
-    assert draw_curves(rows, tmp_path / "curves.png", {}).stat().st_size > 0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw_curves(tmp_path, tmp_path / "curves.png").stat().st_size > 0
 
 
 # The pictures
 
 
-def test_every_panel_becomes_a_picture_and_nothing_global_changes(tmp_path: Path) -> None:
+def test_every_chart_becomes_a_picture_and_nothing_global_changes(tmp_path: Path) -> None:
     import matplotlib
 
     before, loaded = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    rows = [{key: row[key] for key in row if key in ("step", "reward", "eval/em", "stop/answer")} for row in history()]
+    kept = ("step", "reward", "eval/em", "eval/reflection_ratio", "stop/answer")
+    rows = [{key: row[key] for key in row if key in kept} for row in history()]
     written = draw_figures([run_of(rows)], tmp_path / "figures")
     assert [path.name for path in written] == [
         "overview.png",
-        "reward.png",
         "held-out_answers.png",
+        "reward.png",
         "how_trajectories_end.png",
+        "reflection.png",
         "reflection_and_em.png",
     ]
     assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == loaded
@@ -214,11 +270,15 @@ def test_every_panel_becomes_a_picture_and_nothing_global_changes(tmp_path: Path
         assert picture.width >= 900 and (0x2F, 0x6D, 0xB3) in colours and (255, 255, 255) in colours
 
 
-def test_two_runs_get_a_reflection_figure_each(tmp_path: Path) -> None:
+def test_two_runs_get_a_reflection_figure_each_if_they_reflect(tmp_path: Path) -> None:
     rows = [{"step": 2, "eval/em": 0.1, "eval/reflection_ratio": 0.2}]
-    written = draw_figures([run_of(rows, "/runs/a/qwen"), run_of(rows, "/runs/b/qwen")], tmp_path)
-    assert {"reflection_and_em_a_qwen.png", "reflection_and_em_b_qwen.png"} <= {path.name for path in written}
-    assert all(path.parent == tmp_path and path.exists() for path in written)
+    silent = [{"step": 2, "eval/em": 0.1, "eval/reflection_ratio": 0.0}]
+    runs = [run_of(rows, "/runs/a/qwen"), run_of(rows, "/runs/b/qwen"), run_of(silent, "/runs/c/qwen")]
+    names = {path.name for path in draw_figures(runs, tmp_path)}
+    assert {name for name in names if name.startswith("reflection_and_em")} == {
+        "reflection_and_em_a_qwen.png",
+        "reflection_and_em_b_qwen.png",
+    }
 
 
 def test_runs_are_named_by_what_tells_them_apart() -> None:
@@ -230,7 +290,8 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folders", "message"), [([], "0 were given"), (["/a", "/b", "/c"], "3 were given"), (["/a", "/a"], "twice")]
+    ("folders", "message"),
+    [([], "0 were given"), ([f"/{i}" for i in range(17)], "17 were given"), (["/a", "/b", "/a"], "/a is given twice")],
 )
 def test_runs_that_cannot_be_compared_are_refused(folders: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

@@ -65,22 +65,33 @@ def test_the_page_holds_the_run(tmp_path: Path) -> None:
     assert {meta["prompts"][i] for i in rows["prompt"]} == set(table["prompt"].to_pylist())
     assert meta["rewards"] == ["em", "format"] and rows["rewards"][0] == [rows["reward"][0], 1.0]
     assert meta["runs"][0]["info"]["config"]["learning_rate"] == 1e-4 and not meta["runs"][0]["left_out"]
-    panels = {panel["title"]: panel["lines"] for panel in meta["panels"]}
-    steps, values = panels["Reward"][0]["runs"][0]
-    assert steps == [1, 2, 3, 4, 5, 6] and values == [row["reward"] for row in run.history]
-    assert [line["label"] for line in panels["Exact match per dataset"]] == ["hotpotqa", "nq"]
-    assert [line["label"] for line in panels["How trajectories end"]] == ["answer", "token budget"]
-    assert meta["runs"][0]["reflection"]["steps"] == [2, 4, 6]
+    charts = {chart["title"]: chart["lines"] for chart in meta["charts"]}
+    reward = charts["Reward"][0]
+    assert reward["steps"] == [1, 2, 3, 4, 5, 6] and reward["values"] == [row["reward"] for row in run.history]
+    assert [line["label"] for line in charts["Exact match per dataset"]] == ["hotpotqa", "nq"]
+    assert [line["label"] for line in charts["How trajectories end"]] == ["answer", "token budget"]
+    assert [point["step"] for point in meta["runs"][0]["reflection"]["points"]] == [2, 4, 6]
+    assert meta["runs"][0]["headline"].startswith("Held-out exact match rose from")
+
+
+def test_a_golden_answer_counts_as_retrieved_where_a_tool_result_holds_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=1)
+    said = ("assistant", "<think> Mira Talvane </think>")
+    texts = ["who knows", "by MIRA  talvane!", "Miranda Talvane"]
+    rows = [trajectory(2, i, [said, ("tool", text)]) for i, text in enumerate(texts)]
+    write_trajectories(folder, 2, [*rows, trajectory(2, 3, [said], golden_answers=[])])
+    assert unpack(build_page([read_run(folder)]), "rows")["gold"][-4:] == [0, 1, 0, None]
 
 
 def test_alarms_that_rang_are_said(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=2)
     with (folder / METRICS_FILE).open("a") as file:
         for step, rings in ((3, 0.0), (4, 1.0), (5, 1.0)):
-            file.write(json.dumps({"step": step, "alarm/entropy": rings, "alarm/kl": 0.0}) + "\n")
+            file.write(json.dumps({"step": step, "alarm/entropy_rise": rings, "alarm/kl": 0.0}) + "\n")
     meta = unpack(build_page([read_run(folder)]), "meta")
-    assert meta["runs"][0]["alarms"] == [["entropy", 4, 2]]
-    assert [[line["label"] for line in p["lines"]] for p in meta["panels"] if p["title"] == "Alarms"] == [["entropy"]]
+    rang = {"name": "entropy_rise", "run": 0, "steps": [4, 5]}
+    assert meta["runs"][0]["alarms"] == [rang]
+    assert {chart["title"]: chart["alarms"] for chart in meta["charts"] if chart["alarms"]} == {"Entropy": [rang]}
 
 
 def test_every_token_is_there_with_its_mask(tmp_path: Path) -> None:
@@ -160,15 +171,15 @@ def test_only_the_scripts_and_styles_of_the_file_may_run(tmp_path: Path) -> None
     assert "Permission is hereby granted" in page  # uPlot's licence travels with it
 
 
-def test_two_runs_share_the_panels(tmp_path: Path) -> None:
+def test_two_runs_share_the_charts(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", seed=0)
     second = write_run(tmp_path / "second", steps=3, seed=1, beta=0.01)
     page = build_page([read_run(first), read_run(second)])
     rows, meta = unpack(page, "rows"), unpack(page, "meta")
     assert [run["name"] for run in meta["runs"]] == ["first", "second"]
     assert [rows["run"].count(i) for i in (0, 1)] == [48, 24]
-    reward = meta["panels"][0]["lines"][0]["runs"]
-    assert [len(steps) for steps, _ in reward] == [6, 3]
+    reward = next(chart for chart in meta["charts"] if chart["title"] == "Reward: mean")["lines"]
+    assert [(line["label"], len(line["steps"])) for line in reward] == [("first", 6), ("second", 3)]
     with pytest.raises(UserError, match="twice"):
         build_page([read_run(first), read_run(first)])
 
@@ -177,7 +188,7 @@ def test_of_many_trajectories_whole_steps_are_taken(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=20, a_step=8)
     kept = page_trajectories([read_run(folder)], 41)
     assert sorted(set(kept.rows["step"])) == [1, 6, 11, 15, 20] and len(kept) == 40
-    assert kept.notes == ["40 of 160 trajectories are here, of 5 of 20 steps from oldest to newest"]
+    assert kept.notes == ["40 of 160 trajectories are here: 5 of 20 steps, from oldest to newest"]
     assert set(page_trajectories([read_run(folder)], 3).rows["step"]) == {20}
     assert len(page_trajectories([read_run(folder)], 3)) == 3
     assert len(page_trajectories([read_run(folder)], 0)) == 0
@@ -211,14 +222,14 @@ def test_a_half_written_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert any(part in problem for problem in problems) and part in said.err
     rows = unpack(page, "rows")
     assert 3 not in rows["step"] and rows["step"].count(7) == 1 and rows["step"].count(2) == 8
-    steps, values = unpack(page, "meta")["panels"][0]["lines"][0]["runs"][0]
-    assert (steps[-1], values[-1]) == (7, None)
+    reward = next(chart for chart in unpack(page, "meta")["charts"] if chart["title"] == "Reward")["lines"][0]
+    assert (reward["steps"][-1], reward["values"][-1]) == (7, None)
 
 
 def test_a_run_of_which_little_is_there(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"history": [{"step": 1, "reward": 0.5}]}))
     page = build_page([read_run(tmp_path)])
-    assert unpack(page, "rows")["step"] == [] and unpack(page, "meta")["panels"][0]["title"] == "Reward"
+    assert unpack(page, "rows")["step"] == [] and unpack(page, "meta")["charts"][0]["title"] == "Reward"
 
 
 def test_a_failed_retrieval_is_neither_right_nor_wrong(tmp_path: Path) -> None:

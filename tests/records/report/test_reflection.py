@@ -1,11 +1,10 @@
-"""The seed's figure: its points, its numbers against scipy and by hand, and what it says where nothing is claimed."""
+"""The reflection figure: its points, its numbers against scipy and by hand, and its words where nothing is claimed."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from trl_search.common.errors import UserError
 from trl_search.records.folder import Run
+from trl_search.records.report.figures import draw_figures, reflection_figure
 from trl_search.records.report.reflection import (
     Coefficient,
     ReflectionPoint,
     ReflectionSeries,
     correlate,
-    draw_reflection,
-    reflection_figure,
     reflection_points,
     words,
 )
@@ -178,58 +175,50 @@ def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, 
                 assert -1 <= found.low <= found.value + 1e-9 and found.value <= found.high + 1e-9 <= 1 + 1e-9
 
 
-def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(UserError, match=r"trl-search\[report\]"):
-        correlate(checkpoints(RATIOS, EMS))
-
-
 # The figure
 
 
 def test_the_figure_holds_the_points_the_line_and_the_numbers() -> None:
     series = ReflectionSeries("held-out", tuple(checkpoints(RATIOS, EMS)))
-    correlation = correlate(series.points)
-    figure = reflection_figure(series, correlation, name="seed_0")
-    over_steps, against, beside = figure.axes[:3]
-    steps = [10 * i for i in range(1, 8)]
-    assert [list(v) for v in over_steps.get_lines()[0].get_data()] == [steps, EMS]
-    assert [list(v) for v in beside.get_lines()[0].get_data()] == [steps, RATIOS]
-    assert against.collections[0].get_offsets().tolist() == [[x, y] for x, y in zip(RATIOS, EMS, strict=True)]
-    (x0, x1), (y0, y1) = against.get_lines()[0].get_data()
+    figure = reflection_figure(series, correlate(series.points), title="seed_0")
+    axis = figure.axes[0]
+    assert axis.collections[0].get_offsets().tolist() == [[x, y] for x, y in zip(RATIOS, EMS, strict=True)]
+    (x0, x1), (y0, y1) = axis.get_lines()[0].get_data()
     assert (y1 - y0) / (x1 - x0) == pytest.approx(stats.linregress(RATIOS, EMS).slope)
-    caption = figure.get_supxlabel()
+    caption = figure.get_supxlabel().replace("\n", " ")
     assert f"r = {stats.pearsonr(RATIOS, EMS).statistic:.2f} [" in caption and "n = 7" in caption
     assert "n = 6" in caption and "although neither causes the other" in caption
     assert figure.get_suptitle() == "seed_0"
 
 
-def test_the_picture_of_a_run_is_written_and_its_numbers_returned(tmp_path: Path) -> None:
+def test_the_picture_of_a_run_is_written(tmp_path: Path) -> None:
     history = [
         {"step": 10 * i, "eval/em": em, "eval/reflection_ratio": ratio}
         for i, (ratio, em) in enumerate(zip(RATIOS, EMS, strict=True), start=1)
     ]
-    correlation = draw_reflection(run_of(history), tmp_path / "new" / "reflection.png")
-    assert correlation == correlate(checkpoints(RATIOS, EMS))
-    picture = Image.open(tmp_path / "new" / "reflection.png")
-    assert picture.width == 1560 and picture.height >= 600
-    # Ink of both curves: the colours are those of drawing.py, smoothed at their edges.
-    colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    assert {(0x2F, 0x6D, 0xB3), (0xD9, 0x75, 0x2B)} <= colours
+    path = draw_figures([run_of(history)], tmp_path / "new")[-1]
+    picture = Image.open(path)
+    assert path.name == "reflection_and_em.png" and picture.width == 960 and picture.height >= 600
 
 
-def test_a_run_without_evaluations_gets_a_figure_that_says_so(tmp_path: Path) -> None:
-    run = run_of([{"step": 1, "reflection/ratio": 0.5}])
-    assert draw_reflection(run, tmp_path / "a.png").levels.n == 0
-    series = reflection_points(run)
-    figure = reflection_figure(series, correlate(series.points))
-    assert "--evaluate_every" in figure.get_supxlabel() and not figure.axes
+def test_a_run_without_reflection_has_nothing_to_draw() -> None:
+    nothing = reflection_points(run_of([{"step": 1, "reflection/ratio": 0.5}]))
+    silent = reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.0}]))
+    assert not nothing.any_reflection and not silent.any_reflection
+    assert "--evaluate_every" in words(nothing, correlate(nothing.points))[0]
+    assert reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.1}])).any_reflection
+
+
+def test_equal_numbers_share_their_rank() -> None:
+    ratios, ems = [0.1, 0.2, 0.2, 0.3, 0.3, 0.3], [0.1, 0.3, 0.2, 0.2, 0.5, 0.4]
+    spearman = correlate(checkpoints(ratios, ems)).levels.spearman
+    assert spearman is not None and spearman.value == pytest.approx(stats.spearmanr(ratios, ems).statistic)
 
 
 def test_a_constant_ratio_draws_points_and_no_line() -> None:
-    series = ReflectionSeries("training", tuple(checkpoints([0.0] * 5, EMS[:5])))
+    series = ReflectionSeries("training", tuple(checkpoints([0.1] * 5, EMS[:5])))
     figure = reflection_figure(series, correlate(series.points))
-    against = figure.axes[1]
-    assert len(against.collections[0].get_offsets()) == 5 and not against.get_lines()
+    axis = figure.axes[0]
+    assert len(axis.collections[0].get_offsets()) == 5 and not axis.get_lines()
     assert "no correlation is claimed" in figure.get_supxlabel()
-    assert against.get_xlabel() == "reflective share, training"
+    assert axis.get_xlabel() == "share of reflective trajectories, training"

@@ -1,177 +1,208 @@
-"""The curves of one run, or of two compared, as PNG: a picture a panel, all on one sheet, and the seed's figure.
+"""The charts of `charts.py` as PNG: one picture per chart, all of them on one sheet, and the reflection figure.
 
-Two runs share each panel: the colour says which metric, solid or dashed which run. What is drawn stands in
-`panels.py`, for these pictures and for the HTML page alike.
+A figure is built on its own canvas: drawing needs no screen, and changes nobody's matplotlib backend or style.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from trl_search.common.errors import UserError
-from trl_search.records.report.drawing import (
-    COLOURS,
-    FAINT,
-    INK,
-    draw_line,
-    dress,
-    from_zero,
-    new_figure,
-    save,
-    whole_steps,
-)
-from trl_search.records.report.panels import PANELS, History, Panel, curve, lines_of
-from trl_search.records.report.reflection import draw_reflection
+from trl_search.records.folder import Run, read_run
+from trl_search.records.report.charts import Chart, Line, charts_of, run_names, smoothing_window
+from trl_search.records.report.reflection import Correlation, ReflectionSeries, correlate, reflection_points, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from trl_search.evaluation.outcomes import Evaluation
-    from trl_search.records.folder import Run
-
-DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
+# Colours that colour-blind readers can tell apart; the first two are used most.
+COLOURS = ("#2f6db3", "#d9752b", "#3b9a78", "#b8476b", "#7a64b0", "#8c8c8c", "#c2a02c", "#4aa5c4")
+INK, FAINT, GRID, ALARM = "#2b2f36", "#6b7280", "#e4e7eb", "#d9a520"
+DOTS, DASHES, SOLID = (0, (1, 1.2)), (0, (4, 2)), "solid"
+DPI = 150
+LEGEND_ROW = 12.5  # points
 
 
 def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     """
-    Draws everything that was logged of one run, or of two in the same panels.
+    Draws the charts of one run, or of several that are compared.
 
     Args:
-        runs (`Sequence[Run]`): One or two, as `read_run` gives them.
-        folder (`Path`): Made where it is missing. Pictures of the same names in it are overwritten.
+        runs (`Sequence[Run]`): As `read_run` gives them.
+        folder (`Path`): Created if it is missing. Pictures with the same names are overwritten.
 
     Returns:
-        `list[Path]`: `overview.png`, one PNG for each panel that something was logged for, and the reflection figure
-        of each run.
+        `list[Path]`: `overview.png`, one PNG per chart, and `reflection_and_em.png` if the policy ever reflected.
 
     Example:
         >>> draw_figures([read_run("runs/quickstart")], Path("figures"))
-        [PosixPath('figures/overview.png'), PosixPath('figures/reward.png'), ...]
+        [PosixPath('figures/overview.png'), PosixPath('figures/held-out_answers.png'), ...]
     """
-    named = dict(zip(run_names(runs), runs, strict=True))
-    histories = {name: run.history for name, run in named.items()}
-    written = [save(overview_figure(histories), folder / "overview.png")]
-    for panel in filled_panels(histories):
-        written.append(save(panel_figure(panel, histories), folder / f"{_file_name(panel.title)}.png"))
-    for name, run in named.items():
-        path = folder / f"{_file_name('reflection and em' + (f' {name}' if len(named) > 1 else ''))}.png"
-        draw_reflection(run, path, name=name)
-        written.append(path)
+    names = run_names(runs)
+    charts = charts_of(runs, names)
+    title = names[0] if len(names) == 1 else ""
+    written = [_save(sheet(charts, title=title), folder / "overview.png")]
+    written += [_save(sheet([chart], title=title), folder / f"{_file_name(chart.title)}.png") for chart in charts]
+    for run, name in zip(runs, names, strict=True):
+        series = reflection_points(run)
+        if series.any_reflection:
+            suffix = f" {name}" if len(runs) > 1 else ""
+            figure = reflection_figure(series, correlate(series.points), title=name)
+            written.append(_save(figure, folder / f"{_file_name('reflection and em' + suffix)}.png"))
     return written
 
 
-def draw_curves(history: History, path: Path, measured: Mapping[str, Evaluation]) -> Path:
-    """Draws the log of a run that has just ended; what was measured beside the log lies level in the panel of EM."""
-    levels = {row: result.em for row, result in measured.items()}
-    return save(overview_figure({"": history}, levels=levels), path)
+def draw_curves(folder: Path, path: Path) -> Path:
+    """Draws all charts of the run in `folder` on one sheet: `curves.png` of a training that has ended."""
+    return _save(sheet(charts_of([read_run(folder)], [""])), path)
 
 
-def run_names(runs: Sequence[Run]) -> list[str]:
-    """
-    The runs by their folders: the last part, or as much of the path as tells two apart.
-
-    Example:
-        >>> run_names([read_run("runs/seed_0/a"), read_run("runs/seed_1/a")])
-        ['seed_0/a', 'seed_1/a']
-    """
-    if not 1 <= len(runs) <= len(DASHES):
-        raise UserError(f"one run can be drawn, or two together; {len(runs)} were given")
-    paths = [run.folder.resolve().parts for run in runs]
-    if len(set(paths)) < len(paths):
-        raise UserError(f"{runs[0].folder} is given twice: there is nothing to compare")
-    length = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
-    return ["/".join(path[-length:]) for path in paths]
-
-
-def filled_panels(histories: Mapping[str, History]) -> list[Panel]:
-    """The panels that one of the runs has numbers for."""
-    return [panel for panel in PANELS if lines_of(panel, histories.values())]
-
-
-def panel_figure(panel: Panel, histories: Mapping[str, History]) -> Figure:
-    """One panel as a picture of its own. `histories`: one or two, by the name of the run."""
-    figure = new_figure(6.4, 4.0)
-    _draw_panel(figure.subplots(), panel, histories, {})
-    _name_runs(figure, histories)
-    return figure
-
-
-def overview_figure(histories: Mapping[str, History], *, levels: Mapping[str, float] | None = None) -> Figure:
-    """
-    All panels on one sheet.
-
-    Args:
-        histories (`Mapping[str, History]`): One or two, by the name of the run; `""` for no name.
-        levels (`Mapping[str, float]`, *optional*): EM measured beside the log, by name: level lines.
-    """
-    levels = levels or {}
-    filled = filled_panels(histories)
-    drawn = [panel for panel in PANELS if panel in filled or (levels and _shows_em(panel))]
-    if not drawn:
-        figure = new_figure(6.4, 2.0)
+def sheet(charts: Sequence[Chart], *, title: str = "") -> Figure:
+    """Charts side by side on one figure."""
+    if not charts:
+        figure = _new_figure(6.4, 2.0)
         figure.text(0.5, 0.5, "Nothing is logged yet.", ha="center", va="center", color=FAINT)
         return figure
-    columns = min(3 if len(drawn) <= 9 else 4, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    figure = new_figure(4.9 * columns, 3.2 * rows + 0.3)
+    columns = min(3 if len(charts) <= 9 else 4, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    figure = _new_figure(6.4, 4.0) if len(charts) == 1 else _new_figure(4.9 * columns, 3.2 * rows + 0.3)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[len(drawn) :]:
+    for axis in axes[len(charts) :]:
         axis.remove()
-    for axis, panel in zip(axes, drawn, strict=False):
-        _draw_panel(axis, panel, histories, levels if _shows_em(panel) else {})
-    _name_runs(figure, histories)
+    for axis, chart in zip(axes, charts, strict=False):
+        _draw_chart(axis, chart)
+    if title:
+        figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
     return figure
 
 
-def _draw_panel(axis: Axes, panel: Panel, histories: Mapping[str, History], levels: Mapping[str, float]) -> None:
-    lines = lines_of(panel, histories.values())
-    window = 1
-    for line, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
-        label = line.label  # once, in the colour that both runs share
-        for history, dash in zip(histories.values(), DASHES, strict=False):
-            drawn = curve(history, line.metric)
-            if not all(map(math.isnan, drawn.values())):
-                window = max(window, draw_line(axis, drawn, colour=colour, dash=dash, label=label))
-                label = ""
-    for (name, em), colour in zip(levels.items(), COLOURS[len(lines) :], strict=False):
-        axis.axhline(em, color=colour, linewidth=1.4, linestyle=(0, (1, 1.2)), label=name)
-    named = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
-    dress(
-        axis,
-        title=panel.title,
-        note=panel.note,
-        x="step" if window == 1 else f"step (mean of {window}; pale: each one)",
-        legend=named if len(named) > 1 else (),
+def reflection_figure(series: ReflectionSeries, correlation: Correlation, *, title: str = "") -> Figure:
+    """The reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025): each checkpoint is a point, its
+    share of reflective trajectories against its average EM. The correlation stands below."""
+    ratio, em = [point.ratio for point in series.points], [point.em for point in series.points]
+    figure = _new_figure(6.4, 4.6)
+    text = "\n".join(textwrap.fill(line, 92) for line in words(series, correlation))
+    figure.supxlabel(text, fontsize=8.5, color=INK, x=0.012, ha="left", linespacing=1.45)
+    if title:
+        figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
+    axis = figure.subplots()
+    steps = [point.step for point in series.points]
+    dots = axis.scatter(ratio, em, c=steps, cmap="viridis_r", s=36, edgecolor="white", linewidth=0.6, zorder=3)
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(low, -0.03 * high), high)  # there is no share below 0
+    levels, note = correlation.levels, "one point per checkpoint"
+    if levels.slope is not None and levels.intercept is not None:
+        ends = [min(ratio), max(ratio)]
+        heights = [levels.intercept + levels.slope * x for x in ends]
+        axis.plot(ends, heights, color=FAINT, linewidth=1.3, linestyle=DASHES)
+        note += "; the line is the least-squares fit"
+    _dress(axis, "Reflection and exact match", note, x=f"share of reflective trajectories, {series.source}")
+    axis.set_ylabel("average EM", fontsize=8.5, color=FAINT)
+    if len(steps) > 1:
+        bar = figure.colorbar(dots, ax=axis, shrink=0.85, aspect=28, pad=0.02)
+        bar.set_label("step", fontsize=8.5, color=FAINT)
+        bar.ax.tick_params(labelsize=8, labelcolor=FAINT, length=0)
+        bar.outline.set_visible(False)
+        _whole_steps(bar.ax.yaxis)
+    return figure
+
+
+def _draw_chart(axis: Axes, chart: Chart) -> None:
+    for line in chart.lines:
+        _draw_line(axis, line)
+    for alarm in chart.alarms:
+        for step in alarm.steps:
+            axis.axvspan(step - 0.5, step + 0.5, color=ALARM, alpha=0.16, linewidth=0, zorder=0)
+        label = f"alarm: {alarm.name.replace('_', ' ')}"
+        axis.axvline(alarm.steps[0], color=ALARM, linewidth=1, linestyle=DOTS, label=label)
+    window = max((smoothing_window(len(line.steps)) for line in chart.lines), default=1)
+    x = "step" if window == 1 else f"step (mean of {window}; pale: each one)"
+    _dress(axis, chart.title, chart.note, x=x, legend=len(chart.lines) > 1 or bool(chart.alarms))
+    axis.set_xlim(0, max(1, chart.last) * 1.02)
+    _whole_steps(axis.xaxis)
+    low, high = axis.dataLim.ymin, axis.dataLim.ymax
+    if low >= 0:  # so that small changes look small
+        axis.set_ylim(0, high * 1.06 if high > 0 else 1)
+
+
+def _draw_line(axis: Axes, line: Line) -> None:
+    colour = COLOURS[line.colour % len(COLOURS)]
+    dash = DOTS if line.level else DASHES if line.colour >= len(COLOURS) else SOLID
+    values = [math.nan if value is None else value for value in line.values]
+    if line.mean:
+        axis.plot(line.steps, values, color=colour, linestyle=dash, linewidth=0.7, alpha=0.28)
+        values = [math.nan if value is None else value for value in line.mean]
+    # A point between two gaps has no line, so short lines have markers.
+    marker, size = ("o", 3.0) if len(line.steps) <= 45 and not line.level else ("", 0.0)
+    [drawn] = axis.plot(
+        line.steps, values, color=colour, linestyle=dash, linewidth=1.6, marker=marker, markersize=size
     )
-    last = max((row["step"] for history in histories.values() for row in history if "step" in row), default=1)
-    axis.set_xlim(0, max(1, last) * 1.02)
-    whole_steps(axis.xaxis)
-    from_zero(axis)
+    drawn.set_clip_on(False)  # a line at 0 lies over the axis, as thick as any other
+    drawn.set_zorder(3)
+    drawn.set_label(line.label or "_")
 
 
-def _shows_em(panel: Panel) -> bool:
-    return any(metric == "eval/em" for metric, _ in panel.lines)
+def _dress(axis: Axes, title: str, note: str, *, x: str, legend: bool = False) -> None:
+    """Title, note, legend and labels. The legend stands between title and data, where it hides nothing."""
+    named = [line for line in axis.get_lines() if legend and not str(line.get_label()).startswith("_")]
+    longest = max((len(str(line.get_label())) for line in named), default=0)
+    columns = 4 if longest <= 9 else 3 if longest <= 18 else 2 if longest <= 26 else 1
+    # One row without a legend, too, so that the titles of neighbours are level.
+    room = LEGEND_ROW * max(1, math.ceil(len(named) / columns))
+    axis.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold", pad=21 + room)
+    axis.annotate(
+        note, (0, 1), (0, 8 + room), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=FAINT
+    )
+    if named:
+        axis.legend(
+            handles=named,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            fontsize=8,
+            labelcolor=INK,
+            frameon=False,
+            borderaxespad=0.1,
+            borderpad=0.3,
+            labelspacing=0.35,
+            handlelength=1.5,
+            columnspacing=1.2,
+        )
+    axis.set_xlabel(x, fontsize=8.5, color=FAINT)
+    axis.tick_params(labelsize=8.5, labelcolor=FAINT, length=0)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
 
 
-def _name_runs(figure: Figure, histories: Mapping[str, History]) -> None:
-    """The name of one run as a line above, those of two as a legend of solid and dashed."""
-    names = [name for name in histories if name]
-    if len(names) == 1:
-        figure.suptitle(names[0], fontsize=9, color=FAINT, x=0.012, ha="left")
-    elif names:
-        from matplotlib.lines import Line2D
+def _whole_steps(axis: object) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-        handles = [
-            Line2D([], [], color=INK, linestyle=dash, linewidth=1.7, label=name)
-            for name, dash in zip(names, DASHES, strict=True)
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=9, frameon=False, handlelength=2.6)
+    axis.set_major_locator(MaxNLocator(nbins=7, integer=True))  # type: ignore[attr-defined]
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
 
 
 def _file_name(title: str) -> str:

@@ -1,133 +1,115 @@
-"""Which metrics of a run are drawn together, and under which names: the panels of the page and of the PNG figures.
+"""Which metrics are drawn together, under which names.
 
-A metric is named, or is a pattern (`eval/*/em`): what stands for the star is then the name of the line. A line is
-drawn where a run has a number for it, and a panel where it has a line.
+A metric is a name or a pattern (`eval/*/em`): the text that the star stands for is then the label of the line.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
     """
-    One chart.
+    One entry of `PANELS`.
 
     Args:
+        section (`str`): The heading that the chart stands under.
         title (`str`): What it shows.
         note (`str`): How to read it, in one line.
-        lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; a pattern's label holds a star.
+        lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; the label of a pattern holds a star.
+        alarms (`tuple[str, ...]`): The alarms that watch these metrics (`trl_search/trainer/callbacks/alarms.py`).
+        rare (`bool`): Leaves out lines that are always 0: what never happened.
+        several (`bool`): Leaves the chart out if it has a single line, which another chart shows.
     """
 
+    section: str
     title: str
     note: str
     lines: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A metric that at least one run has numbers for."""
-
-    metric: str
-    label: str
+    alarms: tuple[str, ...] = ()
+    rare: bool = False
+    several: bool = False
 
 
 PANELS = (
-    Panel("Reward", "weighted sum, mean over trajectories", (("reward", "mean"), ("reward_std", "std within groups"))),
-    Panel("Single rewards", "each before its weight", (("rewards/*/mean", "*"),)),
-    Panel("Held-out answers", "macro average over datasets", (("eval/em", "exact match"), ("eval/f1", "F1"))),
-    Panel("Exact match per dataset", "held-out questions", (("eval/*/em", "*"),)),
     Panel(
-        "Searches and turns",
-        "a trajectory",
-        (("search/searches", "searches"), ("search/turns", "turns"), ("eval/searches", "searches, held out")),
+        "Results",
+        "Held-out answers",
+        "mean over datasets, from before training (step 0)",
+        (("eval/em", "exact match"), ("eval/f1", "F1")),
     ),
     Panel(
+        "Results",
+        "Reward",
+        "weighted sum, mean over trajectories",
+        (("reward", "mean"), ("reward_std", "standard deviation within groups")),
+        ("reward", "reward_variance"),
+    ),
+    Panel("Results", "Single rewards", "each before its weight", (("rewards/*/mean", "*"),)),
+    Panel("Results", "Exact match per dataset", "held-out questions", (("eval/*/em", "*"),), several=True),
+    Panel(
+        "Behaviour",
+        "Searches and turns",
+        "per trajectory",
+        (("search/searches", "searches"), ("search/turns", "turns"), ("eval/searches", "searches, held out")),
+        ("searches", "turns"),
+    ),
+    Panel(
+        "Behaviour",
         "Length",
-        "tokens a trajectory",
+        "tokens per trajectory",
         (("tokens/model", "model, trained"), ("tokens/observation", "retrieved, masked")),
     ),
-    Panel("How trajectories end", "share of trajectories", (("stop/*", "*"),)),
-    Panel("Entropy", "of the policy, nats a token", (("entropy", "entropy"),)),
-    Panel("KL", "to the reference model", (("kl", "KL"),)),
+    Panel("Behaviour", "How trajectories end", "share of trajectories", (("stop/*", "*"),), ("answers",), rare=True),
     Panel(
-        "Reflection",
-        "share of trajectories with a reflective phrase",
-        (("reflection/ratio", "training"), ("eval/reflection_ratio", "held out")),
-    ),
-    Panel("Reflective phrases", "per 1,000 model tokens", (("reflection/phrases_per_1k_tokens", "phrases"),)),
-    Panel(
+        "Behaviour",
         "Warning signs",
-        "a trajectory; groups without signal as a share",
+        "per trajectory; what never happened is left out",
         (
             ("search/malformed_calls", "malformed calls"),
             ("search/duplicate_tags", "duplicate tags"),
             ("search/empty_retrievals", "empty searches"),
             ("search/failed_rollouts", "failed retrievals"),
-            ("frac_reward_zero_std", "groups without signal"),
         ),
+        ("malformed", "duplicate_tags"),
+        rare=True,
     ),
-    Panel("Alarms", "1 where one rang", (("alarm/*", "*"),)),
-    Panel("Gradient norm", "before clipping", (("grad_norm", "norm"),)),
-    Panel("Loss", "GRPO's, near zero by design", (("loss", "loss"),)),
+    Panel(
+        "Behaviour",
+        "Reflection",
+        "share of trajectories with a reflective phrase",
+        (("reflection/ratio", "training"), ("eval/reflection_ratio", "held out")),
+        rare=True,
+    ),
+    Panel(
+        "Behaviour",
+        "Reflective phrases",
+        "per 1,000 model tokens",
+        (("reflection/phrases_per_1k_tokens", "phrases"),),
+        rare=True,
+    ),
+    Panel(
+        "Optimisation",
+        "Groups without signal",
+        "share of groups in which all rewards are equal",
+        (("frac_reward_zero_std", "groups"),),
+        ("silent_groups",),
+    ),
+    Panel(
+        "Optimisation",
+        "Entropy",
+        "of the policy, nats per token",
+        (("entropy", "entropy"),),
+        ("entropy_rise", "entropy_fall"),
+    ),
+    Panel("Optimisation", "KL", "to the reference model", (("kl", "KL"),), ("kl",)),
+    Panel("Optimisation", "Gradient norm", "before clipping", (("grad_norm", "norm"),)),
+    Panel("Optimisation", "Loss", "of GRPO, near zero by design", (("loss", "loss"),), ("not_finite",)),
     Panel(
         "Time",
-        "seconds: a step, and a trajectory's generation and search",
+        "Time",
+        "seconds per step, and per trajectory for generation and search",
         (("step_time", "step"), ("time/generation_s", "generation"), ("time/search_s", "search")),
     ),
 )
-
-
-def lines_of(panel: Panel, histories: Iterable[History]) -> list[Line]:
-    """
-    The lines of a panel for some runs. A way to end that never happened is left out, and an alarm that never rang.
-
-    Example:
-        >>> lines_of(Panel("EM", "", (("eval/*/em", "*"),)), [[{"step": 1, "eval/nq/em": 0.3}]])
-        [Line(metric='eval/nq/em', label='nq')]
-    """
-    drawn: dict[str, bool] = {}  # metric -> whether it is ever not zero
-    for history in histories:
-        for row in history:
-            for metric, value in row.items():
-                if is_number(value):
-                    drawn[metric] = drawn.get(metric, False) or value != 0
-    lines = []
-    for pattern, label in panel.lines:
-        if "*" not in pattern:
-            lines += [Line(pattern, label)] if pattern in drawn else []
-            continue
-        expression = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
-        for metric in sorted(drawn):
-            match = expression.fullmatch(metric)
-            if match and (drawn[metric] or not pattern.startswith(("stop/", "alarm/"))):
-                lines.append(Line(metric, label.replace("*", match[1].replace("_", " "))))
-    return lines
-
-
-def points(history: History, metric: str) -> dict[int, float]:
-    """The numbers of a metric by step, in order; where a step was logged twice, the last."""
-    return {step: value for step, value in curve(history, metric).items() if not math.isnan(value)}
-
-
-def curve(history: History, metric: str) -> dict[int, float]:
-    """
-    As `points`, and NaN where what was logged is no finite number: a gap in the curve, and no bridge over it.
-
-    Example:
-        >>> curve([{"step": 1, "kl": 0.5}, {"step": 2}, {"step": 3, "kl": None}], "kl")
-        {1: 0.5, 3: nan}
-    """
-    logged = [(row["step"], row[metric]) for row in history if metric in row and "step" in row]
-    return dict(sorted((step, float(value) if is_number(value) else math.nan) for step, value in dict(logged).items()))
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,11 +1,13 @@
-"""The seed's figure: the share of trajectories with a reflective phrase against the average EM, over the checkpoints
-of a run, with their correlation.
+"""Reflection against exact match: the share of trajectories with a reflective phrase and the average EM, over the
+checkpoints of a run, with their correlation.
 
-    a run's log ─► reflection_points ─► [(step, ratio, em), ...] ─► correlate ─► Correlation ─► words, figure
+    a run's log ─► reflection_points ─► [(step, ratio, em), ...] ─► correlate ─► Correlation ─► words
 
-Both numbers tend to rise while a policy learns, so that over the checkpoints of one run they correlate as any two
-things that training changes do. The correlation of their first differences asks for more: whether the EM rises between
-the checkpoints between which the ratio rises. Neither says that reflecting is why the answers got better.
+It is the reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025).
+
+Both numbers tend to rise while a policy learns, so over the checkpoints of one run they correlate as any two things do
+that training changes. The correlation of their first differences asks for more: does the EM rise between two
+checkpoints when the ratio rises between them? Neither number says that reflecting is why the answers got better.
 """
 
 from __future__ import annotations
@@ -13,22 +15,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from trl_search.common.errors import UserError
-from trl_search.records.report.drawing import COLOURS, FAINT, INK, dress, from_zero, new_figure, save, whole_steps
-from trl_search.records.report.panels import points
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from trl_search.records.folder import Run
+from trl_search.records.folder import Run
+from trl_search.records.report.charts import history_of, points
 
 EM, HELD_OUT_RATIO, TRAINING_RATIO = "eval/em", "eval/reflection_ratio", "reflection/ratio"
-# Below this, Fisher's interval spans everything from -1 to 1.
+# With fewer checkpoints, Fisher's interval spans everything from -1 to 1.
 FEWEST = 4
 # The standard error of atanh(rho) is wider than that of Pearson's r: Bonett and Wright (2000).
 SPEARMAN_WIDENING = 0.5
@@ -50,17 +46,23 @@ class ReflectionSeries:
     The checkpoints of a run, by step.
 
     Args:
-        source (`str`): Where the ratio is from. `held-out`: the trajectories that the EM is of. `training`: those
-            sampled for training since the evaluation before, at the training temperature, over other questions.
+        source (`str`): Where the ratio was counted. `held-out`: over the trajectories that the EM was measured on.
+            `training`: over those sampled for training since the evaluation before, at the training temperature and
+            on other questions.
     """
 
     source: Literal["held-out", "training"]
     points: tuple[ReflectionPoint, ...]
 
+    @property
+    def any_reflection(self) -> bool:
+        """Whether a single trajectory reflected. Without one there is nothing to draw."""
+        return any(point.ratio > 0 for point in self.points)
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """A correlation and its 95 % interval; none where the agreement is complete, as no formula gives one then."""
+    """A correlation and its 95 % interval. Complete agreement has no interval, because no formula gives one."""
 
     value: float
     low: float | None
@@ -70,11 +72,11 @@ class Coefficient:
 @dataclass(frozen=True, slots=True)
 class Association:
     """
-    How two series go together; no number where none can be had.
+    How two series go together.
 
     Args:
-        n (`int`): How many pairs.
-        problem (`str`): Why nothing is claimed; empty where something is.
+        n (`int`): The number of pairs.
+        problem (`str`): Why there are no numbers; empty if there are.
         slope, intercept (`float`, *optional*): The line of least squares.
     """
 
@@ -88,7 +90,7 @@ class Association:
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """Of ratio and EM over the checkpoints, and of their changes from one checkpoint to the next."""
+    """Between ratio and EM over the checkpoints, and between their changes from one checkpoint to the next."""
 
     levels: Association
     differences: Association
@@ -96,12 +98,12 @@ class Correlation:
 
 def reflection_points(run: Run) -> ReflectionSeries:
     """
-    The checkpoints that were evaluated, from the run's log.
+    The checkpoints that were evaluated, from the log of a run.
 
-    Where no evaluation logged its own ratio, that of training is taken: the mean over the steps since the evaluation
-    before. The two are never mixed.
+    If no evaluation logged a ratio of its own, the ratio of training stands in: the mean over the steps since the
+    evaluation before. The two are never mixed.
     """
-    history = run.history
+    history = history_of(run)
     em = points(history, EM)
     held_out, training = points(history, HELD_OUT_RATIO), points(history, TRAINING_RATIO)
     both = [ReflectionPoint(step, held_out[step], em[step]) for step in em if step in held_out]
@@ -120,7 +122,7 @@ def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
     """
     Pearson's r and Spearman's rho of ratio and EM, and of their first differences.
 
-    The intervals take the checkpoints for independent draws, which those of one run are not: they are too narrow.
+    The intervals treat checkpoints as independent draws. Those of one run are not, so the intervals are too narrow.
 
     Example:
         >>> rising = [ReflectionPoint(step, ratio, em) for step, ratio, em in ...]
@@ -135,7 +137,7 @@ def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
 
 
 def words(series: ReflectionSeries, correlation: Correlation) -> list[str]:
-    """What the figure says beneath its panels, and what to bear in mind: a line each."""
+    """The lines of text under the figure: the numbers, and what to bear in mind."""
     if not series.points:
         return [
             "No evaluation of this run logged an EM together with a reflective-phrase ratio, so there is nothing to "
@@ -146,87 +148,14 @@ def words(series: ReflectionSeries, correlation: Correlation) -> list[str]:
     if levels.pearson:
         lines += [
             f"Changes between checkpoints: {_in_words(differences)}.",
-            "Training moves both numbers, so over its steps they may correlate although neither causes the other; the "
-            "intervals take checkpoints for independent.",
+            "Training moves both numbers, so over its steps they may correlate although neither causes the other. The "
+            "intervals treat checkpoints as independent.",
         ]
     if series.source == "training":
         lines.append(
-            "The ratio is that of the training rollouts since the evaluation before: no evaluation logged its own."
+            "No evaluation logged a ratio of its own, so it was counted over the training rollouts since the last one."
         )
     return lines
-
-
-def draw_reflection(run: Run, path: Path, *, name: str | None = None) -> Correlation:
-    """
-    Draws the figure of a run: both numbers over the steps, and one against the other.
-
-    Args:
-        name (`str`, *optional*): What the run is called in it; its folder's name by default.
-
-    Returns:
-        `Correlation`: the numbers that stand in the figure.
-    """
-    series = reflection_points(run)
-    correlation = correlate(series.points)
-    save(reflection_figure(series, correlation, name=run.folder.name if name is None else name), path)
-    return correlation
-
-
-def reflection_figure(series: ReflectionSeries, correlation: Correlation, *, name: str = "") -> Figure:
-    """The figure itself."""
-    import textwrap
-
-    lines = words(series, correlation)
-    figure = new_figure(10.4, 4.6 if series.points else 1.6)
-    text = "\n".join(textwrap.fill(line, 150) for line in lines)
-    figure.supxlabel(text, fontsize=8.5, color=INK, x=0.012, ha="left", linespacing=1.45)
-    if name:
-        figure.suptitle(name, fontsize=9, color=FAINT, x=0.012, ha="left")
-    if not series.points:
-        return figure
-
-    over_steps, against = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    steps = [point.step for point in series.points]
-    ratio, em = [point.ratio for point in series.points], [point.em for point in series.points]
-    share = f"reflective share, {series.source}"
-
-    # Two axes: a ratio of .02 and an EM of .40 have no scale in common.
-    beside = over_steps.twinx()
-    drawn = []
-    for axis, values, colour, label in (
-        (over_steps, em, COLOURS[0], "average EM"),
-        (beside, ratio, COLOURS[1], share),
-    ):
-        drawn += axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.7, label=label)
-    dress(
-        over_steps, title="Over the checkpoints", note="each on its own axis", x="step", y="average EM", legend=drawn
-    )
-    dress(beside, title="", note="", x="", y=share)
-    beside.grid(visible=False)
-    for axis, line in zip((over_steps, beside), drawn, strict=True):
-        line.set(clip_on=False, zorder=3)
-        axis.yaxis.label.set_color(line.get_color())
-        axis.tick_params(axis="y", labelcolor=line.get_color())
-        from_zero(axis)
-    whole_steps(over_steps.xaxis)
-
-    levels = correlation.levels
-    line = "" if levels.slope is None else "; the line is that of least squares"
-    dress(against, title="One against the other", note=f"each point a checkpoint{line}", x=share, y="average EM")
-    dots = against.scatter(ratio, em, c=steps, cmap="viridis_r", s=36, edgecolor="white", linewidth=0.6, zorder=3)
-    low, high = against.get_xlim()
-    against.set_xlim(max(low, -0.03 * high), high)  # there is no share below 0
-    if levels.slope is not None and levels.intercept is not None:
-        ends = [min(ratio), max(ratio)]
-        heights = [levels.intercept + levels.slope * x for x in ends]
-        against.plot(ends, heights, color=FAINT, linewidth=1.3, linestyle=(0, (4, 2)))
-    if len(steps) > 1:
-        bar = figure.colorbar(dots, ax=against, shrink=0.85, aspect=28, pad=0.02)
-        bar.set_label("step", fontsize=8.5, color=FAINT)
-        bar.ax.tick_params(labelsize=8, labelcolor=FAINT, length=0)
-        bar.outline.set_visible(False)
-        whole_steps(bar.ax.yaxis)
-    return figure
 
 
 def _associate(x: Sequence[float], y: Sequence[float], *, of: str) -> Association:
@@ -237,35 +166,29 @@ def _associate(x: Sequence[float], y: Sequence[float], *, of: str) -> Associatio
     for values, what in ((x, "the reflective share"), (y, "the EM")):
         if _constant(values):
             return Association(n, f"{what} is the same over all {n} {plural}")
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise UserError('the correlation needs scipy: pip install "trl-search[report]"') from error
-
-    pearson = stats.pearsonr(x, y)
-    interval = pearson.confidence_interval(0.95)
-    rho = float(stats.spearmanr(x, y).statistic)
-    line = stats.linregress(x, y)
+    line = statistics.linear_regression(x, y)
     return Association(
         n,
-        pearson=_coefficient(float(pearson.statistic), float(interval.low), float(interval.high)),
-        spearman=_coefficient(rho, *_spearman_ci95(rho, n)),
-        slope=float(line.slope),
-        intercept=float(line.intercept),
+        pearson=_coefficient(statistics.correlation(x, y), n, widening=0.0),
+        spearman=_coefficient(statistics.correlation(_ranks(x), _ranks(y)), n, widening=SPEARMAN_WIDENING),
+        slope=line.slope,
+        intercept=line.intercept,
     )
 
 
-def _coefficient(value: float, low: float, high: float) -> Coefficient:
-    # Fisher's interval of r = 1 is [1, 1], of any n: that four points lie on a line does not make it certain.
-    complete = abs(value) > 1 - 1e-9
-    return Coefficient(value, None if complete else low, None if complete else high)
+def _coefficient(value: float, n: int, *, widening: float) -> Coefficient:
+    """With Fisher's interval: tanh(atanh(r) ± 1.96 · √((1 + widening · r²) / (n − 3)))."""
+    # The interval of r = 1 would be [1, 1] for any n: that four points lie on a line does not make it certain.
+    if abs(value) > 1 - 1e-9:
+        return Coefficient(value, None, None)
+    half = Z95 * math.sqrt((1 + widening * value**2) / (n - 3))
+    return Coefficient(value, math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half))
 
 
-def _spearman_ci95(rho: float, n: int) -> tuple[float, float]:
-    if abs(rho) >= 1:
-        return rho, rho
-    half = Z95 * math.sqrt((1 + SPEARMAN_WIDENING * rho**2) / (n - 3))
-    return math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half)
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values share the mean of theirs. `[0.2, 0.1, 0.2]` gives `[2.5, 1.0, 2.5]`."""
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + bisect_right(ordered, value) + 1) / 2 for value in values]
 
 
 def _constant(values: Sequence[float]) -> bool:

@@ -1,10 +1,11 @@
-"""The trajectories of a run as the page carries them: columns for the list, and blocks of tokens that are opened late.
+"""The trajectories of a run as the page carries them: columns for the list, and blocks of tokens that the page unpacks
+when they are looked at.
 
     rows     {"step": [1, 1, ...], "question": [...], "reward": [...], "text": ["<think> ...", ...], ...}
     blocks   [[{"lengths": [7, 1, 5], "mask": [0, 2, 1], "logprobs": [-12, -310, 0], "turns": [...]}, ...], ...]
 
-A token is a length in its trajectory's text, in UTF-16 units, as a browser counts. A mask is a list of run lengths
-that begins with masked tokens: [0, 2, 1] is two trained ones and then a masked one. Logprobs are thousandths.
+A token is a length in the text of its trajectory, in UTF-16 units, as a browser counts. A mask is a list of lengths
+that begins with masked tokens: [0, 2, 1] is two trained tokens and then a masked one. Log-probs are in thousandths.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from pyarrow import parquet
 
 from trl_search.records.folder import REWARD_PREFIX, Run, read_trajectories, step_of
-from trl_search.rewards.answers import exact_match
+from trl_search.rewards.answers import contains_answer, exact_match
 
 BLOCK_TRAJECTORIES = 64
 NUMBERS = ("step", "group", "index", "reward", "advantage", "searches", "malformed", "generation_s", "search_s")
@@ -31,11 +32,12 @@ class PageTrajectories:
     What the page carries of all runs.
 
     Args:
-        rows (`dict[str, list]`): One column each, of the same length.
-        prompts (`list[str]`): Each once; `rows["prompt"]` points here.
-        rewards (`list[str]`): Names of the single rewards; `rows["rewards"]` holds a list of numbers a row.
-        blocks (`list[list[dict]]`): Tokens, `BLOCK_TRAJECTORIES` rows each, in the order of the rows.
-        notes (`list[str]`): By run: what was left out, or "".
+        rows (`dict[str, list]`): Columns of the same length. `correct` and `gold` are 1, 0 or `None`: whether the
+            answer is an exact match, and whether a golden answer stands in a tool result.
+        prompts (`list[str]`): Each prompt once; `rows["prompt"]` holds its number.
+        rewards (`list[str]`): Names of the single rewards; `rows["rewards"]` holds a list of numbers per row.
+        blocks (`list[list[dict]]`): The tokens of `BLOCK_TRAJECTORIES` rows each, in the order of the rows.
+        notes (`list[str]`): Per run: what was left out, or "".
     """
 
     rows: dict[str, list[Any]]
@@ -50,9 +52,9 @@ class PageTrajectories:
 
 def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTrajectories:
     """
-    Reads the trajectories of the runs, at most `max_trajectories` of all of them together.
+    Reads at most `max_trajectories` trajectories of all runs together.
 
-    Of a run that has more than its share, whole steps are taken, spread evenly from its oldest to its newest.
+    If a run has more than its share, whole steps are taken, spread evenly from its oldest to its newest.
     """
     columns = (
         "run",
@@ -61,6 +63,7 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
         "golden",
         "answer",
         "correct",
+        "gold",
         "trained",
         "masked",
         "prompt",
@@ -92,15 +95,17 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
                 else:
                     broken += 1
         if broken:
-            run.problems.append(f"{broken} trajectories are left out: their tokens, mask and turns do not fit")
+            run.problems.append(
+                f"{broken} trajectories are left out: their tokens, mask and turns do not fit together"
+            )
     blocks = [tokens[i : i + BLOCK_TRAJECTORIES] for i in range(0, len(tokens), BLOCK_TRAJECTORIES)]
     return PageTrajectories(rows, list(prompts), rewards, blocks, notes)
 
 
 def choose_steps(counts: Mapping[int, int], limit: int) -> list[int]:
     """
-    As many steps as hold at most `limit` trajectories, the oldest and the newest among them and the others spread
-    evenly between; only the newest where two are too many.
+    As many steps as hold at most `limit` trajectories: the oldest, the newest, and others spread evenly between. Only
+    the newest if two steps hold too many.
 
     Example:
         >>> choose_steps({step: 64 for step in range(1, 101)}, 320)
@@ -155,6 +160,10 @@ def _add(
     rows["golden"].append(golden)
     rows["answer"].append(row["answer"])
     rows["correct"].append(None if failed else int(row["answer"] is not None and exact_match(row["answer"], golden)))
+    found = "\n".join(
+        "".join(row["tokens"][turn["start"] : turn["end"]]) for turn in row["turns"] if turn["role"] == "tool"
+    )
+    rows["gold"].append(int(contains_answer(found, golden)) if golden else None)
     rows["trained"].append(sum(row["mask"]))
     rows["masked"].append(len(row["mask"]) - sum(row["mask"]))
     rows["prompt"].append(prompts.setdefault(row["prompt"] or "", len(prompts)))
@@ -176,7 +185,7 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
 def _left_out(kept: int, total: int, kept_steps: int, steps: int) -> str:
     if kept == total:
         return ""
-    return f"{kept:,} of {total:,} trajectories are here, of {kept_steps:,} of {steps:,} steps from oldest to newest"
+    return f"{kept:,} of {total:,} trajectories are here: {kept_steps:,} of {steps:,} steps, from oldest to newest"
 
 
 def _number(value: Any) -> float | int | None:

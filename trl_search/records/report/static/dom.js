@@ -15,7 +15,7 @@ function element(kind, attributes = {}, ...children) {
 }
 
 const whole = new Intl.NumberFormat("en-US");
-const short = new Intl.NumberFormat("en-US", { maximumSignificantDigits: 4 });
+const short = new Intl.NumberFormat("en-US", { maximumSignificantDigits: 3 });
 
 const count = (value) => whole.format(value);
 

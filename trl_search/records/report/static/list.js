@@ -1,53 +1,5 @@
-// The list of trajectories: which of them are shown and in what order, and only the rows in sight on the screen.
+// The list of trajectories: only the rows in sight are on the screen.
 const ROW_HEIGHT = 62;
-const SORTS = {
-  step: ["Step", (rows, i) => rows.step[i]],
-  reward: ["Reward", (rows, i) => rows.reward[i]],
-  advantage: ["Advantage", (rows, i) => rows.advantage[i]],
-  searches: ["Searches", (rows, i) => rows.searches[i]],
-  tokens: ["Tokens", (rows, i) => rows.trained[i] + rows.masked[i]],
-  trained: ["Trained tokens", (rows, i) => rows.trained[i]],
-};
-const NO_FILTER = { query: "", from: "", to: "", stop: "", outcome: "", searched: "", run: "", sort: "step", down: false };
-
-class Filtering {
-  constructor(rows) {
-    this.rows = rows;
-    this.haystacks = null;
-  }
-
-  // Numbers of the rows that are left, in order.
-  apply(wanted) {
-    const { rows } = this;
-    const query = wanted.query.trim().toLowerCase();
-    if (query) this.haystacks ??= rows.text.map((text, i) =>
-      [rows.question[i], rows.answer[i] ?? "", ...rows.golden[i], rows.id[i], text].join("\n").toLowerCase());
-    const from = wanted.from === "" ? -Infinity : Number(wanted.from);
-    const to = wanted.to === "" ? Infinity : Number(wanted.to);
-    const left = [];
-    for (let i = 0; i < rows.step.length; i++) {
-      if (rows.step[i] < from || rows.step[i] > to) continue;
-      if (wanted.run !== "" && rows.run[i] !== Number(wanted.run)) continue;
-      if (wanted.stop && rows.stop_reason[i] !== wanted.stop) continue;
-      if (wanted.outcome && outcome(rows, i) !== wanted.outcome) continue;
-      if (wanted.searched && (rows.searches[i] > 0) !== (wanted.searched === "yes")) continue;
-      if (query && !this.haystacks[i].includes(query)) continue;
-      left.push(i);
-    }
-    const value = SORTS[wanted.sort][1];
-    const sign = wanted.down ? -1 : 1;
-    return left.sort((a, b) => compare(value(rows, a), value(rows, b), sign) || a - b);
-  }
-}
-
-function compare(a, b, sign) {
-  if (a === b) return 0;
-  if (a === null) return 1; // what has no number comes last, either way
-  if (b === null) return -1;
-  return a < b ? -sign : sign;
-}
-
-const outcome = (rows, i) => (rows.correct[i] === null ? "failed" : rows.correct[i] ? "correct" : "wrong");
 
 class TrajectoryList {
   constructor(box, rows, { compared, onselect }) {
@@ -58,7 +10,7 @@ class TrajectoryList {
     new ResizeObserver(() => this.draw()).observe(this.box);
     this.sheet.addEventListener("click", (event) => {
       const row = event.target.closest("[data-row]");
-      if (row) this.select(Number(row.dataset.row));
+      if (row) this.select(Number(row.dataset.row), true);
     });
   }
 
@@ -69,7 +21,8 @@ class TrajectoryList {
     this.draw();
   }
 
-  select(row) {
+  // `chosen`: by the reader, and not because it is the first that is left.
+  select(row, chosen = false) {
     this.selected = row;
     const at = this.shown.indexOf(row);
     if (at >= 0) {
@@ -79,14 +32,14 @@ class TrajectoryList {
       if (below > this.box.scrollTop) this.box.scrollTop = below;
     }
     this.draw();
-    this.onselect(row);
+    this.onselect(row, chosen);
   }
 
   move(by) {
     if (!this.shown.length) return;
     const at = this.shown.indexOf(this.selected);
     const next = at < 0 ? 0 : Math.max(0, Math.min(this.shown.length - 1, at + by));
-    this.select(this.shown[next]);
+    this.select(this.shown[next], true);
   }
 
   draw() {
@@ -111,9 +64,10 @@ class TrajectoryList {
       element("span.question", {}, rows.question[i] || "(no question)"),
       element("span.reward", { title: "reward" }, decimal(rows.reward[i])),
       element("span.facts", {},
-        this.compared ? element(`b.run.run-${rows.run[i]}`, {}, "AB"[rows.run[i]]) : null,
+        this.compared ? runMark(rows.run[i]) : null,
         element("span", {}, `step ${count(rows.step[i])}`),
         element("span", {}, plural(rows.searches[i], "search", "searches")),
+        rows.gold[i] && rows.searches[i] ? element("span.gold-found", { title: "a golden answer was retrieved" }, "gold") : null,
         element("span", {}, plural(rows.trained[i] + rows.masked[i], "token")),
         element("span", {}, words(rows.stop_reason[i]))),
       element(`span.advantage.${rows.advantage[i] > 0 ? "up" : rows.advantage[i] < 0 ? "down" : "flat"}`,
@@ -122,5 +76,3 @@ class TrajectoryList {
     return made;
   }
 }
-
-const VERDICTS = { correct: "✓", wrong: "✗", failed: "!" };

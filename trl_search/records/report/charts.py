@@ -1,0 +1,251 @@
+"""The charts of a report: which metrics of which runs are drawn together, and where. The page and the PNG figures draw
+the same `Chart` values.
+
+    metrics.jsonl, results.json ─► history_of ─► charts_of ─► [Chart, ...] ─► static/charts.js (page)
+                                                                        └──► figures.py (PNG)
+
+A chart of one run has one line per metric. Charts that compare runs have one metric each, and one line per run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, BEST_ROW, Run
+from trl_search.records.report.panels import PANELS, Panel
+
+History = Sequence[Mapping[str, Any]]
+
+MAX_RUNS = 16
+ALARM_PREFIX = "alarm/"
+# A line with more points than this is drawn pale, with its running mean on top.
+SMOOTH_ABOVE = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """
+    One line of a chart.
+
+    Args:
+        label (`str`): Its name in the legend.
+        run (`int`): Which run it belongs to.
+        colour (`int`): Which colour it has, counted from 0.
+        steps (`list[int]`), values (`list[float | None]`): Its points. `None` is a gap: the log held no finite number.
+        mean (`list[float | None]`): The running mean of a long line; empty for a short one.
+        level (`bool`): A dotted horizontal line, for what was measured once.
+    """
+
+    label: str
+    run: int
+    colour: int
+    steps: list[int]
+    values: list[float | None]
+    mean: list[float | None]
+    level: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """An alarm of one run, with the steps at which it rang."""
+
+    name: str
+    run: int
+    steps: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What is drawn together; see `Panel`. `last` is the last step of all runs, where the x axis ends."""
+
+    section: str
+    title: str
+    note: str
+    lines: list[Line]
+    alarms: list[Alarm]
+    last: int
+
+
+def charts_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """
+    The charts for one run, or for several that are compared; a chart without data is left out.
+
+    Args:
+        runs (`Sequence[Run]`): As `read_run` gives them.
+        names (`Sequence[str]`): Their names, as `run_names` gives them.
+
+    Example:
+        >>> [chart.title for chart in charts_of([read_run("runs/quickstart")], ["quickstart"])]
+        ['Held-out answers', 'Reward', ...]
+    """
+    histories = [history_of(run) for run in runs]
+    last = max((row["step"] for history in histories for row in history), default=1)
+    charts = []
+    for panel in PANELS:
+        metrics = metrics_of(panel, histories)
+        alarms = [alarm for run, history in enumerate(histories) for alarm in alarms_of(history, run, panel.alarms)]
+        if len(runs) == 1:
+            lines = [_line(histories[0], metric, label, 0, i) for i, (metric, label) in enumerate(metrics)]
+            if any(metric == "eval/em" for metric, _ in metrics):
+                lines += _baselines(runs[0], last, len(lines))
+            if lines:
+                charts.append(Chart(panel.section, panel.title, panel.note, lines, alarms, last))
+            continue
+        for metric, label in metrics:
+            lines = [_line(history, metric, names[run], run, run) for run, history in enumerate(histories)]
+            title = panel.title if len(metrics) == 1 else f"{panel.title}: {label}"
+            lines = [line for line in lines if line.steps]
+            charts.append(Chart(panel.section, title, panel.note, lines, alarms, last))
+            alarms = []  # once per panel, on its first chart
+    return charts
+
+
+def history_of(run: Run) -> list[Mapping[str, Any]]:
+    """The logged rows of a run, with the held-out evaluations before and after training as rows of their own, where
+    the log does not hold them: they are in `results.json`."""
+    logged = {row["step"] for row in run.history if is_number(row.get("eval/em"))}
+    rows = [row for row in run.history if "step" in row]
+    last = max((row["step"] for row in rows), default=0)
+    measured = {0: next((run.results[name] for name in BEFORE_ROWS if name in run.results), None)}
+    measured[last] = run.results.get(AFTER_ROW, measured.get(last))
+    added = [
+        {
+            "step": step,
+            "eval/em": result.get("em"),
+            "eval/f1": result.get("f1"),
+            "eval/searches": result.get("searches"),
+            "eval/reflection_ratio": result.get("reflective_ratio"),
+        }
+        for step, result in measured.items()
+        if result is not None and step not in logged
+    ]
+    return sorted([*rows, *added], key=lambda row: row["step"])
+
+
+def baselines_of(run: Run) -> dict[str, Mapping[str, Any]]:
+    """What was measured once, before training, in other ways of asking: `direct answer, no search`, `one-shot RAG`."""
+    return {
+        name: result
+        for name, result in run.results.items()
+        if name not in (*BEFORE_ROWS, AFTER_ROW) and not name.startswith(BEST_ROW)
+    }
+
+
+def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, str]]:
+    """
+    The metrics of a panel that a run has numbers for, each with its label.
+
+    Example:
+        >>> metrics_of(Panel("", "EM", "", (("eval/*/em", "*"),)), [[{"step": 1, "eval/nq/em": 0.3}]])
+        [('eval/nq/em', 'nq')]
+    """
+    logged: dict[str, bool] = {}  # metric -> whether it is ever not zero
+    for history in histories:
+        for row in history:
+            for metric, value in row.items():
+                if is_number(value):
+                    logged[metric] = logged.get(metric, False) or value != 0
+    found = []
+    for pattern, label in panel.lines:
+        expression = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
+        for metric in sorted(logged):
+            match = expression.fullmatch(metric)
+            if match and (logged[metric] or not panel.rare):
+                star = match[1].replace("_", " ") if match.groups() else ""
+                found.append((metric, label.replace("*", star)))
+    return [] if panel.several and len(found) == 1 else found
+
+
+def alarms_of(history: History, run: int, names: Iterable[str] | None = None) -> list[Alarm]:
+    """The alarms that rang; `names` for some of them only."""
+    if names is None:
+        names = sorted({name.removeprefix(ALARM_PREFIX) for row in history for name in row if _is_alarm(name)})
+    rang = [(name, [step for step, on in points(history, ALARM_PREFIX + name).items() if on]) for name in names]
+    return [Alarm(name, run, steps) for name, steps in rang if steps]
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """
+    The runs by their folders: the last part of the path, or as many parts as tell all runs apart.
+
+    Raises:
+        UserError: for no run, for more than `MAX_RUNS`, and for a run that is given twice.
+
+    Example:
+        >>> run_names([read_run("runs/seed_0/a"), read_run("runs/seed_1/a")])
+        ['seed_0/a', 'seed_1/a']
+    """
+    if not 1 <= len(runs) <= MAX_RUNS:
+        raise UserError(f"a report shows 1 to {MAX_RUNS} runs, and {len(runs)} were given")
+    paths = [run.folder.resolve().parts for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UserError(f"{runs[i].folder} is given twice: there is nothing to compare")
+    length = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
+    return ["/".join(path[-length:]) for path in paths]
+
+
+def points(history: History, metric: str) -> dict[int, float]:
+    """The numbers of a metric by step, in order; where a step was logged twice, the last."""
+    return {step: value for step, value in curve(history, metric).items() if value is not None}
+
+
+def curve(history: History, metric: str) -> dict[int, float | None]:
+    """
+    As `points`, with `None` where the log holds no finite number: a gap in the line, and no bridge over it.
+
+    Example:
+        >>> curve([{"step": 1, "kl": 0.5}, {"step": 2}, {"step": 3, "kl": None}], "kl")
+        {1: 0.5, 3: None}
+    """
+    logged = [(row["step"], row[metric]) for row in history if metric in row and "step" in row]
+    return dict(sorted((step, float(value) if is_number(value) else None) for step, value in dict(logged).items()))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def smoothing_window(points: int) -> int:
+    """Over how many points the running mean is taken: an odd number, 1 for no smoothing.
+
+    Example:
+        >>> smoothing_window(40), smoothing_window(331)
+        (1, 17)
+    """
+    return 1 if points <= SMOOTH_ABOVE else points // 20 | 1
+
+
+def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """The centred mean of `window` values, of fewer at both ends. A gap stays a gap and enters no mean.
+
+    Example:
+        >>> running_mean([1.0, 2.0, 6.0], 3)
+        [1.5, 3.0, 4.0]
+    """
+    means: list[float | None] = []
+    for i, value in enumerate(values):
+        near = [v for v in values[max(0, i - window // 2) : i + window // 2 + 1] if v is not None]
+        means.append(None if value is None else sum(near) / len(near))
+    return means
+
+
+def _line(history: History, metric: str, label: str, run: int, colour: int) -> Line:
+    drawn = curve(history, metric)
+    values = list(drawn.values())
+    window = smoothing_window(len(values))
+    return Line(label, run, colour, list(drawn), values, running_mean(values, window) if window > 1 else [])
+
+
+def _baselines(run: Run, last: int, colour: int) -> list[Line]:
+    measured = [(name, result["em"]) for name, result in baselines_of(run).items() if is_number(result.get("em"))]
+    return [Line(name, 0, colour + i, [0, last], [em, em], [], level=True) for i, (name, em) in enumerate(measured)]
+
+
+def _is_alarm(name: str) -> bool:
+    return name.startswith(ALARM_PREFIX)

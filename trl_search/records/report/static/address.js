@@ -1,0 +1,13 @@
+// What is on the screen, as the page's address: #trajectories?step=12&outcome=wrong&open=0.12.5 can be sent as a link.
+const address = {
+  read() {
+    const [tab, query = ""] = location.hash.slice(1).split("?");
+    return { tab, values: Object.fromEntries(new URLSearchParams(query)) };
+  },
+  // Values that are empty or null are left out. `remember` adds an entry to the history, for the back button.
+  write(tab, values = {}, remember = false) {
+    const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== "" && value !== null)).toString();
+    const wanted = `#${tab}${query ? `?${query}` : ""}`;
+    if (wanted !== location.hash) history[remember ? "pushState" : "replaceState"](null, "", wanted);
+  },
+};

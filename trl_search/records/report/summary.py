@@ -1,0 +1,166 @@
+"""What a run achieved, for the top of its report: one sentence, and a row of numbers.
+
+"Held-out exact match rose from 0.140 to 0.935 on 200 questions, 2.4 times one-shot RAG (0.390)."
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, BEST_ROW, Run
+from trl_search.records.report.charts import baselines_of, history_of, is_number, points
+
+# A reward of one step is noisy: the first and the last are means over so many logs.
+REWARD_LOGS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One number of the summary: `Fact("Held-out EM", "0.140 → 0.935", "95 % interval 0.90 to 0.97")`."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def headline(run: Run) -> str:
+    """The answer to "what did this run achieve?", as far as it was measured."""
+    em = points(history_of(run), "eval/em")
+    if len(em) < 2:
+        reward = points(run.history, "reward")
+        if len(reward) < 2:
+            return "Nothing was measured yet."
+        first, last = _ends(list(reward.values()))
+        said = f"The training reward {_went(first, last)} from {first:.3f} to {last:.3f}"
+        return f"{said}; held-out questions were not measured."
+    (start, before), *_, (end, after) = em.items()
+    started = run.results.get(next((name for name in BEFORE_ROWS if name in run.results), ""), {})
+    ended = run.results.get(AFTER_ROW, {})
+    questions = f" on {ended['questions']:,} questions" if is_number(ended.get("questions")) else ""
+    said = f"Held-out exact match {_went(before, after)} from {before:.3f} to {after:.3f}{questions}"
+    noise = math.hypot(_half_width(started), _half_width(ended))
+    if abs(after - before) <= noise:
+        return f"{said}, which is within the noise of the measurement (± {noise:.3f})."
+    baselines = {name: row["em"] for name, row in baselines_of(run).items() if is_number(row.get("em"))}
+    if baselines and (name := max(baselines, key=lambda name: baselines[name])):
+        best = baselines[name]
+        said += f", {after / best:.1f} times {name} ({best:.3f})" if best else f"; {name} has {best:.3f}"
+    return said + ("." if start == 0 else f" between step {start:,} and step {end:,}.")
+
+
+def facts_of(run: Run) -> list[Fact]:
+    """The row of numbers; what the run did not record is left out."""
+    history = history_of(run)
+    found = [_em_fact(run)]
+    for name, row in baselines_of(run).items():
+        if is_number(row.get("em")):
+            found.append(Fact(_capital(name), f"{row['em']:.3f}", _interval(row)))
+    reward = points(history, "reward")
+    if len(reward) > 1:
+        first, last = _ends(list(reward.values()))
+        found.append(Fact("Training reward", f"{first:.3f} → {last:.3f}", "first and last logs"))
+    searches = points(history, "eval/searches") or points(history, "search/searches")
+    if len(searches) > 1:
+        values = list(searches.values())
+        asked = "held-out questions" if points(history, "eval/searches") else "training questions"
+        found.append(Fact("Searches per question", f"{values[0]:.2f} → {values[-1]:.2f}", asked))
+    found += [_steps_fact(run), _model_fact(run), _recipe_fact(run)]
+    return [fact for fact in found if fact is not None]
+
+
+def _em_fact(run: Run) -> Fact | None:
+    em = points(history_of(run), "eval/em")
+    if not em:
+        return None
+    values = list(em.values())
+    best = next((name for name in run.results if name.startswith(BEST_ROW)), "")
+    note = _interval(run.results.get(AFTER_ROW, {}))
+    if best and is_number(run.results[best].get("em")):
+        note += f"{'; ' if note else ''}best {run.results[best]['em']:.3f} {best.removeprefix(BEST_ROW).strip()}"
+    ends = values if len(values) == 1 else [values[0], values[-1]]
+    return Fact("Held-out exact match", " → ".join(f"{value:.3f}" for value in ends), note)
+
+
+def _steps_fact(run: Run) -> Fact | None:
+    steps = [row["step"] for row in run.history if "step" in row]
+    if not steps:
+        return None
+    planned = _config(run).get("max_steps")
+    of = f" of {planned:,}" if is_number(planned) and planned > max(steps) else ""
+    seconds = list(points(run.history, "step_time").values())
+    spent = f"{_duration(sum(seconds) / len(seconds))} per step" if seconds else ""
+    if is_number(run.seconds):
+        spent = f"{_duration(run.seconds or 0)} in all" + (f", {spent}" if spent else "")
+    return Fact("Steps", f"{max(steps):,}{of}", spent)
+
+
+def _model_fact(run: Run) -> Fact | None:
+    # A warm start trains on from a folder of the run; the task names the model that it began with.
+    model = _task(run).get("base_model") or run.info.get("model")
+    if not isinstance(model, str):
+        return None
+    searched = [value for value in (run.info.get("protocol"), _task(run).get("retriever")) if isinstance(value, str)]
+    return Fact("Model", _last_part(model), " · ".join(searched))
+
+
+def _recipe_fact(run: Run) -> Fact | None:
+    command = run.info.get("command")
+    if not isinstance(command, str):
+        return None
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    named = words[words.index("train") + 1 : words.index("train") + 2] if "train" in words else []
+    started = str(run.info.get("started_at", ""))[:16].replace("T", " ")
+    note = f"started {started}" if started else ""
+    return Fact("Recipe", _last_part(named[0]).removesuffix(".yaml"), note) if named else None
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    ends = row.get("em_interval")
+    if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)):
+        return f"95 % interval {ends[0]:.3f} to {ends[1]:.3f}"
+    return ""
+
+
+def _half_width(row: Mapping[str, Any]) -> float:
+    value = row.get("em_ci95")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    logs = min(REWARD_LOGS, len(values) // 2)
+    return sum(values[:logs]) / logs, sum(values[-logs:]) / logs
+
+
+def _went(before: float, after: float) -> str:
+    return "rose" if after > before else "fell" if after < before else "stayed"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _config(run: Run) -> Mapping[str, Any]:
+    config = run.info.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _task(run: Run) -> Mapping[str, Any]:
+    task = run.info.get("task")
+    return task if isinstance(task, dict) else {}
