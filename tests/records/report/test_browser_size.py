@@ -19,7 +19,7 @@ INTERACTION_S = 2.0
 
 @pytest.mark.slow
 def test_two_thousand_trajectories_stay_quick(browser: Any, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "long", steps=1, a_step=80, words=5200)
+    folder = write_run(tmp_path / "long", steps=1, a_step=80, words=5400)
     rows = read_trajectories(read_run(folder)).to_pylist()
     for step in range(2, 26):
         again = [{**row, "step": step, "question": row["question"].replace("step 1", f"step {step}")} for row in rows]

@@ -1,4 +1,4 @@
-"""Writes what one or several runs did as one HTML page: results, charts, and trajectories with the mask of every token.
+"""Writes what a run did, or several runs, as one HTML page: results, charts, and every token of its trajectories.
 
     trl-search report runs/quickstart                                       runs/quickstart/report.html
     trl-search report runs/seed_0 runs/seed_1 runs/seed_2 -o compared.html  several runs in the same charts
