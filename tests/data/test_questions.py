@@ -16,6 +16,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import trl_search
 from tests.support.fake_hub import fake_hub
 from trl_search.common.errors import UserError
 from trl_search.config.task import load_held_out
@@ -23,18 +24,19 @@ from trl_search.data import (
     EVALUATION_SETS,
     HUB_SETS,
     HubSet,
+    QuestionFields,
     load_evaluation_questions,
     load_questions,
     question_key,
     sample_questions,
     without_overlap,
 )
-from trl_search.data import questions as data
+from trl_search.data.hub_sets import FLASHRAG as FLASHRAG_REPOSITORY
 from trl_search.data.summary import summarize_questions
-from trl_search.evaluation.sets import load_set
+from trl_search.evaluation.sets import load_sets
 from trl_search.rewards.answers import normalize_answer
 
-ROOT = Path(data.__file__).parents[2]
+ROOT = Path(trl_search.__file__).parents[1]
 
 FLASHRAG = {
     "id": "test_0",
@@ -70,6 +72,10 @@ def write_parquet(path: Path, *rows: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_parquet(path)
     return path
+
+
+def asked(question: Any, source: str = "nq", **more: Any) -> dict[str, Any]:
+    return {"question": question, "golden_answers": ["x"], "data_source": source, **more}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -111,6 +117,85 @@ def test_the_target_may_be_a_string_or_a_list(tmp_path: Path, target: Any) -> No
     assert load_questions(path)[0]["golden_answers"] == ["Lyon"]
 
 
+def test_the_reward_model_may_be_json_in_a_string(tmp_path: Path) -> None:
+    row = {**VERL, "reward_model": '{"ground_truth": {"target": ["Lyon"]}}', "extra_info": '{"question": "where?"}'}
+    assert load_questions(write_parquet(tmp_path / "q.parquet", row))[0] == {
+        "id": "0",
+        "question": "where?",
+        "golden_answers": ["Lyon"],
+        "data_source": "hotpotqa",
+    }
+    path = write_jsonl(tmp_path / "q.jsonl", {**asked("where?"), "golden_answers": None, "reward_model": "Lyon"})
+    with pytest.raises(UserError, match=r"q\.jsonl, line 1: reward_model is a string that is not JSON"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "question", "golden"),
+    [
+        (
+            {"question": "where?", "answer": {"value": "Lyon", "aliases": ["Lugdunum"], "type": "FreeForm"}},
+            QuestionFields(answers="answer"),
+            "where?",
+            ["Lyon", "Lugdunum"],
+        ),
+        (
+            {"question": "where?", "answers": {"text": ["Lyon"], "answer_start": [3]}},
+            QuestionFields(answers="answers"),
+            "where?",
+            ["Lyon"],
+        ),
+        (
+            {"question": "where?", "possible_answers": '["Lyon", "Lugdunum"]'},
+            QuestionFields(answers="possible_answers"),
+            "where?",
+            ["Lyon", "Lugdunum"],
+        ),
+        ({"question": {"text": "where?"}, "golden_answers": b"Lyon"}, QuestionFields(), "where?", ["Lyon"]),
+        ({"query": b"where?", "golden_answers": [b"Lyon"]}, QuestionFields(question="query"), "where?", ["Lyon"]),
+        ({"question": "when?", "golden_answers": 1998.0}, QuestionFields(), "when?", ["1998"]),
+    ],
+    ids=["triviaqa", "squad", "popqa", "nq", "bytes", "float"],
+)
+def test_public_datasets_are_read_as_they_come(
+    tmp_path: Path, row: dict[str, Any], fields: QuestionFields, question: str, golden: list[str]
+) -> None:
+    loaded = load_questions(write_parquet(tmp_path / "q.parquet", row), fields=fields)[0]
+    assert (loaded["question"], loaded["golden_answers"]) == (question, golden)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (asked("a", golden_answers=True), r"line 2: a golden answer is True, of type bool"),
+        (asked("a", golden_answers=[["b"]]), r"line 2: a golden answer is a list within a list"),
+        (
+            asked("a", golden_answers=[{"name": "b"}]),
+            r"line 2: the golden answers are .* with the fields name",
+        ),
+        (asked("a", golden_answers=float("nan")), r"line 2: the question 'a' has no golden answer"),
+        (asked(["a"]), r"line 2: the question is \['a'\], of type list"),
+        (asked(True), r"line 2: the question is True, of type bool"),
+        (asked(float("nan")), r"line 2: the question is empty"),
+        (asked("a", id={"n": 1}), r"line 2: the id is .* of type dict"),
+        (asked("a", golden_answers=None, reward_model=["b"]), r"line 2: reward_model is of type list"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_line_and_type(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"q\.jsonl, {message}"):
+        load_questions(write_jsonl(tmp_path / "q.jsonl", asked("first"), row))
+
+
+def test_a_missing_column_names_the_option(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", {"question": "a", "answer": "b"})
+    with pytest.raises(UserError, match=r"are: question, answer\. Name the one .* --answers_field COLUMN"):
+        load_questions(path)
+    with pytest.raises(UserError, match=r"no column 'aswer'; the columns are: question, answer\."):
+        load_questions(path, fields=QuestionFields(answers="aswer"))
+    with pytest.raises(UserError, match=r"no column 'number'.*--id_field COLUMN"):
+        load_questions(path, fields=QuestionFields(answers="answer", id="number"))
+
+
 def test_golden_answers_go_before_the_reward_model(tmp_path: Path) -> None:
     row = {**SEARCH_R1, "golden_answers": ["this one"]}
     assert load_questions(write_jsonl(tmp_path / "q.jsonl", row))[0]["golden_answers"] == ["this one"]
@@ -119,7 +204,7 @@ def test_golden_answers_go_before_the_reward_model(tmp_path: Path) -> None:
 def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "nq" / "test.parquet", FLASHRAG)
     assert load_questions(tmp_path / "nq", split="test")[0]["data_source"] == "nq"
-    with pytest.raises(UserError, match=r"holds no train\.jsonl or train\.parquet, but: test\.parquet"):
+    with pytest.raises(UserError, match=r"holds no train\{\.jsonl,.*\}, but: test\.parquet"):
         load_questions(tmp_path / "nq")
 
 
@@ -131,7 +216,7 @@ def test_a_folder_with_the_name_of_a_hub_set_is_evaluated_on_its_test_file(
     monkeypatch.chdir(tmp_path)
     assert load_evaluation_questions("nq")[0]["question"] == "test?"
     assert load_held_out(["nq"], limit=1, seed=0)[0]["question"] == "test?"
-    assert load_set("nq", limit=None, seed=0).rows[0]["question"] == "test?"
+    assert load_sets("nq", limit=None, seed=0)[0].rows[0]["question"] == "test?"
 
 
 def test_a_limit_is_a_seeded_sample_in_order(tmp_path: Path) -> None:
@@ -194,14 +279,16 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
         load_questions(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="there is no file data/nq"):
         load_questions("data/nq")
-    (tmp_path / "q.csv").touch()
-    with pytest.raises(UserError, match=r"give one of \.jsonl, \.parquet"):
-        load_questions(tmp_path / "q.csv")
+    (tmp_path / "q.xlsx").touch()
+    with pytest.raises(UserError, match=r"in none of the formats that are read: \.jsonl, \.json, \.csv"):
+        load_questions(tmp_path / "q.xlsx")
 
 
 def test_hub_sets_are_the_published_ones() -> None:
-    """FIELD.md, section 4."""
-    evaluation = {name: (held.split, held.rows) for name, held in HUB_SETS.items() if held.repository == data.FLASHRAG}
+    """As their repositories on the hub count them."""
+    evaluation = {
+        name: (held.split, held.rows) for name, held in HUB_SETS.items() if held.repository == FLASHRAG_REPOSITORY
+    }
     assert evaluation == {
         "nq": ("test", 3_610),
         "triviaqa": ("test", 11_313),
@@ -240,7 +327,7 @@ def published(tmp_path: Path) -> dict[str, dict[str, bytes]]:
         for split in ("train", "test")
     }
     flashrag["README.md"] = f"{card}---\n".encode()
-    return {data.FLASHRAG: flashrag, "PeterJinGo/nq_hotpotqa_train": mix}
+    return {FLASHRAG_REPOSITORY: flashrag, "PeterJinGo/nq_hotpotqa_train": mix}
 
 
 def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> None:
@@ -307,10 +394,6 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
 
 
 # Train questions that stand in an evaluation set
-
-
-def asked(question: str, source: str = "nq", **more: Any) -> dict[str, Any]:
-    return {"question": question, "golden_answers": ["x"], "data_source": source, **more}
 
 
 def test_questions_of_evaluation_sets_are_left_out_and_counted(tmp_path: Path) -> None:

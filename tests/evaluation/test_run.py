@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from tests.evaluation.test_outcomes import outcome
 from trl_search.common.errors import UserError
@@ -17,7 +18,7 @@ from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend
 from trl_search.evaluation.outcomes import macro, summarize
 from trl_search.evaluation.published_scores import PUBLISHED, SETS, TITLES, rows_beside, size_class
-from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_set
+from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_sets
 from trl_search.evaluation.settings import (
     check_same,
     compared_settings,
@@ -89,23 +90,48 @@ def write_rows(path: Path, *rows: dict) -> Path:
 def test_a_set_is_called_after_its_data_source_and_sampled_with_its_seed(tmp_path):
     rows = [{"id": str(i), "question": f"q{i}", "golden_answers": ["a"]} for i in range(50)]
     path = write_rows(tmp_path / "nq" / "test.jsonl", *rows)
-    whole, ten, other = (load_set(str(path), limit=limit, seed=seed) for limit, seed in ((None, 0), (10, 0), (10, 1)))
+    (whole,), (ten,), (other,) = (
+        load_sets(str(path), limit=limit, seed=seed) for limit, seed in ((None, 0), (10, 0), (10, 1))
+    )
     assert (whole.name, whole.total, len(whole.rows)) == ("nq", 50, 50)
     assert (ten.total, len(ten.rows)) == (50, 10) and [row["id"] for row in ten.rows] != [
         row["id"] for row in other.rows
     ]
     assert len({whole.fingerprint, ten.fingerprint, other.fingerprint}) == 3
-    assert load_set(str(tmp_path / "nq"), limit=10, seed=0).fingerprint == ten.fingerprint
-    mixed = write_rows(tmp_path / "my mix.jsonl", *({**row, "data_source": row["id"]} for row in rows))
-    assert load_set(str(mixed), limit=None, seed=0).name == "my_mix"
+    assert load_sets(str(tmp_path / "nq"), limit=10, seed=0)[0].fingerprint == ten.fingerprint
+    named = write_rows(tmp_path / "my mix.jsonl", *rows)
+    assert load_sets(str(named), limit=None, seed=0)[0].name == "my_mix"
+
+
+def test_a_file_of_several_sources_is_several_sets(tmp_path):
+    sources = ["nq"] * 30 + ["popqa"] * 10
+    rows = [{"question": f"q{i}", "golden_answers": ["a"], "data_source": one} for i, one in enumerate(sources)]
+    path = write_rows(tmp_path / "mixed.jsonl", *rows)
+    nq, popqa = load_sets(str(path), limit=None, seed=0)
+    assert [(one.name, one.total) for one in (nq, popqa)] == [("nq", 30), ("popqa", 10)]
+    assert popqa.source == f"{path}, data_source popqa"
+    assert [len(one.rows) for one in load_sets(str(path), limit=20, seed=0)] == [20, 10]
+
+
+def test_the_training_mix_is_measured_on_its_test_split(monkeypatch):
+    asked = []
+
+    def load_dataset(repository, config, split):
+        asked.append((repository, split))
+        return Dataset.from_list([{"question": "q", "golden_answers": ["a"], "data_source": "nq"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (one,) = load_sets("nq_hotpotqa", limit=None, seed=0)
+    assert asked == [("PeterJinGo/nq_hotpotqa_train", "test")]
+    assert (one.name, one.source) == ("nq", "PeterJinGo/nq_hotpotqa_train test")
 
 
 def test_sets_that_cannot_be_are_named(tmp_path):
     with pytest.raises(UserError, match=r"unknown dataset 'hotpot': did you mean 'hotpotqa'.*bamboogle.*world"):
-        load_set("hotpot", limit=None, seed=0)
+        load_sets("hotpot", limit=None, seed=0)
     no_answers = write_rows(tmp_path / "x.jsonl", {"question": "who?", "golden_answers": []})
     with pytest.raises(UserError, match="line 1: the question 'who\\?' has no golden answer"):
-        load_set(str(no_answers), limit=None, seed=0)
+        load_sets(str(no_answers), limit=None, seed=0)
     one = QuestionSet("nq", "a.jsonl", 0, [])
     with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl are both called 'nq'"):
         check_names([one, dataclasses.replace(one, source="b.jsonl")])

@@ -190,7 +190,7 @@ def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypa
     monkeypatch.setattr("trl_search.config.task.open_retriever", lambda *args, **options: None)
     for name in ("hotpotqa", str(tmp_path)):
         load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)
-    assert [options["split"] for name, options in asked if "split" in options] == [None, "test"]
+    assert [options["split"] for name, options in asked if "split" in options] == ["dev", "test"]
     # What is evaluated on is left out of the training.
     assert [options["exclude"] for name, options in asked if name == "nq_hotpotqa"] == [["hotpotqa"], [str(tmp_path)]]
 

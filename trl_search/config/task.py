@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from trl_search.common.files import parse_object
-from trl_search.data import load_evaluation_questions, load_questions
+from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
 from trl_search.retrieval import Retriever, load_retriever, open_retriever
 
@@ -30,6 +30,11 @@ class TaskArguments:
             "held-out split. Training questions that stand among them are left out of the training."
         },
     )
+    question_field: str | None = field(
+        default=None, metadata={"help": "Column of the question in a file whose schema is none of the known ones."}
+    )
+    answers_field: str | None = field(default=None, metadata={"help": "Column of the golden answers in such a file."})
+    id_field: str | None = field(default=None, metadata={"help": "Column of the id in such a file."})
     max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
     max_eval_questions: int | None = field(
         default=200, metadata={"help": "Evaluate on a sample of so many questions of each set."}
@@ -66,6 +71,10 @@ class TaskArguments:
         },
     )
 
+    @property
+    def fields(self) -> QuestionFields:
+        return QuestionFields(self.question_field, self.answers_field, self.id_field)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -94,17 +103,19 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
         retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
         return Task(train, held_out, retriever)
     names = set_names(arguments.eval_questions)
-    train = load_questions(arguments.questions, limit=arguments.max_train_questions, seed=seed, exclude=names)
-    return Task(
-        train,
-        load_held_out(names, limit=arguments.max_eval_questions, seed=seed) if names else None,
-        open_retriever(arguments.retriever, options),
+    limit, fields = arguments.max_eval_questions, arguments.fields
+    train = load_questions(
+        arguments.questions, limit=arguments.max_train_questions, seed=seed, exclude=names, fields=fields
     )
+    held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
+    return Task(train, held_out, open_retriever(arguments.retriever, options))
 
 
-def load_held_out(names: Sequence[str], *, limit: int | None, seed: int) -> Dataset:
+def load_held_out(
+    names: Sequence[str], *, limit: int | None, seed: int, fields: QuestionFields | None = None
+) -> Dataset:
     """The questions of all sets, a sample of `limit` of each: the same ones for the same seed."""
-    sets = [load_evaluation_questions(name, limit=limit, seed=seed) for name in names]
+    sets = [load_evaluation_questions(name, limit=limit, seed=seed, fields=fields) for name in names]
     return concatenate_datasets(sets) if len(sets) > 1 else sets[0]
 
 

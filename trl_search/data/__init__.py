@@ -1,28 +1,25 @@
 """Questions and the worlds they are about.
 
 questions.py         questions from files and the hub, in one schema
+hub_sets.py          the sets that have a name
+question_rows.py     one row, in whatever schema it came
+overlap.py           training questions that stand in an evaluation set
 summary.py           what a set of questions holds
 world.py             the embedded world: a fictional encyclopedia with its questions
 scripted_players.py  players that know the way to an answer, for warm starts and tests
 wiki18.py            the Wikipedia corpus of the published runs, and its indexes
 """
 
-from trl_search.data.questions import (
-    EVALUATION_SETS,
-    HUB_SETS,
-    HubSet,
-    is_hub_set,
-    load_evaluation_questions,
-    load_questions,
-    question_key,
-    sample_questions,
-    without_overlap,
-)
+from trl_search.data.hub_sets import EVALUATION_SETS, HUB_SETS, HubSet, is_hub_set
+from trl_search.data.overlap import question_key, without_overlap
+from trl_search.data.question_rows import QuestionFields
+from trl_search.data.questions import load_evaluation_questions, load_questions, sample_questions
 
 __all__ = [
     "EVALUATION_SETS",
     "HUB_SETS",
     "HubSet",
+    "QuestionFields",
     "is_hub_set",
     "load_evaluation_questions",
     "load_questions",

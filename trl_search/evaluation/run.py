@@ -27,6 +27,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 from trl_search.common.provenance import git_state, hardware, versions
 from trl_search.config.agent import AgentSettings, search_environment
+from trl_search.data import QuestionFields
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
 from trl_search.evaluation.answers_file import Records
@@ -34,7 +35,7 @@ from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, macro, summarize
 from trl_search.evaluation.published_scores import size_class
-from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_set, load_world_set
+from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_sets, load_world_set
 from trl_search.evaluation.settings import (
     check_same,
     compared_settings,
@@ -65,6 +66,7 @@ class Plan:
     Attributes:
         retriever (`str`, *optional*): A kind, an index folder, or the address of a server.
         seed (`int`): Of the sample of questions.
+        fields (`QuestionFields`, *optional*): The columns of question files in a schema of their own.
         published (`str`): Whose rows stand beside: `auto`, `3B`, `7B`, `all`, `none`.
         command (`str`): As it was typed, without its secrets.
     """
@@ -85,6 +87,7 @@ class Plan:
     max_failed_share: float
     published: str
     command: str
+    fields: QuestionFields | None = None
 
 
 def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[str, Any]:
@@ -245,7 +248,9 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
         raise UserError(f"--limit is how many questions of a set are asked, at least 1; got {plan.limit}")
     if world is not None:
         return [load_world_set(world, limit=plan.limit, seed=plan.seed)]
-    sets = [load_set(name, limit=plan.limit, seed=plan.seed) for name in plan.datasets]
+    sets = [
+        one for name in plan.datasets for one in load_sets(name, limit=plan.limit, seed=plan.seed, fields=plan.fields)
+    ]
     check_names(sets)
     return sets
 

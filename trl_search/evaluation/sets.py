@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.data import HUB_SETS, is_hub_set, load_evaluation_questions
+from trl_search.data import HUB_SETS, QuestionFields, is_hub_set, load_evaluation_questions
 from trl_search.data.world import World
 
 WORLD = "world"
@@ -52,24 +52,34 @@ class QuestionSet:
         }
 
 
-def load_set(name_or_path: str, *, limit: int | None, seed: int) -> QuestionSet:
+def load_sets(
+    name_or_path: str, *, limit: int | None, seed: int, fields: QuestionFields | None = None
+) -> list[QuestionSet]:
     """Loads a set of the hub in the split of the published numbers, or a file or folder in any known schema.
 
+    A source that holds several sets (`nq_hotpotqa`, a file with more than one `data_source`) gives one set for each:
+    an average over all its questions would weigh the sets by their size.
+
     Args:
-        limit (`int`, *optional*): Asks a random sample of so many, in their order.
+        limit (`int`, *optional*): Asks a random sample of so many questions of each set, in their order.
         seed (`int`): Of that sample.
+        fields (`QuestionFields`, *optional*): The columns of a file in a schema of its own.
     """
     path = Path(name_or_path).expanduser()
     if name_or_path not in HUB_SETS and not path.exists() and not path.suffix and path.name == name_or_path:
         raise unknown_name("dataset", name_or_path, [*HUB_SETS, WORLD])
-    rows = list(load_evaluation_questions(name_or_path))
+    source = str(path)
     if is_hub_set(name_or_path):
         hub = HUB_SETS[name_or_path]
-        source = " ".join(filter(None, (hub.repository, hub.config, hub.split)))
-        return _sampled(name_or_path, source, rows, limit, seed)
-    sources = {row["data_source"] for row in rows}
-    name = sources.pop() if len(sources) == 1 else path.stem
-    return _sampled(name, str(path), rows, limit, seed)
+        source = " ".join(filter(None, (hub.repository, hub.config, hub.evaluation_split)))
+    groups: dict[str, list[Any]] = {}
+    for row in load_evaluation_questions(name_or_path, fields=fields):
+        groups.setdefault(row["data_source"], []).append(row)
+    whole = len(groups) == 1
+    return [
+        _sampled(name, source if whole else f"{source}, data_source {name}", rows, limit, seed)
+        for name, rows in groups.items()
+    ]
 
 
 def load_world_set(world: World, *, limit: int | None, seed: int) -> QuestionSet:

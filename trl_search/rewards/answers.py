@@ -19,8 +19,9 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from trl_search.rewards.golden import golden_list
 
 from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
 from trl_search.protocols.turn import read_turn
@@ -81,7 +82,7 @@ def last_answer(turns: Sequence[str]) -> str | None:
     return None
 
 
-def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
+def exact_match(prediction: str, golden_answers: str | Sequence[str]) -> bool:
     """Whether the prediction equals any gold answer, both normalised.
 
     Example:
@@ -94,7 +95,7 @@ def exact_match(prediction: str, golden_answers: str | Iterable[str]) -> bool:
     return any(words == answer_words(golden) for golden in golden_list(golden_answers))
 
 
-def f1_score(prediction: str, golden_answers: str | Iterable[str]) -> float:
+def f1_score(prediction: str, golden_answers: str | Sequence[str]) -> float:
     """SQuAD's F1 over multisets of normalised words, the best over the gold answers. Where either side has no word
     left, it is 1.0 if both have none and 0.0 otherwise (SQuAD 2.0's rule), so that an exact match always has F1 1.0.
 
@@ -106,7 +107,7 @@ def f1_score(prediction: str, golden_answers: str | Iterable[str]) -> float:
     return max((_multiset_f1(predicted, answer_words(golden)) for golden in golden_list(golden_answers)), default=0.0)
 
 
-def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
+def contains_answer(text: str, golden_answers: str | Sequence[str]) -> bool:
     """Whether any gold answer occurs in the text as whole words in order, both normalised. A gold answer that
     normalises to nothing (`"The"`, `"!!!"`) is contained in no text.
 
@@ -121,23 +122,6 @@ def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
     padded = f" {' '.join(answer_words(text))} "
     golden = (" ".join(answer_words(answer)) for answer in golden_list(golden_answers))
     return any(answer and f" {answer} " in padded for answer in golden)
-
-
-def golden_list(value: Any) -> list[str]:
-    """Gold answers as a list of strings, from what datasets hold in their place: one string, a list or tuple, a NumPy
-    array (what pandas reads from a parquet list column), `None`.
-
-    Example:
-        >>> golden_list("Paris"), golden_list(None), golden_list(numpy.array(["Paris", "Paname"]))
-        (['Paris'], [], ['Paris', 'Paname'])
-    """
-    if hasattr(value, "tolist"):  # an ndarray, or a NumPy scalar, whose tolist() is the bare value
-        value = value.tolist()
-    if value is None:
-        return []
-    if isinstance(value, (str, int, float)):
-        return [str(value)]
-    return [str(answer) for answer in value if answer is not None]
 
 
 def _multiset_f1(predicted: list[str], golden: list[str]) -> float:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trl_search.cli.options import add_question_fields, question_fields
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 
@@ -27,13 +28,14 @@ Prints what a set of questions holds: rows, sources, answers a question, lengths
 Writes nothing without --output.
 
     trl-search data questions bamboogle                                    a set of the hub, by name
-    trl-search data questions data/nq --split test                         data/nq/test.jsonl or .parquet
+    trl-search data questions data/nq --split test                         data/nq/test.jsonl, .csv, ...
     trl-search data questions train.parquet --limit 1000 --seed 1          a sample; the same seed, the same rows
     trl-search data questions nq_hotpotqa --dedupe_against all --output train.parquet
                                                                            what stands in none of the seven sets
 
-Files are .jsonl or .parquet, with the columns of FlashRAG (id, question, golden_answers), of Search-R1 (the same, or
-the answers in reward_model.ground_truth.target) or of verl (the question in extra_info). --output has the columns id,
+Files are .jsonl, .json, .csv, .tsv (or any of these as .gz, .bz2, .xz, .zst) or .parquet, with the columns of FlashRAG
+(id, question, golden_answers), of Search-R1 (the same, or the answers in reward_model.ground_truth.target) or of verl
+(the question in extra_info); --question_field and --answers_field name any others. --output has the columns id,
 question, golden_answers, data_source, and is read by every command that takes questions.
 
 --dedupe_against compares whole questions without case, punctuation, articles and spacing. The same question in other
@@ -74,12 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     questions.add_argument("--split", help="of a hub set, or the file's name in a folder (default: the published one)")
     questions.add_argument("--limit", type=int, metavar="N", help="a random sample of so many rows, in their order")
     questions.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    questions.add_argument(
-        "--dedupe_against", "--dedupe-against", default="", metavar="SETS", help="names and files, with commas between"
-    )
+    questions.add_argument("--dedupe_against", default="", metavar="SETS", help="names and files, with commas between")
     questions.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     questions.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
     questions.add_argument("--force", action="store_true", help="replace FILE where it is there")
+    add_question_fields(questions)
     commands.add_parser("list", help="the sets that have a name", description="The sets that have a name.")
     wiki18 = commands.add_parser(
         "wiki18", help="fetch the corpus wiki-18 and its e5 indexes", description=WIKI18, formatter_class=style
@@ -122,7 +123,7 @@ def show_questions(args: argparse.Namespace) -> int:
     output = _writable(Path(args.output).expanduser(), args.force) if args.output else None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
-    questions = load_questions(args.source, split=args.split)
+    questions = load_questions(args.source, split=args.split, fields=question_fields(args))
     against = [name.strip() for name in args.dedupe_against.split(",") if name.strip()]
     if "all" in against:
         against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]

@@ -7,7 +7,8 @@
 
 Modes: `search` is the agent; `direct` answers from what it knows; `cot` reasons first; `rag` reads one search's
 passages. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of published
-numbers), files and folders of the same schemas, and `world`, the embedded one, which needs no network.
+numbers), `world`, the embedded one, which needs no network, and files and folders (docs/data.md). A file with several
+`data_source`s is several sets, and so is nq_hotpotqa, of which the test split is asked.
 
 The folder then holds results.md, results.json (with everything that defines the numbers) and a line for each
 question. Killed and started again with the same command, it goes on: finished questions are not paid for twice. With
@@ -21,6 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from trl_search.cli.options import add_question_fields, question_fields
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_SIZES,
         help="published rows beside ours: of models of the same size, of that size, all or none (default: auto)",
     )
+    add_question_fields(parser)
     searched = parser.add_argument_group("what is searched")
     searched.add_argument(
         "--retriever",
@@ -144,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         seed=args.seed,
         max_failed_share=args.max_failed_share,
+        fields=question_fields(args),
         published=args.published,
         command=command_without_secrets(["trl-search", *sys.argv[1:]]),
     )

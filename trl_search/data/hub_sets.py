@@ -1,0 +1,90 @@
+"""The question sets that have a name: where each lies on the hub, its splits, and which split is meant."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from trl_search.common.errors import UserError
+from trl_search.common.table_files import Row
+
+FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSet:
+    """A dataset on the hub.
+
+    Attributes:
+        split (`str`): The split that is meant when none is named: the one that published numbers were measured on.
+        splits (`Mapping[str, int]`): How many questions each split had when it was published.
+    """
+
+    repository: str
+    config: str | None
+    split: str
+    splits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int | None:
+        return self.splits.get(self.split)
+
+    @property
+    def evaluation_split(self) -> str:
+        """The split to measure on. A training set's own would measure what was trained on."""
+        return "test" if self.split == "train" else self.split
+
+
+HUB_SETS: dict[str, HubSet] = {
+    # Its test split is the seven sets below in one, by data_source.
+    "nq_hotpotqa": HubSet("PeterJinGo/nq_hotpotqa_train", None, "train", {"train": 169_615, "test": 51_713}),
+    "nq": HubSet(FLASHRAG, "nq", "test", {"train": 79_168, "dev": 8_757, "test": 3_610}),
+    "triviaqa": HubSet(FLASHRAG, "triviaqa", "test", {"train": 78_785, "dev": 8_837, "test": 11_313}),
+    "popqa": HubSet(FLASHRAG, "popqa", "test", {"test": 14_267}),
+    "hotpotqa": HubSet(FLASHRAG, "hotpotqa", "dev", {"train": 90_447, "dev": 7_405}),
+    "2wikimultihopqa": HubSet(FLASHRAG, "2wikimultihopqa", "dev", {"train": 15_000, "dev": 12_576}),
+    "musique": HubSet(FLASHRAG, "musique", "dev", {"train": 19_938, "dev": 2_417}),
+    "bamboogle": HubSet(FLASHRAG, "bamboogle", "test", {"test": 125}),
+}
+EVALUATION_SETS = tuple(name for name, held in HUB_SETS.items() if held.repository == FLASHRAG)
+
+
+def is_hub_set(name_or_path: str | Path) -> bool:
+    """Whether a name means a set of the hub: a file or folder of that name comes before it."""
+    return str(name_or_path) in HUB_SETS and not Path(name_or_path).expanduser().exists()
+
+
+def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], Sequence[str]]) -> Iterator[Row]:
+    """Reads a set's rows from the hub.
+
+    Args:
+        choose (`Callable`): Gets the columns and the name of the set; returns those to read, or refuses them.
+
+    Raises:
+        UserError: where the hub, the set or its split cannot be reached.
+    """
+    hub_set = HUB_SETS[name]
+    try:
+        dataset = datasets.load_dataset(hub_set.repository, hub_set.config, split=split)
+    except Exception as error:  # the hub's client raises the errors of half a dozen libraries
+        raise UserError(
+            f"dataset {name!r} ({hub_set.repository}) cannot be loaded from the hub: {error}. Without a network, "
+            "bring its files here and give their path."
+        ) from error
+    published = hub_set.splits.get(split, len(dataset))
+    if len(dataset) != published:
+        logger.warning(
+            "%s (%s) holds %s questions, and published numbers are of %s: they do not compare",
+            name,
+            split,
+            f"{len(dataset):,}",
+            f"{published:,}",
+        )
+    columns = choose(dataset.column_names, f"dataset {name!r}")
+    for number, row in enumerate(dataset.select_columns(list(columns)), start=1):
+        yield f"dataset {name!r}, row {number}", row

@@ -1,0 +1,58 @@
+"""Questions to train on that also stand in an evaluation set: they are found by their text, and left out.
+
+Two questions are one if they are equal once normalised as answers are (case, punctuation, articles, spaces). The same
+question in other words is not found.
+"""
+
+from __future__ import annotations
+
+import datasets
+
+from trl_search.rewards.answers import normalize_answer
+
+
+def without_overlap(
+    questions: datasets.Dataset, *evaluation: datasets.Dataset
+) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Leaves out the questions that also stand in an evaluation set.
+
+    Args:
+        questions (`datasets.Dataset`):
+            The rows to train on, from `load_questions`.
+        evaluation (`datasets.Dataset`):
+            The sets to be judged on.
+
+    Returns:
+        `tuple`: the rows that stand in none of them, and for each `data_source` of the evaluation sets the number of
+        rows that it cost (a row that stands in two sets counts for both).
+
+    Example:
+        >>> train, dropped = without_overlap(load_questions("train.parquet"), load_questions("nq"))
+        >>> dropped
+        {'nq': 3}
+    """
+    dropped = {source: 0 for held_out in evaluation for source in held_out.unique("data_source")}
+    sources: dict[str, set[str]] = {}
+    for held_out in evaluation:
+        for question, source in zip(held_out["question"], held_out["data_source"], strict=True):
+            sources.setdefault(question_key(question), set()).add(source)
+    kept = []
+    for index, question in enumerate(questions["question"]):
+        found = sources.get(question_key(question))
+        if found is None:
+            kept.append(index)
+            continue
+        for source in found:
+            dropped[source] += 1
+    return questions.select(kept), dropped
+
+
+def question_key(question: str) -> str:
+    """Two questions of one key are one question.
+
+    Example:
+        >>> question_key("Who wrote  The Amber Mill?")
+        'who wrote amber mill'
+    """
+    # "???" and "The A" have no word left: they are themselves, and not all one question.
+    return normalize_answer(question) or question.strip()

@@ -1,0 +1,117 @@
+"""One row of a question set, in whatever schema it came, in our columns:
+
+    {"id": "test_0", "question": "who got the first nobel prize in physics",
+     "golden_answers": ["Wilhelm Conrad Röntgen"], "data_source": "nq"}
+
+Three schemas are known: FlashRAG (`id, question, golden_answers, metadata`), Search-R1 (the same and `data_source`, or
+the answers in `reward_model.ground_truth.target`), and verl (`data_source` prefixed with `searchR1_`, the question in
+`extra_info`). For any other, `QuestionFields` names the columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.rewards.golden import golden_list, read_text
+
+# A row's own name, under the first of these that it has.
+_IDS = ("id", "_id", "qid", "query_id", "question_id")
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionFields:
+    """The columns that hold the question, its golden answers and its id; `None` for those of the known schemas."""
+
+    question: str | None = None
+    answers: str | None = None
+    id: str | None = None
+
+    def choose(self, columns: Sequence[str], where: str) -> list[str]:
+        """Returns the columns that are needed: metadata and prompts can be a hundred times larger.
+
+        Raises:
+            UserError: where the question or the answers are in none of them.
+        """
+        _find("question_field", self.question, ("question", "extra_info"), columns, where)
+        _find("answers_field", self.answers, ("golden_answers", "reward_model"), columns, where)
+        if self.id is not None:
+            _find("id_field", self.id, (), columns, where)
+        needed = {"question", "golden_answers", "data_source", "reward_model", "extra_info", *_IDS}
+        return [column for column in columns if column in needed | {self.question, self.answers, self.id}]
+
+
+def _find(option: str, named: str | None, known: Sequence[str], columns: Sequence[str], where: str) -> None:
+    """Refuses columns among which is neither the one that was named nor, where none was, a known one."""
+    if any(column in columns for column in (known if named is None else [named])):
+        return
+    wanted = repr(named) if named is not None else f"{known[0]!r} (nor {known[1]!r}, where verl keeps it)"
+    raise UserError(
+        f"{where}: there is no column {wanted}; the columns are: {', '.join(columns) or 'none'}. "
+        f"Name the one that holds it: --{option} COLUMN"
+    )
+
+
+def question_row(
+    row: Mapping[str, Any], index: int, where: str, source: str, fields: QuestionFields
+) -> dict[str, Any]:
+    """Returns one row in our columns.
+
+    Args:
+        index (`int`): The id of a row that has none.
+        where (`str`): The row's place in its source, for errors: "questions.jsonl, line 3".
+        source (`str`): The `data_source` of a row that names none.
+
+    Raises:
+        UserError: for a row without a question or an answer, or with either in a shape that cannot be read.
+    """
+    fields.choose(list(row), where)
+    try:
+        question = (_question(row, fields) or "").strip()
+        golden = [answer for answer in _golden(row, fields) if answer.strip()]
+        names = [row.get(name) for name in ([fields.id] if fields.id else _IDS)]
+        identifier = next((text for text in (read_text(name, "the id") for name in names) if text), str(index))
+        named = read_text(row.get("data_source"), "data_source")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not question:
+        raise UserError(f"{where}: the question is empty: write one, or remove the row")
+    if not golden:
+        raise UserError(f"{where}: the question {question!r} has no golden answer: add one, or remove the row")
+    return {
+        "id": identifier,
+        "question": question,
+        "golden_answers": golden,
+        "data_source": (named or source).removeprefix("searchR1_"),
+    }
+
+
+def _question(row: Mapping[str, Any], fields: QuestionFields) -> str | None:
+    held = row.get(fields.question or "question")
+    if isinstance(held, Mapping) and "text" in held:  # Natural Questions
+        held = held["text"]
+    text = read_text(held, "the question")
+    return text if text or fields.question else read_text(_dig(row, "extra_info", "question"), "the question")
+
+
+def _golden(row: Mapping[str, Any], fields: QuestionFields) -> list[str]:
+    golden = golden_list(row.get(fields.answers or "golden_answers"))
+    return golden if golden or fields.answers else golden_list(_dig(row, "reward_model", "ground_truth"))
+
+
+def _dig(row: Mapping[str, Any], column: str, key: str) -> Any:
+    """`row[column][key]`, where the column may hold its struct as JSON; `None` where it is missing."""
+    struct = row.get(column)
+    if isinstance(struct, str) and struct.strip():
+        try:
+            struct = json.loads(struct)
+        except ValueError as error:
+            raise UserError(f"{column} is a string that is not JSON ({error})") from error
+    if struct is None or isinstance(struct, str):
+        return None
+    if not isinstance(struct, Mapping):
+        raise UserError(f"{column} is of type {type(struct).__name__}, and should be a struct")
+    return struct.get(key)

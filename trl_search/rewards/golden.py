@@ -1,0 +1,131 @@
+"""Golden answers as a list of strings, from the shapes in which datasets hold them.
+
+    "Lyon"   ["Lyon", "Lugdunum"]   numpy.array(["Lyon"])   b"Lyon"
+    1998   1998.0                                             numbers: "1998"
+    '["Lyon", "Lugdunum"]'   "['Lyon', 'Lugdunum']"           a list as JSON (PopQA), or as pandas writes it
+    {"value": "Lyon", "aliases": ["Lugdunum"], …}             TriviaQA
+    {"text": ["Lyon", "Lyon"], "answer_start": [17, 80]}      SQuAD
+    {"target": ["Lyon"]}                                      Search-R1's ground truth
+
+Anything else is refused. Turned into a string, it would match no answer, and every reward of a run would be 0.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trl_search.common.errors import UserError
+
+
+def golden_list(value: Any) -> list[str]:
+    """Returns golden answers as a list of strings; what is missing (`None`, NaN) is left out.
+
+    Raises:
+        UserError: for a value of another shape; the message names its type.
+
+    Example:
+        >>> golden_list("Paris"), golden_list(None), golden_list(1998.0)
+        (['Paris'], [], ['1998'])
+        >>> golden_list({"value": "Paris", "aliases": ["Paname", "Paris"]})
+        ['Paris', 'Paname']
+    """
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        value = _unpacked(value)
+    if isinstance(value, str):
+        value = _listed(value)
+    if not isinstance(value, (list, tuple)):
+        return _answers(value)
+    answers: list[str] = []
+    for one in map(_plain, value):
+        if isinstance(one, (list, tuple)):
+            raise UserError(f"a golden answer is a list within a list, {_shown(one)}: give one flat list of strings")
+        answers += golden_list(one) if isinstance(one, (Mapping, str)) else _answers(one)
+    return answers
+
+
+def _answers(value: Any) -> list[str]:
+    text = read_text(value, "a golden answer")
+    return [] if text is None else [text]
+
+
+def read_text(value: Any, name: str) -> str | None:
+    """Returns a string or a number as text, and `None` where there is none (`None`, NaN).
+
+    Args:
+        name (`str`): What it is, for the message: "the question".
+
+    Raises:
+        UserError: for a value that is neither; the message names its type.
+    """
+    value = _plain(value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{name} is {_shown(value)}, bytes that are not UTF-8: write it as text") from None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and not math.isinf(value):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    raise UserError(f"{name} is {_shown(value)}, of type {type(value).__name__}: write it as a string")
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy array as a list, and a NumPy scalar as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _unpacked(struct: Mapping[str, Any]) -> list[Any]:
+    """The answers of a struct; those that repeat an earlier one are left out."""
+    if "value" in struct and "aliases" in struct:
+        held = [struct["value"], *_as_list(struct["aliases"])]
+    elif "text" in struct and "answer_start" in struct:
+        held = _as_list(struct["text"])
+    elif "target" in struct:
+        held = _as_list(struct["target"])
+    else:
+        raise UserError(
+            f"the golden answers are {_shown(dict(struct))}, a struct with the fields {', '.join(map(str, struct))}: "
+            "give a list of strings"
+        )
+    return [one for index, one in enumerate(held) if one not in held[:index]]
+
+
+def _as_list(value: Any) -> list[Any]:
+    value = _plain(value)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _listed(text: str) -> str | list[Any]:
+    """The list of strings that a string holds, or the string itself: `[1]` and `[sic]` are answers like others."""
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(stripped)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        # "['a' 'b']", NumPy's own way to write an array, is one string to Python: its two would be joined.
+        joined = read is ast.literal_eval and repr(value) != stripped
+        if isinstance(value, list) and all(isinstance(one, str) for one in value) and not joined:
+            return value
+    if stripped[1:].lstrip().startswith(("'", '"')):
+        raise UserError(f"the golden answers {_shown(text)} look like a list and are none: write it as JSON")
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
