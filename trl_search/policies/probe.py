@@ -58,12 +58,21 @@ def random_ids(tokenizer: PreTrainedTokenizerBase | None, model: Any, count: int
 
 
 @torch.no_grad()
-def plain_logprobs(model: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-    """Log-probs of `ids` after `prompt_ids` by one forward: no cache, no padding, no other sequence. (len(ids))"""
-    ids_BT = torch.tensor([[*prompt_ids, *ids]], device=model.device)
+def plain_logprobs(
+    called: Any, prompt_ids: Sequence[int], ids: Sequence[int], *, model: Any = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs of `ids` after `prompt_ids` by one forward: no cache, no padding, no other sequence. (len(ids))
+
+    Args:
+        called: What computes the forward: the model, or what wraps it.
+        model (*optional*): The model inside a wrapper.
+    """
+    model = called if model is None else model
+    ids_BT = torch.tensor([[*prompt_ids, *ids]], device=next(model.parameters()).device)
     options = {"output_router_logits": False} if has_router_logits(model) else {}
-    logits_TV = model(input_ids=ids_BT, use_cache=False, **options).logits[0, -len(ids) - 1 : -1].float()
-    return torch.log_softmax(logits_TV, dim=-1).gather(-1, ids_BT[0, -len(ids) :].unsqueeze(-1)).squeeze(-1).cpu()
+    logits_TV = called(input_ids=ids_BT, use_cache=False, **options).logits[0, -len(ids) - 1 : -1].float()
+    logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+    return logprobs_TV.gather(-1, ids_BT[0, -len(ids) :].unsqueeze(-1)).squeeze(-1).cpu()
 
 
 def has_router_logits(model: Any) -> bool:

@@ -60,7 +60,9 @@ from trl_search.trainer.inputs import (
     resolve_specs,
     with_prompts,
 )
-from trl_search.trainer.loss.logprobs import make_logprobs
+from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
+from trl_search.trainer.loss.probe import probed
+from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.weight_sync import SearchVLLM, making_ours
 from trl_search.types import Sampling, Trajectory
@@ -179,9 +181,11 @@ class SearchGRPOTrainer(GRPOTrainer):
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             self.add_callback(self.run_log)
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
-        self.logprobs = None
+        self.logprobs: LogProbs | None = None
         if self.environment is not None:
             self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
+            self._probed = False
+            warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
 
     # The seams, in the order in which TRL passes through them
 
@@ -216,6 +220,7 @@ class SearchGRPOTrainer(GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
         assert self.environment is not None
+        self._probe_logprobs()
         batch = self.last_rollout
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
@@ -322,6 +327,15 @@ class SearchGRPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
 
     # What the seams are made of
+
+    def _probe_logprobs(self) -> None:
+        """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
+        if self.logprobs is None or self._probed:
+            return
+        self._probed = True
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.accelerator.autocast():
+            self.logprobs = probed(self.logprobs, self.model_wrapped, model, self._tokenizer, self.args)
 
     def _sampling(self, mode: str) -> Sampling:
         # Every rank and every generation draws its own numbers, and draws the same ones when the run is repeated or

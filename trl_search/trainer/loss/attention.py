@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.utils import is_flash_attn_2_available
 
 from trl_search.common.errors import UserError
+from trl_search.policies.probe import window_of
 
 _PREFERRED = ("varlen", "flash_attention_2", "flex_attention")
 _MAX_HEAD_DIM = 256
@@ -214,10 +215,8 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why packs of this model cannot run on `name` here; None if they can."""
-    if name == "padded":
-        return None
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why no kernel can keep the trajectories of a pack of this model apart; None if one may."""
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
@@ -226,8 +225,27 @@ def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: tor
         return "a vision-language model has positions of its own making"
     if not model._can_set_attn_implementation():
         return f"the attention of {type(model).__name__} cannot be replaced"
+    return None
+
+
+def why_not_padding_free(model: PreTrainedModel) -> str | None:
+    """Why TRL's `padding_free` would mix the trajectories of a batch of this model; None if it keeps them apart.
+
+    It tells the model nothing but positions that begin anew. transformers makes a mask of them for plain attention.
+    """
+    if window_of(model) is not None:
+        return "a mask made of positions does not serve its sliding-window layers"
+    return why_not_packed(model)
+
+
+def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why packs of this model cannot run on `name` here; None if they can."""
+    if name == "padded":
+        return None
+    if reason := why_not_packed(model):
+        return reason
     if name in ("sdpa", "flex_attention"):
-        if getattr(config, "sliding_window", None) and "sliding_attention" in getattr(config, "layer_types", []):
+        if window_of(model) is not None:
             return "its one mask would serve sliding-window layers too"
         if name == "flex_attention" and device.type != "cuda":
             return f"it has no backward on {device.type}"

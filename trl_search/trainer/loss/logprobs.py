@@ -5,7 +5,7 @@ completion token onto the vocabulary, the retrieved ones too. A search agent's t
 their tokens are not the policy's. Here (`benchmarks/logprobs.py` measures it):
 
 1. real tokens run, packed one trajectory after the other up to `max_packed_tokens` (`packing.py`), each attending to
-   its own trajectory (`varlen_attention.py`); where no kernel for it works, rows of like length run together, padded;
+   its own trajectory (`attention.py`); where no kernel for it works, rows of like length run together, padded;
 2. of the hidden states, those whose next token is in the loss are kept, and TRL's fused LM head turns them into
    log-probs and entropies in tiles. Everywhere else both are 0, and TRL uses neither there (test_logprobs.py).
 
@@ -18,10 +18,11 @@ turn comes, so that the activations of one pack live at a time; a micro-batch of
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
+from trl_search.policies.probe import has_router_logits
 from trl_search.trainer.loss.attention import attention_inputs, choose_attention, set_attention
 from trl_search.trainer.loss.packing import Pack, idle_pack, make_packs, needed_tokens, scored_tokens
 
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 # buffers, must all run the same number of forwards.
 MIN_ROWS, MAX_CHUNKS = 4, 4
 
-# Log-probs and entropies, one a scored token, and where in the flattened (B, T) batch those tokens are.
+# Log-probs and entropies, one per scored token, and where in the flattened (B, T) batch those tokens are.
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
@@ -73,7 +75,20 @@ def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) ->
             return packs
         return int(accelerator.gather(torch.tensor([packs], device=accelerator.device)).max())
 
-    return LogProbs(attention, args.max_packed_tokens, most_of_all_ranks)
+    return LogProbs(
+        attention,
+        args.max_packed_tokens,
+        agree=most_of_all_ranks,
+        # Absolute positions would count a row's padding. Vision-language models make positions of their own.
+        takes_positions=takes_positions(bare[0]),
+        options={"output_router_logits": False} if has_router_logits(bare[0]) else {},
+    )
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a forward of this model is told the position of each token."""
+    text_only = model.config.get_text_config() is model.config
+    return text_only and "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def enable_scoring(model: PreTrainedModel, attention: str) -> None:
@@ -117,11 +132,15 @@ class LogProbs:
         attention (`str`): What `choose_attention` chose, and `enable_scoring` was given.
         max_packed_tokens (`int`): Tokens of a pack; a longer trajectory has one of its own.
         agree (`Callable`): From this rank's number of packs to that of the rank that has most.
+        takes_positions (`bool`): Whether a padded forward is given `position_ids`.
+        options (`Mapping`): More keywords of every forward.
     """
 
     attention: str
     max_packed_tokens: int
     agree: Callable[[int], int] = lambda packs: packs
+    takes_positions: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -153,14 +172,14 @@ class LogProbs:
             completion_BC = completion_BC * F.pad(loss_mask_BC.to(completion_BC), (0, missing))
         scored_BT = scored_tokens(attention_mask_BT, completion_BC)
         if self.attention == "padded":
-            scores = _padded_scores(model, input_ids_BT, attention_mask_BT, scored_BT, batch_size)
+            scores = self._padded_scores(model, input_ids_BT, attention_mask_BT, scored_BT, batch_size)
         else:
             packs = make_packs(attention_mask_BT, scored_BT, self.max_packed_tokens)
             # A rank with nothing to score still runs a forward: the backward of its wrapper waits for one.
             packs += [idle_pack()] * (max(1, self.agree(len(packs))) - len(packs))
             again = torch.is_grad_enabled() and not gradient_checkpointing
             scores = [
-                _pack_scores(model, pack, self.attention, input_ids_BT, run_again=again and i < len(packs) - 1)
+                self._pack_scores(model, pack, input_ids_BT, run_again=again and i < len(packs) - 1)
                 for i, pack in enumerate(packs)
             ]
         logps, entropies, where = zip(*scores, strict=True)
@@ -173,50 +192,55 @@ class LogProbs:
 
         return spread(logps), None if entropies[0] is None else spread(entropies)
 
-
-def _pack_scores(model: Any, pack: Pack, attention: str, input_ids_BT: torch.Tensor, *, run_again: bool) -> Scores:
-    device = input_ids_BT.device
-    ids = input_ids_BT.flatten()
-    targets_N = pack.targets_N.to(device)
-    outputs = model(
-        input_ids=ids[pack.tokens_T.to(device)].unsqueeze(0),
-        position_ids=pack.positions_T.to(device).unsqueeze(0),
-        shift_labels=ids[targets_N].unsqueeze(0),
-        scored_positions=pack.scored_N.to(device),
-        fused_lm_head=True,
-        run_again=run_again,
-        **attention_inputs(attention, pack.lengths, device),
-    )
-    return outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N
-
-
-def _padded_scores(
-    model: Any,
-    input_ids_BT: torch.Tensor,
-    attention_mask_BT: torch.Tensor,
-    scored_BT: torch.Tensor,
-    batch_size: int | None,
-) -> list[Scores]:
-    """Rows sorted by length, in a few chunks, each cut to the columns that its scored tokens depend on."""
-    rows, width = input_ids_BT.shape
-    needed_BT = needed_tokens(attention_mask_BT, scored_BT)
-    count = max(1, min(MAX_CHUNKS, rows // MIN_ROWS), -(-rows // (batch_size or rows)))
-    order_B = needed_BT.sum(dim=1).argsort(stable=True) if count > 1 else torch.arange(rows, device=needed_BT.device)
-    where_BT = torch.arange(rows * width, device=input_ids_BT.device).view(rows, width)
-    ids = input_ids_BT.flatten()
-    scores = []
-    for chunk in order_B.tensor_split(count):
-        used = needed_BT[chunk].any(dim=0).nonzero().flatten()
-        # One column always stays, and its row's attention with it: a chunk may have nothing to score.
-        start, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-        scored_N = scored_BT[chunk, start + 1 : end + 1].flatten().nonzero().squeeze(1)
-        targets_N = where_BT[chunk, start + 1 : end + 1].flatten()[scored_N]
+    def _pack_scores(self, model: Any, pack: Pack, input_ids_BT: torch.Tensor, *, run_again: bool) -> Scores:
+        device = input_ids_BT.device
+        ids = input_ids_BT.flatten()
+        targets_N = pack.targets_N.to(device)
         outputs = model(
-            input_ids=input_ids_BT[chunk, start:end],
-            attention_mask=attention_mask_BT[chunk, start:end],
+            input_ids=ids[pack.tokens_T.to(device)].unsqueeze(0),
+            position_ids=pack.positions_T.to(device).unsqueeze(0),
             shift_labels=ids[targets_N].unsqueeze(0),
-            scored_positions=scored_N,
+            scored_positions=pack.scored_N.to(device),
             fused_lm_head=True,
+            run_again=run_again,
+            **attention_inputs(self.attention, pack.lengths, device),
+            **self.options,
         )
-        scores.append((outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N))
-    return scores
+        return outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N
+
+    def _padded_scores(
+        self,
+        model: Any,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor,
+        scored_BT: torch.Tensor,
+        batch_size: int | None,
+    ) -> list[Scores]:
+        """Rows sorted by length, in a few chunks, each cut to the columns that its scored tokens depend on."""
+        rows, width = input_ids_BT.shape
+        needed_BT = needed_tokens(attention_mask_BT, scored_BT)
+        count = max(1, min(MAX_CHUNKS, rows // MIN_ROWS), -(-rows // (batch_size or rows)))
+        order_B = (
+            needed_BT.sum(dim=1).argsort(stable=True) if count > 1 else torch.arange(rows, device=needed_BT.device)
+        )
+        where_BT = torch.arange(rows * width, device=input_ids_BT.device).view(rows, width)
+        positions_BT = (attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+        ids = input_ids_BT.flatten()
+        scores = []
+        for chunk in order_B.tensor_split(count):
+            used = needed_BT[chunk].any(dim=0).nonzero().flatten()
+            # One column always stays, and its row's attention with it: a chunk may have nothing to score.
+            start, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+            scored_N = scored_BT[chunk, start + 1 : end + 1].flatten().nonzero().squeeze(1)
+            targets_N = where_BT[chunk, start + 1 : end + 1].flatten()[scored_N]
+            outputs = model(
+                input_ids=input_ids_BT[chunk, start:end],
+                attention_mask=attention_mask_BT[chunk, start:end],
+                shift_labels=ids[targets_N].unsqueeze(0),
+                scored_positions=scored_N,
+                fused_lm_head=True,
+                **({"position_ids": positions_BT[chunk, start:end]} if self.takes_positions else {}),
+                **self.options,
+            )
+            scores.append((outputs.log_probs[0], None if outputs.entropy is None else outputs.entropy[0], targets_N))
+        return scores
