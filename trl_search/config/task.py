@@ -91,8 +91,12 @@ class Task:
         return {"train_questions": len(self.train), "held_out_questions": dict(Counter(held_out))}
 
 
-def load_task(arguments: TaskArguments, *, seed: int) -> Task:
-    """Loads questions and retriever; everything that can be wrong with a recipe's data is said here."""
+def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) -> Task:
+    """Loads questions and retriever; everything that can be wrong with a recipe's data is said here.
+
+    Args:
+        evidence (`bool`): The training questions also say which passages hold their answers, as far as that is known.
+    """
     options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
     if arguments.questions == "world":
         world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
@@ -105,7 +109,12 @@ def load_task(arguments: TaskArguments, *, seed: int) -> Task:
     names = set_names(arguments.eval_questions)
     limit, fields = arguments.max_eval_questions, arguments.fields
     train = load_questions(
-        arguments.questions, limit=arguments.max_train_questions, seed=seed, exclude=names, fields=fields
+        arguments.questions,
+        limit=arguments.max_train_questions,
+        seed=seed,
+        exclude=names,
+        fields=fields,
+        evidence=evidence,
     )
     held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
     return Task(train, held_out, open_retriever(arguments.retriever, options))

@@ -75,6 +75,9 @@ def question_row(
         names = [row.get(name) for name in ([fields.id] if fields.id else _IDS)]
         identifier = next((text for text in (read_text(name, "the id") for name in names) if text), str(index))
         named = read_text(row.get("data_source"), "data_source")
+        metadata = row.get("metadata")  # read where a format has no columns to choose, or evidence is asked for
+        if named is None and isinstance(metadata, Mapping):
+            named = read_text(metadata.get("dataset"), "metadata.dataset")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not question:

@@ -19,6 +19,7 @@ import datasets
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.table_files import FORMATS, read_rows, table_format, table_name
+from trl_search.data.evidence import EVIDENCE, EVIDENCE_COLUMNS, evidence_of
 from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
 from trl_search.data.question_rows import QuestionFields, question_row
@@ -43,6 +44,7 @@ def load_questions(
     seed: int = 0,
     exclude: Sequence[str | Path] = (),
     fields: QuestionFields | None = None,
+    evidence: bool = False,
 ) -> datasets.Dataset:
     """Loads questions and their golden answers.
 
@@ -62,6 +64,9 @@ def load_questions(
             sample is drawn. How many were is logged; `without_overlap` returns it.
         fields (`QuestionFields`, *optional*):
             The columns of files in a schema of their own, those of `exclude` too. A hub set has a known one.
+        evidence (`bool`, *optional*, defaults to `False`):
+            Adds the columns `gold_ids` and `gold_titles`: the passages that hold the answer, where the source says so
+            (see `trl_search.data.evidence`).
 
     Returns:
         `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`.
@@ -77,19 +82,27 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
     name, path, columns = str(name_or_path), Path(name_or_path).expanduser(), fields or QuestionFields()
+
+    def choose(names: Sequence[str], where: str) -> list[str]:
+        return [*columns.choose(names, where), *(one for one in names if evidence and one in EVIDENCE_COLUMNS)]
+
     if is_hub_set(name_or_path):
         origin, source, columns = f"dataset {name!r}", name, QuestionFields()
-        raw = read_hub_set(name, split or HUB_SETS[name].split, columns.choose)
+        raw = read_hub_set(name, split or HUB_SETS[name].split, choose)
     elif path.exists() or path.suffix or path.name != name:
         path = _find_file(path, split)
         source = path.resolve().parent.name if table_name(path) in SPLITS else table_name(path)
-        origin, raw = str(path), read_rows(path, columns.choose)
+        origin, raw = str(path), read_rows(path, choose)
     else:
         raise unknown_name("dataset", name, HUB_SETS)
-    rows = [question_row(row, index, where, source, columns) for index, (where, row) in enumerate(raw)]
+    rows = [
+        {**question_row(row, index, where, source, columns), **(evidence_of(row) if evidence else {})}
+        for index, (where, row) in enumerate(raw)
+    ]
     if not rows:
         raise UserError(f"{origin} is empty: it holds no questions")
-    questions = datasets.Dataset.from_list(rows, features=_FEATURES)
+    told = {name: datasets.List(datasets.Value("string")) for name in EVIDENCE} if evidence else {}
+    questions = datasets.Dataset.from_list(rows, features=datasets.Features({**_FEATURES, **told}))
     if exclude:
         questions = _excluding(questions, exclude, origin, fields)
     return questions if limit is None else sample_questions(questions, limit, seed)

@@ -173,7 +173,7 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
     ("options", "message"),
     [
         ({"chat_template_kwargs": "think"}, "chat_template_kwargs is not JSON"),
-        ({"teacher": "scripts", "questions": "nq_hotpotqa"}, "set questions: world, or another teacher"),
+        ({"teacher": "scripts", "questions": "q.jsonl", "max_searches": 0}, "set max_searches to at least 1"),
         ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
         ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),

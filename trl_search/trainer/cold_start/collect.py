@@ -89,6 +89,7 @@ def collect(
     concurrency: int,
     settings: Mapping[str, Any],
     max_failed_share: float = 0.5,
+    player: Callable[[Policy, Mapping[str, Any], int], Policy] | None = None,
 ) -> Collected:
     """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished.
 
@@ -101,6 +102,8 @@ def collect(
             the folder was begun with.
         max_failed_share (`float`, *optional*, defaults to `0.5`): With more failed searches than that it stops. An
             attempt whose search failed is not written, so that the next call tries it again.
+        player (`Callable`, *optional*): Who makes one attempt, from the policy, the row and the attempt's seed: a
+            script that knows the row, or the policy with something shown to it. By default the policy itself.
 
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.
@@ -110,6 +113,7 @@ def collect(
     before = samples * len(rows) - len(todo)
     if not todo:
         return Collected(0, before, 0)
+    speaker = policy()
     failures: list[str] = []
     written = 0
 
@@ -129,14 +133,16 @@ def collect(
 
     def job(index: int, sample: int) -> Job:
         prompt = protocol.prompt_ids(protocol.messages(str(rows[index]["question"])))
-        return Job(prompt, rows[index], key=f"{index}/{sample}")
+        key = f"{index}/{sample}"
+        seed = random.Random(f"{sampling.seed}/{key}").getrandbits(63)
+        return Job(prompt, rows[index], key, None if player is None else player(speaker, rows[index], seed))
 
     with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
         run_sync(
             run_batch(
                 (job(*attempt) for attempt in todo),
                 count=len(todo),
-                policy=policy(),
+                policy=speaker,
                 environment=environment,
                 protocol=protocol,
                 limits=limits,

@@ -1,7 +1,8 @@
 """What `trl-search sft` does: take attempts at questions, keep the good ones, fine-tune on them.
 
-Two sources: scripts of the embedded world (`questions: world`), which play it well or badly as asked; or a policy that
-answers real questions with real searches, of which the right ones are kept (`collect.py`, `select.py`).
+Three sources: scripts of the embedded world (`questions: world`), which play it well or badly as asked; scripted
+players of any other questions (`teacher: scripts`), which know the golden answers; or a policy that answers with real
+searches. Of the last two, the right attempts are kept (`collect.py`, `select.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trl_search.common.files import parse_object, written_whole
 from trl_search.config.agent import SETTINGS_FILE, AgentSettings, agent_of, protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import TaskArguments, load_task
+from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
 from trl_search.data.world import generate_world
 from trl_search.policies.base import Policy
@@ -80,13 +82,16 @@ class ColdStartArguments:
         default="self",
         metadata={
             "help": "Who makes the attempts. self: the model that is trained. A model of the hub, a folder, or the "
-            "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: the embedded "
-            "world's players, for `questions: world`."
+            "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: scripted players, "
+            "for any questions and without a model: they look up what the question names, then what the passages lead "
+            "to, by the gold passages where the rows know them and by trying queries where they do not."
         },
     )
     quality: str = field(
         default=",".join(f"{name}={share}" for name, share in WEAK.items()),
-        metadata={"help": f"With teacher: scripts, the shares of the players {', '.join(PLAYERS)}."},
+        metadata={
+            "help": f"With teacher: scripts and questions: world, the shares of the players {', '.join(PLAYERS)}."
+        },
     )
     samples_per_question: int = field(default=4, metadata={"help": "Attempts at each question."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
@@ -118,8 +123,8 @@ class ColdStartArguments:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
-        if self.teacher == "scripts" and self.questions != "world":
-            raise UserError("teacher: scripts plays the embedded world: set questions: world, or another teacher")
+        if self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
+            raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
 
     @property
     def agent(self) -> AgentSettings:
@@ -140,7 +145,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         name, revision=model_config.model_revision, trust_remote_code=config.trust_remote_code
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
-    if arguments.teacher == "scripts":
+    if arguments.teacher == "scripts" and arguments.questions == "world":
         rows = _scripted(arguments, config, tokenizer)
     else:
         kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
@@ -181,9 +186,11 @@ def _collect_and_choose(
     tokenizer: PreTrainedTokenizerBase,
     model_config: ModelConfig,
 ) -> list[Attempt]:
-    state = PartialState()
+    state, scripts = PartialState(), arguments.teacher == "scripts"
     task = load_task(
-        TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False), seed=config.seed
+        TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False),
+        seed=config.seed,
+        evidence=scripts,
     )
     rows: list[Any] = list(task.train)
     left = missing(folder, len(rows), arguments.samples_per_question)
@@ -194,12 +201,19 @@ def _collect_and_choose(
         )
     teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
     environment = search_environment(task.retriever, arguments.agent)
+    protocol = protocol_of(arguments.agent, tokenizer, environment.tools)
+    players = QuestionPlayers(
+        lambda queries: task.retriever.search(queries, arguments.passages_per_query),
+        protocol,
+        max_searches=arguments.max_searches,
+    )
     collected = collect(
         folder,
         rows,
-        policy=lambda: _policy(teacher, arguments, config, tokenizer, model_config),
+        policy=lambda: players if scripts else _policy(teacher, arguments, config, tokenizer, model_config),
+        player=(lambda _, row, seed: players.for_row(row, seed)) if scripts else None,
         environment=environment,
-        protocol=protocol_of(arguments.agent, tokenizer, environment.tools),
+        protocol=protocol,
         limits=arguments.agent.limits,
         sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
         samples=arguments.samples_per_question,

@@ -123,10 +123,21 @@ def describe(attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Map
         f"{total:,} attempts at {questions:,} questions: EM {_mean(attempts, 'em'):.3f}, "
         f"F1 {_mean(attempts, 'f1'):.3f}, {_mean(attempts, 'searches'):.2f} searches",
         *(f"  {name:<24}{count:>8,}  {count / total:6.1%}" for name, count in Counter(outcomes).most_common()),
+        *_by_source(attempts, kept),
         f"kept: {len({attempt.index for attempt in kept}):,} questions, {_mean(kept, 'searches'):.2f} searches, "
         f"{sum(sum(attempt.mask) for attempt in kept):,} tokens of the policy's own",
     ]
     return "\n".join(lines)
+
+
+def _by_source(attempts: Sequence[Attempt], kept: Sequence[Attempt]) -> list[str]:
+    """How many questions of each source are answered in what is kept."""
+    asked = {attempt.index: attempt.data_source for attempt in attempts}
+    solved = Counter(asked[index] for index in {attempt.index for attempt in kept})
+    return [
+        f"  {source or '(no source)':<24}{solved[source]:>8,} of {count:,} questions kept"
+        for source, count in sorted(Counter(asked.values()).items())
+    ]
 
 
 def _mean(attempts: Sequence[Attempt], name: str) -> float:
