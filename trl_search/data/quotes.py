@@ -16,19 +16,25 @@ from trl_search.rewards.answers import contains_answer
 
 # Words that say how a question is asked, and not what it is about.
 _STOP = frozenset(
-    """
+    re.findall(
+        r"\w+",
+        """
     a an the of in on at to for by with from as into than and or nor but is are was were be been being am do
     does did has have had having can could will would shall should may might must what which who whom whose when
     where why how that this these those it its he she they them his her their there also both either same other
     one ones many much get got you your we our i me my if so not s out up name named called known term refers
-    """.split()
+    """,
+    )
 )
 # As a name by themselves they lead nowhere.
 _DEMONYMS = frozenset(
-    """
+    re.findall(
+        r"\w+",
+        """
     american british english french german italian indian chinese japanese russian spanish australian canadian
     irish scottish european african korean greek latin
-    """.split()
+    """,
+    )
 )
 _WORD = re.compile(r"[\w'’.&-]*\w")
 # "A.", "Rogues'", "1971", "Bullets!"; a dot ends a name unless it ends an initial or a title.
