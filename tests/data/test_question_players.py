@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
 from trl_search.data.evidence import evidence_of
-from trl_search.data.question_players import UNKNOWN, Gold, QuestionPlayers, plan, play_plan
+from trl_search.data.question_plans import Gold, plan
+from trl_search.data.question_players import UNKNOWN, QuestionPlayers, play_plan
 from trl_search.data.questions import load_questions
 from trl_search.data.quotes import QUOTE_WORDS, first_of, key_words, names, quote, sentences
 from trl_search.environment import SearchEnvironment

@@ -8,10 +8,7 @@
     <think> "Robert Florey" says: "Born as Robert Fuchs in Paris …". So the answer is Paris. </think>
     <answer> Paris </answer>
 
-No model is asked. A player plans before it speaks: it tries candidate queries (the question, its names, names in the
-passages found so far, each alone and with words of the question) and takes one whose passages lead on. What leads on:
-the gold passages where the row knows them, otherwise a passage that holds a golden answer. It then plays its plan in
-the environment, and answers only from quotes that it was really shown: what was cut away leads to no answer.
+No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment, and answers only from quotes that it was really shown: what was cut away leads to no answer.
 
 Some shares search carelessly first and have to search again, and some check once more, so that a policy that copies
 them has seen both.
@@ -21,200 +18,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.data.quotes import best_sentence, first_of, key_words, names, quote, year
+from trl_search.data.question_plans import TITLE_WORDS, Gold, Lead, SearchFunction, Step, is_comparison, plan
+from trl_search.data.quotes import best_sentence, first_of, quote, year
 from trl_search.data.scripted_players import Script, ScriptedPolicy
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import RetrievalError
-from trl_search.rewards.answers import contains_answer, normalize_answer
+from trl_search.rewards.answers import normalize_answer
 from trl_search.types import Answer, Completion, Passage, Sampling, Search
 
-SearchFunction = Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
-# How often a player searches carelessly before it searches well, and how often it checks its answer once more.
-CARELESS_SHARE, REFLECTIVE_SHARE = 0.12, 0.08
+# How often a player checks its answer once more.
+REFLECTIVE_SHARE = 0.08
 # A plan takes its turns by chance: where one leads nowhere, another may not.
 _PLANS = 3
 UNKNOWN = "unknown"
-_YES_NO = {"yes", "no"}
-# A longer title is the beginning of its text, and names nothing.
-_TITLE_WORDS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Gold:
-    """What a row tells of its evidence: ids or titles of the passages that hold it. Both may be empty."""
-
-    ids: frozenset[str] = frozenset()
-    titles: frozenset[str] = frozenset()
-
-    def holds(self, passage: Passage) -> bool:
-        return passage.id in self.ids or normalize_answer(passage.title) in self.titles
-
-    def key(self, passage: Passage) -> str:
-        """Two passages of one key are one piece of evidence."""
-        return passage.id if passage.id in self.ids else normalize_answer(passage.title)
-
-    def __len__(self) -> int:
-        return len(self.ids) or len(self.titles)
-
-
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """A query worth trying: what it looks up, and the passage that named it (`None`: the question did)."""
-
-    query: str
-    subject: str = ""
-    source: Passage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A search of a plan, and the passages among its results that lead on; none where it was careless."""
-
-    lead: Lead
-    found: tuple[Passage, ...]
-
-
-# Planning
-
-
-def plan(
-    question: str, golden: Sequence[str], gold: Gold, search: SearchFunction, *, max_searches: int, rng: random.Random
-) -> list[Step] | None:
-    """Searches that lead to an answer; `None` where none were found.
-
-    Args:
-        search (`Callable`): The passages of each query, as many as the environment shows.
-        max_searches (`int`): The plan has at most so many steps.
-    """
-    if not len(gold):
-        return _plan_without_gold(question, golden, search, max_searches=max_searches, rng=rng)
-    steps: list[Step] = []
-    held: dict[str, Passage] = {}
-    while len(held) < len(gold) and len(steps) < max_searches:
-
-        def new(passages: Sequence[Passage]) -> tuple[Passage, ...]:
-            return tuple({gold.key(p): p for p in passages if gold.holds(p) and gold.key(p) not in held}.values())
-
-        room = max_searches - len(steps)
-        leads = _leads(question, list(held.values()), asked=[step.lead.query for step in steps])
-        onward = _choose(question, leads, search, new, room=room, spare=room > len(gold) - len(held), rng=rng)
-        if not onward:
-            break
-        steps += onward
-        held.update((gold.key(passage), passage) for step in onward for passage in step.found)
-    return steps if _answers(question, golden, list(held.values()), complete=len(held) == len(gold)) else None
-
-
-def _choose(
-    question: str,
-    leads: Sequence[Lead],
-    search: SearchFunction,
-    new: Callable[[Sequence[Passage]], tuple[Passage, ...]],
-    *,
-    room: int,
-    spare: bool,
-    rng: random.Random,
-) -> list[Step]:
-    """The next search that finds something new, now and then after a careless one. Where none does, a careless one and
-    a second that takes a title from what it showed."""
-    results = search([lead.query for lead in leads]) if leads else []
-    ways = [Step(lead, new(passages)) for lead, passages in zip(leads, results, strict=True)]
-    good = [way for way in ways if way.found]
-    if good:
-        chosen = rng.choices(good, [_weight(way) for way in good])[0]
-        careless = [way for way in ways if not way.found and way.lead.source is chosen.lead.source]
-        return [rng.choice(careless), chosen] if careless and spare and rng.random() < CARELESS_SHARE else [chosen]
-    if room < 2:
-        return []
-    wanted = key_words(question, limit=5)
-    seconds = [
-        (way, Lead(f"{passage.title.split(' (')[0]} {wanted}", passage.title.split(" (")[0]))
-        for way, passages in list(zip(ways, results, strict=True))[:4]
-        for passage in passages
-        if passage.title and len(passage.title.split()) <= _TITLE_WORDS
-    ]
-    found = search([lead.query for _, lead in seconds]) if seconds else []
-    paths = [[first, Step(lead, new(seen))] for (first, lead), seen in zip(seconds, found, strict=True) if new(seen)]
-    return rng.choice(paths) if paths else []
-
-
-def _answers(question: str, golden: Sequence[str], held: Sequence[Passage], *, complete: bool) -> bool:
-    """Whether what is held tells the answer. A comparison ("yes", or one of the two films that the question names) is
-    told by all of the evidence, and stands in none of it."""
-    if _compared(question, golden):
-        return complete
-    return any(first_of(golden, passage.text) for passage in held)
-
-
-def _compared(question: str, golden: Sequence[str]) -> bool:
-    return any(normalize_answer(answer) in _YES_NO for answer in golden) or contains_answer(question, golden)
-
-
-def _plan_without_gold(
-    question: str, golden: Sequence[str], search: SearchFunction, *, max_searches: int, rng: random.Random
-) -> list[Step] | None:
-    """One search, or two of which the second looks up a name that the first one found."""
-    if all(normalize_answer(answer) in _YES_NO for answer in golden):
-        return None  # those words stand everywhere and prove nothing
-
-    def new(passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        return tuple(p for p in passages if contains_answer(p.text, golden))[:1]
-
-    leads = _leads(question, [], asked=[])
-    if one := _choose(question, leads, search, new, room=max_searches, spare=max_searches > 1, rng=rng):
-        return one
-    if max_searches < 2:
-        return None
-    for lead in rng.sample(leads, len(leads)):
-        for passage in search([lead.query])[0][:2]:
-            onward = [one for one in _leads(question, [passage], asked=[lead.query]) if one.source is passage]
-            for second, seen in zip(onward, search([one.query for one in onward]) if onward else (), strict=True):
-                if found := new(seen):
-                    return [Step(lead, (passage,)), Step(second, found)]
-    return None
-
-
-def _leads(question: str, held: Sequence[Passage], *, asked: Sequence[str]) -> list[Lead]:
-    """Candidate queries: from the question as it stands, its names, and the names in what was found."""
-    leads: list[Lead] = []
-    known = {normalize_answer(passage.title) for passage in held}
-    if not held:
-        leads += [Lead(question.rstrip(" ?")), Lead(key_words(question, limit=12))]
-    for source, text in [(None, question), *((p, p.text) for p in reversed(held))]:
-        named = [name for name in names(text) if not any(_alike(name, title) for title in known)]
-        for name in named:
-            wanted = key_words(question, without=" ".join([*names(question), name]), limit=4)
-            leads.append(Lead(name, name, source))
-            if wanted:
-                leads.append(Lead(f"{name} {wanted}", name, source))
-    unique = {normalize_answer(lead.query): lead for lead in leads if normalize_answer(lead.query)}
-    return [lead for key, lead in unique.items() if key not in map(normalize_answer, asked)]
-
-
-def _weight(way: Step) -> float:
-    """Prefers what finds more, and what looks up by its name what it finds."""
-    titles = {_bare(passage.title) for passage in way.found}
-    return len(way.found) * (5.0 if _bare(way.lead.subject) in titles else 1.0)
-
-
-def _alike(name: str, title: str) -> bool:
-    """Whether a name in a passage is only that of the passage itself, written in another way."""
-    words, others = set(normalize_answer(name).split()), set(title.split())
-    shared = len(words & others)
-    return others <= words or (shared * 2 >= len(words) and shared * 2 >= len(others))
-
-
-def _bare(title: str) -> str:
-    return normalize_answer(title.split(" (")[0])
-
-
-# Playing
 
 
 def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None, rng: random.Random) -> Script:
@@ -239,7 +60,7 @@ def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None
         # A passage that was quoted for where it leads may answer as well.
         new = [(step, p, words) for step, p, _ in told if (words := _answering(golden, p)) and words in seen][:1]
         answer = first_of(golden, new[0][2]) if new else None
-    if _compared(question, golden):
+    if is_comparison(question, golden):
         sources = [step.lead.source for step in steps]
         thought = _comparison(question, [one for one in told if one[1] not in sources], rng)
         answer = golden[0]
@@ -260,7 +81,7 @@ def _fact(question: str, golden: Sequence[str], passage: Passage, steps: Sequenc
     onward = next((step.lead.subject for step in steps if step.lead.source == passage and step.found), None)
     if onward and (words := quote(passage.text, onward)):
         return words
-    if not _compared(question, golden):
+    if not is_comparison(question, golden):
         if words := _answering(golden, passage):
             return words
         for other in (p for step in steps for p in step.found if p is not passage):
@@ -341,7 +162,7 @@ def _side(step: Step, passage: Passage) -> str:
 
 def _told(passage: Passage, fact: str, rng: random.Random) -> str:
     # A title that only repeats how the text begins names nothing.
-    if not passage.title or len(passage.title.split()) > _TITLE_WORDS:
+    if not passage.title or len(passage.title.split()) > TITLE_WORDS:
         return f'A passage says: "{fact}".'
     return rng.choice((f'The passage "{passage.title}" says: "{fact}".', f'According to "{passage.title}": "{fact}".'))
 
