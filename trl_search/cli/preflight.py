@@ -136,6 +136,7 @@ def check_devices(devices: Sequence[Device]) -> Check:
     if not devices:
         return Check("devices", Status.NOTE, "no CUDA device: tiny models on the CPU only")
     said = [f"{one.name} ({one.free / 2**30:.0f} of {one.total / 2**30:.0f} GiB free)" for one in devices]
+    said.append("training keeps sdpa away from cuDNN's attention, whose gradients can be NaN")
     return Check("devices", Status.OK, ", ".join(said))
 
 

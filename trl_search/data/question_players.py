@@ -8,7 +8,8 @@
     <think> "Robert Florey" says: "Born as Robert Fuchs in Paris …". So the answer is Paris. </think>
     <answer> Paris </answer>
 
-No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment, and answers only from quotes that it was really shown: what was cut away leads to no answer.
+No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment, and
+answers only from quotes that it was really shown: what was cut away leads to no answer.
 
 Some shares search carelessly first and have to search again, and some check once more, so that a policy that copies
 them has seen both.

@@ -53,6 +53,7 @@ from trl_search.trainer.batch import (
     sampling_logprobs,
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
+from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.inputs import (
     RewardSpec,
     load_tokenizer,
@@ -68,7 +69,7 @@ from trl_search.trainer.weight_sync import SearchVLLM, making_ours
 from trl_search.types import Sampling, Trajectory
 
 
-class SearchGRPOTrainer(GRPOTrainer):
+class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -141,6 +142,7 @@ class SearchGRPOTrainer(GRPOTrainer):
         if environment is None and retriever is not None:
             environment = search_environment(retriever, args.agent)
         self.environment = environment
+        avoid_cudnn_attention()
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
         rewards = [] if reward_funcs is None else resolve_specs(reward_funcs)

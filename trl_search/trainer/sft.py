@@ -31,6 +31,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import StepLines
+from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,10 @@ class SearchSFTConfig(SFTConfig):
     )
 
 
+class _SFTTrainer(FiniteSteps, SFTTrainer):
+    pass
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,7 +92,8 @@ def train(
             "under ZeRO-3 no process has the whole model to merge the adapter into: set merge_adapter: false, or take "
             "ZeRO-2"
         )
-    trainer = SFTTrainer(
+    avoid_cudnn_attention()
+    trainer = _SFTTrainer(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )
     trainer.remove_callback(ProgressCallback)
@@ -96,7 +102,9 @@ def train(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:
         if trainer.accelerator.is_main_process:
-            trained.merge_and_unload().save_pretrained(str(config.output_dir))
+            merged = trained.merge_and_unload()
+            refuse_nonfinite_weights(merged.named_parameters(), config.output_dir)
+            merged.save_pretrained(str(config.output_dir))
             tokenizer.save_pretrained(str(config.output_dir))
         trainer.accelerator.wait_for_everyone()
     else:

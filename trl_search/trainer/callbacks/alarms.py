@@ -102,7 +102,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class NotFinite(Rule):
-    """Fires at once, on the last log alone: weights that are not finite do not come back."""
+    """Fires at once, on the last log alone: a number that is not finite needs no second look."""
 
     metrics: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ RULES: tuple[Rule, ...] = (
     NotFinite(
         "not_finite",
         "loss, grad_norm, entropy, kl",
-        "an update has overflowed, and the weights are lost",
+        "an update overflowed and was skipped (three in a row stop the run)",
         "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
         metrics=("loss", "grad_norm", "entropy", "kl"),
     ),
