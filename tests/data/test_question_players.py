@@ -20,7 +20,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.base import RetrievalError
-from trl_search.rollout import Limits, run_sync, run_together, run_trajectory
+from trl_search.rollout import Job, Limits, run_batch, run_sync
 from trl_search.types import Answer, Passage, Sampling, Search, StopReason, Trajectory
 
 PASSAGES = [
@@ -66,19 +66,22 @@ def attempt(
     protocol = load_protocol(name, tokenizer, instruction="")
     environment = SearchEnvironment(retriever, top_k=k)
     players = QuestionPlayers(lambda queries: retriever.search(queries, k), protocol, max_searches=4)
-    player = players.for_row(row, seed)
-
-    async def run() -> Trajectory:
-        return await run_trajectory(
-            protocol.prompt_ids(protocol.messages(row["question"])),
-            environment.start(row),
-            policy=player,
+    finished: dict[int, Trajectory] = {}
+    prompt = protocol.prompt_ids(protocol.messages(row["question"]))
+    run_sync(
+        run_batch(
+            [Job(prompt, row, key="0", policy=players.for_row(row, seed))],
+            count=1,
+            policy=None,
+            environment=environment,
             protocol=protocol,
             limits=Limits(2048, 512, 768),
             sampling=Sampling(),
+            on_finish=finished.__setitem__,
+            progress=None,
         )
-
-    return run_sync(run_together([run], policy=players, environment=environment))[0]
+    )
+    return finished[0]
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

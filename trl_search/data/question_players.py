@@ -180,8 +180,8 @@ def _words(question: str) -> list[str]:
     return normalize_answer(question).split()
 
 
-class QuestionPlayers(Policy):
-    """The players of a collection: `for_row` gives the one that answers a row.
+class QuestionPlayers:
+    """The players of a collection: `for_row` gives the policy that plays one row.
 
     Args:
         search (`Callable`): What the players try their queries with: the environment's retriever, and as many passages
@@ -194,11 +194,6 @@ class QuestionPlayers(Policy):
     def for_row(self, row: Mapping[str, Any], seed: int) -> Policy:
         return _Player(self, row, random.Random(f"{seed}/player"))
 
-    async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-    ) -> Completion:
-        raise TypeError("a script answers one row: take the policy that for_row gives")
-
 
 class _Player(Policy):
     def __init__(self, players: QuestionPlayers, row: Mapping[str, Any], rng: random.Random) -> None:
@@ -206,7 +201,13 @@ class _Player(Policy):
         self._speaker: ScriptedPolicy | None = None
 
     async def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> Completion:
         if self._speaker is None:
             # A retriever blocks, and the event loop has other trajectories to run.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def collect(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
     *,
-    policy: Callable[[], Policy],
+    policy: Callable[[], Policy | None],
     environment: Environment,
     protocol: Protocol,
     limits: Limits,
@@ -89,7 +90,7 @@ def collect(
     concurrency: int,
     settings: Mapping[str, Any],
     max_failed_share: float = 0.5,
-    player: Callable[[Policy, Mapping[str, Any], int], Policy] | None = None,
+    player: Callable[[Policy | None, Mapping[str, Any], int], Policy] | None = None,
 ) -> Collected:
     """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished.
 

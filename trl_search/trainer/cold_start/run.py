@@ -210,7 +210,7 @@ def _collect_and_choose(
     collected = collect(
         folder,
         rows,
-        policy=lambda: players if scripts else _policy(teacher, arguments, config, tokenizer, model_config),
+        policy=lambda: None if scripts else _policy(teacher, arguments, config, tokenizer, model_config),
         player=(lambda _, row, seed: players.for_row(row, seed)) if scripts else None,
         environment=environment,
         protocol=protocol,
