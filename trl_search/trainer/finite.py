@@ -118,6 +118,7 @@ class FiniteSteps(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        weights = self.model.named_parameters() if not state_dict else state_dict.items()
+        assert self.model is not None
+        weights = state_dict.items() if state_dict else self.model.named_parameters()
         refuse_nonfinite_weights(weights, output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict=state_dict)
