@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,3 +269,109 @@ def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
         command("search", index, "harbour", "--top_k", 0)
     with pytest.raises(UserError, match="no index folder"):
         command("search", tmp_path / "nowhere", "harbour")
+
+
+# Where an index may lie
+
+
+def is_whole(index: Path) -> bool:
+    manifest = read_manifest(index)
+    there = {str(file.relative_to(index)) for file in index.rglob("*") if file.is_file()}
+    return there == {*manifest.files, MANIFEST} and bool(load(index).search(["harbour"], k=1)[0])
+
+
+def test_a_link_leads_to_the_index(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("new", "empty", "index"):
+        (tmp_path / f"to {name}").symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "empty").mkdir()
+    build_index(corpus, tmp_path / "disk" / "index")
+    for name in ("new", "empty", "index"):
+        build_index(corpus, tmp_path / f"to {name}", overwrite=name == "index")
+        assert (tmp_path / f"to {name}").is_symlink() and is_whole(tmp_path / "disk" / name)
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["empty", "index", "new"]
+
+
+def test_the_working_folder_may_become_an_index(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build_index(corpus, ".")
+    build_index(corpus, ".", overwrite=True)
+    assert is_whole(Path.cwd())
+
+
+@pytest.mark.parametrize("there", ["nothing", "an index"])
+def test_a_folder_that_cannot_be_renamed_is_built_inside_itself(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """As a mount point cannot: renaming it or onto it fails, and its parent may be on a smaller disk."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    (mount / "lost+found").mkdir()
+    if there == "an index":
+        build_index(WORLD[:1], mount)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == mount)
+    move = os.replace
+
+    def dies_at_the_corpus(source: Path, target: Path) -> None:
+        if Path(target) == mount / "corpus.jsonl":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", dies_at_the_corpus)
+        build_index(corpus, mount, overwrite=True, announce=said.append)
+    assert said == [f"the index is whole and kept in {mount / '.building'}; the same command puts it in place"]
+    refused(mount, "not a finished index")
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_search.retrieval.index.folder.write_corpus", lambda *_: pytest.fail("read again"))
+        build_index(corpus, mount, overwrite=True)
+    (mount / "lost+found").rmdir()
+    assert is_whole(mount) and read_manifest(mount).passages == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    def never_read() -> Iterator[Passage]:
+        pytest.fail("the corpus was read")
+        yield
+
+    with pytest.raises(UserError, match=r"file/deep/index cannot be written \(.*\); choose another output"):
+        build_index(never_read(), tmp_path / "file" / "deep" / "index")
+
+
+def test_a_whole_index_stays_where_it_cannot_be_put_in_place(
+    corpus: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def fails_once(source: Path, target: Path) -> None:
+        if Path(target) == index:
+            monkeypatch.setattr("os.rename", rename)
+            raise PermissionError("no")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fails_once)
+    said: list[str] = []
+    with pytest.raises(PermissionError):
+        build_index(corpus, index, overwrite=True, announce=said.append)
+    assert is_whole(index) and "the index is whole and kept in" in said[0]
+    build_index(corpus, index, overwrite=True)
+    assert is_whole(index)
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_kept(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, rows: object, folder: Path) -> None:
+        (folder / "scratch").mkdir(exist_ok=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder.build", full)
+    kept = f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"
+    with pytest.raises(UserError, match=f"^the disk of .* is full; {re.escape(kept)}$"):
+        build_index(corpus, tmp_path / "index")
+    with pytest.raises(UserError, match=r"is full; nothing of the build is kept$"):
+        build_index(WORLD, tmp_path / "other")

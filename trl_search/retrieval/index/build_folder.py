@@ -4,14 +4,19 @@
         build.json      what is built from what: format, kind, options, the source's hash; and the steps that are done
         build.lock      held while a process builds: a second one for the same output is refused
         scratch/        what the index does not need: vectors that are encoded already
-        ...             the index to be, renamed to indexes/wiki when whole
+        ...             the index itself, renamed to indexes/wiki when it is whole
 
-A build with the same inputs takes up what is there; with others it starts anew and says so. What ends in an error
-leaves only what is worth going on with, the scratch.
+A folder that cannot be replaced by a rename (an empty one that is there already, a mount point, one in a parent that
+we may not write) is built inside itself, in `indexes/wiki/.building`, and its files move up at the end, the manifest
+last. That the place can be written is tested before any work.
+
+A build with the same inputs goes on with what is there; one with other inputs starts anew and says so. A build that
+ends in an error leaves what is worth going on with: the scratch, and an index that is whole.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,49 +30,82 @@ from filelock import FileLock, Timeout
 from trl_search.common.errors import UserError
 
 MANIFEST, STATE, LOCK, SCRATCH = "manifest.json", "build.json", "build.lock", "scratch"
+INSIDE = ".building"
 
 
 def build_path(output: Path) -> Path:
-    """Where `output` is built."""
+    """Where `output`, an absolute path without links, is built."""
+    if output.is_dir() and (not (output / MANIFEST).is_file() or not _replaceable(output)):
+        return output / INSIDE
     return output.parent / f".{output.name}.building"
+
+
+def may_be_built(output: Path) -> bool:
+    """Whether nothing that is not ours is in `output`."""
+    if not output.exists():
+        return True
+    if not output.is_dir():
+        return False
+    there = {entry.name for entry in output.iterdir()} - {INSIDE, "lost+found"}
+    return not there or (output / INSIDE / MANIFEST).is_file()  # the last build was killed while its files moved up
+
+
+def _replaceable(folder: Path) -> bool:
+    return not os.path.ismount(folder) and folder != Path.cwd() and os.access(folder.parent, os.W_OK)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Libraries in C++ and Rust pass on the system's message, and not its number."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 class BuildFolder:
     """The folder at `path`, ours while the context is open.
 
     Args:
-        output (`Path`): What the finished folder will be called.
-        inputs (`dict`, *optional*): JSON that says what is built from what; `None` where that cannot be told, and then
-            nothing is ever taken up.
+        output (`Path`): What the finished folder will be called: an absolute path without links.
         announce (`Callable[[str], None]`): Told what is taken up, and what is thrown away.
     """
 
-    def __init__(self, output: Path, inputs: dict[str, Any] | None, announce: Callable[[str], None]) -> None:
+    def __init__(self, output: Path, announce: Callable[[str], None]) -> None:
         self.path = build_path(output)
-        self._output, self._inputs, self._announce = output, inputs, announce
+        self._output, self._announce = output, announce
+        self._inputs: dict[str, Any] | None = None
         self._done: list[str] = []
         self._lock = FileLock(self.path / LOCK)
 
     def __enter__(self) -> BuildFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
                 f"another process builds {self._output} now; wait for it, or choose another output"
             ) from None
+        except OSError as error:
+            raise UserError(f"{self._output} cannot be written ({error}); choose another output") from None
+        return self
+
+    def take_up(self, inputs: dict[str, Any] | None) -> None:
+        """Goes on with a build of the same inputs, and removes what is left of any other.
+
+        Args:
+            inputs (`dict`, *optional*): JSON that says what is built from what. `None` where that cannot be told: then
+                nothing is taken up, now or later.
+        """
+        self._inputs = inputs
         found = self._read_state()
-        if found is not None and self._inputs is not None and found.get("inputs") == self._inputs:
+        if found is not None and inputs is not None and found.get("inputs") == inputs:
             self._done = found["done"]
             self._announce(f"going on with the build in {self.path}")
-            return self
+            return
         if found is not None:
             self._announce(
                 f"{self.path} holds a build that was not finished, of other passages or options: starting anew"
             )
         self._clear()
         self._write_state()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,16 +113,22 @@ class BuildFolder:
         if error is None:
             return
         self._lock.release()
-        if self._inputs is not None and (self.path / SCRATCH).exists():
-            self._announce(f"what is done is kept in {self.path}; the same command goes on with it")
-        else:
+        kept = f"what is done is kept in {self.path}; the same command goes on with it"
+        if (self.path / MANIFEST).is_file():
+            kept = f"the index is whole and kept in {self.path}; the same command puts it in place"
+        elif self._inputs is None or not (self.path / SCRATCH).exists():
             shutil.rmtree(self.path, ignore_errors=True)
+            kept = ""
+        if _disk_is_full(error):
+            raise UserError(f"the disk of {self.path} is full; {kept or 'nothing of the build is kept'}") from error
+        if kept:
+            self._announce(kept)
 
     def has(self, step: str) -> bool:
         return step in self._done
 
     def note(self, step: str) -> None:
-        """Records that a step is done: what it wrote is taken up from now on."""
+        """Records that a step is done: a later build goes on from there."""
         self._done.append(step)
         self._write_state()
 
@@ -95,22 +139,41 @@ class BuildFolder:
         return {name: size for name, size in names.items() if name.split("/")[0] not in (STATE, LOCK, SCRATCH)}
 
     def put_in_place(self, *, replace: bool) -> None:
-        """Drops what the index does not need and gives it its name."""
+        """Drops what the index does not need, and gives the index its name."""
         in_the_way = (self._output / MANIFEST).exists()
         if in_the_way and not replace:
             raise UserError(f"{self._output} was made by another process meanwhile; that one is kept")
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         self._lock.release()
-        for name in (STATE, LOCK):
-            (self.path / name).unlink(missing_ok=True)
-        if not in_the_way:
+        if self.path.parent == self._output:
+            self._move_up()
+        elif in_the_way:
+            self._swap()
+        else:
             os.rename(self.path, self._output)
-            return
+        for name in (STATE, LOCK):
+            (self._output / name).unlink(missing_ok=True)
+
+    def _swap(self) -> None:
         old = self.path.with_name(f"{self.path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(self._output, old)
-        os.rename(self.path, self._output)
-        shutil.rmtree(old)
+        try:
+            os.rename(self.path, self._output)
+        except OSError:
+            os.rename(old, self._output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _move_up(self) -> None:
+        """Without its manifest, the folder is no index while its files change; called again, this goes on."""
+        (self._output / MANIFEST).unlink(missing_ok=True)
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
+            there = self._output / entry.name
+            if there.is_dir():
+                shutil.rmtree(there)
+            os.replace(entry, there)
+        self.path.rmdir()
 
     def _read_state(self) -> dict[str, Any] | None:
         """What an earlier build left; `None` for a new folder, `{}` for one whose state cannot be read."""

@@ -26,7 +26,7 @@ from trl_search.common.registry import Registry
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
-from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path
+from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path, may_be_built
 from trl_search.retrieval.index.workers import ALONE, Workers
 from trl_search.types import Passage
 
@@ -128,20 +128,21 @@ def build_index(
         workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
         options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
     """
-    corpus, output = home_expanded(corpus), Path(home_expanded(output))
+    corpus, output = home_expanded(corpus), _place(output)
     builder = make_builder(kind, options)
     _check_output(output, overwrite)
-    source = open_source(corpus, fields)
-    fingerprint = source.fingerprint() if source.fingerprint is not None else None
-    inputs = {
-        "format": FORMAT,
-        "kind": kind,
-        "options": asdict(builder),
-        "source": fingerprint and asdict(fingerprint),
-        "fields": asdict(fields),
-        "skip_duplicates": skip_duplicates,
-    }
-    with BuildFolder(output, inputs if fingerprint is not None else None, announce) as build:
+    with BuildFolder(output, announce) as build:
+        source = open_source(corpus, fields)
+        fingerprint = source.fingerprint() if source.fingerprint is not None else None
+        inputs = {
+            "format": FORMAT,
+            "kind": kind,
+            "options": asdict(builder),
+            "source": fingerprint and asdict(fingerprint),
+            "fields": asdict(fields),
+            "skip_duplicates": skip_duplicates,
+        }
+        build.take_up(inputs if fingerprint is not None else None)
         if not (build.path / MANIFEST).exists():
             if not build.has(_CORPUS):
                 write_corpus(source, build.path, fields, skip_duplicates=skip_duplicates).close()
@@ -181,7 +182,7 @@ def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) 
     if not isinstance(builder, Shares):
         return
     workers.wait()
-    folder = build_path(Path(output))
+    folder = build_path(_place(output))
     rows = Corpus(folder)
     try:
         builder.share(rows, folder, workers)
@@ -259,14 +260,18 @@ def make_builder(kind: str, options: dict[str, Any]) -> Builder:
     return builder
 
 
+def _place(output: str | Path) -> Path:
+    """The folder that `output` means: `~`, `.` and links are followed."""
+    return Path(home_expanded(output)).resolve()
+
+
 def _check_output(output: Path, overwrite: bool) -> None:
     """Asked before hours of work: may `output` be written? What is not an index is never replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / MANIFEST).is_file():
+    if (output / MANIFEST).is_file():
+        if not overwrite:
+            raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
+    elif not may_be_built(output):
         raise IndexFolderError(f"{output} exists and is not a finished index; remove it or choose another output")
-    if not overwrite:
-        raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
 
 
 def _command(folder: Path, manifest: Any = None) -> str:
