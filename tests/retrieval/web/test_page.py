@@ -74,6 +74,38 @@ def test_plain_text_and_compressed_pages_are_read() -> None:
         assert {asked.headers["accept-encoding"] for asked in server.asked} == {"gzip"}
 
 
+WORDS = "灯笼节在奥伦举行，每年秋天都有很多人来。"
+LATIN = "Das Lampionfest in Örlune – jedes Jahr für alle “Gäste” von überall her. "
+META = '<meta http-equiv="Content-Type" content="text/html; charset={}">'
+
+
+@pytest.mark.parametrize(
+    ("words", "encoding", "header", "meta"),
+    [
+        (WORDS, "gbk", "; charset=gb2312", ""),
+        (WORDS, "gb18030", "", "gbk"),
+        (WORDS, "big5", '; charset="Big5"', "utf-8"),  # the header is believed before the page
+        (WORDS, "utf-8-sig", "; charset=iso-8859-1", "gbk"),  # and a byte-order mark before both
+        (WORDS, "utf-16", "", ""),
+        (WORDS, "utf-8", "; charset=nonsense", "rot13"),
+        ("ランタン祭りは毎年秋にオルルンで開かれます。①", "cp932", "; charset=Shift_JIS", ""),
+        (LATIN, "cp1252", "; charset=ISO-8859-1", ""),
+        ("Фестиваль фонарей проходит в Орлуне каждую осень. ", "koi8-r", "", "koi8-r"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text/html", "text/plain"])
+def test_a_page_is_read_in_its_own_encoding(words: str, encoding: str, header: str, meta: str, kind: str) -> None:
+    words = words.replace("灯", "燈").replace("笼", "籠").replace("节", "節") if encoding == "big5" else words
+    words = "".join(letter for letter in words if letter.encode(encoding, "ignore"))
+    head = META.format(meta) if meta else ""
+    page = f"<html><head>{head}</head><body><article><p>{words * 8}</p></article></body></html>"
+    said = Said(
+        (page if kind == "text/html" or meta else words * 8).encode(encoding), headers={"Content-Type": kind + header}
+    )
+    with serving(lambda asked: said, host=HERE) as server:
+        assert words.strip() in fetch(server)
+
+
 REFUSED = [
     "http://127.0.0.1:{port}/",
     "http://169.254.169.254/latest/meta-data/",

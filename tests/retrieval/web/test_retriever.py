@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import multiprocessing
 import os
 import sqlite3
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,25 @@ def test_no_results_are_an_empty_list_and_asked_for_again(name: str, make) -> No
         retriever = make(load_provider(name, server.url))
         assert retriever.search(["orlune"], 2) == retriever.search(["orlune"], 2) == [[]]
         assert len(server.asked) == 2
+
+
+ODD = [{}, {"title": "no address"}, {"title": None, "link": URLS[0], "url": URLS[0]}, "text", None, {"title": 3}]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_results_without_title_or_address_are_skipped(name: str, make) -> None:
+    answer = copy.deepcopy(SHAPES[name])
+    hits = answer["web"]["results"] if name == "brave" else answer["organic" if name == "serper" else "results"]
+    hits[1:1] = ODD
+    hits[0]["snippet" if name == "serper" else "description" if name == "brave" else "content"] = ["no", "text"]
+    with serving(lambda asked: Said(answer)) as server:
+        assert make(load_provider(name, server.url)).search(["orlune"], 2) == [[replace(FOUND[0], text=""), FOUND[1]]]
+
+
+def test_an_answer_box_without_results_is_nothing_found(make) -> None:
+    answer = {"searchParameters": {"q": "orlune"}, "answerBox": {"answer": "a town"}, "credits": 1}
+    with serving(lambda asked: Said(answer)) as server:
+        assert make(load_provider("serper", server.url)).search(["orlune"], 2) == [[]]
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -27,6 +27,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.event_loops import tls_context
 from trl_search.retrieval.threads import on_daemon_thread
 from trl_search.retrieval.web import page_text
+from trl_search.retrieval.web.charset import decode
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -175,8 +176,8 @@ async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: 
             async with httpx.AsyncClient(
                 transport=transport or GuardedTransport(limits.ports), trust_env=False, headers=_HEADERS, timeout=None
             ) as client:
-                kind, body = await _read(client, url, limits)
-            text = await _text(kind, body, deadline - time.monotonic())
+                content_type, body = await _read(client, url, limits)
+            text = await _text(content_type, body, deadline - time.monotonic())
     except TimeoutError:
         raise PageError(f"{url[:200]}: not read within {limits.timeout_s:.3g} s", passing=True) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -188,9 +189,12 @@ async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: 
     return text
 
 
-async def _text(kind: str, body: bytes, within_s: float) -> str:
-    if kind == "text/plain":
-        return body.decode("utf-8", "replace").strip()
+async def _text(content_type: str, body: bytes, within_s: float) -> str:
+    decoded = decode(body, content_type)
+    if _kind(content_type) == "text/plain":
+        return (body.decode("utf-8", "replace") if decoded is None else decoded).strip()
+    if decoded is not None:  # else trafilatura guesses
+        body = decoded.encode("utf-8", "replace")
     # Not on the loop's own threads: those look up hosts and read the store for every other search.
     text, _ = on_daemon_thread(lambda: page_text.extract(body, within_s))
     try:
@@ -221,7 +225,8 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, byt
     status = response.status_code
     if status != 200:
         raise PageError(f"{url}: answered {status}", passing=status in _PASSING or status >= 500)
-    kind = response.headers.get("Content-Type", "text/html").partition(";")[0].strip().lower()
+    content_type = response.headers.get("Content-Type", "text/html")
+    kind = _kind(content_type)
     if kind not in READABLE:
         raise PageError(f"{url}: is {kind[:80]}, which is not read")
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
@@ -238,7 +243,11 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, byt
                 break
     except zlib.error as error:
         raise PageError(f"{url}: is not the gzip that it says it is ({error})") from error
-    return kind, bytes(body)
+    return content_type, bytes(body)
+
+
+def _kind(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 def _is_address(host: str) -> bool:

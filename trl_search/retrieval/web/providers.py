@@ -67,7 +67,7 @@ class Api:
         base_url (`str`): Where it is; `""` where the user says.
         rate_per_s (`float`): Searches a second that its smallest plan bears.
         ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.request`.
-        read (`Callable`): The decoded answer to hits; raises `LookupError` or `TypeError` where it is another shape.
+        read (`Callable`): Reads hits from the decoded answer; raises `LookupError` or `TypeError` for another shape.
     """
 
     key_variable: str | None
@@ -83,7 +83,9 @@ def _ask_serper(base_url: str, key: str, query: str, count: int) -> dict[str, An
 
 
 def _read_serper(answer: Any) -> list[WebHit]:
-    return [_hit(one["title"], one["link"], one.get("snippet")) for one in answer["organic"]]
+    if "searchParameters" in answer and not answer.get("organic"):  # an answer box alone, or nothing was found
+        return []
+    return _hits(answer["organic"], "link", "snippet")
 
 
 def _ask_tavily(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def _ask_tavily(base_url: str, key: str, query: str, count: int) -> dict[str, An
 
 
 def _read_tavily(answer: Any) -> list[WebHit]:
-    return [_hit(one["title"], one["url"], one.get("content")) for one in answer["results"]]
+    return _hits(answer["results"], "url", "content")
 
 
 def _ask_brave(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _ask_brave(base_url: str, key: str, query: str, count: int) -> dict[str, Any
 def _read_brave(answer: Any) -> list[WebHit]:
     if answer["type"] == "search" and "web" not in answer:  # nothing was found
         return []
-    return [_hit(one["title"], one["url"], one.get("description")) for one in answer["web"]["results"]]
+    return _hits(answer["web"]["results"], "url", "description")
 
 
 def _ask_searxng(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _read_searxng(answer: Any) -> list[WebHit]:
     silent = answer.get("unresponsive_engines")
     if not answer["results"] and silent:
         raise ProviderBusy(f"searxng: its engines did not answer: {str(silent)[:200]}")
-    return [_hit(one["title"], one["url"], one.get("content")) for one in answer["results"]]
+    return _hits(answer["results"], "url", "content")
 
 
 APIS = {
@@ -182,8 +184,8 @@ class DdgsProvider:
                 return []
             raise ProviderBusy(f"ddgs: {type(error).__name__}: {str(error)[:300]}") from error
         try:
-            return [_hit(row["title"], row["href"], row["body"]) for row in rows][:count]
-        except (LookupError, TypeError) as error:
+            return _hits(rows, "href", "body")[:count]
+        except TypeError as error:
             raise RetrievalError(f"ddgs answered in a shape that is not its own: {error!r}") from error
 
 
@@ -219,11 +221,21 @@ def load_provider(name: str, base_url: str | None = None) -> Provider:
     return HttpProvider(name, api, where.rstrip("/"), key)
 
 
-def _hit(title: Any, url: Any, snippet: Any) -> WebHit:
-    """Of plain text: engines mark the words of the query with tags, and escape the rest."""
-    if not isinstance(title, str) or not isinstance(url, str) or not isinstance(snippet, str | None):
-        raise TypeError(f"a title, a URL and a text were expected, not {str((title, url, snippet))[:200]}")
-    return WebHit(_plain(title), url, _plain(snippet or ""))
+def _hits(rows: Any, url: str, snippet: str) -> list[WebHit]:
+    """The results that have a title and an address; engines put others among them. A missing snippet is an empty one.
+
+    Raises:
+        TypeError: if none has: that is another shape, and not nothing found.
+    """
+    if not isinstance(rows, list):
+        raise TypeError(f"a list of results was expected, not {str(rows)[:200]}")
+    there = [row for row in rows if isinstance(row, dict)]
+    named = [row for row in there if isinstance(row.get("title"), str) and isinstance(row.get(url), str) and row[url]]
+    if rows and not named:
+        raise TypeError(f"results with a title and a {url} were expected, not {str(rows[0])[:200]}")
+    # Engines mark the words of the query with tags, and escape the rest.
+    texts = [row[snippet] if isinstance(row.get(snippet), str) else "" for row in named]
+    return [WebHit(_plain(row["title"]), row[url], _plain(text)) for row, text in zip(named, texts, strict=True)]
 
 
 def _plain(text: str) -> str:
