@@ -27,12 +27,14 @@ from trl_search.cli.preflight import (
     check_weight_sync,
     environment_checks,
     installed_version,
-    recipe_server,
+    recipe_servers,
     recipe_values,
     server_checks,
 )
+from trl_search.policies.weight_checksums import EXTENSION
 
 TRL = Requirement("trl>=1.16,<1.17")
+
 VLLM = Requirement("vllm>=0.22,<=0.31; extra == 'vllm'")
 GOOD = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None}
 
@@ -77,9 +79,9 @@ def test_recipes_are_read_without_being_run(tmp_path):
     assert recipe["max_completion_length"] == 4096 and recipe["epsilon"] == 0.2
     path = tmp_path / "served.yaml"
     path.write_text("use_vllm: true\nvllm_mode: server\nvllm_server_host: gpu1\n", encoding="utf-8")
-    assert recipe_server(recipe_values(str(path))) == "http://gpu1:8000"
+    assert recipe_servers(recipe_values(str(path))) == ["http://gpu1:8000"]
     path.write_text("use_vllm: true\nvllm_mode: colocate\n", encoding="utf-8")
-    assert recipe_server(recipe_values(str(path))) is None
+    assert recipe_servers(recipe_values(str(path))) == []
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,9 @@ def test_stop_strings():
 
 def test_weight_sync():
     good = {"weight_transfer_config": {"backend": "nccl"}, "device_config": {"device": "cuda"}}
-    assert check_weight_sync(good).status is Status.OK
+    assert "--worker-extension-cls" in check_weight_sync(good).remedy
+    reads_back = {**good, "parallel_config": {"worker_extension_cls": EXTENSION}}
+    assert check_weight_sync(reads_back).status is Status.OK
     assert "VLLM_SERVER_DEV_MODE=1" in check_weight_sync(None).remedy
     assert "--weight-transfer-config" in check_weight_sync({"weight_transfer_config": None}).remedy
     assert check_weight_sync({**good, "device_config": {"device": "cpu"}}).status is Status.WARNING

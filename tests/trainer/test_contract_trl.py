@@ -11,7 +11,6 @@ import re
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
@@ -224,8 +223,8 @@ def test_one_generation_serves_several_iterations(spy):
     assert len(calls) == 2
 
 
-# The seams of trainer/weight_sync.py. They are read in TRL's source, since vLLM is not installed beside it;
-# tests/policies/test_vllm_colocate.py and tests/policies/test_vllm_server.py go through them with the real one.
+# The seams of trainer/vllm_backend.py and trainer/server_sync.py. They are read in TRL's source, since vLLM is not
+# installed beside it; tests/policies/test_vllm_colocate.py and test_vllm_server.py go through them with the real one.
 
 
 def test_the_trainer_makes_its_vllm_backend_by_this_name():
@@ -262,14 +261,9 @@ def test_the_backends_engine_sleeps_after_the_start_where_it_is_told_to():
     assert made.rstrip().endswith("accelerator.wait_for_everyone()")
 
 
-def test_the_backend_walks_parameters_under_their_vllm_names(random_model):
-    backend = VLLMGeneration.__new__(VLLMGeneration)
-    backend.model = random_model
-    backend._dist = vllm_generation.DistributedBackend(Accelerator(cpu=True))
-    walked = {name: tuple(tensor.shape) for name, tensor in backend._iter_named_params()}
-    assert walked == {name: tuple(parameter.shape) for name, parameter in random_model.named_parameters()}
-
-
 def test_the_client_of_a_server():
     assert {"base_url", "connection_timeout"} <= set(parameters(VLLMClient.__init__))
     assert "init_communicator" not in inspect.getsource(VLLMClient.__init__)  # a process group, only when asked for
+    assert {"metadata", "named_params"} <= set(parameters(VLLMClient.update_named_params))
+    for method in ("weight_update", "reset_prefix_cache", "get_server_info", "_post"):
+        assert callable(getattr(VLLMClient, method))

@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from trl_search.config.recipe import find_recipe
 from trl_search.policies.vllm_server import format_request, version_problem
+from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.types import Sampling
 
 # What an extra is good for, said where it is missing.
@@ -173,11 +174,12 @@ def recipe_values(name: str) -> dict[str, Any]:
     return {**defaults, **yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))}
 
 
-def recipe_server(recipe: Mapping[str, Any]) -> str | None:
-    """The address of the server that a recipe samples from, if it does."""
+def recipe_servers(recipe: Mapping[str, Any]) -> list[str]:
+    """The addresses of the servers that a recipe samples from, if it does."""
     if not recipe["use_vllm"] or recipe["vllm_mode"] != "server":
-        return None
-    return recipe["vllm_server_base_url"] or f"http://{recipe['vllm_server_host']}:{recipe['vllm_server_port']}"
+        return []
+    given = recipe["vllm_server_base_url"] or f"http://{recipe['vllm_server_host']}:{recipe['vllm_server_port']}"
+    return [given] if isinstance(given, str) else list(given)
 
 
 def check_sampling(recipe: Mapping[str, Any]) -> Check:
@@ -330,7 +332,10 @@ def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
         return Check(name, Status.PROBLEM, f"the server's weight-transfer engine is {transfer}", WEIGHT_TRANSFER)
     if (info.get("device_config") or {}).get("device") == "cpu":
         return Check(name, Status.WARNING, "the server runs on a CPU, which NCCL cannot reach: it only generates")
-    return Check(name, Status.OK, "development endpoints and an NCCL engine are there")
+    if (info.get("parallel_config") or {}).get("worker_extension_cls") != EXTENSION:
+        said = "the server does not read its weights back, so a sync that goes wrong would not be noticed"
+        return Check(name, Status.NOTE, said, f"start it with --worker-extension-cls {EXTENSION}")
+    return Check(name, Status.OK, "development endpoints, an NCCL engine and checksums are there")
 
 
 def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) -> Check:

@@ -44,6 +44,13 @@ class SearchGRPOConfig(GRPOConfig):
     vllm_importance_sampling_clip_max: float = field(
         default=2.0, metadata={"help": "Highest importance ratio of a token between the trainer and vLLM."}
     )
+    vllm_server_base_url: list[str] | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Addresses of vLLM servers, one or several. Each trajectory stays with one server, all get the "
+            "weights, and when one is lost the others take over its trajectories."
+        },
+    )
     vllm_lora_sync: str = field(
         default="merged",
         metadata={
@@ -156,6 +163,8 @@ class SearchGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")

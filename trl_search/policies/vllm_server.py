@@ -65,6 +65,8 @@ class VLLMServerPolicy(Policy):
             that is up is asked again for what it fails to answer.
         request_timeout_s (`float`, *optional*, defaults to `600.0`): After so long without an answer a request counts
             as lost; the time it waits in the server's queue included.
+        weights_since (`float`, *optional*): When the process was started that was sent weights. A server that was
+            started anew has lost them, and every request to it raises `ServerLost`.
 
     Attributes:
         max_model_len (`int`): The room of the server, once open.
@@ -81,6 +83,7 @@ class VLLMServerPolicy(Policy):
         context_length: int = 0,
         patience_s: float = 300.0,
         request_timeout_s: float = 600.0,
+        weights_since: float | None = None,
     ) -> None:
         if not re.match(r"https?://[^/]", base_url):
             raise UserError(
@@ -91,7 +94,7 @@ class VLLMServerPolicy(Policy):
         self.patience_s, self.request_timeout_s = patience_s, request_timeout_s
         self.max_model_len = 0  # 0: never met
         self.restarted = False
-        self._started_at: float | None = None
+        self.weights_since = self._started_at = weights_since
         self._client: httpx.AsyncClient | None = None
         self._recovery: asyncio.Task[None] | None = None
 
@@ -99,22 +102,24 @@ class VLLMServerPolicy(Policy):
         """Connects, on the running event loop. A server never met must be there; one met before is waited for.
 
         Raises:
-            UserError: if it is not there, is no vLLM server, does not serve the model, or has too little room.
+            ServerLost: if it is not there.
+            UserError: if it is no vLLM server, does not serve the model, or has too little room.
         """
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
         # No proxies of the environment: they do not know the hosts of a cluster.
         self._client = httpx.AsyncClient(base_url=self.base_url, timeout=timeout, limits=limits, trust_env=False)
-        if self.max_model_len:
+        if self.max_model_len or self.weights_since is not None:
             await self._wait_for_server()
         try:
             (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
             models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
             self._see(await _start_time(self._client))
+            self._require_weights()
             problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
         except httpx.HTTPError as error:
             await self.close()
-            raise UserError(
+            raise ServerLost(
                 f"no vLLM server answers at {self.base_url} ({_reason(error)}): start it first (`vllm serve`, see "
                 "docs/vllm.md), or correct vllm_server_base_url"
             ) from error
@@ -157,10 +162,11 @@ class VLLMServerPolicy(Policy):
                 return read_completion(await self._post(self._client, body), body, self.base_url)
             except _Trouble as error:
                 await self._recover(error)
+                self._require_weights()
                 failing_since = failing_since or time.monotonic()
                 seconds = time.monotonic() - failing_since
                 if seconds > self.patience_s:
-                    raise UserError(
+                    raise ServerLost(
                         f"the vLLM server at {self.base_url} is up, and yet failed a request {tries} times in "
                         f"{seconds:.0f} s; the last time: {error}. Its log says more"
                     ) from error
@@ -206,6 +212,13 @@ class VLLMServerPolicy(Policy):
         except httpx.HTTPError as error:
             raise _lost(self.base_url, time.monotonic() - started, error) from error
 
+    def _require_weights(self) -> None:
+        if self.restarted and self.weights_since is not None:
+            raise ServerLost(
+                f"the vLLM server at {self.base_url} was restarted during training and has lost the policy's weights: "
+                "resume this run from its last checkpoint, so that it meets the server anew"
+            )
+
     def _see(self, started_at: float | None, gone: bool = False) -> None:
         """Takes note of the server's start; where it does not say, one that nobody listened for was started anew."""
         if gone if started_at is None else self._started_at not in (None, started_at):
@@ -242,6 +255,10 @@ def version_problem(version: str) -> str:
     if Version(first) <= Version(Version(version).base_version) <= Version(last):
         return ""
     return f"vLLM {version} is outside {first} to {last}, the versions that TRL 1.16 takes"
+
+
+class ServerLost(UserError):
+    """A server does not answer any more, or came back without the weights that it was sent."""
 
 
 class _Trouble(Exception):
@@ -329,7 +346,7 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
     """When the server's process was started; None where it does not say (several API servers). Waits for a lost one.
 
     Raises:
-        UserError: if it does not come back within `patience_s`.
+        ServerLost: if it does not come back within `patience_s`.
     """
     started = time.monotonic()
     with httpx.Client(base_url=base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
@@ -352,8 +369,8 @@ def _read_start_time(metrics: httpx.Response) -> float | None:
     return float(found[1]) if found else None
 
 
-def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> UserError:
-    return UserError(
+def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> ServerLost:
+    return ServerLost(
         f"the vLLM server at {base_url} was lost, and did not come back in {seconds:.0f} s ({_reason(error)}): "
         "start it again, then resume from the last checkpoint"
     )

@@ -65,7 +65,7 @@ from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
-from trl_search.trainer.weight_sync import SearchVLLM, making_ours
+from trl_search.trainer.vllm_backend import SearchVLLM, making_ours
 from trl_search.types import Sampling, Trajectory
 
 
@@ -170,8 +170,6 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
             )
         if args.reward_weights is None:
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
-        if self.environment is not None and self.is_fsdp_enabled:
-            raise UserError("under FSDP the ranks' rollouts would wait for each other: use DDP or DeepSpeed ZeRO")
         self.last_rollout = Rollout(rows=[])
         self._micro_mask_BC: torch.Tensor | None = None  # the loss mask of the micro-batch whose loss is computed
         self._rollouts: Counter[tuple[str, int]] = Counter()
@@ -270,6 +268,8 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
             )
         with self.accelerator.autocast():
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
             # Outside of the loss, the old and the reference policy score the whole generation batch.
             mask_BC = self.last_rollout.loss_mask_BC if self._micro_mask_BC is None else self._micro_mask_BC
             logps, entropies = self.logprobs(
@@ -279,7 +279,7 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
                 logits_to_keep,
                 mask_BC,
                 batch_size=batch_size,
-                gradient_checkpointing=self.model.is_gradient_checkpointing,
+                gradient_checkpointing=again,
             )
         return logps, entropies if compute_entropy else None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns, resolve_rewards
-from trl_search.trainer.weight_sync import refuse_what_vllm_cannot_do
+from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
 
 RewardSpec = str | Callable[..., Any]
 
@@ -42,8 +43,32 @@ def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any
         raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
     if args.use_vllm:
         refuse_what_vllm_cannot_do(args)
+    refuse_what_fsdp_cannot_do(args)
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
         raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
+
+
+def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
+    """FSDP comes from `accelerate launch`, which names its settings in the environment, or from `args.fsdp`."""
+    if args.fsdp_plugin_args is not None:
+        version, saved = args.fsdp_plugin_args["fsdp_version"], args.fsdp_plugin_args["state_dict_type"]
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        version = int(os.environ.get("FSDP_VERSION", "1"))
+        saved = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    else:
+        return
+    if version != 2:
+        raise UserError("FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)")
+    if not args.use_vllm:
+        raise UserError(
+            "FSDP without vLLM: each token of a rollout would gather the whole model, and the ranks, whose rollouts "
+            "differ, would wait for each other's gathers without end. Set use_vllm: true, or use DDP or DeepSpeed ZeRO"
+        )
+    if str(saved) != "FULL_STATE_DICT":
+        raise UserError(
+            f"fsdp_state_dict_type: {saved} would save no model that transformers can load: set it to FULL_STATE_DICT "
+            "(recipes/accelerate/fsdp2.yaml)"
+        )
 
 
 def refuse_quantization(model_config: ModelConfig) -> None:

@@ -4,7 +4,7 @@
     trl-search doctor --server http://localhost:8000        and what that server does when it is asked
     trl-search doctor recipes/qwen3b.yaml                   and whether both fit that recipe; its server, too
 
-One line a check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem.
+One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trl_search.cli.preflight import (
     Status,
     check_sampling,
     environment_checks,
-    recipe_server,
+    recipe_servers,
     recipe_values,
     server_checks,
 )
@@ -26,7 +26,7 @@ from trl_search.cli.preflight import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe, by name or file")
-    parser.add_argument("--server", metavar="URL", help="a vLLM server, http://localhost:8000")
+    parser.add_argument("--server", nargs="+", metavar="URL", help="vLLM servers, http://localhost:8000")
     parser.add_argument(
         "--prompt_tokens", type=int, default=512, metavar="N", help="tokens of the longest prompt (default: 512)"
     )
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     checks = environment_checks()
     if recipe is not None:
         checks.append(check_sampling(recipe))
-    server = args.server or (recipe_server(recipe) if recipe is not None else None)
-    if server:
+    for server in args.server or (recipe_servers(recipe) if recipe is not None else []):
         checks += server_checks(server, recipe, prompt_tokens=args.prompt_tokens)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))

@@ -1,12 +1,12 @@
 """TRL's vLLM backend with what the rollouts of a search agent add to it.
 
-`VLLMGeneration` stays TRL's: it makes the colocated engine or the client of the server, and knows how to walk the
-parameters of a model under PEFT and DeepSpeed. Added here:
+`VLLMGeneration` stays TRL's: it makes the colocated engine. Added here:
 
 - the engine is awake for a whole rollout and asleep for the rest of the step, not woken and put to sleep every turn;
-- weights go into a colocated engine in one pass, not in one call of `load_weights` for each of its tensors;
+- weights go into a colocated engine in one pass, not in one call of `load_weights` per tensor, and to one or several
+  servers (`server_sync.py`); sharded parameters are gathered one by one (`model_weights.py`);
 - after a sync every rank waits for it: another rank must not generate with the server's old weights;
-- `vllm_lora_sync="adapter"` moves the adapter alone, and vLLM serves it as a `LoRARequest`.
+- `vllm_lora_sync="adapter"` moves the adapter alone, and vLLM serves it as a `LoRARequest` (`adapter_sync.py`).
 
 TRL's trainer makes its backend by the name `VLLMGeneration`; `making_ours` puts `SearchVLLM` in that name's place for
 as long as the trainer is made.
@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import httpx
-import stamina
 from accelerate.utils import broadcast_object_list
-from peft import get_peft_model_state_dict
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, is_vllm_available
@@ -35,12 +33,16 @@ from trl.trainer import grpo_trainer
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.base import Policy
-from trl_search.policies.lora import adapter_from, adapter_rank, lora_options
+from trl_search.policies.lora import adapter_rank, lora_options
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.policies.vllm_server import VLLMServerPolicy, server_start_time, version_problem
+from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy, server_start_time, version_problem
+from trl_search.policies.vllm_servers import VLLMServersPolicy
+from trl_search.trainer.adapter_sync import adapter_tensors, give_to_engine, give_to_server, save_adapter
+from trl_search.trainer.model_weights import whole_weights
+from trl_search.trainer.replaced import replaced
+from trl_search.trainer.server_sync import SEVERAL_PATIENCE_S, WeightServers
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 
 class SearchVLLM(VLLMGeneration):
@@ -50,7 +52,7 @@ class SearchVLLM(VLLMGeneration):
         lora_sync (`str`): `"merged"` or `"adapter"`.
         adapter_dir (`Path`): The folder through which an adapter reaches a server.
         engine_options (`dict`): More arguments of the colocated `vllm.LLM`.
-        **kwargs: TRL's own.
+        **kwargs: TRL's own; `server_base_url` may be a list of addresses.
     """
 
     def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
@@ -59,6 +61,8 @@ class SearchVLLM(VLLMGeneration):
         self._engine_options = engine_options
         self._adapter_version = 0
         self._run_id = "run"
+        # The servers that hold the weights, and when their processes were started.
+        self._serving: dict[str, float | None] = {}
         if lora_sync == "adapter":
             rank = adapter_rank(kwargs["model"])
             if kwargs["mode"] == "colocate":
@@ -67,35 +71,50 @@ class SearchVLLM(VLLMGeneration):
         if self.mode == "server":
             # Of this run alone: a server keeps the adapters of the runs before, and what it computed with them.
             self._run_id = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
-            self._server_start_time = server_start_time(self.url, self.server_timeout)
+            self._share_serving({url: server_start_time(url, self.server_timeout) for url in self.urls})
 
     # Making the engine
 
     def _init_vllm(self) -> None:
-        if self.mode == "server" and self.lora_sync == "adapter":
-            # No weights are broadcast, so the server joins no process group, and no GPU is needed on this side.
-            if self.accelerator.is_main_process:
-                self.vllm_client = VLLMClient(base_url=self.url, connection_timeout=self.server_timeout)
-            self.accelerator.wait_for_everyone()
+        if self.mode == "server":
+            self._init_servers()
             return
-        if self.mode == "colocate" and self.accelerator.num_processes == 1:
-            # TRL takes a free port for the engine's group of one; one named in the environment, the next run has too.
+        if self.accelerator.num_processes == 1:
+            # TRL takes a free port for the engine's group of one and names it in the environment, where the next run
+            # would find it taken.
             os.environ["MASTER_PORT"] = "0"
         # TRL's arguments of the engine are fixed; ours are added, or go before them.
         make = vllm_generation.LLM
         options = {"enable_sleep_mode": self.enable_sleep_mode, **self._engine_options}
         sleeps, self.enable_sleep_mode = self.enable_sleep_mode, False
-        with _replaced(vllm_generation, "LLM", lambda **theirs: make(**{**theirs, **options})):
+        with replaced(vllm_generation, "LLM", lambda **theirs: make(**{**theirs, **options})):
             super()._init_vllm()
         self.enable_sleep_mode = sleeps
-        if self.mode == "colocate" and sleeps:
+        if sleeps:
             # TRL's own would drop the weights, and with an adapter they do not come again.
             self._sleep()
 
+    def _init_servers(self) -> None:
+        if self.accelerator.is_main_process:
+            if self.lora_sync == "adapter":
+                # No weights are broadcast, so the server joins no process group, and no GPU is needed on this side.
+                self.vllm_client = VLLMClient(base_url=self.urls[0], connection_timeout=self.server_timeout)
+            else:
+                self._servers = WeightServers(
+                    self.urls,
+                    group_port=self.group_port,
+                    device=self.accelerator.device,
+                    patience_s=self.server_timeout,
+                )
+                # TRL's trainer asks it for the server's settings.
+                self.vllm_client = self._servers.members[self.urls[0]].client
+        self.accelerator.wait_for_everyone()
+
     @property
-    def url(self) -> str:
-        """Where the server is."""
-        return self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+    def urls(self) -> list[str]:
+        """Where the servers are."""
+        given = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+        return [url.rstrip("/") for url in ([given] if isinstance(given, str) else given)]
 
     # A rollout
 
@@ -106,28 +125,30 @@ class SearchVLLM(VLLMGeneration):
             context_length (`int`): Tokens of the longest prompt and its completion together.
 
         Raises:
-            UserError: if the engine has less room, or a server was restarted and no longer has the policy.
+            UserError: if the engine has less room, or no server is left that has the policy's weights.
         """
         return self._server_policy(context_length) if self.mode == "server" else self._engine_policy(context_length)
 
     @contextlib.contextmanager
     def _server_policy(self, context_length: int) -> Iterator[Policy]:
-        policy = self._served
-        policy.context_length = context_length
-        policy.model = self._adapter_name
-        yield policy
-        if policy.restarted:
-            raise self._restarted()
-
-    def _restarted(self) -> UserError:
-        return UserError(
-            f"the vLLM server at {self.url} was restarted during training and has lost the policy's weights: "
-            "resume this run from its last checkpoint, so that it meets the server anew"
-        )
-
-    @functools.cached_property
-    def _served(self) -> VLLMServerPolicy:
-        return VLLMServerPolicy(self.url, patience_s=self.server_timeout)
+        patience_s = self.server_timeout if len(self.urls) == 1 else SEVERAL_PATIENCE_S
+        servers = [
+            VLLMServerPolicy(
+                url,
+                model=self._adapter_name,
+                context_length=context_length,
+                patience_s=patience_s,
+                weights_since=started_at,
+            )
+            for url, started_at in self._serving.items()
+        ]
+        yield servers[0] if len(servers) == 1 else VLLMServersPolicy(servers)
+        # Several API servers do not say when they were started, so no request could know in time.
+        if len(self.urls) == 1 and servers[0].restarted:
+            raise ServerLost(
+                f"the vLLM server at {self.urls[0]} was restarted during training and has lost the policy's weights: "
+                "resume this run from its last checkpoint, so that it meets the server anew"
+            )
 
     @contextlib.contextmanager
     def _engine_policy(self, context_length: int) -> Iterator[Policy]:
@@ -164,47 +185,48 @@ class SearchVLLM(VLLMGeneration):
             self._push_adapter()
         elif self.mode == "colocate":
             model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-            model.load_weights(self._iter_named_params())
+            model.load_weights(self._weights())
             self.llm.reset_prefix_cache()
         else:
-            # Weights broadcast to a server that has left the NCCL group would be waited for without end.
-            if self.accelerator.is_main_process and self._was_restarted():
-                raise self._restarted()
-            super().sync_weights()
-        if self.mode == "server":
-            self.accelerator.wait_for_everyone()
+            self._send_weights()
 
-    def _was_restarted(self) -> bool:
-        return server_start_time(self.url, self.server_timeout) != self._server_start_time
+    def _weights(self) -> Iterator[tuple[str, Any]]:
+        return whole_weights(self.model, self._dist, self.accelerator.device)
+
+    def _send_weights(self) -> None:
+        if self.accelerator.is_main_process:
+            self._servers.send(self._weights())
+            self._share_serving(self._servers.started_at)
+        else:
+            for _ in self._weights():  # takes part in gathering them
+                pass
+            self._share_serving({})
+
+    def _share_serving(self, serving: dict[str, float | None]) -> None:
+        """All ranks learn from rank 0 which servers hold the weights, and none goes on before they do."""
+        self._serving = broadcast_object_list([serving])[0]
 
     def _push_adapter(self) -> None:
-        """Each version goes under a name of its own: vLLM's prefix cache tells adapters apart by their names."""
         model: Any = self.model
         old = self._adapter_name
         self._adapter_version += 1
-        # "auto" would ask the hub whether the embeddings have grown.
-        options: dict[str, Any] = {"save_embedding_layers": False}
-        with self._dist.gather_params([p for name, p in model.named_parameters() if model.prefix in name]):
-            if self.mode == "colocate":
-                tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, **options)
-                # vLLM multiplies what it is given by the adapter's scale, in place.
-                tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            elif self.accelerator.is_main_process:
-                model.save_pretrained(self._folder, selected_adapters=[model.active_adapter], **options)
+        tensors = adapter_tensors(model, self._dist, self.accelerator.device)
         if self.mode == "colocate":
-            model.peft_config[model.active_adapter].save_pretrained(self._folder)
-            engine = self.llm.llm_engine
-            manager = engine.model_executor.driver_worker.model_runner.lora_manager
-            with _replaced(manager, "_lora_model_cls", adapter_from(tensors)):
-                engine.add_lora(self._lora_request())
-            if old is not None:
-                engine.remove_lora(self._adapter_version - 1)
-        elif self.accelerator.is_main_process:
-            # PEFT gives every adapter but "default" a folder of its own.
-            path = self._folder if model.active_adapter == "default" else self._folder / model.active_adapter
-            self._post("/v1/load_lora_adapter", {"lora_name": self._adapter_name, "lora_path": str(path)})
-            if old is not None:
-                self._post("/v1/unload_lora_adapter", {"lora_name": old})
+            give_to_engine(self.llm.llm_engine, self._lora_request(), tensors, model, self._folder)
+            return
+        serving: dict[str, float | None] = {}
+        if self.accelerator.is_main_process:
+            save_adapter(tensors, model, self._folder)
+            patience_s = self.server_timeout if len(self.urls) == 1 else SEVERAL_PATIENCE_S
+            for url in self.urls:
+                try:
+                    give_to_server(url, str(self._adapter_name), old, self._folder, adapter_rank(model), patience_s)
+                    serving[url] = server_start_time(url, patience_s)
+                except ServerLost as error:
+                    if url == self.urls[-1] and not serving:
+                        raise
+                    logger.warning("Left out until it answers again: %s", error)
+        self._share_serving(serving)
 
     @functools.cached_property
     def _folder(self) -> Path:
@@ -225,31 +247,6 @@ class SearchVLLM(VLLMGeneration):
 
         return LoRARequest(self._adapter_name, self._adapter_version, str(self._folder))
 
-    def _post(self, path: str, body: dict[str, Any]) -> None:
-        try:
-            for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=self.server_timeout):
-                with attempt:
-                    response = httpx.post(self.url + path, json=body, timeout=self.server_timeout, trust_env=False)
-                    if response.status_code >= 500:
-                        response.raise_for_status()
-        except httpx.HTTPError as error:
-            raise UserError(
-                f"the vLLM server at {self.url} did not take the adapter ({path}: {error}): start it again, then "
-                "resume from the last checkpoint"
-            ) from error
-        # One that took it and whose answer was lost has it already; one that was restarted has lost the old one.
-        if response.is_success or "already been loaded" in response.text or "unload" in path:
-            return
-        if response.status_code == 404 and "lora" not in response.text.lower():
-            raise UserError(
-                f"the vLLM server at {self.url} takes no adapters: start it with --enable-lora --max-lora-rank "
-                f"{adapter_rank(self.model)} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-            )
-        raise UserError(
-            f"the vLLM server at {self.url} refused {path} ({response.status_code}: {response.text}): "
-            "`trl-search doctor --server` checks its settings"
-        )
-
 
 @contextlib.contextmanager
 def making_ours(args: SearchGRPOConfig) -> Iterator[None]:
@@ -260,7 +257,7 @@ def making_ours(args: SearchGRPOConfig) -> Iterator[None]:
         adapter_dir=Path(args.vllm_adapter_dir or f"{args.output_dir}/vllm-adapter"),
         engine_options=cast("dict[str, Any]", args.vllm_engine_options or {}),  # TRL has parsed the JSON
     )
-    with _replaced(grpo_trainer, "VLLMGeneration", make):
+    with replaced(grpo_trainer, "VLLMGeneration", make):
         yield
 
 
@@ -288,13 +285,3 @@ def vllm_version() -> str:
     import vllm
 
     return str(vllm.__version__)
-
-
-@contextlib.contextmanager
-def _replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    theirs = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, theirs)

@@ -1,6 +1,6 @@
 """What is refused before vLLM is started, and what the trainer does to an engine that cannot be had here.
 
-The engines are fakes that write down what is done to them: vLLM's CPU build neither sleeps nor loads weights anew.
+The engines are fakes that write down what is done to them (tests/support/fake_engine.py).
 test_vllm_colocate.py and test_vllm_server.py run the real one, test_vllm_gpu.py on a GPU.
 """
 
@@ -12,49 +12,25 @@ import sys
 import threading
 from types import ModuleType, SimpleNamespace
 
-import httpx
 import pytest
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from trl.generation import vllm_generation
 
+from tests.support.fake_engine import FakeLLM
 from tests.support.scripted_trainer import config, real_trainer
 from trl_search.common.errors import UserError
 from trl_search.policies.lora import adapter_from, adapter_rank
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.trainer import weight_sync
-from trl_search.trainer.weight_sync import SearchVLLM, refuse_what_vllm_cannot_do
-
-
-class FakeLLM:
-    """A `vllm.LLM` with room for 512 tokens; `done` is what was asked of it."""
-
-    def __init__(self, **options):
-        self.options = options
-        self.done = []
-        self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
-        self.model = self
-        self.max_model_len = 512
-
-    def sleep(self, level):
-        self.done.append(f"sleep {level}")
-
-    def wake_up(self, tags):
-        self.done.append(f"wake {tags[0]}")
-
-    def load_weights(self, weights):
-        self.loaded = {name: tensor.clone() for name, tensor in weights}
-        self.done.append("load")
-
-    def reset_prefix_cache(self):
-        self.done.append("reset")
+from trl_search.trainer import vllm_backend
+from trl_search.trainer.vllm_backend import SearchVLLM, refuse_what_vllm_cannot_do
 
 
 @pytest.fixture
 def vllm(monkeypatch):
     """As if vLLM 0.25.1 were installed."""
-    monkeypatch.setattr(weight_sync, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(weight_sync, "vllm_version", lambda: "0.25.1+cu130")
+    monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_backend, "vllm_version", lambda: "0.25.1+cu130")
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation, "LLM", FakeLLM, raising=False)
     # TRL writes its ranks there.
@@ -75,7 +51,7 @@ def adapter(random_model, **options):
 
 
 def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
-    monkeypatch.setattr(weight_sync, "is_vllm_available", lambda: False)
+    monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: False)
     with pytest.raises(UserError, match=r"pip install 'trl-search\[vllm\]'"):
         real_trainer(tmp_path, random_model, tokenizer, use_vllm=True)
 
@@ -84,7 +60,7 @@ def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
     ("version", "taken"), [("0.22.0", True), ("0.31.0+cpu", True), ("0.21.9", False), ("0.31.1", False)]
 )
 def test_versions(monkeypatch, vllm, tmp_path, version, taken):
-    monkeypatch.setattr(weight_sync, "vllm_version", lambda: version)
+    monkeypatch.setattr(vllm_backend, "vllm_version", lambda: version)
     arguments = config(tmp_path, use_vllm=True)
     if taken:
         refuse_what_vllm_cannot_do(arguments)
@@ -151,7 +127,7 @@ def test_the_trainer_makes_our_backend_and_its_engine(make):
     }  # fmt: skip
     assert "enable_lora" not in backend.llm.options and not backend.llm.done
     # Only as long as that trainer is made: others of the process keep TRL's.
-    assert weight_sync.grpo_trainer.VLLMGeneration is vllm_generation.VLLMGeneration
+    assert vllm_backend.grpo_trainer.VLLMGeneration is vllm_generation.VLLMGeneration
     assert vllm_generation.LLM is FakeLLM
 
 
@@ -195,15 +171,6 @@ def test_too_little_room_names_the_number_needed(make):
         pass
 
 
-def test_a_server_without_adapters_is_told_how_to_start(make, monkeypatch):
-    """The answer of a server that was started without --enable-lora: it has no such path."""
-    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
-    response = httpx.Response(404, text='{"detail": "Not Found"}')
-    monkeypatch.setattr(weight_sync.httpx, "post", lambda *arguments, **options: response)
-    with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
-        backend._post("/v1/load_lora_adapter", {})
-
-
 def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
     given = {}
 
@@ -227,41 +194,6 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
         load("folder", {"q_proj"}, lora_model_id=4)
 
 
-def test_weights_are_not_sent_to_a_server_that_was_restarted(make, monkeypatch):
-    """Its end of the NCCL group is gone: the broadcast would never end."""
-    backend = make().vllm_generation
-    backend.mode, backend.server_base_url, backend._server_start_time = "server", "http://gpu-1:8000", 1.0
-    backend.server_timeout, sent = 1.0, []
-    monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: sent.append("weights"))
-    monkeypatch.setattr(backend.accelerator, "wait_for_everyone", lambda: sent.append("barrier"))
-    monkeypatch.setattr(weight_sync, "server_start_time", lambda url, patience_s: 1.0)
-    backend.sync_weights()
-    assert sent == ["weights", "barrier"]
-    monkeypatch.setattr(weight_sync, "server_start_time", lambda url, patience_s: 2.0)
-    with pytest.raises(UserError, match="http://gpu-1:8000 was restarted during training"):
-        backend.sync_weights()
-    assert sent == ["weights", "barrier"]
-
-
-def test_a_server_that_is_gone_gets_no_adapter_and_is_named(make):
-    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
-    backend.server_base_url, backend.server_timeout = "http://127.0.0.1:1", 0.3
-    with pytest.raises(UserError, match=r"http://127.0.0.1:1 did not take the adapter.*start it again"):
-        backend._post("/v1/load_lora_adapter", {})
-
-
-def test_what_is_not_an_error_of_an_adapter(make, monkeypatch):
-    backend = make(LoraConfig(r=4, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation
-    answer = httpx.Response(400, text="The lora adapter 'policy-1' has already been loaded.")
-    monkeypatch.setattr(weight_sync.httpx, "post", lambda *arguments, **options: answer)
-    backend._post("/v1/load_lora_adapter", {})  # the answer to the first try was lost
-    answer = httpx.Response(404, text="The lora adapter 'policy-1' cannot be found.")
-    backend._post("/v1/unload_lora_adapter", {})  # the server was restarted
-    answer = httpx.Response(400, text="rank 64 is greater than max_lora_rank 32")
-    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
-        backend._post("/v1/load_lora_adapter", {})
-
-
 def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
     """A thread begins on device 0, which is another rank's."""
     taken = []
@@ -277,4 +209,4 @@ def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
         await policy.close()
 
     asyncio.run(open_and_close())
-    assert taken == [("vllm-engine", torch.device("cuda", 3))]
+    assert taken == [("VLLMColocatePolicy", torch.device("cuda", 3))]

@@ -1,0 +1,27 @@
+"""A `vllm.LLM` that writes down what is done to it: vLLM's CPU build neither sleeps nor loads weights anew."""
+
+from __future__ import annotations
+
+
+class FakeLLM:
+    """Has room for 512 tokens; `done` is what was asked of it, and `loaded` the weights that it was given last."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.done = []
+        self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
+        self.model = self
+        self.max_model_len = 512
+
+    def sleep(self, level):
+        self.done.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.done.append(f"wake {tags[0]}")
+
+    def load_weights(self, weights):
+        self.loaded = {name: tensor.clone() for name, tensor in weights}
+        self.done.append("load")
+
+    def reset_prefix_cache(self):
+        self.done.append("reset")

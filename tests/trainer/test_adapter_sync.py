@@ -1,0 +1,59 @@
+"""What a server answers to an adapter, and what is written for it to read."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl.distributed import DistributedBackend
+
+from tests.conftest import make_random_model
+from trl_search.common.errors import UserError
+from trl_search.policies.vllm_server import ServerLost
+from trl_search.trainer import adapter_sync
+from trl_search.trainer.adapter_sync import adapter_tensors, post, save_adapter
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+def answer(monkeypatch, status, text):
+    response = httpx.Response(status, text=text)
+    monkeypatch.setattr(adapter_sync.httpx, "post", lambda *arguments, **options: response)
+
+
+def ask(path, url="http://gpu-1:8000", patience_s=0.3):
+    post(url, path, {}, rank=4, patience_s=patience_s)
+
+
+def test_a_server_without_adapters_is_told_how_to_start(monkeypatch):
+    """The answer of a server that was started without --enable-lora: it has no such path."""
+    answer(monkeypatch, 404, '{"detail": "Not Found"}')
+    with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
+        ask(LOAD)
+
+
+def test_a_server_that_is_gone_gets_no_adapter_and_is_named():
+    with pytest.raises(ServerLost, match=r"http://127.0.0.1:1 did not take the adapter.*start it again"):
+        ask(LOAD, url="http://127.0.0.1:1")
+
+
+def test_what_is_not_an_error_of_an_adapter(monkeypatch):
+    answer(monkeypatch, 400, "The lora adapter 'policy-1' has already been loaded.")
+    ask(LOAD)  # the answer to the first try was lost
+    answer(monkeypatch, 404, "The lora adapter 'policy-1' cannot be found.")
+    ask(UNLOAD)  # the server was restarted
+    answer(monkeypatch, 400, "rank 64 is greater than max_lora_rank 32")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
+        ask(LOAD)
+
+
+def test_what_is_written_for_a_server_is_an_adapter_that_peft_reads(tmp_path, tokenizer, random_model):
+    model = get_peft_model(random_model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    tensors = adapter_tensors(model, DistributedBackend(Accelerator(cpu=True)), torch.device("cpu"))
+    save_adapter(tensors, model, tmp_path / "adapter")
+    read = PeftModel.from_pretrained(make_random_model(tokenizer), tmp_path / "adapter")
+    trained = dict(model.named_parameters())
+    for name, parameter in read.named_parameters():
+        assert parameter.equal(trained[name]), name

@@ -1,0 +1,158 @@
+"""Weights for several servers: stand-ins for TRL's client, which needs NCCL, take what they are sent."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trl_search.common.errors import UserError
+from trl_search.policies.vllm_server import ServerLost
+from trl_search.policies.weight_checksums import EXTENSION, WeightChecksums, checksum, has_checksum
+from trl_search.trainer import server_sync
+from trl_search.trainer.server_sync import WeightServers, buckets
+
+WEIGHTS = [
+    ("model.layers.0.self_attn.o_proj.weight", torch.arange(6.0).view(2, 3) / 7),
+    ("model.layers.0.mlp.down_proj.weight", torch.arange(4.0).view(2, 2) / 3),
+    ("model.norm.weight", torch.ones(2)),
+]
+A, B = "http://gpu-1:8000", "http://gpu-2:8000"
+
+
+class Server:
+    """One vLLM server: up since `started_at`, with bfloat16 weights that it reads back."""
+
+    def __init__(self):
+        self.started_at, self.weights, self.ports, self.extension = 1.0, {}, [], EXTENSION
+        self.loses = ""  # the name of a tensor that does not arrive
+
+    def checksums(self):
+        model = SimpleNamespace(named_parameters=lambda: self.weights.items())
+        worker = WeightChecksums()
+        worker.model_runner = SimpleNamespace(model=model)
+        return worker.weight_checksums()
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    servers = {A: Server(), B: Server()}
+
+    class Client:
+        """As TRL's `VLLMClient`."""
+
+        def __init__(self, base_url, group_port, connection_timeout):
+            self.server, self.port = servers[base_url], group_port
+
+        def init_communicator(self, device):
+            self.server.ports.append(self.port)
+
+        def get_server_info(self):
+            model = {"dtype": "torch.bfloat16", "quantization": None}
+            return {"parallel_config": {"worker_extension_cls": self.server.extension}, "model_config": model}
+
+        def weight_update(self):
+            return contextlib.nullcontext()
+
+        def update_named_params(self, metadata, named):
+            for (name, dtype, shape), (sent, tensor) in zip(metadata, named, strict=True):
+                assert (name, dtype, shape) == (sent, "float32", list(tensor.shape))
+                if name != self.server.loses:
+                    self.server.weights[name] = tensor.to(torch.bfloat16)
+
+        def reset_prefix_cache(self):
+            pass
+
+        def _post(self, url, json):
+            assert json == {"method": "weight_checksums"}
+            return {"results": [self.server.checksums()]}
+
+    def start_time(url, patience_s):
+        if servers[url].started_at is None:
+            raise ServerLost(f"{url} was lost")
+        return servers[url].started_at
+
+    monkeypatch.setattr(server_sync, "VLLMClient", Client)
+    monkeypatch.setattr(server_sync, "server_start_time", start_time)
+    return servers
+
+
+def join(urls):
+    return WeightServers(urls, group_port=51216, device=torch.device("cpu"), patience_s=1.0)
+
+
+def test_all_servers_get_all_weights_in_one_walk(servers):
+    members = join([A, B])
+    members.send(iter(WEIGHTS))
+    for server in servers.values():
+        assert {name: tensor.tolist() for name, tensor in server.weights.items()} == {
+            name: tensor.to(torch.bfloat16).tolist() for name, tensor in WEIGHTS
+        }
+    assert servers[A].ports == [51216] and servers[B].ports == [51217]
+    assert members.started_at == {A: 1.0, B: 1.0}
+
+
+def test_a_server_that_is_lost_is_left_out_and_joins_again(servers):
+    members = join([A, B])
+    servers[A].started_at = None
+    members.send(iter(WEIGHTS))
+    assert members.started_at == {B: 1.0} and servers[A].weights == {}
+    servers[A].started_at = 2.0
+    members.send(iter(WEIGHTS))
+    assert members.started_at == {B: 1.0, A: 2.0} and len(servers[A].weights) == 3
+    assert servers[A].ports == [51216, 51218] and servers[B].ports == [51217]  # an NCCL group of its own, made anew
+
+
+def test_a_server_that_was_restarted_between_two_syncs_joins_again(servers):
+    members = join([A])
+    servers[A].started_at, servers[A].weights = 2.0, {}
+    members.send(iter(WEIGHTS))
+    assert members.started_at == {A: 2.0} and servers[A].ports == [51216, 51217]
+
+
+def test_without_any_server_the_run_ends(servers):
+    members = join([A, B])
+    servers[A].started_at = servers[B].started_at = None
+    with pytest.raises(UserError, match="gpu-1:8000 was lost; http://gpu-2:8000 was lost"):
+        members.send(iter(WEIGHTS))
+
+
+def test_weights_that_did_not_arrive_are_an_error(servers):
+    members = join([A, B])
+    members.send(iter(WEIGHTS))
+    servers[B].loses = "model.layers.0.mlp.down_proj.weight"
+    step = [(name, tensor + 0.1) for name, tensor in WEIGHTS]
+    with pytest.raises(UserError, match=r"gpu-2:8000 does not have the weights .*\(model.layers.0.mlp.down_proj"):
+        members.send(iter(step))
+
+
+def test_a_server_of_another_model_is_an_error(servers):
+    servers[A].loses = WEIGHTS[0][0]
+    with pytest.raises(UserError, match="none of its tensors is among them"):
+        join([A]).send(iter([WEIGHTS[0], WEIGHTS[2]]))
+
+
+def test_a_server_that_reads_nothing_back_is_named_once(servers, caplog):
+    servers[B].extension = ""
+    members = join([A, B])
+    assert f"--worker-extension-cls {EXTENSION}" in caplog.text
+    members.send(iter(WEIGHTS))
+    assert len(servers[B].weights) == 3
+
+
+def test_one_changed_element_changes_a_checksum_and_those_of_shards_add_up():
+    name, tensor = WEIGHTS[0]
+    assert has_checksum(name) and not has_checksum("model.norm.weight")
+    whole = checksum(tensor, torch.bfloat16)
+    assert whole == sum(checksum(shard, torch.bfloat16) for shard in tensor.chunk(3, dim=1))
+    moved = tensor.clone()
+    moved[1, 2] *= 1.01
+    assert checksum(moved, torch.bfloat16) != whole
+
+
+def test_buckets_hold_copies_of_every_tensor():
+    cut = list(buckets(iter(WEIGHTS), size=24))
+    assert [[name for name, _ in bucket] for bucket in cut] == [[WEIGHTS[0][0]], [WEIGHTS[1][0], WEIGHTS[2][0]]]
+    assert cut[0][0][1].data_ptr() != WEIGHTS[0][1].data_ptr()

@@ -1,0 +1,92 @@
+"""Several vLLM servers as one policy. A trajectory stays with the server that has its tokens in the prefix cache.
+
+    trajectory 1, turn 1 ─► server A ── turn 2 ─► server A ── A is lost ─► server B, from the trajectory's tokens
+    trajectory 2, turn 1 ─► server B (which has fewer trajectories) ...
+
+A request carries all tokens of its trajectory, so any server can go on where another one stopped. A server that was
+lost gets no more trajectories until the policy is opened again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Sequence
+
+from trl_search.policies.base import Policy
+from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy
+from trl_search.types import Completion, Sampling
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMServersPolicy(Policy):
+    """Spreads trajectories over several servers, and outlives all but the last of them.
+
+    Args:
+        servers (`Sequence[VLLMServerPolicy]`): One policy per server; their patience is how long a lost server holds
+            up its trajectories before the others take them over.
+
+    Example:
+        ```python
+        urls = ["http://gpu-1:8000", "http://gpu-2:8000"]
+        policy = VLLMServersPolicy([VLLMServerPolicy(url, patience_s=5) for url in urls])
+        ```
+    """
+
+    def __init__(self, servers: Sequence[VLLMServerPolicy]) -> None:
+        self._servers = list(servers)
+        self._well: list[VLLMServerPolicy] = []
+        # One coroutine is one trajectory.
+        self._homes: weakref.WeakKeyDictionary[asyncio.Task[object], VLLMServerPolicy] = weakref.WeakKeyDictionary()
+
+    async def open(self) -> None:
+        opened = await asyncio.gather(*(server.open() for server in self._servers), return_exceptions=True)
+        self._well, self._homes = [], weakref.WeakKeyDictionary()
+        for server, error in zip(self._servers, opened, strict=True):
+            if error is None:
+                self._well.append(server)
+            elif isinstance(error, ServerLost):
+                logger.warning("Going on without a server: %s", error)
+            else:
+                await self.close()
+                raise error
+        if not self._well:
+            await self.close()
+            raise ServerLost("; ".join(str(error) for error in opened))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(server.close() for server in self._servers))
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Completion:
+        while True:
+            server = self._home()
+            try:
+                return await server.generate(
+                    prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
+                )
+            except ServerLost as error:
+                if server in self._well:
+                    self._well.remove(server)
+                    logger.warning("%d servers go on without one: %s", len(self._well), error)
+                if not self._well:
+                    raise
+
+    def _home(self) -> VLLMServerPolicy:
+        """The server of the running trajectory; for a new one, and for one that lost its own, the least loaded."""
+        task = asyncio.current_task()
+        assert task is not None
+        home = self._homes.get(task)
+        if home is None or home not in self._well:
+            running = [self._homes[other] for other in list(self._homes) if not other.done()]
+            home = self._homes[task] = min(self._well, key=running.count)
+        return home

@@ -1,0 +1,43 @@
+"""Checksums of weights, which a vLLM server reads back after a sync. vLLM imports this file into its workers:
+
+    vllm serve MODEL --worker-extension-cls trl_search.policies.weight_checksums.WeightChecksums ...
+
+A checksum is the sum of a tensor's bit patterns: one changed element changes it, and under tensor parallelism the sums
+of the shards add up to that of the whole. Only matrices that vLLM keeps under their own names are summed: it fuses q,
+k and v, and gate and up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+EXTENSION = "trl_search.policies.weight_checksums.WeightChecksums"
+_SUMMED = ("o_proj.weight", "down_proj.weight")
+
+
+class WeightChecksums:
+    """What `--worker-extension-cls` adds to vLLM's worker; `/collective_rpc` calls it by the method's name."""
+
+    model_runner: Any
+
+    def weight_checksums(self) -> dict[str, int]:
+        """The checksums of this worker's share of the weights, by the name of the tensor."""
+        named = self.model_runner.model.named_parameters()
+        return {name: int(checksum(tensor, tensor.dtype)) for name, tensor in named if has_checksum(name)}
+
+
+def has_checksum(name: str) -> bool:
+    """Whether the tensor of that name is compared."""
+    return name.endswith(_SUMMED)
+
+
+def checksum(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of the bit patterns of `tensor` as `dtype`, an int64 on the tensor's device."""
+    import torch
+
+    whole = tensor.detach().to(dtype).contiguous()
+    bits = {2: torch.int16, 4: torch.int32}[whole.element_size()]
+    return whole.view(bits).sum(dtype=torch.int64)

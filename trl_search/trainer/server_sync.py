@@ -1,0 +1,193 @@
+"""Weights on their way from rank 0 to one or several vLLM servers, and the proof that they arrived.
+
+    named weights ─► buckets of 1 GiB ─► NCCL group of rank 0 and server 1's workers
+                                     └─► NCCL group of rank 0 and server 2's workers
+
+The weights are walked once, however many servers there are. Each server has an NCCL group of its own, so one that is
+lost leaves the others' groups whole; one that was restarted gets a new group, and joins again with the next weights.
+
+Proof: a server that runs with `--worker-extension-cls trl_search.policies.weight_checksums.WeightChecksums` reads back
+checksums of its tensors, which must equal those of what was sent, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+import torch
+from trl.generation.vllm_client import VLLMClient
+
+from trl_search.common.errors import UserError
+from trl_search.policies.vllm_server import server_start_time
+from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checksum
+
+logger = logging.getLogger(__name__)
+
+BUCKET_BYTES = 2**30
+# How long one of several servers may be silent before the others do without it.
+SEVERAL_PATIENCE_S = 5.0
+# NCCL waits without end for a peer that died; after this long the process ends instead.
+STUCK_S = 30.0
+# What a lost server looks like from TRL's client, which raises a bare Exception for an HTTP error.
+_LOST = (requests.RequestException, ConnectionError)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server that is in an NCCL group with rank 0, since the start of its process at `started_at`."""
+
+    client: Any  # VLLMClient
+    started_at: float | None
+    # The type of its weights, if it reads checksums back.
+    dtype: torch.dtype | None
+
+
+class WeightServers:
+    """The servers that rank 0 sends the weights to.
+
+    Args:
+        urls (`Sequence[str]`): Their addresses.
+        group_port (`int`): The first port of this host that NCCL groups may use.
+        device (`torch.device`): The GPU of rank 0.
+        patience_s (`float`): How long a server that does not answer is waited for, where there is only one.
+    """
+
+    def __init__(self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float) -> None:
+        self._urls, self._next_port, self._device = list(urls), group_port, device
+        self._first_patience_s = patience_s
+        self._patience_s = patience_s if len(urls) == 1 else SEVERAL_PATIENCE_S
+        self.members = {url: self._join(url, server_start_time(url, patience_s)) for url in urls}
+        if not all(member.dtype for member in self.members.values()):
+            logger.warning(
+                "The vLLM server does not read weights back, so a sync that goes wrong is not noticed: start it with "
+                "--worker-extension-cls %s",
+                EXTENSION,
+            )
+
+    @property
+    def started_at(self) -> dict[str, float | None]:
+        """Of each server that has the weights, when its process was started."""
+        return {url: member.started_at for url, member in self.members.items()}
+
+    def send(self, weights: Weights) -> None:
+        """Gives all servers the weights. Of several servers, those that do not answer are left out until they do.
+
+        Raises:
+            UserError: if no server is left, or one read back other weights than it was sent.
+        """
+        self._meet()
+        with contextlib.ExitStack() as updates:
+            clients = [member.client for member in self.members.values()]
+            for client in clients:
+                updates.enter_context(client.weight_update())
+            sent: dict[str, torch.Tensor] = {}
+            dtypes = {member.dtype for member in self.members.values() if member.dtype}
+            for bucket in buckets(weights):
+                metadata = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
+                for url, client in zip(self.members, clients, strict=True):
+                    with _ending_the_process_if_stuck(url):
+                        client.update_named_params(metadata, iter(bucket))
+                for name, tensor in bucket:
+                    if has_checksum(name):
+                        sent |= {f"{name} as {dtype}": checksum(tensor, dtype) for dtype in dtypes}
+        for url, member in list(self.members.items()):
+            member.client.reset_prefix_cache()
+            if member.dtype is not None:
+                self._compare(url, member, sent)
+
+    def _meet(self) -> None:
+        """Leaves out servers that do not answer, and lets those that were restarted join again."""
+        problems = []
+        for url in self._urls:
+            try:
+                started_at = server_start_time(url, self._patience_s)
+                if url in self.members and self.members[url].started_at == started_at:
+                    continue
+                logger.warning("The vLLM server at %s was restarted, and gets the weights anew.", url)
+                self.members[url] = self._join(url, started_at)
+            except (UserError, *_LOST) as error:
+                problems.append(str(error))
+                if self.members.pop(url, None):
+                    logger.warning("The vLLM server at %s is left out until it answers again: %s", url, error)
+        if not self.members:
+            raise UserError("; ".join(problems))
+
+    def _join(self, url: str, started_at: float | None) -> Member:
+        client = VLLMClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)
+        self._next_port += 1
+        client.init_communicator(device=self._device)
+        return Member(client, started_at, _checked_dtype(client.get_server_info()))
+
+    def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
+        workers = member.client._post(f"{url}/collective_rpc", json={"method": "weight_checksums"})["results"]
+        found = {name: sum(worker.get(name, 0) for worker in workers) for name in workers[0]}
+        expected = {
+            name.removesuffix(suffix): int(value)
+            for suffix in [f" as {member.dtype}"]
+            for name, value in sent.items()
+            if name.endswith(suffix)
+        }
+        wrong = [name for name, value in expected.items() if name in found and found[name] != value]
+        if wrong or not found.keys() & expected.keys():
+            raise UserError(
+                f"the vLLM server at {url} does not have the weights that it was sent ("
+                f"{', '.join(wrong[:3]) or 'none of its tensors is among them'}): does it serve the model that is "
+                "trained? Start it again, then resume from the last checkpoint"
+            )
+
+
+def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Cuts the walk into lists of about `size` bytes. The tensors are copies: the walk lets go of what it gathered."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    taken = 0
+    for name, tensor in weights:
+        bucket.append((name, tensor.clone()))
+        taken += tensor.nbytes
+        if taken >= size:
+            yield bucket
+            bucket, taken = [], 0
+    if bucket:
+        yield bucket
+
+
+def _checked_dtype(info: dict[str, Any]) -> torch.dtype | None:
+    """The type of a server's weights, if it reads their checksums back and they are those that are sent."""
+    extension = info.get("parallel_config", {}).get("worker_extension_cls")
+    model = info.get("model_config", {})
+    dtype = getattr(torch, str(model.get("dtype")).removeprefix("torch."), None)
+    return dtype if extension == EXTENSION and not model.get("quantization") else None
+
+
+@contextlib.contextmanager
+def _ending_the_process_if_stuck(url: str) -> Iterator[None]:
+    """A server that dies while it receives weights leaves rank 0 inside NCCL, where no exception reaches it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(STUCK_S):
+            try:
+                requests.get(f"{url}/health", timeout=STUCK_S)
+            except requests.RequestException as error:
+                print(
+                    f"the vLLM server at {url} died while it received weights ({error}): start it again, then resume "
+                    "from the last checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+    threading.Thread(target=watch, name="weights-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
