@@ -19,6 +19,19 @@ from trl_search.data.world import World, generate_world
 from trl_search.retrieval import Retriever, load_retriever
 
 
+@pytest.fixture(autouse=True)
+def visible_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test marked `gpu` sees one device, on hosts with several too, and so do the processes that it starts.
+
+    Left with several, transformers' Trainer would wrap the model in `nn.DataParallel`, which TRL refuses.
+    """
+    if request.node.get_closest_marker("gpu") and torch.cuda.device_count() > 1:
+        torch.cuda.init()  # first, with all devices: this process reads the environment once
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        all_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", all_devices.split(",")[0])
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     from tools.tiny_policy.tokenizer import make_tokenizer

@@ -2,6 +2,8 @@
 
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
     accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP
+    accelerate launch ... -m tests.support.vllm_gpu_run sharded FOLDER full|merged|adapter  # the same under FSDP2
+    python -m tests.support.vllm_gpu_run servers FOLDER URL,URL,PID    # four steps; the second is killed after one
 
 Each writes what it saw to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the logprobs that
 the engine gave for what it sampled and the trainer's own for the same tokens.
@@ -10,7 +12,9 @@ the engine gave for what it sampled and the trainer's own for the same tokens.
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.data.world import generate_world
@@ -131,6 +135,40 @@ def colocate(folder: Path, kind: str) -> None:
         (folder / f"{kind}-resumed.json").write_text(json.dumps(seen(trainer)))
 
 
+def sharded(folder: Path, kind: str) -> None:
+    """Every rank writes FOLDER/<kind>-<steps>-<rank>.json: two steps, and when it is run again two more."""
+    options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
+    options["vllm_engine_options"] = {"enforce_eager": True, "dtype": "bfloat16"}
+    run = folder / f"run-{kind}"
+    checkpoint = run / "checkpoint-2"
+    steps = 4 if checkpoint.exists() else 2
+    trainer = make_trainer(run, steps, kind != "full", **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if steps == 4 else None)
+    result = seen(trainer)
+    trainer.save_model(str(run / "saved"))
+    (folder / f"{kind}-{steps}-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+class KillAfterOneStep(TrainerCallback):
+    """Kills a server, with all its processes, between the first step and the second."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def servers(folder: Path, where: str) -> None:
+    *urls, pid = where.split(",")
+    trainer = make_trainer(folder / "run-servers", 4, False, vllm_mode="server", vllm_server_base_url=urls)
+    trainer.add_callback(KillAfterOneStep(int(pid)))
+    trainer.train()
+    result = {**seen(trainer), "serving": list(trainer.vllm_generation._serving)}
+    (folder / "servers.json").write_text(json.dumps(result))
+
+
 def server(folder: Path, url: str) -> None:
     trainer = make_trainer(folder / "run-server", 2, False, vllm_mode="server", vllm_server_base_url=url)
     trainer.train()
@@ -140,4 +178,4 @@ def server(folder: Path, url: str) -> None:
 
 if __name__ == "__main__":
     mode, where, what = sys.argv[1:]
-    {"colocate": colocate, "server": server}[mode](Path(where), what)
+    {"colocate": colocate, "server": server, "servers": servers, "sharded": sharded}[mode](Path(where), what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -14,16 +15,21 @@ import pytest
 import torch
 
 from trl_search.policies.tiny import tiny_policy_path
+from trl_search.policies.weight_checksums import EXTENSION
 
 pytestmark = pytest.mark.timeout(600)
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 # Two bf16 forwards of the same weights through different kernels.
 NOISE = 0.05
 
 
-def run(*command):
+def environment(**more):
+    """Of the processes that a test starts: as many devices as its mark names."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **more}
+
+
+def run(*command, **more):
     line = [sys.executable, "-m", *command]
-    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(line, env=environment(**more), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
@@ -47,33 +53,97 @@ def check(disagreement):
     assert disagreement["untrained"] > 2 * disagreement["trainer"]
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+LAUNCH = (
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+    "--mixed_precision",
+    "bf16",
+)
+FSDP2 = (
+    *(
+        "--mixed_precision",
+        "bf16",
+        "--use_fsdp",
+        "--fsdp_version",
+        "2",
+        "--fsdp_auto_wrap_policy",
+        "TRANSFORMER_BASED_WRAP",
+    ),
+    *("--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"),
+)
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_server_serves_the_rollouts_of_two_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()),
-        *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
-        *("--gpu-memory-utilization", "0.1", "--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16"),
-        *("--weight-transfer-config", '{"backend": "nccl"}'),
-    ]
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    log = (tmp_path / "serve.log").open("w")
-    serve = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+@TWO_GPUS
+@pytest.mark.parametrize("kind", ["full", "merged", "adapter"])
+def test_sharded_weights_reach_the_engines_and_training_resumes(kind, tmp_path):
+    for steps in (2, 4):
+        run(*LAUNCH, *FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), kind)
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{kind}-{steps}-{rank}.json").read_text())
+            assert found["step"] == steps
+            check(found["disagreement"])
+    assert list((tmp_path / f"run-{kind}" / "saved").glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def serving(folder, count):
+    """`vllm serve` on GPU 1, `count` times; the addresses and the processes, each the leader of a group."""
+    processes, urls = [], []
+    for number in range(count):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()),
+            *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
+            *("--gpu-memory-utilization", "0.1", "--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16"),
+            *("--weight-transfer-config", '{"backend": "nccl"}', "--worker-extension-cls", EXTENSION),
+        ]
+        log = (folder / f"serve-{number}.log").open("w")
+        on_gpu_1 = environment(CUDA_VISIBLE_DEVICES="1", VLLM_SERVER_DEV_MODE="1")
+        processes.append(
+            subprocess.Popen(command, env=on_gpu_1, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        )
+        urls.append(f"http://127.0.0.1:{port}")
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", serve, tmp_path / "serve.log")
-        launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-        run(*launch, "-m", "tests.support.vllm_gpu_run", "server", str(tmp_path), f"http://127.0.0.1:{port}")
+        for number, url in enumerate(urls):
+            wait_for(f"{url}/health", processes[number], folder / f"serve-{number}.log")
+        yield urls, processes
     finally:
-        serve.terminate()
-        serve.wait(timeout=60)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=60)
+
+
+@pytest.mark.multi_gpu
+@TWO_GPUS
+def test_a_server_serves_the_rollouts_of_two_ranks(tmp_path):
+    with serving(tmp_path, 1) as (urls, _):
+        run(*LAUNCH, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "server", str(tmp_path), urls[0])
     results = [json.loads((tmp_path / f"server-{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         assert result["processes"] == 2 and result["step"] == 2
         assert max(result["searches"]) > 0
         check(result["disagreement"])
+
+
+@pytest.mark.multi_gpu
+@TWO_GPUS
+def test_training_outlives_one_of_two_servers(tmp_path):
+    """Both read the checksums of their weights back after each sync, so wrong weights would end the run."""
+    with serving(tmp_path, 2) as (urls, processes):
+        what = f"{urls[0]},{urls[1]},{processes[1].pid}"
+        run("tests.support.vllm_gpu_run", "servers", str(tmp_path), what, CUDA_VISIBLE_DEVICES="0")
+        assert processes[1].wait(timeout=60) != 0
+    result = json.loads((tmp_path / "servers.json").read_text())
+    assert result["step"] == 4 and len(result["searches"]) == 4 and result["serving"] == urls[:1]
+    check(result["disagreement"])
 
 
 def wait_for(url, process, log):
