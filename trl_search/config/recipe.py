@@ -69,7 +69,7 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str)
 
 def _check_command(path: Path, command: str) -> None:
     """A recipe that ships is for one of two commands; its keys would be unknown to the other."""
-    its = "sft" if path.stem.startswith("sft_") else "train"
+    its = "sft" if "sft" in path.stem.split("_") else "train"
     shipped = shipped_recipes().get(path.stem)
     if shipped is not None and shipped.samefile(path) and command != its:
         raise UserError(f"{path.stem} is a recipe of another command: trl-search {its} {path.stem}")

@@ -133,8 +133,9 @@ class ColdStartArguments:
 
 
 _TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")
-# What defines an attempt, beside the agent; a change of the other keys leaves a collection as good as it was.
-_DEFINING = (*_TASK_KEYS, "temperature", "top_p")
+# What defines an attempt, beside the agent and the questions themselves; a change of the other keys leaves a collection
+# as good as it was, and so does a file of questions that was moved.
+_DEFINING = (*_TASK_KEYS[1:], "temperature", "top_p")
 
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
