@@ -133,8 +133,8 @@ class ColdStartArguments:
 
 
 _TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")
-# What defines an attempt, beside the agent and the questions themselves; a change of the other keys leaves a collection
-# as good as it was, and so does a file of questions that was moved.
+# What defines an attempt, beside the agent and the questions themselves. A change of other keys leaves a collection as
+# good as it was, and so does another place of the file of questions.
 _DEFINING = (*_TASK_KEYS[1:], "temperature", "top_p")
 
 
