@@ -54,7 +54,16 @@ def run_chain(args: argparse.Namespace) -> None:
     model = args.sft_model or str(folder / "sft")
     if not args.sft_model:
         collection = ["--collection", str(kit / "collection"), "--questions", str(kit / "train.jsonl"), *index]
-        options = ["--model_name_or_path", args.model, "--seed", str(args.seed), "--output_dir", model, *collection]
+        # The recipe's seed belongs to the collection; the chain's own decides the order of the rows.
+        options = [
+            "--model_name_or_path",
+            args.model,
+            "--data_seed",
+            str(args.seed),
+            "--output_dir",
+            model,
+            *collection,
+        ]
         step(folder / "sft.log", Path(model) / "config.json", ["sft", args.sft_recipe, *options])
         evaluate(model, folder / "eval_sft", kit, args, ["search"])
     options = ["--model_name_or_path", model, "--seed", str(args.seed), "--output_dir", str(folder / "grpo"), *index]

@@ -181,7 +181,7 @@ def commands(path: Path, *names: str) -> list[list[str]]:
 
 @each_recipe
 def test_its_batch_is_within_what_is_known_to_be_stable(path: Path) -> None:
-    """FIELD.md §3 and §9: ten optimizer steps a batch collapse; top_p below 1 makes log-probs wrong."""
+    """Ten optimizer steps per batch collapse (Search-R1); top_p below 1 makes log-probs wrong."""
     task, config, model = parse(str(path))
     assert config.steps_per_generation * config.num_iterations <= 2 * config.gradient_accumulation_steps
     assert (config.temperature, config.top_p, config.top_k or 0, config.min_p or 0) == (1.0, 1.0, 0, 0)

@@ -113,7 +113,7 @@ def test_normalize_by_hand(text: str, normalized: str) -> None:
     assert normalize_answer(text) == normalized
 
 
-# By hand from the rule (FIELD.md §4): lower-case, delete ASCII punctuation, articles to spaces, collapse white space.
+# By hand from SQuAD's rule: lower-case, delete ASCII punctuation, articles to spaces, collapse white space.
 ADVERSARIAL = [
     # articles: whole words only, anywhere, and after the punctuation has gone
     ("The Beatles", "Beatles", True),

@@ -25,7 +25,7 @@ from trl_search.types import Completion, FinishReason, StopReason, Trajectory
 @pytest.mark.parametrize(
     ("text", "family"),
     [
-        # The seed's own four.
+        # The four that Shin's article names.
         ("Think again.", "think again"),
         ("I should re-verify the date", "re-verify"),
         ("let’s reconsider", "reconsider"),
