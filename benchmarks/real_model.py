@@ -55,22 +55,16 @@ def run_chain(args: argparse.Namespace) -> None:
     if not args.sft_model:
         collection = ["--collection", str(kit / "collection"), "--questions", str(kit / "train.jsonl"), *index]
         # The recipe's seed belongs to the collection; the chain's own decides the order of the rows.
-        options = [
-            "--model_name_or_path",
-            args.model,
-            "--data_seed",
-            str(args.seed),
-            "--output_dir",
-            model,
-            *collection,
-        ]
-        step(folder / "sft.log", Path(model) / "config.json", ["sft", args.sft_recipe, *options])
-        evaluate(model, folder / "eval_sft", kit, args, ["search"])
+        options = ["--model_name_or_path", args.model, "--data_seed", str(args.seed), "--output_dir", model]
+        sft_options = [part for option in args.sft_options for part in f"--{option}".split("=", 1)]
+        command = ["sft", args.sft_recipe, *options, *collection, *sft_options]
+        step(folder / "sft.log", Path(model) / "config.json", command)
     options = ["--model_name_or_path", model, "--seed", str(args.seed), "--output_dir", str(folder / "grpo"), *index]
     options += ["--questions", str(kit / "train.jsonl"), "--max_steps", str(args.steps)]
     options += ["--eval_questions", ",".join(str(kit / "eval" / f"{name}.jsonl") for name in SETS)]
     step(folder / "grpo.log", folder / "grpo" / "results.json", ["train", args.recipe, *options, *args.options])
     evaluate(str(folder / "grpo"), folder / "eval_grpo", kit, args, ["search"])
+    evaluate(model, folder / "eval_sft", kit, args, ["search"])
 
 
 def evaluate(
@@ -196,6 +190,7 @@ def main() -> None:
     chain.add_argument("--sft_model", help="a policy that has had its cold start: none is trained")
     chain.add_argument("--protocol", default="search_r1", help="of the model as it is")
     chain.add_argument("--backend", default="vllm")
+    chain.add_argument("--sft_options", nargs="*", default=[], help="more options of trl-search sft: NAME=VALUE")
     chain.add_argument("options", nargs="*", help="behind --: more options of trl-search train")
     chain.set_defaults(do=run_chain)
     table = commands.add_parser("report", help="the table of all chains")

@@ -118,7 +118,7 @@ def test_messages_in_trls_other_shapes() -> None:
         (["<answer>Lyon</answer><|im_end|>\n"], 1.0),
         (["So: <answer>Lyon</answer>"], 1.0),
         ([CALL, "…", CALL + "<|im_end|>", "…", ANSWER], 1.0),  # qwen_tools, qwen_inline
-        (["<tool_call> where is Mira </tool_call>", "…", ANSWER], 1.0),  # a bare query, as Shin's inference script takes it
+        (["<tool_call> where is Mira </tool_call>", "…", ANSWER], 1.0),  # Shin's bare query
         (["<think> a </think><search> b </search>", "…", "<think> c </think>" + ANSWER], 1.0),  # search_r1
         # An answer, but malformed.
         (["<answer>Lyon</answer> that is it"], 0.5),
