@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from tests.support.miniatures import miniature
 from trl_search.common.errors import UserError
 from trl_search.data.scripted_players import scripted_trajectories
 from trl_search.data.world import World
@@ -18,7 +19,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval import Retriever
 from trl_search.rewards.answers import exact_match
-from trl_search.trainer.sft import SearchSFTConfig, fine_tune, sft_dataset, train, warm_start
+from trl_search.trainer.sft import SearchSFTConfig, fine_tune, sft_dataset, sft_rows, train, warm_start
 from trl_search.types import Answer, StopReason, Trajectory
 
 
@@ -171,3 +172,23 @@ def test_fine_tune_says_when_there_is_nothing_to_learn(
 ) -> None:
     with pytest.raises(UserError, match="none of 0 trajectories"):
         fine_tune(random_model, tokenizer, [], output_dir=str(tmp_path), steps=1, learning_rate=1e-3)
+
+
+def test_a_model_that_would_mix_trajectories_is_padded(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = sft_rows([((1, 2, 3), (4, 5, 6), (1, 0, 1))] * 2)
+    config = SearchSFTConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    for family, said in (("mistral", "padding_free is off for MistralForCausalLM"), ("qwen2", "")):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="trl_search"):
+            train(miniature(family, vocab_size=len(tokenizer)), tokenizer, rows, config)
+        assert said in caplog.text and bool(said) == ("padding_free" in caplog.text)
+
+
+def test_tags_cannot_be_initialised_in_a_base_that_is_not_saved(
+    tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = SearchSFTConfig(str(tmp_path), initialise_tags=True, merge_adapter=False, use_cpu=True, bf16=False)
+    with pytest.raises(UserError, match="set merge_adapter: true"):
+        train(random_model, tokenizer, sft_rows([((1,), (2,), (1,))]), config, peft_config=LoraConfig(r=2))

@@ -79,6 +79,13 @@ class SearchGRPOConfig(GRPOConfig):
             "choices": list(PROTOCOLS),
         },
     )
+    eos_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "The token that ends the assistant's turn, if the tokenizer names another: <|im_end|> for a base "
+            "model with a ChatML template. It is saved with the model."
+        },
+    )
     instruction: str | None = field(
         default=None, metadata={"help": "Text put before each question. Default: the protocol's own. '': none."}
     )

@@ -1,4 +1,9 @@
-"""Loads a model and its tokenizer from a name that a user typed, and says what is wrong with it."""
+"""Loads models and tokenizers from a name that a user typed, and says what is wrong with it.
+
+- `load_tokenizer`: every tokenizer of the package comes from here;
+- `load_model`: a model that answers questions (evaluation, chat), an adapter's folder included;
+- `load_base`: a model that is trained, by the keys of TRL's `ModelConfig`.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,72 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
+from trl_search.policies.tiny import tiny_policy_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub or in a folder; an adapter's folder without one has its base model's."""
+def base_name(model_config: ModelConfig) -> str:
+    """What `from_pretrained` takes: `tiny` is a folder of this package."""
+    if not model_config.model_name_or_path:
+        raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
+    return tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, eos_token: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model on the hub or in a folder; an adapter's folder without one has its base model's.
+
+    Args:
+        revision (`str`, *optional*): That of the model: a branch, a tag or a commit.
+        eos_token (`str`, *optional*): The token that ends the assistant's turn, where the tokenizer names another: the
+            `<|im_end|>` of a base model with a ChatML template.
+
+    Raises:
+        UserError: if there is no tokenizer of that name, or no such token in it.
+    """
     name = model_source(name)
     adapter = read_adapter(Path(name))
     if adapter is not None and not (Path(name) / "tokenizer_config.json").is_file():
         name = adapter["base_model_name_or_path"]
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
     except (OSError, ValueError) as error:
         raise _unusable(name, "tokenizer", error) from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(f"eos_token={eos_token!r} is no token of {name}: give the one that ends a turn")
+        tokenizer.eos_token = eos_token
     return tokenizer
+
+
+def load_base(name: str, model_config: ModelConfig, config: Any) -> PreTrainedModel:
+    """Loads the model that is trained, or another in its place and in its manner: a teacher, a warm start.
+
+    Args:
+        config ([`~trl.GRPOConfig`] or [`~trl.SFTConfig`]): `model_init_kwargs` and `trust_remote_code` are read.
+    """
+    options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
+    if isinstance(config.model_init_kwargs, dict):
+        options |= config.model_init_kwargs
+    if name == base_name(model_config):
+        options["revision"] = model_config.model_revision
+    if model_config.attn_implementation:
+        options["attn_implementation"] = model_config.attn_implementation
+    return _pretrained(model_source(name), trust_remote_code=config.trust_remote_code, **options)
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> PreTrainedModel:
@@ -50,11 +102,15 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
         raise UserError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{device} was asked for, and torch finds no GPU here: use cpu")
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise _unusable(name, "model", error) from error
-    return model.to(target).eval()  # type: ignore[arg-type]
+    return _pretrained(name, dtype=dtype).to(target).eval()  # type: ignore[arg-type]
+
+
+def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
+    """The adapter that is trained, on every linear layer unless it says otherwise; `None` if all weights are."""
+    adapter: Any = get_peft_config(model_config)
+    if adapter is not None and not adapter.target_modules:
+        adapter.target_modules = "all-linear"
+    return adapter
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
@@ -84,6 +140,14 @@ def model_source(name: str) -> str:
     return name
 
 
+def _pretrained(name: str, **options: Any) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _unusable(name, "model", error) from error
+    return model
+
+
 def _number(folder: Path) -> int:
     found = re.search(r"(\d+)$", folder.name)
     return int(found[1]) if found else -1
@@ -91,6 +155,11 @@ def _number(folder: Path) -> int:
 
 def _unusable(name: str, what: str, error: Exception) -> UserError:
     said = " ".join(str(error).split())[:400]
+    if said.startswith("Unrecognized configuration class"):
+        return UserError(
+            f"{name} is no causal language model ({said[:120]} ...): vision-language and encoder-decoder checkpoints "
+            "cannot be trained here; give a text-only model of the family"
+        )
     return UserError(
         f"the {what} of {name} cannot be loaded: give a folder, a model of the hub (owner/name), or 'tiny'. "
         f"transformers says: {said}"

@@ -56,9 +56,9 @@ from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.inputs import (
     RewardSpec,
-    load_tokenizer,
     refuse_what_rollouts_cannot_do,
     resolve_specs,
+    tokenizer_of,
     with_prompts,
 )
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
@@ -148,7 +148,7 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         rewards = [] if reward_funcs is None else resolve_specs(reward_funcs)
         if environment is not None:
             refuse_what_rollouts_cannot_do(args, kwargs)
-            processing_class = processing_class or load_tokenizer(model, args)
+            processing_class = processing_class or tokenizer_of(model, args)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             if isinstance(eval_dataset, dict):

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.policies.loading import load_tokenizer
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns, resolve_rewards
 from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
@@ -27,13 +28,16 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
     return [spec if model else next(functions) for spec, model in zip(listed, is_model, strict=True)]
 
 
-def load_tokenizer(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's folder."""
+def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder or repository, of the same revision."""
     name = model if isinstance(model, str) else model.config._name_or_path
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, padding_side="left", truncation_side="left", trust_remote_code=args.trust_remote_code
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return load_tokenizer(
+        name,
+        revision=options.get("revision"),
+        trust_remote_code=args.trust_remote_code,
+        eos_token=args.eos_token,
     )
-    return tokenizer
 
 
 def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -37,7 +36,7 @@ from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
-from trl_search.policies.base_model import adapter_config, base_name, load_base
+from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.folder import AFTER_ROW, BEST_ROW, INFO_FILE
 from trl_search.records.report.figures import draw_curves
@@ -84,12 +83,11 @@ def run_training(
                 f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
             )
     model = load_base(name, model_config, config)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+    tokenizer = load_tokenizer(
         name,
-        revision=model_config.model_revision,
-        padding_side="left",
-        truncation_side="left",
+        revision=model_config.model_revision if name == base_name(model_config) else None,
         trust_remote_code=config.trust_remote_code,
+        eos_token=config.eos_token,
     )
     measured = _measured_before(folder) if checkpoint else {}
     baselines = list(arguments.baselines)

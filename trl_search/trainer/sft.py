@@ -32,6 +32,7 @@ from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import StepLines
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
+from trl_search.trainer.loss.attention import why_not_padding_free
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,10 @@ class SearchSFTConfig(SFTConfig):
         max_length (`int`, *optional*):
             Longer trajectories are left out, where TRL cuts them at 1,024 tokens: half of one teaches no ending.
         padding_free (`bool`, *optional*, defaults to `True`):
-            Most trajectories are far shorter than the longest: padded, they would cost three times as much.
+            Most trajectories are far shorter than the longest: padded, they would cost three times as much. Models
+            that would mix the trajectories of such a batch (sliding windows, hybrid layers) are padded all the same.
+        initialise_tags (`bool`, *optional*, defaults to `False`):
+            Give the protocol's tags embeddings where the checkpoint's were never trained.
         merge_adapter (`bool`, *optional*, defaults to `True`):
             Save a LoRA adapter merged into the model.
     """
@@ -56,6 +60,13 @@ class SearchSFTConfig(SFTConfig):
     )
     padding_free: bool = field(
         default=True, metadata={"help": "Concatenate the trajectories of a batch in place of padding them."}
+    )
+    initialise_tags: bool = field(
+        default=False,
+        metadata={
+            "help": "Give tags such as <tool_call> the mean embedding of their text if the checkpoint's were never "
+            "trained; the start of a run says so."
+        },
     )
     merge_adapter: bool = field(
         default=True,
@@ -86,6 +97,13 @@ def train(
     # Rows that are too long have been left out: TRL would cut them, or warn that it does not where nothing is padded.
     config = copy.copy(config)
     config.max_length = None
+    if config.padding_free and (reason := why_not_padding_free(model)):
+        logger.warning("padding_free is off for %s: %s", type(model).__name__, reason)
+        config.padding_free = False
+    if peft_config is not None and config.initialise_tags and not config.merge_adapter:
+        raise UserError(
+            "initialise_tags changes the base model, which merge_adapter: false does not save: set merge_adapter: true"
+        )
     rows = rows.select_columns(["input_ids", "assistant_masks"])
     if peft_config is not None and config.merge_adapter and is_deepspeed_zero3_enabled():
         raise UserError(

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Two rows closer than this share of their length are the same. In trained vocabularies no two rows are.
 _SAME = 0.1
+# How far initialised rows are moved in random directions, as a share of their length.
+_APART = 0.3
 _CHUNK_ROWS = 16_384
 
 
@@ -80,7 +82,10 @@ def initialise_tags(model: PreTrainedModel, protocol: Protocol) -> list[str]:
         for tag, token in tags.items():
             # In two parts, so that the tokenizer does not find the tag itself.
             pieces = [*protocol.encode(tag[:1]), *protocol.encode(tag[1:])]
-            rows_VD[token] = rows_VD[pieces].float().mean(dim=0).to(rows_VD.dtype)
+            mean_D = rows_VD[pieces].float().mean(dim=0)
+            # An opening and a closing tag differ in one piece, which is too little where a tag has many.
+            noise_D = torch.randn(mean_D.shape, generator=torch.Generator().manual_seed(token)).to(mean_D)
+            rows_VD[token] = (mean_D + _APART * mean_D.norm() * noise_D / noise_D.norm()).to(rows_VD.dtype)
     if tags:
         logger.info("Initialised the embeddings of %s from their text", ", ".join(tags))
     return list(tags)

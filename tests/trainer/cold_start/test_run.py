@@ -20,9 +20,11 @@ from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.agent import read_settings
 from trl_search.policies.tiny import tiny_policy_path
+from trl_search.protocols import load_protocol
 from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
 from trl_search.trainer.cold_start.run import ColdStartArguments
 from trl_search.trainer.cold_start.select import KEPT
+from trl_search.trainer.tag_rows import tag_ids, untrained_tags
 
 ROOT = Path(__file__).parents[3]
 GOLD = "Mira Talvane"
@@ -201,3 +203,23 @@ def test_every_key_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     for key in dataclasses.fields(ColdStartArguments):
         assert f"--{key.name} " in shown and key.metadata["help"], key.name
+
+
+def test_tags_that_were_never_trained_are_initialised_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = weights(tiny_policy_path())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
+    protocol = load_protocol("qwen_tools", tokenizer)
+    call = [tag_ids(protocol)[tag] for tag in ("<tool_call>", "</tool_call>")]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[call] = model.get_input_embeddings().weight[50].clone()
+    model.save_pretrained(tmp_path / "coder")
+    tokenizer.save_pretrained(tmp_path / "coder")
+    options = {"model_name_or_path": tmp_path / "coder", "questions": "world", "teacher": "scripts", "max_steps": 1}
+    with caplog.at_level("WARNING"):
+        sft(tmp_path / "plain", **options)
+    assert "were never trained: <tool_call>" in caplog.text
+    assert untrained_tags(weights(tmp_path / "plain"), protocol).keys() == {"<tool_call>", "</tool_call>"}
+    sft(tmp_path / "initialised", **options, initialise_tags="true")
+    assert untrained_tags(weights(tmp_path / "initialised"), protocol) == {}

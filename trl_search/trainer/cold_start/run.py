@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
@@ -28,14 +28,16 @@ from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
 from trl_search.data.world import generate_world
 from trl_search.policies.base import Policy
-from trl_search.policies.base_model import adapter_config, base_name, load_base
+from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
+from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
 from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
+from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Sampling
 
 
@@ -142,8 +144,11 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     """Runs a recipe of `trl-search sft` to its end. Returns the folder of the model, or that of the collection."""
     refuse_quantization(model_config)
     name = base_name(model_config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=model_config.model_revision, trust_remote_code=config.trust_remote_code
+    tokenizer = load_tokenizer(
+        name,
+        revision=model_config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        eos_token=config.eos_token,
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
     if arguments.teacher == "scripts" and arguments.questions == "world":
@@ -154,6 +159,10 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
     model = load_base(name, model_config, config)
+    protocol = protocol_of(arguments.agent, tokenizer, (SEARCH_TOOL,))
+    if config.initialise_tags:
+        initialise_tags(model, protocol)
+    warn_of_untrained_tags(model, protocol)
     train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
     if PartialState().is_main_process:
         with written_whole(Path(f"{config.output_dir}/{SETTINGS_FILE}")) as file:
@@ -253,7 +262,7 @@ def _policy(
     if teacher.startswith(("http://", "https://")):
         check_server_tokenizer(teacher, tokenizer)
         return VLLMServerPolicy(teacher)
-    theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=config.trust_remote_code)
+    theirs = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{teacher} has another tokenizer than the model that is trained, so its tokens mean something else: take "

@@ -1,0 +1,40 @@
+"""Tokenizers and models by name: revisions and end tokens are passed on, what cannot be loaded is named."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from trl import ModelConfig
+
+from tests.support.scripted_trainer import config
+from trl_search.common.errors import UserError
+from trl_search.policies.loading import load_base, load_model, load_tokenizer
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.trainer.inputs import tokenizer_of
+
+
+def test_the_end_of_a_turn_can_be_set():
+    """A base model with a ChatML template: its tokenizer names the end of a text, and its template another token."""
+    plain = load_tokenizer(tiny_policy_path())
+    assert load_tokenizer(tiny_policy_path(), eos_token=plain.pad_token).eos_token_id == plain.pad_token_id
+    with pytest.raises(UserError, match=r"eos_token='<\|nope\|>' is no token of .*give the one that ends a turn"):
+        load_tokenizer(tiny_policy_path(), eos_token="<|nope|>")
+
+
+def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: asked.append((name, options)))
+    tokenizer_of("me/model", config(tmp_path, model_init_kwargs={"revision": "v2"}))
+    tokenizer_of("me/model", config(tmp_path))
+    assert [(name, options["revision"]) for name, options in asked] == [("me/model", "v2"), ("me/model", "main")]
+
+
+def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):
+    small = T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(small).save_pretrained(tmp_path / "t5")
+    for load in (
+        lambda: load_model(str(tmp_path / "t5")),
+        lambda: load_base(str(tmp_path / "t5"), ModelConfig(str(tmp_path / "t5")), config(tmp_path)),
+    ):
+        with pytest.raises(UserError, match=r"t5 is no causal language model .*give a text-only model"):
+            load()
