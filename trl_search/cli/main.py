@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trl_search.cli.commands
-from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.errors import Explained, unknown_name
 
 # The order of a first day; commands not named here follow by name.
 ORDER = ("train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
@@ -34,17 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only in front of the command: behind it, `--debug` is a key of transformers' TrainingArguments.
     while arguments[:1] == ["--debug"]:
         debug, arguments = True, arguments[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if arguments[0] == "--version":
-        print(trl_search.__version__)
-        return 0
-    name, *rest = arguments
+    name, *rest = arguments or ["help"]
     try:
-        status = run_command(name, rest)
-        sys.stdout.flush()
-        return status
+        try:
+            return run_command(name, [with_underscores(word) for word in rest])
+        finally:  # argparse leaves by SystemExit, with its help still in the buffer
+            sys.stdout.flush()
     except KeyboardInterrupt:
         if debug:
             raise
@@ -64,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, argv: list[str]) -> int:
     """Imports the module of a command and runs it."""
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(trl_search.__version__)
+        return 0
     names = command_names()
     if name not in names:
         raise unknown_name("command", name, names)
@@ -77,6 +78,19 @@ def run_command(name: str, argv: list[str]) -> int:
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(argv)))
+
+
+def with_underscores(word: str) -> str:
+    """An option as it is declared: `--top-k` and `--top_k` are the same one.
+
+    Example:
+        >>> with_underscores("--retriever-options={}"), with_underscores("--no-evaluate"), with_underscores("a-b")
+        ('--retriever_options={}', '--no_evaluate', 'a-b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def overview() -> str:
@@ -105,24 +119,12 @@ def command_names() -> list[str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone helps: what this package raised on purpose, or a path that is not there.
+    """Whether the message alone helps: an error that explains itself, or a path that cannot be opened.
 
-    A `ValueError` counts where the innermost frame is ours: from the depths of torch it is a bug, and wants its
-    traceback.
+    Anything else is a bug, and its traceback is needed.
     """
-    if isinstance(error, (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-        return True
-    # By name: whoever did not search has not imported it.
-    deliberate = isinstance(error, ValueError) or "RetrievalError" in (one.__name__ for one in type(error).__mro__)
-    missing_extra = isinstance(error, ImportError) and error.name is None
-    return (deliberate or missing_extra) and _raised_by_us(error)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "trl_search"
+    paths = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, (Explained, *paths))
 
 
 def _message(error: BaseException) -> str:

@@ -1,24 +1,42 @@
-"""`UserError`: what was asked for cannot be done. The message says why, and what to change."""
+"""Errors that explain themselves: the command line prints their message alone, and every other with its traceback.
+
+    Explained                   the message names the cause and the remedy
+      UserError                 what the user gave is wrong: a file, a recipe, a dataset, a name
+      RetrievalError            what searches failed (retrieval/base.py)
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# Names that fit into one line of a terminal or two.
+_FEW = 30
 
 
-class UserError(ValueError):
-    """A mistake in what the user gave: a file, a recipe, a dataset, a name. The command line prints its message alone,
-    without a traceback, so the message names the cause and the remedy."""
+class Explained(Exception):
+    """An error whose message is enough to put it right."""
+
+
+class UserError(Explained, ValueError):
+    """A mistake in what the user gave. The message names the cause and the remedy."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist: what exists, and the nearest of it.
+    """The error for a name that does not exist: the nearest that do, or all where they are few.
 
     Example:
         >>> raise unknown_name("reward", "fromat", ["em", "f1", "format"])
         UserError: unknown reward 'fromat': did you mean 'format'? There are: em, f1, format.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f": did you mean {nearest[0]!r}?" if nearest else "."
-    return UserError(f"unknown {kind} {name!r}{hint} There are: {', '.join(names)}.")
+    nearest = difflib.get_close_matches(name, names, n=1 if len(names) <= _FEW else 3, cutoff=0.5)
+    hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
+    return UserError(f"unknown {kind} {name!r}{hint}{_listed(names, nearest)}")
+
+
+def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:
+    """All names where a reader can take them in at a glance; of hundreds of keys, the nearest are enough."""
+    if len(names) <= _FEW:
+        return f" There are: {', '.join(names)}."
+    return "" if nearest else f" There are {len(names)}; --help-all lists them."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings, agent_of
 from trl_search.environment import PASSAGE_TEMPLATE
 from trl_search.protocols import PROTOCOLS
@@ -174,23 +175,23 @@ class SearchGRPOConfig(GRPOConfig):
             self.vllm_server_base_url = [self.vllm_server_base_url]
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
+            raise UserError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
         if self.vllm_lora_sync not in ("merged", "adapter"):
-            raise ValueError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
+            raise UserError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
         for name in ("vllm_engine_options", "chat_template_kwargs"):
             if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a JSON object")
+                raise UserError(f"{name}={getattr(self, name)!r} must be a JSON object")
         if self.packed_attention not in PACKED_ATTENTION:
-            raise ValueError(
+            raise UserError(
                 f"packed_attention={self.packed_attention!r} does not exist; there are {', '.join(PACKED_ATTENTION)}"
             )
         if not 0 <= self.max_failed_share <= 1:
-            raise ValueError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
+            raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
         if self.search_timeout_s <= 0:
-            raise ValueError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
+            raise UserError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
         for name in ("max_searches", "log_trajectories", "trajectory_table_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
         for name in (
             "passages_per_query",
             "max_queries_per_search",
@@ -200,7 +201,7 @@ class SearchGRPOConfig(GRPOConfig):
             "rollout_batch_size",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
     @property
     def agent(self) -> AgentSettings:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trl_search.common.errors import unknown_name
 from trl_search.protocols.base import MIN_DOCUMENT_TOKENS, SEARCH_TOOL, Protocol, fair_limit
 from trl_search.protocols.calls import MAX_QUERY_CHARS
 from trl_search.protocols.qwen import QwenInline, QwenTools
@@ -47,5 +48,5 @@ def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any)
         Search(queries=('x',))
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+        raise unknown_name("protocol", name, PROTOCOLS)
     return PROTOCOLS[name](tokenizer, **options)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trl_search.common.errors import UserError
 from trl_search.protocols.calls import looks_like_a_call
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search
@@ -72,7 +73,7 @@ class Protocol(abc.ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"protocol {self.name!r} needs a tokenizer with an EOS token: set tokenizer.eos_token")
+            raise UserError(f"protocol {self.name!r} needs a tokenizer with an EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
         self.instruction = self.default_instruction if instruction is None else instruction
         self.system_prompt = system_prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trl_search.common.errors import UserError
 from trl_search.protocols.base import Protocol
 from trl_search.protocols.calls import read_call
 from trl_search.types import Action, Answer, Search
@@ -44,18 +45,18 @@ class QwenTools(Protocol):
         reply = {"role": "tool", "name": "search", "content": _SENTINEL}
         remedy = "use an instruct model's tokenizer, set tokenizer.chat_template, or choose protocol='search_r1'"
         if not self.tokenizer.chat_template:
-            raise ValueError(f"protocol 'qwen_tools' needs a chat template that takes tools; this has none: {remedy}")
+            raise UserError(f"protocol 'qwen_tools' needs a chat template that takes tools; this has none: {remedy}")
         try:
             before = self._render(history, add_generation_prompt=False)
             after = self._render([*history, reply], add_generation_prompt=True)
             tools_shown = all(tool["function"]["name"] in before for tool in self.tools)
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
-            raise ValueError(f"the chat template fails on a tool call ({error}): {remedy}") from error
+            raise UserError(f"the chat template fails on a tool call ({error}): {remedy}") from error
         if not tools_shown or _SENTINEL not in after:
-            raise ValueError(f"the chat template shows neither tools nor tool replies to the policy: {remedy}")
+            raise UserError(f"the chat template shows neither tools nor tool replies to the policy: {remedy}")
         turn_end = before.rfind(eos) + len(eos)
         if eos not in before or not after.startswith(before[:turn_end]):
-            raise ValueError(
+            raise UserError(
                 f"the chat template does not end the assistant's turn with the EOS token {eos!r}: set "
                 "tokenizer.eos_token to the token that does"
             )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 
+from trl_search.common.errors import Explained, UserError
 from trl_search.types import Passage
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(Explained, RuntimeError):
     """A search failed. It reaches the environment as a failed observation, never as an empty result."""
 
 
 class Unavailable(RetrievalError):
-    """What searches is down, hangs, or turns everybody away: a smaller batch would fare no better."""
+    """The backend is unavailable; retrying with fewer queries will not help."""
 
 
 class QueueFull(RetrievalError):
-    """Too many searches wait already. Nothing was searched: the same search may be asked for again later."""
+    """Too many searches are waiting. Nothing was searched; the same search may be tried again later."""
 
 
 class Retriever(abc.ABC):
@@ -58,7 +59,7 @@ def check_search(queries: Sequence[str], k: int) -> None:
     if isinstance(queries, str):
         raise TypeError("search takes a list of queries; pass [query]")
     if k < 1:
-        raise ValueError(f"k is the number of passages wanted a query, at least 1; got {k}")
+        raise UserError(f"k is the number of passages wanted per query, at least 1; got {k}")
 
 
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from trl_search.common.errors import UserError
 from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
 from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
@@ -57,11 +58,11 @@ class SearchBatcher:
         self, retriever: Retriever, *, timeout_s: float, max_batch: int = 512, max_queued: int | None = None
     ) -> None:
         if timeout_s <= 0 or max_batch < 1:
-            raise ValueError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
+            raise UserError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
         if max_queued is not None and max_queued < 1:
-            raise ValueError(f"max_queued must be at least 1: every query waits for a moment; got {max_queued}")
+            raise UserError(f"max_queued must be at least 1: every query waits for a moment; got {max_queued}")
         if retriever.max_concurrent_batches < 1:
-            raise ValueError(
+            raise UserError(
                 f"max_concurrent_batches must be at least 1; {type(retriever).__name__} has "
                 f"{retriever.max_concurrent_batches}"
             )
@@ -83,7 +84,7 @@ class SearchBatcher:
             RetrievalError: if the search failed.
         """
         if k < 1:
-            raise ValueError(f"k is the number of passages wanted, at least 1; got {k}")
+            raise UserError(f"k is the number of passages wanted, at least 1; got {k}")
         if self._closed:
             raise Unavailable("the search batcher is closed; make a new one for each event loop")
         self.stats.queries += 1

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_search.retrieval.base import RetrievalError
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
@@ -118,12 +119,12 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
     """Stops the run when retrieval fails for too many trajectories. Every rank calls it, so all stop at the same step.
 
     Raises:
-        RuntimeError: if more than `max_failed_share` of the trajectories of all ranks have failed.
+        RetrievalError: if more than `max_failed_share` of the trajectories of all ranks have failed.
     """
     errors = gather_object([trajectory.error if trajectory.failed else None for trajectory in trajectories])
     failed = [error for error in errors if error is not None]
     if len(failed) > max_failed_share * len(errors):
-        raise RuntimeError(
+        raise RetrievalError(
             f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
             f"max_failed_share={max_failed_share}; the first error: {failed[0]}"
         )

@@ -13,7 +13,7 @@ holds are answered 503. `GET /ready` is 200 once the index is loaded, `GET /metr
 request is one line of JSON on stderr. SIGTERM or Ctrl-C answers what is under way, then ends.
 
 It listens on this machine alone. For others to reach it, give it a token (the environment variable TRL_SEARCH_TOKEN,
-or --token-file) and --host 0.0.0.0; behind a proxy with TLS where the network is not yours.
+or --token_file) and --host 0.0.0.0; behind a proxy with TLS where the network is not yours.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--options", default="{}", metavar="JSON", help="further options of the kind")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--token-file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
-    parser.add_argument("--allow-anonymous", action="store_true", help="serve other machines without a token")
-    parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each request")
+    parser.add_argument("--token_file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
+    parser.add_argument("--allow_anonymous", action="store_true", help="serve other machines without a token")
+    parser.add_argument("--no_access_log", action="store_true", help="do not write a line for each request")
     several = parser.add_argument_group("several processes, on Ray Serve (docs/scaling.md)")
     several.add_argument("--ray", action="store_true", help="serve from several processes, behind one address")
     several.add_argument("--replicas", type=int, help="of them (default: 2)")
-    several.add_argument("--replica-cpus", type=float, help="CPUs of each (default: 1)")
-    several.add_argument("--replica-gpus", type=float, help="GPUs of each; 0.25 puts four on one (default: 0)")
-    several.add_argument("--ray-address", metavar="HOST:PORT", help="a cluster that runs; by default one is started")
+    several.add_argument("--replica_cpus", type=float, help="CPUs of each (default: 1)")
+    several.add_argument("--replica_gpus", type=float, help="GPUs of each; 0.25 puts four on one (default: 0)")
+    several.add_argument("--ray_address", metavar="HOST:PORT", help="a cluster that runs; by default one is started")
     size = parser.add_argument_group("limits")
     size.add_argument(
         "--topk", type=int, default=limits.default_topk, help="passages where a request does not say (default: 3)"
     )
-    size.add_argument("--max-topk", type=int, default=limits.max_topk, help="(default: %(default)s)")
+    size.add_argument("--max_topk", type=int, default=limits.max_topk, help="(default: %(default)s)")
     size.add_argument(
-        "--max-queries", type=int, default=limits.max_queries, help="queries a request (default: %(default)s)"
+        "--max_queries", type=int, default=limits.max_queries, help="queries a request (default: %(default)s)"
     )
     size.add_argument(
-        "--max-queued", type=int, default=config.max_queued, help="queries under way at once (default: %(default)s)"
+        "--max_queued", type=int, default=config.max_queued, help="queries under way at once (default: %(default)s)"
     )
     size.add_argument(
-        "--max-batch", type=int, default=config.max_batch, help="queries searched together (default: %(default)s)"
+        "--max_batch", type=int, default=config.max_batch, help="queries searched together (default: %(default)s)"
     )
     size.add_argument(
-        "--cache-mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
+        "--cache_mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
     )
     size.add_argument(
         "--timeout", type=float, default=config.search_timeout_s, help="seconds a search (default: %(default)s)"
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     token = _token(args.token_file)
     if token is None and not is_loopback(args.host) and not args.allow_anonymous:
         raise UserError(
-            f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token-file; "
-            "or say --allow-anonymous where everybody who can connect may search"
+            f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token_file; "
+            "or say --allow_anonymous where everybody who can connect may search"
         )
     if args.index is not None and not Path(args.index, MANIFEST).is_file():
         raise UserError(f"there is no finished index in {args.index}; build it with `trl-search index`")

@@ -166,7 +166,7 @@ def _snowball(algorithm: str) -> Callable[[list[str]], list[str]]:
     try:
         import Stemmer
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"the {algorithm!r} stemmer needs PyStemmer: pip install PyStemmer; or index with stemmer=None"
         ) from error
     if algorithm not in Stemmer.algorithms():
@@ -196,7 +196,7 @@ def import_bm25s() -> Any:
         with _hidden("jax"):
             import bm25s
     except ImportError as error:
-        raise ImportError("BM25 needs bm25s: pip install bm25s") from error
+        raise UserError("BM25 needs bm25s: pip install bm25s") from error
     return bm25s
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_search.common.errors import UserError
 from trl_search.retrieval.corpus.passages import split_contents
 from trl_search.types import Passage
 
@@ -64,9 +65,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if min(self.max_queries, self.max_query_chars, self.max_body_bytes) < 1:
-            raise ValueError(f"limits are at least 1; got {self}")
+            raise UserError(f"limits are at least 1; got {self}")
         if not 1 <= self.default_topk <= self.max_topk:
-            raise ValueError(f"default_topk must lie between 1 and max_topk={self.max_topk}; got {self.default_topk}")
+            raise UserError(f"default_topk must lie between 1 and max_topk={self.max_topk}; got {self.default_topk}")
 
 
 @dataclass(frozen=True, slots=True)

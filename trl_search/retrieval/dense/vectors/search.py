@@ -53,9 +53,9 @@ class VectorSearch(abc.ABC):
                 "built with another encoder?"
             )
         if k < 1:
-            raise ValueError(f"k is the number of rows wanted a query, at least 1; got {k}")
+            raise UserError(f"k is the number of rows wanted per query, at least 1; got {k}")
         if not np.isfinite(queries_BD).all():
-            raise ValueError("a query vector holds NaN or infinity; the encoder overflowed")
+            raise RetrievalError("a query vector holds NaN or infinity; the encoder overflowed")
         scores_BK = np.full((len(queries_BD), k), -np.inf, dtype=np.float32)
         rows_BK = np.full((len(queries_BD), k), -1, dtype=np.int64)
         fetch = min(k, self.count)
