@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +17,8 @@ import pytest
 import trl_search.cli.commands
 from trl_search.cli.main import command_names, is_user_error, main
 from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.corpus.fields import CorpusError
 
 ROOT = Path(trl_search.__path__[0]).parent
 
@@ -116,9 +121,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     ("statement", "message"),
     [
         ('from trl_search.common.errors import UserError; raise UserError("too small: use 3")', "too small: use 3"),
-        ('raise ValueError("top_k is 0: use at least 1")', "top_k is 0: use at least 1"),
         ('open("/no/such/corpus.jsonl")', "No such file or directory: /no/such/corpus.jsonl"),
-        ('raise ImportError("faiss is missing: pip install trl-search[faiss]")', "pip install trl-search[faiss]"),
         (
             'from trl_search.retrieval.base import RetrievalError; raise RetrievalError("no server: start it")',
             "no server: start it",
@@ -144,7 +147,8 @@ def test_what_the_user_can_put_right_is_one_line(
 @pytest.mark.parametrize(
     "statement",
     [
-        'import textwrap; textwrap.fill("text", 0)',  # a ValueError from somewhere else's depths
+        'import textwrap; textwrap.fill("text", 0)',
+        'raise ValueError("2 ids came with 3 logprobs")',  # by whom it is raised makes no difference
         "import no_such_module",
         'raise KeyError("ids")',
         'raise RuntimeError("shape mismatch")',
@@ -190,6 +194,58 @@ def test_a_reader_that_leaves_is_no_error(commands: Path, lines: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_user_errors_are_told_from_bugs_without_a_traceback_too() -> None:
-    assert is_user_error(UserError("x"))
-    assert not is_user_error(ValueError("never raised, so by nobody"))
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["index", "--help"]])
+def test_a_reader_that_leaves_the_help_is_no_error(words: list[str]) -> None:
+    shell = f"({sys.executable} -m trl_search {' '.join(words)}; echo $? >&2) | true"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "0\n"
+
+
+@pytest.mark.parametrize("option", ["--passages_per_query", "--passages-per-query"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_options_are_written_with_either_line(commands: Path, option: str, joined: bool) -> None:
+    write(
+        commands,
+        "plain",
+        '''
+        """Says a number."""
+        def add_arguments(parser):
+            parser.add_argument("--passages_per_query", type=int)
+        def run(args):
+            return args.passages_per_query
+    ''',
+    )
+    assert main(["plain", *([f"{option}=4"] if joined else [option, "4"])]) == 4
+
+
+def test_every_option_of_every_command_is_declared_with_underscores() -> None:
+    for name in command_names():
+        declared = importlib.import_module(f"trl_search.cli.commands.{name}")
+        if hasattr(declared, "add_arguments"):
+            parser = argparse.ArgumentParser()
+            declared.add_arguments(parser)
+            assert [option for option in _options(parser) if "-" in option[2:]] == []
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _options(below)
+
+
+def test_user_errors_are_known_by_their_type() -> None:
+    assert is_user_error(UserError("x")) and is_user_error(RetrievalError("x")) and is_user_error(CorpusError("x"))
+    assert not is_user_error(ValueError("x")) and not is_user_error(OSError("x"))
+
+
+def test_what_is_raised_on_purpose_explains_itself() -> None:
+    """A plain `ValueError` is an invariant of the code: what a user can put right is a `UserError`."""
+    invariants = {"types.py", "vllm_server.py", "engine_thread.py", "calibrate.py", "rerank_http.py"}
+    raising = {
+        path.name
+        for path in Path(trl_search.__path__[0]).rglob("*.py")
+        if re.search(r"raise (ValueError|ImportError)\(", path.read_text("utf-8"))
+    }
+    assert raising <= invariants | {"page_text.py"}

@@ -195,5 +195,5 @@ def test_a_template_without_tools_is_refused(tokenizer):
 
 
 def test_an_unknown_protocol_names_those_that_exist(tokenizer):
-    with pytest.raises(ValueError, match="qwen_tools, qwen_inline, search_r1"):
+    with pytest.raises(ValueError, match="qwen_inline, qwen_tools, search_r1"):
         load_protocol("react", tokenizer)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns the exit status: the command's own, or 2 for what the user can put right.
 
     Example:
-        >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--top_k", "3"])
+        >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--passages_per_query", "3"])
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

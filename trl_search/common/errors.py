@@ -1,8 +1,8 @@
 """Errors that explain themselves: the command line prints their message alone, and every other with its traceback.
 
-    Explained                   the message names the cause and the remedy
-      UserError                 what the user gave is wrong: a file, a recipe, a dataset, a name
-      RetrievalError            what searches failed (retrieval/base.py)
+Explained                   the message names the cause and the remedy
+  UserError                 what the user gave is wrong: a file, a recipe, a dataset, a name
+  RetrievalError            what searches failed (retrieval/base.py)
 """
 
 from __future__ import annotations

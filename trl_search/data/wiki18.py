@@ -334,7 +334,7 @@ def next_commands(folder: Path) -> list[str]:
         ]
     options = json.dumps({"faiss_file": str(index), "corpus": str(corpus), "encoder": "intfloat/e5-base-v2"})
     return [
-        f"trl-search serve dense --options {shlex.quote(options)}",
+        f"trl-search serve dense --retriever_options {shlex.quote(options)}",
         """trl-search train qwen3b --retriever http --retriever_options '{"url": "http://localhost:8000"}'""",
     ]
 

@@ -18,10 +18,10 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
-from trl_search.retrieval.base import RetrievalError
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
+from trl_search.retrieval.base import RetrievalError
 from trl_search.types import StopReason, Trajectory
 
 

@@ -171,7 +171,7 @@ def test_a_download_is_killed_and_gone_on_with(
         and f"rm {folder / ARCHIVE}" in out
     )
     # What is printed as the next command opens what was fetched.
-    options = json.loads(out.split("trl-search serve dense --options '")[1].split("'")[0])
+    options = json.loads(out.split("trl-search serve dense --retriever_options '")[1].split("'")[0])
     assert options["encoder"] == "intfloat/e5-base-v2" and Path(options["faiss_file"]).read_bytes() == flat
 
     monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", count)

@@ -190,7 +190,7 @@ def test_the_commands_tell_the_cost_first_and_the_recall_after(
     before, after = capsys.readouterr().out.split(f"{tmp_path / 'i'}: 3 passages")
     assert "fp16 (SQfp16): 3 x 384: RAM" in before and "disk" in before and "recall@3" in before
     assert "recall@3 1.000 of exact search" in after
-    assert main(["search", str(tmp_path / "i"), "where was the writer born?", "--top_k", "1"]) == 0
+    assert main(["search", str(tmp_path / "i"), "where was the writer born?", "--passages_per_query", "1"]) == 0
     assert "1. Mira Talvane   [id 0, score 0." in capsys.readouterr().out
     assert main([*build, "--output", str(tmp_path / "j"), "--stemmer", "none"]) == 2
     assert "unknown option of a dense index 'stemmer'" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_the_command_line_loads_and_searches(tmp_path: Path, capsys: pytest.Capt
     place = ["--path", str(tmp_path / "engine"), "--collection", "towns"]
     made = ["index", "--kind", "qdrant", "--corpus", str(corpus), "--output", str(tmp_path / "index"), *place]
     assert main([*made, "--vectors", "sparse", "--stemmer", "none"]) == 0
-    assert main(["search", str(tmp_path / "index"), "word7", "--top_k", "1"]) == 0
+    assert main(["search", str(tmp_path / "index"), "word7", "--passages_per_query", "1"]) == 0
     assert "Town 7   [id p7" in capsys.readouterr().out
 
 

@@ -256,7 +256,7 @@ def test_index_then_search(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert command("index", "--corpus", corpus, "--kind", "bm25", "--output", tmp_path / "i", "--stemmer", "none") == 0
     assert "2 passages" in capsys.readouterr().out
     assert read_manifest(tmp_path / "i").options["stemmer"] is None
-    assert command("search", tmp_path / "i", "harbour?", "zeppelin", "--top_k", 1) == 0
+    assert command("search", tmp_path / "i", "harbour?", "zeppelin", "--passages_per_query", 1) == 0
     first, second = capsys.readouterr().out.split("zeppelin")
     assert "1. Orlune   [id 1, score" in first and "A harbour town." in first
     assert "no match" in second
@@ -265,8 +265,8 @@ def test_index_then_search(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
     with pytest.raises(UserError, match=r"no corpus file .*nowhere\.jsonl"):
         command("index", "--corpus", tmp_path / "nowhere.jsonl", "--output", tmp_path / "i")
-    with pytest.raises(UserError, match="--top_k"):
-        command("search", index, "harbour", "--top_k", 0)
+    with pytest.raises(UserError, match="per query, at least 1"):
+        command("search", index, "harbour", "--passages_per_query", 0)
     with pytest.raises(UserError, match="no index folder"):
         command("search", tmp_path / "nowhere", "harbour")
 

@@ -76,7 +76,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder), "TRL_SEARCH_TOKEN": "s3cret"}
 
 
-COMMAND = [sys.executable, "-m", "trl_search", "serve", "slow", "--ray", "--port", "0", "--replica-cpus", "0.5"]
+COMMAND = [sys.executable, "-m", "trl_search", "serve", "slow", "--ray", "--port", "0", "--replica_cpus", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("ray")
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [*COMMAND, "--cache-mb", "0"], stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder)
+            [*COMMAND, "--cache_mb", "0"], stdout=subprocess.PIPE, stderr=log, text=True, env=environment(folder)
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -216,7 +216,7 @@ def test_told_to_stop_it_answers_what_is_under_way(served: Served) -> None:
 
 
 def test_a_retriever_that_does_not_load_ends_it_with_its_reason(tmp_path: Path) -> None:
-    command = [*COMMAND, "--replicas", "1", "--options", '{"fails": true}']
+    command = [*COMMAND, "--replicas", "1", "--retriever_options", '{"fails": true}']
     ended = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=240)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("trl-search: error: the replicas did not start: ")

@@ -115,15 +115,14 @@ def _documented(make: Any) -> dict[str, str]:
 
 def _add_option(group: Any, option: Field[Any], hint: Any, text: str) -> None:
     """One field of a builder as `--name`. Not given, it is not passed on, and the builder's own default holds."""
-    # dashes or underscores, as in TRL's own arguments
-    flags = list(dict.fromkeys([f"--{option.name}", f"--{option.name.replace('_', '-')}"]))
     said = text.rstrip(".").replace("%", "%%")
     default = "" if option.default is None else f" (default: {option.default})"
     common = {"dest": option.name, "default": argparse.SUPPRESS, "help": f"{said}{default}"}
     if hint is bool:
-        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(f"--{option.name}", action="store_true", **common)
+        group.add_argument(f"--no_{option.name}", action="store_false", **{**common, "help": "the opposite"})
     else:
-        group.add_argument(*flags, type=_reader(hint), metavar=option.name.upper(), **common)
+        group.add_argument(f"--{option.name}", type=_reader(hint), metavar=option.name.upper(), **common)
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:

@@ -1,6 +1,8 @@
-"""Searches an index by hand: what would the policy read?
+"""Searches by hand: what would the policy read?
 
-    trl-search search indexes/corpus "where was Mira Talvane born?" --top_k 3
+    trl-search search indexes/corpus "where was Mira Talvane born?" --passages_per_query 3
+    trl-search search http://localhost:8000 "where was Mira Talvane born?"
+    trl-search search web "where was Marie Curie born?"
 
 Several questions are searched together. Each is answered with its passages, best first, with id and score; none
 where no passage shares a word with the question.
@@ -9,31 +11,30 @@ where no passage shares a word with the question.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import textwrap
 
-from trl_search.common.errors import UserError
-from trl_search.retrieval import load_retriever
-from trl_search.retrieval.index.folder import read_manifest
+from trl_search.common.files import parse_object
+from trl_search.retrieval import open_retriever
 from trl_search.types import Passage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", metavar="DIR", help="a folder made by `trl-search index`")
+    parser.add_argument("retriever", metavar="WHAT", help="an index folder, a server's address, or a kind")
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="what to search for, each in quotes")
-    parser.add_argument("--top_k", type=int, default=3, metavar="K", help="passages a question (default: 3)")
+    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options of the kind")
+    parser.add_argument("--passages_per_query", type=int, default=3, metavar="K", help="(default: 3)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.top_k < 1:
-        raise UserError(f"--top_k is how many passages a question gets, at least 1; got {args.top_k}")
-    retriever = load_retriever(read_manifest(args.index).kind, index=args.index)
-    found = retriever.search(args.questions, args.top_k)
+    options = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
+    with contextlib.closing(open_retriever(args.retriever, options)) as retriever:
+        found = retriever.search(args.questions, args.passages_per_query)
     for question, passages in zip(args.questions, found, strict=True):
         print(f"{question}\n")
         print("\n\n".join(_shown(rank, passage) for rank, passage in enumerate(passages, start=1)) or "   no match")
         print()
-    retriever.close()
     return 0
 
 

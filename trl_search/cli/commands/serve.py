@@ -1,12 +1,12 @@
 """Serves a retriever over HTTP, by the protocol that search agents' trainers speak.
 
-    trl-search serve bm25 --index indexes/wiki --port 8000
+    trl-search serve indexes/wiki --port 8000
+    trl-search serve dense --retriever_options '{"faiss_file": "e5_Flat.index", "corpus": "wiki-18.jsonl"}'
 
 One process holds one index; --ray puts several behind one address. Trainers that expect a retrieval server of
 Search-R1 or verl find one at http://127.0.0.1:8000/retrieve; ours finds it with
 
-    retriever: http
-    retriever_options: '{"url": "http://127.0.0.1:8000"}'
+    retriever: http://127.0.0.1:8000
 
 Queries of different requests are searched together, results are kept in memory, and requests beyond what the queue
 holds are answered 503. `GET /ready` is 200 once the index is loaded, `GET /metrics` is for Prometheus, and every
@@ -29,7 +29,7 @@ from typing import Any
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object
-from trl_search.retrieval import Retriever, load_retriever
+from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
 from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.retrieval.remote.wire import Limits
 from trl_search.retrieval.server.config import ServerConfig
@@ -40,9 +40,8 @@ TOKEN = "TRL_SEARCH_TOKEN"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits, config = Limits(), ServerConfig()
-    parser.add_argument("kind", metavar="KIND", help="what to serve: bm25, dense, ... as for load_retriever")
-    parser.add_argument("--index", metavar="DIR", help="a folder made by `trl-search index`")
-    parser.add_argument("--options", default="{}", metavar="JSON", help="further options of the kind")
+    parser.add_argument("retriever", metavar="WHAT", help="an index folder, or a kind: bm25, dense, hybrid ...")
+    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options of the kind")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--token_file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
@@ -56,11 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--ray_address", metavar="HOST:PORT", help="a cluster that runs; by default one is started")
     size = parser.add_argument_group("limits")
     size.add_argument(
-        "--topk", type=int, default=limits.default_topk, help="passages where a request does not say (default: 3)"
+        "--passages_per_query",
+        type=int,
+        default=limits.default_topk,
+        metavar="K",
+        help="passages where a request does not say how many (default: 3)",
     )
-    size.add_argument("--max_topk", type=int, default=limits.max_topk, help="(default: %(default)s)")
     size.add_argument(
-        "--max_queries", type=int, default=limits.max_queries, help="queries a request (default: %(default)s)"
+        "--max_passages_per_query",
+        type=int,
+        default=limits.max_topk,
+        metavar="K",
+        help="a request that wants more is refused (default: %(default)s)",
+    )
+    size.add_argument(
+        "--max_queries", type=int, default=limits.max_queries, help="queries per request (default: %(default)s)"
     )
     size.add_argument(
         "--max_queued", type=int, default=config.max_queued, help="queries under way at once (default: %(default)s)"
@@ -72,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache_mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
     )
     size.add_argument(
-        "--timeout", type=float, default=config.search_timeout_s, help="seconds a search (default: %(default)s)"
+        "--timeout", type=float, default=config.search_timeout_s, help="seconds per search (default: %(default)s)"
     )
 
 
@@ -83,44 +92,43 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token_file; "
             "or say --allow_anonymous where everybody who can connect may search"
         )
-    if args.index is not None and not Path(args.index, MANIFEST).is_file():
-        raise UserError(f"there is no finished index in {args.index}; build it with `trl-search index`")
-    options = parse_object(args.options, "--options", '{"backend": "numpy"}')
-    if args.index is not None:
-        options["index"] = args.index
-    source = f" from {args.index}" if args.index is not None else ""
+    given = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
+    kind, options = resolve_retriever(args.retriever, given)
     config = ServerConfig(
-        limits=_limits(args),
+        limits=Limits(
+            max_queries=args.max_queries,
+            max_topk=args.max_passages_per_query,
+            default_topk=args.passages_per_query,
+        ),
         max_queued=args.max_queued,
         max_batch=args.max_batch,
         search_timeout_s=args.timeout,
         cache_bytes=args.cache_mb << 20,
-        fingerprint=_fingerprint(args.kind, options),
-        name=f"{args.kind}{source}",
+        fingerprint=_fingerprint(kind, options),
+        name=kind if kind == args.retriever else f"{kind} from {args.retriever}",
         token=token,
         access_log=not args.no_access_log,
     )
     if args.ray:
-        return _run_on_ray(args, options, config)
+        return _run_on_ray(args, kind, options, config)
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     started = time.monotonic()
 
     def load() -> Retriever:
-        return load_retriever(args.kind, **options)
+        return load_retriever(kind, **options)
 
     def loaded() -> None:
         _say_ready(url, config, started)
 
-    print(f"serving {config.name} at {url}, {'with' if token is not None else 'without'} a token", flush=True)
-    print("loading ...", flush=True)
+    print(f"loading {config.name} ...", flush=True)
     serve(load, config, listening, loaded)
     print("stopped; what was under way is answered", flush=True)
     return 0
 
 
-def _run_on_ray(args: argparse.Namespace, options: dict[str, Any], config: ServerConfig) -> int:
+def _run_on_ray(args: argparse.Namespace, kind: str, options: dict[str, Any], config: ServerConfig) -> int:
     from trl_search.retrieval.server.ray_serve import RayConfig, serve_on_ray
 
     given = {"replicas": args.replicas, "cpus": args.replica_cpus, "gpus": args.replica_gpus}
@@ -130,11 +138,10 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any], config: Serve
     started = time.monotonic()
 
     def loaded(url: str) -> None:
-        print(f"serving {config.name} at {url}, {'with' if config.token is not None else 'without'} a token")
         _say_ready(url, config, started)
 
     print(f"starting {settings.replicas} replicas ...", flush=True)
-    serve_on_ray(args.kind, options, config, settings, host=args.host, port=args.port, loaded=loaded)
+    serve_on_ray(kind, options, config, settings, host=args.host, port=args.port, loaded=loaded)
     print("stopped; what was under way is answered", flush=True)
     return 0
 
@@ -142,15 +149,10 @@ def _run_on_ray(args: argparse.Namespace, options: dict[str, Any], config: Serve
 def _say_ready(url: str, config: ServerConfig, started: float) -> None:
     secret = f' -H "Authorization: Bearer ${TOKEN}"' if config.token is not None else ""
     request = '{"queries": ["who founded Orlune?"], "topk": 3, "return_scores": true}'
+    token = "with" if config.token is not None else "without"
+    print(f"serving {config.name} at {url}, {token} a token", flush=True)
     print(f"ready after {time.monotonic() - started:.1f} s; try\n", flush=True)
     print(f"  curl -s {url}/retrieve{secret} -d '{request}'\n", flush=True)
-
-
-def _limits(args: argparse.Namespace) -> Limits:
-    try:
-        return Limits(max_queries=args.max_queries, max_topk=args.max_topk, default_topk=args.topk)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _token(file: str | None) -> str | None:
@@ -162,7 +164,8 @@ def _token(file: str | None) -> str | None:
 
 
 def _fingerprint(kind: str, options: dict[str, Any]) -> str:
-    """Of the index by its manifest, which has the corpus' hash; of what has no index by its options."""
+    """A short name for what is searched: an index by its manifest, which has the corpus's hash, anything else by its
+    options."""
     digest = hashlib.sha256(json.dumps([kind, options], sort_keys=True).encode())
     if "index" in options and Path(options["index"], MANIFEST).is_file():
         digest.update(Path(options["index"], MANIFEST).read_bytes())
