@@ -115,7 +115,6 @@ class VLLMServerPolicy(Policy):
             (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
             models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
             self._see(await _start_time(self._client))
-            self._require_weights()
             problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
         except httpx.HTTPError as error:
             await self.close()
@@ -128,6 +127,7 @@ class VLLMServerPolicy(Policy):
             raise UserError(
                 f"what answers at {self.base_url} is not a vLLM server: its /v1/models and /version do not read so"
             ) from error
+        self._require_weights()
         if problem and not self.max_model_len:
             logger.warning("The server at %s: %s.", self.base_url, problem)
         self._choose(models)

@@ -1,0 +1,138 @@
+"""Several servers as one policy, against stand-ins on loopback that answer as `vllm serve` does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+
+import pytest
+
+from tests.support.servers import Said, Server
+from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy
+from trl_search.policies.vllm_servers import VLLMServersPolicy
+from trl_search.types import Sampling
+
+SAMPLING = Sampling(temperature=1.0, seed=1)
+
+
+class VLLM:
+    """A stand-in whose completion is the sum of the prompt, so that any server gives the same one."""
+
+    def __init__(self, started_at=1.0):
+        self.started_at = started_at
+        self.prompts = []
+        self.lock = threading.Lock()
+        self.dies_after = None
+        self.server = Server(self.answer)
+
+    @property
+    def url(self):
+        return self.server.url
+
+    def answer(self, asked):
+        if asked.target == "/v1/models":
+            return Said({"data": [{"id": "tiny", "max_model_len": 512}]})
+        if asked.target == "/version":
+            return Said({"version": "0.31.0"})
+        if asked.target == "/metrics":
+            return Said(f"process_start_time_seconds {self.started_at}\n".encode())
+        if asked.target == "/health":
+            return Said()
+        prompt = asked.json["prompt"]
+        with self.lock:
+            self.prompts.append(prompt)
+            if self.dies_after is not None and len(self.prompts) > self.dies_after:
+                threading.Thread(target=self.server.kill).start()
+                return Said(by_hand=lambda connection: connection.shutdown(2))
+        choice = {"token_ids": [sum(prompt) % 1000], "finish_reason": "stop", "stop_reason": None}
+        return Said({"choices": [{**choice, "logprobs": {"token_logprobs": [-0.5]}}]})
+
+
+@pytest.fixture
+def servers():
+    made = [VLLM(), VLLM()]
+    yield made
+    for one in made:
+        one.server.kill()
+
+
+def policy_of(servers, **options):
+    return VLLMServersPolicy(
+        [VLLMServerPolicy(one.url, patience_s=0.3, weights_since=1.0, **options) for one in servers]
+    )
+
+
+def roll_out(policy, trajectories=8, turns=4):
+    """Each trajectory's tokens after its turns. Turns are taken together, so that all are under way at once."""
+
+    async def trajectory(number, gate):
+        ids = [number]
+        for _ in range(turns):
+            completion = await policy.generate(ids, max_tokens=8, sampling=SAMPLING)
+            ids = [*ids, *completion.ids]
+            await gate.wait()
+        return ids
+
+    async def go():
+        gate = asyncio.Barrier(trajectories)
+        await policy.open()
+        try:
+            return await asyncio.gather(*(trajectory(number, gate) for number in range(1, trajectories + 1)))
+        finally:
+            await policy.close()
+
+    return asyncio.run(go())
+
+
+def expected(trajectories=8, turns=4):
+    found = []
+    for number in range(1, trajectories + 1):
+        ids = [number]
+        for _ in range(turns):
+            ids.append(sum(ids) % 1000)
+        found.append(ids)
+    return found
+
+
+def test_a_trajectory_stays_with_its_server_and_the_load_is_balanced(servers):
+    assert roll_out(policy_of(servers)) == expected()
+    homes = [{prompt[0] for prompt in one.prompts} for one in servers]
+    assert homes[0].isdisjoint(homes[1]) and [len(home) for home in homes] == [4, 4]
+    assert all(count == 4 for one in servers for count in Counter(prompt[0] for prompt in one.prompts).values())
+
+
+def test_a_server_that_dies_leaves_its_trajectories_to_the_other(servers):
+    servers[0].dies_after = 6
+    assert roll_out(policy_of(servers)) == expected()
+    assert {prompt[0] for prompt in servers[1].prompts} == set(range(1, 9))
+
+
+def test_a_server_that_was_restarted_has_lost_the_weights_and_gets_nothing(servers):
+    servers[0].started_at = 2.0
+    assert roll_out(policy_of(servers)) == expected()
+    assert servers[0].prompts == []
+
+
+def test_one_of_two_is_enough_to_open(servers):
+    servers[1].server.kill()
+    assert roll_out(policy_of(servers)) == expected()
+
+
+def test_without_any_server_the_error_names_them(servers):
+    for one in servers:
+        one.server.kill()
+    with pytest.raises(ServerLost) as lost:
+        roll_out(policy_of(servers))
+    assert servers[0].url in str(lost.value) and servers[1].url in str(lost.value)
+
+
+def test_when_the_last_server_dies_the_rollout_ends(servers):
+    servers[0].dies_after = servers[1].dies_after = 6
+    with pytest.raises(ServerLost, match="was lost"):
+        roll_out(policy_of(servers))
+
+
+def test_what_all_servers_would_refuse_is_not_tried_on_the_next(servers):
+    with pytest.raises(ValueError, match="need 600 tokens"):
+        roll_out(policy_of(servers, context_length=600))
