@@ -209,16 +209,34 @@ async def _run_job(
     return trajectory
 
 
-def rollout(prompts: Sequence[tuple[int, ...]], rows: Sequence[Mapping[str, Any]], **options: Any) -> list[Trajectory]:
+def rollout(
+    prompts: Sequence[tuple[int, ...]],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    finished: Mapping[int, Trajectory] | None = None,
+    on_finish: Callable[[int, Trajectory], None] | None = None,
+    **options: Any,
+) -> list[Trajectory]:
     """Runs one trajectory per prompt, all at once, and returns them in the order of the prompts.
 
-    For callers without an event loop, or in a notebook, which has a running one. `options` are those of [`run_batch`].
+    For callers without an event loop, or in a notebook, which has a running one.
+
+    Args:
+        finished (`Mapping[int, Trajectory]`, *optional*): Trajectories, by their place, that need not run again.
+        on_finish (`Callable`, *optional*): Called with a place and its trajectory, as each one ends.
+        **options: Those of [`run_batch`].
     """
-    finished: dict[int, Trajectory] = {}
-    pairs = enumerate(zip(prompts, rows, strict=True))
-    jobs = [Job(prompt, row, key=str(index)) for index, (prompt, row) in pairs]
-    run_sync(run_batch(jobs, count=len(jobs), on_finish=finished.__setitem__, **options))
-    return [finished[index] for index in range(len(jobs))]
+    done = dict(finished or {})
+    places = [place for place in range(len(prompts)) if place not in done]
+    jobs = [Job(prompts[place], rows[place], key=str(place)) for place in places]
+
+    def keep(number: int, trajectory: Trajectory) -> None:
+        done[places[number]] = trajectory
+        if on_finish is not None:
+            on_finish(places[number], trajectory)
+
+    run_sync(run_batch(jobs, count=len(jobs), on_finish=keep, **options))
+    return [done[place] for place in range(len(prompts))]
 
 
 def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:

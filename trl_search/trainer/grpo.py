@@ -61,6 +61,7 @@ from trl_search.trainer.inputs import (
     tokenizer_of,
     with_prompts,
 )
+from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
@@ -224,7 +225,8 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         batch = self.last_rollout
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
-        with self.generation_policy(batch.prompt_ids) as policy:
+        sampling = self._sampling(mode)
+        with self.generation_policy(batch.prompt_ids) as policy, open_journal(self, sampling) as journal:
             batch.trajectories = rollout(
                 batch.prompt_ids,
                 batch.rows,
@@ -232,8 +234,10 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
                 environment=self.environment,
                 protocol=self.protocol,
                 limits=self.args.agent.limits,
-                sampling=self._sampling(mode),
+                sampling=sampling,
                 progress=f"Rollout, {mode} step {self.state.global_step}",
+                finished=journal.finished,
+                on_finish=journal.add,
             )
         check_failures(batch.trajectories, self.args.max_failed_share)
         batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]

@@ -1,0 +1,138 @@
+"""What a killed run finished is not repeated, and nothing is taken from the journal of another batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.support.scripted_trainer import GOLD, PASSAGES, answer, scripted_trainer, search, steps
+from trl_search.trainer.journal import Journal, batch_digest
+from trl_search.types import (
+    Answer,
+    Completion,
+    EndOfTurn,
+    FinishReason,
+    Invalid,
+    Search,
+    StopReason,
+    ToolCall,
+    Trajectory,
+)
+
+
+def make_trajectory(reason=StopReason.ANSWER):
+    trajectory = Trajectory(prompt_ids=(5, 9))
+    trajectory.act(Completion((2, 7), (-0.1, math.inf), FinishReason.EOS), "<search> x </search>")
+    trajectory.observe((31, 4), "<information> … </information>")
+    trajectory.actions += [Search(("x", "y")), ToolCall("read", {"page": [1, None]}), Invalid("no JSON", near=True)]
+    trajectory.actions += [EndOfTurn(), Answer(GOLD)]
+    trajectory.passages.append(tuple(PASSAGES))
+    trajectory.generation_s = 1 / 3
+    trajectory.finish(reason, error="down" if reason is StopReason.RETRIEVAL_FAILED else "")
+    return trajectory
+
+
+def same(one, other):
+    assert math.isnan(one.logprobs[1]) and math.isnan(other.logprobs[1])
+    assert [x for x in one.logprobs if x == x] == [x for x in other.logprobs if x == x]
+    one.logprobs, other.logprobs = [], []
+    return one == other
+
+
+def write(path, batch, **trajectories):
+    journal = Journal(path, batch, resumed=False)
+    for index, trajectory in trajectories.items():
+        journal.add(int(index[1:]), trajectory)
+    journal.close()
+
+
+def test_a_trajectory_comes_back_as_it_was(tmp_path):
+    write(tmp_path / "rank0.jsonl", "a", _3=make_trajectory())
+    found = Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished
+    assert list(found) == [3] and same(found[3], make_trajectory())
+
+
+def test_what_was_taken_is_kept_for_the_next_kill(tmp_path):
+    path = tmp_path / "rank0.jsonl"
+    write(path, "a", _3=make_trajectory())
+    second = Journal(path, "a", resumed=True)
+    second.add(0, make_trajectory())
+    assert sorted(Journal(path, "a", resumed=True).finished) == [0, 3]
+
+
+@pytest.mark.parametrize(("batch", "resumed"), [("b", True), ("a", False)])
+def test_another_batch_and_a_new_run_take_nothing(tmp_path, batch, resumed):
+    write(tmp_path / "rank0.jsonl", "a", _0=make_trajectory())
+    assert Journal(tmp_path / "rank0.jsonl", batch, resumed=resumed).finished == {}
+
+
+@pytest.mark.parametrize("cut", [2, 40, 5000])
+def test_a_line_that_was_cut_off_is_lost_alone(tmp_path, cut):
+    path = tmp_path / "rank0.jsonl"
+    write(path, "a", _0=make_trajectory(), _1=make_trajectory())
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert list(Journal(path, "a", resumed=True).finished) in ([0], [])
+
+
+def test_a_trajectory_whose_retrieval_failed_gets_another_chance(tmp_path):
+    write(tmp_path / "rank0.jsonl", "a", _0=make_trajectory(StopReason.RETRIEVAL_FAILED))
+    assert Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished == {}
+
+
+def test_one_weight_or_setting_makes_another_batch():
+    weights = torch.ones(4, dtype=torch.bfloat16)
+    moved = torch.tensor([1, 1, 1, 1.0078125], dtype=torch.bfloat16)
+    digests = {batch_digest([weights], "a"), batch_digest([moved], "a"), batch_digest([weights], "b")}
+    assert len(digests) == 3 and batch_digest([weights.clone()], "a") in digests
+
+
+class Killed(BaseException):
+    """As if the process had ended there."""
+
+
+def test_a_killed_run_goes_on_in_the_middle_of_its_batch(tmp_path, random_model, tokenizer):
+    def script(number, prompt):
+        return [search(f"query {number}"), answer(GOLD if number % 2 else "Nobody")]
+
+    def make(folder, **options):
+        return scripted_trainer(
+            folder, str(tmp_path / "model"), tokenizer, script, rewards=differs, save_strategy="steps", save_steps=1,
+            max_steps=2, **options,
+        )  # fmt: skip
+
+    def differs(completions, **columns):
+        return [float(len(completion[-1]["content"])) for completion in completions]
+
+    random_model.save_pretrained(tmp_path / "model")
+    whole = make(tmp_path / "whole")
+    whole.train()
+
+    killed = make(tmp_path / "killed")
+    generate, asked = killed.actor.generate, []
+
+    async def dying(prompt_ids, **options):
+        completion = await generate(prompt_ids, **options)
+        if killed.state.global_step == 1 and len(asked) == 5:  # two trajectories of four are done
+            raise Killed
+        if killed.state.global_step == 1:
+            asked.append(prompt_ids)
+        return completion
+
+    killed.actor.generate = dying
+    killed.actor.seconds = lambda number: 0.05 * number
+    with pytest.raises(Killed):
+        killed.train()
+    lines = (tmp_path / "killed" / "journal" / "rank0.jsonl").read_text().splitlines()
+    done = len(lines) - 1
+    assert 0 < done < 4
+
+    resumed = make(tmp_path / "killed")
+    # A trajectory of the script is told by its place among those that run, and the first ones are done.
+    resumed.actor.script = lambda number, prompt: script(number + done, prompt)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-1"))
+    assert len(resumed.actor.said) == 4 - done
+    for mine, theirs in zip(resumed.last_rollout.trajectories, whole.last_rollout.trajectories, strict=True):
+        assert (mine.ids, mine.mask, mine.actions) == (theirs.ids, theirs.mask, theirs.actions)
+    assert steps(resumed)[-1]["loss"] == pytest.approx(steps(whole)[-1]["loss"])

@@ -1,0 +1,156 @@
+"""The finished trajectories of the batch that is being rolled out, on disk, so that a killed run need not repeat them.
+
+    output_dir/journal/rank0.jsonl
+        {"batch": "3f1c…"}                                          which batch: weights, prompts, settings, seed
+        {"index": 17, "trajectory": {"class": "Trajectory", …}}     one line per trajectory, as each one ends
+
+A run that is resumed from a checkpoint takes from the journal what was finished, and rolls out the rest. It takes
+nothing when anything that shapes a trajectory differs, the weights first of all: a run that was killed several steps
+after its checkpoint repeats those steps from the start. Trajectories whose retrieval failed are not kept.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import contextlib
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import trl_search.types
+from trl_search.types import Sampling, Trajectory
+
+FOLDER = "journal"
+# Fields of a trajectory with a number per token, and how `array` stores them.
+_PER_TOKEN = {"ids": "q", "mask": "b", "logprobs": "d"}
+
+
+class Journal:
+    """The journal of one batch on one rank.
+
+    Args:
+        path (`Path`, *optional*): The file; what an earlier batch wrote there is replaced. None: nothing is kept.
+        batch (`str`): A digest of everything that shapes the batch ([`batch_digest`]).
+        resumed (`bool`): Whether to take what the file holds of this very batch.
+
+    Attributes:
+        finished (`dict[int, Trajectory]`): By index, what an earlier process finished.
+    """
+
+    def __init__(self, path: Path | None, batch: str = "", *, resumed: bool = False) -> None:
+        self.finished: dict[int, Trajectory] = {}
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        if resumed and path.is_file():
+            self.finished = dict(_read(path, batch))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+        self._write({"batch": batch})
+        for index, trajectory in self.finished.items():
+            self.add(index, trajectory)
+
+    def add(self, index: int, trajectory: Trajectory) -> None:
+        """Keeps a finished trajectory. A kill during the write loses this one alone."""
+        if not trajectory.failed:
+            self._write({"index": index, "trajectory": _encoded(trajectory)})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
+    """The journal of the batch that a [`SearchGRPOTrainer`] is about to roll out; evaluations are not kept."""
+    journal = Journal(None)
+    if trainer.model.training:
+        args, batch = trainer.args, trainer.last_rollout
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        digest = batch_digest(trained, trainer.run_log.model, args.agent, sampling, batch.prompt_ids, batch.rows)
+        path = Path(args.output_dir or ".") / FOLDER / f"rank{trainer.accelerator.process_index}.jsonl"
+        # A run that starts anew rolls everything out: its retriever may be another one.
+        journal = Journal(path, digest, resumed=trainer.state.global_step > 0)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def batch_digest(parameters: Iterable[torch.Tensor], *settings: Any) -> str:
+    """A digest of the weights on this rank, its shards where they are sharded, and of `settings` as they print."""
+    sums = []
+    for parameter in parameters:
+        tensor = getattr(parameter, "ds_tensor", parameter).detach()  # DeepSpeed ZeRO-3 keeps its shard there
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        sums.append(local.contiguous().view(bits).sum(dtype=torch.int64).cpu())
+    weights = [int(value) for value in sums]
+    return hashlib.sha256(repr((weights, settings)).encode()).hexdigest()
+
+
+def _read(path: Path, batch: str) -> Iterator[tuple[int, Trajectory]]:
+    # The last line of a killed process may be cut off.
+    with path.open(encoding="utf-8") as file, contextlib.suppress(json.JSONDecodeError):
+        if json.loads(next(file, "null")) != {"batch": batch}:
+            return
+        for line in file:
+            row = json.loads(line)
+            yield row["index"], _decoded(row["trajectory"])
+
+
+def _encoded(value: Any) -> Any:
+    """JSON of the values in `types.py`, from which `_decoded` makes equal ones."""
+    if isinstance(value, enum.Enum):
+        return {"class": type(value).__name__, "value": value.value}
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        per_token = _PER_TOKEN if isinstance(value, Trajectory) else {}
+        coded = {
+            name: _packed(per_token[name], numbers) if name in per_token else _encoded(numbers)
+            for name, numbers in fields.items()
+        }
+        return {"class": type(value).__name__, "fields": coded}
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(item) for item in value]}
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"map": {key: _encoded(item) for key, item in value.items()}}
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_decoded(item) for item in value["tuple"])
+    if "map" in value:
+        return {key: _decoded(item) for key, item in value["map"].items()}
+    if "packed" in value:
+        numbers = array.array(value["type"])
+        numbers.frombytes(base64.b64decode(value["packed"]))
+        return numbers.tolist()
+    made = getattr(trl_search.types, value["class"])
+    if "value" in value:
+        return made(value["value"])
+    return made(**{name: _decoded(item) for name, item in value["fields"].items()})
+
+
+def _packed(type_code: str, numbers: list[Any]) -> dict[str, str]:
+    """Numbers as base64, exact and many times faster than their digits."""
+    return {"type": type_code, "packed": base64.b64encode(array.array(type_code, numbers).tobytes()).decode()}
