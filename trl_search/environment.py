@@ -85,7 +85,7 @@ class SearchEnvironment(Environment):
 
     Args:
         retriever (`Retriever`): What is searched; calls of concurrent trajectories reach it in batches.
-        top_k (`int`, *optional*, defaults to `3`): Passages a query.
+        k (`int`, *optional*, defaults to `3`): Passages per query.
         max_searches (`int`, *optional*, defaults to `4`): Calls a trajectory may make. After the last one the policy
             is told so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
         max_queries (`int`, *optional*, defaults to `4`): Queries a call may hold; those beyond it are not run, and the
@@ -101,7 +101,7 @@ class SearchEnvironment(Environment):
         self,
         retriever: Retriever,
         *,
-        top_k: int = 3,
+        k: int = 3,
         max_searches: int = 4,
         max_queries: int = 4,
         max_invalid: int = 2,
@@ -109,7 +109,7 @@ class SearchEnvironment(Environment):
         passage_template: str = PASSAGE_TEMPLATE,
     ) -> None:
         self.retriever = retriever
-        self.top_k = top_k
+        self.k = k
         self.max_searches = max_searches
         if not max_searches:
             self.tools = ()  # who may not search is told of no tool
@@ -159,7 +159,7 @@ class SearchEnvironment(Environment):
         assert self.batcher is not None, "SearchEnvironment.open() was not awaited"
         batcher, run = self.batcher, queries[: self.max_queries]
         try:
-            results = await asyncio.gather(*(batcher.search(query, self.top_k) for query in run))
+            results = await asyncio.gather(*(batcher.search(query, self.k) for query in run))
         except RetrievalError as error:
             return Observation(done=StopReason.RETRIEVAL_FAILED, error=str(error))
         notices = []

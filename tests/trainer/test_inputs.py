@@ -66,7 +66,7 @@ def test_a_tokenizer_without_tool_calls_under_qwen_tools(tmp_path, random_model)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "qwen_tool"}, "protocol='qwen_tool' does not exist; there are qwen_tools, qwen_inline"),
+        ({"protocol": "qwen_tool"}, "unknown protocol 'qwen_tool': did you mean 'qwen_tools'"),
         ({"max_failed_share": 1.5}, "max_failed_share=1.5 is a share"),
         ({"passages_per_query": 0}, "passages_per_query=0 must be at least 1"),
         ({"max_turn_length": 0}, "max_turn_length=0 must be at least 1"),

@@ -80,7 +80,7 @@ class Chat:
     Args:
         policy (`Policy`): The engine.
         protocol (`Protocol`): How the policy was trained to search.
-        environment (`HeardEnvironment`): What it searches; its `top_k` may be changed between questions.
+        environment (`HeardEnvironment`): What it searches; its `k` may be changed between questions.
         limits (`Limits`): Token budgets of an answer.
         sampling (`Sampling`, *optional*): How it samples, its seed apart.
     """

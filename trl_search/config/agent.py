@@ -1,6 +1,6 @@
-"""How a trained agent wants to be asked: its protocol, its instruction, its budgets.
+"""How an agent is asked: its protocol, its instruction, its budgets.
 
-A policy that was trained on bare questions answers worse when it is given an instruction, and the other way round. So
+A policy that was trained on bare questions answers worse with an instruction before them, and the other way round. So
 what it was trained with travels with it: in the folder of a run as `run.json`, in a published model as
 `trl_search.json`, which `trl-search push` writes.
 """
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.common.files import read_object
+from trl_search.common.files import parse_object, read_object
 from trl_search.environment import PASSAGE_TEMPLATE, SearchEnvironment
 from trl_search.protocols import PROTOCOLS, Protocol, load_protocol
 from trl_search.retrieval.base import Retriever
@@ -28,22 +28,72 @@ REMEDY = "remove it, and say how to ask by options"
 RUN_FILE = "run.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class AgentSettings:
-    """The keys of `SearchGRPOConfig` that shape a conversation, under their names there and with its defaults."""
+    """The keys that shape a conversation. They stand here alone, each with its help.
 
-    protocol: str = "qwen_tools"
-    instruction: str | None = None
-    system_prompt: str | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    max_searches: int = 4
-    max_queries_per_search: int = 4
-    passages_per_query: int = 3
-    max_turn_length: int = 512
-    max_observation_length: int = 768
-    max_completion_length: int = 3072
-    passage_template: str = PASSAGE_TEMPLATE
-    search_timeout_s: float = 30.0
+    [`SearchGRPOConfig`] and the arguments of `trl-search sft` inherit them, and [`add_agent_options`] makes options of
+    them for `trl-search eval` and `chat`. Treat an instance as a value: change it with `dataclasses.replace`.
+
+    Raises:
+        UserError: for a value that is out of range.
+    """
+
+    protocol: str = field(
+        default="qwen_tools",
+        metadata={
+            "help": "How the policy calls the search tool and is answered. qwen_tools: the chat template's own tool "
+            "calling; qwen_inline: the reply in the same assistant turn; search_r1: <search> and <information> tags, "
+            "for base models.",
+            "choices": list(PROTOCOLS),
+        },
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Text put before each question. Default: the protocol's own. '': none."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "The system message. Default: whatever the chat template puts there."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "More arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
+    )
+    max_searches: int = field(
+        default=4,
+        metadata={
+            "help": "Searches a trajectory may make. When they are spent, the policy is told so, and may answer. "
+            "0: no tool."
+        },
+    )
+    passages_per_query: int = field(
+        default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
+    )
+    max_queries_per_search: int = field(default=4, metadata={"help": "Queries one call may hold; others are not run."})
+    max_turn_length: int = field(default=512, metadata={"help": "Tokens of one turn of the policy."})
+    max_observation_length: int = field(
+        default=768,
+        metadata={"help": "Tokens of one observation; its passages are cut one by one, all to the same limit."},
+    )
+    max_completion_length: int = field(
+        default=3072,
+        metadata={"help": "Tokens of a trajectory after its prompt: the policy's turns and what is retrieved."},
+    )
+    passage_template: str = field(
+        default=PASSAGE_TEMPLATE,
+        metadata={"help": "How a passage is shown to the policy, with {rank}, {title} and {text}."},
+    )
+    search_timeout_s: float = field(
+        default=30.0,
+        metadata={"help": "Seconds that one call of the retriever may take; time spent in the queue is not counted."},
+    )
+
+    def __post_init__(self) -> None:
+        check_agent(self)
+
+    @property
+    def agent(self) -> AgentSettings:
+        """These keys alone, out of a configuration that has more."""
+        return AgentSettings(**{key.name: getattr(self, key.name) for key in dataclasses.fields(AgentSettings)})
 
     @property
     def limits(self) -> Limits:
@@ -54,15 +104,45 @@ class AgentSettings:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
+def check_agent(settings: AgentSettings) -> None:
+    """Refuses values that are out of range, and reads `chat_template_kwargs` where it is still JSON.
+
+    Raises:
+        UserError: names the key.
+    """
+    if settings.protocol not in PROTOCOLS:
+        raise unknown_name("protocol", settings.protocol, PROTOCOLS)
+    if isinstance(settings.chat_template_kwargs, str):
+        settings.chat_template_kwargs = parse_object(
+            settings.chat_template_kwargs, "chat_template_kwargs", '{"enable_thinking": false}'
+        )
+    if settings.search_timeout_s <= 0:
+        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be more than 0")
+    for key in dataclasses.fields(AgentSettings):
+        value, least = getattr(settings, key.name), 0 if key.name == "max_searches" else 1
+        if isinstance(key.default, int) and value < least:
+            raise UserError(f"{key.name}={value} must be at least {least}")
+
+
+def add_agent_options(parser: Any) -> None:
+    """Adds an option to a command for each key of the agent. One that is not given leaves the key as in training.
+
+    Args:
+        parser (`argparse.ArgumentParser` or a group of one): The command's.
+    """
+    hints = get_type_hints(AgentSettings)
+    group = parser.add_argument_group("how it is asked (default: as it was trained, if the model says so)")
+    for key in dataclasses.fields(AgentSettings):
+        kind = hints[key.name] if hints[key.name] in (int, float) else str
+        text = key.metadata["help"] + (f" ({key.default})" if kind is not str or key.name == "protocol" else "")
+        metavar = {int: "N", float: "SECONDS"}.get(kind, "JSON" if key.name == "chat_template_kwargs" else "TEXT")
+        group.add_argument(f"--{key.name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
+
+
 # The policy that ships reads the question alone, and has read no conversation longer than those of the quickstart.
 TINY = AgentSettings(
     instruction="", max_searches=3, max_turn_length=96, max_observation_length=192, max_completion_length=512
 )
-
-
-def agent_of(config: Any) -> AgentSettings:
-    """The settings among the attributes of a configuration, which has all of them."""
-    return AgentSettings(**{key.name: getattr(config, key.name) for key in dataclasses.fields(AgentSettings)})
 
 
 def protocol_of(agent: AgentSettings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> Protocol:
@@ -87,7 +167,7 @@ def search_environment(
     """The default world of the agent: the same in training, in a cold start, in evaluation and in a chat."""
     return kind(
         retriever,
-        top_k=agent.passages_per_query,
+        k=agent.passages_per_query,
         max_searches=agent.max_searches,
         max_queries=agent.max_queries_per_search,
         timeout_s=agent.search_timeout_s,
@@ -101,21 +181,14 @@ def trained_settings(model: str) -> AgentSettings:
 
 
 def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
-    """The settings of training, but for what the options of a command say; `None` is an option that was not given.
+    """The settings of training, changed by those of a command's options that are the agent's and were given.
 
     Raises:
-        UserError: for a value that cannot be.
+        UserError: for a value that is out of range.
     """
-    agent = dataclasses.replace(trained, **{name: value for name, value in options.items() if value is not None})
-    if agent.protocol not in PROTOCOLS:
-        raise unknown_name("protocol", agent.protocol, PROTOCOLS)
-    for key in dataclasses.fields(AgentSettings):
-        value, least = getattr(agent, key.name), 0 if key.name == "max_searches" else 1
-        if isinstance(value, int) and value < least:
-            raise UserError(f"--{key.name} must be at least {least}; got {value}")
-    if agent.search_timeout_s <= 0:
-        raise UserError(f"--search_timeout_s must be more than 0; got {agent.search_timeout_s}")
-    return agent
+    keys = {key.name for key in dataclasses.fields(AgentSettings)}
+    given = {name: value for name, value in options.items() if name in keys and value is not None}
+    return dataclasses.replace(trained, **given)
 
 
 def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
@@ -129,7 +202,10 @@ def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
     for name, value in given.items():
         if not isinstance(value, _types(known[name])) or isinstance(value, bool):
             raise UserError(f"{source}: {name} cannot be {value!r}: correct it there, or remove the file")
-    return AgentSettings(**given)
+    try:
+        return AgentSettings(**given)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def read_settings(model: str) -> AgentSettings | None:

@@ -7,34 +7,27 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from trl_search.common.errors import UserError
-from trl_search.config.agent import AgentSettings, agent_of
-from trl_search.environment import PASSAGE_TEMPLATE
-from trl_search.protocols import PROTOCOLS
+from trl_search.config.agent import AgentSettings, check_agent
 
 # What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
 PACKED_ATTENTION = ("auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "padded")
 
 
 @dataclass
-class SearchGRPOConfig(GRPOConfig):
+class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narrower: max_completion_length is set
     r"""
-    Configuration of [`SearchGRPOTrainer`]. All parameters of [`~trl.GRPOConfig`] apply; these are added or changed:
+    Configuration of [`SearchGRPOTrainer`]. All parameters of [`~trl.GRPOConfig`] and of [`AgentSettings`] apply; these
+    are added or changed:
 
     Parameters:
-        protocol (`str`, *optional*, defaults to `"qwen_tools"`):
-            How calls and replies are written: `qwen_tools`, `qwen_inline` or `search_r1`.
         max_completion_length (`int`, *optional*, defaults to `3072`):
-            Tokens after the prompt, retrieved ones included (TRL's own default, 512, is one turn of a search agent).
+            Tokens after the prompt, with the retrieved ones. (TRL's own default, 512, is one turn of a search agent.)
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
             TRL's default sums log-ratios over a sequence, which zeroes the loss of long trajectories.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_options"]  # noqa: RUF012 (declared so by TRL)
 
-    max_completion_length: int = field(
-        default=3072,
-        metadata={"help": "Tokens of a trajectory after its prompt: the policy's turns and what is retrieved."},
-    )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
         metadata={
@@ -71,50 +64,12 @@ class SearchGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'},
     )
-    protocol: str = field(
-        default="qwen_tools",
-        metadata={
-            "help": "How the policy calls the search tool and is answered. qwen_tools: the chat template's own tool "
-            "calling; qwen_inline: the reply in the same assistant turn; search_r1: <search> and <information> tags, "
-            "for base models.",
-            "choices": list(PROTOCOLS),
-        },
-    )
     eos_token: str | None = field(
         default=None,
         metadata={
             "help": "The token that ends the assistant's turn, if the tokenizer names another: <|im_end|> for a base "
             "model with a ChatML template. It is saved with the model."
         },
-    )
-    instruction: str | None = field(
-        default=None, metadata={"help": "Text put before each question. Default: the protocol's own. '': none."}
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "The system message. Default: whatever the chat template puts there."}
-    )
-    max_searches: int = field(
-        default=4,
-        metadata={
-            "help": "Searches a trajectory may make. When spent, the policy is told so, and may answer. 0: no tool."
-        },
-    )
-    passages_per_query: int = field(
-        default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
-    )
-    max_queries_per_search: int = field(default=4, metadata={"help": "Queries one call may hold; others are not run."})
-    max_turn_length: int = field(default=512, metadata={"help": "Tokens of one turn of the policy."})
-    max_observation_length: int = field(
-        default=768,
-        metadata={"help": "Tokens of one observation; its passages are cut one by one, all to the same limit."},
-    )
-    passage_template: str = field(
-        default=PASSAGE_TEMPLATE,
-        metadata={"help": "How a passage is shown to the policy, with {rank}, {title} and {text}."},
-    )
-    search_timeout_s: float = field(
-        default=30.0,
-        metadata={"help": "Seconds that one call of the retriever may take; waiting for one's turn is not counted."},
     )
     max_failed_share: float = field(
         default=0.5,
@@ -173,37 +128,16 @@ class SearchGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if isinstance(self.vllm_server_base_url, str):
             self.vllm_server_base_url = [self.vllm_server_base_url]
-        super().__post_init__()
-        if self.protocol not in PROTOCOLS:
-            raise UserError(f"protocol={self.protocol!r} does not exist; there are {', '.join(PROTOCOLS)}")
-        if self.vllm_lora_sync not in ("merged", "adapter"):
-            raise UserError(f"vllm_lora_sync={self.vllm_lora_sync!r} does not exist; there are merged, adapter")
-        for name in ("vllm_engine_options", "chat_template_kwargs"):
-            if isinstance(getattr(self, name), str):
-                raise UserError(f"{name}={getattr(self, name)!r} must be a JSON object")
-        if self.packed_attention not in PACKED_ATTENTION:
-            raise UserError(
-                f"packed_attention={self.packed_attention!r} does not exist; there are {', '.join(PACKED_ATTENTION)}"
-            )
+        GRPOConfig.__post_init__(self)
+        check_agent(self)
+        for name, choices in (("vllm_lora_sync", ("merged", "adapter")), ("packed_attention", PACKED_ATTENTION)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
+        if isinstance(self.vllm_engine_options, str):
+            raise UserError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
-        if self.search_timeout_s <= 0:
-            raise UserError(f"search_timeout_s={self.search_timeout_s} must be more than 0")
-        for name in ("max_searches", "log_trajectories", "trajectory_table_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in (
-            "passages_per_query",
-            "max_queries_per_search",
-            "max_turn_length",
-            "max_observation_length",
-            "max_packed_tokens",
-            "rollout_batch_size",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-
-    @property
-    def agent(self) -> AgentSettings:
-        """How the policy is asked."""
-        return agent_of(self)
+        least = {"log_trajectories": 0, "trajectory_table_steps": 0, "max_packed_tokens": 1, "rollout_batch_size": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {number}")

@@ -16,19 +16,12 @@ from trl_search.retrieval import Retriever, load_retriever, open_retriever
 
 
 @dataclass
-class TaskArguments:
-    """What is asked, what is searched, and what is measured."""
+class QuestionArguments:
+    """What is asked, and what is searched: the keys that training and cold start have in common."""
 
     questions: str = field(
         default="world",
         metadata={"help": "Training questions: 'world' (the embedded one), a name such as nq_hotpotqa, or a file."},
-    )
-    eval_questions: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Questions to evaluate on: names or files, several by commas or as a list. With the world: its "
-            "held-out split. Training questions that stand among them are left out of the training."
-        },
     )
     question_field: str | None = field(
         default=None, metadata={"help": "Column of the question in a file whose schema is none of the known ones."}
@@ -36,9 +29,6 @@ class TaskArguments:
     answers_field: str | None = field(default=None, metadata={"help": "Column of the golden answers in such a file."})
     id_field: str | None = field(default=None, metadata={"help": "Column of the id in such a file."})
     max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
-    max_eval_questions: int | None = field(
-        default=200, metadata={"help": "Evaluate on a sample of so many questions of each set."}
-    )
     world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
     retriever: str = field(
@@ -47,6 +37,22 @@ class TaskArguments:
     )
     retriever_options: str = field(
         default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
+    )
+
+
+@dataclass
+class TaskArguments(QuestionArguments):
+    """What is asked, what is searched, and what is measured."""
+
+    eval_questions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Questions to evaluate on: names or files, several by commas or as a list. With the world: its "
+            "held-out split. Training questions that stand among them are left out of the training."
+        },
+    )
+    max_eval_questions: int | None = field(
+        default=200, metadata={"help": "Evaluate on a sample of so many questions of each set."}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}

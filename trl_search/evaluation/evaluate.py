@@ -68,7 +68,7 @@ def answer_questions(
         rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`, and where they have them `id` and
             `data_source`.
         environment (`Environment`): What the agent acts in; `rag` needs a `SearchEnvironment`, and uses its retriever,
-            `top_k`, timeout and passage template.
+            `k`, timeout and passage template.
         agent (`AgentSettings`): How the policy is asked: protocol, prompts and token budgets. Its instruction is that
             of `search`; the other modes have their own. How it searches, the environment says.
         sampling (`Sampling`, *optional*): Its seed, the question's id and its words make the answer repeatable,
@@ -146,7 +146,7 @@ class SearchedOnce(AnswerOnly):
     async def prompt(self, protocol: Protocol, question: str) -> tuple[int, ...]:
         """The ids of a prompt that holds the passages found for the question."""
         assert self.environment.batcher is not None, "the environment is open while a batch runs"
-        passages = await self.environment.batcher.search(question, self.environment.top_k)
+        passages = await self.environment.batcher.search(question, self.environment.k)
         return protocol.prompt_ids(rag_messages(protocol, self.environment, question, passages))
 
 

@@ -51,7 +51,7 @@ def test_one_question(capsys, monkeypatch):
 
 def test_a_pipe_of_questions_and_one_object_a_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\n\n  {ASKED[1]}  \n"))
-    assert main([*TINY, "--json", "--seed", "7", "--k", "2"]) == 0
+    assert main([*TINY, "--json", "--seed", "7", "--passages_per_query", "2"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["question"] for record in records] == ASKED and [record["seed"] for record in records] == [7, 8]
     for record, question in zip(records, QUESTIONS, strict=True):
@@ -122,11 +122,11 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["./no/model", "q", "--world"], "there is no model at no/model"),
-        (["tiny", "q", "--k", "0"], "--k is how many passages"),
+        (["tiny", "q", "--passages_per_query", "0"], "passages_per_query=0 must be at least 1"),
         (["tiny", "q", "--temperature", "-1"], "--temperature is at least 0"),
         (["tiny", "q", "--world", "--retriever", "web"], "give one of them"),
         (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
-        (["tiny", "q", "--max_searches", "-1"], "--max_searches must be at least 0"),
+        (["tiny", "q", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),
         (["tiny", "q", "--retriever", "bm52"], "did you mean 'bm25'?"),
         (["tiny", "q", "--retriever_options", "{"], "--retriever_options is not JSON"),
         (["tiny", "q", "--retriever_options", "[]"], "must be a JSON object"),

@@ -259,7 +259,7 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_on_it(tmp_path):
         (["tiny", "--datasets", "FILE", "--limit", "0"], "--limit is how many"),
         (["tiny", "--datasets", "FILE", "--backend", "vlm"], "unknown backend 'vlm': did you mean 'vllm'"),
         (["tiny", "--datasets", "FILE", "--temperature", "-1"], "--temperature"),
-        (["tiny", "--datasets", "FILE", "--max_searches", "-1"], "--max_searches must be at least 0"),
+        (["tiny", "--datasets", "FILE", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),
         (["tiny", "--datasets", "FILE", "--concurrency", "0"], "--concurrency"),
         (["tiny", "--datasets", "FILE", "--max_failed_share", "5"], "a share, from 0 to 1"),
         (["tiny", "--datasets", "FILE", "--retriever_options", "[]"], "must be a JSON object"),

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from trl_search.data.world import World
     from trl_search.retrieval import Retriever
 
-WEB_HITS = 5  # a query, as in the seed's script
-_ASKED = ("protocol", "instruction", "system_prompt", "max_searches", "max_turn_length", "max_completion_length")
+WEB_HITS = 5  # passages per query, unless --passages_per_query says otherwise
 HELP = """\
   /k N      passages a query (now {k})
   /help     this
@@ -39,6 +38,8 @@ Anything else is a question. Each is a conversation of its own: the agent rememb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from trl_search.config.agent import add_agent_options
+
     parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes; none: from stdin, or a session")
     searched = parser.add_argument_group("what is searched")
@@ -52,14 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searched.add_argument("--world", action="store_true", help="the same as --retriever world")
     searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
     searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
-    searched.add_argument("--k", type=int, help="passages a query (default: 5 for the web, else as in training, or 3)")
-    asked = parser.add_argument_group("how it is asked (default: as it was trained, if it says so)")
-    asked.add_argument("--protocol", help="qwen_tools, qwen_inline or search_r1 (default: qwen_tools)")
-    asked.add_argument("--instruction", help="put before each question; '' for none (default: the protocol's own)")
-    asked.add_argument("--system_prompt", help="the system message (default: the chat template's)")
-    asked.add_argument("--max_searches", type=int, metavar="N", help="searches an answer (default: 4)")
-    asked.add_argument("--max_turn_length", type=int, metavar="N", help="tokens a turn (default: 512)")
-    asked.add_argument("--max_completion_length", type=int, metavar="N", help="tokens an answer, passages included")
+    add_agent_options(parser)
     run = parser.add_argument_group("how it runs")
     run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     run.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
@@ -86,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise UserError(f"--temperature is at least 0 and --top_p in (0, 1]; got {args.temperature} and {args.top_p}")
-    if args.k is not None and args.k < 1:
-        raise UserError(f"--k is how many passages a query gets, at least 1; got {args.k}")
     if args.world and args.retriever not in (None, "world"):
         raise UserError(f"--world and --retriever {args.retriever} are two things to search: give one of them")
     what = args.retriever or ("world" if args.world or args.model == "tiny" else "web")
@@ -95,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
         if not args.questions:
             raise UserError("there is no question: give one in quotes, or one a line on stdin")
-    options = {name: getattr(args, name) for name in _ASKED}
-    options["passages_per_query"] = args.k or (WEB_HITS if what == "web" else None)
-    settings = asked(trained_settings(args.model), options)
+    if what == "web" and args.passages_per_query is None:
+        args.passages_per_query = WEB_HITS
+    settings = asked(trained_settings(args.model), vars(args))
     retriever, world = _retriever(what, args)
     chat = load_chat(
         args.model,
@@ -154,10 +146,10 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
         if command == "/quit":
             return
         if command == "/help":
-            print(HELP.format(k=chat.environment.top_k))
+            print(HELP.format(k=chat.environment.k))
         elif command == "/k":
             if rest.strip().isdigit() and int(rest) > 0:
-                chat.environment.top_k = int(rest)
+                chat.environment.k = int(rest)
             else:
                 print("write it as /k 5", file=sys.stderr)
         elif command.startswith("/"):

@@ -27,13 +27,11 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 
 _SIZES = ("auto", "3B", "7B", "all", "none")
-_ASKED = (
-    "protocol", "instruction", "system_prompt", "max_searches", "passages_per_query", "max_queries_per_search",
-    "max_turn_length", "max_observation_length", "max_completion_length", "passage_template", "search_timeout_s",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from trl_search.config.agent import add_agent_options
+
     parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
     parser.add_argument(
         "--datasets", required=True, nargs="+", metavar="SET", help="names and files, separated by commas or spaces"
@@ -66,18 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
     searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
-    asked = parser.add_argument_group("how it is asked (default: as it was trained, if it says so)")
-    asked.add_argument("--protocol", help="qwen_tools, qwen_inline or search_r1 (default: qwen_tools)")
-    asked.add_argument("--instruction", help="before each question in mode search; '' for none (the protocol's own)")
-    asked.add_argument("--system_prompt", help="the system message (default: the chat template's)")
-    asked.add_argument("--max_searches", type=int, metavar="N", help="searches an answer (default: 4)")
-    asked.add_argument("--passages_per_query", type=int, metavar="K", help="passages of each query, k (default: 3)")
-    asked.add_argument("--max_queries_per_search", type=int, metavar="N", help="queries of one call (default: 4)")
-    asked.add_argument("--max_turn_length", type=int, metavar="N", help="tokens a turn (default: 512)")
-    asked.add_argument("--max_observation_length", type=int, metavar="N", help="tokens an observation (default: 768)")
-    asked.add_argument("--max_completion_length", type=int, metavar="N", help="tokens in all (default: 3072)")
-    asked.add_argument("--passage_template", help="how a passage is shown, with {rank}, {title} and {text}")
-    asked.add_argument("--search_timeout_s", type=float, metavar="S", help="a search that takes longer failed (30)")
+    add_agent_options(parser)
     sampled = parser.add_argument_group("how it samples")
     sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
@@ -129,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         modes=modes,
         datasets=_datasets(args.datasets),
         output=Path(args.output),
-        agent=asked(trained_settings(args.model), {name: getattr(args, name) for name in _ASKED}),
+        agent=asked(trained_settings(args.model), vars(args)),
         backend=Backend(
             args.backend,
             dtype=args.dtype,

@@ -152,7 +152,7 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
 
     environment = SearchEnvironment(
         load_retriever("bm25", passages=_EXAMPLE_PASSAGES),
-        top_k=1,
+        k=1,
         max_searches=max(3, settings.max_searches),
         passage_template=settings.passage_template,
     )

@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object, written_whole
-from trl_search.config.agent import SETTINGS_FILE, AgentSettings, agent_of, protocol_of, search_environment
-from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.task import TaskArguments, load_task
+from trl_search.common.files import written_whole
+from trl_search.config.agent import SETTINGS_FILE, AgentSettings, protocol_of, search_environment
+from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
 from trl_search.data.world import generate_world
@@ -41,37 +40,10 @@ from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Sampling
 
 
-def _as_in(cls: type, name: str) -> Any:
-    """A key that means what it means in training."""
-    theirs = next(key for key in dataclasses.fields(cls) if key.name == name)
-    return field(default=theirs.default, metadata=dict(theirs.metadata))
-
-
 @dataclass
-class ColdStartArguments:
+class ColdStartArguments(AgentSettings, QuestionArguments):
     """Whose attempts at which questions are learnt from."""
 
-    questions: str = _as_in(TaskArguments, "questions")
-    max_train_questions: int | None = field(
-        default=None, metadata={"help": "Take a sample of so many questions. Default: all."}
-    )
-    world_passages: int = _as_in(TaskArguments, "world_passages")
-    world_seed: int = _as_in(TaskArguments, "world_seed")
-    retriever: str = _as_in(TaskArguments, "retriever")
-    retriever_options: str = _as_in(TaskArguments, "retriever_options")
-
-    protocol: str = _as_in(SearchGRPOConfig, "protocol")
-    instruction: str | None = _as_in(SearchGRPOConfig, "instruction")
-    system_prompt: str | None = _as_in(SearchGRPOConfig, "system_prompt")
-    chat_template_kwargs: dict | str | None = _as_in(SearchGRPOConfig, "chat_template_kwargs")  # noqa: RUF009 (a field)
-    max_searches: int = _as_in(SearchGRPOConfig, "max_searches")
-    passages_per_query: int = _as_in(SearchGRPOConfig, "passages_per_query")
-    max_queries_per_search: int = _as_in(SearchGRPOConfig, "max_queries_per_search")
-    max_completion_length: int = _as_in(SearchGRPOConfig, "max_completion_length")
-    max_turn_length: int = _as_in(SearchGRPOConfig, "max_turn_length")
-    max_observation_length: int = _as_in(SearchGRPOConfig, "max_observation_length")
-    passage_template: str = _as_in(SearchGRPOConfig, "passage_template")
-    search_timeout_s: float = _as_in(SearchGRPOConfig, "search_timeout_s")
     max_failed_share: float = field(
         default=0.5,
         metadata={"help": "Collecting stops with an error when more than this share of the attempts has failed."},
@@ -117,9 +89,7 @@ class ColdStartArguments:
     keep_per_question: int = field(default=2, metadata={"help": "Keep at most so many attempts of a question."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.chat_template_kwargs, str):
-            example = '{"enable_thinking": false}'
-            self.chat_template_kwargs = parse_object(self.chat_template_kwargs, "chat_template_kwargs", example)
+        super().__post_init__()
         for name in ("samples_per_question", "keep_per_question", "rollout_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -128,16 +98,11 @@ class ColdStartArguments:
         if self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
 
-    @property
-    def agent(self) -> AgentSettings:
-        """How the policy is asked, as those want to know who ask it later."""
-        return agent_of(self)
 
-
-_TASK_KEYS = ("questions", "max_train_questions", "world_passages", "world_seed", "retriever", "retriever_options")
-# What defines an attempt, beside the agent and the questions themselves. A change of other keys leaves a collection as
-# good as it was, and so does another place of the file of questions.
-_DEFINING = (*_TASK_KEYS[1:], "temperature", "top_p")
+_TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
+# With the agent's keys and the questions themselves, these define an attempt. A collection stays good when other keys
+# change, or when the file of questions moves.
+_DEFINING = (*(key for key in _TASK_KEYS if key != "questions"), "temperature", "top_p")
 
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
