@@ -202,6 +202,8 @@ def load(
     device: str | None = None,
     dtype: str = "float32",
     check_source: bool = True,
+    nprobe: int | None = None,
+    ef_search: int | None = None,
     **options: Any,
 ) -> DenseRetriever:
     """`load_retriever("dense", ...)`: of `index`; of `passages` or a `corpus`; or of `faiss_file` and `corpus`.
@@ -216,10 +218,16 @@ def load(
         device (`str`, *optional*): Of encoder and index: "cpu", "cuda"; by default GPUs where they are and have room.
         dtype (`str`): In which queries are encoded.
         check_source (`bool`): Refuse an index whose source has changed, or a published one of another encoder.
+        nprobe (`int`, *optional*): Of an IVF: lists that are searched; more finds more. By default as the index was
+            calibrated; a published one as its file says or, where that is FAISS' default of 1, as is measured now.
+        ef_search (`int`, *optional*): Of a graph: candidates; more finds more.
         options: `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see `load_encoder`. An index
             has its own.
     """
     places = "cpu" if device == "cpu" else "auto"
+    found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
+    if index is None and faiss_file is None and (nprobe, ef_search) != (None, None):
+        raise UserError("nprobe and ef_search are options of an index; passages in memory are searched exactly")
     if index is not None:
         if options or corpus is not None or passages is not None or faiss_file is not None:
             given = sorted(options) or ["corpus, passages and faiss_file"]
@@ -230,7 +238,7 @@ def load(
             own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}
             encoder = load_encoder(encoder or opened.manifest.options["encoder"], device=device, dtype=dtype, **own)
         refuse_other_encoder(encoder, there, str(index))
-        return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places), opened.corpus)
+        return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places, **found), opened.corpus)
     if (corpus is None) == (passages is None) or (faiss_file is not None and corpus is None):
         raise UserError(
             "dense needs one of index=DIR, corpus=FILE.jsonl and passages=[...], or faiss_file=FILE.index and "
@@ -241,7 +249,7 @@ def load(
     if faiss_file is not None:
         assert corpus is not None
         rows = open_jsonl(corpus)
-        retriever = DenseRetriever(encoder, open_faiss_file(Path(faiss_file), device=places), rows)
+        retriever = DenseRetriever(encoder, open_faiss_file(Path(faiss_file), device=places, **found), rows)
         stored_ND = stored_rows(Path(faiss_file), read_faiss(Path(faiss_file))) if check_source else None
         if stored_ND is not None:
             check_encoder(encoder, stored_ND, rows, str(faiss_file))

@@ -411,3 +411,31 @@ def test_a_published_graph_larger_than_memory_is_refused(folders, monkeypatch):
     monkeypatch.setattr(open_module, "available_ram_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"a graph of .* searched in memory"):
         open_faiss_file(folders["hnsw"] / "vectors.index")
+
+
+@pytest.mark.parametrize("factory", ["IVF128,Flat", "PCA24,IVF128,PQ12x4fs", "IVF128,RaBitQ"])
+def test_a_published_ivf_is_searched_in_more_than_one_list(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, factory: str
+) -> None:
+    faiss, vectors = faiss_module(), mixture(4_000, 32, 3)
+    index = faiss.index_factory(32, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "ivf.index"))
+    faiss.extract_index_ivf(index).nprobe = 128
+    exact = index.search(vectors[:100], 10)[1]
+    with caplog.at_level("INFO"):
+        found = open_faiss_file(tmp_path / "ivf.index", device="cpu").search(vectors[:100], 10)[1]
+    recall = np.mean([len(set(one) & set(other)) / 10 for one, other in zip(found, exact, strict=True)])
+    assert recall > 0.9
+    assert re.search(r"128 lists, of which nprobe \d+ are searched", caplog.text)
+    one = open_faiss_file(tmp_path / "ivf.index", device="cpu", nprobe=1).search(vectors[:100], 10)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(one, exact, strict=True)]) < recall
+
+
+def test_how_much_is_searched_is_an_option_of_what_has_it(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="nprobe is an option of an IVF"):
+        open_vectors(folders["flat"], device="cpu", nprobe=3)
+    with pytest.raises(UserError, match="ef_search must be at least 1"):
+        open_vectors(folders["hnsw"], device="cpu", ef_search=0)
+    assert open_vectors(folders["hnsw"], device="cpu", ef_search=77)._index.hnsw.efSearch == 77  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from trl_search.retrieval.dense.vectors.search import VectorSearch
 
 K = 3
 QUERIES = 256
+MEASURED_BYTES = 1 << 30  # codes that are searched through to choose nprobe: seconds
 _TIE = 1e-6
 _MOVE = 0.75  # at 0.5, 1M synthetic vectors had .970 where queries of their own kind had .941
 # Each dearer than the one before, by about the same factor.
@@ -115,14 +116,52 @@ def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
     return {"efSearch": _EF_SEARCHES} if word == "hnsw" else {}
 
 
+def choose_nprobe(ivf: Any, *, target: float = 0.99) -> tuple[int, float | None]:
+    """How many lists of an IVF that somebody else built should be searched; FAISS' own default is 1.
+
+    Queries are made as in `make_queries`, from the centres of the lists: not every code gives back its vectors.
+
+    Returns:
+        `(nprobe, recall)`: the least of a ladder whose recall@10, against a search of all lists, reaches the target.
+        Above `MEASURED_BYTES`, and where the centres are not at hand, a sixteenth of the lists, and `None`.
+    """
+    lists, k = int(ivf.nlist), min(10, int(ivf.ntotal))
+    unmeasured = min(lists, max(64, lists // 16)), None
+    if not k or ivf.ntotal * ivf.code_size > MEASURED_BYTES:
+        return unmeasured
+    try:
+        queries_QD = make_queries(ivf.quantizer.reconstruct_n(0, lists), 0)
+    except RuntimeError:
+        return unmeasured
+
+    def scores(nprobe: int) -> np.ndarray:
+        ivf.nprobe = nprobe
+        found_QK = ivf.search(queries_QD, k)[0]
+        return found_QK if ivf.metric_type == faiss_module().METRIC_INNER_PRODUCT else -found_QK
+
+    least_Q1 = scores(lists)[:, -1:]
+    least_Q1 = least_Q1 - _TIE * np.maximum(1.0, np.abs(least_Q1))
+    for nprobe in (*(2**power for power in range(2, lists.bit_length()) if 2**power < lists), lists):
+        recall = float((scores(nprobe) >= least_Q1).mean())
+        if recall >= target:
+            break
+    return nprobe, recall
+
+
+def find_ivf(index: Any) -> Any:
+    """The IVF in an index, or in the one that a refined index begins with; `None` where there is none."""
+    faiss = faiss_module()
+    base = getattr(index, "base_index", index)
+    return faiss.try_extract_index_ivf(faiss.downcast_index(base))
+
+
 def apply_settings(index: Any, settings: dict[str, int]) -> None:
     """Sets k_factor, nprobe and efSearch where FAISS keeps them."""
-    faiss = faiss_module()
     for name, value in settings.items():
         if name == "k_factor":
             index.k_factor = float(value)
         elif name == "nprobe":
-            faiss.extract_index_ivf(index.base_index).nprobe = int(value)
+            find_ivf(index).nprobe = int(value)
         elif name == "efSearch":
             index.hnsw.efSearch = int(value)
         else:

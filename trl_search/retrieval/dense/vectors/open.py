@@ -1,7 +1,7 @@
 """`open_vectors` and `open_faiss_file`: an index on disk becomes a `VectorSearch`, in seconds whatever its size.
 
-Where an index is searched, with `device="auto"`: `flat` and `fp16` on the GPUs when they are there and have room (a
-log line says so, and why not), all else on CPU, mapped from the file.
+With `device="auto"`, `flat` and `fp16` are searched on the GPUs if there are any with enough room; a log line says so,
+or says why not. Everything else is searched on CPU, mapped from the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.build import ABOUT, VECTORS
-from trl_search.retrieval.dense.vectors.calibrate import apply_settings
+from trl_search.retrieval.dense.vectors.calibrate import apply_settings, choose_nprobe, find_ivf
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.gpu import check_gpu_memory, free_gpu_bytes, gpu_engine, open_on_gpus
 from trl_search.retrieval.dense.vectors.plans import plan
@@ -23,17 +23,21 @@ from trl_search.retrieval.dense.vectors.search import FaissSearch, VectorSearch,
 from trl_search.retrieval.dense.vectors.sliced import SlicedSearch, read_faiss, stored_rows
 
 _SETTINGS = ("nprobe", "k_factor", "efSearch")
-# FAISS' files of graphs say 16, which finds .6 of the exact three; this finds .97 (HNSW64, RETRIEVAL.md).
+# FAISS' files of graphs say 16, which finds .6 of the exact three in the published e5_HNSW64.index; this finds .97.
 FILE_EF_SEARCH = 512
 logger = logging.getLogger(__name__)
 
 
-def open_vectors(folder: Path, *, device: str = "auto") -> VectorSearch:
+def open_vectors(
+    folder: Path, *, device: str = "auto", nprobe: int | None = None, ef_search: int | None = None
+) -> VectorSearch:
     """Opens what `build_vectors` made, at the setting that it chose.
 
     Args:
         folder (`Path`): With `vectors.index` and `vectors.json`.
         device (`str`): `"auto"`, `"cpu"`, or `"cuda"`, which refuses instead of going to CPU.
+        nprobe (`int`, *optional*): Lists of an IVF that are searched, in place of the setting.
+        ef_search (`int`, *optional*): Candidates of a graph, in place of the setting.
     """
     path = folder / VECTORS
     try:
@@ -49,16 +53,22 @@ def open_vectors(folder: Path, *, device: str = "auto") -> VectorSearch:
             "build it again"
         )
     apply_settings(index, {name: about[name] for name in _SETTINGS if name in about})
+    _apply_given(path, index, nprobe, ef_search)
     return _place(path, index, device, max_norm=about["max_norm"])
 
 
-def open_faiss_file(path: Path, *, device: str = "auto") -> VectorSearch:
-    """Opens any FAISS file as it is, such as the published `e5_Flat.index`; no conversion, mapped where its type
-    allows.
+def open_faiss_file(
+    path: Path, *, device: str = "auto", nprobe: int | None = None, ef_search: int | None = None
+) -> VectorSearch:
+    """Opens any FAISS file as it is, such as the published `e5_Flat.index`, without conversion, mapped where its type
+    allows. A log line says how an IVF and a graph are searched.
 
     Args:
         path (`Path`): The file; inner product or L2 (whose scores are the distances, negated).
         device (`str`): As for `open_vectors`.
+        nprobe (`int`, *optional*): Lists of an IVF that are searched; by default what the file says, or, where that is
+            FAISS' default of 1, what reaches recall@10 .99 of a search of all lists.
+        ef_search (`int`, *optional*): Candidates of a graph; by default 512, or more where the file says so.
     """
     if not path.is_file():
         raise UserError(f"there is no FAISS file {path}")
@@ -66,12 +76,35 @@ def open_faiss_file(path: Path, *, device: str = "auto") -> VectorSearch:
     faiss = faiss_module()
     if isinstance(index, faiss.IndexIDMap):
         raise UserError(f"{path} maps its rows to ids of its own; only rows in the order of the corpus are served")
+    _apply_given(path, index, nprobe, ef_search)
+    ivf = find_ivf(index)
     if isinstance(index, faiss.IndexHNSW):
-        index.hnsw.efSearch = max(index.hnsw.efSearch, FILE_EF_SEARCH)
-        logger.info("%s: a graph, searched with efSearch %d", path, index.hnsw.efSearch)
+        if ef_search is None:
+            index.hnsw.efSearch = max(index.hnsw.efSearch, FILE_EF_SEARCH)
+        logger.info("%s: a graph, searched with ef_search %d", path, index.hnsw.efSearch)
+    elif ivf is not None:
+        recall = None
+        if nprobe is None and ivf.nprobe == 1:
+            ivf.nprobe, recall = choose_nprobe(ivf)
+        measured = f", recall@10 {recall:.2f} of a search of all" if recall is not None else ""
+        logger.info("%s: %d lists, of which nprobe %d are searched%s", path, ivf.nlist, ivf.nprobe, measured)
     if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         raise UserError(f"{path} has FAISS metric {index.metric_type}; inner product and L2 are searched here")
     return _place(path, index, device, max_norm=None)
+
+
+def _apply_given(path: Path, index: Any, nprobe: int | None, ef_search: int | None) -> None:
+    for name, value, there in (
+        ("nprobe", nprobe, find_ivf(index) is not None),
+        ("ef_search", ef_search, isinstance(index, faiss_module().IndexHNSW)),
+    ):
+        if value is None:
+            continue
+        if value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}")
+        if not there:
+            raise UserError(f"{name} is an option of {'an IVF' if name == 'nprobe' else 'a graph'}; {path} is none")
+        apply_settings(index, {"efSearch" if name == "ef_search" else name: value})
 
 
 def _open_index(path: Path) -> Any:
