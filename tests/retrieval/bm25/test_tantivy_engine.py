@@ -25,6 +25,7 @@ from trl_search.retrieval.bm25 import tantivy_engine
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION
 from trl_search.retrieval.bm25.retriever import BM25Retriever
 from trl_search.retrieval.index.folder import build_index, read_manifest
+from trl_search.retrieval.ranking import MARGIN
 from trl_search.types import Passage
 
 pytest.importorskip("tantivy")
@@ -98,9 +99,9 @@ def test_a_word_said_twice_counts_twice(tmp_path: Path) -> None:
 
 
 def test_a_tie_that_reaches_past_everything_fetched_is_still_in_corpus_order(tmp_path: Path) -> None:
-    copies = 40 * tantivy_engine.MARGIN
+    copies = 40 * MARGIN
     retriever = indexed(tmp_path, "vesk", *["lantern"] * copies, "vesk lantern")
-    for k in (1, 3, tantivy_engine.MARGIN, copies):
+    for k in (1, 3, MARGIN, copies):
         (found,) = retriever.search(["lantern"], k=k)
         assert ids(found) == [str(row) for row in range(1, k + 1)]
 

@@ -25,9 +25,10 @@ from trl_search.retrieval import RetrievalError, load_retriever
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.corpus.published import find_lines, open_jsonl
 from trl_search.retrieval.dense.encoder import Encoder, EncoderFingerprint, load_encoder
-from trl_search.retrieval.dense.retriever import MARGIN, TIE, DenseRetriever, InMemorySearch, order_ties
+from trl_search.retrieval.dense.retriever import DenseRetriever, InMemorySearch
 from trl_search.retrieval.dense.vectors import VECTOR_INDEXES
 from trl_search.retrieval.index.folder import build_index, read_manifest
+from trl_search.retrieval.ranking import MARGIN, TIE, order_ties
 from trl_search.types import Passage
 
 WORLD = [

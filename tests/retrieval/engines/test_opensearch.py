@@ -74,6 +74,48 @@ def test_a_build_that_is_killed_sends_only_what_is_missing(
     assert sorted(server.indices["wiki"]["documents"], key=int) == [str(row) for row in range(11)]
 
 
+def bulks(server: OpenSearchServer) -> list[int]:
+    return [len(one.body.splitlines()) // 2 for one in server.asked if "_bulk" in one.target]
+
+
+def test_requests_are_cut_by_their_bytes(
+    server: OpenSearchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_search.retrieval.engines.build.MAX_BYTES", 1_000)
+    passages = [Passage(str(row), "", "é" * length) for row, length in enumerate((10, 400, 10, 900, 10, 10))]
+    build(server, tmp_path, passages)
+    assert bulks(server) == [2, 1, 1, 2]
+    assert sorted(server.indices["wiki"]["documents"]) == list("012345")
+
+
+def test_a_request_that_is_too_large_is_halved(server: OpenSearchServer, tmp_path: Path) -> None:
+    def limited(asked: Any) -> Said | None:
+        return Said({}, 413) if "_bulk" in asked.target and len(asked.body.splitlines()) > 2 * 3 else None
+
+    server.fail = limited
+    build(server, tmp_path)
+    assert bulks(server) == [11, 5, 2, 3, 6, 3, 3]
+    assert len(server.indices["wiki"]["documents"]) == 11
+    server.fail = lambda asked: Said({}, 413) if "word7" in asked.body.decode() else None
+    with pytest.raises(RetrievalError, match=r"the passage in row 8 is too large for the engine: .*answered 413"):
+        build(server, tmp_path / "other", replace=True)
+
+
+@pytest.mark.parametrize("query", ["U.S.A. 1,000 3.14 node.js", "北京 «Été» C++ AT&T"])
+def test_a_query_is_sent_as_it_is(server: OpenSearchServer, tmp_path: Path, query: str) -> None:
+    build(server, tmp_path)
+    load_retriever("opensearch", url=server.url, collection="wiki").search([query], 1)
+    assert json.loads(server.asked[-1].body.splitlines()[1])["query"]["match"]["contents"]["query"] == query
+
+
+@pytest.mark.parametrize("word", ["a.b ", "京", "x" * 255])
+def test_a_pasted_page_is_cut_to_what_opensearch_takes(server: OpenSearchServer, tmp_path: Path, word: str) -> None:
+    build(server, tmp_path)
+    load_retriever("opensearch", url=server.url, collection="wiki").search([word * 5_000], 1)
+    sent = json.loads(server.asked[-1].body.splitlines()[1])["query"]["match"]["contents"]["query"]
+    assert sent == (word * 5_000)[: len(sent)] and 250 <= len(sent) // len(word) * (2 if "." in word else 1) <= 256
+
+
 def test_what_is_there_is_replaced_on_purpose_only(server: OpenSearchServer, tmp_path: Path) -> None:
     index = build(server, tmp_path)
     with pytest.raises(UserError, match="--replace"):

@@ -25,10 +25,10 @@ from trl_search.retrieval import RetrievalError, load_retriever  # noqa: E402
 from trl_search.retrieval.base import Unavailable  # noqa: E402
 from trl_search.retrieval.bm25.analyzer import Analyzer  # noqa: E402
 from trl_search.retrieval.engines import qdrant, qdrant_build  # noqa: E402
-from trl_search.retrieval.engines.base import best_rows  # noqa: E402
 from trl_search.retrieval.engines.qdrant_build import QdrantBuilder  # noqa: E402
 from trl_search.retrieval.index.build_folder import build_path  # noqa: E402
 from trl_search.retrieval.index.folder import MANIFEST, build_index, read_manifest  # noqa: E402
+from trl_search.retrieval.ranking import best_rows  # noqa: E402
 from trl_search.types import Passage  # noqa: E402
 
 PASSAGES = [Passage(f"p{row}", f"Town {row}", f"harbour {'lantern ' * (row % 4)} word{row}") for row in range(11)]
@@ -248,6 +248,34 @@ def test_a_cluster_is_told_of_shards_replicas_and_memory(tmp_path: Path, monkeyp
     assert server.asked[-1].method == "PATCH" and server.asked[-1].json["metadata"]["trl_search"]["passages"] == 11
     assert upserted.headers["api-key"] == "s3cret"
     assert "s3cret" not in (tmp_path / "index" / MANIFEST).read_text()
+
+
+def test_requests_are_cut_by_their_bytes_and_halved_where_they_are_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def answer(asked: Asked) -> Said:
+        path = asked.target.partition("?")[0]
+        if path.endswith("/exists"):
+            return result({"exists": False})
+        if path.endswith("/points/count"):
+            return result({"count": len(PASSAGES)})
+        if path.endswith("/points"):
+            sent.append(len(asked.json["points"]))
+            if sent[-1] > 3:
+                return Said({"status": {"error": "Payload too large"}}, 413)
+        return result({"operation_id": 0, "status": "completed"} if "/points" in path else True)
+
+    checkpoint = save_random_bert(tmp_path / "e5-base-v2")
+    dense = 32 * qdrant_build.NUMBER_BYTES + 100
+    with serving(answer) as server:
+        for vectors, limit in (("sparse", 8 << 20), ("dense", 4 * dense), ("dense", dense // 2)):
+            monkeypatch.setattr("trl_search.retrieval.engines.build.MAX_BYTES", limit)
+            options = {"vectors": vectors, "url": server.url, "encoder": str(checkpoint)}
+            build_index(PASSAGES, tmp_path / f"{vectors} {limit}", "qdrant", **options)
+            sent.append(0)
+    assert sent == [11, 5, 2, 3, 6, 3, 3, 0, *[4, 2, 2] * 2, 3, 0, *[1] * 11, 0]
 
 
 def test_failures_are_failures_and_what_passes_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

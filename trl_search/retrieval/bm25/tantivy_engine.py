@@ -6,8 +6,8 @@ keeps the length of a passage in one byte, exact to 40 terms and rounded down by
 two passages of nearly equal score may differ from that of `bm25s`; the same index always gives the same order.
 
 tantivy scores in double precision, so copies of a passage have the same score to the bit; which of them it returns
-depends on how its segments were merged. So more is fetched than asked for, until no tie reaches past what was
-fetched, and ties are put in corpus order by the row that every document carries.
+depends on how its segments were merged. Every document carries its row, by which ties are put in corpus order
+(`ranking.py`).
 
 The build holds one buffer of `HEAP_BYTES`, whatever the size of the corpus. Its files have random names, and where
 segments begin depends on timing: two builds of a corpus differ in bytes and answer alike.
@@ -24,15 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.bm25.analyzer import STOP_MARK, Analyzer
 from trl_search.retrieval.corpus.passages import Corpus
+from trl_search.retrieval.ranking import Hits, best_rows
 
 K1, B = 1.2, 0.75  # constants of tantivy
 HEAP_BYTES = 256 << 20
-MARGIN = 13  # fetched beyond k at first; most ties end within it
 REMOVALS = 20  # tries to remove a folder in which tantivy may hold a lock for an instant
 TERMS, STOPS, ROW = "terms", "stops", "row"
 
@@ -121,17 +122,14 @@ class TantivyEngine:
                 for field, term in ((STOPS if term.startswith(STOP_MARK) else TERMS, term) for term in terms)
             ]
         )
-        fetch = k + MARGIN
-        while True:
-            fetch = min(fetch, self._passages)
-            hits = self._searcher.search(query, limit=fetch, count=False).hits
-            # The k-th score is also the last one fetched: documents not fetched may tie, and come earlier.
-            if fetch == self._passages or len(hits) < fetch or hits[k - 1][0] > hits[-1][0]:
-                break
-            fetch *= 8
-        rows = self._searcher.fast_field_values(ROW, [address for _, address in hits])
-        ranked = sorted((-score, row) for (score, _), row in zip(hits, rows, strict=True))
-        return [(row, -score) for score, row in ranked[:k]]
+
+        def fetch(_: list[int], count: int) -> list[Hits]:
+            hits = self._searcher.search(query, limit=count, count=False).hits
+            rows = self._searcher.fast_field_values(ROW, [address for _, address in hits])
+            return [(np.array([score for score, _ in hits]), np.array(rows, dtype=np.int64))]
+
+        (ranked,) = best_rows(fetch, 1, k, self._passages, tie=0.0, decimals=None)
+        return ranked
 
 
 def _open(folder: Path) -> Any:

@@ -20,13 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import tenacity
 
 from trl_search.common.credentials import required_token
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.retrying import repeated
 from trl_search.retrieval.base import RetrievalError, Unavailable
 
-TRIES = 3
 _TROUBLE = {429, 502, 503, 504}
 
 
@@ -116,14 +115,7 @@ class HttpScorer:
 
     def _ask(self, query: str, texts: Sequence[str]) -> list[float]:
         body = {**self._request(query, texts, self._model), **self._fields}
-        for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Unavailable),
-            stop=tenacity.stop_after_attempt(TRIES),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            reraise=True,
-        ):
-            with attempt:
-                response = self._post(body)
+        response = repeated(lambda: self._post(body), on=Unavailable)
         try:
             return _in_order(self._read(response.json()), len(texts))
         except (ValueError, TypeError, KeyError, RecursionError) as error:

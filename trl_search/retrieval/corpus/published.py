@@ -32,7 +32,8 @@ def open_jsonl(path: str | Path) -> Corpus:
         raise CorpusError(f"there is no corpus file {path}")
     if path.suffix in FILES and path.suffix not in (".jsonl", ".ndjson", ".json"):
         raise CorpusError(
-            f"{path} cannot be read by row: unpack or convert it to .jsonl first (wiki-18: trl-search data wiki18)"
+            f"{path} cannot be read by row: unpack it (gunzip) or convert it to .jsonl first (wiki-18: trl-search "
+            "data wiki18)"
         )
     if path.stat().st_size == 0:
         raise CorpusError(f"{path}: no passages; a corpus needs one at least")

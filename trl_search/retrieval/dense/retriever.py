@@ -40,13 +40,11 @@ from trl_search.retrieval.dense.vectors.search import Memory
 from trl_search.retrieval.index.build_folder import SCRATCH
 from trl_search.retrieval.index.folder import open_index
 from trl_search.retrieval.index.workers import Workers
+from trl_search.retrieval.ranking import MARGIN, Hits, best_rows
 from trl_search.types import Passage
 
 KIND = "dense"
-MARGIN = 13  # fetched beyond k at first; most ties end within it
-MOST_FETCHED = 4096  # rows a query; of passages alike beyond that many, those that the index gave first
-TIE = 2e-6  # what batching changes in a score of 1 is a fifth of that; two different passages are far more apart
-DECIMALS = 5
+MOST_FETCHED = 4096  # rows per query; of passages alike beyond that many, those that the index gave first
 
 
 @dataclass(frozen=True)
@@ -147,26 +145,13 @@ class DenseRetriever(Retriever):
 
     def _rank(self, vectors_QD: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query, equal scores in corpus order."""
-        ranked: list[list[tuple[int, float]]] = [[] for _ in vectors_QD]
+
+        def fetch(queries: list[int], count: int) -> list[Hits]:
+            scores_QF, rows_QF = self._vectors.search(vectors_QD[queries], count)
+            return [(scores[rows >= 0], rows[rows >= 0]) for scores, rows in zip(scores_QF, rows_QF, strict=True)]
+
         most = min(max(k + MARGIN, MOST_FETCHED), self._vectors.count)
-        pending, fetch = list(range(len(vectors_QD))), k + MARGIN
-        while pending:
-            fetch = min(fetch, most)
-            scores_QF, rows_QF = self._vectors.search(vectors_QD[pending], fetch)
-            undecided = []
-            for query, scores, rows in zip(pending, scores_QF, rows_QF, strict=True):
-                there = rows >= 0
-                order, best = order_ties(scores[there], rows[there])
-                # A tie of the k-th passage that is also the last fetched may go on beyond it.
-                if fetch < most and len(order) > k and best[k - 1] == best[-1]:
-                    undecided.append(query)
-                else:
-                    ranked[query] = [
-                        (int(rows[there][at]), round(float(score), DECIMALS))
-                        for at, score in zip(order[:k], best[:k], strict=True)
-                    ]
-            pending, fetch = undecided, 8 * fetch
-        return ranked
+        return best_rows(fetch, len(vectors_QD), k, most)
 
     def close(self) -> None:
         with self._lock:
@@ -174,22 +159,6 @@ class DenseRetriever(Retriever):
             self._vectors.close()
             if isinstance(self._passages, Corpus):
                 self._passages.close()
-
-
-def order_ties(scores: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Puts scores that come best first, and within `TIE` of the best among them are equal, in order of their rows.
-
-    Rounding would not do: wherever it cuts, two equal scores that differ in the last bit may fall to both sides.
-
-    Returns:
-        `(order, best)`: positions in `scores`, and for each the score of the best it is equal to.
-    """
-    best = scores.astype(np.float64)
-    for at in range(1, len(best)):
-        if best[at - 1] - best[at] <= TIE * max(1.0, abs(best[at - 1])):
-            best[at] = best[at - 1]
-    order = np.lexsort((rows, -best))
-    return order, best[order]
 
 
 def load(

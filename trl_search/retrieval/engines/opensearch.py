@@ -13,6 +13,7 @@ A shard that failed or did not end in time makes the search fail: OpenSearch its
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,19 +22,19 @@ from typing import Any
 
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
+from trl_search.common.unspaced import UNSPACED_LETTERS
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
-from trl_search.retrieval.engines.base import TROUBLE, refuse_another_corpus, repeat_trouble
-from trl_search.retrieval.index.folder import read_manifest
+from trl_search.retrieval.engines.base import ABOUT, failure, from_folder, refuse_another_corpus, repeat_trouble
 from trl_search.types import Passage
 
 KIND = "opensearch"
-ABOUT = "trl_search"  # in a mapping's `_meta`
 CONTENTS = "contents"  # the field that title and text are copied to
 USER, PASSWORD = "OPENSEARCH_USER", "OPENSEARCH_PASSWORD"
 MAX_RESULTS = 10_000  # OpenSearch's own limit, `index.max_result_window`
 MAX_BATCH = 128  # queries a request
-_WORD = re.compile(r"\w{1,255}")
+# A word of a query is at most a clause of the search; a letter of a script without spaces is one by itself.
+_WORD = re.compile(rf"[{UNSPACED_LETTERS}]|[^\W{UNSPACED_LETTERS}]{{1,255}}")
 
 
 class OpenSearchRetriever(Retriever):
@@ -55,13 +56,12 @@ class OpenSearchRetriever(Retriever):
         check_search(queries, k)
         if self._closed:
             raise RetrievalError("this OpenSearch retriever is closed; load it again to search")
-        # A clause a word: OpenSearch takes 1024.
-        words = [" ".join(_WORD.findall(query)[:MAX_QUERY_TERMS]) for query in queries]
-        asked = [number for number, text in enumerate(words) if any(map(str.isalnum, text))]
+        texts = [_cut(query) for query in queries]
+        asked = [number for number, text in enumerate(texts) if any(map(str.isalnum, text))]
         found: list[list[Passage]] = [[] for _ in queries]
         for start in range(0, len(asked), MAX_BATCH):
             batch = asked[start : start + MAX_BATCH]
-            ask = partial(self._ask, [words[number] for number in batch], k)
+            ask = partial(self._ask, [texts[number] for number in batch], k)
             for number, passages in zip(batch, repeat_trouble(ask), strict=True):
                 found[number] = passages
         return found
@@ -90,13 +90,21 @@ class OpenSearchRetriever(Retriever):
         self._client.close()
 
 
+def _cut(query: str) -> str:
+    """The query as it is, so that the index' own analyzer splits it ("U.S.A.", "node.js"), without the words that are
+    too many: a clause each, of which OpenSearch takes 1,024."""
+    query = query.encode("utf-8", "replace").decode()
+    beyond = next(itertools.islice(_WORD.finditer(query), MAX_QUERY_TERMS, None), None)
+    return query if beyond is None else query[: beyond.start()]
+
+
 def _hits(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """Of one query, or why there are none."""
     if "error" in answer:
         error = answer["error"]
         causes = error.get("root_cause") or [error]
         said = f"OpenSearch refused a query: {causes[0].get('type')}: {causes[0].get('reason')}"
-        raise (Unavailable if answer.get("status") in TROUBLE else RetrievalError)(said)
+        raise failure(answer.get("status", 0), said)
     shards = answer["_shards"]
     if answer["timed_out"] or shards["failed"]:
         raise Unavailable(f"OpenSearch searched {shards['successful']} of {shards['total']} shards in time")
@@ -120,7 +128,7 @@ def call(method: Callable[..., Any], **options: Any) -> Any:
         raise Unavailable(f"OpenSearch cannot be reached: {error.error}") from error
     except TransportError as error:
         said = f"OpenSearch answered {error.status_code}: {error.error}"
-        raise (Unavailable if error.status_code in TROUBLE else RetrievalError)(said) from error
+        raise failure(error.status_code, said) from error
     except OpenSearchException as error:
         raise RetrievalError(f"OpenSearch: {error}") from error
 
@@ -183,20 +191,13 @@ def load(
         ca_certs (`str | Path`, *optional*): Certificates to trust, where the cluster has its own.
         timeout_s (`float`): Seconds until one request counts as failed.
     """
-    expected = None
-    if index is not None:
-        manifest = read_manifest(index)
-        if manifest.kind != KIND:
-            raise UserError(f"{index} is an index of kind {manifest.kind!r}, not {KIND!r}; load it as such")
-        expected = manifest.corpus.sha256
-        url, collection = url or manifest.options["url"], collection or manifest.options["collection"]
+    url, collection, _, expected = from_folder(index, KIND, url, collection)
     if collection is None:
         raise UserError("opensearch needs the name of an index: collection='wiki'")
     client = connect(url, ca_certs, timeout_s)
     try:
         retriever = OpenSearchRetriever(client, collection)
-        if expected is not None:
-            refuse_another_corpus(retriever.about["corpus"], expected, f"the index {collection!r}", str(index))
+        refuse_another_corpus(retriever.about, expected, f"the index {collection!r}", index)
     except BaseException:
         client.close()
         raise

@@ -1,26 +1,21 @@
-"""Loading an OpenSearch index: `trl-search index --kind opensearch`, in batches that a killed run need not send again.
-
-While it is loaded it is not refreshed, which is several times as fast; what the index holds is written into its
-mapping last, and before that it is refused as one that is being loaded.
-"""
+"""Loading an OpenSearch index: `trl-search index --kind opensearch`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Unavailable
+from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.corpus.passages import Corpus
-from trl_search.retrieval.engines.base import TROUBLE, Journal, corpus_hash, repeat_trouble
-from trl_search.retrieval.engines.opensearch import ABOUT, CONTENTS, call, connect
+from trl_search.retrieval.engines.base import ABOUT, failure, repeat_trouble
+from trl_search.retrieval.engines.build import load_engine
+from trl_search.retrieval.engines.opensearch import CONTENTS, call, connect
 
-BULK_ROWS = 1000  # passages a request, about a megabyte
+BULK_ROWS = 1000  # passages per request, about a megabyte
 
 
 @dataclass(frozen=True)
@@ -55,39 +50,37 @@ class OpenSearchBuilder:
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
         client = self._connect()
         try:
-            journal = Journal(folder)
-            if not journal.made:
-                self._make(client)
-                journal.note(0)
-            self._load(client, corpus, journal)
-            self._call(client.indices.put_settings, body={"index": {"refresh_interval": "1s"}})
-            self._call(client.indices.refresh)
-            stored = self._call(client.count)["count"]
-            if stored != len(corpus):
-                raise UserError(
-                    f"the index {self.collection!r} has {stored:,} passages, not {len(corpus):,}: somebody else "
-                    "writes to it, or deleted it; load it again with --replace"
-                )
-            about = {"corpus": corpus_hash(folder), "passages": len(corpus), "analyzer": self.analyzer}
-            self._call(client.indices.put_mapping, body={"_meta": {ABOUT: about}})
-            return about
+            engine = _Index(client, self, corpus)
+            about = {"analyzer": self.analyzer}
+            return load_engine(engine, corpus, folder, about, replace=self.replace, max_rows=BULK_ROWS)
         finally:
             client.close()
 
-    def _make(self, client: Any) -> None:
-        if self._call(client.indices.exists):
-            if not self.replace:
-                raise UserError(
-                    f"OpenSearch has an index {self.collection!r} already; choose another name, or --replace it"
-                )
-            self._call(client.indices.delete)
-        searched = {"type": "text", "analyzer": self.analyzer}
+    def _connect(self) -> Any:
+        return connect(self.url, self.ca_certs, self.timeout_s)
+
+
+class _Index:
+    """The index while it is loaded. It is not refreshed meanwhile, which is several times as fast."""
+
+    def __init__(self, client: Any, options: OpenSearchBuilder, corpus: Corpus) -> None:
+        self.name = f"OpenSearch's index {options.collection!r}"
+        self._client, self._options, self._corpus = client, options, corpus
+
+    def exists(self) -> bool:
+        return bool(self._call(self._client.indices.exists))
+
+    def delete(self) -> None:
+        self._call(self._client.indices.delete)
+
+    def make(self) -> None:
+        searched = {"type": "text", "analyzer": self._options.analyzer}
         stored = {"type": "text", "index": False, "copy_to": CONTENTS}
         body = {
             "settings": {
                 "index": {
-                    "number_of_shards": self.shards or 1,
-                    "number_of_replicas": self.replicas - 1,
+                    "number_of_shards": self._options.shards or 1,
+                    "number_of_replicas": self._options.replicas - 1,
                     "refresh_interval": "-1",
                 }
             },
@@ -103,41 +96,39 @@ class OpenSearchBuilder:
                 },
             },
         }
-        self._call(client.indices.create, body=body)
+        self._call(self._client.indices.create, body=body)
 
-    def _load(self, client: Any, corpus: Corpus, journal: Journal) -> None:
-        """Batches in order, each acknowledged before the next. One that is sent twice is the same twice."""
-        with tqdm(total=len(corpus), initial=journal.rows, desc="loading", unit=" passages", disable=None) as bar:
-            for start in range(journal.rows, len(corpus), BULK_ROWS):
-                rows = range(start, min(start + BULK_ROWS, len(corpus)))
-                repeat_trouble(partial(self._send, client, list(_lines(corpus, rows))))
-                journal.note(rows.stop)
-                bar.update(len(rows))
+    def item(self, row: int) -> tuple[str, int]:
+        passage = self._corpus[row]
+        document = {"row": row, "id": passage.id, "title": passage.title, "text": passage.text}
+        if passage.url is not None:
+            document["url"] = passage.url
+        lines = f"{json.dumps({'index': {'_id': str(row)}})}\n{json.dumps(document, ensure_ascii=False)}"
+        return lines, len(lines.encode())
 
-    def _send(self, client: Any, lines: list[dict[str, Any]]) -> None:
-        _check(call(client.bulk, body=lines, index=self.collection))
+    def send(self, items: Sequence[str]) -> None:
+        body = "\n".join(items) + "\n"
+        repeat_trouble(lambda: _check(call(self._client.bulk, body=body, index=self._options.collection)))
+
+    def count(self) -> int:
+        self._call(self._client.indices.put_settings, body={"index": {"refresh_interval": "1s"}})
+        self._call(self._client.indices.refresh)
+        return int(self._call(self._client.count)["count"])
+
+    def describe(self, about: dict[str, Any]) -> None:
+        self._call(self._client.indices.put_mapping, body={"_meta": {ABOUT: about}})
 
     def _call(self, method: Any, **options: Any) -> Any:
-        return repeat_trouble(lambda: call(method, index=self.collection, **options))
-
-    def _connect(self) -> Any:
-        return connect(self.url, self.ca_certs, self.timeout_s)
-
-
-def _lines(corpus: Corpus, rows: range) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        passage = corpus[row]
-        yield {"index": {"_id": str(row)}}
-        document = {"row": row, "id": passage.id, "title": passage.title, "text": passage.text}
-        yield document if passage.url is None else {**document, "url": passage.url}
+        return repeat_trouble(lambda: call(method, index=self._options.collection, **options))
 
 
 def _check(answer: dict[str, Any]) -> None:
-    """A bulk request is answered 200 also where some of its passages were refused."""
+    """A bulk request is answered 200 even where some of its passages were refused."""
     if not answer["errors"]:
         return
     for item in answer["items"]:
         (outcome,) = item.values()
         if outcome["status"] >= 300:
             said = f"OpenSearch refused passage {outcome['_id']}: {outcome['error']['reason']}"
-            raise (Unavailable if outcome["status"] in TROUBLE else RetrievalError)(said)
+            # Of one passage 413 says nothing of the request.
+            raise RetrievalError(said) if outcome["status"] == 413 else failure(outcome["status"], said)

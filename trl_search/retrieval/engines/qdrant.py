@@ -28,19 +28,12 @@ from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
 from trl_search.retrieval.dense.encoder import Encoder, load_encoder, refuse_other_encoder
-from trl_search.retrieval.engines.base import (
-    TROUBLE,
-    Hits,
-    best_rows,
-    refuse_another_corpus,
-    repeat_trouble,
-)
-from trl_search.retrieval.index.folder import read_manifest
+from trl_search.retrieval.engines.base import ABOUT, failure, from_folder, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.ranking import Hits, best_rows
 from trl_search.types import Passage
 
 KIND = "qdrant"
 DENSE, SPARSE = "dense", "sparse"  # the name of a collection's vector
-ABOUT = "trl_search"  # in a collection's metadata
 API_KEY = "QDRANT_API_KEY"
 MOST_FETCHED = 4096  # rows a query
 MAX_BATCH = 128  # queries a request
@@ -178,7 +171,7 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         return method(collection_name=collection, **options)
     except UnexpectedResponse as error:
         said = f"Qdrant answered {error.status_code}: {error.content.decode('utf-8', 'replace')[:300]}"
-        raise (Unavailable if error.status_code in TROUBLE else RetrievalError)(said) from error
+        raise failure(error.status_code or 0, said) from error
     except ApiException as error:
         raise Unavailable(f"Qdrant cannot be reached: {error}") from error
     except (RuntimeError, ValueError) as error:  # the client's own, and of the engine that is in it
@@ -255,22 +248,13 @@ def load(
         api_key_env (`str`): The environment variable that holds the API key, where there is one.
         timeout_s (`int`): Seconds until one request counts as failed.
     """
-    expected = None
-    if index is not None:
-        manifest = read_manifest(index)
-        if manifest.kind != KIND:
-            raise UserError(f"{index} is an index of kind {manifest.kind!r}, not {KIND!r}; load it as such")
-        expected = manifest.corpus.sha256
-        if url is None and path is None:
-            url, path = manifest.options["url"], manifest.options["path"]
-        collection = collection or manifest.options["collection"]
+    url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:
         raise UserError("qdrant needs the name of a collection")
     client = connect(url, path, api_key_env, timeout_s)
     try:
         about = read_about(client, collection)
-        if expected is not None:
-            refuse_another_corpus(about["corpus"], expected, f"the collection {collection!r}", str(index))
+        refuse_another_corpus(about, expected, f"the collection {collection!r}", index)
         if about["vectors"] == DENSE and not isinstance(encoder, Encoder):
             there = about["encoder"]
             own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}

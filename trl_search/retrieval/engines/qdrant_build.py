@@ -1,19 +1,15 @@
-"""Loading a Qdrant collection: `trl-search index --kind qdrant`, in batches that a killed run need not send again.
-
-The index folder stays the place of the passages, whole and in order, from which a collection can be loaded again; what
-searches needs Qdrant alone. The collection's metadata come last: before, it is refused as one that is being loaded.
-"""
+"""Loading a Qdrant collection: `trl-search index --kind qdrant`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
@@ -21,13 +17,15 @@ from trl_search.retrieval.bm25.sparse_vectors import mean_length, weigh
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.dense.corpus_vectors import VECTORS, EncodingOptions
 from trl_search.retrieval.dense.encoder import recorded
-from trl_search.retrieval.engines.base import Journal, corpus_hash, repeat_trouble
-from trl_search.retrieval.engines.qdrant import ABOUT, API_KEY, DENSE, SPARSE, call, connect
+from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
+from trl_search.retrieval.engines.build import load_engine
+from trl_search.retrieval.engines.qdrant import API_KEY, DENSE, SPARSE, call, connect
 from trl_search.retrieval.index.build_folder import SCRATCH
 from trl_search.retrieval.index.workers import Workers
 
 QUANTIZATIONS = ("none", "int8", "binary")
-MAX_UPSERT = 1000  # points a request: of 768 dimensions 10 MB of JSON, and a server takes 32
+MAX_UPSERT = 1000  # points per request
+NUMBER_BYTES = 22  # of a number in JSON, at most
 
 
 @dataclass(frozen=True)
@@ -94,97 +92,97 @@ class QdrantBuilder(EncodingOptions):
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
         client = connect(self.url, self.path, self.api_key_env, self.timeout_s)
         try:
-            journal = Journal(folder)
-            if not journal.made:
-                self._make(client)
-                journal.note(0)
-            self._load(client, corpus, folder, journal)
-            stored = self._call(client.count, exact=True).count
-            if stored != len(corpus):
-                raise UserError(
-                    f"the collection {self.collection!r} has {stored:,} passages, not {len(corpus):,}: somebody else "
-                    "writes to it, or deleted it; load it again with --replace"
-                )
-            about: dict[str, Any] = {"corpus": corpus_hash(folder), "passages": len(corpus), "vectors": self.vectors}
+            about: dict[str, Any] = {"vectors": self.vectors}
             if self.vectors == DENSE:
                 about["encoder"] = recorded(self.loaded)
             else:
                 about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
-            self._call(client.update_collection, metadata={ABOUT: about})
-            return about
+            engine = _Collection(client, self, corpus, folder)
+            return load_engine(engine, corpus, folder, about, replace=self.replace, max_rows=MAX_UPSERT)
         finally:
             client.close()
 
-    def _make(self, client: Any) -> None:
+
+class _Collection:
+    """The collection while it is loaded."""
+
+    def __init__(self, client: Any, options: QdrantBuilder, corpus: Corpus, folder: Path) -> None:
+        self.name = f"Qdrant's collection {options.collection!r}"
+        self._client, self._options, self._corpus, self._folder = client, options, corpus, folder
+
+    @cached_property
+    def _vector(self) -> Callable[[int], tuple[Any, int]]:
+        """The vector of a row, and how many numbers it has."""
         from qdrant_client import models
 
-        if self._call(client.collection_exists):
-            if not self.replace:
-                raise UserError(
-                    f"Qdrant has a collection {self.collection!r} already; choose another name, or --replace it"
-                )
-            self._call(client.delete_collection)
+        if self._options.vectors == DENSE:
+            vectors_ND = np.load(self._folder / SCRATCH / VECTORS, mmap_mode="r")
+            return lambda row: (vectors_ND[row].tolist(), vectors_ND.shape[1])
+        corpus, analyzer = self._corpus, self._options.analyzer
+        mean = mean_length(corpus, analyzer)
+
+        def sparse(row: int) -> tuple[Any, int]:
+            weights = weigh(corpus[row], analyzer, mean)
+            return models.SparseVector(indices=list(weights), values=list(weights.values())), 2 * len(weights)
+
+        return sparse
+
+    def exists(self) -> bool:
+        return bool(self._call(self._client.collection_exists))
+
+    def delete(self) -> None:
+        self._call(self._client.delete_collection)
+
+    def make(self) -> None:
+        from qdrant_client import models
+
+        options = self._options
         dense, sparse = {}, {}
-        if self.vectors == DENSE:
+        if options.vectors == DENSE:
             # Unit vectors are compared by their product as others are: it is what the encoder was trained with.
             dense[DENSE] = models.VectorParams(
-                size=self.loaded.dim, distance=models.Distance.DOT, on_disk=self.on_disk or None
+                size=options.loaded.dim, distance=models.Distance.DOT, on_disk=options.on_disk or None
             )
         else:
             sparse[SPARSE] = models.SparseVectorParams(
-                modifier=models.Modifier.IDF, index=models.SparseIndexParams(on_disk=self.on_disk)
+                modifier=models.Modifier.IDF, index=models.SparseIndexParams(on_disk=options.on_disk)
             )
         quantization: Any = None
-        if self.quantization == "int8":
+        if options.quantization == "int8":
             quantization = models.ScalarQuantization(
                 scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
             )
-        elif self.quantization == "binary":
+        elif options.quantization == "binary":
             quantization = models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
         self._call(
-            client.create_collection,
+            self._client.create_collection,
             vectors_config=dense,
             sparse_vectors_config=sparse,
-            shard_number=self.shards,
-            replication_factor=self.replicas,
+            shard_number=options.shards,
+            replication_factor=options.replicas,
             on_disk_payload=True,
             quantization_config=quantization,
         )
 
-    def _load(self, client: Any, corpus: Corpus, folder: Path, journal: Journal) -> None:
-        """Batches in order, each on disk at Qdrant before the next is sent. One sent twice is the same twice."""
-        vectors = self._dense_vectors(folder) if self.vectors == DENSE else self._sparse_vectors(corpus)
-        with tqdm(total=len(corpus), initial=journal.rows, desc="loading", unit=" passages", disable=None) as bar:
-            for start in range(journal.rows, len(corpus), MAX_UPSERT):
-                rows = range(start, min(start + MAX_UPSERT, len(corpus)))
-                self._call(client.upsert, points=list(self._points(corpus, rows, vectors)), wait=True)
-                journal.note(rows.stop)
-                bar.update(len(rows))
-
-    def _points(self, corpus: Corpus, rows: range, vectors: Any) -> Iterator[Any]:
+    def item(self, row: int) -> tuple[Any, int]:
         from qdrant_client import models
 
-        for row in rows:
-            passage = corpus[row]
-            payload = {"id": passage.id, "title": passage.title, "text": passage.text}
-            if passage.url is not None:
-                payload["url"] = passage.url
-            yield models.PointStruct(id=row, vector={self.vectors: vectors(row)}, payload=payload)
+        passage = self._corpus[row]
+        payload = {"id": passage.id, "title": passage.title, "text": passage.text}
+        if passage.url is not None:
+            payload["url"] = passage.url
+        vector, numbers = self._vector(row)
+        size = NUMBER_BYTES * numbers + len(json.dumps(payload, ensure_ascii=False).encode())
+        return models.PointStruct(id=row, vector={self._options.vectors: vector}, payload=payload), size
 
-    def _dense_vectors(self, folder: Path) -> Any:
-        vectors_ND = np.load(folder / SCRATCH / VECTORS, mmap_mode="r")
-        return lambda row: vectors_ND[row].tolist()
+    def send(self, items: Sequence[Any]) -> None:
+        self._call(self._client.upsert, points=list(items), wait=True)
 
-    def _sparse_vectors(self, corpus: Corpus) -> Any:
-        from qdrant_client import models
+    def count(self) -> int:
+        return int(self._call(self._client.count, exact=True).count)
 
-        mean = mean_length(corpus, self.analyzer)
-
-        def vector(row: int) -> Any:
-            weights = weigh(corpus[row], self.analyzer, mean)
-            return models.SparseVector(indices=list(weights), values=list(weights.values()))
-
-        return vector
+    def describe(self, about: dict[str, Any]) -> None:
+        self._call(self._client.update_collection, metadata={ABOUT: about})
 
     def _call(self, method: Any, **options: Any) -> Any:
-        return repeat_trouble(lambda: call(method, self.collection, **options))
+        return repeat_trouble(lambda: call(method, self._options.collection, **options))

@@ -1,0 +1,136 @@
+"""Loading an engine, in batches that a killed run need not send again: `load_engine`, which both builders call.
+
+The index folder stays the place of the passages, whole and in order, from which the engine can be loaded again. What
+the engine was loaded with is written into it last; before that it is refused as one that is being loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.corpus.passages import ROWS, Corpus
+from trl_search.retrieval.engines.base import TooLarge
+from trl_search.retrieval.index.build_folder import SCRATCH
+
+# Bytes per request: Qdrant takes 32 MB unless told otherwise, OpenSearch 100 MB, and hosted ones 10 MB.
+MAX_BYTES = 8 << 20
+_JOURNAL = "loaded.json"
+
+
+class Engine(Protocol):
+    """A collection of Qdrant or an index of OpenSearch that is being loaded."""
+
+    name: str  # for messages: "Qdrant's collection 'wiki'"
+
+    def exists(self) -> bool: ...
+
+    def delete(self) -> None: ...
+
+    def make(self) -> None: ...
+
+    def item(self, row: int) -> tuple[Any, int]:
+        """A passage as it is sent, and about how many bytes of JSON it takes."""
+
+    def send(self, items: Sequence[Any]) -> None:
+        """Sends passages, and returns when they are on the engine's disk. What is sent twice is the same twice.
+
+        Raises:
+            TooLarge: if the engine takes no request of this size.
+        """
+
+    def count(self) -> int:
+        """Passages that can be searched."""
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Writes what the engine was loaded with into the engine."""
+
+
+def load_engine(
+    engine: Engine, corpus: Corpus, folder: Path, about: dict[str, Any], *, replace: bool, max_rows: int
+) -> dict[str, Any]:
+    """Makes the collection, sends the passages and checks their number.
+
+    Args:
+        about (`dict`): What the engine is to remember, beside the corpus and the number of passages.
+        replace (`bool`): Whether a collection of that name may be deleted.
+        max_rows (`int`): Passages per request.
+
+    Raises:
+        UserError: if there is a collection of that name, or if others wrote to it meanwhile.
+    """
+    journal = Journal(folder)
+    if not journal.made:
+        if engine.exists():
+            if not replace:
+                raise UserError(f"{engine.name} exists already; choose another name, or --replace it")
+            engine.delete()
+        engine.make()
+        journal.note(0)
+    with tqdm(total=len(corpus), initial=journal.rows, desc="loading", unit=" passages", disable=None) as bar:
+        for items in _batches(engine, range(journal.rows, len(corpus)), max_rows):
+            _send(engine, items, journal.rows)
+            journal.note(journal.rows + len(items))
+            bar.update(len(items))
+    stored = engine.count()
+    if stored != len(corpus):
+        raise UserError(
+            f"{engine.name} has {stored:,} passages, not {len(corpus):,}: somebody else writes to it, or deleted it; "
+            "load it again with --replace"
+        )
+    with open(folder / ROWS, "rb") as file:  # `manifest.json` has the same hash under `corpus`
+        about = {"corpus": hashlib.file_digest(file, "sha256").hexdigest(), "passages": len(corpus), **about}
+    engine.describe(about)
+    return about
+
+
+def _batches(engine: Engine, rows: range, max_rows: int) -> Iterator[list[Any]]:
+    """The passages of these rows, in requests of at most `max_rows` and about `MAX_BYTES`."""
+    batch: list[Any] = []
+    total = 0
+    for row in rows:
+        item, size = engine.item(row)
+        if batch and (len(batch) == max_rows or total + size > MAX_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
+
+
+def _send(engine: Engine, items: list[Any], first: int) -> None:
+    """Sends passages, and where they are too many for the engine, each half of them."""
+    try:
+        engine.send(items)
+    except TooLarge as error:
+        if len(items) == 1:
+            raise RetrievalError(f"the passage in row {first + 1} is too large for the engine: {error}") from error
+        half = len(items) // 2
+        _send(engine, items[:half], first)
+        _send(engine, items[half:], first + half)
+
+
+class Journal:
+    """How far the loading of an engine has come, in the scratch of a build: a killed one goes on from there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SCRATCH / _JOURNAL
+        self._path.parent.mkdir(exist_ok=True)
+        there = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        self.made: bool = there.get("made", False)  # the collection is ours, and empty or half full
+        self.rows: int = there.get("rows", 0)
+
+    def note(self, rows: int) -> None:
+        self.made, self.rows = True, rows
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps({"made": True, "rows": rows}), encoding="utf-8")
+        os.replace(new, self._path)
