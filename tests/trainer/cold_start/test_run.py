@@ -139,6 +139,38 @@ def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "collection" / ATTEMPTS).read_bytes() == before
 
 
+def test_scripted_players_teach_real_questions(
+    tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft(tmp_path, **files, teacher="scripts", protocol="search_r1")
+    attempts = read_attempts(tmp_path / "collection")
+    assert len(attempts) == 12 and all(one.em == one.format == 1.0 and one.searches for one in attempts)
+    assert re.search(r"data\d+ +6 of 6 questions kept", capsys.readouterr().out)
+    assert changed(tmp_path)
+
+
+def test_a_teacher_is_shown_demonstrations_that_nobody_is_trained_on(
+    tmp_path: Path, files: dict[str, Any], served: Server, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sft(tmp_path, **files, teacher=served.url, demonstrations=2, collect_only="true")
+    texts = [tokenizer.decode(one.json["prompt"]) for one in served.asked if one.target == "/v1/completions"]
+    for attempt in read_attempts(tmp_path / "collection"):
+        assert tokenizer.decode(attempt.prompt_ids).count("user\nWho wrote") == 1
+        shown = [text for text in texts if text.endswith(tokenizer.decode(attempt.prompt_ids))]
+        assert shown and all(text.count("user\nWho wrote") == 3 for text in shown)
+        assert all(text.count(f"user\n{attempt.question}") == 1 for text in shown)
+        assert all(f"<answer> {GOLD} </answer>" in text for text in shown)
+    with pytest.raises(UserError, match="demonstrations was 2, and is None"):
+        sft(tmp_path, **files, teacher=served.url, collect_only="true")
+
+
+def test_demonstrations_that_cannot_be_played_are_named(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"question": "Who?", "golden_answers": ["nobody there"]}))
+    odd = {**files, "questions": str(tmp_path / "odd.jsonl")}
+    with pytest.raises(UserError, match="answered none of 1 questions, so there is nothing to demonstrate"):
+        sft(tmp_path / "run", **odd, teacher=served.url, demonstrations=2, collect_only="true")
+
+
 def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     theirs = Server(lambda asked: Said({"tokens": [1, 2, 3]}))
     with pytest.raises(UserError, match="has another tokenizer than the model that is trained"):
@@ -178,6 +210,7 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
         ({"teacher": "scripts", "questions": "q.jsonl", "max_searches": 0}, "set max_searches to at least 1"),
         ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
         ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
+        ({"teacher": "scripts", "demonstrations": 2}, "demonstrations are shown to a model"),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
         ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
+from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
 from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
 from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
@@ -67,6 +69,13 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             "help": f"With teacher: scripts and questions: world, the shares of the players {', '.join(PLAYERS)}."
         },
     )
+    demonstrations: int = field(
+        default=0,
+        metadata={
+            "help": "With a model as the teacher: it is shown so many answered questions before each prompt, which "
+            "scripted players played. They are left out of what is trained on (context distillation)."
+        },
+    )
     samples_per_question: int = field(default=4, metadata={"help": "Attempts at each question."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
     top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; here it may be below 1."})
@@ -97,6 +106,10 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
         if self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
+        if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
+            raise UserError(
+                "demonstrations are shown to a model: set them to 0 with teacher: scripts, or take another"
+            )
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
@@ -165,7 +178,7 @@ def _collect_and_choose(
     task = load_task(
         TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False),
         seed=config.seed,
-        evidence=scripts,
+        evidence=scripts or arguments.demonstrations > 0,
     )
     rows: list[Any] = list(task.train)
     left = missing(folder, len(rows), arguments.samples_per_question)
@@ -177,19 +190,34 @@ def _collect_and_choose(
     teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
     environment = search_environment(task.retriever, arguments.agent)
     protocol = protocol_of(arguments.agent, tokenizer, environment.tools)
+    limits = arguments.agent.limits
     players = QuestionPlayers(
         lambda queries: task.retriever.search(queries, arguments.passages_per_query),
         protocol,
         max_searches=arguments.max_searches,
     )
+    pool: list[Demonstration] = []
+
+    def policy() -> Policy | None:
+        if scripts:
+            return None
+        if arguments.demonstrations:
+            pool.extend(play_demonstrations(rows, players, environment, protocol, limits, seed=config.seed))
+        return _policy(teacher, arguments, config, tokenizer, model_config)
+
+    def player(policy: Policy | None, row: Mapping[str, Any], seed: int) -> Policy:
+        if policy is None:
+            return players.for_row(row, seed)
+        return demonstrating(policy, row, seed, pool=pool, count=arguments.demonstrations) if pool else policy
+
     collected = collect(
         folder,
         rows,
-        policy=lambda: None if scripts else _policy(teacher, arguments, config, tokenizer, model_config),
-        player=(lambda _, row, seed: players.for_row(row, seed)) if scripts else None,
+        policy=policy,
+        player=player,
         environment=environment,
         protocol=protocol,
-        limits=arguments.agent.limits,
+        limits=limits,
         sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
         samples=arguments.samples_per_question,
         concurrency=arguments.rollout_batch_size,
@@ -198,6 +226,7 @@ def _collect_and_choose(
             **dataclasses.asdict(arguments.agent),
             "seed": config.seed,
             "teacher": teacher,
+            **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),
         },
         max_failed_share=arguments.max_failed_share,
     )

@@ -1,0 +1,121 @@
+"""Demonstrations for a teacher: finished trajectories that it is shown before the question, and nobody is trained on.
+
+    what the teacher reads    [question A, how it was answered] [question B, how it was answered] [question C]
+    what is written down                                                                         [question C] attempt
+
+So the model that is trained learns to do without what its teacher was shown: context distillation (Askell et al.,
+arXiv:2112.00861). Scripted players (`data/question_players.py`) play them at training questions, with real searches,
+and the right ones are shown. Ids are put before ids: nothing is encoded again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.data.question_players import QuestionPlayers
+from trl_search.environment import Environment
+from trl_search.policies.base import Policy
+from trl_search.protocols import Protocol
+from trl_search.rewards.answers import exact_match, last_answer
+from trl_search.rollout import Job, Limits, run_batch, run_sync
+from trl_search.types import Completion, Sampling, Trajectory
+
+# Enough that rows see different ones, few enough to be played in seconds.
+_POOL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A question and the ids of prompt and trajectory."""
+
+    question: str
+    ids: tuple[int, ...]
+
+
+def play_demonstrations(
+    rows: Sequence[Mapping[str, Any]],
+    players: QuestionPlayers,
+    environment: Environment,
+    protocol: Protocol,
+    limits: Limits,
+    *,
+    seed: int,
+) -> list[Demonstration]:
+    """Plays some of the questions and returns what was answered right.
+
+    Raises:
+        UserError: if the players answer none of them.
+    """
+    rng = random.Random(f"{seed}/demonstrations")
+    drawn = rng.sample(list(rows), min(_POOL, len(rows)))
+    prompts = [protocol.prompt_ids(protocol.messages(str(row["question"]))) for row in drawn]
+    finished: dict[int, Trajectory] = {}
+    run_sync(
+        run_batch(
+            (
+                Job(prompt, row, key=str(index), policy=players.for_row(row, rng.getrandbits(63)))
+                for index, (prompt, row) in enumerate(zip(prompts, drawn, strict=True))
+            ),
+            count=len(drawn),
+            policy=None,
+            environment=environment,
+            protocol=protocol,
+            limits=limits,
+            sampling=Sampling(),
+            on_finish=finished.__setitem__,
+            progress="Demonstrations",
+        )
+    )
+    newline = protocol.encode("\n")
+    right = [
+        Demonstration(str(drawn[index]["question"]), (*trajectory.prompt_ids, *trajectory.ids, *newline))
+        for index, trajectory in sorted(finished.items())
+        if exact_match(last_answer(trajectory.spoken) or "", drawn[index]["golden_answers"])
+    ]
+    if not right:
+        raise UserError(
+            f"scripted players answered none of {len(drawn)} questions, so there is nothing to demonstrate: set "
+            "demonstrations: 0, or give the questions their gold passages"
+        )
+    return right
+
+
+class Demonstrating(Policy):
+    """A policy that is shown demonstrations before every prompt. It is opened and closed by whoever opened `policy`.
+
+    Args:
+        shown (`Sequence[int]`): The ids that go before the prompt.
+    """
+
+    def __init__(self, policy: Policy, shown: Sequence[int]) -> None:
+        self._policy, self._shown = policy, tuple(shown)
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Completion:
+        return await self._policy.generate(
+            [*self._shown, *prompt_ids],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+        )
+
+
+def demonstrating(
+    policy: Policy, row: Mapping[str, Any], seed: int, *, pool: Sequence[Demonstration], count: int
+) -> Policy:
+    """The policy as it answers one row: shown `count` demonstrations, none of them of that question."""
+    others = [one for one in pool if one.question != str(row["question"])]
+    chosen = random.Random(f"{seed}/shown").sample(others, min(count, len(others)))
+    return Demonstrating(policy, [token for one in chosen for token in one.ids])
