@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,27 @@ from hypothesis import strategies as st
 
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, answer, scripted_trainer, search
-from trl_search.records.trackers import mask_html, mask_text, stretches
+from trl_search.records.folder import Run, read_run
+from trl_search.records.trackers import log_results, mask_html, mask_text, stretches
 from trl_search.types import Passage
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'so'"
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+REPORT = "<!doctype html><title>a report</title>"
+
+
+def finished(folder: Path) -> Run:
+    """The run of the folder, with evaluations from before and after its training."""
+    before = {"em": 0.1, "f1": 0.2, "searches": 0.5, "questions": 20}
+    return replace(read_run(folder), results={"search, before GRPO": before, "search, after GRPO": {"em": 0.9}})
+
+
+def report_file(folder: Path) -> Path:
+    path = folder / "report.html"
+    path.write_text(REPORT)
+    return path
 
 
 def evil_ways(number: int, prompt: str) -> list[str]:
@@ -57,6 +74,7 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     )  # fmt: skip
     trainer.run_log.task = {"questions": "world", "api_key": SECRET}
     trainer.train()
+    log_results(trainer.args, finished(tmp_path), report_file(tmp_path))
     wandb.finish()
     wandb.teardown()  # it would go on with the folders of this run
 
@@ -65,6 +83,8 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     history: list[dict[str, Any]] = []
     artifacts: list[dict[str, Path]] = []  # what `wandb sync` would send: path -> where it lies
     for record in wandb_records(file):
+        if record.WhichOneof("record_type") == "run":
+            names = (record.run.project, record.run.display_name)
         for item in (*record.run.config.update, *record.config.update):
             config[item.key] = json.loads(item.value_json)
         if record.WhichOneof("record_type") == "history":
@@ -83,7 +103,17 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     # The tables, at the first step and at every second.
     tables = [row for row in history if row.get("trajectories._type") == "table-file"]
     assert [row["train/global_step"] for row in tables] == [1, 2]
-    assert len(artifacts) == 2
+    assert len(artifacts) == 3
+    # The results at the end, and the report; project and run have the names of the run.
+    last = next(row for row in history if "results/em_after" in row)
+    assert (last["results/em_before"], last["results/em_after"], last["train/global_step"]) == (0.1, 0.9, 3)
+    results = json.loads(artifacts[2]["results.table.json"].read_text())
+    assert results["columns"] == ["policy", "em", "f1", "searches", "questions"]
+    assert results["data"][0] == ["search, before GRPO", 0.1, 0.2, 0.5, 20]
+    assert results["data"][1] == ["search, after GRPO", 0.9, None, None, None]
+    assert (file.parent / "files" / last["report.path"]).read_text() == REPORT
+    started = trainer.run_log.info["started_at"][:19].replace("T", " ")
+    assert names == ("trl-search", f"{tmp_path.name} {started}")
     table = json.loads(artifacts[0]["trajectories.table.json"].read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len(rows) == 4 and {row["answer"] for row in rows} == {GOLD, EVIL}
@@ -113,6 +143,7 @@ def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_
     )  # fmt: skip
     trainer.run_log.task = {"questions": "world", "api_key": SECRET}
     trainer.train()
+    log_results(trainer.args, finished(tmp_path), report_file(tmp_path))
 
     (run,) = storage.SQLiteStorage.get_runs("trl-search-tables")
     config = storage.SQLiteStorage.get_run_config("trl-search-tables", run)
@@ -129,7 +160,13 @@ def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_
     assert len(rows) == 4 and {row["answer"] for row in rows} == {GOLD, EVIL}
     masked = rows[0]["trajectory"].split("⟦")[1].split("⟧")[0]
     assert "<tool_response>" in masked and EVIL in masked and "<answer>" not in masked
-    (page, _) = sorted(folder.rglob("*.html"))
+    last = logged[-1]
+    assert (last["results/em_before"], last["results/em_after"]) == (0.1, 0.9)
+    assert [row["policy"] for row in last["results"]["_value"]] == ["search, before GRPO", "search, after GRPO"]
+    assert run.startswith(f"{tmp_path.name} 20")
+    pages = [path for path in sorted(folder.rglob("*.html")) if path.read_text() != REPORT]
+    assert len(pages) == 2 and len(list(folder.rglob("*.html"))) == 3
+    page = pages[0]
     text = page.read_text()
     assert "<script" not in text and text.count("<details>") == 4 and "&lt;script&gt;" in text
 

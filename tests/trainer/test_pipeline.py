@@ -45,6 +45,10 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
     assert all(row["questions"] == 24 for row in results["rows"].values())
     assert [row["step"] for row in results["history"] if "eval/em" in row] == [1, 2]
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "trl-search report" in (run / "report.html").read_text()[:500]
+    for card in (run / "README.md", run / "checkpoint-1" / "README.md"):
+        assert "the small policy that ships with trl-search" in card.read_text() and "None" not in card.read_text()
+    assert "search, after GRPO" in (run / "README.md").read_text()
     assert best.average.em == max(row["eval/em"] for row in results["history"] if "eval/em" in row)
     assert (run / "best").is_symlink() and (run / "best" / "model.safetensors").exists()
     task = json.loads((run / "run.json").read_text())["task"]

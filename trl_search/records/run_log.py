@@ -1,7 +1,7 @@
-"""Writes `run.json` and `metrics.jsonl` of a run's folder (see `run_folder.py`), on rank 0, through resumes.
+"""Writes `run.json` and `metrics.jsonl` into the folder of a run (see `folder.py`), on rank 0.
 
-A resumed run goes on in the same files: what was logged after its checkpoint is dropped, as those steps are run again.
-A run that starts from step 0 in a folder with the records of another puts these into `earlier/1`, `earlier/2`, ...
+A resumed run goes on in the same files. What was logged after its checkpoint is dropped: those steps run again.
+A run that starts from step 0 in the folder of another run moves the older records to `earlier/1`, `earlier/2`, ...
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,14 +25,16 @@ from trl_search.records.folder import FORMAT, INFO_FILE, METRICS_FILE, TRAJECTOR
 
 logger = logging.getLogger(__name__)
 
+PROJECT = "trl-search"
+
 
 class RunLog(TrainerCallback):
     """
     The callback that records a run.
 
     Args:
-        model (`str`): What is trained, as it was named.
-        protocol (`str`, *optional*): How it searches.
+        model (`str`): The name of the model that is trained.
+        protocol (`str`, *optional*): The name of its protocol.
 
     Attributes:
         task (`dict`): What `run.json` says about questions, retriever and rewards. Set it before training starts.
@@ -56,10 +59,11 @@ class RunLog(TrainerCallback):
             cut_back(folder, state.global_step, state.log_history)
         else:
             put_aside(folder)
-        resumed = before.get("resumed_from_step", [])
+        resumed, started = before.get("resumed_from_step", []), before.get("started_at", now)
+        name_for_trackers(args, folder, started)
         self.info = {
             "format": FORMAT,
-            "started_at": before.get("started_at", now),
+            "started_at": started,
             "command": command_without_secrets(sys.argv),
             "versions": versions(),
             "git": git_state(),
@@ -81,15 +85,37 @@ class RunLog(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Without `info` no run was begun: somebody evaluates, and what lies in the folder is another run's.
+        # Without `info` no training has begun: this is an evaluation, and the folder may belong to another run.
         if not (logs and self.info and state.is_world_process_zero):
             return
         with (Path(args.output_dir or ".") / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(_line({"step": state.global_step, **logs}))
 
 
+def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) -> None:
+    """Names project and run of W&B and trackio after this run, where the configuration does not.
+
+    The defaults of transformers are a project `huggingface` and no name. The time tells runs in the same folder apart,
+    and a resumed run keeps its name, so trackio goes on with it.
+
+    Example:
+        >>> name_for_trackers(args, Path("runs/qwen3b"), "2026-11-26T15:31:14+00:00")
+        >>> args.project, args.run_name
+        ('trl-search', 'qwen3b 2026-11-26 15:31:14')
+    """
+    if args.project == "huggingface":
+        args.project = PROJECT
+    if args.run_name is None:
+        args.run_name = f"{folder.resolve().name} {started_at[:19].replace('T', ' ')}"
+    if "wandb" in (args.report_to or []):
+        import wandb
+
+        if wandb.run is None:  # transformers takes a run that has begun, and would call its project huggingface
+            wandb.init(project=os.environ.get("WANDB_PROJECT", args.project), name=args.run_name)
+
+
 def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Drops what a run recorded after `step`. A missing metrics file is made of what the checkpoint has logged."""
+    """Drops what a run recorded after `step`. If the metrics file is missing, it is made from `logged`."""
     metrics = folder / METRICS_FILE
     rows: Iterable[Mapping[str, Any]] = logged
     if metrics.is_file():
@@ -103,7 +129,7 @@ def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) 
 
 
 def put_aside(folder: Path) -> None:
-    """Moves the records of an earlier run in this folder to `earlier/<n>`; nothing of it is overwritten."""
+    """Moves the records of an earlier run in this folder to `earlier/<n>`, and overwrites nothing."""
     if not any((folder / name).exists() for name in (INFO_FILE, METRICS_FILE)):
         return
     number = 1
@@ -117,7 +143,7 @@ def put_aside(folder: Path) -> None:
 
 
 def _config(args: TrainingArguments) -> dict[str, Any]:
-    # `to_dict` puts a placeholder for tokens, given or not.
+    # `to_dict` writes a placeholder for every token, even if none was given.
     values = {name: None if getattr(args, name, 0) is None else value for name, value in args.to_dict().items()}
     return {name: without_secrets(value, name) for name, value in values.items()}
 
@@ -130,14 +156,14 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     try:
-        number = float(value)  # of numpy and torch, too
+        number = float(value)  # numbers of numpy and torch, too
     except (TypeError, ValueError):
         return str(value)
     return number if math.isfinite(number) else None
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A line's object; empty where the line is blank, cut off or no object."""
+    """The object on a line; empty if the line is blank, cut off or no object."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -1,8 +1,8 @@
-"""What W&B and trackio get beside TRL's metrics: what the run was started with, and tables of trajectories in which
-the mask can be seen.
+"""What W&B and trackio get beside the metrics of TRL: how the run was started, tables of trajectories that show the
+mask, and at the end the evaluations and the report.
 
-TRL's own `log_completions` table shows messages; here every stretch of text is drawn as what it was to the loss:
-trained on (green), or masked (grey, struck out of the loss). Text of models and web pages is escaped.
+The `log_completions` table of TRL shows messages. Here every stretch of text has the colour of its mask: trained on
+(green), or masked (grey). Text of models and web pages is escaped.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.records.folder import REWARD_PREFIX
+from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, REWARD_PREFIX, Run
 from trl_search.records.run_log import RunLog
 from trl_search.records.trajectory_log import TrajectoryLog
 
-TABLE_ROWS = 16  # of a table; the parquet files have them all
+TABLE_ROWS = 16  # the parquet files have all trajectories
 CONFIG_KEY, TABLE_KEY, PAGE_KEY = "trl_search", "trajectories", "trajectories_page"
+RESULTS_KEY, REPORT_KEY = "results", "report"
 _NUMBERS = ("step", "group", "index", "reward", "advantage", "searches", "malformed", "model_tokens")
 
 # Half-transparent, so that it reads on a light and on a dark page.
@@ -34,16 +35,16 @@ _LEGEND = (
 
 class TrackerTables(TrainerCallback):
     """
-    The callback that sends both, on rank 0, to those of `report_to`.
+    The callback that sends the start of the run and the tables, on rank 0, to the trackers of `report_to`.
 
     Args:
-        run_log (`RunLog`): Its record goes into the tracker's config. It has to be called before this one.
+        run_log (`RunLog`): Its record goes into the config of the tracker. It must be called before this callback.
         trajectory_log (`TrajectoryLog`): Its trajectories go into the tables.
     """
 
     def __init__(self, run_log: RunLog, trajectory_log: TrajectoryLog) -> None:
         self.run_log, self.trajectory_log = run_log, trajectory_log
-        self.sent = -1  # the last interval that had its table
+        self.sent = -1  # the last interval whose table was sent
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -51,7 +52,7 @@ class TrackerTables(TrainerCallback):
         self.sent = -1
         if not state.is_world_process_zero:
             return
-        # The config itself is there already: transformers sends every key of `args`, ours among them.
+        # transformers has sent every key of `args`, ours among them.
         record = {name: value for name, value in self.run_log.info.items() if name not in ("config", "format")}
         record["run_folder"] = str(Path(args.output_dir or ".").resolve())
         for tracker in _trackers(args):
@@ -62,7 +63,7 @@ class TrackerTables(TrainerCallback):
     ) -> None:
         assert isinstance(args, SearchGRPOConfig)
         every, table = args.trajectory_table_steps, self.trajectory_log.table
-        # A step that reuses the rollouts of an earlier one has no new trajectories: the next one's are sent.
+        # A step that reuses earlier rollouts has no new trajectories: those of the next rollout are sent.
         if table is None or not every or self.trajectory_log.step != state.global_step:
             return
         if state.global_step // every <= self.sent:
@@ -73,9 +74,41 @@ class TrackerTables(TrainerCallback):
             tracker.log({**_tables(tracker, rows), "train/global_step": state.global_step})
 
 
+def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
+    """
+    Sends the evaluations of a finished training, and its report, to the trackers of `report_to`.
+
+    Args:
+        run (`Run`): With the evaluations: a table `results`, and `results/em_before`, `results/em_after` and so on.
+        report (`Path`, *optional*): The HTML page of the run.
+    """
+    if "trackio" in (args.report_to or []):
+        _resume_trackio(args)
+    columns = ("em", "f1", "searches", "questions")
+    before = next((run.results[name] for name in BEFORE_ROWS if name in run.results), {})
+    ends = {"before": before, "after": run.results.get(AFTER_ROW, {})}
+    step = max((row["step"] for row in run.history if "step" in row), default=0)
+    for tracker in _trackers(args):
+        values: dict[str, Any] = {
+            f"{RESULTS_KEY}/{name}_{when}": row[name]
+            for when, row in ends.items()
+            for name in columns[:3]
+            if row.get(name) is not None
+        }
+        if run.results:
+            data = [[policy, *(row.get(name) for name in columns)] for policy, row in run.results.items()]
+            values[RESULTS_KEY] = tracker.Table(columns=["policy", *columns], data=data)
+        if report is not None:
+            values[REPORT_KEY] = tracker.Html(report.read_text(encoding="utf-8"), **_options(tracker))
+        if values:
+            tracker.log({**values, "train/global_step": step})
+        if tracker.__name__ == "trackio":
+            tracker.finish()
+
+
 def mask_html(tokens: Sequence[str], mask: Sequence[int]) -> str:
     """
-    A trajectory as HTML in which the trained stretches are coloured.
+    A trajectory as HTML, with its trained stretches in colour.
 
     Example:
         >>> mask_html(["<b>", " Mira"], [1, 0])
@@ -88,23 +121,40 @@ def mask_html(tokens: Sequence[str], mask: Sequence[int]) -> str:
 
 
 def mask_text(tokens: Sequence[str], mask: Sequence[int]) -> str:
-    """The same where there are no colours: masked stretches stand in `⟦ ⟧`."""
+    """A trajectory as plain text, with its masked stretches in `⟦ ⟧`."""
     return "".join(text if trained else f"⟦{text}⟧" for trained, text in stretches(tokens, mask))
 
 
 def stretches(tokens: Sequence[str], mask: Sequence[int]) -> Iterable[tuple[bool, str]]:
-    """Tokens side by side with the same mask, as one text: `(trained, text)`."""
+    """Neighbouring tokens with the same mask as one text: `(trained, text)`."""
     for trained, pairs in itertools.groupby(zip(tokens, mask, strict=True), key=lambda pair: bool(pair[1])):
         yield trained, "".join(text for text, _ in pairs)
 
 
+def _resume_trackio(args: TrainingArguments) -> None:
+    """Goes on with the run of trackio, which transformers has ended with the training."""
+    import trackio
+
+    # A run that is resumed gets a new config: it is given the one that it had.
+    config = next((run.config for run in trackio.Api().runs(args.project) if run.name == args.run_name), None)
+    trackio.init(
+        project=args.project,
+        name=args.run_name,
+        config={name: value for name, value in (config or {}).items() if not name.startswith("_")},
+        space_id=args.trackio_space_id,
+        resume="must",
+        private=args.hub_private_repo,
+        bucket_id=args.trackio_bucket_id,
+    )
+
+
 def _trackers(args: TrainingArguments) -> list[Any]:
-    """The modules of the trackers that are reported to and running."""
+    """The modules of the trackers in `report_to` that are running."""
     found: list[Any] = []
     if "wandb" in (args.report_to or []):
         import wandb
 
-        if wandb.run is not None:  # WANDB_DISABLED, for one
+        if wandb.run is not None:
             found.append(wandb)
     if "trackio" in (args.report_to or []):
         import trackio
@@ -113,10 +163,14 @@ def _trackers(args: TrainingArguments) -> list[Any]:
     return found
 
 
+def _options(tracker: Any) -> dict[str, Any]:
+    """Options of `Html`. W&B would otherwise replace a text that is the name of a file by that file."""
+    return {"inject": False, "data_is_not_path": True} if tracker.__name__ == "wandb" else {}
+
+
 def _tables(tracker: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table of the rows, and a page of the same with the mask in colours."""
-    # wandb only: otherwise a text that is the name of a file would be replaced by that file.
-    options = {"inject": False, "data_is_not_path": True} if tracker.__name__ == "wandb" else {}
+    """A table of the rows, and the same as a page with the mask in colours."""
+    options = _options(tracker)
     shown = []
     for row in rows:
         cells = _cells(row)

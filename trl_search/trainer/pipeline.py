@@ -38,8 +38,8 @@ from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
 from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
+from trl_search.records.finish import REPORT, finish_run
 from trl_search.records.folder import AFTER_ROW, BEST_ROW, INFO_FILE
-from trl_search.records.report.figures import draw_curves
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, is_whole, read_best
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, summarize_held_out
@@ -116,7 +116,8 @@ def run_training(
         retriever=task.retriever,
         peft_config=adapter_config(model_config),
     )
-    trainer.run_log.task = {**dataclasses.asdict(arguments), **task.description}
+    base = {"base_model": model_config.model_name_or_path}
+    trainer.run_log.task = {**base, **dataclasses.asdict(arguments), **task.description}
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLines)
     held_out = None if task.held_out is None else HeldOut(trainer, task.held_out)
@@ -144,10 +145,10 @@ def run_training(
     if trainer.accelerator.is_main_process:
         seconds, history = time.perf_counter() - started, trainer.state.log_history
         _write_results(folder, measured, history, seconds)
-        curves = draw_curves(folder, folder / "curves.png")
+        finish_run(folder, config)
         if measured:
             print(f"\n{results_table(measured)}\n")
-        print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {curves.name} are in {folder}.")
+        print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
         if best is not None:
             print(
                 f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder / LINK}."

@@ -18,15 +18,14 @@ from trl_search.common.errors import UserError
 from trl_search.config.agent import TINY, AgentSettings
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import PROTOCOLS, load_protocol
+from trl_search.records.publish.facts import CardFacts
 from trl_search.records.publish.model_card import (
-    CardFacts,
-    Result,
     example_conversation,
     question_for,
     snippet,
     write_card,
 )
-from trl_search.records.publish.results import evaluation_results, training_results
+from trl_search.records.publish.results import Result, evaluation_results, training_results
 from trl_search.types import Answer, Search
 
 INFO = {

@@ -13,12 +13,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trl_search.common.errors import UserError
-
-if TYPE_CHECKING:
-    from trl_search.records.publish.model_card import CardFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi, get_token
 
     from trl_search.records.publish.commit import CARD, adapter_text, license_of, plan_upload, publish, settings_text
+    from trl_search.records.publish.facts import read_facts
     from trl_search.records.publish.model_card import write_card
 
     if not args.run_dir.is_dir():
@@ -70,44 +67,6 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join([f"To {args.repo_id}, {'public' if args.public else 'private'}:", *upload.lines()]), flush=True)
     print(publish(upload, args.repo_id, api=api, public=args.public))
     return 0
-
-
-def read_facts(
-    folder: Path, repo_id: str, evaluations: list[Path], *, base_model: str | None = None, license: str | None = None
-) -> CardFacts:
-    """What a card is written from, read from a run's folder, the run that a checkpoint lies in, and evaluations."""
-    from trl_search.common.files import read_object
-    from trl_search.config.agent import RUN_FILE, AgentSettings, protocol_of, read_settings
-    from trl_search.environment import SearchEnvironment
-    from trl_search.policies.loading import load_tokenizer, read_adapter
-    from trl_search.records.publish.commit import CURVES
-    from trl_search.records.publish.model_card import CardFacts
-    from trl_search.records.publish.results import evaluation_results, training_results
-
-    run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
-    remedy = "move it away, and the card says less of the training"
-    info = read_object(run_folder / RUN_FILE, remedy) if (run_folder / RUN_FILE).is_file() else {}
-    settings = read_settings(str(folder))
-    asked = settings or AgentSettings()
-    # There is nothing to search here; a world in which an agent may not search has no tool.
-    tools = SearchEnvironment.tools if asked.max_searches else ()
-    protocol = protocol_of(asked, load_tokenizer(str(folder)), tools)
-    adapter = read_adapter(folder)
-    base = base_model or (adapter or {}).get("base_model_name_or_path") or info.get("model")
-    results = training_results(run_folder, info.get("task") or {}, folder)
-    for evaluation in evaluations:
-        results += evaluation_results(evaluation)
-    return CardFacts(
-        repo_id=repo_id,
-        settings=settings,
-        protocol=protocol,
-        base_model=base,
-        adapter=adapter,
-        info=info,
-        results=results,
-        license=license,
-        curves=(folder / CURVES).is_file(),
-    )
 
 
 def _own_card(path: Path) -> str:

@@ -1,16 +1,14 @@
-"""The card of a published agent: what it is, how to run it, how well it does, how it was made.
+"""The card of an agent: what it is, how to run it, how well it does, how it was made.
 
-Everything on it is read from what a run has left behind: the model's own files, `run.json`, `results.json` of the
-training and of `trl-search eval`. What was not recorded is not on it. Of the configuration only keys that say how a
-policy was trained are taken, and of files only their names: paths, addresses and keys of a machine are not published.
+Everything on it comes from the records of a run: the files of the model, `run.json`, `results.json` of the training
+and of `trl-search eval`. What was not recorded is not on it. Of the configuration, it shows only the keys that say
+how the policy was trained, and of files only their names: paths, addresses and keys of a machine are not published.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,21 @@ from trl_search.config.agent import AgentSettings
 from trl_search.data import HUB_SETS
 from trl_search.data.scripted_players import Script, play
 from trl_search.environment import SearchEnvironment
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import Protocol
 from trl_search.records.publish.commit import on_hub
+from trl_search.records.publish.facts import CardFacts
 from trl_search.records.publish.results import Result
 from trl_search.retrieval import load_retriever
 from trl_search.types import Answer, Passage, Search
 
 EXAMPLE_QUESTION = "Where was the author of Dracula born?"
-_BOTH_READ_IT = "How the agent was trained to be asked is in `trl_search.json`; both read it."
+_BOTH_READ_IT = "`trl_search.json` says how the agent was trained to be asked; both read it."
 _EXAMPLE_PASSAGES = (
     Passage("1", "Dracula", "Dracula is a novel by Bram Stoker, published in 1897."),
     Passage("2", "Bram Stoker", "Bram Stoker was born in Dublin in 1847."),
 )
-# Of run.json: what says how a policy was trained, and nothing about where.
+# Keys of run.json that say how a policy was trained, and nothing about where.
 TASK_KEYS = (
     "questions", "eval_questions", "max_train_questions", "world_passages", "world_seed", "retriever", "reward_funcs",
     "warm_start_steps", "warm_start_learning_rate",
@@ -50,61 +50,14 @@ CONFIG_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card is written from.
-
-    Args:
-        repo_id (`str`): Where it is published, `owner/name`; a folder serves as well.
-        settings (`AgentSettings`, *optional*): How the agent was trained to be asked, where that is recorded.
-        protocol (`Protocol`): The same, with its tokenizer.
-        base_model (`str`, *optional*): What was trained, as it was named.
-        adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
-        info (`dict`): `run.json`; empty where there is none.
-        results (`Sequence[Result]`): Measured lines.
-        license (`str`, *optional*): Of the weights, as the hub names it.
-        curves (`bool`): Whether `curves.png` is published beside the card.
-    """
-
-    repo_id: str
-    settings: AgentSettings | None
-    protocol: Protocol
-    base_model: str | None = None
-    adapter: Mapping[str, Any] | None = None
-    info: Mapping[str, Any] = field(default_factory=dict)
-    results: Sequence[Result] = ()
-    license: str | None = None
-    curves: bool = False
-
-    @property
-    def task(self) -> Mapping[str, Any]:
-        task = self.info.get("task")
-        return task if isinstance(task, dict) else {}
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        config = self.info.get("config")
-        return config if isinstance(config, dict) else {}
-
-    @property
-    def hub_base(self) -> str | None:
-        """The base model's name on the hub, if it has one."""
-        return self.base_model if self.base_model and on_hub(self.base_model) else None
-
-    @property
-    def in_world(self) -> bool:
-        """Whether it was trained in the embedded world, and knows no other."""
-        return self.task.get("questions") == "world"
-
-
 def write_card(facts: CardFacts) -> ModelCard:
     """The card, metadata first."""
     name = facts.repo_id.rstrip("/").rsplit("/", 1)[-1]
     sections = [
         f"# {name}\n\n{_opening(facts)}",
-        _use(facts),
+        _use(facts) if facts.is_search_agent else "",
         _results(facts),
-        _conversation(facts),
+        _conversation(facts) if facts.is_search_agent else "",
         _training(facts),
         _versions(facts),
     ]
@@ -113,7 +66,7 @@ def write_card(facts: CardFacts) -> ModelCard:
 
 
 def snippet(facts: CardFacts) -> str:
-    """The Python that asks the published agent one question: it runs as it stands."""
+    """Python that asks the agent one question. It runs as it stands."""
     imports = ["from trl_search import load_retriever", "from trl_search.chat import load_chat"]
     retriever = 'load_retriever("web")  # or "http", "bm25", "dense", ...'
     if facts.in_world:
@@ -142,7 +95,7 @@ def question_for(facts: CardFacts) -> str:
 
 
 def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
-    """A conversation as the model reads it, token by token: a script, played by the rollout of training."""
+    """A conversation as the model reads it, token by token: the rollout of training plays a script."""
 
     def script() -> Script:
         if settings.max_searches:
@@ -165,10 +118,11 @@ def _opening(facts: CardFacts) -> str:
     base = _base_link(facts)
     kind = "A LoRA adapter that makes" if facts.adapter is not None else "A language model trained to be"
     made = f" {base}" if facts.adapter is not None else ""
-    lines = [
-        f"{kind}{made} a search agent: it reasons, calls a search tool, reads what was found, searches again, and "
-        "answers. Trained with GRPO by `trl-search`" + (f" from {base}." if facts.adapter is None and base else ".")
-    ]
+    agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
+    if not facts.is_search_agent:
+        agent = f"an agent that reasons, calls tools ({', '.join(facts.tools)}), reads their results, and answers."
+    source = f" from {base}" if facts.adapter is None and base else ""
+    lines = [f"{kind}{made} {agent} Trained with GRPO by `trl-search`{source}."]
     if facts.adapter is not None:
         lines.append(
             "The base model is not in this repository: the snippet below loads it from its own, and the adapter on it."
@@ -201,9 +155,9 @@ def _use(facts: CardFacts) -> str:
 
 def _results(facts: CardFacts) -> str:
     if not facts.results:
-        return "## Results\n\nNone are recorded: `trl-search eval` measures them."
+        return "## Results\n\nNo results are recorded: `trl-search eval` measures them."
     lines = [
-        "| policy | questions from | n | EM | ± 95 % | F1 | searches a question |",
+        "| policy | questions from | n | EM | ± 95 % | F1 | searches per question |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in facts.results:
@@ -218,15 +172,15 @@ def _results(facts: CardFacts) -> str:
 def _conversation(facts: CardFacts) -> str:
     settings, name = facts.settings or AgentSettings(), facts.protocol.name
     example = example_conversation(facts.protocol, settings)
-    unknown = "" if facts.settings else "How it was trained to be asked is not recorded; asked by default with "
+    unknown = "" if facts.settings else "How it was trained to be asked is not recorded; the default is "
     instruction = "no instruction before the question" if settings.instruction == "" else "the instruction shown"
     return "\n\n".join(
         [
             "## Protocol",
             f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of "
-            f"{settings.passages_per_query} passages a query, {settings.max_turn_length} tokens a turn and "
+            f"{settings.passages_per_query} passages per query, {settings.max_turn_length} tokens per turn and "
             f"{settings.max_completion_length} in all. "
-            "A conversation as the model reads it, by a script that shows the form:",
+            "A conversation as the model reads it, written by a script to show the form:",
             _fenced(example, "text"),
         ]
     )
@@ -234,7 +188,7 @@ def _conversation(facts: CardFacts) -> str:
 
 def _training(facts: CardFacts) -> str:
     if not facts.info:
-        return "## Training\n\nThe run has no `run.json`: how it was trained is not recorded."
+        return "## Training\n\nThe run has no `run.json`, so how it was trained is not recorded."
     recipe: dict[str, Any] = {}
     if facts.hub_base:
         recipe["model_name_or_path"] = facts.hub_base
@@ -250,7 +204,7 @@ def _training(facts: CardFacts) -> str:
         [
             "## Training",
             learned + masked,
-            "The recipe, but for what is a matter of the machine; with `retriever_options` of your own it runs as "
+            "The recipe, without what depends on the machine. With your own `retriever_options` it runs as "
             "`trl-search train recipe.yaml`:",
             _fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(), "yaml"),
         ]
@@ -317,7 +271,7 @@ def _base_link(facts: CardFacts) -> str:
     base = facts.base_model
     if not base:
         return "a base model that is not recorded" if facts.adapter is not None else ""
-    if base == "tiny" or Path(base).parent.name == "tiny_policy":
+    if base == "tiny" or Path(base).parts[-2:] == Path(tiny_policy_path()).parts[-2:]:
         return "the small policy that ships with trl-search"
     return f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}` (a local model)"
 
@@ -327,7 +281,7 @@ def _world(facts: CardFacts) -> str:
 
 
 def _published(value: Any) -> Any:
-    """A name without what a machine would tell: of a path only its last part."""
+    """A name without what it tells about a machine: only the last part of a path."""
     if isinstance(value, str) and ("/" in value or "\\" in value) and not on_hub(value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     if isinstance(value, list):

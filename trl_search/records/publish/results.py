@@ -18,7 +18,7 @@ MACRO = "macro"  # of `trl-search eval`: the average over its sets
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the results: who, on what, how well."""
+    """One line of the results: which policy, on which questions, how well."""
 
     policy: str
     dataset: str
@@ -27,32 +27,39 @@ class Result:
     em_ci95: float | None = None
     f1: float | None = None
     searches: float | None = None
-    final: bool = False  # of the model that is published: into the card's metadata
+    final: bool = False  # a result of the published model, for the metadata of the card
 
 
 def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> list[Result]:
-    """What `trl-search train` measured, before, after, and of its best checkpoint.
+    """What `trl-search train` measured: before and after training, and on its best checkpoint.
 
     Args:
-        folder (`Path`): Of the run.
+        folder (`Path`): The folder of the run.
         task (`Mapping`): `task` of its `run.json`.
-        published (`Path`): The folder of the model: the run's own, or a checkpoint's. Tells whose line is final.
+        published (`Path`): The folder of the model, of the run or of a checkpoint: it says which line is final.
     """
     if not (folder / RESULTS_FILE).is_file():
         return []
     rows = read_object(folder / RESULTS_FILE, "move it away, and the card is without these results").get("rows")
     if not isinstance(rows, dict):
-        raise UserError(f"{folder / RESULTS_FILE} is not of a training: is {folder} the folder of an evaluation?")
-    sets = task.get("held_out_questions")
-    dataset = ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
-    own = AFTER_ROW if AFTER_ROW in rows else None  # a run that was killed has what it could before
+        raise UserError(
+            f"{folder / RESULTS_FILE} holds no results of a training: is {folder} the folder of an evaluation?"
+        )
+    dataset = dataset_names(task)
+    own = AFTER_ROW if AFTER_ROW in rows else None  # a run that was killed has only the rows before
     best = next((name for name in rows if name.startswith(BEST_ROW)), own)
     final = own if published.resolve() == folder.resolve() else best if published.name == "best" else None
     return [line for name, row in rows.items() for line in _line(name, dataset, row, final=name == final)]
 
 
+def dataset_names(task: Mapping[str, Any]) -> str:
+    """The held-out sets of a training, from `task` of its `run.json`."""
+    sets = task.get("held_out_questions")
+    return ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
+
+
 def evaluation_results(folder: Path) -> list[Result]:
-    """What `trl-search eval` measured: a line a mode and set, and their average; those of `search` are final."""
+    """What `trl-search eval` measured: one line per mode and set, and their average. Those of `search` are final."""
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
@@ -70,7 +77,7 @@ def evaluation_results(folder: Path) -> list[Result]:
 
 
 def _line(policy: str, dataset: str, row: Any, *, final: bool) -> list[Result]:
-    """One line; none where the mean is not a number, as when every search failed."""
+    """One line; none if the mean is not a number, as when every search failed."""
     em = _finite(row.get("em")) if isinstance(row, dict) else None
     if em is None:
         return []

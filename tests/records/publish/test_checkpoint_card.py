@@ -1,0 +1,61 @@
+"""The card in the folder of a run and of each of its checkpoints is ours, with and without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from tests.support.scripted_trainer import scripted_trainer
+from trl_search.config.agent import AgentSettings
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.protocols import load_protocol
+from trl_search.records.publish.checkpoint_card import save_card
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    return load_protocol("qwen_tools", AutoTokenizer.from_pretrained(tiny_policy_path()), instruction="")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_has_our_card(tmp_path, random_model, tokenizer, lora):
+    adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if lora else {}
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, trainer=adapter, **saving)
+    trainer.run_log.task = {"base_model": "Qwen/Qwen2.5-3B-Instruct", "retriever": "bm25", "reward_funcs": ["em"]}
+    trainer.train()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        card = ModelCard.load(folder / "README.md")
+        assert "None" not in card.content and "More Information Needed" not in card.content
+        assert card.data.base_model == "Qwen/Qwen2.5-3B-Instruct" and "trl-search" in card.data.tags
+        assert card.data.library_name == ("peft" if lora else "transformers")
+        for part in ("search agent", "max_searches: 4", "learning_rate: 0.01", "<tool_call>"):
+            assert part in card.text, (folder, part)
+        assert ("lora_r: 2" in card.text) == lora
+
+
+def test_an_evaluation_at_the_checkpoint_is_on_its_card(tmp_path: Path, protocol):
+    info = {"task": {"held_out_questions": {"nq": 30, "hotpotqa": 20}}}
+    history = [{"step": 4, "eval/em": 0.5, "eval/f1": 0.6, "eval/searches": 1.5}, {"step": 5, "loss": 0.1}]
+
+    def card(rows: list[dict]) -> str:
+        return save_card(
+            tmp_path, run_folder=tmp_path, repo_id="me/agent", agent=AgentSettings(), protocol=protocol, tools=[],
+            info=info, adapter=None, history=rows,
+        ).read_text()  # fmt: skip
+
+    assert "| search, step 4 | nq, hotpotqa | 50 | 0.500 |  | 0.600 | 1.50 |" in card(history[:1])
+    assert "No results are recorded" in card(history)
+
+
+def test_an_agent_with_other_tools_is_not_shown_as_a_search_agent(tmp_path: Path, protocol):
+    tools = [{"type": "function", "function": {"name": "calculator"}}]
+    text = save_card(
+        tmp_path, run_folder=tmp_path, repo_id="me/agent", agent=AgentSettings(), protocol=protocol, tools=tools,
+        info={}, adapter=None, history=[],
+    ).read_text()  # fmt: skip
+    assert "calls tools (calculator)" in text and "search tool" not in text and "load_retriever" not in text

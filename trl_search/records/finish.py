@@ -1,0 +1,39 @@
+"""The end of a training: curves, report and model card in its folder, results and report in the trackers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from trl_search.common.errors import UserError
+from trl_search.records.folder import read_run
+from trl_search.records.publish.commit import CARD, CURVES
+from trl_search.records.publish.facts import read_facts
+from trl_search.records.publish.model_card import write_card
+from trl_search.records.report.figures import draw_curves
+from trl_search.records.report.page import write_report
+from trl_search.records.trackers import log_results
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
+
+
+def finish_run(folder: Path, args: TrainingArguments) -> None:
+    """
+    Writes `curves.png`, `report.html` and `README.md` of a finished training, and sends its results to the trackers.
+
+    Args:
+        folder (`Path`): The folder of the run, with its weights, tokenizer and `results.json`.
+        args ([`~transformers.TrainingArguments`]): The configuration of the run.
+    """
+    draw_curves(folder, folder / CURVES)
+    run, report = read_run(folder), None
+    try:
+        report = write_report([run], folder / REPORT)
+    except UserError as error:  # the file is somebody's own
+        logger.warning("the report is not written: %s", error)
+    (folder / CARD).write_text(str(write_card(read_facts(folder, args.hub_model_id or str(folder)))), encoding="utf-8")
+    log_results(args, run, report)

@@ -1,0 +1,110 @@
+"""What a model card is written from: the files of a run, or a trainer that saves a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.files import read_object
+from trl_search.config.agent import RUN_FILE, AgentSettings, protocol_of, read_settings
+from trl_search.environment import SearchEnvironment
+from trl_search.policies.loading import load_tokenizer, read_adapter
+from trl_search.protocols import Protocol
+from trl_search.records.publish.commit import CURVES, on_hub
+from trl_search.records.publish.results import Result, evaluation_results, training_results
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """
+    What a card is written from.
+
+    Args:
+        repo_id (`str`): Where it is published, `owner/name`; a folder serves as well.
+        settings (`AgentSettings`, *optional*): How the agent was trained to be asked, if that is recorded.
+        protocol (`Protocol`): The same, with its tokenizer.
+        base_model (`str`, *optional*): The model that training began with, as it was named.
+        adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
+        info (`dict`): `run.json`; empty if there is none.
+        results (`Sequence[Result]`): Measured lines.
+        license (`str`, *optional*): Of the weights, as the hub names it.
+        curves (`bool`): Whether `curves.png` is published beside the card.
+        tools (`tuple[str, ...]`): The names of the tools that the agent calls.
+    """
+
+    repo_id: str
+    settings: AgentSettings | None
+    protocol: Protocol
+    base_model: str | None = None
+    adapter: Mapping[str, Any] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Result] = ()
+    license: str | None = None
+    curves: bool = False
+    tools: tuple[str, ...] = ("search",)
+
+    @property
+    def task(self) -> Mapping[str, Any]:
+        task = self.info.get("task")
+        return task if isinstance(task, dict) else {}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config = self.info.get("config")
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def hub_base(self) -> str | None:
+        """The name of the base model on the hub, if it has one."""
+        return self.base_model if self.base_model and on_hub(self.base_model) else None
+
+    @property
+    def in_world(self) -> bool:
+        """Whether it was trained in the embedded world, and knows no other world."""
+        return self.task.get("questions") == "world"
+
+    @property
+    def is_search_agent(self) -> bool:
+        """Whether its one tool is the search, or none: what the example conversation and the snippet show."""
+        return set(self.tools) <= {"search"}
+
+
+def read_facts(
+    folder: Path,
+    repo_id: str,
+    evaluations: Sequence[Path] = (),
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> CardFacts:
+    """Reads the facts from the folder of a run or of a checkpoint, and from evaluations of `trl-search eval`."""
+    run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
+    remedy = "move it away, and the card says less about the training"
+    info = read_object(run_folder / RUN_FILE, remedy) if (run_folder / RUN_FILE).is_file() else {}
+    settings = read_settings(str(folder))
+    asked = settings or AgentSettings()
+    tools = SearchEnvironment.tools if asked.max_searches else ()
+    results = training_results(run_folder, info.get("task") or {}, folder)
+    for evaluation in evaluations:
+        results += evaluation_results(evaluation)
+    adapter = read_adapter(folder)
+    return CardFacts(
+        repo_id=repo_id,
+        settings=settings,
+        protocol=protocol_of(asked, load_tokenizer(str(folder)), tools),
+        base_model=base_model or base_of(info, adapter),
+        adapter=adapter,
+        info=info,
+        results=results,
+        license=license,
+        curves=(folder / CURVES).is_file(),
+    )
+
+
+def base_of(info: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> str | None:
+    """The model that a training began with. A warm start trains on from a folder of the run, which is no base."""
+    task = info.get("task")
+    recorded = task.get("base_model") if isinstance(task, dict) else None
+    return recorded or (adapter or {}).get("base_model_name_or_path") or info.get("model")
