@@ -11,7 +11,7 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 | `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
 | `_compute_loss`                      | keep the loss mask of the micro-batch for the next seam                      |
 | `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`)       |
-| `create_model_card`                  | write our card, into every checkpoint (`_save_checkpoint`)                   |
+| `create_model_card`                  | write our model card                                                         |
 
 One value, `Rollout` (`batch.py`), carries a generation batch from seam to seam. The loss mask begins as
 `Trajectory.mask`; TRL's loss, KL, entropy, ratios, clip metrics and token count all run over it.
@@ -29,7 +29,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -39,7 +38,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.records.publish.checkpoint_card import save_card
+from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
@@ -185,6 +184,8 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
             # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
             self.callback_handler.callbacks[:0] = [CollapseAlarm(stop=args.stop_on_collapse), self.run_log]
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
+            self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
+            self.add_callback(self.checkpoint_cards)
         self.logprobs: LogProbs | None = None
         if self.environment is not None:
             self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
@@ -330,37 +331,12 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         ):
             yield TransformersPolicy(model, self._tokenizer, max_sequences=self.args.rollout_batch_size)
 
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes `README.md` into `output_dir`. Its name and its tags come from the run, not from the arguments."""
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes `README.md` into `output_dir`; its name and its tags come from the run."""
         if self.environment is None:
-            super().create_model_card(model_name, dataset_name, tags)
-        else:
-            self._save_card(Path(self.args.output_dir or "."))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.environment is not None:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            self._save_card(folder)
-
-    def _save_card(self, folder: Path) -> None:
-        assert self.environment is not None
-        if not (self.args.should_save and folder.is_dir()):
-            return
-        peft = getattr(self.model, "peft_config", None)
-        save_card(
-            folder,
-            run_folder=Path(self.args.output_dir or "."),
-            repo_id=self.args.hub_model_id or str(folder),
-            agent=self.args.agent,
-            protocol=self.protocol,
-            tools=self.environment.tools,
-            info=self.run_log.info,
-            adapter=next(iter(peft.values())).to_dict() if peft else None,
-            history=self.state.log_history,
-        )
+            super().create_model_card(*args, **kwargs)
+        elif self.args.should_save:
+            self.checkpoint_cards.write(Path(self.args.output_dir or "."), self.args, self.state, self.model)
 
     def add_to_log(self, metrics: Mapping[str, float]) -> None:
         """Adds numbers to the next log of the training; those of several calls are averaged, as TRL does."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerState
 
-from tests.support.scripted_trainer import scripted_trainer
+from tests.support.scripted_trainer import config, scripted_trainer
 from trl_search.config.agent import AgentSettings
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.protocols import load_protocol
-from trl_search.records.publish.checkpoint_card import save_card
+from trl_search.protocols import Protocol, load_protocol
+from trl_search.records.publish.checkpoint_card import CheckpointCards
+from trl_search.records.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +41,22 @@ def test_a_checkpoint_has_our_card(tmp_path, random_model, tokenizer, lora):
         assert ("lora_r: 2" in card.text) == lora
 
 
+def card(folder: Path, protocol: Protocol, *, tools: Sequence[dict] = (), **values: Any) -> str:
+    log = RunLog(model="m", protocol="qwen_tools")
+    log.info = values.get("info", {})
+    state = TrainerState(log_history=values.get("history", []))
+    CheckpointCards(AgentSettings(), protocol, tools, log).write(folder, config(folder), state, model=None)
+    return (folder / "README.md").read_text()
+
+
 def test_an_evaluation_at_the_checkpoint_is_on_its_card(tmp_path: Path, protocol):
     info = {"task": {"held_out_questions": {"nq": 30, "hotpotqa": 20}}}
     history = [{"step": 4, "eval/em": 0.5, "eval/f1": 0.6, "eval/searches": 1.5}, {"step": 5, "loss": 0.1}]
-
-    def card(rows: list[dict]) -> str:
-        return save_card(
-            tmp_path, run_folder=tmp_path, repo_id="me/agent", agent=AgentSettings(), protocol=protocol, tools=[],
-            info=info, adapter=None, history=rows,
-        ).read_text()  # fmt: skip
-
-    assert "| search, step 4 | nq, hotpotqa | 50 | 0.500 |  | 0.600 | 1.50 |" in card(history[:1])
-    assert "No results are recorded" in card(history)
+    line = "| search, step 4 | nq, hotpotqa | 50 | 0.500 |  | 0.600 | 1.50 |"
+    assert line in card(tmp_path, protocol, info=info, history=history[:1])
+    assert "No results are recorded" in card(tmp_path, protocol, info=info, history=history)
 
 
 def test_an_agent_with_other_tools_is_not_shown_as_a_search_agent(tmp_path: Path, protocol):
-    tools = [{"type": "function", "function": {"name": "calculator"}}]
-    text = save_card(
-        tmp_path, run_folder=tmp_path, repo_id="me/agent", agent=AgentSettings(), protocol=protocol, tools=tools,
-        info={}, adapter=None, history=[],
-    ).read_text()  # fmt: skip
+    text = card(tmp_path, protocol, tools=[{"type": "function", "function": {"name": "calculator"}}])
     assert "calls tools (calculator)" in text and "search tool" not in text and "load_retriever" not in text

@@ -6,56 +6,64 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from trl_search.config.agent import AgentSettings
 from trl_search.protocols import Protocol
 from trl_search.records.publish.commit import CARD, CURVES
 from trl_search.records.publish.facts import CardFacts, base_of
 from trl_search.records.publish.model_card import write_card
 from trl_search.records.publish.results import Result, dataset_names, training_results
+from trl_search.records.run_log import RunLog
 
 
-def save_card(
-    folder: Path,
-    *,
-    run_folder: Path,
-    repo_id: str,
-    agent: AgentSettings,
-    protocol: Protocol,
-    tools: Sequence[Mapping[str, Any]],
-    info: Mapping[str, Any],
-    adapter: Mapping[str, Any] | None,
-    history: Sequence[Mapping[str, Any]],
-) -> Path:
+class CheckpointCards(TrainerCallback):
     """
-    Writes `README.md` into the folder of a checkpoint, or of the run.
+    The callback that writes `README.md` into every checkpoint.
 
     Args:
-        run_folder (`Path`): The folder of the run, whose `results.json` may hold evaluations.
-        repo_id (`str`): What the snippet on the card loads: `owner/name`, or a folder.
         agent (`AgentSettings`), protocol (`Protocol`): How the agent is asked.
-        tools (`Sequence[dict]`): The tools of the environment.
-        info (`dict`): `run.json`.
-        adapter (`dict`, *optional*): The configuration of the LoRA adapter that is trained.
-        history (`Sequence[dict]`): The logged rows so far. An evaluation at the last step is on the card.
+        tools (`Sequence[dict]`): The tools of its environment.
+        run_log (`RunLog`): It knows how the run was started.
     """
-    task = info.get("task") or {}
-    facts = CardFacts(
-        repo_id=repo_id,
-        settings=agent,
-        protocol=protocol,
-        base_model=base_of(info, adapter),
-        adapter=adapter,
-        info=info,
-        results=[*training_results(run_folder, task, folder), *_measured_here(history, task)],
-        curves=(folder / CURVES).is_file(),
-        tools=tuple(str(tool.get("function", tool).get("name")) for tool in tools),
-    )
-    path = folder / CARD
-    path.write_text(str(write_card(facts)), encoding="utf-8")
-    return path
+
+    def __init__(
+        self, agent: AgentSettings, protocol: Protocol, tools: Sequence[Mapping[str, Any]], run_log: RunLog
+    ) -> None:
+        self.agent, self.protocol, self.run_log = agent, protocol, run_log
+        self.tools = tuple(str(tool.get("function", tool).get("name")) for tool in tools)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            self.write(folder, args, state, model)
+
+    def write(self, folder: Path, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """Writes the card into the folder of a checkpoint, or of the run."""
+        info, peft = self.run_log.info, getattr(model, "peft_config", None)
+        task, adapter = info.get("task") or {}, next(iter(peft.values())).to_dict() if peft else None
+        facts = CardFacts(
+            repo_id=args.hub_model_id or str(folder),
+            settings=self.agent,
+            protocol=self.protocol,
+            base_model=base_of(info, adapter),
+            adapter=adapter,
+            info=info,
+            results=[
+                *training_results(Path(args.output_dir or "."), task, folder),
+                *_measured_now(state.log_history, task),
+            ],
+            curves=(folder / CURVES).is_file(),
+            tools=self.tools,
+        )
+        (folder / CARD).write_text(str(write_card(facts)), encoding="utf-8")
 
 
-def _measured_here(history: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[Result]:
+def _measured_now(history: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[Result]:
+    """The evaluation at the last logged step, if there was one."""
     last = history[-1] if history else {}
     if last.get("eval/em") is None:
         return []
