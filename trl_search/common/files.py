@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,15 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def parse_object(text: str, option: str, example: str) -> dict[str, Any]:
+def parse_object(text: str | Mapping[str, Any], option: str, example: str) -> dict[str, Any]:
     """The JSON object that stands in an option or in a recipe's key.
 
     Example:
         >>> parse_object('["wiki"]', "--retriever_options", '{"index": "indexes/wiki"}')
         UserError: --retriever_options must be a JSON object such as {"index": "indexes/wiki"}, not ["wiki"]
     """
+    if isinstance(text, Mapping):
+        return dict(text)
     try:
         value = json.loads(text)
     except ValueError as error:

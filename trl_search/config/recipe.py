@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.config.recipe_values import checked_values
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -46,42 +48,96 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str)
         command (`str`): Who asks: `train` or `sft`.
 
     Raises:
-        UserError: for a key that no dataclass has, in the recipe or on the command line; the nearest one is named.
+        UserError: for a key that no dataclass has, in the recipe or on the command line (the nearest are named), for a
+            value of another type than its key's, and for what TRL's own checks refuse.
     """
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", argv[0], *argv[1:]]
+    return build_arguments(recipe_values(argv, arguments, command=command), arguments)
+
+
+def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
+    """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
+
+    Raises:
+        UserError: as [`parse_recipe`], but for the checks of TRL's classes.
+    """
     known = {field.name for cls in arguments for field in dataclasses.fields(cls) if field.init}
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            argv[i + 1] = str(find_recipe(argv[i + 1]))
-            _check_command(Path(argv[i + 1]), command)
-            _check_keys(Path(argv[i + 1]), known)
-        elif word.startswith("--") and word not in ("--help", "--config"):
+    path, options = _split(argv, known, command)
+    parser = _Parser(arguments, prog=f"trl-search {command}", add_help=False)
+    if path is not None:
+        parser.set_defaults_with_config(**_read(path, arguments, known, command))
+    return vars(parser.parse_args(options))
+
+
+def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Builds the dataclasses, whose own checks run now; some of them look for devices."""
+    try:
+        return tuple(
+            cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})
+            for cls in arguments
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the checks of TRL and transformers raise a dozen types, and with many lines
+        raise UserError(
+            f"the configuration is refused: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+
+
+class _Parser(TrlParser):
+    """TRL's parser, which reads words into the types of the dataclasses. What it cannot read is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | None, list[str]]:
+    """The recipe's file, if one is named, and the options behind it."""
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words = ["--config", *words]
+    path, options = None, []
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            path = find_recipe(words.pop(0))
+            continue
+        if word.startswith("--"):
             key = word[2:].split("=")[0].replace("-", "_")
             if key not in known and key.removeprefix("no_") not in known:
                 raise unknown_name("option", f"--{key}", [f"--{name}" for name in known])
-    usage = f"trl-search {command} RECIPE [--key value ...]"
-    parser = TrlParser(list(arguments), prog="trl-search", usage=usage)
-    parsed: tuple[Any, ...] = tuple(parser.parse_args_and_config(argv))
-    return parsed
+        options.append(word)
+    if path is None and not any(option.startswith("--model_name_or_path") for option in options):
+        raise UserError(
+            f"there is no recipe: write trl-search {command} RECIPE, a file or one of "
+            f"{', '.join(name for name in sorted(shipped_recipes()) if recipe_command(name) == command)}"
+        )
+    return path, options
 
 
-def _check_command(path: Path, command: str) -> None:
-    """A recipe that ships is for one of two commands; its keys would be unknown to the other."""
-    its = "sft" if "sft" in path.stem.split("_") else "train"
+def _read(path: Path, arguments: Sequence[Any], known: set[str], command: str) -> dict[str, Any]:
+    """The keys and values of a recipe. Its `env` goes into the environment, as TRL's own commands do with it."""
     shipped = shipped_recipes().get(path.stem)
-    if shipped is not None and shipped.samefile(path) and command != its:
-        raise UserError(f"{path.stem} is a recipe of another command: trl-search {its} {path.stem}")
-
-
-def _check_keys(path: Path, known: set[str]) -> None:
+    if shipped is not None and shipped.samefile(path) and command != recipe_command(path.stem):
+        raise UserError(
+            f"{path.stem} is a recipe of another command: trl-search {recipe_command(path.stem)} {path.stem}"
+        )
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(keys, dict):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
         raise UserError(f"{path} must be `key: value` lines")
-    for key in keys:
-        if key not in known | {"env"}:
+    environment = values.pop("env", {})
+    if not isinstance(environment, dict):
+        raise UserError(f"{path}: env must be a mapping of names to values")
+    for key in values:
+        if key not in known:
             raise unknown_name(f"key of {path}", str(key), known)
+    checked = checked_values(values, arguments, str(path))
+    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    return checked
+
+
+def recipe_command(name: str) -> str:
+    """The command that a recipe which ships is for; its keys would be unknown to the other."""
+    return "sft" if "sft" in name.split("_") else "train"

@@ -1,0 +1,142 @@
+"""The values of a recipe, checked against the types of their keys before any of TRL's classes is built.
+
+YAML gives a key whatever type its value looks like: `save_strategy: no` is false, `learning_rate: 1e-6` is a string,
+`reward_funcs: em` is one string where a list is meant. What has one meaning is converted; everything else is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trl_search.common.errors import UserError
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+class _Mismatch(Exception):
+    """The value is of another type."""
+
+
+def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source: str) -> dict[str, Any]:
+    """Returns the values of a recipe, each in the type of its key.
+
+    Args:
+        arguments (`Sequence[type]`): The dataclasses that have the keys.
+        source (`str`): The recipe, for the message.
+
+    Raises:
+        UserError: names every key whose value is of another type, and the type that it needs.
+
+    Example:
+        >>> checked_values({"save_strategy": False, "learning_rate": "1e-6"}, [SearchGRPOConfig], "mine.yaml")
+        {'save_strategy': 'no', 'learning_rate': 1e-06}
+    """
+    hints: dict[str, Any] = {}
+    for one in arguments:
+        hints |= get_type_hints(one)
+    checked, wrong = {}, []
+    for key, value in values.items():
+        try:
+            if key.endswith("_options") and isinstance(value, Mapping) and hints.get(key) is str:
+                value = json.dumps(value)  # what the command line takes as JSON
+            checked[key] = _convert(value, hints[key]) if key in hints else value
+        except _Mismatch:
+            wrong.append(f"{key} is {_shown(value)}, and must be {_described(hints[key])}")
+    if wrong:
+        raise UserError(f"{source}: {'; '.join(wrong)}")
+    return checked
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in kinds or Any in kinds:
+            return None
+        raise _Mismatch
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if value is False and any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in kinds):
+        return "no"  # as YAML reads `save_strategy: no`
+    # The type that the value has comes first: `int | str` keeps a number, and makes no string of it.
+    for kind in sorted(kinds, key=lambda kind: type(value) is not (get_origin(kind) or kind)):
+        try:
+            return _as(value, kind)
+        except _Mismatch:
+            continue
+    raise _Mismatch
+
+
+def _as(value: Any, kind: Any) -> Any:
+    origin = get_origin(kind) or kind
+    if origin is Any:
+        return value
+    if origin is Literal:
+        if value in get_args(kind):
+            return value
+    elif origin is list:
+        (element,) = get_args(kind) or (Any,)
+        if not isinstance(value, (Mapping, bool)):
+            return [_convert(one, element) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    elif origin in (dict, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif isinstance(origin, type):
+        return _scalar(value, origin)
+    raise _Mismatch
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if issubclass(kind, enum.Enum):
+        if isinstance(value, (str, kind)):
+            return value  # transformers names those that exist
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _BOOLEANS:
+            return _BOOLEANS[value.lower()]
+    elif kind in (int, float):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return _number(value, kind)
+    elif kind is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif isinstance(value, kind):
+        return value
+    raise _Mismatch
+
+
+def _number(value: int | float | str, kind: type) -> int | float:
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):  # "three", infinity as a whole number
+        raise _Mismatch from None
+    if kind is int and isinstance(value, float) and number != value:
+        raise _Mismatch
+    return number
+
+
+def _described(hint: Any) -> str:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words = dict.fromkeys(_word(kind) for kind in kinds if kind is not type(None))
+    return " or ".join(words)
+
+
+def _word(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if origin is list:
+        (element,) = get_args(kind) or (str,)
+        return f"a list ({_described(element)} each)"
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return "one of " + ", ".join(str(one.value) for one in origin)
+    return _WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
+
+
+def _shown(value: Any) -> str:
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
