@@ -18,7 +18,7 @@ import trl_search.cli.commands
 from trl_search.common.errors import Explained, unknown_name
 
 # The order of a first day; commands not named here follow by name.
-ORDER = ("train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
+ORDER = ("recipes", "train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
 USER_ERROR, INTERRUPTED = 2, 130
 
 

@@ -4,13 +4,17 @@ same meaning as in TRL, and are listed by `--help_all`."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from trl import TrlParser
+
+from trl_search.config.agent import AgentSettings
 from trl_search.config.recipe import recipe_command, shipped_recipes
 
-WIDTH = 118
+WIDTH, INDENT = 118, " " * 6
 
 
 def recipe_lines(command: str | None = None) -> list[str]:
@@ -31,55 +35,46 @@ def recipe_title(name: str) -> str:
     return " ".join(words).partition(". ")[0].rstrip(".") + "."
 
 
-def short_help(command: str, description: str, groups: Mapping[str, Sequence[dataclasses.Field[Any]]]) -> str:
-    """What `trl-search train --help` prints.
+def print_help(argv: Sequence[str], command: str, description: str, classes: Sequence[Any]) -> bool:
+    """Prints the help that was asked for, if any was; says whether.
 
     Args:
         description (`str`): The docstring of the command.
-        groups (`Mapping`): Fields of our dataclasses, under a heading each.
+        classes (`Sequence[type]`): The dataclasses that have the command's keys; the first are ours.
     """
+    if "--help_all" in argv:
+        usage = f"trl-search {command} RECIPE [--key value ...]"
+        TrlParser(classes, prog=f"trl-search {command}", usage=usage).print_help()
+        return True
+    if not {"-h", "--help"} & set(argv):
+        return False
     lines = [f"usage: trl-search {command} RECIPE [--key value ...]", "", description.strip(), "", "Recipes:", ""]
     lines += recipe_lines(command)
-    for heading, fields in groups.items():
-        lines += ["", f"{heading}:", ""]
-        for field in fields:
-            lines += _described(field)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`trl-search {command} --help_all` lists TRL's keys too, `trl-search recipes show NAME` prints a recipe.",
-        ]
-    )
+    agent = dataclasses.fields(AgentSettings)
+    for heading, fields in (
+        ("The task", _own(classes[0])),
+        ("The agent", agent),
+        ("The training, beside TRL's keys", _own(classes[1])),
+    ):
+        lines += ["", f"{heading}:"]
+        lines += [line for field in fields for line in _described(field)]
+    lines += ["", f"`trl-search {command} --help_all` lists TRL's keys too; `trl-search recipes show NAME` a recipe."]
+    print("\n".join(lines))
+    return True
 
 
-def own_fields(cls: Any, *, but: Sequence[str] = ()) -> list[dataclasses.Field[Any]]:
+def _own(cls: Any) -> list[dataclasses.Field[Any]]:
     """The fields that a dataclass declares itself, without what it inherits."""
-    declared = cls.__dict__.get("__annotations__", {})
-    return [field for field in dataclasses.fields(cls) if field.name in declared and field.name not in but]
+    return [field for field in dataclasses.fields(cls) if field.name in inspect.get_annotations(cls)]
 
 
 def _described(field: dataclasses.Field[Any]) -> list[str]:
     made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    default = "" if made is None or made == "" or made == [] else f" (default: {_shown(made)})"
+    default = "" if made is None or made in ("", []) else f" (default: {_shown(made)})"
     said = " ".join(str(field.metadata.get("help", "")).split())
-    return [f"  --{field.name}", *textwrap.wrap(f"{said}{default}", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    text = textwrap.wrap(f"{said}{default}", WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+    return [f"  --{field.name}", *text]
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value).replace("\n", "\\n")
-
-
-def print_help(
-    argv: Sequence[str], command: str, description: str, groups: Mapping[str, Any], classes: Sequence[Any]
-) -> bool:
-    """Prints the help that was asked for, if any was; says whether."""
-    if "--help_all" in argv:
-        from trl import TrlParser
-
-        TrlParser(classes, prog=f"trl-search {command}", usage=f"trl-search {command} RECIPE [--key value ...]").print_help()
-        return True
-    if {"-h", "--help"} & set(argv):
-        print(short_help(command, description, groups))
-        return True
-    return False

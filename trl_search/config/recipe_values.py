@@ -53,13 +53,12 @@ def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = _kinds(hint)
     if value is None:
         if type(None) in kinds or Any in kinds:
             return None
         raise _Mismatch
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
-    if value is False and any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in kinds):
+    if value is False and any(map(_is_enum, kinds)):
         return "no"  # as YAML reads `save_strategy: no`
     # The type that the value has comes first: `int | str` keeps a number, and makes no string of it.
     for kind in sorted(kinds, key=lambda kind: type(value) is not (get_origin(kind) or kind)):
@@ -68,6 +67,16 @@ def _convert(value: Any, hint: Any) -> Any:
         except _Mismatch:
             continue
     raise _Mismatch
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union. transformers writes `SaveStrategy | str` where the names of the enumeration are meant."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(kind for kind in kinds if kind is not str) if any(map(_is_enum, kinds)) else tuple(kinds)
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 def _as(value: Any, kind: Any) -> Any:
@@ -90,8 +99,8 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _scalar(value: Any, kind: type) -> Any:
-    if issubclass(kind, enum.Enum):
-        if isinstance(value, (str, kind)):
+    if _is_enum(kind):
+        if isinstance(value, str):
             return value  # transformers names those that exist
     elif kind is bool:
         if isinstance(value, bool):
@@ -120,8 +129,7 @@ def _number(value: int | float | str, kind: type) -> int | float:
 
 
 def _described(hint: Any) -> str:
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    words = dict.fromkeys(_word(kind) for kind in kinds if kind is not type(None))
+    words = dict.fromkeys(_word(kind) for kind in _kinds(hint) if kind is not type(None))
     return " or ".join(words)
 
 
@@ -132,7 +140,7 @@ def _word(kind: Any) -> str:
     if origin is list:
         (element,) = get_args(kind) or (str,)
         return f"a list ({_described(element)} each)"
-    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+    if _is_enum(origin):
         return "one of " + ", ".join(str(one.value) for one in origin)
     return _WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
 

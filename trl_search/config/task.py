@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
 from trl_search.retrieval import Retriever, load_retriever, open_retriever
+from trl_search.rewards import resolve_rewards
 
 
 @dataclass
@@ -38,6 +41,14 @@ class QuestionArguments:
     retriever_options: str = field(
         default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
     )
+
+
+# What can be measured before training, under the name of its row in the table of results.
+BASELINES = {
+    "direct": "direct answer, no search",
+    "cot": "chain of thought, no search",
+    "rag": "one-shot RAG",
+}
 
 
 @dataclass
@@ -76,6 +87,25 @@ class TaskArguments(QuestionArguments):
             "output_dir/best. 0: never."
         },
     )
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_train_questions", 1),
+            ("max_eval_questions", 1),
+            ("warm_start_steps", 0),
+            ("evaluate_every", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        if not 0 < self.warm_start_learning_rate < math.inf:
+            raise UserError(f"warm_start_learning_rate={self.warm_start_learning_rate} must be more than 0")
+        for mode in self.baselines:
+            if mode not in BASELINES:
+                raise unknown_name("baseline", mode, BASELINES)
+        named = [name for name in self.reward_funcs if "/" not in name]  # one with a slash is a reward model
+        if named or not self.reward_funcs:
+            resolve_rewards(named)
 
     @property
     def fields(self) -> QuestionFields:

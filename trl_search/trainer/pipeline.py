@@ -31,7 +31,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, written_whole
 from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.task import Task, TaskArguments, load_task
+from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
 from trl_search.evaluation.evaluate import answer_questions
@@ -50,11 +50,6 @@ from trl_search.trainer.sft import warm_start
 
 __all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]
 
-BASELINES = {
-    "direct": "direct answer, no search",
-    "cot": "chain of thought, no search",
-    "rag": "one-shot RAG",
-}
 # Added to the seed of a world: that of the world in which its policy is warmed up.
 _ELSEWHERE = 1_000_003
 

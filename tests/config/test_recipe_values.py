@@ -1,0 +1,131 @@
+"""A recipe runs or is refused in one line, whatever stands behind its keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trl import ModelConfig
+
+from trl_search.cli.main import main
+from trl_search.common.errors import UserError
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.recipe import parse_recipe, shipped_recipes
+from trl_search.config.recipe_values import checked_values
+from trl_search.config.task import TaskArguments
+
+CLASSES = (TaskArguments, SearchGRPOConfig, ModelConfig)
+ABSURD: list[Any] = [None, True, False, -1, 10**30, float("nan"), "", "nonsense", [], [[]], {}, {"a": {"b": [1]}}]
+KEYS = sorted({field.name for cls in CLASSES for field in dataclasses.fields(cls) if field.init})
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("save_strategy", False, "no"),
+        ("learning_rate", "1e-6", 1e-6),
+        ("learning_rate", 1, 1.0),
+        ("max_searches", 3.0, 3),
+        ("max_searches", "3", 3),
+        ("bf16", "yes", True),
+        ("reward_funcs", "em", ["em"]),
+        ("reward_weights", 1, [1.0]),
+        ("run_name", 2026, "2026"),
+        ("retriever_options", {"index": "indexes/wiki"}, '{"index": "indexes/wiki"}'),
+        ("chat_template_kwargs", {"enable_thinking": False}, {"enable_thinking": False}),
+        ("max_train_questions", None, None),
+    ],
+)
+def test_what_has_one_meaning_is_converted(key: str, given: Any, expected: Any) -> None:
+    value = checked_values({key: given}, CLASSES, "mine.yaml")[key]
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "message"),
+    [
+        ("learning_rate", "fast", "learning_rate is 'fast', and must be a number"),
+        ("learning_rate", None, "learning_rate is empty, and must be a number"),
+        ("max_searches", 2.5, "max_searches is 2.5, and must be a whole number"),
+        ("max_searches", True, "max_searches is True, and must be a whole number"),
+        ("bf16", "maybe", "bf16 is 'maybe', and must be true or false"),
+        ("reward_funcs", {"em": 1}, r"reward_funcs is {'em': 1}, and must be a list \(a string each\)"),
+        ("reward_weights", ["one"], r"must be a list \(a number each\)"),
+        ("system_prompt", True, "system_prompt is True, and must be a string"),
+        ("save_strategy", 3, "save_strategy is 3, and must be one of no, steps, epoch, best"),
+    ],
+)
+def test_what_has_none_is_refused(key: str, given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^mine.yaml: .*{message}"):
+        checked_values({key: given}, CLASSES, "mine.yaml")
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"learning_rate is 'fast'.*; max_searches is 'many'"):
+        checked_values({"learning_rate": "fast", "max_searches": "many"}, CLASSES, "mine.yaml")
+
+
+def test_any_value_of_any_key_gives_a_configuration_or_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our keys with everything, TRL's with two values each: a whole round takes minutes."""
+    monkeypatch.chdir(tmp_path)
+    ours = {field.name for field in dataclasses.fields(TaskArguments)} | set(SearchGRPOConfig.__annotations__)
+    draw = random.Random(0)
+    recipe = tmp_path / "mine.yaml"
+    for key in KEYS:
+        for value in draw.sample(ABSURD, 4 if key in ours else 1):
+            recipe.write_text(
+                yaml.safe_dump({"model_name_or_path": "tiny", "use_cpu": True, "bf16": False, key: value})
+            )
+            try:
+                parse_recipe([str(recipe)], CLASSES, command="train")
+            except UserError as error:
+                assert str(error) and "\n" not in str(error), (key, value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no recipe: write trl-search train RECIPE, a file or one of quickstart, qwen"),
+        (["quickstart", "--learning_rate", "fast"], "--learning_rate"),
+        (["quickstart", "--learning_rate"], "--learning_rate"),
+        (["quickstart", "--num_generations", "7"], "num_generations"),
+        (["quickstart", "--save_strategy", "sometimes"], "invalid choice: 'sometimes'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("trl-search: error: ") and message in said
+
+
+def test_the_help_is_short_and_lists_recipes_and_our_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert "usage: trl-search train RECIPE" in short and "  qwen3b " in short and "  sft_world " not in short
+    assert "--passages_per_query" in short and "--num_generations" not in short and len(short.splitlines()) < 200
+    assert main(["train", "--help-all"]) == 0
+    assert "--num_generations" in capsys.readouterr().out
+
+
+def test_recipes_are_listed_shown_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in shipped_recipes())
+    assert main(["recipes", "show", "quickstart"]) == 0
+    assert capsys.readouterr().out == shipped_recipes()["quickstart"].read_text("utf-8")
+    assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 0
+    assert (tmp_path / "mine.yaml").read_bytes() == shipped_recipes()["quickstart"].read_bytes()
+    assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 2
+    assert main(["recipes", "show"]) == 2
+    assert "which recipe?" in capsys.readouterr().err

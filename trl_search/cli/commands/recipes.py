@@ -1,0 +1,42 @@
+"""Lists, shows and copies the recipes that ship.
+
+trl-search recipes                         one line each
+trl-search recipes show qwen3b             the file, with what it says of memory, time and results
+trl-search recipes copy qwen3b mine.yaml   a copy to change; `trl-search train mine.yaml` runs it
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from trl_search.common.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "show", "copy"), metavar="ACTION")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a recipe")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="the copy (default: NAME.yaml, here)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.cli.recipe_help import recipe_lines
+    from trl_search.config.recipe import find_recipe
+
+    if args.action == "list":
+        print("trl-search train:\n\n" + "\n".join(recipe_lines("train")))
+        print("\ntrl-search sft:\n\n" + "\n".join(recipe_lines("sft")))
+        return 0
+    if args.name is None:
+        raise UserError(f"which recipe? trl-search recipes {args.action} NAME; `trl-search recipes` lists them")
+    recipe = find_recipe(args.name)
+    if args.action == "show":
+        print(recipe.read_text(encoding="utf-8"), end="")
+        return 0
+    copy = Path(args.file or f"{recipe.stem}.yaml")
+    if copy.exists():
+        raise UserError(f"{copy} is there already: give the copy another name")
+    shutil.copyfile(recipe, copy)
+    print(f"{copy}: change it, then trl-search train {copy}" if "sft" not in recipe.stem.split("_") else f"{copy}")
+    return 0
