@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from tests.support.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
+from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.rollout import Limits, rollout
 from trl_search.types import Answer, Observation, Passage, Sampling, Search, StopReason
 
@@ -255,7 +258,7 @@ def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog
     script = turns("qwen_tools", tokenizer, Answer("x"))
     trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?"], environment=Broken())
     assert [t.failed for t in trajectories] == [False, True]
-    assert "Broken.step raised" in caplog.text
+    assert "Broken.step failed" in caplog.text
 
 
 def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
@@ -306,3 +309,89 @@ def test_rollouts_run_inside_a_running_event_loop(tokenizer):
 
     (trajectory,), _, _ = asyncio.run(cell())
     assert trajectory.stop_reason is StopReason.ANSWER
+
+
+# A thought is not an act, stop strings included.
+def test_a_stop_string_inside_a_thought_does_not_end_the_turn(tokenizer):
+    thought = "<think> I could <search> x </search>"
+    rest = [" or </search> answer. </think> <search> author of Quiet Raven </search>", "<answer> Mira </answer>"]
+    script = [thought, *rest]
+    (trajectory,), policy, _ = run(tokenizer, script, name="search_r1")
+    assert trajectory.actions == [Search(("author of Quiet Raven",)), Answer("Mira")]
+    assert trajectory.spoken == [thought + rest[0], rest[1]]
+    assert trajectory.stop_reason is StopReason.ANSWER and sum(trajectory.mask) == trajectory.model_tokens
+    assert policy.prompts[1] == [*policy.prompts[0], *tokenizer.encode(thought, add_special_tokens=False)]
+
+
+# One trajectory fails, is masked and counted; the others go on.
+@pytest.mark.parametrize("fault", ["surrogate", "no text", "none", "start"])
+def test_what_goes_wrong_in_one_trajectory_stays_in_it(tokenizer, fault):
+    class Faulty(SearchEnvironment):
+        def start(self, row):
+            if fault == "start" and row["question"] == "B?":
+                raise KeyError("row")
+            return super().start(row)
+
+        async def step(self, action):
+            if self.row["question"] != "B?" or fault == "start" or not isinstance(action, Search):
+                return await super().step(action)
+            return {
+                "surrogate": Observation(documents=("half a pair \ud83d",), notice="\udc00"),
+                "no text": Observation(documents=(None,)),
+                "none": None,
+            }[fault]
+
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
+    environment = Faulty(FixedRetriever(PASSAGES))
+    trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?"], environment=environment)
+    assert [trajectory.failed for trajectory in trajectories] == [False, fault != "surrogate"]
+    assert trajectories[1].ids and bool(trajectories[1].error) == trajectories[1].failed
+    if fault == "surrogate":
+        assert any("half a pair \N{REPLACEMENT CHARACTER}" in turn.text for turn in trajectories[1].turns)
+
+
+def test_a_retriever_that_returns_more_than_it_was_asked_for_is_cut(tokenizer):
+    class Generous(FixedRetriever):
+        def search(self, queries, k):
+            return [list(self.passages) for _ in queries]
+
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
+    environment = SearchEnvironment(Generous(PASSAGES), k=2)
+    (trajectory,), _, _ = run(tokenizer, script, environment=environment)
+    assert [passage.id for passage in trajectory.passages[0]] == ["0", "1"]
+
+
+def test_a_retriever_that_hangs_in_every_batch_leaves_a_bounded_number_of_threads(tokenizer):
+    release = threading.Event()
+
+    class Hangs(FixedRetriever):
+        def search(self, queries, k):
+            release.wait()
+            return super().search(queries, k)
+
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
+    environment = SearchEnvironment(Hangs(PASSAGES), timeout_s=0.01)
+    before = threading.active_count()
+    for _ in range(MAX_HUNG + 3):
+        (trajectory,), _, _ = run(tokenizer, script, environment=environment)
+        assert trajectory.failed
+    assert threading.active_count() <= before + MAX_HUNG
+    assert "hangs" in trajectory.error
+    release.set()
+
+
+def test_a_passage_of_any_length_costs_what_is_shown_of_it(tokenizer):
+    encoded: list[int] = []
+
+    class Counting(type(tokenizer)):
+        def encode(self, text, **options):
+            encoded.append(len(text))
+            return super().encode(text, **options)
+
+    counting = copy.deepcopy(tokenizer)
+    counting.__class__ = Counting
+    book = Passage("1", "A book", "Mira Talvane wrote it. " * 200_000)
+    script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
+    (trajectory,), _, _ = run(counting, script, retriever=FixedRetriever([book]))
+    assert trajectory.stop_reason is StopReason.ANSWER
+    assert max(encoded) < 40 * LIMITS.observation_tokens

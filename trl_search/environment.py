@@ -29,6 +29,7 @@ from typing import Any
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.batching import SearchBatcher, SearchStats
+from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Action, Answer, Invalid, Observation, Passage, Search, StopReason
 
 # Search-R1's own rendering, and verl's; a reproduction needs the exact one.
@@ -85,9 +86,9 @@ class SearchEnvironment(Environment):
 
     Args:
         retriever (`Retriever`): What is searched; calls of concurrent trajectories reach it in batches.
-        k (`int`, *optional*, defaults to `3`): Passages per query.
-        max_searches (`int`, *optional*, defaults to `4`): Calls a trajectory may make. After the last one the policy
-            is told so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
+        k (`int`, *optional*, defaults to `3`): Passages per query. More are dropped.
+        max_searches (`int`, *optional*, defaults to `4`): Calls per trajectory. After the last one the policy is told
+            so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
         max_queries (`int`, *optional*, defaults to `4`): Queries a call may hold; those beyond it are not run, and the
             policy is told.
         max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered by a correction; one more
@@ -118,11 +119,13 @@ class SearchEnvironment(Environment):
         self.timeout_s = timeout_s
         self.passage_template = passage_template
         self.batcher: SearchBatcher | None = None
+        # Kept across batches: a retriever that hangs in each of them leaves a few threads behind, not a few per batch.
+        self._on_threads = DaemonCalls()
         self.searches_left = max_searches
         self.corrections_left = max_invalid
 
     async def open(self) -> None:
-        self.batcher = SearchBatcher(self.retriever, timeout_s=self.timeout_s)
+        self.batcher = SearchBatcher(self.retriever, timeout_s=self.timeout_s, on_threads=self._on_threads)
 
     async def close(self) -> None:
         if self.batcher is not None:

@@ -26,8 +26,19 @@ from tqdm.auto import tqdm
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
+from trl_search.protocols.turn import in_thought
 from trl_search.retrieval.base import RetrievalError
-from trl_search.types import Answer, FinishReason, Observation, Sampling, Search, StopReason, ToolCall, Trajectory
+from trl_search.types import (
+    Answer,
+    Completion,
+    FinishReason,
+    Observation,
+    Sampling,
+    Search,
+    StopReason,
+    ToolCall,
+    Trajectory,
+)
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -62,16 +73,15 @@ async def run_trajectory(
         # 1. The policy speaks, with at most what is left of its budget.
         left = limits.completion_tokens - len(trajectory.ids)
         started = time.perf_counter()
-        completion = await policy.generate(
+        completion, text = await _speak(
+            policy,
+            protocol,
             [*prompt_ids, *trajectory.ids],
             max_tokens=min(left, limits.turn_tokens),
             sampling=replace(sampling, seed=random.Random(f"{sampling.seed}/{turn}").getrandbits(63)),
-            stop=protocol.stop,
-            stop_token_ids=protocol.stop_token_ids,
         )
         trajectory.generation_s += time.perf_counter() - started
         turn += 1
-        text = protocol.read(completion.ids)
         trajectory.act(completion, text)
 
         # 2. What it did is read from what it wrote.
@@ -91,23 +101,56 @@ async def run_trajectory(
         if isinstance(action, Search):
             trajectory.passages.append(observation.passages)
         left = limits.completion_tokens - len(trajectory.ids)
-        written = protocol.observation_ids(
-            observation,
-            max_tokens=min(limits.observation_tokens, left - MIN_TURN_TOKENS),
-            turn_closed=completion.ids[-1] == eos,
-        )
+        try:
+            # On a thread: the other trajectories do not wait while passages are tokenized.
+            written = await asyncio.to_thread(
+                protocol.observation_ids,
+                observation,
+                max_tokens=min(limits.observation_tokens, left - MIN_TURN_TOKENS),
+                turn_closed=completion.ids[-1:] == (protocol.turn_end_id,),
+            )
+        # What the world says is the user's data: one bad passage ends this trajectory only.
+        except Exception as error:
+            logger.warning("an observation cannot be written; its trajectory is masked from the loss", exc_info=True)
+            trajectory.finish(StopReason.RETRIEVAL_FAILED, eos_token_id=eos, error=repr(error))
+            return trajectory
         if written is None:
             trajectory.finish(StopReason.TOKEN_BUDGET)
             return trajectory
         trajectory.observe(*written)
 
 
+async def _speak(
+    policy: Policy, protocol: Protocol, context: list[int], *, max_tokens: int, sampling: Sampling
+) -> tuple[Completion, str]:
+    """One turn of the policy, and its text. A stop string inside a thought stops nothing: the policy goes on."""
+    whole = Completion((), (), FinishReason.LENGTH)
+    part = 0
+    while len(whole.ids) < max_tokens:
+        more = await policy.generate(
+            [*context, *whole.ids],
+            max_tokens=max_tokens - len(whole.ids),
+            sampling=sampling if part == 0 else replace(sampling, seed=sampling.seed ^ part),
+            stop=protocol.stop,
+            stop_token_ids=protocol.stop_token_ids,
+        )
+        part += 1
+        whole = Completion((*whole.ids, *more.ids), (*whole.logprobs, *more.logprobs), more.finish_reason)
+        text = protocol.read_turn(whole.ids, context=context)
+        if not more.ids or more.finish_reason is not FinishReason.STOP or not in_thought(text):
+            return whole, text
+    return replace(whole, finish_reason=FinishReason.LENGTH), protocol.read_turn(whole.ids, context=context)
+
+
 async def _step(episode: Environment, action: Any) -> Observation:
     try:
-        return await episode.step(action)
+        observation = await episode.step(action)
+        if not isinstance(observation, Observation):
+            raise TypeError(f"step must return an Observation, and returned {observation!r:.100}")
+        return observation
     # An environment is the user's code: whatever it raises ends this trajectory only, and is counted as a failure.
     except Exception as error:
-        logger.warning("%s.step raised; its trajectory is masked from the loss", type(episode).__name__, exc_info=True)
+        logger.warning("%s.step failed; its trajectory is masked from the loss", type(episode).__name__, exc_info=True)
         return Observation(done=StopReason.RETRIEVAL_FAILED, error=repr(error))
 
 
@@ -197,9 +240,18 @@ async def _run_job(
         trajectory.finish(StopReason.RETRIEVAL_FAILED, error=str(error))
         return trajectory
     searched_s = time.perf_counter() - started
+    try:
+        episode = environment.start(job.row)
+    except Exception as error:  # the user's code, as in _step
+        name = type(environment).__name__
+        logger.warning("%s.start failed; its trajectory is masked from the loss", name, exc_info=True)
+        trajectory = Trajectory(prompt_ids)
+        eos = protocol.tokenizer.eos_token_id
+        trajectory.finish(StopReason.RETRIEVAL_FAILED, eos_token_id=eos, error=repr(error))
+        return trajectory
     trajectory = await run_trajectory(
         prompt_ids,
-        environment.start(job.row),
+        episode,
         policy=speaker,
         protocol=protocol,
         limits=limits,

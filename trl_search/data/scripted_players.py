@@ -178,11 +178,15 @@ class ScriptedPolicy(Policy):
         else:
             self._started = True
             thought, action = next(self._script)
-        ids = self._protocol.encode(self._protocol.write(thought, action))
-        # Where a stop string ends the turn, the policy samples no EOS.
+        text = self._protocol.write(thought, action)
+        if self._protocol.opened_thought(prompt_ids):
+            text = text.removeprefix("<think>").lstrip()
+        ids = self._protocol.encode(text)
+        # Where a stop string ends the turn, the policy samples no token that ends it.
         reason = FinishReason.STOP if stop else FinishReason.EOS
         if not stop:
-            ids.append(int(self._protocol.tokenizer.eos_token_id))
+            called = isinstance(action, Search)
+            ids.append(self._protocol.turn_end_id if called else int(self._protocol.tokenizer.eos_token_id))
         return Completion(tuple(ids), (0.0,) * len(ids), reason)
 
 

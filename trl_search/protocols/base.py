@@ -1,26 +1,29 @@
 """`Protocol`: how a conversation is written and read, for one tokenizer.
 
 A protocol turns text into ids exactly once, when the world speaks; what the policy sampled is decoded to be read and
-never encoded again. The text of passages is untrusted: tags and special tokens in it are escaped, so that a passage
-can neither answer, call a tool, nor end a turn.
+never encoded again. Text from the world is untrusted: tags in it are escaped, and its ids are checked for control
+tokens, so that a passage can neither answer, call a tool, nor end a turn.
 """
 
 from __future__ import annotations
 
 import abc
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
+from trl_search.protocols.call_formats import HARMONY, CallFormat
 from trl_search.protocols.calls import looks_like_a_call
+from trl_search.protocols.control_tokens import ControlTokens
+from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The schema of the seed's inference script, minus the name of its engine.
 SEARCH_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -42,7 +45,16 @@ SEARCH_TOOL: dict[str, Any] = {
 
 MIN_DOCUMENT_TOKENS = 16
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
-_TAG = re.compile(rf"<(?=\s*/?\s*(?:{_TAGS})\b)", re.IGNORECASE)
+_TAG = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{_TAGS})\b)", re.IGNORECASE)
+# A document is cut to so many characters per token of room before it is tokenized: some searches return whole books.
+_CHARS_PER_TOKEN = 32
+# A SentencePiece tokenizer puts a space before what it encodes. It goes to one of these, and no piece merges with it.
+_ANCHORS = ("\n", "=")
+
+
+# So many ids before a turn show whether the prompt opened a thought.
+_CONTEXT = 16
+_ANSWER = "TRLSEARCHANSWER"
 
 
 class Protocol(abc.ABC):
@@ -62,6 +74,8 @@ class Protocol(abc.ABC):
     # The tag that a call stands in, and how a policy that writes something else is corrected.
     call_tag: str
     correction: str
+    # How the chat template's own calls are read; `None` where the policy writes plain tags.
+    call_format: CallFormat | None = None
 
     def __init__(
         self,
@@ -79,11 +93,17 @@ class Protocol(abc.ABC):
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        specials = sorted({token for token in tokenizer.all_special_tokens if token.strip()}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials)))
+        self._think_markers = thought_markers(tokenizer.chat_template)
+        self._anchor = self._find_anchor()
+        self._tokenizing = threading.Lock()  # a fast tokenizer may not be used by two threads at once
         self._newline_ids = self.encode("\n")
-        opening, closing = self._observation_frame()
+        if system_prompt:
+            self._check_system_prompt()
+        self._frame = self._observation_frame()
+        opening, closing = self._frame
+        self.control = ControlTokens(tokenizer, self.encode, (opening, closing, self._turn_frame()))
         self._opening_ids, self._closing_ids = self.encode(opening), self.encode(closing)
+        self.stop_token_ids = self._find_stop_tokens()
 
     # What the policy is shown first
 
@@ -94,19 +114,28 @@ class Protocol(abc.ABC):
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """`messages` through the chat template, ready for the policy's first token."""
-        return tuple(self.encode(self._render(messages, add_generation_prompt=True)))
+        return tuple(self._encode_start(self._render(messages, add_generation_prompt=True)))
 
     # What the policy wrote
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens with which the policy ends its turn. Every engine is told: a checkpoint may name another EOS."""
-        return (int(self.tokenizer.eos_token_id),)
-
     def read(self, ids: Sequence[int]) -> str:
-        """Decodes a turn for reading, without the EOS that ended it."""
-        ids = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        """Decodes a turn as it was sampled, without the token that ended it."""
+        ids = ids[:-1] if ids and ids[-1] in self.stop_token_ids else ids
         return self.decode(ids)
+
+    def read_turn(self, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
+        """A turn as everything here reads it: thoughts in `<think>`, calls in `<tool_call>`, whatever the family's own
+        markers are. A thought that the prompt opened stands at the start.
+
+        Args:
+            context (`Sequence[int]`): What stood before the turn; its last few ids are enough.
+        """
+        text = with_think_tags(self.opened_thought(context) + self.read(ids), self._think_markers)
+        return text if self.call_format is None else self.call_format.canonical(text)
+
+    def opened_thought(self, context: Sequence[int]) -> str:
+        """What a prompt ends in, if that opens a thought: `"<think>\\n"`. Else `""`."""
+        return opened_thought(self.decode(context[-_CONTEXT:])) if context else ""
 
     def parse(self, text: str) -> Action:
         """What the policy did in a turn: the first call or answer after its thoughts counts."""
@@ -157,25 +186,35 @@ class Protocol(abc.ABC):
         Returns:
             `tuple[tuple[int, ...], str]`: The ids to append, and the text inside the frame.
         """
-        opening = self._opening_ids if turn_closed else [*self._turn_end_ids(), *self._opening_ids]
-        notice = self.encode(observation.notice)
-        room = max_tokens - len(opening) - len(notice) - len(self._closing_ids)
-        if room < 0:
-            return None
-        documents = [self.encode(self.escape(document)) for document in observation.documents]
-        newline = self._newline_ids
-        limit, kept = fair_limit([len(document) + len(newline) for document in documents], room)
-        body = [token for document in documents[:kept] for token in [*document[: limit - len(newline)], *newline]]
-        # The last newline separates the documents from the notice; without one, the frame has its own.
-        content = [*body, *notice] if notice else body[: -len(newline) or None]
-        return (*opening, *content, *self._closing_ids), self.decode(content)
+        with self._tokenizing:
+            opening = self._opening_ids if turn_closed else [*self._turn_end_ids(), *self._opening_ids]
+            notice = self.control.encode(self._quote(observation.notice))
+            room = max_tokens - len(opening) - len(notice) - len(self._closing_ids)
+            if room < 0:
+                return None
+            documents = [self._document_ids(document, room) for document in observation.documents]
+            newline = self._newline_ids
+            # Every document ends in a newline, but for the last where no notice follows.
+            room += 0 if notice else len(newline)
+            limit, kept = fair_limit([len(document) + len(newline) for document in documents], room)
+            body = [token for document in documents[:kept] for token in [*document[: limit - len(newline)], *newline]]
+            content = [*body, *notice] if notice else body[: -len(newline) or None]
+            return (*opening, *content, *self._closing_ids), self.decode(content)
 
     def escape(self, text: str) -> str:
-        """Makes tags and special tokens in untrusted text inert: `</answer>` -> `&lt;/answer>`."""
-        text = _TAG.sub("&lt;", text)
-        return self._special.sub(
-            lambda match: "&lt;" + match[0][1:] if match[0][0] == "<" else match[0][0] + " " + match[0][1:], text
-        )
+        """Makes tags and control tokens in untrusted text inert: `</answer>` becomes `&lt;/answer>`.
+
+        The result encodes to no control token, so that it can stand in a message (a one-shot RAG prompt).
+        """
+        return self.control.escape(_TAG.sub("&lt;", text))
+
+    def _document_ids(self, document: str, room: int) -> list[int]:
+        document = document[: _CHARS_PER_TOKEN * (room + 1)]
+        return self.control.encode(self._quote(_TAG.sub("&lt;", document)))
+
+    def _quote(self, text: str) -> str:
+        """The text as the frame wants it."""
+        return text
 
     @abc.abstractmethod
     def _observation_frame(self) -> tuple[str, str]:
@@ -185,10 +224,70 @@ class Protocol(abc.ABC):
         """What closes a turn that the policy did not close itself."""
         return []
 
+    @property
+    def turn_end_id(self) -> int:
+        """The token that ends a turn after which the world speaks."""
+        return int(self.tokenizer.eos_token_id)
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        """The tokens with which the policy ends a turn. Every engine is told: a checkpoint may name another EOS."""
+        ends = {int(self.tokenizer.eos_token_id): None, self.turn_end_id: None}
+        if self.call_format is HARMONY:  # there, messages end inside a turn too
+            return tuple(ends)
+        _, _, after = self._turn_frame().partition(_ANSWER)
+        if (following := self.encode(after.lstrip())) and following[0] in self.control.ids:
+            ends[following[0]] = None
+        return tuple(ends)
+
+    def _turn_frame(self) -> str:
+        """A conversation that goes on after an answer, as the template writes it; `""` where it cannot."""
+        if not self.tokenizer.chat_template:
+            return ""
+        roles = {"user": "x", "assistant": _ANSWER}
+        messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "x"))]
+        try:
+            return self._render(messages, add_generation_prompt=False)
+        except Exception:  # whatever a template raises: it then says nothing about the end of its turns
+            return ""
+
+    def _check_system_prompt(self) -> None:
+        try:
+            shown = self._render(self.messages("x"), add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            raise UserError(
+                f"the chat template refuses a system message ({error}): put the text of system_prompt into instruction"
+            ) from error
+        if self.system_prompt and self.system_prompt.strip() not in shown:
+            raise UserError(
+                "the chat template does not show a system message: put the text of system_prompt into instruction"
+            )
+
     # Text and ids
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        """The ids of a piece from the middle of a conversation: no BOS, no extra leading space."""
+        if not text:
+            return []
+        ids = self.tokenizer.encode(self._anchor + text, add_special_tokens=False)
+        return ids[len(self.tokenizer.encode(self._anchor, add_special_tokens=False)) :] if self._anchor else ids
+
+    def _encode_start(self, text: str) -> list[int]:
+        """The ids of a whole conversation, as the chat template has written it."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _find_anchor(self) -> str:
+        """What to put before a piece so that a SentencePiece tokenizer does not begin it with a space of its own."""
+        first = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode("x", add_special_tokens=False)[:1])
+        if not first or not str(first[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}"):
+            return ""
+        for anchor in _ANCHORS:
+            alone = self.tokenizer.encode(anchor, add_special_tokens=False)
+            if all(
+                self.tokenizer.encode(anchor + piece, add_special_tokens=False)[: len(alone)] == alone
+                for piece in ("\n", "<", "x", " x")
+            ):
+                return anchor
+        raise UserError("the tokenizer puts a space before every piece of text: set add_prefix_space to False in it")
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,29 +1,39 @@
-"""Qwen's tool calling: `<tool_call>` with JSON inside, answered by a tool message or in the same turn."""
+"""The chat template's own tool calling, answered by a tool message or in the same turn. Qwen's was the first."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_search.common.errors import UserError
 from trl_search.protocols.base import Protocol
+from trl_search.protocols.call_formats import HERMES, write_call
 from trl_search.protocols.calls import read_call
+from trl_search.protocols.control_tokens import ControlTokens
+from trl_search.protocols.tool_template import REMEDY, TemplateProblem, ToolTemplate, probe_template, write_turn
 from trl_search.types import Action, Answer, Search
 
-_SENTINEL = "TRL_SEARCH_OBSERVATION"
+_CLOSED_THOUGHT = re.compile(r"\A\s*</think>\s*")
+_REPLY_TAGS = "; its results come between <tool_response> and </tool_response>"
 
 
 class QwenTools(Protocol):
-    """The chat template's own tool calling (seed.txt, verl): a call ends the turn, the reply is a tool message."""
+    """The chat template's own tool calling, of any family: a call ends the turn, the reply is a tool message.
+
+    Raises:
+        TemplateProblem: if the template's calls cannot be read back, or its replies do not extend the prompt exactly.
+    """
 
     name = "qwen_tools"
+    template: ToolTemplate
     call_tag = "tool_call"
-    correction = "write the call as JSON between the tool_call tags, without a code fence"
+    correction = "write the call exactly as the tool instructions show, without a code fence"
     default_instruction = (
         "Answer the given question. You must reason inside <think> and </think> first every time you get new "
-        "information. If you lack knowledge, call the search tool; its results come between <tool_response> and "
-        "</tool_response>. You can search as many times as you need. When you know enough, give the final answer "
-        "inside <answer> and </answer>, without explanation. For example, <answer> Beijing </answer>. Question: "
+        "information. If you lack knowledge, call the search tool" + _REPLY_TAGS + ". You can search as many times as "
+        "you need. When you know enough, give the final answer inside <answer> and </answer>, without explanation. "
+        "For example, <answer> Beijing </answer>. Question: "
     )
 
     def _read_call(self, content: str) -> Action:
@@ -32,43 +42,47 @@ class QwenTools(Protocol):
     def write(self, thought: str, action: Search | Answer) -> str:
         if isinstance(action, Answer):
             return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
-        call = {"name": "search", "arguments": {"query_list": list(action.queries)}}
-        return f"<think> {thought} </think>\n<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+        if self.call_format is HERMES:
+            call = write_call("search", {"query_list": list(action.queries)})
+        else:
+            # Where the prompt opens a thought, the template closes it first; here the thought does.
+            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self._show, action.queries))
+        return f"<think> {thought} </think>\n{call}"
 
     def _observation_frame(self) -> tuple[str, str]:
-        eos = str(self.tokenizer.eos_token)
-        call = {"type": "function", "function": {"name": "search", "arguments": {"query_list": ["x"]}}}
-        history: list[dict[str, Any]] = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        reply = {"role": "tool", "name": "search", "content": _SENTINEL}
-        remedy = "use an instruct model's tokenizer, set tokenizer.chat_template, or choose protocol='search_r1'"
         if not self.tokenizer.chat_template:
-            raise UserError(f"protocol 'qwen_tools' needs a chat template that takes tools; this has none: {remedy}")
-        try:
-            before = self._render(history, add_generation_prompt=False)
-            after = self._render([*history, reply], add_generation_prompt=True)
-            tools_shown = all(tool["function"]["name"] in before for tool in self.tools)
-        except Exception as error:  # jinja2 errors, and whatever a template raises itself
-            raise UserError(f"the chat template fails on a tool call ({error}): {remedy}") from error
-        if not tools_shown or _SENTINEL not in after:
-            raise UserError(f"the chat template shows neither tools nor tool replies to the policy: {remedy}")
-        turn_end = before.rfind(eos) + len(eos)
-        if eos not in before or not after.startswith(before[:turn_end]):
-            raise UserError(
-                f"the chat template does not end the assistant's turn with the EOS token {eos!r}: set "
-                "tokenizer.eos_token to the token that does"
+            raise TemplateProblem(
+                f"protocol {self.name!r} needs a chat template that takes tools; this has none: {REMEDY}"
             )
-        opening, closing = after[turn_end:].split(_SENTINEL)
-        return opening, closing
+        self.template = probe_template(self._show, self.tools)
+        self.call_format = self.template.format
+        end, *opening = self.encode(self.template.opening)
+        if end not in ControlTokens(self.tokenizer, self.encode).ids:
+            raise TemplateProblem(
+                f"the chat template does not end the assistant's turn with a token of its own "
+                f"({self.template.opening[:40]!r} follows a call): {REMEDY}"
+            )
+        self._end_id = end
+        if "<tool_response>" not in self.template.opening:
+            self.instruction = self.instruction.replace(_REPLY_TAGS, "")
+        return self.decode(opening), self.template.closing
+
+    def _show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:
+        return self._render(messages, add_generation_prompt=goes_on)
+
+    def _quote(self, text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)[1:-1] if self.template.json_reply else text
+
+    @property
+    def turn_end_id(self) -> int:
+        return self._end_id
 
     def _turn_end_ids(self) -> list[int]:
-        return [int(self.tokenizer.eos_token_id)]
+        return [self._end_id]
 
 
 class QwenInline(QwenTools):
-    """The seed's inference script: the same calls, but the reply goes on in the same assistant turn."""
+    """The same calls, but the reply goes on in the same assistant turn, as in Search-R1."""
 
     name = "qwen_inline"
     stop = ("</tool_call>", "</answer>")
@@ -80,7 +94,24 @@ class QwenInline(QwenTools):
     )
 
     def _observation_frame(self) -> tuple[str, str]:
+        self.call_format = HERMES
+        try:
+            taught = probe_template(self._show, self.tools).format
+        except TemplateProblem:  # a template without tools teaches no form: the instruction does
+            taught = HERMES
+        if self.tools and self.tokenizer.chat_template and taught is not HERMES:
+            raise TemplateProblem(
+                f"protocol 'qwen_inline' reads JSON in <tool_call>, and this chat template teaches calls in the form "
+                f"{taught.name!r}: use protocol='qwen_tools', or 'search_r1'"
+            )
         return "\n<tool_response>\n", "\n</tool_response>\n"
+
+    def _quote(self, text: str) -> str:
+        return text
+
+    @property
+    def turn_end_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
 
     def _turn_end_ids(self) -> list[int]:
         return []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_search.protocols.base import Protocol
+from trl_search.protocols.call_formats import HARMONY
 from trl_search.protocols.calls import read_query
 from trl_search.types import Action, Answer, Search
 
@@ -26,12 +27,9 @@ class SearchR1(Protocol):
         "example, <answer> Beijing </answer>. Question: "
     )
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        if self.tokenizer.chat_template:
-            return super().prompt_ids(messages)
-        return tuple(self.encode("\n".join(str(message["content"]) for message in messages) + "\n"))
-
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            return "\n".join(str(message["content"]) for message in messages) + "\n"
         # The tags are explained in the instruction; tools in the prompt would teach a second way to call.
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -42,6 +40,13 @@ class SearchR1(Protocol):
         assert isinstance(text, str)
         return text
 
+    def _encode_start(self, text: str) -> list[int]:
+        if self.tokenizer.chat_template:
+            return super()._encode_start(text)
+        # Without a template the tokenizer itself knows whether its model wants a BOS. An EOS would end the prompt.
+        ids: list[int] = self.tokenizer.encode(text)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
     def _read_call(self, content: str) -> Action:
         return read_query(content)
 
@@ -51,4 +56,6 @@ class SearchR1(Protocol):
         return f"<think> {thought} </think>\n<search> {' '.join(action.queries)} </search>"
 
     def _observation_frame(self) -> tuple[str, str]:
+        if "<|channel|>" in (self.tokenizer.chat_template or ""):
+            self.call_format = HARMONY  # its thoughts stand in a channel of their own
         return "\n\n<information>", "</information>\n\n"

@@ -50,12 +50,19 @@ class SearchBatcher:
         retriever (`Retriever`): Searched on a thread, or awaited when it has `search_async(queries, k)`.
         timeout_s (`float`): How long one call of the retriever may take.
         max_batch (`int`): How many queries one call may hold.
+        on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Batchers of one retriever share it.
         max_queued (`int`, *optional*): How many queries may wait for their turn; one more is refused at once with
             `QueueFull`. By default there is no bound, and a rollout has one: its own trajectories.
     """
 
     def __init__(
-        self, retriever: Retriever, *, timeout_s: float, max_batch: int = 512, max_queued: int | None = None
+        self,
+        retriever: Retriever,
+        *,
+        timeout_s: float,
+        max_batch: int = 512,
+        max_queued: int | None = None,
+        on_threads: DaemonCalls | None = None,
     ) -> None:
         if timeout_s <= 0 or max_batch < 1:
             raise UserError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
@@ -72,7 +79,7 @@ class SearchBatcher:
         self._queue: dict[Key, None] = {}  # an ordered set
         self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
         self._workers: set[asyncio.Task[None]] = set()  # each searches one batch after the other
-        self._on_threads = DaemonCalls()
+        self._on_threads = on_threads or DaemonCalls()
         self._closed = False
 
     async def search(self, query: str, k: int) -> list[Passage]:
@@ -102,7 +109,7 @@ class SearchBatcher:
             self.stats.failures += 1
             kind = next(kind for kind in (Unavailable, Crashed, RetrievalError) if isinstance(result, kind))
             raise kind(str(result)) from result.__cause__
-        return list(result)
+        return list(result[:k])  # some retrievers return more than they were asked for
 
     async def aclose(self) -> None:
         """Ends at once: whoever still waits gets an `Unavailable`."""

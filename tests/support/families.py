@@ -1,0 +1,149 @@
+"""Tokenizers of model families in miniature: their real control tokens and chat templates, over a vocabulary of bytes.
+
+The templates are those that TRL ships; where it ships none, a few lines here write the family's notation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import trl
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+QWEN = (*CHATML, "<|object_ref_start|>", "<|vision_start|>")
+QWEN_WORDS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+MISTRAL_V3 = """\
+{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{{- '[INST] ' + m.content + '[/INST]' }}
+{%- elif m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}
+{{- '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + ', "id": "' + c.id + '"}' }}
+{%- endfor %}]{{ eos_token }}
+{%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}
+{%- elif m.role == 'tool' %}[TOOL_RESULTS] {"content": {{ m.content | tojson }}, "call_id": "{{ m.tool_call_id }}"}
+{{- '[/TOOL_RESULTS]' }}
+{%- endif %}{% endfor %}"""
+MISTRAL_V13 = """\
+{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{{- '[INST]' + m.content + '[/INST]' }}
+{%- elif m.tool_calls %}{% for c in m.tool_calls %}[TOOL_CALLS]
+{{- c.function.name + '[ARGS]' + c.function.arguments | tojson }}{% endfor %}{{ eos_token }}
+{%- elif m.role == 'assistant' %}{{ m.content + eos_token }}
+{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
+{%- endif %}{% endfor %}{# its thoughts stand between [THINK] and [/THINK] #}"""
+PHI_4_MINI = """\
+<|system|>{% for t in tools or [] %}{{ '<|tool|>' + t.function | tojson + '<|/tool|>' }}{% endfor %}<|end|>
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|tool_response|>' + m.content | tojson + '<|end|>' }}
+{%- else %}{{ '<|' + m.role + '|>' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<|tool_call|>' + c.function | tojson + '<|/tool_call|>' }}{% endfor %}<|end|>
+{%- endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+SMOLLM2 = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SMOLLM3 = """\
+<|im_start|>system{% for t in tools or [] %}{{ '\n' + t | tojson }}{% endfor %}<|im_end|>{{ '\n' }}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>\n' + c.function | tojson + '\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\n' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Args:
+        template (`str`): A template itself, or the name of one of TRL's.
+        form (`str`, *optional*): The call format that its template writes; `None` where `qwen_tools` is refused.
+        special, words (`tuple[str, ...]`): Added tokens that are special, and those that are not.
+        pieces (`str`): `"bytes"`; `"sentencepiece"`, which puts a space before what it encodes; or `"normalising"`,
+            which turns full-width letters into ASCII, control tokens included.
+    """
+
+    template: str
+    form: str | None
+    eos: str
+    special: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    bos: str | None = None
+    pieces: str = "bytes"
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        path = _TEMPLATES / f"{self.template}.jinja"
+        template = path.read_text(encoding="utf-8") if len(self.template) < 60 and path.is_file() else self.template
+        return make_tokenizer(self, template)
+
+
+_LLAMA = ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>")
+_GEMMA_4 = ("<|turn>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
+_MISTRAL = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+_MISTRAL_REPLY = ("[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_PHI = ("<|endoftext|>", "<|user|>", "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>")
+_GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>")
+_GPT_OSS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>", "<|endoftext|>")
+_LFM2 = (*CHATML, "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>")
+_DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+_LLAMA_BOS, _LFM2_BOS = "<|begin_of_text|>", "<|startoftext|>"
+_MISTRAL_13 = (*_MISTRAL, *_MISTRAL_REPLY, "[ARGS]", "[THINK]", "[/THINK]")
+
+FAMILIES = {
+    "Qwen2.5": Family("qwen2_5", "hermes", "<|im_end|>", QWEN, QWEN_WORDS[:2]),
+    "Qwen3": Family("qwen3", "hermes", "<|im_end|>", QWEN, QWEN_WORDS),
+    "Qwen3-2507": Family("qwen3_instruct_2507", "hermes", "<|im_end|>", QWEN, QWEN_WORDS),
+    "Qwen3.5, thinking": Family("qwen3_5_think", "xml", "<|im_end|>", QWEN, QWEN_WORDS),
+    "Qwen3.5, not thinking": Family("qwen3_5_nothink", "xml", "<|im_end|>", QWEN, QWEN_WORDS),
+    "Nemotron 3": Family("nemotron_3_nano", "xml", "<|im_end|>", CHATML, QWEN_WORDS),
+    "SmolLM2": Family(SMOLLM2, None, "<|im_end|>", CHATML),
+    "SmolLM3": Family(SMOLLM3, "hermes", "<|im_end|>", CHATML, QWEN_WORDS),
+    "Llama 3": Family("llama3", None, "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
+    "Llama 3.1": Family("llama3_1", "llama", "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
+    "Llama 3.2": Family("llama3_2", "llama", "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
+    "Gemma 3": Family("gemma3", None, "<end_of_turn>", ("<start_of_turn>", "<eos>"), ("[@BOS@]", "<table>"), "<bos>"),
+    "Gemma 4": Family("gemma4", "gemma", "<turn|>", (*_GEMMA_4, '<|"|>', "<|channel>", "<channel|>"), bos="<bos>"),
+    "Mistral 7B": Family(MISTRAL_V3, None, "</s>", (*_MISTRAL, *_MISTRAL_REPLY), (), "<s>", "sentencepiece"),
+    "Mistral Small 3.2": Family(MISTRAL_V13, "mistral", "</s>", _MISTRAL_13, bos="<s>"),
+    "Phi-3, Phi-4": Family("phi3", None, "<|end|>", ("<|endoftext|>", "<|user|>"), ("<|assistant|>", "<|system|>")),
+    "Phi-4-mini": Family(PHI_4_MINI, "phi", "<|end|>", _PHI, ("<|assistant|>", "<|system|>", "<|tool_response|>")),
+    "GLM-4.5": Family("glm4moe", "glm", "<|endoftext|>", _GLM, (*QWEN_WORDS, "<arg_key>", "<arg_value>")),
+    "DeepSeek R1 distillations": Family("deepseek_r1_distill", None, "<｜end▁of▁sentence｜>", (), _DEEPSEEK),
+    "gpt-oss": Family("gptoss", "harmony", "<|return|>", _GPT_OSS),
+    "LFM2": Family("lfm2_v2", "lfm2", "<|im_end|>", _LFM2, bos=_LFM2_BOS),
+    "LFM2.5": Family("lfm2_2_5", "lfm2", "<|im_end|>", _LFM2, ("<think>", "</think>"), _LFM2_BOS),
+}
+
+
+def make_tokenizer(family: Family, template: str | None) -> PreTrainedTokenizerFast:
+    if family.pieces != "sentencepiece":
+        vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        if family.pieces == "normalising":
+            core.normalizer = normalizers.NFKC()
+    else:
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256}
+        vocabulary |= {chr(letter): 257 + letter - 33 for letter in range(33, 127)}
+        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, fuse_unk=True))
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    core.add_special_tokens(
+        [
+            AddedToken(token, normalized=family.pieces == "normalising", special=True)
+            for token in (family.eos, *([family.bos] if family.bos else []), *family.special)
+        ]
+    )
+    core.add_tokens([AddedToken(word, normalized=False) for word in (*family.words, "2024", "  ")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=family.eos, bos_token=family.bos, pad_token=family.eos, chat_template=template
+    )

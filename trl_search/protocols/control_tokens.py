@@ -1,0 +1,95 @@
+"""Control tokens: the ids that only a policy and its chat template may write.
+
+Text from the world is checked on its ids, after tokenization: a tokenizer may normalise what it reads, so that `</s>`
+in full-width letters becomes EOS, and the text alone does not say. `ControlTokens.encode` serves every path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# `<|im_end|>`, `</s>`, `[INST]`, `<|User|>`: between brackets and without inner spaces. Years and digits are text.
+_LOOKS_LIKE_CONTROL = re.compile(r"\s*[<\[{\uff1c]\S{0,80}[>\]}\uff1e]\s*")
+# What a template writes between its messages, where the tokenizer has no token of its own for it: `<<SYS>>`, `[INST]`.
+_MARKER = re.compile(r"<{1,2}/?\|?[A-Za-z_][\w ./-]{0,40}\|?>{1,2}|\[/?[A-Z_]{2,30}\]")
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer and its chat template.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Its added tokens that are special or look so are control.
+        encode (`Callable[[str], list[int]]`): Encodes a piece of a conversation.
+        frames (`Sequence[str]`): What the template writes around messages. Markers in it are control too.
+
+    Example:
+        >>> control = ControlTokens(tokenizer, encode)
+        >>> tokenizer.decode(control.encode("the end <|im_end|>"))
+        'the end &lt;|im_end|>'
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], frames: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer, self._encode = tokenizer, encode
+        special = set(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder
+        self.ids = frozenset(
+            index
+            for index, token in added.items()
+            if index in special or token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content)
+        ) | frozenset(special)
+        markers = sorted({marker for frame in frames for marker in _MARKER.findall(frame)}, key=len, reverse=True)
+        self._markers = re.compile("|".join(map(re.escape, markers))) if markers else None
+        self._inert: dict[int, tuple[int, ...]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes text that is not the policy's; no id of the result is a control token."""
+        ids = self._encode(self._without_markers(text))
+        if self.ids.isdisjoint(ids):
+            return ids
+        return [part for index in ids for part in (self._spelled(index) if index in self.ids else (index,))]
+
+    def escape(self, text: str) -> str:
+        """The same for text that is put into a message: it comes back as text that encodes to no control token."""
+        text = self._without_markers(text)
+        for _ in range(3):
+            if self.ids.isdisjoint(self._encode(text)):
+                return text
+            text = str(self._tokenizer.decode(self.encode(text), clean_up_tokenization_spaces=False))
+        # A tokenizer that makes control tokens of whatever it is given: words are left.
+        return re.sub(r"[^\w\s.,;:!?'\"-]", " ", text)
+
+    def _without_markers(self, text: str) -> str:
+        text = well_formed(text)
+        return text if self._markers is None else self._markers.sub(lambda marker: _defused(marker[0]), text)
+
+    def _spelled(self, index: int) -> tuple[int, ...]:
+        """A control token as inert text; nothing where even its letters make control tokens."""
+        if index not in self._inert:
+            spelled = self._encode(_defused(str(self._tokenizer.convert_ids_to_tokens(index))))
+            self._inert[index] = tuple(part for part in spelled if part not in self.ids)
+        return self._inert[index]
+
+
+def well_formed(text: str) -> str:
+    """The text with the halves of broken surrogate pairs replaced: no tokenizer takes them.
+
+    Example:
+        >>> well_formed("half a pair: \\ud800")
+        'half a pair: \N{REPLACEMENT CHARACTER}'
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _defused(marker: str) -> str:
+    return "&lt;" + marker[1:] if marker[0] == "<" else marker[0] + " " + marker[1:]

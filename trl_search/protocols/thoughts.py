@@ -1,0 +1,40 @@
+"""How models mark their thoughts, and the translation into `<think>…</think>`, which everything else reads."""
+
+from __future__ import annotations
+
+import re
+
+THINK = ("<think>", "</think>")
+# The markers of other families. A model has them if its chat template names them.
+_OTHERS = (
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+)
+_OPENED = re.compile(r"(?:<think>|\[THINK\]|<\|channel>thought\n|<seed:think>)\s*\Z")
+# No prompt ends in more white space than this after it opened a thought.
+_TAIL = 64
+
+
+def thought_markers(chat_template: str | None) -> tuple[tuple[str, str], ...]:
+    """The markers other than `<think>` that a chat template names."""
+    return tuple(pair for pair in _OTHERS if pair[0].strip() in (chat_template or ""))
+
+
+def with_think_tags(text: str, markers: tuple[tuple[str, str], ...]) -> str:
+    """The text with each of the `markers` as `<think>` and `</think>`."""
+    for pair in markers:
+        for marker, tag in zip(pair, THINK, strict=True):
+            text = text.replace(marker, tag)
+    return text
+
+
+def opened_thought(prompt: str) -> str:
+    """What a prompt ends in, if that opens a thought; else `""`.
+
+    Example:
+        >>> opened_thought("<|im_start|>assistant\\n<think>\\n")
+        '<think>\\n'
+    """
+    opened = _OPENED.search(prompt[-_TAIL:])
+    return opened[0] if opened else ""

@@ -1,0 +1,167 @@
+r"""How one chat template writes a search and its reply, found out by rendering both and reading the call back.
+
+    prompt  ……<|im_start|>assistant\n
+    call    <tool_call>\n{"name": "search", …}\n</tool_call>                 the policy's
+    end     <|im_end|>                                                       the policy's, or written for it
+    opening \n<|im_start|>user\n<tool_response>\n                            the world's
+    reply   Doc 1 …
+    closing \n</tool_response><|im_end|>\n<|im_start|>assistant\n           up to where the policy goes on
+
+The call is rendered in the middle of a conversation, as it stands when the policy reads the reply: some templates
+write a last turn differently. What cannot be exact is refused here, before the first rollout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trl_search.common.errors import UserError
+from trl_search.protocols.call_formats import CALL_FORMATS, CallFormat
+from trl_search.protocols.calls import read_call
+from trl_search.protocols.thoughts import opened_thought
+from trl_search.protocols.turn import read_turn
+from trl_search.types import Search
+
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether the policy goes on
+
+_QUERIES = ("TRLSEARCHQUERY", 'of "it\'s" [here], {there}')
+_REPLY = 'TRLSEARCHREPLY "x"\nwith a second line'
+CALL_ID = "call00001"
+_END_OF_TURN = re.compile(r"<\|[^<>|]{1,40}\|>|</s>")
+REMEDY = "use protocol='search_r1', which needs no tools in the template, or set tokenizer.chat_template"
+
+
+class TemplateProblem(UserError):
+    """The chat template cannot be used exactly; says why, and what to do."""
+
+
+class CallMessage(NamedTuple):
+    """How a template wants the message of a call: its content, and its arguments as an object or as JSON text."""
+
+    content: str | None
+    json_arguments: bool
+
+
+_CALL_MESSAGES = [CallMessage(content, as_json) for as_json in (False, True) for content in ("", None)]
+
+
+@dataclass(frozen=True)
+class ToolTemplate:
+    """What a chat template writes around a search and its reply.
+
+    Args:
+        format (`CallFormat`): How the call is written.
+        message (`CallMessage`): What the template takes.
+        call (`str`): The call as the template writes it, for [`SEARCH_TOOL`] and two queries.
+        opening (`str`): From the call to the reply, the end of the policy's turn included.
+        closing (`str`): From the reply to where the policy goes on.
+        json_reply (`bool`): The reply stands inside a JSON string.
+    """
+
+    format: CallFormat
+    message: CallMessage
+    call: str
+    opening: str
+    closing: str
+    json_reply: bool
+
+
+def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:
+    """Renders a call and its reply, and finds the format that reads the call back.
+
+    Args:
+        render (`Callable`): Renders messages through the chat template, with the tools.
+
+    Raises:
+        TemplateProblem: if the template shows no tools, fails, or writes calls that nothing here reads back exactly.
+    """
+    problem: Exception | None = None
+    for message in _CALL_MESSAGES:
+        try:
+            return _probe(render, tools, message)
+        except Exception as error:  # jinja2's errors, and whatever a template raises itself
+            problem = problem or error
+    if isinstance(problem, TemplateProblem):
+        raise problem
+    raise TemplateProblem(f"the chat template fails on a tool call ({problem}): {REMEDY}") from problem
+
+
+def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMessage) -> ToolTemplate:
+    prompt = render(_history(_QUERIES, message)[:1], True)
+    text = render(_history(_QUERIES, message), True)
+    if not all(tool["function"]["name"] in prompt for tool in tools):
+        raise TemplateProblem(f"the chat template does not show the tools to the policy: {REMEDY}")
+    json_reply = _REPLY not in text
+    reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if json_reply else _REPLY
+    if text.count(reply) != 1:
+        raise TemplateProblem(f"the chat template does not show the reply of a tool to the policy: {REMEDY}")
+    before, closing = text.split(reply)
+    # Where the prompt opens a thought, the template may leave the thought of an earlier turn out.
+    turn_start = len(_shared_start(prompt, before))
+    if turn_start < len(prompt) - len(opened_thought(prompt)):
+        raise TemplateProblem(
+            f"the chat template rewrites the prompt once a tool was called ({prompt[turn_start:][:80]!r}): {REMEDY}"
+        )
+    written = before[turn_start:]
+    if _QUERIES[0] not in written:
+        raise TemplateProblem(f"the chat template does not write tool calls: {REMEDY}")
+    for form in CALL_FORMATS:
+        if (end := _end_of_call(form, written)) is None:
+            continue
+        opening = written[end:].lstrip()  # white space before the end of the turn is the policy's
+        call = written.removesuffix(opening)
+        if _reads_back(form, call):
+            if CALL_ID in opening + closing:
+                raise TemplateProblem(
+                    f"the chat template repeats in the reply the id that the policy gave its call: {REMEDY}"
+                )
+            return ToolTemplate(form, message, call, opening, closing, json_reply)
+    raise TemplateProblem(
+        f"the chat template writes calls in a form that is not known here ({written[:160]!r}): {REMEDY}"
+    )
+
+
+def write_turn(template: ToolTemplate, render: Render, queries: Sequence[str]) -> str:
+    """The call for `queries` as the template writes it, without thoughts and without the end of the turn."""
+    history = _history(queries, template.message)
+    reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
+    before = render(history, True).split(template.opening + reply)[0]
+    return before[len(_shared_start(render(history[:1], True), before)) :]
+
+
+def _history(queries: Sequence[str], message: CallMessage) -> list[dict[str, Any]]:
+    arguments: Any = {"query_list": list(queries)}
+    function = {"name": "search", "arguments": json.dumps(arguments) if message.json_arguments else arguments}
+    call = {"type": "function", "id": CALL_ID, "function": function}
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": message.content, "tool_calls": [call]},
+        {"role": "tool", "name": "search", "tool_call_id": CALL_ID, "content": _REPLY},
+    ]
+
+
+def _end_of_call(form: CallFormat, written: str) -> int | None:
+    """Where the policy's own text ends in the template's, or `None` where the call is not of this form."""
+    if form.opening not in written:
+        return None
+    last_query = written.find(_QUERIES[1][-8:])
+    if form.closing:
+        end = written.find(form.closing, last_query)
+        return None if end < 0 else end + len(form.closing)
+    # The call runs to the token that ends the turn.
+    end_of_turn = _END_OF_TURN.search(written, last_query)
+    return None if end_of_turn is None else end_of_turn.start()
+
+
+def _reads_back(form: CallFormat, call: str) -> bool:
+    act = read_turn(form.canonical(call)).act
+    return act is not None and act.tag == "tool_call" and read_call(act.content) == Search(_QUERIES)
+
+
+def _shared_start(one: str, other: str) -> str:
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
