@@ -45,7 +45,6 @@ SEARCH_TOOL: dict[str, Any] = {
 
 MIN_DOCUMENT_TOKENS = 16
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
-_TAG = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{_TAGS})\b)", re.IGNORECASE)
 # A document is cut to so many characters per token of room before it is tokenized: some searches return whole books.
 _CHARS_PER_TOKEN = 32
 # A SentencePiece tokenizer puts a space before what it encodes. It goes to one of these, and no piece merges with it.
@@ -74,6 +73,8 @@ class Protocol(abc.ABC):
     # The tag that a call stands in, and how a policy that writes something else is corrected.
     call_tag: str
     correction: str
+    # Tags of the protocol's own, and the built-in tags that they are read as: {"lookup": "search"}.
+    own_tags: Mapping[str, str] = {}
     # How the chat template's own calls are read; `None` where the policy writes plain tags.
     call_format: CallFormat | None = None
 
@@ -93,6 +94,7 @@ class Protocol(abc.ABC):
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         self._think_markers = thought_markers(tokenizer.chat_template)
         self._anchor = self._find_anchor()
         self._tokenizing = threading.Lock()  # a fast tokenizer may not be used by two threads at once
@@ -131,6 +133,7 @@ class Protocol(abc.ABC):
             context (`Sequence[int]`): What stood before the turn; its last few ids are enough.
         """
         text = with_think_tags(self.opened_thought(context) + self.read(ids), self._think_markers)
+        text = self._with_common_tags(text)
         return text if self.call_format is None else self.call_format.canonical(text)
 
     def opened_thought(self, context: Sequence[int]) -> str:
@@ -139,6 +142,7 @@ class Protocol(abc.ABC):
 
     def parse(self, text: str) -> Action:
         """What the policy did in a turn: the first call or answer after its thoughts counts."""
+        text = self._with_common_tags(text)
         turn = read_turn(text)
         act = turn.act
         if turn.speaks_for_world:
@@ -161,6 +165,11 @@ class Protocol(abc.ABC):
                 return action
             queries.extend(action.queries)
         return Search(tuple(queries))
+
+    def _with_common_tags(self, text: str) -> str:
+        for own, common in self.own_tags.items():
+            text = text.replace(f"<{own}>", f"<{common}>").replace(f"</{own}>", f"</{common}>")
+        return text
 
     @abc.abstractmethod
     def _read_call(self, content: str) -> Action:
@@ -206,11 +215,11 @@ class Protocol(abc.ABC):
 
         The result encodes to no control token, so that it can stand in a message (a one-shot RAG prompt).
         """
-        return self.control.escape(_TAG.sub("&lt;", text))
+        return self.control.escape(self._tag.sub("&lt;", text))
 
     def _document_ids(self, document: str, room: int) -> list[int]:
         document = document[: _CHARS_PER_TOKEN * (room + 1)]
-        return self.control.encode(self._quote(_TAG.sub("&lt;", document)))
+        return self.control.encode(self._quote(self._tag.sub("&lt;", document)))
 
     def _quote(self, text: str) -> str:
         """The text as the frame wants it."""
