@@ -287,7 +287,7 @@ def test_a_model_without_chat_template_names_the_way_out(tmp_path, world, retrie
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_pretrained(tiny_policy_path()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"needs a chat template.*choose protocol='search_r1'"):
+    with pytest.raises(ValueError, match=r"needs a chat template.*use protocol='search_r1'"):
         load_chat(str(tmp_path), retriever)
     settings = AgentSettings(protocol="search_r1", instruction="", max_turn_length=40, max_completion_length=80)
     with load_chat(str(tmp_path), retriever, settings=settings, device="cpu") as chat:

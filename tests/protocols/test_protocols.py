@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_search.protocols import MIN_DOCUMENT_TOKENS, PROTOCOLS, fair_limit, load_protocol
+from trl_search.protocols.calls import read_query
 from trl_search.types import Answer, EndOfTurn, Invalid, Observation, Search, ToolCall
 
 NAMES = list(PROTOCOLS)
 plain = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="<>"), min_size=1, max_size=40).filter(
-    lambda text: text.strip() and not text.strip().startswith(("{", "["))
+    lambda text: isinstance(read_query(text), Search)
 )
 any_text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=120)
 tags = st.sampled_from(

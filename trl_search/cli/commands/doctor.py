@@ -3,6 +3,7 @@
     trl-search doctor                                       versions, extras, devices
     trl-search doctor --server http://localhost:8000        and what that server does when it is asked
     trl-search doctor recipes/qwen3b.yaml                   and whether both fit that recipe; its server, too
+    trl-search doctor Qwen/Qwen3-4B                         which protocols are exact for a model (docs/models.md)
 
 One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem.
 """
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 
+from trl_search.cli.model_checks import is_model, model_checks
 from trl_search.cli.preflight import (
     Check,
     Status,
@@ -25,7 +27,7 @@ from trl_search.cli.preflight import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe, by name or file")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a model: its protocols")
     parser.add_argument("--server", nargs="+", metavar="URL", help="vLLM servers, http://localhost:8000")
     parser.add_argument(
         "--prompt_tokens", type=int, default=512, metavar="N", help="tokens of the longest prompt (default: 512)"
@@ -34,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_values(args.recipe) if args.recipe else None
-    checks = environment_checks()
+    model = args.recipe if args.recipe and is_model(args.recipe) else None
+    recipe = recipe_values(args.recipe) if args.recipe and model is None else None
+    checks = environment_checks() + (model_checks(model) if model else [])
     if recipe is not None:
         checks.append(check_sampling(recipe))
     for server in args.server or (recipe_servers(recipe) if recipe is not None else []):

@@ -1,0 +1,72 @@
+"""What `trl-search doctor MODEL` checks: which protocols are exact for the tokenizer. No GPU and no weights needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_search.cli.preflight import Check, Status
+from trl_search.policies.loading import load_tokenizer
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.protocols import PROTOCOLS, Protocol, load_protocol
+from trl_search.types import Answer, Observation, Search
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUERY = Search(("who wrote Quiet Raven?",))
+_ANSWER = Answer("Mira Talvane")
+
+
+def is_model(name: str) -> bool:
+    """Whether a word on the command line names a model and not a recipe: a folder, or `owner/name`."""
+    return name == "tiny" or Path(name).is_dir() or ("/" in name and not name.endswith((".yaml", ".yml")))
+
+
+def model_checks(name: str) -> list[Check]:
+    """One line per protocol, and one for the control tokens.
+
+    Raises:
+        UserError: if there is no such tokenizer.
+    """
+    tokenizer = load_tokenizer(tiny_policy_path() if name == "tiny" else name)
+    checks = [check_protocol(protocol, tokenizer) for protocol in PROTOCOLS]
+    return [*checks, check_control(tokenizer)]
+
+
+def check_protocol(name: str, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Loads a protocol, writes a call and an answer as the template would, and reads both back."""
+    try:
+        protocol = load_protocol(name, tokenizer)
+    except ValueError as error:
+        problem, _, remedy = str(error).rpartition(": ")
+        return Check(name, Status.NOTE, problem or str(error), remedy)
+    prompt = protocol.prompt_ids(protocol.messages("Who?"))
+    for action in (_QUERY, _ANSWER):
+        read = protocol.parse(protocol.read_turn(protocol.encode(protocol.write("hm", action)), context=prompt))
+        if read != action:
+            return Check(name, Status.PROBLEM, f"{action} is read back as {read}", "choose another protocol")
+    return Check(name, Status.OK, "; ".join(_facts(protocol, prompt)))
+
+
+def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Whether text from the world can hold a control token: each of them is put into a passage."""
+    protocol = load_protocol("search_r1", tokenizer)
+    control = protocol.control.ids
+    text = " ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(control))
+    room = 64 * (len(control) + 1)
+    frame, passage = (
+        protocol.observation_ids(Observation(documents=documents), max_tokens=room, turn_closed=True)
+        for documents in ((), (text,))
+    )
+    held = [sum(index in control for index in written[0]) for written in (frame, passage) if written is not None]
+    if len(held) < 2 or held[0] != held[1] or not control.isdisjoint(protocol.encode(protocol.escape(text))):
+        return Check("control tokens", Status.PROBLEM, "a passage can hold control tokens", "report this tokenizer")
+    return Check("control tokens", Status.OK, f"{len(control)}, none of which a passage can hold")
+
+
+def _facts(protocol: Protocol, prompt: tuple[int, ...]) -> list[str]:
+    form = protocol.call_format.name if protocol.call_format is not None else "plain tags"
+    ends = ", ".join(str(protocol.tokenizer.convert_ids_to_tokens(index)) for index in protocol.stop_token_ids)
+    facts = [f"calls: {form}, read back exactly", f"a turn ends with {ends}"]
+    return [*facts, "the prompt opens a thought"] if protocol.opened_thought(prompt) else facts
