@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from trl_search.common.errors import UserError
+from trl_search.trainer.model_weights import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class FiniteSteps(Trainer):
         # A gradient scaler (fp16) skips the infinite gradients that it causes itself, and finds its scale by them.
         scaled = self.accelerator.scaler is not None
         if norm is not None and not scaled:
-            norm_here = torch.as_tensor(norm, device=broken.device, dtype=torch.float32)
+            norm_here = gathered(torch.as_tensor(norm, device=broken.device, dtype=torch.float32), broken.device)
             broken = torch.maximum(broken, (~torch.isfinite(norm_here)).float())
         if self.accelerator.num_processes > 1:
             broken = self.accelerator.reduce(broken, "sum")  # every rank skips, or none does

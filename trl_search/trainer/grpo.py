@@ -67,6 +67,7 @@ from trl_search.trainer.inputs import (
 from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
+from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.vllm_backend import SearchVLLM, making_ours
@@ -191,6 +192,11 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
             self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
             self._probed = False
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; when one rank dies all ranks end, with the reason."""
+        with ending_together(self.accelerator.process_index, self.accelerator.num_processes):
+            return super().train(*args, **kwargs)
 
     # The seams, in the order in which TRL passes through them
 

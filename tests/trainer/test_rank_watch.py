@@ -1,0 +1,29 @@
+"""Two processes over gloo, one of which dies: the other, which waits without end, ends too and says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.two_ranks import start_ranks, wait_for_ranks
+from trl_search.trainer.rank_watch import ending_together
+
+
+@pytest.mark.parametrize(
+    ("how", "codes", "said"),
+    [
+        ("killed", [1, -9], "rank 0 ends: rank 1 has given no sign for 1 s: it was killed"),
+        ("raises", [1, 1], "rank 0 ends: rank 1 failed: MemoryError: rank 1 is full"),
+        ("together", [1, 1], "MemoryError: rank 0 is full"),
+        ("finishes", [0, 0], ""),
+    ],
+)
+def test_all_ranks_end_with_one(tmp_path, how, codes, said):
+    assert wait_for_ranks(start_ranks("tests.support.dying_rank", [how], tmp_path), tmp_path, 60) == codes
+    log = (tmp_path / "rank0.log").read_text()
+    assert said in log
+    assert ("rank 0 ends" in log) == (how in ("killed", "raises"))
+
+
+def test_a_single_process_is_not_watched():
+    with ending_together(0, 1):
+        pass

@@ -1,0 +1,128 @@
+"""When one rank dies, all ranks end within a minute, and each says which one died and why.
+
+Otherwise the others would wait inside a collective operation for the rank that is gone, until NCCL's timeout (half an
+hour by default) or, between hosts, without end. Every rank writes a heartbeat into the store through which the ranks
+met, on a thread of its own, and reads those of the others:
+
+    beat/3    "17"                        grows every two seconds
+    failed/3  "OutOfMemoryError: …"       the exception that ended rank 3
+    done/3    "1"                         rank 3 has left the training loop in order
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+BEAT_S = 2.0
+# After so long without a heartbeat a rank counts as dead. C code that holds Python's lock is far shorter.
+SILENCE_S = 45.0
+# What fails on one rank often fails on all: so long each may report its own error.
+GRACE_S = 10.0
+
+
+@contextlib.contextmanager
+def ending_together(
+    rank: int, ranks: int, *, silence_s: float = SILENCE_S, grace_s: float = GRACE_S, beat_s: float = BEAT_S
+) -> Iterator[None]:
+    """As long as the context lasts, the death of another rank ends this process.
+
+    Args:
+        rank (`int`), ranks (`int`): This process and how many there are; alone it is not watched.
+        silence_s (`float`, *optional*, defaults to `45.0`): A rank without a heartbeat for so long is dead.
+        grace_s (`float`, *optional*, defaults to `10.0`): How long this rank may still report an error of its own.
+        beat_s (`float`, *optional*, defaults to `2.0`): Seconds between two heartbeats.
+
+    Example:
+        ```python
+        with ending_together(accelerator.process_index, accelerator.num_processes):
+            trainer.train()
+        ```
+    """
+    if ranks == 1:
+        yield
+        return
+    watch = _Watch(rank, ranks, silence_s, grace_s, beat_s)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        watch.leave("failed", f"{type(error).__name__}: {error}")
+        raise
+    watch.leave("done", "1")
+    watch.wait_for_the_others()
+
+
+class _Watch:
+    def __init__(self, rank: int, ranks: int, silence_s: float, grace_s: float, beat_s: float) -> None:
+        self.rank, self.silence_s, self.grace_s, self.beat_s = rank, silence_s, grace_s, beat_s
+        self.others = [other for other in range(ranks) if other != rank]
+        # A connection of its own: a main thread that waits on the store must not hold up the heartbeat.
+        met: Any = _get_default_store()
+        self.store: Any = torch.distributed.PrefixStore("trl-search/ranks", met.clone())
+        for name in ("failed", "done"):  # of an earlier training in this process
+            self.store.delete_key(f"{name}/{rank}")
+        self.left = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+
+    def start(self) -> None:
+        torch.distributed.barrier()
+        self.thread.start()
+
+    def leave(self, name: str, text: str) -> None:
+        self.left.set()
+        self.thread.join()
+        with contextlib.suppress(RuntimeError):  # the store may have died with the rank that hosts it
+            self.store.set(f"{name}/{self.rank}", text)
+
+    def wait_for_the_others(self) -> None:
+        """The store ends with the process that hosts it, and the others still read it."""
+        deadline = time.monotonic() + self.silence_s
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline and not all(
+                self.store.check([f"done/{other}"]) or self.store.check([f"failed/{other}"]) for other in self.others
+            ):
+                time.sleep(0.05)
+
+    def _run(self) -> None:
+        beats = 0
+        heard: dict[int, tuple[bytes, float]] = {}
+        while not self.left.wait(self.beat_s):
+            try:
+                beats += 1
+                self.store.set(f"beat/{self.rank}", str(beats))
+                problem = self._problem(heard)
+            except RuntimeError as error:
+                problem = f"the process through which the ranks met has died ({error})"
+            if problem:
+                self._end(problem)
+                return
+
+    def _problem(self, heard: dict[int, tuple[bytes, float]]) -> str:
+        read: Callable[[str], bytes] = self.store.get
+        now = time.monotonic()
+        for other in self.others:
+            if self.store.check([f"failed/{other}"]):
+                return f"rank {other} failed: {read(f'failed/{other}').decode()}"
+            if self.store.check([f"done/{other}"]) or not self.store.check([f"beat/{other}"]):
+                continue
+            beat = read(f"beat/{other}")
+            if other not in heard or heard[other][0] != beat:
+                heard[other] = (beat, now)
+            elif now - heard[other][1] > self.silence_s:
+                return f"rank {other} has given no sign for {self.silence_s:.0f} s: it was killed, or its host is gone"
+        return ""
+
+    def _end(self, problem: str) -> None:
+        if self.left.wait(self.grace_s):
+            return
+        print(f"rank {self.rank} ends: {problem}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread waits in a collective, where no exception reaches it
