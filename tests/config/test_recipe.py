@@ -62,6 +62,7 @@ def test_every_recipe_ships() -> None:
             *("quickstart", "qwen3b", "qwen3b_lora", "qwen3b_base_search_r1", "qwen7b"),
             *("sft_cold_start", "sft_world"),
             *("qwen1.5b_kit", "qwen1.5b_kit_sft"),
+            *("qwen0.5b_24gb", "qwen0.5b_24gb_sft", "qwen1.5b_24gb", "qwen1.5b_24gb_sft"),
         }
     )
 

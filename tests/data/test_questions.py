@@ -286,9 +286,11 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 def test_hub_sets_are_the_published_ones() -> None:
     """As their repositories on the hub count them."""
-    evaluation = {
+    flashrag = {
         name: (held.split, held.rows) for name, held in HUB_SETS.items() if held.repository == FLASHRAG_REPOSITORY
     }
+    assert flashrag["hotpotqa_train"] == ("train", 90_447) and HUB_SETS["hotpotqa_train"].evaluation_split == "dev"
+    evaluation = {name: held for name, held in flashrag.items() if held[0] != "train"}
     assert evaluation == {
         "nq": ("test", 3_610),
         "triviaqa": ("test", 11_313),

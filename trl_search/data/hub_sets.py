@@ -37,7 +37,9 @@ class HubSet:
     @property
     def evaluation_split(self) -> str:
         """The split to measure on. A training set's own would measure what was trained on."""
-        return "test" if self.split == "train" else self.split
+        if self.split != "train":
+            return self.split
+        return "test" if "test" in self.splits or "dev" not in self.splits else "dev"
 
 
 HUB_SETS: dict[str, HubSet] = {
@@ -47,11 +49,15 @@ HUB_SETS: dict[str, HubSet] = {
     "triviaqa": HubSet(FLASHRAG, "triviaqa", "test", {"train": 78_785, "dev": 8_837, "test": 11_313}),
     "popqa": HubSet(FLASHRAG, "popqa", "test", {"test": 14_267}),
     "hotpotqa": HubSet(FLASHRAG, "hotpotqa", "dev", {"train": 90_447, "dev": 7_405}),
+    # What is trained on, with the titles of the passages that hold the answers.
+    "hotpotqa_train": HubSet(FLASHRAG, "hotpotqa", "train", {"train": 90_447, "dev": 7_405}),
     "2wikimultihopqa": HubSet(FLASHRAG, "2wikimultihopqa", "dev", {"train": 15_000, "dev": 12_576}),
     "musique": HubSet(FLASHRAG, "musique", "dev", {"train": 19_938, "dev": 2_417}),
     "bamboogle": HubSet(FLASHRAG, "bamboogle", "test", {"test": 125}),
 }
-EVALUATION_SETS = tuple(name for name, held in HUB_SETS.items() if held.repository == FLASHRAG)
+EVALUATION_SETS = tuple(
+    name for name, held in HUB_SETS.items() if held.repository == FLASHRAG and held.split != "train"
+)
 
 
 def is_hub_set(name_or_path: str | Path) -> bool:
