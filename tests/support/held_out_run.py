@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -26,19 +27,24 @@ def main(folder: Path) -> None:
     rows = [{**row, "id": str(i), "data_source": "books"} for i, row in enumerate(ROWS[:5])]
     held_out = HeldOut(trainer, Dataset.from_list(rows))
     asked: list[int] = []
-    ask = held_out._answer
-
-    def counted(*args):
-        trainer.actor.script = lambda number, prompt: [
-            answer(GOLD if number_of(prompt) < RIGHT[trainer.state.global_step] else "Nobody")
-        ]
-        outcomes = ask(*args)
-        asked.append(len(outcomes))
-        trainer.actor.script = training
-        return outcomes
-
     training = trainer.actor.script = lambda number, prompt: [answer(GOLD if number else "Nobody")]
-    held_out._answer = counted  # type: ignore[method-assign]
+    generate = trainer.generation_policy
+
+    @contextlib.contextmanager
+    def measured(prompt_ids):
+        """Held-out prompts are no training batch: they get the answers of `RIGHT`, and are counted."""
+        measuring = len(prompt_ids) == len(rows)
+        if measuring:
+            trainer.actor.script = lambda number, prompt: [
+                answer(GOLD if number_of(prompt) < RIGHT[trainer.state.global_step] else "Nobody")
+            ]
+        with generate(prompt_ids) as policy:
+            yield policy
+        if measuring:
+            asked.append(len(trainer.actor.said))
+            trainer.actor.script = training
+
+    trainer.generation_policy = measured  # type: ignore[method-assign]
     trainer.add_callback(EvaluateEvery(1, held_out))
     trainer.add_callback(BestCheckpoint(held_out))
     trainer.train()

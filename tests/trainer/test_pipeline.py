@@ -20,7 +20,7 @@ from trl_search.policies.loading import load_model
 from trl_search.records.folder import read_run
 from trl_search.trainer.callbacks.best_checkpoint import is_whole, read_best
 from trl_search.trainer.grpo import SearchGRPOTrainer
-from trl_search.trainer.pipeline import _warm_up
+from trl_search.trainer.pipeline import warm_up
 from trl_search.types import StopReason
 
 SMALL = [
@@ -92,13 +92,15 @@ def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("max_searches", [0, 2])
-def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(tmp_path, tokenizer, monkeypatch, max_searches):
+def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
+    tmp_path, random_model, tokenizer, monkeypatch, max_searches
+):
     played = []
     monkeypatch.setattr(
         "trl_search.trainer.sft.fine_tune", lambda model, tokenizer, shown, **options: played.extend(shown)
     )
     config = SearchGRPOConfig(str(tmp_path), bf16=False, instruction="", max_searches=max_searches)
-    _warm_up(None, tokenizer, TaskArguments(world_passages=1000, warm_start_steps=2), config, tmp_path)
+    warm_up(random_model, tokenizer, TaskArguments(world_passages=1000, warm_start_steps=2), config, tmp_path)
     assert {"<tools>" in tokenizer.decode(one.prompt_ids) for one in played} == {max_searches > 0}
     assert any(one.searches for one in played) is (max_searches > 0)
     assert {one.stop_reason for one in played} == {StopReason.ANSWER}

@@ -1,19 +1,20 @@
-"""What `trl-search train` does: load the task, warm the policy up, measure, train, measure again, draw the curves."""
+"""What `trl-search train` does, a step per function: load, warm up, build, measure, train, report.
+
+Read `run_training` first. Everything that a resumed run takes over from before is in `resume.py`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
 import json
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,170 +23,143 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object, written_whole
+from trl_search.common.files import written_whole
 from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
-from trl_search.evaluation.evaluate import answer_questions
-from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
+from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.finish import REPORT, finish_run
-from trl_search.records.folder import AFTER_ROW, BEST_ROW, INFO_FILE
+from trl_search.records.folder import AFTER_ROW, BEST_ROW
 from trl_search.retrieval import load_retriever
-from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, is_whole, read_best
-from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, summarize_held_out
+from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, read_best
+from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measure
 from trl_search.trainer.callbacks.progress import StepLines
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import refuse_quantization
+from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
 __all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]
 
-# Added to the seed of a world: that of the world in which its policy is warmed up.
+WARM_START = "warm_start"  # the folder of the warmed-up model, within that of the run
+# Added to the seed of the world: the seed of the other world, in which the policy is warmed up.
 _ELSEWHERE = 1_000_003
+
+
+@dataclass
+class Run:
+    """A run of `trl-search train` on its way: what was asked for, what is loaded, and what has been measured."""
+
+    arguments: TaskArguments
+    config: SearchGRPOConfig
+    model_config: ModelConfig
+    folder: Path
+    task: Task
+    checkpoint: str | None  # resumed from it
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    measured: dict[str, Evaluation]  # by the name of the table's row
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def baselines(self) -> list[str]:
+        return self.arguments.baselines if self.arguments.evaluate and self.task.held_out is not None else []
 
 
 def run_training(
     arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig
 ) -> dict[str, Evaluation]:
-    """Runs a recipe to its end. Returns the evaluations, by the name of the table's row; over several sets, averages
-    in which each set counts the same."""
+    """Runs a recipe to its end.
+
+    Returns:
+        `dict[str, Evaluation]`: By the name of the table's row; over several sets, averages in which each set counts
+        the same.
+    """
+    run = load(arguments, config, model_config)
+    if arguments.warm_start_steps and run.checkpoint is None:
+        measure_untrained(run)  # what the model can do before the warm start
+        warm_up(run.model, run.tokenizer, arguments, config, run.folder / WARM_START)
+    trainer = build(run)
+    held_out = add_measurements(run, trainer)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    trainer.save_model(str(run.folder))
+    report(run, trainer, held_out)
+    return run.measured
+
+
+def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig) -> Run:
+    """Loads questions, retriever, model and tokenizer, and finds the checkpoint to resume from.
+
+    Raises:
+        UserError: for what a recipe got wrong.
+    """
     refuse_quantization(model_config)
-    name = base_name(model_config)
-    started = time.perf_counter()
     task = load_task(arguments, seed=config.seed)
-    folder = Path(config.output_dir or "runs/train")
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
-    checkpoint = _checkpoint(config, folder)
-    warm_folder = folder.absolute() / "warm_start"
+    folder = Path(config.output_dir or "runs/train").absolute()
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, folder)
+    name = base_name(model_config)
     if checkpoint and arguments.warm_start_steps:
-        if (warm_folder / "config.json").is_file():
-            name = str(warm_folder)
-        # A full fine-tuning's checkpoint has all weights; an adapter's has none of its base, nor of the reference.
-        elif model_config.use_peft or config.beta:
-            raise UserError(
-                f"the run to resume was warmed up, and {warm_folder} holds no model: copy warm_start there from the "
-                f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
-            )
-    model = load_base(name, model_config, config)
+        name = warmed_up_model(
+            folder / WARM_START, name, checkpoint, needed=model_config.use_peft or bool(config.beta)
+        )
     tokenizer = load_tokenizer(
         name,
         revision=model_config.model_revision if name == base_name(model_config) else None,
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
     )
-    measured = _measured_before(folder) if checkpoint else {}
-    baselines = list(arguments.baselines)
-
-    # 1. The warm start: the format, and weak behaviour. What the model could do without comes before it.
-    if arguments.warm_start_steps:
-        if not checkpoint:
-            if task.held_out is not None and arguments.evaluate:
-                measured |= {
-                    BASELINES.get(mode, mode): _baseline(mode, task, model, tokenizer, config) for mode in baselines
-                }
-            _warm_up(model, tokenizer, arguments, config, warm_folder)
-            # The policy comes from the warm start now: a reference model is loaded from the config's name, and an
-            # adapter names as its base, and vLLM loads, the model's.
-            model.name_or_path = model.config._name_or_path = str(warm_folder)
-        baselines = []
-
-    # 2. The trainer, and what is measured with it.
-    trainer = SearchGRPOTrainer(
-        model=model,
-        reward_funcs=list(arguments.reward_funcs),
-        args=config,
-        train_dataset=task.train,
-        eval_dataset=task.held_out,
-        processing_class=tokenizer,
-        retriever=task.retriever,
-        peft_config=adapter_config(model_config),
+    return Run(
+        arguments,
+        config,
+        model_config,
+        folder,
+        task,
+        checkpoint,
+        model=load_base(name, model_config, config),
+        tokenizer=tokenizer,
+        measured=measured_before(folder) if checkpoint else {},
     )
-    base = {"base_model": model_config.model_name_or_path}
-    trainer.run_log.task = {**base, **dataclasses.asdict(arguments), **task.description}
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(StepLines)
-    held_out = None if task.held_out is None else HeldOut(trainer, task.held_out)
-    if held_out is not None and arguments.evaluate:
-        row = "search, warm-started" if arguments.warm_start_steps else "search, before GRPO"
 
-        def save() -> None:
-            _write_results(folder, measured, [], time.perf_counter() - started)
 
-        trainer.add_callback(_MeasureBefore(baselines, row, held_out, measured, save))
-    if held_out is not None and arguments.evaluate_every:
-        trainer.add_callback(EvaluateEvery(arguments.evaluate_every, held_out))
-        trainer.add_callback(BestCheckpoint(held_out))
-
-    # 3. GRPO.
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder))
-    if held_out is not None and arguments.evaluate:
-        measured[AFTER_ROW] = held_out.measure().average
-    best = read_best(folder) if arguments.evaluate_every else None
-    if best is not None and best.step != trainer.state.global_step:
-        measured[f"{BEST_ROW} (step {best.step})"] = best.average
-
-    # 4. What came of it.
-    if trainer.accelerator.is_main_process:
-        seconds, history = time.perf_counter() - started, trainer.state.log_history
-        _write_results(folder, measured, history, seconds)
-        finish_run(folder, config)
-        if measured:
-            print(f"\n{results_table(measured)}\n")
-        print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
-        if best is not None:
-            print(
-                f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder / LINK}."
+def measure_untrained(run: Run) -> None:
+    """Measures the baselines with a model that no trainer has yet."""
+    if not run.baselines:
+        return
+    run.model.to(run.config.device)  # type: ignore[arg-type]
+    speaker = TransformersPolicy(run.model, run.tokenizer, max_sequences=run.config.rollout_batch_size)
+    for mode in run.baselines:
+        with torch.no_grad():
+            result = measure(
+                mode,
+                list(run.task.held_out or []),
+                policy=contextlib.nullcontext(speaker),
+                tokenizer=run.tokenizer,
+                environment=search_environment(run.task.retriever, run.config.agent),
+                agent=run.config.agent,
             )
-    return measured
+        run.measured[BASELINES.get(mode, mode)] = result.average
 
 
-class _MeasureBefore(TrainerCallback):
-    """Measures what the policy does before its first step, when the trainer has put it where it generates."""
-
-    def __init__(
-        self,
-        baselines: list[str],
-        row: str,
-        held_out: HeldOut,
-        measured: dict[str, Evaluation],
-        save: Callable[[], None],
-    ) -> None:
-        self.baselines, self.row, self.held_out, self.measured, self.save = baselines, row, held_out, measured, save
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step:  # a resumed run has this behind it
-            return
-        for mode in self.baselines:
-            self.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
-        self.measured[self.row] = self.held_out.measure().average
-        if state.is_world_process_zero:  # now, as the run may be killed and resumed
-            self.save()
-
-
-def _warm_up(
+def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: TaskArguments,
     config: SearchGRPOConfig,
     folder: Path,
 ) -> None:
+    """Shows the model the format, and weak behaviour, in another world than the one it is trained and measured in."""
     if arguments.questions != "world":
         raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
-    # The policy warms up in another world: it has read none of the passages that it is trained and measured on.
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
     environment = search_environment(retriever, config.agent)
@@ -195,7 +169,7 @@ def _warm_up(
         world,
         retriever,
         environment=environment,
-        # Who has no tool can show no search.
+        # Without a tool nobody can show a search.
         quality=WEAK if config.max_searches else {"guess": 1.0},
         output_dir=str(folder),
         steps=arguments.warm_start_steps,
@@ -203,12 +177,86 @@ def _warm_up(
         seed=config.seed,
         use_cpu=config.use_cpu,
     )
+    # From here on the policy comes from this folder: a reference model is loaded from the config's name; an adapter
+    # names the model's as its base, and vLLM loads that one.
+    model.name_or_path = model.config._name_or_path = str(folder)
+
+
+def build(run: Run) -> SearchGRPOTrainer:
+    """The trainer of the run."""
+    trainer = SearchGRPOTrainer(
+        model=run.model,
+        reward_funcs=list(run.arguments.reward_funcs),
+        args=run.config,
+        train_dataset=run.task.train,
+        eval_dataset=run.task.held_out,
+        processing_class=run.tokenizer,
+        retriever=run.task.retriever,
+        peft_config=adapter_config(run.model_config),
+    )
+    base = {"base_model": run.model_config.model_name_or_path}
+    trainer.run_log.task = {**base, **dataclasses.asdict(run.arguments), **run.task.description}
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StepLines)
+    return trainer
+
+
+def add_measurements(run: Run, trainer: SearchGRPOTrainer) -> HeldOut | None:
+    """Has the trainer measure held-out questions: before its first step, and every `evaluate_every` steps."""
+    if run.task.held_out is None:
+        return None
+    held_out = HeldOut(trainer, run.task.held_out)
+    if run.arguments.evaluate:
+        trainer.add_callback(MeasureBefore(run, held_out))
+    if run.arguments.evaluate_every:
+        trainer.add_callback(EvaluateEvery(run.arguments.evaluate_every, held_out))
+        trainer.add_callback(BestCheckpoint(held_out))
+    return held_out
+
+
+class MeasureBefore(TrainerCallback):
+    """Measures the policy before its first step, once the trainer has put it where it generates."""
+
+    def __init__(self, run: Run, held_out: HeldOut) -> None:
+        self.run, self.held_out = run, held_out
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # a resumed run has this behind it
+            return
+        run, warmed_up = self.run, bool(self.run.arguments.warm_start_steps)
+        for mode in [] if warmed_up else run.baselines:
+            run.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
+        row = "search, warm-started" if warmed_up else "search, before GRPO"
+        run.measured[row] = self.held_out.measure().average
+        if state.is_world_process_zero:  # now, as the run may be killed and resumed
+            write_results(run, [])
+
+
+def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> None:
+    """Measures the trained policy, writes results and report, and prints the table."""
+    if held_out is not None and run.arguments.evaluate:
+        run.measured[AFTER_ROW] = held_out.measure().average
+    best = read_best(run.folder) if run.arguments.evaluate_every else None
+    if best is not None and best.step != trainer.state.global_step:
+        run.measured[f"{BEST_ROW} (step {best.step})"] = best.average
+    if not trainer.accelerator.is_main_process:
+        return
+    seconds = write_results(run, trainer.state.log_history)
+    finish_run(run.folder, run.config)
+    folder = run.config.output_dir or run.folder
+    if run.measured:
+        print(f"\n{results_table(run.measured)}\n")
+    print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
+    if best is not None:
+        print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
 
 
 def results_table(measured: Mapping[str, Evaluation]) -> str:
     """The before/after table, in Markdown."""
     lines = [
-        "| policy | EM | ± 95 % | F1 | searches a question | reflective-phrase ratio |",
+        "| policy | EM | ± 95 % | F1 | searches per question | reflective-phrase ratio |",
         "|---|---|---|---|---|---|",
     ]
     for row, result in measured.items():
@@ -219,68 +267,10 @@ def results_table(measured: Mapping[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def _baseline(
-    mode: str, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SearchGRPOConfig
-) -> Evaluation:
-    """What a model does that no trainer has yet."""
-    assert task.held_out is not None
-    state, started = PartialState(), time.perf_counter()
-    model.to(config.device)  # type: ignore[arg-type]
-    with torch.no_grad():
-        outcomes = answer_questions(
-            mode,
-            list(task.held_out)[state.process_index :: state.num_processes],
-            policy=TransformersPolicy(model, tokenizer, max_sequences=config.rollout_batch_size),
-            tokenizer=tokenizer,
-            environment=search_environment(task.retriever, config.agent),
-            agent=config.agent,
-        )
-    seconds = time.perf_counter() - started
-    return summarize_held_out(mode, gather_object(outcomes), step=0, seconds=seconds).average
-
-
-def _checkpoint(config: SearchGRPOConfig, folder: Path) -> str | None:
-    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder's run."""
-    if config.resume_from_checkpoint != "last":
-        return config.resume_from_checkpoint
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {int(match[1]): path for path in folder.glob("*") if (match := name.fullmatch(path.name))}
-    started = _started_at(folder)
-    for _, path in sorted(found.items(), reverse=True):
-        if not is_whole(path):
-            print(f"{path} was not written to its end: it is passed over")
-        elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
-            print(f"{path} is older than the run of {folder / INFO_FILE}, so of another: it is passed over")
-        else:
-            return str(path)
-    raise UserError(
-        f"resume_from_checkpoint=last, and {folder} holds no checkpoint of its run that was written to its end: give "
-        f"the path of one, or leave resume_from_checkpoint out"
-    )
-
-
-def _started_at(folder: Path) -> float:
-    """When the run of a folder began, as a file's time: resumes do not change it. 0 where nothing tells."""
-    path = folder / INFO_FILE
-    text = read_object(path, "move it away").get("started_at") if path.is_file() else None
-    return datetime.datetime.fromisoformat(text).timestamp() if text else 0.0
-
-
-def _measured_before(folder: Path) -> dict[str, Evaluation]:
-    """What a run that is resumed measured before its training; what came after is measured again."""
-    path = folder / RESULTS_FILE
-    rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
-    return {
-        row: evaluation_of(values, str(path))
-        for row, values in rows.items()
-        if not row.startswith((AFTER_ROW, BEST_ROW))
-    }
-
-
-def _write_results(
-    folder: Path, measured: Mapping[str, Evaluation], history: Sequence[Mapping[str, Any]], seconds: float
-) -> None:
-    results = {row: result.as_json() for row, result in measured.items()}
-    record = {"seconds": seconds, "rows": results, "history": list(history)}
-    with written_whole(folder / RESULTS_FILE) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+def write_results(run: Run, history: Sequence[Mapping[str, Any]]) -> float:
+    """Writes `results.json`, and returns the seconds that the run has taken."""
+    seconds = time.perf_counter() - run.started
+    rows = {row: result.as_json() for row, result in run.measured.items()}
+    with written_whole(run.folder / RESULTS_FILE) as path:
+        path.write_text(json.dumps({"seconds": seconds, "rows": rows, "history": list(history)}, indent=2) + "\n")
+    return seconds

@@ -3,9 +3,9 @@
     step 50 ─► the questions, shared out over the ranks ─► the trainer's own generation (vLLM or the model), greedily
             ─► outcomes of all ranks ─► eval/em, eval/<dataset>/em, ... in the log of step 50
 
-The prompts, the environment and the limits are those of the training. The sampling has random numbers of its own, so a
-run that is measured takes the same steps as one that is not. The subset is drawn once, by the seed, and its ids are
-kept in the run's folder: a run that is resumed with other questions is refused, as its numbers could not be compared.
+The prompts, the environment and the limits are those of the training. Measuring draws its own random numbers, so a run
+takes the same steps with and without it. The subset is drawn once, by the seed, and its ids are kept in the run's
+folder: resuming with other questions is refused, because the numbers could not be compared.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, written_whole
+from trl_search.config.agent import AgentSettings
+from trl_search.environment import Environment
 from trl_search.evaluation.evaluate import answer_questions
-from trl_search.evaluation.outcomes import Evaluation, Outcome, by_dataset, macro, summarize
+from trl_search.evaluation.outcomes import Evaluation, by_dataset, macro, summarize
+from trl_search.policies.base import Policy
 from trl_search.trainer.batch import encode_prompts
 from trl_search.trainer.grpo import SearchGRPOTrainer
 
@@ -97,40 +102,22 @@ class HeldOut:
                 as it is trained.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
-        started = time.perf_counter()
-        trained = mode is None
-        if trained and self.last is not None and self.last.step == step:
+        if mode is None and self.last is not None and self.last.step == step:
             return self.last  # the same weights, greedily: the same answers
         assert trainer.environment is not None
-        outcomes = gather_object(self._answer(mode or "search"))
-        trainer.environment.take_metrics()  # or they would be counted as the next rollout's
-        name = mode or ("search" if trainer.environment.tools else "direct")
-        result = summarize_held_out(name, outcomes, step=step, seconds=time.perf_counter() - started)
-        if result.average.failed and trainer.accelerator.is_main_process:
-            said = "; ".join(f"{times} × {error}" for error, times in result.average.errors.items())
-            logger.warning(
-                "step %d: the search of %d of %d held-out questions failed, which are in no mean: %s",
-                step, result.average.failed, result.average.questions, said,
-            )  # fmt: skip
-        if trained:
+        questions = [trainer.protocol.messages(row["question"]) for row in self.rows]
+        result = measure(
+            mode or "search",
+            self.rows,
+            policy=trainer.generation_policy(encode_prompts(questions, trainer.protocol)),
+            tokenizer=trainer.protocol.tokenizer,
+            environment=trainer.environment,
+            agent=trainer.args.agent,
+            step=step,
+        )
+        if mode is None:
             self.last = result
         return result
-
-    def _answer(self, mode: str) -> list[Outcome]:
-        trainer = self.trainer
-        assert trainer.environment is not None
-        mine = self.rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-        questions = [trainer.protocol.messages(row["question"]) for row in self.rows]
-        with trainer.generation_policy(encode_prompts(questions, trainer.protocol)) as policy:
-            return answer_questions(
-                mode,
-                mine,
-                policy=policy,
-                tokenizer=trainer.protocol.tokenizer,
-                environment=trainer.environment,
-                agent=trainer.args.agent,
-                progress=trainer.accelerator.is_main_process,
-            )
 
 
 class EvaluateEvery(TrainerCallback):
@@ -160,11 +147,49 @@ class EvaluateEvery(TrainerCallback):
         control.should_log = True
 
 
-def summarize_held_out(mode: str, outcomes: Sequence[Outcome], *, step: int, seconds: float) -> HeldOutResult:
-    """The result of the outcomes of all ranks."""
-    groups = by_dataset(sorted(outcomes, key=lambda one: one.data_source))
-    each = {name: summarize(mode, group) for name, group in groups.items()}
-    return HeldOutResult(step, macro(mode, groups), each, seconds)
+def measure(
+    mode: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    policy: AbstractContextManager[Policy],
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    agent: AgentSettings,
+    step: int = 0,
+) -> HeldOutResult:
+    """Asks each rank's share of the questions, greedily. All ranks call it together, and all get the result of all.
+
+    Args:
+        mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
+        policy (`AbstractContextManager`): Gives the policy for as long as it is asked.
+    """
+    state, started = PartialState(), time.perf_counter()
+    with policy as speaker:
+        outcomes = answer_questions(
+            mode,
+            rows[state.process_index :: state.num_processes],
+            policy=speaker,
+            tokenizer=tokenizer,
+            environment=environment,
+            agent=agent,
+            progress=state.is_main_process,
+        )
+    environment.take_metrics()  # or they would be counted as the next rollout's
+    groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
+    name = "direct" if mode == "search" and not environment.tools else mode
+    result = HeldOutResult(
+        step,
+        macro(name, groups),
+        {dataset: summarize(name, group) for dataset, group in groups.items()},
+        seconds=time.perf_counter() - started,
+    )
+    if result.average.failed and state.is_main_process:
+        said = "; ".join(f"{times} × {error}" for error, times in result.average.errors.items())
+        logger.warning(
+            "step %d: the search of %d of %d held-out questions failed, which are in no mean: %s",
+            step, result.average.failed, result.average.questions, said,
+        )  # fmt: skip
+    return result
 
 
 def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> None:

@@ -1,0 +1,78 @@
+"""What a resumed run takes over from before: its checkpoint, its warmed-up model, and what it has measured."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object
+from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
+from trl_search.records.folder import AFTER_ROW, BEST_ROW, INFO_FILE
+from trl_search.trainer.callbacks.best_checkpoint import is_whole
+
+
+def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
+    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder's run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if asked != "last":
+        return asked
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = {int(match[1]): path for path in folder.glob("*") if (match := name.fullmatch(path.name))}
+    started = _started_at(folder)
+    for _, path in sorted(found.items(), reverse=True):
+        if not is_whole(path):
+            print(f"{path} was not written to its end: it is skipped")
+        elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
+            print(f"{path} is older than the run of {folder / INFO_FILE}, so it belongs to another run: it is skipped")
+        else:
+            return str(path)
+    raise UserError(
+        f"resume_from_checkpoint=last, and {folder} holds no checkpoint of its run that was written to its end: give "
+        f"the path of one, or leave resume_from_checkpoint out"
+    )
+
+
+def _started_at(folder: Path) -> float:
+    """When the run of a folder began, as a file's time; resuming does not change it. 0 where that is unknown."""
+    path = folder / INFO_FILE
+    text = read_object(path, "move it away").get("started_at") if path.is_file() else None
+    return datetime.datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def measured_before(folder: Path) -> dict[str, Evaluation]:
+    """What a resumed run had measured before its training. What was measured afterwards is measured again."""
+    path = folder / RESULTS_FILE
+    rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
+    return {
+        row: evaluation_of(values, str(path))
+        for row, values in rows.items()
+        if not row.startswith((AFTER_ROW, BEST_ROW))
+    }
+
+
+def warmed_up_model(warm_folder: Path, name: str, checkpoint: str, *, needed: bool) -> str:
+    """The model that a resumed run starts from: the one it was warmed up to, where it is still there, else `name`.
+
+    Args:
+        needed (`bool`): Whether the run cannot do without. The checkpoint of a full fine-tuning has all weights; that
+            of an adapter lacks the weights of its base, and no checkpoint has those of the reference model.
+
+    Raises:
+        UserError: if it is needed and missing.
+    """
+    if (warm_folder / "config.json").is_file():
+        return str(warm_folder)
+    if needed:
+        raise UserError(
+            f"the run to resume was warmed up, and {warm_folder} holds no model: copy warm_start there from the "
+            f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
+        )
+    return name
