@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 
+# How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
+IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 # What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
 PACKED_ATTENTION = ("auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "padded")
 
@@ -32,7 +34,9 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         default="token_truncate",
         metadata={
             "help": "How the difference between vLLM's and the trainer's log-probs is corrected; TRL's own default, "
-            "sequence_mask, silently drops long trajectories."
+            "sequence_mask, silently drops long trajectories. geometric_mask drops trajectories whose mean ratio is "
+            "outside of vllm_importance_sampling_clip_min and _max, which should then be near 1 (0.999 and 1.001).",
+            "choices": list(IMPORTANCE_MODES),
         },
     )
     vllm_importance_sampling_clip_max: float = field(
@@ -69,6 +73,14 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         metadata={
             "help": "The token that ends the assistant's turn, if the tokenizer names another: <|im_end|> for a base "
             "model with a ChatML template. It is saved with the model."
+        },
+    )
+    llds_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of LLDS (arXiv:2512.04220), a penalty where the likelihood of actions whose advantage is "
+            "at least 0 falls below that at sampling time. The paper's value is 0.1. It needs several optimizer steps "
+            "per batch: with one, nothing can have fallen yet. 0: none."
         },
     )
     max_failed_share: float = field(
@@ -135,6 +147,21 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
                 raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
         if isinstance(self.vllm_engine_options, str):
             raise UserError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
+        if self.vllm_importance_sampling_mode not in IMPORTANCE_MODES:
+            raise unknown_name("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
+        if self.vllm_importance_sampling_mode == "geometric_mask" and self.vllm_importance_sampling_clip_min is None:
+            raise UserError(
+                "vllm_importance_sampling_mode=geometric_mask needs both bounds near 1: set "
+                "vllm_importance_sampling_clip_min (0.999) and vllm_importance_sampling_clip_max (1.001)"
+            )
+        if self.llds_coef < 0:
+            raise UserError(f"llds_coef={self.llds_coef} must be at least 0")
+        steps_per_batch = (self.steps_per_generation or 1) * self.num_iterations / self.gradient_accumulation_steps
+        if self.llds_coef and steps_per_batch <= 1:
+            raise UserError(
+                f"llds_coef={self.llds_coef} has no effect with one optimizer step per batch, as nothing can have "
+                "fallen yet: set num_iterations or steps_per_generation higher, or leave it out"
+            )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
         least = {"log_trajectories": 0, "trajectory_table_steps": 0, "max_packed_tokens": 1, "rollout_batch_size": 1}

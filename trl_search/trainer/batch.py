@@ -22,7 +22,7 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import RetrievalError
-from trl_search.types import StopReason, Trajectory
+from trl_search.types import Sampling, StopReason, Trajectory
 
 
 @dataclass
@@ -67,6 +67,25 @@ class Rollout:
         }
 
 
+@dataclass
+class MicroBatch:
+    """What one call of the loss works on, between the seams that TRL calls in it.
+
+    `inputs` is TRL's own dictionary, copied, so that a seam may add to it what TRL then reads.
+    """
+
+    inputs: dict[str, Any]
+    loss_mask_BC: torch.Tensor
+    logps_BC: torch.Tensor | None = None  # of the policy in training, once they are known
+
+    @property
+    def old_logps_BC(self) -> torch.Tensor:
+        """Log-probs at sampling time. With one optimizer step per batch they are those in training, detached."""
+        assert self.logps_BC is not None, "the training forward has not run"
+        old_BC: torch.Tensor = self.inputs.get("old_per_token_logps", self.logps_BC.detach())
+        return old_BC
+
+
 def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The loss mask (B, C) of a batch that TRL has scored: there it is the product of two masks."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
@@ -89,6 +108,17 @@ def sampling_logprobs(trajectory: Trajectory, args: SearchGRPOConfig) -> list[fl
     # Observation tokens were never sampled. NaN gives them importance weight 1; the stored 0.0 would give p(token).
     pairs = zip(trajectory.logprobs, trajectory.mask, strict=True)
     return [logprob if sampled else math.nan for logprob, sampled in pairs]
+
+
+def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
+    """How the policy samples in the generation of that name: its own random numbers, the same ones when repeated."""
+    return Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p or 0.0,
+        seed=int.from_bytes(f"{args.seed}/{name}".encode(), "big"),
+    )
 
 
 def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:

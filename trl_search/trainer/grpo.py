@@ -9,8 +9,9 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
 | `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
 | `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
-| `_compute_loss`                      | keep the loss mask of the micro-batch for the next seam                      |
-| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`)       |
+| `_compute_loss`                      | keep the micro-batch for the next seam; add LLDS (`loss/likelihood.py`)      |
+| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`);      |
+|                                      | correct towards vLLM (`loss/importance.py`)                                  |
 | `create_model_card`                  | write our model card                                                         |
 
 One value, `Rollout` (`batch.py`), carries a generation batch from seam to seam. The loss mask begins as
@@ -30,14 +31,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from trl_search.common.errors import UserError
 from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
-from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
@@ -47,6 +46,7 @@ from trl_search.retrieval.base import Retriever, merge_metrics
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
+    MicroBatch,
     Rollout,
     check_failures,
     encode_prompts,
@@ -54,9 +54,11 @@ from trl_search.trainer.batch import (
     loss_mask,
     loss_mask_of,
     sampling_logprobs,
+    sampling_of,
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
+from trl_search.trainer.generation import policy_of
 from trl_search.trainer.inputs import (
     RewardSpec,
     refuse_what_rollouts_cannot_do,
@@ -65,12 +67,14 @@ from trl_search.trainer.inputs import (
     with_prompts,
 )
 from trl_search.trainer.journal import open_journal
+from trl_search.trainer.loss.importance import correct_towards_engine
+from trl_search.trainer.loss.likelihood import llds_of
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
-from trl_search.trainer.vllm_backend import SearchVLLM, making_ours
+from trl_search.trainer.vllm_backend import making_ours
 from trl_search.types import Sampling, Trajectory
 
 
@@ -156,13 +160,7 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
             processing_class = processing_class or tokenizer_of(model, args)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: with_prompts(dataset, self.protocol, rewards, f"eval_dataset[{name!r}]")
-                    for name, dataset in eval_dataset.items()
-                }
-            else:
-                eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
+            eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
             super().__init__(
                 model=model,
@@ -176,7 +174,7 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         if args.reward_weights is None:
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
         self.last_rollout = Rollout(rows=[])
-        self._micro_mask_BC: torch.Tensor | None = None  # the loss mask of the micro-batch whose loss is computed
+        self._micro_batch: MicroBatch | None = None  # while its loss is computed
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
@@ -202,7 +200,8 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.last_rollout = Rollout(rows=inputs)
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        with self._without_importance_pass():
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
             assert self.last_rollout.rewards_RF is not None
             scored = Scored(
@@ -278,14 +277,17 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         if self.logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
             # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-            return super()._get_per_token_logps_and_entropies(
+            scores: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            scores = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
             )
+            self._see_logps(scores[0])
+            return scores
         with self.accelerator.autocast():
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
             # Outside of the loss, the old and the reference policy score the whole generation batch.
-            mask_BC = self.last_rollout.loss_mask_BC if self._micro_mask_BC is None else self._micro_mask_BC
+            mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.loss_mask_BC
             logps, entropies = self.logprobs(
                 model,
                 input_ids,
@@ -295,15 +297,20 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
                 batch_size=batch_size,
                 gradient_checkpointing=again,
             )
+        self._see_logps(logps)
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._micro_mask_BC = loss_mask_of(inputs)
+        micro_batch = self._micro_batch = MicroBatch(dict(inputs), loss_mask_of(inputs))
         try:
-            loss: torch.Tensor = super()._compute_loss(model, inputs)
+            loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
         finally:
-            self._micro_mask_BC = None
-        return loss
+            self._micro_batch = None
+        if self.environment is None or not self.args.llds_coef or not self.model.training:
+            return loss
+        penalty = llds_of(micro_batch)
+        self.add_to_log({"llds": self.accelerator.gather(penalty.detach()).mean().item()})
+        return loss + self.args.llds_coef * penalty / self.current_gradient_accumulation_steps
 
     # For callbacks and evaluations
 
@@ -317,25 +324,8 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         Raises:
             UserError: if the model has too few positions for the longest prompt and a full completion.
         """
-        context_length = longest_context(prompt_ids, self.model, self.args.max_completion_length)
-        if self.use_vllm:
-            assert isinstance(self.vllm_generation, SearchVLLM)
-            if self.state.global_step != self._last_loaded_step:  # before a rollout, TRL has done it already
-                self.vllm_generation.sync_weights()
-                self._last_loaded_step = self.state.global_step
-            with self.vllm_generation.policy(context_length) as policy:
-                yield policy
-            return
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-            ) as model,
-            torch.no_grad(),
-        ):
-            yield TransformersPolicy(model, self._tokenizer, max_sequences=self.args.rollout_batch_size)
+        with policy_of(self, longest_context(prompt_ids, self.model, self.args.max_completion_length)) as policy:
+            yield policy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes `README.md` into `output_dir`; its name and its tags come from the run."""
@@ -351,6 +341,30 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
 
     # What the seams are made of
 
+    @contextlib.contextmanager
+    def _without_importance_pass(self) -> Iterator[None]:
+        """Has TRL score a batch without correcting towards vLLM, for which it needs a pass: `_see_logps` corrects."""
+        theirs = self.vllm_importance_sampling_correction
+        if self.environment is not None:
+            self.vllm_importance_sampling_correction = False
+        try:
+            yield
+        finally:
+            self.vllm_importance_sampling_correction = theirs
+
+    def _see_logps(self, logps_BC: torch.Tensor) -> None:
+        """Completes the micro-batch, once its log-probs are known and before TRL makes a loss of them."""
+        if self._micro_batch is None or self.environment is None:
+            return
+        self._micro_batch.logps_BC = logps_BC
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            found = correct_towards_engine(
+                self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
+            )
+            for name, value in found.items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
+
     def _probe_logprobs(self) -> None:
         """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
         if self.logprobs is None or self._probed:
@@ -361,18 +375,10 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
             self.logprobs = probed(self.logprobs, self.model_wrapped, model, self._tokenizer, self.args)
 
     def _sampling(self, mode: str) -> Sampling:
-        # Every rank and every generation draws its own numbers, and draws the same ones when the run is repeated or
-        # resumed. So generations are counted within their optimizer step: TRL's `_step` starts at 0 after a resume.
+        # Generations are counted within their optimizer step: TRL's own count, `_step`, starts at 0 after a resume.
         step = self.state.global_step
         self._rollouts[mode, step] += 1
-        seed = f"{self.args.seed}/{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}"
-        return Sampling(
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-            top_k=self.args.top_k or 0,
-            min_p=self.args.min_p or 0.0,
-            seed=int.from_bytes(seed.encode(), "big"),
-        )
+        return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")
 
     def _log_trajectories(self, trajectories: list[Trajectory]) -> None:
         mode = "train" if self.model.training else "eval"

@@ -89,6 +89,8 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..
     """The dataset with a conversational `prompt` column, which the protocol writes from `question` if need be."""
     if dataset is None:
         return None
+    if isinstance(dataset, dict):
+        return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
     first = next(iter(dataset), None)
     if first is None:
         raise UserError(f"{name} is empty")

@@ -1,0 +1,99 @@
+"""The correction between the engine that samples (vLLM) and the trainer, computed from the training forward itself.
+
+TRL corrects with the ratio p_trainer / p_vLLM at sampling time, and runs a forward pass of its own for p_trainer. When
+each batch gets one optimizer step, no weight moves between that pass and the training forward, whose log-probs are
+then the same. Where several steps are taken, the old log-probs come from TRL's pass as before. Loss and gradients are
+the same either way (`tests/trainer/loss/test_importance.py`).
+
+| mode                | weight of a token                                         | source               |
+|---------------------|-----------------------------------------------------------|----------------------|
+| `token_truncate`    | its ratio, clamped                                        | TRL                  |
+| `token_mask`        | its ratio, 0 outside the bounds                           | TRL                  |
+| `sequence_truncate` | the product of its sequence's ratios, clamped             | TRL                  |
+| `sequence_mask`     | that product, 0 outside the bounds                        | TRL                  |
+| `geometric_mask`    | 1, or 0 where their geometric mean is outside the bounds  | huggingface/trl#4891 |
+
+Suffixes: B trajectories, C completion tokens, R ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from trl_search.trainer.batch import MicroBatch
+
+
+def correct_towards_engine(
+    micro_batch: MicroBatch, mode: str, bounds: tuple[float | None, float | None], accelerator: Accelerator
+) -> dict[str, float]:
+    """Puts `importance_sampling_ratio` into the micro-batch, where TRL's loss reads it.
+
+    Returns:
+        `dict[str, float]`: Metrics under TRL's names, over the micro-batches of all ranks.
+    """
+    mask_BC = micro_batch.loss_mask_BC
+    log_ratios_BC = log_ratios(micro_batch.old_logps_BC, micro_batch.inputs["sampling_per_token_logps"], mask_BC)
+    ratio = importance_ratio(log_ratios_BC, mask_BC, mode, *bounds)
+    micro_batch.inputs["importance_sampling_ratio"] = ratio
+    seen_BC = mask_BC.bool()
+    _, mean, high = _spread(log_ratios_BC.abs()[seen_BC], accelerator)
+    low, average, most = _spread(ratio[seen_BC] if ratio.shape == seen_BC.shape else ratio.flatten(), accelerator)
+    return {
+        "sampling/sampling_logp_difference/mean": mean,
+        "sampling/sampling_logp_difference/max": high,
+        "sampling/importance_sampling_ratio/min": low,
+        "sampling/importance_sampling_ratio/mean": average,
+        "sampling/importance_sampling_ratio/max": most,
+    }
+
+
+def _spread(values: torch.Tensor, accelerator: Accelerator) -> tuple[float, float, float]:
+    """Lowest, mean and highest over all ranks; zeros where there is nothing."""
+    values = values.detach() if values.numel() else values.new_zeros(1)
+    low_R, mean_R, high_R = accelerator.gather(torch.stack([values.min(), values.mean(), values.max()])).view(-1, 3).T
+    return low_R.min().item(), mean_R.mean().item(), high_R.max().item()
+
+
+def log_ratios(old_logps_BC: torch.Tensor, sampling_logps_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+    """log(p_trainer / p_vLLM) (B, C); 0, no correction, outside the loss and where vLLM gave no log-prob (NaN)."""
+    return torch.nan_to_num((old_logps_BC - sampling_logps_BC) * mask_BC, nan=0.0)
+
+
+def importance_ratio(
+    log_ratios_BC: torch.Tensor,
+    mask_BC: torch.Tensor,
+    mode: str,
+    low: float | None,
+    high: float | None,
+) -> torch.Tensor:
+    """The weights of the policy loss: (B, C) for the token modes, (B, 1) for the others.
+
+    Args:
+        mode (`str`): One of `config.grpo.IMPORTANCE_MODES`.
+        low, high (`float`, *optional*): Bounds of the ratio; None for no bound.
+    """
+    if mode == "geometric_mask":
+        return geometric_mask(log_ratios_BC, mask_BC, low, high)
+    ratio = (log_ratios_BC.sum(dim=-1, keepdim=True) if mode.startswith("sequence") else log_ratios_BC).exp()
+    if mode.endswith("truncate"):
+        return ratio.clamp(min=low, max=high)
+    return ratio.masked_fill(_outside(ratio, low, high), 0.0)
+
+
+def geometric_mask(
+    log_ratios_BC: torch.Tensor, mask_BC: torch.Tensor, low: float | None, high: float | None
+) -> torch.Tensor:
+    """(B, 1): 1 for sequences whose mean log-ratio is within the bounds, 0 for the others.
+
+    The mean does not grow with the length, so long trajectories are not dropped for being long. With bounds near 1,
+    such as 0.999 and 1.001, it drops the sequences on which engine and trainer disagree most (huggingface/trl#4891).
+    """
+    mean_B1 = log_ratios_BC.sum(dim=-1, keepdim=True) / mask_BC.sum(dim=-1, keepdim=True).clamp(min=1)
+    return 1.0 - _outside(mean_B1.exp(), low, high).to(log_ratios_BC.dtype)
+
+
+def _outside(ratio: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
+    return (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
