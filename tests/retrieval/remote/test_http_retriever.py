@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,6 +96,37 @@ def test_answers_of_other_servers_are_read(client) -> None:
         first, second = client(server).search(["a", "b"], 1)
     assert first == [Passage("7", "Orlune", "A town.", 0.5)]
     assert second == [Passage("7", "Orlune", "A town.", 0.0, "https://example.org")]  # k=1, though it sent two
+
+
+def skyrl_server(asked: Asked) -> Said:
+    """As SkyRL's example server answers (FastAPI with one required `query`)."""
+    if "query" not in asked.json:
+        missing = {"type": "missing", "loc": ["body", "query"], "msg": "Field required", "input": asked.json}
+        return Said({"detail": [missing]}, 422)
+    document = {"id": "7", "contents": f'"Orlune"\n{asked.json["query"]}'}
+    return Said({"result": [[{"document": document, "score": 0.5}] * asked.json["topk"]]})
+
+
+def test_a_server_that_takes_one_query_gets_one_at_a_time(client) -> None:
+    with serving(skyrl_server) as server:
+        retriever = client(url=server.url)
+        queries = [f"query {number}" for number in range(50)]
+        for _ in range(2):
+            found = retriever.search(queries, 2)
+            assert [[passage.text for passage in passages] for passages in found] == [[query] * 2 for query in queries]
+        assert len(server.asked) == 1 + 100 and all("query" in asked.json for asked in server.asked[1:])
+
+
+def test_a_client_that_reads_contents_and_url_of_every_document_is_served() -> None:
+    """As ASearcher's does, of answers without scores."""
+    world = [Passage("1", "Orlune", "A harbour town."), Passage("2", "", "A harbour.", url="https://e.org")]
+    with serving(retrieve_from(load_retriever("bm25", passages=world))) as server:
+        asked = {"queries": ["harbour"], "topk": 2, "return_scores": False}
+        (documents,) = httpx.post(f"{server.url}/retrieve", json=asked).json()["result"]
+    assert [(one["contents"], one["url"]) for one in documents] == [
+        ('""\nA harbour.', "https://e.org"),
+        ('"Orlune"\nA harbour town.', ""),
+    ]
 
 
 def test_a_server_killed_under_load_fails_no_request(client) -> None:

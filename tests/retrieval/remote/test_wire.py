@@ -27,7 +27,7 @@ LIMITS = Limits(max_queries=4, max_query_chars=100, max_topk=10, max_body_bytes=
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 title = text.map(lambda drawn: " ".join(drawn.splitlines()))
 score = st.floats(allow_nan=False, allow_infinity=False)
-passages = st.builds(Passage, text.filter(bool), title, text, score, st.none() | text)
+passages = st.builds(Passage, text.filter(bool), title, text, score, st.none() | text.filter(bool))
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -65,7 +65,7 @@ def refusal(body: Any, limits: Limits = LIMITS) -> WireError:
 def test_the_protocol_to_the_letter() -> None:
     body = b'{"queries": ["who?", "where?"], "topk": 2, "return_scores": true}'
     assert parse_request(body, LIMITS) == RetrieveRequest(("who?", "where?"), 2, True)
-    document = {"id": "17", "contents": '"Orlune"\nOrlune is a harbour town.\nIn Vesk.'}
+    document = {"id": "17", "contents": '"Orlune"\nOrlune is a harbour town.\nIn Vesk.', "url": ""}
     assert format_response([[ORLUNE], []], return_scores=True) == {
         "result": [[{"document": document, "score": 0.875}], []]
     }

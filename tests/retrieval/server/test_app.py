@@ -123,7 +123,10 @@ def test_the_protocol_to_the_letter(url: str) -> None:
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {
         "result": [
-            [{"document": {"id": f"{q}{r}", "contents": f'"T"\nabout {q}'}, "score": 1.0 - r} for r in range(2)]
+            [
+                {"document": {"id": f"{q}{r}", "contents": f'"T"\nabout {q}', "url": ""}, "score": 1.0 - r}
+                for r in range(2)
+            ]
             for q in "ab"
         ]
     }

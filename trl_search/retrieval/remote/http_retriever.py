@@ -13,7 +13,8 @@ What happens to a batch:
    it does no harm;
 4. any other 5xx may be the query's doing: it is asked three times at most;
 5. a 4xx, a redirect, and an answer that is not of the protocol would come again: they fail at once. Only where a batch
-   is too large (413) are its halves sent.
+   is too large (413) are its halves sent, and where a server takes one query and no list (SkyRL's), each query alone,
+   from then on.
 
 Every failure is a `RetrievalError` that names the server, the status and what the server said.
 
@@ -29,7 +30,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -38,16 +39,23 @@ import tenacity
 
 from trl_search.common.credentials import required_token
 from trl_search.common.errors import UserError
+from trl_search.common.retrying import GROWING_WAIT
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
-from trl_search.retrieval.remote.wire import WireError, format_request, parse_response
+from trl_search.retrieval.remote.wire import (
+    WireError,
+    format_request,
+    format_single_request,
+    parse_response,
+    wants_one_query,
+)
 from trl_search.types import Passage
 
+ONE_BY_ONE = 32  # requests at a time to each server that takes no list
 SHARE = 32  # queries below which a batch is not cut up for the sake of a second server
 TRIES_OF_AN_ERROR = 3
 _TROUBLE = {429, 502, 503, 504}
-_GROWING = tenacity.wait_random_exponential(multiplier=0.2, max=5)
 
 
 class HttpRetriever(Retriever):
@@ -93,6 +101,7 @@ class HttpRetriever(Retriever):
         self._background = BackgroundLoop()
         self._endpoints = Endpoints(self._urls)
         self._clients = ClientPerLoop(self._make_client)
+        self._one_by_one = False  # known once a server said so
 
     def _make_client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self._endpoints))
@@ -114,14 +123,21 @@ class HttpRetriever(Retriever):
             return []
         if self._pid != os.getpid():
             self._start()
-        size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
         deadline = time.monotonic() + self._patience_s
-        shares = [queries[start : start + size] for start in range(0, len(queries), size)]
-        found = await asyncio.gather(*(self._ask(share, k, deadline) for share in shares), return_exceptions=True)
-        for outcome in found:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return list(chain.from_iterable(found))  # type: ignore[arg-type]  # mypy does not see the raise
+        if not self._one_by_one:
+            size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
+            shares = [queries[start : start + size] for start in range(0, len(queries), size)]
+            try:
+                return await _together([self._ask(share, k, deadline) for share in shares])
+            except _WantsOneQuery:
+                self._one_by_one = True
+        turns = asyncio.Semaphore(ONE_BY_ONE * len(self._endpoints))
+
+        async def ask_alone(query: str) -> list[list[Passage]]:
+            async with turns:
+                return await self._ask([query], k, deadline)
+
+        return await _together([ask_alone(query) for query in queries])
 
     def take_metrics(self) -> dict[str, float]:
         stats = self._endpoints.take_stats()
@@ -158,7 +174,7 @@ class HttpRetriever(Retriever):
             error = state.outcome.exception() if state.outcome else None
             if isinstance(error, _Repeatable) and error.wait_s is not None:
                 return error.wait_s + min(1.0, error.wait_s) * random.random()
-            return 0.05 + _GROWING(state)
+            return 0.05 + GROWING_WAIT(state)
 
         try:
             async for attempt in tenacity.AsyncRetrying(
@@ -181,7 +197,7 @@ class HttpRetriever(Retriever):
     async def _request(
         self, endpoint: Endpoint, queries: Sequence[str], k: int, deadline: float
     ) -> list[list[Passage]]:
-        body = format_request(queries, k)
+        body = format_single_request(queries[0], k) if self._one_by_one else format_request(queries, k)
         started = time.monotonic()
         wait_s: float | None = None
         aside = answered = given_up = False
@@ -230,6 +246,10 @@ class _TooLarge(RetrievalError):
     """The server takes fewer queries, or shorter ones."""
 
 
+class _WantsOneQuery(RetrievalError):
+    """The server takes one query and no list."""
+
+
 class _Broken(RetrievalError):
     """What answered does not speak the protocol."""
 
@@ -244,6 +264,8 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
             raise _Repeatable(message, tries=TRIES_OF_AN_ERROR)
         if status == 413:
             raise _TooLarge(message)
+        if status == 422 and wants_one_query(_body(response)):
+            raise _WantsOneQuery(message)
         raise RetrievalError(message)
     try:
         found = parse_response(response.json())
@@ -257,12 +279,25 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
     return [passages[:k] for passages in found]
 
 
+async def _together(asked: Sequence[Coroutine[Any, Any, list[list[Passage]]]]) -> list[list[Passage]]:
+    """The results of all, in order, once all have ended; the first failure where there is one."""
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return list(chain.from_iterable(found))  # type: ignore[arg-type]  # mypy does not see the raise
+
+
+def _body(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return response.text
+
+
 def _said(response: httpx.Response) -> str:
     """What the server said about an error: the field where frameworks put it, else the beginning of the body."""
-    try:
-        body = response.json()
-    except (ValueError, RecursionError):
-        body = response.text
+    body = _body(response)
     if isinstance(body, dict):
         body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
     said = body if isinstance(body, str) else str(body)

@@ -1,18 +1,19 @@
 """The wire protocol that search agents' trainers speak: `POST /retrieve`, as pure functions for server and client.
 
     -> {"queries": ["who founded Orlune?", "..."], "topk": 3, "return_scores": true}
-    <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nOrlune is ..."}, "score": 0.87}, ...], ...]}
+    <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nA town ...", "url": ""}, "score": 0.87}, ...]]}
 
-Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, all of which are read:
+Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, which are all read and written:
 
-- `{"query": "one string"}` in place of the list; the result is a list of one;
-- `{"queries": []}`, which Search-R1 asks in a turn in which nobody searches; the result is an empty list;
+- `{"query": "one string"}` in place of the list, as SkyRL's client and server have it; the result is a list of one;
+- `{"queries": []}`, which Search-R1 sends in a turn in which nobody searches; the result is an empty list;
 - `return_scores` false or absent: the inner items are the bare documents;
 - `topk` absent or null: the server's default;
+- a document of ours always has a `url`, "" where the passage has none: ASearcher's client fails without it;
 - in a response, documents with `title`, `text` and `url`, and documents without an id.
 
-What cannot be read is a `WireError` that has an HTTP status and names the field: 400 is not JSON, 413 is more than the
-limits allow, 422 is a field that is missing or wrong, 502 is a server's answer that is not of this protocol.
+What cannot be read is a `WireError` with an HTTP status that names the field: 400 for what is not JSON, 413 for more
+than the limits allow, 422 for a field that is missing or wrong, 502 for an answer that is not of this protocol.
 """
 
 from __future__ import annotations
@@ -86,6 +87,24 @@ def format_request(queries: Sequence[str], k: int, *, return_scores: bool = True
         "topk": k,
         "return_scores": return_scores,
     }
+
+
+def format_single_request(query: str, k: int) -> dict[str, Any]:
+    """The body of a request to a server that takes one query and no list."""
+    return {"query": query.translate(_LONE_SURROGATES), "topk": k, "return_scores": True}
+
+
+def wants_one_query(data: Any) -> bool:
+    """Whether the body of a 422 says that `query` is missing, as FastAPI does where a server takes one query.
+
+    Example:
+        >>> wants_one_query({"detail": [{"type": "missing", "loc": ["body", "query"], "msg": "Field required"}]})
+        True
+    """
+    problems = data.get("detail") if isinstance(data, dict) else None
+    return isinstance(problems, list) and any(
+        isinstance(problem, dict) and problem.get("loc") == ["body", "query"] for problem in problems
+    )
 
 
 def parse_request(body: bytes, limits: Limits) -> RetrieveRequest:
@@ -212,10 +231,8 @@ def _return_scores(request: dict[str, Any]) -> bool:
 
 def _document(passage: Passage) -> dict[str, Any]:
     # Always with the quoted first line: without it, a reader takes the first line of the text for the title.
-    document = {"id": passage.id, "contents": f'"{" ".join(passage.title.splitlines())}"\n{passage.text}'}
-    if passage.url is not None:
-        document["url"] = passage.url
-    return document
+    contents = f'"{" ".join(passage.title.splitlines())}"\n{passage.text}'
+    return {"id": passage.id, "contents": contents, "url": passage.url or ""}
 
 
 def _passage(item: Any, where: str) -> Passage:
@@ -231,7 +248,7 @@ def _passage(item: Any, where: str) -> Passage:
     else:
         title = "" if document.get("title") is None else _text(document, "title", where)
         text = _text(document, "text", where)
-    url = None if document.get("url") is None else _text(document, "url", where)
+    url = None if document.get("url") in (None, "") else _text(document, "url", where)
     return Passage(_identity(document, title, text, where), title, text, _score(score, where), url)
 
 
