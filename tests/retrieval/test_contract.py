@@ -61,6 +61,18 @@ def http_over_bm25(passages: list[Passage], folder: Path) -> Retriever:
     return load_retriever("http", url=Server(serves).url)  # its thread is a daemon: it ends with the tests
 
 
+def http_over_a_server_of_one_query(passages: list[Passage], folder: Path) -> Retriever:
+    """SkyRL's example server: FastAPI with one required `query`, and documents without a URL."""
+    serves = retrieve_from(bm25_in_memory(passages, folder), Limits(max_query_chars=200_000, max_topk=10_000))
+
+    def answer(asked: Asked) -> Said:
+        if "query" not in asked.json:
+            return Said({"detail": [{"type": "missing", "loc": ["body", "query"], "msg": "Field required"}]}, 422)
+        return serves(asked)
+
+    return load_retriever("http", url=Server(answer).url)
+
+
 def bm25_tantivy(passages: list[Passage], folder: Path) -> Retriever:
     build_index(passages, folder / "tantivy", "bm25", engine="tantivy")
     return load_retriever("bm25", index=folder / "tantivy")
@@ -114,6 +126,7 @@ KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
     "hybrid": hybrid_of_bm25_twice,
     "rerank": rerank_of_bm25,
     "http": http_over_bm25,
+    "http_one_query": http_over_a_server_of_one_query,
     "web": web_over_bm25,
     **({"dense_in_memory": dense_in_memory, "dense_on_disk": dense_on_disk} if HAS_MINILM else {}),
     **({"qdrant_sparse": qdrant_sparse} if HAS_QDRANT else {}),

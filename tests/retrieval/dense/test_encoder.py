@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 from tests.support.encoders import minilm, needs_minilm, save_random_bert
 from trl_search.common.errors import UserError
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
+from trl_search.retrieval import load_retriever
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
+from trl_search.retrieval.dense.fingerprint import refuse_other_encoder
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Passage
 
 TEXTS = [
     "lantern",
@@ -181,18 +186,18 @@ def test_a_moved_or_rewritten_folder_is_the_same_encoder_and_other_weights_are_n
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     shutil.copytree(checkpoints / "e5-base-v2", checkpoints / "moved" / "e5-base-v2")
     moved = load_encoder(checkpoints / "moved" / "e5-base-v2", device="cpu", dtype="bfloat16")
-    refuse_other_encoder(moved, recorded(encoder), "indexes/x")
+    refuse_other_encoder(moved.fingerprint, asdict(encoder.fingerprint), "indexes/x")
     save_random_bert(checkpoints / "other" / "e5-base-v2", seed=1)
     other = load_encoder(checkpoints / "other" / "e5-base-v2", device="cpu")
     with pytest.raises(UserError, match=r"is not the one indexes/x was built with .*: its weights is"):
-        refuse_other_encoder(other, recorded(encoder), "indexes/x")
+        refuse_other_encoder(other.fingerprint, asdict(encoder.fingerprint), "indexes/x")
 
 
 def test_another_prompt_or_length_is_another_encoder(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     changed = Encoder(None, replace(encoder.fingerprint, passage_prompt="", dim=768))
     with pytest.raises(UserError, match="its passage_prompt is '', not 'passage: ', dim is 768, not 32"):
-        refuse_other_encoder(changed, recorded(encoder), "indexes/x")
+        refuse_other_encoder(changed.fingerprint, asdict(encoder.fingerprint), "indexes/x")
 
 
 # What reaches it
@@ -219,3 +224,71 @@ def test_threads_get_what_one_thread_gets(checkpoints: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for number, got in enumerate(pool.map(lambda n: encoder.encode_queries([TEXTS[n % 5]]), range(40))):
             assert np.array_equal(got, expected[number % 5])
+
+
+# Two encoders, named prompts, positions, code
+
+
+def test_queries_may_have_an_encoder_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
+    save_random_bert(tmp_path / "asks", seed=1)
+    options = {"device": "cpu", "pooling": "cls", "normalize": False}
+    passages, asks = checkpoints / "nobody-base", tmp_path / "asks"
+    both = load_encoder(passages, query_encoder=str(asks), **options)
+    ours, theirs = load_encoder(passages, **options), load_encoder(asks, **options)
+    assert np.array_equal(both.encode_passages(TEXTS), ours.encode_passages(TEXTS))
+    assert np.array_equal(both.encode_queries(TEXTS), theirs.encode_queries(TEXTS))
+    (difference,) = both.fingerprint.differences(ours.fingerprint)
+    assert difference.startswith("query_weights is")
+
+
+def test_an_index_of_two_encoders_is_searched_with_both(checkpoints: Path, tmp_path: Path) -> None:
+    save_random_bert(tmp_path / "asks", seed=1)
+    names = {"encoder": str(checkpoints / "nobody-base"), "query_encoder": str(tmp_path / "asks")}
+    world = [Passage(str(row), "", text) for row, text in enumerate(TEXTS[:3])]
+    build_index(world, tmp_path / "index", "dense", pooling="cls", normalize=False, **names)
+    found = load_retriever("dense", index=tmp_path / "index", device="cpu").search(["lantern"], k=3)[0]
+    encoder = load_encoder(names["encoder"], query_encoder=names["query_encoder"], pooling="cls", normalize=False)
+    scores = encoder.encode_queries(["lantern"]) @ encoder.encode_passages(TEXTS[:3]).T
+    assert [passage.score for passage in found] == pytest.approx(sorted(scores[0], reverse=True), abs=1e-4)
+
+
+def test_a_prompt_is_chosen_by_its_name(checkpoints: Path, tmp_path: Path) -> None:
+    plain = load_encoder(checkpoints / "nobody-base", device="cpu", pooling="mean")
+    plain._model.prompts = {"s2p_query": "Given a search, ", "s2s_query": "Given a text, ", "document": "text: "}
+    plain._model.save(str(tmp_path / "stella"))
+    with pytest.raises(
+        UserError, match="none is called 'query': pass query_prompt, one of s2p_query, s2s_query, or ''"
+    ):
+        load_encoder(tmp_path / "stella", device="cpu")
+    for given, prompt in (("s2p_query", "Given a search, "), ("", ""), ("Ask: ", "Ask: ")):
+        found = load_encoder(tmp_path / "stella", device="cpu", query_prompt=given).fingerprint
+        assert (found.query_prompt, found.passage_prompt) == (prompt, "text: ")
+
+
+def test_positions_that_a_roberta_keeps_for_padding_are_not_used(tmp_path: Path) -> None:
+    save_random_bert(tmp_path / "roberta", positions=66)
+    config = RobertaConfig.from_pretrained(tmp_path / "roberta", pad_token_id=1, max_position_embeddings=66)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    encoder = load_encoder(tmp_path / "roberta", device="cpu", pooling="mean")
+    assert encoder.fingerprint.max_length == 64
+    assert encoder.encode_passages(["harbour town " * 100]).shape == (1, 32)
+    with pytest.raises(UserError, match="positions for 64 tokens"):
+        load_encoder(tmp_path / "roberta", device="cpu", pooling="mean", max_length=65)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(checkpoints / "nobody-base", folder)
+    if packed:
+        load_encoder(folder, device="cpu", pooling="mean")._model.save(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"lies in its checkpoint, which is not run.*trust_remote_code=True"):
+        load_encoder(folder, device="cpu", pooling=None if packed else "mean")
+    assert not (tmp_path / "ran").exists()

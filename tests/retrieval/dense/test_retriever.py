@@ -24,7 +24,8 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval import RetrievalError, load_retriever
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.corpus.published import find_lines, open_jsonl
-from trl_search.retrieval.dense.encoder import Encoder, EncoderFingerprint, load_encoder
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
+from trl_search.retrieval.dense.fingerprint import EncoderFingerprint
 from trl_search.retrieval.dense.retriever import DenseRetriever, InMemorySearch
 from trl_search.retrieval.dense.vectors import VECTOR_INDEXES
 from trl_search.retrieval.index.folder import build_index, read_manifest

@@ -375,3 +375,14 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(
         build_index(corpus, tmp_path / "index")
     with pytest.raises(UserError, match=r"is full; nothing of the build is kept$"):
         build_index(WORLD, tmp_path / "other")
+
+
+def test_a_copied_index_is_hashed_once(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(index, tmp_path / "copy", copy_function=shutil.copyfile)  # without its times
+    load(tmp_path / "copy")
+    monkeypatch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: pytest.fail("hashed again"))
+    load(tmp_path / "copy")
+    (tmp_path / "copy" / "corpus.jsonl").write_bytes((index / "corpus.jsonl").read_bytes().replace(b"town", b"tawn"))
+    with monkeypatch.context() as patch, pytest.raises(IndexFolderError, match="was changed after"):
+        patch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: "another")
+        load(tmp_path / "copy")

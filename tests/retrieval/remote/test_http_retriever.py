@@ -109,7 +109,7 @@ def skyrl_server(asked: Asked) -> Said:
 
 def test_a_server_that_takes_one_query_gets_one_at_a_time(client) -> None:
     with serving(skyrl_server) as server:
-        retriever = client(url=server.url)
+        retriever = client(server)
         queries = [f"query {number}" for number in range(50)]
         for _ in range(2):
             found = retriever.search(queries, 2)

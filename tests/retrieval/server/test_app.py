@@ -130,7 +130,7 @@ def test_the_protocol_to_the_letter(url: str) -> None:
             for q in "ab"
         ]
     }
-    bare = [{"id": f"a{rank}", "contents": '"T"\nabout a'} for rank in range(3)]
+    bare = [{"id": f"a{rank}", "contents": '"T"\nabout a', "url": ""} for rank in range(3)]
     assert retrieve(url, query="a").json() == {"result": [bare]}
     assert retrieve(url, queries=["a", "a"], topk=1, return_scores=False).json() == {"result": [bare[:1]] * 2}
 

@@ -21,6 +21,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.combine.parts import Part, load_parts
 from trl_search.retrieval.combine.rerank_http import HttpScorer
+from trl_search.retrieval.dense.encoder import code_in_checkpoint
 from trl_search.types import Passage
 
 DEPTH = 20
@@ -94,10 +95,17 @@ class CrossEncoderScorer:
         device (`str`, *optional*): "cuda:1", "cpu"; by default the best there is.
         batch_size (`int`): Pairs a forward.
         max_length (`int`, *optional*): Tokens a pair is cut to; by default the model's.
+        trust_remote_code (`bool`): Runs Python code that lies in the checkpoint.
     """
 
     def __init__(
-        self, model: str, *, device: str | None = None, batch_size: int = 32, max_length: int | None = None
+        self,
+        model: str,
+        *,
+        device: str | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is how many pairs are scored at a time, at least 1; got {batch_size}")
@@ -108,8 +116,12 @@ class CrossEncoderScorer:
                 "a local reranker needs sentence-transformers: pip install 'trl-search[dense]'; or name a server: url="
             ) from error
         try:
-            self._model = CrossEncoder(model, device=device, max_length=max_length)
+            self._model = CrossEncoder(
+                model, device=device, max_length=max_length, trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise code_in_checkpoint(f"the reranker {model!r}") from error
             raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
         if self._model.num_labels != 1:
             raise UserError(
@@ -146,6 +158,7 @@ def load(
     device: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    trust_remote_code: bool | None = None,
     api: str | None = None,
     concurrency: int | None = None,
     timeout_s: float | None = None,
@@ -164,6 +177,7 @@ def load(
         batch_size (`int`, *optional*): Pairs a forward of a local model, 32 by default; or documents a request to a
             server, by default all of a query (32 with "tei", as its servers have it).
         max_length (`int`, *optional*): Of a local model: tokens a pair is cut to; by default the model's.
+        trust_remote_code (`bool`, *optional*): Of a local model: runs Python code that lies in its checkpoint.
         api (`str`, *optional*): What the server speaks: "jina" (Jina, Cohere, vLLM, Infinity; the default) or "tei".
         concurrency (`int`, *optional*): Requests to the server at a time, 16 by default.
         timeout_s (`float`, *optional*): Seconds until a request counts as failed, 20 by default.
@@ -172,7 +186,7 @@ def load(
     """
     _check_depth(depth)
     remote = {"api": api, "concurrency": concurrency, "timeout_s": timeout_s, "token_env": token_env, "fields": fields}
-    local = {"device": device, "max_length": max_length}
+    local = {"device": device, "max_length": max_length, "trust_remote_code": trust_remote_code}
     if model is None and url is None:
         raise UserError('rerank needs model="cross-encoder/..." or url="http://.../rerank"')
     misplaced = [name for name, value in (remote if url is None else local).items() if value is not None]

@@ -9,7 +9,9 @@ Wherever they come from, the fields are those of `fields.py`, and every complain
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,11 +41,24 @@ class Fingerprint:
         stat = path.stat()
         return cls(name, stat.st_size, stat.st_mtime_ns, _sha256(path))
 
-    def matches(self, path: Path) -> bool:
+    def matches(self, path: Path, *, remember: bool = False) -> bool:
+        """Whether the file still has this content.
+
+        Args:
+            remember (`bool`): Sets the file's time back to the recorded one, so that a copy is hashed only once. For
+                files of ours.
+        """
         stat = path.stat()
         if stat.st_size != self.bytes:
             return False
-        return stat.st_mtime_ns == self.mtime_ns or _sha256(path) == self.sha256
+        if stat.st_mtime_ns == self.mtime_ns:
+            return True
+        if _sha256(path) != self.sha256:
+            return False
+        if remember:
+            with contextlib.suppress(OSError):  # not ours to write: it is hashed again the next time
+                os.utime(path, ns=(stat.st_atime_ns, self.mtime_ns))
+        return True
 
     def changed(self) -> bool:
         """Whether the file of this name holds something else now. A file that is gone has not changed."""

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.corpus.passages import join_contents
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
 from trl_search.retrieval.index.workers import ALONE, Workers
 from trl_search.types import Passage
 
@@ -52,9 +52,13 @@ class EncodingOptions:
         dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
         batch_size (`int`): Passages a step of the encoder. Lower it when a GPU runs out of memory.
         max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
-        query_prompt (`str`, *optional*): Stands before every query; by default as the encoder was trained.
-        passage_prompt (`str`, *optional*): Stands before every passage; by default as the encoder was trained.
+        query_prompt (`str`, *optional*): Text before every query, or the name of one of the encoder's prompts; by
+            default as the encoder was trained.
+        passage_prompt (`str`, *optional*): The same for passages.
         pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
+        normalize (`bool`, *optional*): Vectors of length 1; by default as the encoder was trained.
+        query_encoder (`str`, *optional*): Another encoder for queries, where a model has two (DPR, Dragon).
+        trust_remote_code (`bool`): Runs Python code that lies in the checkpoint. Read it first.
     """
 
     encoder: str = ENCODER
@@ -64,6 +68,9 @@ class EncodingOptions:
     query_prompt: str | None = None
     passage_prompt: str | None = None
     pooling: str | None = None
+    normalize: bool | None = None
+    query_encoder: str | None = None
+    trust_remote_code: bool = False
 
     def check_encoding(self) -> None:
         """Loads the encoder too: one that is not there is an error now, not after an hour of reading."""
@@ -71,8 +78,10 @@ class EncodingOptions:
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
         if self.batch_size < 1:
             raise UserError(f"batch_size is passages a step of the encoder, at least 1; got {self.batch_size}")
-        if Path(self.encoder).is_dir():  # what is built is searched from other folders too
-            object.__setattr__(self, "encoder", str(Path(self.encoder).resolve()))
+        for name in ("encoder", "query_encoder"):
+            given = getattr(self, name)
+            if given is not None and Path(given).is_dir():  # what is built is searched from other folders too
+                object.__setattr__(self, name, str(Path(given).resolve()))
         _ = self.loaded
 
     @cached_property
@@ -84,6 +93,9 @@ class EncodingOptions:
             query_prompt=self.query_prompt,
             passage_prompt=self.passage_prompt,
             pooling=self.pooling,
+            normalize=self.normalize,
+            query_encoder=self.query_encoder,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
@@ -122,7 +134,7 @@ def encode_corpus(
         "dtype": dtype,
         "batch_size": batch_size,
         "shard_rows": shard_rows,
-        "encoder": recorded(encoder),
+        "encoder": asdict(encoder.fingerprint),
     }
     if workers.rank == 0:
         _prepare(folder, about, announce or (lambda message: None))

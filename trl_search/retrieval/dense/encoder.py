@@ -4,29 +4,32 @@
     BAAI/bge-base-en-v1.5     "Represent this sentence ...: " before queries only, first token, length 1, 512 tokens
     any sentence-transformers model     as its own files say; what they leave out, as its family above
 
-sentence-transformers does the work. What is here is the choice: the wrong pooling or a prefix too many loses half of
-the passages and raises no error (RETRIEVAL.md), so a checkpoint that says nothing and is of no known family is refused
-until the user says how, and every choice is in the `EncoderFingerprint` that an index
-keeps of the encoder it was made with.
+sentence-transformers does the work. What is here is the choice. The wrong pooling, or a prefix too many, loses half of
+the passages and raises no error. So a checkpoint that says nothing and is of no known family is refused until the user
+says how, and every choice goes into the `EncoderFingerprint` that an index keeps (`fingerprint.py`).
+
+Code that lies in a checkpoint is not run, unless the caller says `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.files import home_expanded
+from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
 POOLINGS = ("mean", "cls", "max", "lasttoken")
-CHARACTERS_A_TOKEN = 32  # more than any text has: what lies beyond max_length tokens of them never reaches the model
+CHARACTERS_PER_TOKEN = 32  # more than any text has: what lies beyond max_length tokens of them never reaches the model
 
 
 @dataclass(frozen=True)
@@ -50,45 +53,12 @@ FAMILIES = (
 )
 
 
-@dataclass(frozen=True)
-class EncoderFingerprint:
-    """What makes two encoders the same: vectors of equal fingerprints may be compared, others may not.
-
-    Args:
-        name (`str`): What it was loaded as. Only for people: a moved folder is the same encoder.
-        weights (`str`): SHA-256 over the tensors, in the checkpoint's own precision.
-        pooling (`str`, *optional*): What was chosen for a plain checkpoint; `None` where the model says it itself.
-        modules (`str`): What follows the transformer: `"Transformer + Pooling(mean) + Normalize"`.
-        query_prompt (`str`): Stands before every query.
-        passage_prompt (`str`): Stands before every passage.
-        max_length (`int`): Tokens of a text that are read, prompt and special tokens among them.
-        normalize (`bool`): Whether vectors have length 1.
-        dim (`int`): Numbers a vector.
-    """
-
-    name: str
-    weights: str
-    pooling: str | None
-    modules: str
-    query_prompt: str
-    passage_prompt: str
-    max_length: int
-    normalize: bool
-    dim: int
-
-    def differences(self, other: EncoderFingerprint) -> list[str]:
-        """What differs, in words: `["max_length is 256, not 512"]`; `[]` for the same encoder."""
-        # How tokens become one vector, whoever chose it, is in `modules`.
-        named = [field.name for field in fields(self) if field.name not in ("name", "pooling")]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in named]
-        return [f"{name} is {_short(mine)}, not {_short(its)}" for name, mine, its in pairs if mine != its]
-
-
 class Encoder:
     """An encoder that is ready: `encode_queries` and `encode_passages`, float32 (n, dim). Made by `load_encoder`."""
 
-    def __init__(self, model: Any, fingerprint: EncoderFingerprint) -> None:
-        self._model, self.fingerprint = model, fingerprint
+    def __init__(self, model: Any, fingerprint: EncoderFingerprint, query_model: Any = None) -> None:
+        self._model, self._query_model = model, query_model if query_model is not None else model
+        self.fingerprint = fingerprint
         # Two threads in one tokenizer fail with "Already borrowed".
         self._lock = threading.Lock()
 
@@ -97,26 +67,27 @@ class Encoder:
         return self.fingerprint.dim
 
     def encode_queries(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
-        return self._encode(texts, self.fingerprint.query_prompt, batch_size)
+        return self._encode(self._query_model, texts, self.fingerprint.query_prompt, batch_size)
 
     def encode_passages(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
         """Texts of any order: they are batched by length, the longest first, so memory runs out at once or never."""
-        return self._encode(texts, self.fingerprint.passage_prompt, batch_size)
+        return self._encode(self._model, texts, self.fingerprint.passage_prompt, batch_size)
 
-    def _encode(self, texts: Sequence[str], prompt: str, batch_size: int) -> np.ndarray:
+    def _encode(self, model: Any, texts: Sequence[str], prompt: str, batch_size: int) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
-        longest = CHARACTERS_A_TOKEN * self.fingerprint.max_length
+        longest = CHARACTERS_PER_TOKEN * self.fingerprint.max_length
         # A lone half of a surrogate pair, which JSON can carry, is no text to a tokenizer.
         readable = [text[:longest].encode("utf-8", "replace").decode("utf-8") for text in texts]
         with self._lock:
-            vectors_ND = self._model.encode(
+            vectors_ND = model.encode(
                 readable,
                 prompt=prompt,  # "" is none; None would be the one that a model has by default
                 prompt_name=None,
                 batch_size=batch_size,
+                normalize_embeddings=self.fingerprint.normalize,
                 show_progress_bar=False,
-                normalize_embeddings=self.fingerprint.normalize and not _normalizes(self._model),
+                convert_to_numpy=True,
             )
         return np.asarray(vectors_ND, dtype=np.float32)
 
@@ -124,6 +95,7 @@ class Encoder:
 def load_encoder(
     name_or_path: str | Path,
     *,
+    query_encoder: str | None = None,
     device: str | None = None,
     dtype: str = "float32",
     max_length: int | None = None,
@@ -131,19 +103,28 @@ def load_encoder(
     passage_prompt: str | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Encoder:
-    """Loads an encoder. Code that lies in a checkpoint is never run.
+    """Loads an encoder.
 
     Args:
         name_or_path (`str | Path`): A model on the hub or a folder, of sentence-transformers or plain transformers.
+        query_encoder (`str`, *optional*): Another one for queries, where a model has two (DPR, Dragon).
         device (`str`, *optional*): `"cuda:1"`, `"cpu"`; by default a GPU where there is one.
         dtype (`str`): In which it computes. `"float16"` is three times as fast on a GPU and changes scores by 1e-3.
-        max_length (`int`, *optional*): Tokens of a text; by default the family's, else the model's own.
-        query_prompt (`str`, *optional*): Before every query; by default the model's own, else the family's. So too the
-            `passage_prompt`.
+        max_length (`int`, *optional*): Tokens per text; by default the family's, else the model's own.
+        query_prompt (`str`, *optional*): The text before every query, or the name of one of the model's own prompts
+            ("s2p_query"); by default its prompt "query", else the family's. Of a model whose prompts have other names,
+            one must be chosen; `""` is none.
+        passage_prompt (`str`, *optional*): The same for passages; by default the model's "document" or "passage".
         pooling (`str`, *optional*): `"mean"`, `"cls"`, `"max"` or `"lasttoken"`; for a plain checkpoint of no known
             family, which needs it.
         normalize (`bool`, *optional*): Vectors of length 1; by default the family's, else the model's own, else yes.
+        trust_remote_code (`bool`): Whether Python code that lies in the checkpoint may run. It has all rights of this
+            process.
+
+    Raises:
+        UserError: for an encoder that cannot be loaded, or that leaves open how it is to be used.
 
     Example:
         >>> encoder = load_encoder("intfloat/e5-base-v2")
@@ -154,61 +135,80 @@ def load_encoder(
         raise unknown_name("dtype of an encoder", dtype, DTYPES)
     if pooling is not None and pooling not in POOLINGS:
         raise unknown_name("pooling", pooling, POOLINGS)
-    name = str(name_or_path)
+    name = home_expanded(str(name_or_path))
     family = _family(name)
-    model, pooling = _load_model(name, device, pooling, family)
-    weights = _hash_weights(model)
-    model = model.to(_torch_dtype(dtype)).eval()
-    own = {key: value for key, value in model.prompts.items() if value}
-    max_length = max_length or (family.max_length if family else model.max_seq_length)
-    if max_length is None:
+    model, chosen = _load_model(name, device, pooling, family, trust_remote_code)
+    weights, query_model, query_weights = hash_weights(model), None, None
+    if query_encoder is not None:
+        query_encoder = str(home_expanded(query_encoder))
+        query_model, _ = _load_model(query_encoder, device, pooling, family, trust_remote_code)
+        query_weights = hash_weights(query_model)
+        if query_model.get_embedding_dimension() != model.get_embedding_dimension():
+            raise UserError(f"{query_encoder!r} and {name!r} make vectors of different dimensions: not a pair")
+    models = [model] if query_model is None else [model, query_model]
+    own_length = min(one.max_seq_length or 0 for one in models)
+    wanted = max_length or (family.max_length if family else own_length)
+    if not wanted:
         raise UserError(f"encoder {name!r} does not say how many tokens it reads; pass max_length, 512 for most")
-    positions = getattr(model[0].config, "max_position_embeddings", None) if hasattr(model[0], "config") else None
-    if positions is not None and max_length > positions:
-        if family is None or max_length != family.max_length:
-            raise UserError(f"max_length={max_length}: encoder {name!r} has positions for {positions} tokens")
-        max_length = positions
-    model.max_seq_length = max_length
+    positions = min(map(_positions, models))
+    if max_length is not None and max_length > positions and max_length != (family.max_length if family else None):
+        raise UserError(f"max_length={max_length}: encoder {name!r} has positions for {positions} tokens")
+    length = int(min(wanted, positions))
+    import torch
+
+    for one in models:
+        one.to(getattr(torch, dtype)).eval()
+        one.max_seq_length = length
     if normalize is None:
-        normalize = family.normalize if family else pooling is not None or _normalizes(model)
+        normalize = family.normalize if family else chosen is not None or _normalizes(model)
     if _normalizes(model) and not normalize:
         raise UserError(f"normalize=False: encoder {name!r} normalises by itself (its modules.json)")
-    if query_prompt is None:
-        query_prompt = own.get("query") or (family.query_prompt if family else "")
-    if passage_prompt is None:
-        passage_prompt = own.get("document") or own.get("passage") or (family.passage_prompt if family else "")
+    asks = models[-1]
     return Encoder(
         model,
         EncoderFingerprint(
             name=name,
             weights=weights,
-            pooling=pooling,
+            pooling=chosen,
             modules=" + ".join(map(_module, model)),
-            query_prompt=query_prompt,
-            passage_prompt=passage_prompt,
-            max_length=max_length,
+            query_prompt=_prompt(asks, query_prompt, ("query",), family.query_prompt if family else None, name),
+            passage_prompt=_prompt(
+                model, passage_prompt, ("document", "passage"), family.passage_prompt if family else "", name
+            ),
+            max_length=length,
             normalize=normalize,
             dim=int(model.get_embedding_dimension()),
+            query_encoder=query_encoder,
+            query_weights=query_weights,
         ),
+        query_model,
     )
 
 
-def refuse_other_encoder(encoder: Encoder, recorded: dict[str, Any], where: str) -> None:
-    """Fails unless `encoder` is the one whose fingerprint an index recorded."""
-    differences = encoder.fingerprint.differences(EncoderFingerprint(**recorded))
-    if differences:
+def _prompt(model: Any, given: str | None, names: Sequence[str], otherwise: str | None, encoder: str) -> str:
+    """What was given, by its name or itself; else the model's own of these names; else the family's.
+
+    Raises:
+        UserError: if a model has prompts, and none that is known to be the one for queries.
+    """
+    own: dict[str, str] = {key: value for key, value in model.prompts.items() if value}
+    if given is not None:
+        return own.get(given, given)
+    for name in names:
+        if name in own:
+            return own[name]
+    others = set(own) - {"query", "document", "passage"}
+    if otherwise is None and others:
         raise UserError(
-            f"encoder {encoder.fingerprint.name!r} is not the one {where} was built with ({recorded['name']!r}): its "
-            f"{', '.join(differences)}; load the index with that encoder, or build it again with this one"
+            f"encoder {encoder!r} has prompts of its own, and none is called 'query': pass query_prompt, one of "
+            f"{', '.join(sorted(others))}, or '' for none (see its model card)"
         )
+    return otherwise or ""
 
 
-def recorded(encoder: Encoder) -> dict[str, Any]:
-    """The fingerprint as it stands in a manifest."""
-    return asdict(encoder.fingerprint)
-
-
-def _load_model(name: str, device: str | None, pooling: str | None, family: Family | None) -> tuple[Any, str | None]:
+def _load_model(
+    name: str, device: str | None, pooling: str | None, family: Family | None, trust_remote_code: bool
+) -> tuple[Any, str | None]:
     """The model in the precision of its checkpoint, and the pooling that it got from us: `None` if it has its own."""
     try:
         from sentence_transformers import SentenceTransformer
@@ -220,24 +220,55 @@ def _load_model(name: str, device: str | None, pooling: str | None, family: Fami
         ) from None
     if _looks_like_path(name) and not Path(name).is_dir():
         raise UserError(f"there is no encoder folder {name}")
+    # Said each time: where nothing is said, transformers asks on the terminal, and runs the code on a "y".
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         if is_sentence_transformer_model(name):
             if pooling is not None:
                 raise UserError(f"pooling={pooling!r}: encoder {name!r} says itself how it pools (its modules.json)")
-            return SentenceTransformer(name, device=device, model_kwargs={"dtype": "auto"}), None
+            return SentenceTransformer(name, device=device, model_kwargs={"dtype": "auto"}, **trust), None
         pooling = pooling or (family.pooling if family else None)
         if pooling is None:
             raise UserError(
                 f"encoder {name!r} is a plain checkpoint that does not say how its tokens become one vector, and the "
                 f"wrong way finds the wrong passages; pass pooling, one of {', '.join(POOLINGS)} (see its model card)"
             )
-        body = Transformer(name, model_kwargs={"dtype": "auto"})
+        body = Transformer(
+            name, model_kwargs={"dtype": "auto", **trust}, config_kwargs=dict(trust), processor_kwargs=dict(trust)
+        )
+        if getattr(body.config, "model_type", None) == "dpr":
+            raise UserError(
+                f"{name!r} is a checkpoint of DPR, whose passage encoder transformers would fill with random "
+                "weights: take the conversion sentence-transformers/facebook-dpr-ctx_encoder-single-nq-base, with "
+                "query_encoder='sentence-transformers/facebook-dpr-question_encoder-single-nq-base'"
+            )
         modules = [body, Pooling(body.get_embedding_dimension(), pooling)]
         return SentenceTransformer(modules=modules, device=device), pooling
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise code_in_checkpoint(f"encoder {name!r}") from error
         raise UserError(f"encoder {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def code_in_checkpoint(model: str) -> UserError:
+    """The error for a checkpoint that works only with code of its own."""
+    return UserError(
+        f"{model} needs Python code that lies in its checkpoint, which is not run. Read that code, and if you trust "
+        "it, pass trust_remote_code=True (--trust_remote_code)"
+    )
+
+
+def _positions(model: Any) -> float:
+    """Tokens that a model has positions for; no limit where it does not say."""
+    limit = getattr(model[0].config, "max_position_embeddings", None) if hasattr(model[0], "config") else None
+    if limit is None:
+        return math.inf
+    # RoBERTa and its kin count from behind the padding token: 514 positions are 512 tokens.
+    tables = [module for name, module in model[0].named_modules() if name.endswith("position_embeddings")]
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    return int(limit) - padding - 1
 
 
 def _family(name: str) -> Family | None:
@@ -259,28 +290,3 @@ def _module(module: Any) -> str:
     pooling = getattr(module, "pooling_mode", None)
     mode = pooling if isinstance(pooling, str) else "+".join(pooling or ())
     return type(module).__name__ + (f"({mode})" if mode else "")
-
-
-def _hash_weights(model: Any) -> str:
-    """Of what the tensors hold, not of files or names: the same weights saved anew, or read by a later release of
-    transformers that calls them otherwise, are the same encoder."""
-    import torch
-
-    digests = []
-    for name, tensor in model.state_dict().items():
-        if ".pooler." in name:  # unused here, and random where the checkpoint has none
-            continue
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digests.append(hashlib.sha256(raw.numpy()).hexdigest())
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:12]}...'"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.corpus.passages import Corpus, join_contents, read_corpus, refuse_duplicates
 from trl_search.retrieval.corpus.published import check_encoder, open_jsonl
 from trl_search.retrieval.dense.corpus_vectors import ENCODER, VECTORS, EncodingOptions, Passages
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder, recorded, refuse_other_encoder
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
+from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, refuse_other_encoder
 from trl_search.retrieval.dense.vectors import (
     VECTOR_INDEXES,
     VectorSearch,
@@ -79,7 +80,7 @@ class DenseBuilder(EncodingOptions):
         (folder / KIND).mkdir(exist_ok=True)
         vectors_ND = np.load(folder / SCRATCH / VECTORS, mmap_mode="r")
         measured = build_vectors(folder / KIND, vectors_ND, index=self.index_type, seed=self.seed)
-        return {"encoder": recorded(self.loaded), "vectors": measured}
+        return {"encoder": asdict(self.loaded.fingerprint), "vectors": measured}
 
 
 class InMemorySearch(VectorSearch):
@@ -173,6 +174,7 @@ def load(
     check_source: bool = True,
     nprobe: int | None = None,
     ef_search: int | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> DenseRetriever:
     """`load_retriever("dense", ...)`: of `index`; of `passages` or a `corpus`; or of `faiss_file` and `corpus`.
@@ -190,8 +192,9 @@ def load(
         nprobe (`int`, *optional*): Of an IVF: lists that are searched; more finds more. By default as the index was
             calibrated; a published one as its file says or, where that is FAISS' default of 1, as is measured now.
         ef_search (`int`, *optional*): Of a graph: candidates; more finds more.
-        options: `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see `load_encoder`. An index
-            has its own.
+        trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
+        options: `query_encoder`, `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see
+            `load_encoder`. An index has its own.
     """
     places = "cpu" if device == "cpu" else "auto"
     found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
@@ -204,9 +207,14 @@ def load(
         opened = open_index(index, KIND, check_source=check_source)
         there = opened.manifest.details["encoder"]
         if not isinstance(encoder, Encoder):
-            own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}
-            encoder = load_encoder(encoder or opened.manifest.options["encoder"], device=device, dtype=dtype, **own)
-        refuse_other_encoder(encoder, there, str(index))
+            encoder = load_encoder(
+                encoder or opened.manifest.options["encoder"],
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **EncoderFingerprint(**there).options,
+            )
+        refuse_other_encoder(encoder.fingerprint, there, str(index))
         return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places, **found), opened.corpus)
     if (corpus is None) == (passages is None) or (faiss_file is not None and corpus is None):
         raise UserError(
@@ -214,7 +222,9 @@ def load(
             "corpus=FILE.jsonl"
         )
     if not isinstance(encoder, Encoder):
-        encoder = load_encoder(encoder or ENCODER, device=device, dtype=dtype, **options)
+        encoder = load_encoder(
+            encoder or ENCODER, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
     if faiss_file is not None:
         assert corpus is not None
         rows = open_jsonl(corpus)

@@ -27,7 +27,8 @@ from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, ch
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder, refuse_other_encoder
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder
+from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, refuse_other_encoder
 from trl_search.retrieval.engines.base import ABOUT, failure, from_folder, refuse_another_corpus, repeat_trouble
 from trl_search.retrieval.ranking import Hits, best_rows
 from trl_search.types import Passage
@@ -75,7 +76,7 @@ class QdrantRetriever(Retriever):
             if encoder is None:
                 name = about["encoder"]["name"]
                 raise UserError(f"{collection!r} holds dense vectors: it needs its encoder, {name!r}")
-            refuse_other_encoder(encoder, about["encoder"], f"the collection {collection!r}")
+            refuse_other_encoder(encoder.fingerprint, about["encoder"], f"the collection {collection!r}")
         else:
             if about.get("analyzer") != ANALYZER_VERSION:
                 raise UserError(
@@ -230,6 +231,7 @@ def load(
     oversampling: float | None = None,
     api_key_env: str = API_KEY,
     timeout_s: int = 30,
+    trust_remote_code: bool = False,
 ) -> QdrantRetriever:
     """`load_retriever("qdrant", ...)`: of `url` and `collection`, or of the `index` folder that names them.
 
@@ -247,6 +249,7 @@ def load(
         oversampling (`float`, *optional*): With quantised vectors, how many times k are scored again with whole ones.
         api_key_env (`str`): The environment variable that holds the API key, where there is one.
         timeout_s (`int`): Seconds until one request counts as failed.
+        trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
     """
     url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:
@@ -256,9 +259,14 @@ def load(
         about = read_about(client, collection)
         refuse_another_corpus(about, expected, f"the collection {collection!r}", index)
         if about["vectors"] == DENSE and not isinstance(encoder, Encoder):
-            there = about["encoder"]
-            own = {name: there[name] for name in ("max_length", "query_prompt", "passage_prompt", "pooling")}
-            encoder = load_encoder(encoder or there["name"], device=device, dtype=dtype, **own)
+            there = EncoderFingerprint(**about["encoder"])
+            encoder = load_encoder(
+                encoder or there.name,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **there.options,
+            )
         params: dict[str, Any] = {"exact": exact, "hnsw_ef": hnsw_ef}
         if oversampling is not None:
             params["quantization"] = {"rescore": True, "oversampling": oversampling}

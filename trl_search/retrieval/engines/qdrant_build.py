@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.sparse_vectors import mean_length, weigh
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.dense.corpus_vectors import VECTORS, EncodingOptions
-from trl_search.retrieval.dense.encoder import recorded
 from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
 from trl_search.retrieval.engines.build import load_engine
 from trl_search.retrieval.engines.qdrant import API_KEY, DENSE, SPARSE, call, connect
@@ -94,7 +93,7 @@ class QdrantBuilder(EncodingOptions):
         try:
             about: dict[str, Any] = {"vectors": self.vectors}
             if self.vectors == DENSE:
-                about["encoder"] = recorded(self.loaded)
+                about["encoder"] = asdict(self.loaded.fingerprint)
             else:
                 about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
             engine = _Collection(client, self, corpus, folder)

@@ -1,7 +1,7 @@
 """The wire protocol that search agents' trainers speak: `POST /retrieve`, as pure functions for server and client.
 
     -> {"queries": ["who founded Orlune?", "..."], "topk": 3, "return_scores": true}
-    <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nA town ...", "url": ""}, "score": 0.87}, ...]]}
+    <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nA town ...", "url": ""}, "score": .9}, ...]]}
 
 Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, which are all read and written:
 

@@ -1,0 +1,82 @@
+"""What makes two encoders the same: an index records the fingerprint of its encoder, and is searched with no other."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trl_search.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderFingerprint:
+    """Vectors of equal fingerprints may be compared, others may not.
+
+    Args:
+        name (`str`): The name that it was loaded by. Only for people: a moved folder is the same encoder.
+        weights (`str`): SHA-256 over the tensors, in the checkpoint's own precision.
+        pooling (`str`, *optional*): The choice for a plain checkpoint; `None` where the files of the model say it.
+        modules (`str`): What follows the transformer: `"Transformer + Pooling(mean) + Normalize"`.
+        query_prompt (`str`): Stands before every query.
+        passage_prompt (`str`): Stands before every passage.
+        max_length (`int`): Tokens of a text that are read, prompt and special tokens among them.
+        normalize (`bool`): Whether vectors have length 1.
+        dim (`int`): Numbers per vector.
+        query_encoder (`str`, *optional*): The checkpoint that encodes queries, where it is another one.
+        query_weights (`str`, *optional*): SHA-256 over its tensors.
+    """
+
+    name: str
+    weights: str
+    pooling: str | None
+    modules: str
+    query_prompt: str
+    passage_prompt: str
+    max_length: int
+    normalize: bool
+    dim: int
+    query_encoder: str | None = None
+    query_weights: str | None = None
+
+    def differences(self, other: EncoderFingerprint) -> list[str]:
+        """What differs, in words: `["max_length is 256, not 512"]`; `[]` for the same encoder."""
+        # How tokens become one vector, whoever chose it, is in `modules`.
+        named = [field.name for field in fields(self) if field.name not in ("name", "pooling", "query_encoder")]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in named]
+        return [f"{name} is {_short(mine)}, not {_short(its)}" for name, mine, its in pairs if mine != its]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `load_encoder` that give this encoder, beside its name."""
+        names = ("max_length", "query_prompt", "passage_prompt", "pooling", "normalize", "query_encoder")
+        return {name: getattr(self, name) for name in names}
+
+
+def refuse_other_encoder(encoder: EncoderFingerprint, recorded: dict[str, Any], where: str) -> None:
+    """Fails unless `encoder` is the one whose fingerprint an index recorded."""
+    differences = encoder.differences(EncoderFingerprint(**recorded))
+    if differences:
+        raise UserError(
+            f"encoder {encoder.name!r} is not the one {where} was built with ({recorded['name']!r}): its "
+            f"{', '.join(differences)}; load the index with that encoder, or build it again with this one"
+        )
+
+
+def hash_weights(model: Any) -> str:
+    """Of what the tensors hold, not of files or names: the same weights saved anew, or read by a later release of
+    transformers that calls them otherwise, are the same encoder."""
+    import torch
+
+    digests = []
+    for name, tensor in model.state_dict().items():
+        if ".pooler." in name:  # unused here, and random where the checkpoint has none
+            continue
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digests.append(hashlib.sha256(raw.numpy()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:12]}...'"
