@@ -108,6 +108,7 @@ async def run_trajectory(
                 observation,
                 max_tokens=min(limits.observation_tokens, left - MIN_TURN_TOKENS),
                 turn_closed=completion.ids[-1:] == (protocol.turn_end_id,),
+                turn_ids=completion.ids,
             )
         # What the world says is the user's data: one bad passage ends this trajectory only.
         except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from tests.support.families import FAMILIES, SMOLLM2, Family, make_tokenizer
 from trl_search.data.scripted_players import play
 from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol, load_protocol
+from trl_search.protocols.call_formats import CALL_FORMATS
 from trl_search.protocols.tool_template import _history, write_turn
 from trl_search.rewards.tag_structure import format_score
 from trl_search.types import Answer, Observation, Passage, Search, StopReason
@@ -83,14 +86,24 @@ def test_an_observation_extends_the_prompt_exactly(family, closed):
     call = protocol.encode(write_turn(protocol.template, protocol._show, QUERIES))
     call += [protocol.turn_end_id] if closed else []
     observation = Observation(documents=('Doc 1 "x"\n<b>',), notice="Go on.")
-    ids, said = protocol.observation_ids(observation, max_tokens=2000, turn_closed=closed)
+    ids, said = protocol.observation_ids(observation, max_tokens=2000, turn_closed=closed, turn_ids=call)
     history[2]["content"] = 'Doc 1 "x"\n<b>\nGo on.'
-    assert said == protocol._quote('Doc 1 "x"\n<b>') + "\n" + "Go on."
+    assert said == protocol._quote(history[2]["content"])
     spelled = protocol.decode([*prompt, *call, *ids])
     rendered = protocol._render(history, add_generation_prompt=True)
-    if protocol.template.json_reply:  # our newlines between documents stand as they are
-        spelled = spelled.replace("\nGo on.", "\\nGo on.")
+    if FAMILIES[family].pieces == "sentencepiece":  # it puts a space after each control token of a text
+        spelled, rendered = spelled.replace(" ", ""), rendered.replace(" ", "")
     assert spelled.replace("<think>\n</think>", "<think></think>") == rendered  # Nemotron drops a thought's newline
+
+
+def test_a_reply_repeats_the_id_that_the_policy_gave_its_call():
+    protocol = protocol_of("Mistral 7B")
+    call = '[TOOL_CALLS] [{"name": "search", "arguments": {"query_list": ["x"]}, "id": "aB3dE6gH9"}]'
+    assert protocol.parse(protocol.read_turn(protocol.encode(call))) == Search(("x",))
+    ids, _ = protocol.observation_ids(
+        Observation(documents=("Doc 1",)), max_tokens=500, turn_closed=False, turn_ids=protocol.encode(call)
+    )
+    assert '"call_id": "aB3dE6gH9"' in protocol.decode(ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,3 +239,23 @@ def test_reading_never_raises(family, data):
     marks = [form.opening, form.closing, *pieces, "[ARGS]", "<arg_key>", "<|channel|>analysis<|message|>"]
     text = "".join(data.draw(st.lists(st.sampled_from(marks), max_size=15)))
     protocol.parse(form.canonical(text))
+
+
+@pytest.mark.parametrize("form", CALL_FORMATS, ids=lambda form: form.name)
+def test_every_form_is_read_in_linear_time(form):
+    pieces = ["<tool_call>", "<function=a></function>", "<parameter=a>", "<arg_key>a</arg_key>", '<|"|>', "[", "a(b=",
+              "-", "<|channel|>analysis<|message|>", "<|end|>", "[TOOL_CALLS]", "<think>", " ", "{,a:"]  # fmt: skip
+    started = time.process_time()
+    for piece in pieces:
+        form.canonical((form.opening or "{") + piece * (200_000 // len(piece)) + form.closing)
+    assert time.process_time() - started < 4  # a quadratic reader needs minutes
+
+
+def test_the_table_of_models_says_what_the_code_does():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line]
+    table = {row[0]: row[1:] for row in rows}
+    for name, family in FAMILIES.items():
+        native, template = table[name][0], table[name][1]
+        assert native == (f"`{family.form}`" if family.form else "refused: `search_r1`"), name
+        assert template == (f"TRL's `{family.template}`" if len(family.template) < 60 else "rebuilt"), name

@@ -109,7 +109,7 @@ FAMILIES = {
     "Llama 3.2": Family("llama3_2", "llama", "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
     "Gemma 3": Family("gemma3", None, "<end_of_turn>", ("<start_of_turn>", "<eos>"), ("[@BOS@]", "<table>"), "<bos>"),
     "Gemma 4": Family("gemma4", "gemma", "<turn|>", (*_GEMMA_4, '<|"|>', "<|channel>", "<channel|>"), bos="<bos>"),
-    "Mistral 7B": Family(MISTRAL_V3, None, "</s>", (*_MISTRAL, *_MISTRAL_REPLY), (), "<s>", "sentencepiece"),
+    "Mistral 7B": Family(MISTRAL_V3, "mistral", "</s>", (*_MISTRAL, *_MISTRAL_REPLY), (), "<s>", "sentencepiece"),
     "Mistral Small 3.2": Family(MISTRAL_V13, "mistral", "</s>", _MISTRAL_13, bos="<s>"),
     "Phi-3, Phi-4": Family("phi3", None, "<|end|>", ("<|endoftext|>", "<|user|>"), ("<|assistant|>", "<|system|>")),
     "Phi-4-mini": Family(PHI_4_MINI, "phi", "<|end|>", _PHI, ("<|assistant|>", "<|system|>", "<|tool_response|>")),

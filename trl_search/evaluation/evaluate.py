@@ -17,6 +17,7 @@ Outcomes and means are in outcomes.py.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -147,7 +148,9 @@ class SearchedOnce(AnswerOnly):
         """The ids of a prompt that holds the passages found for the question."""
         assert self.environment.batcher is not None, "the environment is open while a batch runs"
         passages = await self.environment.batcher.search(question, self.environment.k)
-        return protocol.prompt_ids(rag_messages(protocol, self.environment, question, passages))
+        # On a thread: the other trajectories do not wait while passages are tokenized.
+        messages = await asyncio.to_thread(rag_messages, protocol, self.environment, question, passages)
+        return protocol.prompt_ids(messages)
 
 
 def rag_messages(

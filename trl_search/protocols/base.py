@@ -97,14 +97,14 @@ class Protocol(abc.ABC):
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         self._think_markers = thought_markers(tokenizer.chat_template)
         self._anchor = self._find_anchor()
-        self._tokenizing = threading.Lock()  # a fast tokenizer may not be used by two threads at once
-        self._newline_ids = self.encode("\n")
+        self._tokenizing = threading.RLock()  # a fast tokenizer may not be used by two threads at once
         if system_prompt:
             self._check_system_prompt()
         self._frame = self._observation_frame()
         opening, closing = self._frame
         self.control = ControlTokens(tokenizer, self.encode, (opening, closing, self._turn_frame()))
         self._opening_ids, self._closing_ids = self.encode(opening), self.encode(closing)
+        self._newline_ids = self.encode(self._quote("\n"))
         self.stop_token_ids = self._find_stop_tokens()
 
     # What the policy is shown first
@@ -182,7 +182,7 @@ class Protocol(abc.ABC):
     # What the world says back
 
     def observation_ids(
-        self, observation: Observation, *, max_tokens: int, turn_closed: bool
+        self, observation: Observation, *, max_tokens: int, turn_closed: bool, turn_ids: Sequence[int] = ()
     ) -> tuple[tuple[int, ...], str] | None:
         """Writes an observation in at most `max_tokens` tokens; None if not even its frame fits.
 
@@ -190,15 +190,17 @@ class Protocol(abc.ABC):
         dropped where that limit would fall under `MIN_DOCUMENT_TOKENS`. The frame and the notice are never cut.
 
         Args:
-            turn_closed (`bool`): Whether the policy sampled the EOS that its turn needs; otherwise it is written here.
+            turn_closed (`bool`): Whether the policy sampled the token that ends its turn; else it is written here.
+            turn_ids (`Sequence[int]`, *optional*): The turn that is answered. Some templates repeat its call's id.
 
         Returns:
             `tuple[tuple[int, ...], str]`: The ids to append, and the text inside the frame.
         """
         with self._tokenizing:
-            opening = self._opening_ids if turn_closed else [*self._turn_end_ids(), *self._opening_ids]
+            opening, closing = self._frame_ids(turn_ids)
+            opening = opening if turn_closed else [*self._turn_end_ids(), *opening]
             notice = self.control.encode(self._quote(observation.notice))
-            room = max_tokens - len(opening) - len(notice) - len(self._closing_ids)
+            room = max_tokens - len(opening) - len(notice) - len(closing)
             if room < 0:
                 return None
             documents = [self._document_ids(document, room) for document in observation.documents]
@@ -208,14 +210,15 @@ class Protocol(abc.ABC):
             limit, kept = fair_limit([len(document) + len(newline) for document in documents], room)
             body = [token for document in documents[:kept] for token in [*document[: limit - len(newline)], *newline]]
             content = [*body, *notice] if notice else body[: -len(newline) or None]
-            return (*opening, *content, *self._closing_ids), self.decode(content)
+            return (*opening, *content, *closing), self.decode(content)
 
     def escape(self, text: str) -> str:
         """Makes tags and control tokens in untrusted text inert: `</answer>` becomes `&lt;/answer>`.
 
         The result encodes to no control token, so that it can stand in a message (a one-shot RAG prompt).
         """
-        return self.control.escape(self._tag.sub("&lt;", text))
+        with self._tokenizing:
+            return self.control.escape(self._tag.sub("&lt;", text))
 
     def _document_ids(self, document: str, room: int) -> list[int]:
         document = document[: _CHARS_PER_TOKEN * (room + 1)]
@@ -228,6 +231,10 @@ class Protocol(abc.ABC):
     @abc.abstractmethod
     def _observation_frame(self) -> tuple[str, str]:
         """What stands before and after an observation, from the end of the policy's turn to the start of its next."""
+
+    def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The ids around the answer to a turn."""
+        return self._opening_ids, self._closing_ids
 
     def _turn_end_ids(self) -> list[int]:
         """What closes a turn that the policy did not close itself."""

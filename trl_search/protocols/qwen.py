@@ -11,10 +11,18 @@ from trl_search.protocols.base import Protocol
 from trl_search.protocols.call_formats import HERMES, write_call
 from trl_search.protocols.calls import read_call
 from trl_search.protocols.control_tokens import ControlTokens
-from trl_search.protocols.tool_template import REMEDY, TemplateProblem, ToolTemplate, probe_template, write_turn
+from trl_search.protocols.tool_template import (
+    CALL_ID,
+    REMEDY,
+    TemplateProblem,
+    ToolTemplate,
+    probe_template,
+    write_turn,
+)
 from trl_search.types import Action, Answer, Search
 
 _CLOSED_THOUGHT = re.compile(r"\A\s*</think>\s*")
+_CALL_ID = re.compile(r'"id":\s{0,3}"([A-Za-z0-9]{9})"|\[CALL_ID\]([A-Za-z0-9]{9})')
 _REPLY_TAGS = "; its results come between <tool_response> and </tool_response>"
 
 
@@ -79,6 +87,14 @@ class QwenTools(Protocol):
 
     def _turn_end_ids(self) -> list[int]:
         return [self._end_id]
+
+    def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        if not any(CALL_ID in frame for frame in self._frame):
+            return super()._frame_ids(turn_ids)
+        # Mistral's templates repeat the id that the policy gave its call.
+        call_id = [first or second for first, second in _CALL_ID.findall(self.decode(turn_ids))] or [CALL_ID]
+        opening, closing = (self.encode(frame.replace(CALL_ID, call_id[-1])) for frame in self._frame)
+        return opening, closing
 
 
 class QwenInline(QwenTools):

@@ -115,10 +115,6 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
         opening = written[end:].lstrip()  # white space before the end of the turn is the policy's
         call = written.removesuffix(opening)
         if _reads_back(form, call):
-            if CALL_ID in opening + closing:
-                raise TemplateProblem(
-                    f"the chat template repeats in the reply the id that the policy gave its call: {REMEDY}"
-                )
             return ToolTemplate(form, message, call, opening, closing, json_reply)
     raise TemplateProblem(
         f"the chat template writes calls in a form that is not known here ({written[:160]!r}): {REMEDY}"
