@@ -1,9 +1,9 @@
-"""What a chat tells while it goes on: an engine and an environment that a listener hears at work.
+"""The events of a chat: a policy and an environment that tell a listener what they do.
 
     HeardPolicy         Said, Said, Said ...                    token by token
     HeardEnvironment    Searching ─► Found | SearchFailed       or Corrected, for a call that could not be run
 
-Both wrap what training uses, and leave `rollout.py` as it is.
+Both wrap what training uses, so `rollout.py` knows nothing of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Searching:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search brought; none is "nothing matches". `notice` is what the model is told beside it."""
+    """What a search found, possibly nothing. `notice` is what the model is told beside the passages."""
 
     passages: tuple[Passage, ...]
     notice: str = ""
@@ -48,7 +48,7 @@ class SearchFailed:
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """A malformed call was not run, and the model was told so."""
+    """A call could not be run, and the model was told why."""
 
     notice: str
 
@@ -94,7 +94,7 @@ class HeardEnvironment(SearchEnvironment):
 
 @dataclass
 class HeardPolicy(Policy):
-    """Tells a listener what an engine writes: token by token where it can, turn by turn where it cannot."""
+    """Tells a listener what an engine writes: token by token if the engine can, else turn by turn."""
 
     engine: Policy
     protocol: Protocol
@@ -129,7 +129,7 @@ class HeardPolicy(Policy):
 
     def _hear(self, ids: Sequence[int]) -> None:
         text = self.protocol.read(ids)
-        # The first bytes of a character are not one yet.
+        # The last character may still be incomplete.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._tell(text)
 

@@ -1,11 +1,11 @@
-"""One agent, asked question after question, and heard while it thinks, searches and answers.
+"""An agent that answers one question after another, and can be watched while it thinks, searches and answers.
 
     with load_chat("runs/qwen3b", load_retriever("web")) as chat:
         print(chat.ask("Who founded Orlune?").answer)
 
-A chat is a rollout of one trajectory: the same loop, environment and protocol as in training, so that the agent meets
-what it was trained in. Two things differ (`hearing.py`): it is heard token by token, and it is told when a search
-failed, where training would throw the trajectory away. Each question is a conversation of its own, as in training.
+Each answer is a rollout of one trajectory, with the loop, environment and protocol of training, so the agent meets
+what it was trained on. Two things differ (`events.py`): a listener hears it token by token, and it is told when a
+search failed, while training would discard the trajectory. Each question is a conversation of its own, as in training.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 Result = TypeVar("Result")
 
-INTERRUPT_S = 0.2  # until an interrupt is noticed, at most
-# The seed's inference script: sampled at 0.7.
+INTERRUPT_S = 0.2  # an interrupt is noticed within this time
+# As in the inference script of Seungyoun Shin's reproduction of Search-R1 (June 2025).
 SAMPLING = Sampling(temperature=0.7)
 
 
@@ -75,14 +75,14 @@ class Reply:
 
 
 class Chat:
-    """A policy and what it searches, kept open between questions. Made by [`load_chat`]; `close` it, or use `with`.
+    """A policy and its retriever, kept open between questions. [`load_chat`] makes one; `close` it, or use `with`.
 
     Args:
         policy (`Policy`): The engine.
         protocol (`Protocol`): How the policy was trained to search.
         environment (`HeardEnvironment`): What it searches; its `k` may be changed between questions.
         limits (`Limits`): Token budgets of an answer.
-        sampling (`Sampling`, *optional*): How it samples, its seed apart.
+        sampling (`Sampling`, *optional*): How it samples; each question has its own seed.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class Chat:
     ) -> None:
         self.policy, self.protocol = HeardPolicy(policy, protocol), protocol
         self.environment, self.limits, self.sampling = environment, limits, sampling
-        # A loop of its own, on a thread: engine and connections stay warm, and a notebook's running loop is not in
-        # the way. An interrupt reaches the thread that asks, which cancels what it asked for.
+        # The chat has its own loop, on a thread: engine and connections stay warm, and the running loop of a notebook
+        # is not in the way. An interrupt reaches the thread that asks, which cancels its question.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
         self._thread.start()
         self._opened = False
 
     def ask(self, question: str, listener: Listener = unheard, *, seed: int | None = None) -> Reply:
-        """Answers one question, and tells the listener meanwhile, from other threads, one event at a time.
+        """Answers one question. The listener is told meanwhile, from other threads, one event at a time.
 
         Args:
-            seed (`int`, *optional*): The same seed gives the same answer, as long as searches find the same. Drawn
-                where it is not given, and named in the reply.
+            seed (`int`, *optional*): The same seed gives the same answer, as long as searches find the same. By
+                default one is drawn; the reply names it.
         """
         if not question.strip():
             raise UserError("the question is empty")
@@ -115,7 +115,7 @@ class Chat:
         try:
             return self._run(self._answer(question, heard, random.getrandbits(32) if seed is None else seed))
         except KeyboardInterrupt:
-            # A search that nobody waits for any more would hold up the next.
+            # An abandoned search would delay the next one.
             self._run(self._forget_searches())
             raise
         finally:
@@ -168,7 +168,7 @@ class Chat:
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            # An interrupt that another thread was given does not wake this one: it looks for itself.
+            # An interrupt may arrive in another thread and does not wake this one, so it looks regularly.
             while not wait([future], timeout=INTERRUPT_S).done:
                 continue
             return future.result()
@@ -179,7 +179,7 @@ class Chat:
 
 @dataclass
 class _Switch:
-    """A listener that can be switched off: an engine may sample one more token of an answer nobody waits for."""
+    """A listener that can be switched off: an engine may sample one more token after an interrupt."""
 
     listener: Listener
     on: bool = True
@@ -217,12 +217,12 @@ def load_chat(
     dtype: str | None = None,
     server: str | None = None,
 ) -> Chat:
-    """Loads a model and gets it ready for questions.
+    """Loads a model for questions.
 
     Args:
         model (`str`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
-        retriever (`Retriever`): What it searches; it stays the caller's, to close.
-        settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`agent_settings.py`).
+        retriever (`Retriever`): What it searches. The caller closes it.
+        settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`config/agent.py`).
         sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
         device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
         dtype (`str`, *optional*): bfloat16 on a GPU and float32 on a CPU by default.

@@ -1,8 +1,8 @@
-"""What a chat looks like on a terminal: thoughts, calls, passages and the answer in colours of their own.
+"""A chat on a terminal: thoughts, calls, passages and the answer each have a colour.
 
-Colours go to terminals only, and not where `NO_COLOR` is set; a pipe gets the same text without them. What a model
-writes and what a search finds is not ours: control characters in it, which could move the cursor, ring, retitle the
-window or turn the text around, are shown as what they are (`\\x1b`) and not sent.
+Colours are for terminals, and off if `NO_COLOR` is set; a pipe gets the same text without them. Text of a model or a
+search is untrusted: its control characters could move the cursor, ring, retitle the window or reverse the text. So
+they are written out (`\\x1b`) and not sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STYLES = {"think": "dim italic", "tool_call": "cyan", "search": "cyan", "answer"
 _TAG = re.compile(rf"<(/?)({'|'.join(STYLES)})>")
 _TAGS = [f"<{slash}{name}>" for name in STYLES for slash in ("", "/")]
 _TAG_BEGUN = re.compile(r"<[^<>]{0,11}$")
-# C0 and C1 without tab and newline, what changes the direction of text, and halves of surrogate pairs.
+# C0 and C1 without tab and newline, characters that change the direction of text, and halves of surrogate pairs.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -38,13 +38,13 @@ def visible(text: str) -> str:
 
 
 class Painter:
-    """Gives each piece of a turn the style of the tags around it, as the pieces come: a tag may come in several."""
+    """Gives each piece of a turn the style of the tags around it. A tag may arrive in several pieces."""
 
     def __init__(self) -> None:
         self._held, self._style = "", ""
 
     def feed(self, text: str) -> Iterator[tuple[str, str]]:
-        """Pieces of text with their styles. The beginning of what may be a tag is held back."""
+        """Pieces of text with their styles. An end that may be the beginning of a tag is held back."""
         text = self._held + text
         begun = _TAG_BEGUN.search(text)
         held = begun[0] if begun and any(tag.startswith(begun[0]) for tag in _TAGS) else ""
@@ -52,7 +52,7 @@ class Painter:
         yield from self._paint(text[: len(text) - len(held)])
 
     def flush(self) -> Iterator[tuple[str, str]]:
-        """The end of a turn: what was held back is no tag, and no style outlives a turn."""
+        """Ends a turn: the text held back is not a tag, and styles end with the turn."""
         yield from self._paint(self._held)
         self._held, self._style = "", ""
 
@@ -92,13 +92,13 @@ class Screen:
             self._line(visible(event.notice), "yellow")
 
     def end_turn(self) -> None:
-        """Ends the line that the model was writing, if any."""
+        """Ends the line that the model is writing, if any."""
         self._write(self._painter.flush())
         if not self._at_line_start:
             self._write([("\n", "")])
 
     def finish(self, reply: Reply) -> None:
-        """The last lines: what the question came to."""
+        """The last lines: the outcome of the question."""
         self.end_turn()
         if reply.answer is None:
             self._line(f"no answer (stopped by {reply.stop_reason.value})", "bold red")
@@ -106,7 +106,7 @@ class Screen:
         self._line(f"[{counts}, {reply.seconds:.1f} s, seed {reply.seed}]", "dim")
         if reply.failed_searches:
             self._line(
-                f"{len(reply.failed_searches)} of {reply.searches} searches failed: this may rest on nothing found",
+                f"{len(reply.failed_searches)} of {reply.searches} searches failed: the answer may be a guess",
                 "bold red",
             )
 

@@ -3,7 +3,7 @@
     ids      [ 77,    4711,   148, 237, 9 ]
     texts    [ "Mira", " was", "", "é", "." ]         joined: the decoded text, always
 
-A character split over several tokens is shown by the last of them. So are all those characters that a tokenizer
+If a character is split over several tokens, the last of them shows it. The same holds for characters that a tokenizer
 does not decode token by token.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 class TokenTexts:
     """
-    Texts of tokens. Keeps the text of each id that it has met, as decoding ids one by one is slow.
+    The texts of tokens. It keeps the text of each id it has seen, because decoding ids one by one is slow.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
@@ -26,13 +26,13 @@ class TokenTexts:
         self._alone: dict[int, str] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of all ids together, special tokens and all."""
+        """The text of all ids together, special tokens included."""
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         text: str = self._tokenizer.decode(list(ids), **options)
         return text
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
-        """One text for each id; joined they are `decode(ids)`."""
+        """One text per id; joined they are `decode(ids)`."""
         text = self.decode(ids)
         for token in set(ids) - self._alone.keys():
             self._alone[token] = self.decode([token])
@@ -55,14 +55,14 @@ class TokenTexts:
         for token in ids:
             try:
                 yield stream.step(backend, token) or ""
-            # The library raises nothing narrower, for bytes that turn out to be no character.
+            # For bytes that are no character, the library raises nothing narrower.
             except Exception:
                 stream = DecodeStream(skip_special_tokens=False)
                 yield stream.step(backend, token) or ""
 
 
 def _laid_along(text: str, pieces: Iterable[str]) -> list[str]:
-    """`text`, cut where the pieces end. What lies between two of them is the second's, what comes last the last's."""
+    """`text`, cut where the pieces end. Text between two pieces belongs to the second, the rest to the last."""
     laid: list[str] = []
     at = 0
     for piece in pieces:

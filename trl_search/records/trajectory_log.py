@@ -1,10 +1,10 @@
-"""Writes the trajectories of a step as parquet: tokens as text beside the mask that the loss was taken over.
+"""Writes the trajectories of a step as parquet: tokens as text, and the mask of the loss.
 
     from datasets import load_dataset
     load_dataset("parquet", data_files="runs/qwen3b/trajectories/*.parquet")
 
-`run_folder.py` has the columns. The mask is read from the batch that TRL trains on, not from the trajectory: it is
-what was trained, with everything that TRL or a setting has changed in it.
+`folder.py` lists the columns. The mask is read from the batch that TRL trains on, not from the trajectory, so it
+includes whatever TRL or a setting has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """What TRL made of the trajectories of a rollout batch. B: those of this rank; R: of all ranks; F: rewards."""
+    """What TRL made of a rollout batch. B: trajectories of this rank; R: of all ranks; C: tokens; F: rewards."""
 
     loss_mask_BC: torch.Tensor
     advantages_B: torch.Tensor  # (B, C) where there is one per token
@@ -46,12 +46,12 @@ class TrajectoryLog:
     Keeps the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
 
     Args:
-        args (`SearchGRPOConfig`): The run's.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's.
-        accelerator ([`~accelerate.Accelerator`]): It knows which rank this is. Rank 0 writes.
+        args (`SearchGRPOConfig`): The configuration of the run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the policy.
+        accelerator ([`~accelerate.Accelerator`]): It knows the rank. Rank 0 writes.
 
     Attributes:
-        step (`int`): The step that was written last.
+        step (`int`): The last step that was written.
         table (`pyarrow.Table`, *optional*): Its trajectories; on rank 0.
     """
 
@@ -68,7 +68,7 @@ class TrajectoryLog:
     def add(
         self, step: int, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], scored: Scored
     ) -> None:
-        """Adds a rollout batch to those of the step, and writes them. Every rank has to call it."""
+        """Adds a rollout batch to the step, and writes the step. Every rank must call it."""
         if step != self.step:
             self.step, self.table, self._seen = step, None, 0
         first, self._seen = self._seen, self._seen + self.ranks * len(trajectories)
@@ -88,7 +88,7 @@ class TrajectoryLog:
     def _record(
         self, index: int, row: Mapping[str, Any], trajectory: Trajectory, scored: Scored, local: int, among_all: int
     ) -> dict[str, Any]:
-        """A row of the table, with ids where it has texts: it travels to rank 0."""
+        """A row of the table for rank 0, with token ids in place of texts."""
         rewards_F = scored.rewards_RF[among_all]
         rewarded = not bool(rewards_F.isnan().all())
         weighted = (rewards_F * scored.weights_F.to(rewards_F.device)).nansum().item()

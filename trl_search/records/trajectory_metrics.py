@@ -1,24 +1,24 @@
-"""What is logged of a rollout batch: one row of numbers a trajectory, averaged over all ranks.
+"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over all ranks.
 
 | metric                              | mean over trajectories of                                                     |
 |-------------------------------------|-------------------------------------------------------------------------------|
-| `search/searches`, `search/turns`   | searches made, turns the policy took                                          |
+| `search/searches`, `search/turns`   | searches made, turns of the policy                                            |
 | `search/malformed_calls`            | calls that could not be run                                                   |
 | `search/near_calls`                 | among them: fenced JSON, `search(...)`, markup of another model, no tags      |
 | `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
-| `search/failed_rollouts`            | 1 where retrieval failed: masked from the loss                                |
-| `tokens/model`                      | tokens the policy sampled (mask 1)                                            |
-| `tokens/observation`                | tokens the world wrote (mask 0)                                               |
-| `tokens/nonfinite_logprobs`         | sampled tokens whose logprob was not finite                                   |
-| `time/generation_s`, `time/search_s`| seconds it spent in generation and in search, waiting included                |
-| `reflection/ratio`                  | 1 where the policy wrote a reflective phrase                                  |
+| `search/failed_rollouts`            | 1 if retrieval failed: masked from the loss                                   |
+| `tokens/model`                      | tokens that the policy sampled (mask 1)                                       |
+| `tokens/observation`                | tokens that the environment wrote (mask 0)                                    |
+| `tokens/nonfinite_logprobs`         | sampled tokens whose log-prob was not finite                                  |
+| `time/generation_s`, `time/search_s`| seconds spent in generation and in search, waiting included                   |
+| `reflection/ratio`                  | 1 if the policy wrote a reflective phrase                                     |
 | `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
-| `stop/<reason>`                     | 1 where it ended for that reason: `answer`, `search_budget`, ...              |
+| `stop/<reason>`                     | 1 if it ended for that reason: `answer`, `search_budget`, ...                 |
 
-Beside them, `retrieval/<name>` is what happened between us and the retriever in a rollout batch, all ranks together:
-`queries`, `failed_queries`, `batches`, `search_s` of every retriever; of `http` and `web` also `requests`, `failures`,
-`retries`, `failures/<endpoint>` and more of their own.
+`retrieval/<name>` counts what the retriever did in a rollout batch, over all ranks: `queries`, `failed_queries`,
+`batches` and `search_s` for every retriever; for `http` and `web` also `requests`, `failures`, `retries`,
+`failures/<endpoint>` and more.
 
 TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_reward_zero_std` (groups without signal).
 """

@@ -1,8 +1,8 @@
-"""Publishes a run's model on the Hugging Face hub: which files go, what is written beside them, and the commit.
+"""Publishes the model of a run on the Hugging Face hub: which files are uploaded, and the commit.
 
-What goes is named one by one, and nothing else goes: the weights, the tokenizer, the card, `trl_search.json`, the
-curves. Optimizer states, checkpoints, logs and pickled arguments stay; so do trajectories, which hold questions and
-passages of the training, unless they are asked for.
+Only named files are uploaded: the weights, the tokenizer, the card, `trl_search.json`, the curves. Optimizer states,
+checkpoints, logs and pickled arguments stay. Trajectories hold questions and passages of the training, so they stay as
+well unless they are asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl_search.common.files import read_object
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.policies.loading import ADAPTER_CONFIG
 
-HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # and neither ./warm nor runs/warm of another folder
+HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # neither ./warm nor runs/warm, which are folders
 CARD = "README.md"
 CURVES = "curves.png"
 MODEL_FILES = (
@@ -36,24 +36,24 @@ TRAJECTORIES = "trajectories/*.parquet"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes into a repository: files of a folder under their names there, and texts that are written for it."""
+    """What goes into a repository: files of a folder under their own names, and texts that are written for it."""
 
     folder: Path
     files: tuple[str, ...]
     texts: Mapping[str, str]
 
     def lines(self) -> list[str]:
-        """For people: every file, with its size."""
+        """Every file with its size, for people."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         return [f"  {name}  {_size(size)}" for name, size in sorted(sizes.items())]
 
 
 def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bool = False) -> Upload:
-    """Which files of a run's folder go; checked as far as files can be checked.
+    """Which files of a run are uploaded, after all checks that need no network.
 
     Raises:
-        UserError: if there is no model in it, or half of one.
+        UserError: if the folder holds no model, or half of one.
     """
     patterns = [*MODEL_FILES, CURVES, *([TRAJECTORIES] if with_trajectories else [])]
     names = {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
@@ -65,16 +65,16 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
         hint = f"; the run was not finished? Push its last checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise UserError(f"{folder} holds no weights (*.safetensors){hint}")
     if "adapter_model.safetensors" not in names and "config.json" not in names:
-        raise UserError(f"{folder} has weights and no config.json: it is not whole")
+        raise UserError(f"{folder} has weights but no config.json: the model is not complete")
     if not any(name.startswith("tokenizer") for name in names):
-        raise UserError(f"{folder} has no tokenizer: save it there (tokenizer.save_pretrained), or nobody can ask")
+        raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained")
     for name in names:
         if name.endswith(".index.json"):
             index = read_object(folder / name, "save the model again, or push another checkpoint")
             missing = set(index["weight_map"].values()) - weights
             if missing:
                 raise UserError(
-                    f"{folder} is not whole: {name} names {', '.join(sorted(missing))}, which is not there"
+                    f"{folder} is not complete: {name} names {', '.join(sorted(missing))}, which is missing"
                 )
     for name in weights:
         _check_weights(folder / name)
@@ -84,13 +84,13 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
 def publish(
     upload: Upload, repo_id: str, *, api: HfApi, public: bool = False, message: str = "Upload by trl-search push"
 ) -> str:
-    """Makes the repository if need be, and commits everything at once. Returns the address of the commit.
+    """Creates the repository if needed, and commits everything at once. Returns the address of the commit.
 
     Args:
-        public (`bool`): A new repository is private without it, and one that is public already is refused.
+        public (`bool`): Whether everybody may see it. If not, a new repository is private and a public one refused.
 
     Raises:
-        UserError: if the hub does not answer, or refuses.
+        UserError: if the hub does not answer, or refuses the upload.
     """
     operations = [CommitOperationAdd(name, upload.folder / name) for name in upload.files]
     operations += [CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()]
@@ -105,20 +105,20 @@ def publish(
 
 
 def license_of(base_model: str, api: HfApi) -> str | None:
-    """The licence on the base model's card, which binds what is made of it; `None` where there is none."""
+    """The licence on the card of the base model, which binds models made from it; `None` if there is none."""
     card = ask_hub(lambda: api.model_info(base_model).card_data, base_model)
     found = card.get("license") if card is not None else None
     return found if isinstance(found, str) else None
 
 
 def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
-    """Asks the hub, and says what helps where it refuses or does not answer."""
+    """Asks the hub. If it refuses or does not answer, the error names the remedy."""
     try:
         return ask()
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push, or use --dry_run") from None
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no name of a repository: write it as owner/name ({error})") from None
+        raise UserError(f"{repo_id!r} is not the name of a repository: write it as owner/name ({error})") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         remedy = {
@@ -138,21 +138,21 @@ def settings_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def on_hub(name: str) -> bool:
-    """Whether it reads as a model's name on the hub, and is no folder here."""
+    """Whether it reads as the name of a model on the hub, and is no folder on this machine."""
     return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def adapter_text(adapter: Mapping[str, Any], hub_base: str | None) -> dict[str, str]:
-    """`adapter_config.json`, by its name, where the one of the run names a base model that only this machine has.
+    """A new `adapter_config.json`, by its name, if that of the run names a base model that only this machine has.
 
     Raises:
-        UserError: if the base model's name on the hub is not known: nobody else could load the adapter.
+        UserError: if the name of the base model on the hub is unknown: nobody else could load the adapter.
     """
     if on_hub(base := adapter["base_model_name_or_path"]):
         return {}
     if hub_base is None:
         raise UserError(
-            f"the adapter's base model is {base}, which nobody else has: name the same model on the hub with "
+            f"the base model of the adapter is {base}, which nobody else has: name the same model on the hub with "
             "--base_model owner/name"
         )
     config = {**adapter, "base_model_name_or_path": hub_base}
@@ -166,7 +166,7 @@ def _check_weights(path: Path) -> None:
         with safe_open(path, "np"):  # reads the header, which says how long the file must be
             pass
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or was cut off ({error}): save the model again") from None
+        raise UserError(f"{path} is damaged or incomplete ({error}): save the model again") from None
 
 
 def _size(size: int) -> str:

@@ -68,6 +68,7 @@ PANELS = (
         "per trajectory; what never happened is left out",
         (
             ("search/malformed_calls", "malformed calls"),
+            ("search/near_calls", "nearly right calls"),
             ("search/duplicate_tags", "duplicate tags"),
             ("search/empty_retrievals", "empty searches"),
             ("search/failed_rollouts", "failed retrievals"),

@@ -8,6 +8,11 @@ const address = {
   write(tab, values = {}, remember = false) {
     const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== "" && value !== null)).toString();
     const wanted = `#${tab}${query ? `?${query}` : ""}`;
-    if (wanted !== location.hash) history[remember ? "pushState" : "replaceState"](null, "", wanted);
+    if (wanted === location.hash) return;
+    try {
+      history[remember ? "pushState" : "replaceState"](null, "", wanted);
+    } catch {
+      // A page inside another one, as W&B shows it, may have no address of its own.
+    }
   },
 };

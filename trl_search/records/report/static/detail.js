@@ -99,7 +99,7 @@ function maskLegend(trained, masked) {
   const share = (n) => (total ? ` · ${Math.round((100 * n) / total)} %` : "");
   return element("div.legend", {},
     element("span", {}, element("i.swatch.trained", { "aria-hidden": "true" }), element("b", {}, "Trained"),
-      ` ${plural(trained, "token")}${share(trained)}, in the loss: the policy sampled them`),
+      ` ${plural(trained, "token")}${share(trained)}, in the loss`),
     element("span", {}, element("i.swatch.masked", { "aria-hidden": "true" }), element("b", {}, "Masked"),
       ` ${plural(masked, "token")}${share(masked)}, no gradient`),
     element("button.quiet.heat-switch", { type: "button", title: "Colour the policy's tokens by the probability with which they were sampled",

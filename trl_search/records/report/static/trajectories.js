@@ -64,8 +64,9 @@ function drawTrajectories(section, meta, rows) {
   heat.onchange = remember;
 
   const filters = filterForm(meta, rows, wanted, apply);
-  const notes = meta.runs.filter((run) => run.left_out).map((run) =>
-    element("p.left-out", {}, `${compared ? `${run.name}: ` : ""}${run.left_out}.`));
+  const cut = Map.groupBy(meta.runs.filter((run) => run.left_out), (run) => run.left_out);
+  const notes = [...cut].map(([note, of]) =>
+    element("p.left-out", {}, `${compared ? `${of.map((run) => run.name).join(", ")}: ` : ""}${note}.`));
   section.append(element("div.side", {}, filters.form, ...notes,
     element("div.count", {}, found, element("span.keys", {}, "j k to move · g group · / to search")), box), pane);
   followTokens(pane, byId("tip"));
