@@ -38,6 +38,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": True,
     },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+        "max_position_embeddings": 32_768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "tie_word_embeddings": False,
+    },
     # To try the scripts out where there is no GPU.
     "tiny": {
         "hidden_size": 128,
@@ -76,6 +87,11 @@ def make_plans(trajectories: int, scale: float = 1.0, seed: int = 0) -> list[Pla
             Plan(index, turns, tuple(int(draw.randint(*OBSERVATION_TOKENS) * scale) for _ in range(searches)))
         )
     return plans
+
+
+def make_long_plan(index: int, searches: int) -> Plan:
+    """A trajectory of many searches, about 715 tokens each."""
+    return Plan(index, (TURN_TOKENS[0] + 85,) * (searches + 1), (OBSERVATION_TOKENS[1],) * searches)
 
 
 def describe(plans: list[Plan]) -> str:
