@@ -6,9 +6,13 @@
 | `search/malformed_calls`            | calls that could not be run                                                   |
 | `search/near_calls`                 | among them: fenced JSON, `search(...)`, markup of another model, no tags      |
 | `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
+| `search/quoted_queries`             | share of its queries that hold an exact phrase, in quotation marks            |
+| `search/repeated_queries`           | share of its queries that repeat an earlier one                               |
+| `search/no_answer`                  | 1 if it ended without an answer, and retrieval did not fail                   |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
 | `search/failed_rollouts`            | 1 if retrieval failed: masked from the loss                                   |
 | `tokens/model`                      | tokens that the policy sampled (mask 1)                                       |
+| `tokens/per_turn`                   | tokens that the policy sampled per turn: how much it thinks                   |
 | `tokens/observation`                | tokens that the environment wrote (mask 0)                                    |
 | `tokens/nonfinite_logprobs`         | sampled tokens whose log-prob was not finite                                  |
 | `time/generation_s`, `time/search_s`| seconds spent in generation and in search, waiting included                   |
@@ -25,23 +29,34 @@ TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_rew
 
 from __future__ import annotations
 
+import re
+
 from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import duplicate_tags
-from trl_search.types import StopReason, Trajectory
+from trl_search.types import Answer, Search, StopReason, Trajectory
+
+_QUOTED = re.compile(r'["“«][^"”»]+["”»]')
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
     """The numbers of one trajectory, under the same keys for every trajectory."""
     phrases = sum(map(count_reflections, trajectory.spoken))
+    queries = [query for action in trajectory.actions if isinstance(action, Search) for query in action.queries]
+    different = len({query.strip().lower() for query in queries})
+    answered = any(isinstance(action, Answer) for action in trajectory.actions)
     return {
         "search/searches": float(trajectory.searches),
         "search/turns": float(len(trajectory.spoken)),
         "search/malformed_calls": float(trajectory.malformed),
         "search/near_calls": float(trajectory.near_calls),
         "search/duplicate_tags": float(duplicate_tags(trajectory.spoken)),
+        "search/quoted_queries": sum(map(bool, map(_QUOTED.search, queries))) / max(1, len(queries)),
+        "search/repeated_queries": (len(queries) - different) / max(1, len(queries)),
+        "search/no_answer": float(not answered and not trajectory.failed),
         "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
         "search/failed_rollouts": float(trajectory.failed),
         "tokens/model": float(trajectory.model_tokens),
+        "tokens/per_turn": trajectory.model_tokens / max(1, len(trajectory.spoken)),
         "tokens/observation": float(trajectory.observation_tokens),
         "tokens/nonfinite_logprobs": float(trajectory.nonfinite_logprobs),
         "time/generation_s": trajectory.generation_s,

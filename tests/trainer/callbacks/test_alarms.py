@@ -3,6 +3,7 @@ benchmarks/alarms.py and docs/monitoring.md."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.alarms import HISTORIES, first_alarms, table
 from tests.support.scripted_trainer import scripted_trainer, steps
-from trl_search.trainer.callbacks.alarms import RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, find_collapse
+from trl_search.trainer.callbacks.alarms import DRIFT, RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, find_collapse
 from trl_search.trainer.callbacks.progress import step_line
 
 RUNS = json.loads(HISTORIES.read_text())
@@ -21,7 +22,8 @@ HEALTHY = [name for name in RUNS if name.startswith(("search_masked", "healthy")
 GOOD = {
     "loss": 0.1, "grad_norm": 1.0, "reward": 0.6, "reward_std": 0.4, "frac_reward_zero_std": 0.3, "entropy": 0.2,
     "kl": 0.01, "search/searches": 1.8, "search/turns": 2.8, "search/malformed_calls": 0.0,
-    "search/duplicate_tags": 0.0, "stop/answer": 0.95,
+    "search/duplicate_tags": 0.0, "stop/answer": 0.95, "search/no_answer": 0.05, "search/quoted_queries": 0.4,
+    "search/repeated_queries": 0.1, "tokens/per_turn": 80.0, "eval/em": 0.5,
 }  # fmt: skip
 COLLAPSED = {
     "not_finite": {"grad_norm": math.nan},
@@ -31,6 +33,11 @@ COLLAPSED = {
     "searches": {"search/searches": 0.3},
     "turns": {"search/turns": 1.0},
     "answers": {"stop/answer": 0.2},
+    "no_answer": {"search/no_answer": 0.4},
+    "exact_queries": {"search/quoted_queries": 0.1},
+    "repeated_queries": {"search/repeated_queries": 0.5},
+    "thoughts": {"tokens/per_turn": 20.0},
+    "held_out": {"eval/em": 0.3},
     "malformed": {"search/malformed_calls": 0.8},
     "duplicate_tags": {"search/duplicate_tags": 2.0},
     "entropy_rise": {"entropy": 1.1},
@@ -64,9 +71,45 @@ def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone(
     history = RUNS["learning_rate_x_5_0"]
     assert max(row["reward"] for row in history) > 0.7 and history[-1]["reward"] == 0
     first = {name: step for name, (step, _) in first_alarms(history).items()}
-    assert set(first) == set(COLLAPSED) - {"not_finite", "entropy_fall"}
+    unrecorded = {"no_answer", *DRIFT}
+    assert set(first) == set(COLLAPSED) - {"not_finite", "entropy_fall"} - unrecorded
     gone = next(row["step"] for row in history if row["reward"] == 0)
     assert first["malformed"] == first["duplicate_tags"] == 11 and 11 < first["reward"] < gone
+
+
+def literesearcher():
+    """A published run, 19 checkpoints from step 1 to 750, with the steps between them interpolated."""
+    rows = json.loads((HISTORIES.parent / "literesearcher.json").read_text())["rows"]
+    for before, after in itertools.pairwise(rows):
+        for step in range(before["step"], after["step"]):
+            share = (step - before["step"]) / (after["step"] - before["step"])
+            now = {key: value + share * (after[key] - value) for key, value in before.items()}
+            without = now["no_answer_percent"] / 100
+            yield {
+                "step": step, "loss": 0.1, "reward": now["reward"], "search/turns": now["turns"],
+                "search/searches": now["searches"], "stop/answer": 1 - without, "search/no_answer": without,
+                "search/quoted_queries": now["exact_phrase_queries_percent"] / 100,
+            }  # fmt: skip
+
+
+def test_drift_is_told_a_hundred_steps_before_a_published_run_collapses():
+    """It decays in silence from step 250 on and collapses between 490 and 540, with a reward that rose until 480."""
+    first = {name: step for name, (step, _) in first_alarms(list(literesearcher())).items()}
+    assert first["exact_queries"] <= 390
+    assert 490 <= first["no_answer"] < first["searches"] + 10 and "answers" not in first
+    assert set(first) == {"exact_queries", "no_answer", "searches", "turns"}
+
+
+def test_healthy_runs_do_not_give_up_answering():
+    for name in HEALTHY:
+        rows = [{**row, "search/no_answer": 1 - row["stop/answer"]} for row in RUNS[name] if "stop/answer" in row]
+        assert first_alarms(rows) == {}, name
+
+
+def test_drift_is_told_and_ends_no_run(caplog):
+    vague = {**GOOD, "search/quoted_queries": 0.05}
+    _, control = play([GOOD] * 6 + [vague] * 40, stop=True)
+    assert control.should_training_stop is False and "alarm exact_queries" in caplog.text
 
 
 def test_a_learning_rate_that_collapses_at_once_is_seen_within_ten_steps():

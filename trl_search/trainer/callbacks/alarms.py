@@ -3,7 +3,8 @@
     logs of a run ─► Watch: the median of the last 5, against the lowest and highest such median so far ─► RULES
                  ─► CollapseAlarm: `alarm/<name>` 0 or 1 in every log and tracker, a warning once, a stop on request
 
-Each rule compares a run with what the same run has been, so none needs to know the task. They are silent on healthy
+Each rule compares a run with what the same run has been, so none needs to know the task. Rules of `drift` fire long
+before a collapse, on changes that may also be wanted; they warn and end no run. All rules are silent on healthy
 runs and loud on collapses that were recorded (`tests/support/data/histories.json`, made by
 `benchmarks/alarms.py`); what fired when is in docs/monitoring.md. Medians, because one log of a healthy run may show
 anything: a KL of 1e3 from one token.
@@ -65,6 +66,7 @@ class Rule:
         falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, once
             that level has been at least `worth`.
         unless_solved (`bool`): Not where the reward is as high as it has been: then there is nothing left to learn.
+        drift (`bool`): Comes before a collapse and may also be wanted, so it is told and ends no run.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Rule:
     beyond: float = math.inf
     worth: float = 0.0
     unless_solved: bool = False
+    drift: bool = False
 
     @property
     def condition(self) -> str:
@@ -154,7 +157,8 @@ RULES: tuple[Rule, ...] = (
         "searches",
         "search/searches",
         "the policy gives up searching",
-        "look whether the reward needs a search; look at retrieval/failed_queries and search/empty_retrievals",
+        "if guessing pays as much as searching, begin with a cold start (trl-search sft) or give the retrieval reward "
+        "a weight; look at retrieval/failed_queries and search/empty_retrievals",
         falls=0.3,
         worth=0.1,
     ),
@@ -173,6 +177,50 @@ RULES: tuple[Rule, ...] = (
         "look at stop/* for which budget; a policy that babbles shows in tokens/model",
         falls=0.5,
         worth=0.2,
+    ),
+    Rule(
+        "no_answer",
+        "search/no_answer",
+        "more and more trajectories end without an answer",
+        "look at stop/* for how they end; lower learning_rate, go back to the best checkpoint",
+        rises=3.0,
+        beyond=0.2,
+    ),
+    Rule(
+        "exact_queries",
+        "search/quoted_queries",
+        "the policy stops asking for exact phrases: queries get vaguer, long before the reward falls",
+        "read the queries of the report; lower learning_rate, compare eval/em of the checkpoints before going on",
+        falls=0.4,
+        worth=0.1,
+        drift=True,
+    ),
+    Rule(
+        "repeated_queries",
+        "search/repeated_queries",
+        "the policy asks the same again and learns nothing from it",
+        "read the queries of the report; look at search/empty_retrievals, lower max_searches",
+        rises=2.0,
+        beyond=0.3,
+        drift=True,
+    ),
+    Rule(
+        "thoughts",
+        "tokens/per_turn",
+        "the policy thinks less and less before it acts",
+        "read the completions; lower learning_rate, use a loss with a constant length normaliser (loss_type: dr_grpo)",
+        falls=0.4,
+        worth=30.0,
+        drift=True,
+    ),
+    Rule(
+        "held_out",
+        "eval/em",
+        "held-out questions are answered worse than before, whatever the training reward says",
+        "go back to the best checkpoint; read what is rewarded: the reward may be earned without a right answer",
+        falls=0.75,
+        worth=0.1,
+        drift=True,
     ),
     Rule(
         "malformed",
@@ -216,6 +264,9 @@ RULES: tuple[Rule, ...] = (
         beyond=1.0,
     ),
 )
+
+
+DRIFT = {rule.name for rule in RULES if rule.drift}
 
 
 class Watch:
@@ -325,7 +376,7 @@ class CollapseAlarm(TrainerCallback):
         return found, new
 
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
-        lasting = [name for name, logs in self.lasting.items() if logs >= STOP_AFTER]
+        lasting = [name for name, logs in self.lasting.items() if logs >= STOP_AFTER and name not in DRIFT]
         if PartialState().num_processes > 1:
             # Ranks that disagreed by a rounding would wait for each other for ever.
             lasting = broadcast_object_list([lasting])[0]
