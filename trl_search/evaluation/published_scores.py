@@ -40,8 +40,10 @@ class Published:
 
 PUBLISHED = (
     Published("Search-R1, 3B-it GRPO", "3B", (0.397, 0.565, 0.391, 0.331, 0.310, 0.124, 0.232), 0.336, False),
-    # Its table; its text says .349.
-    Published("the seed's run, 3B-it", "3B", (0.406, 0.582, 0.420, 0.338, 0.332, 0.111, 0.296), 0.355, False),
+    # Seungyoun Shin's reproduction of Search-R1 (June 2025): the average of its table; its text says .349.
+    Published(
+        "Search-R1 by Shin (2025), 3B-it", "3B", (0.406, 0.582, 0.420, 0.338, 0.332, 0.111, 0.296), 0.355, False
+    ),
     Published("3B direct", "3B", (0.106, 0.288, 0.108, 0.149, 0.244, 0.020, 0.024), 0.134),
     Published("3B CoT", "3B", (0.023, 0.032, 0.005, 0.021, 0.021, 0.002, 0.000), 0.015),
     Published("3B RAG", "3B", (0.348, 0.544, 0.387, 0.255, 0.226, 0.047, 0.080), 0.270),
