@@ -28,7 +28,6 @@ from trl_search.cli.preflight import (
     environment_checks,
     installed_version,
     recipe_servers,
-    recipe_values,
     server_checks,
 )
 from trl_search.policies.weight_checksums import EXTENSION
@@ -74,14 +73,10 @@ def test_sampling_that_cuts_the_distribution():
         assert check.status is Status.WARNING and f"{next(iter(cut))}={next(iter(cut.values()))}" in check.said
 
 
-def test_recipes_are_read_without_being_run(tmp_path):
-    recipe = recipe_values("qwen3b")  # its bf16 would be refused on a machine without a GPU
-    assert recipe["max_completion_length"] == 4096 and recipe["epsilon"] == 0.2
-    path = tmp_path / "served.yaml"
-    path.write_text("use_vllm: true\nvllm_mode: server\nvllm_server_host: gpu1\n", encoding="utf-8")
-    assert recipe_servers(recipe_values(str(path))) == ["http://gpu1:8000"]
-    path.write_text("use_vllm: true\nvllm_mode: colocate\n", encoding="utf-8")
-    assert recipe_servers(recipe_values(str(path))) == []
+def test_servers_of_a_recipe():
+    served = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": None, "vllm_server_port": 8000}
+    assert recipe_servers({**served, "vllm_server_host": "gpu1"}) == ["http://gpu1:8000"]
+    assert recipe_servers({**served, "vllm_mode": "colocate"}) == recipe_servers({}) == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ settings do is found out by asking it: a flag that it was started with is not ye
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from trl_search.config.recipe import find_recipe
 from trl_search.policies.vllm_server import format_request, version_problem
 from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.types import Sampling
@@ -163,21 +160,9 @@ def cuda_devices() -> list[Device]:
 # A recipe
 
 
-def recipe_values(name: str) -> dict[str, Any]:
-    """The keys of a recipe, with the defaults of those it leaves out. It need not be able to run on this machine."""
-    from trl_search.config.grpo import SearchGRPOConfig
-
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(SearchGRPOConfig)
-        if field.default is not dataclasses.MISSING
-    }
-    return {**defaults, **yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))}
-
-
 def recipe_servers(recipe: Mapping[str, Any]) -> list[str]:
     """The addresses of the servers that a recipe samples from, if it does."""
-    if not recipe["use_vllm"] or recipe["vllm_mode"] != "server":
+    if not recipe.get("use_vllm") or recipe["vllm_mode"] != "server":
         return []
     given = recipe["vllm_server_base_url"] or f"http://{recipe['vllm_server_host']}:{recipe['vllm_server_port']}"
     return [given] if isinstance(given, str) else list(given)
@@ -188,7 +173,7 @@ def check_sampling(recipe: Mapping[str, Any]) -> Check:
     cuts = [
         f"{key}={recipe[key]}"
         for key, whole in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
-        if recipe[key] and recipe[key] != whole
+        if recipe.get(key) and recipe[key] != whole
     ]
     if cuts:
         said = f"{', '.join(cuts)}: the sampled tokens' logprobs are of the cut distribution, the trainer's are not"

@@ -88,6 +88,10 @@ class TaskArguments(QuestionArguments):
         },
     )
 
+    overwrite: bool = field(
+        default=False, metadata={"help": "Run into an output_dir that holds a finished run, and replace its results."}
+    )
+
     def __post_init__(self) -> None:
         for name, least in (
             ("max_train_questions", 1),

@@ -2,10 +2,11 @@
 
     trl-search doctor                                       versions, extras, devices
     trl-search doctor --server http://localhost:8000        and what that server does when it is asked
-    trl-search doctor recipes/qwen3b.yaml                   and whether both fit that recipe; its server, too
+    trl-search doctor qwen3b --use_vllm false               and whether this machine can run a recipe, with overrides
     trl-search doctor Qwen/Qwen3-4B                         which protocols are exact for a model (docs/models.md)
 
-One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem.
+One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem. `train` and
+`sft` look at the same first, and do not start with a problem.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from trl_search.cli.model_checks import is_model, model_checks
 from trl_search.cli.preflight import (
@@ -20,10 +23,9 @@ from trl_search.cli.preflight import (
     Status,
     check_sampling,
     environment_checks,
-    recipe_servers,
-    recipe_values,
     server_checks,
 )
+from trl_search.cli.recipe_checks import recipe_checks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,19 +37,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
 
 
-def run(args: argparse.Namespace) -> int:
-    model = args.recipe if args.recipe and is_model(args.recipe) else None
-    recipe = recipe_values(args.recipe) if args.recipe and model is None else None
-    checks = environment_checks() + (model_checks(model) if model else [])
-    if recipe is not None:
-        checks.append(check_sampling(recipe))
-    for server in args.server or (recipe_servers(recipe) if recipe is not None else []):
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trl-search doctor",
+        usage="trl-search doctor [MODEL | RECIPE [--key value ...]] [--server URL ...] [--prompt_tokens N] [--json]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    args, overrides = parser.parse_known_args(argv)
+    checks = environment_checks()
+    recipe: Mapping[str, Any] | None = None
+    if args.recipe is not None and is_model(args.recipe):
+        checks += model_checks(args.recipe)
+    elif args.recipe is not None:
+        recipe, classes = _recipe([args.recipe, *overrides])
+        checks += [check_sampling(recipe), *recipe_checks(recipe, classes)]
+    if overrides and recipe is None:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    for server in args.server or []:
         checks += server_checks(server, recipe, prompt_tokens=args.prompt_tokens)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
         print("\n".join(line(check) for check in checks))
     return int(any(check.status is Status.PROBLEM for check in checks))
+
+
+def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The values of a recipe of `train`, or of `sft` where its name says so."""
+    from trl import ModelConfig
+
+    from trl_search.config.grpo import SearchGRPOConfig
+    from trl_search.config.recipe import find_recipe, recipe_command, recipe_values
+    from trl_search.config.task import TaskArguments
+    from trl_search.trainer.cold_start.run import ColdStartArguments
+    from trl_search.trainer.sft import SearchSFTConfig
+
+    command = recipe_command(find_recipe(argv[0]).stem)
+    classes: tuple[Any, ...] = (
+        (TaskArguments, SearchGRPOConfig, ModelConfig)
+        if command == "train"
+        else (ColdStartArguments, SearchSFTConfig, ModelConfig)
+    )
+    return recipe_values(argv, classes, command=command), classes
 
 
 def line(check: Check) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     from trl import ModelConfig
 
+    from trl_search.cli.recipe_checks import refuse_problems
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.grpo import SearchGRPOConfig
     from trl_search.config.recipe import build_arguments, recipe_values
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> int:
     classes = (TaskArguments, SearchGRPOConfig, ModelConfig)
     if print_help(argv, "train", __doc__, classes):
         return 0
-    arguments, config, model_config = build_arguments(recipe_values(argv, classes, command="train"), classes)
+    values = recipe_values(argv, classes, command="train")
+    refuse_problems(values, classes)
+    arguments, config, model_config = build_arguments(values, classes)
     run_training(arguments, config, model_config)
     return 0

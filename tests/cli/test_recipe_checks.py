@@ -1,0 +1,177 @@
+"""What stops a run is found before it starts, all of it at once, each with what mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import ModelConfig
+
+from trl_search.cli import recipe_checks
+from trl_search.cli.main import main
+from trl_search.cli.preflight import Device, Status
+from trl_search.cli.recipe_checks import (
+    check_configuration,
+    check_disk,
+    check_memory,
+    check_model_is_there,
+    check_output,
+    check_packages,
+    check_precision,
+    check_questions,
+    check_retriever,
+    check_rewards,
+    count_parameters,
+)
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.recipe import recipe_values
+from trl_search.config.task import TaskArguments
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Passage
+
+CLASSES = (TaskArguments, SearchGRPOConfig, ModelConfig)
+GPU = Device("NVIDIA L4", 24 << 30, 24 << 30)
+QWEN_3B = 3_090_000_000
+
+
+def test_a_laptop_is_told_everything_that_qwen3b_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(recipe_checks, "_devices", lambda: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_checks, "_on_hub", lambda what, name, ask: recipe_checks.Check(what, Status.OK, name))
+    monkeypatch.setattr(recipe_checks, "count_parameters", lambda name: QWEN_3B)
+    assert main(["train", "qwen3b", "--reward_weights", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trl-search: error: this cannot run here:\n")
+    for problem in (
+        "rewards: 1 reward_weights for 4 reward_funcs: give one weight per reward",
+        "precision: bf16: true needs a GPU",
+        "packages: use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
+        "retriever: there is no index folder indexes/wiki18-bm25",
+    ):
+        assert f"\n  {problem}" in said
+    assert "Traceback" not in said and not list(tmp_path.iterdir())
+
+
+def test_the_quickstart_runs_anywhere() -> None:
+    checks = recipe_checks.recipe_checks(recipe_values(["quickstart"], CLASSES, command="train"), CLASSES)
+    assert {check.status for check in checks} <= {Status.OK, Status.NOTE}
+
+
+def test_the_doctor_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "quickstart", "--num_generations", "7", "--json"]) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert checks["configuration"]["status"] == "problem" and "num_generations" in checks["configuration"]["said"]
+
+
+def test_batches_that_do_not_divide() -> None:
+    values = recipe_values(["quickstart"], CLASSES, command="train")
+    assert check_configuration(values, CLASSES).status is Status.OK
+    assert check_configuration({**values, "num_generations": 7}, CLASSES).status is Status.PROBLEM
+
+
+@pytest.mark.parametrize(
+    ("values", "devices", "status"),
+    [
+        ({"bf16": True}, [], "problem"),
+        ({"bf16": True, "use_cpu": True}, [], "ok"),
+        ({"bf16": False, "fp16": None}, [], "ok"),
+        ({"fp16": True}, [GPU], "ok"),
+    ],
+)
+def test_precision(values: dict[str, Any], devices: list[Device], status: str) -> None:
+    assert check_precision(values, devices).status == status
+
+
+def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    values = {"use_vllm": True, "retriever": "dense", "report_to": ["wandb", "none"], "attn_implementation": "sdpa"}
+    said = [f"{check.said}: {check.remedy}" for check in check_packages(values)]
+    assert said == [
+        "use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
+        "retriever: dense needs sentence_transformers: pip install 'trl-search[dense]'",
+        "report_to: wandb needs wandb: pip install 'trl-search[wandb]'",
+    ]
+    assert list(check_packages({"report_to": "none", "retriever": "bm25"})) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "devices", "status"),
+    [
+        ({"dtype": "float32", "beta": 0.001}, [GPU], "problem"),  # 5 x 12.4 GB
+        ({"dtype": "bfloat16", "use_peft": True}, [GPU], "ok"),
+        ({"dtype": "bfloat16", "use_peft": True, "deepspeed": "zero3.json"}, [GPU], "note"),
+        ({"dtype": "float32"}, [], "note"),
+        (
+            {
+                "dtype": "bfloat16",
+                "use_peft": True,
+                "use_vllm": True,
+                "vllm_mode": "colocate",
+                "vllm_gpu_memory_utilization": 0.9,
+            },
+            [GPU],
+            "problem",
+        ),
+    ],
+)
+def test_memory_is_reckoned_from_the_model(values: dict[str, Any], devices: list[Device], status: str) -> None:
+    assert check_memory(values, QWEN_3B, devices).status == status
+
+
+def test_parameters_are_counted_without_weights() -> None:
+    assert 3_000_000 < (count_parameters("tiny") or 0) < 4_000_000
+    assert count_parameters("runs/nowhere") is None
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50 << 30})())
+    values = {"output_dir": str(tmp_path / "deep" / "run"), "dtype": "float32", "save_strategy": "steps"}
+    assert check_disk({**values, "save_total_limit": 1}, QWEN_3B).status is Status.OK
+    assert check_disk({**values, "save_total_limit": 3}, QWEN_3B).status is Status.PROBLEM
+    assert check_disk({**values, "save_strategy": "no", "save_total_limit": 3}, QWEN_3B).status is Status.OK
+
+
+def test_models_and_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_model_is_there("tiny").status is Status.OK
+    assert check_model_is_there(None).status is Status.PROBLEM
+    assert "holds no model" in check_model_is_there(str(tmp_path)).said
+    (tmp_path / "q.jsonl").touch()
+    asked = {"questions": str(tmp_path / "q.jsonl"), "eval_questions": ["missing.jsonl", "world"]}
+    assert [check.status for check in check_questions(asked)] == ["ok", "problem", "ok"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, *args, **kwargs: 1 / 0)
+    (check,) = check_questions({"questions": "musique"})
+    assert check.status is Status.PROBLEM and "RUC-NLPIR/FlashRAG_datasets" in check.said
+
+
+def test_retrievers(tmp_path: Path) -> None:
+    build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "index")
+    assert check_retriever(str(tmp_path / "index"), "{}", "nq").status is Status.OK
+    assert check_retriever("bm25", {"index": str(tmp_path / "index")}, "nq").status is Status.OK
+    assert check_retriever("bm25", {"index": str(tmp_path / "other")}, "nq").status is Status.PROBLEM
+    assert check_retriever("bm52", "{}", "nq").status is Status.PROBLEM
+    assert check_retriever("http://127.0.0.1:9", "{}", "nq").status is Status.PROBLEM
+    assert check_retriever("bm25", "{}", "world").status is Status.OK
+
+
+def test_rewards_and_weights() -> None:
+    assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": [1.0]}).status is Status.PROBLEM
+    assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": None}).status is Status.OK
+
+
+def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:
+    values = {"output_dir": str(tmp_path), "overwrite": False, "resume_from_checkpoint": None}
+    assert check_output(values).status is Status.OK
+    (tmp_path / "results.json").write_text('{"rows": {}, "history": []}')  # measured, and killed before its first step
+    assert check_output(values).status is Status.OK
+    (tmp_path / "results.json").write_text('{"rows": {}, "history": [{"step": 1}]}')
+    check = check_output(values)
+    assert check.status is Status.PROBLEM and "--overwrite true" in check.remedy
+    assert check_output({**values, "overwrite": True}).status is Status.OK
+    assert check_output({**values, "resume_from_checkpoint": "last"}).status is Status.OK

@@ -1,0 +1,281 @@
+"""What a recipe needs of this machine, found out in a second and before anything is loaded.
+
+Each check looks at the recipe's values and at one fact. None needs a GPU to say that one is missing, and none stops at
+the first problem: `train` and `sft` refuse to start with the whole list, and `trl-search doctor RECIPE` prints it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
+from trl_search.common.errors import UserError
+from trl_search.common.files import parse_object, read_object
+from trl_search.config.recipe import build_arguments
+from trl_search.config.task import set_names
+from trl_search.data import HUB_SETS, is_hub_set
+from trl_search.evaluation.outcomes import RESULTS_FILE
+from trl_search.policies.loading import model_source
+from trl_search.retrieval import resolve_retriever
+
+GIB = 2**30
+# The module whose absence is a problem, and the extra that brings it.
+_RETRIEVER_MODULES = {
+    "dense": ("sentence_transformers", "dense"),
+    "qdrant": ("qdrant_client", "qdrant"),
+    "opensearch": ("opensearchpy", "opensearch"),
+}
+_TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
+_TIMEOUT_S = 5.0
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
+    """Refuses to start a run that this machine cannot finish; the message lists every problem with its remedy.
+
+    Raises:
+        UserError: if there is a problem. Of several processes the first one looks.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    problems = [check for check in recipe_checks(values, classes) if check.status is Status.PROBLEM]
+    if problems:
+        lines = [f"  {check.name}: {check.said}{f': {check.remedy}' if check.remedy else ''}" for check in problems]
+        raise UserError("\n".join(["this cannot run here:", *lines]))
+
+
+def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Check]:
+    """Every check of a recipe.
+
+    Args:
+        values (`Mapping`): The value of every key, from `config.recipe.recipe_values`.
+        classes (`Sequence[type]`): The dataclasses that have the keys.
+    """
+    devices, model = _devices(), check_model_is_there(values.get("model_name_or_path"))
+    checks = [
+        check_configuration(values, classes),
+        check_rewards(values),
+        check_precision(values, devices),
+        *check_packages(values),
+        model,
+        *check_questions(values),
+        check_retriever(values.get("retriever"), values.get("retriever_options"), values.get("questions")),
+        check_output(values),
+    ]
+    if model.status is Status.OK and (parameters := count_parameters(values["model_name_or_path"])) is not None:
+        checks += [check_memory(values, parameters, devices), check_disk(values, parameters)]
+    for server in recipe_servers(values):
+        checks += server_checks(server, values)
+    return checks
+
+
+def _devices() -> list[Device]:
+    """The GPUs and their memory. What is free is not asked: that takes a CUDA context on each of them."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [Device(one.name, one.total_memory, one.total_memory) for one in found]
+
+
+def check_configuration(values: Mapping[str, Any], classes: Sequence[Any]) -> Check:
+    """TRL's and our own checks of the keys: batch sizes that do not divide, names that do not exist."""
+    anywhere = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "report_to": "none"}
+    try:
+        build_arguments({**values, **{key: value for key, value in anywhere.items() if key in values}}, classes)
+    except UserError as error:
+        return Check("configuration", Status.PROBLEM, str(error))
+    return Check("configuration", Status.OK, "keys and batch sizes fit together")
+
+
+def check_rewards(values: Mapping[str, Any]) -> Check:
+    rewards, weights = values.get("reward_funcs") or [], values.get("reward_weights")
+    if weights and len(weights) != len(rewards):
+        said = f"{len(weights)} reward_weights for {len(rewards)} reward_funcs"
+        return Check("rewards", Status.PROBLEM, said, "give one weight per reward")
+    return Check("rewards", Status.OK, ", ".join(map(str, rewards)) or "none needed")
+
+
+def check_precision(values: Mapping[str, Any], devices: Sequence[Device]) -> Check:
+    wanted = [key for key in ("bf16", "fp16") if values.get(key)]
+    if not wanted or values.get("use_cpu"):
+        return Check("precision", Status.OK, wanted[0] if wanted else "float32")
+    if not devices:
+        said = f"{wanted[0]}: true needs a GPU, and there is none here"
+        return Check("precision", Status.PROBLEM, said, "run it where one is; a tiny model runs with --bf16 false")
+    import torch
+
+    if wanted == ["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
+        said = f"bf16: true, and {devices[0].name} has no bfloat16"
+        return Check("precision", Status.PROBLEM, said, "--bf16 false --fp16 true")
+    return Check("precision", Status.OK, f"{wanted[0]} on {devices[0].name}")
+
+
+def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
+    """The packages behind the keys."""
+    wanted: dict[str, tuple[str, str]] = {}
+    if values.get("use_vllm"):
+        wanted["use_vllm: true"] = ("vllm", "trl-search[vllm]")
+    if str(values.get("attn_implementation") or "").startswith("flash_attention"):
+        wanted["attn_implementation"] = ("flash_attn", "trl-search[flash-attn]")
+    kind = str(values.get("retriever"))
+    if kind in _RETRIEVER_MODULES:
+        module, extra = _RETRIEVER_MODULES[kind]
+        wanted[f"retriever: {kind}"] = (module, f"trl-search[{extra}]")
+    for tracker in set_names(values.get("report_to") or []):
+        if tracker in _TRACKERS:
+            wanted[f"report_to: {tracker}"] = (_TRACKERS[tracker], f"trl-search[{tracker}]")
+    for key, (module, package) in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            yield Check("packages", Status.PROBLEM, f"{key} needs {module}", f"pip install '{package}'")
+        else:
+            yield Check("packages", Status.OK, f"{module}, for {key}")
+
+
+def check_model_is_there(name: str | None) -> Check:
+    if not name:
+        return Check("model", Status.PROBLEM, "model_name_or_path is missing", "--model_name_or_path owner/name")
+    if name == "tiny":
+        return Check("model", Status.OK, "the policy that ships")
+    try:
+        source = model_source(name)
+    except UserError as error:
+        return Check("model", Status.PROBLEM, str(error))
+    if Path(source).is_dir():
+        return Check("model", Status.OK, source)
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return Check("model", Status.OK, f"{name}, in the hub's cache")
+    return _on_hub("model", name, lambda: HfApi().model_info(name, timeout=_TIMEOUT_S))
+
+
+def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
+    """Each set of questions: a file that is there, or a set of the hub that can be reached."""
+    for name in set_names([values.get("questions") or "world", *(values.get("eval_questions") or [])]):
+        if name == "world":
+            yield Check("questions", Status.OK, "the embedded world")
+        elif Path(name).expanduser().exists():
+            yield Check("questions", Status.OK, name)
+        elif is_hub_set(name):
+            yield _hub_set(name)
+        else:
+            said = f"there is no file {name}, and no set of this name"
+            yield Check("questions", Status.PROBLEM, said, "`trl-search data list` shows those that have a name")
+
+
+def _hub_set(name: str) -> Check:
+    import datasets
+    from huggingface_hub import HfApi
+
+    repository = HUB_SETS[name].repository
+    if Path(datasets.config.HF_DATASETS_CACHE, repository.lower().replace("/", "___")).is_dir():
+        return Check("questions", Status.OK, f"{name}, in the cache of datasets")
+    return _on_hub("questions", repository, lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
+
+
+def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
+    try:
+        ask()
+    except Exception as error:  # the hub's client raises the errors of half a dozen libraries
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        said = f"{name} is not on this machine, and the hub does not give it ({reason})"
+        return Check(what, Status.PROBLEM, said, "log in or connect (hf auth login), or give a path on this machine")
+    return Check(what, Status.OK, f"{name}, on the hub")
+
+
+def check_retriever(word: str | None, options: Any, questions: str | None) -> Check:
+    """The index is finished, the server answers a query; an index is not loaded for this."""
+    if word is None or questions == "world":
+        return Check("retriever", Status.OK, "of the embedded world" if word else "none needed")
+    try:
+        kind, given = resolve_retriever(word, parse_object(options or "{}", "retriever_options", "{}"))
+        if kind in ("http", "qdrant", "opensearch"):
+            for url in set_names(given.get("url") or []):
+                httpx.get(url, timeout=_TIMEOUT_S)  # a retriever would wait for its server to come back
+            from trl_search.retrieval import open_retriever
+
+            retriever = open_retriever(word, parse_object(options or "{}", "retriever_options", "{}"))
+            try:
+                retriever.search(["probe"], 1)
+            finally:
+                retriever.close()
+            return Check("retriever", Status.OK, f"{word} answers")
+        if "index" in given:
+            resolve_retriever(Path(given["index"]))
+    except UserError as error:
+        return Check("retriever", Status.PROBLEM, str(error))
+    except Exception as error:  # the clients of three kinds of server have errors of their own
+        said = " ".join(str(error).split()) or type(error).__name__
+        return Check("retriever", Status.PROBLEM, f"{word}: {said}", "start its server: `trl-search serve`")
+    return Check("retriever", Status.OK, str(word))
+
+
+def count_parameters(name: str) -> int | None:
+    """How many parameters a model has, from its configuration alone; `None` where that cannot be read here."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trl_search.policies.tiny import tiny_policy_path
+
+    try:
+        config = AutoConfig.from_pretrained(tiny_policy_path() if name == "tiny" else model_source(name))
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+    except Exception:  # whatever is wrong with the model is said when it is loaded
+        return None
+
+
+def check_memory(values: Mapping[str, Any], parameters: int, devices: Sequence[Device]) -> Check:
+    """Weights, gradients, Adam's two moments and the reference model; activations and buffers come on top."""
+    weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
+    shares = 1 if values.get("use_peft") else 4 + bool(values.get("beta"))
+    need = shares * weights
+    said = f"{need / GIB:.1f} GiB for {parameters / 1e9:.2f} B parameters ({shares} x weights), activations beside"
+    sharded = values.get("deepspeed") or values.get("fsdp") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    if sharded or os.environ.get("ACCELERATE_USE_FSDP"):
+        return Check("gpu memory", Status.NOTE, f"{said}; sharded over the processes")
+    if not devices:
+        return Check("gpu memory", Status.NOTE, said)
+    total = min(device.total for device in devices)
+    resident = values.get("use_vllm") and values.get("vllm_mode") == "colocate"
+    if resident and not values.get("vllm_enable_sleep_mode"):
+        total = int(total * (1 - float(values.get("vllm_gpu_memory_utilization") or 0)))
+    if need > total:
+        remedy = (
+            "use_peft: true with dtype: bfloat16, more GPUs with recipes/accelerate/zero2.yaml, or a smaller model"
+        )
+        return Check("gpu memory", Status.PROBLEM, f"{said}; a GPU here has {total / GIB:.1f} GiB for it", remedy)
+    return Check("gpu memory", Status.OK, f"{said}; a GPU here has {total / GIB:.1f} GiB for it")
+
+
+def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
+    """Checkpoints hold the weights and Adam's moments: three times the weights, a little of an adapter."""
+    if values.get("use_peft") or str(values.get("save_strategy")) == "no":
+        return Check("disk", Status.OK, "checkpoints are small")
+    weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
+    kept = values.get("save_total_limit") or 1
+    need = weights * (3 * kept + 1)
+    folder = Path(values.get("output_dir") or ".").absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    said = f"{need / GIB:.1f} GiB for {kept} checkpoints and the model; {free / GIB:.1f} GiB are free in {folder}"
+    if need > free:
+        return Check("disk", Status.PROBLEM, said, "--save_total_limit 1, or another --output_dir")
+    return Check("disk", Status.OK, said)
+
+
+def check_output(values: Mapping[str, Any]) -> Check:
+    """A run that was finished is not written over by running it again."""
+    folder = Path(values.get("output_dir") or "runs/train")
+    results = folder / RESULTS_FILE
+    kept = "overwrite" not in values or values["overwrite"] or values.get("resume_from_checkpoint")
+    if not kept and results.is_file() and read_object(results, "move it away").get("history"):
+        remedy = "--output_dir another, --resume_from_checkpoint last to go on, or --overwrite true"
+        return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
+    return Check("output", Status.OK, str(folder))
