@@ -183,6 +183,13 @@ def test_each_difference_is_named(tmp_path):
     assert settings_hash(before) == settings_hash(make_settings(model_name="elsewhere")) != settings_hash(now)
 
 
+def test_long_values_are_shown_where_they_differ(tmp_path):
+    head = "You are a helpful assistant. " * 9
+    before, now = (make_settings(prompts={"search": f"{head}Today is the {day}th. {head}"}) for day in (11, 12))
+    with pytest.raises(UserError, match=r"\.\.\..*Today is the 11th.*\.\.\. there, .*Today is the 12th.* now"):
+        check_same(tmp_path, before, now)
+
+
 def test_modes_and_sets_may_be_added(tmp_path):
     before = make_settings(modes=["direct"], prompts={"direct": "x"}, retriever=None)
     more = {**before["sets"], "popqa": {"asked": 1}}

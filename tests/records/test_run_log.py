@@ -35,11 +35,12 @@ def test_a_run_is_recorded_without_being_asked(tmp_path, random_model, tokenizer
     info = run.info
     assert list(info) == [
         "format", "started_at", "command", "versions", "git", "hardware", "config", "task", "model", "protocol",
-        "resumed_from_step",
+        "prompt", "resumed_from_step",
     ]  # fmt: skip
     assert info["command"] == "/bin/trl-search train r.yaml --hub_token '<redacted>'"
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert info["git"]["commit"] == head if head else info["git"] is None
+    assert info["prompt"].endswith("<|im_start|>assistant\n") and "<tools>" in info["prompt"]
     assert info["protocol"] == "qwen_tools" and info["resumed_from_step"] == []
     assert info["hardware"]["processes"] == 1 and info["versions"]["trl"]
     assert info["task"] == {"questions": "world", "retriever_options": '{"api_key": "<redacted>", "k1": 0.9}'}

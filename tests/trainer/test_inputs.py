@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from unittest import mock
+
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import PrefixTuningConfig, PromptTuningConfig
 from trl import GRPOConfig
+from trl.rewards import think_format_reward
 
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_better, real_trainer
 from trl_search.common.errors import UserError
 from trl_search.environment import AnswerOnly
+from trl_search.rewards import of_last_message
+from trl_search.trainer.callbacks.held_out import HeldOut
 from trl_search.trainer.grpo import SearchGRPOTrainer
 
 EMPTY = DATA.select([])
+PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +41,15 @@ EMPTY = DATA.select([])
         ({"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs do not reach"),
         ({"rewards": "exact_mach"}, "unknown reward 'exact_mach'.*em, f1, format"),
         ({"rewards": []}, "no reward is given"),
+        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations is of TRL's own .*max_searches"),
+        ({"cache_implementation": "static"}, "cache_implementation is of TRL's own generation"),
+        ({"use_transformers_continuous_batching": True}, "continuous_batching is of TRL's own .*rollout_batch_size"),
+        ({"max_completion_length": None}, "max_completion_length=None: give"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True takes the columns"),
+        ({"trainer": {"peft_config": PROMPT_TUNING}}, "^prompt_tuning puts tokens before every prompt.*LoRA"),
+        ({"trainer": {"peft_config": PREFIX_TUNING}}, "^prefix_tuning puts tokens before every prompt.*LoRA"),
+        ({"data": DATA.add_column("image", [None] * len(DATA))}, "train_dataset has the column 'image'"),
+        ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): give one"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )  # fmt: skip
@@ -46,9 +64,32 @@ def test_a_plain_grpo_config_lacks_what_a_search_needs(tmp_path, random_model, t
         SearchGRPOTrainer(random_model, later_is_better, arguments, DATA, retriever=FixedRetriever(PASSAGES))
 
 
-def test_positions_that_do_not_suffice(tmp_path, random_model, tokenizer):
-    trainer = real_trainer(tmp_path, random_model, tokenizer, max_completion_length=2040)
-    with pytest.raises(UserError, match=r"length=2040 need \d+ positions, and the model has 2048: lower"):
+LONG = Dataset.from_list([{"question": "who " * words, "golden_answers": ["x"]} for words in (3, 1200, 4, 1300)])
+
+
+def test_prompts_that_are_too_long_are_found_when_the_dataset_is_loaded(tmp_path, random_model, tokenizer):
+    """By their rows, before anything is generated; and the advice is one that helps."""
+    said = (
+        r"2 of 4 prompts of train_dataset are too long \(row 1 has \d+ tokens, row 3 .*length=1000 leaves 1048 to a "
+    )
+    with pytest.raises(UserError, match=said + r"prompt: lower max_completion_length to \d+, or leave these rows out"):
+        real_trainer(tmp_path, random_model, tokenizer, data=LONG, max_completion_length=1000)
+    with pytest.raises(UserError, match=r"2 of 4 prompts of eval_dataset\['near'\] are too long"):
+        evaluated = {"eval_dataset": {"near": LONG}}
+        real_trainer(tmp_path, random_model, tokenizer, trainer=evaluated, max_completion_length=1000)
+    with pytest.raises(UserError, match=r"to a prompt: lower max_completion_length to \d+$"):
+        real_trainer(tmp_path, random_model, tokenizer, max_completion_length=2040)
+    kept = real_trainer(
+        tmp_path, random_model, tokenizer, data=LONG, max_completion_length=1000, skip_long_prompts=True
+    )
+    assert [row["question"].count("who") for row in kept.train_dataset] == [3, 4]
+
+
+def test_a_prompt_that_is_streamed_is_checked_as_it_comes(tmp_path, random_model, tokenizer):
+    trainer = real_trainer(
+        tmp_path, random_model, tokenizer, data=LONG.to_iterable_dataset(), max_completion_length=1000
+    )
+    with pytest.raises(UserError, match=r"length=1000 need \d+ positions, and the model has 2048: lower .* or leave"):
         trainer.train()
 
 
@@ -88,3 +129,60 @@ def test_questions_may_come_as_prompts(tmp_path, random_model, tokenizer):
     for prompt, expected in (("Who?", [{"role": "user", "content": "Who?"}]), (talk, talk)):
         trainer = real_trainer(tmp_path, random_model, tokenizer, data=Dataset.from_list([{"prompt": prompt}] * 4))
         assert trainer.train_dataset[0]["prompt"] == expected
+
+
+def test_a_processor_is_as_good_as_its_tokenizer(tmp_path, random_model, tokenizer):
+    from types import SimpleNamespace
+
+    trainer = real_trainer(tmp_path, random_model, SimpleNamespace(tokenizer=tokenizer))
+    assert trainer.processing_class is tokenizer
+
+
+def test_rewards_that_read_the_first_message_are_named(tmp_path, random_model, tokenizer, caplog):
+    with caplog.at_level("WARNING"):
+        real_trainer(tmp_path, random_model, tokenizer, rewards=[think_format_reward, later_is_better])
+    assert "think_format_reward reads the first message" in caplog.text and "later_is_better" not in caplog.text
+    caplog.clear()
+    last = of_last_message(think_format_reward)
+    real_trainer(tmp_path, random_model, tokenizer, rewards=last)
+    assert "first message" not in caplog.text
+    call = {"role": "assistant", "content": "<tool_call> x </tool_call>"}
+    answer = {"role": "assistant", "content": "<think>a</think> b"}
+    talk = [call, {"role": "tool", "content": "y"}, answer]
+    assert think_format_reward(completions=[talk]) == [0.0] and last(completions=[talk]) == [1.0]
+    assert last(completions=[talk[:2]]) == [0.0] and last.__name__ == "think_format_reward"
+
+
+def test_a_trainer_evaluates_and_predicts_on_what_its_constructor_takes(tmp_path, random_model, tokenizer):
+    trainer = real_trainer(tmp_path, random_model, tokenizer, num_generations_eval=2, per_device_eval_batch_size=4)
+    asked = [{"role": "user", "content": "Who?"}]
+    for data in (DATA, Dataset.from_list([{"prompt": "Who?"}] * 2), Dataset.from_list([{"prompt": asked}] * 2)):
+        assert "eval_loss" in trainer.evaluate(data)
+    assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate({"near": DATA, "far": DATA}).keys()
+    assert trainer.predict(DATA).metrics
+    with pytest.raises(UserError, match="eval_dataset needs a column 'question'"):
+        trainer.evaluate(DATA.remove_columns("question"))
+
+
+def test_a_trainer_that_was_constructed_in_part_is_its_parent():
+    trainer = object.__new__(SearchGRPOTrainer)
+    assert trainer.environment is None and trainer.logprobs is None
+
+
+def test_the_same_prompt_is_trained_evaluated_and_recorded(tmp_path, random_model, tokenizer):
+    """A dataset's own prompt, wherever a row is asked."""
+    own = [{"role": "user", "content": "In one word: who?"}]
+    rows = [
+        {"prompt": own, "question": "Who?", "golden_answers": ["x"], "id": str(i), "data_source": "a"}
+        for i in range(4)
+    ]
+    trainer = real_trainer(tmp_path, random_model, tokenizer, data=Dataset.from_list(rows), max_steps=1)
+    seen = []
+    ask = trainer.protocol.prompt_ids
+    evaluated = HeldOut(trainer, Dataset.from_list(rows))
+    trainer.train()
+    recorded = json.loads((tmp_path / "run.json").read_text())["prompt"]
+    assert "In one word: who?" in recorded and recorded == trainer.protocol.decode(ask(own))
+    with mock.patch.object(type(trainer.protocol), "prompt_ids", lambda self, m: seen.append(list(m)) or ask(m)):
+        evaluated.measure()
+    assert seen and all(messages == own for messages in seen)

@@ -75,6 +75,13 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "model with a ChatML template. It is saved with the model."
         },
     )
+    skip_long_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out training questions whose prompt and a full completion do not fit the model. Otherwise "
+            "such a dataset is refused at the start.",
+        },
+    )
     llds_coef: float = field(
         default=0.0,
         metadata={

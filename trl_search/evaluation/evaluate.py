@@ -92,7 +92,9 @@ def answer_questions(
         question, key = row["question"], f"{row.get('id', index)}/{row['question']}"
         if isinstance(world, SearchedOnce):
             return Job(partial(world.prompt, protocol, question), row, key)
-        return Job(protocol.prompt_ids(protocol.messages(question)), row, key)
+        # The baselines ask in words of their own.
+        asked = protocol.conversation(row) if mode == "search" else protocol.messages(question)
+        return Job(protocol.prompt_ids(asked), row, key)
 
     def finish(index: int, trajectory: Trajectory) -> None:
         outcomes[index] = score(trajectory, rows[index], str(rows[index].get("id", index)))

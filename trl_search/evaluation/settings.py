@@ -35,6 +35,8 @@ _MODEL_FILES = re.compile(
     r".*\.safetensors|(pytorch|adapter)_model.*\.bin|.*\.index\.json|.*\.model|(adapter_|generation_)?config\.json"
     r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
 )
+# Characters of a value that are shown where settings differ.
+_SHOWN = 60
 _PLACEHOLDER = Passage("0", "{title}", "{text}")
 
 
@@ -102,7 +104,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     for key in _COMPARED:
         if key in now and not (key == "retriever" and before[key] is None):  # no mode has searched until now
             differences += [
-                f"{name}: {_short(old)} there, {_short(new)} now"
+                f"{name}: {_told_apart(old, new)}"
                 for name, old, new in _differences(key, before.get(key), now[key])
                 if key != "prompts" or name.removeprefix("prompts.") in before["modes"]
             ]
@@ -111,7 +113,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
             differences.append(f"dataset {name}: there, not asked for now")
         else:
             differences += [
-                f"dataset {name}, {key}: {_short(old)} there, {_short(new)} now"
+                f"dataset {name}, {key}: {_told_apart(old, new)}"
                 for key, old, new in _differences("", one, now["sets"][name])
             ]
     differences += [f"mode {mode}: there, not asked for now" for mode in before["modes"] if mode not in now["modes"]]
@@ -163,6 +165,11 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
         yield name, old, new
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _told_apart(old: Any, new: Any) -> str:
+    """Two values in a line each, cut to the place where they differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0
+    end = start + _SHOWN
+    shown = ["..." * (start > 0) + text[start:end] + "..." * (len(text) > end) for text in texts]
+    return f"{shown[0]} there, {shown[1]} now"

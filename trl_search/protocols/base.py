@@ -8,6 +8,7 @@ tokens, so that a passage can neither answer, call a tool, nor end a turn.
 from __future__ import annotations
 
 import abc
+import datetime
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ SEARCH_TOOL: dict[str, Any] = {
 }
 
 MIN_DOCUMENT_TOKENS = 16
+# The date of templates that write one: the default of Llama 3's own.
+PROMPT_DATE = datetime.date(2024, 7, 26)
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
 # A document is cut to so many characters per token of room before it is tokenized: some searches return whole books.
 _CHARS_PER_TOKEN = 32
@@ -93,7 +96,8 @@ class Protocol(abc.ABC):
         self.instruction = self.default_instruction if instruction is None else instruction
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        # A prompt must be the same tomorrow.
+        self.chat_template_kwargs = {"strftime_now": PROMPT_DATE.strftime, **(chat_template_kwargs or {})}
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         self._think_markers = thought_markers(tokenizer.chat_template)
         self._anchor = self._find_anchor()
@@ -113,6 +117,13 @@ class Protocol(abc.ABC):
         """The conversation that asks `question`, as chat messages: the `prompt` column TRL expects."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": f"{self.instruction}{question}"}]
+
+    def conversation(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The conversation that asks a dataset row: its own `prompt` if it has one, else its `question`."""
+        prompt = row.get("prompt")
+        if prompt and not isinstance(prompt, str):
+            return list(prompt)
+        return self.messages(prompt or row["question"])
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """`messages` through the chat template, ready for the policy's first token."""

@@ -37,12 +37,14 @@ class RunLog(TrainerCallback):
         protocol (`str`, *optional*): The name of its protocol.
 
     Attributes:
+        prompt (`str`): The first training prompt, from the first token to the first of the policy's.
         task (`dict`): What `run.json` says about questions, retriever and rewards. Set it before training starts.
         info (`dict`): `run.json`, once training has started; on rank 0.
     """
 
     def __init__(self, *, model: str, protocol: str | None) -> None:
         self.model, self.protocol = model, protocol
+        self.prompt = ""
         self.task: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 
@@ -72,6 +74,7 @@ class RunLog(TrainerCallback):
             "task": without_secrets(self.task),
             "model": self.model,
             "protocol": self.protocol,
+            "prompt": self.prompt,
             "resumed_from_step": [*resumed, state.global_step] if state.global_step else resumed,
         }
         with written_whole(folder / INFO_FILE) as path:

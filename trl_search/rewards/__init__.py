@@ -2,6 +2,7 @@
 
 from trl_search.rewards.built_in import BUILT_IN, REFLECTION_CAP, em, f1, format, reflection, retrieval
 from trl_search.rewards.declaration import Reward, check_columns, declare, default_weight, required_columns
+from trl_search.rewards.last_message import of_last_message
 from trl_search.rewards.registry import ENTRY_POINT_GROUP, available_rewards, resolve_rewards
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "em",
     "f1",
     "format",
+    "of_last_message",
     "reflection",
     "required_columns",
     "resolve_rewards",

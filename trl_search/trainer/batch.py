@@ -128,19 +128,30 @@ def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int
     return [rendered[key] for key in keys]
 
 
-def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, max_completion_length: int) -> int:
+def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
+    """Tokens that the model, and vLLM where its room is known, have room for. None: any number."""
+    rooms = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    if args.use_vllm and args.vllm_mode == "colocate":
+        rooms.append(args.vllm_max_model_length)
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: SearchGRPOConfig) -> int:
     """Tokens of the longest prompt with a full completion.
 
     Raises:
-        UserError: if the model has fewer positions.
+        UserError: if there is no room for it.
     """
     longest = max(map(len, prompt_ids))
-    needed = longest + max_completion_length
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed = longest + args.max_completion_length
+    positions = positions_of(model, args)
     if positions is not None and needed > positions:
+        remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
+        if longest >= positions:
+            remedy = "leave such questions out"
         raise UserError(
-            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} need {needed} positions, "
-            f"and the model has {positions}: lower max_completion_length"
+            f"a prompt of {longest} tokens and max_completion_length={args.max_completion_length} need {needed} "
+            f"positions, and the model has {positions}: {remedy}"
         )
     return needed
 

@@ -64,13 +64,13 @@ from trl_search.trainer.inputs import (
     refuse_what_rollouts_cannot_do,
     resolve_specs,
     tokenizer_of,
-    with_prompts,
 )
 from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.importance import correct_towards_engine
 from trl_search.trainer.loss.likelihood import llds_of
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
+from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
@@ -78,7 +78,7 @@ from trl_search.trainer.vllm_backend import making_ours
 from trl_search.types import Sampling, Trajectory
 
 
-class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
+class SearchGRPOTrainer(FiniteSteps, TakesRows, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -128,6 +128,11 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
     _name = "GRPO with search"
     args: SearchGRPOConfig
     model: PreTrainedModel
+    # A trainer that was constructed in part is a plain GRPOTrainer.
+    environment: Environment | None = None
+    logprobs: LogProbs | None = None
+    _micro_batch: MicroBatch | None = None  # while its loss is computed
+    _probed = False
 
     def __init__(
         self,
@@ -154,10 +159,11 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         avoid_cudnn_attention()
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
-        rewards = [] if reward_funcs is None else resolve_specs(reward_funcs)
+        rewards = resolve_specs(reward_funcs or []) if reward_funcs or environment is not None else []
         if environment is not None:
-            refuse_what_rollouts_cannot_do(args, kwargs)
-            processing_class = processing_class or tokenizer_of(model, args)
+            refuse_what_rollouts_cannot_do(args, model, kwargs)
+            # Of a processor only the tokenizer is needed: nothing but text is shown.
+            processing_class = getattr(processing_class, "tokenizer", processing_class) or tokenizer_of(model, args)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
@@ -174,21 +180,20 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         if args.reward_weights is None:
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
         self.last_rollout = Rollout(rows=[])
-        self._micro_batch: MicroBatch | None = None  # while its loss is computed
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
+            self.train_dataset = self.with_room(self.train_dataset, "train_dataset", skip=args.skip_long_prompts)
+            self.eval_dataset = self.with_room(self.eval_dataset, "eval_dataset")
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
+            self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
             self.callback_handler.callbacks[:0] = [CollapseAlarm(stop=args.stop_on_collapse), self.run_log]
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)
-        self.logprobs: LogProbs | None = None
-        if self.environment is not None:
             self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
-            self._probed = False
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,7 +329,7 @@ class SearchGRPOTrainer(FiniteSteps, GRPOTrainer):
         Raises:
             UserError: if the model has too few positions for the longest prompt and a full completion.
         """
-        with policy_of(self, longest_context(prompt_ids, self.model, self.args.max_completion_length)) as policy:
+        with policy_of(self, longest_context(prompt_ids, self.model, self.args)) as policy:
             yield policy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.loading import load_tokenizer
-from trl_search.protocols import Protocol
-from trl_search.rewards import check_columns, resolve_rewards
+from trl_search.rewards import resolve_rewards
+from trl_search.rewards.last_message import reads_first_message
 from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
 
+logger = logging.getLogger(__name__)
+
 RewardSpec = str | Callable[..., Any]
+# Keys of TRL that only its own generation reads, and what is used here in their place.
+_NOT_OURS = {
+    "max_tool_calling_iterations": "max_searches bounds the calls of a trajectory",
+    "cache_implementation": "rollouts have a cache of their own; leave it out",
+    "use_transformers_continuous_batching": "rollouts always are (rollout_batch_size); leave it out",
+    "transformers_continuous_batching_config": "rollout_batch_size says how many trajectories run at once",
+}
 
 
 def resolve_specs(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
@@ -24,8 +35,16 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
     listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
     is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
     others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
-    functions = iter(resolve_rewards(others) if others or not listed else [])
-    return [spec if model else next(functions) for spec, model in zip(listed, is_model, strict=True)]
+    functions = resolve_rewards(others) if others or not listed else []
+    for reward in filter(reads_first_message, functions):
+        logger.warning(
+            "%s reads the first message of a completion, which is the first call of a search agent. For its last "
+            "message, give trl_search.rewards.of_last_message(%s)",
+            reward.__name__,
+            reward.__name__,
+        )
+    left = iter(functions)
+    return [spec if model else next(left) for spec, model in zip(listed, is_model, strict=True)]
 
 
 def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
@@ -40,8 +59,8 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTra
     )
 
 
-def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any]) -> None:
-    """Says at start what would otherwise be ignored in silence."""
+def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses at the start what would otherwise be ignored, or fail in the first rollout."""
     taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
     if taken:
         raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
@@ -50,6 +69,21 @@ def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, kwargs: dict[str, Any
     refuse_what_fsdp_cannot_do(args)
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
         raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
+    for name, instead in _NOT_OURS.items():
+        if getattr(args, name, None):
+            raise UserError(f"{name} is of TRL's own generation, which is not used here: {instead}")
+    if args.max_completion_length is None:
+        raise UserError("max_completion_length=None: give the tokens of a trajectory, as the engine needs a bound")
+    if args.remove_unused_columns:
+        raise UserError(
+            "remove_unused_columns=True takes the columns that environment and rewards read: set it to false"
+        )
+    adapter = kwargs.get("peft_config") or (model.active_peft_config if isinstance(model, PeftModel) else None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise UserError(
+            f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no engine of rollouts does: "
+            "take LoRA (LoraConfig), or another adapter of the weights"
+        )
 
 
 def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
@@ -83,25 +117,3 @@ def refuse_quantization(model_config: ModelConfig) -> None:
                 f"{key}: quantized models are not supported; leave it out. What saves memory instead is LoRA on a "
                 f"bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true"
             )
-
-
-def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Callable[..., Any]], name: str) -> Any:
-    """The dataset with a conversational `prompt` column, which the protocol writes from `question` if need be."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
-    first = next(iter(dataset), None)
-    if first is None:
-        raise UserError(f"{name} is empty")
-    columns = list(first)
-    check_columns(rewards, columns)
-    if "prompt" in columns:
-        return dataset.map(lambda row: {"prompt": _conversation(row["prompt"], protocol)})
-    if "question" not in columns:
-        raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
-    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"])})
-
-
-def _conversation(prompt: Any, protocol: Protocol) -> Any:
-    return protocol.messages(prompt) if isinstance(prompt, str) else prompt

@@ -105,7 +105,7 @@ class HeldOut:
         if mode is None and self.last is not None and self.last.step == step:
             return self.last  # the same weights, greedily: the same answers
         assert trainer.environment is not None
-        questions = [trainer.protocol.messages(row["question"]) for row in self.rows]
+        questions = [trainer.protocol.conversation(row) for row in self.rows]
         result = measure(
             mode or "search",
             self.rows,

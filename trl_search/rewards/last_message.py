@@ -1,0 +1,38 @@
+"""Rewards of TRL that read one message of a completion: which they are, and how they read the last one.
+
+A completion of a search agent is several messages: call, reply, call, reply, answer. `think_format_reward` and its
+like read `completion[0]`, which is the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+FIRST_MESSAGE_REWARDS = ("think_format_reward", "accuracy_reward", "reasoning_accuracy_reward")
+
+
+def reads_first_message(reward: Any) -> bool:
+    """Whether a reward is one of TRL's that read the first message alone."""
+    module = getattr(reward, "__module__", None) or ""
+    return module.startswith("trl.rewards") and getattr(reward, "__name__", "") in FIRST_MESSAGE_REWARDS
+
+
+def of_last_message(reward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same reward for the last message that the model wrote.
+
+    Example:
+        >>> from trl.rewards import think_format_reward
+        >>> SearchGRPOTrainer(..., reward_funcs=["em", of_last_message(think_format_reward)])
+    """
+
+    @functools.wraps(reward)
+    def last(completions: Sequence[Any], **kwargs: Any) -> Any:
+        spoken = [[one for one in completion if one.get("role") == "assistant"][-1:] for completion in completions]
+        return reward(
+            completions=[messages or [{"role": "assistant", "content": ""}] for messages in spoken], **kwargs
+        )
+
+    last.__module__ = __name__
+    return last

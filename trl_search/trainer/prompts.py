@@ -1,0 +1,97 @@
+"""Datasets as the trainer takes them: every row with a conversational `prompt` that leaves room for a completion.
+
+    {"question": "Who?", ...}  ─►  {"prompt": [{"role": "user", "content": "<instruction> Who?"}], "question": ...}
+
+The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all come through here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.protocols import Protocol
+from trl_search.rewards import check_columns
+
+logger = logging.getLogger(__name__)
+
+_IMAGES = {"image", "images"}
+
+
+def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name: str) -> Any:
+    """The dataset, or each of a dict of datasets, with the `prompt` of each row, as `Protocol.conversation` writes it.
+
+    Raises:
+        UserError: if it is empty, lacks a column that is read, or has images.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        if name == "train_dataset":
+            raise UserError(f"train_dataset has several splits ({', '.join(dataset)}): give one of them")
+        return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
+    first = next(iter(dataset), None)
+    if first is None:
+        raise UserError(f"{name} is empty")
+    columns = list(first)
+    check_columns(rewards, columns)
+    if images := _IMAGES & set(columns):
+        raise UserError(f"{name} has the column {min(images)!r}, and no rollout shows images: remove that column")
+    if not {"prompt", "question"} & set(columns):
+        raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
+    return dataset.map(lambda row: {"prompt": protocol.conversation(row)})
+
+
+def with_room(
+    dataset: Any, protocol: Protocol, name: str, *, positions: int | None, completion: int, skip: bool = False
+) -> Any:
+    """The dataset, or each of a dict of datasets, after all its prompts were found to leave room for a completion.
+
+    A streamed dataset is not read ahead: `longest_context` checks its prompts as they come.
+
+    Args:
+        positions (`int`, *optional*): Tokens that the model and the engine have room for. None: any number.
+        completion (`int`): Tokens of a full completion.
+        skip (`bool`): Leave out the rows that do not fit.
+
+    Raises:
+        UserError: if some prompts leave too little room, by their rows.
+    """
+    if isinstance(dataset, Mapping):
+        options: dict[str, Any] = {"positions": positions, "completion": completion, "skip": skip}
+        return {key: with_room(one, protocol, f"{name}[{key!r}]", **options) for key, one in dataset.items()}
+    if positions is None or not hasattr(dataset, "select"):
+        return dataset
+    too_long = _too_long(dataset["prompt"], protocol, positions - completion)
+    if not too_long:
+        return dataset
+    if skip and len(too_long) < len(dataset):
+        logger.warning("%s: left out %d of %d rows, whose prompts are too long", name, len(too_long), len(dataset))
+        return dataset.select([row for row in range(len(dataset)) if row not in too_long])
+    rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
+    remedies = []
+    if positions > max(too_long.values()):
+        remedies.append(f"lower max_completion_length to {positions - max(too_long.values())}")
+    if len(too_long) < len(dataset):
+        remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
+    raise UserError(
+        f"{len(too_long)} of {len(dataset)} prompts of {name} are too long ({rows}). There is room for {positions} "
+        f"tokens, of which max_completion_length={completion} leaves {max(0, positions - completion)} to a prompt: "
+        f"{', or '.join(remedies) or 'shorten the prompts'}"
+    )
+
+
+def _too_long(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:
+    """Tokens of each prompt that has more than `room`, by its row."""
+    frame = len(protocol.prompt_ids(protocol.messages("")))
+    found: dict[int, int] = {}
+    for row, prompt in enumerate(prompts):
+        # A token has at least one byte, so only prompts that are long in bytes need be tokenized.
+        if frame + len(json.dumps(prompt, ensure_ascii=False).encode(errors="replace")) > room:
+            length = len(protocol.prompt_ids(prompt))
+            if length > room:
+                found[row] = length
+    return found
