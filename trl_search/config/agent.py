@@ -120,7 +120,7 @@ def check_agent(settings: AgentSettings) -> None:
         raise UserError(f"search_timeout_s={settings.search_timeout_s} must be more than 0")
     for key in dataclasses.fields(AgentSettings):
         value, least = getattr(settings, key.name), 0 if key.name == "max_searches" else 1
-        if isinstance(key.default, int) and value < least:
+        if isinstance(key.default, int) and (value is None or value < least):
             raise UserError(f"{key.name}={value} must be at least {least}")
 
 

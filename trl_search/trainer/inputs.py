@@ -72,8 +72,6 @@ def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, model: Any, kwargs: M
     for name, instead in _NOT_OURS.items():
         if getattr(args, name, None):
             raise UserError(f"{name} is of TRL's own generation, which is not used here: {instead}")
-    if args.max_completion_length is None:
-        raise UserError("max_completion_length=None: give the tokens of a trajectory, as the engine needs a bound")
     if args.remove_unused_columns:
         raise UserError(
             "remove_unused_columns=True takes the columns that environment and rewards read: set it to false"

@@ -12,9 +12,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import Trainer
+
 from trl_search.common.errors import UserError
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.environment import Environment
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns
+from trl_search.trainer.batch import positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +87,36 @@ def with_room(
         f"tokens, of which max_completion_length={completion} leaves {max(0, positions - completion)} to a prompt: "
         f"{', or '.join(remedies) or 'shorten the prompts'}"
     )
+
+
+def first_prompt(dataset: Any, protocol: Protocol) -> str:
+    """What the policy reads first of all, as text."""
+    return protocol.decode(protocol.prompt_ids(next(iter(dataset))["prompt"]))
+
+
+class TakesRows(Trainer):
+    """A trainer whose `evaluate` and `predict` take what its constructor takes. Stands before TRL's trainer."""
+
+    environment: Environment | None
+    protocol: Protocol
+    args: SearchGRPOConfig
+    reward_funcs: list[Any]
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(self._prepared(test_dataset, "test_dataset"), *args, **kwargs)
+
+    def with_room(self, dataset: Any, name: str, *, skip: bool = False) -> Any:
+        """[`with_room`] for this model and configuration."""
+        completion, positions = self.args.max_completion_length, positions_of(self.model, self.args)
+        return with_room(dataset, self.protocol, name, positions=positions, completion=completion, skip=skip)
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        if self.environment is None or dataset is None or isinstance(dataset, str):  # one of those given before
+            return dataset
+        return self.with_room(with_prompts(dataset, self.protocol, self.reward_funcs, name), name)
 
 
 def _too_long(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:
