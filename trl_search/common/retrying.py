@@ -1,28 +1,41 @@
-"""Asking again what may succeed the next time, after waits that grow and are drawn at random."""
+"""Asking again what may succeed the next time, after waits that grow and are drawn at random (tenacity)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
 Result = TypeVar("Result")
 
-TRIES = 3
 GROWING_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # seconds
 
 
-def repeated(ask: Callable[[], Result], on: type[Exception], *, tries: int = TRIES) -> Result:
+def repeated(ask: Callable[[], Result], on: type[Exception], *, tries: int = 3) -> Result:
     """The result of `ask()`, asked again while it raises `on`; the last error where all tries fail.
 
     Example:
         >>> repeated(lambda: client.get(url), on=httpx.TransportError)
     """
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(on),
-        stop=tenacity.stop_after_attempt(tries),
-        wait=GROWING_WAIT,
-        reraise=True,
-    )
-    return retrying(ask)
+    return tenacity.Retrying(stop=tenacity.stop_after_attempt(tries), **_growing(on))(ask)
+
+
+def attempts(on: type[Exception], *, patience_s: float) -> tenacity.Retrying:
+    """Attempts at a block while it raises `on`, until `patience_s` have passed; then the last error.
+
+    Example:
+        >>> for attempt in attempts(httpx.HTTPError, patience_s=60):
+        ...     with attempt:
+        ...         client.get("/health").raise_for_status()
+    """
+    return tenacity.Retrying(stop=tenacity.stop_after_delay(patience_s), **_growing(on))
+
+
+def attempts_async(on: type[Exception], *, patience_s: float) -> tenacity.AsyncRetrying:
+    """[`attempts`] for coroutines: `async for attempt in ...`."""
+    return tenacity.AsyncRetrying(stop=tenacity.stop_after_delay(patience_s), **_growing(on))
+
+
+def _growing(on: type[Exception]) -> dict[str, Any]:
+    return {"retry": tenacity.retry_if_exception_type(on), "wait": GROWING_WAIT, "reraise": True}

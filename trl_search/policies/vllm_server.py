@@ -32,10 +32,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-import stamina
 from packaging.version import Version
 
 from trl_search.common.errors import UserError
+from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
 from trl_search.types import Completion, FinishReason, Sampling
 
@@ -201,7 +201,7 @@ class VLLMServerPolicy(Policy):
         # Ranks that lost the server together do not come back together.
         await asyncio.sleep(0.2 * random.random())
         try:
-            async for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=self.patience_s):
+            async for attempt in attempts_async(httpx.HTTPError, patience_s=self.patience_s):
                 with attempt:
                     try:
                         (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
@@ -351,7 +351,7 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
     started = time.monotonic()
     with httpx.Client(base_url=base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
         try:
-            for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=patience_s):
+            for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
                 with attempt:
                     client.get("/health").raise_for_status()
                     found = _read_start_time(client.get("/metrics"))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import stamina
 import torch
 from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from trl.distributed import DistributedBackend
 
 from trl_search.common.errors import UserError
+from trl_search.common.retrying import attempts
 from trl_search.policies.lora import adapter_from
 from trl_search.policies.vllm_server import ServerLost
 from trl_search.trainer.model_weights import gathered
@@ -67,7 +67,7 @@ def give_to_server(url: str, name: str, old: str | None, folder: Path, rank: int
 def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float) -> None:
     """Asks a server to load or unload an adapter of that rank; one that does not answer is asked again."""
     try:
-        for attempt in stamina.retry_context(on=httpx.HTTPError, attempts=None, timeout=patience_s):
+        for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
             with attempt:
                 response = httpx.post(url + path, json=body, timeout=patience_s, trust_env=False)
                 if response.status_code >= 500:
