@@ -137,7 +137,7 @@ def ours(attention: str, max_packed_tokens: int, accelerator: Accelerator) -> Fo
         with accelerator.autocast():
             logps, _ = logprobs(
                 model, batch.ids_BT, batch.attention_BT, batch.columns, batch.loss_mask_BC,
-                gradient_checkpointing=model.is_gradient_checkpointing,
+                gradient_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
             )  # fmt: skip
         return logps
 

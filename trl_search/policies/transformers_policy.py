@@ -89,6 +89,9 @@ class TransformersPolicy(EngineThread):
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._stop_tokens: dict[tuple[str, ...], set[int]] = {}
         self._options = {"output_router_logits": False} if probe.has_router_logits(model) else {}
+        # From transformers 5.24 on, models take it as `cache`.
+        names = inspect.signature(type(probe.bare_model(model)).forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
 
     async def open(self) -> None:
         bare = probe.bare_model(self.model)
@@ -250,9 +253,9 @@ class TransformersPolicy(EngineThread):
             input_ids=ids_BT,
             attention_mask=mask,
             position_ids=positions_BT.clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache},
             **self._options,
         )
         logits: torch.Tensor = output.logits[:, -1].float()
