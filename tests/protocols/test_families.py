@@ -93,7 +93,25 @@ def test_an_observation_extends_the_prompt_exactly(family, closed):
     rendered = protocol._render(history, add_generation_prompt=True)
     if FAMILIES[family].pieces == "sentencepiece":  # it puts a space after each control token of a text
         spelled, rendered = spelled.replace(" ", ""), rendered.replace(" ", "")
-    assert spelled.replace("<think>\n</think>", "<think></think>") == rendered  # Nemotron drops a thought's newline
+    # Nemotron's template drops the newline of a thought that the prompt opened.
+    assert spelled.replace("<think>\n<think>", "<think>") == rendered
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3.5, thinking", "Qwen3.5, not thinking"])
+def test_qwen3_works_with_thinking_on_and_off(family, thinking):
+    """With thinking off the prompt writes an empty thought, which the template leaves out of earlier turns."""
+    tokenizer = FAMILIES[family].tokenizer()
+    protocol = load_protocol("qwen_tools", tokenizer, chat_template_kwargs={"enable_thinking": thinking})
+    prompt = protocol.prompt_ids(protocol.messages("Who?"))
+    written = protocol.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    assert written == (family == "Qwen3.5, not thinking" or not thinking) or family == "Qwen3.5, not thinking"
+    for action in (Search(QUERIES), Answer("Lyon")):
+        text = protocol.write("hm", action)
+        text = text.removeprefix("<think>") if protocol.opened_thought(prompt) else text
+        assert protocol.parse(protocol.read_turn(protocol.encode(text), context=prompt)) == action
+    ids, _ = protocol.observation_ids(Observation(documents=("x",)), max_tokens=500, turn_closed=True)
+    assert protocol.decode(ids).endswith(protocol.decode(prompt).rpartition("<|im_start|>")[2])
 
 
 def test_a_reply_repeats_the_id_that_the_policy_gave_its_call():

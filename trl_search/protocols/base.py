@@ -47,16 +47,14 @@ SEARCH_TOOL: dict[str, Any] = {
 MIN_DOCUMENT_TOKENS = 16
 # The date of templates that write one: the default of Llama 3's own.
 PROMPT_DATE = datetime.date(2024, 7, 26)
+# So many ids before a turn show whether the prompt opened a thought.
+_CONTEXT = 16
+_ANSWER = "TRLSEARCHANSWER"
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
 # A document is cut to so many characters per token of room before it is tokenized: some searches return whole books.
 _CHARS_PER_TOKEN = 32
 # A SentencePiece tokenizer puts a space before what it encodes. It goes to one of these, and no piece merges with it.
 _ANCHORS = ("\n", "=")
-
-
-# So many ids before a turn show whether the prompt opened a thought.
-_CONTEXT = 16
-_ANSWER = "TRLSEARCHANSWER"
 
 
 class Protocol(abc.ABC):

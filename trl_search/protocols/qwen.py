@@ -21,7 +21,7 @@ from trl_search.protocols.tool_template import (
 )
 from trl_search.types import Action, Answer, Search
 
-_CLOSED_THOUGHT = re.compile(r"\A\s*</think>\s*")
+_CLOSED_THOUGHT = re.compile(r"\A\s*(?:<think>\s*)?</think>\s*")
 _CALL_ID = re.compile(r'"id":\s{0,3}"([A-Za-z0-9]{9})"|\[CALL_ID\]([A-Za-z0-9]{9})')
 _REPLY_TAGS = "; its results come between <tool_response> and </tool_response>"
 

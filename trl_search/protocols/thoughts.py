@@ -12,6 +12,7 @@ _OTHERS = (
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
 )
 _OPENED = re.compile(r"(?:<think>|\[THINK\]|<\|channel>thought\n|<seed:think>)\s*\Z")
+_WRITTEN = re.compile(rf"{_OPENED.pattern[:-2]}(?:(?:</think>|\[/THINK\]|<channel\|>|</seed:think>)\s*)?\Z")
 # No prompt ends in more white space than this after it opened a thought.
 _TAIL = 64
 
@@ -38,3 +39,14 @@ def opened_thought(prompt: str) -> str:
     """
     opened = _OPENED.search(prompt[-_TAIL:])
     return opened[0] if opened else ""
+
+
+def written_thought(prompt: str) -> str:
+    """What a prompt ends in, if that opens a thought, or opens and closes an empty one; else `""`.
+
+    Example:
+        >>> written_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+        '<think>\\n\\n</think>\\n\\n'
+    """
+    written = _WRITTEN.search(prompt[-_TAIL:])
+    return written[0] if written else ""

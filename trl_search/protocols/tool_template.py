@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from trl_search.common.errors import UserError
 from trl_search.protocols.call_formats import CALL_FORMATS, CallFormat
 from trl_search.protocols.calls import read_call
-from trl_search.protocols.thoughts import opened_thought
+from trl_search.protocols.thoughts import written_thought
 from trl_search.protocols.turn import read_turn
 from trl_search.types import Search
 
@@ -100,13 +100,7 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
     if text.count(reply) != 1:
         raise TemplateProblem(f"the chat template does not show the reply of a tool to the policy: {REMEDY}")
     before, closing = text.split(reply)
-    # Where the prompt opens a thought, the template may leave the thought of an earlier turn out.
-    turn_start = len(_shared_start(prompt, before))
-    if turn_start < len(prompt) - len(opened_thought(prompt)):
-        raise TemplateProblem(
-            f"the chat template rewrites the prompt once a tool was called ({prompt[turn_start:][:80]!r}): {REMEDY}"
-        )
-    written = before[turn_start:]
+    written = _policys_part(prompt, before)
     if _QUERIES[0] not in written:
         raise TemplateProblem(f"the chat template does not write tool calls: {REMEDY}")
     for form in CALL_FORMATS:
@@ -126,7 +120,7 @@ def write_turn(template: ToolTemplate, render: Render, queries: Sequence[str]) -
     history = _history(queries, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
     before = render(history, True).split(template.opening + reply)[0]
-    return before[len(_shared_start(render(history[:1], True), before)) :]
+    return _policys_part(render(history[:1], True), before)
 
 
 def _history(queries: Sequence[str], message: CallMessage) -> list[dict[str, Any]]:
@@ -158,6 +152,9 @@ def _reads_back(form: CallFormat, call: str) -> bool:
     return act is not None and act.tag == "tool_call" and read_call(act.content) == Search(_QUERIES)
 
 
-def _shared_start(one: str, other: str) -> str:
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
+def _policys_part(prompt: str, conversation: str) -> str:
+    """What follows the prompt in a conversation. The template may leave out the thought that the prompt wrote."""
+    bare = prompt.removesuffix(written_thought(prompt))
+    if not conversation.startswith(bare):
+        raise TemplateProblem(f"the chat template rewrites the prompt once a tool was called: {REMEDY}")
+    return conversation.removeprefix(prompt) if conversation.startswith(prompt) else conversation.removeprefix(bare)

@@ -109,9 +109,9 @@ def reflection(
     """Reflective phrases in what the model wrote, at most `REFLECTION_CAP`, scaled to [0, 1].
 
     Off by default: its weight is 0, so it is tracked and not trained on. **It is easily gamed.** It counts phrases,
-    not thought: "wait, wait, wait," costs six tokens and earns all of it, whatever the answer. The seed saw reflective
-    phrases and scores grow together; nothing says that paying for the phrases raises the score. If you do train on it,
-    keep its weight below half of the answer's, and read some completions.
+    not thought: "wait, wait, wait," costs six tokens and earns all of it, whatever the answer. In some runs
+    phrases and scores grew together; nothing says that paying for the phrases raises the score. If you do train on
+    it, keep its weight below half of the answer's, and read some completions.
 
     Example:
         >>> reflection(completions=["Wait, let me double-check.", "Paris."])

@@ -1,8 +1,9 @@
 r"""Reflective phrases: where the model says that it looks at its own claims again ("wait", "let me re-check", …).
 
-The seed of this project counted them over training and saw their share grow with the benchmark score. It named four
-("think again", "re-verify", "let's reconsider", "upon close inspection") and published no list, so the lexicon below
-is ours: those four and the families around them. What is counted is a phrase, not the thought behind it.
+Seungyoun Shin's reproduction of Search-R1 (June 2025) counted them over training and saw their share grow with the
+benchmark score. It named four ("think again", "re-verify", "let's reconsider", "upon close inspection") and published
+no list, so the lexicon below is ours: those four and the families around them. What is counted is a phrase, not the
+thought behind it.
 
 Give these functions text that the model wrote. A passage that says "on closer inspection" reflects nothing.
 """
