@@ -243,11 +243,23 @@ def test_user_errors_are_known_by_their_type() -> None:
 
 
 def test_what_is_raised_on_purpose_explains_itself() -> None:
-    """A plain `ValueError` is an invariant of the code: what a user can put right is a `UserError`."""
-    invariants = {"types.py", "vllm_server.py", "engine_thread.py", "calibrate.py", "rerank_http.py"}
+    """A plain `ValueError` is an invariant of the code, or caught where it is raised: no user reads it."""
+    invariants = {
+        "types.py",
+        "vllm_server.py",
+        "engine_thread.py",
+        "calibrate.py",
+        "rerank_http.py",
+        "call_formats.py",
+    }
     raising = {
         path.name
         for path in Path(trl_search.__path__[0]).rglob("*.py")
         if re.search(r"raise (ValueError|ImportError)\(", path.read_text("utf-8"))
     }
     assert raising <= invariants | {"page_text.py"}
+
+
+def test_the_package_lists_its_public_names() -> None:
+    assert set(trl_search.__all__) <= set(dir(trl_search))
+    assert all(getattr(trl_search, name) is not None for name in dir(trl_search))

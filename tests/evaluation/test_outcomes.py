@@ -83,8 +83,17 @@ def test_the_interval_is_that_of_a_share():
     low, high = bootstrap_interval([values])
     assert (high - low) / 2 == pytest.approx(1.96 * (share * (1 - share) / 400) ** 0.5, rel=0.05)
     assert (low + high) / 2 == pytest.approx(share, abs=0.01)
-    assert bootstrap_interval([[1.0] * 9]) == (1.0, 1.0)
     assert all(map(math.isnan, bootstrap_interval([]))) and all(map(math.isnan, bootstrap_interval([[1.0], []])))
+
+
+def test_all_right_and_all_wrong_are_not_certain():
+    """20 of 20 is Wilson's .839 to 1, and not ± 0."""
+    assert bootstrap_interval([[1.0] * 20]) == (pytest.approx(0.8389, abs=1e-4), 1.0)
+    assert bootstrap_interval([[0.0] * 20]) == (0.0, pytest.approx(0.1611, abs=1e-4))
+    mixed = [1.0, 0.0] * 50
+    alone, beside = bootstrap_interval([mixed]), bootstrap_interval([mixed, [1.0] * 20])
+    assert 0.75 - beside[0] == pytest.approx(math.hypot(0.5 - alone[0], 0.1611) / 2, rel=0.05)
+    assert beside[1] - 0.75 == pytest.approx((alone[1] - 0.5) / 2, rel=0.05)
 
 
 def test_the_interval_is_that_of_drawing_one_by_one():

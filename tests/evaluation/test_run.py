@@ -27,6 +27,7 @@ from trl_search.evaluation.settings import (
     prompts_of,
     read_settings_file,
     settings_hash,
+    with_left_out,
     write_settings,
 )
 from trl_search.evaluation.table import results_markdown
@@ -167,7 +168,6 @@ def test_each_difference_is_named(tmp_path):
         sampling={"temperature": 0.7, "seed": 0},
         prompts={"search": "Say: {question}"},
         sets={"popqa": {}},
-        modes=["direct"],
     )
     with pytest.raises(UserError) as said:
         check_same(tmp_path, before, now)
@@ -175,8 +175,6 @@ def test_each_difference_is_named(tmp_path):
         'model.sha256: "ab" there, "cd" now',
         "sampling.temperature: 0.0 there, 0.7 now",
         'prompts.search: "Answer: {question}" there',
-        "dataset nq: there, not asked for now",
-        "mode search: there, not asked for now",
     ):
         assert difference in str(said.value)
     assert "seed" not in str(said.value) and "new folder" in str(said.value)
@@ -188,6 +186,19 @@ def test_long_values_are_shown_where_they_differ(tmp_path):
     before, now = (make_settings(prompts={"search": f"{head}Today is the {day}th. {head}"}) for day in (11, 12))
     with pytest.raises(UserError, match=r"\.\.\..*Today is the 11th.*\.\.\. there, .*Today is the 12th.* now"):
         check_same(tmp_path, before, now)
+
+
+def test_modes_and_sets_may_be_left_out_and_are_kept(tmp_path):
+    before = make_settings(
+        modes=["search", "direct"], prompts={"search": "x", "direct": "y"}, retriever={"kind": "bm25"}
+    )
+    now = make_settings(modes=["direct"], prompts={"direct": "y"}, retriever=None, sets={"popqa": {"asked": 1}})
+    check_same(tmp_path, before, now)
+    kept = with_left_out(before, now)
+    assert kept["modes"] == ["search", "direct"] and list(kept["sets"]) == ["nq", "popqa"]
+    assert kept["prompts"] == {"search": "x", "direct": "y"} and kept["retriever"] == {"kind": "bm25"}
+    with pytest.raises(UserError, match=r'prompts\.search: "x" there, "z" now'):
+        check_same(tmp_path, kept, {**before, "prompts": {"search": "z", "direct": "y"}})
 
 
 def test_modes_and_sets_may_be_added(tmp_path):

@@ -20,6 +20,7 @@ from trl_search.types import StopReason, Trajectory
 
 RESULTS_FILE = "results.json"  # of a run, and of an evaluation
 RESAMPLES = 10_000
+_Z95 = 1.959964  # quantile .975 of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN where a group is empty.
 
+    Where a group's values are all 0 or all 1, resampling shows no spread; there, Wilson's interval of a share is used.
     A resample of n values is n draws from the values there are, so how often each distinct one is drawn is
     multinomial: drawn at once, whatever n is.
 
@@ -212,5 +214,19 @@ def bootstrap_interval(
         distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
         drawn = draw.multinomial(len(values), counts / len(values), size=resamples)
         means += drawn @ distinct / len(values) / len(groups)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    low, high = map(float, np.quantile(means, (0.025, 0.975)))
+    # Zou and Donner's MOVER (2008): distances of independent parts to their bounds add up in squares.
+    middle = sum(sum(values) / len(values) for values in groups) / len(groups)
+    missing = [_wilson_width(len(values)) / len(groups) for values in groups if set(values) == {1.0}]
+    possible = [_wilson_width(len(values)) / len(groups) for values in groups if set(values) == {0.0}]
+    return middle - math.hypot(middle - low, *missing), middle + math.hypot(high - middle, *possible)
+
+
+def _wilson_width(n: int) -> float:
+    """How far the 95 % Wilson interval of a share reaches that is 0 of n, or n of n: a bootstrap sees no spread there.
+
+    Example:
+        >>> round(_wilson_width(20), 3)
+        0.161
+    """
+    return _Z95**2 / (n + _Z95**2)

@@ -44,6 +44,7 @@ from trl_search.evaluation.settings import (
     prompts_of,
     read_settings_file,
     settings_hash,
+    with_left_out,
     write_settings,
 )
 from trl_search.evaluation.table import Results, results_markdown
@@ -135,7 +136,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
                 check_same(folder, before, settings)
             settings["sessions"] = [*(before or {}).get("sessions", []), _session(plan, processes)]
             if processes.is_main_process:
-                write_settings(folder, settings)
+                write_settings(folder, with_left_out(before, settings))
             processes.wait_for_everyone()
 
             # 4. Every question that has no record yet.

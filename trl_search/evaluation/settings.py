@@ -2,7 +2,7 @@
 
 What is compared is what an answer depends on: a folder's weights by their hash and not by its name, the prompt as the
 policy reads it, the index by its manifest. What may change from one session to the next, because it should change
-nothing (versions, machine, questions at once), is written down for each. Sets and modes may be added, not left out.
+nothing (versions, machine, questions at once), is written down for each. Sets and modes may be added and left out.
 """
 
 from __future__ import annotations
@@ -99,29 +99,43 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with other settings than those the folder was begun with, and names each difference."""
+    """Refuses to go on with other settings than those the folder was begun with, and names each difference.
+
+    Modes and sets may be added or left out; those that were there and are asked again must be the same.
+    """
     differences: list[str] = []
+    both = set(before["modes"]) & set(now.get("modes", before["modes"]))
     for key in _COMPARED:
-        if key in now and not (key == "retriever" and before[key] is None):  # no mode has searched until now
+        # Where no mode searched before, or none does now, there is no retriever to compare.
+        if key in now and not (key == "retriever" and None in (before[key], now[key])):
             differences += [
                 f"{name}: {_told_apart(old, new)}"
                 for name, old, new in _differences(key, before.get(key), now[key])
-                if key != "prompts" or name.removeprefix("prompts.") in before["modes"]
+                if key != "prompts" or name.removeprefix("prompts.") in both
             ]
-    for name, one in before["sets"].items():
-        if name not in now["sets"]:
-            differences.append(f"dataset {name}: there, not asked for now")
-        else:
-            differences += [
-                f"dataset {name}, {key}: {_told_apart(old, new)}"
-                for key, old, new in _differences("", one, now["sets"][name])
-            ]
-    differences += [f"mode {mode}: there, not asked for now" for mode in before["modes"] if mode not in now["modes"]]
+    for name in (name for name in before["sets"] if name in now["sets"]):
+        differences += [
+            f"dataset {name}, {key}: {_told_apart(old, new)}"
+            for key, old, new in _differences("", before["sets"][name], now["sets"][name])
+        ]
     if differences:
         raise UserError(
             f"{folder} holds an evaluation with other settings ({'; '.join(differences)}): go on with its own, or "
             "give --output a new folder"
         )
+
+
+def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a folder keeps: those of now, and of the modes and sets that it holds and are left out now."""
+    if before is None:
+        return dict(now)
+    return {
+        **now,
+        "modes": list(dict.fromkeys([*before["modes"], *now["modes"]])),
+        "sets": {**before["sets"], **now["sets"]},
+        "prompts": {**before["prompts"], **now["prompts"]},
+        "retriever": before["retriever"] if now["retriever"] is None else now["retriever"],
+    }
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ numbers), `world`, the embedded one, which needs no network, and files and folde
 
 The folder then holds results.md, results.json (with everything that defines the numbers) and a line for each
 question. Killed and started again with the same command, it goes on: finished questions are not paid for twice. With
-other settings it refuses; datasets and modes may be added. A run's folder knows how its policy was trained to be asked
-(protocol, instruction, budgets), and options say otherwise. docs/evaluation.md says how each number is made.
+other settings it refuses; datasets and modes may be added or left out. A run's folder knows how its policy was trained
+to be asked (protocol, instruction, budgets), and options say otherwise. docs/evaluation.md says how each is made.
 """
 
 from __future__ import annotations
