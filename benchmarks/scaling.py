@@ -25,7 +25,7 @@ from trl_search.retrieval.dense.vectors import plan
 
 DIM = 768
 PASSAGES = (21_000_000, 200_000_000, 2_000_000_000)
-TEXT_BYTES = 670  # a passage of wiki-18: 14 GB for 21 million (FIELD.md)
+TEXT_BYTES = 670  # per passage of wiki-18: 14 GB for 21 million
 USABLE = 0.75  # of a host's memory
 MEASURED_CORES = 2  # of all figures in `ENGINES`
 
@@ -102,7 +102,7 @@ def _per_passage(size: int) -> Callable[[int], int]:
     return lambda count: size * count
 
 
-_DENSE = "RETRIEVAL.md, syn200k, batches of 64, recall@3"
+_DENSE = "synthetic vectors, batches of 64, recall@3"
 _LINKS = 4 * 2 * 16  # of Qdrant's graph, m = 16
 _WORDS = 165  # of an inverted index; it is read from the page cache
 ENGINES = (
@@ -118,7 +118,7 @@ ENGINES = (
         1106,
         200_000,
         _graph,
-        "**not Qdrant's**: HNSW64, ef 128, of FAISS, RETRIEVAL.md, recall@3 .758 to .873",
+        "**not Qdrant's**: FAISS' HNSW64, ef 128, recall@3 .758 to .873",
     ),
     Engine(
         "`bm25` tantivy",
@@ -128,7 +128,7 @@ ENGINES = (
         609,
         1_000_000,
         _linear,
-        "RETRIEVAL.md, batches of 512, two threads",
+        "batches of 512, two threads",
     ),
     Engine(
         "`opensearch`",

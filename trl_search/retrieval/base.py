@@ -1,4 +1,4 @@
-"""`Retriever`: the one interface that everything which finds passages implements."""
+"""`Retriever`: the interface of everything that finds passages."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class QueueFull(RetrievalError):
 class Retriever(abc.ABC):
     """Finds passages for queries: always batched, thread-safe, deterministic (ties in corpus order).
 
-    One that waits for somebody else's answer may add `async def search_async(queries, k)`, which rollouts then await
-    in place of `search` on a thread.
+    A retriever that waits for a server may add `async def search_async(queries, k)`. Rollouts await it instead of
+    running `search` on a thread.
 
     Attributes:
-        max_concurrent_batches (`int`): How many searches it wants at a time. What computes on this machine wants one,
-            and larger batches; what asks several servers wants several.
+        max_concurrent_batches (`int`): How many searches may run at a time. A retriever that computes on this machine
+            wants one, with larger batches; one that asks several servers wants several.
     """
 
     max_concurrent_batches: int = 1
 
     @abc.abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """Returns, for each query in order, up to `k` passages, best first; `[]` where nothing matches.
+        """Returns up to `k` passages for each query, best first; `[]` where nothing matches.
 
         Raises:
             ValueError: if `k < 1`.
@@ -55,7 +55,7 @@ class Retriever(abc.ABC):
 
 
 def check_search(queries: Sequence[str], k: int) -> None:
-    """What every `search` refuses first: one string, which would be a batch of letters, and a `k` below 1."""
+    """Refuses a single string, which would be searched letter by letter, and a `k` below 1."""
     if isinstance(queries, str):
         raise TypeError("search takes a list of queries; pass [query]")
     if k < 1:

@@ -1,14 +1,14 @@
 """One call of the retriever for many trajectories: `await batcher.search(query, k)` from any number of coroutines.
 
-No timer. While one batch is searched the next one gathers, and leaves as soon as the retriever is free:
+There is no timer. While one batch is searched, the next one gathers; it is sent as soon as the retriever is free:
 
     queries   a b c      d e        f g h i        j
     batches   [a]  [b c d]   [e f g h]   [i j]
 
-A retriever that says so (`max_concurrent_batches`) is given several batches at a time. A query asked by several
-coroutines at once is searched once. When a batch raises, its queries are tried one by one, so that one poisonous query
-fails alone. `timeout_s` bounds a call of the retriever, not the wait for one's turn: a call that hangs fails its own
-queries and is left behind on its daemon thread, where it holds up neither the rest nor the exit.
+A retriever with `max_concurrent_batches` above 1 gets several batches at a time. A query that several coroutines ask
+at once is searched once. When a batch raises, its queries are tried one by one, so that a poisonous query fails alone.
+`timeout_s` limits a call of the retriever, not the wait for its turn. A call that hangs fails its own queries and
+stays behind on its daemon thread, where it delays neither other searches nor the exit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Result = Sequence[Passage] | RetrievalError
 
 
 class Crashed(RetrievalError):
-    """The retriever raised what it never promised to: a bug in it, or a machine that fails. Another may do better."""
+    """The retriever raised an exception outside its contract: a bug, or a failing machine. Another server may
+    succeed."""
 
 
 @dataclass
@@ -51,8 +52,8 @@ class SearchBatcher:
         timeout_s (`float`): How long one call of the retriever may take.
         max_batch (`int`): How many queries one call may hold.
         on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Batchers of one retriever share it.
-        max_queued (`int`, *optional*): How many queries may wait for their turn; one more is refused at once with
-            `QueueFull`. By default there is no bound, and a rollout has one: its own trajectories.
+        max_queued (`int`, *optional*): How many queries may wait for their turn; one more is refused with
+            `QueueFull`. No limit by default: a rollout has at most one query per trajectory.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SearchBatcher:
         """Returns up to `k` passages, best first.
 
         Raises:
-            QueueFull: if `max_queued` others wait already.
+            QueueFull: if `max_queued` other queries are waiting.
             Unavailable: if the retriever is down or took too long, or the batcher is closed.
             RetrievalError: if the search failed.
         """
@@ -112,7 +113,7 @@ class SearchBatcher:
         return list(result[:k])  # some retrievers return more than they were asked for
 
     async def aclose(self) -> None:
-        """Ends at once: whoever still waits gets an `Unavailable`."""
+        """Ends at once; searches that still wait raise `Unavailable`."""
         self._closed = True
         workers = set(self._workers)
         for worker in workers:
@@ -134,21 +135,22 @@ class SearchBatcher:
                     del self._queue[key]
                 await self._answer(batch, k)
         finally:
-            # Here, in the same breath that saw an empty queue: in a callback of the task it would come a turn of the
-            # loop later, and a query asked meanwhile would find a worker that no longer works.
+            # Here and not in a callback of the task, which runs a turn of the loop later: a query asked in between
+            # would count on a worker that has already stopped.
             self._workers.discard(worker)
 
     async def _answer(self, batch: list[Key], k: int) -> None:
         try:
             found = await self._call([query for query, _ in batch], k, self._timeout_s)
-        except Exception as error:  # whatever a retriever raises is these queries' failure, never the worker's end
+        except Exception as error:  # fails these queries, and must not end the worker
             await self._answer_singly(batch, k, _as_failure(error))
         else:
             for key, passages in zip(batch, found, strict=True):
                 self._resolve(key, passages)
 
     async def _answer_singly(self, batch: list[Key], k: int, error: RetrievalError) -> None:
-        """Finds the poisonous query. All together get one more timeout: a server that is down fails every query."""
+        """Finds the poisonous query. All of them share one more timeout, since a server that is down fails every
+        query."""
         deadline = time.monotonic() + self._timeout_s
         for key in batch:
             left_s = deadline - time.monotonic()
@@ -166,7 +168,7 @@ class SearchBatcher:
         call = start_search(self._retriever, self._on_threads, queries, k)
         self.stats.batches += 1
         try:
-            await asyncio.wait({call}, timeout=timeout_s)  # wait_for would go on waiting for a call that hangs
+            await asyncio.wait({call}, timeout=timeout_s)  # wait_for would wait until a hanging call is cancelled
             if not call.done():
                 raise Unavailable(
                     f"a search of {len(queries)} queries timed out after {timeout_s:.3g} s; is the retriever up, "
@@ -178,7 +180,7 @@ class SearchBatcher:
         if call.cancelled():
             raise RetrievalError("the retriever cancelled its own search")
         if (error := call.exception()) is not None:
-            raise _as_failure(error)  # of what is no Exception too: a retriever that exits ends no worker
+            raise _as_failure(error)  # SystemExit too: it must not end the worker
         found = call.result()
         if len(found) != len(queries):
             raise RetrievalError(f"the retriever returned {len(found)} results for {len(queries)} queries")

@@ -1,8 +1,8 @@
-"""What async retrievers need of event loops: one for callers that block, and HTTP connections for each.
+"""Event loops for async retrievers: one for callers that block, and an HTTP client for each loop.
 
 A `BackgroundLoop` lives from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
-holds an `httpx.AsyncClient` for each loop, since a client works on the loop it was first used on, and a rollout makes
-a new loop each step. Neither goes through a fork: a child process needs new ones.
+keeps one `httpx.AsyncClient` per loop, because a client works only on the loop it was first used on, and a rollout
+makes a new loop at each step. Neither survives a fork: a child process needs new ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The usual certificates, read once: it takes 0.1 s, which every new client would spend again."""
+    """The usual certificates, read once: every new client would take 0.1 s to read them again."""
     return httpx.create_ssl_context()
 
 
@@ -41,7 +41,7 @@ class BackgroundLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Waits for the coroutine's result. Raises `RetrievalError` when the loop is closed, before or meanwhile."""
-        with self._lock:  # so that no coroutine comes behind the stop, where nothing would run or cancel it
+        with self._lock:  # a coroutine submitted after the stop would never run
             if self._closed:
                 coroutine.close()
                 raise RetrievalError("this retriever is closed")
@@ -91,8 +91,8 @@ class ClientPerLoop:
     async def get(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            # asyncio ends the async generators of a loop before the loop itself: this is how the connections get
-            # closed, though nobody tells a retriever that a rollout is over.
+            # asyncio closes the async generators of a loop before the loop itself. That closes the connections,
+            # although nobody tells a retriever that a rollout is over.
             client = self._make()
             living = self._live(loop, client)
             self._clients[loop] = client, living

@@ -1,4 +1,4 @@
-"""Searches and other work for an event loop, none of which anybody has to wait for."""
+"""Blocking work for an event loop, on daemon threads that neither the loop nor the exit waits for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 from trl_search.retrieval.base import Retriever, Unavailable
 from trl_search.types import Passage
 
-MAX_HUNG = 8  # calls left behind before new ones are refused: each keeps a thread and whatever it was waiting for
+MAX_HUNG = 8  # hanging calls after which new ones are refused: each keeps a thread and its memory
 
 T = TypeVar("T")
 
 
 def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Thread]:
-    """Starts work, and returns the future of what it returns or raises.
+    """Starts work on a thread, and returns a future of its result.
 
-    Neither the loop nor the interpreter's exit waits for it, as they would for `asyncio.to_thread`: what hangs is left
-    behind.
+    Unlike `asyncio.to_thread`, neither the loop nor the interpreter's exit waits for work that hangs.
 
     Example:
         >>> found, _ = on_daemon_thread(lambda: retriever.search(["who founded Orlune?"], 3))
@@ -37,7 +36,7 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
         try:
             result = work()
         except BaseException as error:
-            # A future takes any exception but this one, which would end the coroutine that waits.
+            # A future refuses StopIteration, which would end the coroutine that waits for it.
             failure = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
             tell(lambda: done.set_exception(failure))
         else:
@@ -49,8 +48,8 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
 
 
 class DaemonCalls:
-    """Calls of one retriever on daemon threads. One that was given up, by cancelling its future, counts as hung until
-    its thread ends; new ones are refused while `MAX_HUNG` hang."""
+    """Calls of one retriever on daemon threads. A call whose future was cancelled counts as hung until its thread
+    ends; while `MAX_HUNG` calls hang, new ones are refused."""
 
     def __init__(self) -> None:
         self._calls: dict[threading.Thread, asyncio.Future[Any]] = {}
@@ -63,7 +62,7 @@ class DaemonCalls:
         """
         for thread in list(self._calls):
             if not thread.is_alive():
-                self._calls.pop(thread, None)  # or another event loop's thread was first
+                self._calls.pop(thread, None)  # another event loop may have removed it
         if sum(found.cancelled() for found in list(self._calls.values())) >= MAX_HUNG:
             raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
         found, thread = on_daemon_thread(work)
@@ -74,9 +73,9 @@ class DaemonCalls:
 def start_search(
     retriever: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int
 ) -> asyncio.Future[list[list[Passage]]]:
-    """One search of a retriever: a task where it has `search_async`, else on a thread among its `calls`.
+    """Starts one search: a task if the retriever has `search_async`, else a thread of `calls`.
 
-    To give it up, cancel it: a task is told to stop, a thread is left behind.
+    Cancel the future to give the search up: a task stops, a thread is left behind.
 
     Raises:
         Unavailable: if it would need a thread, and too many of them hang.
@@ -87,6 +86,6 @@ def start_search(
         found = calls.start(lambda: retriever.search(queries, k))
     else:
         found = asyncio.ensure_future(search_async(queries, k))
-    # A task that was given up may fail while it stops. Nobody asks for that any more, and asyncio would log it.
+    # A cancelled task may fail while it stops. Reading the exception keeps asyncio from logging it.
     found.add_done_callback(lambda done: done.cancelled() or done.exception())
     return found

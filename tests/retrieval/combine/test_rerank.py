@@ -135,7 +135,7 @@ def test_a_model_that_is_not_there_or_is_no_reranker_is_named(model: Path, tmp_p
     config = BertConfig.from_pretrained(model, num_labels=3)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "three")
-    with pytest.raises(UserError, match="gives 3 numbers a pair"):
+    with pytest.raises(UserError, match="gives 3 numbers per pair"):
         load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path / "three"))
 
 

@@ -3,8 +3,8 @@
     term 17 -> rows  3  8 40        totals   row 3: 1.2   row 8: 0.4 + 0.9   row 40: 0.1
     term  4 -> rows  8 91                    row 91: 0.7                  ──► [(8, 1.3), (3, 1.2), ...]
 
-Compiled, only the rows that a term points to are looked at: a search costs what its words cost, not what the corpus
-does. Both ways add the same float32 numbers in the same order, and agree to the bit.
+The compiled search looks only at the rows that a term points to, so its cost depends on the words of the query and not
+on the size of the corpus. Both ways add the same float32 numbers in the same order, and agree to the bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Postings:
         self._find: Callable[..., None] = _find_by_numpy
         if backend == "numba":
             self._find = _compiled()
-            self.best([[0]], 1)  # it is compiled for a second; that is no time for a rollout
+            self.best([[0]], 1)  # compiles now, for a second, and not during a rollout
 
     def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores; equal scores in the order of the rows.
@@ -55,7 +55,7 @@ class Postings:
         rows_QK, scores_QK = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
         try:
             self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
-        except BaseException:  # an interrupt in the middle, or no memory: the next query starts at 0 all the same
+        except BaseException:  # after an interrupt or without memory, the next query must still start at 0
             self._totals[:] = 0
             raise
         return [

@@ -1,12 +1,12 @@
 """BM25: lexical search, on one of two engines that match the same words.
 
-    engine     good to              disk a passage    what it keeps                     to build
-    bm25s      about two million    0.7 kB            scores, computed while indexing   5 GB of memory a million
-    tantivy    tens of millions     0.2 kB            an inverted index                 half a GB of memory
+    engine     for up to            disk per passage  what it keeps                     memory to build
+    bm25s      about two million    0.7 kB            scores, computed while indexing   5 GB per million passages
+    tantivy    tens of millions     0.2 kB            an inverted index                 half a GB
 
-Passages and queries become terms in one place, `Analyzer`, and an engine sees terms only: what matches is the same
-under both, and so is every rule here (no match is `[]`, ties in corpus order, k may exceed the corpus). Scores differ
-a little, see `tantivy_engine.py`. `build_index` chooses by the number of passages, the folder says which it holds.
+Passages and queries become terms in one place, `Analyzer`, and an engine sees only terms. So the same passages match
+under both, and the same rules hold (no match is `[]`, ties in corpus order, k may exceed the corpus). Scores differ a
+little, see `tantivy_engine.py`. `build_index` chooses by the number of passages, and the folder says which it holds.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from trl_search.types import Passage
 
 KIND = "bm25"
 BM25S, TANTIVY = "bm25s", "tantivy"
-BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"  # of an index: which one is there says which engine it is for
+# In an index folder: the one that is there says which engine it is for.
+BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"
 BM25S_LIMIT = 2_000_000  # passages; beyond, bm25s needs more than 10 GB of memory to build
 SAMPLE = 1000  # passages that are looked at to judge whether the analyzer suits the corpus
-MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would hold up everybody else's search for minutes
+MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would delay all other searches for minutes
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,10 @@ class BM25Builder:
         stemmer (`str`, *optional*): A Snowball algorithm: "english", "german", ...; `None` does not stem.
         stopwords (`str`, *optional*): A language whose stop words are dropped, except from a query that has no other
             word; `None` keeps every word.
-        k1 (`float`, *optional*): How soon a repeated term stops counting; by default the engine's, 1.5 for bm25s. That
-            of tantivy is 1.2 and cannot be changed.
-        b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75. That of tantivy cannot
-            be changed.
+        k1 (`float`, *optional*): How soon a repeated term stops counting; 1.5 by default with bm25s. With tantivy it
+            is 1.2 and cannot be changed.
+        b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75, which tantivy cannot
+            change.
         engine (`str`): "bm25s", "tantivy", or "auto": bm25s up to two million passages, tantivy above.
         fold_accents (`bool`): Drops accents: "Zurich" finds "Zürich", and the other way round.
     """
@@ -72,7 +73,7 @@ class BM25Builder:
             raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
         if self.engine not in (BM25S, TANTIVY, "auto"):
             raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
-        # What is wrong is an error now, not after an hour of reading.
+        # A wrong option is an error now, not after an hour of reading.
         self.analyzer()
         if self.engine == TANTIVY:
             self._check_tantivy()
@@ -124,7 +125,7 @@ class BM25Retriever(Retriever):
 
     def __init__(self, engine: Engine, passages: bm25s_engine.Passages, analyzer: Analyzer) -> None:
         self._engine, self._passages, self._analyzer = engine, passages, analyzer
-        self._lock = threading.Lock()  # passages are not read while they are closed
+        self._lock = threading.Lock()  # keeps `close` from running while passages are read
         self._closed = False
 
     @classmethod

@@ -17,8 +17,8 @@ from trl_search.retrieval.bm25.analyzer import Analyzer
 from trl_search.retrieval.dense.corpus_vectors import Passages
 from trl_search.types import Passage
 
-K1, B = 1.2, 0.75  # as tantivy and OpenSearch have it
-LENGTH_SAMPLE = 100_000  # passages of which the mean length is taken: BM25 hardly cares
+K1, B = 1.2, 0.75  # as in tantivy and OpenSearch
+LENGTH_SAMPLE = 100_000  # passages whose mean length is taken; BM25 needs no exact one
 
 
 def term_counts(terms: Iterable[str]) -> dict[int, int]:
@@ -27,7 +27,7 @@ def term_counts(terms: Iterable[str]) -> dict[int, int]:
 
 
 def mean_length(passages: Passages, analyzer: Analyzer) -> float:
-    """Terms a passage, from a sample spread over all of them."""
+    """The mean number of terms per passage, from a sample spread over the corpus."""
     step = max(1, len(passages) // LENGTH_SAMPLE)
     rows = range(0, len(passages), step)
     return max(1.0, sum(len(_split(passages[row], analyzer)[0]) for row in rows) / len(rows))

@@ -8,16 +8,16 @@
     ────────────
     hybrid b a d c        b: 1/62 + 1/61   a: 1/61 + 1/63   d: 1/62   c: 1/63
 
-Only ranks count, so scores of any kind may be fused. Every retriever is asked for `depth` passages whatever k is: a
-passage that one has at rank 30 and another at rank 2 belongs before one that has rank 3 alone, and the first three of
-k = 10 are the result of k = 3.
+Only ranks count, so scores of any kind may be fused. Every retriever is asked for `depth` passages, whatever k is. So
+a passage at rank 30 of one retriever and rank 2 of another comes before one at rank 3 of a single retriever, and the
+first three of k = 10 are the result of k = 3.
 
 Rules:
 
-- passages are the same when their ids are. Where two retrievers have different texts under one id, the first of
-  `retrievers` is believed; a retriever that finds an id twice has it at the better rank;
-- equal scores: the rank in the first retriever decides, then that in the second, and so on;
-- when one retriever fails, the search fails: half an answer would train another policy than was asked for.
+- Passages with the same id are the same. If two retrievers have different texts under one id, that of the first
+  retriever is taken. If a retriever finds an id twice, the better rank counts.
+- Equal scores are ordered by the rank in the first retriever, then in the second, and so on.
+- When one retriever fails, the search fails: half an answer would train another policy than was asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trl_search.retrieval.combine.parts import (
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 
-RRF_K = 60  # of the paper: how little the very first ranks stand out
+RRF_K = 60  # the value of the paper; the larger, the less the very first ranks stand out
 DEPTH = 50
 
 
@@ -88,7 +88,7 @@ class HybridRetriever(Retriever):
             part.close()
 
     def _begin(self, queries: Sequence[str], k: int) -> bool:
-        """Whether there is anything to search."""
+        """Checks the arguments; whether there is anything to search."""
         check_search(queries, k)
         if self._closed:
             raise RetrievalError("this hybrid retriever is closed; load it again to search")

@@ -1,4 +1,4 @@
-"""What retrievers made of other retrievers share: `hybrid` and `rerank` load, search and close their parts here."""
+"""The parts of `hybrid` and `rerank`, which are made of other retrievers: loading, searching, metrics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Part = Retriever | Mapping[str, Any]
 
 
 def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
-    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; what is a retriever already is taken as it is."""
+    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; a retriever is taken as it is."""
     from trl_search.retrieval import load_retriever
 
     loaded: list[Retriever] = []
-    own: list[Retriever] = []  # what was given is its owner's to close
+    own: list[Retriever] = []  # retrievers that were passed in are closed by their owner
     try:
         for number, part in enumerate(parts, start=1):
             if isinstance(part, Retriever):
@@ -50,9 +50,8 @@ def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) 
 async def search_together_async(
     parts: Sequence[Retriever], on_threads: Sequence[DaemonCalls], queries: Sequence[str], k: int
 ) -> list[list[list[Passage]]]:
-    """[`search_together`] for coroutines: parts that can be awaited are, the others run on threads, each among its own
-    calls of `on_threads`. When one fails, or whoever asked gives up, those that still wait are told to stop; threads
-    cannot be, and are left behind."""
+    """[`search_together`] for coroutines. Parts with `search_async` are awaited, the others run on threads of their
+    own `on_threads`. When one fails or the caller gives up, the tasks are cancelled; threads are left behind."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(_outcome(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)

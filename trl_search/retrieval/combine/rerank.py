@@ -4,9 +4,9 @@
                    model="cross-encoder/ms-marco-MiniLM-L6-v2")                          # here, on this machine
     load_retriever("rerank", retriever={...}, url="http://localhost:8080/rerank", api="tei")     # by a server
 
-`depth` passages are fetched for each query, or k where that is more, and the best k of them returned, with the
-reranker's scores. Each query is scored against its own passages and no others. Equal scores stay in the order in which
-they came. What the retriever did not find, a reranker cannot find either: raise `depth` for recall.
+For each query, `depth` passages are fetched (or k, if that is more), and the best k of them are returned with the
+reranker's scores. Each query is scored against its own passages only. Equal scores keep the order of the retriever. A
+reranker finds nothing that the retriever did not find: raise `depth` for recall.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from trl_search.retrieval.dense.encoder import code_in_checkpoint
 from trl_search.types import Passage
 
 DEPTH = 20
-# Of a local model's scores. Which pairs share a batch changes their last bits; nobody's ranking should hang on that.
+# Scores of a local model are rounded: which pairs share a batch changes their last bits, and must not change a
+# ranking.
 DECIMALS = 4
-MAX_QUERY_CHARS = 2_000  # a question has a hundred; a pasted book would be tokenized once a passage
+MAX_QUERY_CHARS = 2_000  # a question has a hundred; a pasted book would be tokenized once per passage
 
 Candidates = tuple[str, tuple[str, ...]]  # a query, and the texts found for it
 
@@ -93,8 +94,8 @@ class CrossEncoderScorer:
     Args:
         model (`str`): A name on the hub or a folder: "cross-encoder/ms-marco-MiniLM-L6-v2", "BAAI/bge-reranker-v2-m3".
         device (`str`, *optional*): "cuda:1", "cpu"; by default the best there is.
-        batch_size (`int`): Pairs a forward.
-        max_length (`int`, *optional*): Tokens a pair is cut to; by default the model's.
+        batch_size (`int`): Pairs per forward pass.
+        max_length (`int`, *optional*): Tokens that a pair is cut to; by default the model's limit.
         trust_remote_code (`bool`): Runs Python code that lies in the checkpoint.
     """
 
@@ -125,8 +126,8 @@ class CrossEncoderScorer:
             raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
         if self._model.num_labels != 1:
             raise UserError(
-                f"{model!r} gives {self._model.num_labels} numbers a pair, a reranker gives one; choose a model that "
-                "was trained for it, as cross-encoder/ms-marco-MiniLM-L6-v2"
+                f"{model!r} gives {self._model.num_labels} numbers per pair, and a reranker gives one; choose a model "
+                "that was trained for it, as cross-encoder/ms-marco-MiniLM-L6-v2"
             )
         self._batch_size = batch_size
         self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
@@ -174,8 +175,8 @@ def load(
         url (`str`, *optional*): The whole address of a server's endpoint: "http://localhost:8080/rerank".
         depth (`int`): How many candidates a query gets, or k where that is more.
         device (`str`, *optional*): Of a local model: "cuda:1", "cpu"; by default the best there is.
-        batch_size (`int`, *optional*): Pairs a forward of a local model, 32 by default; or documents a request to a
-            server, by default all of a query (32 with "tei", as its servers have it).
+        batch_size (`int`, *optional*): Pairs per forward pass of a local model, 32 by default; or documents per
+            request to a server, by default all of a query (32 with "tei", as its servers have it).
         max_length (`int`, *optional*): Of a local model: tokens a pair is cut to; by default the model's.
         trust_remote_code (`bool`, *optional*): Of a local model: runs Python code that lies in its checkpoint.
         api (`str`, *optional*): What the server speaks: "jina" (Jina, Cohere, vLLM, Infinity; the default) or "tei".

@@ -7,9 +7,9 @@
         -> {"query": "who founded Orlune?", "texts": ["...", "..."], "raw_scores": true, "truncate": true}
         <- [{"index": 1, "score": 4.2}, {"index": 0, "score": -3.9}]
 
-One request holds one query and its own documents. An answer must score every document once; one that does not, an
-error and a server that stays away end the search as a `RetrievalError`. What may pass (a lost connection, 429, 502,
-503, 504) is tried again, three times in all: scoring changes nothing on the server.
+One request holds one query and its own documents, and its answer must score every document once. A lost connection,
+429, 502, 503 and 504 are tried three times in all: scoring changes nothing on the server. Everything else, and a
+server that stays away, ends the search as a `RetrievalError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HttpScorer:
         url (`str`): The whole address of its endpoint: "http://localhost:8080/rerank".
         api (`str`): "jina" or "tei".
         model (`str`, *optional*): The server's name for its model; hosted services need it.
-        batch_size (`int`, *optional*): Documents a request; by default all of a query, and 32 with "tei", whose
+        batch_size (`int`, *optional*): Documents per request; by default all of a query, and 32 with "tei", whose
             servers refuse more unless told otherwise.
         concurrency (`int`): Requests at a time.
         timeout_s (`float`): Seconds until a request counts as failed.
@@ -77,7 +77,7 @@ class HttpScorer:
         self._start()
 
     def _start(self) -> None:
-        """What belongs to one process; a forked child makes its own."""
+        """Makes what belongs to one process; a forked child calls it again."""
         self._pid = os.getpid()
         # The proxies of the environment do not know the hosts of a cluster.
         self._client = httpx.Client(
@@ -103,7 +103,7 @@ class HttpScorer:
             try:
                 answers = [future.result() for future in futures]
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # of a server that is down, three tries of each would take hours
+                pool.shutdown(cancel_futures=True)  # three tries of each request to a server that is down take hours
                 raise
         scores: list[list[float]] = [[] for _ in candidates]
         for (row, _, _), answer in zip(requests, answers, strict=True):

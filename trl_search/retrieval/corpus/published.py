@@ -1,7 +1,7 @@
-"""A corpus as others published it, to go with their index: `wiki-18.jsonl` beside `e5_Flat.index`, opened as it is.
+"""A published corpus that goes with a published index: `wiki-18.jsonl` beside `e5_Flat.index`, opened as it is.
 
-Row i of the index is line i of the file. What is made is one file of offsets, 8 bytes a line, once; the corpus stays
-on disk, memory-mapped, and no line of it is read before a search finds it.
+Row i of the index is line i of the file. One file of offsets is made, once, with 8 bytes per line. The corpus stays on
+disk, memory-mapped, and no line is read before a search finds it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SAME_PASSAGE = 0.98  # cosine of one passage encoded twice, in fp16 or cut a lit
 
 
 def open_jsonl(path: str | Path) -> Corpus:
-    """A jsonl file as a `Corpus`, whatever its size: offsets of its lines are kept in `<file>.offsets.npy`, or in
-    `~/.cache/trl-search` where its folder cannot be written."""
+    """Opens a jsonl file of any size as a `Corpus`. The offsets of its lines are kept in `<file>.offsets.npy`, or in
+    the cache folder if the file's own cannot be written."""
     path = Path(path).resolve()
     if not path.is_file():
         raise CorpusError(f"there is no corpus file {path}")
@@ -47,7 +47,7 @@ def open_jsonl(path: str | Path) -> Corpus:
 
 
 def find_lines(path: Path) -> np.ndarray:
-    """Where each line that holds something begins, int64, and at last the size of the file."""
+    """Where each line that is not blank begins, and last the size of the file; int64."""
     size, read = path.stat().st_size, 0
     ends = []
     with (
@@ -61,7 +61,8 @@ def find_lines(path: Path) -> np.ndarray:
         starts = np.concatenate([[0], *ends]).astype(np.int64)
         starts = starts[starts < size]
         lengths = np.diff(np.append(starts, size))
-        # A blank line is "\n" or "\r\n"; dropped, it belongs to the line before, where JSON does not mind it.
+        # A blank line is "\n" or "\r\n". Without a start of its own it belongs to the line before, where JSON allows
+        # it.
         blank = np.zeros(len(starts), dtype=bool)
         for line in np.flatnonzero(lengths <= 2):
             file.seek(int(starts[line]))
@@ -75,8 +76,8 @@ def find_lines(path: Path) -> np.ndarray:
 
 
 def check_encoder(encoder: Encoder, rows_ND: np.ndarray, corpus: Corpus, name: str) -> None:
-    """Encodes a few passages again: are these their vectors? Wrong pooling, prefix or weights find the wrong passages,
-    and nothing else would say so."""
+    """Encodes a few passages again and compares the vectors. With a wrong pooling, prefix or other weights, searches
+    would find the wrong passages without an error."""
     chosen = sorted({len(corpus) * part // 5 for part in range(5)})
     again_ND = encoder.encode_passages([join_contents(corpus[row]) for row in chosen])
     there_ND = np.asarray(rows_ND[chosen], dtype=np.float32)

@@ -1,12 +1,12 @@
-"""Encoding a corpus to vectors on disk: in shards, by several processes, and on from where a killed one was.
+"""Encodes a corpus to vectors on disk: in shards, by several processes, and resumable after a kill.
 
     scratch/vectors.npy     (N, dim) float32 or float16, preallocated; each shard is written at its own place
-    scratch/shards.done     one byte a shard: 1 when its vectors are on disk
+    scratch/shards.done     one byte per shard: 1 when its vectors are on disk
     scratch/encoding.json   what was encoded by what; another corpus, encoder or precision starts anew
 
-A shard's vectors reach the disk before its byte does, so a kill at any moment costs the shards in work and nothing
-else. What a shard becomes depends on its own texts alone (sentence-transformers batches them by length within it), so
-the bytes are those of a build that was never interrupted, however many processes took part.
+The vectors of a shard reach the disk before its byte does, so a kill at any moment costs only the shards in work. A
+shard depends on its own texts alone (sentence-transformers batches them by length within it), so the bytes are those
+of an uninterrupted build, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EncodingOptions:
         encoder (`str`): Of dense vectors: a model of the hub or a folder; e5, bge, MiniLM, any of
             sentence-transformers.
         dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
-        batch_size (`int`): Passages a step of the encoder. Lower it when a GPU runs out of memory.
+        batch_size (`int`): Passages per step of the encoder. Lower it when a GPU runs out of memory.
         max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
         query_prompt (`str`, *optional*): Text before every query, or the name of one of the encoder's prompts; by
             default as the encoder was trained.
@@ -73,11 +73,11 @@ class EncodingOptions:
     trust_remote_code: bool = False
 
     def check_encoding(self) -> None:
-        """Loads the encoder too: one that is not there is an error now, not after an hour of reading."""
+        """Loads the encoder too, so that a missing one is an error now and not after an hour of reading."""
         if self.dtype not in ("float32", "float16"):
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
         if self.batch_size < 1:
-            raise UserError(f"batch_size is passages a step of the encoder, at least 1; got {self.batch_size}")
+            raise UserError(f"batch_size is passages per step of the encoder, at least 1; got {self.batch_size}")
         for name in ("encoder", "query_encoder"):
             given = getattr(self, name)
             if given is not None and Path(given).is_dir():  # what is built is searched from other folders too
@@ -116,17 +116,17 @@ def encode_corpus(
 ) -> np.ndarray:
     """Encodes every passage into `folder/vectors.npy` and returns it, memory-mapped.
 
-    Called again, it does what is not done yet. With several workers every one calls it, and all return together.
+    Called again, it does what is not done yet. With several workers, every one calls it, and all return together.
 
     Args:
         passages (`Passages`): Titles are encoded with their texts, as `'"Title"\\ntext'`.
         encoder (`Encoder`): Its passage prompt goes before each.
         folder (`Path`): Is made if need be.
         dtype (`str`): Of the vectors: `"float32"` or `"float16"`.
-        batch_size (`int`): Passages a step of the encoder.
-        shard_rows (`int`): Passages a shard.
+        batch_size (`int`): Passages per step of the encoder.
+        shard_rows (`int`): Passages per shard.
         workers (`Workers`): This process among those that share the work.
-        announce (`Callable[[str], None]`, *optional*): Told what is taken up or thrown away.
+        announce (`Callable[[str], None]`, *optional*): Gets messages: what is resumed or thrown away.
     """
     about = {
         "passages": len(passages),
@@ -173,7 +173,7 @@ def _prepare(folder: Path, about: dict[str, Any], announce: Callable[[str], None
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + size)
     (folder / DONE).write_bytes(bytes(shards))
-    # Last, and at once: its presence says that the others are there.
+    # Last: its presence says that the others are there.
     (folder / f"{ABOUT}.new").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     os.replace(folder / f"{ABOUT}.new", folder / ABOUT)
 
@@ -187,7 +187,7 @@ def _encode_shards(
     mine = {shard: rows for shard, rows in shards.items() if shard % workers.count == workers.rank}
     done = (folder / DONE).read_bytes()
     left = {shard: rows for shard, rows in mine.items() if not done[shard]}
-    # Not through a memory map: on a disk that is full, a write there kills the process and a write here says why.
+    # Not through a memory map: on a full disk, a write there kills the process, and a write here raises.
     with (
         open(folder / VECTORS, "r+b") as vectors,
         open(folder / DONE, "r+b") as journal,
@@ -213,7 +213,7 @@ def _encode_shards(
 
 def _encode(passages: Passages, encoder: Encoder, rows: range, about: dict[str, Any]) -> np.ndarray:
     texts = [join_contents(passages[row]) for row in rows]
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # an overflow is reported below
         vectors_ND = encoder.encode_passages(texts, batch_size=about["batch_size"]).astype(about["dtype"])
     broken = np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))
     if len(broken):

@@ -1,9 +1,8 @@
 """Dense retrieval: an encoder turns text into vectors, a vector index finds the nearest (`vectors/`).
 
-Batching changes the last bits of a vector and of a score, and a vector index breaks ties as it likes. So more is
-fetched than asked for, until no tie reaches past it; scores within `TIE` of the best among them are one, and stand in
-corpus order. Passages are the same whatever else is in the batch, and scores to their last decimal; where queries are
-encoded in bfloat16 or float16, the batch moves a score by thousandths, and may swap passages as near as that.
+Batching changes the last bits of a vector and of a score, so near scores count as equal and come in corpus order
+(`ranking.py`). Results do not depend on what else is in the batch. With queries encoded in bfloat16 or float16, the
+batch moves a score by thousandths, and may swap passages that are as near as that.
 
     load_retriever("dense", index="indexes/wiki")                                 made by trl-search index --kind dense
     load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")     in memory
@@ -45,7 +44,7 @@ from trl_search.retrieval.ranking import MARGIN, Hits, best_rows
 from trl_search.types import Passage
 
 KIND = "dense"
-MOST_FETCHED = 4096  # rows per query; of passages alike beyond that many, those that the index gave first
+MOST_FETCHED = 4096  # rows per query; in a longer tie, those that the index gave first are taken
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,12 @@ class DenseRetriever(Retriever):
                 f"the corpus has {len(passages):,} passages and the index {vectors.count:,} vectors: not a pair"
             )
         self._encoder, self._vectors, self._passages = encoder, vectors, passages
-        self._lock = threading.Lock()  # nothing is closed while it is read
+        self._lock = threading.Lock()  # keeps `close` from running during a search
         self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        # Of a query without a letter or digit an encoder makes some vector, and some passages are nearest to it.
+        # An encoder makes some vector of a query without letters or digits, too, and some passages are nearest to it.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         found: list[list[Passage]] = [[] for _ in queries]
         with self._lock:

@@ -1,4 +1,4 @@
-"""Passages from an OpenSearch cluster by BM25, for sites that run one: many queries a request, through `_msearch`.
+"""Passages from an OpenSearch cluster by BM25, for sites that run one: many queries per request (`_msearch`).
 
     trl-search index --kind opensearch --corpus corpus.jsonl --url http://search:9200 --collection wiki --output out
     load_retriever("opensearch", url="http://search:9200", collection="wiki")
@@ -32,7 +32,7 @@ KIND = "opensearch"
 CONTENTS = "contents"  # the field that title and text are copied to
 USER, PASSWORD = "OPENSEARCH_USER", "OPENSEARCH_PASSWORD"
 MAX_RESULTS = 10_000  # OpenSearch's own limit, `index.max_result_window`
-MAX_BATCH = 128  # queries a request
+MAX_BATCH = 128  # queries per request
 # A word of a query is at most a clause of the search; a letter of a script without spaces is one by itself.
 _WORD = re.compile(rf"[{UNSPACED_LETTERS}]|[^\W{UNSPACED_LETTERS}]{{1,255}}")
 
@@ -118,7 +118,8 @@ def _passage(hit: dict[str, Any]) -> Passage:
 
 
 def call(method: Callable[..., Any], **options: Any) -> Any:
-    """One request. What may pass is `Unavailable`, any other refusal a `RetrievalError` that says what was said."""
+    """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
+    words."""
     from opensearchpy.exceptions import ConnectionError as NoConnection
     from opensearchpy.exceptions import OpenSearchException, TransportError
 
@@ -134,7 +135,7 @@ def call(method: Callable[..., Any], **options: Any) -> Any:
 
 
 def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> Any:
-    """A client. User and password come from the environment alone."""
+    """Makes a client. User and password come from the environment only."""
     try:
         from opensearchpy import OpenSearch
     except ImportError:

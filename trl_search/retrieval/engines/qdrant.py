@@ -36,8 +36,8 @@ from trl_search.types import Passage
 KIND = "qdrant"
 DENSE, SPARSE = "dense", "sparse"  # the name of a collection's vector
 API_KEY = "QDRANT_API_KEY"
-MOST_FETCHED = 4096  # rows a query
-MAX_BATCH = 128  # queries a request
+MOST_FETCHED = 4096  # rows per query
+MAX_BATCH = 128  # queries per request
 
 Ask = Callable[[Sequence[str]], list[Any]]  # queries to what Qdrant searches for; `None` for one without words
 
@@ -104,7 +104,7 @@ class QdrantRetriever(Retriever):
 
     def _dense(self, queries: Sequence[str]) -> list[Any]:
         assert self._encoder is not None
-        # Of a query without a letter or digit an encoder makes some vector, and some passages are nearest to it.
+        # An encoder makes some vector of a query without letters or digits, too, and some passages are nearest to it.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         vectors: list[Any] = [None] * len(queries)
         encoded_QD = self._encoder.encode_queries([queries[number] for number in asked])
@@ -165,7 +165,8 @@ class QdrantRetriever(Retriever):
 
 
 def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
-    """One request. What may pass is `Unavailable`, any other refusal a `RetrievalError` that says what Qdrant said."""
+    """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
+    words."""
     from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
     try:
@@ -180,7 +181,7 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
 
 
 def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_s: int) -> Any:
-    """A client. No key is taken from anywhere but the environment."""
+    """Makes a client. The API key comes from the environment only."""
     try:
         from qdrant_client import QdrantClient
     except ImportError:

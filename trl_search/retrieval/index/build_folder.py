@@ -65,7 +65,7 @@ class BuildFolder:
 
     Args:
         output (`Path`): What the finished folder will be called: an absolute path without links.
-        announce (`Callable[[str], None]`): Told what is taken up, and what is thrown away.
+        announce (`Callable[[str], None]`): Gets messages: what is resumed, and what is thrown away.
     """
 
     def __init__(self, output: Path, announce: Callable[[str], None]) -> None:

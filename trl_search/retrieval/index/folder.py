@@ -6,8 +6,8 @@
         corpus.offsets.npy      where each row begins
         bm25/                   what the kind itself keeps
 
-A build works in a hidden folder beside it (`building.py`) and renames it when all is there, so a folder under its own
-name is whole or was damaged later, and then `open_index` says so instead of answering from it.
+A build works in a hidden folder (`build_folder.py`) that gets its name when it is whole. So a folder under its own
+name is whole, or was damaged later; then `open_index` says so instead of answering from it.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ class IndexFolderError(UserError):
 
 
 class Builder(Protocol):
-    """What a kind is built with. Made from the user's options, which it checks before any work; a dataclass, whose
-    fields become the manifest's `options`."""
+    """Builds indexes of one kind. A dataclass whose fields are the user's options: it checks them before any work, and
+    the manifest records them."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any] | None:
-        """Writes the kind's own files into `folder`. What it returns is the manifest's `details`."""
+        """Writes the kind's own files into `folder`, and returns the manifest's `details`."""
 
 
 @runtime_checkable
 class Plans(Protocol):
-    """A builder that knows beforehand what an index will cost."""
+    """A builder that can say beforehand what an index will cost."""
 
     def plan(self, passages: int) -> str:
-        """For people, before the work begins: memory, disk, time."""
+        """Memory, disk and time, in words, before the work begins."""
 
 
 @runtime_checkable
 class Shares(Protocol):
-    """A builder whose work several processes can share, and which can go on where a killed one was."""
+    """A builder whose work several processes share, and which resumes after a kill."""
 
     def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
         """Called in every process, before `build` in one. Works in `folder / SCRATCH`; returns when all is done."""
@@ -77,8 +77,8 @@ class Shares(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says. `source` is what the corpus was read from, `None` for passages given in memory;
-    `details` what the kind itself wants to know again: its encoder, what was measured."""
+    """The content of `manifest.json`. `source` is the file that the corpus was read from, `None` for passages in
+    memory; `details` are the kind's own: its encoder, what was measured."""
 
     format: int
     kind: str
@@ -114,8 +114,8 @@ def build_index(
     workers: Workers = ALONE,
     **options: Any,
 ) -> Manifest:
-    """Builds an index folder that `load_retriever(kind, index=output)` opens. Killed and called again with the same
-    arguments, it goes on where it was, to the same bytes.
+    """Builds an index folder that `load_retriever(kind, index=output)` opens. After a kill, the same call resumes the
+    build, and ends with the same bytes.
 
     Args:
         corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
@@ -124,8 +124,8 @@ def build_index(
         fields (`Fields`): The fields of id, title and text, where they are not the usual ones.
         skip_duplicates (`bool`): Keeps the first passage of each id; otherwise a repeated id is an error.
         overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
-        announce (`Callable[[str], None]`): Told what an index will cost before it is built, and what is resumed.
-        workers (`Workers`): Of several processes this is the one of rank 0; the others call `join_build`.
+        announce (`Callable[[str], None]`): Gets messages: the cost of an index before it is built, what is resumed.
+        workers (`Workers`): This process, of rank 0, among several; the others call `join_build`.
         options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
     """
     corpus, output = home_expanded(corpus), _place(output)
@@ -177,7 +177,7 @@ def build_index(
 
 
 def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) -> None:
-    """What processes other than that of `build_index` do: their share of the work, where the kind can be shared."""
+    """Does the share of a process other than that of `build_index`, if the kind can be shared."""
     builder = make_builder(kind, options)
     if not isinstance(builder, Shares):
         return
@@ -266,7 +266,7 @@ def _place(output: str | Path) -> Path:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Asked before hours of work: may `output` be written? What is not an index is never replaced."""
+    """Refuses an output that may not be written, before hours of work. Only an index is ever replaced."""
     if (output / MANIFEST).is_file():
         if not overwrite:
             raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")

@@ -1,7 +1,7 @@
-"""The processes that build one index together: `accelerate launch -m trl_search index ...` starts one a GPU.
+"""The processes that build one index together: `accelerate launch -m trl_search index ...` starts one per GPU.
 
-Each takes the shards whose number divides to its rank; that of rank 0 writes the corpus before and the index after.
-Who is alone waits for nobody.
+Worker r takes the shards with `shard % count == r`. Worker 0 also writes the corpus before and the index after. A
+single process never waits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Workers:
     count: int = 1
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Returns when every process has called it."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -32,7 +32,7 @@ ALONE = Workers()
 
 
 def launched_workers() -> Workers:
-    """The processes that `accelerate launch` started with this one. Takes this one's GPU as torch's default."""
+    """The processes that `accelerate launch` started with this one. Makes this process' GPU the default of torch."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
     import torch

@@ -1,12 +1,12 @@
-"""Which of several servers is asked next, and what became of what was asked.
+"""Balances requests over several servers, and keeps account of what became of them.
 
     Endpoints.take() ─► the healthy one with the fewest requests under way ─► request ─► done(...), failed(...) or
                                                                                          given_up(...)
 
-A server that fails is put aside, twice as long each time, and at least three times what its failure cost to notice:
-one that hangs for 20 seconds is not asked again for a minute. The time that it names itself is kept, `MAX_ASIDE_S` at
-most. When its time is up, one request is let through as a probe; an answer brings it back. When all are put aside, the
-one that is due first is asked all the same: there is nothing to lose.
+A server that fails is put aside, twice as long each time, and for at least three times as long as the failure took to
+notice: one that hangs for 20 seconds is not asked again for a minute. A time that the server names itself is
+respected, up to `MAX_ASIDE_S`. After that, one request is let through as a probe, and an answer brings the server
+back. When all servers are put aside, the one that is due first is asked all the same.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class EndpointStats:
     """What became of the requests to one server.
 
     Args:
-        requests (`int`): Requests sent, those that failed and those that repeat a failed one included.
-        failures (`int`): Requests that were not answered as they should: errors, timeouts, broken answers.
-        retries (`int`): Requests that repeat one that failed, here or at another server.
+        requests (`int`): Requests sent, including failed and repeated ones.
+        failures (`int`): Errors, timeouts and broken answers.
+        retries (`int`): Requests that repeat a failed one, of this server or another.
         seconds (`float`): Time in requests, added up.
         max_s (`float`): The longest request.
-        latencies_s (`deque[float]`): Of the requests that were answered, the last 10,000: a gateway serves for weeks,
-            and nobody takes its numbers.
+        latencies_s (`deque[float]`): Seconds of the last 10,000 answered requests. A gateway serves for weeks without
+            anybody taking its numbers, so older ones are dropped.
     """
 
     requests: int = 0
@@ -64,8 +64,8 @@ class Endpoints:
 
     Args:
         urls (`Sequence[str]`): `"http://localhost:8000"` or `"http://localhost:8000/retrieve"`.
-        clock (`Callable`): Seconds that only grow.
-        jitter (`Callable`): Draws from 0 to 1, so that many clients do not all come back at the same moment.
+        clock (`Callable`): A monotonic clock, in seconds.
+        jitter (`Callable`): A random number from 0 to 1, so that many clients do not come back at the same moment.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Endpoints:
         return len(self._all)
 
     def take(self, avoid: Collection[Endpoint] = (), *, retry: bool = False) -> Endpoint:
-        """The server to ask now, one of `avoid` only where nobody else is well. End it by `done` or `failed`."""
+        """The server to ask now; one of `avoid` only if no other is healthy. Report back with `done` or `failed`."""
         with self._lock:
             well = [endpoint for endpoint in self._all if self._is_well(endpoint)]
             candidates = [endpoint for endpoint in well if endpoint not in avoid] or well
@@ -104,20 +104,20 @@ class Endpoints:
             return chosen
 
     def done(self, endpoint: Endpoint, seconds: float) -> None:
-        """It answered, and is well."""
+        """The server answered."""
         with self._lock:
             self._ended(endpoint, seconds)
             endpoint.stats.latencies_s.append(seconds)
             endpoint.failures_in_row, endpoint.aside_until = 0, 0.0
 
     def failed(self, endpoint: Endpoint, seconds: float, *, wait_s: float | None = None, aside: bool = True) -> None:
-        """It did not answer as it should.
+        """The server failed to answer, or answered wrongly.
 
         Args:
             endpoint (`Endpoint`): From `take`.
-            seconds (`float`): Until it failed.
-            wait_s (`float`, *optional*): What it asked for; `MAX_ASIDE_S` at most are granted.
-            aside (`bool`): False where it is the request's own fault.
+            seconds (`float`): Time until it failed.
+            wait_s (`float`, *optional*): The wait that the server asked for; capped at `MAX_ASIDE_S`.
+            aside (`bool`): False if the request itself is to blame.
         """
         with self._lock:
             self._ended(endpoint, seconds)
@@ -135,17 +135,17 @@ class Endpoints:
             endpoint.aside_until = max(endpoint.aside_until, self._clock() + wait_s)
 
     def given_up(self, endpoint: Endpoint, seconds: float) -> None:
-        """Who asked waits no longer, whatever the reason: nothing was learnt about the server."""
+        """The caller stopped waiting. That says nothing about the server."""
         with self._lock:
             self._ended(endpoint, seconds)
 
     def other_is_well(self, than: Collection[Endpoint]) -> bool:
-        """Whether a request that failed at all of `than` can go elsewhere at once."""
+        """Whether a server outside `than` is healthy."""
         with self._lock:
             return any(endpoint not in than and self._is_well(endpoint) for endpoint in self._all)
 
     def take_stats(self) -> dict[str, EndpointStats]:
-        """What happened since the last call, by server."""
+        """The counts since the last call, by server."""
         with self._lock:
             taken = {endpoint.name: endpoint.stats for endpoint in self._all}
             for endpoint in self._all:

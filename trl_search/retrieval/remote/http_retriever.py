@@ -5,20 +5,19 @@
 
 What happens to a batch:
 
-1. it is cut into requests: one share a server, none above `max_batch` queries;
-2. each goes to the healthy server with the fewest requests under way (`endpoints.py`);
-3. a lost connection, a timeout, 429, 502, 503, 504 are the server's trouble: it is put aside, and the request goes to
-   another one at once, or, where there is none, again after a growing and jittered wait (the server's own
-   `Retry-After` where it names one), until `patience_s` are over; a search changes nothing on the server, so to repeat
-   it does no harm;
-4. any other 5xx may be the query's doing: it is asked three times at most;
-5. a 4xx, a redirect, and an answer that is not of the protocol would come again: they fail at once. Only where a batch
-   is too large (413) are its halves sent, and where a server takes one query and no list (SkyRL's), each query alone,
-   from then on.
+1. It is cut into requests: one share per server, at most `max_batch` queries each.
+2. Each request goes to the healthy server with the fewest requests under way (`endpoints.py`).
+3. After a lost connection, a timeout, 429, 502, 503 or 504, the server is put aside and the request goes to another
+   one at once. Without another one it is repeated after a growing, jittered wait (or the server's `Retry-After`),
+   until `patience_s` are over. A search changes nothing on the server, so repeating it does no harm.
+4. Any other 5xx may be caused by the query: it is tried three times at most.
+5. A 4xx, a redirect and an answer that is not of the protocol would come again: they fail at once. There are two
+   exceptions. A batch that is too large (413) is halved. A server that takes one query and no list (SkyRL's) gets its
+   queries one by one from then on.
 
 Every failure is a `RetrievalError` that names the server, the status and what the server said.
 
-The proxies of the environment (`HTTP_PROXY`) are not used: they do not know the hosts of a cluster.
+Proxies of the environment (`HTTP_PROXY`) are not used: they do not know the hosts of a cluster.
 """
 
 from __future__ import annotations
@@ -64,10 +63,10 @@ class HttpRetriever(Retriever):
     Args:
         urls (`Sequence[str]`): Their addresses; all of them serve the same index.
         timeout_s (`float`): Seconds until one request counts as failed.
-        patience_s (`float`): Seconds until a search fails, all requests and waits together. Keep it below the
+        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
             `search_timeout_s` of training, which otherwise cuts it short.
-        max_batch (`int`): Queries a request.
-        max_concurrent_batches (`int`, *optional*): Batches under way at a time; two a server by default.
+        max_batch (`int`): Queries per request.
+        max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
         token_env (`str`, *optional*): The environment variable whose token is sent as `Authorization: Bearer`.
     """
 
@@ -96,7 +95,7 @@ class HttpRetriever(Retriever):
         self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
 
     def _start(self) -> None:
-        """What belongs to one process; a forked child makes its own."""
+        """Makes what belongs to one process; a forked child calls it again."""
         self._pid = os.getpid()
         self._background = BackgroundLoop()
         self._endpoints = Endpoints(self._urls)
@@ -164,7 +163,7 @@ class HttpRetriever(Retriever):
         def is_worth_another(error: BaseException) -> bool:
             if not isinstance(error, _Repeatable) or (error.tries and len(tried) >= error.tries):
                 return False
-            least_s = min(self._timeout_s, self._patience_s) / 10  # with less, it would only time out
+            least_s = min(self._timeout_s, self._patience_s) / 10  # a shorter try would only time out
             wait_s = 0.0 if self._endpoints.other_is_well(tried) else error.wait_s or 0.0
             return time.monotonic() + wait_s + least_s < deadline
 
@@ -235,7 +234,7 @@ class HttpRetriever(Retriever):
 
 
 class _Repeatable(RetrievalError):
-    """A failure that another request may not meet: after `wait_s` where the server said so, `tries` times at most."""
+    """A failure that may pass: try again after `wait_s` if the server named it, `tries` times at most."""
 
     def __init__(self, message: str, *, wait_s: float | None = None, tries: int | None = None) -> None:
         super().__init__(message)
@@ -296,7 +295,7 @@ def _body(response: httpx.Response) -> Any:
 
 
 def _said(response: httpx.Response) -> str:
-    """What the server said about an error: the field where frameworks put it, else the beginning of the body."""
+    """The server's own words about an error: from the field that frameworks use, else the beginning of the body."""
     body = _body(response)
     if isinstance(body, dict):
         body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
@@ -336,8 +335,8 @@ def load(
         urls (`Sequence[str]`, *optional*): several, of the same index.
         timeout_s (`float`): Seconds until one request counts as failed.
         patience_s (`float`): Seconds until a search fails, repetitions included.
-        max_batch (`int`): Queries a request.
-        max_concurrent_batches (`int`, *optional*): Batches under way at a time; two a server by default.
+        max_batch (`int`): Queries per request.
+        max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
         token_env (`str`, *optional*): The environment variable that holds the bearer token.
     """
     if (url is None) == (urls is None):

@@ -48,14 +48,14 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask. The defaults let a whole training step of 2,560 rollouts come in one request.
+    """Limits of one request. The defaults admit a whole training step of 2,560 rollouts in one request.
 
     Args:
-        max_queries (`int`): Queries a request.
-        max_query_chars (`int`): Characters a query; a question has a hundred.
-        max_topk (`int`): Passages a query.
+        max_queries (`int`): Queries per request.
+        max_query_chars (`int`): Characters per query; a question has a hundred.
+        max_topk (`int`): Passages per query.
         max_body_bytes (`int`): Size of a request, enforced while it is read.
-        default_topk (`int`): Passages a query where the request does not say.
+        default_topk (`int`): Passages per query if the request does not say.
     """
 
     max_queries: int = 10_000
@@ -135,12 +135,12 @@ def parse_request(body: bytes, limits: Limits) -> RetrieveRequest:
 
 
 def too_large(limits: Limits) -> WireError:
-    """What a request beyond `max_body_bytes` is answered with."""
+    """The error for a request beyond `max_body_bytes`."""
     return WireError(413, f"the request is larger than {limits.max_body_bytes:,} bytes; send fewer queries at once")
 
 
 def format_response(results: Sequence[Sequence[Passage]], return_scores: bool) -> dict[str, Any]:
-    """The body of a response: an item a passage, a list a query, in the order of the request."""
+    """The body of a response: a list per query, in the order of the request, of an item per passage."""
     return {"result": [format_passages(passages, return_scores) for passages in results]}
 
 

@@ -1,13 +1,13 @@
 """A retriever behind `POST /retrieve`: `trl-search serve`, or `make_app(retriever, ServerConfig())` in yours.
 
-config.py      what a server is told
+config.py      limits, queue, cache, token
 app.py         the routes, the token, the order in which a request is refused
 service.py     one request: cache, bounded queue, batches across requests, errors as data
 cache.py       results by (index, query, k), least recently used out first
 connection.py  a connection under uvicorn: a head read within limits
 asgi.py        a body read within limits, JSON sent
-observe.py     one log line and one measurement a request, whatever became of it
-metrics.py     what Prometheus reads
+observe.py     one log line and one measurement per request
+metrics.py     the page for Prometheus
 run.py         a process: socket, loading, signals
 """
 

@@ -11,8 +11,8 @@ With a token, `/retrieve` and `/metrics` ask for it; `/health` and `/ready` do n
 
 Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 the token; 408, 413, 400 and 422 the request
 itself; 422 without a field a query that cannot be searched; 503 the index loads, the queue is full (both with
-`Retry-After`) or the retriever is down or hangs; 500 the retriever crashed. A bug of ours is 500 with an incident
-number that the log explains; no request that was thought of leads there.
+`Retry-After`) or the retriever is down or hangs; 500 the retriever crashed. A bug of ours is a 500 with an incident
+number that the log explains.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def make_app(
     """Makes the ASGI application (a `Starlette`) that serves a retriever.
 
     Args:
-        retriever (`Retriever`, *optional*): What is searched; stays the caller's to close. `None` where it loads while
-            the server is up already: `/ready` is 503 until `app.state.service.open(retriever)`.
+        retriever (`Retriever`, *optional*): The retriever to search, which the caller closes. `None` if it loads while
+            the server is already up: `/ready` is 503 until `app.state.service.open(retriever)`.
         config (`ServerConfig`): Limits, queue, cache, token.
-        scrape (`Callable`, *optional*): What `/metrics` says, where one process answers for several; by default the
-            numbers of this one, which are `app.state.metrics.text()`.
+        scrape (`Callable`, *optional*): Makes the page at `/metrics` if one process answers for several; by default
+            the numbers of this one, `app.state.metrics.text()`.
 
     Example:
         >>> app = make_app(load_retriever("bm25", index="indexes/wiki"), ServerConfig())
@@ -77,7 +77,7 @@ def make_app(
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        # An object, not a function: it is called as ASGI, without a layer that would read the request before it.
+        # An object, not a function: Starlette calls it as ASGI, without reading the request first.
         Route("/retrieve", _Retrieve(service, config), methods=["POST"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),

@@ -1,4 +1,4 @@
-"""What a server is told: limits, queue, cache, token."""
+"""The configuration of a server: limits, queue, cache, token."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class ServerConfig:
     """How one worker process serves one index.
 
     Args:
-        limits (`Limits`): What one request may ask.
+        limits (`Limits`): Limits of one request.
         max_queued (`int`): Queries that may be under way, over all requests; a request beyond it is answered 503.
         max_batch (`int`): Queries that one call of the retriever may hold.
         search_timeout_s (`float`): How long one call of the retriever may take.
         body_timeout_s (`float`): How long a client may take to send a request.
         shutdown_timeout_s (`float`): How long requests under way are waited for when the server is told to stop.
         cache_bytes (`int`): Memory for results; 0 keeps none, for a retriever whose answers change.
-        fingerprint (`str`): Of the index: results are cached under it and `/health` says it.
+        fingerprint (`str`): Identifies the index: results are cached under it, and `/health` shows it.
         name (`str`): What is served, in words, for `/health`.
         token (`str`, *optional*): What clients must send as `Authorization: Bearer ...`; never shown or logged.
-        access_log (`bool`): One line of JSON a request.
+        access_log (`bool`): Writes one line of JSON per request.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -57,7 +57,7 @@ class ServerConfig:
 
 
 def need_server_packages() -> None:
-    """Says which extra is missing, before anything is half started."""
+    """Fails with the extra that is missing, before anything is started."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}: pip install 'trl-search[server]'")

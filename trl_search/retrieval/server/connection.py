@@ -1,10 +1,9 @@
-"""uvicorn's HTTP/1.1 connection, with the limits that it lacks for whom nobody knows yet: no token was read so far.
+"""uvicorn's HTTP/1.1 connection, with limits for clients that have not authenticated yet.
 
-A client may send a head of `MAX_HEAD_BYTES`, one read of the socket beyond it at most, and has the time of an idle
-connection until its head is there. A body has limits of its own, which `asgi.py` keeps.
+The head of a request may have `MAX_HEAD_BYTES` (and one more read of the socket), and must arrive within the time of
+an idle connection. Bodies have limits of their own (`asgi.py`).
 
-Needs the server extra: imported by what starts a server, and named by those who start uvicorn themselves, as
-`uvicorn.run(app, http=LimitedConnection)`.
+It needs the server extra. Use it as `uvicorn.run(app, http=LimitedConnection)`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ MAX_HEAD_BYTES = 64 << 10  # request line and headers; a token and what proxies 
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """One client's connection. uvicorn makes it."""
+    """The connection of one client, made by uvicorn."""
 
-    _unread_bytes = 0  # came in, and have been part of no body: a head, or the trailers behind a body
-    _deadline: asyncio.TimerHandle | None = None  # of the head that comes, or does not
+    _unread_bytes = 0  # bytes that belong to no body: a head, or the trailers after a body
+    _deadline: asyncio.TimerHandle | None = None  # for the head of the next request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
@@ -38,7 +37,7 @@ class LimitedConnection(HttpToolsProtocol):
         if self._unread_bytes > MAX_HEAD_BYTES:
             self.send_400_response(f"The head of the request is larger than {MAX_HEAD_BYTES:,} bytes.")
         elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-            # The next head has begun, which ended uvicorn's own wait: bytes that drip in must not renew it.
+            # The next head has begun, which ended uvicorn's own timer. Bytes that drip in must not renew ours.
             self._set_deadline()
 
     def on_headers_complete(self) -> None:

@@ -1,4 +1,4 @@
-"""What `/metrics` says, in Prometheus' text format.
+"""The page at `/metrics`, in the text format of Prometheus.
 
 | metric | what it is |
 |---|---|
@@ -28,7 +28,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class ServerMetrics:
-    """The numbers of one server, in a registry of its own: several may live in one process."""
+    """The numbers of one server, in a registry of its own: a process may have several servers."""
 
     def __init__(self, service: SearchService) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -48,7 +48,7 @@ class ServerMetrics:
         ProcessCollector(registry=self._registry)
 
     def count(self, path: str, status: int, seconds: float) -> None:
-        path = path if path in PATHS else "other"  # a label for every path that a scanner tries would never end
+        path = path if path in PATHS else "other"  # scanners try endless paths, and each would become a label
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -59,7 +59,7 @@ class ServerMetrics:
 
 
 class _ServiceCollector:
-    """Reads the service's own counts when it is asked: nothing is counted twice on the way of a request."""
+    """Reads the counts that the service keeps anyway."""
 
     def __init__(self, service: SearchService) -> None:
         self._service = service
@@ -90,7 +90,7 @@ class _ServiceCollector:
 
 
 def join_replicas(texts: Mapping[str, bytes]) -> bytes:
-    """The numbers of several processes as one page, each told apart by the label `replica`."""
+    """The numbers of several processes on one page, with the label `replica`."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -109,7 +109,7 @@ def join_replicas(texts: Mapping[str, bytes]) -> bytes:
 
 
 class _Given:
-    """Families that are there already, as prometheus_client wants to be told of them."""
+    """Wraps finished families as a collector of prometheus_client."""
 
     def __init__(self, families: list[Any]) -> None:
         self._families = families

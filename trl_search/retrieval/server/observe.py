@@ -1,4 +1,4 @@
-"""Around every request: one log line of JSON, one measurement, and an answer even to what nobody expected.
+"""Around every request: one log line of JSON, one measurement, and a 500 for any exception.
 
     {"time":"2026-11-22T10:00:00.123Z","client":"127.0.0.1","method":"POST","path":"/retrieve","status":200,"ms":4.1,
      "queries":3,"k":3,"cached":1}
@@ -17,14 +17,14 @@ from typing import Any
 from trl_search.retrieval.server.asgi import App, Message, Receive, Scope, Send, send_json
 from trl_search.retrieval.server.metrics import ServerMetrics
 
-FACTS = "trl_search.facts"  # where in the scope a route leaves what the log line is to say
-CLIENT_GONE = 499  # as nginx writes it: no answer was sent, because nobody was there
+FACTS = "trl_search.facts"  # the key of the scope under which a route leaves facts for the log line
+CLIENT_GONE = 499  # as in nginx: the client left before the answer
 access_log = logging.getLogger("trl_search.retrieval.server.access")
 logger = logging.getLogger("trl_search.retrieval.server")
 
 
 class Observed:
-    """ASGI middleware. The outermost of ours, so that it sees what every other one answered."""
+    """ASGI middleware: our outermost, so that it sees every answer."""
 
     def __init__(self, app: App, metrics: ServerMetrics, log: bool) -> None:
         self._app, self._metrics, self._log = app, metrics, log
@@ -46,7 +46,7 @@ class Observed:
         try:
             await self._app(scope, receive, seen)
         except Exception:
-            # A bug of ours: bad requests and failing retrievers are answered before. Details stay in the log.
+            # A bug of ours: bad requests and failing retrievers never get here. Details stay in the log.
             incident = facts["incident"] = uuid.uuid4().hex[:12]
             logger.exception("incident %s: %s %r", incident, scope["method"], scope["path"][:200])
             if status == CLIENT_GONE:

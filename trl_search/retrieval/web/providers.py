@@ -40,7 +40,7 @@ class WebHit:
 
 
 class ProviderBusy(RetrievalError):
-    """The provider turned a search away, or was not reached: it may answer the same search later."""
+    """The provider refused a search or was not reached; it may answer the same search later."""
 
     def __init__(self, message: str, *, wait_s: float | None = None) -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ class Api:
     Args:
         key_variable (`str`, *optional*): The environment variable of the key; `None` where it needs none.
         base_url (`str`): Where it is; `""` where the user says.
-        rate_per_s (`float`): Searches a second that its smallest plan bears.
+        rate_per_s (`float`): Searches per second that its smallest plan allows.
         ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.request`.
         read (`Callable`): Reads hits from the decoded answer; raises `LookupError` or `TypeError` for another shape.
     """
@@ -169,7 +169,7 @@ class DdgsProvider:
     """DuckDuckGo and others, without a key. `text(query, count)` is `DDGS().text`, on a thread."""
 
     name = identity = "ddgs"
-    rate_per_s = 0.5  # it turns people away after two or three searches in a row
+    rate_per_s = 0.5  # it refuses after two or three searches in a row
 
     def __init__(self, text: Callable[[str, int], list[dict[str, str]]]) -> None:
         self._text = text

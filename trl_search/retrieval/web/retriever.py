@@ -49,7 +49,7 @@ class WebRetriever(Retriever):
     Args:
         provider (`Provider`): The search engine.
         store (`WebStore`): Where answers and turns are kept.
-        rate_per_s (`float`): Searches a second, of all processes that share the store.
+        rate_per_s (`float`): Searches per second, of all processes that share the store.
         pages (`bool`): Whether passages hold the text of the pages.
         page_chars (`int`): Characters of a page's text.
         patience_s (`float`): Seconds the engine may take, waiting and repetitions included; pages come after that.
@@ -87,7 +87,7 @@ class WebRetriever(Retriever):
         self._start()
 
     def _start(self) -> None:
-        """What belongs to one process; a forked child makes its own."""
+        """Makes what belongs to one process; a forked child calls it again."""
         self._pid = os.getpid()
         self._background = BackgroundLoop()
         self._clients = ClientPerLoop(lambda: httpx.AsyncClient(timeout=10.0, verify=tls_context()))
@@ -250,7 +250,7 @@ def load(
         base_url (`str`, *optional*): Where the provider is; searxng needs it, or `SEARXNG_URL`.
         cache (`str | Path`, *optional*): The file of answers; by default `~/.cache/trl-search/web.sqlite3`. The same
             file gives the same results.
-        rate_per_s (`float`, *optional*): Searches a second; by default what the provider's smallest plan bears.
+        rate_per_s (`float`, *optional*): Searches per second; by default what the provider's smallest plan allows.
         pages (`bool`): Passages hold the text of the pages in place of the engine's snippets.
         page_chars (`int`): Characters of a page's text.
         patience_s (`float`): Seconds the engine may take, waiting for one's turn and repetitions included.

@@ -1,7 +1,7 @@
 """One sqlite file that the threads and processes of a run share: what the web answered, and when it may be asked next.
 
-A re-run with the same file trains on the same results. The pace is kept here too, because a limit of one search a
-second is one for all ranks of a run together.
+A re-run with the same file trains on the same results. The pace is kept here too, because a limit of one search per
+second holds for all ranks of a run together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS pace (provider TEXT PRIMARY KEY, next_at REAL NOT NUL
 
 
 class WebStore:
-    """Answers by key, and turns by provider. Every call opens the file: a connection goes through no fork or thread.
+    """Answers by key, and turns by provider. Every call opens the file: connections survive neither forks nor threads.
 
     Args:
         path (`Path`): The file; made where there is none.
@@ -40,13 +40,13 @@ class WebStore:
             raise UserError(f"{path} cannot be the web cache ({error}); name another file by cache=") from None
 
     def get(self, key: Sequence[Any]) -> Any:
-        """The answer stored under a key, `None` where there is none."""
+        """The answer stored under a key; `None` if there is none."""
         with self._open() as connection:
             row = connection.execute("SELECT answer FROM answers WHERE key = ?", (json.dumps(key),)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: Sequence[Any], answer: Any) -> Any:
-        """Stores an answer, and gives what is stored: where another process was first, its answer stays."""
+        """Stores an answer, and returns what is stored: if another process was first, its answer stays."""
         with self._open() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (json.dumps(key), json.dumps(answer), self._clock())
@@ -54,7 +54,7 @@ class WebStore:
         return self.get(key)
 
     def take_turn(self, provider: str, *, rate_per_s: float, within_s: float) -> float | None:
-        """Seconds to wait before asking; `None`, and no turn taken, where they are more than `within_s`."""
+        """Seconds to wait before asking; `None`, without taking a turn, if they are more than `within_s`."""
         with self._open() as connection:
             row = connection.execute("SELECT next_at FROM pace WHERE provider = ?", (provider,)).fetchone()
             now = self._clock()
@@ -66,7 +66,7 @@ class WebStore:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A transaction of one's own: whoever comes meanwhile waits."""
+        """A transaction that others wait for."""
         with contextlib.closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection

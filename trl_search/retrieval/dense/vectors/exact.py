@@ -10,8 +10,8 @@ quite: on a GPU the query is rounded to fp16, and sums are accumulated in anothe
 again. Both errors have a bound, so more groups than k are fetched, and the result of a query is accepted when its k-th
 score beats the highest maximum that was *not* fetched by more than that bound. A query that fails this (masses of
 near-duplicates) is answered by scoring every row in fp32. So results are those of an fp32 search over the stored rows;
-equal scores come by row. What is lost against fp32 storage is what the rounding of the rows loses: recall@3 .9997 in
-fp16 (RETRIEVAL.md).
+equal scores come by row. Against fp32 storage, only the rounding of the rows is lost: recall@3 is .9997 in fp16
+(`benchmarks/vector_index.py`).
 
 Rows of one byte are `offset + scale * code`, each dimension with its own: scale goes into the query, offset becomes
 one number a query, and the products are over the codes themselves.

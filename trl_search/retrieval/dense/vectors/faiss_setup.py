@@ -1,6 +1,6 @@
 """`faiss_module()`: FAISS as every other file here gets it, with its matrix library set right.
 
-Two defaults of faiss-cpu cost a factor of five to ten in exact search and in IVF training (RETRIEVAL.md):
+Two defaults of faiss-cpu make exact search and IVF training five to ten times slower than they need be:
 
 - The OpenBLAS that its wheels carry (0.3.15) does not know processors younger than itself and then falls back to
   kernels of the SSE years. `OPENBLAS_CORETYPE` names the kernels, and is read once, when the library is loaded. It is

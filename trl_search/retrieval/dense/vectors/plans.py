@@ -13,8 +13,8 @@ RAM is what a search cannot do without. Mapped files are read as needed and the 
 memory is short; an exact search reads every row, so it is fast only while its file fits into the page cache.
 
 Sizes are arithmetic, held to real files by a test. Build times are `benchmarks/vector_index.py`'s, 768 dimensions on
-two AVX-512 cores, scaled by dimensions and by the cores here; recall@3 is measured there and in RETRIEVAL.md, on
-embeddings of MiniLM and on synthetic ones. What counts is what `build_vectors` measures on the vectors themselves.
+two AVX-512 cores, scaled by dimensions and by the cores here; recall@3 is measured there too, on embeddings of MiniLM
+and on synthetic ones. What counts is what `build_vectors` measures on the vectors themselves.
 """
 
 from __future__ import annotations

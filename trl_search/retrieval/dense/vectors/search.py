@@ -1,8 +1,8 @@
 """`VectorSearch`: the one interface of an open vector index, and its FAISS implementation on CPU.
 
-Scores are inner products, the best is the highest. Rows come best first and equal scores by row; where there are fewer
-than k, the row is -1 and the score -inf. A caller that wants the same rows however queries are batched over-fetches
-and rounds, since batching changes the last bits of a score (RETRIEVAL.md).
+Scores are inner products; the highest is the best. Rows come best first, equal scores by row; beyond the last one, the
+row is -1 and the score -inf. Batching changes the last bits of a score, so a caller that wants the same rows for every
+batch fetches more and ranks them by `ranking.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class VectorSearch(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Lets go of memory and files. Safe to call twice; a search that runs finishes."""
+        """Releases memory and files. Safe to call twice; a search under way finishes."""
 
 
 class FaissSearch(VectorSearch):
