@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
-from trl_search.data.evidence import evidence_of
+from trl_search.data.evidence import check_corpus, evidence_of
 from trl_search.data.question_plans import Gold, plan
 from trl_search.data.question_players import UNKNOWN, QuestionPlayers, play_plan
 from trl_search.data.questions import load_questions
@@ -64,7 +65,7 @@ def attempt(
     k: int = 2,
 ) -> Trajectory:
     protocol = load_protocol(name, tokenizer, instruction="")
-    environment = SearchEnvironment(retriever, top_k=k)
+    environment = SearchEnvironment(retriever, k=k)
     players = QuestionPlayers(lambda queries: retriever.search(queries, k), protocol, max_searches=4)
     finished: dict[int, Trajectory] = {}
     prompt = protocol.prompt_ids(protocol.messages(row["question"]))
@@ -194,8 +195,29 @@ def test_the_loader_tells_the_evidence_where_it_is_asked_for(kind: str, tmp_path
 
 def test_evidence_is_read_as_the_sets_write_it() -> None:
     facts = {"title": ["Lyon", "Lyon", "Rhône"], "sent_id": [0, 1, 0]}
-    assert evidence_of({"metadata": {"supporting_facts": facts}})["gold_titles"] == ["Lyon", "Rhône"]
-    assert evidence_of({"supporting_facts": [["Lyon", 0], ["Rhône", 1]]})["gold_titles"] == ["Lyon", "Rhône"]
+    assert evidence_of({"metadata": {"supporting_facts": facts}}, "")["gold_titles"] == ["Lyon", "Rhône"]
+    assert evidence_of({"supporting_facts": [["Lyon", 0], ["Rhône", 1]]}, "")["gold_titles"] == ["Lyon", "Rhône"]
     steps = [{"support_paragraph": {"title": "Lyon"}}, {"support_paragraph": None}]
-    assert evidence_of({"metadata": {"question_decomposition": steps}})["gold_titles"] == ["Lyon"]
-    assert evidence_of({"question": "q"}) == {"gold_ids": [], "gold_titles": []}
+    assert evidence_of({"metadata": {"question_decomposition": steps}}, "")["gold_titles"] == ["Lyon"]
+    assert evidence_of({"question": "q"}, "") == {"gold_ids": [], "gold_titles": []}
+
+
+@pytest.mark.parametrize(
+    "row", [{"gold_ids": "p1"}, {"metadata": {"gold_ids": [None]}}, {"supporting_facts": ["Lyon"]}], ids=str
+)
+def test_evidence_that_cannot_be_read_is_named_with_its_place(row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"q\.jsonl, line 3: .* correct the row"):
+        evidence_of(row, "q.jsonl, line 3")
+
+
+def test_a_corpus_that_is_not_that_of_the_gold_passages_is_refused(corpus: Retriever) -> None:
+    def search(queries: Sequence[str]) -> list[list[Passage]]:
+        return corpus.search(queries, 10)
+
+    rows = [{"question": f"What is other {i}?", "gold_ids": [f"x{i}"], "gold_titles": []} for i in range(6)]
+    check_corpus(rows, search)
+    elsewhere = [{**row, "gold_ids": [f"wiki-{i}"]} for i, row in enumerate(rows)]
+    with pytest.raises(UserError, match="finds no gold passage of 6 questions, such as 'wiki-0'; it has ids like 'x"):
+        check_corpus(elsewhere, search)
+    check_corpus(elsewhere[:4], search)  # too few to tell
+    check_corpus([{**row, "gold_ids": [], "gold_titles": ["Jon Askel"]} for row in rows], search)

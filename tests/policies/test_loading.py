@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from trl import ModelConfig
 
 from tests.support.scripted_trainer import config
 from trl_search.common.errors import UserError
-from trl_search.policies.loading import load_base, load_model, load_tokenizer
+from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer.inputs import tokenizer_of
 
@@ -38,3 +44,44 @@ def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=r"t5 is no causal language model .*give a text-only model"):
             load()
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], str]:
+    """The folder of the tiny policy, with its weights changed."""
+
+    def make(change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_policy_path(), folder)
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return make
+
+
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+
+
+def test_weights_that_are_missing_are_not_made_up(broken):
+    with pytest.raises(UserError, match=f"lacks 1 of its weights, which would be random: {BIAS}"):
+        load_model(broken(lambda weights: weights.pop(BIAS)))
+
+
+def test_weights_of_another_shape_are_named(broken):
+    with pytest.raises(UserError, match=r"have other shapes than its config\.json says"):
+        load_model(broken(lambda weights: weights.update({BIAS: weights[BIAS][:-1].clone()})))
+
+
+def test_weights_that_are_not_finite_are_refused(broken):
+    with pytest.raises(UserError, match=rf"not finite \({BIAS}\): the run that saved it had overflowed"):
+        load_model(broken(lambda weights: weights[BIAS].fill_(torch.nan)))
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model, tokenizer = load_model(tiny_policy_path()), load_tokenizer(tiny_policy_path())
+    check_vocabulary(model, tokenizer)
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    with pytest.raises(UserError, match="do not belong together"):
+        check_vocabulary(model, tokenizer)

@@ -9,32 +9,81 @@ What is read of a row, at its top or under `metadata`:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.rewards.answers import normalize_answer
+from trl_search.types import Passage
 
 # Where it stands in a row, and the columns that tell it.
 EVIDENCE_COLUMNS = ("metadata", "gold_ids", "supporting_facts", "question_decomposition")
 EVIDENCE = ("gold_ids", "gold_titles")
+# So many questions are searched to see whether the corpus is theirs; fewer than the least prove nothing.
+_JUDGED, _LEAST_JUDGED = 50, 5
 
 
-def evidence_of(row: Mapping[str, Any]) -> dict[str, list[str]]:
+def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     """`gold_ids` and `gold_titles` of a row, both empty where it tells nothing.
 
+    Args:
+        where (`str`): The row's place in its source, for errors.
+
+    Raises:
+        UserError: for evidence in a shape that cannot be read.
+
     Example:
-        >>> evidence_of({"metadata": {"supporting_facts": {"title": ["Lyon", "Lyon", "Rhône"], "sent_id": [0, 1, 0]}}})
-        {'gold_ids': [], 'gold_titles': ['Lyon', 'Rhône']}
+        >>> evidence_of({"metadata": {"supporting_facts": {"title": ["Lyon", "Lyon"], "sent_id": [0, 1]}}}, "row 1")
+        {'gold_ids': [], 'gold_titles': ['Lyon']}
     """
     metadata = row.get("metadata")
     told = {**(metadata if isinstance(metadata, Mapping) else {}), **row}
-    titles = [*_titles(told.get("supporting_facts")), *_decomposition(told.get("question_decomposition"))]
-    return {"gold_ids": _strings(told.get("gold_ids")), "gold_titles": list(dict.fromkeys(titles))}
+    try:
+        titles = [*_titles(told.get("supporting_facts")), *_decomposition(told.get("question_decomposition"))]
+        return {"gold_ids": _strings(told.get("gold_ids"), "gold_ids"), "gold_titles": list(dict.fromkeys(titles))}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check_corpus(
+    rows: Sequence[Mapping[str, Any]], search: Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
+) -> None:
+    """Searches some questions and looks whether any of their gold passages is found.
+
+    Args:
+        search (`Callable`): The passages of each query.
+
+    Raises:
+        UserError: if none is found for any of them: the retriever searches another corpus.
+    """
+    judged = [row for row in rows if row.get("gold_ids") or row.get("gold_titles")][:_JUDGED]
+    if len(judged) < _LEAST_JUDGED:
+        return
+    titles = [title for row in judged for title in row["gold_titles"]]
+    found = [
+        passage for passages in search([*(str(row["question"]) for row in judged), *titles]) for passage in passages
+    ]
+    ids = {passage.id for passage in found}
+    names = {normalize_answer(passage.title) for passage in found}
+    if any(ids & set(row["gold_ids"]) or names & set(map(normalize_answer, row["gold_titles"])) for row in judged):
+        return
+    wanted = (judged[0]["gold_ids"] or judged[0]["gold_titles"])[0]
+    example = f"it has ids like {found[0].id!r}" if found else "it found nothing at all"
+    raise UserError(
+        f"the retriever finds no gold passage of {len(judged)} questions, such as {wanted!r}; {example}: it searches "
+        "another corpus than the one that the questions' gold passages are of. Give the index of that corpus, or take "
+        "the evidence out of the questions"
+    )
 
 
 def _titles(facts: Any) -> list[str]:
     if isinstance(facts, Mapping):
-        return _strings(facts.get("title"))
-    pairs = facts if isinstance(facts, (list, tuple)) else []
-    return [str(pair[0]) for pair in pairs if isinstance(pair, (list, tuple)) and pair]
+        return _strings(facts.get("title"), "supporting_facts.title")
+    if facts is None:
+        return []
+    if not isinstance(facts, (list, tuple)) or not all(isinstance(one, (list, tuple)) and one for one in facts):
+        raise UserError("supporting_facts must be pairs of title and sentence, or lists of them: correct the row")
+    return [str(one[0]) for one in facts]
 
 
 def _decomposition(steps: Any) -> list[str]:
@@ -42,5 +91,9 @@ def _decomposition(steps: Any) -> list[str]:
     return [str(one["title"]) for one in paragraphs if isinstance(one, Mapping) and one.get("title")]
 
 
-def _strings(value: Any) -> list[str]:
-    return [str(one) for one in value if one is not None] if isinstance(value, (list, tuple)) else []
+def _strings(value: Any, name: str) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (str, int)) for one in value):
+        raise UserError(f"{name} must be a list of strings, and is {value!r}: correct the row")
+    return [str(one) for one in value]

@@ -96,7 +96,7 @@ def load_questions(
     else:
         raise unknown_name("dataset", name, HUB_SETS)
     rows = [
-        {**question_row(row, index, where, source, columns), **(evidence_of(row) if evidence else {})}
+        {**question_row(row, index, where, source, columns), **(evidence_of(row, where) if evidence else {})}
         for index, (where, row) in enumerate(raw)
     ]
     if not rows:

@@ -63,10 +63,11 @@ class Backend:
 def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[Policy, dict[str, Any]]]:
     """The policy, and what is to be known about it: its dtype, its size, what a server says it serves."""
     if backend.name == "transformers":
-        from trl_search.policies.loading import load_model
+        from trl_search.policies.loading import check_vocabulary, load_model
         from trl_search.policies.transformers_policy import TransformersPolicy
 
         loaded = load_model(model, device=backend.device, dtype=backend.dtype)
+        check_vocabulary(loaded, tokenizer)
         facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "parameters": loaded.num_parameters()}
         yield TransformersPolicy(loaded, tokenizer, max_sequences=backend.concurrency), facts
     elif backend.name == "vllm":

@@ -140,11 +140,45 @@ def model_source(name: str) -> str:
     return name
 
 
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` where the tokenizer has ids that the model has no row for: it is another model's."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if 0 < rows <= highest:  # 0: ZeRO-3 holds the rows elsewhere
+        raise UserError(
+            f"the tokenizer has ids up to {highest}, and the model has rows for {rows} tokens: they do not belong "
+            "together. Give the model's own tokenizer, or resize its embeddings (model.resize_token_embeddings) and "
+            "save both"
+        )
+
+
 def _pretrained(name: str, **options: Any) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        read: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _unusable(name, "model", error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"the weights of {name} have other shapes than its config.json says; the report above names them: the "
+            "files of two models lie in one folder. Fetch it again"
+        ) from error
+    model: PreTrainedModel
+    model, loaded = read
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise UserError(
+            f"{name} lacks {len(missing)} of its weights, which would be random: {', '.join(missing[:3])}. Fetch or "
+            "save it again"
+        )
+    for weight, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{name} holds numbers that are not finite ({weight}): the run that saved it had overflowed. Go back "
+                "to a checkpoint of before"
+            )
     return model
 
 

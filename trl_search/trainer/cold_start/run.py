@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 from trl_search.config.agent import SETTINGS_FILE, AgentSettings, protocol_of, search_environment
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task
+from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
 from trl_search.data.world import generate_world
 from trl_search.policies.base import Policy
-from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
+from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
@@ -40,6 +42,8 @@ from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Sampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -137,6 +141,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
     model = load_base(name, model_config, config)
+    check_vocabulary(model, tokenizer)
     protocol = protocol_of(arguments.agent, tokenizer, (SEARCH_TOOL,))
     if config.initialise_tags:
         initialise_tags(model, protocol)
@@ -175,10 +180,11 @@ def _collect_and_choose(
     model_config: ModelConfig,
 ) -> list[Attempt]:
     state, scripts = PartialState(), arguments.teacher == "scripts"
+    evidence = scripts or arguments.demonstrations > 0
     task = load_task(
         TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False),
         seed=config.seed,
-        evidence=scripts or arguments.demonstrations > 0,
+        evidence=evidence,
     )
     rows: list[Any] = list(task.train)
     left = missing(folder, len(rows), arguments.samples_per_question)
@@ -199,6 +205,9 @@ def _collect_and_choose(
     pool: list[Demonstration] = []
 
     def policy() -> Policy | None:
+        if evidence:
+            check_corpus(rows, lambda queries: task.retriever.search(queries, 10))
+            _tell_of_evidence(rows)
         if scripts:
             return None
         if arguments.demonstrations:
@@ -244,6 +253,17 @@ def _collect_and_choose(
         print(f"{describe(attempts, kept, outcomes)}\n{collected.new:,} new, {collected.before:,} from before", end="")
         print(f", {collected.failed:,} failed searches to try again" if collected.failed else "", f"\n{path}", sep="")
     return kept
+
+
+def _tell_of_evidence(rows: Sequence[Mapping[str, Any]]) -> None:
+    without = sum(not row.get("gold_ids") and not row.get("gold_titles") for row in rows)
+    if without:
+        logger.warning(
+            "%s of %s questions name no gold passages: players try queries until one finds a golden answer, and leave "
+            "yes/no questions out",
+            f"{without:,}",
+            f"{len(rows):,}",
+        )
 
 
 def _policy(
