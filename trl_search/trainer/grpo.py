@@ -37,7 +37,6 @@ from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
-from trl_search.policies.loading import check_vocabulary
 from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
@@ -180,8 +179,6 @@ class SearchGRPOTrainer(FiniteSteps, TakesRows, GRPOTrainer):
             )
         if args.reward_weights is None:
             self.reward_weights[: len(rewards)] = torch.tensor([default_weight(reward) for reward in rewards])
-        if self.environment is not None:
-            check_vocabulary(self.model, self._tokenizer)
         self.last_rollout = Rollout(rows=[])
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:

@@ -34,7 +34,7 @@ from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
-from trl_search.policies.loading import adapter_config, base_name, load_base, load_tokenizer
+from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.finish import REPORT, finish_run
 from trl_search.records.folder import AFTER_ROW, BEST_ROW
@@ -118,6 +118,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
     )
+    check_vocabulary(model, tokenizer)
     return Run(
         arguments,
         config,
