@@ -118,6 +118,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
     )
+    model = load_base(name, model_config, config)
     check_vocabulary(model, tokenizer)
     return Run(
         arguments,
@@ -126,7 +127,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         folder,
         task,
         checkpoint,
-        model=load_base(name, model_config, config),
+        model=model,
         tokenizer=tokenizer,
         measured=measured_before(folder) if checkpoint else {},
     )
