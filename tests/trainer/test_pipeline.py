@@ -239,6 +239,9 @@ def test_evaluate_every_needs_something_to_measure_on(tmp_path):
         retriever_options=json.dumps({"corpus": str(tmp_path / "c.jsonl")}),
         evaluate_every=5,
     )
+    rollback = SearchGRPOConfig(str(tmp_path), bf16=False, on_collapse="rollback")
+    with pytest.raises(UserError, match="on_collapse=rollback goes back to the best checkpoint: set evaluate_every"):
+        run_training(TaskArguments(), rollback, ModelConfig(model_name_or_path="tiny"))
     with pytest.raises(UserError, match="evaluate_every=5 needs eval_questions"):
         run_training(arguments, SearchGRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path="tiny"))
 

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 
+ON_COLLAPSE = ("warn", "stop", "rollback")
 # How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 # What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
@@ -122,11 +123,13 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         default=64,
         metadata={"help": "Trajectories the transformers policy generates at once, in one process; others queue."},
     )
-    stop_on_collapse: bool = field(
-        default=False,
+    on_collapse: str = field(
+        default="warn",
         metadata={
-            "help": "End the training when an alarm (docs/monitoring.md) has lasted ten logs; the best checkpoint is "
-            "kept."
+            "help": "What happens when an alarm (docs/monitoring.md) has lasted ten logs. warn: it is told. stop: the "
+            "training ends, and the best checkpoint is kept. rollback: it goes on from the best checkpoint with half "
+            "the learning rate, twice at most; needs evaluate_every.",
+            "choices": list(ON_COLLAPSE),
         },
     )
     log_trajectories: int = field(
@@ -149,7 +152,11 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             self.vllm_server_base_url = [self.vllm_server_base_url]
         GRPOConfig.__post_init__(self)
         check_agent(self)
-        for name, choices in (("vllm_lora_sync", ("merged", "adapter")), ("packed_attention", PACKED_ATTENTION)):
+        for name, choices in (
+            ("vllm_lora_sync", ("merged", "adapter")),
+            ("packed_attention", PACKED_ATTENTION),
+            ("on_collapse", ON_COLLAPSE),
+        ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
         if isinstance(self.vllm_engine_options, str):

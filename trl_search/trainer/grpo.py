@@ -72,13 +72,14 @@ from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
+from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.vllm_backend import making_ours
 from trl_search.types import Sampling, Trajectory
 
 
-class SearchGRPOTrainer(FiniteSteps, TakesRows, GRPOTrainer):
+class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -189,7 +190,8 @@ class SearchGRPOTrainer(FiniteSteps, TakesRows, GRPOTrainer):
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
-            self.callback_handler.callbacks[:0] = [CollapseAlarm(stop=args.stop_on_collapse), self.run_log]
+            self.collapse_alarm = CollapseAlarm(stop=args.on_collapse != "warn")
+            self.callback_handler.callbacks[:0] = [self.collapse_alarm, self.run_log]
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)

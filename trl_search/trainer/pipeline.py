@@ -105,6 +105,8 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     task = load_task(arguments, seed=config.seed)
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
+    if config.on_collapse == "rollback" and not arguments.evaluate_every:
+        raise UserError("on_collapse=rollback goes back to the best checkpoint: set evaluate_every, which keeps one")
     folder = Path(config.output_dir or "runs/train").absolute()
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     name = base_name(model_config)

@@ -187,7 +187,7 @@ def test_a_run_ends_on_request_when_an_alarm_lasts_and_says_where_its_best_check
     assert play(rows)[1].should_training_stop is False
     seen, control = play(rows, stop=True, state=TrainerState(best_model_checkpoint="runs/a/checkpoint-4"))
     assert control.should_training_stop is True and len(seen) == 8 + STOP_AFTER
-    assert "training stops, as kl lasted 10 logs" in caplog.text and "runs/a/checkpoint-4" in caplog.text
+    assert "kl lasted 10 logs, and the training stops" in caplog.text and "runs/a/checkpoint-4" in caplog.text
     # One that comes and goes is not one that lasts.
     assert play([GOOD] * 6 + ([bad] * 8 + [GOOD] * 5) * 4, stop=True)[1].should_training_stop is False
 
@@ -205,7 +205,7 @@ def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, m
         def on_log(self, args, state, control, logs=None, **kwargs):
             reported.append(logs.get("alarm/malformed"))
 
-    options = {"max_steps": 20, "stop_on_collapse": True, "trainer": {"callbacks": [Tracker()]}}
+    options = {"max_steps": 20, "on_collapse": "stop", "trainer": {"callbacks": [Tracker()]}}
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, **options)
     trainer.train()
     assert reported == [0.0] * (WINDOW - 1) + [1.0] * 2 + [None]  # the last is the summary

@@ -13,260 +13,20 @@ anything: a KL of 1e3 from one token.
 from __future__ import annotations
 
 import logging
-import math
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_search.trainer.callbacks.alarm_rules import DRIFT, RULES, WINDOW, Level, NotFinite, is_finite
+
 logger = logging.getLogger(__name__)
 
-WINDOW = 5  # logs whose median is compared
-SETTLED = 3  # logs whose median is the first baseline
-STOP_AFTER = 10  # logs in a row that an alarm lasts before `stop_on_collapse` ends the run
+STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts
 PREFIX = "alarm/"
-
-
-@dataclass
-class Level:
-    """Where a metric is, and the lowest and highest that it has been in this run; all are medians of recent logs."""
-
-    values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    low: float = math.inf
-    high: float = -math.inf
-
-    def add(self, value: float) -> None:
-        self.values.append(value)
-        if len(self.values) >= SETTLED:
-            self.low, self.high = min(self.low, self.now), max(self.high, self.now)
-
-    @property
-    def now(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def known(self) -> bool:
-        return len(self.values) == WINDOW
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One thing that goes wrong.
-
-    Attributes:
-        name (`str`): Logged as `alarm/<name>`.
-        metric (`str`): What is watched; a run that does not log it has no such alarm.
-        means (`str`), advice (`str`): What is told.
-        rises (`float`, *optional*): Fires above this many times the metric's lowest level and above `beyond`.
-        falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, once
-            that level has been at least `worth`.
-        unless_solved (`bool`): Not where the reward is as high as it has been: then there is nothing left to learn.
-        drift (`bool`): Comes before a collapse and may also be wanted, so it is told and ends no run.
-    """
-
-    name: str
-    metric: str
-    means: str
-    advice: str
-    rises: float | None = None
-    falls: float | None = None
-    beyond: float = math.inf
-    worth: float = 0.0
-    unless_solved: bool = False
-    drift: bool = False
-
-    @property
-    def condition(self) -> str:
-        """When it fires, in words."""
-        if self.rises is not None:
-            said = f"above {self.beyond:g}" + (f" and {self.rises:g}× its lowest" if self.rises else "")
-        else:
-            said = f"below {self.falls:g}× its highest"
-            said += f" and {self.beyond:g}" if math.isfinite(self.beyond) else ""
-            said += f", once that was {self.worth:g}" if self.worth else ""
-        return said + (", unless the reward is at its best" if self.unless_solved else "")
-
-    def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        """What has happened; empty where nothing has."""
-        level = levels.get(self.metric)
-        if level is None or not level.known or (self.unless_solved and _solved(levels.get("reward"))):
-            return ""
-        if self.rises is not None and level.now > max(self.rises * level.low, self.beyond):
-            return f"{self.metric} rose from {level.low:.2g} to {level.now:.2g}"
-        if self.falls is not None and level.now < min(self.falls * level.high, self.beyond):
-            return f"{self.metric} fell from {level.high:.2g} to {level.now:.2g}" if level.high >= self.worth else ""
-        return ""
-
-
-@dataclass(frozen=True)
-class NotFinite(Rule):
-    """Fires at once, on the last log alone: a number that is not finite needs no second look."""
-
-    metrics: tuple[str, ...] = ()
-
-    @property
-    def condition(self) -> str:
-        return "not a finite number, in one log"
-
-    def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        # TRL logs `None` for a metric that was NaN throughout.
-        broken = [name for name in self.metrics if name in row and not _finite(row[name])]
-        return f"{', '.join(broken)}: not a finite number" if broken else ""
-
-
-RULES: tuple[Rule, ...] = (
-    NotFinite(
-        "not_finite",
-        "loss, grad_norm, entropy, kl",
-        "an update overflowed and was skipped (three in a row stop the run)",
-        "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
-        metrics=("loss", "grad_norm", "entropy", "kl"),
-    ),
-    Rule(
-        "reward",
-        "reward",
-        "the policy gets worse at what it is trained on",
-        "go back to the best checkpoint; lower learning_rate, take fewer optimizer steps a batch",
-        falls=0.4,
-        worth=0.1,
-    ),
-    Rule(
-        "reward_variance",
-        "reward_std",
-        "rewards hardly differ any more: there is little to learn from",
-        "look at completions for one answer to everything; raise temperature or num_generations",
-        falls=0.2,
-        worth=0.01,
-        unless_solved=True,
-    ),
-    Rule(
-        "silent_groups",
-        "frac_reward_zero_std",
-        "in hardly any group do two rewards differ: there is no gradient",
-        "raise num_generations, or train on questions that the policy sometimes answers",
-        rises=0.0,
-        beyond=0.95,
-        unless_solved=True,
-    ),
-    Rule(
-        "searches",
-        "search/searches",
-        "the policy gives up searching",
-        "if guessing pays as much as searching, begin with a cold start (trl-search sft) or give the retrieval reward "
-        "a weight; look at retrieval/failed_queries and search/empty_retrievals",
-        falls=0.3,
-        worth=0.1,
-    ),
-    Rule(
-        "turns",
-        "search/turns",
-        "trajectories end in their first turns",
-        "look at completions: without an answer, the call's format is lost; with one, see alarm/searches",
-        falls=0.5,
-        worth=2.0,
-    ),
-    Rule(
-        "answers",
-        "stop/answer",
-        "trajectories run into a budget instead of answering",
-        "look at stop/* for which budget; a policy that babbles shows in tokens/model",
-        falls=0.5,
-        worth=0.2,
-    ),
-    Rule(
-        "no_answer",
-        "search/no_answer",
-        "more and more trajectories end without an answer",
-        "look at stop/* for how they end; lower learning_rate, go back to the best checkpoint",
-        rises=3.0,
-        beyond=0.2,
-    ),
-    Rule(
-        "exact_queries",
-        "search/quoted_queries",
-        "the policy stops asking for exact phrases: queries get vaguer, long before the reward falls",
-        "read the queries of the report; lower learning_rate, compare eval/em of the checkpoints before going on",
-        falls=0.4,
-        worth=0.1,
-        drift=True,
-    ),
-    Rule(
-        "repeated_queries",
-        "search/repeated_queries",
-        "the policy asks the same again and learns nothing from it",
-        "read the queries of the report; look at search/empty_retrievals, lower max_searches",
-        rises=2.0,
-        beyond=0.3,
-        drift=True,
-    ),
-    Rule(
-        "thoughts",
-        "tokens/per_turn",
-        "the policy thinks less and less before it acts",
-        "read the completions; lower learning_rate, use a loss with a constant length normaliser (loss_type: dr_grpo)",
-        falls=0.4,
-        worth=30.0,
-        drift=True,
-    ),
-    Rule(
-        "held_out",
-        "eval/em",
-        "held-out questions are answered worse than before, whatever the training reward says",
-        "go back to the best checkpoint; read what is rewarded: the reward may be earned without a right answer",
-        falls=0.75,
-        worth=0.1,
-        drift=True,
-    ),
-    Rule(
-        "malformed",
-        "search/malformed_calls",
-        "the policy loses the format of its calls",
-        "lower learning_rate, raise beta, or give the format reward a weight",
-        rises=2.0,
-        beyond=0.5,
-    ),
-    Rule(
-        "duplicate_tags",
-        "search/duplicate_tags",
-        "the policy repeats its tags",
-        "lower learning_rate, raise beta, or give the format reward a weight",
-        rises=2.0,
-        beyond=0.5,
-    ),
-    Rule(
-        "entropy_rise",
-        "entropy",
-        "the policy loses its language",
-        "lower learning_rate, raise beta; make sure that mask_observations is on",
-        rises=2.0,
-        beyond=0.3,
-    ),
-    Rule(
-        "entropy_fall",
-        "entropy",
-        "the policy writes the same whatever it samples: it explores no more",
-        "raise temperature, epsilon_high or entropy_coef; lower learning_rate",
-        falls=0.1,
-        beyond=0.01,
-        unless_solved=True,
-    ),
-    Rule(
-        "kl",
-        "kl",
-        "the policy runs away from its reference",
-        "raise beta, lower learning_rate",
-        rises=3.0,
-        beyond=1.0,
-    ),
-)
-
-
-DRIFT = {rule.name for rule in RULES if rule.drift}
 
 
 class Watch:
@@ -284,7 +44,7 @@ class Watch:
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What every rule finds after this log, `""` for nothing; a rule is left out until its metric is logged."""
         for metric in {rule.metric for rule in RULES} & set(row):
-            if _finite(row[metric]):
+            if is_finite(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])
         rules = [rule for rule in RULES if rule.metric in self.levels or isinstance(rule, NotFinite)]
         return {rule.name: rule.look(self.levels, row) for rule in rules}
@@ -323,6 +83,7 @@ class CollapseAlarm(TrainerCallback):
         self._restart()
 
     def _restart(self) -> None:
+        self.collapsed: tuple[str, ...] = ()  # the alarms that ended the training
         self.watch = Watch()
         self.lasting: Counter[str] = Counter()  # alarm -> logs in a row in which it fired
         self.quiet: dict[str, int] = {}  # alarm that was told -> logs in a row since in which it did not
@@ -382,17 +143,10 @@ class CollapseAlarm(TrainerCallback):
             lasting = broadcast_object_list([lasting])[0]
         if lasting and not control.should_training_stop:
             control.should_training_stop = True
+            self.collapsed = tuple(lasting)
             best = state.best_model_checkpoint or "none was kept, as evaluate_every is 0"
             if state.is_world_process_zero:
                 logger.warning(
-                    "step %d: training stops, as %s lasted %d logs (stop_on_collapse). The best checkpoint: %s",
+                    "step %d: %s lasted %d logs, and the training stops (on_collapse). The best checkpoint: %s",
                     state.global_step, ", ".join(lasting), STOP_AFTER, best,
                 )  # fmt: skip
-
-
-def _solved(reward: Level | None) -> bool:
-    return reward is not None and reward.known and reward.now > max(0.9 * reward.high, 0.05)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

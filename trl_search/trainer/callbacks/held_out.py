@@ -136,6 +136,8 @@ class EvaluateEvery(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.held_out.last is not None and self.held_out.last.step != state.global_step:
+            self.held_out.last = None  # a run that went back comes to the same step with other weights
         keep_ids(Path(args.output_dir or "."), self.held_out.ids, state)
 
     def on_step_end(
