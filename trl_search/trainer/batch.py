@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
-from trl_search.retrieval.base import RetrievalError
+from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.retrieval.base import RetrievalError, merge_metrics
 from trl_search.types import Sampling, StopReason, Trajectory
 
 
@@ -169,3 +171,13 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
             f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
             f"max_failed_share={max_failed_share}; the first error: {failed[0]}"
         )
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], environment: Any, accelerator: Accelerator
+) -> dict[str, float]:
+    """What is logged of a batch: means over the trajectories of all ranks, and what retrieval counted on them."""
+    rows = [trajectory_metrics(trajectory) for trajectory in trajectories]
+    local = torch.tensor([list(row.values()) for row in rows], device=accelerator.device)  # (B, metrics)
+    means = accelerator.gather(local).mean(dim=0).tolist()
+    return {**dict(zip(rows[0], means, strict=True)), **merge_metrics(gather_object([environment.take_metrics()]))}

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
@@ -41,8 +40,7 @@ from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
-from trl_search.records.trajectory_metrics import trajectory_metrics
-from trl_search.retrieval.base import Retriever, merge_metrics
+from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
@@ -53,6 +51,7 @@ from trl_search.trainer.batch import (
     longest_context,
     loss_mask,
     loss_mask_of,
+    rollout_metrics,
     sampling_logprobs,
     sampling_of,
 )
@@ -75,7 +74,7 @@ from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
-from trl_search.trainer.vllm_backend import making_ours
+from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling, Trajectory
 
 
@@ -207,7 +206,9 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.last_rollout = Rollout(rows=inputs)
-        with self._without_importance_pass():
+        theirs = self.vllm_importance_sampling_correction and self.environment is None
+        # TRL needs a forward pass to correct towards vLLM; `_see_logps` corrects in the loss.
+        with replaced(self, "vllm_importance_sampling_correction", theirs):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
             assert self.last_rollout.rewards_RF is not None
@@ -224,12 +225,9 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
             return super()._generate(prompts)
-        tokenizer = self.processing_class, self._tokenizer
-        self.processing_class = self._tokenizer = UnreadTokenizer(self._tokenizer)  # type: ignore[assignment]
-        try:
+        unread = UnreadTokenizer(self._tokenizer)
+        with replaced(self, "processing_class", unread), replaced(self, "_tokenizer", unread):
             output: tuple[Any, ...] = super()._generate(prompts)
-        finally:
-            self.processing_class, self._tokenizer = tokenizer
         trajectories = self.last_rollout.trajectories
         self._log_trajectories(trajectories)
         return (*output[:3], [trajectory.messages for trajectory in trajectories], *output[4:])
@@ -348,17 +346,6 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
 
     # What the seams are made of
 
-    @contextlib.contextmanager
-    def _without_importance_pass(self) -> Iterator[None]:
-        """Has TRL score a batch without correcting towards vLLM, for which it needs a pass: `_see_logps` corrects."""
-        theirs = self.vllm_importance_sampling_correction
-        if self.environment is not None:
-            self.vllm_importance_sampling_correction = False
-        try:
-            yield
-        finally:
-            self.vllm_importance_sampling_correction = theirs
-
     def _see_logps(self, logps_BC: torch.Tensor) -> None:
         """Completes the micro-batch, once its log-probs are known and before TRL makes a loss of them."""
         if self._micro_batch is None or self.environment is None:
@@ -388,14 +375,9 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
         return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")
 
     def _log_trajectories(self, trajectories: list[Trajectory]) -> None:
-        mode = "train" if self.model.training else "eval"
-        rows = [trajectory_metrics(trajectory) for trajectory in trajectories]
-        local = torch.tensor([list(row.values()) for row in rows], device=self.accelerator.device)  # (B, metrics)
-        means = self.accelerator.gather(local).mean(dim=0).tolist()
-        for name, mean in zip(rows[0], means, strict=True):
-            self._metrics[mode][name].append(mean)
         assert self.environment is not None
-        for name, value in merge_metrics(gather_object([self.environment.take_metrics()])).items():
+        mode = "train" if self.model.training else "eval"
+        for name, value in rollout_metrics(trajectories, self.environment, self.accelerator).items():
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
