@@ -41,6 +41,8 @@ _HEADERS = {
 _REDIRECTS = {301, 302, 303, 307, 308}
 _PASSING = {408, 425, 429}  # and all of 5xx
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Special ranges that this Python may not know yet: documentation (RFC 9637), segment routing (RFC 9602).
+_RESERVED_LATELY = [ipaddress.ip_network(one) for one in ("3fff::/20", "5f00::/16")]
 
 
 class PageError(RuntimeError):
@@ -84,7 +86,9 @@ def is_public(address: Address) -> bool:
         inner = [address.sixtofour, *(address.teredo or ())]
         if address in _NAT64:
             inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if address.is_site_local or not all(is_public(one) for one in inner if one is not None):
+        if address.is_site_local or any(address in one for one in _RESERVED_LATELY):
+            return False
+        if not all(is_public(one) for one in inner if one is not None):
             return False
     return address.is_global and not (
         address.is_private
@@ -184,6 +188,8 @@ async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: 
         raise PageError(f"{url[:200]}: {type(error).__name__}: {error}", passing=True) from error
     except page_text.TextError as error:
         raise PageError(f"{url[:200]}: {error}") from error
+    except UnicodeError as error:  # httpx decodes a host such as xn--a whenever it is read
+        raise PageError(f"{url[:200]}: its host is malformed ({error})") from error
     if not text:
         raise PageError(f"{url[:200]}: no text in it")
     return text
