@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import signal
 import threading
 import time
 
@@ -14,7 +15,7 @@ from tests.support.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval.threads import MAX_HUNG
-from trl_search.rollout import Limits, rollout
+from trl_search.rollout import Limits, rollout, run_sync
 from trl_search.types import Answer, Observation, Passage, Sampling, Search, StopReason
 
 PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
@@ -309,6 +310,28 @@ def test_rollouts_run_inside_a_running_event_loop(tokenizer):
 
     (trajectory,), _, _ = asyncio.run(cell())
     assert trajectory.stop_reason is StopReason.ANSWER
+
+
+def test_an_interrupted_notebook_cell_ends_its_rollout():
+    """Ctrl-C reaches the main thread, and the rollout runs on another."""
+    ended = []
+
+    async def endless():
+        try:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            ended.append(threading.current_thread().name)
+
+    async def cell():
+        with pytest.raises(KeyboardInterrupt):
+            run_sync(endless())
+        return list(ended), [thread.name for thread in threading.enumerate()]
+
+    loop = asyncio.new_event_loop()  # asyncio.run has a handler of its own
+    ended_there, alive = loop.run_until_complete(cell())
+    loop.close()
+    assert ended_there == ["rollout"] and "rollout" not in alive
 
 
 # A thought is not an act, stop strings included.

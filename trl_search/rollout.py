@@ -18,6 +18,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -298,18 +299,26 @@ def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    outcome: list[Result] = []
-    failure: list[BaseException] = []
+    outcome: Future[Result] = Future()
+    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
+
+    async def main() -> Result:
+        running.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
 
     def target() -> None:
         try:
-            outcome.append(asyncio.run(coroutine))
+            outcome.set_result(asyncio.run(main()))
         except BaseException as error:  # carried over to the calling thread
-            failure.append(error)
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=target, name="rollout")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    try:
+        thread.start()
+        return outcome.result()
+    finally:
+        if not outcome.done():  # Ctrl-C reaches the calling thread alone: without this, the rollout would sample on
+            loop, task = running.result()
+            loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+            wait([outcome])
+        thread.join()
