@@ -12,7 +12,7 @@ from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.rewards.answers import extract_answer, last_answer
 from trl_search.rewards.tag_structure import duplicate_tags, format_score
-from trl_search.types import Answer, EndOfTurn, Invalid, Search
+from trl_search.types import Answer, EndOfTurn, Invalid, Observation, Search
 
 TAGS = [
     f"<{slash}{tag}>"
@@ -133,3 +133,12 @@ def test_a_call_without_its_tags_is_a_near_call(tokenizer):
 )
 def test_what_is_written_as_a_string_is_read_as_what_it_is(tokenizer, call, queries):
     assert load_protocol("qwen_tools", tokenizer).parse(f"<tool_call>{call}</tool_call>") == Search(queries)
+
+
+@pytest.mark.parametrize("text", ["<" + " " * 200_000, "< " * 100_000, "</" * 100_000, "<answer " * 25_000])
+def test_escaping_is_linear(tokenizer, text):
+    protocol = load_protocol("search_r1", tokenizer)
+    started = time.process_time()
+    protocol.escape(text)
+    protocol.observation_ids(Observation(documents=(text,), notice="x"), max_tokens=500, turn_closed=True)
+    assert time.process_time() - started < 3  # the pattern that was quadratic took 40 s for a tenth of this

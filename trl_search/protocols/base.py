@@ -94,8 +94,9 @@ class Protocol(abc.ABC):
         self.instruction = self.default_instruction if instruction is None else instruction
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         # A prompt must be the same tomorrow.
-        self.chat_template_kwargs = {"strftime_now": PROMPT_DATE.strftime, **(chat_template_kwargs or {})}
+        self._template_options = {"strftime_now": PROMPT_DATE.strftime, **self.chat_template_kwargs}
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         self._think_markers = thought_markers(tokenizer.chat_template)
         self._anchor = self._find_anchor()
@@ -325,7 +326,7 @@ class Protocol(abc.ABC):
             tools=self.tools or None,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **self.chat_template_kwargs,
+            **self._template_options,
         )
         assert isinstance(text, str)
         return text

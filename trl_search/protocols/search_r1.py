@@ -35,7 +35,7 @@ class SearchR1(Protocol):
             [dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **self.chat_template_kwargs,
+            **self._template_options,
         )
         assert isinstance(text, str)
         return text
