@@ -222,7 +222,7 @@ def test_options_are_written_with_either_line(commands: Path, option: str, joine
 
 def test_every_option_of_every_command_is_declared_with_underscores() -> None:
     for name in command_names():
-        declared = importlib.import_module(f"trl_search.cli.commands.{name}")
+        declared = importlib.import_module(f"trl_search.cli.commands.{name.replace('-', '_')}")
         if hasattr(declared, "add_arguments"):
             parser = argparse.ArgumentParser()
             declared.add_arguments(parser)

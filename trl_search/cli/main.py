@@ -18,7 +18,10 @@ import trl_search.cli.commands
 from trl_search.common.errors import Explained, unknown_name
 
 # The order of a first day; commands not named here follow by name.
-ORDER = ("recipes", "train", "sft", "eval", "index", "serve", "search", "data", "chat", "report", "push", "doctor")
+ORDER = (
+    *("recipes", "train", "sft", "eval", "index", "serve", "search", "eval-retriever"),
+    *("data", "chat", "report", "push", "doctor"),
+)
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -65,10 +68,10 @@ def run_command(name: str, argv: list[str]) -> int:
     if name == "--version":
         print(trl_search.__version__)
         return 0
-    names = command_names()
+    names, name = command_names(), name.replace("_", "-")
     if name not in names:
         raise unknown_name("command", name, names)
-    module = importlib.import_module(f"{trl_search.cli.commands.__name__}.{name}")
+    module = importlib.import_module(f"{trl_search.cli.commands.__name__}.{name.replace('-', '_')}")
     if hasattr(module, "main"):
         return int(module.main(argv))
     parser = argparse.ArgumentParser(
@@ -113,8 +116,9 @@ def overview() -> str:
 
 
 def command_names() -> list[str]:
-    """The modules of `trl_search.cli.commands`, in the order that they are needed."""
-    found = [module.name for module in pkgutil.iter_modules(trl_search.cli.commands.__path__)]
+    """The modules of `trl_search.cli.commands`, in the order that they are needed: `eval_retriever.py` is
+    `eval-retriever`."""
+    found = [module.name.replace("_", "-") for module in pkgutil.iter_modules(trl_search.cli.commands.__path__)]
     return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
@@ -134,7 +138,7 @@ def _message(error: BaseException) -> str:
 
 
 def _summary(name: str) -> str:
-    path = Path(next(iter(trl_search.cli.commands.__path__)), f"{name}.py")
+    path = Path(next(iter(trl_search.cli.commands.__path__)), f"{name.replace('-', '_')}.py")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
 

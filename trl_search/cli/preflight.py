@@ -27,6 +27,7 @@ EXTRAS = {
     "faiss": "dense retrieval on CPUs",
     "faiss-gpu": "dense retrieval on GPUs",
     "server": "trl-search serve",
+    "measures": "nDCG, recall and MRR of retrievers (trl-search eval-retriever)",
     "web": "search of the web",
     "tensorboard": "logs to TensorBoard",
     "trackio": "logs to trackio",

@@ -1,0 +1,97 @@
+"""Measures of retrievers, by hand on tiny sets: judged queries of BEIR's layout, and golden answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from trl_search.cli.main import main
+from trl_search.common.errors import UserError
+from trl_search.evaluation.retriever_quality import JudgedQueries, answer_rank, load_judged, measure, quality_table
+from trl_search.retrieval import Retriever
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Passage
+
+
+class Fixed(Retriever):
+    """Finds the passages that it was given for a query, all with the same score."""
+
+    def __init__(self, found: dict[str, list[str]]) -> None:
+        self.found = found
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        return [
+            [Passage(name, "", f"text of {name}", score=1.0) for name in self.found[query][:k]] for query in queries
+        ]
+
+
+def write_beir(folder: Path) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    rows = [
+        {"_id": "q1", "text": "first", "metadata": {}},
+        {"_id": "q2", "text": "second"},
+        {"_id": "q3", "text": "?"},
+    ]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t2\nq1\tb\t1\nq2\tc\t1\n")
+    return folder
+
+
+def test_judged_queries_are_measured_as_by_hand(tmp_path: Path) -> None:
+    (judged,) = load_judged(str(write_beir(tmp_path / "tiny")), split="test", limit=None, seed=0)
+    assert judged.name == "tiny" and judged.queries == {"q1": "first", "q2": "second"}  # the third has no judgement
+    # q1 itself stands in the corpus: BEIR does not count a query as its own answer.
+    retriever = Fixed({"first": ["q1", "b", "x", "a"], "second": ["x", "y", "z", "c"]})
+    measured = measure(retriever, judged, 3)
+    gain = (1 + 2 / math.log2(4)) / (2 + 1 / math.log2(3))
+    assert measured["nDCG@3"] == pytest.approx(gain / 2, abs=1e-4)  # the second query finds nothing in three
+    assert measured["R@3"] == pytest.approx(0.5) and measured["RR@3"] == pytest.approx(0.5)
+    assert measure(retriever, judged, 4)["RR@4"] == pytest.approx((1 + 1 / 4) / 2)
+
+
+def test_golden_answers_are_looked_for_in_the_first_k() -> None:
+    judged = JudgedQueries(
+        "mine", {"0": "first", "1": "second"}, golden_answers={"0": ["Text of B"], "1": ["nothing"]}
+    )
+    measured = measure(Fixed({"first": ["a", "b", "c"], "second": ["a", "b", "c"]}), judged, 3)
+    assert measured == {"answer@1": 0.0, "answer@3": 0.5}
+    assert answer_rank([Passage("1", "Orlune", "A town.")], ["Orlune"]) == 1
+    assert answer_rank([], ["Orlune"]) is None
+
+
+def test_what_a_beir_folder_lacks_is_named(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "tiny")
+    with pytest.raises(UserError, match=r"qrels holds 0 files called dev, .* there are: test\.tsv"):
+        load_judged(str(folder), split="dev", limit=None, seed=0)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq9\ta\t1\n")
+    with pytest.raises(UserError, match="judge the query 'q9', which queries do not hold"):
+        load_judged(str(folder), split="test", limit=None, seed=0)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\thigh\n")
+    with pytest.raises(UserError, match=r"test\.tsv, line 2: columns query-id, corpus-id and score"):
+        load_judged(str(folder), split="test", limit=None, seed=0)
+
+
+def test_retrievers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passages = [Passage("a", "Orlune", "The first harbour."), Passage("c", "Vesk", "The second country.")]
+    build_index(passages, tmp_path / "one")
+    build_index(passages[:1], tmp_path / "other")
+    questions = tmp_path / "mine.jsonl"
+    questions.write_text('{"question": "second country?", "answer": "Vesk"}\n')
+    command = ["eval-retriever", str(tmp_path / "one"), str(tmp_path / "other"), "--answers-field", "answer"]
+    command += [
+        "--datasets",
+        str(write_beir(tmp_path / "tiny")),
+        str(questions),
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
+    assert main([*command, "--passages_per_query", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny: 2 queries" in said and f"| {tmp_path / 'one'} | 1.000 |" in said
+    measured = json.loads((tmp_path / "out.json").read_text())
+    assert [measured["mine"][str(tmp_path / name)]["answer@1"] for name in ("one", "other")] == [1.0, 0.0]
+    assert measured["tiny"][str(tmp_path / "one")]["RR@1"] == 1.0
+    assert quality_table({"x": {"R@1": 0.5}}) == "| retriever | R@1 |\n|---|---|\n| x | 0.500 |"

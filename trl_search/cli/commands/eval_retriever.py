@@ -1,0 +1,59 @@
+"""Measures retrievers: nDCG, recall and MRR on BEIR folders, golden answers in the top k on question sets.
+
+    trl-search eval-retriever indexes/bm25 indexes/dense --datasets data/scifact data/nfcorpus
+    trl-search eval-retriever http://127.0.0.1:8000 --datasets nq,hotpotqa --limit 500 --passages_per_query 5
+
+Several retrievers stand side by side: index folders, addresses of servers, kinds. A BEIR folder holds queries.jsonl
+and qrels/test.tsv; its corpus is what was indexed. A question set has golden answers, and answer@3 is the share of
+questions with one in the first three passages: an upper bound of what an agent can read after one search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.common.errors import UserError
+from trl_search.common.files import parse_object, written_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("retrievers", nargs="+", metavar="RETRIEVER", help="index folders, servers' addresses, kinds")
+    parser.add_argument("--datasets", required=True, nargs="+", metavar="SET", help="BEIR folders and question sets")
+    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options, of each retriever")
+    parser.add_argument("--passages_per_query", type=int, default=10, metavar="K", help="(default: 10)")
+    parser.add_argument("--split", default="test", help="of the qrels of BEIR folders (default: test)")
+    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N queries of each set")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON, too")
+    add_question_fields(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.config.task import set_names
+    from trl_search.evaluation.retriever_quality import load_judged, measure, quality_table
+    from trl_search.retrieval import open_retriever
+
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is how many queries of a set are searched, at least 1; got {args.limit}")
+    options = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
+    names = [name for word in args.datasets for name in ([word] if Path(word).exists() else set_names(word))]
+    sets = [
+        one
+        for name in names
+        for one in load_judged(name, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args))
+    ]
+    measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}
+    for word in args.retrievers:
+        with contextlib.closing(open_retriever(word, options)) as retriever:
+            for one in sets:
+                measured[one.name][word] = measure(retriever, one, args.passages_per_query)
+    for one in sets:
+        print(f"{one.name}: {len(one.queries):,} queries\n\n{quality_table(measured[one.name])}\n")
+    if args.output:
+        with written_whole(Path(args.output)) as path:
+            path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    return 0

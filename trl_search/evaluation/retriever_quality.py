@@ -1,0 +1,168 @@
+"""How well a retriever finds: nDCG, recall and MRR against relevance judgements, or golden answers in what it finds.
+
+    data/scifact/                a BEIR folder: queries.jsonl and qrels/test.tsv name the passages that answer a query
+    nq, data/mine.jsonl          a question set: it has golden answers, and a passage with one of them counts as right
+
+A passage can hold the golden answer and still not answer the question, so the second kind is an upper bound.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from trl_search.common.errors import UserError
+from trl_search.common.table_files import read_rows, table_format, table_name
+from trl_search.data import QuestionFields
+from trl_search.evaluation.sets import load_sets
+from trl_search.retrieval import Retriever
+from trl_search.rewards.answers import contains_answer
+from trl_search.types import Passage
+
+BATCH = 64
+CUTS = (1, 3, 5, 10, 20, 100)
+
+
+@dataclass(frozen=True)
+class JudgedQueries:
+    """Queries, and what tells whether a passage is right for one.
+
+    Attributes:
+        queries (`Mapping[str, str]`): Text by id.
+        judgements (`Mapping`, *optional*): For each query, the relevance of passages by their ids (qrels).
+        golden_answers (`Mapping`, *optional*): For each query, its golden answers.
+    """
+
+    name: str
+    queries: Mapping[str, str]
+    judgements: Mapping[str, Mapping[str, int]] | None = None
+    golden_answers: Mapping[str, Sequence[str]] | None = None
+
+
+def load_judged(
+    name_or_path: str, *, split: str, limit: int | None, seed: int, fields: QuestionFields | None = None
+) -> list[JudgedQueries]:
+    """Loads a BEIR folder, or the question sets of a name, a file or a folder.
+
+    Args:
+        split (`str`): Of a BEIR folder: the file in `qrels/`.
+        limit (`int`, *optional*): Takes a random sample of so many queries.
+    """
+    folder = Path(name_or_path).expanduser()
+    if (folder / "qrels").is_dir():
+        return [_beir(folder, split, limit, seed)]
+    return [
+        JudgedQueries(
+            one.name,
+            {str(index): row["question"] for index, row in enumerate(one.rows)},
+            golden_answers={str(index): row["golden_answers"] for index, row in enumerate(one.rows)},
+        )
+        for one in load_sets(name_or_path, limit=limit, seed=seed, fields=fields)
+    ]
+
+
+def measure(retriever: Retriever, judged: JudgedQueries, k: int) -> dict[str, float]:
+    """Searches every query, and returns each measure by its name: `{"nDCG@10": 0.68, "R@10": 0.81, "RR@10": 0.65}`.
+
+    Args:
+        k (`int`): Passages per query.
+
+    Raises:
+        UserError: without the library that computes nDCG and its kin.
+    """
+    found: dict[str, list[Passage]] = {}
+    with tqdm(total=len(judged.queries), desc=judged.name, unit=" queries", disable=None) as bar:
+        asked = list(judged.queries.items())
+        for start in range(0, len(asked), BATCH):
+            batch = asked[start : start + BATCH]
+            # As in BEIR's own evaluation, a passage with the id of its query is the query itself.
+            results = retriever.search([text for _, text in batch], k + (judged.judgements is not None))
+            for (identity, _), passages in zip(batch, results, strict=True):
+                kept = [one for one in passages if judged.judgements is None or one.id != identity]
+                found[identity] = kept[:k]
+            bar.update(len(batch))
+    if judged.judgements is not None:
+        return _against_judgements(found, judged.judgements, k)
+    assert judged.golden_answers is not None
+    return _against_answers(found, judged.golden_answers, k)
+
+
+def answer_rank(passages: Sequence[Passage], golden_answers: Sequence[str]) -> int | None:
+    """The rank, from 1, of the first passage that holds a golden answer; `None` where none does."""
+    return next(
+        (
+            rank
+            for rank, passage in enumerate(passages, start=1)
+            if contains_answer(f"{passage.title}\n{passage.text}", golden_answers)
+        ),
+        None,
+    )
+
+
+def quality_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Retrievers below each other, measures beside each other, in Markdown."""
+    measures = list(dict.fromkeys(name for values in rows.values() for name in values))
+    lines = [f"| retriever | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
+    lines += [f"| {name} | {' | '.join(f'{values[one]:.3f}' for one in measures)} |" for name, values in rows.items()]
+    return "\n".join(lines)
+
+
+def _beir(folder: Path, split: str, limit: int | None, seed: int) -> JudgedQueries:
+    judgements: dict[str, dict[str, int]] = {}
+    for where, row in read_rows(_file(folder / "qrels", split)):
+        try:
+            query, passage, relevance = (str(row[name]) for name in ("query-id", "corpus-id", "score"))
+            judgements.setdefault(query, {})[passage] = int(relevance)
+        except (KeyError, ValueError):
+            raise UserError(f"{where}: columns query-id, corpus-id and score (a whole number) are needed") from None
+    texts: dict[str, str] = {}
+    for where, row in read_rows(_file(folder, "queries")):
+        if not {"_id", "text"} <= row.keys():
+            raise UserError(f"{where}: a query has the fields _id and text; here are {', '.join(row)}")
+        texts[str(row["_id"])] = str(row["text"])
+    if unknown := judgements.keys() - texts.keys():
+        raise UserError(f"{folder}: qrels judge the query {min(unknown)!r}, which queries do not hold")
+    chosen = _sampled([query for query in texts if query in judgements], limit, seed)
+    return JudgedQueries(folder.name, {query: texts[query] for query in chosen}, {q: judgements[q] for q in chosen})
+
+
+def _sampled(queries: list[str], limit: int | None, seed: int) -> list[str]:
+    if limit is None or limit >= len(queries):
+        return queries
+    return [queries[index] for index in sorted(random.Random(seed).sample(range(len(queries)), limit))]
+
+
+def _file(folder: Path, name: str) -> Path:
+    found = [file for file in folder.iterdir() if table_name(file) == name and table_format(file)]
+    if len(found) != 1:
+        there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise UserError(f"{folder} holds {len(found)} files called {name}, and one is needed; there are: {there}")
+    return found[0]
+
+
+def _against_judgements(
+    found: Mapping[str, Sequence[Passage]], judgements: Mapping[str, Mapping[str, int]], k: int
+) -> dict[str, float]:
+    try:
+        import ir_measures
+    except ImportError:
+        raise UserError("nDCG, recall and MRR need ir-measures: pip install 'trl-search[measures]'") from None
+    # Scores of ranks keep the retriever's own order where it gave the same score twice.
+    run = {query: {one.id: float(-rank) for rank, one in enumerate(found[query])} for query in judgements}
+    cut = min(k, 10)
+    wanted = [ir_measures.nDCG @ cut, ir_measures.R @ cut, ir_measures.RR @ cut]
+    wanted += [ir_measures.R @ k] if k > cut else []
+    values = ir_measures.calc_aggregate(wanted, judgements, run)
+    return {str(one): float(values[one]) for one in wanted}
+
+
+def _against_answers(
+    found: Mapping[str, Sequence[Passage]], golden_answers: Mapping[str, Iterable[str]], k: int
+) -> dict[str, float]:
+    ranks = [answer_rank(found[query], list(golden)) for query, golden in golden_answers.items()]
+    cuts = sorted({cut for cut in CUTS if cut < k} | {k})
+    return {f"answer@{cut}": sum(rank is not None and rank <= cut for rank in ranks) / len(ranks) for cut in cuts}
