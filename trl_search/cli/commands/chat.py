@@ -19,7 +19,6 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_search.common.errors import UserError
@@ -179,15 +178,10 @@ def _lines(prompt: str) -> Iterator[str]:
 def _retriever(what: str, args: argparse.Namespace) -> tuple[Retriever, World | None]:
     from trl_search.common.files import parse_object
     from trl_search.data.world import generate_world
-    from trl_search.retrieval import load_retriever
-    from trl_search.retrieval.index.folder import read_manifest
+    from trl_search.retrieval import load_retriever, open_retriever
 
     options = parse_object(args.retriever_options, "--retriever_options", '{"provider": "serper"}')
     if what == "world":
         world = generate_world(args.world_passages, args.world_seed)
         return load_retriever("bm25", passages=world.passages, **options), world
-    if what.startswith(("http://", "https://")):
-        return load_retriever("http", url=what, **options), None
-    if Path(what).is_dir():
-        return load_retriever(read_manifest(what).kind, index=what, **options), None
-    return load_retriever(what, **options), None
+    return open_retriever(what, options), None
