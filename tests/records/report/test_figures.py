@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from trl_search.common.errors import UserError
+from trl_search.records.alarm_rules import RULES
 from trl_search.records.folder import Run
 from trl_search.records.report.charts import (
     SMOOTH_ABOVE,
@@ -26,7 +27,6 @@ from trl_search.records.report.charts import (
 )
 from trl_search.records.report.figures import COLOURS, draw_curves, draw_figures, sheet
 from trl_search.records.report.panels import PANELS
-from trl_search.trainer.callbacks.alarms import RULES
 
 SETS = ("nq", "hotpotqa")
 
@@ -122,7 +122,9 @@ def test_alarms_that_rang_are_on_their_chart_with_their_steps() -> None:
     for row in rows:
         row |= {"alarm/reward": float(row["step"] in (3, 4)), "alarm/entropy_rise": 0.0}
     found = charts(rows)
-    assert found["Reward"].alarms == [Alarm("reward", 0, [3, 4])] and found["Entropy"].alarms == []
+    rule = next(rule for rule in RULES if rule.name == "reward")
+    assert found["Reward"].alarms == [Alarm("reward", 0, [3, 4], rule.means, rule.advice)]
+    assert found["Entropy"].alarms == []
     axis = axis_of(found["Reward"])
     bands = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches)
     assert bands == [(2.5, 3.5), (3.5, 4.5)]

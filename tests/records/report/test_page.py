@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.report_runs import trajectory, write_run, write_trajectories
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
+from trl_search.records.alarm_rules import RULES
 from trl_search.records.folder import METRICS_FILE, read_run, read_trajectories, trajectory_file
 from trl_search.records.report.page import build_page, write_report
 from trl_search.records.report.trajectories import choose_steps, encode_tokens, page_trajectories, utf16_length
@@ -89,7 +90,8 @@ def test_alarms_that_rang_are_said(tmp_path: Path) -> None:
         for step, rings in ((3, 0.0), (4, 1.0), (5, 1.0)):
             file.write(json.dumps({"step": step, "alarm/entropy_rise": rings, "alarm/kl": 0.0}) + "\n")
     meta = unpack(build_page([read_run(folder)]), "meta")
-    rang = {"name": "entropy_rise", "run": 0, "steps": [4, 5]}
+    rule = next(rule for rule in RULES if rule.name == "entropy_rise")
+    rang = {"name": rule.name, "run": 0, "steps": [4, 5], "means": rule.means, "advice": rule.advice}
     assert meta["runs"][0]["alarms"] == [rang]
     assert {chart["title"]: chart["alarms"] for chart in meta["charts"] if chart["alarms"]} == {"Entropy": [rang]}
 

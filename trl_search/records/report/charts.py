@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.records.alarm_rules import RULES
 from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, BEST_ROW, Run
 from trl_search.records.report.panels import PANELS, Panel
 
@@ -52,11 +53,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """An alarm of one run, with the steps at which it rang."""
+    """An alarm of one run, with the steps at which it rang, what it means and what to do about it."""
 
     name: str
     run: int
     steps: list[int]
+    means: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,8 @@ def alarms_of(history: History, run: int, names: Iterable[str] | None = None) ->
     if names is None:
         names = sorted({name.removeprefix(ALARM_PREFIX) for row in history for name in row if _is_alarm(name)})
     rang = [(name, [step for step, on in points(history, ALARM_PREFIX + name).items() if on]) for name in names]
-    return [Alarm(name, run, steps) for name, steps in rang if steps]
+    rules = {rule.name: (rule.means, rule.advice) for rule in RULES}
+    return [Alarm(name, run, steps, *rules.get(name, ("", ""))) for name, steps in rang if steps]
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

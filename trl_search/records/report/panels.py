@@ -18,7 +18,7 @@ class Panel:
         title (`str`): What it shows.
         note (`str`): How to read it, in one line.
         lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; the label of a pattern holds a star.
-        alarms (`tuple[str, ...]`): The alarms that watch these metrics (`trl_search/trainer/callbacks/alarms.py`).
+        alarms (`tuple[str, ...]`): The alarms that watch these metrics (`trl_search/records/alarm_rules.py`).
         rare (`bool`): Leaves out lines that are always 0: what never happened.
         several (`bool`): Leaves the chart out if it has a single line, which another chart shows.
     """

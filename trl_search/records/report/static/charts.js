@@ -10,7 +10,7 @@ function drawCharts(box, meta, onstep) {
     for (const chart of charts) {
       const plot = element("div.plot");
       grid.append(element("article.card", { "aria-label": chart.title, id: chartId(chart.title) },
-        element("h3", {}, chart.title), element("p.note", {}, chart.note), plot));
+        element("h3", {}, chart.title), element("p.note", {}, chart.note), plot, ...advice(chart.alarms)));
       cards.push({ draw: () => drawChart(chart, plot, meta, onstep), plot: null });
     }
     if (name === "Behaviour" && meta.runs.some((run) => run.reflection)) cards.push(reflectionCard(grid, meta.runs));
@@ -32,6 +32,12 @@ function drawCharts(box, meta, onstep) {
   }).observe(box);
   document.addEventListener("themechange", redraw);
   return { redraw, drawn: () => cards.every((card) => card.plot) };
+}
+
+// What each alarm on a chart means, and what to do about it.
+function advice(alarms) {
+  const named = new Map(alarms.filter((alarm) => alarm.means).map((alarm) => [alarm.name, alarm]));
+  return [...named.values()].map((alarm) => element("p.advice", {}, element("b", {}, words(alarm.name)), ` ${alarm.means}: ${alarm.advice}.`));
 }
 
 const chartId = (title) => `chart-${title.toLowerCase().replace(/[^a-z0-9]+/g, "-")}`;
