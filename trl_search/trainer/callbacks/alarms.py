@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.trainer.callbacks.alarm_rules import DRIFT, RULES, WINDOW, Level, NotFinite, is_finite
+from trl_search.records.alarm_rules import DRIFT, RULES, WINDOW, Level, NotFinite, is_finite
 
 logger = logging.getLogger(__name__)
 
