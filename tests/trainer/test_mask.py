@@ -23,6 +23,12 @@ SETTINGS = {
     "by sequence": {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"},
     "high-entropy tokens": {"top_entropy_quantile": 0.5, "num_iterations": 2, "loss_type": "bnpo"},
     "entropy bonus": {"entropy_coef": 0.1, "loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "num_iterations": 2},
+    "sapo": {"loss_type": "sapo", "num_iterations": 2},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 2},
+    "vespo": {"loss_type": "vespo", "num_iterations": 2},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
+    "llds": {"llds_coef": 0.1, "num_iterations": 2},
 }
 
 
