@@ -32,7 +32,7 @@ from trl_search.retrieval.batching import SearchBatcher, SearchStats
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Action, Answer, Invalid, Observation, Passage, Search, StopReason
 
-# Search-R1's own rendering, and verl's; a reproduction needs the exact one.
+# As Search-R1 and verl write passages; a reproduction needs the exact same text.
 PASSAGE_TEMPLATE = 'Doc {rank}(Title: "{title}") {text}'
 _FIELD = re.compile(r"\{(rank|title|text)\}")
 
@@ -89,12 +89,11 @@ class SearchEnvironment(Environment):
         k (`int`, *optional*, defaults to `3`): Passages per query. More are dropped.
         max_searches (`int`, *optional*, defaults to `4`): Calls per trajectory. After the last one the policy is told
             so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
-        max_queries (`int`, *optional*, defaults to `4`): Queries a call may hold; those beyond it are not run, and the
-            policy is told.
+        max_queries (`int`, *optional*, defaults to `4`): Queries per call. More are not run, and the policy is told.
         max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered by a correction; one more
             ends the trajectory.
-        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds that one call of the retriever may take; waiting
-            for one's turn is not counted.
+        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds that one call of the retriever may take; the wait
+            before it is not counted.
         passage_template (`str`, *optional*): How a passage is shown; fields `{rank}`, `{title}`, `{text}`.
     """
 
@@ -113,7 +112,7 @@ class SearchEnvironment(Environment):
         self.k = k
         self.max_searches = max_searches
         if not max_searches:
-            self.tools = ()  # who may not search is told of no tool
+            self.tools = ()  # a policy without searches is shown no tool
         self.max_queries = max_queries
         self.max_invalid = max_invalid
         self.timeout_s = timeout_s

@@ -326,7 +326,7 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
         ("[]", "holds no JSON object"),
         ('{"config": {"max_searches": "four"}}', "max_searches cannot be 'four'"),
         ('{"config": {"instruction": 4}}', "instruction cannot be 4"),
-        ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs cannot be 'x'"),
+        ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs is not JSON"),
     ],
 )
 def test_half_a_record_is_not_guessed_at(tmp_path, text, message):
