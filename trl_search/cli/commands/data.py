@@ -3,6 +3,7 @@
     trl-search data list                                            the sets that have a name
     trl-search data questions nq_hotpotqa                           how many, how long, a few rows
     trl-search data questions train.parquet --dedupe_against nq,hotpotqa --limit 10000 --output small.parquet
+    trl-search data audit nq --corpus indexes/wiki                  can this corpus answer these questions?
     trl-search data wiki18 --output data/wiki18                     the corpus and its e5 index, after asking
 
 `trl-search data questions --help` and `... wiki18 --help` say more; docs/data.md says what the sets are.
@@ -11,6 +12,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +43,17 @@ question, golden_answers, data_source, and is read by every command that takes q
 
 --dedupe_against compares whole questions without case, punctuation, articles and spacing. The same question in other
 words is not found. It comes before --limit, so the sample is full. `all` are the seven evaluation sets.
+"""
+
+AUDIT = """\
+Says how many questions a corpus can answer: the share with a golden answer in some passage, and, where the corpus is
+an index, in the first K passages that the question itself finds. What no passage holds, no agent can read.
+
+    trl-search data audit nq --limit 500 --corpus indexes/wiki         an index: both shares
+    trl-search data audit data/mine.jsonl --corpus corpus.jsonl.gz     a corpus: the first
+
+An answer may stand in a passage by chance, so the shares are upper bounds: short answers ("2", "yes") are found nearly
+everywhere. Every passage is read once per question set.
 """
 
 WIKI18 = """\
@@ -81,6 +95,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     questions.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
     questions.add_argument("--force", action="store_true", help="replace FILE where it is there")
     add_question_fields(questions)
+    audit = commands.add_parser(
+        "audit",
+        help="how many questions of a set a corpus can answer",
+        description=AUDIT,
+        formatter_class=style,
+    )
+    audit.add_argument("source", metavar="NAME_OR_PATH", help="questions: a name of `trl-search data list`, a file")
+    audit.add_argument("--corpus", required=True, metavar="CORPUS", help="an index folder, or a corpus's file")
+    audit.add_argument("--limit", type=int, metavar="N", help="a random sample of N questions of each set")
+    audit.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
+    audit.add_argument("--passages_per_query", type=int, default=10, metavar="K", help="(default: 10)")
+    audit.add_argument("--missing", metavar="FILE", help="write the questions that no passage answers, as .jsonl")
+    add_question_fields(audit)
     commands.add_parser("list", help="the sets that have a name", description="The sets that have a name.")
     wiki18 = commands.add_parser(
         "wiki18", help="fetch the corpus wiki-18 and its e5 indexes", description=WIKI18, formatter_class=style
@@ -94,7 +121,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"questions": show_questions, "list": list_sets, "wiki18": get_wiki18}[args.action](args)
+    actions = {"questions": show_questions, "audit": audit_corpus, "list": list_sets, "wiki18": get_wiki18}
+    return actions[args.action](args)
+
+
+def audit_corpus(args: argparse.Namespace) -> int:
+    from trl_search.evaluation.corpus_audit import answerable
+    from trl_search.evaluation.retriever_quality import load_judged, measure
+    from trl_search.retrieval import open_retriever
+    from trl_search.retrieval.corpus.passages import Corpus, read_corpus
+    from trl_search.retrieval.index.folder import read_manifest
+
+    folder = Path(args.corpus).expanduser()
+    if folder.is_dir():
+        read_manifest(folder)  # refuses a folder that is no finished index
+    missing: list[dict[str, object]] = []
+    for one in load_judged(args.source, split="test", limit=args.limit, seed=args.seed, fields=question_fields(args)):
+        golden = list((one.golden_answers or {}).values())
+        if not golden:
+            raise UserError(f"{args.source} has no golden answers: `trl-search eval-retriever` measures such sets")
+        found = answerable(Corpus(folder) if folder.is_dir() else read_corpus(folder), golden)
+        print(f"{one.name:<20} {len(golden):,} questions")
+        print(f"  in the corpus      {len(found) / len(golden):.3f}")
+        if folder.is_dir():
+            with contextlib.closing(open_retriever(folder)) as retriever:
+                measured = measure(retriever, one, args.passages_per_query)
+            for name, share in measured.items():
+                print(f"  in the first {name.partition('@')[2]:<5} {share:.3f}")
+        missing += [
+            {"question": question, "golden_answers": list(golden[index]), "data_source": one.name}
+            for index, question in enumerate(one.queries.values())
+            if index not in found
+        ]
+    if args.missing:
+        with written_whole(Path(args.missing)) as path:
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in missing), encoding="utf-8")
+        print(f"{args.missing}: {len(missing):,} questions that no passage answers")
+    return 0
 
 
 def list_sets(args: argparse.Namespace) -> int:
