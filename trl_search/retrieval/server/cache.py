@@ -1,8 +1,8 @@
 """Results by (query, k), in memory, the least recently used out first.
 
-What is kept is the JSON that was sent, as bytes: a hit costs no formatting, and memory is bounded by what it really
-takes and not by a number of entries. The keys carry the fingerprint of the index, so that results of another index, or
-of the same one rebuilt, are never found.
+The cache keeps the bytes of the JSON that was sent: a hit needs no formatting, and the limit is on real memory instead
+of a number of entries. The keys hold the fingerprint of the index, so that results of another index, or of the same
+one before it was rebuilt, are never found.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-_ENTRY_BYTES = 300  # of the key and the dictionaries around one entry
+_ENTRY_BYTES = 300  # for the key of an entry and its place in dictionaries
 
 
 class _Entry(NamedTuple):
     result: bytes
-    size: int  # cachetools asks an entry for its size, and the query is in its key
+    size: int  # with the query, which is in the key: cachetools sees only the entry
 
 
 class ResultCache:

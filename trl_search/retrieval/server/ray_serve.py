@@ -1,14 +1,14 @@
 """Several gateways behind one address, on Ray Serve: `trl-search serve --ray`.
 
-    http retriever ──► Ray's proxy, one a machine ──► replica 1: app.py over its own retriever
+    http retriever ──► Ray's proxy, on each machine ──► replica 1: app.py over its own retriever
                                                  └──► replica 2: ...
 
-Each replica is a process with the app of `make_app`: its own batches, cache and queue. Ray starts them, starts one
-anew that dies, and spreads requests; it does not cut an index in pieces. What a replica that dies was asked fails
-with a lost connection or a 500 that our `http` retriever repeats: a search changes nothing.
+Each replica is a process with the app of `make_app`: its own batches, cache and queue. Ray starts the replicas,
+restarts those that die, and spreads requests over them; it does not cut an index in pieces. Requests to a replica that
+dies fail with a lost connection or a 500, which our `http` retriever repeats: a search changes nothing.
 
-Ray's own ports are open to the network, the proxy's is where we say. Who gets into them runs code on the machines:
-Ray asks for a token since 2.60, and a cluster belongs in a network that is yours alone.
+Ray's own ports are open to the network; only the proxy listens where we say. Anyone who reaches those ports can run
+code on the machines. Ray asks for a token since 2.60, and a cluster belongs in a network of your own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trl_search.retrieval.server.run import is_loopback, listen, log_to, spare_w
 from trl_search.retrieval.server.service import SearchService
 
 APP, DEPLOYMENT = "trl-search", "gateway"
-HEALTH_PERIOD_S = 5.0  # how soon Ray sees that a replica is gone and starts another; requests go round it at once
+HEALTH_PERIOD_S = 5.0  # until Ray notices that a replica is gone and starts another; requests avoid it at once
 SCRAPE_S = 5.0
 PROXY_S = 0.3  # until the last answer has left the proxy
 OBJECT_STORE_BYTES = 128 << 20  # requests do not pass through it; Ray's own default is a third of the memory
@@ -47,9 +47,9 @@ class RayConfig:
 
     Args:
         replicas (`int`): Processes, each with its own retriever.
-        cpus (`float`): What one of them takes of a machine's CPUs, also the threads of its encoder.
-        gpus (`float`): What it takes of a GPU, for an encoder: 0.25 puts four on one.
-        address (`str`, *optional*): Of a cluster that runs; `None` starts one on this machine, while we serve.
+        cpus (`float`): CPUs per replica, which are also the threads of its encoder.
+        gpus (`float`): GPUs per replica, for an encoder: 0.25 puts four on one.
+        address (`str`, *optional*): The address of a running cluster; `None` starts one on this machine.
     """
 
     replicas: int = 2

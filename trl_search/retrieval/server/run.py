@@ -1,7 +1,7 @@
-"""A server process: its socket, the index that loads while `/ready` is answered already, and the signals that end it.
+"""A server process: its socket, the index that loads while `/ready` is already answered, and the signals that end it.
 
-SIGTERM and Ctrl-C stop it gently: no new connection, what is under way is answered, exit status 0. A second Ctrl-C
-ends it at once.
+After SIGTERM or Ctrl-C it accepts no connection, answers the requests under way and exits with status 0. A second
+Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def serve(
     """Serves until a signal says stop.
 
     Args:
-        load (`Callable[[], Retriever]`): Loads what is served, on a thread; what it raises ends the server.
+        load (`Callable[[], Retriever]`): Loads the retriever, on a thread; its exception ends the server.
         config (`ServerConfig`): Limits, queue, cache, token.
         listening (`socket.socket`): From `listen`.
-        loaded (`Callable[[], None]`): Called once requests are answered.
+        loaded (`Callable[[], None]`): Called when requests begin to be answered.
     """
     need_server_packages()
     import uvicorn
@@ -57,7 +57,7 @@ def serve(
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """As uvicorn's own, without raising the signal once more at the end: a gentle stop is no failure."""
+            """As uvicorn's own, but does not raise the signal again at the end: a gentle stop is no failure."""
             loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
             for number in signals:
                 loop.add_signal_handler(number, self.handle_exit, number, None)
@@ -94,7 +94,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket before anything is loaded: a port that is taken is found out now."""
+    """Opens the socket before anything is loaded, so that a port in use is an error at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -103,7 +103,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def spare_what_is_loaded() -> None:
-    """Garbage collections leave alone what is there now: walking through it takes 0.1 s, and requests wait for it."""
+    """Excludes what is loaded from garbage collections: walking through it takes 0.1 s, and requests wait
+    meanwhile."""
     gc.collect()
     gc.freeze()
 
@@ -119,7 +120,7 @@ def is_loopback(host: str) -> bool:
 
 
 def log_to(stream: Any) -> logging.Handler:
-    """Where the line of each request goes, until the handler is removed from `access_log` again."""
+    """Writes the line of each request to `stream`, until the handler is removed from `access_log`."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_log.addHandler(handler)

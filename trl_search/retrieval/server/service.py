@@ -4,9 +4,9 @@
                     └─ no ──► room in the queue? ──► SearchBatcher ──┴─► {"result":[ , , ]}
                                   └─ no ──► Refused(503)
 
-A search that fails is a `Refused` with its cause, never an empty result: the trainer at the other end must be able to
-tell "found nothing" from "could not look". Its status says whose trouble it is, for a client that has other queries
-and perhaps other servers: 503 this server's, so ask another; 422 the query's, so ask without it; 500 unknown.
+A search that fails is a `Refused` with its cause, never an empty result: a trainer must be able to tell "found
+nothing" from "could not look". The status tells a client what to do: 503, this server has a problem, so ask another;
+422, the query has one, so leave it out; 500, unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RETRY_AFTER_S = 1
 
 
 class Refused(Exception):
-    """A request that is of the protocol and cannot be answered. With `retry_after_s` it may be sent again."""
+    """A valid request that cannot be answered. With `retry_after_s` it may be sent again."""
 
     def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class Answered:
 
 
 class SearchService:
-    """What a worker process does with requests. `open` it with a retriever in the event loop, `aclose` it at the end.
+    """Answers requests. `open` it with a retriever in the event loop, `aclose` it at the end.
 
     Args:
         config (`ServerConfig`): Queue, batches and cache.
@@ -66,13 +66,13 @@ class SearchService:
         return self._batcher.stats if self._batcher is not None else SearchStats()
 
     def open(self, retriever: Retriever) -> None:
-        """From now on requests are answered. The retriever stays the caller's to close."""
+        """Begins to answer requests. The caller closes the retriever."""
         self._batcher = SearchBatcher(
             retriever, timeout_s=self._config.search_timeout_s, max_batch=self._config.max_batch
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """From now on requests are turned away; returns when those under way are searched, or after `timeout_s`."""
+        """Refuses new requests; returns when those under way are searched, or after `timeout_s`."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -111,7 +111,7 @@ class SearchService:
         return Answered(_joined(whole), cached)
 
     async def _search(self, batcher: SearchBatcher, queries: list[str], k: int) -> list[list[Passage]]:
-        # All of a request or nothing: half of it would be searched in vain.
+        # All queries of a request or none: the answers to half of them would be thrown away.
         if self.queued + len(queries) > self._config.max_queued:
             self.refused += len(queries)
             raise Refused(
@@ -123,7 +123,7 @@ class SearchService:
         try:
             if len(queries) == 1:
                 return [await batcher.search(queries[0], k)]
-            # Every search is waited for, also when one has failed: the queue is to know what is under way.
+            # Waits for every search, even when one has failed: `queued` counts all that are under way.
             searches = (batcher.search(query, k) for query in queries)
             found = await asyncio.gather(*searches, return_exceptions=True)
             for outcome in found:
@@ -145,7 +145,7 @@ def _dumps(passages: Sequence[Passage], return_scores: bool) -> bytes:
     items = format_passages(passages, return_scores)
     try:
         return orjson.dumps(items)
-    except orjson.JSONEncodeError:  # half of a surrogate pair in a web page: JSON can say it with an escape
+    except orjson.JSONEncodeError:  # half of a surrogate pair in a web page, which JSON can escape
         return json.dumps(items).encode()
 
 

@@ -1,13 +1,13 @@
-"""The text of HTML, taken by trafilatura in child processes, which a signal ends when they take too long.
+"""The text of HTML, extracted by trafilatura in child processes, which a signal ends when they take too long.
 
-A page of nothing but short lists keeps trafilatura busy for a minute, and a thread cannot be stopped. A child reads
-one page after the other; after one that it did not survive, a new one is started.
+A page of short lists can keep trafilatura busy for a minute, and a thread cannot be stopped. A child reads one page
+after the other; if a page ends it, a new child is started.
 
     extract(body, within_s) ─► idle child, or a new one ─► text
                                          └─ out of time: its own alarm ends it, also where the parent is gone
 
-This file is the program of the children too. It is run by its path and imports nothing of the package: a child starts
-in half a second and works wherever trafilatura can be imported.
+The children run this file too, by its path. It imports nothing of the package, so that a child starts in half a second
+and works wherever trafilatura can be imported.
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@
 
     query ─► stored answer? ─► wait for a turn ─► provider ─► store ─► [pages: stored text? fetch, extract, store]
 
-- A passage is a result: its id and `url` are the address, its text the engine's snippet, or the beginning of the page.
-  A page that cannot be read (a PDF, a 403, too slow, not public) leaves the snippet, and is counted.
-- What was found is stored in one file (`web_store.py`), so that a re-run trains on the same results. A search that
-  failed is not stored, and neither is one without results: engines answer so whom they block. Of a page that cannot be
-  read that is stored too, unless it may pass: an outage or a slow site must not cost all later runs the page.
-- A query that the engine has not answered within `patience_s`, turns and repetitions included, fails. One that would
-  wait for its turn beyond that fails at once and says so. 64 trajectories at one search a second need a minute: raise
-  `rate_per_s` as your plan allows, with `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
+- A result becomes a passage: its id and `url` are the address, its text is the engine's snippet or the beginning of
+  the page. If a page cannot be read (a PDF, a 403, too slow, not public), the snippet stays and the failure is
+  counted.
+- Results are stored in one file (`store.py`), so that a re-run trains on the same ones. Failed searches are not
+  stored, nor are searches without results: engines answer so when they block a client. A page that cannot be read is
+  stored as such, unless the reason may pass: an outage or a slow site must not cost all later runs the page.
+- A query fails if the engine has not answered within `patience_s`, including the wait for its turn and repetitions. It
+  fails at once if its turn would come later. 64 trajectories at one search per second need a minute: raise
+  `rate_per_s` as your plan allows, or `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
 """
 
 from __future__ import annotations
