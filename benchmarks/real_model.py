@@ -191,14 +191,16 @@ def main() -> None:
     chain.add_argument("--protocol", default="search_r1", help="of the model as it is")
     chain.add_argument("--backend", default="vllm")
     chain.add_argument("--sft_options", nargs="*", default=[], help="more options of trl-search sft: NAME=VALUE")
-    chain.add_argument("options", nargs="*", help="behind --: more options of trl-search train")
     chain.set_defaults(do=run_chain)
     table = commands.add_parser("report", help="the table of all chains")
     table.add_argument("folder")
     table.add_argument("--json", help="where the raw numbers go")
     table.add_argument("--note", default="", help="hardware and versions, kept with the numbers")
     table.set_defaults(do=report)
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:cut])
+    args.options = given[cut + 1 :]  # of trl-search train
     args.do(args)
 
 
