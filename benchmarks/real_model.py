@@ -170,9 +170,36 @@ def report(args: argparse.Namespace) -> None:
         cells += [f"{row['f1']:.3f}", f"{row['searches']:.2f}", f"{row['model_tokens']:.0f}"]
         cells += [f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else ""]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    if args.figure:
+        draw(rows, args.figure)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps({"note": args.note, "rows": rows}, indent=1) + "\n")
+
+
+def draw(rows: dict[str, Any], path: str) -> None:
+    """Held-out EM by set, what is sampled, and what is searched, over the steps of every GRPO run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for name, row in rows.items():
+        history = row.get("history", ())
+        for one in SETS:
+            points = [(log["step"], log[f"eval/{one}/em"]) for log in history if f"eval/{one}/em" in log]
+            if points:
+                panels[0].plot(*zip(*points, strict=True), marker="o", label=f"{name.split('/')[0]} {one}")
+        for panel, keys in ((panels[1], ("reward", "frac_reward_zero_std")), (panels[2], ("search/searches",))):
+            for key in keys:
+                points = [(log["step"], log[key]) for log in history if key in log]
+                if points:
+                    panel.plot(*zip(*points, strict=True), label=f"{name.split('/')[0]} {key}")
+    for panel, title in zip(panels, ("held-out EM", "sampled", "searches per trajectory"), strict=True):
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -195,6 +222,7 @@ def main() -> None:
     table = commands.add_parser("report", help="the table of all chains")
     table.add_argument("folder")
     table.add_argument("--json", help="where the raw numbers go")
+    table.add_argument("--figure", help="where the curves go, as PNG")
     table.add_argument("--note", default="", help="hardware and versions, kept with the numbers")
     table.set_defaults(do=report)
     given = sys.argv[1:]
