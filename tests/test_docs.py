@@ -142,7 +142,23 @@ def metrics_table() -> str:
     return "\n".join(re.sub(r"\s*\|\s*", " | ", line).strip() if "---" not in line else "|---|---|" for line in table)
 
 
-TABLES = {"task": key_table(TaskArguments), "agent": key_table(SearchGRPOConfig), "metrics": metrics_table()}
+def changed_defaults_table() -> str:
+    """The keys of TRL that have another default here."""
+    stock = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    lines = ["| key | TRL's default | default here | what it does |", "|---|---|---|---|"]
+    for field in dataclasses.fields(SearchGRPOConfig):
+        if field.name in stock and field.default != stock[field.name].default:
+            before = stock[field.name].default
+            lines.append(f"| `{field.name}` | `{before}` | `{field.default}` | {field.metadata['help']} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "task": key_table(TaskArguments),
+    "agent": key_table(SearchGRPOConfig),
+    "changed": changed_defaults_table(),
+    "metrics": metrics_table(),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)

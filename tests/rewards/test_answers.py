@@ -235,3 +235,17 @@ def test_containment_is_by_whole_words() -> None:
 
 def test_a_golden_string_is_one_answer_and_not_its_letters() -> None:
     assert exact_match("Paris", "Paris") and not exact_match("P", "Paris")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden", "squad", "hotpotqa"),
+    [
+        ("yes it is", "yes", 0.5, 0.0),
+        ("Yes.", "yes", 1.0, 1.0),
+        ("no", "no one", 2 / 3, 0.0),
+        ("the red car", "red car", 1.0, 1.0),
+    ],
+)
+def test_yes_and_no_count_as_squad_or_as_hotpotqa_has_it(prediction, golden, squad, hotpotqa):
+    assert f1_score(prediction, golden) == pytest.approx(squad)
+    assert f1_score(prediction, golden, yes_no=True) == pytest.approx(hotpotqa)

@@ -94,16 +94,25 @@ def exact_match(prediction: str, golden_answers: str | Sequence[str]) -> bool:
     return any(words == answer_words(golden) for golden in golden_list(golden_answers))
 
 
-def f1_score(prediction: str, golden_answers: str | Sequence[str]) -> float:
+def f1_score(prediction: str, golden_answers: str | Sequence[str], *, yes_no: bool = False) -> float:
     """SQuAD's F1 over multisets of normalised words, the best over the gold answers. Where either side has no word
     left, it is 1.0 if both have none and 0.0 otherwise (SQuAD 2.0's rule), so that an exact match always has F1 1.0.
+
+    Args:
+        yes_no (`bool`): HotpotQA's rule: where either side is `yes`, `no` or `noanswer`, only equality counts.
 
     Example:
         >>> round(f1_score("Marie Curie of Warsaw", ["Marie Skłodowska Curie"]), 3)
         0.571
     """
     predicted = answer_words(prediction)
-    return max((_multiset_f1(predicted, answer_words(golden)) for golden in golden_list(golden_answers)), default=0.0)
+    scores = [
+        float(predicted == golden)
+        if yes_no and (_closed(predicted) or _closed(golden))
+        else _multiset_f1(predicted, golden)
+        for golden in map(answer_words, golden_list(golden_answers))
+    ]
+    return max(scores, default=0.0)
 
 
 def contains_answer(text: str, golden_answers: str | Sequence[str]) -> bool:
@@ -121,6 +130,10 @@ def contains_answer(text: str, golden_answers: str | Sequence[str]) -> bool:
     padded = f" {' '.join(answer_words(text))} "
     golden = (" ".join(answer_words(answer)) for answer in golden_list(golden_answers))
     return any(answer and f" {answer} " in padded for answer in golden)
+
+
+def _closed(words: list[str]) -> bool:
+    return words in (["yes"], ["no"], ["noanswer"])
 
 
 def _multiset_f1(predicted: list[str], golden: list[str]) -> float:

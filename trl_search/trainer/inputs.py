@@ -108,10 +108,11 @@ def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
 
 
 def refuse_quantization(model_config: ModelConfig) -> None:
-    """TRL's `ModelConfig` has keys for a quantized base, which is not loaded here; nobody shall think that it was."""
+    """TRL's `ModelConfig` has keys for a quantized base, which the command line does not load."""
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_config, key):
             raise UserError(
-                f"{key}: quantized models are not supported; leave it out. What saves memory instead is LoRA on a "
-                f"bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true"
+                f"{key}: the command line loads no quantized models; leave it out. In Python, give a model "
+                "that was loaded with a quantization_config, and a peft_config. What saves memory here is LoRA on a "
+                "bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true"
             )

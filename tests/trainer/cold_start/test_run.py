@@ -198,7 +198,7 @@ def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: d
 def test_a_quantized_base_is_refused_before_anyone_is_asked(
     tmp_path: Path, files: dict[str, Any], served: Server, key: str
 ) -> None:
-    with pytest.raises(UserError, match=f"{key}: quantized models are not supported"):
+    with pytest.raises(UserError, match=f"{key}: the command line loads no quantized models"):
         sft(tmp_path, **files, teacher=served.url, use_peft="true", **{key: "true"})
     assert not served.asked and not list(tmp_path.iterdir())
 
