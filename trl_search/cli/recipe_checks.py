@@ -6,6 +6,7 @@ the first problem: `train` and `sft` refuse to start with the whole list, and `t
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import shutil
@@ -166,7 +167,8 @@ def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
         elif is_hub_set(name):
             yield _hub_set(name)
         else:
-            said = f"there is no file {name}, and no set of this name"
+            nearest = difflib.get_close_matches(name, list(HUB_SETS), n=1, cutoff=0.5)
+            said = f"there is no file {name}, and no set of this name" + "".join(f" (but {near})" for near in nearest)
             yield Check("questions", Status.PROBLEM, said, "`trl-search data list` shows those that have a name")
 
 
