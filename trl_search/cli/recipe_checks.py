@@ -6,7 +6,6 @@ the first problem: `train` and `sft` refuse to start with the whole list, and `t
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 
 from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.config.recipe import build_arguments
 from trl_search.config.task import set_names
@@ -167,9 +166,7 @@ def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
         elif is_hub_set(name):
             yield _hub_set(name)
         else:
-            nearest = difflib.get_close_matches(name, list(HUB_SETS), n=1, cutoff=0.5)
-            said = f"there is no file {name}, and no set of this name" + "".join(f" (but {near})" for near in nearest)
-            yield Check("questions", Status.PROBLEM, said, "`trl-search data list` shows those that have a name")
+            yield Check("questions", Status.PROBLEM, f"no file, and {unknown_name('dataset', name, HUB_SETS)}")
 
 
 def _hub_set(name: str) -> Check:

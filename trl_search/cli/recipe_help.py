@@ -51,8 +51,9 @@ def print_help(argv: Sequence[str], command: str, description: str, classes: Seq
     lines = [f"usage: trl-search {command} RECIPE [--key value ...]", "", description.strip(), "", "Recipes:", ""]
     lines += recipe_lines(command)
     agent = dataclasses.fields(AgentSettings)
+    names = {field.name for field in agent}
     for heading, fields in (
-        ("The task", _own(classes[0])),
+        ("The task", [field for field in dataclasses.fields(classes[0]) if field.name not in names]),
         ("The agent", agent),
         ("The training, beside TRL's keys", _own(classes[1])),
     ):
