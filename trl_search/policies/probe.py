@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 _MAX_TOKENS = {"cpu": 1024}
 _MAX_TOKENS_GPU = 8192
 _SHORT, _PAST_WINDOW = 9, 12
-# The mean difference that rounding explains. Half precision rounds logits of about 16 to steps of 1/16.
-_TOLERANCE_FLOAT32, _TOLERANCE_HALF = 5e-3, 0.15
+# The mean difference that rounding explains. In bfloat16, two right computations of a real 0.5B model differed by 0.10
+# on average over such tokens, and in float32 by 2e-5. Wrong positions or windows differ by 1 and more.
+_TOLERANCE_FLOAT32, _TOLERANCE_HALF = 5e-3, 0.4
 
 
 def bare_model(model: Any) -> PreTrainedModel:
