@@ -1,7 +1,8 @@
-"""Published exact match on the seven sets (Qwen2.5), to stand beside ours: FIELD.md §1 and §2.
+"""Published exact match of Qwen2.5 models on the seven sets, to stand beside ours.
 
-None of it was measured here. `secondary` rows were read in a copy and not in the paper itself; `[2°]` marks them
-wherever they are shown.
+None of it was measured here. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it (June
+2025), and the public repositories of verl-tool and SearchAgent-Zero. `secondary` rows were read in a copy and not at
+the source; `[2°]` marks them wherever they are shown.
 """
 
 from __future__ import annotations
