@@ -1,8 +1,8 @@
 """Published exact match of Qwen2.5 models on the seven sets, to stand beside ours.
 
-None of it was measured here. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it (June
-2025), and the public repositories of verl-tool and SearchAgent-Zero. `secondary` rows were read in a copy and not at
-the source; `[2°]` marks them wherever they are shown.
+None of it was measured here. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it
+(June 2025), and the public repositories of verl-tool and SearchAgent-Zero. `secondary` rows were read in a copy, not
+at the source; `[2°]` marks them wherever they are shown.
 """
 
 from __future__ import annotations

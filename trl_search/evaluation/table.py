@@ -94,8 +94,8 @@ def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], s
             )
     if rows_beside(shared, size):
         said.append(
-            "Rows without *measured here* are published, with the retriever and the prompts of their authors. [2°]: read "
-            "in a secondary copy."
+            "Rows without *measured here* are published, with the retriever and the prompts of their authors. [2°]: "
+            "read in a secondary copy."
         )
     return [f"- {line}" for line in said]
 
