@@ -6,7 +6,8 @@ question_rows.py     one row, in whatever schema it came
 overlap.py           training questions that stand in an evaluation set
 summary.py           what a set of questions holds
 world.py             the embedded world: a fictional encyclopedia with its questions
-scripted_players.py  players that know the way to an answer, for warm starts and tests
+scripted_players.py  players of the embedded world, which know the way to an answer
+question_players.py  players of any other questions: their plans (question_plans.py), evidence and quotes
 wiki18.py            the Wikipedia corpus of the published runs, and its indexes
 """
 

@@ -5,7 +5,7 @@
     e5-hnsw     PeterJinGo/wiki-18-e5-index-HNSW64     part_aa + part_ab    -> e5_HNSW64.index    a graph, in memory
 
 Nothing is fetched before `plan_wiki18` has said what it takes, nothing that is there is overwritten, and whatever is
-killed goes on where it was (`hub_files.py`). Two things about these files that are easy to get wrong:
+killed goes on where it was (`hub_download.py`). Two things about these files that are easy to get wrong:
 
 - `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as the published
   instructions have it, leaves the tar, whose first line begins with 512 bytes that are no JSON.

@@ -1,7 +1,7 @@
 """One evaluation: every mode on every set, each finished question written down, then `results.json` and `results.md`.
 
     DIR/settings.json            everything that defines the number, and the sessions that worked on it
-    DIR/search-nq.jsonl          one line a finished question (`records.py`)
+    DIR/search-nq.jsonl          one line per finished question (`answers_file.py`)
     DIR/results.json, results.md
 
 Started again, it asks what is not there yet. Several processes (`accelerate launch`) share the questions.
