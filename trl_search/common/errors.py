@@ -39,4 +39,4 @@ def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:
     """All names where a reader can take them in at a glance; of hundreds of keys, the nearest are enough."""
     if len(names) <= _FEW:
         return f" There are: {', '.join(names)}."
-    return "" if nearest else f" There are {len(names)}; --help-all lists them."
+    return "" if nearest else f" There are {len(names)}, such as {', '.join(names[:3])}."

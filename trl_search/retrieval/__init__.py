@@ -12,6 +12,7 @@ A kind is a function `(**options) -> Retriever`. Packages add kinds of their own
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Mapping
@@ -103,7 +104,9 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     folder = Path(home_expanded(name))
     if folder.is_dir() or isinstance(word, Path) or os.sep in name or name.startswith((".", "~")):
         return read_manifest(folder).kind, {"index": str(folder), **given}
+    nearest = difflib.get_close_matches(name, RETRIEVERS.names(), n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? Give" if nearest else "give"
     raise UserError(
-        f"{name!r} is no retriever: give an index folder, the address of a server (http://host:8000), or one of the "
+        f"{name!r} is no retriever: {hint} an index folder, the address of a server (http://host:8000), or one of the "
         f"kinds {', '.join(RETRIEVERS.names())}"
     )

@@ -148,6 +148,11 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
     needed = longest + args.max_completion_length
     positions = positions_of(model, args)
     if positions is not None and needed > positions:
+        if args.use_vllm and positions == args.vllm_max_model_length:
+            raise UserError(
+                f"the longest prompt and max_completion_length need {needed} tokens, and the vLLM engine has room for "
+                f"{positions}: set vllm_max_model_length={needed} or more, or lower max_completion_length"
+            )
         remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
         if longest >= positions:
             remedy = "leave such questions out"

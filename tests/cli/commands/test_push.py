@@ -171,10 +171,10 @@ def damage(run: Path, name: str) -> None:
     ("name", "message"),
     [
         ("model.safetensors", "holds no weights .*checkpoint-4"),
-        ("config.json", "has weights and no config.json"),
+        ("config.json", "has weights but no config.json"),
         ("tokenizer", "has no tokenizer"),
-        ("cut", "is damaged or was cut off"),
-        ("shards", "names model-00002-of-00002.safetensors, which is not there"),
+        ("cut", "is damaged or incomplete"),
+        ("shards", "names model-00002-of-00002.safetensors, which is missing"),
         ("run.json", "run.json is not JSON .*: move it away"),
     ],
 )
@@ -215,7 +215,8 @@ def test_an_adapter_of_a_local_model_names_the_base_on_the_hub(lora, hub, capsys
     mine = name_base(lora, base)
     assert push(lora, "me/lora") == 2 and push(lora, "me/lora", "--dry_run", "--base_model", "/scratch/alice/x") == 2
     error = capsys.readouterr().err
-    assert error.count(f"base model is {base}, which nobody else has") == error.count("--base_model owner/name") == 2
+    assert error.count(f"the base model of the adapter is {base}, which nobody else has") == 2
+    assert error.count("--base_model owner/name") == 2
     assert "me/lora" not in hub.models
     assert push(lora, "me/lora", "--license", "mit", "--base_model", "Qwen/Base") == 0
     published = json.loads(hub.models["me/lora"]["adapter_config.json"])

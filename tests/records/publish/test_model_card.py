@@ -163,7 +163,7 @@ def test_an_adapter_says_that_it_is_one(facts):
 def test_what_was_not_recorded_is_not_made_up(facts):
     text = write_card(dataclasses.replace(facts, settings=None, info={}, results=[], base_model=None)).content
     assert "how it was trained is not recorded" in text and "How it was trained to be asked is not recorded" in text
-    assert "None are recorded" in text and "trl_search.json" not in text and "## Versions" not in text
+    assert "No results are recorded" in text and "trl_search.json" not in text and "## Versions" not in text
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -131,7 +131,7 @@ def test_a_request_that_takes_long_is_answered_and_the_next_one_too(port: int) -
     with httpx.Client(headers=headers, timeout=20) as client:
         for _ in range(2):
             answer = client.post(f"http://127.0.0.1:{port}/retrieve", content=in_pieces())
-            assert answer.json() == {"result": [[{"id": "a", "contents": '""\n'}]]}
+            assert answer.json() == {"result": [[{"id": "a", "contents": '""\n', "url": ""}]]}
 
 
 SERVE = """

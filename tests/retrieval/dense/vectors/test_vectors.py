@@ -224,7 +224,7 @@ def test_bad_queries_are_refused(folders):
         index.search(np.zeros((2, 5)), 3)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         index.search(np.zeros((2, DIM)), 0)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(RetrievalError, match="NaN"):
         index.search(np.full((2, DIM), np.nan), 3)
 
 
