@@ -1,4 +1,4 @@
-"""BM25 by engine: queries a second, latency, build, memory and disk, on a corpus of Zipf words.
+"""BM25 by engine: queries per second, latency, build, memory and disk, on a corpus of Zipf words.
 
     python benchmarks/bm25.py                                                     # 200,000 passages
     python benchmarks/bm25.py --passages 1000000 --engines tantivy --folder /data/bm25

@@ -4,7 +4,7 @@
     python benchmarks/engine.py --conversations 16 --repeats 1
 
 - `TransformersPolicy`: ours; a conversation's second turn starts as soon as its first has ended;
-- `model.generate`: one padded batch a turn, and its second turn starts from nothing, as in stock TRL;
+- `model.generate`: one padded batch per turn, and its second turn starts from nothing, as in stock TRL;
 - `model.generate_batch`: transformers' continuous batching manager, a call a turn (stock TRL's
   `use_transformers_continuous_batching`), with a cache of the size it needs.
 
@@ -184,7 +184,7 @@ def main() -> None:
     lengths = sorted(map(len, prompts))
     print(
         f"\n{len(prompts)} conversations of {TURNS} turns, prompts of {lengths[0]} to {lengths[-1]} tokens, at most "
-        f"{MAX_TOKENS} tokens a turn, {arguments.repeats} runs of each. {versions()}."
+        f"{MAX_TOKENS} tokens per turn, {arguments.repeats} runs of each. {versions()}."
     )
 
 

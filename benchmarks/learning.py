@@ -63,7 +63,7 @@ def table(runs: list[Run], root: Path, every: int) -> str:
     lines = [
         "| run | seed | direct | one-shot RAG | warm start | "
         + " | ".join(f"step {step}" for step in shown)
-        + " | gain | / RAG | searches a question |",
+        + " | gain | / RAG | searches per question |",
         "|" + "---|" * (8 + len(shown)),
     ]
     for (run, result), curve in zip(loaded, curves, strict=True):

@@ -121,7 +121,7 @@ def median(rounds: list[Figures], name: str) -> float:
 
 def table(results: dict[tuple[str, str], list[Figures]]) -> str:
     lines = [
-        "| backend | server | queries/s (min–max) | × field | p50 ms | p99 ms | CPU ms a query | errors |",
+        "| backend | server | queries/s (min–max) | × field | p50 ms | p99 ms | CPU ms per query | errors |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (backend, style), rounds in results.items():

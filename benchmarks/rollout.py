@@ -239,8 +239,8 @@ def run_batch(
 
 def table(measured: dict[tuple[int, str], list[Batch]], trajectories: int) -> str:
     lines = [
-        "| delay a call | trainer | seconds a batch (min–max) | trajectories/s | speed-up | only searching | "
-        "retriever calls | searches a trajectory | model tokens a trajectory | EM |",
+        "| delay per call | trainer | seconds per batch (min–max) | trajectories/s | speed-up | only searching | "
+        "retriever calls | searches per trajectory | model tokens per trajectory | EM |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -308,7 +308,7 @@ def main() -> None:
                         measured[delay, name].append(batch)
                         bar.update()
     print(table(measured, arguments.trajectories))
-    print(f"\n{arguments.trajectories} trajectories a batch, {arguments.repeats} batches of each. {versions()}.")
+    print(f"\n{arguments.trajectories} trajectories per batch, {arguments.repeats} batches of each. {versions()}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md: hosts, memory, disk and queries a second for 21 million to 2 billion passages.
+"""The table of docs/scaling.md: hosts, memory, disk and queries per second for 21 million to 2 billion passages.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --passages 500000000 --cores 64 --ram-gb 512 --target 2000
@@ -11,7 +11,7 @@ Nothing is run: it is arithmetic on what was measured with one shard, each figur
   kept and as many lists as the root of the passages, to that root; a graph, to the logarithm.
 - Cores of a host add up (measured on two). Three quarters of its memory are for the index, the rest for the system and
   for passages that were read.
-- There is one copy of every shard. A second one doubles hosts and queries a second, and survives a host.
+- There is one copy of every shard. A second one doubles hosts and queries per second, and survives a host.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
         return hosts if hosts == 1 or self.sharded else None
 
     def hosts(self, passages: int, host: Host, target: float) -> int:
-        """The fewest that hold the index and answer `target` queries a second, by more shards or by copies."""
+        """The fewest that hold the index and answer `target` queries per second, by more shards or by copies."""
         shards = self.shards(passages, host)
         assert shards is not None
         copies = shards * math.ceil(target / self.rate(passages / shards, host))
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, nargs="+", default=PASSAGES)
     parser.add_argument("--cores", type=int, default=Host().cores, help="of a host (default: %(default)s)")
     parser.add_argument("--ram-gb", type=int, default=Host().ram_gb, help="of a host (default: %(default)s)")
-    parser.add_argument("--target", type=float, default=500, help="queries a second (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=500, help="queries per second (default: %(default)s)")
     args = parser.parse_args()
     print(table(args.passages, Host(args.cores, args.ram_gb), args.target))
     print()

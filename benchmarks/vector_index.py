@@ -1,4 +1,4 @@
-"""Every index word over the same vectors: memory, disk, build time, recall@3 against exact search, queries a second.
+"""Every index word over the same vectors: memory, disk, build time, recall@3 against exact search, queries per second.
 
     python benchmarks/vector_index.py                                   # 200,000 x 768
     python benchmarks/vector_index.py --count 1000000 --words flat small small-ivf int8 fp16

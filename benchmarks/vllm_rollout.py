@@ -290,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     PLANS.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))
     print(
-        f"{vllm_shape.describe(PLANS)}; {arguments.search_ms:g} ms a search\n{vllm_shape.describe_machine()}",
+        f"{vllm_shape.describe(PLANS)}; {arguments.search_ms:g} ms per search\n{vllm_shape.describe_machine()}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """A whole training step with colocated vLLM, stock TRL's and ours: rollout, log-probs, loss, optimizer, weight sync.
 
-    python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms a search
+    python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms per search
     python benchmarks/vllm_step.py --no_checkpointing # ours alone, with nothing computed twice
     python benchmarks/vllm_step.py --shape tiny --trajectories 32 --scale 0.1      # CPU (without the weight sync)
 
@@ -101,7 +101,7 @@ def main() -> None:
     plans = vllm_rollout.PLANS
     plans.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))
     print(
-        f"{vllm_shape.describe(plans)}; {arguments.search_ms:g} ms a search\n{vllm_shape.describe_machine()}",
+        f"{vllm_shape.describe(plans)}; {arguments.search_ms:g} ms per search\n{vllm_shape.describe_machine()}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:

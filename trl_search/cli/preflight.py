@@ -22,7 +22,7 @@ from trl_search.types import Sampling
 
 # What an extra is good for, said where it is missing.
 EXTRAS = {
-    "bm25": "compiled BM25, ten times the queries a second",
+    "bm25": "compiled BM25, ten times the queries per second",
     "vllm": "rollouts by vLLM (use_vllm)",
     "faiss": "dense retrieval on CPUs",
     "faiss-gpu": "dense retrieval on GPUs",

@@ -9,8 +9,8 @@
 
 In steps, each of which can be used alone:
 
-    rows ─► answer_questions ─► Outcome, one a question ─► summarize          ─► Evaluation   of one set
-                                                       └─► by_dataset ─► macro ─► Evaluation   averaged over sets
+    rows ─► answer_questions ─► Outcome, one per question ─► summarize          ─► Evaluation   of one set
+                                                         └─► by_dataset ─► macro ─► Evaluation   averaged over sets
 
 Outcomes and means are in outcomes.py.
 """

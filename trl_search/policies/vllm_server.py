@@ -1,4 +1,4 @@
-"""The policy behind a stock `vllm serve`: token ids out, sampled ids and their logprobs back, one request a turn.
+"""The policy behind a stock `vllm serve`: token ids out, sampled ids and their logprobs back, one request per turn.
 
     CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \
         --weight-transfer-config '{"backend": "nccl"}'            (docs/vllm.md has both terminals)

@@ -112,7 +112,7 @@ RULES: tuple[Rule, ...] = (
         "reward",
         "reward",
         "the policy gets worse at what it is trained on",
-        "go back to the best checkpoint; lower learning_rate, take fewer optimizer steps a batch",
+        "go back to the best checkpoint; lower learning_rate, take fewer optimizer steps per batch",
         falls=0.4,
         worth=0.1,
     ),

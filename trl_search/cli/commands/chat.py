@@ -4,7 +4,7 @@
     trl-search chat owner/model "How is the weather in Seoul?"        one question; searches the web (ddgs)
     trl-search chat runs/qwen3b --retriever indexes/wiki              a run or an adapter, over an index folder
     trl-search chat runs/qwen3b --retriever http://localhost:8000     over a server
-    trl-search chat runs/qwen3b --json < questions.txt                a question a line in, a JSON object a line out
+    trl-search chat runs/qwen3b --json < questions.txt         one question per line in, one JSON object per line out
 
 A run's folder and a model published by `trl-search push` know how they were trained to be asked; options overrule it.
 Each question is a conversation of its own. In a session, Ctrl-C ends the answer, Ctrl-D the session; /help says more.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WEB_HITS = 5  # passages per query, unless --passages_per_query says otherwise
 HELP = """\
-  /k N      passages a query (now {k})
+  /k N      passages per query (now {k})
   /help     this
   /quit     ends the session, as Ctrl-D does; Ctrl-C ends the answer only
 Anything else is a question. Each is a conversation of its own: the agent remembers none before it."""
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
     run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns then come whole")
-    run.add_argument("--json", action="store_true", help="print one JSON object a question, and nothing else")
+    run.add_argument("--json", action="store_true", help="print one JSON object per question, and nothing else")
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.questions and not sys.stdin.isatty():
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
         if not args.questions:
-            raise UserError("there is no question: give one in quotes, or one a line on stdin")
+            raise UserError("there is no question: give one in quotes, or one per line on stdin")
     if what == "web" and args.passages_per_query is None:
         args.passages_per_query = WEB_HITS
     settings = asked(trained_settings(args.model), vars(args))

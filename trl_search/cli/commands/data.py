@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 QUESTIONS = """\
-Prints what a set of questions holds: rows, sources, answers a question, lengths, repeated questions, a few rows.
+Prints what a set of questions holds: rows, sources, answers per question, lengths, repeated questions, a few rows.
 Writes nothing without --output.
 
     trl-search data questions bamboogle                                    a set of the hub, by name

@@ -1,4 +1,4 @@
-"""What a terminal shows of a training: one bar, and one line a step with the numbers that tell whether it learns."""
+"""What a terminal shows of a training: one bar, and one line per step with the numbers that tell whether it learns."""
 
 from __future__ import annotations
 
