@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_search.protocols import MIN_DOCUMENT_TOKENS, PROTOCOLS, fair_limit, load_protocol
+from trl_search.common.errors import UserError
+from trl_search.protocols import MIN_DOCUMENT_TOKENS, PROTOCOLS, fair_limit, load_protocol, protocol_names
 from trl_search.protocols.calls import read_query
 from trl_search.types import Answer, EndOfTurn, Invalid, Observation, Search, ToolCall
 
@@ -198,3 +199,22 @@ def test_a_template_without_tools_is_refused(tokenizer):
 def test_an_unknown_protocol_names_those_that_exist(tokenizer):
     with pytest.raises(ValueError, match="qwen_inline, qwen_tools, search_r1"):
         load_protocol("react", tokenizer)
+
+
+def test_an_installed_package_adds_a_protocol(tmp_path, monkeypatch, tokenizer):
+    (tmp_path / "toy_protocol.py").write_text(
+        "from trl_search.protocols import SearchR1\n\n\nclass Toy(SearchR1):\n    name = 'toy'\n"
+    )
+    info = tmp_path / "toy_protocol-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-protocol\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[trl_search.protocols]\ntoy = toy_protocol:Toy\ngone = toy_protocol:Gone\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert protocol_names()[-2:] == ["gone", "toy"]
+    assert load_protocol("toy", tokenizer).name == "toy"
+    with pytest.raises(UserError, match=r"protocol 'gone' of package 'toy-protocol'.*cannot be imported"):
+        load_protocol("gone", tokenizer)
+    with pytest.raises(UserError, match="did you mean 'toy'"):
+        load_protocol("toi", tokenizer)

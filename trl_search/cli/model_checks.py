@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trl_search.cli.preflight import Check, Status
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.protocols import PROTOCOLS, Protocol, load_protocol
+from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.types import Answer, Observation, Search
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def model_checks(name: str) -> list[Check]:
         UserError: if there is no such tokenizer.
     """
     tokenizer = load_tokenizer(tiny_policy_path() if name == "tiny" else name)
-    checks = [check_protocol(protocol, tokenizer) for protocol in PROTOCOLS]
+    checks = [check_protocol(protocol, tokenizer) for protocol in protocol_names()]
     return [*checks, check_control(tokenizer)]
 
 

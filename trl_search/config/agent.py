@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.environment import PASSAGE_TEMPLATE, SearchEnvironment
-from trl_search.protocols import PROTOCOLS, Protocol, load_protocol
+from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits
 
@@ -45,7 +45,7 @@ class AgentSettings:
             "help": "How the policy calls the search tool and is answered. qwen_tools: the chat template's own tool "
             "calling; qwen_inline: the reply in the same assistant turn; search_r1: <search> and <information> tags, "
             "for base models.",
-            "choices": list(PROTOCOLS),
+            "choices": protocol_names(),
         },
     )
     instruction: str | None = field(
@@ -110,8 +110,8 @@ def check_agent(settings: AgentSettings) -> None:
     Raises:
         UserError: names the key.
     """
-    if settings.protocol not in PROTOCOLS:
-        raise unknown_name("protocol", settings.protocol, PROTOCOLS)
+    if settings.protocol not in protocol_names():
+        raise unknown_name("protocol", settings.protocol, protocol_names())
     if isinstance(settings.chat_template_kwargs, str):
         settings.chat_template_kwargs = parse_object(
             settings.chat_template_kwargs, "chat_template_kwargs", '{"enable_thinking": false}'

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import unknown_name
+from trl_search.common.registry import Registry
 from trl_search.protocols.base import MIN_DOCUMENT_TOKENS, SEARCH_TOOL, Protocol, fair_limit
 from trl_search.protocols.calls import MAX_QUERY_CHARS
 from trl_search.protocols.qwen import QwenInline, QwenTools
@@ -34,9 +35,17 @@ __all__ = [
     "SearchR1",
     "fair_limit",
     "load_protocol",
+    "protocol_names",
 ]
 
+# A script may add a class of its own here; an installed package adds one through the entry-point group.
 PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (QwenTools, QwenInline, SearchR1)}
+_INSTALLED = Registry("protocol", "trl_search.protocols", {})
+
+
+def protocol_names() -> list[str]:
+    """Every protocol that there is: ours, those that a script added, and those of installed packages."""
+    return [*PROTOCOLS, *(name for name in _INSTALLED.names() if name not in PROTOCOLS)]
 
 
 def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Protocol:
@@ -47,6 +56,7 @@ def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any)
         >>> protocol.parse('<tool_call>\\n{"name": "search", "arguments": {"query_list": ["x"]}}\\n</tool_call>')
         Search(queries=('x',))
     """
-    if name not in PROTOCOLS:
-        raise unknown_name("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name](tokenizer, **options)
+    if name not in protocol_names():
+        raise unknown_name("protocol", name, protocol_names())
+    made: Protocol = (PROTOCOLS.get(name) or _INSTALLED.get(name))(tokenizer, **options)
+    return made

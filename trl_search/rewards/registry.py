@@ -23,14 +23,15 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from typing import Any
 
-from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.errors import UserError
+from trl_search.common.registry import Registry
 from trl_search.rewards.built_in import BUILT_IN
 from trl_search.rewards.declaration import Reward
 
 ENTRY_POINT_GROUP = "trl_search.rewards"
+REWARDS = Registry("reward", ENTRY_POINT_GROUP, {name: f"trl_search.rewards.built_in:{name}" for name in BUILT_IN})
 
 
 def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward]:
@@ -60,7 +61,7 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
 
 def available_rewards() -> list[str]:
     """The names that `resolve_rewards` knows: built in, then added by installed packages."""
-    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - BUILT_IN.keys())]
+    return REWARDS.names()
 
 
 def _resolve(spec: str | Reward) -> Reward:
@@ -68,19 +69,9 @@ def _resolve(spec: str | Reward) -> Reward:
         return spec
     if not isinstance(spec, str):
         raise UserError(f"a reward is a name or a function, not {type(spec).__name__}: {spec!r}")
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=spec):
-        try:
-            return _callable(point.load(), spec)
-        except (ImportError, AttributeError) as error:
-            package = point.dist.name if point.dist else "unknown"
-            raise UserError(
-                f"reward {spec!r} of package {package!r} ({point.value}) cannot be imported: {error}"
-            ) from error
-    if "." in spec or ":" in spec:
+    if ("." in spec or ":" in spec) and spec not in REWARDS:
         return _import(spec)
-    raise unknown_name("reward", spec, available_rewards())
+    return _callable(REWARDS.get(spec), spec)
 
 
 def _import(path: str) -> Reward:

@@ -5,7 +5,7 @@
     a weight NaN or infinite         ─► nothing is written over the model that lies in the folder
 
 Why it happens at all: on H100 with torch 2.11 and cuDNN 9.19, the backward pass of cuDNN's attention gives NaN
-gradients X memory-efficient and plain kernels stay.
+gradients for some padded batches. The memory-efficient and the plain kernel do not, and stay.
 """
 
 from __future__ import annotations
