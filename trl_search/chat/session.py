@@ -11,10 +11,12 @@ search failed, while training would discard the trajectory. Each question is a c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import signal
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -99,7 +101,8 @@ class Chat:
         # is not in the way. An interrupt reaches the thread that asks, which cancels its question.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
-        self._thread.start()
+        with _interrupts_blocked():
+            self._thread.start()
         self._opened = False
 
     def ask(self, question: str, listener: Listener = unheard, *, seed: int | None = None) -> Reply:
@@ -175,6 +178,22 @@ class Chat:
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A thread that starts in here, and every thread that it starts, leaves Ctrl-C to the main thread.
+
+    The kernel gives the signal to any thread that takes it. One that waits for the next line would not wake.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass

@@ -127,7 +127,11 @@ def scripted_trajectories(
     pool = world.questions("train", limit=n)
     questions = [pool[i % len(pool)] for i in range(n)]
     names = rng.choices(list(quality), list(quality.values()), k=n)
-    scripts = [PLAYERS[name](world, question, rng) for name, question in zip(names, questions, strict=True)]
+    # Each script draws from its own numbers: in which order they go on depends on the searches.
+    scripts = [
+        PLAYERS[name](world, question, random.Random(f"{seed}/scripts/{index}"))
+        for index, (name, question) in enumerate(zip(names, questions, strict=True))
+    ]
     prompts = [protocol.prompt_ids(protocol.messages(question.question)) for question in questions]
     return play(scripts, prompts, protocol, environment or SearchEnvironment(retriever))
 

@@ -235,7 +235,7 @@ def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     terminal.type("/k 1\n")
     terminal.until(prompt)
     terminal.type("/help\n")
-    assert "passages a query (now 1)" in terminal.until(prompt)
+    assert "passages per query (now 1)" in terminal.until(prompt)
     terminal.type(f"{ASKED[0]}\n")
     shown = terminal.until(r"seed \d+\]")
     assert "1. " in shown and "2. " not in shown
