@@ -11,18 +11,16 @@ search failed, while training would discard the trajectory. Each question is a c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import signal
 import threading
 import time
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import wait
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
 from trl_search.chat.events import Event, HeardEnvironment, HeardPolicy, Listener, unheard
+from trl_search.chat.interrupts import interrupts_blocked, wait_for
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings, protocol_of, search_environment, trained_settings
 from trl_search.policies.base import Policy
@@ -34,7 +32,6 @@ from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 Result = TypeVar("Result")
 
-INTERRUPT_S = 0.2  # an interrupt is noticed within this time
 # As in the inference script of Seungyoun Shin's reproduction of Search-R1 (June 2025).
 SAMPLING = Sampling(temperature=0.7)
 
@@ -101,7 +98,7 @@ class Chat:
         # is not in the way. An interrupt reaches the thread that asks, which cancels its question.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
-        with _interrupts_blocked():
+        with interrupts_blocked():
             self._thread.start()
         self._opened = False
 
@@ -171,29 +168,10 @@ class Chat:
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            # An interrupt may arrive in another thread and does not wake this one, so it looks regularly.
-            while not wait([future], timeout=INTERRUPT_S).done:
-                continue
-            return future.result()
+            return wait_for(future)
         except KeyboardInterrupt:
             future.cancel()
             raise
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """A thread that starts in here, and every thread that it starts, leaves Ctrl-C to the main thread.
-
-    The kernel gives the signal to any thread that takes it. One that waits for the next line would not wake.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from trl_search.chat.interrupts import beside_main
     from trl_search.chat.session import load_chat
     from trl_search.config.agent import asked, trained_settings
     from trl_search.types import Sampling
@@ -89,16 +90,14 @@ def run(args: argparse.Namespace) -> int:
     if what == "web" and args.passages_per_query is None:
         args.passages_per_query = WEB_HITS
     settings = asked(trained_settings(args.model), vars(args))
-    retriever, world = _retriever(what, args)
-    chat = load_chat(
-        args.model,
-        retriever,
-        settings=settings,
-        sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
-        device=args.device,
-        dtype=args.dtype,
-        server=args.server,
-    )
+
+    def load() -> tuple[Retriever, World | None, Chat]:
+        retriever, world = _retriever(what, args)
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
+        where = {"device": args.device, "dtype": args.dtype, "server": args.server}
+        return retriever, world, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
+
+    retriever, world, chat = beside_main(load)
     seed = random.getrandbits(32) if args.seed is None else args.seed
     with contextlib.closing(retriever), chat:
         if args.questions:
