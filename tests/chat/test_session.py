@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from trl_search.chat.events import (
     SearchFailed,
     Searching,
 )
+from trl_search.chat.interrupts import beside_main
 from trl_search.chat.session import Chat, load_chat
 from trl_search.chat.terminal import Painter, Screen, visible
 from trl_search.common.errors import UserError
@@ -193,8 +195,8 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     def listen(event: Event) -> None:
         events.append(event)
         if isinstance(event, Searching):
-            # A terminal's signal may be given to any thread, and then does not wake the one that waits.
-            threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
+            # As a terminal's: to the process, in which any thread that does not block the signal may take it.
+            threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
     with scripted(tokenizer, turns, retriever) as chat:
         with pytest.raises(KeyboardInterrupt):
@@ -408,3 +410,20 @@ def test_a_terminal_gets_colours_and_a_pipe_gets_the_text(tmp_path, monkeypatch)
     assert "\x1b[2;3m<think>" in coloured and "\x1b[2J" not in coloured and "\x1b]0;" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[36m" not in shown(tmp_path, events, **terminal)
+
+
+def test_threads_that_start_beside_main_leave_the_interrupt_to_it():
+    masks = []
+
+    def work():
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        thread = threading.Thread(target=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        thread.start()
+        thread.join()
+        return "loaded"
+
+    assert beside_main(work) == "loaded"
+    assert [signal.SIGINT in mask for mask in masks] == [True, True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(UserError, match="no such model"):
+        beside_main(lambda: (_ for _ in ()).throw(UserError("no such model")))
