@@ -214,7 +214,7 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
     header = find_recipe(name).read_text("utf-8").split("\n\n")[0].replace("\n# ", " ")
     parameters, layers, width = QWEN_7B if name == "qwen7b" else QWEN_3B
     assert f"{parameters / 1e9:.2f} B parameters" in header
-    assert f"{2 * layers * width * 2:,} bytes a token" in header  # keys and values, two bytes each
+    assert f"{2 * layers * width * 2:,} bytes per token" in header  # keys and values, two bytes each
     if name == "qwen3b":
         assert "5 x 12.4 = 62 GB" in header and round(4 * parameters / 1e9, 1) == 12.4
         assert "master weights and moments (4.6)" in header and round(12 * parameters / 8e9, 1) == 4.6
