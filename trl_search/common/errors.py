@@ -30,9 +30,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         UserError: unknown reward 'fromat': did you mean 'format'? There are: em, f1, format.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1 if len(names) <= _FEW else 3, cutoff=0.5)
+    nearest = nearest_names(name, names, 1 if len(names) <= _FEW else 3)
     hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return UserError(f"unknown {kind} {name!r}{hint}{_listed(names, nearest)}")
+
+
+def nearest_names(name: str, names: Sequence[str], most: int) -> list[str]:
+    """The names that `name` may be a slip of, the nearest first."""
+    return difflib.get_close_matches(name, names, n=most, cutoff=0.5)
 
 
 def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:

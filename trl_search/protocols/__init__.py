@@ -6,7 +6,6 @@
 | `qwen_inline` | the same, or a bare query inside `<tool_call>`   | `<tool_response>` in the same assistant turn  |
 | `search_r1`   | `<search> query </search>`                       | `<information>` in the same assistant turn    |
 
-
 All of them end with `<answer> ... </answer>`.
 """
 

@@ -12,14 +12,13 @@ A kind is a function `(**options) -> Retriever`. Packages add kinds of their own
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, nearest_names
 from trl_search.common.files import home_expanded
 from trl_search.common.registry import Registry
 from trl_search.retrieval.base import RetrievalError, Retriever
@@ -104,7 +103,7 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     folder = Path(home_expanded(name))
     if folder.is_dir() or isinstance(word, Path) or os.sep in name or name.startswith((".", "~")):
         return read_manifest(folder).kind, {"index": str(folder), **given}
-    nearest = difflib.get_close_matches(name, RETRIEVERS.names(), n=1, cutoff=0.5)
+    nearest = nearest_names(name, RETRIEVERS.names(), 1)
     hint = f"did you mean {nearest[0]!r}? Give" if nearest else "give"
     raise UserError(
         f"{name!r} is no retriever: {hint} an index folder, the address of a server (http://host:8000), or one of the "
