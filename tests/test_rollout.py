@@ -15,7 +15,7 @@ from tests.support.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval.threads import MAX_HUNG
-from trl_search.rollout import Limits, rollout, run_sync
+from trl_search.rollout import Job, Limits, rollout, run_sync
 from trl_search.types import Answer, Observation, Passage, Sampling, Search, StopReason
 
 PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
@@ -418,3 +418,40 @@ def test_a_passage_of_any_length_costs_what_is_shown_of_it(tokenizer):
     (trajectory,), _, _ = run(counting, script, retriever=FixedRetriever([book]))
     assert trajectory.stop_reason is StopReason.ANSWER
     assert max(encoded) < 40 * LIMITS.observation_tokens
+
+
+def run_more(tokenizer, more, *, finished=None):
+    """Two trajectories, and those that `more` adds; what ended, by place."""
+    protocol = load_protocol("qwen_tools", tokenizer, instruction="")
+    policy = ScriptedPolicy(tokenizer, lambda _: turns("qwen_tools", tokenizer, Answer("c")))
+    ended = {}
+    kept = rollout(
+        [(1, 2), (1, 3)], [{}, {}], policy=policy, environment=AnswerOnly(), protocol=protocol, limits=LIMITS,
+        sampling=Sampling(), more=more, on_finish=ended.__setitem__, finished=finished,
+    )  # fmt: skip
+    return ended, kept, policy
+
+
+def test_a_trajectory_that_ends_may_bring_more_that_belong_to_the_batch(tokenizer):
+    async def more(place, trajectory):
+        return {place + 2: Job((1, place + 4), {}, key=str(place + 2))} if place < 4 else {}
+
+    ended, kept, _ = run_more(tokenizer, more)
+    assert sorted(ended) == list(range(6)) and [t.prompt_ids for t in kept] == [(1, 2), (1, 3)]
+    assert [ended[place].prompt_ids for place in range(2, 6)] == [(1, 4), (1, 5), (1, 6), (1, 7)]
+
+
+def test_what_fails_in_an_added_trajectory_ends_the_batch_with_its_own_exception(tokenizer):
+    async def more(place, trajectory):
+        if place == 7:
+            raise ValueError("no such question")
+        return {7: Job((1, 4), {}, key="7")} if place == 0 else {}
+
+    with pytest.raises(ValueError, match="no such question"):
+        run_more(tokenizer, more)
+
+
+def test_what_an_earlier_process_finished_is_not_run_again_and_is_told_like_the_others(tokenizer):
+    _, (first, _), _ = run_more(tokenizer, None)
+    ended, kept, policy = run_more(tokenizer, None, finished={0: first})
+    assert kept[0] is first and ended[0] is first and len(policy.prompts) == 1

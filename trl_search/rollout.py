@@ -166,12 +166,14 @@ class Job:
         row (`Mapping`): The dataset's row; the environment starts with it.
         key (`str`): What makes this trajectory's random numbers its own; the batch's seed is mixed in.
         policy (`Policy`, *optional*): Speaks in this trajectory in place of the batch's policy; scripted players do.
+        finished (`Trajectory`, *optional*): What an earlier process made of this job; it is not run again.
     """
 
     prompt: tuple[int, ...] | Callable[[], Awaitable[tuple[int, ...]]]
     row: Mapping[str, Any]
     key: str
     policy: Policy | None = None
+    finished: Trajectory | None = None
 
 
 async def run_batch(
@@ -184,6 +186,7 @@ async def run_batch(
     limits: Limits,
     sampling: Sampling,
     on_finish: Callable[[int, Trajectory], None],
+    more: Callable[[int, Trajectory], Awaitable[Mapping[int, Job]]] | None = None,
     concurrency: int | None = None,
     progress: str | None = "Rollout",
 ) -> None:
@@ -196,36 +199,47 @@ async def run_batch(
         sampling (`Sampling`): Its seed and a job's key give the trajectory's own seed.
         on_finish (`Callable`): Called with a job's place and its trajectory, as each one ends. What it raises ends the
             batch.
-        concurrency (`int`, *optional*): Trajectories under way at once. Default: all.
+        more (`Callable`, *optional*): Awaited after `on_finish`, with the same arguments. The jobs that it returns, by
+            their place, begin at once and belong to the batch; a refill replaces questions with it.
+        concurrency (`int`, *optional*): Trajectories under way at once, without those of `more`. Default: all.
         progress (`str`, *optional*): Title of the progress bar that a terminal shows; None for no bar.
     """
     queue = iter(enumerate(jobs))
     bar = tqdm(total=count, desc=progress, unit="trajectory", delay=2, leave=False, disable=None if progress else True)
 
+    async def run(index: int, job: Job) -> None:
+        trajectory = await _run_job(job, policy, environment, protocol, limits, sampling)
+        on_finish(index, trajectory)
+        bar.update()
+        added = await more(index, trajectory) if more is not None else {}
+        for place, extra in added.items():
+            tasks.create_task(run(place, extra))
+        bar.total += len(added)
+
     async def work() -> None:
         for index, job in queue:
-            trajectory = await _run_job(job, policy, environment, protocol, limits, sampling)
-            on_finish(index, trajectory)
-            bar.update()
+            await run(index, job)
 
-    tasks: list[asyncio.Task[None]] = []
+    failed: BaseException | None = None
     try:
         if policy is not None:
             await policy.open()
         await environment.open()
-        tasks = [asyncio.create_task(work()) for _ in range(min(concurrency or count, count))]
-        await asyncio.gather(*tasks)
+        # When one fails (the engine broke), the group ends the others: none goes on behind the exception's back.
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(concurrency or count, count)):
+                tasks.create_task(work())
+    except BaseExceptionGroup as several:
+        failed = several.exceptions[0]
     finally:
-        # When one fails (the engine broke), the others must not go on behind the exception's back.
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         bar.close()
         try:
             await environment.close()  # the user's code
         finally:
             if policy is not None:
                 await policy.close()
+    if failed is not None:
+        raise failed
 
 
 async def _run_job(
@@ -233,6 +247,8 @@ async def _run_job(
 ) -> Trajectory:
     speaker = job.policy or policy
     assert speaker is not None, "a job without a policy needs a batch with one"
+    if job.finished is not None:
+        return job.finished
     seed = random.Random(f"{sampling.seed}/{job.key}").getrandbits(63)
     started = time.perf_counter()
     try:
@@ -277,17 +293,18 @@ def rollout(
 
     Args:
         finished (`Mapping[int, Trajectory]`, *optional*): Trajectories, by their place, that need not run again.
-        on_finish (`Callable`, *optional*): Called with a place and its trajectory, as each one ends.
+        on_finish (`Callable`, *optional*): Called with a place and its trajectory, as each one ends, the finished ones
+            first.
         **options: Those of [`run_batch`].
     """
-    done = dict(finished or {})
-    places = [place for place in range(len(prompts)) if place not in done]
-    jobs = [Job(prompts[place], rows[place], key=str(place)) for place in places]
+    done: dict[int, Trajectory] = {}
+    finished = finished or {}
+    jobs = [Job(prompts[i], rows[i], key=str(i), finished=finished.get(i)) for i in range(len(prompts))]
 
-    def keep(number: int, trajectory: Trajectory) -> None:
-        done[places[number]] = trajectory
+    def keep(place: int, trajectory: Trajectory) -> None:
+        done[place] = trajectory
         if on_finish is not None:
-            on_finish(places[number], trajectory)
+            on_finish(place, trajectory)
 
     run_sync(run_batch(jobs, count=len(jobs), on_finish=keep, **options))
     return [done[place] for place in range(len(prompts))]

@@ -55,12 +55,15 @@ class Journal:
         self._file = path.open("w", encoding="utf-8")
         self._write({"batch": batch})
         for index, trajectory in self.finished.items():
-            self.add(index, trajectory)
+            self._keep(index, trajectory)
 
     def add(self, index: int, trajectory: Trajectory) -> None:
-        """Keeps a finished trajectory. A kill during the write loses this one alone."""
-        if not trajectory.failed:
-            self._write({"index": index, "trajectory": _encoded(trajectory)})
+        """Keeps a trajectory that has ended now. A kill during the write loses this one alone."""
+        if index not in self.finished and not trajectory.failed:
+            self._keep(index, trajectory)
+
+    def _keep(self, index: int, trajectory: Trajectory) -> None:
+        self._write({"index": index, "trajectory": _encoded(trajectory)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
