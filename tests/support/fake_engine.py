@@ -12,6 +12,8 @@ class FakeLLM:
         self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
         self.model = self
         self.max_model_len = 512
+        self.vllm_config = self.scheduler_config = self
+        self.max_num_seqs = 64
 
     def sleep(self, level):
         self.done.append(f"sleep {level}")

@@ -17,7 +17,8 @@ from trl_search.types import StopReason
 ITEM_9 = {
     "search/searches", "search/turns", "search/malformed_calls", "search/empty_retrievals", "search/failed_rollouts",
     "tokens/model", "tokens/observation", "tokens/nonfinite_logprobs", "time/generation_s", "time/search_s",
-    "reflection/ratio", "reflection/phrases_per_1k_tokens", "frac_reward_zero_std", "reward", "entropy",
+    "rollout/bubble", "reflection/ratio", "reflection/phrases_per_1k_tokens",
+    "frac_reward_zero_std", "reward", "entropy",
     "rewards/em/mean", "rewards/reflection/mean", "clip_ratio/region_mean",
     "retrieval/queries", "retrieval/failed_queries", "retrieval/batches", "retrieval/search_s",
     *(f"stop/{reason.value}" for reason in StopReason),

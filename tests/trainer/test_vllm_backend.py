@@ -201,7 +201,11 @@ def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
         torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device))
     )
     worker = SimpleNamespace(device=torch.device("cuda", 3))
-    engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker), abort_request=lambda ids: None)
+    engine = SimpleNamespace(
+        model_executor=SimpleNamespace(driver_worker=worker),
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8)),
+        abort_request=lambda ids: None,
+    )
     policy = VLLMColocatePolicy(SimpleNamespace(llm_engine=engine))
 
     async def open_and_close():

@@ -9,7 +9,13 @@ from trl_search.types import Completion, Sampling
 
 
 class Policy(abc.ABC):
-    """Generates turns for many trajectories at once; a call is one request to an engine that batches continuously."""
+    """Generates turns for many trajectories at once; a call is one request to an engine that batches continuously.
+
+    Attributes:
+        slots (`int`, *optional*): Requests that the engine runs at once; others queue. None: not known.
+    """
+
+    slots: int | None = None
 
     @abc.abstractmethod
     async def generate(

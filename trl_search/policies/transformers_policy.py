@@ -83,7 +83,7 @@ class TransformersPolicy(EngineThread):
             raise UserError(f"the transformers policy cannot sample {_name(model)}: {reason}; {_REMEDY}")
         self.model = model
         self.tokenizer = tokenizer
-        self.max_sequences = max_sequences
+        self.max_sequences = self.slots = max_sequences
         self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}

@@ -46,6 +46,7 @@ class VLLMColocatePolicy(EngineThread):
         self._engine = llm.llm_engine
         self._lora_request = lora_request
         self._running: dict[str, Request] = {}
+        self.slots = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     async def open(self) -> None:
         # Garbage collections during the rollout need not walk through the trainer's millions of objects.

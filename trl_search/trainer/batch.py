@@ -39,6 +39,7 @@ class Rollout:
     | `trajectories` | `_rollout`                        | TRL, `_generate`, `_calculate_rewards`, the trajectory log |
     | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
     | `logprobs`     | `_rollout`                        | TRL, as those of the policy that sampled                   |
+    | `metrics`      | `_rollout`                        | `_generate`, which logs their means over all ranks         |
     | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
 
     Example:
@@ -52,6 +53,7 @@ class Rollout:
     trajectories: list[Trajectory] = field(default_factory=list)
     loss_masks: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
     rewards_RF: torch.Tensor | None = None  # NaN: not rewarded
 
     @property
@@ -178,11 +180,9 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
         )
 
 
-def rollout_metrics(
-    trajectories: Sequence[Trajectory], environment: Any, accelerator: Accelerator
-) -> dict[str, float]:
+def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) -> dict[str, float]:
     """What is logged of a batch: means over the trajectories of all ranks, and what retrieval counted on them."""
-    rows = [trajectory_metrics(trajectory) for trajectory in trajectories]
+    rows = [{**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.trajectories]
     local = torch.tensor([list(row.values()) for row in rows], device=accelerator.device)  # (B, metrics)
     means = accelerator.gather(local).mean(dim=0).tolist()
     return {**dict(zip(rows[0], means, strict=True)), **merge_metrics(gather_object([environment.take_metrics()]))}

@@ -36,6 +36,7 @@ from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
+from trl_search.policies.metered import MeteredPolicy
 from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
@@ -75,7 +76,7 @@ from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.vllm_backend import making_ours, replaced
-from trl_search.types import Sampling, Trajectory
+from trl_search.types import Sampling
 
 
 class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
@@ -229,7 +230,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
         with replaced(self, "processing_class", unread), replaced(self, "_tokenizer", unread):
             output: tuple[Any, ...] = super()._generate(prompts)
         trajectories = self.last_rollout.trajectories
-        self._log_trajectories(trajectories)
+        self._log_rollout()
         return (*output[:3], [trajectory.messages for trajectory in trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
@@ -241,10 +242,11 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         sampling = self._sampling(mode)
         with self.generation_policy(batch.prompt_ids) as policy, open_journal(self, sampling) as journal:
+            metered = MeteredPolicy(policy, slots=len(prompts))
             batch.trajectories = rollout(
                 batch.prompt_ids,
                 batch.rows,
-                policy=policy,
+                policy=metered,
                 environment=self.environment,
                 protocol=self.protocol,
                 limits=self.args.agent.limits,
@@ -253,6 +255,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
                 finished=journal.finished,
                 on_finish=journal.add,
             )
+        batch.metrics["rollout/bubble"] = metered.bubble
         check_failures(batch.trajectories, self.args.max_failed_share)
         batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]
         batch.logprobs = [sampling_logprobs(trajectory, self.args) for trajectory in batch.trajectories]
@@ -374,10 +377,11 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
         self._rollouts[mode, step] += 1
         return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")
 
-    def _log_trajectories(self, trajectories: list[Trajectory]) -> None:
+    def _log_rollout(self) -> None:
         assert self.environment is not None
         mode = "train" if self.model.training else "eval"
-        for name, value in rollout_metrics(trajectories, self.environment, self.accelerator).items():
+        trajectories = self.last_rollout.trajectories
+        for name, value in rollout_metrics(self.last_rollout, self.environment, self.accelerator).items():
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
