@@ -1,6 +1,14 @@
 """`Registry`: things that are chosen by name, ours and those of installed packages.
 
-A package adds a name through the registry's entry-point group, in its own pyproject.toml:
+| what               | entry-point group        | where our own names stand                            |
+|--------------------|--------------------------|------------------------------------------------------|
+| a retriever        | `trl_search.retrievers`  | `RETRIEVERS` in `retrieval/registry.py`              |
+| a kind of index    | `trl_search.index_kinds` | `INDEX_KINDS` in `retrieval/registry.py`             |
+| a reward           | `trl_search.rewards`     | `REWARDS` in `rewards/registry.py`                   |
+| a protocol         | `trl_search.protocols`   | `PROTOCOLS` in `protocols/registry.py`               |
+| an environment     | `trl_search.environments`| `ENVIRONMENTS` in `environment.py`                   |
+
+A package adds a name through the entry-point group, in its own pyproject.toml; docs/extending.md shows each:
 
     [project.entry-points."trl_search.retrievers"]
     elastic = "my_package.elastic:load"
@@ -9,6 +17,8 @@ A package adds a name through the registry's entry-point group, in its own pypro
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -59,3 +69,25 @@ class Registry:
                     f"{self.noun} {name!r} of package {package!r} ({point.value}) cannot be imported: {error}"
                 ) from error
         raise unknown_name(self.noun, name, self.names())
+
+    def find(self, name: str) -> Any:
+        """Imports what a name or an import path stands for: `my_package.module:attribute`, also with a dot.
+
+        Raises:
+            UserError: where neither can be imported.
+        """
+        if name in self or not is_import_path(name):
+            return self.get(name)
+        module, _, attribute = name.replace(":", ".").rpartition(".")
+        # A console script does not look in the folder that it is started from; `python script.py` looks beside itself.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"{self.noun} {name!r} cannot be imported: {error}") from error
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a word names code by its place, `my_package.module:attribute`, and not by a registered name."""
+    return "." in name or ":" in name

@@ -3,11 +3,7 @@
     load_retriever("bm25", index="indexes/wiki")     by kind, with that kind's options
     open_retriever("indexes/wiki")                   by one word, as on a command line: a folder, an address or a kind
 
-A kind is a function `(**options) -> Retriever`. Packages add kinds of their own through the entry-point group
-`trl_search.retrievers`:
-
-    [project.entry-points."trl_search.retrievers"]
-    elastic = "my_package.elastic:load"
+`registry.py` lists the kinds, and says how a package adds one.
 """
 
 from __future__ import annotations
@@ -20,26 +16,11 @@ from typing import Any
 
 from trl_search.common.errors import UserError, nearest_names
 from trl_search.common.files import home_expanded
-from trl_search.common.registry import Registry
 from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.index.folder import read_manifest
+from trl_search.retrieval.registry import RETRIEVERS
 
-__all__ = ["RetrievalError", "Retriever", "load_retriever", "open_retriever", "resolve_retriever"]
-
-RETRIEVERS = Registry(
-    "retriever",
-    "trl_search.retrievers",
-    {
-        "bm25": "trl_search.retrieval.bm25.retriever:load",
-        "dense": "trl_search.retrieval.dense.retriever:load",
-        "http": "trl_search.retrieval.remote.http_retriever:load",
-        "hybrid": "trl_search.retrieval.combine.hybrid:load",
-        "opensearch": "trl_search.retrieval.engines.opensearch:load",
-        "qdrant": "trl_search.retrieval.engines.qdrant:load",
-        "rerank": "trl_search.retrieval.combine.rerank:load",
-        "web": "trl_search.retrieval.web.retriever:load",
-    },
-)
+__all__ = ["RETRIEVERS", "RetrievalError", "Retriever", "load_retriever", "open_retriever", "resolve_retriever"]
 
 
 def load_retriever(kind: str, **options: Any) -> Retriever:

@@ -19,10 +19,7 @@ A package adds rewards through the entry-point group `trl_search.rewards`:
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
@@ -49,7 +46,7 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
         >>> resolve_rewards(["em", my_reward])
         [<function em>, <function my_reward>]
     """
-    listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
+    listed = listed_rewards(specs)
     if not listed:
         raise UserError("no reward is given: name at least one, as in `reward_funcs: [em, format]`")
     names = [spec for spec in listed if isinstance(spec, str)]
@@ -57,6 +54,25 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
     if repeated:
         raise UserError(f"reward {min(repeated)!r} is named twice: name it once, and give it more in `reward_weights`")
     return [_resolve(spec) for spec in listed]
+
+
+def listed_rewards(specs: Any) -> list[Any]:
+    """One reward, or several, as a list.
+
+    Raises:
+        UserError: for a mapping of weights, and for what is neither a name nor a function.
+    """
+    if isinstance(specs, str) or callable(specs):
+        return [specs]
+    if isinstance(specs, Mapping):
+        weights = list(specs.values())
+        raise UserError(
+            f"reward_funcs is a mapping: give reward_funcs={list(specs)!r}, and the weights in the configuration, "
+            f"reward_weights={weights!r}"
+        )
+    if not isinstance(specs, Iterable):
+        raise UserError(f"a reward is a name or a function, not {type(specs).__name__}: {specs!r:.80}")
+    return list(specs)
 
 
 def available_rewards() -> list[str]:
@@ -68,21 +84,8 @@ def _resolve(spec: str | Reward) -> Reward:
     if callable(spec):
         return spec
     if not isinstance(spec, str):
-        raise UserError(f"a reward is a name or a function, not {type(spec).__name__}: {spec!r}")
-    if ("." in spec or ":" in spec) and spec not in REWARDS:
-        return _import(spec)
-    return _callable(REWARDS.get(spec), spec)
-
-
-def _import(path: str) -> Reward:
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    # A console script does not look in the folder that it is started from; `python script.py` beside the module does.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return _callable(getattr(importlib.import_module(module_name), name), path)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward {path!r} cannot be imported: {error}") from error
+        raise UserError(f"a reward is a name or a function, not {type(spec).__name__}: {spec!r:.80}")
+    return _callable(REWARDS.find(spec), spec)
 
 
 def _callable(value: Any, name: str) -> Reward:

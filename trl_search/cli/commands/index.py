@@ -50,8 +50,9 @@ from dataclasses import Field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trl_search.retrieval.corpus.fields import Fields
-from trl_search.retrieval.index.folder import INDEX_KINDS, build_index, join_build
+from trl_search.retrieval.index.folder import build_index, join_build
 from trl_search.retrieval.index.workers import launched_workers
+from trl_search.retrieval.registry import INDEX_KINDS
 
 FIELDS = ("id_field", "title_field", "text_field")
 OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", *FIELDS)

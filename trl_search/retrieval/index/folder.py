@@ -22,26 +22,16 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import home_expanded
-from trl_search.common.registry import Registry
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
 from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path, may_be_built
 from trl_search.retrieval.index.workers import ALONE, Workers
+from trl_search.retrieval.registry import INDEX_KINDS
 from trl_search.types import Passage
 
 FORMAT = 1
 _CORPUS = "corpus"  # the step of a build after which the passages are there
-INDEX_KINDS = Registry(
-    "kind of index",
-    "trl_search.index_kinds",
-    {
-        "bm25": "trl_search.retrieval.bm25.retriever:BM25Builder",
-        "dense": "trl_search.retrieval.dense.retriever:DenseBuilder",
-        "opensearch": "trl_search.retrieval.engines.opensearch_build:OpenSearchBuilder",
-        "qdrant": "trl_search.retrieval.engines.qdrant_build:QdrantBuilder",
-    },
-)
 logger = logging.getLogger(__name__)
 
 
