@@ -13,10 +13,12 @@ import dataclasses
 import glob
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
 from trl_search.evaluation.outcomes import Outcome
 
 
@@ -47,8 +49,13 @@ class Records:
         """Writes one finished question down; it is with the operating system when this returns."""
         if self._file is None:
             self._file = self._open()
-        record = {"index": index, **dataclasses.asdict(outcome)}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_line(index, outcome))
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        """Writes all questions at once, in place of what the file held."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(self.path) as temporary:
+            temporary.write_bytes(b"".join(_line(index, outcome) for index, outcome in enumerate(outcomes)))
 
     def close(self) -> None:
         if self._file is not None:
@@ -67,6 +74,10 @@ class Records:
         if (size := file.tell()) and (whole := _whole_lines(self.path)) < size:
             os.truncate(self.path, whole)
         return file
+
+
+def _line(index: int, outcome: Outcome) -> bytes:
+    return json.dumps({"index": index, **dataclasses.asdict(outcome)}, ensure_ascii=False).encode() + b"\n"
 
 
 def _whole_lines(path: Path) -> int:

@@ -150,6 +150,7 @@ def measure_untrained(run: Run) -> None:
                 tokenizer=run.tokenizer,
                 environment=search_environment(run.task.retriever, run.config.agent),
                 agent=run.config.agent,
+                folder=run.folder,
             )
         run.measured[BASELINES.get(mode, mode)] = result.average
 

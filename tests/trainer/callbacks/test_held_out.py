@@ -29,8 +29,9 @@ from tests.support.scripted_trainer import (
     steps,
 )
 from trl_search.common.errors import UserError
+from trl_search.evaluation.answers_file import Records
 from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint, is_whole, read_best
-from trl_search.trainer.callbacks.held_out import HELD_OUT_FILE, EvaluateEvery, HeldOut
+from trl_search.trainer.callbacks.held_out import ANSWERS_FOLDER, HELD_OUT_FILE, EvaluateEvery, HeldOut
 
 # Three of one set and one of another: the average over sets is not that over questions.
 QUESTIONS = Dataset.from_list(
@@ -97,6 +98,14 @@ def test_the_log_of_the_step_has_every_set_and_their_average(tmp_path, tokenizer
     assert {row["retrieval/queries"] for row in rows} == {row["retrieval/requests"] for row in rows} == {3.0}
     assert held_out.ids == {"small": ["q0"], "large": ["q1", "q2", "q3"]}
     assert json.loads((tmp_path / HELD_OUT_FILE).read_text())["ids"] == held_out.ids
+    # Every answer is kept, in the order of the sets.
+    kept = Records(tmp_path / ANSWERS_FOLDER, "search", "step_4").read()
+    assert sorted((one.id, one.data_source, one.em) for one in kept.values()) == [
+        ("q0", "small", 1.0), ("q1", "large", 1.0), ("q2", "large", 0.0), ("q3", "large", 0.0),
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / ANSWERS_FOLDER).iterdir()) == [
+        "search-step_2.jsonl", "search-step_4.jsonl",
+    ]  # fmt: skip
 
 
 def test_a_step_that_would_not_be_logged_is_logged_for_its_evaluation(tmp_path, tokenizer):

@@ -5,7 +5,10 @@
 
 The prompts, the environment and the limits are those of the training. Measuring draws its own random numbers, so a run
 takes the same steps with and without it. The subset is drawn once, by the seed, and its ids are kept in the run's
-folder: resuming with other questions is refused, because the numbers could not be compared.
+folder: resuming with other questions is refused, because the numbers could not be compared. Every answer is kept too, so
+two steps can be compared question by question:
+
+    runs/mine/held_out/search-step_50.jsonl      one line per question, as `trl-search eval` writes them
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, written_whole
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment
+from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import Evaluation, by_dataset, macro, summarize
 from trl_search.policies.base import Policy
@@ -37,6 +41,7 @@ from trl_search.trainer.grpo import SearchGRPOTrainer
 logger = logging.getLogger(__name__)
 
 HELD_OUT_FILE = "held_out.json"
+ANSWERS_FOLDER = "held_out"
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class HeldOut:
             environment=trainer.environment,
             agent=trainer.args.agent,
             step=step,
+            folder=Path(trainer.args.output_dir or "."),
         )
         if mode is None:
             self.last = result
@@ -158,12 +164,14 @@ def measure(
     environment: Environment,
     agent: AgentSettings,
     step: int = 0,
+    folder: Path | None = None,
 ) -> HeldOutResult:
     """Asks each rank's share of the questions, greedily. All ranks call it together, and all get the result of all.
 
     Args:
         mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
         policy (`AbstractContextManager`): Gives the policy for as long as it is asked.
+        folder (`Path`, *optional*): Of the run; the main process writes every answer there.
     """
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
@@ -179,6 +187,8 @@ def measure(
     environment.take_metrics()  # or they would be counted as the next rollout's
     groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
     name = "direct" if mode == "search" and not environment.tools else mode
+    if folder is not None and state.is_main_process:
+        Records(folder / ANSWERS_FOLDER, name, f"step_{step}").write([one for group in groups.values() for one in group])
     result = HeldOutResult(
         step,
         macro(name, groups),
