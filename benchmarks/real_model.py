@@ -1,18 +1,21 @@
 """A real language model learns to search real Wikipedia: one chain per GPU, then one table of all chains.
 
-    python benchmarks/real_model.py run em_0 --model MODEL --kit KIT --output runs/real --seed 0 --steps 80
+    python benchmarks/real_model.py run base_1.5b --model MODEL --kit KIT --output runs/real        the model as it is
+    python benchmarks/real_model.py run em_0 --model MODEL --kit KIT --output runs/real --seed 0 --steps 50
     python benchmarks/real_model.py run nomask_0 ... -- --mask_observations false      what differs from the recipe
     python benchmarks/real_model.py report runs/real --json docs/data/real_model.json  the table, and its raw numbers
 
-A chain is what a user would type: `trl-search sft` on the collection of the kit, `trl-search eval`, then
-`trl-search train` from there and `trl-search eval` again. A chain whose name begins with `base` evaluates the model as
-it is, in all four modes. Finished steps are not run again. Chains share only the kit, so they run side by side, one
-per GPU.
+A chain is what a user would type: `trl-search sft` on the collection of the kit, then `trl-search train` from there,
+which asks all held-out questions before its first step and every ten steps. A chain whose name begins with `base`
+evaluates the model as it is, in all four modes. Finished steps are not run again. Chains share only the kit, so they
+run side by side, one per GPU.
 
 KIT is a folder with `train.jsonl`, `eval/*.jsonl` (FlashRAG rows), `index/` (`trl-search index`) and `collection/`
-(`trl-search sft --collect_only true`). OUTPUT/NAME/{sft,grpo,eval_sft,eval_grpo} is what a chain leaves.
+(`trl-search sft --collect_only true`). OUTPUT/NAME/{sft,grpo} or OUTPUT/NAME/eval_base is what a chain leaves. A name
+ends in its seed (`em_0`, `em_1`): the report averages over the chains that differ in nothing else.
 
-Every interval is a 95 % bootstrap over questions within each set. Two policies are compared question by question.
+Every interval is a 95 % bootstrap over questions within each set; over several seeds, of the mean over the seeds. Two
+policies are compared question by question.
 """
 
 from __future__ import annotations
@@ -24,17 +27,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trl_search.evaluation.answers_file import Records
-from trl_search.evaluation.outcomes import RESAMPLES, Outcome, macro, summarize
+from trl_search.evaluation.outcomes import RESAMPLES, Outcome, by_dataset, macro, summarize
+from trl_search.records.report.reflection import (
+    EM,
+    HELD_OUT_RATIO,
+    ReflectionPoint,
+    ReflectionSeries,
+    correlate,
+    words,
+)
 
 MULTI_HOP = ("hotpotqa", "2wikimultihopqa", "musique")
 ONE_HOP = ("nq", "popqa")
 SETS = (*MULTI_HOP, *ONE_HOP)
+AVERAGES = {"multi_hop": MULTI_HOP, "all": SETS}
 # The metrics of a step that are kept with the numbers.
 LOGGED = (
     "step", "reward", "rewards/", "eval/", "search/", "reflection/", "tokens/", "alarm/", "grad_norm", "entropy",
@@ -47,10 +60,16 @@ def run_chain(args: argparse.Namespace) -> None:
     """Runs the steps of one chain that are not finished, each as a command line of its own."""
     folder, kit = Path(args.output) / args.name, Path(args.kit)
     folder.mkdir(parents=True, exist_ok=True)
-    index = ["--retriever_options", json.dumps({"index": str(kit / "index")})]
+    sets = [str(kit / "eval" / f"{name}.jsonl") for name in SETS]
     if args.name.startswith("base"):
-        evaluate(args.model, folder / "eval_base", kit, args, MODES, ["--protocol", args.protocol])
+        options = ["--datasets", *sets, "--modes", ",".join(MODES), "--retriever", str(kit / "index")]
+        options += ["--protocol", args.protocol, "--backend", args.backend, "--concurrency", "512"]
+        options += ["--published", "none", "--output", str(folder / "eval_base")]
+        if args.backend == "vllm":
+            options += ["--engine_options", json.dumps({"gpu_memory_utilization": 0.6, "max_model_len": 4096})]
+        step(folder / "eval_base.log", folder / "eval_base" / "results.json", ["eval", args.model, *options])
         return
+    index = ["--retriever_options", json.dumps({"index": str(kit / "index")})]
     model = args.sft_model or str(folder / "sft")
     if not args.sft_model:
         collection = ["--collection", str(kit / "collection"), "--questions", str(kit / "train.jsonl"), *index]
@@ -60,22 +79,9 @@ def run_chain(args: argparse.Namespace) -> None:
         command = ["sft", args.sft_recipe, *options, *collection, *sft_options]
         step(folder / "sft.log", Path(model) / "config.json", command)
     options = ["--model_name_or_path", model, "--seed", str(args.seed), "--output_dir", str(folder / "grpo"), *index]
-    options += ["--questions", str(kit / "train.jsonl"), "--max_steps", str(args.steps)]
-    options += ["--eval_questions", ",".join(str(kit / "eval" / f"{name}.jsonl") for name in SETS)]
-    step(folder / "grpo.log", folder / "grpo" / "results.json", ["train", args.recipe, *options, *args.options])
-    evaluate(str(folder / "grpo"), folder / "eval_grpo", kit, args, ["search"])
-    evaluate(model, folder / "eval_sft", kit, args, ["search"])
-
-
-def evaluate(
-    model: str, output: Path, kit: Path, args: argparse.Namespace, modes: Sequence[str], asked: Sequence[str] = ()
-) -> None:
-    sets = [str(kit / "eval" / f"{name}.jsonl") for name in SETS]
-    options = ["--datasets", *sets, "--modes", ",".join(modes), "--retriever", str(kit / "index"), *asked]
-    options += ["--backend", args.backend, "--concurrency", "512", "--published", "none", "--output", str(output)]
-    if args.backend == "vllm":
-        options += ["--engine_options", json.dumps({"gpu_memory_utilization": 0.6, "max_model_len": 4096})]
-    step(output.with_suffix(".log"), output / "results.json", ["eval", model, *options])
+    options += ["--questions", str(kit / "train.jsonl"), "--max_steps", str(args.steps), "--max_eval_questions", "200"]
+    options += ["--eval_questions", ",".join(sets)]
+    step(folder / "grpo.log", folder / "grpo" / "curves.png", ["train", args.recipe, *options, *args.options])
 
 
 def step(log: Path, result: Path, command: Sequence[str]) -> None:
@@ -98,35 +104,52 @@ def step(log: Path, result: Path, command: Sequence[str]) -> None:
 
 
 def outcomes_of(folder: Path, mode: str) -> dict[str, list[Outcome]]:
-    """The outcomes of a finished evaluation, by set and in the order of the questions; empty where there is none."""
+    """The outcomes of `trl-search eval`, by set and in the order of the questions; empty where there are none."""
     read = {name: Records(folder, mode, name).read() for name in SETS}
     return {name: [found[index] for index in sorted(found)] for name, found in read.items() if found}
 
 
-def paired_difference(
-    first: dict[str, list[Outcome]], second: dict[str, list[Outcome]], sets: Sequence[str], seed: int = 0
-) -> tuple[float, float, float]:
-    """Macro EM of the second less that of the first on the same questions, with its 95 % bootstrap interval."""
-    draw = np.random.default_rng(seed)
+def held_out_at(chain: Path, step: int) -> dict[str, list[Outcome]]:
+    """The outcomes of the evaluation at one step of a chain's GRPO, by set."""
+    return by_dataset(Records(chain / "grpo" / "held_out", "search", f"step_{step}").read().values())
+
+
+def difference(
+    before: Sequence[dict[str, list[Outcome]]], after: Sequence[dict[str, list[Outcome]]], sets: Sequence[str]
+) -> list[float]:
+    """Macro EM of some policies less that of others on the same questions, with its 95 % bootstrap interval.
+
+    Where there are several seeds, a question counts with its mean over them.
+    """
+    draw = np.random.default_rng(0)
     mean, resampled = 0.0, np.zeros(RESAMPLES)
     for name in sets:
-        before = {one.id: one.em for one in first[name]}
-        gains = np.array([one.em - before[one.id] for one in second[name]])
+        ids = [one.id for one in before[0][name]]
+        gains = mean_em(after, name, ids) - mean_em(before, name, ids)
         mean += gains.mean() / len(sets)
         picks = draw.integers(len(gains), size=(RESAMPLES, len(gains)))
         resampled += gains[picks].mean(axis=1) / len(sets)
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return mean, float(low), float(high)
+    return [round(float(value), 4) for value in (mean, low, high)]
 
 
-def row_of(outcomes: dict[str, list[Outcome]], mode: str) -> dict[str, Any]:
-    """What the table says of one evaluation: EM by set, averages with intervals, what it costs."""
-    average = macro(mode, outcomes)
-    silent = sum(one.answer is None for group in outcomes.values() for one in group)
-    row: dict[str, Any] = {name: round(summarize(mode, group).em, 4) for name, group in outcomes.items()}
-    for title, names in (("multi_hop", MULTI_HOP), ("all", SETS)):
-        one = macro(mode, {name: outcomes[name] for name in names})
-        row[title] = {"em": round(one.em, 4), "interval": [round(bound, 4) for bound in one.em_interval]}
+def mean_em(policies: Sequence[dict[str, list[Outcome]]], name: str, ids: Sequence[str]) -> np.ndarray:
+    """EM of each question of a set, the mean over the policies."""
+    found = [{one.id: one.em for one in policy[name]} for policy in policies]
+    return np.array([[policy[id] for id in ids] for policy in found]).mean(axis=0)
+
+
+def row_of(mode: str, policies: Sequence[dict[str, list[Outcome]]]) -> dict[str, Any]:
+    """What the table says of a policy, or of several that differ in their seed: EM by set, averages, what it costs."""
+    groups = {name: [one for policy in policies for one in policy[name]] for name in SETS}
+    average = macro(mode, groups)
+    unanswered = sum(one.answer is None for group in groups.values() for one in group)
+    row: dict[str, Any] = {name: round(summarize(mode, group).em, 4) for name, group in groups.items()}
+    for title, names in AVERAGES.items():
+        # The same questions are asked with every seed, so a question is what is resampled.
+        zero = [{name: [replace(one, em=0.0) for one in policies[0][name]] for name in names}]
+        em, low, high = difference(zero, policies, names)
+        row[title] = {"em": em, "interval": [low, high]}
     return row | {
         "f1": round(average.f1, 4),
         "searches": round(average.searches, 3),
@@ -134,71 +157,105 @@ def row_of(outcomes: dict[str, list[Outcome]], mode: str) -> dict[str, Any]:
         "observation_tokens": round(average.observation_tokens, 1),
         "malformed": round(average.malformed, 4),
         "reflective_ratio": round(average.reflective_ratio, 4),
-        "unanswered": round(silent / average.questions, 4),
+        "unanswered": round(unanswered / average.questions, 4),
     }
 
 
 def report(args: argparse.Namespace) -> None:
     """Reads every chain under a folder, prints the table and writes its raw numbers."""
     rows: dict[str, Any] = {}
+    kinds: dict[str, list[Path]] = {}
     for chain in sorted(path for path in Path(args.folder).iterdir() if path.is_dir()):
-        for stage in ("base", "sft", "grpo"):
-            for mode in MODES:
-                if len(found := outcomes_of(chain / f"eval_{stage}", mode)) == len(SETS):
-                    rows[f"{chain.name}/{stage}/{mode}"] = row_of(found, mode)
-        before, after = (outcomes_of(chain / f"eval_{stage}", "search") for stage in ("sft", "grpo"))
-        if len(before) == len(after) == len(SETS):
-            for title, names in (("multi_hop", MULTI_HOP), ("all", SETS)):
-                gain, low, high = paired_difference(before, after, names)
-                rows[f"{chain.name}/grpo/search"][f"gain_{title}"] = [round(value, 4) for value in (gain, low, high)]
-        history = chain / "grpo" / "results.json"
-        if history.is_file() and f"{chain.name}/grpo/search" in rows:
-            run = json.loads(history.read_text())
-            rows[f"{chain.name}/grpo/search"]["seconds"] = round(run["seconds"])
-            rows[f"{chain.name}/grpo/search"]["history"] = [
-                {key: value for key, value in log.items() if key.startswith(LOGGED)} for log in run["history"]
-            ]
-    columns = ["policy", *SETS, "multi-hop", "all", "F1", "searches", "tokens written", "gain on the cold start"]
+        for mode in MODES:
+            if len(found := outcomes_of(chain / "eval_base", mode)) == len(SETS):
+                rows[f"{chain.name}/{mode}"] = row_of(mode, [found])
+        if (chain / "grpo" / "curves.png").is_file():
+            kinds.setdefault(chain.name.rpartition("_")[0], []).append(chain)
+    histories = {chain.name: history_of(chain) for chains in kinds.values() for chain in chains}
+    before, after = {}, {}
+    for kind, chains in kinds.items():
+        before[kind] = [held_out_at(chain, 0) for chain in chains]
+        after[kind] = [held_out_at(chain, int(histories[chain.name][-1]["step"])) for chain in chains]
+        rows[f"{kind}/before"], rows[f"{kind}/after"] = row_of("search", before[kind]), row_of("search", after[kind])
+        rows[f"{kind}/after"]["seeds"] = {
+            chain.name: {title: difference([first], [last], names) for title, names in AVERAGES.items()}
+            for chain, first, last in zip(chains, before[kind], after[kind], strict=True)
+        }
+        for title, names in AVERAGES.items():
+            rows[f"{kind}/after"][f"gain_{title}"] = difference(before[kind], after[kind], names)
+    pairs = [pair.split(":") for pair in args.compare]
+    compared = {
+        f"{second} - {first}": {
+            title: difference(after[first], after[second], names) for title, names in AVERAGES.items()
+        }
+        for first, second in pairs
+    }
+    columns = ["policy", *SETS, "multi-hop", "all", "F1", "searches", "tokens written", "gain by GRPO, all"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, row in rows.items():
-        gain = row.get("gain_all")
         cells = [f"{row[one]:.3f}" for one in SETS]
         cells += [
             f"{part['em']:.3f} ({part['interval'][0]:.3f}–{part['interval'][1]:.3f})"
-            for part in (row["multi_hop"], row["all"])
+            for part in map(row.get, AVERAGES)
         ]
         cells += [f"{row['f1']:.3f}", f"{row['searches']:.2f}", f"{row['model_tokens']:.0f}"]
+        gain = row.get("gain_all")
         cells += [f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else ""]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print(json.dumps(compared, indent=1))
+    for line in reflection(histories):
+        print(line)
     if args.figure:
-        draw(rows, args.figure)
+        draw(histories, args.figure)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps({"note": args.note, "rows": rows}, indent=1) + "\n")
+        content = {"note": args.note, "rows": rows, "compared": compared, "histories": histories}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def draw(rows: dict[str, Any], path: str) -> None:
-    """Held-out EM by set, what is sampled, and what is searched, over the steps of every GRPO run."""
+def history_of(chain: Path) -> list[dict[str, float]]:
+    """What was logged of every step, with the seconds of the whole run in the last."""
+    run = json.loads((chain / "grpo" / "results.json").read_text())
+    steps = [{key: value for key, value in log.items() if key.startswith(LOGGED)} for log in run["history"]]
+    logged = [log for log in steps if "reward" in log]
+    logged[-1]["seconds"] = run["seconds"]
+    return logged
+
+
+def reflection(histories: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Held-out EM against the share of answers with a reflective phrase, over the checkpoints of every chain."""
+    lines = []
+    for name, history in histories.items():
+        points = [ReflectionPoint(int(log["step"]), log[HELD_OUT_RATIO], log[EM]) for log in history if EM in log]
+        lines += [
+            f"{name}: {line}" for line in words(ReflectionSeries("held-out", tuple(points)), correlate(points))[:2]
+        ]
+    return lines
+
+
+def draw(histories: dict[str, list[dict[str, float]]], path: str) -> None:
+    """Held-out EM, sampled reward, groups without a gradient, searches and reflection over the steps of every run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for name, row in rows.items():
-        history = row.get("history", ())
-        for one in SETS:
-            points = [(log["step"], log[f"eval/{one}/em"]) for log in history if f"eval/{one}/em" in log]
-            if points:
-                panels[0].plot(*zip(*points, strict=True), marker="o", label=f"{name.split('/')[0]} {one}")
-        for panel, keys in ((panels[1], ("reward", "frac_reward_zero_std")), (panels[2], ("search/searches",))):
-            for key in keys:
-                points = [(log["step"], log[key]) for log in history if key in log]
-                if points:
-                    panel.plot(*zip(*points, strict=True), label=f"{name.split('/')[0]} {key}")
-    for panel, title in zip(panels, ("held-out EM", "sampled", "searches per trajectory"), strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("step")
-        panel.set_ylim(bottom=0)
-        panel.legend(fontsize=7, frameon=False)
+    panels = {
+        "held-out EM": EM,
+        "sampled reward": "reward",
+        "groups without a gradient": "frac_reward_zero_std",
+        "searches per trajectory": "search/searches",
+        "reflective trajectories": "reflection/ratio",
+    }
+    figure = Figure(figsize=(16, 3.2), layout="constrained")
+    kinds = sorted({name.rpartition("_")[0] for name in histories})
+    for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name, history in histories.items():
+            kind, _, seed = name.rpartition("_")
+            points = [(log["step"], log[key]) for log in history if key in log]
+            label = kind if seed == "0" or f"{kind}_0" not in histories else None
+            axes.plot(*zip(*points, strict=True), color=f"C{kinds.index(kind)}", alpha=0.8, lw=1.2, label=label)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -221,6 +278,7 @@ def main() -> None:
     chain.set_defaults(do=run_chain)
     table = commands.add_parser("report", help="the table of all chains")
     table.add_argument("folder")
+    table.add_argument("--compare", nargs="*", default=[], help="pairs of kinds, such as nomask:em: second less first")
     table.add_argument("--json", help="where the raw numbers go")
     table.add_argument("--figure", help="where the curves go, as PNG")
     table.add_argument("--note", default="", help="hardware and versions, kept with the numbers")
