@@ -5,8 +5,8 @@
 
 The prompts, the environment and the limits are those of the training. Measuring draws its own random numbers, so a run
 takes the same steps with and without it. The subset is drawn once, by the seed, and its ids are kept in the run's
-folder: resuming with other questions is refused, because the numbers could not be compared. Every answer is kept too, so
-two steps can be compared question by question:
+folder: resuming with other questions is refused, because the numbers could not be compared. Every answer is kept too,
+so two steps can be compared question by question:
 
     runs/mine/held_out/search-step_50.jsonl      one line per question, as `trl-search eval` writes them
 """
@@ -188,7 +188,8 @@ def measure(
     groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
     name = "direct" if mode == "search" and not environment.tools else mode
     if folder is not None and state.is_main_process:
-        Records(folder / ANSWERS_FOLDER, name, f"step_{step}").write([one for group in groups.values() for one in group])
+        answers = [one for group in groups.values() for one in group]
+        Records(folder / ANSWERS_FOLDER, name, f"step_{step}").write(answers)
     result = HeldOutResult(
         step,
         macro(name, groups),
