@@ -283,6 +283,7 @@ def rollout(
     prompts: Sequence[tuple[int, ...]],
     rows: Sequence[Mapping[str, Any]],
     *,
+    policies: Sequence[Policy] | None = None,
     finished: Mapping[int, Trajectory] | None = None,
     on_finish: Callable[[int, Trajectory], None] | None = None,
     **options: Any,
@@ -292,6 +293,7 @@ def rollout(
     For callers without an event loop, or in a notebook, which has a running one.
 
     Args:
+        policies (`Sequence[Policy]`, *optional*): One per trajectory, in place of the batch's; scripted players do.
         finished (`Mapping[int, Trajectory]`, *optional*): Trajectories, by their place, that need not run again.
         on_finish (`Callable`, *optional*): Called with a place and its trajectory, as each one ends, the finished ones
             first.
@@ -299,7 +301,10 @@ def rollout(
     """
     done: dict[int, Trajectory] = {}
     finished = finished or {}
-    jobs = [Job(prompts[i], rows[i], key=str(i), finished=finished.get(i)) for i in range(len(prompts))]
+    jobs = [
+        Job(prompt, row, key=str(i), policy=policies[i] if policies else None, finished=finished.get(i))
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
 
     def keep(place: int, trajectory: Trajectory) -> None:
         done[place] = trajectory

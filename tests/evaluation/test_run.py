@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from tests.evaluation.test_outcomes import outcome
 from trl_search.common.errors import UserError
+from trl_search.common.files import write_json
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import AnswerOnly, SearchEnvironment
 from trl_search.evaluation.answers_file import Records
@@ -20,6 +21,7 @@ from trl_search.evaluation.outcomes import macro, summarize
 from trl_search.evaluation.published_scores import PUBLISHED, SETS, TITLES, rows_beside, size_class
 from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_sets
 from trl_search.evaluation.settings import (
+    SETTINGS,
     check_same,
     compared_settings,
     describe_model,
@@ -28,7 +30,6 @@ from trl_search.evaluation.settings import (
     read_settings_file,
     settings_hash,
     with_left_out,
-    write_settings,
 )
 from trl_search.evaluation.table import results_markdown
 from trl_search.retrieval.index.folder import build_index
@@ -215,7 +216,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="holds something else than an evaluation"):
         read_settings_file(tmp_path)
-    write_settings(tmp_path, make_settings())
+    write_json(tmp_path / SETTINGS, make_settings())
     assert read_settings_file(tmp_path) == make_settings()
     (tmp_path / "settings.json").write_text('{"half')
     with pytest.raises(UserError, match="not JSON"):

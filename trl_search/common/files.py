@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, JSON objects whose mistakes are located, and `~` in paths."""
+"""Files that are written whole or not at all, JSON objects and lines whose mistakes are located, `~` in paths."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from trl_search.common.errors import UserError
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `path` at the end: whoever reads `path` sees all of it or none.
+    """A file to write to, which replaces `path` at the end: a reader of `path` sees all of it or nothing.
 
     Example:
         >>> with written_whole(folder / "results.json") as temporary:
@@ -28,6 +29,37 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all. A NaN raises, because JSON has none: see `finite_or_none`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with written_whole(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value with `None` for every float that is not finite, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to. What a kill left of the last line is cut off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    if (whole := content.rfind(b"\n") + 1) < len(content):
+        os.truncate(path, whole)
+    return content[:whole].splitlines()
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:

@@ -110,9 +110,14 @@ def load_questions(
 
 def sample_questions(questions: datasets.Dataset, limit: int, seed: int = 0) -> datasets.Dataset:
     """Draws `limit` rows at random, and keeps their order; all of them where there are no more."""
-    if limit >= len(questions):
-        return questions
-    return questions.select(sorted(random.Random(seed).sample(range(len(questions)), limit)))
+    return questions.select(sampled_rows(len(questions), limit, seed))
+
+
+def sampled_rows(total: int, limit: int | None, seed: int) -> list[int]:
+    """Which of `total` rows a random sample of `limit` holds, in their order; all without a limit."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return sorted(random.Random(seed).sample(range(total), limit))
 
 
 def load_evaluation_questions(

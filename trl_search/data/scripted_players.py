@@ -21,7 +21,7 @@ from trl_search.environment import Environment, SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
-from trl_search.rollout import Job, Limits, run_batch, run_sync
+from trl_search.rollout import Limits, rollout
 from trl_search.types import Answer, Completion, FinishReason, Passage, Sampling, Search, Trajectory
 
 Script = Generator[tuple[str, Search | Answer], str, None]
@@ -140,26 +140,17 @@ def play(
     scripts: Sequence[Script], prompts: Sequence[tuple[int, ...]], protocol: Protocol, environment: Environment
 ) -> list[Trajectory]:
     """Plays each script after its prompt, all at once, so their searches are batched."""
-
-    jobs = [
-        Job(prompt, {}, key=str(index), policy=ScriptedPolicy(script, protocol))
-        for index, (script, prompt) in enumerate(zip(scripts, prompts, strict=True))
-    ]
-    finished: dict[int, Trajectory] = {}
-    run_sync(
-        run_batch(
-            jobs,
-            count=len(jobs),
-            policy=None,
-            environment=environment,
-            protocol=protocol,
-            limits=_LIMITS,
-            sampling=Sampling(),
-            on_finish=finished.__setitem__,
-            progress=None,
-        )
+    return rollout(
+        prompts,
+        [{}] * len(prompts),
+        policies=[ScriptedPolicy(script, protocol) for script in scripts],
+        policy=None,
+        environment=environment,
+        protocol=protocol,
+        limits=_LIMITS,
+        sampling=Sampling(),
+        progress=None,
     )
-    return [finished[index] for index in range(len(jobs))]
 
 
 class ScriptedPolicy(Policy):

@@ -8,7 +8,6 @@ A passage can hold the golden answer and still not answer the question, so the s
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.common.table_files import read_rows, table_format, table_name
 from trl_search.data import QuestionFields
+from trl_search.data.questions import sampled_rows
 from trl_search.evaluation.sets import load_sets
 from trl_search.retrieval import Retriever
 from trl_search.rewards.answers import contains_answer
@@ -126,14 +126,9 @@ def _beir(folder: Path, split: str, limit: int | None, seed: int) -> JudgedQueri
         texts[str(row["_id"])] = str(row["text"])
     if unknown := judgements.keys() - texts.keys():
         raise UserError(f"{folder}: qrels judge the query {min(unknown)!r}, which queries do not hold")
-    chosen = _sampled([query for query in texts if query in judgements], limit, seed)
+    known = [query for query in texts if query in judgements]
+    chosen = [known[index] for index in sampled_rows(len(known), limit, seed)]
     return JudgedQueries(folder.name, {query: texts[query] for query in chosen}, {q: judgements[q] for q in chosen})
-
-
-def _sampled(queries: list[str], limit: int | None, seed: int) -> list[str]:
-    if limit is None or limit >= len(queries):
-        return queries
-    return [queries[index] for index in sorted(random.Random(seed).sample(range(len(queries)), limit))]
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import git_state, hardware, versions
 from trl_search.config.agent import AgentSettings, search_environment
 from trl_search.data import QuestionFields
@@ -37,6 +36,7 @@ from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, ma
 from trl_search.evaluation.published_scores import size_class
 from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_sets, load_world_set
 from trl_search.evaluation.settings import (
+    SETTINGS,
     check_same,
     compared_settings,
     describe_model,
@@ -45,7 +45,6 @@ from trl_search.evaluation.settings import (
     read_settings_file,
     settings_hash,
     with_left_out,
-    write_settings,
 )
 from trl_search.evaluation.table import Results, results_markdown
 from trl_search.policies.loading import load_tokenizer
@@ -136,7 +135,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
                 check_same(folder, before, settings)
             settings["sessions"] = [*(before or {}).get("sessions", []), _session(plan, processes)]
             if processes.is_main_process:
-                write_settings(folder, with_left_out(before, settings))
+                write_json(folder / SETTINGS, with_left_out(before, settings))
             processes.wait_for_everyone()
 
             # 4. Every question that has no record yet.
@@ -317,10 +316,7 @@ def _write(
     announce: Callable[[str], None],
 ) -> None:
     markdown = results_markdown(settings, results, size=size)
-    for name, text in (
-        (RESULTS_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
-        (RESULTS_MD, markdown),
-    ):
-        with written_whole(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+    write_json(folder / RESULTS_FILE, report)
+    with written_whole(folder / RESULTS_MD) as path:
+        path.write_text(markdown, encoding="utf-8")
     announce(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_FILE} are written.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.data import HUB_SETS, QuestionFields, is_hub_set, load_evaluation_questions
+from trl_search.data.questions import sampled_rows
 from trl_search.data.world import World
 
 WORLD = "world"
@@ -103,7 +103,5 @@ def check_names(sets: Sequence[QuestionSet]) -> None:
 
 
 def _sampled(name: str, source: str, rows: list[Any], limit: int | None, seed: int) -> QuestionSet:
-    total = len(rows)
-    if limit is not None and limit < total:
-        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(total), limit))]
-    return QuestionSet(re.sub(r"[^\w.-]+", "_", name), source, total, rows)
+    asked = [rows[index] for index in sampled_rows(len(rows), limit, seed)]
+    return QuestionSet(re.sub(r"[^\w.-]+", "_", name), source, len(rows), asked)

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object, written_whole
+from trl_search.common.files import read_object
 from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
@@ -136,11 +136,6 @@ def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> d
         "prompts": {**before["prompts"], **now["prompts"]},
         "retriever": before["retriever"] if now["retriever"] is None else now["retriever"],
     }
-
-
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    with written_whole(folder / SETTINGS) as path:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def compared_settings(**values: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.records.folder import FORMAT, INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER, step_of
@@ -77,8 +77,7 @@ class RunLog(TrainerCallback):
             "prompt": self.prompt,
             "resumed_from_step": [*resumed, state.global_step] if state.global_step else resumed,
         }
-        with written_whole(folder / INFO_FILE) as path:
-            path.write_text(json.dumps(self.info, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(folder / INFO_FILE, self.info)
 
     def on_log(
         self,

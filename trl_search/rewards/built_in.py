@@ -1,8 +1,8 @@
-"""The rewards that ship with the package."""
+"""The rewards that ship with the package. Each takes what TRL passes, and uses the keywords it names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_search.rewards.answers import contains_answer, exact_match, f1_score
@@ -13,16 +13,12 @@ from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import format_score
 
 REFLECTION_CAP = 3
+Scores = list[float | None]
+Golden = Sequence[Any] | None
 
 
 @declare(required_columns=["golden_answers"])
-def em(
-    prompts: Any = None,
-    completions: Sequence[Completion] = (),
-    completion_ids: Any = None,
-    golden_answers: Sequence[Any] | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
+def em(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
     """Exact match: 1.0 where the last `<answer>` that the model wrote equals a gold answer, both normalised, else 0.0.
 
     A row without gold answers gets `None`.
@@ -31,18 +27,11 @@ def em(
         >>> em(completions=["<answer>The Beatles!</answer>"], golden_answers=[["Beatles"]])
         [1.0]
     """
-    rows = _rows("em", completions, golden_answers, kwargs)
-    return [_against(golden, answer_of(completion), exact_match) for completion, golden in rows]
+    return _scores("em", exact_match, map(answer_of, completions), golden_answers, columns)
 
 
 @declare(required_columns=["golden_answers"])
-def f1(
-    prompts: Any = None,
-    completions: Sequence[Completion] = (),
-    completion_ids: Any = None,
-    golden_answers: Sequence[Any] | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
+def f1(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
     """SQuAD's F1 between the last `<answer>` that the model wrote and the best gold answer; 0.0 without an answer.
 
     A row without gold answers gets `None`.
@@ -51,21 +40,14 @@ def f1(
         >>> f1(completions=["<answer>Marie Curie</answer>"], golden_answers=[["Marie Skłodowska Curie"]])
         [0.8]
     """
-    rows = _rows("f1", completions, golden_answers, kwargs)
-    return [_against(golden, answer_of(completion), f1_score) for completion, golden in rows]
+    return _scores("f1", f1_score, map(answer_of, completions), golden_answers, columns)
 
 
 @declare(required_columns=["golden_answers"])
-def retrieval(
-    prompts: Any = None,
-    completions: Sequence[Completion] = (),
-    completion_ids: Any = None,
-    golden_answers: Sequence[Any] | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    """1.0 where a gold answer stands, whole words and normalised, in something that was retrieved, else 0.0.
+def retrieval(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
+    """1.0 where a gold answer occurs, whole words and normalised, in something that was retrieved, else 0.0.
 
-    It reads tool messages alone: writing the answer into the query does not pay. It says little about gold answers
+    It reads tool messages only, so writing the answer into the query does not pay. It says little about gold answers
     that occur in any text, such as "yes" or a bare year. A row without gold answers gets `None`.
 
     Example:
@@ -73,22 +55,17 @@ def retrieval(
         >>> retrieval(completions=[messages], golden_answers=[["Warsaw"]])
         [1.0]
     """
-    rows = _rows("retrieval", completions, golden_answers, kwargs)
-    return [_against(golden, "\n".join(texts_of(completion, "tool")), contains_answer) for completion, golden in rows]
+    retrieved = ["\n".join(texts_of(completion, "tool")) for completion in completions]
+    return _scores("retrieval", contains_answer, retrieved, golden_answers, columns)
 
 
-def format(
-    prompts: Any = None,
-    completions: Sequence[Completion] = (),
-    completion_ids: Any = None,
-    **kwargs: Any,
-) -> list[float | None]:
+def format(completions: Sequence[Completion], **columns: Any) -> Scores:
     """Whether the trajectory is well-formed, under any protocol. In proportion to Search-R1 v0.3's format reward:
 
     - 0.0: the last turn holds no closed `<answer>`, or the model wrote a `<tool_response>` or `<information>` itself;
     - 0.5: it answers, but something is malformed;
-    - 1.0: tags are balanced and none lies inside another; every turn but the last ends in its one call (`<tool_call>`
-      or `<search>`, not empty, JSON that parses if it is JSON); the last ends in the one answer, which is not empty.
+    - 1.0: tags are balanced and not nested; every turn but the last ends in its one call (`<tool_call>` or `<search>`,
+      not empty, JSON that parses if it is JSON); the last turn ends in its one answer, which is not empty.
 
     It never looks at whether the answer is right: trained on alone, it teaches the form and nothing else.
 
@@ -100,18 +77,13 @@ def format(
 
 
 @declare(default_weight=0.0)
-def reflection(
-    prompts: Any = None,
-    completions: Sequence[Completion] = (),
-    completion_ids: Any = None,
-    **kwargs: Any,
-) -> list[float | None]:
+def reflection(completions: Sequence[Completion], **columns: Any) -> Scores:
     """Reflective phrases in what the model wrote, at most `REFLECTION_CAP`, scaled to [0, 1].
 
-    Off by default: its weight is 0, so it is tracked and not trained on. **It is easily gamed.** It counts phrases,
-    not thought: "wait, wait, wait," costs six tokens and earns all of it, whatever the answer. In some runs
-    phrases and scores grew together; nothing says that paying for the phrases raises the score. If you do train on
-    it, keep its weight below half of the answer's, and read some completions.
+    Its default weight is 0, so it is tracked and not trained on. **It is easily gamed.** It counts phrases, not
+    thought: "wait, wait, wait," costs six tokens and earns all of it, whatever the answer. In some runs phrases and
+    scores grew together; nothing says that paying for the phrases raises the score. If you do train on it, keep its
+    weight below half of the answer's, and read some completions.
 
     Example:
         >>> reflection(completions=["Wait, let me double-check.", "Paris."])
@@ -124,16 +96,19 @@ def reflection(
 BUILT_IN: dict[str, Reward] = {"em": em, "f1": f1, "format": format, "reflection": reflection, "retrieval": retrieval}
 
 
-def _rows(
-    name: str, completions: Sequence[Completion], golden_answers: Sequence[Any] | None, others: dict[str, Any]
-) -> Iterable[tuple[Completion, list[str]]]:
+def _scores(
+    name: str,
+    score: Callable[[str, list[str]], float],
+    texts: Any,
+    golden_answers: Golden,
+    columns: dict[str, Any],
+) -> Scores:
+    """The score of each text against its gold answers: 0.0 without a text, `None` without gold answers."""
     if golden_answers is None:
-        # Columns come as lists, one value a completion; TRL's own keywords (trainer_state, log_metric) do not.
-        raise missing_column(name, "golden_answers", [key for key, value in others.items() if isinstance(value, list)])
-    return zip(completions, map(golden_list, golden_answers), strict=True)
-
-
-def _against(golden: list[str], text: str | None, score: Callable[[str, list[str]], float]) -> float | None:
-    if not golden:
-        return None
-    return 0.0 if text is None else float(score(text, golden))
+        # Columns come as lists, one value per completion; most of TRL's own keywords (trainer_state, ...) do not.
+        given = {key for key, value in columns.items() if isinstance(value, list)} - {"prompts", "completion_ids"}
+        raise missing_column(name, "golden_answers", given)
+    return [
+        None if not golden else 0.0 if text is None else float(score(text, golden))
+        for text, golden in zip(texts, map(golden_list, golden_answers), strict=True)
+    ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import finite_or_none, write_json
 from trl_search.config.agent import protocol_of, search_environment
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
@@ -276,6 +275,5 @@ def write_results(run: Run, history: Sequence[Mapping[str, Any]]) -> float:
     """Writes `results.json`, and returns the seconds that the run has taken."""
     seconds = time.perf_counter() - run.started
     rows = {row: result.as_json() for row, result in run.measured.items()}
-    with written_whole(run.folder / RESULTS_FILE) as path:
-        path.write_text(json.dumps({"seconds": seconds, "rows": rows, "history": list(history)}, indent=2) + "\n")
+    write_json(run.folder / RESULTS_FILE, finite_or_none({"seconds": seconds, "rows": rows, "history": list(history)}))
     return seconds

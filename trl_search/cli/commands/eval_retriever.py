@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 
 from trl_search.cli.options import add_question_fields, question_fields
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object, written_whole
+from trl_search.common.files import parse_object, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +53,5 @@ def run(args: argparse.Namespace) -> int:
     for one in sets:
         print(f"{one.name}: {len(one.queries):,} queries\n\n{quality_table(measured[one.name])}\n")
     if args.output:
-        with written_whole(Path(args.output)) as path:
-            path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(args.output), measured)
     return 0

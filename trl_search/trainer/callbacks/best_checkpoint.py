@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object, written_whole
+from trl_search.common.files import read_object, write_json
 from trl_search.evaluation.outcomes import evaluation_of
 from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
 
@@ -118,8 +118,7 @@ def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) ->
         "seconds": result.seconds,
         "only_best": only_best,
     }
-    with written_whole(checkpoint / RECORD) as path:
-        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(checkpoint / RECORD, record)
 
 
 def read_best(folder: Path) -> HeldOutResult | None:

@@ -13,7 +13,6 @@ so two steps can be compared question by question:
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object, written_whole
+from trl_search.common.files import read_object, write_json
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment
 from trl_search.evaluation.answers_file import Records
@@ -69,7 +68,7 @@ class HeldOutResult:
 
 class HeldOut:
     """
-    Asks the policy of a trainer the same questions again and again.
+    Asks the policy of a trainer the same questions each time.
 
     Args:
         trainer ([`SearchGRPOTrainer`]): Its model, generation, environment, protocol and limits are used.
@@ -220,5 +219,4 @@ def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> No
                 "that file to go on all the same"
             )
     elif state.is_world_process_zero:
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps({"ids": ids}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {"ids": ids})

@@ -23,16 +23,16 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import read_object, whole_lines, write_json
 from trl_search.environment import Environment
+from trl_search.evaluation.outcomes import score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.rewards.answers import exact_match, f1_score, last_answer
 from trl_search.rewards.tag_structure import format_score
 from trl_search.rollout import Job, Limits, run_batch, run_sync
 from trl_search.types import Sampling, Trajectory
@@ -51,7 +51,7 @@ class Attempt:
     id: str
     data_source: str
     question: str
-    golden_answers: list[str]
+    golden_answers: Sequence[str]
     messages: list[dict[str, str]]
     answer: str | None
     em: float
@@ -177,13 +177,9 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{folder} holds {ATTEMPTS} and no {SETTINGS}, so nobody knows how they were made: give another "
                 "`collection` folder"
             )
-        with written_whole(path) as file:
-            file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        write_json(path, settings)
         return
-    try:
-        held = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): give another `collection` folder") from error
+    held = read_object(path, "give another `collection` folder")
     changed = [
         f"{key} was {held.get(key)!r}, and is {settings.get(key)!r}"
         for key in sorted(held.keys() | settings.keys())
@@ -202,16 +198,8 @@ def read_attempts(folder: Path) -> list[Attempt]:
     Raises:
         UserError: for a line that is no attempt.
     """
-    path = folder / ATTEMPTS
-    if not path.exists():
-        return []
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-    attempts = []
-    for number, line in enumerate(content[:whole].splitlines(), start=1):
+    path, attempts = folder / ATTEMPTS, []
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             attempts.append(Attempt(**json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -220,22 +208,13 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 
 def _attempt(index: int, sample: int, row: Mapping[str, Any], trajectory: Trajectory) -> Attempt:
-    answer, golden = last_answer(trajectory.spoken), list(row["golden_answers"])
+    outcome = asdict(score(trajectory, row, str(row.get("id", index))))
     return Attempt(
+        **{field.name: outcome[field.name] for field in fields(Attempt) if field.name in outcome},
         index=index,
         sample=sample,
-        id=str(row.get("id", index)),
-        data_source=str(row.get("data_source", "")),
-        question=str(row["question"]),
-        golden_answers=golden,
         messages=trajectory.messages,
-        answer=answer,
-        em=0.0 if answer is None else float(exact_match(answer, golden)),
-        f1=0.0 if answer is None else float(f1_score(answer, golden)),
         format=format_score(trajectory.spoken),
-        searches=trajectory.searches,
-        malformed=trajectory.malformed,
-        stop_reason=trajectory.stop_reason.value if trajectory.stop_reason else "",
         prompt_ids=list(trajectory.prompt_ids),
         ids=trajectory.ids,
         mask=trajectory.mask,

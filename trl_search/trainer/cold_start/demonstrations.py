@@ -21,8 +21,8 @@ from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.rewards.answers import exact_match, last_answer
-from trl_search.rollout import Job, Limits, run_batch, run_sync
-from trl_search.types import Completion, Sampling, Trajectory
+from trl_search.rollout import Limits, rollout
+from trl_search.types import Completion, Sampling
 
 # Enough that rows see different ones, few enough to be played in seconds.
 _POOL = 64
@@ -53,28 +53,22 @@ def play_demonstrations(
     rng = random.Random(f"{seed}/demonstrations")
     drawn = rng.sample(list(rows), min(_POOL, len(rows)))
     prompts = [protocol.prompt_ids(protocol.messages(str(row["question"]))) for row in drawn]
-    finished: dict[int, Trajectory] = {}
-    run_sync(
-        run_batch(
-            (
-                Job(prompt, row, key=str(index), policy=players.for_row(row, rng.getrandbits(63)))
-                for index, (prompt, row) in enumerate(zip(prompts, drawn, strict=True))
-            ),
-            count=len(drawn),
-            policy=None,
-            environment=environment,
-            protocol=protocol,
-            limits=limits,
-            sampling=Sampling(),
-            on_finish=finished.__setitem__,
-            progress="Demonstrations",
-        )
+    played = rollout(
+        prompts,
+        drawn,
+        policies=[players.for_row(row, rng.getrandbits(63)) for row in drawn],
+        policy=None,
+        environment=environment,
+        protocol=protocol,
+        limits=limits,
+        sampling=Sampling(),
+        progress="Demonstrations",
     )
     newline = protocol.encode("\n")
     right = [
-        Demonstration(str(drawn[index]["question"]), (*trajectory.prompt_ids, *trajectory.ids, *newline))
-        for index, trajectory in sorted(finished.items())
-        if exact_match(last_answer(trajectory.spoken) or "", drawn[index]["golden_answers"])
+        Demonstration(str(row["question"]), (*trajectory.prompt_ids, *trajectory.ids, *newline))
+        for row, trajectory in zip(drawn, played, strict=True)
+        if exact_match(last_answer(trajectory.spoken) or "", row["golden_answers"])
     ]
     if not right:
         raise UserError(

@@ -8,7 +8,6 @@ searches. Of the last two, the right attempts are kept (`collect.py`, `select.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_json
 from trl_search.config.agent import SETTINGS_FILE, AgentSettings, protocol_of, search_environment
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.evidence import check_corpus
@@ -148,8 +147,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     warn_of_untrained_tags(model, protocol)
     train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
     if PartialState().is_main_process:
-        with written_whole(Path(f"{config.output_dir}/{SETTINGS_FILE}")) as file:
-            file.write_text(json.dumps(arguments.agent.as_json(), indent=2) + "\n")
+        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), arguments.agent.as_json())
         print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
     return Path(config.output_dir or "")
 
