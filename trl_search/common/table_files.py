@@ -53,8 +53,7 @@ def read_rows(path: Path, choose: Callable[[Sequence[str], str], Sequence[str]] 
     """Reads the rows of a file.
 
     Args:
-        path (`Path`):
-            The file; its name says the format.
+        path (`Path`): The file; its name says the format.
         choose (`Callable`, *optional*):
             Gets the columns of a file that has a header, and its name; returns those to read, or refuses them.
 

@@ -79,12 +79,9 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
     """Asks the hub which files of a dataset repository match a pattern, and how large they are.
 
     Args:
-        repository (`str`):
-            The dataset, `"PeterJinGo/wiki-18-e5-index"`.
-        pattern (`str`):
-            Of the file names, `"part_*"`. They are joined in the order of their names.
-        endpoint (`str`, *optional*):
-            A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
+        repository (`str`): The dataset, `"PeterJinGo/wiki-18-e5-index"`.
+        pattern (`str`): Of the file names, `"part_*"`. They are joined in the order of their names.
+        endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
     """
     from huggingface_hub import HfApi
 
@@ -105,12 +102,10 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
     A part that lies in the folder of `target` already, in its full size, is copied from there and left alone.
 
     Args:
-        files (`HubFiles`):
-            What to fetch, from `list_files`.
+        files (`HubFiles`): What to fetch, from `list_files`.
         target (`Path`):
             The file to make; it appears when it is whole and its SHA-256 is right. One that is there is not touched.
-        endpoint (`str`, *optional*):
-            As for `list_files`.
+        endpoint (`str`, *optional*): As for `list_files`.
     """
     from filelock import FileLock, Timeout
 

@@ -17,10 +17,8 @@ def without_overlap(
     """Leaves out the questions that also stand in an evaluation set.
 
     Args:
-        questions (`datasets.Dataset`):
-            The rows to train on, from `load_questions`.
-        evaluation (`datasets.Dataset`):
-            The sets to be judged on.
+        questions (`datasets.Dataset`): The rows to train on, from `load_questions`.
+        evaluation (`datasets.Dataset`): The sets to be judged on.
 
     Returns:
         `tuple`: the rows that stand in none of them, and for each `data_source` of the evaluation sets the number of

@@ -49,24 +49,19 @@ def load_questions(
     """Loads questions and their golden answers.
 
     Args:
-        name_or_path (`str` or `Path`):
-            A file (`.jsonl`, `.json`, `.csv`, `.tsv`, compressed or not, or `.parquet`), a folder that holds one such
-            file per split (`train.parquet`), or one of the names in `HUB_SETS`: the training mix `nq_hotpotqa`, or one
-            of the seven evaluation sets.
+        name_or_path (`str` or `Path`): A file (`.jsonl`, `.json`, `.csv`, `.tsv`, compressed or not, or `.parquet`), a
+            folder that holds one such file per split (`train.parquet`), or one of the names in `HUB_SETS`: the
+            training mix `nq_hotpotqa`, or one of the seven evaluation sets.
         split (`str`, *optional*, defaults to the split that published numbers use):
             Split of a hub set, or name of the file in a folder (there, `"train"` by default).
-        limit (`int`, *optional*):
-            Keeps a random sample of that many rows, in their order.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of that sample.
-        exclude (`Sequence`, *optional*):
-            Evaluation sets, by name or path (of a folder: its test split), whose questions are left out before the
-            sample is drawn. How many were is logged; `without_overlap` returns it.
+        limit (`int`, *optional*): Keeps a random sample of that many rows, in their order.
+        seed (`int`, *optional*, defaults to `0`): Seed of that sample.
+        exclude (`Sequence`, *optional*): Evaluation sets, by name or path (of a folder: its test split), whose
+            questions are left out before the sample is drawn. How many were is logged; `without_overlap` returns it.
         fields (`QuestionFields`, *optional*):
             The columns of files in a schema of their own, those of `exclude` too. A hub set has a known one.
-        evidence (`bool`, *optional*, defaults to `False`):
-            Adds the columns `gold_ids` and `gold_titles`: the passages that hold the answer, where the source says so
-            (see `trl_search.data.evidence`).
+        evidence (`bool`, *optional*, defaults to `False`): Adds the columns `gold_ids` and `gold_titles`: the passages
+            that hold the answer, where the source says so (see `trl_search.data.evidence`).
 
     Returns:
         `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`.

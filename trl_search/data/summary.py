@@ -1,21 +1,20 @@
-"""What a set of questions holds, in numbers and a few rows: to be looked at before it is trained or judged on."""
+"""What a set of questions holds, in numbers and a few rows: look at it before you train or evaluate on it."""
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from trl_search.data import question_key
+from trl_search.data.questions import sampled_rows
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(NamedTuple):
     """A quantity over questions: its least, median, mean, 95th percentile and greatest value."""
 
     least: float
@@ -26,31 +25,20 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[int]) -> Spread:
-        array = np.asarray(values)
-        return cls(
-            float(array.min()),
-            float(np.median(array)),
-            float(array.mean()),
-            float(np.percentile(array, 95)),
-            float(array.max()),
-        )
+        least, median, p95, greatest = map(float, np.percentile(values, [0, 50, 95, 100]))
+        return cls(least, median, float(np.mean(values)), p95, greatest)
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSummary:
-    """The statistics of a set. Lengths are in words between spaces; what a tokenizer makes of them is about 1.3 times
-    as much.
+    """The statistics of a set. Lengths count the words between spaces; tokens are about 1.3 times as many.
 
     Args:
-        rows (`int`): Questions.
-        sources (`dict[str, int]`): How many of each `data_source`, most first.
-        answers (`Spread`): Gold answers a question.
-        question_words (`Spread`): Words of a question.
-        answer_words (`Spread`): Words of a gold answer.
+        sources (`dict[str, int]`): The number of questions of each `data_source`, the largest first.
+        answers (`Spread`): Gold answers per question.
         yes_no (`int`): Questions with a gold answer "yes" or "no".
-        repeated_questions (`int`): Rows whose question stood in an earlier row, normalised.
-        repeated_ids (`int`): Rows whose id stood in an earlier row of the same source.
-        samples (`list`): A few rows.
+        repeated_questions (`int`): Rows whose question, normalised, is that of an earlier row.
+        repeated_ids (`int`): Rows whose id is that of an earlier row of the same source.
     """
 
     rows: int
@@ -68,13 +56,13 @@ class QuestionSummary:
         lines = [f"rows                {self.rows:,}"]
         lines += [f"  {source:<17} {count:,}" for source, count in self.sources.items()]
         lines.append(f"{'':<20}{'least':>9}{'median':>9}{'mean':>9}{'95 %':>9}{'most':>9}")
-        for name, spread in (
-            ("answers a question", self.answers),
-            ("words a question", self.question_words),
-            ("words an answer", self.answer_words),
-        ):
-            numbers = (spread.least, spread.median, spread.mean, spread.p95, spread.greatest)
-            lines.append(f"{name:<20}" + "".join(f"{number:>9,.4g}" for number in numbers))
+        spreads = {
+            "answers per question": self.answers,
+            "words per question": self.question_words,
+            "words per answer": self.answer_words,
+        }
+        for name, spread in spreads.items():
+            lines.append(f"{name:<20}" + "".join(f"{number:>9,.4g}" for number in spread))
         lines += [
             f"yes/no answers      {self.yes_no:,}",
             f"repeated questions  {self.repeated_questions:,}",
@@ -90,12 +78,9 @@ def summarize_questions(questions: datasets.Dataset, *, samples: int = 3, seed: 
     """Counts what is in a set of questions.
 
     Args:
-        questions (`datasets.Dataset`):
-            From `load_questions`.
-        samples (`int`, *optional*, defaults to `3`):
-            Rows to show.
-        seed (`int`, *optional*, defaults to `0`):
-            Of their choice.
+        questions (`datasets.Dataset`): From `load_questions`.
+        samples (`int`, *optional*, defaults to `3`): Rows to show.
+        seed (`int`, *optional*, defaults to `0`): Of their choice.
 
     Example:
         >>> print(summarize_questions(load_questions("bamboogle")).describe())
@@ -104,7 +89,7 @@ def summarize_questions(questions: datasets.Dataset, *, samples: int = 3, seed: 
         …
     """
     answers = questions["golden_answers"]
-    chosen = sorted(random.Random(seed).sample(range(len(questions)), min(samples, len(questions))))
+    chosen = sampled_rows(len(questions), samples, seed)
     keys = Counter(question_key(question) for question in questions["question"])
     ids = Counter(zip(questions["data_source"], questions["id"], strict=True))
     return QuestionSummary(

@@ -129,12 +129,9 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
     An index that is there in another size is refused. Of the corpus the hub knows the archive's size alone.
 
     Args:
-        what (`Sequence[str]`):
-            Of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
-        folder (`str` or `Path`):
-            Where the files are to lie. What is there, whole or in part, is taken into account.
-        endpoint (`str`, *optional*):
-            A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
+        what (`Sequence[str]`): Of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
+        folder (`str` or `Path`): Where the files are to lie. What is there, whole or in part, is taken into account.
+        endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
 
     Returns:
         `Wiki18Plan`: print `describe()`, compare `disk_bytes` with what is free, then `fetch_wiki18`.
@@ -174,10 +171,8 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
     """Fetches what is missing, unpacks the corpus, and checks all that was asked for. Start it again after a kill.
 
     Args:
-        planned (`Wiki18Plan`):
-            From `plan_wiki18`.
-        endpoint (`str`, *optional*):
-            As for `plan_wiki18`.
+        planned (`Wiki18Plan`): From `plan_wiki18`.
+        endpoint (`str`, *optional*): As for `plan_wiki18`.
 
     Returns:
         `dict[str, str]`: what was checked of each, for people.
@@ -198,12 +193,9 @@ def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | 
     """Checks what is in the folder: the heads of the indexes, and that the corpus is the one they were made of.
 
     Args:
-        what (`Sequence[str]`):
-            As for `plan_wiki18`. A corpus beside an index is checked with it.
-        folder (`Path`):
-            Where the files lie.
-        of_hub (`Mapping[str, str]`, *optional*):
-            What was compared with the hub, of each where something was.
+        what (`Sequence[str]`): As for `plan_wiki18`. A corpus beside an index is checked with it.
+        folder (`Path`): Where the files lie.
+        of_hub (`Mapping[str, str]`, *optional*): What was compared with the hub, of each where something was.
 
     Returns:
         `dict[str, str]`: what was checked of each, for people.
@@ -271,8 +263,7 @@ def check_corpus(path: Path) -> str:
     """Refuses a corpus that has not the published passages, by their number and ids; returns what was checked.
 
     Args:
-        path (`Path`):
-            The jsonl file. Where its lines begin is kept beside it, as a search needs that too.
+        path (`Path`): The jsonl file. Where its lines begin is kept beside it, as a search needs that too.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")

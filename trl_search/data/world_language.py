@@ -107,27 +107,15 @@ KINDS: dict[str, Kind] = {
         name=("given", "surname"),
         middle="given",
         relations=(
-            Relation(
-                "birthplace",
-                "town",
-                "birthplace",
-                ("Where was {} born?", "In which town was {} born?", "What is the birthplace of {}?"),
-                ("the birthplace of {}", "the town where {} was born"),
-            ),
+            Relation("birthplace", "town", "birthplace",
+                     ("Where was {} born?", "In which town was {} born?", "What is the birthplace of {}?"),
+                     ("the birthplace of {}", "the town where {} was born")),
             Relation("birth_year", "year", "birth year", ("When was {} born?", "In which year was {} born?")),
-            Relation(
-                "occupation",
-                "occupation",
-                "occupation",
-                ("What was the occupation of {}?", "What did {} do for a living?"),
-            ),
-            Relation(
-                "employer",
-                "company",
-                "employer",
-                ("Which company employed {}?", "Who was the employer of {}?"),
-                ("the employer of {}", "the company that employed {}"),
-            ),
+            Relation("occupation", "occupation", "occupation",
+                     ("What was the occupation of {}?", "What did {} do for a living?")),
+            Relation("employer", "company", "employer",
+                     ("Which company employed {}?", "Who was the employer of {}?"),
+                     ("the employer of {}", "the company that employed {}")),
         ),
         sentences=(
             "{name} was born in {birthplace} in {birth_year} and worked as a {occupation} for {employer}.",
@@ -149,23 +137,14 @@ KINDS: dict[str, Kind] = {
         name=("brand", "trade"),
         middle="brand",
         relations=(
-            Relation(
-                "founder",
-                "person",
-                "founder",
-                ("Who founded {}?", "Who was the founder of {}?"),
-                ("the founder of {}", "the person who founded {}"),
-            ),
-            Relation(
-                "headquarters",
-                "town",
-                "head office",
-                ("Where is {} based?", "In which town is {} based?", "Where is the head office of {}?"),
-                ("the town where {} is based", "the home town of {}"),
-            ),
-            Relation(
-                "founding_year", "year", "founding year", ("When was {} founded?", "In which year was {} founded?")
-            ),
+            Relation("founder", "person", "founder",
+                     ("Who founded {}?", "Who was the founder of {}?"),
+                     ("the founder of {}", "the person who founded {}")),
+            Relation("headquarters", "town", "head office",
+                     ("Where is {} based?", "In which town is {} based?", "Where is the head office of {}?"),
+                     ("the town where {} is based", "the home town of {}")),
+            Relation("founding_year", "year", "founding year",
+                     ("When was {} founded?", "In which year was {} founded?")),
             Relation("product", "product", "product", ("What does {} make?", "Which product does {} make?")),
         ),
         sentences=(
@@ -185,20 +164,11 @@ KINDS: dict[str, Kind] = {
         name=("qualifier", "place"),
         middle="place",
         relations=(
-            Relation(
-                "country",
-                "country",
-                "country",
-                ("In which country is {}?", "Which country is {} in?"),
-                ("the country of {}", "the country where {} lies"),
-            ),
-            Relation(
-                "mayor",
-                "person",
-                "mayor",
-                ("Who is the mayor of {}?", "Who governs {} as mayor?"),
-                ("the mayor of {}",),
-            ),
+            Relation("country", "country", "country",
+                     ("In which country is {}?", "Which country is {} in?"),
+                     ("the country of {}", "the country where {} lies")),
+            Relation("mayor", "person", "mayor",
+                     ("Who is the mayor of {}?", "Who governs {} as mayor?"), ("the mayor of {}",)),
         ),
         sentences=(
             "{name} is a town in {country}. The mayor is {mayor}.",
@@ -211,16 +181,10 @@ KINDS: dict[str, Kind] = {
         name=("adjective", "noun"),
         middle="adjective",
         relations=(
-            Relation(
-                "author",
-                "person",
-                "author",
-                ("Who wrote {}?", "Who is the author of {}?"),
-                ("the author of {}", "the writer of {}"),
-            ),
-            Relation(
-                "publication_year", "year", "year", ("When was {} published?", "In which year was {} published?")
-            ),
+            Relation("author", "person", "author",
+                     ("Who wrote {}?", "Who is the author of {}?"), ("the author of {}", "the writer of {}")),
+            Relation("publication_year", "year", "year",
+                     ("When was {} published?", "In which year was {} published?")),
         ),
         sentences=(
             "{name} is a novel written by {author} and published in {publication_year}.",
@@ -239,19 +203,10 @@ KINDS: dict[str, Kind] = {
         name=("nation", "realm"),
         middle="nation",
         relations=(
-            Relation(
-                "capital",
-                "town",
-                "capital",
-                ("What is the capital of {}?", "Which town is the capital of {}?"),
-                ("the capital of {}",),
-            ),
-            Relation(
-                "currency",
-                "currency",
-                "currency",
-                ("What is the currency of {}?", "Which currency is used in {}?"),
-            ),
+            Relation("capital", "town", "capital",
+                     ("What is the capital of {}?", "Which town is the capital of {}?"), ("the capital of {}",)),
+            Relation("currency", "currency", "currency",
+                     ("What is the currency of {}?", "Which currency is used in {}?")),
         ),
         sentences=(
             "{name} is a country with the capital {capital}. People pay with the {currency}.",
@@ -274,6 +229,6 @@ KINDS: dict[str, Kind] = {
             "In {venue} the {name} was opened by {guest} and {sponsor}.",
         ),
     ),
-}
+}  # fmt: skip
 
 RELATIONS: dict[str, Relation] = {relation.name: relation for kind in KINDS.values() for relation in kind.relations}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import finite_or_none
 from trl_search.rewards.answers import contains_answer, exact_match, f1_score, last_answer
 from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.types import StopReason, Trajectory
@@ -59,7 +60,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether its search failed: in no mean."""
+        """Whether its search failed. Failed questions enter no mean."""
         return self.stop_reason == StopReason.RETRIEVAL_FAILED
 
 
@@ -94,12 +95,8 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """As a file holds it: JSON has no NaN, so what is not a number is null. Read back by [`evaluation_of`]."""
-
-        def plain(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        values = {name: plain(value) for name, value in asdict(self).items()}
-        return values | {"em_interval": [plain(value) for value in self.em_interval]}
+        values: dict[str, Any] = finite_or_none(asdict(self))
+        return values
 
 
 def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:

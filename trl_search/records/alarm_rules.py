@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_search.common.files import is_number
+
 WINDOW = 5  # logs whose median is compared
 SETTLED = 3  # logs whose median is the first baseline
+ALARM_PREFIX = "alarm/"  # of the metric that says whether a rule fires
 
 
 @dataclass
@@ -96,155 +99,99 @@ class NotFinite(Rule):
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         # TRL logs `None` for a metric that was NaN throughout.
-        broken = [name for name in self.metrics if name in row and not is_finite(row[name])]
+        broken = [name for name in self.metrics if name in row and not is_number(row[name])]
         return f"{', '.join(broken)}: not a finite number" if broken else ""
 
 
 RULES: tuple[Rule, ...] = (
     NotFinite(
-        "not_finite",
-        "loss, grad_norm, entropy, kl",
+        "not_finite", "loss, grad_norm, entropy, kl",
         "an update overflowed and was skipped (three in a row stop the run)",
         "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
         metrics=("loss", "grad_norm", "entropy", "kl"),
     ),
     Rule(
-        "reward",
-        "reward",
-        "the policy gets worse at what it is trained on",
+        "reward", "reward", "the policy gets worse at what it is trained on",
         "go back to the best checkpoint; lower learning_rate, take fewer optimizer steps per batch",
-        falls=0.4,
-        worth=0.1,
+        falls=0.4, worth=0.1,
     ),
     Rule(
-        "reward_variance",
-        "reward_std",
-        "rewards hardly differ any more: there is little to learn from",
+        "reward_variance", "reward_std", "rewards hardly differ any more: there is little to learn from",
         "look at completions for one answer to everything; raise temperature or num_generations",
-        falls=0.2,
-        worth=0.01,
-        unless_solved=True,
+        falls=0.2, worth=0.01, unless_solved=True,
     ),
     Rule(
-        "silent_groups",
-        "frac_reward_zero_std",
-        "in hardly any group do two rewards differ: there is no gradient",
+        "silent_groups", "frac_reward_zero_std", "in hardly any group do two rewards differ: there is no gradient",
         "raise num_generations, or train on questions that the policy sometimes answers",
-        rises=0.0,
-        beyond=0.95,
-        unless_solved=True,
+        rises=0.0, beyond=0.95, unless_solved=True,
     ),
     Rule(
-        "searches",
-        "search/searches",
-        "the policy gives up searching",
-        "if guessing pays as much as searching, begin with a cold start (trl-search sft) or give the retrieval reward "
-        "a weight; look at retrieval/failed_queries and search/empty_retrievals",
-        falls=0.3,
-        worth=0.1,
+        "searches", "search/searches", "the policy gives up searching",
+        "if guessing pays as much as searching, begin with a cold start (trl-search sft) or give the "
+        "retrieval reward a weight; look at retrieval/failed_queries and search/empty_retrievals",
+        falls=0.3, worth=0.1,
     ),
     Rule(
-        "turns",
-        "search/turns",
-        "trajectories end in their first turns",
+        "turns", "search/turns", "trajectories end in their first turns",
         "look at completions: without an answer, the call's format is lost; with one, see alarm/searches",
-        falls=0.5,
-        worth=2.0,
+        falls=0.5, worth=2.0,
     ),
     Rule(
-        "answers",
-        "stop/answer",
-        "trajectories run into a budget instead of answering",
+        "answers", "stop/answer", "trajectories run into a budget instead of answering",
         "look at stop/* for which budget; a policy that babbles shows in tokens/model",
-        falls=0.5,
-        worth=0.2,
+        falls=0.5, worth=0.2,
     ),
     Rule(
-        "no_answer",
-        "search/no_answer",
-        "more and more trajectories end without an answer",
+        "no_answer", "search/no_answer", "more and more trajectories end without an answer",
         "look at stop/* for how they end; lower learning_rate, go back to the best checkpoint",
-        rises=3.0,
-        beyond=0.2,
+        rises=3.0, beyond=0.2,
     ),
     Rule(
-        "exact_queries",
-        "search/quoted_queries",
+        "exact_queries", "search/quoted_queries",
         "the policy stops asking for exact phrases: queries get vaguer, long before the reward falls",
         "read the queries of the report; lower learning_rate, compare eval/em of the checkpoints before going on",
-        falls=0.4,
-        worth=0.1,
-        drift=True,
+        falls=0.4, worth=0.1, drift=True,
     ),
     Rule(
-        "repeated_queries",
-        "search/repeated_queries",
-        "the policy asks the same again and learns nothing from it",
+        "repeated_queries", "search/repeated_queries", "the policy asks the same again and learns nothing from it",
         "read the queries of the report; look at search/empty_retrievals, lower max_searches",
-        rises=2.0,
-        beyond=0.3,
-        drift=True,
+        rises=2.0, beyond=0.3, drift=True,
     ),
     Rule(
-        "thoughts",
-        "tokens/per_turn",
-        "the policy thinks less and less before it acts",
+        "thoughts", "tokens/per_turn", "the policy thinks less and less before it acts",
         "read the completions; lower learning_rate, use a loss with a constant length normaliser (loss_type: dr_grpo)",
-        falls=0.4,
-        worth=30.0,
-        drift=True,
+        falls=0.4, worth=30.0, drift=True,
     ),
     Rule(
-        "held_out",
-        "eval/em",
-        "held-out questions are answered worse than before, whatever the training reward says",
+        "held_out", "eval/em", "held-out questions are answered worse than before, whatever the training reward says",
         "go back to the best checkpoint; read what is rewarded: the reward may be earned without a right answer",
-        falls=0.75,
-        worth=0.1,
-        drift=True,
+        falls=0.75, worth=0.1, drift=True,
     ),
     Rule(
-        "malformed",
-        "search/malformed_calls",
-        "the policy loses the format of its calls",
+        "malformed", "search/malformed_calls", "the policy loses the format of its calls",
         "lower learning_rate, raise beta, or give the format reward a weight",
-        rises=2.0,
-        beyond=0.5,
+        rises=2.0, beyond=0.5,
     ),
     Rule(
-        "duplicate_tags",
-        "search/duplicate_tags",
-        "the policy repeats its tags",
+        "duplicate_tags", "search/duplicate_tags", "the policy repeats its tags",
         "lower learning_rate, raise beta, or give the format reward a weight",
-        rises=2.0,
-        beyond=0.5,
+        rises=2.0, beyond=0.5,
     ),
     Rule(
-        "entropy_rise",
-        "entropy",
-        "the policy loses its language",
+        "entropy_rise", "entropy", "the policy loses its language",
         "lower learning_rate, raise beta; make sure that mask_observations is on",
-        rises=2.0,
-        beyond=0.3,
+        rises=2.0, beyond=0.3,
     ),
     Rule(
-        "entropy_fall",
-        "entropy",
-        "the policy writes the same whatever it samples: it explores no more",
+        "entropy_fall", "entropy", "the policy writes the same whatever it samples: it explores no more",
         "raise temperature, epsilon_high or entropy_coef; lower learning_rate",
-        falls=0.1,
-        beyond=0.01,
-        unless_solved=True,
+        falls=0.1, beyond=0.01, unless_solved=True,
     ),
     Rule(
-        "kl",
-        "kl",
-        "the policy runs away from its reference",
-        "raise beta, lower learning_rate",
-        rises=3.0,
-        beyond=1.0,
+        "kl", "kl", "the policy runs away from its reference", "raise beta, lower learning_rate",
+        rises=3.0, beyond=1.0,
     ),
-)
+)  # fmt: skip
 
 
 DRIFT = {rule.name for rule in RULES if rule.drift}
@@ -252,7 +199,3 @@ DRIFT = {rule.name for rule in RULES if rule.drift}
 
 def _solved(reward: Level | None) -> bool:
     return reward is not None and reward.known and reward.now > max(0.9 * reward.high, 0.05)
-
-
-def is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -13,7 +13,6 @@ repaired in place, because the run may still be going on.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import pyarrow
 from pyarrow import parquet
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import finite_or_none
 from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
@@ -33,40 +33,19 @@ BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
+_TEXT, _COUNT, _SECONDS, _SCORE = pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
+_TURN = pyarrow.struct([("role", _TEXT), ("start", _COUNT), ("end", _COUNT)])
 TRAJECTORY_SCHEMA = pyarrow.schema(
     [
-        ("step", pyarrow.int32()),
-        ("group", pyarrow.int32()),
-        ("index", pyarrow.int32()),
-        ("id", pyarrow.string()),
-        ("data_source", pyarrow.string()),
-        ("question", pyarrow.string()),
-        ("golden_answers", pyarrow.list_(pyarrow.string())),
-        ("prompt", pyarrow.string()),
-        ("tokens", pyarrow.list_(pyarrow.string())),
-        ("mask", pyarrow.list_(pyarrow.int8())),
-        ("logprobs", pyarrow.list_(pyarrow.float32())),
-        (
-            "turns",
-            pyarrow.list_(
-                pyarrow.struct(
-                    [("role", pyarrow.string()), ("start", pyarrow.int32()), ("end", pyarrow.int32())],
-                )
-            ),
-        ),
-        ("answer", pyarrow.string()),
-        ("reward", pyarrow.float64()),
-        ("advantage", pyarrow.float64()),
-        ("searches", pyarrow.int32()),
-        ("malformed", pyarrow.int32()),
-        ("model_tokens", pyarrow.int32()),
-        ("observation_tokens", pyarrow.int32()),
-        ("stop_reason", pyarrow.string()),
-        ("error", pyarrow.string()),
-        ("generation_s", pyarrow.float32()),
-        ("search_s", pyarrow.float32()),
+        ("step", _COUNT), ("group", _COUNT), ("index", _COUNT), ("id", _TEXT), ("data_source", _TEXT),
+        ("question", _TEXT), ("golden_answers", pyarrow.list_(_TEXT)), ("prompt", _TEXT),
+        ("tokens", pyarrow.list_(_TEXT)), ("mask", pyarrow.list_(pyarrow.int8())),
+        ("logprobs", pyarrow.list_(pyarrow.float32())), ("turns", pyarrow.list_(_TURN)), ("answer", _TEXT),
+        ("reward", _SCORE), ("advantage", _SCORE), ("searches", _COUNT), ("malformed", _COUNT),
+        ("model_tokens", _COUNT), ("observation_tokens", _COUNT), ("stop_reason", _TEXT), ("error", _TEXT),
+        ("generation_s", _SECONDS), ("search_s", _SECONDS),
     ]
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +72,33 @@ class Run:
     problems: list[str]
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float | None = None
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What `run.json` says of questions, retriever and rewards."""
+        return section(self.info, "task")
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The evaluation of the agent before GRPO; empty if there was none."""
+        return next((self.results[name] for name in BEFORE_ROWS if name in self.results), {})
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The evaluation of the agent after GRPO; empty if there was none."""
+        return self.results.get(AFTER_ROW, {})
+
+    @property
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """What was measured once, before training, in other ways of asking: `direct answer, no search`, ..."""
+        others = {name: row for name, row in self.results.items() if name not in (*BEFORE_ROWS, AFTER_ROW)}
+        return {name: row for name, row in others.items() if not name.startswith(BEST_ROW)}
+
+
+def section(info: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within `run.json`, such as its `task` or `config`; empty if it is missing."""
+    value = info.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def trajectory_file(folder: Path, step: int) -> Path:
@@ -132,20 +138,12 @@ def read_run(folder: str | Path) -> Run:
     recorded = _read_object(folder / RESULTS_FILE, problems) if (folder / RESULTS_FILE).is_file() else {}
     history = _read_history(folder, recorded, problems)
     files = [path for step, path in sorted(steps.items()) if step >= 0 and _readable(path, problems)]
-    rows = recorded.get("rows")
-    results = {name: row for name, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
+    results = {name: row for name, row in section(recorded, "rows").items() if isinstance(row, dict)}
     seconds = recorded.get("seconds")
     # Before training ends, the file holds the evaluations so far, and a time that is not the run's.
     ended = AFTER_ROW in results or bool(recorded.get("history"))
-    return Run(
-        folder,
-        info,
-        history,
-        files,
-        problems,
-        results,
-        seconds if ended and isinstance(seconds, int | float) else None,
-    )
+    seconds = seconds if ended and isinstance(seconds, int | float) else None
+    return Run(folder, info, history, files, problems, results, seconds)
 
 
 def read_trajectories(run: Run, steps: Collection[int] | None = None) -> pyarrow.Table:
@@ -202,7 +200,7 @@ def _read_history(folder: Path, recorded: Mapping[str, Any], problems: list[str]
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             problems.append(f"{source.name} {where} has no step")
             continue
-        kept.append({name: _finite(value) for name, value in row.items()})
+        kept.append(finite_or_none(row))
         for name, value in kept[-1].items():
             if value is None:
                 broken.setdefault(name, []).append(row["step"])
@@ -210,10 +208,6 @@ def _read_history(folder: Path, recorded: Mapping[str, Any], problems: list[str]
         more = f" and {len(at) - 3} more" if len(at) > 3 else ""
         problems.append(f"{source.name}: {name} is not a finite number at step {', '.join(map(str, at[:3]))}{more}")
     return kept
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, REWARD_PREFIX, Run
+from trl_search.records.folder import REWARD_PREFIX, Run
 from trl_search.records.run_log import RunLog
 from trl_search.records.trajectory_log import TrajectoryLog
 
@@ -85,13 +85,11 @@ def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
     if "trackio" in (args.report_to or []):
         _resume_trackio(args)
     columns = ("em", "f1", "searches", "questions")
-    before = next((run.results[name] for name in BEFORE_ROWS if name in run.results), {})
-    ends = {"before": before, "after": run.results.get(AFTER_ROW, {})}
     step = max((row["step"] for row in run.history if "step" in row), default=0)
     for tracker in _trackers(args):
         values: dict[str, Any] = {
             f"{RESULTS_KEY}/{name}_{when}": row[name]
-            for when, row in ends.items()
+            for when, row in (("before", run.before), ("after", run.after))
             for name in columns[:3]
             if row.get(name) is not None
         }

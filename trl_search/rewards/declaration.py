@@ -15,8 +15,7 @@ def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0
     """Marks a reward function with what the trainer should know of it; the function itself is unchanged.
 
     Args:
-        required_columns (`Sequence[str]`, *optional*, defaults to `()`):
-            Dataset columns that it takes as keywords.
+        required_columns (`Sequence[str]`, *optional*, defaults to `()`): Dataset columns that it takes as keywords.
         default_weight (`float`, *optional*, defaults to `1.0`):
             Its weight where `reward_weights` is not given. At 0 it is tracked and not trained on.
 

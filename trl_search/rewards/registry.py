@@ -35,9 +35,8 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
     """Turns what a recipe or a script gives into reward functions.
 
     Args:
-        specs (`str`, `Callable` or a list of both):
-            A name (built in, or added by an installed package), an import path (`package.module.function`, also with
-            `:`), or the function itself, which is returned as it is.
+        specs (`str`, `Callable` or a list of both): A name (built in, or added by an installed package), an import
+            path (`package.module.function`, also with `:`), or the function itself, which is returned as it is.
 
     Returns:
         `list[Callable]`: one function for each, in order.

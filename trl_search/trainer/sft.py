@@ -51,8 +51,7 @@ class SearchSFTConfig(SFTConfig):
             that would mix the trajectories of such a batch (sliding windows, hybrid layers) are padded all the same.
         initialise_tags (`bool`, *optional*, defaults to `False`):
             Give the protocol's tags embeddings where the checkpoint's were never trained.
-        merge_adapter (`bool`, *optional*, defaults to `True`):
-            Save a LoRA adapter merged into the model.
+        merge_adapter (`bool`, *optional*, defaults to `True`): Save a LoRA adapter merged into the model.
     """
 
     max_length: int | None = field(

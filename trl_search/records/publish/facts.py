@@ -12,6 +12,7 @@ from trl_search.config.agent import RUN_FILE, AgentSettings, protocol_of, read_s
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
+from trl_search.records.folder import section
 from trl_search.records.publish.commit import CURVES, on_hub
 from trl_search.records.publish.results import Result, evaluation_results, training_results
 
@@ -47,13 +48,15 @@ class CardFacts:
 
     @property
     def task(self) -> Mapping[str, Any]:
-        task = self.info.get("task")
-        return task if isinstance(task, dict) else {}
+        return section(self.info, "task")
 
     @property
     def config(self) -> Mapping[str, Any]:
-        config = self.info.get("config")
-        return config if isinstance(config, dict) else {}
+        return section(self.info, "config")
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return section(self.info, "versions")
 
     @property
     def hub_base(self) -> str | None:
@@ -86,7 +89,7 @@ def read_facts(
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
     tools = SearchEnvironment.tools if asked.max_searches else ()
-    results = training_results(run_folder, info.get("task") or {}, folder)
+    results = training_results(run_folder, section(info, "task"), folder)
     for evaluation in evaluations:
         results += evaluation_results(evaluation)
     adapter = read_adapter(folder)
@@ -105,6 +108,5 @@ def read_facts(
 
 def base_of(info: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> str | None:
     """The model that a training began with. A warm start trains on from a folder of the run, which is no base."""
-    task = info.get("task")
-    recorded = task.get("base_model") if isinstance(task, dict) else None
+    recorded = section(info, "task").get("base_model")
     return recorded or (adapter or {}).get("base_model_name_or_path") or info.get("model")

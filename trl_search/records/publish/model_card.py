@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from trl_search.retrieval import load_retriever
 from trl_search.types import Answer, Passage, Search
 
 EXAMPLE_QUESTION = "Where was the author of Dracula born?"
-_BOTH_READ_IT = "`trl_search.json` says how the agent was trained to be asked; both read it."
 _EXAMPLE_PASSAGES = (
     Passage("1", "Dracula", "Dracula is a novel by Bram Stoker, published in 1897."),
     Passage("2", "Bram Stoker", "Bram Stoker was born in Dublin in 1847."),
@@ -51,18 +51,33 @@ CONFIG_KEYS = (
 
 
 def write_card(facts: CardFacts) -> ModelCard:
-    """The card, metadata first."""
-    name = facts.repo_id.rstrip("/").rsplit("/", 1)[-1]
-    sections = [
-        f"# {name}\n\n{_opening(facts)}",
-        _use(facts) if facts.is_search_agent else "",
-        _results(facts),
-        _conversation(facts) if facts.is_search_agent else "",
-        _training(facts),
-        _versions(facts),
-    ]
-    body = "\n\n".join(section for section in sections if section)
-    return ModelCard(f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body}\n")
+    """The card: metadata, and `model_card.md.jinja` filled in."""
+    import jinja2
+
+    name, settings = facts.repo_id.rstrip("/").rsplit("/", 1)[-1], facts.settings or AgentSettings()
+    asked = facts.is_search_agent
+    agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
+    if not asked:
+        agent = f"an agent that reasons, calls tools ({', '.join(facts.tools)}), reads their results, and answers."
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cell": _cell, "fenced": _fenced, "number": _number}
+    source = resources.files("trl_search.records.publish").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    body = environment.from_string(source).render(
+        facts=facts,
+        settings=settings,
+        name=name,
+        adapter=facts.adapter is not None,
+        base=_base_link(facts),
+        agent=agent,
+        command=_command(facts) if asked else "",
+        snippet=snippet(facts) if asked else "",
+        conversation=example_conversation(facts.protocol, settings) if asked else "",
+        data=_data(facts),
+        recipe=yaml.safe_dump(_recipe(facts), sort_keys=False, allow_unicode=True).rstrip(),
+        versions=facts.versions,
+        trained_on=_trained_on(facts),
+    )
+    return ModelCard(f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body.rstrip()}\n")
 
 
 def snippet(facts: CardFacts) -> str:
@@ -71,7 +86,7 @@ def snippet(facts: CardFacts) -> str:
     retriever = 'load_retriever("web")  # or "http", "bm25", "dense", ...'
     if facts.in_world:
         imports.append("from trl_search.data.world import generate_world")
-        retriever = f'load_retriever("bm25", passages={_world(facts)}.passages)'
+        retriever = _world(facts, 'load_retriever("bm25", passages=generate_world({}, seed={}).passages)')
     return "\n".join(
         [
             *imports,
@@ -114,101 +129,25 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
     return protocol.decode([*prompt, *trajectory.ids])
 
 
-def _opening(facts: CardFacts) -> str:
-    base = _base_link(facts)
-    kind = "A LoRA adapter that makes" if facts.adapter is not None else "A language model trained to be"
-    made = f" {base}" if facts.adapter is not None else ""
-    agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
-    if not facts.is_search_agent:
-        agent = f"an agent that reasons, calls tools ({', '.join(facts.tools)}), reads their results, and answers."
-    source = f" from {base}" if facts.adapter is None and base else ""
-    lines = [f"{kind}{made} {agent} Trained with GRPO by `trl-search`{source}."]
-    if facts.adapter is not None:
-        lines.append(
-            "The base model is not in this repository: the snippet below loads it from its own, and the adapter on it."
-        )
-    if facts.in_world:
-        lines.append(
-            "It was trained in the embedded world of trl-search, an invented encyclopedia: it can look up facts there "
-            "and knows nothing about the real one."
-        )
-    return "\n\n".join(lines)
+def _command(facts: CardFacts) -> str:
+    """Shell commands that install what it needs and ask it a question."""
+    extra, world = ("", f" --retriever world {_world(facts, '--world_passages {} --world_seed {}')}")
+    if not facts.in_world:
+        extra, world = "[web]", ""
+    question = json.dumps(question_for(facts))
+    return f'pip install "trl-search{extra}"\ntrl-search chat {facts.repo_id} {question}{world}'
 
 
-def _use(facts: CardFacts) -> str:
-    extra = "" if facts.in_world else "[web]"
-    world = " --retriever world" if facts.in_world else ""
-    if facts.in_world:
-        world += f" --world_passages {facts.task.get('world_passages', 2000)}"
-        world += f" --world_seed {facts.task.get('world_seed', 0)}"
-    command = f"trl-search chat {facts.repo_id} {json.dumps(question_for(facts))}{world}"
-    return "\n\n".join(
-        [
-            "## Use",
-            _fenced(f'pip install "trl-search{extra}"\n{command}', "sh"),
-            "or from Python:",
-            _fenced(snippet(facts), "python"),
-            *([_BOTH_READ_IT] if facts.settings else []),
-        ]
-    )
-
-
-def _results(facts: CardFacts) -> str:
-    if not facts.results:
-        return "## Results\n\nNo results are recorded: `trl-search eval` measures them."
-    lines = [
-        "| policy | questions from | n | EM | ± 95 % | F1 | searches per question |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in facts.results:
-        cells = [one.policy, one.dataset, f"{one.questions:,}", f"{one.em:.3f}"]
-        cells += [_number(one.em_ci95, 3), _number(one.f1, 3), _number(one.searches, 2)]
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    note = "EM: exact match of the last answer, normalised as SQuAD does; ± is half of the 95 % bootstrap interval."
-    curves = ["![Curves of the training](curves.png)"] if facts.curves else []
-    return "\n\n".join(["## Results", "\n".join(lines), note, *curves])
-
-
-def _conversation(facts: CardFacts) -> str:
-    settings, name = facts.settings or AgentSettings(), facts.protocol.name
-    example = example_conversation(facts.protocol, settings)
-    unknown = "" if facts.settings else "How it was trained to be asked is not recorded; the default is "
-    instruction = "no instruction before the question" if settings.instruction == "" else "the instruction shown"
-    return "\n\n".join(
-        [
-            "## Protocol",
-            f"{unknown}`{name}`, {instruction}, at most {settings.max_searches} searches of "
-            f"{settings.passages_per_query} passages per query, {settings.max_turn_length} tokens per turn and "
-            f"{settings.max_completion_length} in all. "
-            "A conversation as the model reads it, written by a script to show the form:",
-            _fenced(example, "text"),
-        ]
-    )
-
-
-def _training(facts: CardFacts) -> str:
-    if not facts.info:
-        return "## Training\n\nThe run has no `run.json`, so how it was trained is not recorded."
-    recipe: dict[str, Any] = {}
-    if facts.hub_base:
-        recipe["model_name_or_path"] = facts.hub_base
+def _recipe(facts: CardFacts) -> dict[str, Any]:
+    """The keys of the recipe that are published."""
+    recipe: dict[str, Any] = {"model_name_or_path": facts.hub_base} if facts.hub_base else {}
     recipe |= {key: _published(facts.task[key]) for key in TASK_KEYS if facts.task.get(key) is not None}
     recipe |= {key: facts.config[key] for key in CONFIG_KEYS if facts.config.get(key) is not None}
     if facts.adapter is not None:
-        recipe |= {"use_peft": True}
         names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-        recipe |= {key: facts.adapter[name] for name, key in names.items() if facts.adapter.get(name) is not None}
-    learned = "It learnt from " + _data(facts) + "."
-    masked = "" if facts.config.get("mask_observations") is False else " What was retrieved is masked from the loss."
-    return "\n\n".join(
-        [
-            "## Training",
-            learned + masked,
-            "The recipe, without what depends on the machine. With your own `retriever_options` it runs as "
-            "`trl-search train recipe.yaml`:",
-            _fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(), "yaml"),
-        ]
-    )
+        adapter = {key: facts.adapter[name] for name, key in names.items() if facts.adapter.get(name) is not None}
+        recipe |= {"use_peft": True, **adapter}
+    return recipe
 
 
 def _data(facts: CardFacts) -> str:
@@ -224,15 +163,11 @@ def _data(facts: CardFacts) -> str:
     return data + (f", answered from a `{_published(kind)}` retriever" if kind else "")
 
 
-def _versions(facts: CardFacts) -> str:
-    versions = facts.info.get("versions")
-    if not isinstance(versions, dict) or not versions:
-        return ""
+def _trained_on(facts: CardFacts) -> str:
     hardware = facts.info.get("hardware") or {}
     gpus, processes = hardware.get("gpus") or [], hardware.get("processes")
     where = f"{len(gpus)} x {gpus[0]}" if gpus else f"{hardware.get('cpus', 'some')} CPU cores"
-    made = f"Trained on {where}, {processes} process{'' if processes == 1 else 'es'}. " if processes else ""
-    return f"## Versions\n\n{made}" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    return f"Trained on {where}, {processes} process{'' if processes == 1 else 'es'}. " if processes else ""
 
 
 def _metadata(facts: CardFacts, name: str) -> ModelCardData:
@@ -276,8 +211,9 @@ def _base_link(facts: CardFacts) -> str:
     return f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}` (a local model)"
 
 
-def _world(facts: CardFacts) -> str:
-    return f"generate_world({facts.task.get('world_passages', 2000)}, seed={facts.task.get('world_seed', 0)})"
+def _world(facts: CardFacts, form: str) -> str:
+    """The size and the seed of the embedded world, written in a form."""
+    return form.format(facts.task.get("world_passages", 2000), facts.task.get("world_seed", 0))
 
 
 def _published(value: Any) -> Any:

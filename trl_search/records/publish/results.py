@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object
+from trl_search.common.files import is_number, read_object
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.records.folder import AFTER_ROW, BEST_ROW
 
@@ -96,4 +95,4 @@ def _line(policy: str, dataset: str, row: Any, *, final: bool) -> list[Result]:
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if is_number(value) else None

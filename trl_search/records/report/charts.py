@@ -9,21 +9,20 @@ A chart of one run has one line per metric. Charts that compare runs have one me
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.records.alarm_rules import RULES
-from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, BEST_ROW, Run
+from trl_search.common.files import is_number
+from trl_search.records.alarm_rules import ALARM_PREFIX, RULES
+from trl_search.records.folder import Run
 from trl_search.records.report.panels import PANELS, Panel
 
 History = Sequence[Mapping[str, Any]]
 
 MAX_RUNS = 16
-ALARM_PREFIX = "alarm/"
 # A line with more points than this is drawn pale, with its running mean on top.
 SMOOTH_ABOVE = 80
 
@@ -114,8 +113,8 @@ def history_of(run: Run) -> list[Mapping[str, Any]]:
     logged = {row["step"] for row in run.history if is_number(row.get("eval/em"))}
     rows = [row for row in run.history if "step" in row]
     last = max((row["step"] for row in rows), default=0)
-    measured = {0: next((run.results[name] for name in BEFORE_ROWS if name in run.results), None)}
-    measured[last] = run.results.get(AFTER_ROW, measured.get(last))
+    measured = {0: run.before}
+    measured[last] = run.after or measured.get(last, {})
     added = [
         {
             "step": step,
@@ -125,18 +124,9 @@ def history_of(run: Run) -> list[Mapping[str, Any]]:
             "eval/reflection_ratio": result.get("reflective_ratio"),
         }
         for step, result in measured.items()
-        if result is not None and step not in logged
+        if result and step not in logged
     ]
     return sorted([*rows, *added], key=lambda row: row["step"])
-
-
-def baselines_of(run: Run) -> dict[str, Mapping[str, Any]]:
-    """What was measured once, before training, in other ways of asking: `direct answer, no search`, `one-shot RAG`."""
-    return {
-        name: result
-        for name, result in run.results.items()
-        if name not in (*BEFORE_ROWS, AFTER_ROW) and not name.startswith(BEST_ROW)
-    }
 
 
 def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, str]]:
@@ -167,7 +157,8 @@ def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, st
 def alarms_of(history: History, run: int, names: Iterable[str] | None = None) -> list[Alarm]:
     """The alarms that rang; `names` for some of them only."""
     if names is None:
-        names = sorted({name.removeprefix(ALARM_PREFIX) for row in history for name in row if _is_alarm(name)})
+        logged = {name for row in history for name in row if name.startswith(ALARM_PREFIX)}
+        names = sorted(name.removeprefix(ALARM_PREFIX) for name in logged)
     rang = [(name, [step for step, on in points(history, ALARM_PREFIX + name).items() if on]) for name in names]
     rules = {rule.name: (rule.means, rule.advice) for rule in RULES}
     return [Alarm(name, run, steps, *rules.get(name, ("", ""))) for name, steps in rang if steps]
@@ -211,10 +202,6 @@ def curve(history: History, metric: str) -> dict[int, float | None]:
     return dict(sorted((step, float(value) if is_number(value) else None) for step, value in dict(logged).items()))
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def smoothing_window(points: int) -> int:
     """Over how many points the running mean is taken: an odd number, 1 for no smoothing.
 
@@ -247,9 +234,5 @@ def _line(history: History, metric: str, label: str, run: int, colour: int) -> L
 
 
 def _baselines(run: Run, last: int, colour: int) -> list[Line]:
-    measured = [(name, result["em"]) for name, result in baselines_of(run).items() if is_number(result.get("em"))]
+    measured = [(name, result["em"]) for name, result in run.baselines.items() if is_number(result.get("em"))]
     return [Line(name, 0, colour + i, [0, last], [em, em], [], level=True) for i, (name, em) in enumerate(measured)]
-
-
-def _is_alarm(name: str) -> bool:
-    return name.startswith(ALARM_PREFIX)

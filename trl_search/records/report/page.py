@@ -11,7 +11,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from typing import Any
 
 import trl_search
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import finite_or_none, written_whole
 from trl_search.records.folder import Run
 from trl_search.records.report.charts import alarms_of, charts_of, run_names
 from trl_search.records.report.reflection import correlate, reflection_points, words
@@ -120,7 +119,7 @@ def _meta(runs: Sequence[Run], names: Sequence[str], trajectories: PageTrajector
                 "left_out": note,
                 "headline": headline(run),
                 "facts": [asdict(fact) for fact in facts_of(run)],
-                "info": _without_nan(run.info),
+                "info": finite_or_none(run.info),
                 "reflection": _reflection(run),
                 "alarms": [asdict(alarm) for alarm in alarms_of(run.history, number)],
             }
@@ -146,15 +145,6 @@ def _reflection(run: Run) -> dict[str, Any] | None:
     if not series.any_reflection:
         return None
     return {**asdict(series), "words": words(series, correlate(series.points))}
-
-
-def _without_nan(value: Any) -> Any:
-    """Python writes NaN and infinities into JSON, and a browser cannot read them."""
-    if isinstance(value, dict):
-        return {name: _without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _packed(value: Any) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trl_search.records.folder import AFTER_ROW, BEFORE_ROWS, BEST_ROW, Run
-from trl_search.records.report.charts import baselines_of, history_of, is_number, points
+from trl_search.common.files import is_number
+from trl_search.records.folder import BEST_ROW, Run, section
+from trl_search.records.report.charts import history_of, points
 
 # A reward of one step is noisy: the first and the last are means over so many logs.
 REWARD_LOGS = 3
@@ -38,14 +39,12 @@ def headline(run: Run) -> str:
         said = f"The training reward {_went(first, last)} from {first:.3f} to {last:.3f}"
         return f"{said}; held-out questions were not measured."
     (start, before), *_, (end, after) = em.items()
-    started = run.results.get(next((name for name in BEFORE_ROWS if name in run.results), ""), {})
-    ended = run.results.get(AFTER_ROW, {})
-    questions = f" on {ended['questions']:,} questions" if is_number(ended.get("questions")) else ""
+    questions = f" on {run.after['questions']:,} questions" if is_number(run.after.get("questions")) else ""
     said = f"Held-out exact match {_went(before, after)} from {before:.3f} to {after:.3f}{questions}"
-    noise = math.hypot(_half_width(started), _half_width(ended))
+    noise = math.hypot(_half_width(run.before), _half_width(run.after))
     if abs(after - before) <= noise:
         return f"{said}, which is within the noise of the measurement (± {noise:.3f})."
-    baselines = {name: row["em"] for name, row in baselines_of(run).items() if is_number(row.get("em"))}
+    baselines = {name: row["em"] for name, row in run.baselines.items() if is_number(row.get("em"))}
     if baselines and (name := max(baselines, key=lambda name: baselines[name])):
         best = baselines[name]
         said += f", {after / best:.1f} times {name} ({best:.3f})" if best else f"; {name} has {best:.3f}"
@@ -56,7 +55,7 @@ def facts_of(run: Run) -> list[Fact]:
     """The row of numbers; what the run did not record is left out."""
     history = history_of(run)
     found = [_em_fact(run)]
-    for name, row in baselines_of(run).items():
+    for name, row in run.baselines.items():
         if is_number(row.get("em")):
             found.append(Fact(_capital(name), f"{row['em']:.3f}", _interval(row)))
     reward = points(history, "reward")
@@ -78,7 +77,7 @@ def _em_fact(run: Run) -> Fact | None:
         return None
     values = list(em.values())
     best = next((name for name in run.results if name.startswith(BEST_ROW)), "")
-    note = _interval(run.results.get(AFTER_ROW, {}))
+    note = _interval(run.after)
     if best and is_number(run.results[best].get("em")):
         note += f"{'; ' if note else ''}best {run.results[best]['em']:.3f} {best.removeprefix(BEST_ROW).strip()}"
     ends = values if len(values) == 1 else [values[0], values[-1]]
@@ -89,7 +88,7 @@ def _steps_fact(run: Run) -> Fact | None:
     steps = [row["step"] for row in run.history if "step" in row]
     if not steps:
         return None
-    planned = _config(run).get("max_steps")
+    planned = section(run.info, "config").get("max_steps")
     of = f" of {planned:,}" if is_number(planned) and planned > max(steps) else ""
     seconds = list(points(run.history, "step_time").values())
     spent = f"{_duration(sum(seconds) / len(seconds))} per step" if seconds else ""
@@ -100,10 +99,10 @@ def _steps_fact(run: Run) -> Fact | None:
 
 def _model_fact(run: Run) -> Fact | None:
     # A warm start trains on from a folder of the run; the task names the model that it began with.
-    model = _task(run).get("base_model") or run.info.get("model")
+    model = run.task.get("base_model") or run.info.get("model")
     if not isinstance(model, str):
         return None
-    searched = [value for value in (run.info.get("protocol"), _task(run).get("retriever")) if isinstance(value, str)]
+    searched = [value for value in (run.info.get("protocol"), run.task.get("retriever")) if isinstance(value, str)]
     return Fact("Model", _last_part(model), " · ".join(searched))
 
 
@@ -129,8 +128,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _half_width(row: Mapping[str, Any]) -> float:
-    value = row.get("em_ci95")
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    return float(row["em_ci95"]) if is_number(row.get("em_ci95")) else 0.0
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
@@ -154,13 +152,3 @@ def _last_part(path: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _config(run: Run) -> Mapping[str, Any]:
-    config = run.info.get("config")
-    return config if isinstance(config, dict) else {}
-
-
-def _task(run: Run) -> Mapping[str, Any]:
-    task = run.info.get("task")
-    return task if isinstance(task, dict) else {}

@@ -21,12 +21,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.records.alarm_rules import DRIFT, RULES, WINDOW, Level, NotFinite, is_finite
+from trl_search.common.files import is_number
+from trl_search.records.alarm_rules import ALARM_PREFIX, DRIFT, RULES, WINDOW, Level, NotFinite
 
 logger = logging.getLogger(__name__)
 
 STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts
-PREFIX = "alarm/"
 
 
 class Watch:
@@ -44,7 +44,7 @@ class Watch:
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What every rule finds after this log, `""` for nothing; a rule is left out until its metric is logged."""
         for metric in {rule.metric for rule in RULES} & set(row):
-            if is_finite(row[metric]):
+            if is_number(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])
         rules = [rule for rule in RULES if rule.metric in self.levels or isinstance(rule, NotFinite)]
         return {rule.name: rule.look(self.levels, row) for rule in rules}
@@ -107,7 +107,7 @@ class CollapseAlarm(TrainerCallback):
         if not logs or not is_training_log(logs):
             return
         found, new = self._update(logs)
-        flags = {f"{PREFIX}{name}": float(bool(what)) for name, what in found.items()}
+        flags = {f"{ALARM_PREFIX}{name}": float(bool(what)) for name, what in found.items()}
         logs.update(flags)
         if state.log_history:  # made from the logs just before this call
             state.log_history[-1].update(flags)

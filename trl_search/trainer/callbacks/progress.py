@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from trl_search.trainer.callbacks.alarms import PREFIX
+from trl_search.records.alarm_rules import ALARM_PREFIX
 
 # Metric -> how it is called in the line; those that a step did not log are left out.
 SHOWN = {
@@ -34,7 +34,8 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
         'step  3/12  reward 0.500  searches 0.720  seconds 5.10'
     """
     shown = "  ".join(f"{name} {logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None)
-    alarms = ", ".join(name.removeprefix(PREFIX) for name, value in logs.items() if name.startswith(PREFIX) and value)
+    fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
+    alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
     return f"step {step:>{len(str(max_steps))}}/{max_steps}  {shown}" + (f"  ALARM {alarms}" if alarms else "")
 
 
