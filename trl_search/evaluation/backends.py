@@ -1,4 +1,4 @@
-"""Who answers: the policy of an evaluation, by the name of its engine.
+"""The policy of an evaluation, by the name of its engine.
 
 | backend        | the model runs                                       | several processes            |
 |----------------|------------------------------------------------------|------------------------------|
@@ -61,7 +61,7 @@ class Backend:
 
 @contextmanager
 def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[Policy, dict[str, Any]]]:
-    """The policy, and what is to be known about it: its dtype, its size, what a server says it serves."""
+    """The policy, and facts about it: its dtype and its size, where they are known."""
     if backend.name == "transformers":
         from trl_search.policies.loading import check_vocabulary, load_model
         from trl_search.policies.transformers_policy import TransformersPolicy
@@ -80,7 +80,7 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
 
 
 def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
-    # The policy steps the engine itself, which it can only in its own process. vLLM reads this when it is imported.
+    # The policy steps the engine itself, so the engine must run in this process. vLLM reads this when it is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         import vllm
@@ -114,7 +114,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
 
 
 def _rank(adapter: Mapping[str, Any], folder: Path) -> int:
-    """An adapter's rank, which vLLM takes for that of all its modules."""
+    """The rank of an adapter. vLLM applies one rank to all modules."""
     if adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
         raise UserError(
             f"the adapter in {folder} has modules of other ranks or scales, and vLLM applies one to all: merge it "

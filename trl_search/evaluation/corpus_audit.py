@@ -1,7 +1,7 @@
 """Can a corpus answer a question set at all? The share of questions whose golden answer stands in some passage.
 
-What no passage holds, no retriever finds and no agent reads: this share bounds what search can add. With a retriever,
-the share in its first k passages stands beside it (`retriever_quality.py`).
+No retriever can find an answer that no passage holds, so this share is the upper bound of what search can add. With a
+retriever, the share in its first k passages is shown too (`retriever_quality.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trl_search.types import Passage
 
 
 def answerable(passages: Iterable[Passage], golden_answers: Sequence[Sequence[str]]) -> set[int]:
-    """Returns the questions, by position, of which a golden answer stands in a passage or its title.
+    """Returns the positions of the questions that have a golden answer in a passage or its title.
 
     Every passage is read once. It is compared with a question only if it has the first word of one of its answers, so
     a corpus of millions takes minutes and not days.

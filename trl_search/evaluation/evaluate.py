@@ -1,4 +1,4 @@
-"""How well a policy answers held-out questions: as a search agent, from what it knows, or from one search (RAG).
+"""Measures how well a policy answers questions: as a search agent, from what it knows, or from one search (RAG).
 
 | mode     | the prompt holds                                  | turns                                     |
 |----------|---------------------------------------------------|-------------------------------------------|
@@ -45,7 +45,7 @@ REASON_INSTRUCTION = (
     "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
     "</answer>. Question: "
 )
-# The instruction that a policy was trained with is the search agent's: the other modes have their own.
+# The policy was trained with the instruction of the search agent; the other modes have their own.
 INSTRUCTIONS = {"direct": ANSWER_INSTRUCTION, "cot": REASON_INSTRUCTION, "rag": ANSWER_INSTRUCTION}
 
 
@@ -70,10 +70,9 @@ def answer_questions(
             `data_source`.
         environment (`Environment`): What the agent acts in; `rag` needs a `SearchEnvironment`, and uses its retriever,
             `k`, timeout and passage template.
-        agent (`AgentSettings`): How the policy is asked: protocol, prompts and token budgets. Its instruction is that
-            of `search`; the other modes have their own. How it searches, the environment says.
-        sampling (`Sampling`, *optional*): Its seed, the question's id and its words make the answer repeatable,
-            whatever is asked beside it.
+        agent (`AgentSettings`): Protocol, prompts and token budgets. Its instruction is for `search`; the other modes
+            have their own. How the agent searches is set in the environment.
+        sampling (`Sampling`, *optional*): With its seed, an answer is repeatable whatever other questions are asked.
         concurrency (`int`, *optional*): Questions under way at once. Default: all.
         on_outcome (`Callable`, *optional*): Called with a row's place and its outcome as each question ends.
         progress (`bool`, *optional*): Shows a bar on a terminal.
@@ -121,7 +120,7 @@ def answer_questions(
 def mode_protocol(
     mode: str, tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
 ) -> Protocol:
-    """What writes a mode's prompts and reads its turns; refuses a mode that does not exist or cannot be run."""
+    """The protocol of a mode, with its instruction. Refuses a mode that does not exist or cannot be run."""
     if mode not in MODES:
         raise UserError(f"unknown evaluation mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "rag" and not isinstance(environment, SearchEnvironment):

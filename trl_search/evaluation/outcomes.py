@@ -1,6 +1,6 @@
-"""What came of the questions of an evaluation: one `Outcome` a question, and their means with bootstrap intervals.
+"""The results of an evaluation: one `Outcome` per question, and their means with bootstrap intervals.
 
-A question whose search failed has no answer that could be scored: it is counted and named, and in no mean.
+A question whose search failed cannot be scored. It is counted and reported, and enters no mean.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ class Outcome:
     """One question, answered and scored.
 
     Attributes:
-        answer (`str`, *optional*): The last `<answer>` that the policy wrote; `None` where it closed none (EM 0).
-        em, f1, contains (`float`): Whether the answer equals a golden one, their words' overlap, and whether a golden
-            one stands in the answer.
-        searches (`int`): Calls of the tool. The one search of `rag` is not the policy's, and not counted.
+        answer (`str`, *optional*): The last `<answer>` that the policy closed. `None` if there is none: EM 0.
+        em, f1, contains (`float`): Whether the answer equals a golden one, the overlap of their words, and whether the
+            answer contains a golden one.
+        searches (`int`): Calls of the tool. The search of `rag` is not a call, so it is not counted.
         malformed (`int`): Calls that could not be run.
-        latency_s (`float`): From the question to the end of its trajectory, generation and search, the wait for
-            others that are asked at the same time included.
+        latency_s (`float`): Time of generation and search, including the wait for concurrent questions.
         reflections (`int`): Reflective phrases that the policy wrote.
-        stop_reason (`str`): A `StopReason`. `retrieval_failed` says that the scores mean nothing; `error` says why.
+        stop_reason (`str`): A `StopReason`. With `retrieval_failed` the scores mean nothing; `error` says why.
     """
 
     id: str
@@ -69,8 +68,8 @@ class Evaluation:
     """Means over the questions that did not fail; NaN where all did.
 
     Attributes:
-        questions (`int`): All that were asked, failed ones included.
-        failed (`int`): Those whose search failed, and `errors`: why, with how often.
+        questions (`int`): All questions, failed ones included.
+        failed (`int`): Questions whose search failed; `errors` counts each reason.
         em_ci95 (`float`): Half the width of `em_interval`.
         em_interval (`tuple[float, float]`): The 95 % bootstrap interval of `em`.
         reflective_ratio (`float`): The share in which the policy wrote a reflective phrase.
@@ -149,14 +148,14 @@ def by_dataset(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def summarize(mode: str, outcomes: Sequence[Outcome]) -> Evaluation:
-    """The means over one set of questions, each of which counts the same."""
+    """The means over one set of questions. Each question has the same weight."""
     return macro(mode, {"": outcomes})
 
 
 def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
-    """The averages over data sets, each of which counts the same, however many questions it has.
+    """The averages over data sets. Each set has the same weight, however many questions it has.
 
-    The interval is from a bootstrap within each set: the sets are those that there are, their questions a sample.
+    The interval is a stratified bootstrap: the sets are fixed, questions are resampled within each.
 
     Example:
         >>> macro("search", by_dataset(outcomes)).em
@@ -195,9 +194,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN where a group is empty.
 
-    Where a group's values are all 0 or all 1, resampling shows no spread; there, Wilson's interval of a share is used.
-    A resample of n values is n draws from the values there are, so how often each distinct one is drawn is
-    multinomial: drawn at once, whatever n is.
+    Where a group's values are all 0 or all 1, resampling shows no spread, so Wilson's interval of a share is used.
+    The counts of the distinct values in a resample follow a multinomial distribution, so one draw makes a resample.
 
     Example:
         >>> bootstrap_interval([[1.0, 0.0, 1.0, 1.0]])
@@ -220,7 +218,7 @@ def bootstrap_interval(
 
 
 def _wilson_width(n: int) -> float:
-    """How far the 95 % Wilson interval of a share reaches that is 0 of n, or n of n: a bootstrap sees no spread there.
+    """The width of the 95 % Wilson interval of a share that is 0 of n, or n of n.
 
     Example:
         >>> round(_wilson_width(20), 3)

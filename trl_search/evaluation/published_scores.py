@@ -1,4 +1,4 @@
-"""Published exact match of Qwen2.5 models on the seven sets, to stand beside ours.
+"""Published exact match of Qwen2.5 models on the seven sets, for comparison.
 
 None of it was measured here. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it
 (June 2025), and the public repositories of verl-tool and SearchAgent-Zero. `secondary` rows were read in a copy, not

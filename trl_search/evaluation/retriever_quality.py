@@ -29,7 +29,7 @@ CUTS = (1, 3, 5, 10, 20, 100)
 
 @dataclass(frozen=True)
 class JudgedQueries:
-    """Queries, and what tells whether a passage is right for one.
+    """Queries, and the judgements or golden answers that say whether a passage is right.
 
     Attributes:
         queries (`Mapping[str, str]`): Text by id.

@@ -4,7 +4,7 @@
     DIR/search-nq.jsonl          one line per finished question (`answers_file.py`)
     DIR/results.json, results.md
 
-Started again, it asks what is not there yet. Several processes (`accelerate launch`) share the questions.
+Started again, it asks only the questions without a record. Several processes (`accelerate launch`) share them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from trl_search.types import Sampling
 FORMAT = 1
 RESULTS_MD = "results.md"
 _SEARCHING = ("search", "rag")
-# Failures are judged against so many questions at least: the first that fails is no share of anything.
+# The share of failed questions is not judged before this many questions.
 _FEW = 100
 
 
@@ -65,10 +65,10 @@ class Plan:
 
     Attributes:
         retriever (`str`, *optional*): A kind, an index folder, or the address of a server.
-        seed (`int`): Of the sample of questions.
-        fields (`QuestionFields`, *optional*): The columns of question files in a schema of their own.
-        published (`str`): Whose rows stand beside: `auto`, `3B`, `7B`, `all`, `none`.
-        command (`str`): As it was typed, without its secrets.
+        seed (`int`): Seed of the sample of questions.
+        fields (`QuestionFields`, *optional*): The columns of question files that have a schema of their own.
+        published (`str`): Published rows to show: `auto`, `3B`, `7B`, `all`, `none`.
+        command (`str`): The command line, without its secrets.
     """
 
     model: str
@@ -91,11 +91,11 @@ class Plan:
 
 
 def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[str, Any]:
-    """Does what is left to do of an evaluation, and writes its results. Returns what `results.json` holds."""
+    """Runs what is left of an evaluation, and writes its results. Returns the content of `results.json`."""
     import torch
 
-    # 1. What is asked, and what is searched.
-    # Without an accelerator, accelerate takes each process for one alone, unless it is told that CPUs are meant.
+    # 1. The questions and the retriever.
+    # Without an accelerator, accelerate sees the other processes only when it is told to use CPUs.
     processes = PartialState(cpu=not torch.accelerator.is_available())
     plan.backend.check(processes.num_processes)
     world = _world(plan)
@@ -105,7 +105,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     retriever, description = _retriever(plan, world)
     environment = AnswerOnly() if retriever is None else search_environment(retriever, plan.agent)
 
-    # 2. What the folder was begun with.
+    # 2. The settings, which must be those that the folder was begun with.
     folder = plan.output
     settings = compared_settings(
         model=describe_model(model),
@@ -124,10 +124,10 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     processes.wait_for_everyone()
 
     with _alone(folder, processes):
-        # 3. Who answers.
+        # 3. The policy.
         backend = plan.backend
         if backend.device is None and processes.num_processes > 1:
-            device = processes.device  # on CPUs it has a number, which names nothing
+            device = processes.device  # on CPUs its number has no meaning
             backend = dataclasses.replace(backend, device="cpu" if device.type == "cpu" else str(device))
         with open_policy(backend, model, tokenizer) as (policy, facts):
             settings["dtype"] = facts.get("dtype")
@@ -153,7 +153,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     if retriever is not None:
         retriever.close()
 
-    # 5. What came of it.
+    # 5. The results.
     size = size_class(plan.model, facts.get("parameters")) if plan.published == "auto" else plan.published
     report = {
         "format": FORMAT,
@@ -175,7 +175,7 @@ def _measure(
     environment: Environment,
     processes: PartialState,
 ) -> list[Outcome]:
-    """Asks this process's share of what is left; returns the outcomes of all processes and sessions, in order."""
+    """Asks this process's share of the open questions. Returns the outcomes of all processes and sessions."""
     records = Records(plan.output, mode, asked.name, processes.process_index)
     done = records.read()
     processes.wait_for_everyone()  # all share out what is left from the same records
@@ -218,7 +218,7 @@ def _measure(
 
 
 class _FailureWatch:
-    """Stops an evaluation of which too much fails, before hours have gone into it."""
+    """Stops an evaluation early when too many searches fail."""
 
     def __init__(self, what: str, asked: int, share: float) -> None:
         self.what, self.least, self.share = what, min(asked, _FEW), share
@@ -256,7 +256,7 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
 
 
 def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[str, Any] | None]:
-    """What is searched, and its description; none where no mode searches."""
+    """The retriever and its description; none if no mode searches."""
     if not set(plan.modes) & set(_SEARCHING):
         return None, None
     what, options = plan.retriever, dict(plan.retriever_options)
@@ -275,7 +275,7 @@ def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[
 
 @contextmanager
 def _alone(folder: Path, processes: PartialState) -> Iterator[None]:
-    """No other evaluation writes into the folder meanwhile."""
+    """Locks the folder against other evaluations."""
     if not processes.is_main_process:
         yield
         return

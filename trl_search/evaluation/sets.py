@@ -1,4 +1,4 @@
-"""The questions of an evaluation, by name or file: how many of how many, and a fingerprint that tells them apart."""
+"""The questions of an evaluation, by name or file, with a fingerprint of those that are asked."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class QuestionSet:
 
     Attributes:
         name (`str`): The heading of its column, and part of a file's name: `nq`.
-        source (`str`): Where they come from: a dataset of the hub and its split, a file, the world.
-        total (`int`): How many there are; `rows` are those that are asked.
+        source (`str`): A dataset of the hub and its split, a file, or the world.
+        total (`int`): The number of questions in the source; `rows` holds those that are asked.
     """
 
     name: str
@@ -43,7 +43,7 @@ class QuestionSet:
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """What is written down of it."""
+        """The entry in `settings.json`."""
         return {
             "source": self.source,
             "asked": len(self.rows),
@@ -57,8 +57,8 @@ def load_sets(
 ) -> list[QuestionSet]:
     """Loads a set of the hub in the split of the published numbers, or a file or folder in any known schema.
 
-    A source that holds several sets (`nq_hotpotqa`, a file with more than one `data_source`) gives one set for each:
-    an average over all its questions would weigh the sets by their size.
+    A source with several sets (`nq_hotpotqa`, a file with more than one `data_source`) gives one set for each, because
+    an average over all questions would weight the sets by their size.
 
     Args:
         limit (`int`, *optional*): Asks a random sample of so many questions of each set, in their order.
@@ -90,7 +90,7 @@ def load_world_set(world: World, *, limit: int | None, seed: int) -> QuestionSet
 
 
 def check_names(sets: Sequence[QuestionSet]) -> None:
-    """Each set has files and a column of its own name."""
+    """Refuses two sets of one name: the files and the column of a set carry its name."""
     for i, one in enumerate(sets):
         if one.name == MACRO:
             raise UserError(f"{one.source} cannot be called {MACRO!r}, as the average is: give it another data_source")

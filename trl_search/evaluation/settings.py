@@ -1,8 +1,8 @@
-"""Everything that defines the number, in `settings.json`; an evaluation goes on only with what it began with.
+"""`settings.json` records everything that defines the result. An evaluation resumes only with the same settings.
 
-What is compared is what an answer depends on: a folder's weights by their hash and not by its name, the prompt as the
-policy reads it, the index by its manifest. What may change from one session to the next, because it should change
-nothing (versions, machine, questions at once), is written down for each. Sets and modes may be added and left out.
+Everything that an answer depends on is compared: weights by their hash and not by the folder's name, the prompt as the
+policy reads it, the index by its manifest. Versions, machine and concurrency may change between sessions, because they
+should change no answer; they are recorded per session. Sets and modes may be added and left out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from trl_search.types import Passage
 
 FORMAT = 1
 SETTINGS = "settings.json"
-# A change in one of these is another number; in anything else it is another session.
+# A change in one of these changes the result.
 _COMPARED = ("format", "model", "backend", "dtype", "sampling", "agent", "prompts", "retriever")
-# What a model is read from; logs, results and optimizer states lie in the same folder.
+# The files that a model is loaded from. The same folder holds logs, results and optimizer states.
 _MODEL_FILES = re.compile(
     r".*\.safetensors|(pytorch|adapter)_model.*\.bin|.*\.index\.json|.*\.model|(adapter_|generation_)?config\.json"
     r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
@@ -76,16 +76,16 @@ def prompts_of(
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """A short name for settings that give the same number."""
+    """A digest of the settings that define the result."""
     compared = {key: settings.get(key) for key in (*_COMPARED, "sets")}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_settings_file(folder: Path) -> dict[str, Any] | None:
-    """What the folder was begun with; `None` where nothing was.
+    """The settings that the folder was begun with; `None` for a new folder.
 
     Raises:
-        UserError: if it holds something else than an evaluation.
+        UserError: if it holds anything else than an evaluation.
     """
     path = folder / SETTINGS
     if not path.is_file():
@@ -99,7 +99,7 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with other settings than those the folder was begun with, and names each difference.
+    """Refuses to resume with other settings than those that the folder was begun with, and names each difference.
 
     Modes and sets may be added or left out; those that were there and are asked again must be the same.
     """
@@ -126,7 +126,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a folder keeps: those of now, and of the modes and sets that it holds and are left out now."""
+    """The settings to keep: those of this session, and those of earlier modes and sets that it leaves out."""
     if before is None:
         return dict(now)
     return {
@@ -139,7 +139,7 @@ def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> d
 
 
 def compared_settings(**values: Any) -> dict[str, Any]:
-    """The settings as JSON holds them: a value that was read back is equal to one that was not."""
+    """The settings as JSON holds them, so that they equal the ones that are read back."""
     settings: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **values}))
     return settings
 

@@ -1,4 +1,4 @@
-"""The results as Markdown: exact match beside what was published, then everything else that was measured."""
+"""The results as Markdown: exact match beside published numbers, then all other metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def results_markdown(settings: Mapping[str, Any], results: Results, *, size: str
 
     Args:
         settings (`Mapping`): What `settings.json` holds.
-        size (`str`, *optional*): Whose published rows are shown: `3B`, `7B`, `all`; none by default.
+        size (`str`, *optional*): Published rows to show: `3B`, `7B`, `all`; none by default.
     """
     names = ordered(settings["sets"])
     return "\n".join(
@@ -47,7 +47,7 @@ def ordered(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
 def exact_match_table(
     settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None
 ) -> list[str]:
-    """EM with its 95 % interval: a row a mode, a column a set, the average last; published rows below ours."""
+    """EM with its 95 % interval: one row per mode, one column per set, the average last; published rows below ours."""
     columns = _columns(names)
     lines = [
         f"| exact match | {' | '.join(TITLES.get(name, name) for name in columns)} |",
@@ -101,7 +101,7 @@ def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], s
 
 
 def others_table(results: Results, names: Sequence[str]) -> list[str]:
-    """Everything but EM, a row for each mode and set."""
+    """All other metrics, one row per mode and set."""
     lines = [
         "| mode | set | questions | failed | F1 | contains | searches | turns | tokens | retrieved | s | reflective |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -129,14 +129,14 @@ def _how(settings: Mapping[str, Any]) -> list[str]:
         "*contains*: a golden answer stands in the answer. *tokens* are those the policy wrote, *retrieved* those it "
         "was shown while it answered. *s*: seconds from question to answer, with others asked at the same time.",
         "",
-        f"One answer a question, {how}, top_p {sampling['top_p']}; protocol {agent['protocol']}, "
+        f"One answer per question, {how}, top_p {sampling['top_p']}; protocol {agent['protocol']}, "
         f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches; retriever {searched}. "
         "results.json has the prompts, the hashes and the versions.",
     ]
 
 
 def _columns(names: Sequence[str]) -> list[str]:
-    """The sets and their average; one set is its own."""
+    """The sets and their average; a single set needs none."""
     return [*names, MACRO] if len(names) > 1 else list(names)
 
 

@@ -1,4 +1,4 @@
-"""The rules of the alarms: which metric is watched, when it is too far from where it has been, and what helps then."""
+"""The rules of the alarms: which metric each watches, when it fires, and what to do then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALARM_PREFIX = "alarm/"  # of the metric that says whether a rule fires
 
 @dataclass
 class Level:
-    """Where a metric is, and the lowest and highest that it has been in this run; all are medians of recent logs."""
+    """The level of a metric: now, and its lowest and highest in this run. All are medians of recent logs."""
 
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     low: float = math.inf
@@ -44,13 +44,13 @@ class Rule:
 
     Attributes:
         name (`str`): Logged as `alarm/<name>`.
-        metric (`str`): What is watched; a run that does not log it has no such alarm.
-        means (`str`), advice (`str`): What is told.
+        metric (`str`): The metric it watches; a run that does not log it has no such alarm.
+        means (`str`), advice (`str`): The text of the warning.
         rises (`float`, *optional*): Fires above this many times the metric's lowest level and above `beyond`.
         falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, once
             that level has been at least `worth`.
-        unless_solved (`bool`): Not where the reward is as high as it has been: then there is nothing left to learn.
-        drift (`bool`): Comes before a collapse and may also be wanted, so it is told and ends no run.
+        unless_solved (`bool`): Silent while the reward is at its best: then there is nothing left to learn.
+        drift (`bool`): A change that precedes a collapse and may also be wanted: it warns and never ends a run.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Rule:
         return said + (", unless the reward is at its best" if self.unless_solved else "")
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        """What has happened; empty where nothing has."""
+        """What happened, in words; empty if nothing did."""
         level = levels.get(self.metric)
         if level is None or not level.known or (self.unless_solved and _solved(levels.get("reward"))):
             return ""
@@ -89,7 +89,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class NotFinite(Rule):
-    """Fires at once, on the last log alone: a number that is not finite needs no second look."""
+    """Fires on a single log: one number that is not finite is enough."""
 
     metrics: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""What W&B and trackio get beside the metrics of TRL: how the run was started, tables of trajectories that show the
+"""What W&B and trackio get in addition to TRL's metrics: how the run was started, tables of trajectories with their
 mask, and at the end the evaluations and the report.
 
 The `log_completions` table of TRL shows messages. Here every stretch of text has the colour of its mask: trained on

@@ -59,7 +59,7 @@ def test_questions_are_looked_at_and_nothing_is_written(train: Path, capsys: pyt
     assert main(["data", "questions", str(train), "--samples", "1"]) == 0
     out = capsys.readouterr().out
     assert "rows                10\n  mine              10\n" in out
-    assert "answers a question          2        2        2        2        2" in out
+    assert "answers per question        2        2        2        2        2" in out
     assert out.count("->  x | y") == 1
     assert list(train.parent.iterdir()) == [train]
 

@@ -1,4 +1,4 @@
-"""The card that a training writes beside its weights. TRL and PEFT would write cards that know nothing of the run."""
+"""The card that a training writes beside its weights. The cards of TRL and PEFT know nothing of the run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class CheckpointCards(TrainerCallback):
     The callback that writes `README.md` into every checkpoint.
 
     Args:
-        agent (`AgentSettings`), protocol (`Protocol`): How the agent is asked.
-        tools (`Sequence[dict]`): The tools of its environment.
-        run_log (`RunLog`): It knows how the run was started.
+        tools (`Sequence[dict]`): The tools of the agent's environment.
+        run_log (`RunLog`): Knows how the run was started.
     """
 
     def __init__(

@@ -143,7 +143,7 @@ def on_hub(name: str) -> bool:
 
 
 def adapter_text(adapter: Mapping[str, Any], hub_base: str | None) -> dict[str, str]:
-    """A new `adapter_config.json`, by its name, if that of the run names a base model that only this machine has.
+    """A new `adapter_config.json`, by its name, if the run's names a base model that only this machine has.
 
     Raises:
         UserError: if the name of the base model on the hub is unknown: nobody else could load the adapter.

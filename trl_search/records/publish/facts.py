@@ -24,8 +24,8 @@ class CardFacts:
 
     Args:
         repo_id (`str`): Where it is published, `owner/name`; a folder serves as well.
-        settings (`AgentSettings`, *optional*): How the agent was trained to be asked, if that is recorded.
-        protocol (`Protocol`): The same, with its tokenizer.
+        settings (`AgentSettings`, *optional*): The prompt and the budgets it was trained with, if they are recorded.
+        protocol (`Protocol`): Its protocol, with its tokenizer.
         base_model (`str`, *optional*): The model that training began with, as it was named.
         adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
         info (`dict`): `run.json`; empty if there is none.
@@ -65,12 +65,12 @@ class CardFacts:
 
     @property
     def in_world(self) -> bool:
-        """Whether it was trained in the embedded world, and knows no other world."""
+        """Whether it was trained in the embedded world."""
         return self.task.get("questions") == "world"
 
     @property
     def is_search_agent(self) -> bool:
-        """Whether its one tool is the search, or none: what the example conversation and the snippet show."""
+        """Whether it has no other tool than the search, so that the example conversation and the snippet apply."""
         return set(self.tools) <= {"search"}
 
 
@@ -107,6 +107,6 @@ def read_facts(
 
 
 def base_of(info: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> str | None:
-    """The model that a training began with. A warm start trains on from a folder of the run, which is no base."""
+    """The model that a training began with. The folder that a warm start writes is not a base model."""
     recorded = section(info, "task").get("base_model")
     return recorded or (adapter or {}).get("base_model_name_or_path") or info.get("model")

@@ -1,5 +1,5 @@
 """The trajectories of a run as the page carries them: columns for the list, and blocks of tokens that the page unpacks
-when they are looked at.
+when a reader opens them.
 
     rows     {"step": [1, 1, ...], "question": [...], "reward": [...], "text": ["<think> ...", ...], ...}
     blocks   [[{"lengths": [7, 1, 5], "mask": [0, 2, 1], "logprobs": [-12, -310, 0], "turns": [...]}, ...], ...]
