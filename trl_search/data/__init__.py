@@ -1,13 +1,13 @@
 """Questions and the worlds they are about.
 
 questions.py         questions from files and the hub, in one schema
-hub_sets.py          the sets that have a name
-question_rows.py     one row, in whatever schema it came
-overlap.py           training questions that stand in an evaluation set
-summary.py           what a set of questions holds
+hub_sets.py          sets that have a name
+question_rows.py     one row, from any known schema
+overlap.py           training questions that are also in an evaluation set
+summary.py           statistics of a set of questions
 world.py             the embedded world: a fictional encyclopedia with its questions
 scripted_players.py  players of the embedded world, which know the way to an answer
-question_players.py  players of any other questions: their plans (question_plans.py), evidence and quotes
+question_players.py  players of any other questions, with their plans (question_plans.py), evidence and quotes
 wiki18.py            the Wikipedia corpus of the published runs, and its indexes
 """
 

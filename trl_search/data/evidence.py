@@ -1,6 +1,6 @@
-"""Where the answer of a question stands, as far as its row tells: ids or titles of the gold passages.
+"""The gold passages of a question, by id or title, where its row names them.
 
-What is read of a row, at its top or under `metadata`:
+Columns that are read, at the top level of a row or under `metadata`:
 
     "gold_ids": ["p07588", "p33989"]                                   ids of the corpus that is searched
     "supporting_facts": {"title": ["Anne McLaren", …], "sent_id": …}   HotpotQA and 2WikiMultihopQA; pairs too
@@ -16,15 +16,15 @@ from trl_search.common.errors import UserError
 from trl_search.rewards.answers import normalize_answer
 from trl_search.types import Passage
 
-# Where it stands in a row, and the columns that tell it.
+# The columns that may hold it, and the columns made of them.
 EVIDENCE_COLUMNS = ("metadata", "gold_ids", "supporting_facts", "question_decomposition")
 EVIDENCE = ("gold_ids", "gold_titles")
-# So many questions are searched to see whether the corpus is theirs; fewer than the least prove nothing.
+# How many questions are searched to check the corpus; fewer than the least prove nothing.
 _JUDGED, _LEAST_JUDGED = 50, 5
 
 
 def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
-    """`gold_ids` and `gold_titles` of a row, both empty where it tells nothing.
+    """`gold_ids` and `gold_titles` of a row; both are empty if it names no gold passages.
 
     Args:
         where (`str`): The row's place in its source, for errors.
@@ -48,7 +48,7 @@ def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 def check_corpus(
     rows: Sequence[Mapping[str, Any]], search: Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
 ) -> None:
-    """Searches some questions and looks whether any of their gold passages is found.
+    """Searches some questions, and checks that any of their gold passages is found.
 
     Args:
         search (`Callable`): The passages of each query.
@@ -70,9 +70,9 @@ def check_corpus(
     wanted = (judged[0]["gold_ids"] or judged[0]["gold_titles"])[0]
     example = f"it has ids like {found[0].id!r}" if found else "it found nothing at all"
     raise UserError(
-        f"the retriever finds no gold passage of {len(judged)} questions, such as {wanted!r}; {example}: it searches "
-        "another corpus than the one that the questions' gold passages are of. Give the index of that corpus, or take "
-        "the evidence out of the questions"
+        f"the retriever finds no gold passage of {len(judged)} questions, such as {wanted!r}; {example}: the gold "
+        "passages are from another corpus than the one it searches. Give the index of that corpus, or remove the "
+        "evidence from the questions"
     )
 
 

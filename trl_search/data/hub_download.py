@@ -1,12 +1,12 @@
 """Large files of the hub: resumed at the byte after a kill, joined as they arrive, checked against the hub's SHA-256.
 
-`huggingface_hub` (1.x) writes a download to a file of that process alone and deletes it when the download fails, so a
-kill at 40 GB of 43 begins again at 0. Here the unfinished file is kept, named after the content that it is to have:
+`huggingface_hub` (1.x) writes a download to a file of its process and deletes it when the download fails, so a kill at
+40 GB of 43 starts again at 0. Here the unfinished file is kept, under a name made from its final content:
 
-    e5_Flat.index.3f9a0c1d2b7e.incomplete      part_aa, and behind it as much of part_ab as has come
+    e5_Flat.index.3f9a0c1d2b7e.incomplete      part_aa, followed by what has arrived of part_ab
 
-Its length says where to go on. The transfer itself (ranges, retries, redirects, progress) is the library's. Parts are
-written one behind the other, so joining them takes no second copy and no time.
+Its length says where to resume. The library does the transfer itself (ranges, retries, redirects, progress). Parts are
+appended to one file, so joining them takes no second copy and no time.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ class HubFiles:
         return sum(file.bytes for file in self.files)
 
     def unfinished(self, target: Path) -> Path:
-        """Where the content of `target` is gathered until it is whole. Other content, another name."""
+        """Where the content of `target` is gathered until it is complete. Different content has a different name."""
         content = hashlib.sha256(repr([(file.bytes, file.sha256 or file.name) for file in self.files]).encode())
         return target.with_name(f"{target.name}.{content.hexdigest()[:12]}.incomplete")
 
     def unwritten_bytes(self, target: Path) -> int:
-        """What is still to be written: 0 where `target` is there."""
+        """Bytes that are still to be written: 0 if `target` exists."""
         if target.exists():
             return 0
         unfinished = self.unfinished(target)
         return self.bytes - (unfinished.stat().st_size if unfinished.exists() else 0)
 
     def download_bytes(self, target: Path) -> int:
-        """What of that the hub must send: `fetch` copies a part that lies beside `target`."""
+        """Bytes that the hub must send: `fetch` copies parts that are already beside `target`."""
         parts = self.parts(self.bytes - self.unwritten_bytes(target))
         return sum(part.bytes - have for part, _, have in parts if _local_part(target, part) is None)
 
     def parts(self, written: int) -> Iterator[tuple[HubFile, int, int]]:
-        """Each file, the byte at which it begins, and how much of it is there once so many bytes are written."""
+        """Each file, its first byte in the joined file, and how much of it the first `written` bytes hold."""
         begins = 0
         for part in self.files:
             yield part, begins, min(max(written - begins, 0), part.bytes)
@@ -97,9 +97,9 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
 
 
 def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None:
-    """Makes `target` of the files, one behind the other. Killed, the same call goes on where it was.
+    """Joins the files into `target`. After a kill, the same call resumes where it stopped.
 
-    A part that lies in the folder of `target` already, in its full size, is copied from there and left alone.
+    A part that is already in the folder of `target`, in its full size, is copied from there.
 
     Args:
         files (`HubFiles`): What to fetch, from `list_files`.
@@ -125,7 +125,7 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
 
 
 def check_bytes(path: Path, expected: int) -> None:
-    """Refuses a file of another size than the published one. It stays as it is: it may be somebody's work."""
+    """Refuses a file whose size differs from the published one, and leaves it alone: it may be somebody's work."""
     there = path.stat().st_size
     if there != expected:
         raise UserError(
@@ -160,14 +160,14 @@ def _gather(files: HubFiles, path: Path, target: Path, endpoint: str | None) -> 
 
 
 def _local_part(target: Path, part: HubFile) -> Path | None:
-    """A part that lies beside `target` in its full size."""
+    """A part that is beside `target` in its full size."""
     local = target.with_name(part.name)
     return local if local != target and local.is_file() and local.stat().st_size == part.bytes else None
 
 
 class _Part:
-    """A file from one byte on, as if it began there. `http_get` thinks that its file is the download and nothing else:
-    where a server ignores the range it goes back to the beginning and cuts, which must not reach the part before."""
+    """A file from one byte on, as if it began there. `http_get` takes its file for the download alone: if a server
+    ignores the range, it seeks to 0 and truncates, which must not touch the part before."""
 
     def __init__(self, file: BinaryIO, begins: int) -> None:
         self._file, self._begins = file, begins
@@ -219,7 +219,7 @@ def _copy(source: Path, file: BinaryIO, have: int) -> None:
 
 
 def _check_hashes(files: HubFiles, path: Path) -> None:
-    """A part that is not what the hub has is cut off, with what stands behind it, and fetched again next time."""
+    """Cuts off a part that differs from the hub's, with everything after it, so that the next call fetches it."""
     begins = 0
     with path.open("r+b") as file:
         for part in files.files:
@@ -233,7 +233,7 @@ def _check_hashes(files: HubFiles, path: Path) -> None:
 
 
 def _sha256(file: BinaryIO, part: HubFile) -> str:
-    """Of the next bytes of `file`, as many as the part has."""
+    """The digest of the next bytes of `file`, as many as the part has."""
     digest, left = hashlib.sha256(), part.bytes
     with tqdm(desc=f"checking {part.name}", total=left, unit="B", unit_scale=True, disable=None) as bar:
         while block := file.read(min(BLOCK_BYTES, left)):
@@ -245,7 +245,7 @@ def _sha256(file: BinaryIO, part: HubFile) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Names what went wrong between here and the hub, and what to do about it."""
+    """Turns errors of the hub into a `UserError` with the remedy."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 

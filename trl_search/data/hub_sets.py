@@ -1,4 +1,4 @@
-"""The question sets that have a name: where each lies on the hub, its splits, and which split is meant."""
+"""The question sets that have a name: their repository on the hub, their splits, and the default split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HubSet:
     """A dataset on the hub.
 
     Attributes:
-        split (`str`): The split that is meant when none is named: the one that published numbers were measured on.
+        split (`str`): The default split: the one that published numbers were measured on.
         splits (`Mapping[str, int]`): How many questions each split had when it was published.
     """
 
@@ -61,7 +61,7 @@ EVALUATION_SETS = tuple(
 
 
 def is_hub_set(name_or_path: str | Path) -> bool:
-    """Whether a name means a set of the hub: a file or folder of that name comes before it."""
+    """Whether a name is that of a hub set. A file or folder of the same name takes precedence."""
     return str(name_or_path) in HUB_SETS and not Path(name_or_path).expanduser().exists()
 
 
@@ -69,7 +69,7 @@ def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], S
     """Reads a set's rows from the hub.
 
     Args:
-        choose (`Callable`): Gets the columns and the name of the set; returns those to read, or refuses them.
+        choose (`Callable`): Takes the columns and the name of the set; returns the columns to read, or refuses.
 
     Raises:
         UserError: where the hub, the set or its split cannot be reached.

@@ -1,7 +1,7 @@
-"""Questions to train on that also stand in an evaluation set: they are found by their text, and left out.
+"""Leaves out training questions that are also in an evaluation set.
 
-Two questions are one if they are equal once normalised as answers are (case, punctuation, articles, spaces). The same
-question in other words is not found.
+Questions are compared after the normalisation of answers (case, punctuation, articles, spaces). A paraphrase is not
+found.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from trl_search.rewards.answers import normalize_answer
 def without_overlap(
     questions: datasets.Dataset, *evaluation: datasets.Dataset
 ) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Leaves out the questions that also stand in an evaluation set.
+    """Leaves out the questions that are also in an evaluation set.
 
     Args:
         questions (`datasets.Dataset`): The rows to train on, from `load_questions`.
         evaluation (`datasets.Dataset`): The sets to be judged on.
 
     Returns:
-        `tuple`: the rows that stand in none of them, and for each `data_source` of the evaluation sets the number of
-        rows that it cost (a row that stands in two sets counts for both).
+        `tuple`: the rows that are in none of them, and the number of rows dropped for each `data_source` of the
+        evaluation sets (a row that is in two sets counts for both).
 
     Example:
         >>> train, dropped = without_overlap(load_questions("train.parquet"), load_questions("nq"))
@@ -46,11 +46,11 @@ def without_overlap(
 
 
 def question_key(question: str) -> str:
-    """Two questions of one key are one question.
+    """The form in which questions are compared.
 
     Example:
         >>> question_key("Who wrote  The Amber Mill?")
         'who wrote amber mill'
     """
-    # "???" and "The A" have no word left: they are themselves, and not all one question.
+    # "???" and "The A" have no word left: they are compared as they are.
     return normalize_answer(question) or question.strip()

@@ -1,11 +1,11 @@
 """The plan of a scripted player: searches that lead to the answer of a question, found by trying candidate queries.
 
     Where was the director of film Rogues' Regiment born?
-    "Rogues' Regiment"   names the question's own name; finds the gold passage of the film
-    "Robert Florey"      stands in that passage; finds the other gold passage, which holds the answer
+    "Rogues' Regiment"   a name in the question; finds the gold passage of the film
+    "Robert Florey"      a name in that passage; finds the other gold passage, which holds the answer
 
 Candidates are the question, its names, and names in the passages found so far, each alone and with words of the
-question. What leads on: the gold passages where the row knows them, otherwise a passage that holds a golden answer.
+question. A search succeeds if it finds a gold passage or, if the row names none, a passage with a golden answer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from trl_search.rewards.answers import contains_answer, normalize_answer
 from trl_search.types import Passage
 
 SearchFunction = Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
-# How often a careless search comes before a good one, so that a policy sees how to search again.
+# The share of plans with a careless search before a good one, so that a policy sees how to search again.
 CARELESS_SHARE = 0.12
 _YES_NO = {"yes", "no"}
-# A longer title is the beginning of its text, and names nothing.
+# A longer title is the beginning of its text and no name.
 TITLE_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Gold:
-    """What a row tells of its evidence: ids or titles of the passages that hold it. Both may be empty."""
+    """The gold passages of a row, by ids or titles. Both may be empty."""
 
     ids: frozenset[str] = frozenset()
     titles: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Gold:
         return passage.id in self.ids or normalize_answer(passage.title) in self.titles
 
     def key(self, passage: Passage) -> str:
-        """Two passages of one key are one piece of evidence."""
+        """Passages with the same key are the same piece of evidence."""
         return passage.id if passage.id in self.ids else normalize_answer(passage.title)
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Gold:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """A query worth trying: what it looks up, and the passage that named it (`None`: the question did)."""
+    """A candidate query: what it looks up, and the passage that names it (`None`: the question does)."""
 
     query: str
     subject: str = ""
@@ -55,7 +55,7 @@ class Lead:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A search of a plan, and the passages among its results that lead on; none where it was careless."""
+    """A search of a plan, and the useful passages among its results; none if the search was careless."""
 
     lead: Lead
     found: tuple[Passage, ...]
@@ -64,7 +64,7 @@ class Step:
 def plan(
     question: str, golden: Sequence[str], gold: Gold, search: SearchFunction, *, max_searches: int, rng: random.Random
 ) -> list[Step] | None:
-    """Searches that lead to an answer; `None` where none were found.
+    """Searches that lead to an answer; `None` if there are none.
 
     Args:
         search (`Callable`): The passages of each query, as many as the environment shows.
@@ -99,8 +99,8 @@ def _choose(
     spare: bool,
     rng: random.Random,
 ) -> list[Step]:
-    """The next search that finds something new, now and then after a careless one. Where none does, a careless one and
-    a second that takes a title from what it showed."""
+    """The next search that finds something new, sometimes after a careless one. If no candidate does, a careless
+    search and a second one for a title among its results."""
     results = search([lead.query for lead in leads]) if leads else []
     ways = [Step(lead, new(passages)) for lead, passages in zip(leads, results, strict=True)]
     good = [way for way in ways if way.found]
@@ -123,8 +123,8 @@ def _choose(
 
 
 def _answers(question: str, golden: Sequence[str], held: Sequence[Passage], *, complete: bool) -> bool:
-    """Whether what is held tells the answer. A comparison ("yes", or one of the two films that the question names) is
-    told by all of the evidence, and stands in none of it."""
+    """Whether the passages found hold the answer. A comparison ("yes", or one of two films in the question) needs all
+    of the evidence, and no passage holds its answer."""
     if is_comparison(question, golden):
         return complete
     return any(first_of(golden, passage.text) for passage in held)
@@ -137,9 +137,9 @@ def is_comparison(question: str, golden: Sequence[str]) -> bool:
 def _plan_without_gold(
     question: str, golden: Sequence[str], search: SearchFunction, *, max_searches: int, rng: random.Random
 ) -> list[Step] | None:
-    """One search, or two of which the second looks up a name that the first one found."""
+    """One search, or two: the second looks up a name that the first one found."""
     if all(normalize_answer(answer) in _YES_NO for answer in golden):
-        return None  # those words stand everywhere and prove nothing
+        return None  # those words are everywhere and prove nothing
 
     def new(passages: Sequence[Passage]) -> tuple[Passage, ...]:
         return tuple(p for p in passages if contains_answer(p.text, golden))[:1]
@@ -159,7 +159,7 @@ def _plan_without_gold(
 
 
 def _leads(question: str, held: Sequence[Passage], *, asked: Sequence[str]) -> list[Lead]:
-    """Candidate queries: from the question as it stands, its names, and the names in what was found."""
+    """Candidate queries: the question itself, its names, and names in the passages found."""
     leads: list[Lead] = []
     known = {normalize_answer(passage.title) for passage in held}
     if not held:
@@ -176,13 +176,13 @@ def _leads(question: str, held: Sequence[Passage], *, asked: Sequence[str]) -> l
 
 
 def _weight(way: Step) -> float:
-    """Prefers what finds more, and what looks up by its name what it finds."""
+    """Prefers queries that find more, and those that name what they find."""
     titles = {_bare(passage.title) for passage in way.found}
     return len(way.found) * (5.0 if _bare(way.lead.subject) in titles else 1.0)
 
 
 def _alike(name: str, title: str) -> bool:
-    """Whether a name in a passage is only that of the passage itself, written in another way."""
+    """Whether a name is only the title of its passage, written differently."""
     words, others = set(normalize_answer(name).split()), set(title.split())
     shared = len(words & others)
     return others <= words or (shared * 2 >= len(words) and shared * 2 >= len(others))

@@ -1,4 +1,4 @@
-"""Scripted players of any questions: they look up what the question names, then what the passages lead to, and answer.
+"""Scripted players of any questions: they look up names in the question, then names in the passages, and answer.
 
     Where was the director of film Rogues' Regiment born?
     <think> The question is about Rogues' Regiment. I look that up first. </think>
@@ -8,11 +8,11 @@
     <think> "Robert Florey" says: "Born as Robert Fuchs in Paris …". So the answer is Paris. </think>
     <answer> Paris </answer>
 
-No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment, and
-answers only from quotes that it was really shown: what was cut away leads to no answer.
+No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment. It
+answers only from text that the environment showed it.
 
-Some shares search carelessly first and have to search again, and some check once more, so that a policy that copies
-them has seen both.
+A share of the players searches carelessly first and has to search again, and a share checks its answer, so that a
+policy that copies them has seen both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trl_search.types import Answer, Completion, Passage, Sampling, Search
 
 # How often a player checks its answer once more.
 REFLECTIVE_SHARE = 0.08
-# A plan takes its turns by chance: where one leads nowhere, another may not.
+# Plans are drawn at random, so another may succeed where one fails.
 _PLANS = 3
 UNKNOWN = "unknown"
 
@@ -58,7 +58,7 @@ def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None
             thought = _next_thought([(passage, fact) for _, passage, fact in new], following.lead, rng)
     answer = next((one for one in (first_of(golden, fact) for *_, fact in reversed(told)) if one), None)
     if answer is None:
-        # A passage that was quoted for where it leads may answer as well.
+        # A passage that was quoted for a name may hold the answer too.
         new = [(step, p, words) for step, p, _ in told if (words := _answering(golden, p)) and words in seen][:1]
         answer = first_of(golden, new[0][2]) if new else None
     if is_comparison(question, golden):
@@ -78,7 +78,7 @@ def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None
 
 
 def _fact(question: str, golden: Sequence[str], passage: Passage, steps: Sequence[Step]) -> str:
-    """What to quote of a passage: where it names what is looked up next, where it answers, or what is asked of it."""
+    """The quote of a passage: the name that is looked up next, the answer, or the fact that is asked for."""
     onward = next((step.lead.subject for step in steps if step.lead.source == passage and step.found), None)
     if onward and (words := quote(passage.text, onward)):
         return words
@@ -146,7 +146,7 @@ def _next_thought(new: Sequence[tuple[Passage, str]], lead: Lead, rng: random.Ra
 
 
 def _comparison(question: str, told: Sequence[tuple[Step, Passage, str]], rng: random.Random) -> str:
-    """The facts side by side, and their years where those decide."""
+    """The facts side by side, with their years if those decide."""
     found = " ".join(_told(passage, fact, rng) for _, passage, fact in told)
     years = [year(fact, last=bool(_DEATH & set(_words(question)))) for *_, fact in told]
     if len(told) == 2 and all(years) and _wants_number(question):
@@ -162,7 +162,7 @@ def _side(step: Step, passage: Passage) -> str:
 
 
 def _told(passage: Passage, fact: str, rng: random.Random) -> str:
-    # A title that only repeats how the text begins names nothing.
+    # A long title is only the beginning of the text.
     if not passage.title or len(passage.title.split()) > TITLE_WORDS:
         return f'A passage says: "{fact}".'
     return rng.choice((f'The passage "{passage.title}" says: "{fact}".', f'According to "{passage.title}": "{fact}".'))
@@ -184,8 +184,7 @@ class QuestionPlayers:
     """The players of a collection: `for_row` gives the policy that plays one row.
 
     Args:
-        search (`Callable`): What the players try their queries with: the environment's retriever, and as many passages
-            as the environment shows.
+        search (`Callable`): Searches for the plans: the environment's retriever, with as many passages per query.
     """
 
     def __init__(self, search: SearchFunction, protocol: Protocol, *, max_searches: int) -> None:

@@ -1,4 +1,4 @@
-"""One row of a question set, in whatever schema it came, in our columns:
+"""Turns one row of a question set, from any known schema, into our columns:
 
     {"id": "test_0", "question": "who got the first nobel prize in physics",
      "golden_answers": ["Wilhelm Conrad Röntgen"], "data_source": "nq"}
@@ -18,23 +18,23 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.rewards.golden import golden_list, read_text
 
-# A row's own name, under the first of these that it has.
+# The id of a row: the first of these columns that it has.
 _IDS = ("id", "_id", "qid", "query_id", "question_id")
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionFields:
-    """The columns that hold the question, its golden answers and its id; `None` for those of the known schemas."""
+    """The columns of the question, its golden answers and its id; `None` for those of the known schemas."""
 
     question: str | None = None
     answers: str | None = None
     id: str | None = None
 
     def choose(self, columns: Sequence[str], where: str) -> list[str]:
-        """Returns the columns that are needed: metadata and prompts can be a hundred times larger.
+        """Returns the needed columns only: metadata and prompts can be a hundred times larger.
 
         Raises:
-            UserError: where the question or the answers are in none of them.
+            UserError: if no column holds the question or the answers.
         """
         _find("question_field", self.question, ("question", "extra_info"), columns, where)
         _find("answers_field", self.answers, ("golden_answers", "reward_model"), columns, where)
@@ -45,7 +45,7 @@ class QuestionFields:
 
 
 def _find(option: str, named: str | None, known: Sequence[str], columns: Sequence[str], where: str) -> None:
-    """Refuses columns among which is neither the one that was named nor, where none was, a known one."""
+    """Raises unless the named column is there, or a known one if none was named."""
     if any(column in columns for column in (known if named is None else [named])):
         return
     wanted = repr(named) if named is not None else f"{known[0]!r} (nor {known[1]!r}, where verl keeps it)"

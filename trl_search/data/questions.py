@@ -4,8 +4,8 @@
     load_questions("data/train.jsonl.gz")                       a file (common/table_files.py says which)
     load_questions("popqa.tsv", fields=QuestionFields(answers="possible_answers"))
 
-Whatever the source looked like, the columns are `id`, `question`, `golden_answers` and `data_source`
-(question_rows.py). Training questions that also stand in an evaluation set can be left out (overlap.py).
+The columns are always `id`, `question`, `golden_answers` and `data_source` (question_rows.py). Training questions that
+are also in an evaluation set can be left out (overlap.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
 from trl_search.data.question_rows import QuestionFields, question_row
 
-# A file of this name says nothing about its questions: the folder does, as in FlashRAG's nq/test.jsonl.
+# A file of this name takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
 SPLITS = ("train", "dev", "validation", "test")
 _FEATURES = datasets.Features(
     {
@@ -67,7 +67,7 @@ def load_questions(
         `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`.
 
     Raises:
-        UserError: for what cannot be read or understood; names the file and the row.
+        UserError: if something cannot be read; names the file and the row.
 
     Example:
         >>> load_questions("nq_hotpotqa", limit=1000, exclude=["nq", "hotpotqa"])
@@ -104,7 +104,7 @@ def load_questions(
 
 
 def sample_questions(questions: datasets.Dataset, limit: int, seed: int = 0) -> datasets.Dataset:
-    """Draws `limit` rows at random, and keeps their order; all of them where there are no more."""
+    """Draws `limit` rows at random, and keeps their order."""
     return questions.select(sampled_rows(len(questions), limit, seed))
 
 
@@ -118,7 +118,7 @@ def sampled_rows(total: int, limit: int | None, seed: int) -> list[int]:
 def load_evaluation_questions(
     name_or_path: str | Path, *, limit: int | None = None, seed: int = 0, fields: QuestionFields | None = None
 ) -> datasets.Dataset:
-    """Loads a set that is not trained on: a hub set in its evaluation split, a folder's `test` file."""
+    """Loads questions for evaluation: a hub set in its evaluation split, a folder's `test` file."""
     name = str(name_or_path)
     split = HUB_SETS[name].evaluation_split if is_hub_set(name_or_path) else "test"
     return load_questions(name_or_path, split=split, limit=limit, seed=seed, fields=fields)
@@ -133,7 +133,7 @@ def _excluding(
     told = ", ".join(f"{count:,} in {source}" for source, count in dropped.items())
     logger.info("%s: of %s questions %s are left out: %s", origin, len(questions), len(questions) - len(kept), told)
     if not len(kept):
-        raise UserError(f"{origin}: every question stands in {', '.join(map(str, exclude))}, and none is left")
+        raise UserError(f"{origin}: every question is also in {', '.join(map(str, exclude))}, and none is left")
     return kept
 
 

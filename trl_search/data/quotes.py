@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from trl_search.rewards.answers import contains_answer
 
-# Words that say how a question is asked, and not what it is about.
+# Words that carry no topic.
 _STOP = frozenset(
     re.findall(
         r"\w+",
@@ -26,7 +26,7 @@ _STOP = frozenset(
     """,
     )
 )
-# As a name by themselves they lead nowhere.
+# Useless as names by themselves.
 _DEMONYMS = frozenset(
     re.findall(
         r"\w+",
@@ -53,8 +53,8 @@ QUOTE_WORDS = 30
 
 
 def names(text: str, limit: int = 16) -> list[str]:
-    """Capitalised spans, each once, in their order, without dates and without a word that only begins a sentence.
-    "Mira Talvane in Oslo" may be one name or two: all three are told."""
+    """Capitalised spans, each once, in their order, without dates and without words that only begin a sentence.
+    "Mira Talvane in Oslo" may be one name or two: all three are returned."""
     found: dict[str, None] = {}
     for match in _NAME.finditer(text):
         for span in dict.fromkeys((match[0], *re.split(r" (?:in|at|on|for|to) ", match[0]))):
@@ -69,7 +69,7 @@ def names(text: str, limit: int = 16) -> list[str]:
 
 
 def key_words(question: str, without: str = "", limit: int = 8) -> str:
-    """The words of a question that say what it is about, in their order, without those of a name."""
+    """The topic words of a question, in their order, without those of a name."""
     left_out = {word.lower() for word in _WORD.findall(without)}
     kept = [word.removesuffix("'s").removesuffix("’s") for word in _WORD.findall(question)]
     kept = [word for word in kept if word and word.lower() not in _STOP and word.lower() not in left_out]
@@ -77,11 +77,11 @@ def key_words(question: str, without: str = "", limit: int = 8) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text; each is a piece of it, as it stands there."""
+    """The sentences of a text, each an exact piece of it."""
     parts: list[str] = []
     for part in _SENTENCE_END.split(text):
         if parts and _ABBREVIATION.search(parts[-1]):
-            # Taken from the text, and not joined by a space that may not be there.
+            # Cut from the text: joining the parts with a space could change it.
             start = text.find(parts[-1])
             parts[-1] = text[start : text.find(part, start + len(parts[-1])) + len(part)]
         else:
@@ -90,7 +90,7 @@ def sentences(text: str) -> list[str]:
 
 
 def quote(text: str, words: str) -> str | None:
-    """The sentence that holds `words`, at most `QUOTE_WORDS` words of it around them; `None` where none does."""
+    """The sentence that holds `words`, or `QUOTE_WORDS` words of it around them; `None` if no sentence does."""
     listed = sentences(text)
     pairs = [text[text.find(a) : text.find(b, text.find(a)) + len(b)] for a, b in itertools.pairwise(listed)]
     for sentence in [*listed, *pairs]:
@@ -100,8 +100,8 @@ def quote(text: str, words: str) -> str | None:
 
 
 def best_sentence(text: str, asked: str, *, wants_number: bool) -> str:
-    """The sentence that shares most words with what is asked, the earliest of equals; one with a number where the
-    question compares."""
+    """The sentence that shares the most words with the question, the first of equals; one with a number is preferred
+    if the question compares."""
     wanted = {word.lower() for word in _WORD.findall(asked)} - _STOP
 
     def score(sentence: str) -> float:
@@ -119,8 +119,8 @@ def year(text: str, *, last: bool = False) -> str | None:
 
 
 def first_of(answers: Iterable[str], text: str) -> str | None:
-    """The first of the answers that the text tells: as it stands there, then as a normalised answer, then in a longer
-    word ("India" in "an Indian film director")."""
+    """The first of the answers that the text holds: literally, then normalised, then inside a longer word ("India" in
+    "an Indian film director")."""
     listed = list(answers)
     literal = (one for one in listed if one.lower() in text.lower() and contains_answer(text, one))
     alike = (one for one in listed if contains_answer(text, one))

@@ -5,8 +5,8 @@
     guess     an answer of the right kind, at once
 
 A script is a generator: it yields a thought and an action, and is sent the conversation as the policy sees it. It
-plays through the rollout engine itself, as a `Policy`, so what it leaves behind is byte for byte what a rollout looks
-like: training data for the shipped model, and, at mixed quality, for the warm start that GRPO begins with.
+plays as a `Policy` in the rollout engine, so its trajectories are exactly like those of a model: training data for the
+shipped model and, at mixed quality, for the warm start before GRPO.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from trl_search.types import Answer, Completion, FinishReason, Passage, Sampling
 Script = Generator[tuple[str, Search | Answer], str, None]
 Player = Callable[[World, Question, random.Random], Script]
 
-# What the warm start is made of: mostly guesses, some that stop too early, a few that do it right.
+# The mix of the warm start: mostly guesses, some that stop too early, a few that play it right.
 WEAK: Mapping[str, float] = {"guess": 0.70, "one_hop": 0.20, "good": 0.10}
 
-# How often a good player says that it looks again, and how often it asks carelessly and has to.
+# How often a good player says that it checks, and how often it asks carelessly and has to search again.
 REFLECTIVE_SHARE = 0.08
 CARELESS_SHARE = 0.04
 
@@ -39,7 +39,7 @@ _LIMITS = Limits(completion_tokens=8192, turn_tokens=1024, observation_tokens=40
 
 
 def good(world: World, question: Question, rng: random.Random) -> Script:
-    """Searches each hop, again where that did not find it, and answers from what it read; a guess if it cannot."""
+    """Searches each hop, again if the search failed, and answers from what it read, or guesses."""
     thought = f"{rng.choice(('I need', 'I need', 'First'))} the {_keyword(question.hops[0])}."
     for hop in question.hops:
         queries = [hop.query, f"{_keyword(hop)} of {hop.subject}"]
@@ -65,7 +65,7 @@ def good(world: World, question: Question, rng: random.Random) -> Script:
 
 
 def one_hop(world: World, question: Question, rng: random.Random) -> Script:
-    """Searches the first hop and stops there. Where more was needed, it answers with what it found, or guesses."""
+    """Searches the first hop only. If the question needs more, it answers with what it found, or guesses."""
     hop = question.hops[0]
     yield f"I need the {_keyword(hop)}.", Search((hop.query,))
     enough = question.type == "one_hop"
@@ -76,7 +76,7 @@ def one_hop(world: World, question: Question, rng: random.Random) -> Script:
 
 
 def guess(world: World, question: Question, rng: random.Random) -> Script:
-    """Answers what could be true."""
+    """Answers with a plausible value, without a search."""
     if question.type == "comparison":
         answer = rng.choice(question.hops).subject
     else:
@@ -85,7 +85,7 @@ def guess(world: World, question: Question, rng: random.Random) -> Script:
 
 
 def read(world: World, question: Question, passages: Sequence[Passage], rng: random.Random) -> Script:
-    """Answers from passages that the prompt holds, as one-shot RAG does; a guess where they do not tell every hop."""
+    """Answers from passages in the prompt, as one-shot RAG does; guesses if a hop is missing."""
     shown = {passage.id for passage in passages}
     if not all(hop.passage_id in shown for hop in question.hops):
         yield from guess(world, question, rng)
@@ -127,7 +127,7 @@ def scripted_trajectories(
     pool = world.questions("train", limit=n)
     questions = [pool[i % len(pool)] for i in range(n)]
     names = rng.choices(list(quality), list(quality.values()), k=n)
-    # Each script draws from its own numbers: in which order they go on depends on the searches.
+    # Each script has its own random numbers, because the order in which scripts advance depends on the searches.
     scripts = [
         PLAYERS[name](world, question, random.Random(f"{seed}/scripts/{index}"))
         for index, (name, question) in enumerate(zip(names, questions, strict=True))
@@ -197,6 +197,6 @@ def _reflected(claim: str, rng: random.Random) -> str:
 
 
 def _compared(question: Question) -> str:
-    """The years in order: what the comparison turns on."""
+    """The years in order, which decide the comparison."""
     first, last = sorted((hop.value for hop in question.hops), key=int)
     return f"{first} before {last}."
