@@ -1,1 +1,1 @@
-"""What every other folder may use: errors for users, files that are written whole, credentials, provenance."""
+"""Shared by all other folders: errors for users, files that are written whole, credentials, provenance."""

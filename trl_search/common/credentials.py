@@ -1,4 +1,4 @@
-"""Tokens and keys: where they come from, and what may travel in a header. No message ever holds one."""
+"""Tokens and keys: read from the environment, and checked for use in a header. No message contains one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from trl_search.common.errors import UserError
 
 
 def from_environment(variable: str) -> str | None:
-    """The key that a variable holds, without the newline that ends a mounted file; `None` where it holds none."""
+    """The key in a variable, without a trailing newline as mounted files have it; `None` if there is none."""
     return os.environ.get(variable, "").strip() or None
 
 
 def bearer_token(token: str, source: str) -> str:
-    """The token as it goes into `Authorization: Bearer ...`.
+    """The token for `Authorization: Bearer ...`.
 
     Args:
-        source (`str`): What the user knows it by: a variable, a file.
+        source (`str`): Where it comes from, for the message: a variable, a file.
 
     Raises:
-        UserError: for one that no header can hold. Whoever sent it would be told, and would tell it.
+        UserError: if no header can hold it. An HTTP client's own error would print the token.
     """
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable():
@@ -31,7 +31,7 @@ def required_token(variable: str) -> str:
     """The bearer token in a variable that `token_env` names.
 
     Raises:
-        UserError: where it is not set, or no header can hold it.
+        UserError: if it is not set, or no header can hold it.
     """
     token = from_environment(variable)
     if token is None:

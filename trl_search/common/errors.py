@@ -1,8 +1,8 @@
-"""Errors that explain themselves: the command line prints their message alone, and every other with its traceback.
+"""Errors that explain themselves. The command line prints only their message; any other error keeps its traceback.
 
 Explained                   the message names the cause and the remedy
-  UserError                 what the user gave is wrong: a file, a recipe, a dataset, a name
-  RetrievalError            what searches failed (retrieval/base.py)
+  UserError                 a mistake in the user's input: a file, a recipe, a dataset, a name
+  RetrievalError            a search failed (retrieval/base.py)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-# Names that fit into one line of a terminal or two.
+# Names that fit into two lines of a terminal.
 _FEW = 30
 
 
@@ -19,11 +19,11 @@ class Explained(Exception):
 
 
 class UserError(Explained, ValueError):
-    """A mistake in what the user gave. The message names the cause and the remedy."""
+    """A mistake in the user's input. The message names the cause and the remedy."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist: the nearest that do, or all where they are few.
+    """The error for an unknown name. It names the nearest ones, and all if they are few.
 
     Example:
         >>> raise unknown_name("reward", "fromat", ["em", "f1", "format"])
@@ -41,7 +41,7 @@ def nearest_names(name: str, names: Sequence[str], most: int) -> list[str]:
 
 
 def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:
-    """All names where a reader can take them in at a glance; of hundreds of keys, the nearest are enough."""
+    """All names if they are few; of hundreds of keys, the nearest are enough."""
     if len(names) <= _FEW:
         return f" There are: {', '.join(names)}."
     return "" if nearest else f" There are {len(names)}, such as {', '.join(names[:3])}."

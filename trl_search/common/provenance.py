@@ -1,4 +1,4 @@
-"""What a run was started with: its command, the versions, the git state and the machine. No secret is in it.
+"""What a run was started with: its command, the versions, the git state and the machine, without secrets.
 
 Environment variables are not recorded at all. Elsewhere secrets are left out by name (`hub_token`, `api_key`,
 `Authorization`, ...), in the user part of a URL, and where a word looks like a token of a well-known service.
@@ -72,7 +72,7 @@ def hardware(processes: int = 1) -> dict[str, Any]:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The value as JSON can hold it, its secrets replaced.
+    """The value as JSON can hold it, with its secrets replaced.
 
     Example:
         >>> without_secrets({"hub_token": "hf_x", "retriever_options": '{"url": "http://me:pw@host", "api_key": "x"}'})
@@ -96,7 +96,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def command_without_secrets(arguments: Sequence[str]) -> str:
-    """A command line as it could be typed again, but for its secrets.
+    """A command line that can be typed again, without its secrets.
 
     Example:
         >>> command_without_secrets(["trl-search", "train", "recipe.yaml", "--hub_token", "hf_x"])

@@ -1,4 +1,4 @@
-"""`Registry`: things that are chosen by name, ours and those of installed packages.
+"""`Registry`: things chosen by name, from this package and from installed ones.
 
 | what               | entry-point group        | where our own names stand                            |
 |--------------------|--------------------------|------------------------------------------------------|
@@ -29,10 +29,10 @@ from trl_search.common.errors import UserError, unknown_name
 
 @dataclass(frozen=True)
 class Registry:
-    """Names and what they stand for, imported when it is asked for.
+    """Names and the objects they stand for, imported on first use.
 
     Args:
-        noun (`str`): What a name stands for, as messages call it: `"retriever"`.
+        noun (`str`): The word for messages: `"retriever"`.
         group (`str`): The entry-point group of other packages.
         built_in (`Mapping[str, str]`): Our own names, each with its `"module:attribute"`. No package replaces them.
 
@@ -55,7 +55,7 @@ class Registry:
         """Imports what `name` stands for.
 
         Raises:
-            UserError: for a name that nobody has, and for an installed package whose entry cannot be imported.
+            UserError: for an unknown name, and for an entry of an installed package that cannot be imported.
         """
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")

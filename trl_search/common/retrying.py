@@ -1,4 +1,4 @@
-"""Asking again what may succeed the next time, after waits that grow and are drawn at random (tenacity)."""
+"""Retries with growing random waits (tenacity)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROWING_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # second
 
 
 def repeated(ask: Callable[[], Result], on: type[Exception], *, tries: int = 3) -> Result:
-    """The result of `ask()`, asked again while it raises `on`; the last error where all tries fail.
+    """The result of `ask()`, retried while it raises `on`. Raises the last error if all tries fail.
 
     Example:
         >>> repeated(lambda: client.get(url), on=httpx.TransportError)
@@ -22,7 +22,7 @@ def repeated(ask: Callable[[], Result], on: type[Exception], *, tries: int = 3) 
 
 
 def attempts(on: type[Exception], *, patience_s: float) -> tenacity.Retrying:
-    """Attempts at a block while it raises `on`, until `patience_s` have passed; then the last error.
+    """Repeats a block while it raises `on`, until `patience_s` have passed. Then it raises the last error.
 
     Example:
         >>> for attempt in attempts(httpx.HTTPError, patience_s=60):

@@ -1,4 +1,4 @@
-"""Rows of a table, read one at a time from the files in which people keep them, each with its place for errors.
+"""Reads the rows of table files one at a time, each with its place for error messages.
 
     .jsonl                 one JSON object per line
     .json                  an array of objects, or one object per line
@@ -26,12 +26,12 @@ from trl_search.common.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-# "questions.jsonl, line 3" and what stands there.
+# "questions.jsonl, line 3", and the row.
 Row = tuple[str, Mapping[str, Any]]
 
 
 def table_format(path: Path) -> str | None:
-    """Returns the format that a file's name says, without its compression; `None` for any other file.
+    """Returns the format of a file by its name, without its compression; `None` for any other file.
 
     Example:
         >>> table_format(Path("data/questions.jsonl.gz"))

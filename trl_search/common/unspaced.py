@@ -1,7 +1,7 @@
-"""Scripts in which a space does not separate words, so that a run of letters is a sentence and not a word.
+"""Scripts without spaces between words.
 
-Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words. Korean has, but its endings are written
-onto the word ("서울은", *Seoul* as the topic). What splits text into words treats these letters one by one.
+Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words. Korean has spaces, but its endings are
+part of the word ("서울은", *Seoul* as the topic). Code that splits text into words takes these letters one by one.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
     e5-flat     PeterJinGo/wiki-18-e5-index            part_aa + part_ab    -> e5_Flat.index      exact, float32
     e5-hnsw     PeterJinGo/wiki-18-e5-index-HNSW64     part_aa + part_ab    -> e5_HNSW64.index    a graph, in memory
 
-Nothing is fetched before `plan_wiki18` has said what it takes, nothing that is there is overwritten, and whatever is
-killed goes on where it was (`hub_download.py`). Two things about these files that are easy to get wrong:
+`plan_wiki18` says what a download takes before it starts. Existing files are not overwritten, and a killed download
+resumes (`hub_download.py`). Two things about these files are easy to get wrong:
 
-- `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as the published
-  instructions have it, leaves the tar, whose first line begins with 512 bytes that are no JSON.
-- The indexes hold no ids: row i of the index is line i of the corpus. A corpus that was filtered, sorted or cut finds
-  the wrong passages without an error, so count and ids are compared.
+- `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as in the published
+  instructions, leaves the tar, whose first line begins with 512 bytes that are not JSON.
+- The indexes hold no ids: row i of the index is line i of the corpus. With a corpus that was filtered, sorted or cut,
+  searches return wrong passages without an error, so count and ids are checked.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from trl_search.retrieval.dense.vectors.search import gb
 
 PASSAGES, DIM = 21_015_324, 768
 CORPUS, ARCHIVE = "wiki-18.jsonl", "wiki-18.jsonl.gz"
-# Of the files as they were on the hub in 2025: an archive of 5,123,307,260 bytes held 14,393,573,105.
+# Sizes of the archive and the corpus on the hub in 2025.
 ARCHIVE_BYTES, CORPUS_BYTES = 5_123_307_260, 14_393_573_105
-OFFSET_BYTES = 8  # a passage, in the file that says where each line begins
+OFFSET_BYTES = 8  # per passage, in the file of line offsets
 IDS_COMPARED = 1000
-# What FAISS writes first: its kind, dimensions, vectors, two unused numbers, trained or not, metric.
+# The header of a FAISS file: kind, dimensions, vectors, two unused numbers, trained or not, metric.
 _HEAD = struct.Struct("<4siqqq?i")
 _FLAT_HEAD_BYTES = _HEAD.size + 8
 _INNER_PRODUCT = 0
@@ -51,7 +51,7 @@ _KINDS = {"e5-flat": b"IxFI", "e5-hnsw": b"IHNf"}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One thing to fetch: where from, which files, and the file that is made of them."""
+    """One thing to fetch: its repository, its files, and the file that is made of them."""
 
     repository: str
     pattern: str
@@ -68,8 +68,8 @@ PIECES: dict[str, Piece] = {
 
 @dataclass(frozen=True)
 class Wiki18Plan:
-    """What is asked for, what of it is missing in the folder, and what that takes. `files` holds the missing ones;
-    `same_size` names the indexes that are there, in the size that the hub has."""
+    """What to fetch into a folder. `files` holds what is missing; `same_size` names the indexes that are there and
+    have the hub's size."""
 
     what: tuple[str, ...]
     folder: Path
@@ -82,8 +82,8 @@ class Wiki18Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What is written from now on, all together and at the worst moment: nothing is written to be deleted."""
-        # A part that lies there is not fetched, and takes its place once more in the file that is made of it.
+        """Bytes that are still to be written. Nothing is written and then deleted, so this is also the peak."""
+        # A part that is already there is not fetched, but it is copied into the joined file.
         made = sum(files.unwritten_bytes(self.target(word)) for word, files in self.files.items())
         unpacked = 0
         if "corpus" in self.files:
@@ -91,11 +91,7 @@ class Wiki18Plan:
         return made + unpacked
 
     def check_disk(self, free: int) -> None:
-        """Refuses to begin what the disk cannot hold.
-
-        Args:
-            free (`int`): Bytes that the disk of the folder has left (`hub_files.free_bytes`).
-        """
+        """Refuses a download for which the disk has not enough free bytes (`free_bytes`)."""
         if self.disk_bytes > free:
             raise UserError(
                 f"{gb(self.disk_bytes)} of disk are needed in {self.folder} and {gb(free)} are free: take a folder on "
@@ -103,7 +99,7 @@ class Wiki18Plan:
             )
 
     def describe(self) -> str:
-        """Files and sizes, disk, and what serving will take, for people."""
+        """Files and sizes, disk, and the memory for serving, as text."""
         lines = []
         for word in self.what:
             made = self.folder / PIECES[word].made
@@ -119,18 +115,18 @@ class Wiki18Plan:
         return "\n".join(lines + [f"serving   {line}" for line in serving_needs(self.what)])
 
     def target(self, word: str) -> Path:
-        """What the files of the hub become: the index itself, or the archive that the corpus is unpacked from."""
+        """The file to download: the index itself, or the archive of the corpus."""
         return self.folder / (ARCHIVE if word == "corpus" else PIECES[word].made)
 
 
 def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None = None) -> Wiki18Plan:
     """Finds out what is missing, and asks the hub for sizes. Downloads nothing.
 
-    An index that is there in another size is refused. Of the corpus the hub knows the archive's size alone.
+    An index with a wrong size is refused. For the corpus, the hub knows only the size of the archive.
 
     Args:
         what (`Sequence[str]`): Of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
-        folder (`str` or `Path`): Where the files are to lie. What is there, whole or in part, is taken into account.
+        folder (`str` or `Path`): The folder for the files. Complete and partial files in it are taken into account.
         endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
 
     Returns:
@@ -155,7 +151,7 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
         try:
             listed = list_files(piece.repository, piece.pattern, endpoint=endpoint)
         except UserError as error:
-            if made.exists():  # nothing is to be fetched: what is said in the end is that the hub was not asked
+            if made.exists():  # nothing to fetch: the result says that it was not compared with the hub
                 continue
             published = ", ".join(f"{name} {gb(PIECES[name].published_bytes)}" for name in what)
             raise UserError(f"{error}\nAs published, the downloads are: {published}.") from error
@@ -168,7 +164,7 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
 
 
 def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[str, str]:
-    """Fetches what is missing, unpacks the corpus, and checks all that was asked for. Start it again after a kill.
+    """Fetches what is missing, unpacks the corpus, and checks everything in the plan. After a kill, call it again.
 
     Args:
         planned (`Wiki18Plan`): From `plan_wiki18`.
@@ -190,12 +186,11 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
 
 
 def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Checks what is in the folder: the heads of the indexes, and that the corpus is the one they were made of.
+    """Checks the files in the folder: the headers of the indexes, and that the corpus is the one they were made of.
 
     Args:
         what (`Sequence[str]`): As for `plan_wiki18`. A corpus beside an index is checked with it.
-        folder (`Path`): Where the files lie.
-        of_hub (`Mapping[str, str]`, *optional*): What was compared with the hub, of each where something was.
+        of_hub (`Mapping[str, str]`, *optional*): What was compared with the hub, per piece.
 
     Returns:
         `dict[str, str]`: what was checked of each, for people.
@@ -207,9 +202,9 @@ def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | 
 
 
 def unpack_corpus(archive: Path, target: Path) -> None:
-    """The jsonl inside of `wiki-18.jsonl.gz`, which is a tar, or might become the plain gzip it is called.
+    """Unpacks the jsonl in `wiki-18.jsonl.gz`, a gzipped tar, or a plain gzip if the hub's file becomes one.
 
-    An unpacking that is killed begins again, as gzip cannot be entered in the middle; the download does not.
+    After a kill, unpacking starts again, because gzip has no random access. The download does not.
     """
     if target.exists():
         return
@@ -231,9 +226,9 @@ def unpack_corpus(archive: Path, target: Path) -> None:
 
 
 def check_index(path: Path, word: str) -> str:
-    """Refuses what is not the published index by its first bytes, or too short for them; returns what was checked.
+    """Refuses a file whose header is not that of the published index, or that is too short; returns what was checked.
 
-    How long an HNSW file is, its head does not say: cut in its last bytes, only the hub's listing shows it.
+    The header of an HNSW file does not give its length: only the hub's listing shows that its last bytes are missing.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
@@ -260,10 +255,10 @@ def check_index(path: Path, word: str) -> str:
 
 
 def check_corpus(path: Path) -> str:
-    """Refuses a corpus that has not the published passages, by their number and ids; returns what was checked.
+    """Refuses a corpus whose number of passages or ids differ from the published ones; returns what was checked.
 
     Args:
-        path (`Path`): The jsonl file. Where its lines begin is kept beside it, as a search needs that too.
+        path (`Path`): The jsonl file. Its line offsets are kept beside it, because searches need them too.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")
@@ -291,7 +286,7 @@ def check_corpus(path: Path) -> str:
 
 
 def serving_needs(what: Sequence[str]) -> list[str]:
-    """Memory that a search server will take, and what takes less."""
+    """The memory that a search server takes, and alternatives that take less."""
     lines = []
     if "e5-flat" in what:
         flat, small = plan("flat", PASSAGES, DIM), plan("small", PASSAGES, DIM)
@@ -312,7 +307,7 @@ def serving_needs(what: Sequence[str]) -> list[str]:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """What to type next, with what lies in the folder."""
+    """The next commands for what is in the folder."""
     corpus = folder / CORPUS
     if not corpus.exists():
         return [f"trl-search data wiki18 --what corpus --output {shlex.quote(str(folder))}"]

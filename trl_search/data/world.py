@@ -4,13 +4,13 @@
     world.passages[17]          Passage("17", "Mira Talvane", "Mira Talvane was born in Port Eskel in 1847 and ...")
     world.questions("test")[0]  Question("test-0", "Where was the author of Silent Harbor born?", ["Port Eskel"], ...)
 
-Every fact is drawn at random and stands in one passage only, so a policy that has not searched can but guess. What
-makes searching non-trivial: names share words (in a small world of 2,000 passages, each surname has about nine
-bearers), entities are named in passages of others, and one passage in eight tells of a gathering and answers nothing.
+Every fact is drawn at random and is in one passage only, so without a search a policy can only guess. Searching is not
+trivial: names share words (in a small world of 2,000 passages, each surname has about nine bearers), passages name
+other entities, and one passage in eight is about a gathering and answers nothing.
 
-The split is by entity, and facts never cross it: whatever a held-out question is about, passes through or answers with
-(save literals such as years) appears in no training question. About 30 % of the questions take one hop, 50 % two, and
-20 % compare two entities.
+The split is by entity, and facts never cross it: no entity of a held-out question, its bridge or its answer (except
+literals such as years) appears in a training question. About 30 % of the questions take one hop, 50 % two, and 20 %
+compare two entities.
 
 Passages are rendered on demand from compact tables; `iter_passages()` and `write()` stream a million of them.
 """
@@ -44,8 +44,8 @@ MIN_YEARS_APART = 5
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """What one passage is about. `facts[j]` is the value of the kind's j-th relation: an index of `World.entities`, or
-    a literal."""
+    """The subject of one passage. `facts[j]` is the value of the kind's j-th relation: an index of `World.entities`,
+    or a literal."""
 
     kind: str
     name: str
@@ -55,7 +55,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One search that a question needs: what to ask for, the passage that says it, and what it says."""
+    """One search that a question needs: its query, the passage with the fact, and the fact's value."""
 
     query: str
     passage_id: str
@@ -84,7 +84,7 @@ class Question:
         }
 
 
-# The two-hop questions there are: a relation whose value is an entity, and a relation of that entity.
+# All two-hop questions: a relation whose value is an entity, and a relation of that entity.
 CHAINS: tuple[tuple[str, Relation, Relation], ...] = tuple(
     (name, first, second)
     for name, kind in KINDS.items()
@@ -98,7 +98,7 @@ CHAINS: tuple[tuple[str, Relation, Relation], ...] = tuple(
 
 @dataclass(frozen=True)
 class World:
-    """A generated encyclopedia. `entities[i]` is what passage `str(i)` is about."""
+    """A generated encyclopedia. `entities[i]` is the subject of passage `str(i)`."""
 
     seed: int
     entities: tuple[Entity, ...]
@@ -112,20 +112,20 @@ class World:
         return map(self.passage, range(len(self.entities)))
 
     def passage(self, index: int) -> Passage:
-        """Renders one passage; which of its kind's sentences it gets depends on the seed and the index alone."""
+        """Renders one passage. Seed and index choose one of its kind's sentences."""
         entity = self.entities[index]
         kind = KINDS[entity.kind]
-        # Knuth's multiplicative hash: as good as a random generator here, at no cost for each passage.
+        # Knuth's multiplicative hash is random enough here, and cheap.
         pick = ((index + 1) * 2654435761 + self.seed * 40503) % 2**32 >> 16
         fields = {relation.name: self._text(fact) for relation, fact in zip(kind.relations, entity.facts, strict=True)}
         text = kind.sentences[pick % len(kind.sentences)].format(name=entity.name, **fields)
         return Passage(id=str(index), title=entity.name, text=text)
 
     def questions(self, split: Split, limit: int | None = None) -> list[Question]:
-        """Distinct questions about the entities of one split, in random order; a longer list begins with the shorter.
+        """Distinct questions about the entities of one split, in random order. A larger limit extends the same list.
 
         Args:
-            limit (`int`, *optional*): How many; by default one for each entity of the split.
+            limit (`int`, *optional*): The number of questions; by default one per entity of the split.
         """
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}: choose 'train' or 'test'")
@@ -146,7 +146,7 @@ class World:
         return questions
 
     def guess(self, relation: str, rng: random.Random) -> str:
-        """A value that the relation could have: what somebody says who has read nothing."""
+        """A plausible value of the relation, drawn at random."""
         target = RELATIONS[relation].target
         if target in LITERALS:
             return rng.choice(LITERALS[target])
@@ -170,7 +170,7 @@ class World:
 
     @cached_property
     def _compared(self) -> dict[Split, list[str]]:
-        """The kinds of which a split has two that are far enough apart in time: in a world of fifty some have not."""
+        """Per split, the kinds with two entities far enough apart in time. A world of fifty passages may lack some."""
         compared: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for split, name in itertools.product(SPLITS, (name for name, kind in KINDS.items() if kind.year_of)):
             relation = RELATIONS[KINDS[name].year_of]
@@ -191,7 +191,7 @@ class World:
         value = self._text(self._fact(subject, relation))
         return Hop(rng.choice(relation.asks).format(name), str(subject), value, name, relation.name)
 
-    # Each of these draws one question: what it asks (to tell duplicates), its text, the answer, and the way to it.
+    # Each of these draws one question: a key (to find duplicates), its text, the answer, and its hops.
 
     def _one_hop(self, split: Split, rng: random.Random) -> tuple[tuple[Any, ...], str, str, tuple[Hop, ...]]:
         kind = rng.choice([name for name in KINDS if name != "gathering"])
@@ -226,7 +226,7 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
     """Draws a world of exactly that many passages, from 50 to a million and more.
 
     Args:
-        name_words (`int`, *optional*, defaults to `2`): Words of a name, where so few suffice to tell all apart.
+        name_words (`int`, *optional*, defaults to `2`): Words per name, or more if the world needs them.
 
     Example:
         >>> generate_world(passages=200, seed=1) == generate_world(passages=200, seed=1)
@@ -270,24 +270,24 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
 
 
 def _counts(passages: int) -> dict[str, int]:
-    """How many entities of each kind, `passages` in all; at least four, so that each split has two to compare."""
+    """The number of entities of each kind, `passages` in all; at least four, so that each split can compare two."""
     counts = {name: max(4, round(passages * kind.share)) for name, kind in KINDS.items()}
     counts["person"] += passages - sum(counts.values())
     return counts
 
 
 def _draw_names(kind: Kind, count: int, words_at_least: int, rng: random.Random) -> list[str]:
-    """Distinct names of so many words, or more where those would crowd; from few enough that names share them."""
+    """Distinct names of `words_at_least` words or more, drawn from few enough words that names share them."""
     pools: list[Sequence[str]] = [WORDS[key] for key in kind.name]
     while len(pools) < words_at_least or 3 * count > math.prod(map(len, pools)):
         pools.insert(1, WORDS[kind.middle])
-    # Of all combinations of the words used, about one in eight is somebody's name.
+    # About one in eight combinations of the words is a name.
     shrink = min(1.0, (8 * count / math.prod(map(len, pools))) ** (1 / len(pools)))
     pools = [rng.sample(pool, max(2, math.ceil(len(pool) * shrink))) for pool in pools]
     capacity = math.prod(map(len, pools))
     names: list[str] = []
     drawn = count
-    # A name that repeats a word is thrown away: draw more until enough are left.
+    # Names that repeat a word are dropped: draw more until enough are left.
     while len(names) < count:
         if drawn > 2 * capacity:
             raise RuntimeError(f"there are no {count} names of kind {kind.middle} in {capacity} combinations")

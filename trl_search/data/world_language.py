@@ -1,8 +1,8 @@
 """The words of the fictional encyclopedia: names, relations, and the sentences that state and ask for them.
 
-Everything is a template over names, and a name is always preceded by a space where a policy may have to copy it, so
-that a tokenizer trained on these sentences has one token for each word of a name. Values that are words and not
-entities (occupations, products, years) come from `LITERALS`.
+Everything is a template over names. A space precedes each name that a policy may copy, so that a tokenizer trained on
+these sentences has one token per word of a name. Values that are not entities (occupations, products, years) come from
+`LITERALS`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Relation:
         name (`str`): Unique among all kinds.
         target (`str`): The kind of entity that is the value, or a key of `LITERALS`.
         keyword (`str`): What the value is called: "I need the founder", "founder of Hexatron Mills".
-        asks (`tuple[str, ...]`): Questions for the value; `{}` is the subject. None: the fact is never asked for.
-        phrases (`tuple[str, ...]`): Descriptions of the value that stand for it in a two-hop question.
+        asks (`tuple[str, ...]`): Questions for the value; `{}` is the subject. Empty: the fact is never asked for.
+        phrases (`tuple[str, ...]`): Descriptions that replace the value in a two-hop question.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of entity: its share of the encyclopedia, what its names are made of, and what is told about it.
+    """One kind of entity: its share of the encyclopedia, its names, and its sentences.
 
     Args:
-        name (`tuple[str, str]`): What the first and the last word of a name are drawn from, keys of `WORDS`.
-        middle (`str`): The same for the words between them, of which large worlds need one or two.
+        name (`tuple[str, str]`): The keys of `WORDS` from which the first and the last word of a name are drawn.
+        middle (`str`): The key for the words between them; large worlds need one or two.
         sentences (`tuple[str, ...]`): Passage texts; `{name}` and every relation's name are fields.
         compares (`tuple[tuple[str, bool], ...]`): Questions that compare `year_of`; True asks for the later.
     """
@@ -57,7 +57,7 @@ def _blend(heads: str, tails: str) -> tuple[str, ...]:
     return tuple(head + tail for head in heads.split() for tail in tails.split())
 
 
-# Disjoint sets of capitalised words: no word of one is in another, nor among the words of the sentences.
+# Disjoint sets of capitalised words. None of them occurs in the sentences either.
 WORDS: dict[str, tuple[str, ...]] = {
     "given": _blend("Al Be Ca Do El Fa Ga Ha Ir Jo Ka Li Mi Ne Or Pe Ro Sa Ta Vi", "ra vin len mos dra rik na"),
     "surname": _blend(

@@ -1,4 +1,4 @@
-"""How a conversation is written and read: the tags a policy calls the search tool with, and those it is answered in.
+"""How a conversation is written and read: the tags of a search call, and those of the reply.
 
 | protocol      | the policy writes                                | the world replies                             |
 |---------------|--------------------------------------------------|-----------------------------------------------|

@@ -1,8 +1,8 @@
 """`Protocol`: how a conversation is written and read, for one tokenizer.
 
-A protocol turns text into ids exactly once, when the world speaks; what the policy sampled is decoded to be read and
-never encoded again. Text from the world is untrusted: tags in it are escaped, and its ids are checked for control
-tokens, so that a passage can neither answer, call a tool, nor end a turn.
+A protocol encodes text only once, when the environment replies. Sampled ids are decoded for reading and never encoded
+again. Text from the environment is untrusted: tags in it are escaped, and its ids are checked for control tokens, so
+that a passage cannot answer, call a tool, or end a turn.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ SEARCH_TOOL: dict[str, Any] = {
 }
 
 MIN_DOCUMENT_TOKENS = 16
-# The date of templates that write one: the default of Llama 3's own.
+# The date for templates that write one: the default of Llama 3's template.
 PROMPT_DATE = datetime.date(2024, 7, 26)
-# So many ids before a turn show whether the prompt opened a thought.
+# The number of ids before a turn that show whether the prompt opened a thought.
 _CONTEXT = 16
 _ANSWER = "TRLSEARCHANSWER"
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
-# A document is cut to so many characters per token of room before it is tokenized: some searches return whole books.
+# Characters of a document that are tokenized, per token of room: some searches return whole books.
 _CHARS_PER_TOKEN = 32
-# A SentencePiece tokenizer puts a space before what it encodes. It goes to one of these, and no piece merges with it.
+# A SentencePiece tokenizer puts a space before its input. These absorb it, and no piece merges with them.
 _ANCHORS = ("\n", "=")
 
 
@@ -71,10 +71,10 @@ class Protocol(abc.ABC):
     name: str
     stop: tuple[str, ...] = ()
     default_instruction: str
-    # The tag that a call stands in, and how a policy that writes something else is corrected.
+    # The tag of a call, and the correction for a policy that writes something else.
     call_tag: str
     correction: str
-    # Tags of the protocol's own, and the built-in tags that they are read as: {"lookup": "search"}.
+    # The protocol's own tags, each with the built-in tag that it is read as: {"lookup": "search"}.
     own_tags: Mapping[str, str] = {}
     # How the chat template's own calls are read; `None` where the policy writes plain tags.
     call_format: CallFormat | None = None
@@ -110,7 +110,7 @@ class Protocol(abc.ABC):
         self._newline_ids = self.encode(self._quote("\n"))
         self.stop_token_ids = self._find_stop_tokens()
 
-    # What the policy is shown first
+    # The prompt
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """The conversation that asks `question`, as chat messages: the `prompt` column TRL expects."""
@@ -128,7 +128,7 @@ class Protocol(abc.ABC):
         """`messages` through the chat template, ready for the policy's first token."""
         return tuple(self._encode_start(self._render(messages, add_generation_prompt=True)))
 
-    # What the policy wrote
+    # The policy's turns
 
     def read(self, ids: Sequence[int]) -> str:
         """Decodes a turn as it was sampled, without the token that ended it."""
@@ -136,22 +136,22 @@ class Protocol(abc.ABC):
         return self.decode(ids)
 
     def read_turn(self, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
-        """A turn as everything here reads it: thoughts in `<think>`, calls in `<tool_call>`, whatever the family's own
-        markers are. A thought that the prompt opened stands at the start.
+        """A turn in the common form: thoughts in `<think>`, calls in `<tool_call>`, whatever the markers of the
+        model's family are. If the prompt opened a thought, its tag is put at the start.
 
         Args:
-            context (`Sequence[int]`): What stood before the turn; its last few ids are enough.
+            context (`Sequence[int]`): The ids before the turn; the last few are enough.
         """
         text = with_think_tags(self.opened_thought(context) + self.read(ids), self._think_markers)
         text = self._with_common_tags(text)
         return text if self.call_format is None else self.call_format.canonical(text)
 
     def opened_thought(self, context: Sequence[int]) -> str:
-        """What a prompt ends in, if that opens a thought: `"<think>\\n"`. Else `""`."""
+        """The end of a prompt that opens a thought, such as `"<think>\\n"`, else `""`."""
         return opened_thought(self.decode(context[-_CONTEXT:])) if context else ""
 
     def parse(self, text: str) -> Action:
-        """What the policy did in a turn: the first call or answer after its thoughts counts."""
+        """The action of a turn: its first call or answer outside the thoughts."""
         text = self._with_common_tags(text)
         turn = read_turn(text)
         act = turn.act
@@ -183,25 +183,26 @@ class Protocol(abc.ABC):
 
     @abc.abstractmethod
     def _read_call(self, content: str) -> Action:
-        """What the content of one call asks for."""
+        """The action that the content of one call asks for."""
 
     @abc.abstractmethod
     def write(self, thought: str, action: Search | Answer) -> str:
-        """What a policy that follows the protocol writes: the inverse of `parse`. For scripts and tests."""
+        """The turn of a policy that follows the protocol: the inverse of `parse`. For scripts and tests."""
 
-    # What the world says back
+    # The environment's replies
 
     def observation_ids(
         self, observation: Observation, *, max_tokens: int, turn_closed: bool, turn_ids: Sequence[int] = ()
     ) -> tuple[tuple[int, ...], str] | None:
         """Writes an observation in at most `max_tokens` tokens; None if not even its frame fits.
 
-        Documents are cut one by one, in tokens, before they are framed: all get the same limit, and the last ones are
-        dropped where that limit would fall under `MIN_DOCUMENT_TOKENS`. The frame and the notice are never cut.
+        Documents are cut one by one, in tokens: all get the same limit, and the last ones are dropped if that limit
+        would be below `MIN_DOCUMENT_TOKENS`. The frame and the notice are never cut.
 
         Args:
             turn_closed (`bool`): Whether the policy sampled the token that ends its turn; else it is written here.
-            turn_ids (`Sequence[int]`, *optional*): The turn that is answered. Some templates repeat its call's id.
+            turn_ids (`Sequence[int]`, *optional*): The turn that is answered: some templates repeat the id of its
+            call.
 
         Returns:
             `tuple[tuple[int, ...], str]`: The ids to append, and the text inside the frame.
@@ -215,7 +216,7 @@ class Protocol(abc.ABC):
                 return None
             documents = [self._document_ids(document, room) for document in observation.documents]
             newline = self._newline_ids
-            # Every document ends in a newline, but for the last where no notice follows.
+            # Every document ends in a newline, except the last if no notice follows.
             room += 0 if notice else len(newline)
             limit, kept = fair_limit([len(document) + len(newline) for document in documents], room)
             body = [token for document in documents[:kept] for token in [*document[: limit - len(newline)], *newline]]
@@ -225,7 +226,7 @@ class Protocol(abc.ABC):
     def escape(self, text: str) -> str:
         """Makes tags and control tokens in untrusted text inert: `</answer>` becomes `&lt;/answer>`.
 
-        The result encodes to no control token, so that it can stand in a message (a one-shot RAG prompt).
+        The result encodes to no control token, so it is safe in a message (a one-shot RAG prompt).
         """
         with self._tokenizing:
             return self.control.escape(self._tag.sub("&lt;", text))
@@ -235,28 +236,28 @@ class Protocol(abc.ABC):
         return self.control.encode(self._quote(self._tag.sub("&lt;", document)))
 
     def _quote(self, text: str) -> str:
-        """The text as the frame wants it."""
+        """The text, escaped for the frame if it needs that."""
         return text
 
     @abc.abstractmethod
     def _observation_frame(self) -> tuple[str, str]:
-        """What stands before and after an observation, from the end of the policy's turn to the start of its next."""
+        """The text before and after an observation, from the end of the policy's turn to the start of its next."""
 
     def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The ids around the answer to a turn."""
         return self._opening_ids, self._closing_ids
 
     def _turn_end_ids(self) -> list[int]:
-        """What closes a turn that the policy did not close itself."""
+        """The ids that close a turn if the policy did not."""
         return []
 
     @property
     def turn_end_id(self) -> int:
-        """The token that ends a turn after which the world speaks."""
+        """The token that ends a turn before the environment replies."""
         return int(self.tokenizer.eos_token_id)
 
     def _find_stop_tokens(self) -> tuple[int, ...]:
-        """The tokens with which the policy ends a turn. Every engine is told: a checkpoint may name another EOS."""
+        """The tokens that end a turn. Every engine gets them, because a checkpoint may name another EOS."""
         ends = {int(self.tokenizer.eos_token_id): None, self.turn_end_id: None}
         if self.call_format is HARMONY:  # there, messages end inside a turn too
             return tuple(ends)
@@ -266,14 +267,14 @@ class Protocol(abc.ABC):
         return tuple(ends)
 
     def _turn_frame(self) -> str:
-        """A conversation that goes on after an answer, as the template writes it; `""` where it cannot."""
+        """A conversation that continues after an answer, as the template writes it; `""` if it cannot."""
         if not self.tokenizer.chat_template:
             return ""
         roles = {"user": "x", "assistant": _ANSWER}
         messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "x"))]
         try:
             return self._render(messages, add_generation_prompt=False)
-        except Exception:  # whatever a template raises: it then says nothing about the end of its turns
+        except Exception:  # whatever a template raises: the end of its turns is then unknown
             return ""
 
     def _check_system_prompt(self) -> None:
@@ -302,7 +303,7 @@ class Protocol(abc.ABC):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _find_anchor(self) -> str:
-        """What to put before a piece so that a SentencePiece tokenizer does not begin it with a space of its own."""
+        """The text to put before a piece so that a SentencePiece tokenizer adds no space to the piece."""
         first = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode("x", add_special_tokens=False)[:1])
         if not first or not str(first[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}"):
             return ""
@@ -347,7 +348,7 @@ def fair_limit(lengths: Sequence[int], room: int) -> tuple[int, int]:
             limit = remaining // (kept - i)
             if length > limit:
                 break
-            # One shorter than an equal share leaves the rest of its share to the longer ones.
+            # A document shorter than its share leaves the rest to the longer ones.
             remaining -= length
         else:
             return max(lengths[:kept]), kept

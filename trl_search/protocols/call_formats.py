@@ -1,4 +1,4 @@
-r"""How model families write a tool call, as a table; and the translation into one form that everything else reads.
+r"""How model families write a tool call, and the translation into one common form.
 
     hermes     <tool_call>\n{"name": "search", "arguments": {…}}\n</tool_call>      Qwen2.5, Qwen3, SmolLM3
     xml        <tool_call>\n<function=search>\n<parameter=query_list>\n[…]\n…       Qwen3-Coder, Qwen3.5, Nemotron 3
@@ -11,10 +11,10 @@ r"""How model families write a tool call, as a table; and the translation into o
     harmony    <|channel|>commentary to=functions.search <|message|>{…}<|call|>    gpt-oss
     deepseek   <|tool_calls_begin|>…function<|tool_sep|>search\n```json\n{…}\n```…  DeepSeek V3
 
-`CallFormat.canonical` rewrites a turn of any of them into the first. transformers' `parse_response` reads most of them
-too, and the tests hold both to the same result. It is not used here because it raises on malformed calls, and because
-TRL knows a template by its exact text only. What cannot be read stays as it is between `<tool_call>` tags, where it is
-a malformed call.
+`CallFormat.canonical` rewrites a turn in any of these forms into the first. transformers' `parse_response` reads most
+of them too, and the tests check that both agree. It is not used here because it raises on malformed calls, and because
+TRL recognises a template by its exact text only. A call that cannot be read is kept between `<tool_call>` tags, where
+it counts as malformed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Reads the content of one call: what stands between `<tool_call>` and `</tool_call>`, or `<search>` and `</search>`.
+"""Reads the content of one call: the text between `<tool_call>` and `</tool_call>`, or `<search>` and `</search>`.
 
     {"name": "search", "arguments": {"query_list": ["birthplace of Mira Talvane"]}}     JSON
     birthplace of Mira Talvane                                                          a bare query, as a courtesy
 
-A near-call is what was meant as a call and is none: a code fence, `search(query="x")`, markup, `null`. It is never
-searched for as literal text; it is refused with a correction and counted on its own (`search/near_calls`).
+A near-call was meant as a call but is not one: a code fence, `search(query="x")`, markup, `null`. It is never searched
+for as literal text. It is refused with a correction and counted as `search/near_calls`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _UNTAGGED = re.compile(
 
 
 def read_call(content: str, tools: Collection[str] = ("search",)) -> Action:
-    """What a call asks for; `Invalid` says what is wrong with it.
+    """The action that a call asks for; `Invalid` says what is wrong with it.
 
     Args:
-        tools (`Collection[str]`): Names of the tools that there are.
+        tools (`Collection[str]`): The names of the tools.
 
     Example:
         >>> read_call('{"name": "search", "arguments": {"query_list": ["a", "b"]}}')
@@ -69,7 +69,7 @@ def read_query(raw: str) -> Action:
 
 
 def search_for(queries: Any) -> Action:
-    """A search for `queries`, which is model output: a string, a list of strings, or anything else."""
+    """A search for `queries`, which is untrusted model output of any type."""
     if isinstance(queries, str) and queries.lstrip().startswith("["):  # a stringified list
         queries = decoded if isinstance(decoded := _json(queries), list) else queries
     queries = [queries] if isinstance(queries, str) else queries
@@ -84,7 +84,7 @@ def search_for(queries: Any) -> Action:
 
 
 def looks_like_a_call(text: str) -> bool:
-    """Whether a turn without a call holds something that was meant as one.
+    """Whether a turn without a call holds a near-call.
 
     Example:
         >>> looks_like_a_call('```json\\n{"name": "search", "arguments": {"query": "x"}}\\n```')
@@ -94,7 +94,7 @@ def looks_like_a_call(text: str) -> bool:
 
 
 def _json(text: str) -> Any:
-    """The value, or `None` where the text is no JSON. A document nested too deeply is as malformed as a broken one."""
+    """The value, or `None` if the text is not JSON, or too deeply nested."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,7 +1,8 @@
 """Control tokens: the ids that only a policy and its chat template may write.
 
-Text from the world is checked on its ids, after tokenization: a tokenizer may normalise what it reads, so that `</s>`
-in full-width letters becomes EOS, and the text alone does not say. `ControlTokens.encode` serves every path.
+Text from the environment is checked after tokenization, on its ids: a tokenizer may normalise its input, so that
+`</s>` in full-width letters becomes EOS, which the text does not show. All such text goes through
+`ControlTokens.encode`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # `<|im_end|>`, `</s>`, `[INST]`, `<|User|>`: between brackets and without inner spaces. Years and digits are text.
 _LOOKS_LIKE_CONTROL = re.compile(r"\s*[<\[{\uff1c]\S{0,80}[>\]}\uff1e]\s*")
-# What a template writes between its messages, where the tokenizer has no token of its own for it: `<<SYS>>`, `[INST]`.
+# Markers between the messages of a template that are not tokens of their own: `<<SYS>>`, `[INST]`.
 _MARKER = re.compile(r"<{1,2}/?\|?[A-Za-z_][\w ./-]{0,40}\|?>{1,2}|\[/?[A-Z_]{2,30}\]")
 
 
@@ -25,7 +26,7 @@ class ControlTokens:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Its added tokens that are special or look so are control.
         encode (`Callable[[str], list[int]]`): Encodes a piece of a conversation.
-        frames (`Sequence[str]`): What the template writes around messages. Markers in it are control too.
+        frames (`Sequence[str]`): Text that the template writes around messages. Markers in it are control too.
 
     Example:
         >>> control = ControlTokens(tokenizer, encode)
@@ -56,13 +57,13 @@ class ControlTokens:
         return [part for index in ids for part in (self._spelled(index) if index in self.ids else (index,))]
 
     def escape(self, text: str) -> str:
-        """The same for text that is put into a message: it comes back as text that encodes to no control token."""
+        """The same for text that goes into a message: returns text that encodes to no control token."""
         text = self._without_markers(text)
         for _ in range(3):
             if self.ids.isdisjoint(self._encode(text)):
                 return text
             text = str(self._tokenizer.decode(self.encode(text), clean_up_tokenization_spaces=False))
-        # A tokenizer that makes control tokens of whatever it is given: words are left.
+        # The last resort, for a tokenizer that makes control tokens of any punctuation: keep the words.
         return re.sub(r"[^\w\s.,;:!?'\"-]", " ", text)
 
     def _without_markers(self, text: str) -> str:
@@ -70,7 +71,7 @@ class ControlTokens:
         return text if self._markers is None else self._markers.sub(lambda marker: _defused(marker[0]), text)
 
     def _spelled(self, index: int) -> tuple[int, ...]:
-        """A control token as inert text; nothing where even its letters make control tokens."""
+        """A control token as inert text; empty if even its letters make control tokens."""
         if index not in self._inert:
             spelled = self._encode(_defused(str(self._tokenizer.convert_ids_to_tokens(index))))
             self._inert[index] = tuple(part for part in spelled if part not in self.ids)

@@ -98,7 +98,7 @@ class QwenTools(Protocol):
 
 
 class QwenInline(QwenTools):
-    """The same calls, but the reply goes on in the same assistant turn, as in Search-R1."""
+    """The same calls, but the reply is in the same assistant turn, as in Search-R1."""
 
     name = "qwen_inline"
     stop = ("</tool_call>", "</answer>")

@@ -23,7 +23,7 @@ _INSTALLED = Registry("protocol", "trl_search.protocols", {})
 
 
 def protocol_names() -> list[str]:
-    """Every protocol that there is: ours, those that a script added, and those of installed packages."""
+    """All protocols: ours, those that a script added, and those of installed packages."""
     return [*PROTOCOLS, *(name for name in _INSTALLED.names() if name not in PROTOCOLS)]
 
 

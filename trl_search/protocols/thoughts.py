@@ -1,4 +1,4 @@
-"""How models mark their thoughts, and the translation into `<think>…</think>`, which everything else reads."""
+"""How models mark their thoughts, and the translation into `<think>…</think>`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_think_tags(text: str, markers: tuple[tuple[str, str], ...]) -> str:
 
 
 def opened_thought(prompt: str) -> str:
-    """What a prompt ends in, if that opens a thought; else `""`.
+    """The end of a prompt that opens a thought, else `""`.
 
     Example:
         >>> opened_thought("<|im_start|>assistant\\n<think>\\n")
@@ -42,7 +42,7 @@ def opened_thought(prompt: str) -> str:
 
 
 def written_thought(prompt: str) -> str:
-    """What a prompt ends in, if that opens a thought, or opens and closes an empty one; else `""`.
+    """The end of a prompt that opens a thought, or opens and closes an empty one, else `""`.
 
     Example:
         >>> written_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")

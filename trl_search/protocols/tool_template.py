@@ -1,4 +1,4 @@
-r"""How one chat template writes a search and its reply, found out by rendering both and reading the call back.
+r"""Finds out how a chat template writes a search and its reply, by rendering both and reading the call back.
 
     prompt  ……<|im_start|>assistant\n
     call    <tool_call>\n{"name": "search", …}\n</tool_call>                 the policy's
@@ -7,8 +7,8 @@ r"""How one chat template writes a search and its reply, found out by rendering 
     reply   Doc 1 …
     closing \n</tool_response><|im_end|>\n<|im_start|>assistant\n           up to where the policy goes on
 
-The call is rendered in the middle of a conversation, as it stands when the policy reads the reply: some templates
-write a last turn differently. What cannot be exact is refused here, before the first rollout.
+The call is rendered inside a conversation, because some templates write the last turn differently. A template that
+cannot be used exactly is refused here, before the first rollout.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ REMEDY = "use protocol='search_r1', which needs no tools in the template, or set
 
 
 class TemplateProblem(UserError):
-    """The chat template cannot be used exactly; says why, and what to do."""
+    """The chat template cannot be used exactly. The message says why, and what to do."""
 
 
 class CallMessage(NamedTuple):
-    """How a template wants the message of a call: its content, and its arguments as an object or as JSON text."""
+    """The form of a call's message that a template takes: its content, and its arguments as an object or as JSON."""
 
     content: str | None
     json_arguments: bool
@@ -51,14 +51,14 @@ _CALL_MESSAGES = [CallMessage(content, as_json) for as_json in (False, True) for
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """What a chat template writes around a search and its reply.
+    """The text that a chat template writes around a search and its reply.
 
     Args:
         format (`CallFormat`): How the call is written.
-        message (`CallMessage`): What the template takes.
+        message (`CallMessage`): The form of message that the template takes.
         call (`str`): The call as the template writes it, for [`SEARCH_TOOL`] and two queries.
-        opening (`str`): From the call to the reply, the end of the policy's turn included.
-        closing (`str`): From the reply to where the policy goes on.
+        opening (`str`): The text from the call to the reply, including the end of the policy's turn.
+        closing (`str`): The text from the reply to the policy's next turn.
         json_reply (`bool`): The reply stands inside a JSON string.
     """
 
@@ -135,7 +135,7 @@ def _history(queries: Sequence[str], message: CallMessage) -> list[dict[str, Any
 
 
 def _end_of_call(form: CallFormat, written: str) -> int | None:
-    """Where the policy's own text ends in the template's, or `None` where the call is not of this form."""
+    """The end of the policy's own text, or `None` if the call is not in this form."""
     if form.opening not in written:
         return None
     last_query = written.find(_QUERIES[1][-8:])
@@ -153,7 +153,7 @@ def _reads_back(form: CallFormat, call: str) -> bool:
 
 
 def _policys_part(prompt: str, conversation: str) -> str:
-    """What follows the prompt in a conversation. The template may leave out the thought that the prompt wrote."""
+    """The part of a conversation after its prompt. The template may leave out a thought that the prompt wrote."""
     bare = prompt.removesuffix(written_thought(prompt))
     if not conversation.startswith(bare):
         raise TemplateProblem(f"the chat template rewrites the prompt once a tool was called: {REMEDY}")

@@ -1,4 +1,4 @@
-r"""What one turn of the policy holds: its thoughts, its calls and its answers. Every reader of turns starts here.
+r"""Splits one turn of the policy into thoughts, calls and answers. Every reader of turns starts here.
 
     <think> I could use <answer> … </think> <tool_call> … </tool_call>
     └────────────── thought ──────────────┘ └───────── act ──────────┘
@@ -47,7 +47,7 @@ class TurnText(NamedTuple):
 
     @property
     def act(self) -> Block | None:
-        """The first call or answer: what the turn did."""
+        """The first call or answer."""
         return next(iter(self.acts), None)
 
     @property
@@ -79,7 +79,7 @@ def read_turn(text: str) -> TurnText:
             tidy = False
         elif last_close[name] < position:
             tidy = False
-            # An answer without an end is prose; a call or a thought without one swallows the rest.
+            # An unclosed answer is prose; an unclosed call or thought runs to the end of the turn.
             if name != "answer":
                 blocks.append(Block(name, text[position:], tag.start(), len(text), closed=False))
                 speaks_for_world |= name != "think" and not _WORLD.isdisjoint(_tags(text, position, len(text)))

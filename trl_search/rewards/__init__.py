@@ -1,4 +1,4 @@
-"""Rewards: what is scored, and how it is found by name (`registry.py` says how to add your own)."""
+"""Rewards: the functions, and how they are found by name (`registry.py` says how to add your own)."""
 
 from trl_search.rewards.built_in import BUILT_IN, REFLECTION_CAP, em, f1, format, reflection, retrieval
 from trl_search.rewards.declaration import Reward, check_columns, declare, default_weight, required_columns

@@ -1,4 +1,4 @@
-r"""Answers as text: normalised, extracted, compared. Published numbers were made with these functions.
+r"""Normalises, extracts and compares answers. Published numbers use the same rules.
 
 Normalisation is SQuAD's, as Search-R1 and its successors use it: lower-case, delete ASCII punctuation, turn the words
 *a*, *an*, *the* into spaces, collapse white space. Punctuation is deleted and not spaced, so `U.S.` becomes `us` and

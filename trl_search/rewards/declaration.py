@@ -1,4 +1,4 @@
-"""What a reward function declares about itself: the dataset columns it reads, and its weight by default."""
+"""What a reward function declares: the dataset columns it reads, and its default weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RewardT = TypeVar("RewardT", bound=Reward)
 
 
 def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0) -> Callable[[RewardT], RewardT]:
-    """Marks a reward function with what the trainer should know of it; the function itself is unchanged.
+    """Marks a reward function with the columns it needs and its default weight. The function itself is unchanged.
 
     Args:
         required_columns (`Sequence[str]`, *optional*, defaults to `()`): Dataset columns that it takes as keywords.
@@ -32,17 +32,17 @@ def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0
 
 
 def required_columns(reward: Reward) -> tuple[str, ...]:
-    """The dataset columns that a reward declares; none where it declares nothing."""
+    """The dataset columns that a reward declares; none by default."""
     return tuple(getattr(reward, "required_columns", ()))
 
 
 def default_weight(reward: Reward) -> float:
-    """The weight that a reward declares; 1.0 where it declares none."""
+    """The weight that a reward declares; 1.0 by default."""
     return float(getattr(reward, "default_weight", 1.0))
 
 
 def check_columns(rewards: Iterable[Reward], columns: Iterable[str]) -> None:
-    """Raises a `UserError` where the dataset lacks a column that a reward needs."""
+    """Raises a `UserError` if the dataset lacks a column that a reward needs."""
     present = set(columns)
     for reward in rewards:
         for column in required_columns(reward):

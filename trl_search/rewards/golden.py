@@ -1,4 +1,4 @@
-"""Golden answers as a list of strings, from the shapes in which datasets hold them.
+"""Golden answers as a list of strings, from the shapes that datasets use.
 
     "Lyon"   ["Lyon", "Lugdunum"]   numpy.array(["Lyon"])   b"Lyon"
     1998   1998.0                                             numbers: "1998"
@@ -7,7 +7,7 @@
     {"text": ["Lyon", "Lyon"], "answer_start": [17, 80]}      SQuAD
     {"target": ["Lyon"]}                                      Search-R1's ground truth
 
-Anything else is refused. Turned into a string, it would match no answer, and every reward of a run would be 0.
+Anything else is refused: converted to a string it would match no answer, and every reward of a run would be 0.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _listed(text: str) -> str | list[Any]:
             value = read(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        # "['a' 'b']", NumPy's own way to write an array, is one string to Python: its two would be joined.
+        # Python would read "['a' 'b']", NumPy's form of an array, as one joined string.
         joined = read is ast.literal_eval and repr(value) != stripped
         if isinstance(value, list) and all(isinstance(one, str) for one in value) and not joined:
             return value

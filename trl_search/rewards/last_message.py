@@ -1,4 +1,4 @@
-"""Rewards of TRL that read one message of a completion: which they are, and how they read the last one.
+"""Adapts rewards of TRL that read the first message of a completion, so that they read the last one.
 
 A completion of a search agent is several messages: call, reply, call, reply, answer. `think_format_reward` and its
 like read `completion[0]`, which is the first call.
@@ -14,7 +14,7 @@ FIRST_MESSAGE_REWARDS = ("think_format_reward", "accuracy_reward", "reasoning_ac
 
 
 def reads_first_message(reward: Any) -> bool:
-    """Whether a reward is one of TRL's that read the first message alone."""
+    """Whether a reward is one of TRL's that read only the first message."""
     module = getattr(reward, "__module__", None) or ""
     return module.startswith("trl.rewards") and getattr(reward, "__name__", "") in FIRST_MESSAGE_REWARDS
 

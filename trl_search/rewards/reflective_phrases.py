@@ -1,11 +1,10 @@
-r"""Reflective phrases: where the model says that it looks at its own claims again ("wait", "let me re-check", …).
+r"""Counts reflective phrases, with which a model says that it checks its own claims ("wait", "let me re-check", …).
 
 Seungyoun Shin's reproduction of Search-R1 (June 2025) counted them over training and saw their share grow with the
 benchmark score. It named four ("think again", "re-verify", "let's reconsider", "upon close inspection") and published
-no list, so the lexicon below is ours: those four and the families around them. What is counted is a phrase, not the
-thought behind it.
+no list, so the lexicon below is ours: those four and the families around them. Phrases are counted, not thoughts.
 
-Give these functions text that the model wrote. A passage that says "on closer inspection" reflects nothing.
+Pass only text that the model wrote: "on closer inspection" in a passage is no reflection.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def spell_out(phrase: str) -> str:
     return "".join(_SPELLINGS.get(character, character) for character in phrase)
 
 
-# One pattern, one named group a family; the earliest match wins and none overlap, so "wait, let me double-check"
+# One pattern with one named group per family; the earliest match wins and none overlap, so "wait, let me double-check"
 # counts twice and "let me re-check" once.
 _FAMILIES = {f"family_{index}": family for index, family in enumerate(LEXICON)}
 _PATTERN = re.compile(
@@ -137,7 +136,7 @@ def count_reflections(text: str) -> int:
 
 
 def reflection_ratio(texts: Iterable[str]) -> float:
-    """The share of texts with at least one reflective phrase; 0.0 of none. One text a trajectory: the model's words.
+    """The share of texts with at least one reflective phrase; 0.0 without texts. Pass one text per trajectory.
 
     Example:
         >>> reflection_ratio(["Wait, that is Lyon.", "Paris."])

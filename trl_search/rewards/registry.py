@@ -1,9 +1,9 @@
 """Rewards: plain functions in TRL's signature, found by name, that read what the *model* wrote.
 
-    reward(prompts, completions, completion_ids=None, golden_answers=[...], **kwargs) -> list[float | None]
+    reward(completions, golden_answers=[...], **columns) -> list[float | None]
 
-A completion is what TRL hands over: a list of chat messages (`assistant` is the model's, `tool` is the world's), or a
-plain string, all of it the model's. `None` leaves a sample out of that reward.
+A completion is a list of chat messages (`assistant` is the model, `tool` the environment), or a plain string, all of
+it the model's. `None` leaves a sample out of that reward.
 
 A recipe names rewards: a name below, a name that an installed package adds, or an import path:
 
@@ -14,7 +14,7 @@ A package adds rewards through the entry-point group `trl_search.rewards`:
     [project.entry-points."trl_search.rewards"]
     brevity = "my_package.rewards:brevity"
 
-`@declare` says which dataset columns a reward needs, so that a run stops before its first step and not in it.
+`@declare` names the dataset columns that a reward needs, so that a run without them stops before its first step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REWARDS = Registry("reward", ENTRY_POINT_GROUP, {name: f"trl_search.rewards.buil
 
 
 def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward]:
-    """Turns what a recipe or a script gives into reward functions.
+    """Turns the rewards of a recipe or a script into functions.
 
     Args:
         specs (`str`, `Callable` or a list of both): A name (built in, or added by an installed package), an import

@@ -1,12 +1,12 @@
-r"""Whether a trajectory keeps to the structure of its protocol, read off the turns that the model wrote.
+r"""Scores whether a trajectory keeps to the structure of its protocol, from the turns that the model wrote.
 
     turn 1   <think> … </think> <tool_call> … </tool_call>     any thoughts, then one call, then nothing
     turn 2   <think> … </think> <search> … </search>           (either tag: one checker for every protocol)
     turn n   <think> … </think> <answer> … </answer>           any thoughts, then one answer, then nothing
 
-Thoughts are optional and may hold any words, tags included. Plain text between the blocks is allowed: chat models
-talk. What is not allowed makes a protocol unreadable: a block left open, a call or an answer that holds another tag, a
-second call, words after the call, and a model that writes the world's part itself.
+Thoughts are optional and may hold any words, tags included. Plain text between the blocks is allowed, because chat
+models talk. A block left open, a tag inside a call or an answer, a second call, words after the call, and the
+environment's tags written by the model are not allowed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ENDING = re.compile(r"(?:\s|<\|[^<>|]{1,64}\|>|</s>)*")
 
 
 def format_score(turns: Sequence[str]) -> float:
-    """0.0 where the last turn does not answer, or where the model wrote the world's tags; 0.5 where it answers but
-    something is malformed; 1.0 where everything is well-formed.
+    """0.0 if the last turn does not answer, or the model wrote the environment's tags; 0.5 if it answers but something
+    is malformed; 1.0 if everything is well-formed.
 
     Example:
         >>> format_score(["<search> a </search>", "<answer> b </answer>"])
@@ -45,7 +45,7 @@ def format_score(turns: Sequence[str]) -> float:
 
 
 def duplicate_tags(turns: Sequence[str]) -> int:
-    """How often a tag is opened or closed again in one turn, thoughts left out. A repeated block counts once.
+    """How often tags are repeated within a turn, outside thoughts. A repeated block counts once.
 
     Example:
         >>> duplicate_tags(["<search> a </search>", "<answer> b </answer> </answer> <answer> c </answer>"])
@@ -54,7 +54,7 @@ def duplicate_tags(turns: Sequence[str]) -> int:
     repeated = 0
     for turn in turns:
         seen = Counter(tag[0] for tag in _TAG.finditer(outside_thoughts(turn)))
-        # A second thought is a tag opened again, and what it says is not.
+        # A second thought counts as a repeated tag; tags inside thoughts do not count.
         thoughts = sum(block.tag == "think" for block in read_turn(turn).blocks)
         repeated += max(0, thoughts - 1)
         names = {tag.strip("</>") for tag in seen}
@@ -67,7 +67,7 @@ def _ends_in(text: str, tags: set[str] | frozenset[str]) -> bool:
     act = turn.act
     if not turn.tidy or act is None or act.tag not in tags or not act.content.strip():
         return False
-    # Whatever follows the first act is one thing too many, a second act included.
+    # Nothing may follow the first act.
     return _ENDING.fullmatch(text, act.end) is not None and _is_readable(act)
 
 
@@ -75,5 +75,5 @@ def _is_readable(act: Block) -> bool:
     if act.tag == "answer":
         return True
     action = read_query(act.content) if act.tag == "search" else read_call(act.content)
-    # Which tools there are is the environment's business.
+    # The environment knows which tools exist.
     return not isinstance(action, Invalid) or action == NO_SUCH_TOOL
