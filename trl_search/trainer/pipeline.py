@@ -1,6 +1,6 @@
-"""What `trl-search train` does, a step per function: load, warm up, build, measure, train, report.
+"""`trl-search train`, one function per step: load, warm up, build, measure, train, report.
 
-Read `run_training` first. Everything that a resumed run takes over from before is in `resume.py`.
+Read `run_training` first. What a resumed run takes over is in `resume.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ELSEWHERE = 1_000_003
 
 @dataclass
 class Run:
-    """A run of `trl-search train` on its way: what was asked for, what is loaded, and what has been measured."""
+    """The state of a run of `trl-search train`: its settings, what is loaded, and what has been measured."""
 
     arguments: TaskArguments
     config: SearchGRPOConfig
@@ -76,11 +76,10 @@ class Run:
 def run_training(
     arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig
 ) -> dict[str, Evaluation]:
-    """Runs a recipe to its end.
+    """Runs a recipe.
 
     Returns:
-        `dict[str, Evaluation]`: By the name of the table's row; over several sets, averages in which each set counts
-        the same.
+        `dict[str, Evaluation]`: By the name of the table's row. Several sets are averaged with equal weights.
     """
     run = load(arguments, config, model_config)
     if arguments.warm_start_steps and run.checkpoint is None:
@@ -98,7 +97,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     """Loads questions, retriever, model and tokenizer, and finds the checkpoint to resume from.
 
     Raises:
-        UserError: for what a recipe got wrong.
+        UserError: for a mistake in the recipe.
     """
     refuse_quantization(model_config)
     task = load_task(arguments, seed=config.seed)
@@ -161,7 +160,7 @@ def warm_up(
     config: SearchGRPOConfig,
     folder: Path,
 ) -> None:
-    """Shows the model the format, and weak behaviour, in another world than the one it is trained and measured in."""
+    """Fine-tunes the model on weak play in a world of its own, so that it knows the format before GRPO."""
     if arguments.questions != "world":
         raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
@@ -173,7 +172,7 @@ def warm_up(
         world,
         retriever,
         environment=environment,
-        # Without a tool nobody can show a search.
+        # Without a tool there are no searches to show.
         quality=WEAK if config.max_searches else {"guess": 1.0},
         output_dir=str(folder),
         steps=arguments.warm_start_steps,
@@ -181,8 +180,8 @@ def warm_up(
         seed=config.seed,
         use_cpu=config.use_cpu,
     )
-    # From here on the policy comes from this folder: a reference model is loaded from the config's name; an adapter
-    # names the model's as its base, and vLLM loads that one.
+    # From here on the policy's name is this folder: the reference model is loaded from it, an adapter names it as its
+    # base, and vLLM loads it.
     model.name_or_path = model.config._name_or_path = str(folder)
 
 
@@ -206,7 +205,7 @@ def build(run: Run) -> SearchGRPOTrainer:
 
 
 def add_measurements(run: Run, trainer: SearchGRPOTrainer) -> HeldOut | None:
-    """Has the trainer measure held-out questions: before its first step, and every `evaluate_every` steps."""
+    """Adds the evaluations of held-out questions: before the first step, and every `evaluate_every` steps."""
     if run.task.held_out is None:
         return None
     held_out = HeldOut(trainer, run.task.held_out)

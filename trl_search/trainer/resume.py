@@ -1,4 +1,4 @@
-"""What a resumed run takes over from before: its checkpoint, its warmed-up model, and what it has measured."""
+"""What a resumed run takes over: its checkpoint, its warmed-up model, and its earlier evaluations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _started_at(folder: Path) -> float:
 
 
 def measured_before(folder: Path) -> dict[str, Evaluation]:
-    """What a resumed run had measured before its training. What was measured afterwards is measured again."""
+    """The evaluations that a resumed run made before its training. Later ones are made again."""
     path = folder / RESULTS_FILE
     rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
     return {
@@ -59,11 +59,11 @@ def measured_before(folder: Path) -> dict[str, Evaluation]:
 
 
 def warmed_up_model(warm_folder: Path, name: str, checkpoint: str, *, needed: bool) -> str:
-    """The model that a resumed run starts from: the one it was warmed up to, where it is still there, else `name`.
+    """The model that a resumed run starts from: the warmed-up one if it still exists, else `name`.
 
     Args:
-        needed (`bool`): Whether the run cannot do without. The checkpoint of a full fine-tuning has all weights; that
-            of an adapter lacks the weights of its base, and no checkpoint has those of the reference model.
+        needed (`bool`): Whether the run needs it. The checkpoint of a full fine-tuning has all weights; that of an
+            adapter lacks its base model, and no checkpoint has the reference model.
 
     Raises:
         UserError: if it is needed and missing.

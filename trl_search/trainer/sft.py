@@ -1,12 +1,10 @@
-"""Supervised fine-tuning on trajectories: TRL's SFTTrainer, with the loss on what the policy itself writes.
+"""Supervised fine-tuning on trajectories: TRL's SFTTrainer, with the loss on the policy's own tokens.
 
-The trajectories come from the rollout engine, so the ids and the mask that are trained on are those that GRPO's
-rollouts will have. Who wrote them:
+The trajectories come from the rollout engine, so their ids and masks are like those of GRPO's rollouts. They are
 
-- a policy or a teacher, with real searches, and the right ones were kept: a cold start (`trainer/cold_start`);
-- scripts of the embedded world (`data/scripted_players.py`): a warm start. By default they are of mixed quality: the
-  policy learns the format and behaves badly: it often answers without a search, or stops after one hop. GRPO then
-  has to turn that around.
+- the right attempts of a policy or a teacher, with real searches: a cold start (`trainer/cold_start`), or
+- scripts of the embedded world (`data/scripted_players.py`): a warm start. By default their quality is mixed: the
+  policy learns the format and often answers without a search, or stops after one hop. GRPO has to correct that.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ def train(
     Args:
         peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
     """
-    # Rows that are too long have been left out: TRL would cut them, or warn that it does not where nothing is padded.
+    # Rows that are too long have been left out. TRL would cut them, or warn that it does not cut without padding.
     config = copy.copy(config)
     config.max_length = None
     if config.padding_free and (reason := why_not_padding_free(model)):
@@ -148,8 +146,8 @@ def warm_start(
     Args:
         steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
-        environment (`SearchEnvironment`, *optional*): What the scripts search, if other than the retriever's default.
-        use_cpu (`bool`): As that of the run it belongs to: processes that disagree on the device train each alone.
+        environment (`SearchEnvironment`, *optional*): What the scripts search. Default: the retriever.
+        use_cpu (`bool`): The same as in the run it belongs to: otherwise each process trains alone.
 
     Returns:
         `list[Trajectory]`: What was trained on.
@@ -184,7 +182,7 @@ def fine_tune(
     seed: int = 0,
     use_cpu: bool = False,
 ) -> None:
-    """Trains the model in place on trajectories, whoever wrote them, and saves it with its tokenizer in `output_dir`.
+    """Trains the model in place on trajectories, and saves it with its tokenizer in `output_dir`.
 
     Args:
         max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
@@ -211,15 +209,15 @@ def fine_tune(
 
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
-    """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks` that are 1 where the policy wrote.
+    """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks`, 1 for the policy's tokens.
 
     Raises:
-        UserError: if there is nothing to learn from in them.
+        UserError: if no trajectory can be trained on.
     """
     kept = [
         (trajectory.prompt_ids, trajectory.ids, trajectory.mask)
         for trajectory in trajectories
-        # Whatever the world failed at is no lesson for the policy.
+        # A trajectory that the environment failed teaches nothing.
         if trajectory.model_tokens
         and not trajectory.error
         and (max_tokens is None or len(trajectory.prompt_ids) + len(trajectory.ids) <= max_tokens)

@@ -16,17 +16,8 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     from trl import ModelConfig
 
-    from trl_search.cli.recipe_checks import refuse_problems
-    from trl_search.cli.recipe_help import print_help
-    from trl_search.config.recipe import build_arguments, recipe_values
+    from trl_search.cli.recipe_command import run_recipe
     from trl_search.trainer.cold_start.run import ColdStartArguments, run_sft
     from trl_search.trainer.sft import SearchSFTConfig
 
-    classes = (ColdStartArguments, SearchSFTConfig, ModelConfig)
-    if print_help(argv, "sft", __doc__, classes):
-        return 0
-    values = recipe_values(argv, classes, command="sft")
-    refuse_problems(values, classes)
-    arguments, config, model_config = build_arguments(values, classes)
-    run_sft(arguments, config, model_config)
-    return 0
+    return run_recipe(argv, "sft", __doc__, (ColdStartArguments, SearchSFTConfig, ModelConfig), run_sft)

@@ -15,17 +15,8 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     from trl import ModelConfig
 
-    from trl_search.cli.recipe_checks import refuse_problems
-    from trl_search.cli.recipe_help import print_help
+    from trl_search.cli.recipe_command import run_recipe
     from trl_search.config.grpo import SearchGRPOConfig
-    from trl_search.config.recipe import build_arguments, recipe_values
     from trl_search.trainer.pipeline import TaskArguments, run_training
 
-    classes = (TaskArguments, SearchGRPOConfig, ModelConfig)
-    if print_help(argv, "train", __doc__, classes):
-        return 0
-    values = recipe_values(argv, classes, command="train")
-    refuse_problems(values, classes)
-    arguments, config, model_config = build_arguments(values, classes)
-    run_training(arguments, config, model_config)
-    return 0
+    return run_recipe(argv, "train", __doc__, (TaskArguments, SearchGRPOConfig, ModelConfig), run_training)

@@ -1,1 +1,1 @@
-"""What watches a training run: alarms, held-out evaluation, the best checkpoint, the lines on the terminal."""
+"""Callbacks of a training: alarms, held-out evaluation, the best checkpoint, the lines on the terminal."""

@@ -1,13 +1,13 @@
-"""Alarms on collapse: a run that stopped searching, stopped being rewarded or lost its language is named, early.
+"""Alarms on collapse: they warn early when a run stops searching, stops being rewarded or loses its language.
 
     logs of a run ─► Watch: the median of the last 5, against the lowest and highest such median so far ─► RULES
                  ─► CollapseAlarm: `alarm/<name>` 0 or 1 in every log and tracker, a warning once, a stop on request
 
-Each rule compares a run with what the same run has been, so none needs to know the task. Rules of `drift` fire long
-before a collapse, on changes that may also be wanted; they warn and end no run. All rules are silent on healthy
-runs and loud on collapses that were recorded (`tests/support/data/histories.json`, made by
-`benchmarks/alarms.py`); what fired when is in docs/monitoring.md. Medians, because one log of a healthy run may show
-anything: a KL of 1e3 from one token.
+Each rule compares a run with its own past, so no rule needs to know the task. Rules of `drift` fire long before a
+collapse, on changes that may also be intended; they warn and never end a run. All rules are silent on recorded healthy
+runs and fire on recorded collapses (`tests/support/data/histories.json`, made by `benchmarks/alarms.py`;
+docs/monitoring.md says what fired when). Medians are compared because a single log of a healthy run may show anything,
+such as a KL of 1e3 from one token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts
 
 
 class Watch:
-    """The levels of one run. Fed with its training logs, oldest first.
+    """The levels of one run. Add its training logs, oldest first.
 
     Example:
         >>> watch = Watch()
@@ -42,7 +42,7 @@ class Watch:
         self.levels: dict[str, Level] = {}
 
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """What every rule finds after this log, `""` for nothing; a rule is left out until its metric is logged."""
+        """The finding of every rule after this log, `""` for none. A rule is left out until its metric is logged."""
         for metric in {rule.metric for rule in RULES} & set(row):
             if is_number(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])
@@ -51,7 +51,7 @@ class Watch:
 
 
 def find_collapse(history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What has collapsed at the end of a run, by rule, in words. `history` holds its training logs, oldest first.
+    """The alarms that fire at the end of a run, in words, by rule. `history` holds its training logs, oldest first.
 
     Example:
         >>> find_collapse(trainer.state.log_history)
@@ -65,14 +65,14 @@ def find_collapse(history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def is_training_log(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a step's own log: not an evaluation, nor the summary at the end."""
+    """Whether a row is the log of a step, and not an evaluation or the summary at the end."""
     return "loss" in row
 
 
 class CollapseAlarm(TrainerCallback):
     """Puts the alarms into every log, and warns once for each until it has been quiet for a while.
 
-    It must be called before the callbacks that report logs, as it writes `alarm/<name>` into what they report.
+    It writes `alarm/<name>` into the logs, so it must be called before the callbacks that report them.
 
     Args:
         stop (`bool`, *optional*, defaults to `False`): Ends the training when an alarm has lasted `STOP_AFTER` logs.
@@ -86,12 +86,12 @@ class CollapseAlarm(TrainerCallback):
         self.collapsed: tuple[str, ...] = ()  # the alarms that ended the training
         self.watch = Watch()
         self.lasting: Counter[str] = Counter()  # alarm -> logs in a row in which it fired
-        self.quiet: dict[str, int] = {}  # alarm that was told -> logs in a row since in which it did not
+        self.quiet: dict[str, int] = {}  # alarm that was reported -> logs in a row since without it
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run is compared with what it was before."""
+        """A resumed run is compared with its logs before the checkpoint."""
         self._restart()
         for row in filter(is_training_log, state.log_history):
             self._update(row)
@@ -120,7 +120,7 @@ class CollapseAlarm(TrainerCallback):
             self._stop(state, control)
 
     def _update(self, row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-        """What every rule finds, and those that were quiet before."""
+        """The finding of every rule, and the names of those that were quiet before."""
         found, new = self.watch.add(row), set()
         for name, what in found.items():
             if what:
@@ -139,7 +139,7 @@ class CollapseAlarm(TrainerCallback):
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
         lasting = [name for name, logs in self.lasting.items() if logs >= STOP_AFTER and name not in DRIFT]
         if PartialState().num_processes > 1:
-            # Ranks that disagreed by a rounding would wait for each other for ever.
+            # Ranks that disagree because of rounding would wait for each other forever.
             lasting = broadcast_object_list([lasting])[0]
         if lasting and not control.should_training_stop:
             control.should_training_stop = True

@@ -1,12 +1,12 @@
 """Keeps the checkpoint with the highest held-out EM as `output_dir/best`.
 
     step 20: eval/em 0.81, the highest so far ─► checkpoint-20 is saved, whatever save_strategy says
-                                              ─► when all of it is there: best -> checkpoint-20, in one step
+                                              ─► once it is complete: best -> checkpoint-20, atomically
 
-It is a whole checkpoint: it loads as a model and training resumes from it. `best` is a symbolic link that changes
-place once every rank has written its part, so what it names was never half-written. transformers is told, too, in
-`state.best_model_checkpoint`, so `save_total_limit` does not rotate it away. A checkpoint that was saved for being the
-best alone goes when a better one comes.
+It is a whole checkpoint: it loads as a model and training resumes from it. `best` is a symbolic link that moves once
+every rank has written its part, so it never names a half-written checkpoint. `state.best_model_checkpoint` tells
+transformers, so `save_total_limit` does not delete it. A checkpoint that was saved only because it was the best is
+deleted when a better one comes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LINK = "best"
 RECORD = "held_out_result.json"
-# More failed searches than this, and an evaluation says too little about the policy to be the best.
+# An evaluation with a larger share of failed searches cannot be the best.
 MAX_FAILED = 0.05
 
 
@@ -42,7 +42,7 @@ class BestCheckpoint(TrainerCallback):
     Saves a checkpoint whenever a held-out evaluation is the best so far. Add it after [`EvaluateEvery`].
 
     Args:
-        held_out ([`HeldOut`]): What is evaluated; its last result is looked at.
+        held_out ([`HeldOut`]): The evaluation, whose last result is read.
     """
 
     def __init__(self, held_out: HeldOut) -> None:
@@ -53,13 +53,13 @@ class BestCheckpoint(TrainerCallback):
                 "evaluate_every and metric_for_best_model (or load_best_model_at_end) both say which checkpoint is "
                 "the best: leave the latter out; the one with the highest eval/em is kept as output_dir/best"
             )
-        self._asked: int | None = None  # the step whose checkpoint is saved for being the best alone
+        self._asked: int | None = None  # the step whose checkpoint is saved only because it is the best
         self._beaten: Path | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes up the best of the run that is resumed; a checkpoint of another run in this folder is not it."""
+        """Restores the best checkpoint of a resumed run, and removes a link that another run left in this folder."""
         folder = Path(args.output_dir or ".")
         link = folder / LINK
         if link.exists() and not link.is_symlink():
@@ -105,12 +105,12 @@ class BestCheckpoint(TrainerCallback):
             _point(best.parent / LINK, best)
             if self._beaten is not None and self._beaten != best and _only_best(self._beaten):
                 shutil.rmtree(self._beaten)
-        # Saved once more at this step, as at the end of an epoch, it is also a checkpoint like any other.
+        # If it is saved again at this step, as at the end of an epoch, it is a regular checkpoint too.
         self._asked = self._beaten = None
 
 
 def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) -> None:
-    """Puts the evaluation into the checkpoint; `only_best` says that it was saved for nothing else."""
+    """Writes the evaluation into the checkpoint. `only_best`: it was saved only because it is the best."""
     record = {
         "step": result.step,
         "average": result.average.as_json(),
@@ -122,7 +122,7 @@ def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) ->
 
 
 def read_best(folder: Path) -> HeldOutResult | None:
-    """The evaluation of the best checkpoint of a run; `None` where none was kept."""
+    """The evaluation of the best checkpoint of a run; `None` if there is none."""
     path = folder / LINK / RECORD
     if not path.is_file():
         return None
@@ -148,7 +148,7 @@ def _better(result: HeldOutResult, best: float | None) -> bool:
 
 
 def _recorded(folder: Path, state: TrainerState) -> Path | None:
-    """The best checkpoint that the resumed state speaks of, where it is still there; the folder may have moved."""
+    """The best checkpoint of the resumed state, if it still exists. The folder may have moved."""
     if not state.global_step or not state.best_global_step:
         return None
     best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"

@@ -3,10 +3,10 @@
     step 50 ─► the questions, shared out over the ranks ─► the trainer's own generation (vLLM or the model), greedily
             ─► outcomes of all ranks ─► eval/em, eval/<dataset>/em, ... in the log of step 50
 
-The prompts, the environment and the limits are those of the training. Measuring draws its own random numbers, so a run
-takes the same steps with and without it. The subset is drawn once, by the seed, and its ids are kept in the run's
-folder: resuming with other questions is refused, because the numbers could not be compared. Every answer is kept too,
-so two steps can be compared question by question:
+Prompts, environment and limits are those of the training. The evaluation has its own random numbers, so a run takes
+the same steps with and without it. The subset is drawn once, from the seed, and its ids are kept in the run's folder.
+Resuming with other questions is refused, because the results could not be compared. Every answer is kept too, so two
+steps can be compared question by question:
 
     runs/mine/held_out/search-step_50.jsonl      one line per question, as `trl-search eval` writes them
 """
@@ -45,7 +45,7 @@ ANSWERS_FOLDER = "held_out"
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """One evaluation: of all sets, each of which counts the same, and of each of them."""
+    """One evaluation: the average over all sets, each with the same weight, and each set."""
 
     step: int
     average: Evaluation
@@ -54,7 +54,7 @@ class HeldOutResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged of it."""
+        """The metrics to log."""
         return {
             "eval/em": self.average.em,
             "eval/f1": self.average.f1,
@@ -99,11 +99,10 @@ class HeldOut:
         return found
 
     def measure(self, mode: str | None = None) -> HeldOutResult:
-        """Asks the policy as it is now. All ranks call it together, and all get the result of all.
+        """Evaluates the current policy. All ranks call it together, and each gets the result of all.
 
         Args:
-            mode (`str`, *optional*): A baseline: `direct`, `cot` or `rag`, asked in its own words. Default: the policy
-                as it is trained.
+            mode (`str`, *optional*): A baseline, `direct`, `cot` or `rag`. Default: the agent as it is trained.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
         if mode is None and self.last is not None and self.last.step == step:
@@ -126,12 +125,7 @@ class HeldOut:
 
 
 class EvaluateEvery(TrainerCallback):
-    """Measures every so many steps; the numbers go out with the step's own log.
-
-    Args:
-        steps (`int`): Steps from one evaluation to the next.
-        held_out ([`HeldOut`]): What is asked.
-    """
+    """Evaluates every `steps` steps. The results are logged with the step."""
 
     def __init__(self, steps: int, held_out: HeldOut) -> None:
         if steps < 1:
@@ -142,7 +136,7 @@ class EvaluateEvery(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.held_out.last is not None and self.held_out.last.step != state.global_step:
-            self.held_out.last = None  # a run that went back comes to the same step with other weights
+            self.held_out.last = None  # a run that was rolled back reaches the same step with other weights
         keep_ids(Path(args.output_dir or "."), self.held_out.ids, state)
 
     def on_step_end(
@@ -165,12 +159,12 @@ def measure(
     step: int = 0,
     folder: Path | None = None,
 ) -> HeldOutResult:
-    """Asks each rank's share of the questions, greedily. All ranks call it together, and all get the result of all.
+    """Asks each rank's share of the questions, greedily. All ranks call it together, and each gets the result of all.
 
     Args:
         mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
-        policy (`AbstractContextManager`): Gives the policy for as long as it is asked.
-        folder (`Path`, *optional*): Of the run; the main process writes every answer there.
+        policy (`AbstractContextManager`): Provides the policy during the evaluation.
+        folder (`Path`, *optional*): The folder of the run, in which the main process writes every answer.
     """
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
@@ -183,7 +177,7 @@ def measure(
             agent=agent,
             progress=state.is_main_process,
         )
-    environment.take_metrics()  # or they would be counted as the next rollout's
+    environment.take_metrics()  # otherwise the next rollout would count them
     groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
     name = "direct" if mode == "search" and not environment.tools else mode
     if folder is not None and state.is_main_process:
@@ -205,10 +199,10 @@ def measure(
 
 
 def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> None:
-    """Writes which questions a run is measured on, or, where it is resumed, checks that they are the same.
+    """Records the questions that a run is evaluated on or, if it is resumed, checks that they are the same.
 
     Raises:
-        UserError: where they are others.
+        UserError: if they differ.
     """
     path = folder / HELD_OUT_FILE
     if state.global_step and path.is_file():

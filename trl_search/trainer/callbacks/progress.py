@@ -1,4 +1,4 @@
-"""What a terminal shows of a training: one bar, and one line per step with the numbers that tell whether it learns."""
+"""The terminal output of a training: one bar, and one line per step with the most telling metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from trl_search.records.alarm_rules import ALARM_PREFIX
 
-# Metric -> how it is called in the line; those that a step did not log are left out.
+# Metric -> its name in the line. Metrics that a step did not log are left out.
 SHOWN = {
     "reward": "reward",
     "eval/em": "held-out EM",
@@ -40,7 +40,7 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
 
 
 class StepLines(ProgressCallback):
-    """transformers' bar, quiet where there is no terminal, with our line in place of a dump of every metric."""
+    """transformers' bar, hidden without a terminal, with our line in place of a dump of every metric."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,10 +1,10 @@
-"""Cold start, the data: let a policy answer training questions with real searches, and keep what is worth copying.
+"""Collects data for a cold start: a policy answers training questions with real searches, and good attempts are kept.
 
-    questions ─► n samples each, by the policy itself or a teacher ─► attempts.jsonl   appended to as each is finished
-              ─► right, well-formed, searched; at most m a question ─► kept.parquet    what `trainer/sft.py` trains on
+    questions ─► n samples each, by the policy itself or a teacher   ─► attempts.jsonl   one line per finished attempt
+              ─► right, well-formed, searched; at most m per question ─► kept.parquet    `trainer/sft.py` trains on it
 
-This is rejection sampling: nobody writes a demonstration, the environment and the golden answers choose among what was
-sampled. The ids and the mask in both files are those of the rollout, token for token; nothing is encoded again.
+This is rejection sampling: the environment and the golden answers choose among the samples, and nobody writes
+demonstrations. The ids and the mask in both files are those of the rollout; nothing is encoded again.
 
 A line of attempts.jsonl (ids shortened):
 
@@ -13,8 +13,8 @@ A line of attempts.jsonl (ids shortened):
      "answer": "Mira Talvane", "em": 1.0, "f1": 1.0, "format": 1.0, "searches": 1, "malformed": 0,
      "stop_reason": "answer", "prompt_ids": [5, 9], "ids": [2, 7, 31], "mask": [1, 1, 0]}
 
-Collecting goes on where it was stopped. A folder belongs to the settings that it was begun with (settings.json):
-others are refused, and nothing is overwritten. The rules of keeping can be changed at any time (`select.py`).
+A stopped collection resumes. A folder belongs to the settings that it was begun with (settings.json): other settings
+are refused, and nothing is overwritten. The rules for keeping attempts may change at any time (`select.py`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from trl_search.rollout import Job, Limits, run_batch, run_sync
 from trl_search.types import Sampling, Trajectory
 
 ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
-# Failed searches are judged from this many attempts on.
+# The share of failed searches is not judged before this many attempts.
 _MIN_JUDGED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One finished trajectory and how good it is; `index` is its question's place among the questions."""
+    """One finished trajectory with its scores. `index` is the position of its question."""
 
     index: int
     sample: int
@@ -67,7 +67,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one call of [`collect`] came to: attempts new and from before, and those whose search failed."""
+    """The counts of one call of [`collect`]: new attempts, earlier ones, and those whose search failed."""
 
     new: int
     before: int
@@ -95,16 +95,16 @@ def collect(
     """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished.
 
     Args:
-        rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`; `id` and `data_source` where they are.
-        policy (`Callable`): Makes who answers; not called where all attempts are there.
-        sampling (`Sampling`): Its seed and an attempt's question and number give the attempt's own seed.
-        concurrency (`int`): Trajectories under way at once.
-        settings (`Mapping`): What defines an attempt, beside the questions and the tokenizer; held against those that
-            the folder was begun with.
-        max_failed_share (`float`, *optional*, defaults to `0.5`): With more failed searches than that it stops. An
-            attempt whose search failed is not written, so that the next call tries it again.
-        player (`Callable`, *optional*): Who makes one attempt, from the policy, the row and the attempt's seed: a
-            script that knows the row, or the policy with something shown to it. By default the policy itself.
+        rows (`Sequence[Mapping]`): Questions with `question`, `golden_answers` and, optionally, `id`, `data_source`.
+        policy (`Callable`): Makes the policy; not called if no attempt is missing.
+        sampling (`Sampling`): Each attempt's seed is made from its seed, the question and the sample number.
+        concurrency (`int`): Concurrent trajectories.
+        settings (`Mapping`): What defines an attempt besides the questions and the tokenizer. Must equal the settings
+            that the folder was begun with.
+        max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of searches fails. A failed
+            attempt is not written, so the next call tries it again.
+        player (`Callable`, *optional*): Makes the policy of one attempt from the policy, the row and the attempt's
+            seed: a script that knows the row, or a policy with demonstrations. By default the policy itself.
 
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.
@@ -157,17 +157,17 @@ def collect(
 
 
 def missing(folder: Path, questions: int, samples: int) -> list[tuple[int, int]]:
-    """Question and number of each attempt that a collection still lacks. Sample by sample, so that one that is stopped
-    early has seen every question about equally often."""
+    """Question and sample number of each missing attempt, sample by sample, so that a collection that is stopped early
+    has about equally many attempts at each question."""
     done = {(attempt.index, attempt.sample) for attempt in read_attempts(folder)}
     return [(index, sample) for sample in range(samples) for index in range(questions) if (index, sample) not in done]
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder that of a collection with these settings, or finds that it is.
+    """Claims the folder for a collection with these settings, or checks that it has the same.
 
     Raises:
-        UserError: if it was begun with others; names them.
+        UserError: if the folder was begun with other settings; names the differences.
     """
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))  # as it will be read
@@ -193,10 +193,10 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts of a collection. A last line that was cut, when the process was killed, is taken out of the file.
+    """The attempts of a collection. A last line that a kill cut off is removed from the file.
 
     Raises:
-        UserError: for a line that is no attempt.
+        UserError: if a line is not an attempt.
     """
     path, attempts = folder / ATTEMPTS, []
     for number, line in enumerate(whole_lines(path), start=1):
@@ -221,7 +221,7 @@ def _attempt(index: int, sample: int, row: Mapping[str, Any], trajectory: Trajec
     )
 
 
-# Tokenizers that write this alike and have the same special tokens are taken for the same one.
+# Tokenizers that encode this text identically are taken to be the same.
 PROBE = '<|im_start|>assistant\n<think> Wer schrieb „Die Mühle“? 東京 3.14 </think>\n<tool_call> {"a": [1]}<|im_end|>'
 
 

@@ -1,11 +1,11 @@
-"""Demonstrations for a teacher: finished trajectories that it is shown before the question, and nobody is trained on.
+"""Demonstrations for a teacher: finished trajectories in its prompt, which the student is not trained on.
 
-    what the teacher reads    [question A, how it was answered] [question B, how it was answered] [question C]
-    what is written down                                                                         [question C] attempt
+    the teacher's prompt    [question A, its trajectory] [question B, its trajectory] [question C]
+    what is recorded                                                                  [question C] attempt
 
-So the model that is trained learns to do without what its teacher was shown: context distillation (Askell et al.,
-arXiv:2112.00861). Scripted players (`data/question_players.py`) play them at training questions, with real searches,
-and the right ones are shown. Ids are put before ids: nothing is encoded again.
+The student learns to do without the demonstrations: context distillation (Askell et al., arXiv:2112.00861). Scripted
+players (`data/question_players.py`) play training questions with real searches, and the right trajectories are shown.
+Their ids are prepended: nothing is encoded again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trl_search.rewards.answers import exact_match, last_answer
 from trl_search.rollout import Limits, rollout
 from trl_search.types import Completion, Sampling
 
-# Enough that rows see different ones, few enough to be played in seconds.
+# Enough that rows get different ones, few enough to be played in seconds.
 _POOL = 64
 
 
@@ -45,7 +45,7 @@ def play_demonstrations(
     *,
     seed: int,
 ) -> list[Demonstration]:
-    """Plays some of the questions and returns what was answered right.
+    """Plays some of the questions and returns the right trajectories.
 
     Raises:
         UserError: if the players answer none of them.
@@ -79,11 +79,7 @@ def play_demonstrations(
 
 
 class Demonstrating(Policy):
-    """A policy that is shown demonstrations before every prompt. It is opened and closed by whoever opened `policy`.
-
-    Args:
-        shown (`Sequence[int]`): The ids that go before the prompt.
-    """
+    """A policy with demonstrations (`shown`, ids) before every prompt. The owner of `policy` opens and closes it."""
 
     def __init__(self, policy: Policy, shown: Sequence[int]) -> None:
         self._policy, self._shown = policy, tuple(shown)
@@ -109,7 +105,7 @@ class Demonstrating(Policy):
 def demonstrating(
     policy: Policy, row: Mapping[str, Any], seed: int, *, pool: Sequence[Demonstration], count: int
 ) -> Policy:
-    """The policy as it answers one row: shown `count` demonstrations, none of them of that question."""
+    """The policy for one row, with `count` demonstrations of other questions."""
     others = [one for one in pool if one.question != str(row["question"])]
     chosen = random.Random(f"{seed}/shown").sample(others, min(count, len(others)))
     return Demonstrating(policy, [token for one in chosen for token in one.ids])

@@ -1,8 +1,8 @@
-"""What `trl-search sft` does: take attempts at questions, keep the good ones, fine-tune on them.
+"""`trl-search sft`: collects attempts at questions, keeps the good ones, and fine-tunes on them.
 
-Three sources: scripts of the embedded world (`questions: world`), which play it well or badly as asked; scripted
-players of any other questions (`teacher: scripts`), which know the golden answers; or a policy that answers with real
-searches. Of the last two, the right attempts are kept (`collect.py`, `select.py`).
+The attempts come from scripts of the embedded world (`questions: world`), which play it at the asked quality; from
+scripted players of any other questions (`teacher: scripts`), which know the golden answers; or from a policy that
+answers with real searches. Of the last two, the right attempts are kept (`collect.py`, `select.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ColdStartArguments(AgentSettings, QuestionArguments):
-    """Whose attempts at which questions are learnt from."""
+    """Where the attempts come from, and which are kept."""
 
     max_failed_share: float = field(
         default=0.5,
@@ -116,13 +116,13 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
-# With the agent's keys and the questions themselves, these define an attempt. A collection stays good when other keys
-# change, or when the file of questions moves.
+# These keys, the agent's keys and the questions define an attempt. A collection stays valid when other keys change, or
+# when the file of questions moves.
 _DEFINING = (*(key for key in _TASK_KEYS if key != "questions"), "temperature", "top_p")
 
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
-    """Runs a recipe of `trl-search sft` to its end. Returns the folder of the model, or that of the collection."""
+    """Runs a recipe of `trl-search sft`. Returns the folder of the model, or of the collection with `collect_only`."""
     refuse_quantization(model_config)
     name = base_name(model_config)
     tokenizer = load_tokenizer(
@@ -285,7 +285,7 @@ def _policy(
 
 
 def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `UserError` where the server's tokenizer does not write a text of many kinds as this one does."""
+    """Raises `UserError` if the server's tokenizer encodes the probe differently."""
     try:
         answer = httpx.post(f"{url.rstrip('/')}/tokenize", json={"prompt": PROBE, "add_special_tokens": False})
         ids = answer.raise_for_status().json()["tokens"]

@@ -1,8 +1,8 @@
-"""Cold start, the choice: which attempts of a collection (`collect.py`) are worth copying.
+"""Chooses the attempts of a collection (`collect.py`) to train on.
 
-An attempt is kept when it is right, keeps to the structure of its protocol, and searched; of a question, the first few
-such attempts. The others are counted by the first thing that speaks against them. Choosing again costs nothing: the
-attempts stay where they are, and kept.parquet is made anew.
+An attempt is kept if it is right, keeps to the structure of its protocol, and searched; per question, the first few
+such attempts. The others are counted by the first reason against them. Choosing again is cheap: the attempts stay, and
+kept.parquet is rewritten.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ KEPT = "kept.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is kept.
+    """The rules for keeping attempts.
 
     Args:
-        min_f1 (`float`, *optional*): The answer's F1 is at least so much; by default it is an exact match.
+        min_f1 (`float`, *optional*): The least F1 of the answer; by default it must be an exact match.
         well_formed (`bool`): No malformed call, no tag left open, nothing after a call or an answer.
-        min_searches (`int`): It has searched so often at least.
-        keep_per_question (`int`): At most so many of a question, the first that were sampled.
-        max_tokens (`int`, *optional*): Prompt and trajectory are no longer than this. Never cut: half of one teaches
-            no ending.
+        min_searches (`int`): The least number of searches.
+        keep_per_question (`int`): The most attempts per question; the first samples are kept.
+        max_tokens (`int`, *optional*): The most tokens of prompt and trajectory. Longer attempts are left out:
+            half an attempt teaches no ending.
     """
 
     min_f1: float | None = None
@@ -40,7 +40,7 @@ class Rules:
     max_tokens: int | None = None
 
     def objection(self, attempt: Attempt) -> str | None:
-        """Why this attempt, by itself, is not kept; `None` where nothing speaks against it."""
+        """The reason against keeping this attempt; `None` if there is none."""
         if attempt.answer is None:
             return "no answer"
         if attempt.em < 1.0 if self.min_f1 is None else attempt.f1 < self.min_f1:
@@ -55,10 +55,10 @@ class Rules:
 
 
 def select(attempts: Sequence[Attempt], rules: Rules) -> tuple[list[Attempt], Counter[str]]:
-    """What is kept, in the order of the questions, and how many attempts went which way: `kept`, or a reason.
+    """The attempts to keep, in the order of the questions, and the count of each outcome: `kept`, or a reason.
 
     Raises:
-        UserError: if nothing is kept; says how many went which way, and what helps against the most frequent.
+        UserError: if nothing is kept; names the counts, and a remedy for the most frequent reason.
     """
     kept: list[Attempt] = []
     outcomes: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def _nothing_kept(outcomes: Mapping[str, int], rules: Rules) -> str:
 
 
 def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
-    """Writes what is trained on, as parquet that SFTTrainer reads as it is: `input_ids`, `assistant_masks`."""
+    """Writes parquet that SFTTrainer reads directly: `input_ids`, `assistant_masks`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -116,7 +116,7 @@ def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
 
 
 def describe(attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Mapping[str, int]) -> str:
-    """The statistics of a collection, a line each."""
+    """The statistics of a collection, one per line."""
     total = sum(outcomes.values())
     questions = len({attempt.index for attempt in attempts})
     lines = [
@@ -131,7 +131,7 @@ def describe(attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Map
 
 
 def _by_source(attempts: Sequence[Attempt], kept: Sequence[Attempt]) -> list[str]:
-    """How many questions of each source are answered in what is kept."""
+    """The number of questions of each source with a kept attempt."""
     asked = {attempt.index: attempt.data_source for attempt in attempts}
     solved = Counter(asked[index] for index in {attempt.index for attempt in kept})
     return [

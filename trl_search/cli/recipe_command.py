@@ -1,0 +1,28 @@
+"""What `train` and `sft` have in common: help, the values of a recipe, the checks before it, then the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def run_recipe(
+    argv: list[str], command: str, description: str | None, classes: Sequence[Any], run: Callable[..., Any]
+) -> int:
+    """Runs a command that takes a recipe.
+
+    Args:
+        description (`str`): The docstring of the command, which is its help.
+        classes (`Sequence[type]`): The dataclasses of the recipe's keys, ours first.
+        run (`Callable`): Takes one value of each class.
+    """
+    from trl_search.cli.recipe_checks import refuse_problems
+    from trl_search.cli.recipe_help import print_help
+    from trl_search.config.recipe import build_arguments, recipe_values
+
+    if print_help(argv, command, description or "", classes):
+        return 0
+    values = recipe_values(argv, classes, command=command)
+    refuse_problems(values, classes)
+    run(*build_arguments(values, classes))
+    return 0
