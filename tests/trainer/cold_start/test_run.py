@@ -119,6 +119,12 @@ def test_a_teacher_behind_a_server_teaches_an_adapter(
     assert settings is not None and (settings.instruction, settings.max_turn_length) == ("", 120)
 
 
+def test_scripts_collect_without_a_gpu_for_a_training_that_needs_one(tmp_path: Path, files: dict[str, Any]) -> None:
+    recipe = {**files, "teacher": "scripts", "use_cpu": "false", "bf16": "true"}
+    sft(tmp_path, **recipe, collect_only="true")
+    assert read_attempts(tmp_path / "collection")
+
+
 def test_an_adapter_can_be_saved_alone(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     sft(tmp_path, **files, teacher=served.url, use_peft="true", lora_r=4, merge_adapter="false")
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
