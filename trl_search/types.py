@@ -27,6 +27,11 @@ class Passage:
     score: float = 0.0
     url: str | None = None
 
+    @property
+    def titled_text(self) -> str:
+        """The title, a newline and the text, which are searched and judged together."""
+        return f"{self.title}\n{self.text}"
+
 
 class FinishReason(enum.StrEnum):
     """Why the policy stopped sampling one turn."""

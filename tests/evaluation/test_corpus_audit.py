@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.test_outcomes import outcome
 from trl_search.cli.main import main
+from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.corpus_audit import answerable
 from trl_search.retrieval.index.folder import build_index
 from trl_search.rewards.answers import contains_answer
@@ -42,3 +44,23 @@ def test_an_index_is_audited_and_what_is_missing_written(tmp_path: Path, capsys:
     assert main([*command, "--corpus", str(corpus)]) == 0
     said = capsys.readouterr().out
     assert "in the corpus      0.500" in said and "in the first" not in said
+
+
+def test_an_evaluation_says_what_was_read_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_index(PASSAGES, tmp_path / "index")
+    golden = ["Talvane", "Orlune", "Vesk"]
+    rows = [{"question": f"q{number}?", "golden_answers": [answer]} for number, answer in enumerate(golden)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "eval").mkdir()
+    records = Records(tmp_path / "eval", "search", "mine")
+    for place, (question, em, read) in enumerate([("q0?", 1.0, 1.0), ("q1?", 0.0, 1.0), ("q2?", 0.0, 0.0)]):
+        records.append(place, outcome(em, question=question, read=read, failed="down" if question == "q2?" else ""))
+    records.append(3, outcome(1.0, question="of another set?", read=0.0))
+    records.close()
+    command = ["data", "audit", str(tmp_path / "mine.jsonl"), "--corpus", str(tmp_path / "index"), "--run"]
+    assert main([*command, str(tmp_path / "eval")]) == 0
+    said = capsys.readouterr().out
+    assert "2 questions" in said and "in the corpus      1.000" in said  # the third was asked, and not answered
+    assert "read               1.000\n  answered           0.500, of those read 0.500\n" in said
+    assert main([*command, str(tmp_path)]) == 2
+    assert "has no answers to the questions of mine" in capsys.readouterr().err

@@ -23,6 +23,7 @@ def outcome(em: float = 0.0, *, source: str = "nq", failed: str = "", **others) 
             "em": em,
             "f1": em,
             "contains": em,
+            "read": em,
             "searches": 1,
             "turns": 2,
             "malformed": 0,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trl_search.data import QuestionFields
+    from trl_search.retrieval.corpus.fields import Fields
 
 
 def add_question_fields(parser: argparse.ArgumentParser) -> None:
@@ -25,3 +26,15 @@ def question_fields(args: argparse.Namespace) -> QuestionFields:
     from trl_search.data import QuestionFields
 
     return QuestionFields(args.question_field, args.answers_field, args.id_field)
+
+
+def add_passage_fields(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the fields of a corpus."""
+    for part in ("id", "title", "text"):
+        parser.add_argument(f"--{part}_field", metavar="NAME", help=f"the field or column that holds the {part}")
+
+
+def passage_fields(args: argparse.Namespace) -> Fields:
+    from trl_search.retrieval.corpus.fields import Fields
+
+    return Fields(args.id_field, args.title_field, args.text_field)

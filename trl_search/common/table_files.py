@@ -1,11 +1,13 @@
 """Reads the rows of table files one at a time, each with its place for error messages.
 
-    .jsonl                 one JSON object per line
+    .jsonl .ndjson         one JSON object per line
     .json                  an array of objects, or one object per line
     .csv   .tsv            a header, then one row per line; every value is a string
     .parquet
 
-The text formats may be compressed: `questions.jsonl.gz`, `.bz2`, `.xz` or `.zst`.
+The text formats may be compressed: `questions.jsonl.gz`, `.bz2`, `.xz` or `.zst`. Quotes in .csv and .tsv are those of
+the standard, as in DPR's `psgs_w100.tsv`. A file whose quotes mean something else is refused, because a quote that is
+never closed would swallow the rows that follow it.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from trl_search.common.errors import UserError
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # "questions.jsonl, line 3", and the row.
 Row = tuple[str, Mapping[str, Any]]
+# Gets the columns of a file that has a header, and the file's name; returns those to read, or refuses them.
+Choose = Callable[[Sequence[str], str], Sequence[str]]
+_BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
+_LONGEST_FIELD = 1 << 30  # characters of a csv field; Python's own limit is 131,072
 
 
 def table_format(path: Path) -> str | None:
@@ -49,7 +54,7 @@ def table_name(path: Path) -> str:
     return inner.stem if inner.suffix in FORMATS else path.stem
 
 
-def read_rows(path: Path, choose: Callable[[Sequence[str], str], Sequence[str]] | None = None) -> Iterator[Row]:
+def read_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
     """Reads the rows of a file.
 
     Args:
@@ -61,101 +66,124 @@ def read_rows(path: Path, choose: Callable[[Sequence[str], str], Sequence[str]] 
         UserError: for a file of no known format, and for content that its format does not allow; names the line.
     """
     kind = table_format(path)
-    if kind is None:
-        raise UserError(
-            f"{path} is in none of the formats that are read: {', '.join(FORMATS)}, "
-            f"all but parquet also with {', '.join(COMPRESSIONS)}"
-        )
     if kind == ".parquet":
-        yield from _parquet_rows(path, choose)
-        return
-    with _opened(path) as (file, place):
-        if kind == ".jsonl":
-            yield from _json_lines(file, path, place)
-        elif kind == ".json":
-            yield from _json_rows(file, path, place)
-        else:
-            yield from _csv_rows(file, path, place, "\t" if kind == ".tsv" else ",", choose)
+        return _parquet_rows(path, choose)
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, "\t" if kind == ".tsv" else ",", choose)
+    if kind == ".json" and _first_byte(path) == b"[":
+        return _array_items(path)
+    if kind is not None:
+        return _json_lines(path)
+    raise UserError(
+        f"{path} is in none of the formats that are read: {', '.join(FORMATS)}, "
+        f"all but parquet also with {', '.join(COMPRESSIONS)}"
+    )
 
 
-class _Place:
-    """How far a file was read."""
-
-    line = 0
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[str], _Place]]:
-    """The text of a file, unpacked, and where reading it stands; what breaks while it is read names that line."""
-    import pyarrow
-
-    openers: dict[str, Callable[[Path], Any]] = {
-        ".gz": gzip.open,
-        ".bz2": bz2.open,
-        ".xz": lzma.open,
-        ".zst": lambda path: pyarrow.input_stream(path, compression="zstd"),
-    }
-    place = _Place()
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """Reads one JSON object; `where` ("corpus.jsonl, line 7") begins every error message."""
     try:
-        with (
-            openers.get(path.suffix, lambda path: path.open("rb"))(path) as raw,
-            # utf-8-sig: a file saved by a spreadsheet begins with a byte-order mark.
-            io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file,
-        ):
-            yield file, place
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after line {place.line}: not UTF-8 text: convert the file to UTF-8") from error
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(
-            f"{path}, after line {place.line}: cut off or damaged ({error}): fetch the file again"
-        ) from error
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}): {_excerpt(line)}") from None
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
+        raise UserError(f"{where}: not JSON that can be read ({error}): {_excerpt(line)}") from None
+    return _object(row, where)
 
 
-def _json_lines(file: IO[str], path: Path, place: _Place) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        place.line = number
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _object(_loads(line, where), where)
+def _open(path: Path) -> IO[bytes]:
+    """The file, unpacked while it is read."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
 
 
-def _json_rows(file: IO[str], path: Path, place: _Place) -> Iterator[Row]:
-    """An array of objects; a file that does not begin with one is read line by line, whatever its name says."""
-    text = file.read()
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(io.StringIO(text), path, place)
-        return
-    for number, row in enumerate(_loads(text, str(path)), start=1):
-        where = f"{path}, row {number}"
-        yield where, _object(row, where)
+def _broken(path: Path, line: int, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission, a failing disk
+        return error
+    return UserError(f"{path}, after line {line}: cut off or damaged ({error}): fetch the file again")
 
 
-def _csv_rows(
-    file: IO[str], path: Path, place: _Place, delimiter: str, choose: Callable[[Sequence[str], str], Any] | None
-) -> Iterator[Row]:
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+def _json_lines(path: Path) -> Iterator[Row]:
+    number = 0
     try:
-        for cells in reader:
-            place.line = reader.line_num
-            if header is None:
-                header = cells
-                if choose is not None:
-                    choose(header, str(path))
-            elif len(cells) != len(header) and cells:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(cells)} fields, and the header has {len(header)}: put "
-                    "double quotes around a value that holds the separator"
-                )
-            elif cells:
-                yield f"{path}, line {reader.line_num}", dict(zip(header, cells, strict=True))
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+                    if b"\0" in line[:512]:  # the header of a tar, in front of its first line
+                        raise UserError(
+                            f"{path}, line 1: holds zero bytes, so it is no text; a tar archive, such as the hub's "
+                            "wiki-18.jsonl.gz, must be unpacked first (`trl-search data wiki18` does that)"
+                        )
+                if line := line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, parse_row(line, where)
+    except _BROKEN as error:
+        raise _broken(path, number, error) from error
+
+
+def _first_byte(path: Path) -> bytes:
+    """The first that is no white space; none where the file cannot be read, which reading it will say."""
+    try:
+        with _open(path) as file:
+            return file.read(1024).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+    except _BROKEN:
+        return b""
+
+
+def _array_items(path: Path) -> Iterator[Row]:
+    try:
+        with _open(path) as file:
+            items = json.loads(file.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error})") from None
+    except _BROKEN as error:
+        raise _broken(path, 0, error) from error
+    for number, item in enumerate(items, start=1):
+        where = f"{path}, row {number}"
+        yield where, _object(item, where)
+
+
+def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    number = 0
+    try:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(rows, [])
+            chosen = header if choose is None else choose(header, str(path))
+            for cells in rows:
+                number = rows.line_num
+                if cells and len(cells) != len(header):
+                    raise UserError(
+                        f"{path}, line {number}: {len(cells)} fields, and the header has {len(header)} "
+                        f"({', '.join(header)[:200]}): put double quotes around a value that holds the separator"
+                    )
+                if cells:
+                    named = dict(zip(header, cells, strict=True))
+                    yield f"{path}, line {number}", {name: named[name] for name in chosen}
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+        raise UserError(
+            f"{path}, after line {number}: {error}. A field that begins with a quote must end with one, and quotes "
+            "inside it must be doubled: write the file so, or as .jsonl"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}): convert the file") from None
+    except _BROKEN as error:
+        raise _broken(path, number, error) from error
 
 
-def _parquet_rows(path: Path, choose: Callable[[Sequence[str], str], Sequence[str]] | None) -> Iterator[Row]:
+def _parquet_rows(path: Path, choose: Choose | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -163,25 +191,20 @@ def _parquet_rows(path: Path, choose: Callable[[Sequence[str], str], Sequence[st
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            for batch in file.iter_batches(columns=names if choose is None else choose(names, str(path))):
+            columns = names if choose is None else choose(names, str(path))
+            for batch in file.iter_batches(batch_size=4096, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a parquet file, or was cut off while it was copied: {error}") from error
+        raise UserError(f"{path}, after row {number}: not a whole parquet file ({error}): fetch it again") from error
 
 
-def _loads(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{where}: not valid JSON ({error.msg} at {at})") from error
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
-        raise UserError(f"{where}: not JSON that can be read ({error})") from error
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
     return value
+
+
+def _excerpt(line: bytes) -> str:
+    return repr(line[:80].decode("utf-8", "replace")) + ("..." if len(line) > 80 else "")

@@ -1,15 +1,23 @@
 """Can a corpus answer a question set at all? The share of questions whose golden answer stands in some passage.
 
-No retriever can find an answer that no passage holds, so this share is the upper bound of what search can add. With a
-retriever, the share in its first k passages is shown too (`retriever_quality.py`).
+    in the corpus  ─►  in the first k passages (`retriever_quality.py`)  ─►  read by the agent  ─►  answered
+
+No retriever can find an answer that no passage holds, so the first share is the upper bound of what search can add. Each
+of the others says how many questions one more step loses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from trl_search.common.errors import UserError
+from trl_search.evaluation.answers_file import Records
+from trl_search.evaluation.outcomes import Outcome
+from trl_search.evaluation.retriever_quality import JudgedQueries
 from trl_search.rewards.answers import answer_words, contains_answer
 from trl_search.types import Passage
 
@@ -31,7 +39,47 @@ def answerable(passages: Iterable[Passage], golden_answers: Sequence[Sequence[st
                 by_word.setdefault(words[0], set()).add(index)
     found: set[int] = set()
     for passage in tqdm(passages, desc="reading the corpus", unit=" passages", disable=None):
-        text = f"{passage.title}\n{passage.text}"
+        text = passage.titled_text
         candidates = {index for word in set(answer_words(text)) for index in by_word.get(word, ())}
         found |= {index for index in candidates - found if contains_answer(text, golden_answers[index])}
     return found
+
+
+def asked_in(judged: JudgedQueries, folder: Path) -> tuple[JudgedQueries, list[Outcome]]:
+    """The questions of a set that an evaluation asked its agent, and what came of each, in the same order.
+
+    A question whose search failed was not answered, and is left out.
+
+    Args:
+        folder (`Path`): The `--output` of `trl-search eval`, with the mode `search`.
+
+    Raises:
+        UserError: if the evaluation asked none of them.
+    """
+    outcomes = {one.question: one for one in Records(folder, "search", judged.name).read().values() if not one.failed}
+    kept = {query: text for query, text in judged.queries.items() if text in outcomes}
+    if not kept:
+        there = ", ".join(sorted(path.stem for path in folder.glob("search-*.jsonl"))) or "none"
+        raise UserError(
+            f"{folder} has no answers to the questions of {judged.name}: give the --output of a `trl-search eval "
+            f"--modes search` that asked them; its files of answers are: {there}"
+        )
+    golden = judged.golden_answers or {}
+    judged = replace(judged, queries=kept, golden_answers={query: golden[query] for query in kept})
+    return judged, [outcomes[text] for text in kept.values()]
+
+
+def lost_after_reading(outcomes: Sequence[Outcome]) -> str:
+    """The shares of questions whose answer was read, and that were answered, as lines of a report.
+
+    Example:
+        >>> print(lost_after_reading(outcomes))
+          read               0.650
+          answered           0.440, of those read 0.600, of the others 0.143
+    """
+    read = [one.em for one in outcomes if one.read]
+    others = [one.em for one in outcomes if not one.read]
+    parts = [f"{sum(one.em for one in outcomes) / len(outcomes):.3f}"]
+    parts += [f"of those read {sum(read) / len(read):.3f}"] if read else []
+    parts += [f"of the others {sum(others) / len(others):.3f}"] if others else []
+    return f"  read               {len(read) / len(outcomes):.3f}\n  answered           {', '.join(parts)}"

@@ -32,6 +32,7 @@ class Outcome:
         answer (`str`, *optional*): The last `<answer>` that the policy closed. `None` if there is none: EM 0.
         em, f1, contains (`float`): Whether the answer equals a golden one, the overlap of their words, and whether the
             answer contains a golden one.
+        read (`float`): Whether a golden answer stands in a passage that its searches found.
         searches (`int`): Calls of the tool. The search of `rag` is not a call, so it is not counted.
         malformed (`int`): Calls that could not be run.
         latency_s (`float`): Time of generation and search, including the wait for concurrent questions.
@@ -47,6 +48,7 @@ class Outcome:
     em: float
     f1: float
     contains: float
+    read: float
     searches: int
     turns: int
     malformed: int
@@ -127,6 +129,7 @@ def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Ou
         em=0.0 if answer is None else float(exact_match(answer, golden)),
         f1=0.0 if answer is None else float(f1_score(answer, golden)),
         contains=0.0 if answer is None else float(contains_answer(answer, golden)),
+        read=float(any(contains_answer(one.titled_text, golden) for found in trajectory.passages for one in found)),
         searches=trajectory.searches,
         turns=len(trajectory.spoken),
         malformed=trajectory.malformed,

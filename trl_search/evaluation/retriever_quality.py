@@ -97,7 +97,7 @@ def answer_rank(passages: Sequence[Passage], golden_answers: Sequence[str]) -> i
         (
             rank
             for rank, passage in enumerate(passages, start=1)
-            if contains_answer(f"{passage.title}\n{passage.text}", golden_answers)
+            if contains_answer(passage.titled_text, golden_answers)
         ),
         None,
     )

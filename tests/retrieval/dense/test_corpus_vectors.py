@@ -219,3 +219,12 @@ def test_two_processes_build_one_index_together(
     build_index(corpus, tmp_path / "alone", "dense", encoder=str(checkpoint))
     same_bytes(tmp_path / "index", tmp_path / "alone")
     assert (tmp_path / "index" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(32, "% of the passages are longer than the 32 tokens"), (200, None)])
+def test_a_build_warns_of_passages_that_the_encoder_cuts(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture, tokens: int, said: str | None
+) -> None:
+    build_index(PASSAGES, tmp_path / "index", "dense", encoder=str(checkpoint), max_length=tokens)
+    warned = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    assert bool(warned) == bool(said) and all(str(said) in one for one in warned)

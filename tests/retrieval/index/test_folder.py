@@ -20,7 +20,6 @@ import pytest
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval import Retriever, load_retriever
-from trl_search.retrieval.corpus.passages import CorpusError
 from trl_search.retrieval.index.folder import MANIFEST, IndexFolderError, build_index, open_index, read_manifest
 from trl_search.types import Passage
 
@@ -199,7 +198,7 @@ def test_an_index_is_replaced_only_when_told_and_never_by_a_failed_build(index: 
     before = read_manifest(index)
     with pytest.raises(IndexFolderError, match="--overwrite"):
         build_index(WORLD[:1], index)
-    with pytest.raises(CorpusError, match="no passages"):
+    with pytest.raises(UserError, match="no passages"):
         build_index([], index, overwrite=True)
     assert read_manifest(index) == before
     build_index(WORLD[:1], index, overwrite=True)

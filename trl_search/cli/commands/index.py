@@ -49,13 +49,12 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from trl_search.retrieval.corpus.fields import Fields
+from trl_search.cli.options import add_passage_fields, passage_fields
 from trl_search.retrieval.index.folder import build_index, join_build
 from trl_search.retrieval.index.workers import launched_workers
 from trl_search.retrieval.registry import INDEX_KINDS
 
-FIELDS = ("id_field", "title_field", "text_field")
-OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", *FIELDS)
+OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", "id_field", "title_field", "text_field")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to make")
     parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="how to search (default: bm25)")
     parser.add_argument("--overwrite", action="store_true", help="replace the index in DIR when the new one is whole")
-    for name, part in zip(FIELDS, ("id", "title", "text"), strict=True):
-        parser.add_argument(f"--{name}", metavar="NAME", help=f"the field or column that holds the {part}")
+    add_passage_fields(parser)
     parser.add_argument("--skip_duplicates", action="store_true", help="keep the first passage of a repeated id")
     added: set[str] = set()
     for kind in INDEX_KINDS.names():
@@ -90,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         args.kind,
         overwrite=args.overwrite,
-        fields=Fields(*(getattr(args, name) for name in FIELDS)),
+        fields=passage_fields(args),
         skip_duplicates=args.skip_duplicates,
         announce=_say,
         workers=workers,

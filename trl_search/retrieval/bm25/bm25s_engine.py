@@ -40,7 +40,7 @@ def index_terms(passages: Passages, analyzer: Analyzer, *, k1: float, b: float) 
     kept, stops = _Terms(), _Terms()
     for row in tqdm(range(len(passages)), desc="splitting into terms", unit=" passages", disable=None):
         passage = passages[row]
-        for terms, found in zip((kept, stops), analyzer.split(f"{passage.title}\n{passage.text}"), strict=True):
+        for terms, found in zip((kept, stops), analyzer.split(passage.titled_text), strict=True):
             terms.add(found)
     if not kept.vocabulary:
         raise UserError("no passage holds a word that can be searched; check the corpus and the stop words")

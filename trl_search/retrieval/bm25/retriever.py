@@ -11,6 +11,7 @@ little, see `tantivy_engine.py`. `build_index` chooses by the number of passages
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.bm25 import bm25s_engine, tantivy_engine
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.postings import choose_backend
+from trl_search.retrieval.corpus.fields import Fields
 from trl_search.retrieval.corpus.passages import Corpus, read_corpus, refuse_duplicates
 from trl_search.retrieval.index.folder import IndexFolderError, open_index, rebuild_hint
 from trl_search.types import Passage
@@ -85,7 +87,7 @@ class BM25Builder:
         """Writes the engine's files, and says what the defaults came to, for the manifest."""
         step = max(1, len(corpus) // SAMPLE)
         sample = (corpus[row] for row in range(0, len(corpus), step))
-        misfit = self.analyzer().misfit(f"{passage.title}\n{passage.text}" for passage in sample)
+        misfit = self.analyzer().misfit(passage.titled_text for passage in sample)
         if misfit is not None:
             logger.warning("this analyzer does not suit this corpus: %s", misfit)
         if self.engine == TANTIVY or (self.engine == "auto" and len(corpus) > BM25S_LIMIT):
@@ -204,35 +206,40 @@ def load(
     backend: str | None = None,
     threads: int | None = None,
     check_source: bool = True,
+    id_field: str | None = None,
+    title_field: str | None = None,
+    text_field: str | None = None,
     **options: Any,
 ) -> BM25Retriever:
     """`load_retriever("bm25", ...)`: of one of `index`, `corpus` and `passages`.
 
     Args:
         index (`str | Path`, *optional*): A folder made by `trl-search index --kind bm25`.
-        corpus (`str | Path`, *optional*): A jsonl file to index in memory: to about 100,000 passages.
+        corpus (`str | Path`, *optional*): A file or dataset to index in memory: to about 100,000 passages.
         passages (`Iterable[Passage]`, *optional*): Passages to index in memory.
         backend (`str`, *optional*): Of bm25s: "numba" or "numpy", with the same results; by default numba where it is
             installed.
         threads (`int`, *optional*): Of an index for tantivy: how many queries of a batch are searched at a time; by
             default one a CPU.
         check_source (`bool`): With `index`, refuse it when the file it was built from has changed.
+        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, where they are not the usual
+            ones (see `Fields`).
         options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index has its own.
     """
+    named = Fields(id_field, title_field, text_field)
+    named.check_use(corpus)
     if sum(source is not None for source in (index, corpus, passages)) != 1:
         raise UserError("bm25 needs one of index=DIR, corpus=FILE.jsonl and passages=[...]")
     own = [option.name for option in fields(BM25Builder) if option.name != "engine"]
     for option in options:
         if option not in own:
-            raise unknown_name(
-                "option of bm25", option, ["index", "corpus", "passages", "backend", "threads", "check_source", *own]
-            )
+            raise unknown_name("option of bm25", option, [*list(inspect.signature(load).parameters)[:-1], *own])
     if index is not None:
         if options:
             raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild to change")
         return BM25Retriever.from_index(index, backend=backend, threads=threads, check_source=check_source)
     if threads is not None:
         raise UserError("threads is an option of an index for tantivy; passages in memory are searched by bm25s")
-    found = read_corpus(corpus) if corpus is not None else passages
+    found = read_corpus(corpus, named) if corpus is not None else passages
     assert found is not None
     return BM25Retriever.from_passages(found, backend=backend, **options)

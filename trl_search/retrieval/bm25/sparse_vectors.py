@@ -41,7 +41,7 @@ def weigh(passage: Passage, analyzer: Analyzer, mean: float, k1: float = K1, b: 
 
 
 def _split(passage: Passage, analyzer: Analyzer) -> tuple[list[str], list[str]]:
-    return analyzer.split(f"{passage.title}\n{passage.text}")
+    return analyzer.split(passage.titled_text)
 
 
 def _number(term: str) -> int:

@@ -74,7 +74,7 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     with tantivy.Index(schema(), path=str(folder)).writer(heap_size=HEAP_BYTES, num_threads=1) as writer:
         for row in tqdm(range(len(corpus)), desc="indexing terms", unit=" passages", disable=None):
             passage = corpus[row]
-            terms, stops = analyzer.split(f"{passage.title}\n{passage.text}")
+            terms, stops = analyzer.split(passage.titled_text)
             writer.add_document(document(row, terms, stops))
             searchable = searchable or bool(terms)
         if not searchable:

@@ -218,7 +218,7 @@ def _candidates(query: str, found: Sequence[Passage]) -> Candidates:
 
 
 def _text(passage: Passage) -> str:
-    return _clean(f"{passage.title}\n{passage.text}" if passage.title else passage.text)
+    return _clean(passage.titled_text if passage.title else passage.text)
 
 
 def _clean(text: str) -> str:

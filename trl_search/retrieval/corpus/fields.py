@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trl_search.common.errors import UserError
 
@@ -11,10 +12,6 @@ from trl_search.common.errors import UserError
 ID_NAMES = ("id", "_id", "doc_id", "docid")
 TEXT_NAMES = ("contents", "text")
 TITLE, URL = "title", "url"
-
-
-class CorpusError(UserError):
-    """A corpus cannot be read. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +34,43 @@ class Fields:
         """Those that were named."""
         return [name for name in (self.id_field, self.title_field, self.text_field) if name is not None]
 
+    def check_use(self, corpus: object) -> None:
+        """Refuses names where no corpus is read: an index has its own."""
+        if self.given and corpus is None:
+            raise UserError("id_field, title_field and text_field are options of a corpus that is read now")
+
     def choose(self, names: Iterable[str], where: str) -> list[str]:
         """The columns of a table that matter.
 
         Raises:
-            CorpusError: if there is none for the id or for the text, or none of a name that was given.
+            UserError: if there is none for the id or for the text, or none of a name that was given.
         """
         there = list(names)
         for name in self.given:
             if name not in there:
-                raise CorpusError(f"{where}: {name!r} is missing; {_listed(there)}")
-        self.id_name(there, where)
-        self.text_name(there, where)
+                raise UserError(f"{where}: {name!r} is missing; {_listed(there)}")
+        self.id_name(dict.fromkeys(there, ""), where)
+        self.text_name(dict.fromkeys(there, ""), where)
         known = {*ID_NAMES, *TEXT_NAMES, TITLE, URL, *self.given}
         return [name for name in there if name in known]
 
-    def id_name(self, names: Collection[str], where: str) -> str:
-        """The field of the id among those of a row."""
-        found = self.id_field or next((name for name in ID_NAMES if name in names), None)
+    def id_name(self, row: Mapping[str, Any], where: str) -> str:
+        """The field of the id. One that is null is as good as missing: a table has every column in every row."""
+        found = self.id_field or next((name for name in ID_NAMES if row.get(name) is not None), None)
         if found is None:
-            raise CorpusError(
-                f"{where}: 'id' is missing (and _id, doc_id, docid); {_listed(names)}; name yours with --id_field "
+            raise UserError(
+                f"{where}: 'id' is missing (and _id, doc_id, docid); {_listed(row)}; name yours with --id_field "
                 "(id_field=...)"
             )
         return found
 
-    def text_name(self, names: Collection[str], where: str) -> str:
-        """The field of the text among those of a row."""
-        found = self.text_field or next((name for name in TEXT_NAMES if name in names), None)
+    def text_name(self, row: Mapping[str, Any], where: str) -> str:
+        """The field of the text, likewise."""
+        found = self.text_field or next((name for name in TEXT_NAMES if row.get(name) is not None), None)
         if found is None:
-            raise CorpusError(
-                f"{where}: neither 'contents' nor 'text' is there; {_listed(names)}; name yours with --text_field "
-                "(text_field=...)"
+            raise UserError(
+                f"{where}: neither 'contents' nor 'text' is there; {_listed(row)}; name yours with "
+                "--text_field (text_field=...)"
             )
         return found
 

@@ -1,14 +1,14 @@
 """A corpus: passages read as a stream, and kept on disk with random access by row.
 
-Two shapes of row are read, whatever the file (`formats.py`):
+Two shapes of row are read, whatever the file (`common/table_files.py`):
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}      (wiki-18 and its kin)
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ...", "url": "https://..."}
 
 A row may also have both `title` and `contents`: the title is then that of `contents` only where they agree.
 
-`write_corpus` keeps the rows as lines of JSON beside one 8-byte offset each. `Corpus` maps both into memory, so that
-21 million passages cost no Python strings and open at once.
+`write_corpus` keeps the passages as lines of JSON, in the second shape, beside one 8-byte offset each. `Corpus` maps
+both into memory, so that 21 million passages cost no Python strings and open at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import logging
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_search.retrieval.corpus.fields import TITLE, URL, USUAL_FIELDS, CorpusError, Fields
-from trl_search.retrieval.corpus.formats import row_bytes
+from trl_search.common.errors import UserError
+from trl_search.common.table_files import parse_row
+from trl_search.retrieval.corpus.fields import TITLE, URL, USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.sources import Source, open_source
 from trl_search.types import Passage
 
@@ -35,34 +36,23 @@ CONTENTS = "contents"
 logger = logging.getLogger(__name__)
 
 
-def parse_passage(line: bytes, where: str, fields: Fields = USUAL_FIELDS) -> Passage:
+def parse_passage(row: Mapping[str, Any], where: str, fields: Fields = USUAL_FIELDS) -> Passage:
     """Reads one row of a corpus; `where` ("corpus.jsonl, line 7") begins every error message."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{where}: not JSON ({error.msg} at column {error.colno}): {_excerpt(line)}") from None
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
-        raise CorpusError(f"{where}: not a passage ({error}): {_excerpt(line)}") from None
-    if not isinstance(row, dict):
-        raise CorpusError(f"{where}: expected a JSON object, got {type(row).__name__}: {_excerpt(line)}")
-    identity = _value(row, fields.id_name(row, where), where)
+    name = fields.id_name(row, where)
+    identity = _value(row, name, where)
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
-        raise CorpusError(
-            f"{where}: {_shown(row, fields.id_name(row, where))}: every passage needs an id, a string or an integer"
-        )
+        raise UserError(f"{where}: {_shown(row, name)}: every passage needs an id, a string or an integer")
     title, text = _title_and_text(row, where, fields)
     url = None if row.get(URL) is None else _string(row, URL, where)
     passage = Passage(id=str(identity), title=title, text=text, url=url)
     try:
         f"{passage.id}{title}{text}{url}".encode()
     except UnicodeEncodeError:
-        raise CorpusError(f"{where}: half of a surrogate pair (a \\ud8xx escape), which no tokenizer reads") from None
+        raise UserError(f"{where}: half of a surrogate pair (a \\ud8xx escape), which no tokenizer reads") from None
     return passage
 
 
-def _title_and_text(row: dict[str, Any], where: str, fields: Fields) -> tuple[str, str]:
+def _title_and_text(row: Mapping[str, Any], where: str, fields: Fields) -> tuple[str, str]:
     name, title_name = fields.text_name(row, where), fields.title_field or TITLE
     text = _string(row, name, where)
     title = "" if row.get(title_name) is None else _without_doubled_quotes(_string(row, title_name, where))
@@ -81,9 +71,8 @@ def _without_doubled_quotes(title: str) -> str:
 
 def read_corpus(path: str | Path, fields: Fields = USUAL_FIELDS) -> Iterator[Passage]:
     """Reads the passages of a file or dataset one at a time. Blank lines are skipped; ids are not compared here."""
-    source = open_source(path, fields)
-    for number, line in source.lines():
-        yield parse_passage(line, source.where(number), fields)
+    for where, row in open_source(path, fields).rows():
+        yield parse_passage(row, where, fields)
 
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
@@ -92,7 +81,7 @@ def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
     for row, passage in enumerate(passages, start=1):
         first = rows.setdefault(passage.id, row)
         if first != row:
-            raise CorpusError(f"passages {first} and {row} have the same id {passage.id!r}; ids must be unique")
+            raise UserError(f"passages {first} and {row} have the same id {passage.id!r}; ids must be unique")
         yield passage
 
 
@@ -113,7 +102,8 @@ class Corpus:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        return parse_passage(self._rows[start:end], f"{self._name}, line {row + 1}")
+        where = f"{self._name}, line {row + 1}"
+        return parse_passage(parse_row(self._rows[start:end], where), where)
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[row] for row in range(len(self)))
@@ -134,20 +124,18 @@ def write_corpus(
     Duplicate ids are found from 8 bytes per id; a set of strings would take ten times that.
 
     Raises:
-        CorpusError: for a row that is no passage, or that repeats an id; the message names the line of the source.
+        UserError: for a row that is no passage, or that repeats an id; the message names the line of the source.
             With `skip_duplicates`, the first passage of an id is kept and the others are left out.
     """
     source = source if isinstance(source, Source) else open_source(source, fields)
     offsets, hashes = array("q", [0]), array("q")
     with open(folder / ROWS, "wb") as rows:
-        for number, line in tqdm(source.lines(), desc="reading the corpus", unit=" passages", disable=None):
-            passage = parse_passage(line, source.where(number), fields)
-            if fields.given:  # from here on, the usual names
-                line = _line(passage)
-            offsets.append(offsets[-1] + rows.write(line + b"\n"))
+        for where, row in tqdm(source.rows(), desc="reading the corpus", unit=" passages", disable=None):
+            passage = parse_passage(row, where, fields)
+            offsets.append(offsets[-1] + rows.write(passage_line(passage) + b"\n"))
             hashes.append(hash(passage.id))
     if not hashes:
-        raise CorpusError(f"{source.name}: no passages; a corpus needs one at least")
+        raise UserError(f"{source.name}: no passages; a corpus needs one at least")
     np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
     corpus = Corpus(folder)
     repeated = _repeated(corpus, np.frombuffer(hashes, dtype=np.int64))
@@ -157,12 +145,12 @@ def write_corpus(
         first, second = min(repeated, key=lambda pair: pair[1])
         identity = corpus[second].id
         corpus.close()
-        numbers = [first + 1, second + 1]
+        places = [f"passage {first + 1}", f"passage {second + 1}"]
         if source.fingerprint is not None:  # can be read again; rows are not lines where blank lines were skipped
-            numbers = [number for row, (number, _) in enumerate(source.lines()) if row in (first, second)]
-        raise CorpusError(
-            f"{source.where(*numbers)}: the same id {identity!r} twice; ids must be unique (--skip_duplicates keeps "
-            "the first passage of each)"
+            places = [where for row, (where, _) in enumerate(source.rows()) if row in (first, second)]
+        raise UserError(
+            f"{' and '.join(places)}: the same id {identity!r} twice; ids must be unique (--skip_duplicates keeps the "
+            "first passage of each)"
         )
     corpus.close()
     _drop_rows(folder, np.array([second for _, second in repeated]))
@@ -202,8 +190,12 @@ def _drop_rows(folder: Path, dropped: np.ndarray) -> None:
     np.save(folder / OFFSETS, np.concatenate([[0], np.cumsum(np.diff(starts)[kept])]))
 
 
-def _line(passage: Passage) -> bytes:
-    return row_bytes({"id": passage.id, "title": passage.title, "text": passage.text, "url": passage.url}, "")
+def passage_line(passage: Passage) -> bytes:
+    """A passage as a line of a corpus, without the newline."""
+    row = {"id": passage.id, "title": passage.title, "text": passage.text}
+    if passage.url is not None:
+        row["url"] = passage.url
+    return json.dumps(row, ensure_ascii=False).encode()
 
 
 def join_contents(passage: Passage) -> str:
@@ -219,22 +211,23 @@ def split_contents(contents: str) -> tuple[str, str]:
     return (title, text) if text.strip() else ("", contents)
 
 
-def _string(row: dict[str, Any], key: str, where: str) -> str:
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     value = _value(row, key, where)
+    if isinstance(value, bytes):  # a binary column of parquet
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: bytes that are not UTF-8 ({error.reason} at byte {error.start})") from None
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: {_shown(row, key)}; it must be a string")
+        raise UserError(f"{where}: {_shown(row, key)}; it must be a string")
     return value
 
 
-def _value(row: dict[str, Any], key: str, where: str) -> Any:
-    if key not in row:
-        raise CorpusError(f"{where}: {key!r} is missing; the fields are: {', '.join(row)[:300]}")
+def _value(row: Mapping[str, Any], key: str, where: str) -> Any:
+    if row.get(key) is None:
+        raise UserError(f"{where}: {key!r} is missing; the fields are: {', '.join(row)[:300]}")
     return row[key]
 
 
-def _shown(row: dict[str, Any], key: str) -> str:
-    return f"{key!r} is {json.dumps(row[key])[:80]}"
-
-
-def _excerpt(line: bytes) -> str:
-    return repr(line[:80].decode("utf-8", "replace")) + ("..." if len(line) > 80 else "")
+def _shown(row: Mapping[str, Any], key: str) -> str:
+    return f"{key!r} is {json.dumps(row[key], default=str)[:80]}"

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import cache_folder
-from trl_search.retrieval.corpus.fields import CorpusError
-from trl_search.retrieval.corpus.formats import FILES
+from trl_search.common.table_files import COMPRESSIONS
 from trl_search.retrieval.corpus.passages import Corpus, join_contents
 from trl_search.retrieval.dense.encoder import Encoder
 
@@ -29,14 +28,14 @@ def open_jsonl(path: str | Path) -> Corpus:
     the cache folder if the file's own cannot be written."""
     path = Path(path).resolve()
     if not path.is_file():
-        raise CorpusError(f"there is no corpus file {path}")
-    if path.suffix in FILES and path.suffix not in (".jsonl", ".ndjson", ".json"):
-        raise CorpusError(
+        raise UserError(f"there is no corpus file {path}")
+    if path.suffix in (".csv", ".tsv", ".parquet", *COMPRESSIONS):
+        raise UserError(
             f"{path} cannot be read by row: unpack it (gunzip) or convert it to .jsonl first (wiki-18: trl-search "
             "data wiki18)"
         )
     if path.stat().st_size == 0:
-        raise CorpusError(f"{path}: no passages; a corpus needs one at least")
+        raise UserError(f"{path}: no passages; a corpus needs one at least")
     offsets = _offsets_path(path)
     if not _fresh(offsets, path):
         offsets.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ def find_lines(path: Path) -> np.ndarray:
         if file.read(3) == b"\xef\xbb\xbf":
             starts[0] = 3
     if blank.all():
-        raise CorpusError(f"{path}: no passages; a corpus needs one at least")
+        raise UserError(f"{path}: no passages; a corpus needs one at least")
     return np.append(starts[~blank], size)
 
 

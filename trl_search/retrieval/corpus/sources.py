@@ -1,6 +1,6 @@
-"""What a corpus is read from: a file, a folder, a dataset or passages in memory; each a stream of numbered rows.
+"""What a corpus is read from: a file, a folder, a dataset or passages in memory; each a stream of rows.
 
-    wiki.jsonl   psgs_w100.tsv.gz   wiki.parquet     a file (`formats.py`)
+    wiki.jsonl   psgs_w100.tsv.gz   wiki.parquet     a file (`common/table_files.py`)
     scifact/                                         a folder of BEIR, with its corpus.jsonl; or of an index of ours
     org/name   org/name:config:split                 a dataset of the hub, through `datasets`; or a folder of its files
 
@@ -19,12 +19,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from trl_search.common.errors import UserError
 from trl_search.common.files import home_expanded
-from trl_search.retrieval.corpus.fields import USUAL_FIELDS, CorpusError, Fields
-from trl_search.retrieval.corpus.formats import COMPRESSED, FILES, Lines, file_rows, row_bytes
+from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
+from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.types import Passage
 
-BEIR_CORPUS = [f"corpus.jsonl{packed}" for packed in ("", *COMPRESSED)]
+BEIR_CORPUS = [f"corpus.jsonl{packed}" for packed in ("", *COMPRESSIONS)]
 
 
 @dataclass(frozen=True)
@@ -67,46 +68,41 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Source:
-    """Where passages come from. `lines()` gives each as the bytes of a JSON object, numbered from 1 as in an editor.
+    """Where passages come from.
 
     Args:
         name (`str`): The name that messages use.
-        unit (`str`): What the numbers count: `"line"`, `"row"`, `"item"` or `"passage"`.
-        lines (`Callable`): Reads from the first row.
+        rows (`Callable`): Reads from the first row: for each its place ("x.jsonl, line 7") and its fields.
         fingerprint (`Callable`, *optional*): Identifies the content; `None` for passages in memory, which can be read
             only once.
     """
 
     name: str
-    unit: str
-    lines: Callable[[], Iterator[tuple[int, bytes]]]
+    rows: Callable[[], Iterator[Row]]
     fingerprint: Callable[[], Fingerprint] | None = None
-
-    def where(self, *numbers: int) -> str:
-        """`"x.jsonl, line 7"`, `"x.jsonl, lines 7 and 9"`, and for passages in memory `"passage 7"`."""
-        place = f"{self.unit}{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
-        return place if self.fingerprint is None else f"{self.name}, {place}"
 
 
 def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_FIELDS) -> Source:
     """Finds out what `corpus` names. Nothing of a file is read yet; a dataset is fetched."""
     if not isinstance(corpus, (str, Path)):
-        return Source("the passages given", "passage", partial(_passage_rows, corpus))
+        return Source("the passages given", partial(_passage_rows, corpus))
     path = Path(home_expanded(corpus))
     if path.is_dir():
         path = next((path / name for name in BEIR_CORPUS if (path / name).is_file()), path)
-    if path.suffix not in FILES and not path.is_file():
-        return _dataset_source(str(path) if path.is_dir() else str(corpus), fields)
-    if not path.is_file():
-        raise CorpusError(f"there is no corpus file {corpus}")
-    unit, rows = file_rows(path, fields)
-    return Source(str(path), unit, rows, partial(Fingerprint.of, path, str(path.resolve())))
+    if path.is_file():
+        rows = partial(read_rows, path, fields.choose)
+        return Source(str(path), rows, partial(Fingerprint.of, path, str(path.resolve())))
+    if path.suffix in (*FORMATS, *COMPRESSIONS) and not path.is_dir():
+        raise UserError(f"there is no corpus file {corpus}")
+    return _dataset_source(str(path) if path.is_dir() else str(corpus), fields)
 
 
-def _passage_rows(passages: Iterable[Passage]) -> Lines:
+def _passage_rows(passages: Iterable[Passage]) -> Iterator[Row]:
     for number, passage in enumerate(passages, start=1):
-        row = {"id": passage.id, "title": passage.title, "text": passage.text, "url": passage.url}
-        yield number, row_bytes(row, f"passage {number}")
+        yield (
+            f"passage {number}",
+            {"id": passage.id, "title": passage.title, "text": passage.text, "url": passage.url},
+        )
 
 
 def _dataset_source(name: str, fields: Fields) -> Source:
@@ -118,7 +114,7 @@ def _dataset_source(name: str, fields: Fields) -> Source:
     try:
         dataset = load_dataset(path, config or None, split=split or "train")
     except (OSError, ValueError) as error:
-        raise CorpusError(
+        raise UserError(
             f"there is no corpus file {name}, and no dataset of this name could be loaded: "
             f"{str(error).strip().splitlines()[0]}"
         ) from None
@@ -126,10 +122,10 @@ def _dataset_source(name: str, fields: Fields) -> Source:
     # `datasets` derives it from the files (their hashes on the hub, their times on disk) and from what was selected.
     identity = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
 
-    def rows() -> Lines:
-        return ((number, row_bytes(row, f"{name}, row {number}")) for number, row in enumerate(dataset, start=1))
+    def rows() -> Iterator[Row]:
+        return ((f"{name}, row {number}", row) for number, row in enumerate(dataset, start=1))
 
-    return Source(name, "row", rows, lambda: Fingerprint(name, int(dataset.dataset_size or 0), 0, identity))
+    return Source(name, rows, lambda: Fingerprint(name, int(dataset.dataset_size or 0), 0, identity))
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ of an uninterrupted build, whatever the number of processes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,11 @@ from trl_search.types import Passage
 
 VECTORS, DONE, ABOUT = "vectors.npy", "shards.done", "encoding.json"
 ENCODER = "intfloat/e5-base-v2"
+SAMPLE = 1000  # passages that are looked at to see whether the encoder reads them whole
 SHARD_ROWS = 8192  # long enough that sorting by length leaves little padding, short enough to lose
+
+
+logger = logging.getLogger(__name__)
 
 
 class Passages(Protocol):
@@ -99,7 +104,18 @@ class EncodingOptions:
         )
 
     def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
-        """`encode_corpus` with these options."""
+        """`encode_corpus` with these options. Warns of passages whose end the encoder does not read."""
+        if workers.rank == 0:
+            step = max(1, len(passages) // SAMPLE)
+            sample = [join_contents(passages[row]) for row in range(0, len(passages), step)]
+            if cut := self.loaded.cut_share(sample):
+                logger.warning(
+                    "%s of the passages are longer than the %d tokens that the encoder reads, and are not found by "
+                    "what comes after; cut them with `trl-search data chunk`, or raise max_length if the encoder "
+                    "allows more",
+                    f"{cut:.0%}" if cut >= 0.01 else "under 1%",
+                    self.loaded.fingerprint.max_length,
+                )
         encode_corpus(passages, self.loaded, folder, dtype=self.dtype, batch_size=self.batch_size, workers=workers)
 
 

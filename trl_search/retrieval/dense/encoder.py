@@ -73,6 +73,20 @@ class Encoder:
         """Texts of any order: they are batched by length, the longest first, so memory runs out at once or never."""
         return self._encode(self._model, texts, self.fingerprint.passage_prompt, batch_size)
 
+    def cut_share(self, texts: Sequence[str]) -> float:
+        """The share of passages that have more tokens than the encoder reads; 0.0 where its tokenizer does not say."""
+        tokenizer: Any = getattr(self._model, "tokenizer", None)
+        if not texts or not hasattr(tokenizer, "num_special_tokens_to_add"):
+            return 0.0
+        with self._lock:
+            ids = tokenizer(
+                [self.fingerprint.passage_prompt + text for text in texts],
+                truncation=False,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+        return sum(len(tokens) > self.fingerprint.max_length for tokens in ids) / len(texts)
+
     def _encode(self, model: Any, texts: Sequence[str], prompt: str, batch_size: int) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)

@@ -21,6 +21,7 @@ import numpy as np
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.corpus.fields import Fields
 from trl_search.retrieval.corpus.passages import Corpus, join_contents, read_corpus, refuse_duplicates
 from trl_search.retrieval.corpus.published import check_encoder, open_jsonl
 from trl_search.retrieval.dense.corpus_vectors import ENCODER, VECTORS, EncodingOptions, Passages
@@ -174,6 +175,9 @@ def load(
     nprobe: int | None = None,
     ef_search: int | None = None,
     trust_remote_code: bool = False,
+    id_field: str | None = None,
+    title_field: str | None = None,
+    text_field: str | None = None,
     **options: Any,
 ) -> DenseRetriever:
     """`load_retriever("dense", ...)`: of `index`; of `passages` or a `corpus`; or of `faiss_file` and `corpus`.
@@ -192,9 +196,13 @@ def load(
             calibrated; a published one as its file says or, where that is FAISS' default of 1, as is measured now.
         ef_search (`int`, *optional*): Of a graph: candidates; more finds more.
         trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
+        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, where they are not the usual
+            ones (see `Fields`).
         options: `query_encoder`, `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see
             `load_encoder`. An index has its own.
     """
+    named = Fields(id_field, title_field, text_field)
+    named.check_use(corpus if faiss_file is None else None)
     places = "cpu" if device == "cpu" else "auto"
     found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
     if index is None and faiss_file is None and (nprobe, ef_search) != (None, None):
@@ -232,7 +240,7 @@ def load(
         if stored_ND is not None:
             check_encoder(encoder, stored_ND, rows, str(faiss_file))
         return retriever
-    read = read_corpus(corpus) if corpus is not None else passages
+    read = read_corpus(corpus, named) if corpus is not None else passages
     assert read is not None
     kept = tuple(refuse_duplicates(read))
     if not kept:

@@ -1,0 +1,66 @@
+"""Documents cut into passages: verbatim, complete, traceable; and a warning where an encoder would cut them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trl_search.cli.main import main
+from trl_search.common.errors import UserError
+from trl_search.retrieval.corpus.chunks import cut_documents, split_words
+from trl_search.retrieval.corpus.passages import read_corpus
+from trl_search.types import Passage
+
+words = st.text(st.characters(categories=["Lu", "Ll", "Nd"], exclude_characters="ㆍ", max_codepoint=0x2FF), min_size=1)
+
+
+@given(text=st.lists(words, min_size=1, max_size=40).map("  ".join), size=st.integers(1, 9), data=st.data())
+def test_every_word_is_in_a_passage_and_every_passage_in_the_text(text: str, size: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, size - 1))
+    chunks = list(cut_documents([Passage("7", "Orlune", text, url="u")], size, overlap=overlap))
+    assert [chunk.id for chunk in chunks] == [f"7#{number}" for number in range(len(chunks))]
+    assert all((chunk.title, chunk.url) == ("Orlune", "u") and chunk.text in text for chunk in chunks)
+    pieces = [chunk.text.split() for chunk in chunks]
+    assert pieces[0] + [word for piece in pieces[1:] for word in piece[overlap:]] == text.split()
+    assert all(len(piece) == size for piece in pieces[:-1]) and len(pieces[-1]) > (overlap if len(pieces) > 1 else 0)
+
+
+def test_letters_of_scripts_without_spaces_count_as_words() -> None:
+    chunks = cut_documents([Passage("1", "", "東京タワーは1958年に。")], 5)
+    assert [chunk.text for chunk in chunks] == ["東京タワー", "は1958年に。"]
+    assert len(split_words("สวัสดี")) == 4  # the vowels above stay with their letters
+
+
+def test_a_document_without_text_stays_a_passage() -> None:
+    assert list(cut_documents([Passage("1", "Orlune", " ")], 5)) == [Passage("1#0", "Orlune", "")]
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(0, 0), (5, 5), (5, -1)])
+def test_a_size_that_makes_no_progress_is_refused(size: int, overlap: int) -> None:
+    with pytest.raises(UserError, match=f"size {size}, {overlap}"):
+        cut_documents([], size, overlap=overlap)
+
+
+def test_the_command_cuts_by_words_and_by_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"docno": "a", "title": "T", "text": "one two-three four"}) + "\n")
+    command = ["data", "chunk", str(tmp_path / "docs.jsonl"), "--id-field", "docno", "--output"]
+    assert main([*command, str(tmp_path / "words.jsonl"), "--size", "2", "--overlap", "1"]) == 0
+    assert "1 documents, 2 passages" in capsys.readouterr().out
+    assert [(one.id, one.title, one.text) for one in read_corpus(tmp_path / "words.jsonl")] == [
+        ("a#0", "T", "one two-three"),
+        ("a#1", "T", "two-three four"),
+    ]
+    assert main([*command, str(tmp_path / "words.jsonl"), "--size", "2"]) == 2  # it is there already
+    assert "is there already" in capsys.readouterr().err
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
+    assert main([*command, str(tmp_path / "t.jsonl"), "--size", "3", "--tokenizer", str(tmp_path / "model")]) == 0
+    assert [one.text for one in read_corpus(tmp_path / "t.jsonl")] == ["one two-", "three four"]

@@ -1,0 +1,95 @@
+"""Prints what a set of questions holds: rows, sources, answers per question, lengths, repeated questions, a few rows.
+Writes nothing without --output.
+
+    trl-search data questions bamboogle                                    a set of the hub, by name
+    trl-search data questions data/nq --split test                         data/nq/test.jsonl, .csv, ...
+    trl-search data questions train.parquet --limit 1000 --seed 1          a sample; the same seed, the same rows
+    trl-search data questions nq_hotpotqa --dedupe_against all --output train.parquet
+                                                                           what stands in none of the seven sets
+
+Files are .jsonl, .json, .csv, .tsv (or any of these as .gz, .bz2, .xz, .zst) or .parquet, with the columns of FlashRAG
+(id, question, golden_answers), of Search-R1 (the same, or the answers in reward_model.ground_truth.target) or of verl
+(the question in extra_info); --question_field and --answers_field name any others. --output has the columns id,
+question, golden_answers, data_source, and is read by every command that takes questions.
+
+--dedupe_against compares whole questions without case, punctuation, articles and spacing. The same question in other
+words is not found. It comes before --limit, so the sample is full. `all` are the seven evaluation sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder")
+    parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: the published one)")
+    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of so many rows, in their order")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument("--dedupe_against", default="", metavar="SETS", help="names and files, with commas between")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    parser.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
+    parser.add_argument("--force", action="store_true", help="replace FILE where it is there")
+    add_question_fields(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.data import (
+        EVALUATION_SETS,
+        load_evaluation_questions,
+        load_questions,
+        sample_questions,
+        without_overlap,
+    )
+    from trl_search.data.summary import summarize_questions
+
+    output = _writable(Path(args.output).expanduser(), args.force) if args.output else None
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
+    questions = load_questions(args.source, split=args.split, fields=question_fields(args))
+    against = [name.strip() for name in args.dedupe_against.split(",") if name.strip()]
+    if "all" in against:
+        against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]
+    if against:
+        kept, dropped = without_overlap(questions, *map(load_evaluation_questions, against))
+        print(f"left out            {len(questions) - len(kept):,} of {len(questions):,}, as they stand in")
+        for source, count in dropped.items():
+            print(f"  {source:<17} {count:,}")
+        if not len(kept):
+            raise UserError(f"every question of {args.source} stands in {', '.join(against)}: none is left")
+        questions = kept
+    if args.limit is not None:
+        questions = sample_questions(questions, args.limit, args.seed)
+    print(summarize_questions(questions, samples=args.samples, seed=args.seed).describe())
+    if output is not None:
+        _write(questions, output)
+        print(f"{output}: {len(questions):,} rows")
+    return 0
+
+
+def _writable(path: Path, force: bool) -> Path:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--output {path}: give a file that ends in .parquet or .jsonl")
+    if path.exists() and not force:
+        raise UserError(f"{path} is there already: give --force to replace it, or another name")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} to write {path.name} into")
+    return path
+
+
+def _write(questions: datasets.Dataset, path: Path) -> None:
+    """Whole, and under another name first: the rows may have been read from the very file that is replaced."""
+    with written_whole(path) as unfinished:
+        if path.suffix == ".parquet":
+            questions.to_parquet(unfinished)
+        else:
+            questions.to_json(unfinished, orient="records", lines=True, force_ascii=False)

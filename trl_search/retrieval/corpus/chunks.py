@@ -1,0 +1,90 @@
+"""Documents cut into passages of so many words or tokens, as DPR cut Wikipedia into passages of 100 words.
+
+    document "17" of 250 words  ->  "17#0" words 1 to 100, "17#1" words 81 to 180, "17#2" words 161 to 250
+                                    (100 words each, 20 of them shared with the passage before)
+
+A passage is a verbatim piece of its document, with the document's title and url. What stands before the last `#` of
+its id is the id of the document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from trl_search.common.errors import UserError
+from trl_search.common.unspaced import UNSPACED_LETTERS
+from trl_search.types import Passage
+
+# A word ends at a space. In scripts without spaces, each letter with its marks counts as one word.
+_WORD = re.compile(rf"[{UNSPACED_LETTERS}][^\s\w]*|[^\s{UNSPACED_LETTERS}]+")
+
+Span = tuple[int, int]  # where a word or a token begins and ends in the text
+Split = Callable[[str], list[Span]]
+
+
+def split_words(text: str) -> list[Span]:
+    """Where the words of a text stand.
+
+    Example:
+        >>> split_words("A town."), split_words("東京 1958")
+        ([(0, 1), (2, 7)], [(0, 1), (1, 2), (3, 7)])
+    """
+    return [found.span() for found in _WORD.finditer(text)]
+
+
+def token_splitter(name_or_path: str) -> Split:
+    """Returns a function that says where the tokens of a text stand, by the tokenizer of a model.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded, or does not say where its tokens stand.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer of {name_or_path!r} cannot be loaded: {first}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name_or_path!r} does not say where its tokens stand; cut by words")
+
+    def split(text: str) -> list[Span]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(start, end) for start, end in encoded["offset_mapping"] if end > start]
+
+    return split
+
+
+def cut_documents(
+    documents: Iterable[Passage], size: int, *, overlap: int = 0, split: Split = split_words
+) -> Iterator[Passage]:
+    """Cuts documents into passages of at most `size` words or tokens.
+
+    Args:
+        documents (`Iterable[Passage]`): Read one at a time.
+        size (`int`): Words or tokens per passage. The last passage of a document has what is left.
+        overlap (`int`): How many of them a passage shares with the one before.
+        split (`Callable`): Where the words or tokens of a text stand.
+
+    Raises:
+        UserError: for a size below 1, or an overlap that is not below the size.
+
+    Example:
+        >>> [chunk.text for chunk in cut_documents([Passage("17", "Orlune", "a b c d e")], 3, overlap=1)]
+        ['a b c', 'c d e']
+    """
+    if size < 1 or not 0 <= overlap < size:
+        raise UserError(f"a passage has at least 1 word and shares fewer than it has; got size {size}, {overlap}")
+    return (chunk for document in documents for chunk in _cut(document, size, overlap, split))
+
+
+def _cut(document: Passage, size: int, overlap: int, split: Split) -> Iterator[Passage]:
+    spans = split(document.text)
+    # The last window that brings something new begins before `len(spans) - overlap`.
+    starts = range(0, max(1, len(spans) - overlap), size - overlap)
+    for number, first in enumerate(starts):
+        window = spans[first : first + size]
+        text = document.text[window[0][0] : window[-1][1]] if window else ""
+        yield replace(document, id=f"{document.id}#{number}", text=text)
