@@ -2,8 +2,8 @@
 
     in the corpus  ─►  in the first k passages (`retriever_quality.py`)  ─►  read by the agent  ─►  answered
 
-No retriever can find an answer that no passage holds, so the first share is the upper bound of what search can add. Each
-of the others says how many questions one more step loses.
+No retriever can find an answer that no passage holds, so the first share is the upper bound of what search can add.
+Each of the others says how many questions one more step loses.
 """
 
 from __future__ import annotations
