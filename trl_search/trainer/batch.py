@@ -75,11 +75,13 @@ class Rollout:
 class MicroBatch:
     """What one call of the loss works on, between the seams that TRL calls in it.
 
-    `inputs` is TRL's own dictionary, copied, so that a seam may add to it what TRL then reads.
+    `inputs` is TRL's own dictionary, copied, so that a seam may add to it what TRL then reads. `runs_BC` is the loss
+    mask without the trajectories that are not run, because they cannot change the weights.
     """
 
     inputs: dict[str, Any]
     loss_mask_BC: torch.Tensor
+    runs_BC: torch.Tensor
     logps_BC: torch.Tensor | None = None  # of the policy in training, once they are known
 
     @property
@@ -88,6 +90,11 @@ class MicroBatch:
         assert self.logps_BC is not None, "the training forward has not run"
         old_BC: torch.Tensor = self.inputs.get("old_per_token_logps", self.logps_BC.detach())
         return old_BC
+
+    def with_old_logps(self, logps_BC: torch.Tensor) -> torch.Tensor:
+        """`logps_BC` with the old ones, where there are any, in trajectories that were not run: their ratio is 1."""
+        old_BC = self.inputs.get("old_per_token_logps")
+        return logps_BC if old_BC is None else torch.where(self.runs_BC.any(dim=1, keepdim=True), logps_BC, old_BC)
 
 
 def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -9,7 +9,8 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
 | `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
 | `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
-| `_compute_loss`                      | keep the micro-batch for the next seam; add LLDS (`loss/likelihood.py`)      |
+| `_compute_loss`                      | keep the micro-batch for the next seam, without what cannot change a weight  |
+|                                      | (`loss/without_gradient.py`); add LLDS (`loss/likelihood.py`)                |
 | `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`);      |
 |                                      | correct towards vLLM (`loss/importance.py`)                                  |
 | `create_model_card`                  | write our model card                                                         |
@@ -70,6 +71,12 @@ from trl_search.trainer.loss.importance import correct_towards_engine
 from trl_search.trainer.loss.likelihood import llds_of
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
+from trl_search.trainer.loss.without_gradient import (
+    drop_rounding,
+    log_what_ran,
+    micro_batch_of,
+    must_all_run,
+)
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.rollback import RollsBack
@@ -133,6 +140,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     environment: Environment | None = None
     logprobs: LogProbs | None = None
     _micro_batch: MicroBatch | None = None  # while its loss is computed
+    _all_run = True  # also trajectories that cannot change the weights
     _probed = False
 
     def __init__(
@@ -196,6 +204,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)
             self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
+            self._all_run = must_all_run(self)
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +222,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
             assert self.last_rollout.rewards_RF is not None
+            drop_rounding(output["advantages"], self.last_rollout.rewards_RF, self)
             scored = Scored(
                 loss_mask_of(output),
                 output["advantages"],
@@ -295,7 +305,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
             # Outside of the loss, the old and the reference policy score the whole generation batch.
-            mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.loss_mask_BC
+            mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.runs_BC
             logps, entropies = self.logprobs(
                 model,
                 input_ids,
@@ -305,15 +315,20 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
                 batch_size=batch_size,
                 gradient_checkpointing=again,
             )
+        if self._micro_batch is not None:
+            logps = self._micro_batch.with_old_logps(logps)
         self._see_logps(logps)
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        micro_batch = self._micro_batch = MicroBatch(dict(inputs), loss_mask_of(inputs))
+        all_run = self._all_run or not self.model.training
+        micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
         try:
             loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
         finally:
             self._micro_batch = None
+        if not all_run:
+            log_what_ran(self._metrics["train"], micro_batch, self.accelerator)
         if self.environment is None or not self.args.llds_coef or not self.model.training:
             return loss
         penalty = llds_of(micro_batch)

@@ -29,7 +29,8 @@ def gradients(trainer, batch):
     trainer.model.zero_grad()
     loss, logged = trainer.loss(batch)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), logged
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in trained]), logged
 
 
 @pytest.mark.parametrize("mode", IMPORTANCE_MODES[:4])

@@ -32,15 +32,17 @@ def correct_towards_engine(
     """Puts `importance_sampling_ratio` into the micro-batch, where TRL's loss reads it.
 
     Returns:
-        `dict[str, float]`: Metrics under TRL's names, over the micro-batches of all ranks.
+        `dict[str, float]`: Metrics under TRL's names, over what ran in the micro-batches of all ranks; NaN if nothing
+        did, which TRL leaves out of its averages.
     """
-    mask_BC = micro_batch.loss_mask_BC
+    mask_BC = micro_batch.runs_BC
     log_ratios_BC = log_ratios(micro_batch.old_logps_BC, micro_batch.inputs["sampling_per_token_logps"], mask_BC)
     ratio = importance_ratio(log_ratios_BC, mask_BC, mode, *bounds)
     micro_batch.inputs["importance_sampling_ratio"] = ratio
     seen_BC = mask_BC.bool()
     _, mean, high = _spread(log_ratios_BC.abs()[seen_BC], accelerator)
-    low, average, most = _spread(ratio[seen_BC] if ratio.shape == seen_BC.shape else ratio.flatten(), accelerator)
+    seen = seen_BC if ratio.shape == seen_BC.shape else seen_BC.any(dim=1, keepdim=True)
+    low, average, most = _spread(ratio[seen], accelerator)
     return {
         "sampling/sampling_logp_difference/mean": mean,
         "sampling/sampling_logp_difference/max": high,
@@ -51,10 +53,15 @@ def correct_towards_engine(
 
 
 def _spread(values: torch.Tensor, accelerator: Accelerator) -> tuple[float, float, float]:
-    """Lowest, mean and highest over all ranks; zeros where there is nothing."""
-    values = values.detach() if values.numel() else values.new_zeros(1)
-    low_R, mean_R, high_R = accelerator.gather(torch.stack([values.min(), values.mean(), values.max()])).view(-1, 3).T
-    return low_R.min().item(), mean_R.mean().item(), high_R.max().item()
+    """Lowest, mean and highest over all ranks; NaN where there is nothing."""
+    values = values.detach() if values.numel() else values.new_full((1,), math.nan)
+    lows_R, means_R, highs_R = (
+        accelerator.gather(torch.stack([values.min(), values.mean(), values.max()])).view(-1, 3).T
+    )
+    known_R = ~means_R.isnan()
+    if not known_R.any():
+        return math.nan, math.nan, math.nan
+    return lows_R[known_R].min().item(), means_R[known_R].mean().item(), highs_R[known_R].max().item()
 
 
 def log_ratios(old_logps_BC: torch.Tensor, sampling_logps_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:

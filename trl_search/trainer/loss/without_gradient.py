@@ -1,0 +1,117 @@
+"""Trajectories that cannot change the weights are left out of the training forward and backward.
+
+Each of TRL's losses multiplies the term of a token by its advantage. In a group whose rewards are all equal every
+advantage is 0, so neither loss nor gradient depends on these tokens, and computing their log-probs is wasted. Here
+they are not run, and loss and gradients stay what they are (`tests/trainer/loss/test_without_gradient.py`):
+
+    group     rewards      advantages        runs    counted by num_items_in_batch and by the mean over trajectories
+    1         1 0 0 1      .9 -.9 -.9 .9     yes     yes
+    2         0 0 0 0       0   0   0  0     no      yes
+
+All trajectories run where some term of the loss needs those without an advantage (`must_all_run`). Ratios of what did
+not run are 1. `entropy`, `vespo/phi_seq_mean` and `sampling/*` are logged as means over what ran, and
+`loss/without_gradient` is the share of trajectories that did not.
+
+Suffixes: B trajectories (of this rank, or of a group), C completion tokens, R trajectories of all ranks, F reward
+functions, G groups.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from trl_search.trainer.batch import MicroBatch, loss_mask_of
+
+logger = logging.getLogger(__name__)
+
+METRIC = "loss/without_gradient"
+# Those of TRL's losses whose every term is a multiple of the token's advantage.
+MULTIPLIED_BY_ADVANTAGE = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"})
+
+
+def must_all_run(trainer: Any) -> bool:
+    """Whether trajectories without an advantage can change the weights of a [`SearchGRPOTrainer`]; says so in the log.
+
+    Args:
+        trainer ([`SearchGRPOTrainer`]): Complete, but for its training.
+    """
+    needed = {
+        "log-probs are computed by TRL's own forward": trainer.logprobs is None or trainer.aux_loss_enabled,
+        f"loss_type={trainer.loss_type} is not known here": trainer.loss_type not in MULTIPLIED_BY_ADVANTAGE,
+        "beta pulls every trajectory towards the reference": trainer.beta != 0,
+        "the entropy bonus is over all tokens": trainer._entropy_bonus_enabled,
+        "top_entropy_quantile is one of all tokens": trainer.top_entropy_quantile < 1,
+        "llds_coef acts on trajectories whose advantage is 0": trainer.args.llds_coef != 0,
+    }
+    reason = next((reason for reason, holds in needed.items() if holds), None)
+    logger.info("trajectories without an advantage %s", f"run: {reason}" if reason else "are not run")
+    return reason is not None
+
+
+def micro_batch_of(inputs: Mapping[str, Any], *, all_run: bool) -> MicroBatch:
+    """The micro-batch of TRL's `inputs`; with `all_run`, trajectories that cannot change the weights run as well."""
+    mask_BC = loss_mask_of(inputs)
+    runs_BC = mask_BC if all_run else tokens_with_gradient(inputs["advantages"], mask_BC)
+    return MicroBatch(dict(inputs), mask_BC, runs_BC)
+
+
+def tokens_with_gradient(advantages: torch.Tensor, loss_mask_BC: torch.Tensor) -> torch.Tensor:
+    """The loss mask (B, C) without the trajectories in which no token has both an advantage and a place in the loss.
+
+    Args:
+        advantages: (B,), or (B, C) where each token has its own.
+    """
+    advantages_BC = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+    has_gradient_B1 = ((advantages_BC != 0) & loss_mask_BC.bool()).any(dim=1, keepdim=True)
+    return loss_mask_BC * has_gradient_B1
+
+
+def drop_rounding(advantages_B: torch.Tensor, rewards_RF: torch.Tensor, trainer: Any) -> None:
+    """Sets the advantages of this rank to exactly 0, in place, in groups whose weighted rewards are equal.
+
+    The mean of equal numbers need not be that number: eight rewards of 1.3 can have advantages of 1e-3 in TRL, which
+    divides a rounding error by a standard deviation of 1e-4.
+    """
+    if trainer.multi_objective_aggregation == "sum_then_normalize":  # otherwise groups are compared with each other
+        equal_R = in_equal_group(rewards_RF, trainer.reward_weights, trainer.num_generations)
+        start = trainer.accelerator.process_index * len(advantages_B)
+        advantages_B.masked_fill_(equal_R[start : start + len(advantages_B)], 0.0)
+
+
+def in_equal_group(rewards_RF: torch.Tensor, weights_F: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(R,) booleans: trajectories whose group has one weighted reward for all. Those without a reward (NaN) are not
+    compared."""
+    unrewarded_GB = rewards_RF.isnan().all(dim=1).view(-1, group_size)
+    rewards_GB = (rewards_RF * weights_F.to(rewards_RF)).nansum(dim=1).view(-1, group_size)
+    lowest_G1 = rewards_GB.masked_fill(unrewarded_GB, math.inf).amin(dim=1, keepdim=True)
+    highest_G1 = rewards_GB.masked_fill(unrewarded_GB, -math.inf).amax(dim=1, keepdim=True)
+    return (lowest_G1 >= highest_G1).expand_as(rewards_GB).reshape(-1)
+
+
+def log_what_ran(metrics: dict[str, list[float]], micro_batch: MicroBatch, accelerator: Accelerator) -> None:
+    """Adds `METRIC`, and makes of TRL's latest means over everything in the loss means over what ran, on all ranks.
+
+    A mean over nothing is taken back: as a number it would be wrong, as NaN it would raise an alarm.
+    """
+    ran_BC, loss_mask_BC = micro_batch.runs_BC, micro_batch.loss_mask_BC
+    counts = torch.stack([ran_BC.any(dim=1).sum(), ran_BC.sum(), loss_mask_BC.sum()]).float()
+    rows, tokens, all_tokens = accelerator.reduce(counts, "sum").tolist()
+    all_rows = len(ran_BC) * accelerator.num_processes
+    metrics[METRIC].append(1 - rows / all_rows)
+    over_what_ran = {
+        # What did not run has entropy 0 and a VESPO weight of 1 in TRL's means.
+        "entropy": lambda mean: mean * all_tokens / tokens,
+        "vespo/phi_seq_mean": lambda mean: (mean * all_rows - (all_rows - rows)) / rows,
+    }
+    for name in over_what_ran.keys() & metrics.keys():
+        mean = metrics[name].pop()
+        if tokens:
+            metrics[name].append(over_what_ran[name](mean))
+        elif not metrics[name]:
+            del metrics[name]
