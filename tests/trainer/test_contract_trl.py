@@ -1,7 +1,8 @@
 """The seams of TRL that `SearchGRPOTrainer` stands on, one test a seam, named after it.
 
 Nothing here tests this package. When a new TRL breaks one of these, read its `grpo_trainer.py` and mend the method of
-`trl_search/trainer/grpo.py` that the test names; `pyproject.toml` then takes the new minor release.
+`trl_search/trainer/grpo.py` or `trl_search/trainer/loss/seams.py` that the test names; `pyproject.toml` then takes the
+new minor release.
 """
 
 from __future__ import annotations

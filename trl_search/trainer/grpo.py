@@ -9,10 +9,8 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
 | `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
 | `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
-| `_compute_loss`                      | keep the micro-batch for the next seam, without what cannot change a weight  |
-|                                      | (`loss/without_gradient.py`); add LLDS (`loss/likelihood.py`)                |
-| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`loss/logprobs.py`);      |
-|                                      | correct towards vLLM (`loss/importance.py`)                                  |
+| `_compute_loss`,                     | run only tokens that the loss needs; correct towards vLLM: `SearchLoss`      |
+| `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
 | `create_model_card`                  | write our model card                                                         |
 
 One value, `Rollout` (`batch.py`), carries a generation batch from seam to seam. The loss mask begins as
@@ -46,7 +44,6 @@ from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
 from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
-    MicroBatch,
     Rollout,
     check_failures,
     encode_prompts,
@@ -67,16 +64,8 @@ from trl_search.trainer.inputs import (
     tokenizer_of,
 )
 from trl_search.trainer.journal import open_journal
-from trl_search.trainer.loss.importance import correct_towards_engine
-from trl_search.trainer.loss.likelihood import llds_of
-from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
-from trl_search.trainer.loss.probe import probed
-from trl_search.trainer.loss.without_gradient import (
-    drop_rounding,
-    log_what_ran,
-    micro_batch_of,
-    must_all_run,
-)
+from trl_search.trainer.loss.seams import SearchLoss
+from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.rollback import RollsBack
@@ -86,7 +75,7 @@ from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling
 
 
-class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
+class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -138,10 +127,6 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     model: PreTrainedModel
     # A trainer that was constructed in part is a plain GRPOTrainer.
     environment: Environment | None = None
-    logprobs: LogProbs | None = None
-    _micro_batch: MicroBatch | None = None  # while its loss is computed
-    _all_run = True  # also trajectories that cannot change the weights
-    _probed = False
 
     def __init__(
         self,
@@ -203,8 +188,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)
-            self.logprobs = make_logprobs([self.model, self.ref_model], args, self.accelerator)
-            self._all_run = must_all_run(self)
+            self.prepare_loss()
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +201,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.last_rollout = Rollout(rows=inputs)
         theirs = self.vllm_importance_sampling_correction and self.environment is None
-        # TRL needs a forward pass to correct towards vLLM; `_see_logps` corrects in the loss.
+        # TRL needs a forward pass to correct towards vLLM; `SearchLoss` corrects in the loss.
         with replaced(self, "vllm_importance_sampling_correction", theirs):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
@@ -246,7 +230,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
         assert self.environment is not None
-        self._probe_logprobs()
+        self.probe_logprobs()
         batch = self.last_rollout
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
@@ -281,60 +265,6 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             self.last_rollout.rewards_RF = rewards_RF
         return rewards_RF
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **multimodal: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if self.logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
-            # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
-            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-            scores: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-            scores = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
-            )
-            self._see_logps(scores[0])
-            return scores
-        with self.accelerator.autocast():
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-            again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
-            # Outside of the loss, the old and the reference policy score the whole generation batch.
-            mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.runs_BC
-            logps, entropies = self.logprobs(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                mask_BC,
-                batch_size=batch_size,
-                gradient_checkpointing=again,
-            )
-        if self._micro_batch is not None:
-            logps = self._micro_batch.with_old_logps(logps)
-        self._see_logps(logps)
-        return logps, entropies if compute_entropy else None, None
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        all_run = self._all_run or not self.model.training
-        micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
-        try:
-            loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
-        finally:
-            self._micro_batch = None
-        if not all_run:
-            log_what_ran(self._metrics["train"], micro_batch, self.accelerator)
-        if self.environment is None or not self.args.llds_coef or not self.model.training:
-            return loss
-        penalty = llds_of(micro_batch)
-        self.add_to_log({"llds": self.accelerator.gather(penalty.detach()).mean().item()})
-        return loss + self.args.llds_coef * penalty / self.current_gradient_accumulation_steps
-
     # For callbacks and evaluations
 
     @contextlib.contextmanager
@@ -363,28 +293,6 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, GRPOTrainer):
             self._metrics["train"][name].append(value)
 
     # What the seams are made of
-
-    def _see_logps(self, logps_BC: torch.Tensor) -> None:
-        """Completes the micro-batch, once its log-probs are known and before TRL makes a loss of them."""
-        if self._micro_batch is None or self.environment is None:
-            return
-        self._micro_batch.logps_BC = logps_BC
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-            found = correct_towards_engine(
-                self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
-            )
-            for name, value in found.items():
-                self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _probe_logprobs(self) -> None:
-        """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
-        if self.logprobs is None or self._probed:
-            return
-        self._probed = True
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        with self.accelerator.autocast():
-            self.logprobs = probed(self.logprobs, self.model_wrapped, model, self._tokenizer, self.args)
 
     def _sampling(self, mode: str) -> Sampling:
         # Generations are counted within their optimizer step: TRL's own count, `_step`, starts at 0 after a resume.

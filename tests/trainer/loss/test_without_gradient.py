@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_full_computation(tmp_path, random_m
 def test_all_run_where_some_term_needs_them(tmp_path, random_model, tokenizer, setting, monkeypatch):
     options = dict(ALL_RUN[setting])
     if "logprobs" in options:
-        monkeypatch.setattr("trl_search.trainer.grpo.make_logprobs", lambda *args: options.pop("logprobs", None))
+        monkeypatch.setattr("trl_search.trainer.loss.seams.make_logprobs", lambda *args: options.pop("logprobs", None))
         options = {}
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **options)
     assert trainer._all_run

@@ -1,0 +1,121 @@
+"""`SearchLoss`: the seams of TRL's `GRPOTrainer` at which the loss is computed over trajectories.
+
+| seam                                 | what we do there                                                            |
+|--------------------------------------|-----------------------------------------------------------------------------|
+| `_compute_loss`                      | leave out what cannot change the weights (`without_gradient.py`); add LLDS  |
+|                                      | (`likelihood.py`)                                                           |
+| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`logprobs.py`); correct  |
+|                                      | towards vLLM (`importance.py`)                                              |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.environment import Environment
+from trl_search.trainer.batch import MicroBatch, Rollout
+from trl_search.trainer.loss.importance import correct_towards_engine
+from trl_search.trainer.loss.likelihood import llds_of
+from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
+from trl_search.trainer.loss.probe import probed
+from trl_search.trainer.loss.without_gradient import log_what_ran, micro_batch_of, must_all_run
+
+
+class SearchLoss(GRPOTrainer):
+    """A `GRPOTrainer` whose loss runs over the tokens that need it. Without an `environment` it is TRL's."""
+
+    args: SearchGRPOConfig
+    model: PreTrainedModel
+    environment: Environment | None
+    last_rollout: Rollout
+    # A trainer that was constructed in part is a plain GRPOTrainer.
+    logprobs: LogProbs | None = None
+    _micro_batch: MicroBatch | None = None  # while its loss is computed
+    _all_run = True  # also trajectories that cannot change the weights
+    _probed = False
+
+    def prepare_loss(self) -> None:
+        """Chooses how log-probs are computed, and of which trajectories; both are said in the log."""
+        self.logprobs = make_logprobs([self.model, self.ref_model], self.args, self.accelerator)
+        self._all_run = must_all_run(self)
+
+    def probe_logprobs(self) -> None:
+        """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
+        if self.logprobs is None or self._probed:
+            return
+        self._probed = True
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.accelerator.autocast():
+            self.logprobs = probed(self.logprobs, self.model_wrapped, model, self._tokenizer, self.args)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if self.logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
+            # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
+            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+            scores: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            scores = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **multimodal
+            )
+            self._see_logps(scores[0])
+            return scores
+        with self.accelerator.autocast():
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
+            # Outside of the loss, the old and the reference policy score the whole generation batch.
+            mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.runs_BC
+            logps, entropies = self.logprobs(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                mask_BC,
+                batch_size=batch_size,
+                gradient_checkpointing=again,
+            )
+        if self._micro_batch is not None:
+            logps = self._micro_batch.with_old_logps(logps)
+        self._see_logps(logps)
+        return logps, entropies if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        all_run = self._all_run or not self.model.training
+        micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
+        try:
+            loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
+        finally:
+            self._micro_batch = None
+        if not all_run:
+            log_what_ran(self._metrics["train"], micro_batch, self.accelerator)
+        if self.environment is None or not self.args.llds_coef or not self.model.training:
+            return loss
+        penalty = llds_of(micro_batch)
+        self._metrics["train"]["llds"].append(self.accelerator.gather(penalty.detach()).mean().item())
+        return loss + self.args.llds_coef * penalty / self.current_gradient_accumulation_steps
+
+    def _see_logps(self, logps_BC: torch.Tensor) -> None:
+        """Completes the micro-batch, once its log-probs are known and before TRL makes a loss of them."""
+        if self._micro_batch is None or self.environment is None:
+            return
+        self._micro_batch.logps_BC = logps_BC
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            found = correct_towards_engine(
+                self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
+            )
+            for name, value in found.items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
