@@ -1,10 +1,16 @@
-"""A whole training step on 1, 2 and 4 GPUs: DDP, DeepSpeed ZeRO, FSDP2 and LoRA, with an engine in every rank.
+"""A whole training step on 1, 2 and 4 GPUs: DDP, DeepSpeed ZeRO, FSDP2, LoRA, tensor parallel, and a server beside it.
 
-    python benchmarks/scaling_gpus.py ddp:1+lora:1 ddp:2 ddp:4 fsdp2:4 --out scaling.jsonl     # and prints the table
+    python benchmarks/scaling_gpus.py ddp:1+lora:1 ddp:2 fsdp2:2 server:2 --out scaling.jsonl   # prints the table
     python benchmarks/scaling_gpus.py --table scaling.jsonl
 
-A case is METHOD:GPUS. Methods: ddp, zero2, zero3, fsdp2 (shape 3b), lora (3b, DDP), 7b-fsdp2, 7b-zero3, 7b-lora, and
-long-7b-fsdp2 (trajectories of 30k tokens). Cases joined by + run at the same time, each on GPUs of its own. DeepSpeed
+A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to try the script. Methods:
+
+    ddp, zero2, zero3, fsdp2    an engine in every rank
+    lora                        DDP, and the adapter alone goes to the engines
+    tp                          DDP, and all ranks share one engine (vllm_tensor_parallel_size)
+    server                      the first half of the GPUs trains under DDP, the second half serves (data parallel)
+
+`long` takes trajectories of 30k tokens. Cases joined by + run at the same time, each on GPUs of its own. DeepSpeed
 must be installed for zero2 and zero3.
 
 Every case measures two steps after a warm-up: weak scaling (`--weak` trajectories per GPU) and strong scaling
@@ -16,18 +22,25 @@ old policy, loss and backward, optimizer. Times are those of the slowest rank.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
+
 HERE = Path(__file__).parent
+ACCELERATE = HERE.parent / "recipes" / "accelerate"
 FSDP2 = [
     *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"),
@@ -35,52 +48,127 @@ FSDP2 = [
 LAUNCH: dict[str, list[str]] = {
     "ddp": ["--multi_gpu"],
     "lora": ["--multi_gpu"],
+    "tp": ["--multi_gpu"],
+    "server": ["--multi_gpu"],
     "fsdp2": FSDP2,
-    "zero2": ["--config_file", str(HERE.parent / "recipes" / "accelerate" / "zero2.yaml")],
-    "zero3": ["--config_file", str(HERE.parent / "recipes" / "accelerate" / "zero3.yaml")],
+    "zero2": ["--config_file", str(ACCELERATE / "zero2.yaml")],
+    "zero3": ["--config_file", str(ACCELERATE / "zero3.yaml")],
 }
+SHARDED = ("fsdp2", "zero2", "zero3")
 ROWS = 8  # of a micro-batch: one pack
 LONG_SEARCHES = 42
 
 
-def parse_case(case: str) -> tuple[str, str, int, bool]:
-    """`7b-fsdp2:4` as shape, method, GPUs and whether its trajectories are long."""
-    name, gpus = case.split(":")
-    *before, method = name.split("-")
-    return ("7b" if "7b" in before else "3b", method, int(gpus), "long" in before)
+@dataclass(frozen=True)
+class Case:
+    """`7b-long-fsdp2:4`, taken apart."""
+
+    name: str
+    shape: str
+    is_long: bool
+    method: str
+    gpus: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train; the other GPUs serve."""
+        return self.gpus // 2 if self.method == "server" else self.gpus
+
+
+def parse_case(name: str) -> Case:
+    what, gpus = name.split(":")
+    *before, method = what.split("-")
+    shape = next((word for word in before if word != "long"), "3b")
+    if method not in LAUNCH:
+        raise SystemExit(f"{name}: the method must be one of {', '.join(LAUNCH)}")
+    return Case(name, shape, "long" in before, method, int(gpus))
 
 
 # The driver
 
 
-def run_together(cases: list[str], arguments: argparse.Namespace) -> None:
+def run_together(cases: list[Case], arguments: argparse.Namespace) -> None:
     """Runs cases at the same time, each on GPUs of its own, and prints what went wrong with any."""
-    first, running = 0, []
-    for number, case in enumerate(cases):
-        _, method, gpus, _ = parse_case(case)
-        launch = [sys.executable, "-m", "accelerate.commands.launch"]
-        launch += LAUNCH[method] if gpus > 1 or method not in ("ddp", "lora") else []
-        launch += ["--num_processes", str(gpus), "--num_machines", "1", "--mixed_precision", "bf16"]
-        launch += ["--main_process_port", str(29_600 + number)]
-        command = [*launch, __file__, "--worker", case, "--out", str(arguments.out)]
-        command += ["--weak", str(arguments.weak), "--strong", str(arguments.strong), "--scale", str(arguments.scale)]
-        visible = ",".join(map(str, range(first, first + gpus)))
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": _python_path()}
-        log = Path(f"{arguments.out}.{case.replace(':', '-')}.log")
-        with log.open("w") as file:
-            running.append((case, log, subprocess.Popen(command, env=environment, stdout=file, stderr=file)))
-        first += gpus
-    for case, log, process in running:
+    started, first, running = time.monotonic(), 0, []
+    with contextlib.ExitStack() as servers:
+        for case in cases:
+            running.append((case, start(case, first, arguments, servers)))
+            first += case.gpus
+        for case, process in running:
+            try:
+                code: int | str = process.wait(timeout=max(1.0, started + arguments.timeout - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = f"none after {arguments.timeout:.0f} s: killed"
+            kill(process)
+            tail = "" if code == 0 else f"\n{log_of(case, arguments).read_text(errors='replace')[-3000:]}"
+            print(f"{case.name}: exit code {code}{tail}", flush=True)
+
+
+def start(
+    case: Case, first: int, arguments: argparse.Namespace, servers: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += LAUNCH[case.method] if case.ranks > 1 or case.method in SHARDED else []
+    launch += ["--num_processes", str(case.ranks), "--num_machines", "1"]
+    launch += ["--main_process_port", str(29_600 + first)]
+    launch += ["--mixed_precision", "bf16"] if case.shape != "tiny" else ["--mixed_precision", "no"]
+    command = [*launch, __file__, "--worker", case.name, "--out", str(arguments.out)]
+    command += ["--weak", str(arguments.weak), "--strong", str(arguments.strong), "--scale", str(arguments.scale)]
+    if case.method == "server":
+        command += ["--url", servers.enter_context(serving(case, first + case.ranks, arguments))]
+    with log_of(case, arguments).open("ab") as log:
+        environment = on_gpus(first, case.ranks)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+@contextlib.contextmanager
+def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[str]:
+    """`vllm serve` on the second half of the case's GPUs; its address. The trainer waits for it."""
+    import vllm_shape
+
+    port = 8_100 + first
+    with tempfile.TemporaryDirectory() as folder:
+        model = vllm_shape.write_model_folder(Path(folder), case.shape)
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--max-model-len", "8192", "--load-format", "dummy"]
+        command += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "nccl"}']
+        command += ["--worker-extension-cls", "trl_search.policies.weight_checksums.WeightChecksums"]
+        command += ["--data-parallel-size", str(case.gpus - case.ranks), "--disable-uvicorn-access-log"]
+        environment = {**on_gpus(first, case.gpus - case.ranks), "VLLM_SERVER_DEV_MODE": "1"}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        log = log_of(case, arguments)
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         try:
-            code = process.wait(timeout=arguments.timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            code = process.wait()
-        print(f"{case}: exit code {code}" + ("" if code == 0 else f"\n{log.read_text()[-3000:]}"), flush=True)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            kill(process)
 
 
-def _python_path() -> str:
-    return os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process with all that it has started, so that the next case finds its GPUs free."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def on_gpus(first: int, count: int) -> dict[str, str]:
+    """The environment of a process that sees these GPUs alone."""
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"))
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + count))),
+        # Engines that start at the same time must not write the same compiled files.
+        "VLLM_CACHE_ROOT": f"{cache}-{first}",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
+
+def log_of(case: Case, arguments: argparse.Namespace) -> Path:
+    return Path(f"{arguments.out}.{case.name.replace(':', '-')}.log")
 
 
 def print_table(path: Path) -> None:
@@ -102,7 +190,25 @@ def print_table(path: Path) -> None:
 # A rank
 
 
-def make_trainer(folder: Path, case: str, per_rank: int) -> Any:
+@contextlib.contextmanager
+def on_the_plan() -> Iterator[None]:
+    """As long as the context lasts, rollouts follow `vllm_rollout.PLANS`."""
+    import vllm_rollout
+
+    from trl_search.policies.vllm_colocate import VLLMColocatePolicy
+    from trl_search.policies.vllm_server import VLLMServerPolicy
+    from trl_search.protocols import QwenTools
+
+    with contextlib.ExitStack() as patches:
+        for policy in (VLLMColocatePolicy, VLLMServerPolicy):
+            generate = vllm_rollout.planned_generate(policy.generate)
+            patches.enter_context(mock.patch.object(policy, "generate", generate))
+        parse = vllm_rollout.planned_parse(QwenTools.parse)
+        patches.enter_context(mock.patch.object(QwenTools, "parse", parse))
+        yield
+
+
+def make_trainer(folder: Path, case: Case, per_rank: int, url: str | None) -> Any:
     import torch
     import vllm_rollout
     import vllm_shape
@@ -111,38 +217,45 @@ def make_trainer(folder: Path, case: str, per_rank: int) -> Any:
 
     from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 
-    shape, method, _, is_long = parse_case(case)
-    tokens = 32_000 if is_long else vllm_rollout.MAX_TOKENS
-    sharded = method in ("fsdp2", "zero3")
-    model, tokenizer = vllm_shape.load(folder, "cuda")
-    if sharded:  # each rank then puts its shard on the GPU, and vLLM finds room there
+    tokens = 32_000 if case.is_long else vllm_rollout.MAX_TOKENS
+    cuda = torch.cuda.is_available()
+    model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
+    if case.method in ("fsdp2", "zero3"):  # each rank then puts its shard on the GPU, and vLLM finds room there
         model.cpu()
-        torch.cuda.empty_cache()
+        if cuda:
+            torch.cuda.empty_cache()
     retriever = vllm_rollout.PlannedRetriever(vllm_rollout.PLANS, tokenizer, 0.02)
+    engine: dict[str, Any] = {
+        "vllm_mode": "colocate",
+        "vllm_enable_sleep_mode": cuda,
+        "vllm_gpu_memory_utilization": 0.4,
+        "vllm_max_model_length": tokens + 700,
+        "vllm_engine_options": vllm_shape.options(case.shape),
+        "vllm_lora_sync": "adapter" if case.method == "lora" else "merged",
+        "vllm_tensor_parallel_size": case.gpus if case.method == "tp" else 1,
+    }
+    if url is not None:
+        engine = {"vllm_mode": "server", "vllm_server_base_url": [url], "vllm_server_timeout": 120.0}
     args = SearchGRPOConfig(
         output_dir=str(folder / "run"),
         num_generations=vllm_shape.GROUP,
         max_completion_length=tokens,
         max_observation_length=tokens,
-        max_packed_tokens=32_768 if is_long else 16_384,
-        per_device_train_batch_size=1 if is_long else ROWS,
+        max_packed_tokens=32_768 if case.is_long else 16_384,
+        per_device_train_batch_size=1 if case.is_long else ROWS,
         # TRL gives the engine room for so many sequences.
-        gradient_accumulation_steps=per_rank if is_long else per_rank // ROWS,
+        gradient_accumulation_steps=per_rank if case.is_long else per_rank // ROWS,
         max_steps=1,
         save_strategy="no",
         logging_steps=1,
         learning_rate=1e-6,
         use_vllm=True,
-        vllm_mode="colocate",
-        vllm_enable_sleep_mode=True,
-        vllm_gpu_memory_utilization=0.4,
-        vllm_max_model_length=tokens + 700,
-        vllm_engine_options=vllm_shape.options(shape),
-        vllm_lora_sync="adapter" if method == "lora" else "merged",
-        bf16=True,
+        bf16=cuda,
+        use_cpu=not cuda,
         report_to="none",
         disable_tqdm=True,
         log_trajectories=0,
+        **engine,
     )
     return SearchGRPOTrainer(
         model=model,
@@ -151,7 +264,7 @@ def make_trainer(folder: Path, case: str, per_rank: int) -> Any:
         train_dataset=Dataset.from_list([{"question": f"question {i}"} for i in range(4096)]),
         processing_class=tokenizer,
         environment=vllm_rollout.PlannedEnvironment(retriever, max_searches=LONG_SEARCHES),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if method == "lora" else None,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if case.method == "lora" else None,
     )
 
 
@@ -172,32 +285,35 @@ def run_step(trainer: Any, plans: list[Any]) -> dict[str, float]:
     planned = vllm_rollout.PlannedRetriever(plans, trainer.processing_class, 0.0)
     trainer.environment.retriever.texts = planned.texts
     clock: dict[str, float] = {}
+    cuda = torch.cuda.is_available()
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
 
     def timed(owner: Any, name: str) -> Any:
         method = getattr(owner, name)
 
         def run(*arguments: Any, **options: Any) -> Any:
-            torch.cuda.synchronize()
+            synchronize()
             started = time.perf_counter()
             result = method(*arguments, **options)
-            torch.cuda.synchronize()
+            synchronize()
             clock[name] = clock.get(name, 0.0) + time.perf_counter() - started
             return result
 
         return mock.patch.object(owner, name, run)
 
-    torch.cuda.reset_peak_memory_stats()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     trainer._last_loaded_step = -1  # weights go to the engine before the rollout
     trainer.accelerator.wait_for_everyone()
     started = time.perf_counter()
     with (
-        vllm_rollout.on_the_plan(trainer),
+        on_the_plan(),
         timed(trainer.vllm_generation, "sync_weights"),
         timed(trainer, "_generate"),
         timed(trainer, "_generate_and_score_completions"),
     ):
         trainer.train()
-    torch.cuda.synchronize()
+    synchronize()
     trainer.accelerator.wait_for_everyone()
     whole = time.perf_counter() - started
     return {
@@ -206,51 +322,60 @@ def run_step(trainer: Any, plans: list[Any]) -> dict[str, float]:
         "rollout": clock["_generate"] - clock["sync_weights"],
         "old log-probs": clock["_generate_and_score_completions"] - clock["_generate"],
         "loss and optimizer": whole - clock["_generate_and_score_completions"],
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "tokens": float(sum(sum(plan.turns) + sum(plan.observations) for plan in plans)),
     }
 
 
-def work(case: str, arguments: argparse.Namespace) -> None:
+def sizes_per_rank(case: Case, arguments: argparse.Namespace) -> dict[str, int]:
+    """Trajectories of a rank, by kind of scaling; the first is the warm-up, which is not recorded."""
+    weak, strong = arguments.weak * case.gpus // case.ranks, arguments.strong // case.ranks
+    if case.is_long:
+        return {"warm-up": 8, "weak": 8}
+    if case.method.startswith("zero"):  # DeepSpeed learns the gradient accumulation once
+        return {"warm-up": weak, "weak": weak}
+    warm_up = max(ROWS, weak // 4 // ROWS * ROWS)
+    return {"warm-up": warm_up, "weak": weak, **({"strong": strong} if strong != weak else {})}
+
+
+def work(case: Case, arguments: argparse.Namespace) -> None:
+    import torch
     import vllm_shape
     from accelerate.utils import gather_object
 
-    shape, method, gpus, is_long = parse_case(case)
     rank = int(os.environ.get("RANK", "0"))
-    sizes = {"weak": arguments.weak, "strong": arguments.strong // gpus}
-    if is_long:
-        sizes = {"weak": 8}
-    elif method.startswith("zero") or sizes["weak"] == sizes["strong"]:
-        # DeepSpeed learns the gradient accumulation once; and with as many GPUs both scalings are the same step.
-        sizes = {"weak": arguments.weak}
-
-    def plans(count: int, seed: int) -> list[Any]:
-        made = vllm_shape.make_plans(count, arguments.scale, seed=seed * 1000 + rank)
-        return [vllm_shape.make_long_plan(plan.index, LONG_SEARCHES) for plan in made] if is_long else made
-
-    everything = [plans(size, number) for number, size in enumerate([sizes["weak"], *sizes.values()])]
+    if torch.cuda.is_available():  # before the model is made
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    sizes = sizes_per_rank(case, arguments)
     with tempfile.TemporaryDirectory() as folder:
-        model_folder = vllm_shape.write_model_folder(Path(folder), shape)
-        trainer = make_trainer(model_folder, case, max(sizes.values()))
-        set_batch(trainer, sizes["weak"])
+        model_folder = vllm_shape.write_model_folder(Path(folder), case.shape)
+        trainer = make_trainer(model_folder, case, max(sizes.values()), arguments.url)
         random.seed(rank)
-        run_step(trainer, everything[0])  # NCCL's channels, the optimizer's state, kernels
-        for (scaling, size), made in zip(sizes.items(), everything[1:], strict=True):
+        for number, (scaling, size) in enumerate(sizes.items()):
+            plans = vllm_shape.make_plans(size, arguments.scale, seed=number * 1000 + rank)
+            if case.is_long:
+                plans = [vllm_shape.make_long_plan(plan.index, LONG_SEARCHES) for plan in plans]
             set_batch(trainer, size)
-            mine = run_step(trainer, made)
+            mine = run_step(trainer, plans)
             ranks = gather_object([mine])
+            row: dict[str, Any] = {name: max(one[name] for one in ranks) for name in mine}
+            row |= {"tokens": sum(one["tokens"] for one in ranks), "trajectories": size * case.ranks}
+            row |= {"case": case.name, "shape": case.shape, "method": case.method, "gpus": case.gpus}
+            row |= {"scaling": scaling, "machine": vllm_shape.describe_machine()}
             if rank == 0:
-                row: dict[str, Any] = {name: max(one[name] for one in ranks) for name in mine}
-                row |= {"tokens": sum(one["tokens"] for one in ranks), "trajectories": size * gpus}
-                row |= {"case": case, "shape": shape, "method": method, "gpus": gpus, "scaling": scaling}
-                row["machine"] = vllm_shape.describe_machine()
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                    if arguments.weak * gpus == arguments.strong and not is_long:
-                        file.write(json.dumps({**row, "scaling": "strong"}) + "\n")
                 print(row, flush=True)
+                write_rows(arguments, row)
         trainer.accelerator.wait_for_everyone()
     os._exit(0)  # the engine's threads need not end in order
+
+
+def write_rows(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Adds what was measured; a step that is as large under both kinds of scaling counts for both."""
+    if row["scaling"] == "warm-up":
+        return
+    kinds = {row["scaling"], *(["strong"] if row["trajectories"] == arguments.strong else [])}
+    with arguments.out.open("a") as file:
+        file.writelines(json.dumps({**row, "scaling": kind}) + "\n" for kind in sorted(kinds))
 
 
 def main() -> None:
@@ -260,14 +385,16 @@ def main() -> None:
     parser.add_argument("--weak", type=int, default=128, help="trajectories per GPU")
     parser.add_argument("--strong", type=int, default=512, help="trajectories in all")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a case may take")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that cases which run together may take")
     parser.add_argument("--table", type=Path, help="print the table of a file, and measure nothing")
     parser.add_argument("--worker", metavar="METHOD:GPUS", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, arguments)
-    for cases in arguments.cases:
-        run_together(cases.split("+"), arguments)
+        work(parse_case(arguments.worker), arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # in order: servers end with their contexts
+    for cases in [[parse_case(name) for name in together.split("+")] for together in arguments.cases]:
+        run_together(cases, arguments)
     if arguments.table or arguments.out.exists():
         print_table(arguments.table or arguments.out)
 

@@ -3,6 +3,7 @@
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
     accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP
     accelerate launch ... -m tests.support.vllm_gpu_run sharded FOLDER full|merged|adapter  # the same under FSDP2
+    accelerate launch ... -m tests.support.vllm_gpu_run tensor_parallel FOLDER full|adapter  # one engine for two ranks
     python -m tests.support.vllm_gpu_run servers FOLDER URL,URL,PID    # four steps; the second is killed after one
 
 Each writes what it saw to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the logprobs that
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,14 @@ from trl_search.retrieval import load_retriever
 from trl_search.rollout import run_sync
 from trl_search.types import Sampling
 
-COLOCATE = {
+# A fixed size: vLLM would measure the free memory, which changes while other tests run on the same GPU.
+ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+COLOCATE: dict[str, Any] = {
     "vllm_mode": "colocate",
     "vllm_gpu_memory_utilization": 0.1,
     "vllm_max_model_length": 2048,
     "vllm_enable_sleep_mode": True,
-    "vllm_engine_options": {"enforce_eager": True},
+    "vllm_engine_options": ENGINE,
 }
 
 
@@ -123,7 +127,7 @@ def colocate(folder: Path, kind: str) -> None:
     options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
     if kind == "adapter":
         # vLLM loads the base model from its folder, in the type of its file.
-        options["vllm_engine_options"] = {"enforce_eager": True, "dtype": "bfloat16"}
+        options["vllm_engine_options"] = {**ENGINE, "dtype": "bfloat16"}
     run = folder / f"run-{kind}"
     if not (run / "checkpoint-2").exists():
         trainer = make_trainer(run, 2, lora, **options)
@@ -137,8 +141,7 @@ def colocate(folder: Path, kind: str) -> None:
 
 def sharded(folder: Path, kind: str) -> None:
     """Every rank writes FOLDER/<kind>-<steps>-<rank>.json: two steps, and when it is run again two more."""
-    options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
-    options["vllm_engine_options"] = {"enforce_eager": True, "dtype": "bfloat16"}
+    options = colocate_in_bfloat16(kind)
     run = folder / f"run-{kind}"
     checkpoint = run / "checkpoint-2"
     steps = 4 if checkpoint.exists() else 2
@@ -147,6 +150,27 @@ def sharded(folder: Path, kind: str) -> None:
     result = seen(trainer)
     trainer.save_model(str(run / "saved"))
     (folder / f"{kind}-{steps}-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+def colocate_in_bfloat16(kind: str) -> dict[str, Any]:
+    return {
+        **COLOCATE,
+        "vllm_lora_sync": "adapter" if kind == "adapter" else "merged",
+        "vllm_engine_options": {**ENGINE, "dtype": "bfloat16"},
+    }
+
+
+def tensor_parallel(folder: Path, kind: str) -> None:
+    options = {**colocate_in_bfloat16(kind), "vllm_tensor_parallel_size": 2}
+    trainer = make_trainer(folder / f"run-{kind}", 2, kind != "full", **options)
+    trainer.train()
+    (folder / f"{kind}-2-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen(trainer)))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class KillAfterOneStep(TrainerCallback):
@@ -162,7 +186,8 @@ class KillAfterOneStep(TrainerCallback):
 
 def servers(folder: Path, where: str) -> None:
     *urls, pid = where.split(",")
-    trainer = make_trainer(folder / "run-servers", 4, False, vllm_mode="server", vllm_server_base_url=urls)
+    options = {"vllm_mode": "server", "vllm_server_base_url": urls, "vllm_group_port": free_port()}
+    trainer = make_trainer(folder / "run-servers", 4, False, **options)
     trainer.add_callback(KillAfterOneStep(int(pid)))
     trainer.train()
     result = {**seen(trainer), "serving": list(trainer.vllm_generation._serving)}
@@ -170,7 +195,8 @@ def servers(folder: Path, where: str) -> None:
 
 
 def server(folder: Path, url: str) -> None:
-    trainer = make_trainer(folder / "run-server", 2, False, vllm_mode="server", vllm_server_base_url=url)
+    options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_group_port": free_port()}
+    trainer = make_trainer(folder / "run-server", 2, False, **options)
     trainer.train()
     result = {**seen(trainer), "processes": trainer.accelerator.num_processes}
     (folder / f"server-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
@@ -178,4 +204,5 @@ def server(folder: Path, url: str) -> None:
 
 if __name__ == "__main__":
     mode, where, what = sys.argv[1:]
-    {"colocate": colocate, "server": server, "servers": servers, "sharded": sharded}[mode](Path(where), what)
+    modes = [colocate, server, servers, sharded, tensor_parallel]
+    {function.__name__: function for function in modes}[mode](Path(where), what)

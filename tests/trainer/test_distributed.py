@@ -1,23 +1,24 @@
-"""Two real processes over gloo: ranks whose rollouts take other numbers of turns and other times.
+"""Two hosts, each with a launcher and a rank, over gloo: rollouts that take other numbers of turns and other times.
 
-Both run tests/support/distributed_run.py once; the tests below read what each rank wrote down.
+Both ranks run tests/support/distributed_run.py once; the tests below read what each of them wrote down.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_random_model
 from tests.support.distributed_run import value
+from tests.support.process_tree import kill_tree
 
 pytestmark = pytest.mark.slow
 
@@ -35,23 +36,24 @@ def ranks(tmp_path_factory, tokenizer):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    process = subprocess.Popen(
-        [*launcher, "--num_machines", "1", "-m", "tests.support.distributed_run", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    launcher += ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    logs = [folder / f"host{host}.log" for host in range(2)]
+    hosts = []
+    for host, log in enumerate(logs):
+        with log.open("wb") as file:
+            command = [*launcher, "--machine_rank", str(host), "-m", "tests.support.distributed_run", str(folder)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            hosts.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+    deadline = time.monotonic() + TIMEOUT_S
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        codes = [host.wait(timeout=max(0.1, deadline - time.monotonic())) for host in hosts]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and the ranks that hang
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks hung for {TIMEOUT_S} s:\n{output[-4000:]}")
-    assert process.returncode == 0, output[-4000:]
+        pytest.fail(f"the ranks hung for {TIMEOUT_S} s:\n" + "\n".join(log.read_text()[-3000:] for log in logs))
+    finally:
+        for process in hosts:
+            kill_tree(process)
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,4 +1,7 @@
-"""vLLM on real devices: weights reach the engine, training resumes, and a server serves two ranks."""
+"""vLLM on real devices: weights reach the engine, training resumes, a server serves two ranks, two hosts train.
+
+The engines are small and take a fixed share of a GPU, so these tests may run side by side (`pytest -n 4`).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import httpx
 import pytest
 import torch
 
+from tests.support.process_tree import kill_tree
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.weight_checksums import EXTENSION
 
@@ -28,9 +33,36 @@ def environment(**more):
 
 
 def run(*command, **more):
-    line = [sys.executable, "-m", *command]
-    done = subprocess.run(line, env=environment(**more), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_together([(command, more)])
+
+
+def run_together(commands):
+    """Runs `(command, environment)` pairs at the same time, each with all processes that it starts."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command, more in commands
+    ]
+    with ThreadPoolExecutor() as readers:
+        outputs = [readers.submit(process.communicate) for process in processes]
+        try:
+            wait(outputs, timeout=500, return_when="ALL_COMPLETED")
+        finally:
+            for process in processes:
+                kill_tree(process)
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output.result()[0][-8000:]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.gpu
@@ -54,25 +86,10 @@ def check(disagreement):
 
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-LAUNCH = (
-    "accelerate.commands.launch",
-    "--num_processes",
-    "2",
-    "--main_process_port",
-    "0",
-    "--mixed_precision",
-    "bf16",
-)
+LAUNCH = ("accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "bf16")
+ONE_HOST = ("--num_machines", "1", "--main_process_port", "0")
 FSDP2 = (
-    *(
-        "--mixed_precision",
-        "bf16",
-        "--use_fsdp",
-        "--fsdp_version",
-        "2",
-        "--fsdp_auto_wrap_policy",
-        "TRANSFORMER_BASED_WRAP",
-    ),
+    *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"),
 )
 
@@ -82,12 +99,43 @@ FSDP2 = (
 @pytest.mark.parametrize("kind", ["full", "merged", "adapter"])
 def test_sharded_weights_reach_the_engines_and_training_resumes(kind, tmp_path):
     for steps in (2, 4):
-        run(*LAUNCH, *FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), kind)
-        for rank in range(2):
-            found = json.loads((tmp_path / f"{kind}-{steps}-{rank}.json").read_text())
-            assert found["step"] == steps
-            check(found["disagreement"])
+        run(*LAUNCH, *ONE_HOST, *FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), kind)
+        check_ranks(tmp_path, kind, steps)
     assert list((tmp_path / f"run-{kind}" / "saved").glob("*.safetensors"))
+
+
+def check_ranks(folder, kind, steps):
+    for rank in range(2):
+        found = json.loads((folder / f"{kind}-{steps}-{rank}.json").read_text())
+        assert found["step"] == steps
+        check(found["disagreement"])
+
+
+@pytest.mark.multi_gpu
+@TWO_GPUS
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_two_ranks_share_one_engine(kind, tmp_path):
+    """Tensor parallel: the trajectories of both ranks run on one engine, half of which is on each GPU."""
+    run(*LAUNCH, *ONE_HOST, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "tensor_parallel", str(tmp_path), kind)
+    check_ranks(tmp_path, kind, 2)
+
+
+@pytest.mark.multi_gpu
+@TWO_GPUS
+def test_two_hosts_train_together(tmp_path):
+    """Two launchers with a GPU each. NCCL takes them for hosts of their own, and speaks through sockets."""
+    where = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
+    what = (*FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), "full")
+    run_together(
+        [
+            (
+                (*LAUNCH, *where, "--machine_rank", host, *what),
+                {"CUDA_VISIBLE_DEVICES": host, "NCCL_HOSTID": f"host-{host}", "NCCL_SOCKET_IFNAME": "lo"},
+            )
+            for host in ("0", "1")
+        ]
+    )
+    check_ranks(tmp_path, "full", 2)
 
 
 @contextlib.contextmanager
@@ -95,13 +143,12 @@ def serving(folder, count):
     """`vllm serve` on GPU 1, `count` times; the addresses and the processes, each the leader of a group."""
     processes, urls = [], []
     for number in range(count):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()),
             *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
-            *("--gpu-memory-utilization", "0.1", "--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16"),
+            *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30), "--dtype", "bfloat16"),
+            *("--logprobs-mode", "processed_logprobs"),
             *("--weight-transfer-config", '{"backend": "nccl"}', "--worker-extension-cls", EXTENSION),
         ]
         log = (folder / f"serve-{number}.log").open("w")
@@ -116,16 +163,14 @@ def serving(folder, count):
         yield urls, processes
     finally:
         for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=60)
+            kill_tree(process)
 
 
 @pytest.mark.multi_gpu
 @TWO_GPUS
 def test_a_server_serves_the_rollouts_of_two_ranks(tmp_path):
     with serving(tmp_path, 1) as (urls, _):
-        run(*LAUNCH, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "server", str(tmp_path), urls[0])
+        run(*LAUNCH, *ONE_HOST, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "server", str(tmp_path), urls[0])
     results = [json.loads((tmp_path / f"server-{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         assert result["processes"] == 2 and result["step"] == 2

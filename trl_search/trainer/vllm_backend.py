@@ -18,6 +18,7 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -80,9 +81,10 @@ class SearchVLLM(VLLMGeneration):
             self._init_servers()
             return
         if self.accelerator.num_processes == 1:
-            # TRL takes a free port for the engine's group of one and names it in the environment, where the next run
-            # would find it taken.
-            os.environ["MASTER_PORT"] = "0"
+            # For the engine's group of one. TRL would take 29500, and a run that starts beside this one takes it too.
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         # TRL's arguments of the engine are fixed; ours are added, or go before them.
         make = vllm_generation.LLM
         options = {"enable_sleep_mode": self.enable_sleep_mode, **self._engine_options}

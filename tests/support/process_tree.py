@@ -1,0 +1,22 @@
+"""Ends a process with all that it has started, in whatever session: torch's launcher gives each rank its own."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import psutil
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """Kills the process and all its descendants, and waits for the process."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
