@@ -13,10 +13,11 @@ import pytest
 
 from tests.support.fakes import FixedRetriever, ScriptedPolicy
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
+from trl_search.policies.base import Policy
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.rollout import Job, Limits, rollout, run_sync
-from trl_search.types import Answer, Observation, Passage, Sampling, Search, StopReason
+from trl_search.types import Answer, Completion, FinishReason, Observation, Passage, Sampling, Search, StopReason
 
 PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
 LIMITS = Limits(completion_tokens=1000, turn_tokens=200, observation_tokens=300)
@@ -190,7 +191,7 @@ def test_an_empty_result_is_not_a_failure(tokenizer):
     assert any("Nothing was found." in turn.text for turn in trajectory.turns)
 
 
-# One coroutine a trajectory and no turn barrier: slow trajectories hold up nobody, searches are batched.
+# One coroutine per trajectory and no turn barrier: slow trajectories hold up nobody, searches are batched.
 def test_there_is_no_turn_barrier_and_searches_are_batched(tokenizer):
     class Slow(SearchEnvironment):
         """The first search of question 0 lasts until all other questions are answered."""
@@ -349,6 +350,54 @@ def test_a_stop_string_inside_a_thought_does_not_end_the_turn(tokenizer):
     assert trajectory.spoken == [thought + rest[0], rest[1]]
     assert trajectory.stop_reason is StopReason.ANSWER and sum(trajectory.mask) == trajectory.model_tokens
     assert policy.prompts[1] == [*policy.prompts[0], *tokenizer.encode(thought, add_special_tokens=False)]
+
+
+class Interrupted(Policy):
+    """Gives `part` tokens of a turn per request, as an engine that is taken away again and again."""
+
+    def __init__(self, tokenizer, script, *, part):
+        self.tokenizer, self.script, self.part = tokenizer, list(script), part
+        self.left = []
+
+    async def generate(self, prompt_ids, *, max_tokens, sampling, stop=(), stop_token_ids=()):
+        if not self.left:
+            turn = self.tokenizer.encode(self.script.pop(0), add_special_tokens=False)
+            self.left = [*turn, self.tokenizer.eos_token_id]
+        ids = []
+        while self.left and len(ids) < min(self.part, max_tokens):
+            ids.append(self.left.pop(0))
+            if any(string in self.tokenizer.decode(ids) for string in stop):
+                self.left, reason = [], FinishReason.STOP
+                break
+        else:
+            reason = FinishReason.LENGTH if len(ids) == max_tokens else FinishReason.INTERRUPTED
+            reason = reason if self.left else FinishReason.EOS
+        return Completion(tuple(ids), (-0.5,) * len(ids), reason, (4,) * len(ids))
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("name", ["qwen_tools", "search_r1"])
+def test_an_interrupted_turn_goes_on_where_it_was(tokenizer, name, part):
+    """No interruption hides a stop string that it cuts in two: what comes after the call is never asked for."""
+    script = turns(name, tokenizer, Search(("author of Quiet Raven",)), Answer("Mira Talvane"))
+    if name == "search_r1":
+        script = [turn + " and so on </so on" for turn in script]
+    protocol = load_protocol(name, tokenizer, instruction="")
+    (trajectory,) = rollout(
+        [protocol.prompt_ids(protocol.messages("Who wrote Quiet Raven?"))],
+        [{}],
+        policy=Interrupted(tokenizer, script, part=part),
+        environment=SearchEnvironment(FixedRetriever(PASSAGES)),
+        protocol=protocol,
+        limits=LIMITS,
+        sampling=Sampling(),
+    )
+    assert trajectory.actions == [Search(("author of Quiet Raven",)), Answer("Mira Talvane")]
+    assert trajectory.stop_reason is StopReason.ANSWER
+    assert [turn.removesuffix(" and so on </so on") for turn in script] == [
+        text.rstrip() for text in trajectory.spoken
+    ]
+    assert [4 if sampled else -1 for sampled in trajectory.mask] == trajectory.versions
 
 
 # One trajectory fails, is masked and counted; the others go on.

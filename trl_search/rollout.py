@@ -125,23 +125,42 @@ async def run_trajectory(
 async def _speak(
     policy: Policy, protocol: Protocol, context: list[int], *, max_tokens: int, sampling: Sampling
 ) -> tuple[Completion, str]:
-    """One turn of the policy, and its text. A stop string inside a thought stops nothing: the policy goes on."""
+    """One turn of the policy, and its text. A stop string inside a thought stops nothing: the policy goes on.
+
+    After an interruption it goes on too, from the tokens it has. An engine looks for stop strings in what it samples
+    for one request; where the interruption may have cut one in two, tokens are asked for one by one until that is
+    known.
+    """
     whole = Completion((), (), FinishReason.LENGTH)
     part = 0
+    cut_at: int | None = None  # where in the text a stop string may have begun before the interruption
     while len(whole.ids) < max_tokens:
         more = await policy.generate(
             [*context, *whole.ids],
-            max_tokens=max_tokens - len(whole.ids),
+            max_tokens=max_tokens - len(whole.ids) if cut_at is None else 1,
             sampling=sampling if part == 0 else replace(sampling, seed=sampling.seed ^ part),
             stop=protocol.stop,
             stop_token_ids=protocol.stop_token_ids,
         )
         part += 1
-        whole = Completion((*whole.ids, *more.ids), (*whole.logprobs, *more.logprobs), more.finish_reason)
+        whole = whole.then(more)
         text = protocol.read_turn(whole.ids, context=context)
-        if not more.ids or more.finish_reason is not FinishReason.STOP or not in_thought(text):
+        if cut_at is not None and more.finish_reason is FinishReason.LENGTH:
+            found = any(stop in protocol.read(whole.ids)[cut_at:] for stop in protocol.stop)
+            whole = replace(whole, finish_reason=FinishReason.STOP if found else FinishReason.INTERRUPTED)
+        if whole.finish_reason is FinishReason.INTERRUPTED:
+            cut_at = _begun_stop(protocol.read(whole.ids), protocol.stop)
+        elif whole.finish_reason is not FinishReason.STOP or not more.ids or not in_thought(text):
             return whole, text
+        else:
+            cut_at = None
     return replace(whole, finish_reason=FinishReason.LENGTH), protocol.read_turn(whole.ids, context=context)
+
+
+def _begun_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where a stop string begins that `text` ends in the middle of."""
+    starts = (len(text) - n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
+    return min(starts, default=None)
 
 
 async def _step(episode: Environment, action: Any) -> Observation:

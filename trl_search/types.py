@@ -33,12 +33,18 @@ class Passage:
         return f"{self.title}\n{self.text}"
 
 
+# In the place of a policy version, for tokens that have none.
+UNVERSIONED = -1
+
+
 class FinishReason(enum.StrEnum):
     """Why the policy stopped sampling one turn."""
 
     EOS = "eos"
     STOP = "stop"
     LENGTH = "length"
+    # The engine was taken away in the middle of the turn, which goes on with the next request.
+    INTERRUPTED = "interrupted"
 
 
 class StopReason(enum.StrEnum):
@@ -66,15 +72,30 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the policy sampled in one turn. `logprobs[i]` is that of `ids[i]`; a sampled EOS is in both."""
+    """What the policy sampled in one turn. `logprobs[i]` is that of `ids[i]`; a sampled EOS is in both.
+
+    `versions[i]` is the optimizer step whose weights sampled `ids[i]`; empty where nobody keeps count.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+    versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.logprobs):
             raise ValueError(f"a completion of {len(self.ids)} ids came with {len(self.logprobs)} logprobs")
+        if self.versions and len(self.ids) != len(self.versions):
+            raise ValueError(f"a completion of {len(self.ids)} ids came with {len(self.versions)} versions")
+
+    def then(self, more: Completion) -> Completion:
+        """This completion, continued by the one that was sampled right after it."""
+        return Completion(
+            (*self.ids, *more.ids),
+            (*self.logprobs, *more.logprobs),
+            more.finish_reason,
+            (*self.versions, *more.versions),
+        )
 
 
 # What the policy did in a turn, as `Protocol.parse` reads it.
@@ -164,6 +185,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # UNVERSIONED: observed, or nobody keeps count
     turns: list[Turn] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     passages: list[tuple[Passage, ...]] = field(default_factory=list)
@@ -178,11 +200,12 @@ class Trajectory:
         # A logprob that is not finite cannot enter a ratio: NaN makes TRL drop the correction for that token.
         logprobs = [value if math.isfinite(value) else math.nan for value in completion.logprobs]
         self.nonfinite_logprobs += sum(map(math.isnan, logprobs))
-        self._append("assistant", completion.ids, 1, logprobs, text)
+        versions = completion.versions or [UNVERSIONED] * len(completion.ids)
+        self._append("assistant", completion.ids, 1, logprobs, versions, text)
 
     def observe(self, ids: Sequence[int], text: str) -> None:
         """Appends what the world wrote (mask 0): passages, notices, any token that closes a turn for the policy."""
-        self._append("tool", ids, 0, [0.0] * len(ids), text)
+        self._append("tool", ids, 0, [0.0] * len(ids), [UNVERSIONED] * len(ids), text)
 
     def finish(self, reason: StopReason, *, eos_token_id: int | None = None, error: str = "") -> None:
         """Ends the trajectory. `eos_token_id` closes one that the policy did not end by EOS but by a stop string: TRL
@@ -191,7 +214,15 @@ class Trajectory:
             self.observe((eos_token_id,), text="")
         self.stop_reason, self.error = reason, error
 
-    def _append(self, role: str, ids: Sequence[int], mask: int, logprobs: Sequence[float], text: str) -> None:
+    def _append(
+        self,
+        role: str,
+        ids: Sequence[int],
+        mask: int,
+        logprobs: Sequence[float],
+        versions: Sequence[int],
+        text: str,
+    ) -> None:
         if self.stop_reason is not None:
             raise RuntimeError(f"the trajectory is finished ({self.stop_reason.value}); nothing can be appended to it")
         if len(ids) != len(logprobs):
@@ -200,6 +231,7 @@ class Trajectory:
         self.ids.extend(ids)
         self.mask.extend([mask] * len(ids))
         self.logprobs.extend(logprobs)
+        self.versions.extend(versions)
         self.turns.append(Turn(role, text, start, len(self.ids)))
 
     @property

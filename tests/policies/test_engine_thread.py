@@ -28,6 +28,7 @@ class CountingEngine(EngineThread):
         del self.left[request]
         self.dropped.append(request)
         self.gate.set()
+        return Completion((7,), (-0.7,), FinishReason.INTERRUPTED)
 
     def step(self):
         if any(left < 0 for left in self.left.values()):
@@ -102,3 +103,25 @@ def test_closing_ends_what_is_unfinished():
     assert isinstance(outcome, asyncio.CancelledError)
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(engine.generate([1], max_tokens=1, sampling=Sampling()))
+
+
+def test_interrupted_requests_return_what_they_have_and_the_engine_takes_more():
+    async def scenario(engine):
+        endless = [ask(engine, 10**12), ask(engine, 10**12)]
+        await ask(engine, 1)
+        await engine.interrupt()
+        await engine.interrupt()  # of nothing
+        return [*await asyncio.gather(*endless), await ask(engine, 1)]
+
+    engine, (*cut, whole) = run(scenario)
+    assert cut == [Completion((7,), (-0.7,), FinishReason.INTERRUPTED)] * 2
+    assert whole.finish_reason is FinishReason.EOS and engine.stopped_with == [] and not engine.left
+
+
+def test_a_broken_engine_reaches_whoever_interrupts_it():
+    async def scenario(engine):
+        broken = await asyncio.gather(ask(engine, -1), return_exceptions=True)
+        return [*broken, *await asyncio.gather(engine.interrupt(), return_exceptions=True)]
+
+    _, outcomes = run(scenario)
+    assert [str(outcome) for outcome in outcomes] == ["device lost"] * 2

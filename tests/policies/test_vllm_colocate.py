@@ -122,6 +122,14 @@ def test_a_cancelled_coroutine_leaves_nothing_in_the_engine(seen):
     assert cancelled["cancelled"] and cancelled["left"] == [0, 0] and len(cancelled["after"]["ids"]) == 4
 
 
+def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(seen):
+    interrupted = seen["faults"]["interrupted"]
+    cut, rest, whole = interrupted["cut"][0], interrupted["rest"], interrupted["whole"]
+    assert [part["finish_reason"] for part in interrupted["cut"]] == ["interrupted"] * 2 and len(cut["ids"]) > 0
+    assert [*cut["ids"], *rest["ids"]] == whole["ids"] and interrupted["left"] == [0, 0]
+    assert [*cut["logprobs"], *rest["logprobs"]] == pytest.approx(whole["logprobs"], abs=2e-4)
+
+
 def test_closing_cancels_what_is_under_way(seen):
     assert seen["faults"]["closed"] == {"cancelled": [True] * 3, "left": [0, 0]}
 

@@ -186,6 +186,35 @@ def test_a_cancelled_coroutine_ends_its_request_in_the_engine(server):
     assert asyncio.run(go()) - before < 900
 
 
+def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(server):
+    """Two clients: the one that does not interrupt gets its tokens back too, and asks for the rest."""
+    prompt, ask = [300, 400, 500], {"max_tokens": 600, "sampling": GREEDY}
+
+    async def go():
+        one, other = VLLMServerPolicy(server.url), VLLMServerPolicy(server.url)
+        await one.open()
+        await other.open()
+        asked = [asyncio.create_task(policy.generate(prompt, **ask)) for policy in (one, other)]
+        async with asyncio.timeout(20):
+            before = server.metric("vllm:generation_tokens_total")
+            while await asyncio.to_thread(server.metric, "vllm:generation_tokens_total") < before + 20:
+                await asyncio.sleep(0.02)
+        await one.interrupt()
+        cut = await asyncio.gather(*asked)
+        rest = [await other.generate([*prompt, *part.ids], max_tokens=4, sampling=GREEDY) for part in cut]
+        whole = await other.generate(prompt, max_tokens=max(len(part.ids) for part in cut) + 4, sampling=GREEDY)
+        await one.close()
+        await other.close()
+        return cut, rest, whole
+
+    cut, rest, whole = asyncio.run(go())
+    for part, more in zip(cut, rest, strict=True):
+        both = part.then(more)
+        assert part.finish_reason is FinishReason.INTERRUPTED and 0 < len(part.ids) < 600
+        assert both.ids == whole.ids[: len(both.ids)]
+        assert both.logprobs == pytest.approx(whole.logprobs[: len(both.ids)], abs=2e-4)
+
+
 def test_what_the_server_refuses_names_the_remedy(server):
     policy = VLLMServerPolicy(server.url)
     with pytest.raises(UserError, match=rf"{server.url} refused.*maximum context length.*--max-model-len 1100"):
@@ -293,10 +322,11 @@ def answering():
 
 
 CHOICE = '{"choices": [{"token_ids": [5, 6], "logprobs": {"token_logprobs": [-0.5, null]}, "finish_reason": "%s"}]}'
+ABORTED = '{"choices": [{"token_ids": [], "logprobs": null, "finish_reason": "abort"}]}'
 ASK = ([1], {"max_tokens": 2, "sampling": GREEDY})
 
 
-@pytest.mark.parametrize("trouble", [(503, "busy"), (429, "slow down"), (500, "oops"), (200, CHOICE % "abort")])
+@pytest.mark.parametrize("trouble", [(503, "busy"), (429, "slow down"), (500, "oops"), (200, ABORTED)])
 def test_trouble_of_the_server_is_asked_again(answering, trouble):
     url, answers = answering
     answers += [trouble, trouble, (200, CHOICE % "length")]
@@ -308,6 +338,29 @@ def test_trouble_of_the_server_is_asked_again(answering, trouble):
     with pytest.raises(UserError, match=rf"{url} is up, and yet failed a request [3-9] times in \d s"):
         generate(VLLMServerPolicy(url, patience_s=1.5), ASK)
     assert 1.5 < time.monotonic() - started < 15
+
+
+def test_what_an_aborted_request_has_sampled_is_kept(answering):
+    url, answers = answering
+    answers.append((200, CHOICE % "abort"))
+    (completion,) = generate(VLLMServerPolicy(url), ASK)
+    assert completion.ids == (5, 6) and completion.finish_reason is FinishReason.INTERRUPTED
+
+
+def test_a_server_that_cannot_be_paused_names_the_remedy(answering):
+    url, answers = answering
+    answers.append((404, "not found"))
+
+    async def interrupt():
+        policy = VLLMServerPolicy(url)
+        await policy.open()
+        try:
+            await policy.interrupt()
+        finally:
+            await policy.close()
+
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        asyncio.run(interrupt())
 
 
 def test_when_a_server_was_started(answering, monkeypatch):

@@ -227,8 +227,21 @@ def faults(policy: Policy, engine: Any) -> Any:
             del engine.step
         return {"waiting": waiting, "late": late, "left": left()}
 
+    async def interrupted() -> Any:
+        await policy.open()
+        tasks = [asyncio.create_task(policy.generate(ENDLESS[0], **ENDLESS[1])) for _ in range(2)]
+        await until(lambda: any(len(s.detokenizer.output_token_ids) > 9 for s in states.values()))
+        await policy.interrupt()
+        cut = [await task for task in tasks]
+        rest = await policy.generate([*ENDLESS[0], *cut[0].ids], max_tokens=4, sampling=GREEDY)
+        whole = await policy.generate(ENDLESS[0], max_tokens=len(cut[0].ids) + 4, sampling=GREEDY)
+        await policy.close()
+        return {"cut": cut, "rest": rest, "whole": whole, "left": left()}
+
+    states = engine.output_processor.request_states
     short = ([300], {"max_tokens": 4, "sampling": GREEDY})
     return {
+        "interrupted": run_sync(interrupted()),
         "cancelled": run_sync(cancelled()),
         "closed": run_sync(closed()),
         "broken": run_sync(broken()),

@@ -42,6 +42,13 @@ class Policy(abc.ABC):
                 before top-p, top-k and min-p: what TRL computes in training.
         """
 
+    async def interrupt(self) -> None:
+        """Ends all requests under way: each returns what it has sampled, with `FinishReason.INTERRUPTED`.
+
+        Called on the event loop, by those who let no new request through meanwhile. Its tokens may be none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot interrupt its requests")
+
     async def open(self) -> None:
         """Called on the event loop before a rollout batch: start or wake the engine."""
 

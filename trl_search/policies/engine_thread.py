@@ -5,6 +5,7 @@
                                          step() ─► [(request, completion), ...]
     await future ◄── completion ──────   request.finish(completion)
     (cancelled) ── request ─► inbox ──►  drop(request)
+    interrupt() ── future ──► inbox ──►  drop(request) ─► what it has sampled, for each
 
 The two engines of this process, `transformers_policy.py` and `vllm_colocate.py`, implement `add`, `step` and `drop`.
 """
@@ -51,7 +52,8 @@ class EngineThread(Policy):
     """Owns the thread, its inbox and the requests under way. Everything below `start_engine` runs on that thread."""
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # What comes in: requests, the futures of interruptions, and None at the end.
+        self._inbox: queue.SimpleQueue[Request | Future[None] | None] = queue.SimpleQueue()
         self._unfinished: set[Request] = set()
         self._thread: threading.Thread | None = None
 
@@ -87,6 +89,11 @@ class EngineThread(Policy):
             self._inbox.put(request)  # a request that comes in cancelled is dropped
             raise
 
+    async def interrupt(self) -> None:
+        done: Future[None] = Future()
+        self._inbox.put(done)
+        await asyncio.wrap_future(done)
+
     # What an engine implements
 
     def start_engine(self) -> None:
@@ -100,8 +107,8 @@ class EngineThread(Policy):
         """Takes a request in. An exception fails this request alone."""
 
     @abc.abstractmethod
-    def drop(self, request: Request) -> None:
-        """Forgets a request that was cancelled before it finished."""
+    def drop(self, request: Request) -> Completion:
+        """Forgets a request before it has finished, and returns what it has sampled: cancelled, or interrupted."""
 
     @abc.abstractmethod
     def step(self) -> list[tuple[Request, Completion]]:
@@ -121,7 +128,9 @@ class EngineThread(Policy):
             for request in self._unfinished:
                 request.fail(error)
             while (late := self._inbox.get()) is not None:
-                if not late.future.done():
+                if isinstance(late, Future):
+                    late.set_exception(error)
+                elif not late.future.done():
                     late.fail(error)
         finally:
             unfinished = list(self._unfinished)
@@ -139,11 +148,19 @@ class EngineThread(Policy):
                 for left in self._unfinished:
                     left.future.cancel()
                 return False
-            if not request.future.cancelled():
+            if isinstance(request, Future):
+                self._interrupt()
+                request.set_result(None)
+            elif not request.future.cancelled():
                 self._add(request)
             elif request in self._unfinished:
                 self._unfinished.discard(request)
                 self.drop(request)
+
+    def _interrupt(self) -> None:
+        for request in self._unfinished:
+            request.finish(self.drop(request))
+        self._unfinished.clear()
 
     def _add(self, request: Request) -> None:
         self._unfinished.add(request)

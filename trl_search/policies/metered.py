@@ -45,6 +45,9 @@ class MeteredPolicy(Policy):
         self._change(0)
         await self._policy.close()
 
+    async def interrupt(self) -> None:
+        await self._policy.interrupt()
+
     async def generate(
         self,
         prompt_ids: Sequence[int],

@@ -163,11 +163,14 @@ class TransformersPolicy(EngineThread):
     def add(self, request: Request) -> None:
         self._waiting.append(_Turn(request))
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: Request) -> Completion:
         self._waiting = [turn for turn in self._waiting if turn.request is not request]
+        sampled = Completion((), (), FinishReason.INTERRUPTED)
         for slot in self._slots:
             if slot.turn and slot.turn.request is request:
+                sampled = Completion(tuple(slot.turn.ids), tuple(slot.turn.logprobs), FinishReason.INTERRUPTED)
                 slot.turn = None
+        return sampled
 
     @torch.no_grad()
     def step(self) -> list[tuple[Request, Completion]]:

@@ -11,6 +11,7 @@ stop string has to be found in it.
 from __future__ import annotations
 
 import gc
+import queue
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -90,8 +91,16 @@ class VLLMColocatePolicy(EngineThread):
             del self._running[_id(request)]
             raise
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: Request) -> Completion:
+        # An engine without a server tells nobody what an aborted request has sampled, unless the request has a queue.
+        outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for state in self._engine.output_processor.request_states.values():
+            if state.external_req_id == _id(request):
+                state.queue = outputs
         self._abort([request])
+        if outputs.empty():
+            return Completion((), (), FinishReason.INTERRUPTED)
+        return _completion(outputs.get().outputs[0])
 
     def step(self) -> list[tuple[Request, Completion]]:
         return [
@@ -138,6 +147,8 @@ def _completion(output: Any) -> Completion:
     """A `vllm.CompletionOutput` as ours. Its ids are all that were sampled, a stop string's tail included."""
     if output.finish_reason == "length":
         reason = FinishReason.LENGTH
+    elif output.finish_reason == "abort":
+        reason = FinishReason.INTERRUPTED
     else:
         reason = FinishReason.STOP if isinstance(output.stop_reason, str) else FinishReason.EOS
     # Flat lists hold one or two entries per token: the sampled one first, then the likeliest if that is another.

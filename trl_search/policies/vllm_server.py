@@ -96,6 +96,7 @@ class VLLMServerPolicy(Policy):
         self.restarted = False
         self.weights_since = self._started_at = weights_since
         self._client: httpx.AsyncClient | None = None
+        self._interrupted = False
         self._recovery: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -127,10 +128,30 @@ class VLLMServerPolicy(Policy):
             raise UserError(
                 f"what answers at {self.base_url} is not a vLLM server: its /v1/models and /version do not read so"
             ) from error
+        self._interrupted = False
         self._require_weights()
         if problem and not self.max_model_len:
             logger.warning("The server at %s: %s.", self.base_url, problem)
         self._choose(models)
+
+    async def interrupt(self) -> None:
+        """Pauses the server, which aborts the requests of all its clients, and lets it go on. Its cache stays warm.
+
+        The requests of other clients come back with what they have sampled, too, and are asked for the rest.
+
+        Raises:
+            UserError: if the server cannot be paused.
+        """
+        assert self._client is not None
+        self._interrupted = True
+        for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
+            response = await self._client.post(path)
+            if response.status_code == httpx.codes.NOT_FOUND:
+                raise UserError(
+                    f"the vLLM server at {self.base_url} cannot be paused, which carry_over and max_staleness need: "
+                    "start it with VLLM_SERVER_DEV_MODE=1"
+                )
+            response.raise_for_status()
 
     async def close(self) -> None:
         if self._recovery is not None:
@@ -159,7 +180,10 @@ class VLLMServerPolicy(Policy):
         while True:
             tries += 1
             try:
-                return read_completion(await self._post(self._client, body), body, self.base_url)
+                completion = read_completion(await self._post(self._client, body), body, self.base_url)
+                if completion.ids or self._interrupted:
+                    return completion
+                raise _Trouble("it aborted the request")  # it shuts down, or somebody paused it
             except _Trouble as error:
                 await self._recover(error)
                 self._require_weights()
@@ -304,8 +328,8 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
     """
     choice = answer["choices"][0]
     ids, reason = choice.get("token_ids"), choice["finish_reason"]
-    if reason == "abort":  # the server shuts down, or somebody paused it
-        raise _Trouble("it aborted the request")
+    if reason == "abort" and not ids:
+        return Completion((), (), FinishReason.INTERRUPTED)
     if not ids or choice.get("logprobs") is None:
         raise UserError(f"the vLLM server at {base_url} answered without token ids and logprobs: vLLM is too old")
     if reason == "length" and len(ids) < body["max_tokens"]:
@@ -323,6 +347,8 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
 def _finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
     if reason == "length":
         return FinishReason.LENGTH
+    if reason == "abort":
+        return FinishReason.INTERRUPTED
     # "stop" is the EOS (no stop reason), another end token of the generation config (its id), or a stop string.
     return FinishReason.STOP if isinstance(stop_reason, str) else FinishReason.EOS
 

@@ -59,6 +59,9 @@ class VLLMServersPolicy(Policy):
     async def close(self) -> None:
         await asyncio.gather(*(server.close() for server in self._servers))
 
+    async def interrupt(self) -> None:
+        await asyncio.gather(*(server.interrupt() for server in self._well))
+
     async def generate(
         self,
         prompt_ids: Sequence[int],

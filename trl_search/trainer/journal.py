@@ -29,7 +29,7 @@ from trl_search.types import Sampling, Trajectory
 
 FOLDER = "journal"
 # Fields of a trajectory with a number per token, and how `array` stores them.
-_PER_TOKEN = {"ids": "q", "mask": "b", "logprobs": "d"}
+_PER_TOKEN = {"ids": "q", "mask": "b", "logprobs": "d", "versions": "q"}
 
 
 class Journal:

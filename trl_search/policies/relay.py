@@ -1,0 +1,80 @@
+"""`RelayPolicy`: one policy for trajectories that outlive the engine they began with.
+
+    batch 7   attach(engine, version=7)     "<think> the author of"            version 7 7 7 7
+              detach() ─► interrupts the engine; whoever asks now waits
+              … the trainer takes a step, and the weights move …
+    batch 8   attach(engine, version=8)     "<think> the author of Quiet …"    version 7 7 7 7 8 8 …
+
+A turn that was interrupted is asked for the rest by `rollout.py`, from the tokens that it has. Each token keeps the
+log-prob it was sampled with, and the version of the weights that sampled it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from trl_search.policies.base import Policy
+from trl_search.types import Completion, Sampling
+
+
+class RelayPolicy(Policy):
+    """Passes requests on to the policy that is attached. While none is, requests wait. For one event loop."""
+
+    def __init__(self) -> None:
+        self._policy: Policy | None = None
+        self._version = 0
+        self._attached = asyncio.Event()
+        self._under_way = 0
+        self._proved = False
+
+    async def attach(self, policy: Policy, version: int) -> None:
+        """Opens `policy` and lets requests through to it.
+
+        Args:
+            version (`int`): The optimizer step of its weights.
+
+        Raises:
+            UserError: if it cannot be interrupted. The first one is asked before it has any work to lose.
+        """
+        await policy.open()
+        self._policy, self._version = policy, version
+        if not self._proved:
+            await policy.interrupt()
+            self._proved = True
+        self._attached.set()
+
+    async def detach(self) -> None:
+        """Lets no request through any more, takes back those under way, and closes the policy. Safe to call twice."""
+        self._attached.clear()
+        if self._policy is None:
+            return
+        try:
+            while self._under_way:  # a request that was on its way to a server comes in after the first interruption
+                await self._policy.interrupt()
+        finally:
+            policy, self._policy = self._policy, None
+            await policy.close()
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Completion:
+        while not self._attached.is_set():
+            await self._attached.wait()
+        policy, version = self._policy, self._version
+        assert policy is not None
+        self._under_way += 1
+        try:
+            completion = await policy.generate(
+                prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
+            )
+        finally:
+            self._under_way -= 1
+        return replace(completion, versions=(version,) * len(completion.ids))
