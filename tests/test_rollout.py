@@ -357,12 +357,13 @@ class Interrupted(Policy):
 
     def __init__(self, tokenizer, script, *, part):
         self.tokenizer, self.script, self.part = tokenizer, list(script), part
-        self.left = []
+        self.left, self.seen = [], 0
 
     async def generate(self, prompt_ids, *, max_tokens, sampling, stop=(), stop_token_ids=()):
-        if not self.left:
-            turn = self.tokenizer.encode(self.script.pop(0), add_special_tokens=False)
-            self.left = [*turn, self.tokenizer.eos_token_id]
+        if len(prompt_ids) != self.seen:  # something was observed: a new turn
+            # Letter by letter, or a tag would be one token, which no interruption cuts.
+            letters = (self.tokenizer.encode(letter, add_special_tokens=False) for letter in self.script.pop(0))
+            self.left = [*(token for letter in letters for token in letter), self.tokenizer.eos_token_id]
         ids = []
         while self.left and len(ids) < min(self.part, max_tokens):
             ids.append(self.left.pop(0))
@@ -372,6 +373,7 @@ class Interrupted(Policy):
         else:
             reason = FinishReason.LENGTH if len(ids) == max_tokens else FinishReason.INTERRUPTED
             reason = reason if self.left else FinishReason.EOS
+        self.seen = len(prompt_ids) + len(ids)
         return Completion(tuple(ids), (-0.5,) * len(ids), reason, (4,) * len(ids))
 
 
