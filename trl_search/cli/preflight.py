@@ -16,7 +16,8 @@ import httpx
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from trl_search.policies.vllm_server import format_request, version_problem
+from trl_search.policies.vllm_completions import format_request
+from trl_search.policies.vllm_server import version_problem
 from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.types import Sampling
 
