@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trl_search.cli.commands
 from trl_search.common.errors import Explained, unknown_name
+from trl_search.common.files import home_expanded
 
 # The order of a first day; commands not named here follow by name.
 ORDER = (
@@ -84,7 +85,8 @@ def run_command(name: str, argv: list[str]) -> int:
 
 
 def with_underscores(word: str) -> str:
-    """An option as it is declared: `--top-k` and `--top_k` are the same one.
+    """An option as it is declared: `--top-k` and `--top_k` are the same one, and `~` is the home folder after `=` too,
+    where shells leave it.
 
     Example:
         >>> with_underscores("--retriever-options={}"), with_underscores("--no-evaluate"), with_underscores("a-b")
@@ -93,7 +95,7 @@ def with_underscores(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+    return f"--{name[2:].replace('-', '_')}{equals}{home_expanded(value)}"
 
 
 def overview() -> str:

@@ -377,10 +377,13 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(
 
 
 def test_a_copied_index_is_hashed_once(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(index, tmp_path / "copy", copy_function=shutil.copyfile)  # without its times
+    (tmp_path / "copy" / "corpus.jsonl").chmod(0o444)  # as where it may only be read
     load(tmp_path / "copy")
     monkeypatch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: pytest.fail("hashed again"))
     load(tmp_path / "copy")
+    (tmp_path / "copy" / "corpus.jsonl").chmod(0o644)
     (tmp_path / "copy" / "corpus.jsonl").write_bytes((index / "corpus.jsonl").read_bytes().replace(b"town", b"tawn"))
     with monkeypatch.context() as patch, pytest.raises(IndexFolderError, match="was changed after"):
         patch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: "another")

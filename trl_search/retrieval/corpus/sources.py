@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import home_expanded
+from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.types import Passage
@@ -42,24 +41,12 @@ class Fingerprint:
         stat = path.stat()
         return cls(name, stat.st_size, stat.st_mtime_ns, _sha256(path))
 
-    def matches(self, path: Path, *, remember: bool = False) -> bool:
-        """Whether the file still has this content.
-
-        Args:
-            remember (`bool`): Sets the file's time back to the recorded one, so that a copy is hashed only once. For
-                files of ours.
-        """
+    def matches(self, path: Path) -> bool:
+        """Whether the file still has this content. A copy, whose time is another, is hashed once."""
         stat = path.stat()
         if stat.st_size != self.bytes:
             return False
-        if stat.st_mtime_ns == self.mtime_ns:
-            return True
-        if _sha256(path) != self.sha256:
-            return False
-        if remember:
-            with contextlib.suppress(OSError):  # not ours to write: it is hashed again the next time
-                os.utime(path, ns=(stat.st_atime_ns, self.mtime_ns))
-        return True
+        return stat.st_mtime_ns == self.mtime_ns or _remembered_sha256(path) == self.sha256
 
     def changed(self) -> bool:
         """Whether the file of this name holds something else now. A file that is gone has not changed."""
@@ -126,6 +113,20 @@ def _dataset_source(name: str, fields: Fields) -> Source:
         return ((f"{name}, row {number}", row) for number, row in enumerate(dataset, start=1))
 
     return Source(name, rows, lambda: Fingerprint(name, int(dataset.dataset_size or 0), 0, identity))
+
+
+def _remembered_sha256(path: Path) -> str:
+    """The hash of a file, kept in the cache folder for as long as its size and time are the same."""
+    stat = path.stat()
+    seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    note = cache_folder() / "hashes" / hashlib.sha256(seen.encode()).hexdigest()
+    if note.is_file():
+        return note.read_text(encoding="ascii")
+    digest = _sha256(path)
+    with contextlib.suppress(OSError):  # nothing can be written there: it is hashed again the next time
+        with written_whole(note) as unfinished:
+            unfinished.write_text(digest, encoding="ascii")
+    return digest
 
 
 def _sha256(path: Path) -> str:

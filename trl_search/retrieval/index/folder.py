@@ -223,7 +223,7 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
         if not file.exists() or file.stat().st_size != size:
             there = f"{file.stat().st_size} bytes" if file.exists() else "nothing"
             raise IndexFolderError(f"{file} should have {size} bytes and there is {there}; {rebuild}")
-    if not manifest.corpus.matches(folder / ROWS, remember=True):
+    if not manifest.corpus.matches(folder / ROWS):
         raise IndexFolderError(f"{folder / ROWS} was changed after the index was built from it; {rebuild}")
     source = manifest.source
     if check_source and source is not None and source.changed():
