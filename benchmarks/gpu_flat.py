@@ -8,13 +8,12 @@ Rows are made on the GPU, normal and scaled to length 1, and are the same for ev
 of about 250 on. Times are medians of `--repeats` calls of the public `search`, from queries in host memory to results
 there, after two to warm up. "recall@3" is against fp32 scores of all rows for 16 of the queries.
 
-Engines: torch with the fused kernels, torch without them, and FAISS where it is installed with its GPU functions.
+Engines: torch with the fused kernels, and torch without them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from tqdm.auto import tqdm
 
 from trl_search.retrieval.dense.vectors import gpu
 from trl_search.retrieval.dense.vectors.exact import top_rows
-from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 
 K = 3
 CHECKED = 16
@@ -51,7 +49,7 @@ def exact_scores(rows_ND: torch.Tensor, queries: np.ndarray) -> np.ndarray:
     return best[:, -1].cpu().numpy()
 
 
-def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], Search]]:
+def engines(rows_ND: torch.Tensor) -> dict[str, Callable[[], Search]]:
     """What can run here; each is made when its turn comes, since two may not fit."""
 
     def torch_search(*, fused: bool) -> Search:
@@ -63,21 +61,10 @@ def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], 
 
         return search
 
-    def faiss_search() -> Search:
-        # FAISS takes host memory.
-        index = gpu.open_on_gpus(rows_ND.cpu().numpy(), engine="faiss")
-        return lambda queries: index.search(queries, K)[1]
-
     found: dict[str, Callable[[], Search]] = {"torch": lambda: torch_search(fused=False)}
     if gpu.fused_kernels(rows_ND) is not None:
         found = {"torch, fused kernels": lambda: torch_search(fused=True), **found}
-    if rows_ND.is_cuda and getattr(faiss_or_none(), "get_num_gpus", lambda: 0)() > 0:
-        found["faiss-gpu"] = faiss_search
-    return {name: make for name, make in found.items() if not wanted or name.split(",")[0] in wanted}
-
-
-def faiss_or_none() -> object | None:
-    return faiss_module() if importlib.util.find_spec("faiss") is not None else None
+    return found
 
 
 def measure(search: Search, queries: np.ndarray, device: torch.device, repeats: int) -> tuple[float, np.ndarray, int]:
@@ -101,7 +88,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=21_000_000)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
-    parser.add_argument("--engines", nargs="*", default=[], help="torch, faiss-gpu (default: all that run here)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--bandwidth_tb_s", type=float, default=4.3, help="of the GPU's memory (default: an H200)")
     parser.add_argument("--tflops", type=float, default=989, help="fp16 with fp32 sums (default: an H200)")
@@ -118,7 +104,7 @@ def main() -> None:
     print(f"{name}: {arguments.count:,} x {arguments.dim} fp16, {rows_ND.nbytes / 1e9:.1f} GB; k = {K}\n")
     print("| engine | batch | ms | bound ms | x bound | products ms | q/s | recall@3 | scratch GB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for engine, make in tqdm(engines(rows_ND, arguments.engines).items(), disable=None):
+    for engine, make in tqdm(engines(rows_ND).items(), disable=None):
         search = make()
         for batch in arguments.batches:
             asked = queries[:batch]

@@ -25,8 +25,7 @@ from trl_search.types import Sampling
 EXTRAS = {
     "bm25": "compiled BM25, ten times the queries per second",
     "vllm": "rollouts by vLLM (use_vllm)",
-    "faiss": "dense retrieval on CPUs",
-    "faiss-gpu": "dense retrieval on GPUs",
+    "faiss": "vector indexes of dense retrieval",
     "server": "trl-search serve",
     "measures": "nDCG, recall and MRR of retrievers (trl-search eval-retriever)",
     "web": "search of the web",

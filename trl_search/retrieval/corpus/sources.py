@@ -123,9 +123,9 @@ def _remembered_sha256(path: Path) -> str:
     if note.is_file():
         return note.read_text(encoding="ascii")
     digest = _sha256(path)
-    with contextlib.suppress(OSError):  # nothing can be written there: it is hashed again the next time
-        with written_whole(note) as unfinished:
-            unfinished.write_text(digest, encoding="ascii")
+    # Where nothing can be written, the file is hashed again the next time.
+    with contextlib.suppress(OSError), written_whole(note) as unfinished:
+        unfinished.write_text(digest, encoding="ascii")
     return digest
 
 

@@ -35,9 +35,7 @@ from trl_search.retrieval.dense.vectors import (
     open_vectors,
     plan,
 )
-from trl_search.retrieval.dense.vectors.build import read_faiss
-from trl_search.retrieval.dense.vectors.open import stored_rows
-from trl_search.retrieval.dense.vectors.search import Memory
+from trl_search.retrieval.dense.vectors.search import Memory, read_faiss, stored_rows
 from trl_search.retrieval.index.build_folder import SCRATCH
 from trl_search.retrieval.index.folder import open_index
 from trl_search.retrieval.index.workers import Workers

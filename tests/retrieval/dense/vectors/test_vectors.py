@@ -23,14 +23,13 @@ from trl_search.retrieval.dense.vectors import (
     open_faiss_file,
     open_vectors,
     plan,
-    recommend,
 )
 from trl_search.retrieval.dense.vectors import build as build_module
 from trl_search.retrieval.dense.vectors import open as open_module
 from trl_search.retrieval.dense.vectors.calibrate import apply_settings, find_truth, make_queries
 from trl_search.retrieval.dense.vectors.faiss_setup import kernels
-from trl_search.retrieval.dense.vectors.plans import describe_plans, factory_of
-from trl_search.retrieval.dense.vectors.sliced import read_faiss
+from trl_search.retrieval.dense.vectors.plans import factory_of
+from trl_search.retrieval.dense.vectors.search import read_faiss
 
 COUNT, DIM = 8_000, 96
 
@@ -172,18 +171,10 @@ def test_the_plan_at_scale_is_retrieval_mds():
     assert million["small"].disk_bytes == pytest.approx(872e6, rel=0.01)
     assert million["small-ivf"].disk_bytes == pytest.approx(906e6, rel=0.02)
     assert plan("fp16", 21_000_000, 768).gpu_bytes == pytest.approx(32.3e9, rel=0.01)
-    lines = describe_plans(21_000_000, 768).splitlines()
-    assert [line.split()[0] for line in lines] == list(VECTOR_INDEXES)
-    assert re.search(r"small \(RaBitQfs,.*RAM 2\.2 GB, disk 18\.3 GB, build about .*recall@3", lines[3])
+    told = plan("small", 21_000_000, 768).describe()
+    assert re.search(r"^small \(RaBitQfs,.*RAM 2\.2 GB, disk 18\.3 GB, build about .*recall@3", told)
     with pytest.raises(UserError, match="did you mean 'small'"):
         plan("smal", 10, 10)
-
-
-def test_recommends_exact_search_while_it_is_quick():
-    assert recommend(100_000, 768, 8 << 30).word == "flat"
-    assert recommend(100_000, 768, 100 << 20).word == "small"
-    assert recommend(1_000_000, 768, 8 << 30).word == "small"
-    assert recommend(21_000_000, 768, 32 << 30).word == "small-ivf"
 
 
 def test_results_have_one_shape(word, folders, queries):
@@ -373,7 +364,7 @@ def test_kernels_by_processor():
 
 def test_without_faiss_the_extras_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"trl-search\[faiss\].*trl-search\[faiss-gpu\]"):
+    with pytest.raises(UserError, match=r"pip install .trl-search\[faiss\]"):
         faiss_module()
 
 

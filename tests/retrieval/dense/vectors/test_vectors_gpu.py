@@ -138,8 +138,8 @@ def test_the_preflight_says_what_is_needed_and_what_is_there():
         check_gpu_memory(*wiki, [24 << 30], ram_bytes=16 << 30)
     with pytest.raises(UserError, match=r"need 16\.1 GB .* but GPU 1 has 8\.6 GB free.*device='cpu'"):
         check_gpu_memory(*wiki, [80 << 30, 8 << 30], ram_bytes=16 << 30)
-    with pytest.raises(UserError, match=r"host's memory, 1\.1 GB are free"):
-        check_gpu_memory(*wiki, [80 << 30], ram_bytes=1 << 30)
+    with pytest.raises(UserError, match=r"host's memory, 0\.1 GB are free"):
+        check_gpu_memory(*wiki, [80 << 30], ram_bytes=100 << 20)
     assert work_bytes(*wiki) < 0.1 * 21_000_000 * 768 * 2
 
 
@@ -155,23 +155,22 @@ def test_the_device_is_chosen_by_room(tmp_path, monkeypatch, caplog):
     build_vectors(tmp_path, vectors, index="flat")
     moved: list[str] = []
 
-    def on_cpu(rows: np.ndarray, *, engine: str) -> TorchSearch:
-        moved.append(engine)
+    def on_cpu(rows: np.ndarray) -> TorchSearch:
+        moved.append(str(rows.dtype))
         return TorchSearch([transfer(rows, 0, CPU)])
 
-    monkeypatch.setattr(open_module, "gpu_engine", lambda: "torch")
     monkeypatch.setattr(open_module, "open_on_gpus", on_cpu)
-    monkeypatch.setattr(open_module, "free_gpu_bytes", lambda engine: [8 << 30])
+    monkeypatch.setattr(open_module, "free_gpu_bytes", lambda: [8 << 30])
     assert open_vectors(tmp_path).search(vectors[:2], 1)[1].tolist() == [[0], [1]]
-    assert moved == ["torch"]
-    monkeypatch.setattr(open_module, "free_gpu_bytes", lambda engine: [1 << 20])
+    assert moved == ["float32"]
+    monkeypatch.setattr(open_module, "free_gpu_bytes", lambda: [1 << 20])
     assert not isinstance(open_vectors(tmp_path), TorchSearch)
     assert "searching on CPU: 300 x 32 in fp16 need" in caplog.text
     build_vectors(tmp_path, vectors, index="small")
     with pytest.raises(UserError, match="only flat and fp16"):
         open_vectors(tmp_path, device="cuda")
-    monkeypatch.setattr(open_module, "gpu_engine", lambda: None)
-    with pytest.raises(UserError, match="finds a GPU"):
+    monkeypatch.setattr(open_module, "free_gpu_bytes", lambda: [])
+    with pytest.raises(UserError, match="finds no GPU"):
         open_vectors(tmp_path, device="cuda")
     with pytest.raises(UserError, match="not 'tpu'"):
         open_vectors(tmp_path, device="tpu")

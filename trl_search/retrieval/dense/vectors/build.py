@@ -25,12 +25,18 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.calibrate import calibrate, find_truth, slices
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
-from trl_search.retrieval.dense.vectors.plans import TRAINING_ROWS, check_word, factory_of, list_count, plan
-from trl_search.retrieval.dense.vectors.search import FaissSearch, available_ram_bytes, gb
-from trl_search.retrieval.dense.vectors.sliced import SlicedSearch, read_faiss, stored_rows
+from trl_search.retrieval.dense.vectors.plans import TRAINING_ROWS, factory_of, list_count, plan
+from trl_search.retrieval.dense.vectors.search import (
+    FaissSearch,
+    SlicedSearch,
+    available_ram_bytes,
+    gb,
+    read_faiss,
+    stored_rows,
+)
 
 VECTORS, ABOUT = "vectors.index", "vectors.json"
-_TRAINED_ON = 64  # vectors a list of an IVF
+_TRAINED_ON = 64  # vectors per list of an IVF
 _CENTRE = np.float32(0.99)
 _LENGTH = struct.Struct("<Q")
 _K_FACTOR = struct.Struct("<f")
@@ -59,7 +65,6 @@ def build_vectors(
     Returns:
         `dict`: what `vectors.json` holds: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
     """
-    check_word(index)
     _check(vectors, index)
     started = time.perf_counter()
     path = folder / VECTORS
@@ -112,7 +117,8 @@ def _train(made: Any, vectors: np.ndarray, word: str, seed: int) -> None:
         chosen = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
     sample = np.concatenate(list(slices(vectors[chosen])))
     if word == "small":
-        # RaBitQ codes the direction from the centre and never finds a vector that lies in it, as one of a kind would.
+        # RaBitQ encodes the direction from the centre, so it never finds a vector that equals the centre. Where all
+        # vectors are the same, they would.
         made.base_index.train(sample * _CENTRE)
         made.refine_index.train(sample)
         made.is_trained = True

@@ -1,20 +1,20 @@
-"""Exact search over rows that are stored in few bits (fp16, or one byte), by torch: on GPUs, and on CPU for batches.
+"""Exact search by torch over rows that are stored as fp16 or as bytes: on GPUs, and on CPU for batches.
 
-Scores are wanted for every row, and only k of them matter. Writing B x N scores and selecting among them would cost
-more than the products, so one maximum is kept for each group of 64 neighbouring rows:
+Every row is scored, and only the k best are needed. Storing all B x N scores would cost more than computing them. So
+rows are taken in groups of 64 neighbours, and only the highest score of each group is stored:
 
     rows_ND ──► a block of products ──► maxima_BG ──► the best groups ──► their rows, scored again in fp32 ──► best k
 
-The k best rows lie in the k groups of highest maxima, so nothing is lost *if the maxima are exact*. They are not
-quite: on a GPU the query is rounded to fp16, and sums are accumulated in another order than when a row is scored
-again. Both errors have a bound, so more groups than k are fetched, and the result of a query is accepted when its k-th
-score beats the highest maximum that was *not* fetched by more than that bound. A query that fails this (masses of
-near-duplicates) is answered by scoring every row in fp32. So results are those of an fp32 search over the stored rows;
-equal scores come by row. Against fp32 storage, only the rounding of the rows is lost: recall@3 is .9997 in fp16
+If the maxima were exact, the k best rows would lie in the k groups with the highest maxima. They have an error: on a
+GPU the query is rounded to fp16, and the sums are added up in another order than when a row is scored again. The error
+is bounded. So a few more groups than k are fetched, and a result is accepted if its k-th score exceeds the highest
+maximum that was *not* fetched by more than the bound. If it does not (the corpus holds many near-duplicates), every
+row is scored in fp32 for that query. The results are therefore those of an fp32 search over the stored rows, with
+equal scores in order of the rows. Compared with rows stored as fp32, recall@3 is .9997 for fp16
 (`benchmarks/vector_index.py`).
 
-Rows of one byte are `offset + scale * code`, each dimension with its own: scale goes into the query, offset becomes
-one number a query, and the products are over the codes themselves.
+A row of bytes stands for `offset + scale * code`, with an offset and a scale per dimension. The query is multiplied by
+the scale once, so that products are taken with the codes, and the offset adds one number per query.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     import torch
 
 GROUP = 64
 MARGIN = 8  # groups fetched beyond k
 MAX_BATCH = 512
-# Products of one block: what stays in the last-level cache between the product and the maxima. On CPU a block's rows,
-# which are converted to fp32, must stay there too.
+# Bytes of the products of one block, so that they stay in the last-level cache until the maxima are taken. On CPU the
+# rows of a block, converted to fp32, must fit there too.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 CPU_BLOCK_ROWS = 4096
 SCORED_AGAIN = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements gathered at once when rows are scored again
@@ -41,7 +39,7 @@ SCORED_AGAIN = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements gathered at once wh
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two passes over rows: `group_maxima` and `score_again`, or what computes the same (`gpu_kernel.py`)."""
+    """The two passes over rows: `group_maxima` and `score_again`, or their Triton versions (`gpu_kernel.py`)."""
 
     group_maxima: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     score_again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,7 +59,7 @@ def top_rows(
         rows_ND (`torch.Tensor`): Stored rows: float32, float16 or uint8, on any device.
         queries_BD (`torch.Tensor`): float32, on the same device.
         max_norm (`float`): No row is longer.
-        kernels ([`Kernels`], *optional*): Torch's own by default.
+        kernels (`Kernels`, *optional*): By default those in torch.
     """
     import torch
 
@@ -76,7 +74,7 @@ def _top_rows(
     import torch
 
     dim = rows_ND.shape[1]
-    # A query of length 1 neither overflows in fp16 nor loses bits there; its scores are scaled back at the end.
+    # A query of length 1 neither overflows in fp16 nor loses bits. Its scores are multiplied by the length at the end.
     lengths_B1 = queries_BD.norm(dim=1, keepdim=True)
     lengths_B1 = torch.where(lengths_B1 > 0, lengths_B1, torch.ones_like(lengths_B1))
     unit_BD = queries_BD / lengths_B1
@@ -90,7 +88,7 @@ def _top_rows(
     within = torch.arange(GROUP, device=rows_ND.device)
     candidates_BC = (groups_BT.sort(dim=1).values[:, :, None] * GROUP + within).flatten(1)
     scores_BC = kernels.score_again(rows_ND, unit_BD, candidates_BC)
-    # Candidates are in row order and the sort is stable: equal scores stay by row.
+    # Candidates are in order of the rows and the sort is stable, so equal scores stay in that order.
     scores_BC, order_BC = scores_BC.sort(dim=1, descending=True, stable=True)
     best_BK, rows_BK = scores_BC[:, :k], candidates_BC.gather(1, order_BC[:, :k])
     sure_B = best_BK[:, -1] > missed_B + error_B
@@ -112,7 +110,7 @@ def group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tenso
     for start in range(0, count, block):
         rows_CD = rows_ND[start : start + block]
         if rows_ND.is_cuda:
-            # fp16 products, summed and written in fp32: a score rounded to fp16 ties with its neighbours.
+            # Sums are kept in fp32. Rounded to fp16, neighbouring scores would become equal.
             scores_BC = torch.mm(queries_BD, rows_CD.T, out_dtype=torch.float32)
         else:
             scores_BC = queries_BD @ rows_CD.float().T
@@ -125,7 +123,7 @@ def group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tenso
 
 
 def score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: torch.Tensor) -> torch.Tensor:
-    """(B, C) scores in fp32; the same sum for the same row wherever it stands. Beyond the last row: -inf."""
+    """(B, C) scores in fp32; -inf beyond the last row. Equal rows get equal scores, wherever they stand."""
     import torch
 
     count, dim = rows_ND.shape
@@ -139,8 +137,9 @@ def score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: 
 
 
 def _best_groups(maxima_BG: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `take` groups of highest maxima (B, take), and the highest maximum left out (B,). Among 300,000 groups the
-    selection reads them once: it looks for the best groups of groups first."""
+    """The `take` groups with the highest maxima (B, take), and the highest maximum that is left out (B,).
+
+    With many groups, it selects among groups of groups first, so that all maxima are read only once."""
     import torch
 
     batch, groups = maxima_BG.shape
@@ -162,7 +161,7 @@ def _best_groups(maxima_BG: torch.Tensor, take: int) -> tuple[torch.Tensor, torc
 
 
 def _every_row(rows_ND: torch.Tensor, query_D: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` best rows of one query, every row scored in fp32; equal rows tie."""
+    """The `k` best rows of one query, found by scoring every row in fp32."""
     import torch
 
     count, dim = rows_ND.shape
@@ -173,8 +172,3 @@ def _every_row(rows_ND: torch.Tensor, query_D: torch.Tensor, k: int) -> tuple[to
         scores_N[start : start + block] = torch.linalg.vecdot(rows_CD, query_D[None, :])
     best = scores_N.sort(descending=True, stable=True)
     return best.values[:k], best.indices[:k]
-
-
-def dequantised(queries: np.ndarray, offset: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What to multiply one-byte codes with, (B, d), and what to add to the product, (B, 1)."""
-    return queries * scale, (queries.astype(np.float64) @ offset.astype(np.float64))[:, None].astype(np.float32)

@@ -1,11 +1,11 @@
-"""`faiss_module()`: FAISS as every other file here gets it, with its matrix library set right.
+"""`faiss_module()` imports FAISS for all other files, with the right settings for its matrix library.
 
-Two defaults of faiss-cpu make exact search and IVF training five to ten times slower than they need be:
+Two defaults of faiss-cpu make exact search and IVF training five to ten times slower than they could be:
 
-- The OpenBLAS that its wheels carry (0.3.15) does not know processors younger than itself and then falls back to
-  kernels of the SSE years. `OPENBLAS_CORETYPE` names the kernels, and is read once, when the library is loaded. It is
-  set for that moment alone and put back, so that no other OpenBLAS of the process, and no child, inherits it.
-- BLAS serves only batches with queries x dimensions above 128,000; below, FAISS compares pair by pair.
+- The OpenBLAS in its wheels (0.3.15) does not know newer processors, and falls back to SSE kernels for them.
+  `OPENBLAS_CORETYPE` names the kernels, and is read once, when the library is loaded. It is set only during the
+  import, so that no other OpenBLAS in this process or in a child process sees it.
+- FAISS uses BLAS only for batches with queries x dimensions above 128,000, and compares pair by pair below.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _lock = threading.Lock()
 
 
 def faiss_module() -> Any:
-    """Imports FAISS: the one way in. Without it, a `UserError` names the extras."""
+    """Imports FAISS. If it is missing, a `UserError` names the extra."""
     with _lock:
         name = kernels(_cpu_flags())
         chosen = name is not None and CORETYPE not in os.environ and "faiss" not in sys.modules
@@ -37,10 +37,7 @@ def faiss_module() -> Any:
         try:
             import faiss
         except ImportError as error:
-            raise UserError(
-                f"vector indexes need FAISS ({error}): pip install 'trl-search[faiss]' (any machine) or "
-                "'trl-search[faiss-gpu]' (CUDA 12)"
-            ) from None
+            raise UserError(f"vector indexes need FAISS ({error}): pip install 'trl-search[faiss]'") from None
         finally:
             if chosen:
                 del os.environ[CORETYPE]

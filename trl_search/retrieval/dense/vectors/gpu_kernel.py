@@ -1,15 +1,15 @@
-"""What `exact.top_rows` does in kernels of its own on a GPU: the maxima of groups of rows, and rows scored again.
+"""Triton kernels for the two passes of `exact.top_rows`: the maxima of groups of rows, and candidates scored again.
 
-Maxima: `exact.group_maxima` writes each block of products and reads it back, and starts two kernels a block. At a
-batch of 512 the products alone take 17 ms of an H200's tensor cores for 21M x 768, so nothing else may cost much: here
-a tile is multiplied, reduced to one maximum a group in fp32, and only that is written. Each multiprocessor goes from
-tile to tile and loads the next one's rows while it reduces the last. Tiles of the same rows and different queries are
-neighbours, so rows are read from memory once and then from cache.
+Maxima. `exact.group_maxima` writes every block of products to memory, reads it back, and starts two kernels per block.
+For 21M x 768 and a batch of 512, the products alone take 17 ms of an H200's tensor cores, so nothing else may take
+long. This kernel multiplies one tile, reduces it to one fp32 maximum per group, and writes only the maxima. Each
+multiprocessor works on one tile after the other, and loads the rows of the next while it reduces the last. Tiles with
+the same rows and different queries are neighbours, so each row is read from memory once and then from cache.
 
-Scores: torch gathers the rows of all candidates, converts them and multiplies them, in three passes over memory. Here
-they are read once.
+Scores. torch gathers the rows of all candidates, converts them and multiplies them: three passes over memory. This
+kernel reads them once.
 
-Triton comes with torch's CUDA builds; with `TRITON_INTERPRET=1` the kernels run on CPU tensors.
+Triton comes with the CUDA builds of torch. With `TRITON_INTERPRET=1` the kernels run on CPU tensors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trl_search.retrieval.dense.vectors.exact import GROUP
 if TYPE_CHECKING:
     import torch
 
-TILE_DIM = 64  # dimensions that are multiplied at a time
+TILE_DIM = 64  # dimensions that are multiplied in one step
 SCORED_AT_ONCE = 8
-# What the largest tile takes of a multiprocessor's memory: Hopper and Blackwell have it, a GeForce has less.
+# Shared memory that the largest tile takes per multiprocessor. Hopper and Blackwell have it, a GeForce has less.
 SHARED_BYTES = 192 << 10
 
 
@@ -64,7 +64,7 @@ def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch
 
 def choose_tile(batch: int) -> tuple[int, int, int, int]:
     """Queries and rows of a tile, its warps, and the stages of its pipeline."""
-    # Tensor cores take 16 queries at least. Few queries are bound by memory, many by the products.
+    # Tensor cores take at least 16 queries. With few queries memory is the limit, with many the products are.
     queries = 16 if batch <= 16 else 64 if batch <= 64 else 128
     return queries, 256, 8, 3 if queries == 128 else 4
 
@@ -93,11 +93,11 @@ def _multiprocessors(device: torch.device) -> int:
     import torch
 
     if device.type != "cuda":
-        return 3  # interpreted: enough for programs to have several tiles each
+        return 3  # interpreted: few enough for each program to get several tiles
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Triton reads annotations, and takes its own alone.
+# Without annotations: Triton reads them, and accepts only its own.
 @triton.jit
 def _maxima_of_tiles(  # type: ignore[no-untyped-def]
     rows,
@@ -114,13 +114,13 @@ def _maxima_of_tiles(  # type: ignore[no-untyped-def]
     TILE_QUERIES: tl.constexpr,
     TILE_DIM: tl.constexpr,
 ):
-    # Flattened: one loop over the parts of all tiles, so that loads run ahead from one tile into the next.
+    # `flatten` makes one loop over the parts of all tiles, so that loads for the next tile start early.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_query = (tile % query_tiles) * TILE_QUERIES
         first_row = (tile // query_tiles) * TILE_ROWS
         scores = tl.zeros((TILE_QUERIES, TILE_ROWS), dtype=tl.float32)
         for start in range(0, DIM, TILE_DIM):
-            # Zeros beyond the last row, query or dimension.
+            # Beyond the last row, query or dimension, zeros are loaded.
             query_part = queries.load([first_query, start])
             row_part = rows.load([first_row, start])
             scores = tl.dot(query_part, row_part.T, scores)
@@ -152,7 +152,7 @@ def _scores_of_candidates(  # type: ignore[no-untyped-def]
     column = tl.arange(0, WIDTH)
     wanted = column < DIM
     query_part = tl.load(queries + query * DIM + column, mask=wanted, other=0.0)
-    # 21M rows of 768 are more elements than 32 bits count: rows are int64, as candidates are.
+    # 21M rows of 768 have more elements than 32 bits can count, so rows are int64, as candidates are.
     row_at = rows + tl.minimum(row, count - 1)[:, None] * DIM + column[None, :]
     products = tl.load(row_at, mask=wanted[None, :], other=0.0).to(tl.float32) * query_part[None, :]
     score = tl.where(row < count, tl.sum(products, axis=1), float("-inf"))

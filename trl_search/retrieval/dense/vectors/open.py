@@ -1,13 +1,14 @@
 """`open_vectors` and `open_faiss_file`: an index on disk becomes a `VectorSearch`, in seconds whatever its size.
 
-With `device="auto"`, `flat` and `fp16` are searched on the GPUs if there are any with enough room; a log line says so,
-or says why not. Everything else is searched on CPU, mapped from the file.
+With `device="auto"`, `flat` and `fp16` are searched on the GPUs, if there are any and the rows fit; the log says so,
+or says why not. All other types are searched on CPU, mapped from the file.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.build import ABOUT, VECTORS
 from trl_search.retrieval.dense.vectors.calibrate import apply_settings, choose_nprobe, find_ivf
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
-from trl_search.retrieval.dense.vectors.gpu import check_gpu_memory, free_gpu_bytes, gpu_engine, open_on_gpus
+from trl_search.retrieval.dense.vectors.gpu import check_gpu_memory, free_gpu_bytes, open_on_gpus
 from trl_search.retrieval.dense.vectors.plans import plan
-from trl_search.retrieval.dense.vectors.search import FaissSearch, VectorSearch, available_ram_bytes, gb
-from trl_search.retrieval.dense.vectors.sliced import SlicedSearch, read_faiss, stored_rows
+from trl_search.retrieval.dense.vectors.search import (
+    FaissSearch,
+    SlicedSearch,
+    VectorSearch,
+    available_ram_bytes,
+    gb,
+    read_faiss,
+    stored_rows,
+)
 
 _SETTINGS = ("nprobe", "k_factor", "efSearch")
 # FAISS' files of graphs say 16, which finds .6 of the exact three in the published e5_HNSW64.index; this finds .97.
@@ -131,15 +139,15 @@ def _place(path: Path, index: Any, device: str, *, max_norm: float | None) -> Ve
         raise UserError(f"device is 'auto', 'cpu' or 'cuda', not {device!r}")
     rows = stored_rows(path, index)
     exact = rows is not None and rows.dtype != np.uint8 and index.metric_type == faiss_module().METRIC_INNER_PRODUCT
-    engine = gpu_engine() if device != "cpu" else None
+    free = free_gpu_bytes() if device != "cpu" else []
     if device == "cuda":
-        if engine is None:
-            raise UserError("device='cuda' and neither torch nor faiss-gpu finds a GPU; use device='cpu'")
+        if not free:
+            raise UserError("device='cuda' and torch finds no GPU; use device='cpu'")
         if not exact:
             raise UserError("only flat and fp16 indexes (inner product) are searched on GPUs; use device='cpu'")
-    if engine is not None and exact and rows is not None and (device == "cuda" or _has_room(rows, engine)):
-        logger.info("%s: %s rows to GPU memory as fp16, by %s", path, f"{len(rows):,}", engine)
-        return open_on_gpus(rows, engine=engine)
+    if free and exact and rows is not None and (device == "cuda" or _has_room(rows, free)):
+        logger.info("%s: %s rows to GPU memory as fp16", path, f"{len(rows):,}")
+        return open_on_gpus(rows)
     size = path.stat().st_size
     if rows is not None and size > available_ram_bytes():
         logger.warning(
@@ -162,9 +170,9 @@ def _refining_bytes(index: Any) -> int:
     return int(refine.sa_code_size() * refine.ntotal) if refine is not None else 0
 
 
-def _has_room(rows: np.ndarray, engine: str) -> bool:
+def _has_room(rows: np.ndarray, free: Sequence[int]) -> bool:
     try:
-        check_gpu_memory(len(rows), int(rows.shape[1]), free_gpu_bytes(engine))
+        check_gpu_memory(len(rows), int(rows.shape[1]), free)
     except UserError as error:
         logger.warning("searching on CPU: %s", error)
         return False

@@ -1,20 +1,20 @@
-"""The index types, each by one word, and what each costs: `plan("small", 21_000_000, 768)` before anything is built.
+"""The index types, each named by one word, and what each costs: `plan("small", 21_000_000, 768)` says it in advance.
 
-| word | what it is | bytes in RAM and on disk, a vector of d dimensions |
+| word | what it is | bytes in memory; and on disk, per vector of d dimensions |
 |---|---|---|
 | `flat` | exact, fp32 | mapped; 4 d |
 | `fp16` | exact over fp16 rows | mapped; 2 d |
 | `int8` | exact over one-byte rows | mapped; d |
-| `small` | RaBitQ codes of one bit, the best candidates scored again from one-byte rows on disk | d/8 + 8; + d |
+| `small` | RaBitQ codes of one bit; the best candidates are scored again with one-byte rows on disk | d/8 + 8; + d |
 | `small-ivf` | the same in lists, of which `nprobe` are read | d/8 + 16 and the centroids; + d |
 | `hnsw` | a graph over fp32 rows | 4 d + 280; the same |
 
-RAM is what a search cannot do without. Mapped files are read as needed and the kernel takes their pages back when
-memory is short; an exact search reads every row, so it is fast only while its file fits into the page cache.
+"Memory" is what stays resident. Mapped files are read when needed, and the kernel drops their pages when memory is
+short. An exact search reads every row, so it is fast only while the file fits into the page cache.
 
-Sizes are arithmetic, held to real files by a test. Build times are `benchmarks/vector_index.py`'s, 768 dimensions on
-two AVX-512 cores, scaled by dimensions and by the cores here; recall@3 is measured there too, on embeddings of MiniLM
-and on synthetic ones. What counts is what `build_vectors` measures on the vectors themselves.
+Sizes are computed, and a test compares them with real files. Build times were measured by `benchmarks/vector_index.py`
+with 768 dimensions on two AVX-512 cores, and are scaled by dimensions and cores. Recall was measured there too, on
+embeddings of MiniLM and on synthetic vectors. `build_vectors` measures it again on the vectors themselves.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from trl_search.retrieval.dense.vectors.search import gb
 
 VECTOR_INDEXES = ("flat", "fp16", "int8", "small", "small-ivf", "hnsw")
 HNSW_LINKS = 32
+SLICE_ROWS = 65_536
+TRAINING_ROWS = 100_000
 _FACTORIES = {
     "flat": "Flat",
     "fp16": "SQfp16",
@@ -36,7 +38,7 @@ _FACTORIES = {
     "small-ivf": "IVF{lists},RaBitQfs,Refine(SQ8)",
     "hnsw": f"HNSW{HNSW_LINKS}",
 }
-# Expected recall@3 as (from, to): exact ones lose what rounding loses, the others are set to reach the target.
+# Expected recall@3 as (from, to). Exact types lose only by rounding; the others are calibrated to reach a target.
 _RECALL = {
     "flat": (1.0, 1.0),
     "fp16": (0.999, 1.0),
@@ -45,15 +47,15 @@ _RECALL = {
     "small-ivf": (0.95, 0.97),
     "hnsw": (0.87, 0.97),
 }
-# Microseconds a vector of 768 dimensions, one core, calibration included.
+# Microseconds per vector of 768 dimensions on one core, with calibration.
 _BUILD_US = {"flat": 60, "fp16": 60, "int8": 70, "small": 90, "small-ivf": 260, "hnsw": 2200}
 _FILE_HEAD = 4096
-_TRAINED_LIST = 39  # vectors a list below which FAISS warns that k-means has too few
+_TRAINED_LIST = 39  # with fewer vectors per list, FAISS warns that k-means has too few
 
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """What an index will cost. `ram_bytes` stay resident; `mapped_bytes` of the disk are read as needed."""
+    """What an index will cost. `ram_bytes` stay resident; `mapped_bytes` of the file are read when needed."""
 
     word: str
     factory: str
@@ -87,8 +89,9 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
         count (`int`): Vectors.
         dim (`int`): Dimensions.
     """
-    check_word(word)
-    # Fast-scan codes lie in blocks of 32 vectors; each vector carries two floats beside its bits.
+    if word not in VECTOR_INDEXES:
+        raise unknown_name("vector index", word, VECTOR_INDEXES)
+    # Fast-scan codes are stored in blocks of 32 vectors. Each vector has two floats beside its bits.
     bits = math.ceil(dim / 8) + 8
     lists = list_count(count)
     codes = {"flat": 4 * dim, "fp16": 2 * dim, "int8": dim}
@@ -96,17 +99,17 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
     if word in codes:
         disk = codes[word] * count + _FILE_HEAD
         ram, mapped = _FILE_HEAD, disk
-        # Rows stream through: a slice and its copy.
+        # Rows are streamed: one slice and its copy.
         build_ram = 2 * 4 * dim * min(count, SLICE_ROWS)
         gpu = 2 * dim * count if word in ("flat", "fp16") else None
     elif word == "hnsw":
-        # Links of the ground level, half of them above for one vector in 32, an offset and a level.
+        # Per vector: links of the ground level, an offset and a level; for one in 32, half as many links above.
         disk = ram = count * (4 * dim + 4 * (2 * HNSW_LINKS + HNSW_LINKS // 31) + 12) + _FILE_HEAD
         mapped, build_ram = 0, ram
     else:
         ram = bits * 32 * math.ceil(count / 32) + _FILE_HEAD
         if word == "small-ivf":
-            # An id a vector, a centroid a list, half a block of padding a list.
+            # An id per vector, and per list a centroid and half a block of padding.
             ram = (bits + 8) * count + lists * (4 * dim + 16 * bits + 64) + _FILE_HEAD
         mapped = dim * count
         disk = ram + mapped + 8 * dim
@@ -128,37 +131,15 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
     )
 
 
-def recommend(count: int, dim: int, ram_bytes: int) -> VectorPlan:
-    """The plan to take with this much RAM and no GPU: exact while that is quick, then the small ones."""
-    exact = plan("flat", count, dim)
-    if count <= 200_000 and exact.mapped_bytes <= ram_bytes:
-        return exact
-    return plan("small" if count <= 2_000_000 else "small-ivf", count, dim)
-
-
-def describe_plans(count: int, dim: int) -> str:
-    """Every word's plan, a line each."""
-    return "\n".join(plan(word, count, dim).describe() for word in VECTOR_INDEXES)
-
-
-def check_word(word: str) -> None:
-    if word not in VECTOR_INDEXES:
-        raise unknown_name("vector index", word, VECTOR_INDEXES)
-
-
 def factory_of(word: str, count: int) -> str:
-    """FAISS' name of it."""
+    """The string that FAISS' `index_factory` takes."""
     return _FACTORIES[word].format(lists=list_count(count))
 
 
 def list_count(count: int) -> int:
-    """Lists of an IVF: a power of two near 4 sqrt(N), each with enough vectors to train on."""
+    """Lists of an IVF: a power of two near 4 sqrt(N), with enough vectors per list to train on."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(max(count, 1))))
     return max(1, min(wanted, count // _TRAINED_LIST))
-
-
-SLICE_ROWS = 65_536
-TRAINING_ROWS = 100_000
 
 
 def _duration(seconds: float) -> str:

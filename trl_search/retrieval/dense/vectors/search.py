@@ -1,8 +1,8 @@
-"""`VectorSearch`: the one interface of an open vector index, and its FAISS implementation on CPU.
+"""`VectorSearch`, the interface of an open vector index, and the two implementations on CPU.
 
-Scores are inner products; the highest is the best. Rows come best first, equal scores by row; beyond the last one, the
-row is -1 and the score -inf. Batching changes the last bits of a score, so a caller that wants the same rows for every
-batch fetches more and ranks them by `ranking.py`.
+Scores are inner products; the highest is the best. Rows come best first, equal scores in order of the rows. Where
+there are no more rows, the row is -1 and the score -inf. Batching changes the last bits of a score. A caller that
+wants the same rows for every batch fetches more and ranks them with `ranking.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import numpy as np
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.dense.vectors.exact import top_rows
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
+
+_SLICED_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,60 @@ class FaissSearch(VectorSearch):
 
     def close(self) -> None:
         self._index = None
+
+
+def read_faiss(path: Path) -> Any:
+    """A FAISS file, memory-mapped where its type allows."""
+    faiss = faiss_module()
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+
+
+def stored_rows(path: Path, index: Any) -> np.ndarray | None:
+    """The rows of a flat or scalar-quantised FAISS file, mapped: they are its end. `None` for every other type."""
+    faiss = faiss_module()
+    if isinstance(index, faiss.IndexFlat):
+        dtype: type = np.float32
+    elif type(index) is faiss.IndexScalarQuantizer and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
+        dtype = np.float16
+    elif type(index) is faiss.IndexScalarQuantizer and index.sq.qtype == faiss.ScalarQuantizer.QT_8bit:
+        dtype = np.uint8
+    else:
+        return None
+    shape = (int(index.ntotal), int(index.d))
+    offset = path.stat().st_size - shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if not shape[0] or offset < 0:
+        return None
+    # Copy on write, because torch wants an array that is writable. Nothing writes to it.
+    return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
+
+
+class SlicedSearch(FaissSearch):
+    """fp16 or one-byte rows on CPU. FAISS compares such rows query by query, and products of slices (`exact.py`) are
+    several times faster for a batch, so they are used from 8 queries on. Scores differ in the last bits, as between
+    any two batch sizes."""
+
+    def __init__(self, index: Any, rows: np.ndarray, max_norm: float) -> None:
+        super().__init__(index, mapped_bytes=rows.nbytes)
+        self._rows, self._max_norm = rows, max_norm
+        self._affine: tuple[np.ndarray, np.ndarray] | None = None
+        if rows.dtype == np.uint8:
+            low, width = faiss_module().vector_to_array(index.sq.trained).reshape(2, -1)
+            self._affine = low + width / 510, width / 255
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if len(queries) < _SLICED_BATCH or self._index is None:  # a closed index is refused there
+            return super()._search(queries, k)
+        import torch
+
+        added: np.ndarray | float = 0.0
+        longest = self._max_norm
+        if self._affine is not None:
+            offset, scale = self._affine
+            added = (queries.astype(np.float64) @ offset.astype(np.float64))[:, None].astype(np.float32)
+            queries = queries * scale
+            longest = 255 * float(np.sqrt(self.dim))
+        scores, rows = top_rows(torch.from_numpy(self._rows), torch.from_numpy(queries), k, max_norm=longest)
+        return scores.numpy() + added, rows.numpy()
 
 
 def available_ram_bytes() -> int:
