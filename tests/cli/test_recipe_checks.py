@@ -41,7 +41,7 @@ def test_a_laptop_is_told_everything_that_qwen3b_lacks(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(recipe_checks, "_devices", lambda: [])
+    monkeypatch.setattr(recipe_checks, "gpus", lambda: [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(recipe_checks, "_on_hub", lambda what, name, ask: recipe_checks.Check(what, Status.OK, name))
     monkeypatch.setattr(recipe_checks, "count_parameters", lambda name: QWEN_3B)
@@ -94,7 +94,6 @@ def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [f"{check.said}: {check.remedy}" for check in check_packages(values)]
     assert said == [
         "use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
-        "retriever: dense needs sentence_transformers: pip install 'trl-search[dense]'",
         "report_to: wandb needs wandb: pip install 'trl-search[wandb]'",
     ]
     assert list(check_packages({"report_to": "none", "retriever": "bm25"})) == []
@@ -150,14 +149,21 @@ def test_models_and_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert check.status is Status.PROBLEM and "RUC-NLPIR/FlashRAG_datasets" in check.said
 
 
-def test_retrievers(tmp_path: Path) -> None:
+def test_retrievers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "index")
-    assert check_retriever(str(tmp_path / "index"), "{}", "nq").status is Status.OK
-    assert check_retriever("bm25", {"index": str(tmp_path / "index")}, "nq").status is Status.OK
-    assert check_retriever("bm25", {"index": str(tmp_path / "other")}, "nq").status is Status.PROBLEM
-    assert check_retriever("bm52", "{}", "nq").status is Status.PROBLEM
-    assert check_retriever("http://127.0.0.1:9", "{}", "nq").status is Status.PROBLEM
-    assert check_retriever("bm25", "{}", "world").status is Status.OK
+
+    def status(word: str, options: Any, questions: str = "nq") -> list[str]:
+        values = {"retriever": word, "retriever_options": options, "questions": questions}
+        return [f"{check.name} {check.status}" for check in check_retriever(values)]
+
+    assert status(str(tmp_path / "index"), "{}") == status("bm25", "{}", "world") == ["retriever ok"]
+    assert status("bm25", {"index": str(tmp_path / "index")}) == ["retriever ok"]
+    assert status("bm25", {"index": str(tmp_path / "other")}) == ["retriever problem"]
+    assert status("bm52", "{}") == status("http://127.0.0.1:9", "{}") == ["retriever problem"]
+    part = {"kind": "bm25", "index": str(tmp_path / "other")}
+    assert status("rerank", {"retriever": part, "model": "m"}) == ["retriever problem"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert status("dense", {"corpus": "c.jsonl"}) == ["packages problem"] * 2 + ["retriever ok"]
 
 
 def test_rewards_and_weights() -> None:

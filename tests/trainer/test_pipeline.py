@@ -192,7 +192,7 @@ def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypa
         monkeypatch.setattr(
             f"trl_search.{module}.load_questions", lambda name, **options: asked.append((name, options))
         )
-    monkeypatch.setattr("trl_search.config.task.open_retriever", lambda *args, **options: None)
+    monkeypatch.setattr("trl_search.config.searched.Searched.load", lambda self: None)
     for name in ("hotpotqa", str(tmp_path)):
         load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)
     assert [options["split"] for name, options in asked if "split" in options] == ["dev", "test"]

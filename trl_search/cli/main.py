@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_command(name, [with_underscores(word) for word in rest])
         finally:  # argparse leaves by SystemExit, with its help still in the buffer
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             raise
-        print(f"trl-search {name}: interrupted", file=sys.stderr)
+        said = f"; {interrupt}" if str(interrupt) else ""  # a command may say how to go on
+        print(f"trl-search {name}: interrupted{said}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`trl-search search … | head -1`). What is still buffered goes nowhere, or the

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import try_to_load_from_cache
+
 from trl_search.cli.preflight import Check, Status
+from trl_search.common.errors import UserError
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import Protocol, load_protocol, protocol_names
@@ -47,6 +50,19 @@ def check_protocol(name: str, tokenizer: PreTrainedTokenizerBase) -> Check:
         if read != action:
             return Check(name, Status.PROBLEM, f"{action} is read back as {read}", "choose another protocol")
     return Check(name, Status.OK, "; ".join(_facts(protocol, prompt)))
+
+
+def check_template(model: str, protocol: str, eos_token: str | None = None) -> Check:
+    """Whether the model's chat template and the protocol read back what they write. Nothing is downloaded for this."""
+    path = tiny_policy_path() if model == "tiny" else model
+    if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str):
+        return Check("template", Status.NOTE, "read back once the tokenizer is here")
+    try:
+        found = check_protocol(protocol, load_tokenizer(path, eos_token=eos_token))
+    except UserError as error:
+        return Check("template", Status.PROBLEM, str(error))
+    status = Status.OK if found.status is Status.OK else Status.PROBLEM
+    return Check("template", status, f"{protocol}: {found.said}", found.remedy)
 
 
 def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:

@@ -3,11 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import parse_object
 
 if TYPE_CHECKING:
+    from trl_search.config.searched import Searched
     from trl_search.data import QuestionFields
     from trl_search.retrieval.corpus.fields import Fields
+    from trl_search.types import Sampling
+
+# What `serve`, `search`, `eval` and `chat` take as something to search (`config/searched.py`).
+SEARCHED = "an index folder, a server's address, a run's folder, a kind (bm25, dense, web ...), or world"
+
+
+def add_retriever_options(parser: Any) -> None:
+    """Adds the further options of what is searched; `parser` may be a group."""
+    parser.add_argument(
+        "--retriever_options", default="{}", metavar="JSON", help="""further options: '{"index": "indexes/wiki"}'"""
+    )
+
+
+def add_world_options(parser: Any) -> None:
+    """Adds the size and the seed of the embedded world."""
+    parser.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
+    parser.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+
+
+def searched_of(args: argparse.Namespace, word: str) -> Searched:
+    """What a word means as something to search, with `--retriever_options` and the size of the world."""
+    from trl_search.config.searched import resolve_searched
+
+    options = parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}')
+    return resolve_searched(word, options, world_size=(args.world_passages, args.world_seed))
+
+
+@contextlib.contextmanager
+def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside says how to go on: the message of the interrupt, which `trl-search` prints."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on()) from None
+
+
+def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
+    """How tokens are sampled, by `--temperature`, `--top_p` and `--top_k`."""
+    from trl_search.types import Sampling
+
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+        raise UserError(
+            "--temperature and --top_k are at least 0 and --top_p in (0, 1]; got "
+            f"{args.temperature}, {args.top_k} and {args.top_p}"
+        )
+    return Sampling(args.temperature, args.top_p, args.top_k, seed=seed)
 
 
 def add_question_fields(parser: argparse.ArgumentParser) -> None:

@@ -13,25 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from trl_search.cli.first_second import refuse
+from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
+from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
+from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
+from trl_search.config.searched import resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.policies.loading import model_source
-from trl_search.retrieval import resolve_retriever
 
 GIB = 2**30
-# The module whose absence is a problem, and the extra that brings it.
-_RETRIEVER_MODULES = {
-    "dense": ("sentence_transformers", "dense"),
-    "qdrant": ("qdrant_client", "qdrant"),
-    "opensearch": ("opensearchpy", "opensearch"),
-}
 _TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -45,10 +41,7 @@ def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
     """
     if int(os.environ.get("RANK", "0")):
         return
-    problems = [check for check in recipe_checks(values, classes) if check.status is Status.PROBLEM]
-    if problems:
-        lines = [f"  {check.name}: {check.said}{f': {check.remedy}' if check.remedy else ''}" for check in problems]
-        raise UserError("\n".join(["this cannot run here:", *lines]))
+    refuse(recipe_checks(values, classes))
 
 
 def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Check]:
@@ -58,7 +51,7 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
         values (`Mapping`): The value of every key, from `config.recipe.recipe_values`.
         classes (`Sequence[type]`): The dataclasses that have the keys.
     """
-    devices, model = _devices(), check_model_is_there(values.get("model_name_or_path"))
+    devices, model = gpus(), check_model_is_there(values.get("model_name_or_path"))
     checks = [
         check_configuration(values, classes),
         check_rewards(values),
@@ -66,9 +59,11 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
         *check_packages(values),
         model,
         *check_questions(values),
-        check_retriever(values.get("retriever"), values.get("retriever_options"), values.get("questions")),
+        *check_retriever(values),
         check_output(values),
     ]
+    if model.status is Status.OK and values.get("protocol"):
+        checks.append(check_template(values["model_name_or_path"], values["protocol"], values.get("eos_token")))
     if model.status is Status.OK and (parameters := count_parameters(values["model_name_or_path"])) is not None:
         checks += [check_memory(values, parameters, devices), check_disk(values, parameters)]
     for server in recipe_servers(values):
@@ -76,7 +71,7 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
     return checks
 
 
-def _devices() -> list[Device]:
+def gpus() -> list[Device]:
     """The GPUs and their memory. What is free is not asked: that takes a CUDA context on each of them."""
     import torch
 
@@ -124,10 +119,6 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
         wanted["use_vllm: true"] = ("vllm", "trl-search[vllm]")
     if str(values.get("attn_implementation") or "").startswith("flash_attention"):
         wanted["attn_implementation"] = ("flash_attn", "trl-search[flash-attn]")
-    kind = str(values.get("retriever"))
-    if kind in _RETRIEVER_MODULES:
-        module, extra = _RETRIEVER_MODULES[kind]
-        wanted[f"retriever: {kind}"] = (module, f"trl-search[{extra}]")
     for tracker in set_names(values.get("report_to") or []):
         if tracker in _TRACKERS:
             wanted[f"report_to: {tracker}"] = (_TRACKERS[tracker], f"trl-search[{tracker}]")
@@ -166,7 +157,9 @@ def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
         elif is_hub_set(name):
             yield _hub_set(name)
         else:
-            yield Check("questions", Status.PROBLEM, f"no file, and {unknown_name('dataset', name, HUB_SETS)}")
+            is_path = "/" in name or Path(name).suffix
+            said = f"there is no file {name}" if is_path else str(unknown_name("dataset", name, HUB_SETS))
+            yield Check("questions", Status.PROBLEM, said)
 
 
 def _hub_set(name: str) -> Check:
@@ -189,31 +182,17 @@ def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
     return Check(what, Status.OK, f"{name}, on the hub")
 
 
-def check_retriever(word: str | None, options: Any, questions: str | None) -> Check:
-    """The index is finished, the server answers a query; an index is not loaded for this."""
-    if word is None or questions == "world":
-        return Check("retriever", Status.OK, "of the embedded world" if word else "none needed")
+def check_retriever(values: Mapping[str, Any]) -> list[Check]:
+    """What the recipe searches, by the meaning that every command gives the word."""
+    word = values.get("retriever")
+    if word is None:
+        return [Check("retriever", Status.OK, "none needed")]
     try:
-        kind, given = resolve_retriever(word, parse_object(options or "{}", "retriever_options", "{}"))
-        if kind in ("http", "qdrant", "opensearch"):
-            for url in set_names(given.get("url") or []):
-                httpx.get(url, timeout=_TIMEOUT_S)  # a retriever would wait for its server to come back
-            from trl_search.retrieval import open_retriever
-
-            retriever = open_retriever(word, parse_object(options or "{}", "retriever_options", "{}"))
-            try:
-                retriever.search(["probe"], 1)
-            finally:
-                retriever.close()
-            return Check("retriever", Status.OK, f"{word} answers")
-        if "index" in given:
-            resolve_retriever(Path(given["index"]))
+        options = parse_object(values.get("retriever_options") or "{}", "retriever_options", "{}")
+        searched = resolve_searched(word, options, in_world=values.get("questions") == "world")
     except UserError as error:
-        return Check("retriever", Status.PROBLEM, str(error))
-    except Exception as error:  # the clients of three kinds of server have errors of their own
-        said = " ".join(str(error).split()) or type(error).__name__
-        return Check("retriever", Status.PROBLEM, f"{word}: {said}", "start its server: `trl-search serve`")
-    return Check("retriever", Status.OK, str(word))
+        return [Check("retriever", Status.PROBLEM, str(error))]
+    return list(retriever_checks(searched))
 
 
 def count_parameters(name: str) -> int | None:
@@ -273,8 +252,9 @@ def check_output(values: Mapping[str, Any]) -> Check:
     """A run that was finished is not written over by running it again."""
     folder = Path(values.get("output_dir") or "runs/train")
     results = folder / RESULTS_FILE
-    kept = "overwrite" not in values or values["overwrite"] or values.get("resume_from_checkpoint")
-    if not kept and results.is_file() and read_object(results, "move it away").get("history"):
+    asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
+    trained = results.is_file() and read_object(results, "move it away").get("history")
+    if not asked and (trained or (folder / SETTINGS_FILE).is_file()):  # `sft` writes the second one last
         remedy = "--output_dir another, --resume_from_checkpoint last to go on, or --overwrite true"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
     return Check("output", Status.OK, str(folder))

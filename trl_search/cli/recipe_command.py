@@ -7,7 +7,12 @@ from typing import Any
 
 
 def run_recipe(
-    argv: list[str], command: str, description: str | None, classes: Sequence[Any], run: Callable[..., Any]
+    argv: list[str],
+    command: str,
+    description: str | None,
+    classes: Sequence[Any],
+    run: Callable[..., Any],
+    go_on: Callable[[Any], str],
 ) -> int:
     """Runs a command that takes a recipe.
 
@@ -15,7 +20,9 @@ def run_recipe(
         description (`str`): The docstring of the command, which is its help.
         classes (`Sequence[type]`): The dataclasses of the recipe's keys, ours first.
         run (`Callable`): Takes one value of each class.
+        go_on (`Callable`): Says, of the training's configuration, how to go on after Ctrl-C.
     """
+    from trl_search.cli.options import explained_interrupt
     from trl_search.cli.recipe_checks import refuse_problems
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.recipe import build_arguments, recipe_values
@@ -26,5 +33,7 @@ def run_recipe(
     if values.get("collect_only"):  # nothing is trained, so what only training needs a GPU for is not asked
         values = {**values, "bf16": False, "fp16": False}
     refuse_problems(values, classes)
-    run(*build_arguments(values, classes))
+    built = build_arguments(values, classes)
+    with explained_interrupt(lambda: go_on(built[1])):
+        run(*built)
     return 0

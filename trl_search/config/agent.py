@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
+from trl_search.config.run_file import REMEDY, find_run_file
 from trl_search.environment import PASSAGE_TEMPLATE, SearchEnvironment
 from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.retrieval.base import Retriever
@@ -24,8 +25,6 @@ from trl_search.rollout import Limits
 
 FORMAT = 1
 SETTINGS_FILE = "trl_search.json"
-REMEDY = "remove it, and say how to ask by options"
-RUN_FILE = "run.json"
 
 
 @dataclass
@@ -222,13 +221,12 @@ def read_settings(model: str) -> AgentSettings | None:
         return None if found is None else settings_of(read_object(Path(found), REMEDY), f"{model}/{SETTINGS_FILE}")
     if (folder / SETTINGS_FILE).is_file():
         return settings_of(read_object(folder / SETTINGS_FILE, REMEDY), str(folder / SETTINGS_FILE))
-    for path in (folder / RUN_FILE, folder.resolve().parent / RUN_FILE):
-        if path.is_file():
-            config = read_object(path, REMEDY).get("config")
-            if not isinstance(config, dict):
-                raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
-            return settings_of(config, str(path))
-    return None
+    if (path := find_run_file(model)) is None:
+        return None
+    config = read_object(path, REMEDY).get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
+    return settings_of(config, str(path))
 
 
 def _types(hint: Any) -> tuple[type, ...]:
@@ -252,5 +250,5 @@ def _cached(model: str) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:
+    except (OSError, UserError):
         return None

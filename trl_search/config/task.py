@@ -12,9 +12,10 @@ from datasets import Dataset, concatenate_datasets
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
+from trl_search.config.searched import WORLD, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
-from trl_search.retrieval import Retriever, load_retriever, open_retriever
+from trl_search.retrieval import Retriever
 from trl_search.rewards import resolve_rewards
 
 
@@ -36,7 +37,10 @@ class QuestionArguments:
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
     retriever: str = field(
         default="bm25",
-        metadata={"help": "An index folder, the address of a server (http://host:8000), or a kind of retriever."},
+        metadata={
+            "help": "An index folder, the address of a server (http://host:8000), the folder of a run (what it "
+            "searched), a kind of retriever, or world."
+        },
     )
     retriever_options: str = field(
         default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
@@ -138,14 +142,15 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) ->
         evidence (`bool`): The training questions also say which passages hold their answers, as far as that is known.
     """
     options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
-    if arguments.questions == "world":
-        world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed)
+    in_world, size = arguments.questions == WORLD, (arguments.world_passages, arguments.world_seed)
+    searched = resolve_searched(arguments.retriever, options, world_size=size, in_world=in_world)
+    if in_world:
+        world = searched.world or generate_world(*size)
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
         # Its three types of question are one set: they are not weighed against each other.
         tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
         held_out = _sample(tested, arguments.max_eval_questions, seed)
-        retriever = load_retriever(arguments.retriever, passages=world.passages, **options)
-        return Task(train, held_out, retriever)
+        return Task(train, held_out, searched.load())
     names = set_names(arguments.eval_questions)
     limit, fields = arguments.max_eval_questions, arguments.fields
     train = load_questions(
@@ -157,7 +162,7 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) ->
         evidence=evidence,
     )
     held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
-    return Task(train, held_out, open_retriever(arguments.retriever, options))
+    return Task(train, held_out, searched.load())
 
 
 def load_held_out(

@@ -26,6 +26,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import git_state, hardware, versions
 from trl_search.config.agent import AgentSettings, search_environment
+from trl_search.config.searched import Searched, resolve_searched, run_record
 from trl_search.data import QuestionFields
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
@@ -49,12 +50,12 @@ from trl_search.evaluation.settings import (
 from trl_search.evaluation.table import Results, results_markdown
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
+from trl_search.retrieval import Retriever
 from trl_search.types import Sampling
 
 FORMAT = 1
 RESULTS_MD = "results.md"
-_SEARCHING = ("search", "rag")
+SEARCHING = ("search", "rag")
 # The share of failed questions is not judged before this many questions.
 _FEW = 100
 
@@ -102,7 +103,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     sets = _question_sets(plan, world)
     model = tiny_policy_path() if plan.model == "tiny" else plan.model
     tokenizer = load_tokenizer(model)
-    retriever, description = _retriever(plan, world)
+    retriever, description = _retriever(plan)
     environment = AnswerOnly() if retriever is None else search_environment(retriever, plan.agent)
 
     # 2. The settings, which must be those that the folder was begun with.
@@ -255,22 +256,30 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
     return sets
 
 
-def _retriever(plan: Plan, world: World | None) -> tuple[Retriever | None, dict[str, Any] | None]:
+def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
     """The retriever and its description; none if no mode searches."""
-    if not set(plan.modes) & set(_SEARCHING):
+    if not set(plan.modes) & set(SEARCHING):
         return None, None
-    what, options = plan.retriever, dict(plan.retriever_options)
-    if world is not None:
-        kind = what or "bm25"
-        described = {**options, "passages": f"of the world: {plan.world_passages}, seed {plan.world_seed}"}
-        return load_retriever(kind, passages=world.passages, **options), describe_retriever(kind, described)
-    if what is None:
+    searched = what_is_searched(plan)
+    return searched.load(), describe_retriever(searched.kind, searched.described())
+
+
+def what_is_searched(plan: Plan) -> Searched:
+    """What the modes of a plan search: what it says, else the world of its questions, else what the run searched.
+
+    Raises:
+        UserError: where nothing says what to search.
+    """
+    in_world, size = WORLD in plan.datasets, (plan.world_passages, plan.world_seed)
+    word = plan.retriever or ("bm25" if in_world else None)
+    if word is None and run_record(plan.model) is not None:
+        word = plan.model
+    if word is None:
         raise UserError(
-            f"mode {next(mode for mode in plan.modes if mode in _SEARCHING)} searches: give --retriever, an index "
+            f"mode {next(mode for mode in plan.modes if mode in SEARCHING)} searches: give --retriever, an index "
             "folder, the address of a server, or a kind with its --retriever_options"
         )
-    kind, options = resolve_retriever(what, options)
-    return load_retriever(kind, **options), describe_retriever(kind, options)
+    return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
 
 
 @contextmanager

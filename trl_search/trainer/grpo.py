@@ -55,6 +55,7 @@ from trl_search.trainer.batch import (
     sampling_of,
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
+from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation import policy_of
 from trl_search.trainer.inputs import (
@@ -185,6 +186,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
             # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
             self.collapse_alarm = CollapseAlarm(stop=args.on_collapse != "warn")
             self.callback_handler.callbacks[:0] = [self.collapse_alarm, self.run_log]
+            show_steps(self)
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)

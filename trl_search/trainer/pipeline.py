@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +27,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
@@ -40,7 +44,7 @@ from trl_search.records.folder import AFTER_ROW, BEST_ROW
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, read_best
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measure
-from trl_search.trainer.callbacks.progress import StepLines
+from trl_search.trainer.callbacks.progress import heading
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
@@ -137,6 +141,7 @@ def measure_untrained(run: Run) -> None:
     """Measures the baselines with a model that no trainer has yet."""
     if not run.baselines:
         return
+    announce("Baselines", f"{', '.join(run.baselines)}, on {len(run.task.held_out or []):,} held-out questions")
     run.model.to(run.config.device)  # type: ignore[arg-type]
     speaker = TransformersPolicy(run.model, run.tokenizer, max_sequences=run.config.rollout_batch_size)
     for mode in run.baselines:
@@ -163,6 +168,7 @@ def warm_up(
     """Fine-tunes the model on weak play in a world of its own, so that it knows the format before GRPO."""
     if arguments.questions != "world":
         raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
+    announce("Warm start", f"{arguments.warm_start_steps} supervised steps, in another world")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
     environment = search_environment(retriever, config.agent)
@@ -199,8 +205,6 @@ def build(run: Run) -> SearchGRPOTrainer:
     )
     base = {"base_model": run.model_config.model_name_or_path}
     trainer.run_log.task = {**base, **dataclasses.asdict(run.arguments), **run.task.description}
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(StepLines)
     return trainer
 
 
@@ -229,17 +233,20 @@ class MeasureBefore(TrainerCallback):
         if state.global_step:  # a resumed run has this behind it
             return
         run, warmed_up = self.run, bool(self.run.arguments.warm_start_steps)
+        announce("Evaluation", f"before GRPO, on {len(self.held_out.rows):,} held-out questions")
         for mode in [] if warmed_up else run.baselines:
             run.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
         row = "search, warm-started" if warmed_up else "search, before GRPO"
         run.measured[row] = self.held_out.measure().average
         if state.is_world_process_zero:  # now, as the run may be killed and resumed
             write_results(run, [])
+        announce("GRPO", f"{state.max_steps:,} steps on {len(run.task.train):,} questions")
 
 
 def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> None:
     """Measures the trained policy, writes results and report, and prints the table."""
     if held_out is not None and run.arguments.evaluate:
+        announce("Evaluation", f"after GRPO, on {len(held_out.rows):,} held-out questions")
         run.measured[AFTER_ROW] = held_out.measure().average
     best = read_best(run.folder) if run.arguments.evaluate_every else None
     if best is not None and best.step != trainer.state.global_step:
@@ -252,22 +259,31 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
     if run.measured:
         print(f"\n{results_table(run.measured)}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
+    print(f"  trl-search report {folder}    curves, alarms, and every token of its trajectories")
+    print(f"  trl-search chat {folder}      asks it a question")
     if best is not None:
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
 
 
+def announce(phase: str, said: str) -> None:
+    """Says which phase begins, in one process of several."""
+    if PartialState().is_main_process:
+        heading(phase, said)
+
+
 def results_table(measured: Mapping[str, Evaluation]) -> str:
-    """The before/after table, in Markdown."""
-    lines = [
-        "| policy | EM | ± 95 % | F1 | searches per question | reflective-phrase ratio |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The before/after table: aligned for a terminal, and Markdown."""
+    table = Table(box=box.MARKDOWN)
+    table.add_column("policy")
+    for name in ("EM", "± 95 %", "F1", "searches per question", "reflective-phrase ratio"):
+        table.add_column(name, justify="right")
     for row, result in measured.items():
-        lines.append(
-            f"| {row} | {result.em:.3f} | {result.em_ci95:.3f} | {result.f1:.3f} | {result.searches:.2f} | "
-            f"{result.reflective_ratio:.3f} |"
-        )
-    return "\n".join(lines)
+        numbers = (result.em, result.em_ci95, result.f1)
+        shown = [*(f"{value:.3f}" for value in numbers), f"{result.searches:.2f}", f"{result.reflective_ratio:.3f}"]
+        table.add_row(row, *shown)
+    text = io.StringIO()
+    Console(file=text, width=200).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
 
 def write_results(run: Run, history: Sequence[Mapping[str, Any]]) -> float:

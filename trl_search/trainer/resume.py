@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import re
 from pathlib import Path
 
@@ -38,6 +40,16 @@ def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
         f"resume_from_checkpoint=last, and {folder} holds no checkpoint of its run that was written to its end: give "
         f"the path of one, or leave resume_from_checkpoint out"
     )
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to do after an interrupt: a checkpoint of this run is resumed, else the run begins anew."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            checkpoint = checkpoint_to_resume("last", folder.absolute())
+    except UserError:
+        return "no checkpoint is written yet (save_steps): the same command begins anew"
+    return f"the same command with --resume_from_checkpoint last goes on from {checkpoint}"
 
 
 def _started_at(folder: Path) -> float:

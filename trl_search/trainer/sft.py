@@ -19,7 +19,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_search.common.errors import UserError
@@ -28,7 +27,7 @@ from trl_search.data.world import World
 from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
-from trl_search.trainer.callbacks.progress import StepLines
+from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
 from trl_search.types import Trajectory
@@ -111,8 +110,7 @@ def train(
     trainer = _SFTTrainer(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(StepLines)
+    show_steps(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:

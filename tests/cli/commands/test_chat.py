@@ -123,7 +123,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     [
         (["./no/model", "q", "--world"], "there is no model at no/model"),
         (["tiny", "q", "--passages_per_query", "0"], "passages_per_query=0 must be at least 1"),
-        (["tiny", "q", "--temperature", "-1"], "--temperature is at least 0"),
+        (["tiny", "q", "--temperature", "-1"], "--temperature and --top_k are at least 0"),
         (["tiny", "q", "--world", "--retriever", "web"], "give one of them"),
         (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
         (["tiny", "q", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),

@@ -82,11 +82,11 @@ def test_a_sample_without_the_evaluation_sets_is_written_and_read_back(
 
 def test_nothing_is_overwritten_unless_it_is_said(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = train.read_bytes()
-    assert "mine.jsonl is there already: give --force" in refused(
+    assert "mine.jsonl is there already: give --overwrite" in refused(
         capsys, "questions", train, "--limit", 2, "--output", train
     )
     assert train.read_bytes() == before
-    assert main(["data", "questions", str(train), "--limit", "2", "--output", str(train), "--force"]) == 0
+    assert main(["data", "questions", str(train), "--limit", "2", "--output", str(train), "--overwrite"]) == 0
     assert len(load_questions(train)) == 2 and list(train.parent.iterdir()) == [train]
 
 

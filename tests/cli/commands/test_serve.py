@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from trl_search.cli.main import main
+from trl_search.config.searched import Searched
 from trl_search.retrieval.index.folder import build_index
 from trl_search.types import Passage
 
@@ -78,6 +79,9 @@ def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path
     from trl_search.cli.commands.serve import _fingerprint
 
     build_index([Passage("1", "Orlune", "Orlune has burnt down.")], tmp_path / "index")
-    assert _fingerprint("bm25", {"index": str(index)}) == _fingerprint("bm25", {"index": str(index)})
-    fingerprints = {_fingerprint("bm25", {"index": str(folder)}) for folder in (index, tmp_path / "index")}
-    assert len(fingerprints) == 2
+
+    def fingerprint(folder: Path) -> str:
+        return _fingerprint(Searched("bm25", {"index": str(folder)}))
+
+    assert fingerprint(index) == fingerprint(index) != fingerprint(tmp_path / "index")
+    assert _fingerprint(Searched("bm25", {}, (300, 1))) != _fingerprint(Searched("bm25", {}, (300, 2)))

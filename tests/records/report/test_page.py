@@ -263,10 +263,10 @@ def test_what_is_no_report_stays(tmp_path: Path, capsys: pytest.CaptureFixture[s
     other = tmp_path / "thesis.html"
     other.write_text("<!doctype html><p>three years of work")
     assert main(["report", str(folder), "-o", str(other)]) == 2
-    assert "--force" in capsys.readouterr().err and "three years" in other.read_text()
+    assert "--overwrite" in capsys.readouterr().err and "three years" in other.read_text()
     assert main(["report", str(folder), "-o", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
-    assert main(["report", str(folder), "-o", str(other), "--force"]) == 0
+    assert main(["report", str(folder), "-o", str(other), "--overwrite"]) == 0
     assert "three years" not in other.read_text("utf-8") and not list(tmp_path.glob(".*.tmp"))
 
 

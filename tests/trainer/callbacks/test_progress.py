@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
-from trl_search.trainer.callbacks.progress import StepLines, step_line
+import pytest
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+
+from trl_search.trainer.callbacks import progress
+from trl_search.trainer.callbacks.progress import StepLines, heading, show_steps, step_line, step_table
 
 
 def test_a_line_shows_what_was_logged():
@@ -17,3 +22,57 @@ def test_only_steps_are_lines_and_only_of_the_main_process(capsys):
         state = SimpleNamespace(is_world_process_zero=is_main, global_step=1, max_steps=2)
         StepLines().on_log(None, state, None, logs=logs)
     assert capsys.readouterr().out == "step 1/2  reward 1.00  loss 0.100\n"
+
+
+class Shower:
+    """What `show_steps` asks of a trainer."""
+
+    def __init__(self, *, disable_tqdm: bool) -> None:
+        self.args = SimpleNamespace(disable_tqdm=disable_tqdm)
+        self.shown: list[object] = [PrinterCallback() if disable_tqdm else ProgressCallback()]
+
+    def remove_callback(self, kind: type) -> None:
+        self.shown = [one for one in self.shown if type(one) is not kind]
+
+    def add_callback(self, one: object) -> None:
+        self.shown.append(one)
+
+
+def test_a_script_sees_the_same_lines_and_can_switch_them_off() -> None:
+    trainer = Shower(disable_tqdm=False)
+    show_steps(trainer)  # type: ignore[arg-type]
+    assert [type(one) for one in trainer.shown] == [StepLines]
+    quiet = Shower(disable_tqdm=True)
+    show_steps(quiet)  # type: ignore[arg-type]
+    assert [type(one) for one in quiet.shown] == [PrinterCallback]
+
+
+def test_a_notebook_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[str] = []
+    display = ModuleType("IPython.display")
+    display.HTML = str  # type: ignore[attr-defined]
+    output = SimpleNamespace(update=pages.append)
+    display.display = lambda page, **_: pages.append(page) or output  # type: ignore[attr-defined]
+    ipython = ModuleType("IPython")
+    ipython.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    monkeypatch.setattr(progress, "is_in_notebook", lambda: True)
+    trainer = Shower(disable_tqdm=False)
+    show_steps(trainer)  # type: ignore[arg-type]
+    table, args = trainer.shown[-1], SimpleNamespace(eval_strategy="no")
+    assert type(table).__name__ == type(step_table()).__name__ == "StepTable"
+    state = TrainerState(global_step=1, max_steps=2, epoch=0.5, num_train_epochs=1)
+    table.on_train_begin(args, state, None)
+    for step, logs in ((1, {"loss": 0.25, "reward": 0.5}), (2, {"loss": 0.125, "reward": 1.0, "alarm/entropy": 1})):
+        state.global_step = step
+        table.on_log(args, state, None, logs=logs)
+        table.on_step_end(args, state, None)
+    assert all(word in pages[-1] for word in ("reward", "0.500", "1.00", "0.125"))
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook")
+
+
+def test_a_phase_has_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    heading("GRPO", "12 steps on [1,500] questions")
+    assert capsys.readouterr().out == "\n── GRPO: 12 steps on [1,500] questions\n"

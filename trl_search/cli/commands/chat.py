@@ -2,7 +2,8 @@
 
     trl-search chat tiny                                              a session offline: the shipped policy, its world
     trl-search chat owner/model "How is the weather in Seoul?"        one question; searches the web (ddgs)
-    trl-search chat runs/qwen3b --retriever indexes/wiki              a run or an adapter, over an index folder
+    trl-search chat runs/qwen3b                                       a run: it searches what it was trained with
+    trl-search chat runs/qwen3b --retriever indexes/wiki              or another index folder
     trl-search chat runs/qwen3b --retriever http://localhost:8000     over a server
     trl-search chat runs/qwen3b --json < questions.txt         one question per line in, one JSON object per line out
 
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, sampling_of, searched_of
 from trl_search.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,17 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searched.add_argument(
         "--retriever",
         metavar="WHAT",
-        help="a kind (web, http, dense ...), an index folder, a server's address, or 'world', the embedded one "
-        "(default: web; world for tiny)",
+        help=f"{SEARCHED} (default: what the run searched; world for tiny; else web)",
     )
-    searched.add_argument("--retriever_options", default="{}", metavar="JSON", help="""'{"provider": "serper"}'""")
+    add_retriever_options(searched)
     searched.add_argument("--world", action="store_true", help="the same as --retriever world")
-    searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
-    searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+    add_world_options(searched)
     add_agent_options(parser)
     run = parser.add_argument_group("how it runs")
     run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     run.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    run.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
     run.add_argument("--seed", type=int, help="of the first question, one more for each after it (default: drawn)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
@@ -76,13 +77,11 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.chat.interrupts import beside_main
     from trl_search.chat.session import load_chat
     from trl_search.config.agent import asked, trained_settings
-    from trl_search.types import Sampling
 
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise UserError(f"--temperature is at least 0 and --top_p in (0, 1]; got {args.temperature} and {args.top_p}")
+    sampling = sampling_of(args)
     if args.world and args.retriever not in (None, "world"):
         raise UserError(f"--world and --retriever {args.retriever} are two things to search: give one of them")
-    what = args.retriever or ("world" if args.world or args.model == "tiny" else "web")
+    what = args.retriever or _default_retriever(args)
     if not args.questions and not sys.stdin.isatty():
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
         if not args.questions:
@@ -91,19 +90,20 @@ def run(args: argparse.Namespace) -> int:
         args.passages_per_query = WEB_HITS
     settings = asked(trained_settings(args.model), vars(args))
 
-    def load() -> tuple[Retriever, World | None, Chat]:
-        retriever, world = _retriever(what, args)
-        sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
-        where = {"device": args.device, "dtype": args.dtype, "server": args.server}
-        return retriever, world, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
+    searched = searched_of(args, what)
 
-    retriever, world, chat = beside_main(load)
+    def load() -> tuple[Retriever, Chat]:
+        retriever = searched.load()
+        where = {"device": args.device, "dtype": args.dtype, "server": args.server}
+        return retriever, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
+
+    retriever, chat = beside_main(load)
     seed = random.getrandbits(32) if args.seed is None else args.seed
     with contextlib.closing(retriever), chat:
         if args.questions:
             answered = [_answer(chat, question, args, seed + n) for n, question in enumerate(args.questions)]
             return int(not all(answered))
-        _session(chat, args, seed, world)
+        _session(chat, args, seed, searched.world)
     return 0
 
 
@@ -174,13 +174,10 @@ def _lines(prompt: str) -> Iterator[str]:
             yield line
 
 
-def _retriever(what: str, args: argparse.Namespace) -> tuple[Retriever, World | None]:
-    from trl_search.common.files import parse_object
-    from trl_search.data.world import generate_world
-    from trl_search.retrieval import load_retriever, open_retriever
+def _default_retriever(args: argparse.Namespace) -> str:
+    """What is searched where nothing is said: the public web only for a model that no run here has trained."""
+    from trl_search.config.searched import run_record
 
-    options = parse_object(args.retriever_options, "--retriever_options", '{"provider": "serper"}')
-    if what == "world":
-        world = generate_world(args.world_passages, args.world_seed)
-        return load_retriever("bm25", passages=world.passages, **options), world
-    return open_retriever(what, options), None
+    if args.world or args.model == "tiny":
+        return "world"
+    return "web" if run_record(args.model) is None else str(args.model)

@@ -19,10 +19,19 @@ to be asked (protocol, instruction, budgets), and options say otherwise. docs/ev
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.cli.options import (
+    SEARCHED,
+    add_question_fields,
+    add_retriever_options,
+    add_world_options,
+    explained_interrupt,
+    question_fields,
+    sampling_of,
+)
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 
@@ -51,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searched.add_argument(
         "--retriever",
         metavar="WHAT",
-        help="an index folder, a server's address, or a kind (dense, http, web ...; default with the world: bm25)",
+        help=f"{SEARCHED} (default: what the run searched; with --datasets world: world)",
     )
-    searched.add_argument("--retriever_options", default="{}", metavar="JSON", help="""'{"index": "indexes/wiki"}'""")
+    add_retriever_options(searched)
     searched.add_argument(
         "--max_failed_share",
         type=float,
@@ -62,13 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop when the searches of more questions fail; those that failed are counted, named, left out of the "
         "means, and asked again by the same command (default: 0.05)",
     )
-    searched.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
-    searched.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+    add_world_options(searched)
     add_agent_options(parser)
     sampled = parser.add_argument_group("how it samples")
     sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    sampled.add_argument("--top_k", type=int, default=0, help="0: all tokens (default: 0)")
+    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
     run = parser.add_argument_group("where it runs")
     run.add_argument(
         "--backend",
@@ -87,12 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.common.provenance import command_without_secrets
     from trl_search.config.agent import asked, trained_settings
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.evaluate import MODES
     from trl_search.evaluation.run import Plan, run_evaluation
-    from trl_search.types import Sampling
 
     modes = list(dict.fromkeys(filter(None, args.modes.split(","))))
     for mode in modes:
@@ -102,11 +110,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--modes is empty: give some of {','.join(MODES)}")
     if args.backend not in BACKENDS:
         raise unknown_name("backend", args.backend, BACKENDS)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError(
-            "--temperature and --top_k are at least 0 and --top_p in (0, 1]; got "
-            f"{args.temperature}, {args.top_k} and {args.top_p}"
-        )
+    sampling = sampling_of(args, seed=args.seed)
     if not 0 <= args.max_failed_share <= 1:
         raise UserError(f"--max_failed_share is a share, from 0 to 1; got {args.max_failed_share}")
     if args.concurrency < 1:
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             engine_options=parse_object(args.engine_options, "--engine_options", '{"max_model_len": 8192}'),
             concurrency=args.concurrency,
         ),
-        sampling=Sampling(args.temperature, args.top_p, args.top_k, seed=args.seed),
+        sampling=sampling,
         retriever=args.retriever,
         retriever_options=parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}'),
         world_passages=args.world_passages,
@@ -138,7 +142,10 @@ def run(args: argparse.Namespace) -> int:
         published=args.published,
         command=command_without_secrets(["trl-search", *sys.argv[1:]]),
     )
-    run_evaluation(plan)
+    plan.backend.check(int(os.environ.get("WORLD_SIZE", "1")))
+    refuse_evaluation(plan)
+    with explained_interrupt(lambda: "the same command goes on: finished questions are not asked again"):
+        run_evaluation(plan)
     return 0
 
 

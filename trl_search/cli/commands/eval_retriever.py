@@ -14,31 +14,37 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.cli.options import (
+    SEARCHED,
+    add_question_fields,
+    add_retriever_options,
+    add_world_options,
+    question_fields,
+    searched_of,
+)
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object, write_json
+from trl_search.common.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("retrievers", nargs="+", metavar="RETRIEVER", help="index folders, servers' addresses, kinds")
+    parser.add_argument("retrievers", nargs="+", metavar="RETRIEVER", help=f"each {SEARCHED}")
     parser.add_argument("--datasets", required=True, nargs="+", metavar="SET", help="BEIR folders and question sets")
-    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options, of each retriever")
-    parser.add_argument("--passages_per_query", type=int, default=10, metavar="K", help="(default: 10)")
+    parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
     parser.add_argument("--split", default="test", help="of the qrels of BEIR folders (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N queries of each set")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
     parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON, too")
+    add_retriever_options(parser)
+    add_world_options(parser)
     add_question_fields(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from trl_search.config.task import set_names
     from trl_search.evaluation.retriever_quality import load_judged, measure, quality_table
-    from trl_search.retrieval import open_retriever
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is how many queries of a set are searched, at least 1; got {args.limit}")
-    options = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
     names = [name for word in args.datasets for name in ([word] if Path(word).exists() else set_names(word))]
     sets = [
         one
@@ -47,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}
     for word in args.retrievers:
-        with contextlib.closing(open_retriever(word, options)) as retriever:
+        with contextlib.closing(searched_of(args, word).load()) as retriever:
             for one in sets:
                 measured[one.name][word] = measure(retriever, one, args.passages_per_query)
     for one in sets:

@@ -49,7 +49,7 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from trl_search.cli.options import add_passage_fields, passage_fields
+from trl_search.cli.options import add_passage_fields, explained_interrupt, passage_fields
 from trl_search.retrieval.index.folder import build_index, join_build
 from trl_search.retrieval.index.workers import launched_workers
 from trl_search.retrieval.registry import INDEX_KINDS
@@ -83,17 +83,18 @@ def run(args: argparse.Namespace) -> int:
     if workers.rank > 0:
         join_build(args.output, args.kind, workers, **options)
         return 0
-    manifest = build_index(
-        args.corpus,
-        args.output,
-        args.kind,
-        overwrite=args.overwrite,
-        fields=passage_fields(args),
-        skip_duplicates=args.skip_duplicates,
-        announce=_say,
-        workers=workers,
-        **options,
-    )
+    with explained_interrupt(lambda: "the same command goes on with what is done"):
+        manifest = build_index(
+            args.corpus,
+            args.output,
+            args.kind,
+            overwrite=args.overwrite,
+            fields=passage_fields(args),
+            skip_duplicates=args.skip_duplicates,
+            announce=_say,
+            workers=workers,
+            **options,
+        )
     print(f"{args.output}: {manifest.passages:,} passages, {sum(manifest.files.values()) / 1e6:,.1f} MB")
     measured = manifest.details.get("vectors", {})
     if "recall_at_3" in measured:

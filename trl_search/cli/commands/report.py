@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trajectories on the page; if there are more, whole steps are taken evenly (default: 2000)",
     )
     parser.add_argument("--figures", metavar="DIR", help="also write the charts and the reflection figure as PNG")
-    parser.add_argument("--force", action="store_true", help="replace FILE even if it is not a report")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is not a report")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     runs = [read_run(folder) for folder in args.runs]
     output = Path(args.output) if args.output is not None else Path(args.runs[0], "report.html")
-    write_report(runs, output, max_trajectories=args.max_trajectories, force=args.force)
+    write_report(runs, output, max_trajectories=args.max_trajectories, overwrite=args.overwrite)
     for one in runs:
         for problem in one.problems:
             print(f"trl-search report: {one.folder}: {problem}", file=sys.stderr)

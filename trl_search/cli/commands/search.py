@@ -3,6 +3,7 @@
     trl-search search indexes/corpus "where was Mira Talvane born?" --passages_per_query 3
     trl-search search http://localhost:8000 "where was Mira Talvane born?"
     trl-search search web "where was Marie Curie born?"
+    trl-search search runs/quickstart "where was Mira Talvane born?"          what that run searched
 
 Several questions are searched together. Each is answered with its passages, best first, with id and score; none
 where no passage shares a word with the question.
@@ -15,21 +16,20 @@ import contextlib
 import shutil
 import textwrap
 
-from trl_search.common.files import parse_object
-from trl_search.retrieval import open_retriever
+from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
 from trl_search.types import Passage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("retriever", metavar="WHAT", help="an index folder, a server's address, or a kind")
+    parser.add_argument("retriever", metavar="WHAT", help=SEARCHED)
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="what to search for, each in quotes")
-    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options of the kind")
-    parser.add_argument("--passages_per_query", type=int, default=3, metavar="K", help="(default: 3)")
+    parser.add_argument("--passages_per_query", type=int, default=3, metavar="N", help="(default: 3)")
+    add_retriever_options(parser)
+    add_world_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
-    with contextlib.closing(open_retriever(args.retriever, options)) as retriever:
+    with contextlib.closing(searched_of(args, args.retriever).load()) as retriever:
         found = retriever.search(args.questions, args.passages_per_query)
     for question, passages in zip(args.questions, found, strict=True):
         print(f"{question}\n")

@@ -24,15 +24,16 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
+from trl_search.cli.first_second import FirstSecond
+from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
+from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object
-from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
+from trl_search.config.searched import Searched
 from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.retrieval.remote.wire import Limits
-from trl_search.retrieval.server.config import ServerConfig
+from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.run import is_loopback, listen, serve
 
 TOKEN = "TRL_SEARCH_TOKEN"
@@ -40,8 +41,9 @@ TOKEN = "TRL_SEARCH_TOKEN"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits, config = Limits(), ServerConfig()
-    parser.add_argument("retriever", metavar="WHAT", help="an index folder, or a kind: bm25, dense, hybrid ...")
-    parser.add_argument("--retriever_options", default="{}", metavar="JSON", help="further options of the kind")
+    parser.add_argument("retriever", metavar="WHAT", help=SEARCHED)
+    add_retriever_options(parser)
+    add_world_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--token_file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
@@ -58,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--passages_per_query",
         type=int,
         default=limits.default_topk,
-        metavar="K",
+        metavar="N",
         help="passages where a request does not say how many (default: 3)",
     )
     size.add_argument(
         "--max_passages_per_query",
         type=int,
         default=limits.max_topk,
-        metavar="K",
+        metavar="N",
         help="a request that wants more is refused (default: %(default)s)",
     )
     size.add_argument(
@@ -81,20 +83,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache_mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
     )
     size.add_argument(
-        "--timeout", type=float, default=config.search_timeout_s, help="seconds per search (default: %(default)s)"
+        "--search_timeout_s",
+        type=float,
+        default=config.search_timeout_s,
+        help="of one search (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    token = _token(args.token_file)
-    if token is None and not is_loopback(args.host) and not args.allow_anonymous:
-        raise UserError(
-            f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token_file; "
-            "or say --allow_anonymous where everybody who can connect may search"
-        )
-    given = parse_object(args.retriever_options, "--retriever_options", '{"backend": "numpy"}')
-    kind, options = resolve_retriever(args.retriever, given)
-    config = ServerConfig(
+    found = FirstSecond()
+    token = found.see("token", lambda: _token(args))
+    searched = found.see("retriever", lambda: searched_of(args, args.retriever))
+    found.add(retriever_checks(searched) if searched is not None else ())
+    config = found.see("limits", lambda: _config(args, searched, token))
+    found.see("packages", lambda: need_packages(on_ray=args.ray))
+    found.see("address", lambda: listen(args.host, args.port).close())
+    found.refuse()
+    assert searched is not None and config is not None
+    if args.ray:
+        return _run_on_ray(args, searched, config)
+    listening = listen(args.host, args.port)
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    started = time.monotonic()
+
+    def loaded() -> None:
+        _say_ready(url, config, started)
+
+    print(f"loading {config.name} ...", flush=True)
+    serve(searched.load, config, listening, loaded)
+    print("stopped; what was under way is answered", flush=True)
+    return 0
+
+
+def _config(args: argparse.Namespace, searched: Searched | None, token: str | None) -> ServerConfig:
+    return ServerConfig(
         limits=Limits(
             max_queries=args.max_queries,
             max_topk=args.max_passages_per_query,
@@ -102,33 +125,20 @@ def run(args: argparse.Namespace) -> int:
         ),
         max_queued=args.max_queued,
         max_batch=args.max_batch,
-        search_timeout_s=args.timeout,
+        search_timeout_s=args.search_timeout_s,
         cache_bytes=args.cache_mb << 20,
-        fingerprint=_fingerprint(kind, options),
-        name=kind if kind == args.retriever else f"{kind} from {args.retriever}",
+        fingerprint="" if searched is None else _fingerprint(searched),
+        name="" if searched is None else _name(args.retriever, searched.kind),
         token=token,
         access_log=not args.no_access_log,
     )
-    if args.ray:
-        return _run_on_ray(args, kind, options, config)
-    listening = listen(args.host, args.port)
-    host, port = listening.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    started = time.monotonic()
-
-    def load() -> Retriever:
-        return load_retriever(kind, **options)
-
-    def loaded() -> None:
-        _say_ready(url, config, started)
-
-    print(f"loading {config.name} ...", flush=True)
-    serve(load, config, listening, loaded)
-    print("stopped; what was under way is answered", flush=True)
-    return 0
 
 
-def _run_on_ray(args: argparse.Namespace, kind: str, options: dict[str, Any], config: ServerConfig) -> int:
+def _name(word: str, kind: str) -> str:
+    return kind if kind == word else f"{kind} from {word}"
+
+
+def _run_on_ray(args: argparse.Namespace, searched: Searched, config: ServerConfig) -> int:
     from trl_search.retrieval.server.ray_serve import RayConfig, serve_on_ray
 
     given = {"replicas": args.replicas, "cpus": args.replica_cpus, "gpus": args.replica_gpus}
@@ -141,7 +151,9 @@ def _run_on_ray(args: argparse.Namespace, kind: str, options: dict[str, Any], co
         _say_ready(url, config, started)
 
     print(f"starting {settings.replicas} replicas ...", flush=True)
-    serve_on_ray(kind, options, config, settings, host=args.host, port=args.port, loaded=loaded)
+    serve_on_ray(
+        searched.kind, searched.load_options(), config, settings, host=args.host, port=args.port, loaded=loaded
+    )
     print("stopped; what was under way is answered", flush=True)
     return 0
 
@@ -155,18 +167,29 @@ def _say_ready(url: str, config: ServerConfig, started: float) -> None:
     print(f"  curl -s {url}/retrieve{secret} -d '{request}'\n", flush=True)
 
 
-def _token(file: str | None) -> str | None:
+def _token(args: argparse.Namespace) -> str | None:
     """From the file, else from the environment; never from the command line, which every user of a machine sees."""
+    file: str | None = args.token_file
     if file is not None:
+        if not Path(file).is_file():
+            raise UserError(f"there is no file {file}: --token_file holds the token")
         return bearer_token(Path(file).read_text(encoding="utf-8"), f"the file {file}")
     # A variable that is set and empty is a mistake, and not a server without a token.
-    return bearer_token(os.environ[TOKEN], TOKEN) if TOKEN in os.environ else None
+    if TOKEN in os.environ:
+        return bearer_token(os.environ[TOKEN], TOKEN)
+    if not is_loopback(args.host) and not args.allow_anonymous:
+        raise UserError(
+            f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token_file; "
+            "or say --allow_anonymous where everybody who can connect may search"
+        )
+    return None
 
 
-def _fingerprint(kind: str, options: dict[str, Any]) -> str:
+def _fingerprint(searched: Searched) -> str:
     """A short name for what is searched: an index by its manifest, which has the corpus's hash, anything else by its
     options."""
-    digest = hashlib.sha256(json.dumps([kind, options], sort_keys=True).encode())
-    if "index" in options and Path(options["index"], MANIFEST).is_file():
-        digest.update(Path(options["index"], MANIFEST).read_bytes())
+    digest = hashlib.sha256(json.dumps([searched.kind, searched.described()], sort_keys=True).encode())
+    index = searched.options.get("index")
+    if index is not None and Path(index, MANIFEST).is_file():
+        digest.update(Path(index, MANIFEST).read_bytes())
     return digest.hexdigest()[:16]

@@ -20,4 +20,7 @@ def main(argv: list[str]) -> int:
     from trl_search.trainer.cold_start.run import ColdStartArguments, run_sft
     from trl_search.trainer.sft import SearchSFTConfig
 
-    return run_recipe(argv, "sft", __doc__, (ColdStartArguments, SearchSFTConfig, ModelConfig), run_sft)
+    def go_on(config: SearchSFTConfig) -> str:
+        return "the same command goes on; --resume_from_checkpoint PATH keeps the trained steps, too"
+
+    return run_recipe(argv, "sft", __doc__, (ColdStartArguments, SearchSFTConfig, ModelConfig), run_sft, go_on)

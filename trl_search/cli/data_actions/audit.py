@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", dest="evaluated", help="an evaluation that asked these questions")
     parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N questions of each set")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
-    parser.add_argument("--passages_per_query", type=int, default=10, metavar="K", help="(default: 10)")
+    parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
     parser.add_argument("--missing", metavar="FILE", help="write the questions that no passage answers, as .jsonl")
     add_question_fields(parser)
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=100, metavar="N", help="words or tokens a passage (default: 100)")
     parser.add_argument("--overlap", type=int, default=0, metavar="N", help="of them shared with the one before")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count the tokens of this model in place of words")
-    parser.add_argument("--force", action="store_true", help="replace FILE where it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
     add_passage_fields(parser)
 
 
@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output}: give a file that ends in .jsonl")
-    if output.exists() and not args.force:
-        raise UserError(f"{output} is there already: give --force to replace it, or another name")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} is there already: give --overwrite to replace it, or another name")
     split = split_words if args.tokenizer is None else token_splitter(args.tokenizer)
     documents, chunks = 0, 0
     read = read_corpus(args.documents, passage_fields(args))

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dedupe_against", default="", metavar="SETS", help="names and files, with commas between")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     parser.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
-    parser.add_argument("--force", action="store_true", help="replace FILE where it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
     add_question_fields(parser)
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from trl_search.data.summary import summarize_questions
 
-    output = _writable(Path(args.output).expanduser(), args.force) if args.output else None
+    output = _writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
     questions = load_questions(args.source, split=args.split, fields=question_fields(args))
@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _writable(path: Path, force: bool) -> Path:
+def _writable(path: Path, overwrite: bool) -> Path:
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {path}: give a file that ends in .parquet or .jsonl")
-    if path.exists() and not force:
-        raise UserError(f"{path} is there already: give --force to replace it, or another name")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already: give --overwrite to replace it, or another name")
     if not path.absolute().parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} into")
     return path

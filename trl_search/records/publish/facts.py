@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.files import read_object
-from trl_search.config.agent import RUN_FILE, AgentSettings, protocol_of, read_settings
+from trl_search.config.agent import AgentSettings, protocol_of, read_settings
+from trl_search.config.run_file import find_run_file
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
@@ -83,9 +84,10 @@ def read_facts(
     license: str | None = None,
 ) -> CardFacts:
     """Reads the facts from the folder of a run or of a checkpoint, and from evaluations of `trl-search eval`."""
-    run_folder = next((f for f in (folder, folder.resolve().parent) if (f / RUN_FILE).is_file()), folder)
+    run_file = find_run_file(str(folder))
+    run_folder = folder if run_file is None else run_file.parent
     remedy = "move it away, and the card says less about the training"
-    info = read_object(run_folder / RUN_FILE, remedy) if (run_folder / RUN_FILE).is_file() else {}
+    info = {} if run_file is None else read_object(run_file, remedy)
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
     tools = SearchEnvironment.tools if asked.max_searches else ()

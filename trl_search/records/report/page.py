@@ -40,7 +40,7 @@ SCRIPTS = (
 
 
 def write_report(
-    runs: Sequence[Run], output: str | Path, *, max_trajectories: int = MAX_TRAJECTORIES, force: bool = False
+    runs: Sequence[Run], output: str | Path, *, max_trajectories: int = MAX_TRAJECTORIES, overwrite: bool = False
 ) -> Path:
     """
     Writes the report of a run, or of several that are compared, as one HTML file.
@@ -49,7 +49,7 @@ def write_report(
         runs (`Sequence[Run]`): What they left half-written is named at the top of the page.
         output (`str` or `Path`): The file. An older report in its place is replaced, any other file is not.
         max_trajectories (`int`, *optional*, defaults to 2000): How many the page carries, of all runs together.
-        force (`bool`, *optional*, defaults to `False`): Replaces whatever is there.
+        overwrite (`bool`, *optional*, defaults to `False`): Replaces whatever is there.
 
     Returns:
         `Path`: the file.
@@ -62,21 +62,21 @@ def write_report(
         PosixPath('report.html')
     """
     output = Path(output)
-    check_output(output, force=force)
+    check_output(output, overwrite=overwrite)
     page = build_page(runs, max_trajectories=max_trajectories)
     with written_whole(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
     return output
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises `UserError` if a report must not replace `output`."""
     if output.is_dir():
         raise UserError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
-    if output.exists() and not force:
+    if output.exists() and not overwrite:
         with output.open("rb") as file:
             if MARK not in file.read(1024):
-                raise UserError(f"{output} is not a report: choose another --output, or replace it with --force")
+                raise UserError(f"{output} is not a report: choose another --output, or replace it with --overwrite")
 
 
 def build_page(runs: Sequence[Run], *, max_trajectories: int = MAX_TRAJECTORIES) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from trl_search.retrieval.base import Retriever
 from trl_search.retrieval.remote.wire import WireError, parse_request
 from trl_search.retrieval.server.asgi import ClientGone, Header, Receive, Scope, Send, header, read_body, send_json
-from trl_search.retrieval.server.config import ServerConfig, need_server_packages
+from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.metrics import ServerMetrics
 from trl_search.retrieval.server.observe import FACTS, Observed
 from trl_search.retrieval.server.service import Refused, SearchService
@@ -47,7 +47,7 @@ def make_app(
         >>> app = make_app(load_retriever("bm25", index="indexes/wiki"), ServerConfig())
         >>> uvicorn.run(app, http=LimitedConnection, port=8000)
     """
-    need_server_packages()
+    need_packages()
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.requests import Request

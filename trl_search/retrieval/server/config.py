@@ -56,8 +56,13 @@ class ServerConfig:
             raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")
 
 
-def need_server_packages() -> None:
-    """Fails with the extra that is missing, before anything is started."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+def need_packages(*, on_ray: bool = False) -> None:
+    """Fails with the extra that is missing, before anything is started.
+
+    Raises:
+        UserError: names the packages, and the extra that brings them.
+    """
+    wanted, extra = (("ray", *_PACKAGES), "ray") if on_ray else (_PACKAGES, "server")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"serving needs {', '.join(missing)}: pip install 'trl-search[server]'")
+        raise UserError(f"serving needs {', '.join(missing)}: pip install 'trl-search[{extra}]'")

@@ -28,7 +28,7 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.retrieval import load_retriever
 from trl_search.retrieval.server.app import make_app
-from trl_search.retrieval.server.config import ServerConfig, need_server_packages
+from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.metrics import join_replicas
 from trl_search.retrieval.server.run import is_loopback, listen, log_to, spare_what_is_loaded
 from trl_search.retrieval.server.service import SearchService
@@ -104,7 +104,7 @@ def gateways(
     port: int = 8000,
 ) -> Iterator[str]:
     """Starts the replicas and gives their address; at the end drains them and leaves the cluster as it was."""
-    need_server_packages()
+    need_packages()
     ray, serve = _import_ray()
     port = _free_port(host, port)
     _join(ray, settings)

@@ -20,7 +20,7 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import Retriever
 from trl_search.retrieval.server.app import make_app
-from trl_search.retrieval.server.config import ServerConfig, need_server_packages
+from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.observe import access_log
 from trl_search.retrieval.threads import on_daemon_thread
 
@@ -36,7 +36,7 @@ def serve(
         listening (`socket.socket`): From `listen`.
         loaded (`Callable[[], None]`): Called when requests begin to be answered.
     """
-    need_server_packages()
+    need_packages()
     import uvicorn
 
     from trl_search.retrieval.server.connection import LimitedConnection

@@ -1,13 +1,23 @@
-"""The terminal output of a training: one bar, and one line per step with the most telling metrics."""
+"""What a person sees of a training: headings of its phases, a bar, and per step the numbers that tell if it learns.
+
+    ── GRPO: 12 steps, 64 trajectories per step
+    step  3/12  reward 0.500  searches 0.720  seconds 5.10
+
+The same in `trl-search train`, in a script with `SearchGRPOTrainer`, and, as a table, in a notebook.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
 from tqdm.auto import tqdm
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_in_notebook
 
 from trl_search.records.alarm_rules import ALARM_PREFIX
 
@@ -26,6 +36,26 @@ SHOWN = {
 }
 
 
+def heading(phase: str, said: str) -> None:
+    """Says which phase of a run begins."""
+    Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
+
+
+def show_steps(trainer: Trainer) -> None:
+    """Has a trainer show our numbers per step in place of every metric; with `disable_tqdm` it is left as it is."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        trainer.add_callback(step_table() if is_in_notebook() else StepLines())
+
+
+def shown(logs: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a step under the names that a person reads, and the alarms that it raised."""
+    numbers = {name: f"{logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None}
+    fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
+    alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
+    return numbers | ({"ALARM": alarms} if alarms else {})
+
+
 def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
     """One line for one step.
 
@@ -33,10 +63,8 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
         >>> step_line(3, 12, {"reward": 0.5, "search/searches": 0.72, "step_time": 5.1})
         'step  3/12  reward 0.500  searches 0.720  seconds 5.10'
     """
-    shown = "  ".join(f"{name} {logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None)
-    fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
-    alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
-    return f"step {step:>{len(str(max_steps))}}/{max_steps}  {shown}" + (f"  ALARM {alarms}" if alarms else "")
+    numbers = "  ".join(f"{name} {value}" for name, value in shown(logs).items())
+    return f"step {step:>{len(str(max_steps))}}/{max_steps}  {numbers}"
 
 
 class StepLines(ProgressCallback):
@@ -60,3 +88,27 @@ class StepLines(ProgressCallback):
         # Without `loss` it is an evaluation or the summary at the end.
         if state.is_world_process_zero and logs and "loss" in logs:
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
+
+
+def step_table() -> TrainerCallback:
+    """transformers' table in a notebook, with our columns. It needs IPython, which a notebook has."""
+    from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
+
+    class StepTable(NotebookProgressCallback):
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            self.training_tracker = NotebookTrainingTracker(state.max_steps, ["step"])
+
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: Mapping[str, Any] | None = None,
+            **kwargs: Any,
+        ) -> None:
+            if self.training_tracker is not None and logs and "loss" in logs:
+                self.training_tracker.write_line({"step": state.global_step, **shown(logs)})
+
+    return StepTable()

@@ -89,6 +89,9 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             "output_dir/collection."
         },
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Train into an output_dir that holds a finished model, and replace it."}
+    )
     collect_only: bool = field(default=False, metadata={"help": "Collect and choose, and do not train."})
 
     min_f1: float | None = field(

@@ -1,0 +1,78 @@
+"""What `trl-search eval` needs of this machine, found out before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import httpx
+
+from trl_search.cli.first_second import FirstSecond
+from trl_search.cli.model_checks import check_template
+from trl_search.cli.preflight import Check, Device, Status
+from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questions, count_parameters, gpus
+from trl_search.cli.retriever_checks import package_problem, retriever_checks
+from trl_search.evaluation.run import SEARCHING, Plan, what_is_searched
+from trl_search.evaluation.settings import read_settings_file
+
+_TIMEOUT_S = 5.0
+_BYTES = {"float32": 4, "auto": 2, None: 2}
+
+
+def refuse_evaluation(plan: Plan) -> None:
+    """Refuses an evaluation that cannot run here. Of several processes the first one looks."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    found = FirstSecond()
+    found.see("output", lambda: read_settings_file(plan.output))
+    found.add(_model_checks(plan, gpus()))
+    found.add(check_questions({"questions": plan.datasets[0], "eval_questions": list(plan.datasets[1:])}))
+    if set(plan.modes) & set(SEARCHING):
+        searched = found.see("retriever", lambda: what_is_searched(plan))
+        found.add(retriever_checks(searched) if searched is not None else ())
+    found.refuse()
+
+
+def _model_checks(plan: Plan, devices: list[Device]) -> Iterator[Check]:
+    model = check_model_is_there(plan.model)
+    yield model
+    if model.status is Status.OK:
+        yield check_template(plan.model, plan.agent.protocol)
+    backend = plan.backend
+    if backend.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield package_problem("--backend vllm", "vllm", "vllm")
+    if backend.name == "vllm_server" and backend.server is not None:
+        yield check_server(backend.server, backend.served_model)
+        return
+    if str(backend.device or "").startswith("cuda") and not devices:
+        yield Check(
+            "device", Status.PROBLEM, f"--device {backend.device}, and torch finds no GPU here", "--device cpu"
+        )
+    if model.status is Status.OK and devices and backend.device != "cpu":
+        yield check_weights(plan.model, backend.dtype, devices)
+
+
+def check_weights(model: str, dtype: str | None, devices: list[Device]) -> Check:
+    """Whether the weights fit on a GPU; what is generated needs memory beside them."""
+    parameters = count_parameters(model)
+    if parameters is None:
+        return Check("gpu memory", Status.NOTE, "the size of the model is not known before it is loaded")
+    need, total = parameters * _BYTES.get(dtype, 2), min(device.total for device in devices)
+    said = f"{need / GIB:.1f} GiB of weights, and a GPU here has {total / GIB:.1f} GiB"
+    if need > total:
+        return Check("gpu memory", Status.PROBLEM, said, "--dtype bfloat16, or --backend vllm_server on several GPUs")
+    return Check("gpu memory", Status.OK, said)
+
+
+def check_server(url: str, served: str | None) -> Check:
+    """Whether a `vllm serve` answers, and serves the model."""
+    try:
+        listed = httpx.get(f"{url.rstrip('/')}/v1/models", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
+        names = [str(model["id"]) for model in listed.json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
+        said = f"no vLLM server answers at {url} ({error or type(error).__name__})"
+        return Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")
+    if served is not None and served not in names:
+        return Check("server", Status.PROBLEM, f"{url} serves {', '.join(names)} and not {served}", "--served_model")
+    return Check("server", Status.OK, f"{url} serves {', '.join(names)}")

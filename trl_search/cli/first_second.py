@@ -1,0 +1,50 @@
+"""The first second of a command: all that is wrong is collected and said at once, each with what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from trl_search.cli.preflight import Check, Status
+from trl_search.common.errors import Explained, UserError
+
+Value = TypeVar("Value")
+
+
+class FirstSecond:
+    """Collects problems, and refuses to go on with all of them.
+
+    Example:
+        >>> found = FirstSecond()
+        >>> searched = found.see("retriever", lambda: resolve_searched("indexes/wiki"))
+        >>> found.refuse()
+        UserError: there is no index folder indexes/wiki; build it with: trl-search index ...
+    """
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+
+    def see(self, name: str, work: Callable[[], Value]) -> Value | None:
+        """What `work` gives; `None` if it explains why it cannot, which is a problem of that name."""
+        try:
+            return work()
+        except Explained as error:
+            self.checks.append(Check(name, Status.PROBLEM, str(error)))
+            return None
+
+    def add(self, checks: Iterable[Check]) -> None:
+        self.checks += checks
+
+    def refuse(self) -> None:
+        """Raises `UserError` with every problem, if there is one."""
+        refuse(self.checks)
+
+
+def refuse(checks: Sequence[Check]) -> None:
+    """Raises `UserError` with every problem among the checks: one alone, or a list with what mends each."""
+    problems = [check for check in checks if check.status is Status.PROBLEM]
+    if len(problems) == 1:
+        raise UserError(f"{problems[0].said}{f': {problems[0].remedy}' if problems[0].remedy else ''}")
+    if problems:
+        lines = [f"  {check.name}: {check.said}{f': {check.remedy}' if check.remedy else ''}" for check in problems]
+        raise UserError("\n".join(["this cannot run here:", *lines]))
