@@ -116,7 +116,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         metadata={
             "help": "Tokens of a pack; they bound the memory of a forward, and per_device_train_batch_size may be "
             "large. Without gradient_checkpointing the activations of one pack are kept at a time, and all packs of a "
-            "micro-batch but the last run twice."
+            "micro-batch but the last run twice. 0: as many as the free memory of the GPU has room for, estimated "
+            "from the model's shape at the first training forward (16384 on a CPU)."
         },
     )
     rollout_batch_size: int = field(
@@ -178,7 +179,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
-        least = {"log_trajectories": 0, "trajectory_table_steps": 0, "max_packed_tokens": 1, "rollout_batch_size": 1}
+        least = {"log_trajectories": 0, "trajectory_table_steps": 0, "max_packed_tokens": 0, "rollout_batch_size": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {number}")

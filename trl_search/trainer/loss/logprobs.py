@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from trl_search.policies.probe import has_router_logits
 from trl_search.trainer.loss.attention import attention_inputs, choose_attention, set_attention
+from trl_search.trainer.loss.memory import RoomForPacks
 from trl_search.trainer.loss.packing import Pack, idle_pack, make_packs, needed_tokens, scored_tokens
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) ->
 
     return LogProbs(
         attention,
-        args.max_packed_tokens,
+        args.max_packed_tokens or RoomForPacks(policy, bare[0].config.get_text_config(), dtype.itemsize),
         agree=most_of_all_ranks,
         # Absolute positions would count a row's padding. Vision-language models make positions of their own.
         takes_positions=takes_positions(bare[0]),
@@ -130,14 +131,14 @@ class LogProbs:
 
     Args:
         attention (`str`): What `choose_attention` chose, and `enable_scoring` was given.
-        max_packed_tokens (`int`): Tokens of a pack; a longer trajectory has one of its own.
+        max_packed_tokens (`int` or [`RoomForPacks`]): Tokens of a pack; a longer trajectory has one of its own.
         agree (`Callable`): From this rank's number of packs to that of the rank that has most.
         takes_positions (`bool`): Whether a padded forward is given `position_ids`.
         options (`Mapping`): More keywords of every forward.
     """
 
     attention: str
-    max_packed_tokens: int
+    max_packed_tokens: int | RoomForPacks
     agree: Callable[[int], int] = lambda packs: packs
     takes_positions: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -174,7 +175,11 @@ class LogProbs:
         if self.attention == "padded":
             scores = self._padded_scores(model, input_ids_BT, attention_mask_BT, scored_BT, batch_size)
         else:
-            packs = make_packs(attention_mask_BT, scored_BT, self.max_packed_tokens)
+            most = self.max_packed_tokens
+            if isinstance(most, RoomForPacks):
+                tokens = int(needed_tokens(attention_mask_BT, scored_BT).sum())
+                most = most(tokens, checkpointing=gradient_checkpointing)
+            packs = make_packs(attention_mask_BT, scored_BT, most)
             # A rank with nothing to score still runs a forward: the backward of its wrapper waits for one.
             packs += [idle_pack()] * (max(1, self.agree(len(packs))) - len(packs))
             again = torch.is_grad_enabled() and not gradient_checkpointing

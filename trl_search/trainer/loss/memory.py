@@ -1,0 +1,95 @@
+"""How many tokens a pack may have, from the free memory of the GPU and the model's shape (`max_packed_tokens: 0`).
+
+    free memory, without what the optimizer and the gradients are still to take    48.0 GB
+    × 0.8, since kernels and fragments need some                                   38.4 GB
+    activations of one token of a 3B model, all 36 layers: 36 × 146 kB              5.3 MB
+    tokens of a pack                                                                  7,284
+
+What a layer keeps for its backward, in numbers per token (h hidden, i intermediate, q and k the widths of the queries
+and of the keys): 12 h for two norms, which compute in float32, 2 q + 2 k for attention, 4 i for the MLP. With gradient
+checkpointing every layer keeps only its input, of all packs of the micro-batch, and one layer at a time has the rest
+twice, values and gradients.
+
+So with `gradient_checkpointing: false` a micro-batch that fits is one pack, and nothing is computed twice; of one that
+does not fit, all packs but the last run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FALLBACK = 16384  # where no memory is known: on a CPU, and without a backward
+MOST = 65536  # more tokens make no kernel faster
+USABLE = 0.8
+
+
+class RoomForPacks:
+    """The tokens of a pack. Memory is measured once, at the first forward that a backward follows.
+
+    Args:
+        model (`torch.nn.Module`): The model that is trained, on its device; its shards where it is sharded.
+        config: Its text config, of which `hidden_size`, `intermediate_size`, ... are read.
+        number_bytes (`int`): Bytes of an activation: 2 in bf16 and fp16.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Any, number_bytes: int) -> None:
+        self.model, self.config, self.number_bytes = model, config, number_bytes
+        self._usable: float | None = None
+
+    def __call__(self, micro_batch_tokens: int, *, checkpointing: bool) -> int:
+        """Tokens of a pack in a micro-batch of so many tokens."""
+        device = next(self.model.parameters()).device
+        if device.type != "cuda" or not torch.is_grad_enabled():
+            return FALLBACK
+        if self._usable is None:
+            self._usable = USABLE * (free_bytes(device) - bytes_to_come(self.model))
+            tokens = self._tokens(micro_batch_tokens, checkpointing)
+            logger.info("packs of up to %d tokens, in %.1f GB of memory", tokens, self._usable / 1e9)
+        return self._tokens(micro_batch_tokens, checkpointing)
+
+    def _tokens(self, micro_batch_tokens: int, checkpointing: bool) -> int:
+        assert self._usable is not None
+        return tokens_that_fit(
+            self._usable, self.config, self.number_bytes, micro_batch_tokens if checkpointing else None
+        )
+
+
+def tokens_that_fit(usable_bytes: float, config: Any, number_bytes: int, checkpointed_tokens: int | None) -> int:
+    """Tokens whose activations fit into memory, from 1 to `MOST`.
+
+    Args:
+        checkpointed_tokens (`int`, *optional*): Tokens of the micro-batch, with gradient checkpointing.
+    """
+    layers, layer_bytes = config.num_hidden_layers, number_bytes * numbers_per_token(config)
+    if checkpointed_tokens is None:
+        return max(1, min(MOST, int(usable_bytes / (layers * layer_bytes))))
+    kept = checkpointed_tokens * layers * config.hidden_size * number_bytes
+    return max(1, min(MOST, int((usable_bytes - kept) / (2 * layer_bytes))))
+
+
+def numbers_per_token(config: Any) -> int:
+    """What one layer keeps of one token for its backward."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // heads
+    keys = head * (getattr(config, "num_key_value_heads", None) or heads)
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    intermediate = max(config.intermediate_size, experts * (getattr(config, "moe_intermediate_size", None) or 0))
+    return int(12 * hidden + 2 * head * heads + 2 * keys + 4 * intermediate)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free, and what PyTorch holds without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def bytes_to_come(model: torch.nn.Module) -> int:
+    """Gradients that are not there yet, and AdamW's two numbers per weight, which the first step allocates."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes = [(p.to_local() if hasattr(p, "to_local") else p).nbytes for p in trained]
+    return 2 * sum(sizes) + sum(size for p, size in zip(trained, sizes, strict=True) if p.grad is None)
