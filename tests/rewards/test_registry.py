@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from trl_search.rewards import (
     required_columns,
     resolve_rewards,
     retrieval,
+    soft_overlong_punishment,
 )
+from trl_search.rewards.declaration import with_settings
 
 CALL = '<think> who? </think>\n<tool_call>\n{"name": "search", "arguments": {"query_list": ["Mira"]}}\n</tool_call>'
 ANSWER = "<think> it says so </think>\n<answer> Lyon </answer>"
@@ -55,8 +58,9 @@ def test_every_reward_takes_what_trl_passes() -> None:
             trainer_state=object(),
             log_extra=print,
             log_metric=print,
+            **dict.fromkeys(getattr(reward, "settings", ()), 100),
         )
-        assert len(scores) == 2 and all(0.0 <= score <= 1.0 for score in scores), name
+        assert len(scores) == 2 and all(0.0 <= abs(score) <= 1.0 for score in scores), name
         assert reward.__name__ == name
         assert pickle.loads(pickle.dumps(reward)) is reward
 
@@ -257,3 +261,19 @@ def test_an_installed_package_adds_rewards(tmp_path: Path) -> None:
     assert misspelled.startswith("unknown reward 'brevty': did you mean 'brevity'? There are: brevity, broken, em")
     assert broken.startswith("reward 'broken' of package 'toy-rewards' (toy_rewards:gone) cannot be imported")
     assert column.startswith("reward 'brevity' needs the dataset column 'difficulty'")
+
+
+def test_the_soft_overlong_punishment_is_that_of_dapo() -> None:
+    """The same numbers as TRL's, which takes its two lengths as arguments."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    ids = [[1] * length for length in (0, 399, 400, 401, 450, 499, 500, 501, 900)]
+    ours = with_settings(soft_overlong_punishment, SimpleNamespace(max_completion_length=500))
+    assert ours.__name__ == "soft_overlong_punishment" and required_columns(ours) == ()
+    scores = ours(completions=[""] * len(ids), completion_ids=ids)
+    assert scores == pytest.approx(get_soft_overlong_punishment(500, 100)(completion_ids=ids))
+    assert scores[4] == -0.5
+
+
+def test_a_reward_without_settings_is_left_as_it_is() -> None:
+    assert with_settings(em, SimpleNamespace()) is em

@@ -91,6 +91,14 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "per batch: with one, nothing can have fallen yet. 0: none."
         },
     )
+    search_floor_steps: int = field(
+        default=0,
+        metadata={
+            "help": "In the first so many steps, a trajectory without a search earns at most 0 from each reward. It "
+            "keeps searching alive where guessing pays at first, and teaches the policy to search even for what it "
+            "knows. 0: none."
+        },
+    )
     max_failed_share: float = field(
         default=0.5,
         metadata={
@@ -179,7 +187,18 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
-        least = {"log_trajectories": 0, "trajectory_table_steps": 0, "max_packed_tokens": 0, "rollout_batch_size": 1}
+        if self.search_floor_steps and not self.max_searches:
+            raise UserError(
+                f"search_floor_steps={self.search_floor_steps} rewards nothing without a search, and max_searches=0 "
+                "permits none: leave one of them out"
+            )
+        least = {
+            "search_floor_steps": 0,
+            "log_trajectories": 0,
+            "trajectory_table_steps": 0,
+            "max_packed_tokens": 0,
+            "rollout_batch_size": 1,
+        }
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {number}")

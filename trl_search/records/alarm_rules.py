@@ -126,9 +126,9 @@ RULES: tuple[Rule, ...] = (
         rises=0.0, beyond=0.95, unless_solved=True,
     ),
     Rule(
-        "searches", "search/searches", "the policy gives up searching",
-        "if guessing pays as much as searching, begin with a cold start (trl-search sft) or give the "
-        "retrieval reward a weight; look at retrieval/failed_queries and search/empty_retrievals",
+        "searches", "search/searches", "the policy gives up searching, mostly because guessing pays as much",
+        "begin with a cold start (trl-search sft), give the retrieval reward a weight, or set search_floor_steps; if "
+        "searches find nothing, look at retrieval/failed_queries and search/empty_retrievals",
         falls=0.3, worth=0.1,
     ),
     Rule(

@@ -1,6 +1,15 @@
 """Rewards: the functions, and how they are found by name (`registry.py` says how to add your own)."""
 
-from trl_search.rewards.built_in import BUILT_IN, REFLECTION_CAP, em, f1, format, reflection, retrieval
+from trl_search.rewards.built_in import (
+    BUILT_IN,
+    REFLECTION_CAP,
+    em,
+    f1,
+    format,
+    reflection,
+    retrieval,
+    soft_overlong_punishment,
+)
 from trl_search.rewards.declaration import Reward, check_columns, declare, default_weight, required_columns
 from trl_search.rewards.last_message import of_last_message
 from trl_search.rewards.registry import ENTRY_POINT_GROUP, available_rewards, resolve_rewards
@@ -22,4 +31,5 @@ __all__ = [
     "required_columns",
     "resolve_rewards",
     "retrieval",
+    "soft_overlong_punishment",
 ]

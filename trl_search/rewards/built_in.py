@@ -13,6 +13,7 @@ from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import format_score
 
 REFLECTION_CAP = 3
+OVERLONG_SHARE = 0.2  # of the budget; DAPO's 4,096 of 20,480 tokens
 Scores = list[float | None]
 Golden = Sequence[Any] | None
 
@@ -93,7 +94,36 @@ def reflection(completions: Sequence[Completion], **columns: Any) -> Scores:
     return [min(count, REFLECTION_CAP) / REFLECTION_CAP for count in counts]
 
 
-BUILT_IN: dict[str, Reward] = {"em": em, "f1": f1, "format": format, "reflection": reflection, "retrieval": retrieval}
+@declare(settings=["max_completion_length"])
+def soft_overlong_punishment(
+    completions: Sequence[Completion],
+    *,
+    completion_ids: Sequence[Sequence[int]],
+    max_completion_length: int,
+    **columns: Any,
+) -> Scores:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, equation 13): 0 down to -1 over the last fifth of the budget.
+
+    A trajectory of y tokens, with L = `max_completion_length` and c = L / 5, gets 0 up to L - c, and (L - c - y) / c
+    beyond. Retrieved tokens count, because they take the same budget. Give it a weight below that of the answer.
+
+    Example:
+        >>> ids = [[1] * 80, [1] * 90, [1] * 100]
+        >>> soft_overlong_punishment(completions=["…"] * 3, completion_ids=ids, max_completion_length=100)
+        [0.0, -0.5, -1.0]
+    """
+    margin = OVERLONG_SHARE * max_completion_length
+    return [-min(1.0, max(0.0, len(ids) - (max_completion_length - margin)) / margin) for ids in completion_ids]
+
+
+BUILT_IN: dict[str, Reward] = {
+    "em": em,
+    "f1": f1,
+    "format": format,
+    "reflection": reflection,
+    "retrieval": retrieval,
+    "soft_overlong_punishment": soft_overlong_punishment,
+}
 
 
 def _scores(

@@ -1,7 +1,8 @@
-"""What a reward function declares: the dataset columns it reads, and its default weight."""
+"""What a reward function declares: the dataset columns and settings it reads, and its default weight."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -11,13 +12,17 @@ Reward = Callable[..., Any]
 RewardT = TypeVar("RewardT", bound=Reward)
 
 
-def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0) -> Callable[[RewardT], RewardT]:
-    """Marks a reward function with the columns it needs and its default weight. The function itself is unchanged.
+def declare(
+    *, required_columns: Sequence[str] = (), default_weight: float = 1.0, settings: Sequence[str] = ()
+) -> Callable[[RewardT], RewardT]:
+    """Marks a reward function with what it needs and its default weight. The function itself is unchanged.
 
     Args:
         required_columns (`Sequence[str]`, *optional*, defaults to `()`): Dataset columns that it takes as keywords.
         default_weight (`float`, *optional*, defaults to `1.0`):
             Its weight where `reward_weights` is not given. At 0 it is tracked and not trained on.
+        settings (`Sequence[str]`, *optional*, defaults to `()`):
+            Keys of [`SearchGRPOConfig`] that the trainer passes to it as keywords.
 
     Example:
         >>> @declare(required_columns=["golden_answers"])
@@ -25,7 +30,8 @@ def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0
     """
 
     def mark(reward: RewardT) -> RewardT:
-        vars(reward).update(required_columns=tuple(required_columns), default_weight=default_weight)
+        declared = {"required_columns": tuple(required_columns), "settings": tuple(settings)}
+        vars(reward).update(declared, default_weight=default_weight)
         return reward
 
     return mark
@@ -34,6 +40,15 @@ def declare(*, required_columns: Sequence[str] = (), default_weight: float = 1.0
 def required_columns(reward: Reward) -> tuple[str, ...]:
     """The dataset columns that a reward declares; none by default."""
     return tuple(getattr(reward, "required_columns", ()))
+
+
+def with_settings(reward: Reward, config: Any) -> Reward:
+    """The reward with the settings that it declares, of this configuration; itself if it declares none."""
+    names = getattr(reward, "settings", ())
+    if not names:
+        return reward
+    bound = functools.partial(reward, **{name: getattr(config, name) for name in names})
+    return functools.update_wrapper(bound, reward)
 
 
 def default_weight(reward: Reward) -> float:

@@ -154,7 +154,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
         avoid_cudnn_attention()
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
-        rewards = resolve_specs(reward_funcs or []) if reward_funcs or environment is not None else []
+        rewards = resolve_specs(reward_funcs or [], args) if reward_funcs or environment is not None else []
         if environment is not None:
             refuse_what_rollouts_cannot_do(args, model, kwargs)
             # Of a processor only the tokenizer is needed: nothing but text is shown.
@@ -264,6 +264,10 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
         if self.environment is not None:
             failed = [trajectory.failed for trajectory in self.last_rollout.trajectories]
             rewards_RF[self.accelerator.gather(torch.tensor(failed, device=rewards_RF.device))] = torch.nan
+            if self.model.training and self.state.global_step < self.args.search_floor_steps:
+                unsearched = [trajectory.searches == 0 for trajectory in self.last_rollout.trajectories]
+                floor_R = self.accelerator.gather(torch.tensor(unsearched, device=rewards_RF.device))
+                rewards_RF[floor_R] = rewards_RF[floor_R].clamp(max=0)  # NaN stays
             self.last_rollout.rewards_RF = rewards_RF
         return rewards_RF
 

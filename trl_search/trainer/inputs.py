@@ -15,6 +15,7 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.loading import load_tokenizer
 from trl_search.rewards import resolve_rewards
+from trl_search.rewards.declaration import with_settings
 from trl_search.rewards.last_message import reads_first_message
 from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
 
@@ -30,8 +31,9 @@ _NOT_OURS = {
 }
 
 
-def resolve_specs(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
-    """Functions in place of names. A hub id or a folder, told by its slash, is a reward model: TRL loads it."""
+def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConfig) -> list[Any]:
+    """Functions, with the settings they declare, in place of names. A hub id or a folder, told by its slash, is a
+    reward model: TRL loads it."""
     listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
     is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
     others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
@@ -43,7 +45,7 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec]) -> list[Any]:
             reward.__name__,
             reward.__name__,
         )
-    left = iter(functions)
+    left = (with_settings(reward, args) for reward in functions)
     return [spec if model else next(left) for spec, model in zip(listed, is_model, strict=True)]
 
 
