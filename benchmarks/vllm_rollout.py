@@ -37,12 +37,12 @@ from trl.trainer import grpo_trainer
 from vllm_shape import CURRENT, GROUP, Plan
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.common.event_loop import run_sync
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.policies import vllm_colocate
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.protocols import Protocol, QwenTools
 from trl_search.retrieval import Retriever
-from trl_search.rollout import run_sync
 from trl_search.trainer.batch import Rollout, encode_prompts
 from trl_search.types import Action, Answer, Completion, FinishReason, Passage, Sampling
 

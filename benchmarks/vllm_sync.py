@@ -25,8 +25,8 @@ from peft import LoraConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.common.event_loop import run_sync
 from trl_search.environment import AnswerOnly
-from trl_search.rollout import run_sync
 from trl_search.types import Completion, Sampling
 
 

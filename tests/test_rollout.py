@@ -12,11 +12,12 @@ import time
 import pytest
 
 from tests.support.fakes import FixedRetriever, ScriptedPolicy
+from trl_search.common.event_loop import run_sync
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval.threads import MAX_HUNG
-from trl_search.rollout import Job, Limits, rollout, run_sync
+from trl_search.rollout import Job, Limits, rollout
 from trl_search.types import Answer, Completion, FinishReason, Observation, Passage, Sampling, Search, StopReason
 
 PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
@@ -415,10 +416,10 @@ def test_what_goes_wrong_in_one_trajectory_stays_in_it(tokenizer, fault):
             if self.row["question"] != "B?" or fault == "start" or not isinstance(action, Search):
                 return await super().step(action)
             return {
-                "surrogate": Observation(documents=("half a pair \ud83d",), notice="\udc00"),
-                "no text": Observation(documents=(None,)),
-                "none": None,
-            }[fault]
+                "surrogate": lambda: Observation(documents=("half a pair \ud83d",), notice="\udc00"),
+                "no text": lambda: Observation(documents=(None,)),
+                "none": lambda: None,
+            }[fault]()
 
     script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
     environment = Faulty(FixedRetriever(PASSAGES))

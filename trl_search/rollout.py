@@ -15,21 +15,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from trl_search.environment import Environment
+from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
+from trl_search.environment import Environment, start_episode, take_step
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.protocols.turn import in_thought
 from trl_search.retrieval.base import RetrievalError
 from trl_search.types import (
+    Action,
     Answer,
     Completion,
     FinishReason,
@@ -42,7 +44,6 @@ from trl_search.types import (
 )
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # After an observation the policy needs at least this many tokens to say something.
 MIN_TURN_TOKENS = 24
@@ -99,7 +100,7 @@ async def run_trajectory(
         if observation.done is not None:
             trajectory.finish(observation.done, eos_token_id=eos, error=observation.error)
             return trajectory
-        if isinstance(action, Search):
+        if isinstance(action, Search) or observation.passages:
             trajectory.passages.append(observation.passages)
         left = limits.completion_tokens - len(trajectory.ids)
         try:
@@ -113,8 +114,8 @@ async def run_trajectory(
             )
         # What the world says is the user's data: one bad passage ends this trajectory only.
         except Exception as error:
-            logger.warning("an observation cannot be written; its trajectory is masked from the loss", exc_info=True)
-            trajectory.finish(StopReason.RETRIEVAL_FAILED, eos_token_id=eos, error=repr(error))
+            _tell_once("an observation cannot be written", error)
+            trajectory.finish(StopReason.ENVIRONMENT_FAILED, eos_token_id=eos, error=repr(error))
             return trajectory
         if written is None:
             trajectory.finish(StopReason.TOKEN_BUDGET)
@@ -163,16 +164,35 @@ def _begun_stop(text: str, stop: Sequence[str]) -> int | None:
     return min(starts, default=None)
 
 
-async def _step(episode: Environment, action: Any) -> Observation:
+async def _step(episode: Environment, action: Action) -> Observation:
     try:
-        observation = await episode.step(action)
-        if not isinstance(observation, Observation):
-            raise TypeError(f"step must return an Observation, and returned {observation!r:.100}")
-        return observation
+        return await take_step(episode, action)
+    except RetrievalError as error:
+        return Observation(done=StopReason.RETRIEVAL_FAILED, error=str(error))
     # An environment is the user's code: whatever it raises ends this trajectory only, and is counted as a failure.
     except Exception as error:
-        logger.warning("%s.step failed; its trajectory is masked from the loss", type(episode).__name__, exc_info=True)
-        return Observation(done=StopReason.RETRIEVAL_FAILED, error=repr(error))
+        _tell_once(f"{type(episode).__name__}.step failed", error)
+        return Observation(done=StopReason.ENVIRONMENT_FAILED, error=repr(error))
+
+
+# Failures that were logged: what failed, the type of the error, and where it was raised.
+_told: set[tuple[str, type[Exception], tuple[tuple[str, int | None], ...]]] = set()
+
+
+def _tell_once(what: str, error: Exception) -> None:
+    """Logs a failure of the user's code with its own traceback, once for each place that raises it."""
+    trace = error.__traceback__
+    while trace and trace.tb_next and trace.tb_frame.f_globals["__name__"].startswith("trl_search."):
+        trace = trace.tb_next  # the user's own frames are left
+    kind = (what, type(error), tuple((frame.filename, frame.lineno) for frame in traceback.extract_tb(trace)))
+    if kind not in _told:
+        _told.add(kind)
+        logger.warning(
+            "%s. Its trajectory is masked from the loss and counted (stop/environment_failed); the same error is not "
+            "logged again.",
+            what,
+            exc_info=(type(error), error, trace),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,13 +298,14 @@ async def _run_job(
         return trajectory
     searched_s = time.perf_counter() - started
     try:
-        episode = environment.start(job.row)
+        episode = start_episode(environment, job.row)
+    except UserError:  # no trajectory can start
+        raise
     except Exception as error:  # the user's code, as in _step
-        name = type(environment).__name__
-        logger.warning("%s.start failed; its trajectory is masked from the loss", name, exc_info=True)
+        _tell_once(f"{type(environment).__name__}.start failed", error)
         trajectory = Trajectory(prompt_ids)
         eos = protocol.tokenizer.eos_token_id
-        trajectory.finish(StopReason.RETRIEVAL_FAILED, eos_token_id=eos, error=repr(error))
+        trajectory.finish(StopReason.ENVIRONMENT_FAILED, eos_token_id=eos, error=repr(error))
         return trajectory
     trajectory = await run_trajectory(
         prompt_ids,
@@ -332,34 +353,3 @@ def rollout(
 
     run_sync(run_batch(jobs, count=len(jobs), on_finish=keep, **options))
     return [done[place] for place in range(len(prompts))]
-
-
-def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Runs a coroutine to its end on a fresh event loop, in a thread of its own where a loop is running already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    outcome: Future[Result] = Future()
-    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
-
-    async def main() -> Result:
-        running.set_result((asyncio.get_running_loop(), asyncio.current_task()))
-        return await coroutine
-
-    def target() -> None:
-        try:
-            outcome.set_result(asyncio.run(main()))
-        except BaseException as error:  # carried over to the calling thread
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=target, name="rollout")
-    try:
-        thread.start()
-        return outcome.result()
-    finally:
-        if not outcome.done():  # Ctrl-C reaches the calling thread alone: without this, the rollout would sample on
-            loop, task = running.result()
-            loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
-            wait([outcome])
-        thread.join()

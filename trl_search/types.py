@@ -1,4 +1,4 @@
-"""The values that travel through a rollout. No torch, no I/O: everything else in the package imports this file.
+"""The values that travel through a rollout. No torch, no I/O: nearly everything in the package imports this file.
 
 A trajectory grows by two verbs, and nothing else writes its ids, mask or logprobs:
 
@@ -15,6 +15,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl_search.common.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,12 @@ class StopReason(enum.StrEnum):
     TURN_BUDGET = "turn_budget"
     TOKEN_BUDGET = "token_budget"
     RETRIEVAL_FAILED = "retrieval_failed"
+    ENVIRONMENT_FAILED = "environment_failed"
     ENVIRONMENT = "environment"
+
+
+# The world failed such a trajectory: it is masked from the loss, gets no reward, and is counted.
+FAILURES = (StopReason.RETRIEVAL_FAILED, StopReason.ENVIRONMENT_FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,11 @@ class Observation:
         notice (`str`): The environment's own words, after the documents: a correction, "no searches left".
         passages (`tuple[Passage, ...]`): What was retrieved, for rewards and logs; never shown to the policy itself.
         done (`StopReason`, *optional*): Ends the trajectory; nothing of this observation is then shown.
-        error (`str`): Why retrieval failed. Such a trajectory is masked from the loss and counted.
+        error (`str`): Why the world failed. Such a trajectory is masked from the loss and counted.
+
+    Raises:
+        UserError: for a value of another type, where it is made: one string as `documents` would be shown letter by
+            letter.
     """
 
     documents: tuple[str, ...] = ()
@@ -157,6 +168,16 @@ class Observation:
     passages: tuple[Passage, ...] = ()
     done: StopReason | None = None
     error: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("documents", str), ("passages", Passage)):
+            held = getattr(self, name)
+            if not isinstance(held, tuple | list) or not all(isinstance(one, kind) for one in held):
+                raise UserError(f"Observation({name}=...) takes a tuple of {kind.__name__}, and got {held!r:.80}")
+        if not isinstance(self.notice, str):
+            raise UserError(f"Observation(notice=...) takes a text, and got {self.notice!r:.80}")
+        if self.done is not None and not isinstance(self.done, StopReason):
+            raise UserError(f"Observation(done=...) takes a StopReason, and got {self.done!r:.80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +258,7 @@ class Trajectory:
     @property
     def failed(self) -> bool:
         """Whether the world failed it: data about the failure, never trained on."""
-        return self.stop_reason is StopReason.RETRIEVAL_FAILED
+        return self.stop_reason in FAILURES
 
     @property
     def model_tokens(self) -> int:
@@ -250,6 +271,11 @@ class Trajectory:
     @property
     def searches(self) -> int:
         return sum(isinstance(action, Search) for action in self.actions)
+
+    @property
+    def calls(self) -> int:
+        """Calls of any tool, searches among them."""
+        return sum(isinstance(action, Search | ToolCall) for action in self.actions)
 
     @property
     def malformed(self) -> int:

@@ -56,7 +56,7 @@ def write(tokenizer, *actions: Search | Answer) -> list[str]:
 
 
 def scripted(tokenizer, turns: Sequence[str], retriever=None, **options) -> Chat:
-    environment = HeardEnvironment(retriever or FixedRetriever(PASSAGES), **options)
+    environment = HeardEnvironment(SearchEnvironment(retriever or FixedRetriever(PASSAGES), **options))
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     return Chat(ScriptedPolicy(tokenizer, lambda _: turns), protocol, environment, LIMITS)
 
@@ -326,8 +326,8 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
         ('{"format": 1, "config": {"proto', "run.json is not JSON"),
         ('{"format": 1}', "run.json has no config"),
         ("[]", "holds no JSON object"),
-        ('{"config": {"max_searches": "four"}}', "max_searches cannot be 'four'"),
-        ('{"config": {"instruction": 4}}', "instruction cannot be 4"),
+        ('{"config": {"max_searches": "four"}}', "max_searches is 'four', and must be a whole number"),
+        ('{"config": {"instruction": [4]}}', r"instruction is \[4\], and must be a string"),
         ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs is not JSON"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
 from trl_search.data.evidence import check_corpus, evidence_of
 from trl_search.data.question_plans import Gold, plan
 from trl_search.data.question_players import UNKNOWN, QuestionPlayers, play_plan
@@ -21,7 +22,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval import Retriever, load_retriever
 from trl_search.retrieval.base import RetrievalError
-from trl_search.rollout import Job, Limits, run_batch, run_sync
+from trl_search.rollout import Job, Limits, run_batch
 from trl_search.types import Answer, Passage, Sampling, Search, StopReason, Trajectory
 
 PASSAGES = [

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from tests.support.scripted_trainer import ROWS, real_trainer, steps
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
 from trl_search.data.world import generate_world
 from trl_search.environment import SearchEnvironment
 from trl_search.evaluation.evaluate import answer_questions
@@ -30,7 +31,7 @@ from trl_search.policies.base import Policy
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.retrieval import load_retriever
-from trl_search.rollout import Limits, rollout, run_sync
+from trl_search.rollout import Limits, rollout
 from trl_search.trainer.callbacks.held_out import HeldOut
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.types import Completion, Sampling

@@ -27,10 +27,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.common.event_loop import run_sync
 from trl_search.data.world import generate_world
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import load_retriever
-from trl_search.rollout import run_sync
 from trl_search.types import Sampling
 
 # A fixed size: vLLM would measure the free memory, which changes while other tests run on the same GPU.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from trl_search.data.scripted_players import Script, good, guess, play, read
+from trl_search.data.scripted_players import Script, good, guess, play_scripts, read
 from trl_search.data.world import Question, World, generate_world
 from trl_search.environment import AnswerOnly, SearchEnvironment
 from trl_search.evaluation.evaluate import ANSWER_INSTRUCTION, rag_messages
@@ -89,7 +89,7 @@ def _play(
             conversations = [
                 rag_messages(protocol, shelf, question.question, passages) for question, passages in pairs
             ]
-        trajectories = play(
+        trajectories = play_scripts(
             scripts, [protocol.prompt_ids(messages) for messages in conversations], protocol, AnswerOnly()
         )
     else:
@@ -98,7 +98,7 @@ def _play(
         environment = SearchEnvironment(retriever, max_searches=rng.choices((1, 2, 3, 4), (0.04, 0.06, 0.1, 0.8))[0])
         scripts = [good(world, question, rng) for question in questions]
         prompts = [protocol.prompt_ids(protocol.messages(question.question)) for question in questions]
-        trajectories = play(scripts, prompts, protocol, environment)
+        trajectories = play_scripts(scripts, prompts, protocol, environment)
     return [_sample(kind, trajectory, protocol) for trajectory in trajectories]
 
 

@@ -1,7 +1,9 @@
 """The events of a chat: a policy and an environment that tell a listener what they do.
 
     HeardPolicy         Said, Said, Said ...                    token by token
-    HeardEnvironment    Searching ─► Found | SearchFailed       or Corrected, for a call that could not be run
+    HeardEnvironment    Searching ─► Found | SearchFailed       a search
+                        Calling ─► Returned                     a call of another tool
+                        Corrected                               a call that could not be run
 
 Both wrap what training uses, so `rollout.py` knows nothing of them.
 """
@@ -12,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_search.environment import Environment, SearchEnvironment
+from trl_search.environment import Environment, SearchEnvironment, start_episode, take_step
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.types import Action, Completion, Observation, Passage, Sampling, Search, StopReason
+from trl_search.types import Action, Completion, Observation, Passage, Sampling, Search, StopReason, ToolCall
 
 SEARCH_FAILED = "The search failed: nothing could be looked up. Search again, or answer from what you know."
 NO_SEARCHES_LEFT = "You have no searches left: answer now."
@@ -53,7 +55,23 @@ class Corrected:
     notice: str
 
 
-Event = Said | Searching | Found | SearchFailed | Corrected
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """A call of another tool than the search."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What such a call gave: texts, and the environment's own words."""
+
+    documents: tuple[str, ...]
+    notice: str = ""
+
+
+Event = Said | Searching | Found | SearchFailed | Corrected | Calling | Returned
 Listener = Callable[[Event], None]
 
 
@@ -61,35 +79,54 @@ def unheard(event: Event) -> None:
     """A listener that does not listen."""
 
 
-class HeardEnvironment(SearchEnvironment):
-    """A search environment that tells a listener what it does, and tells the model when a search failed."""
+class HeardEnvironment(Environment):
+    """Tells a listener what another environment does, and tells the model when a search failed."""
 
     listener: Listener = staticmethod(unheard)
     searched: list[tuple[str, ...]]  # the queries of each search that was run
     failures: list[str]
 
+    def __init__(self, inner: Environment) -> None:
+        self.inner = inner
+        self.tools, self.instruction = inner.tools, inner.instruction
+
     def start(self, row: Mapping[str, Any]) -> Environment:
         episode = super().start(row)
         assert isinstance(episode, HeardEnvironment)
+        episode.inner = start_episode(self.inner, row)
         episode.searched, episode.failures = [], []
         return episode
 
+    async def open(self) -> None:
+        await self.inner.open()
+
+    async def close(self) -> None:
+        await self.inner.close()
+
     async def step(self, action: Action) -> Observation:
-        runs = isinstance(action, Search) and self.searches_left > 0
+        runs = isinstance(action, Search) and not self._spent
         if isinstance(action, Search) and runs:
-            self.searched.append(action.queries[: self.max_queries])
+            most = self.inner.max_queries if isinstance(self.inner, SearchEnvironment) else None
+            self.searched.append(action.queries[:most])
             self.listener(Searching(self.searched[-1]))
-        observation = await super().step(action)
+        elif isinstance(action, ToolCall):
+            self.listener(Calling(action.name, action.arguments))
+        observation = await take_step(self.inner, action)
         if observation.done is StopReason.RETRIEVAL_FAILED:
             self.failures.append(observation.error)
             self.listener(SearchFailed(observation.error))
-            notice = SEARCH_FAILED if self.searches_left else f"{SEARCH_FAILED} {NO_SEARCHES_LEFT}"
-            return Observation(notice=notice)
+            return Observation(notice=f"{SEARCH_FAILED} {NO_SEARCHES_LEFT}" if self._spent else SEARCH_FAILED)
         if runs:
             self.listener(Found(observation.passages, observation.notice))
+        elif isinstance(action, ToolCall):
+            self.listener(Returned(tuple(observation.documents), observation.notice))
         elif observation.done is None:
             self.listener(Corrected(observation.notice))
         return observation
+
+    @property
+    def _spent(self) -> bool:
+        return isinstance(self.inner, SearchEnvironment) and not self.inner.searches_left
 
 
 @dataclass

@@ -22,7 +22,13 @@ from typing import Any, TypeVar
 from trl_search.chat.events import Event, HeardEnvironment, HeardPolicy, Listener, unheard
 from trl_search.chat.interrupts import interrupts_blocked, wait_for
 from trl_search.common.errors import UserError
-from trl_search.config.agent import AgentSettings, protocol_of, search_environment, trained_settings
+from trl_search.config.agent import (
+    AgentSettings,
+    build_environment,
+    protocol_of,
+    refuse_unnamed_code,
+    trained_settings,
+)
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
@@ -38,7 +44,10 @@ SAMPLING = Sampling(temperature=0.7)
 
 @dataclass(frozen=True)
 class Reply:
-    """How a question was answered."""
+    """How a question was answered. `calls` are those of all tools, searches among them.
+
+    `error` says why the environment failed, if it did; `failed_searches` says it of each search.
+    """
 
     question: str
     answer: str | None
@@ -46,8 +55,10 @@ class Reply:
     queries: tuple[str, ...]
     passages: tuple[Passage, ...]
     failed_searches: tuple[str, ...]
+    error: str
     stop_reason: StopReason
     searches: int
+    calls: int
     model_tokens: int
     observation_tokens: int
     seconds: float
@@ -65,8 +76,10 @@ class Reply:
             "queries": list(self.queries),
             "passages": passages,
             "failed_searches": list(self.failed_searches),
+            "error": self.error,
             "stop_reason": self.stop_reason.value,
             "searches": self.searches,
+            "calls": self.calls,
             "tokens": {"model": self.model_tokens, "observation": self.observation_tokens},
             "seconds": round(self.seconds, 3),
             "seed": self.seed,
@@ -74,12 +87,12 @@ class Reply:
 
 
 class Chat:
-    """A policy and its retriever, kept open between questions. [`load_chat`] makes one; `close` it, or use `with`.
+    """A policy and its environment, kept open between questions. [`load_chat`] makes one; `close` it, or use `with`.
 
     Args:
         policy (`Policy`): The engine.
         protocol (`Protocol`): How the policy was trained to search.
-        environment (`HeardEnvironment`): What it searches; its `k` may be changed between questions.
+        environment (`HeardEnvironment`): What it acts in.
         limits (`Limits`): Token budgets of an answer.
         sampling (`Sampling`, *optional*): How it samples; each question has its own seed.
     """
@@ -195,8 +208,10 @@ def _reply(question: str, trajectory: Trajectory, episode: HeardEnvironment, sec
         queries=tuple(query for queries in episode.searched for query in queries),
         passages=tuple(passage for passages in trajectory.passages for passage in passages),
         failed_searches=tuple(episode.failures),
+        error=trajectory.error,
         stop_reason=trajectory.stop_reason,
         searches=len(episode.searched),
+        calls=len(episode.searched) + trajectory.calls - trajectory.searches,
         model_tokens=trajectory.model_tokens,
         observation_tokens=trajectory.observation_tokens,
         seconds=seconds,
@@ -206,7 +221,7 @@ def _reply(question: str, trajectory: Trajectory, episode: HeardEnvironment, sec
 
 def load_chat(
     model: str,
-    retriever: Retriever,
+    retriever: Retriever | None = None,
     *,
     settings: AgentSettings | None = None,
     sampling: Sampling = SAMPLING,
@@ -218,7 +233,7 @@ def load_chat(
 
     Args:
         model (`str`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
-        retriever (`Retriever`): What it searches. The caller closes it.
+        retriever (`Retriever`, *optional*): What it searches, if its environment does. The caller closes it.
         settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`config/agent.py`).
         sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
         device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
@@ -234,7 +249,10 @@ def load_chat(
     from trl_search.policies.transformers_policy import TransformersPolicy
     from trl_search.policies.vllm_server import VLLMServerPolicy
 
-    settings = settings or trained_settings(model)
+    if settings is None:
+        settings = trained_settings(model)
+        refuse_unnamed_code(settings)
+    environment = HeardEnvironment(build_environment(settings, retriever))
     name = tiny_policy_path() if model == "tiny" else model
     tokenizer = load_tokenizer(name)
     policy: Policy
@@ -243,7 +261,5 @@ def load_chat(
         policy = TransformersPolicy(loaded, tokenizer, max_sequences=1)
     else:
         policy = VLLMServerPolicy(server, patience_s=30.0)
-    environment = search_environment(retriever, settings, HeardEnvironment)
-    assert isinstance(environment, HeardEnvironment)
-    protocol = protocol_of(settings, tokenizer, environment.tools)
+    protocol = protocol_of(settings, tokenizer, environment.tools, environment.instruction)
     return Chat(policy, protocol, environment, settings.limits, sampling)

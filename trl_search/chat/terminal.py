@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from trl_search.chat.events import Corrected, Event, Found, Said, SearchFailed, Searching
+from trl_search.chat.events import Calling, Corrected, Event, Found, Returned, Said, SearchFailed, Searching
 from trl_search.chat.session import Reply
 from trl_search.types import Passage
 
@@ -88,6 +88,13 @@ class Screen:
             self._line(event.notice, "yellow")
         elif isinstance(event, SearchFailed):
             self._line(f"the search failed: {visible(event.error)}", "bold red")
+        elif isinstance(event, Calling):
+            given = ", ".join(f"{name}={value!r}" for name, value in event.arguments.items())
+            self._line(visible(f"calling: {event.name}({given})"), "cyan")
+        elif isinstance(event, Returned):
+            for document in event.documents:
+                self._block(visible(" ".join(document.split())[:MAX_PASSAGE_CHARS]), 2, "bright_black")
+            self._line(visible(event.notice), "yellow")
         elif isinstance(event, Corrected):
             self._line(visible(event.notice), "yellow")
 
@@ -102,8 +109,14 @@ class Screen:
         self.end_turn()
         if reply.answer is None:
             self._line(f"no answer (stopped by {reply.stop_reason.value})", "bold red")
-        counts = f"{reply.searches} search{'' if reply.searches == 1 else 'es'}, {reply.model_tokens} tokens"
-        self._line(f"[{counts}, {reply.seconds:.1f} s, seed {reply.seed}]", "dim")
+        if reply.error:
+            self._line(visible(f"the environment failed: {reply.error}"), "bold red")
+        others = reply.calls - reply.searches
+        counts = [f"{others} call{'' if others == 1 else 's'}"] if others else []
+        if reply.searches or not others:
+            counts.insert(0, f"{reply.searches} search{'' if reply.searches == 1 else 'es'}")
+        said = ", ".join([*counts, f"{reply.model_tokens} tokens", f"{reply.seconds:.1f} s", f"seed {reply.seed}"])
+        self._line(f"[{said}]", "dim")
         if reply.failed_searches:
             self._line(
                 f"{len(reply.failed_searches)} of {reply.searches} searches failed: the answer may be a guess",

@@ -6,7 +6,7 @@
 | a kind of index    | `trl_search.index_kinds` | `INDEX_KINDS` in `retrieval/registry.py`             |
 | a reward           | `trl_search.rewards`     | `REWARDS` in `rewards/registry.py`                   |
 | a protocol         | `trl_search.protocols`   | `PROTOCOLS` in `protocols/registry.py`               |
-| an environment     | `trl_search.environments`| `ENVIRONMENTS` in `environment.py`                   |
+| an environment     | `trl_search.environments`| `ENVIRONMENTS` in `environment/registry.py`          |
 
 A package adds a name through the entry-point group, in its own pyproject.toml; docs/extending.md shows each:
 

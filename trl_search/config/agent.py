@@ -1,8 +1,9 @@
-"""How an agent is asked: its protocol, its instruction, its budgets.
+"""How an agent is asked: its protocol, its instruction, its budgets, and the environment that it acts in.
 
 A policy that was trained on bare questions answers worse with an instruction before them, and the other way round. So
 what it was trained with travels with it: in the folder of a run as `run.json`, in a published model as
-`trl_search.json`, which `trl-search push` writes.
+`trl_search.json`, which `trl-search push` writes. Such a file may come from a stranger. It can name an environment
+that is registered on this machine; code that it names by its place runs only if the user names that place, too.
 """
 
 from __future__ import annotations
@@ -11,20 +12,31 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
+from trl_search.common.registry import is_import_path
+from trl_search.config.recipe_values import checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
-from trl_search.environment import PASSAGE_TEMPLATE, SearchEnvironment
+from trl_search.environment import ENVIRONMENTS, PASSAGE_TEMPLATE, Environment, SearchEnvironment, load_environment
+from trl_search.environment.registry import SEARCH, name_of, options_of
 from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits
 
 FORMAT = 1
 SETTINGS_FILE = "trl_search.json"
+# The budgets of a search environment: its parameter -> the key here.
+_BUDGETS = {
+    "k": "passages_per_query",
+    "max_searches": "max_searches",
+    "max_queries": "max_queries_per_search",
+    "timeout_s": "search_timeout_s",
+    "passage_template": "passage_template",
+}
 
 
 @dataclass
@@ -47,8 +59,22 @@ class AgentSettings:
             "choices": protocol_names(),
         },
     )
+    environment: str = field(
+        default=SEARCH,
+        metadata={
+            "help": "The world that the policy acts in: search, a name that an installed package adds, or an import "
+            "path, my_package.world:World (docs/extending.md)."
+        },
+    )
+    environment_options: dict | str | None = field(
+        default=None,
+        metadata={"help": "Its options, as JSON: '{\"max_calls\": 3}'. A search has the keys below instead."},
+    )
     instruction: str | None = field(
-        default=None, metadata={"help": "Text put before each question. Default: the protocol's own. '': none."}
+        default=None,
+        metadata={
+            "help": "Text put before each question. Default: the environment's, or the protocol's own. '': none."
+        },
     )
     system_prompt: str | None = field(
         default=None, metadata={"help": "The system message. Default: whatever the chat template puts there."}
@@ -100,21 +126,35 @@ class AgentSettings:
 
     def as_json(self) -> dict[str, Any]:
         """What `trl_search.json` holds."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return {"format": FORMAT, **self.described()}
+
+    def described(self) -> dict[str, Any]:
+        """The keys as they are written down: the environment only where it is not the search, as before it was one."""
+        values = dataclasses.asdict(self)
+        if (self.environment, self.environment_options) == (SEARCH, None):
+            del values["environment"], values["environment_options"]
+        return values
 
 
 def check_agent(settings: AgentSettings) -> None:
-    """Refuses values that are out of range, and reads `chat_template_kwargs` where it is still JSON.
+    """Refuses values of another type or out of range, and reads what is still JSON. Nothing is imported for it.
 
     Raises:
         UserError: names the key.
     """
+    given = {key.name: getattr(settings, key.name) for key in dataclasses.fields(AgentSettings)}
+    for name, value in checked_values(given, [AgentSettings], "the configuration").items():
+        setattr(settings, name, value)
     if settings.protocol not in protocol_names():
         raise unknown_name("protocol", settings.protocol, protocol_names())
-    if isinstance(settings.chat_template_kwargs, str):
-        settings.chat_template_kwargs = parse_object(
-            settings.chat_template_kwargs, "chat_template_kwargs", '{"enable_thinking": false}'
-        )
+    if settings.environment not in ENVIRONMENTS and not is_import_path(settings.environment):
+        raise unknown_name("environment", settings.environment, ENVIRONMENTS.names())
+    for name, example in (
+        ("chat_template_kwargs", '{"enable_thinking": false}'),
+        ("environment_options", '{"max_calls": 3}'),
+    ):
+        if isinstance(getattr(settings, name), str):
+            setattr(settings, name, parse_object(getattr(settings, name), name, example))
     if settings.search_timeout_s <= 0:
         raise UserError(f"search_timeout_s={settings.search_timeout_s} must be more than 0")
     for key in dataclasses.fields(AgentSettings):
@@ -134,7 +174,8 @@ def add_agent_options(parser: Any) -> None:
     for key in dataclasses.fields(AgentSettings):
         kind = hints[key.name] if hints[key.name] in (int, float) else str
         text = key.metadata["help"] + (f" ({key.default})" if kind is not str or key.name == "protocol" else "")
-        metavar = {int: "N", float: "SECONDS"}.get(kind, "JSON" if key.name == "chat_template_kwargs" else "TEXT")
+        as_json = dict in get_args(hints[key.name])
+        metavar = {int: "N", float: "SECONDS"}.get(kind, "JSON" if as_json else "TEXT")
         group.add_argument(f"--{key.name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
@@ -144,34 +185,52 @@ TINY = AgentSettings(
 )
 
 
-def protocol_of(agent: AgentSettings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> Protocol:
+def protocol_of(
+    agent: AgentSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]],
+    instruction: str | None = None,
+) -> Protocol:
     """What writes the agent's prompts and reads its turns.
 
     Args:
-        tools (`Sequence[dict]`): Those of the environment that it acts in.
+        tools (`Sequence[dict]`), instruction (`str`, *optional*): Those of the environment that it acts in.
     """
     return load_protocol(
         agent.protocol,
         tokenizer,
-        instruction=agent.instruction,
+        instruction=instruction if agent.instruction is None else agent.instruction,
         system_prompt=agent.system_prompt,
         tools=tools,
         chat_template_kwargs=agent.chat_template_kwargs,
     )
 
 
-def search_environment(
-    retriever: Retriever, agent: AgentSettings, kind: type[SearchEnvironment] = SearchEnvironment
-) -> SearchEnvironment:
-    """The default world of the agent: the same in training, in a cold start, in evaluation and in a chat."""
-    return kind(
-        retriever,
-        k=agent.passages_per_query,
-        max_searches=agent.max_searches,
-        max_queries=agent.max_queries_per_search,
-        timeout_s=agent.search_timeout_s,
-        passage_template=agent.passage_template,
+def build_environment(agent: AgentSettings, retriever: Retriever | None) -> Environment:
+    """The world of the agent: the same in training, in a cold start, in evaluation and in a chat.
+
+    Raises:
+        UserError: for an unknown environment or option, and for a retriever that it lacks or does not take.
+    """
+    assert not isinstance(agent.environment_options, str)  # read by `check_agent`
+    budgets = {name: getattr(agent, key) for name, key in _BUDGETS.items()}
+    return load_environment(
+        agent.environment, retriever=retriever, budgets=budgets, **(agent.environment_options or {})
     )
+
+
+def settings_in(environment: Environment, agent: AgentSettings) -> AgentSettings:
+    """The settings as an environment that was made elsewhere has them: its name, and its own budgets.
+
+    Example:
+        >>> settings_in(SearchEnvironment(retriever, max_searches=2), AgentSettings()).max_searches
+        2
+    """
+    own = {}
+    if isinstance(environment, SearchEnvironment):
+        own = {key: getattr(environment, name) for name, key in _BUDGETS.items()}
+    others = {name: value for name, value in options_of(environment).items() if name not in _BUDGETS or not own}
+    return dataclasses.replace(agent, environment=name_of(environment), environment_options=others or None, **own)
 
 
 def trained_settings(model: str) -> AgentSettings:
@@ -183,11 +242,29 @@ def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
     """The settings of training, changed by those of a command's options that are the agent's and were given.
 
     Raises:
-        UserError: for a value that is out of range.
+        UserError: for a value that is out of range, and for code that only the model names.
     """
     keys = {key.name for key in dataclasses.fields(AgentSettings)}
     given = {name: value for name, value in options.items() if name in keys and value is not None}
-    return dataclasses.replace(trained, **given)
+    if given.get("environment", trained.environment) != trained.environment:
+        given = {"environment_options": None, **given}  # those of training were another's
+    settings = dataclasses.replace(trained, **given)
+    if "environment" not in given:
+        refuse_unnamed_code(settings)
+    return settings
+
+
+def refuse_unnamed_code(recorded: AgentSettings) -> None:
+    """Refuses settings of a model that name an environment by its place: whoever published it would choose what runs.
+
+    Raises:
+        UserError: says which option runs it.
+    """
+    if recorded.environment not in ENVIRONMENTS:
+        raise UserError(
+            f"the model was trained in the environment {recorded.environment}, which is code and not a registered "
+            f"name. If you trust that code, name it: --environment {recorded.environment}"
+        )
 
 
 def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
@@ -196,11 +273,7 @@ def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
     Raises:
         UserError: if a value has not the type of its key, naming `source`.
     """
-    known = get_type_hints(AgentSettings)
-    given = {name: values[name] for name in known if name in values}
-    for name, value in given.items():
-        if not isinstance(value, _types(known[name])) or isinstance(value, bool):
-            raise UserError(f"{source}: {name} cannot be {value!r}: correct it there, or remove the file")
+    given = {key.name: values[key.name] for key in dataclasses.fields(AgentSettings) if key.name in values}
     try:
         return AgentSettings(**given)
     except UserError as error:
@@ -227,13 +300,6 @@ def read_settings(model: str) -> AgentSettings | None:
     if not isinstance(config, dict):
         raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
     return settings_of(config, str(path))
-
-
-def _types(hint: Any) -> tuple[type, ...]:
-    """What `isinstance` takes for a field's type: `Mapping[str, Any] | None` is a mapping or none."""
-    if hint is float:
-        return (int, float)
-    return tuple(get_origin(one) or one for one in get_args(hint) or (hint,))
 
 
 def _cached(model: str) -> str | None:

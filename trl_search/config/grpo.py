@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
+from trl_search.config.recipe_values import checked_values
 
 ON_COLLAPSE = ("warn", "stop", "rollback")
 # How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
@@ -102,8 +103,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     max_failed_share: float = field(
         default=0.5,
         metadata={
-            "help": "Trajectories whose retrieval failed are masked from the loss and counted; training stops with an "
-            "error when more than this share of a batch has failed."
+            "help": "Trajectories whose retrieval or environment failed are masked from the loss and counted; "
+            "training stops with an error when more than this share of a batch has failed."
         },
     )
     mask_observations: bool = field(
@@ -157,8 +158,9 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.vllm_server_base_url, str):
-            self.vllm_server_base_url = [self.vllm_server_base_url]
+        ours = {name: getattr(self, name) for name in SearchGRPOConfig.__annotations__ if not name.startswith("_")}
+        for name, value in checked_values(ours, [SearchGRPOConfig], "SearchGRPOConfig").items():
+            setattr(self, name, value)
         GRPOConfig.__post_init__(self)
         check_agent(self)
         for name, choices in (

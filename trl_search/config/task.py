@@ -126,7 +126,7 @@ class Task:
 
     train: Dataset
     held_out: Dataset | None
-    retriever: Retriever
+    retriever: Retriever | None  # None where nothing is searched
 
     @property
     def description(self) -> dict[str, Any]:
@@ -135,10 +135,11 @@ class Task:
         return {"train_questions": len(self.train), "held_out_questions": dict(Counter(held_out))}
 
 
-def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) -> Task:
+def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, searches: bool = True) -> Task:
     """Loads questions and retriever; everything that can be wrong with a recipe's data is said here.
 
     Args:
+        searches (`bool`): Whether the environment takes a retriever; without one, none is opened.
         evidence (`bool`): The training questions also say which passages hold their answers, as far as that is known.
     """
     options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
@@ -150,7 +151,7 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) ->
         # Its three types of question are one set: they are not weighed against each other.
         tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
         held_out = _sample(tested, arguments.max_eval_questions, seed)
-        return Task(train, held_out, searched.load())
+        return Task(train, held_out, searched.load() if searches else None)
     names = set_names(arguments.eval_questions)
     limit, fields = arguments.max_eval_questions, arguments.fields
     train = load_questions(
@@ -162,7 +163,7 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False) ->
         evidence=evidence,
     )
     held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
-    return Task(train, held_out, searched.load())
+    return Task(train, held_out, searched.load() if searches else None)
 
 
 def load_held_out(

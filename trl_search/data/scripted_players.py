@@ -105,14 +105,14 @@ def scripted_trajectories(
     n: int,
     quality: Mapping[str, float] = WEAK,
     seed: int = 0,
-    environment: SearchEnvironment | None = None,
+    environment: Environment | None = None,
 ) -> list[Trajectory]:
     """Plays `n` training questions of a world, by players of mixed quality.
 
     Args:
         n (`int`): How many trajectories; questions are asked again if the world has fewer.
         quality (`Mapping[str, float]`): The share of each of `PLAYERS`.
-        environment (`SearchEnvironment`, *optional*): What is searched, if other than `SearchEnvironment(retriever)`.
+        environment (`Environment`, *optional*): What is searched, if other than `SearchEnvironment(retriever)`.
 
     Example:
         >>> protocol = load_protocol("qwen_tools", tokenizer, instruction="")
@@ -133,10 +133,10 @@ def scripted_trajectories(
         for index, (name, question) in enumerate(zip(names, questions, strict=True))
     ]
     prompts = [protocol.prompt_ids(protocol.messages(question.question)) for question in questions]
-    return play(scripts, prompts, protocol, environment or SearchEnvironment(retriever))
+    return play_scripts(scripts, prompts, protocol, environment or SearchEnvironment(retriever))
 
 
-def play(
+def play_scripts(
     scripts: Sequence[Script], prompts: Sequence[tuple[int, ...]], protocol: Protocol, environment: Environment
 ) -> list[Trajectory]:
     """Plays each script after its prompt, all at once, so their searches are batched."""

@@ -26,12 +26,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
 from trl_search.config.agent import AgentSettings, protocol_of
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.evaluation.outcomes import Outcome, score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.rollout import Job, run_batch, run_sync
+from trl_search.rollout import Job, run_batch
 from trl_search.types import Passage, Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
@@ -129,7 +130,7 @@ def mode_protocol(
             "SearchEnvironment"
         )
     if mode == "search":
-        return protocol_of(agent, tokenizer, environment.tools)
+        return protocol_of(agent, tokenizer, environment.tools, environment.instruction)
     return protocol_of(replace(agent, instruction=INSTRUCTIONS[mode]), tokenizer, tools=())
 
 

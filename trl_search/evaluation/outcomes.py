@@ -17,7 +17,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none
 from trl_search.rewards.answers import contains_answer, exact_match, f1_score, last_answer
 from trl_search.rewards.reflective_phrases import count_reflections
-from trl_search.types import StopReason, Trajectory
+from trl_search.types import FAILURES, Trajectory
 
 RESULTS_FILE = "results.json"  # of a run, and of an evaluation
 RESAMPLES = 10_000
@@ -33,11 +33,12 @@ class Outcome:
         em, f1, contains (`float`): Whether the answer equals a golden one, the overlap of their words, and whether the
             answer contains a golden one.
         read (`float`): Whether a golden answer stands in a passage that its searches found.
-        searches (`int`): Calls of the tool. The search of `rag` is not a call, so it is not counted.
+        searches (`int`): Calls of the environment's tools. The search of `rag` is not a call, so it is not counted.
         malformed (`int`): Calls that could not be run.
         latency_s (`float`): Time of generation and search, including the wait for concurrent questions.
         reflections (`int`): Reflective phrases that the policy wrote.
-        stop_reason (`str`): A `StopReason`. With `retrieval_failed` the scores mean nothing; `error` says why.
+        stop_reason (`str`): A `StopReason`. With `retrieval_failed` or `environment_failed` the scores mean nothing;
+            `error` says why.
     """
 
     id: str
@@ -61,8 +62,8 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether its search failed. Failed questions enter no mean."""
-        return self.stop_reason == StopReason.RETRIEVAL_FAILED
+        """Whether its search or its environment failed. Failed questions enter no mean."""
+        return self.stop_reason in FAILURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Ou
         f1=0.0 if answer is None else float(f1_score(answer, golden)),
         contains=0.0 if answer is None else float(contains_answer(answer, golden)),
         read=float(any(contains_answer(one.titled_text, golden) for found in trajectory.passages for one in found)),
-        searches=trajectory.searches,
+        searches=trajectory.calls,
         turns=len(trajectory.spoken),
         malformed=trajectory.malformed,
         model_tokens=trajectory.model_tokens,

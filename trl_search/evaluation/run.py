@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import git_state, hardware, versions
-from trl_search.config.agent import AgentSettings, search_environment
+from trl_search.config.agent import AgentSettings, build_environment
 from trl_search.config.searched import Searched, resolve_searched, run_record
 from trl_search.data import QuestionFields
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
+from trl_search.environment.registry import takes_retriever
 from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.evaluation.evaluate import answer_questions
@@ -104,7 +105,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     model = tiny_policy_path() if plan.model == "tiny" else plan.model
     tokenizer = load_tokenizer(model)
     retriever, description = _retriever(plan)
-    environment = AnswerOnly() if retriever is None else search_environment(retriever, plan.agent)
+    environment = build_environment(plan.agent, retriever) if _acts(plan) else AnswerOnly()
 
     # 2. The settings, which must be those that the folder was begun with.
     folder = plan.output
@@ -113,7 +114,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
         model_name=plan.model,
         backend={"name": plan.backend.name, "served_model": plan.backend.served_model},
         sampling=dataclasses.asdict(plan.sampling),
-        agent=dataclasses.asdict(plan.agent),
+        agent=plan.agent.described(),
         prompts=prompts_of(plan.modes, tokenizer, environment, plan.agent),
         retriever=description,
         modes=list(plan.modes),
@@ -258,7 +259,7 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
 
 def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
     """The retriever and its description; none if no mode searches."""
-    if not set(plan.modes) & set(SEARCHING):
+    if not _acts(plan) or not takes_retriever(plan.agent.environment):
         return None, None
     searched = what_is_searched(plan)
     return searched.load(), describe_retriever(searched.kind, searched.described())
@@ -280,6 +281,11 @@ def what_is_searched(plan: Plan) -> Searched:
             "folder, the address of a server, or a kind with its --retriever_options"
         )
     return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
+
+
+def _acts(plan: Plan) -> bool:
+    """Whether some mode meets the environment."""
+    return bool(set(plan.modes) & set(SEARCHING))
 
 
 @contextmanager

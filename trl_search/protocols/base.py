@@ -18,9 +18,10 @@ from trl_search.common.errors import UserError
 from trl_search.protocols.call_formats import HARMONY, CallFormat
 from trl_search.protocols.calls import looks_like_a_call
 from trl_search.protocols.control_tokens import ControlTokens
+from trl_search.protocols.instructions import instruction_for, tool_names
 from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
-from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search
+from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ class Protocol(abc.ABC):
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The policy's own.
-        instruction (`str`, *optional*): Put before the question; the protocol's own by default, `""` for none.
+        instruction (`str`, *optional*): Put before the question, `""` for none. By default the protocol's own where
+            the search is the only tool, else one that names the tools.
         system_prompt (`str`, *optional*): The system message; `None` leaves it to the chat template.
         tools (`Sequence[dict]`, *optional*, defaults to the search tool): JSON schemas shown to the policy.
         chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`, e.g. `{"enable_thinking": False}`.
@@ -91,7 +93,10 @@ class Protocol(abc.ABC):
         if tokenizer.eos_token_id is None:
             raise UserError(f"protocol {self.name!r} needs a tokenizer with an EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
-        self.instruction = self.default_instruction if instruction is None else instruction
+        names = tool_names(tools)
+        if instruction is None:
+            instruction = self.default_instruction if names == ["search"] else instruction_for(names)
+        self.instruction = instruction
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -186,7 +191,7 @@ class Protocol(abc.ABC):
         """The action that the content of one call asks for."""
 
     @abc.abstractmethod
-    def write(self, thought: str, action: Search | Answer) -> str:
+    def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
         """The turn of a policy that follows the protocol: the inverse of `parse`. For scripts and tests."""
 
     # The environment's replies

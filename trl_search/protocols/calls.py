@@ -83,6 +83,16 @@ def search_for(queries: Any) -> Action:
     return Search(stripped)
 
 
+def call_of(action: Search | ToolCall) -> ToolCall:
+    """The call that asks for an action: the inverse of `read_call`.
+
+    Example:
+        >>> call_of(Search(("a", "b")))
+        ToolCall(name='search', arguments={'query_list': ['a', 'b']})
+    """
+    return ToolCall("search", {"query_list": list(action.queries)}) if isinstance(action, Search) else action
+
+
 def looks_like_a_call(text: str) -> bool:
     """Whether a turn without a call holds a near-call.
 

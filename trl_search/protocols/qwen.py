@@ -9,8 +9,9 @@ from typing import Any
 
 from trl_search.protocols.base import Protocol
 from trl_search.protocols.call_formats import HERMES, write_call
-from trl_search.protocols.calls import read_call
+from trl_search.protocols.calls import call_of, read_call
 from trl_search.protocols.control_tokens import ControlTokens
+from trl_search.protocols.instructions import REPLY_TAGS
 from trl_search.protocols.tool_template import (
     CALL_ID,
     REMEDY,
@@ -19,11 +20,10 @@ from trl_search.protocols.tool_template import (
     probe_template,
     write_turn,
 )
-from trl_search.types import Action, Answer, Search
+from trl_search.types import Action, Answer, Search, ToolCall
 
 _CLOSED_THOUGHT = re.compile(r"\A\s*(?:<think>\s*)?</think>\s*")
 _CALL_ID = re.compile(r'"id":\s{0,3}"([A-Za-z0-9]{9})"|\[CALL_ID\]([A-Za-z0-9]{9})')
-_REPLY_TAGS = "; its results come between <tool_response> and </tool_response>"
 
 
 class QwenTools(Protocol):
@@ -39,7 +39,7 @@ class QwenTools(Protocol):
     correction = "write the call exactly as the tool instructions show, without a code fence"
     default_instruction = (
         "Answer the given question. You must reason inside <think> and </think> first every time you get new "
-        "information. If you lack knowledge, call the search tool" + _REPLY_TAGS + ". You can search as many times as "
+        "information. If you lack knowledge, call the search tool" + REPLY_TAGS + ". You can search as many times as "
         "you need. When you know enough, give the final answer inside <answer> and </answer>, without explanation. "
         "For example, <answer> Beijing </answer>. Question: "
     )
@@ -47,14 +47,15 @@ class QwenTools(Protocol):
     def _read_call(self, content: str) -> Action:
         return read_call(content, {tool["function"]["name"] for tool in self.tools})
 
-    def write(self, thought: str, action: Search | Answer) -> str:
+    def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
         if isinstance(action, Answer):
             return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
+        asked = call_of(action)
         if self.call_format is HERMES:
-            call = write_call("search", {"query_list": list(action.queries)})
+            call = write_call(asked.name, asked.arguments)
         else:
             # Where the prompt opens a thought, the template closes it first; here the thought does.
-            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self._show, action.queries))
+            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self._show, asked))
         return f"<think> {thought} </think>\n{call}"
 
     def _observation_frame(self) -> tuple[str, str]:
@@ -72,7 +73,8 @@ class QwenTools(Protocol):
             )
         self._end_id = end
         if "<tool_response>" not in self.template.opening:
-            self.instruction = self.instruction.replace(_REPLY_TAGS, "")
+            for tags in (REPLY_TAGS, REPLY_TAGS.replace("its", "their")):
+                self.instruction = self.instruction.replace(tags, "")
         return self.decode(opening), self.template.closing
 
     def _show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_search.common.errors import UserError
 from trl_search.protocols.base import Protocol
 from trl_search.protocols.call_formats import HARMONY
 from trl_search.protocols.calls import read_query
-from trl_search.types import Action, Answer, Search
+from trl_search.protocols.instructions import tool_names
+from trl_search.types import Action, Answer, Search, ToolCall
 
 
 class SearchR1(Protocol):
@@ -50,12 +52,19 @@ class SearchR1(Protocol):
     def _read_call(self, content: str) -> Action:
         return read_query(content)
 
-    def write(self, thought: str, action: Search | Answer) -> str:
+    def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
+        if isinstance(action, ToolCall):
+            raise UserError(f"protocol {self.name!r} has tags for a search, and none for a call of {action.name}")
         if isinstance(action, Answer):
             return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
         return f"<think> {thought} </think>\n<search> {' '.join(action.queries)} </search>"
 
     def _observation_frame(self) -> tuple[str, str]:
+        if others := [name for name in tool_names(self.tools) if name != "search"]:
+            raise UserError(
+                f"protocol {self.name!r} has tags for a search, and none for the environment's tool {others[0]!r}: "
+                "use protocol='qwen_tools'"
+            )
         if "<|channel|>" in (self.tokenizer.chat_template or ""):
             self.call_format = HARMONY  # its thoughts stand in a channel of their own
         return "\n\n<information>", "</information>\n\n"

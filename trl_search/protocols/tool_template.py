@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 from trl_search.common.errors import UserError
 from trl_search.protocols.call_formats import CALL_FORMATS, CallFormat
-from trl_search.protocols.calls import read_call
+from trl_search.protocols.calls import call_of, read_call
 from trl_search.protocols.thoughts import written_thought
 from trl_search.protocols.turn import read_turn
-from trl_search.types import Search
+from trl_search.types import Search, ToolCall
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether the policy goes on
 
 _QUERIES = ("TRLSEARCHQUERY", 'of "it\'s" [here], {there}')
+_CALL = call_of(Search(_QUERIES))
 _REPLY = 'TRLSEARCHREPLY "x"\nwith a second line'
 CALL_ID = "call00001"
 _END_OF_TURN = re.compile(r"<\|[^<>|]{1,40}\|>|</s>")
@@ -91,8 +92,8 @@ def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTe
 
 
 def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMessage) -> ToolTemplate:
-    prompt = render(_history(_QUERIES, message)[:1], True)
-    text = render(_history(_QUERIES, message), True)
+    prompt = render(_history(_CALL, message)[:1], True)
+    text = render(_history(_CALL, message), True)
     if not all(tool["function"]["name"] in prompt for tool in tools):
         raise TemplateProblem(f"the chat template does not show the tools to the policy: {REMEDY}")
     json_reply = _REPLY not in text
@@ -115,22 +116,21 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
     )
 
 
-def write_turn(template: ToolTemplate, render: Render, queries: Sequence[str]) -> str:
-    """The call for `queries` as the template writes it, without thoughts and without the end of the turn."""
-    history = _history(queries, template.message)
+def write_turn(template: ToolTemplate, render: Render, call: ToolCall) -> str:
+    """The call as the template writes it, without thoughts and without the end of the turn."""
+    history = _history(call, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
     before = render(history, True).split(template.opening + reply)[0]
     return _policys_part(render(history[:1], True), before)
 
 
-def _history(queries: Sequence[str], message: CallMessage) -> list[dict[str, Any]]:
-    arguments: Any = {"query_list": list(queries)}
-    function = {"name": "search", "arguments": json.dumps(arguments) if message.json_arguments else arguments}
-    call = {"type": "function", "id": CALL_ID, "function": function}
+def _history(call: ToolCall, message: CallMessage) -> list[dict[str, Any]]:
+    arguments: Any = json.dumps(call.arguments) if message.json_arguments else dict(call.arguments)
+    tool_call = {"type": "function", "id": CALL_ID, "function": {"name": call.name, "arguments": arguments}}
     return [
         {"role": "user", "content": "x"},
-        {"role": "assistant", "content": message.content, "tool_calls": [call]},
-        {"role": "tool", "name": "search", "tool_call_id": CALL_ID, "content": _REPLY},
+        {"role": "assistant", "content": message.content, "tool_calls": [tool_call]},
+        {"role": "tool", "name": call.name, "tool_call_id": CALL_ID, "content": _REPLY},
     ]
 
 

@@ -132,8 +132,15 @@ RULES: tuple[Rule, ...] = (
         falls=0.3, worth=0.1,
     ),
     Rule(
+        "tool_calls", "tools/calls", "the policy gives up calling its tools",
+        "read the completions; if guessing pays as much as calling, begin with a cold start (trl-search sft), or "
+        "reward what a call finds",
+        falls=0.3, worth=0.1,
+    ),
+    Rule(
         "turns", "search/turns", "trajectories end in their first turns",
-        "look at completions: without an answer, the call's format is lost; with one, see alarm/searches",
+        "look at completions: without an answer, the call's format is lost; with one, see alarm/searches and "
+        "alarm/tool_calls",
         falls=0.5, worth=2.0,
     ),
     Rule(

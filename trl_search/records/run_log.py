@@ -39,6 +39,7 @@ class RunLog(TrainerCallback):
     Attributes:
         prompt (`str`): The first training prompt, from the first token to the first of the policy's.
         task (`dict`): What `run.json` says about questions, retriever and rewards. Set it before training starts.
+        environment (`dict`): What it says about the environment: its tools and its own budgets.
         info (`dict`): `run.json`, once training has started; on rank 0.
     """
 
@@ -46,6 +47,7 @@ class RunLog(TrainerCallback):
         self.model, self.protocol = model, protocol
         self.prompt = ""
         self.task: dict[str, Any] = {}
+        self.environment: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 
     def on_train_begin(
@@ -72,6 +74,7 @@ class RunLog(TrainerCallback):
             "hardware": hardware(args.world_size),
             "config": _config(args),
             "task": without_secrets(self.task),
+            "environment": without_secrets(self.environment),
             "model": self.model,
             "protocol": self.protocol,
             "prompt": self.prompt,

@@ -8,9 +8,10 @@
 | `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
 | `search/quoted_queries`             | share of its queries that hold an exact phrase, in quotation marks            |
 | `search/repeated_queries`           | share of its queries that repeat an earlier one                               |
-| `search/no_answer`                  | 1 if it ended without an answer, and retrieval did not fail                   |
+| `search/no_answer`                  | 1 if it ended without an answer, and nothing failed                           |
 | `search/empty_retrievals`           | searches that found nothing                                                   |
-| `search/failed_rollouts`            | 1 if retrieval failed: masked from the loss                                   |
+| `search/failed_rollouts`            | 1 if retrieval or the environment failed: masked from the loss                |
+| `tools/calls`                       | calls of other tools than the search                                          |
 | `tokens/model`                      | tokens that the policy sampled (mask 1)                                       |
 | `tokens/per_turn`                   | tokens that the policy sampled per turn: how much it thinks                   |
 | `tokens/observation`                | tokens that the environment wrote (mask 0)                                    |
@@ -19,6 +20,8 @@
 | `reflection/ratio`                  | 1 if the policy wrote a reflective phrase                                     |
 | `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
 | `stop/<reason>`                     | 1 if it ended for that reason: `answer`, `search_budget`, ...                 |
+
+Where the environment has no search, or no other tool, the metrics of searches or of other calls are left out.
 
 `retrieval/<name>` counts what the retriever did in a rollout batch, over all ranks: `queries`, `failed_queries`,
 `batches` and `search_s` for every retriever; for `http` and `web` also `requests`, `failures`, `retries`,
@@ -30,12 +33,32 @@ TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_rew
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import duplicate_tags
 from trl_search.types import Answer, Search, StopReason, Trajectory
 
 _QUOTED = re.compile(r'["“«][^"”»]+["”»]')
+
+
+_OF_SEARCHES = (
+    "search/searches",
+    "search/quoted_queries",
+    "search/repeated_queries",
+    "search/empty_retrievals",
+)
+
+
+def idle_metrics(tools: Collection[str]) -> set[str]:
+    """The metrics that say nothing where the policy has these tools: they would be 0 in every step.
+
+    Example:
+        >>> idle_metrics(["search"])
+        {'tools/calls'}
+    """
+    idle = set() if "search" in tools else set(_OF_SEARCHES)
+    return idle if set(tools) - {"search"} else idle | {"tools/calls"}
 
 
 def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
@@ -55,6 +78,7 @@ def trajectory_metrics(trajectory: Trajectory) -> dict[str, float]:
         "search/no_answer": float(not answered and not trajectory.failed),
         "search/empty_retrievals": float(sum(not passages for passages in trajectory.passages)),
         "search/failed_rollouts": float(trajectory.failed),
+        "tools/calls": float(trajectory.calls - trajectory.searches),
         "tokens/model": float(trajectory.model_tokens),
         "tokens/per_turn": trajectory.model_tokens / max(1, len(trajectory.spoken)),
         "tokens/observation": float(trajectory.observation_tokens),

@@ -20,7 +20,15 @@ from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.index.folder import read_manifest
 from trl_search.retrieval.registry import RETRIEVERS
 
-__all__ = ["RETRIEVERS", "RetrievalError", "Retriever", "load_retriever", "open_retriever", "resolve_retriever"]
+__all__ = [
+    "RETRIEVERS",
+    "RetrievalError",
+    "Retriever",
+    "as_retriever",
+    "load_retriever",
+    "open_retriever",
+    "resolve_retriever",
+]
 
 
 def load_retriever(kind: str, **options: Any) -> Retriever:
@@ -64,6 +72,23 @@ def open_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -
     """
     kind, resolved = resolve_retriever(word, options)
     return load_retriever(kind, **resolved)
+
+
+def as_retriever(value: Any) -> Retriever:
+    """A retriever as it is, and a word as [`open_retriever`] reads it.
+
+    Raises:
+        UserError: for anything else; says how to make a retriever of it.
+    """
+    if isinstance(value, Retriever):
+        return value
+    if isinstance(value, str | Path):
+        return open_retriever(value)
+    if isinstance(value, type) and issubclass(value, Retriever):
+        raise UserError(f"retriever={value.__name__} is a class: give an instance, {value.__name__}(...)")
+    if isinstance(value, list | tuple):
+        raise UserError('retriever is a list: load_retriever("bm25", passages=[...]) searches passages in memory')
+    raise UserError(f"a retriever is an instance of a subclass of Retriever, or a word, and this is {value!r:.80}")
 
 
 def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

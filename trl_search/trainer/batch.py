@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
-from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.protocols.instructions import tool_names
+from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
 from trl_search.retrieval.base import RetrievalError, merge_metrics
 from trl_search.types import Sampling, StopReason, Trajectory
 
@@ -173,18 +174,26 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
 
 
 def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) -> None:
-    """Stops the run when retrieval fails for too many trajectories. Every rank calls it, so all stop at the same step.
+    """Stops the run when too many trajectories fail. Every rank calls it, so all stop at the same step.
 
     Raises:
-        RetrievalError: if more than `max_failed_share` of the trajectories of all ranks have failed.
+        RetrievalError: if more than `max_failed_share` of the trajectories of all ranks have failed, and retrieval
+            failed for most of them.
+        UserError: if the environment did.
     """
-    errors = gather_object([trajectory.error if trajectory.failed else None for trajectory in trajectories])
-    failed = [error for error in errors if error is not None]
-    if len(failed) > max_failed_share * len(errors):
-        raise RetrievalError(
-            f"retrieval failed for {len(failed)} of {len(errors)} trajectories, more than "
-            f"max_failed_share={max_failed_share}; the first error: {failed[0]}"
-        )
+    local = [(trajectory.stop_reason, trajectory.error) if trajectory.failed else None for trajectory in trajectories]
+    outcomes = gather_object(local)
+    failed = [outcome for outcome in outcomes if outcome is not None]
+    if len(failed) <= max_failed_share * len(outcomes):
+        return
+    searches = [error for reason, error in failed if reason is StopReason.RETRIEVAL_FAILED]
+    others = [error for reason, error in failed if reason is not StopReason.RETRIEVAL_FAILED]
+    retrieval = len(searches) >= len(others)
+    raise (RetrievalError if retrieval else UserError)(
+        f"{'retrieval' if retrieval else 'the environment'} failed for {len(searches if retrieval else others)} of "
+        f"{len(outcomes)} trajectories, more than max_failed_share={max_failed_share}; the first error: "
+        f"{(searches if retrieval else others)[0]}"
+    )
 
 
 def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) -> dict[str, float]:
@@ -192,4 +201,7 @@ def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) 
     rows = [{**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.trajectories]
     local = torch.tensor([list(row.values()) for row in rows], device=accelerator.device)  # (B, metrics)
     means = accelerator.gather(local).mean(dim=0).tolist()
-    return {**dict(zip(rows[0], means, strict=True)), **merge_metrics(gather_object([environment.take_metrics()]))}
+    found = dict(zip(rows[0], means, strict=True))
+    for name in idle_metrics(tool_names(environment.tools)):
+        del found[name]
+    return {**found, **merge_metrics(gather_object([environment.take_metrics()]))}

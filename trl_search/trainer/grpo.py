@@ -8,7 +8,7 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 | `_generate_and_score_completions`    | start a `Rollout` with the dataset's rows; record the scored trajectories    |
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
 | `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
-| `_calculate_rewards`                 | give no reward where retrieval failed, so such rows enter no baseline        |
+| `_calculate_rewards`                 | give no reward where the world failed, so such rows enter no baseline        |
 | `_compute_loss`,                     | run only tokens that the loss needs; correct towards vLLM: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
 | `create_model_card`                  | write our model card                                                         |
@@ -30,10 +30,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
-from trl_search.common.errors import UserError
-from trl_search.config.agent import protocol_of, search_environment
+from trl_search.config.agent import protocol_of
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
+from trl_search.environment.registry import described
 from trl_search.policies.base import Policy
 from trl_search.policies.metered import MeteredPolicy
 from trl_search.records.publish.checkpoint_card import CheckpointCards
@@ -60,6 +60,7 @@ from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation import policy_of
 from trl_search.trainer.inputs import (
     RewardSpec,
+    environment_of,
     refuse_what_rollouts_cannot_do,
     resolve_specs,
     tokenizer_of,
@@ -97,15 +98,18 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
             `retrieval` read `golden_answers`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; loaded from the model's folder by default.
-        retriever ([`Retriever`], *optional*):
-            What the default [`SearchEnvironment`] searches.
+        retriever ([`Retriever`] or `str`, *optional*):
+            What the environment searches: an instance, or a word as [`open_retriever`] reads it (an index folder, the
+            address of a server).
         environment ([`Environment`], *optional*):
-            A world of your own, in place of `SearchEnvironment(retriever)`.
+            A world of your own, an instance. By default `args.environment` is made, which is a [`SearchEnvironment`].
+            The budgets of an instance are its own: they replace those of `args`.
         **kwargs:
             Everything else goes to [`~trl.GRPOTrainer`]: `peft_config`, `callbacks`, `optimizers`, ...
 
     Raises:
-        UserError: for missing columns, an empty dataset, a model or a template that cannot do what is asked.
+        UserError: for missing columns, an empty dataset, a model or a template that cannot do what is asked, an
+            environment or a retriever that is none.
 
     Example:
         ```python
@@ -138,19 +142,13 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        retriever: Retriever | None = None,
+        retriever: Retriever | str | Path | None = None,
         environment: Environment | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
             args = SearchGRPOConfig("search-grpo")
-        if (retriever is not None or environment is not None) and not isinstance(args, SearchGRPOConfig):
-            raise UserError(f"args must be a SearchGRPOConfig, and it is a {type(args).__name__}")
-        if retriever is not None and environment is not None:
-            raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
-        if environment is None and retriever is not None:
-            environment = search_environment(retriever, args.agent)
-        self.environment = environment
+        environment = self.environment = environment_of(args, retriever, environment)
         avoid_cudnn_attention()
         if reward_funcs is None and environment is not None:
             reward_funcs = "em"
@@ -159,7 +157,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
             refuse_what_rollouts_cannot_do(args, model, kwargs)
             # Of a processor only the tokenizer is needed: nothing but text is shown.
             processing_class = getattr(processing_class, "tokenizer", processing_class) or tokenizer_of(model, args)
-            self.protocol = protocol_of(args.agent, processing_class, environment.tools)
+            self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
@@ -182,6 +180,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
             self.eval_dataset = self.with_room(self.eval_dataset, "eval_dataset")
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
+            self.run_log.environment = described(self.environment)
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
             # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
             self.collapse_alarm = CollapseAlarm(stop=args.on_collapse != "warn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
+from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.environment import Environment, check_environment
+from trl_search.environment.registry import SEARCH, name_of
 from trl_search.policies.loading import load_tokenizer
+from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
 from trl_search.rewards.declaration import with_settings
 from trl_search.rewards.last_message import reads_first_message
+from trl_search.rewards.registry import listed_rewards
 from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
 
 logger = logging.getLogger(__name__)
@@ -31,10 +37,32 @@ _NOT_OURS = {
 }
 
 
+def environment_of(args: Any, retriever: Any, environment: Any) -> Environment | None:
+    """The environment of a run; `None` for a plain GRPOTrainer. `args` take over the budgets of an instance.
+
+    Raises:
+        UserError: for what is no retriever or no environment, and for both where one is meant.
+    """
+    if retriever is None and environment is None and getattr(args, "environment", SEARCH) == SEARCH:
+        return None
+    if not isinstance(args, SearchGRPOConfig):
+        raise UserError(f"args must be a SearchGRPOConfig, and it is a {type(args).__name__}")
+    if environment is None:
+        return build_environment(args.agent, None if retriever is None else as_retriever(retriever))
+    if retriever is not None:
+        raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
+    made = check_environment(environment)
+    if args.environment not in (SEARCH, name_of(made)):
+        raise UserError(f"environment is given twice, as an instance and as args.environment={args.environment!r}")
+    for name, value in dataclasses.asdict(settings_in(made, args.agent)).items():
+        setattr(args, name, value)
+    return made
+
+
 def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConfig) -> list[Any]:
     """Functions, with the settings they declare, in place of names. A hub id or a folder, told by its slash, is a
     reward model: TRL loads it."""
-    listed = [specs] if isinstance(specs, str) or callable(specs) else list(specs)
+    listed = listed_rewards(specs)
     is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
     others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
     functions = resolve_rewards(others) if others or not listed else []

@@ -31,11 +31,12 @@ from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none, write_json
-from trl_search.config.agent import protocol_of, search_environment
+from trl_search.config.agent import build_environment, protocol_of
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
+from trl_search.environment.registry import SEARCH, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -104,7 +105,12 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         UserError: for a mistake in the recipe.
     """
     refuse_quantization(model_config)
-    task = load_task(arguments, seed=config.seed)
+    if config.environment != SEARCH and arguments.warm_start_steps:
+        raise UserError(
+            f"warm_start_steps shows searches, and the environment is {config.environment}: set warm_start_steps: 0"
+        )
+    task = load_task(arguments, seed=config.seed, searches=takes_retriever(config.environment))
+    build_environment(config.agent, task.retriever)  # what is wrong with its options is said before a model is loaded
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     if config.on_collapse == "rollback" and not arguments.evaluate_every:
@@ -151,7 +157,7 @@ def measure_untrained(run: Run) -> None:
                 list(run.task.held_out or []),
                 policy=contextlib.nullcontext(speaker),
                 tokenizer=run.tokenizer,
-                environment=search_environment(run.task.retriever, run.config.agent),
+                environment=build_environment(run.config.agent, run.task.retriever),
                 agent=run.config.agent,
                 folder=run.folder,
             )
@@ -171,10 +177,10 @@ def warm_up(
     announce("Warm start", f"{arguments.warm_start_steps} supervised steps, in another world")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
-    environment = search_environment(retriever, config.agent)
+    environment = build_environment(config.agent, retriever)
     warm_start(
         model,
-        protocol_of(config.agent, tokenizer, environment.tools),
+        protocol_of(config.agent, tokenizer, environment.tools, environment.instruction),
         world,
         retriever,
         environment=environment,

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_search.common.errors import UserError
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
-from trl_search.environment import SearchEnvironment
+from trl_search.environment import Environment
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
@@ -135,7 +135,7 @@ def warm_start(
     learning_rate: float = 5e-4,
     batch_size: int = 16,
     quality: Mapping[str, float] = WEAK,
-    environment: SearchEnvironment | None = None,
+    environment: Environment | None = None,
     seed: int = 0,
     use_cpu: bool = False,
 ) -> list[Trajectory]:
@@ -144,7 +144,7 @@ def warm_start(
     Args:
         steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
-        environment (`SearchEnvironment`, *optional*): What the scripts search. Default: the retriever.
+        environment (`Environment`, *optional*): What the scripts search. Default: the retriever.
         use_cpu (`bool`): The same as in the run it belongs to: otherwise each process trains alone.
 
     Returns:

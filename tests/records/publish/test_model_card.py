@@ -252,4 +252,5 @@ def test_settings_of_a_published_model_are_found_where_push_puts_them(tmp_path, 
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "trl_search.json").write_text(json.dumps(dataclasses.replace(TINY, max_searches=2).as_json()))
     with load_chat(str(tmp_path), retriever, device="cpu") as chat:
-        assert chat.environment.max_searches == 2 and chat.protocol.instruction == "" and chat.limits == TINY.limits
+        searched, protocol = chat.environment.inner, chat.protocol
+        assert searched.max_searches == 2 and protocol.instruction == "" and chat.limits == TINY.limits

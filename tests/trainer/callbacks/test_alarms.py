@@ -21,7 +21,7 @@ RUNS = json.loads(HISTORIES.read_text())
 HEALTHY = [name for name in RUNS if name.startswith(("search_masked", "healthy"))]
 GOOD = {
     "loss": 0.1, "grad_norm": 1.0, "reward": 0.6, "reward_std": 0.4, "frac_reward_zero_std": 0.3, "entropy": 0.2,
-    "kl": 0.01, "search/searches": 1.8, "search/turns": 2.8, "search/malformed_calls": 0.0,
+    "kl": 0.01, "search/searches": 1.8, "tools/calls": 0.5, "search/turns": 2.8, "search/malformed_calls": 0.0,
     "search/duplicate_tags": 0.0, "stop/answer": 0.95, "search/no_answer": 0.05, "search/quoted_queries": 0.4,
     "search/repeated_queries": 0.1, "tokens/per_turn": 80.0, "eval/em": 0.5,
 }  # fmt: skip
@@ -31,6 +31,7 @@ COLLAPSED = {
     "reward_variance": {"reward_std": 0.01, "reward": 0.3},
     "silent_groups": {"frac_reward_zero_std": 1.0, "reward": 0.3},
     "searches": {"search/searches": 0.3},
+    "tool_calls": {"tools/calls": 0.1},
     "turns": {"search/turns": 1.0},
     "answers": {"stop/answer": 0.2},
     "no_answer": {"search/no_answer": 0.4},
@@ -71,7 +72,7 @@ def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone(
     history = RUNS["learning_rate_x_5_0"]
     assert max(row["reward"] for row in history) > 0.7 and history[-1]["reward"] == 0
     first = {name: step for name, (step, _) in first_alarms(history).items()}
-    unrecorded = {"no_answer", *DRIFT}
+    unrecorded = {"no_answer", "tool_calls", *DRIFT}
     assert set(first) == set(COLLAPSED) - {"not_finite", "entropy_fall"} - unrecorded
     gone = next(row["step"] for row in history if row["reward"] == 0)
     assert first["malformed"] == first["duplicate_tags"] == 11 and 11 < first["reward"] < gone

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WEB_HITS = 5  # passages per query, unless --passages_per_query says otherwise
 HELP = """\
-  /k N      passages per query (now {k})
+  /k N      passages per query{k}
   /help     this
   /quit     ends the session, as Ctrl-D does; Ctrl-C ends the answer only
 Anything else is a question. Each is a conversation of its own: the agent remembers none before it."""
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.chat.interrupts import beside_main
     from trl_search.chat.session import load_chat
     from trl_search.config.agent import asked, trained_settings
+    from trl_search.environment.registry import takes_retriever
 
     sampling = sampling_of(args)
     if args.world and args.retriever not in (None, "world"):
@@ -89,21 +90,24 @@ def run(args: argparse.Namespace) -> int:
     if what == "web" and args.passages_per_query is None:
         args.passages_per_query = WEB_HITS
     settings = asked(trained_settings(args.model), vars(args))
+    searches = takes_retriever(settings.environment)
+    if not searches and (args.retriever or args.world):
+        raise UserError(f"the environment {settings.environment} takes no retriever: leave --retriever out")
 
-    searched = searched_of(args, what)
+    searched = searched_of(args, what) if searches else None
 
-    def load() -> tuple[Retriever, Chat]:
-        retriever = searched.load()
+    def load() -> tuple[Retriever | None, Chat]:
+        retriever = None if searched is None else searched.load()
         where = {"device": args.device, "dtype": args.dtype, "server": args.server}
         return retriever, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
 
     retriever, chat = beside_main(load)
     seed = random.getrandbits(32) if args.seed is None else args.seed
-    with contextlib.closing(retriever), chat:
+    with contextlib.closing(retriever) if retriever else contextlib.nullcontext(), chat:
         if args.questions:
             answered = [_answer(chat, question, args, seed + n) for n, question in enumerate(args.questions)]
             return int(not all(answered))
-        _session(chat, args, seed, searched.world)
+        _session(chat, args, seed, None if searched is None else searched.world)
     return 0
 
 
@@ -133,6 +137,10 @@ def _answer(chat: Chat, question: str, args: argparse.Namespace, seed: int) -> b
 
 def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | None) -> None:
     """Questions from a terminal, until Ctrl-D."""
+    from trl_search.environment import SearchEnvironment
+
+    inner = chat.environment.inner
+    searched = inner if isinstance(inner, SearchEnvironment) else None
     with contextlib.suppress(ImportError):  # lines can be edited where Python was built with it
         import readline  # noqa: F401
     if not args.json:
@@ -144,10 +152,12 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
         if command == "/quit":
             return
         if command == "/help":
-            print(HELP.format(k=chat.environment.k))
+            print(HELP.format(k=f" (now {searched.k})" if searched else ""))
         elif command == "/k":
-            if rest.strip().isdigit() and int(rest) > 0:
-                chat.environment.k = int(rest)
+            if searched is None:
+                print("this environment searches nothing", file=sys.stderr)
+            elif rest.strip().isdigit() and int(rest) > 0:
+                searched.k = int(rest)
             else:
                 print("write it as /k 5", file=sys.stderr)
         elif command.startswith("/"):

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.config.agent import AgentSettings
 from trl_search.protocols import Protocol
+from trl_search.protocols.instructions import tool_names
 from trl_search.records.publish.commit import CARD, CURVES
 from trl_search.records.publish.facts import CardFacts, base_of
 from trl_search.records.publish.model_card import write_card
@@ -31,7 +32,7 @@ class CheckpointCards(TrainerCallback):
         self, agent: AgentSettings, protocol: Protocol, tools: Sequence[Mapping[str, Any]], run_log: RunLog
     ) -> None:
         self.agent, self.protocol, self.run_log = agent, protocol, run_log
-        self.tools = tuple(str(tool.get("function", tool).get("name")) for tool in tools)
+        self.tools = tuple(tool_names(tools))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

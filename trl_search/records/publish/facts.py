@@ -13,6 +13,7 @@ from trl_search.config.run_file import find_run_file
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
+from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import section
 from trl_search.records.publish.commit import CURVES, on_hub
 from trl_search.records.publish.results import Result, evaluation_results, training_results
@@ -90,7 +91,8 @@ def read_facts(
     info = {} if run_file is None else read_object(run_file, remedy)
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
-    tools = SearchEnvironment.tools if asked.max_searches else ()
+    recorded = section(info, "environment")
+    tools = recorded.get("tools", SearchEnvironment.tools if asked.max_searches else ())
     results = training_results(run_folder, section(info, "task"), folder)
     for evaluation in evaluations:
         results += evaluation_results(evaluation)
@@ -98,13 +100,14 @@ def read_facts(
     return CardFacts(
         repo_id=repo_id,
         settings=settings,
-        protocol=protocol_of(asked, load_tokenizer(str(folder)), tools),
+        protocol=protocol_of(asked, load_tokenizer(str(folder)), tools, recorded.get("instruction")),
         base_model=base_model or base_of(info, adapter),
         adapter=adapter,
         info=info,
         results=results,
         license=license,
         curves=(folder / CURVES).is_file(),
+        tools=tuple(tool_names(tools)),
     )
 
 

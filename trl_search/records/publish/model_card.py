@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from trl_search.config.agent import AgentSettings
 from trl_search.data import HUB_SETS
-from trl_search.data.scripted_players import Script, play
+from trl_search.data.scripted_players import Script, play_scripts
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import Protocol
@@ -125,7 +125,7 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
         passage_template=settings.passage_template,
     )
     prompt = protocol.prompt_ids(protocol.messages(EXAMPLE_QUESTION))
-    trajectory = play([script()], [prompt], protocol, environment)[0]
+    trajectory = play_scripts([script()], [prompt], protocol, environment)[0]
     return protocol.decode([*prompt, *trajectory.ids])
 
 

@@ -44,9 +44,10 @@ PANELS = (
     Panel("Results", "Single rewards", "each before its weight", (("rewards/*/mean", "*"),)),
     Panel("Results", "Exact match per dataset", "held-out questions", (("eval/*/em", "*"),), several=True),
     Panel(
-        "Behaviour", "Searches and turns", "per trajectory",
-        (("search/searches", "searches"), ("search/turns", "turns"), ("eval/searches", "searches, held out")),
-        ("searches", "turns"),
+        "Behaviour", "Calls and turns", "per trajectory",
+        (("search/searches", "searches"), ("tools/calls", "calls of other tools"), ("search/turns", "turns"),
+         ("eval/searches", "calls, held out")),
+        ("searches", "tool_calls", "turns"),
     ),
     Panel(
         "Behaviour", "Length", "tokens per trajectory",
@@ -66,7 +67,7 @@ PANELS = (
         "Behaviour", "Warning signs", "per trajectory; what never happened is left out",
         (("search/malformed_calls", "malformed calls"), ("search/near_calls", "nearly right calls"),
          ("search/duplicate_tags", "duplicate tags"), ("search/empty_retrievals", "empty searches"),
-         ("search/failed_rollouts", "failed retrievals")),
+         ("search/failed_rollouts", "failed trajectories")),
         ("malformed", "duplicate_tags"), rare=True,
     ),
     Panel(

@@ -27,6 +27,7 @@ SHOWN = {
     "eval/em": "held-out EM",
     "loss": "loss",
     "search/searches": "searches",
+    "tools/calls": "calls",
     "search/malformed_calls": "malformed",
     "stop/answer": "answered",
     "tokens/model": "tokens",

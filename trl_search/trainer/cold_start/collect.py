@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
 from trl_search.common.files import read_object, whole_lines, write_json
 from trl_search.environment import Environment
 from trl_search.evaluation.outcomes import score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.rewards.tag_structure import format_score
-from trl_search.rollout import Job, Limits, run_batch, run_sync
+from trl_search.rollout import Job, Limits, run_batch
 from trl_search.types import Sampling, Trajectory
 
 ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
@@ -44,7 +45,8 @@ _MIN_JUDGED = 20
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One finished trajectory with its scores. `index` is the position of its question."""
+    """One finished trajectory with its scores. `index` is the position of its question, `searches` counts the calls of
+    every tool."""
 
     index: int
     sample: int

@@ -22,12 +22,13 @@ from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
-from trl_search.config.agent import SETTINGS_FILE, AgentSettings, protocol_of, search_environment
+from trl_search.config.agent import SETTINGS_FILE, AgentSettings, build_environment, protocol_of
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
 from trl_search.data.world import generate_world
+from trl_search.environment.registry import SEARCH, takes_retriever
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -40,7 +41,7 @@ from trl_search.trainer.cold_start.select import Rules, describe, select, write_
 from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
-from trl_search.types import Sampling
+from trl_search.types import Passage, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,9 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     well_formed: bool = field(
         default=True, metadata={"help": "Keep attempts alone in which every call and the answer are well-formed."}
     )
-    min_searches: int = field(default=1, metadata={"help": "Keep attempts of at least so many searches."})
+    min_searches: int = field(
+        default=1, metadata={"help": "Keep attempts of at least so many searches, or calls of another tool."}
+    )
     keep_per_question: int = field(default=2, metadata={"help": "Keep at most so many attempts of a question."})
 
     def __post_init__(self) -> None:
@@ -110,6 +113,11 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
+        if self.environment != SEARCH and (self.teacher == "scripts" or self.demonstrations):
+            raise UserError(
+                f"scripted players search, and the environment is {self.environment}: take a model as the teacher, "
+                "and set demonstrations: 0"
+            )
         if self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
         if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
@@ -160,11 +168,11 @@ def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer:
         raise UserError("teacher: scripts writes as many trajectories as are asked for: set max_steps")
     world = generate_world(arguments.world_passages, arguments.world_seed)
     retriever = load_retriever("bm25", passages=world.passages)
-    environment = search_environment(retriever, arguments.agent)
+    environment = build_environment(arguments.agent, retriever)
     trajectories = scripted_trajectories(
         world,
         retriever,
-        protocol_of(arguments.agent, tokenizer, environment.tools),
+        protocol_of(arguments.agent, tokenizer, environment.tools, environment.instruction),
         n=config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
         quality=_shares(arguments.quality),
         seed=config.seed,
@@ -186,6 +194,7 @@ def _collect_and_choose(
         TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False),
         seed=config.seed,
         evidence=evidence,
+        searches=takes_retriever(arguments.environment),
     )
     rows: list[Any] = list(task.train)
     left = missing(folder, len(rows), arguments.samples_per_question)
@@ -195,19 +204,22 @@ def _collect_and_choose(
             "--collect_only true first, without accelerate launch"
         )
     teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
-    environment = search_environment(task.retriever, arguments.agent)
-    protocol = protocol_of(arguments.agent, tokenizer, environment.tools)
+    environment = build_environment(arguments.agent, task.retriever)
+    protocol = protocol_of(arguments.agent, tokenizer, environment.tools, environment.instruction)
     limits = arguments.agent.limits
+
+    def find(queries: Sequence[str], k: int) -> list[list[Passage]]:
+        assert task.retriever is not None  # only scripted players search, in a search environment
+        return task.retriever.search(queries, k)
+
     players = QuestionPlayers(
-        lambda queries: task.retriever.search(queries, arguments.passages_per_query),
-        protocol,
-        max_searches=arguments.max_searches,
+        lambda queries: find(queries, arguments.passages_per_query), protocol, max_searches=arguments.max_searches
     )
     pool: list[Demonstration] = []
 
     def policy() -> Policy | None:
         if evidence:
-            check_corpus(rows, lambda queries: task.retriever.search(queries, 10))
+            check_corpus(rows, lambda queries: find(queries, 10))
             _tell_of_evidence(rows)
         if scripts:
             return None
@@ -233,7 +245,7 @@ def _collect_and_choose(
         concurrency=arguments.rollout_batch_size,
         settings={
             **{key: getattr(arguments, key) for key in _DEFINING},
-            **dataclasses.asdict(arguments.agent),
+            **arguments.agent.described(),
             "seed": config.seed,
             "teacher": teacher,
             **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),

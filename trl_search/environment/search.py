@@ -1,32 +1,17 @@
-"""The world a policy acts in: takes an `Action`, gives an `Observation`. This is the hook that users subclass.
-
-A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on it:
-
-    class GuessTheNumber(Environment):
-        def start(self, row):
-            game = super().start(row)
-            game.guesses = 0
-            return game
-
-        async def step(self, action):
-            if not isinstance(action, Answer):
-                return Observation(done=StopReason.END_OF_TURN)
-            self.guesses += 1
-            if action.text == self.row["number"] or self.guesses == 5:
-                return Observation(done=StopReason.ANSWER)
-            return Observation(notice="Too low." if int(action.text) < int(self.row["number"]) else "Too high.")
-"""
+"""`SearchEnvironment`: the world of a search agent. It answers searches from a retriever."""
 
 from __future__ import annotations
 
-import abc
 import asyncio
-import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from trl_search.common.errors import UserError
+from trl_search.environment.base import Environment
 from trl_search.protocols import SEARCH_TOOL
+from trl_search.retrieval import as_retriever
 from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.batching import SearchBatcher, SearchStats
 from trl_search.retrieval.threads import DaemonCalls
@@ -37,55 +22,12 @@ PASSAGE_TEMPLATE = 'Doc {rank}(Title: "{title}") {text}'
 _FIELD = re.compile(r"\{(rank|title|text)\}")
 
 
-class Environment(abc.ABC):
-    """A multi-turn world. Subclass it, override `step`, and pass an instance as `SearchGRPOTrainer(environment=...)`.
-
-    Attributes:
-        row (`Mapping[str, Any]`): The dataset row of the trajectory, set by `start`.
-        tools (`Sequence[dict]`): JSON schemas of the tools shown to the policy, as `ToolCall` and `Search` name them.
-    """
-
-    row: Mapping[str, Any]
-    tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,)
-
-    def start(self, row: Mapping[str, Any]) -> Environment:
-        """The environment of one trajectory: a shallow copy of this one that knows its row."""
-        episode = copy.copy(self)
-        episode.row = row
-        return episode
-
-    @abc.abstractmethod
-    async def step(self, action: Action) -> Observation:
-        """Answers one action. Called concurrently for all trajectories on one event loop: never block in it.
-
-        Raising an exception ends that trajectory as failed: it is masked from the loss and counted.
-        """
-
-    async def open(self) -> None:
-        """Called on the event loop before the trajectories of a rollout batch start."""
-
-    async def close(self) -> None:
-        """Called on the event loop after they ended, also when the batch failed."""
-
-    def take_metrics(self) -> dict[str, float]:
-        """Numbers of the last rollout batch, logged beside those of its trajectories; see `Retriever.take_metrics`."""
-        return {}
-
-
-class AnswerOnly(Environment):
-    """A world without tools: the policy has one turn, and answers from what it knows or was shown in the prompt."""
-
-    tools = ()
-
-    async def step(self, action: Action) -> Observation:
-        return Observation(done=StopReason.ANSWER if isinstance(action, Answer) else StopReason.END_OF_TURN)
-
-
 class SearchEnvironment(Environment):
     """Answers searches from a retriever until the search budget is spent, then lets the policy answer.
 
     Args:
-        retriever (`Retriever`): What is searched; calls of concurrent trajectories reach it in batches.
+        retriever (`Retriever` or `str`): What is searched; calls of concurrent trajectories reach it in batches.
+            [`open_retriever`] reads a word: an index folder, the address of a server, a kind.
         k (`int`, *optional*, defaults to `3`): Passages per query. More are dropped.
         max_searches (`int`, *optional*, defaults to `4`): Calls per trajectory. After the last one the policy is told
             so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
@@ -95,11 +37,16 @@ class SearchEnvironment(Environment):
         timeout_s (`float`, *optional*, defaults to `30.0`): Seconds that one call of the retriever may take; the wait
             before it is not counted.
         passage_template (`str`, *optional*): How a passage is shown; fields `{rank}`, `{title}`, `{text}`.
+
+    Raises:
+        UserError: for a value that is out of range, and for what is no retriever.
     """
+
+    tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,)
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: Retriever | str | Path,
         *,
         k: int = 3,
         max_searches: int = 4,
@@ -108,11 +55,24 @@ class SearchEnvironment(Environment):
         timeout_s: float = 30.0,
         passage_template: str = PASSAGE_TEMPLATE,
     ) -> None:
-        self.retriever = retriever
+        for name, value, least in (
+            ("k", k, 1),
+            ("max_searches", max_searches, 0),
+            ("max_queries", max_queries, 1),
+            ("max_invalid", max_invalid, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{type(self).__name__}({name}={value!r}): give a whole number, at least {least}")
+        if not isinstance(timeout_s, int | float) or not timeout_s > 0:
+            raise UserError(f"{type(self).__name__}(timeout_s={timeout_s!r}): give seconds, more than 0")
+        if not isinstance(passage_template, str):
+            raise UserError(f"{type(self).__name__}(passage_template={passage_template!r}): give a text")
+        self.retriever = as_retriever(retriever)
         self.k = k
         self.max_searches = max_searches
         if not max_searches:
-            self.tools = ()  # a policy without searches is shown no tool
+            # A policy without searches is not shown the search.
+            self.tools = tuple(tool for tool in self.tools if tool != SEARCH_TOOL)
         self.max_queries = max_queries
         self.max_invalid = max_invalid
         self.timeout_s = timeout_s

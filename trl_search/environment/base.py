@@ -1,0 +1,139 @@
+"""`Environment`: the world that a policy acts in. It takes an `Action` and gives an `Observation`. Users subclass it.
+
+A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on it:
+
+    class GuessTheNumber(Environment):
+        instruction = "Guess a number from 1 to 100: <answer> 50 </answer>. You are told whether it is too low. "
+
+        def start(self, row):
+            game = super().start(row)
+            game.guesses = 0
+            return game
+
+        async def step(self, action):
+            if not isinstance(action, Answer):
+                return Observation(done=StopReason.END_OF_TURN)
+            self.guesses += 1
+            if action.text == self.row["number"] or self.guesses == 5:
+                return Observation(done=StopReason.ANSWER)
+            return Observation(notice="Too low." if int(action.text) < int(self.row["number"]) else "Too high.")
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.protocols.instructions import tool_names
+from trl_search.types import Action, Answer, Observation, StopReason
+
+
+class Environment(abc.ABC):
+    """A multi-turn world. Subclass it, override `step`, and pass an instance as `SearchGRPOTrainer(environment=...)`.
+
+    Attributes:
+        row (`Mapping[str, Any]`): The dataset row of the trajectory, set by `start`.
+        tools (`Sequence[dict]`): JSON schemas of the tools shown to the policy. `step` gets a call of `search` as a
+            `Search`, and every other as a `ToolCall`.
+        instruction (`str`, *optional*): Put before each question. By default it names the tools. The `instruction` of
+            a configuration overrides it.
+    """
+
+    row: Mapping[str, Any]
+    tools: Sequence[dict[str, Any]] = ()
+    instruction: str | None = None
+
+    def start(self, row: Mapping[str, Any]) -> Environment:
+        """The environment of one trajectory: a shallow copy of this one that knows its row."""
+        episode = copy.copy(self)
+        episode.row = row
+        return episode
+
+    @abc.abstractmethod
+    async def step(self, action: Action) -> Observation:
+        """Answers one action. Called concurrently for all trajectories on one event loop: never block in it.
+
+        A plain `def step` works too, for what takes no time. An exception ends the trajectory as `environment_failed`:
+        it is masked from the loss and counted.
+        """
+
+    async def open(self) -> None:
+        """Called on the event loop before the trajectories of a rollout batch start."""
+
+    async def close(self) -> None:
+        """Called on the event loop after they ended, also when the batch failed."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Numbers of the last rollout batch, logged beside those of its trajectories; see `Retriever.take_metrics`."""
+        return {}
+
+
+class AnswerOnly(Environment):
+    """A world without tools: the policy has one turn, and answers from what it knows or was shown in the prompt."""
+
+    async def step(self, action: Action) -> Observation:
+        return Observation(done=StopReason.ANSWER if isinstance(action, Answer) else StopReason.END_OF_TURN)
+
+
+def check_environment(value: Any) -> Environment:
+    """The value, once it is known to be an environment.
+
+    Raises:
+        UserError: for a class, a function, or anything else; for tools or an instruction that cannot be shown.
+    """
+    name = getattr(value, "__name__", type(value).__name__)
+    if isinstance(value, type) and issubclass(value, Environment):
+        raise UserError(f"environment={name} is a class: give an instance, {name}(...). `start` copies it as needed")
+    if not isinstance(value, Environment):
+        if callable(value) and not isinstance(value, type):
+            raise UserError(f"environment={name} is a function: call it, and give the Environment that it returns")
+        raise UserError(f"an environment is an instance of a subclass of Environment, and this is {value!r:.80}")
+    try:
+        tool_names(value.tools)
+    except UserError as error:
+        raise UserError(f"{name}.tools: {error}") from None
+    if value.instruction is not None and not isinstance(value.instruction, str):
+        raise UserError(f"{name}.instruction is a text, and this is {value.instruction!r:.80}")
+    return value
+
+
+def start_episode(environment: Environment, row: Mapping[str, Any]) -> Environment:
+    """The environment of one trajectory.
+
+    Raises:
+        UserError: where `start` returns something else, or the environment itself, which trajectories would share.
+    """
+    episode: Any = environment.start(row)
+    name = type(environment).__name__
+    if episode is environment:
+        raise UserError(
+            f"{name}.start returned the environment itself, which all trajectories would share: return the copy that "
+            "super().start(row) makes"
+        )
+    if not isinstance(episode, Environment):
+        raise UserError(
+            f"{name}.start must return the Environment of one trajectory, and returned {type(episode).__name__}: end "
+            "it with `return episode`"
+        )
+    return episode
+
+
+async def take_step(episode: Environment, action: Action) -> Observation:
+    """One step of an environment, whose `step` may be a coroutine function or a plain one.
+
+    Raises:
+        UserError: where it returns no `Observation`.
+    """
+    observation: Any = episode.step(action)
+    if inspect.isawaitable(observation):
+        observation = await observation
+    if not isinstance(observation, Observation):
+        raise UserError(
+            f"{type(episode).__name__}.step must return an Observation, and returned {observation!r:.80} for "
+            f"{action!r:.80}"
+        )
+    return observation

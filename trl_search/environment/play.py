@@ -1,0 +1,82 @@
+"""`play`: tries an environment without a model, and without a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
+from trl_search.environment.base import Environment, check_environment, start_episode, take_step
+from trl_search.protocols import load_protocol
+from trl_search.protocols.instructions import tool_names
+from trl_search.types import Action, Observation, ToolCall
+
+
+def play(
+    environment: Environment,
+    turns: Iterable[Action | str],
+    row: Mapping[str, Any] | None = None,
+    *,
+    protocol: str = "qwen_tools",
+) -> list[Observation]:
+    """Plays one trajectory by hand: gives each turn to the environment, and returns what the environment says.
+
+    Args:
+        environment ([`Environment`]): An instance.
+        turns (`Iterable`): What a policy would do, one after the other: actions (`Search`, `ToolCall`, `Answer`, ...),
+            or texts as a policy writes them, which the protocol reads. Those after the end are not played.
+        row (`Mapping`, *optional*): The dataset row of the trajectory.
+        protocol (`str`, *optional*, defaults to `"qwen_tools"`): Reads the texts.
+
+    Returns:
+        `list[Observation]`: One for each turn that was played. The last one has `done` set if the trajectory ended.
+
+    Raises:
+        UserError: for what is no environment, no turn, or no tool of the environment.
+        Exception: whatever the environment itself raises, with its own traceback.
+
+    Example:
+        >>> play(Calculator(), [ToolCall("add", {"a": 1, "b": 2}), Answer("3")])
+        [Observation(documents=('3',), ...), Observation(..., done=<StopReason.ANSWER: 'answer'>)]
+        >>> play(SearchEnvironment(retriever), ["<search> author of Dracula </search>"], protocol="search_r1")
+        [Observation(documents=('Doc 1(Title: "Dracula") ...',), ...)]
+    """
+    environment = check_environment(environment)
+    read = _reader(environment, protocol)
+
+    async def played() -> list[Observation]:
+        observations: list[Observation] = []
+        await environment.open()
+        try:
+            episode = start_episode(environment, row or {})
+            for turn in turns:
+                observations.append(await take_step(episode, read(turn)))
+                if observations[-1].done is not None:
+                    break
+        finally:
+            await environment.close()
+        return observations
+
+    return run_sync(played())
+
+
+def _reader(environment: Environment, protocol: str) -> Callable[[Any], Action]:
+    names = tool_names(environment.tools)
+
+    def read(turn: Any) -> Action:
+        if isinstance(turn, str):
+            from trl_search.policies.loading import load_tokenizer
+            from trl_search.policies.tiny import tiny_policy_path
+
+            tokenizer = load_tokenizer(tiny_policy_path())
+            return load_protocol(protocol, tokenizer, tools=environment.tools).parse(turn)
+        if isinstance(turn, ToolCall) and turn.name not in names:
+            raise UserError(
+                f"{type(environment).__name__} has no tool {turn.name!r}: its tools are {', '.join(names) or 'none'}"
+            )
+        if not isinstance(turn, get_args(Action)):
+            raise UserError(f"a turn is an action, such as Search(('query',)), or a text, and this is {turn!r:.80}")
+        return turn
+
+    return read

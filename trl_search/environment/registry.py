@@ -1,0 +1,135 @@
+"""Every environment, by name. A new one is registered here, or by an installed package:
+
+    [project.entry-points."trl_search.environments"]
+    calculator = "my_package.calculator:Calculator"
+
+A name stands for a subclass of `Environment`, or for a function that makes one; its parameters are the
+`environment_options` of a recipe. One that has a parameter `retriever` gets what `retriever` and `retriever_options`
+name; one that has none needs no retriever.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.common.registry import Registry
+from trl_search.environment.base import Environment, check_environment
+from trl_search.environment.search import SearchEnvironment
+from trl_search.retrieval.base import Retriever
+
+SEARCH = "search"
+ENVIRONMENTS = Registry(
+    "environment", "trl_search.environments", {SEARCH: "trl_search.environment.search:SearchEnvironment"}
+)
+
+
+def load_environment(
+    name: str,
+    *,
+    retriever: Retriever | str | Path | None = None,
+    budgets: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Environment:
+    """Makes the environment of that name.
+
+    Args:
+        name (`str`): `"search"`, a name that an installed package adds, or an import path, `my_package.world:World`.
+        retriever ([`Retriever`] or `str`, *optional*): What it searches.
+        budgets (`Mapping`, *optional*): Options that are left out where the environment has no such parameter.
+        options: Its own options.
+
+    Raises:
+        UserError: for an unknown name or option, and for a retriever that is missing or not taken.
+
+    Example:
+        >>> load_environment("search", retriever="indexes/wiki", max_searches=2)
+        >>> load_environment("my_package.calculator:Calculator", max_calls=3)
+    """
+    make = ENVIRONMENTS.find(name)
+    if not callable(make) or (isinstance(make, type) and not issubclass(make, Environment)):
+        raise UserError(f"environment {name!r} is neither a subclass of Environment nor a function that makes one")
+    given = {key: value for key, value in (budgets or {}).items() if _has_parameter(make, key)} | options
+    if needs_retriever(name) and retriever is None:
+        raise UserError(f"environment {name!r} searches: give a retriever")
+    if retriever is not None:
+        if not _has_parameter(make, "retriever"):
+            raise UserError(f"environment {name!r} has no parameter `retriever`: leave the retriever out")
+        given["retriever"] = retriever
+    signature = inspect.signature(make)
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise UserError(f"environment {name!r}: {error}; its options are {signature}") from None
+    made = make(**given)
+    if not isinstance(made, Environment):
+        raise UserError(f"environment {name!r} gave a {type(made).__name__}, and not an Environment")
+    return check_environment(made)
+
+
+def takes_retriever(name: str) -> bool:
+    """Whether the environment of that name has a parameter `retriever`."""
+    return _has_parameter(ENVIRONMENTS.find(name), "retriever")
+
+
+def needs_retriever(name: str) -> bool:
+    """Whether it cannot do without one."""
+    make = ENVIRONMENTS.find(name)
+    if not _has_parameter(make, "retriever"):
+        return False
+    parameter = inspect.signature(make).parameters.get("retriever")
+    return parameter is None or parameter.default is inspect.Parameter.empty
+
+
+def name_of(environment: Environment) -> str:
+    """The name or the import path that makes another environment of this kind."""
+    kind = type(environment)
+    return SEARCH if kind is SearchEnvironment else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def options_of(environment: Environment) -> dict[str, Any]:
+    """The plain values that an environment holds under the names of its parameters, other than their defaults.
+
+    Example:
+        >>> options_of(Calculator(max_calls=3))
+        {'max_calls': 3}
+    """
+    kind = type(environment)
+    kinds: list[type[Environment]] = [kind, SearchEnvironment] if issubclass(kind, SearchEnvironment) else [kind]
+    defaults = {
+        name: parameter.default for one in kinds for name, parameter in inspect.signature(one).parameters.items()
+    }
+    held = {name: value for name, value in vars(environment).items() if _is_told(name, value)}
+    return {name: value for name, value in held.items() if name in defaults and value != defaults[name]}
+
+
+def described(environment: Environment) -> dict[str, Any]:
+    """What `run.json` says of an environment: what the policy is shown of it, and its own budgets."""
+    return {
+        "name": name_of(environment),
+        "options": {name: value for name, value in vars(environment).items() if _is_told(name, value)},
+        "tools": list(environment.tools),
+        "instruction": environment.instruction,
+    }
+
+
+def _is_told(name: str, value: Any) -> bool:
+    return not name.startswith("_") and isinstance(value, str | int | float | None)
+
+
+def _has_parameter(make: Any, name: str) -> bool:
+    """Whether a class or a function takes a keyword. `**options` of a subclass go to `SearchEnvironment`."""
+    if not callable(make):
+        return False
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError:  # some built-in functions have none
+        return False
+    if name in parameters:
+        return True
+    passed_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    inherits = isinstance(make, type) and issubclass(make, SearchEnvironment)
+    return passed_on and inherits and name in inspect.signature(SearchEnvironment).parameters
