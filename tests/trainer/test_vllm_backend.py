@@ -71,7 +71,7 @@ def test_versions(monkeypatch, vllm, tmp_path, version, taken):
 
 def test_an_engine_over_several_ranks(vllm, tmp_path):
     refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2))
-    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=1.*vllm serve MODEL --tensor-parallel-size 2"):
+    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=2 processes share an engine, and there are 1"):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
 
 

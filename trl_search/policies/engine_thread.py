@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """One turn to generate. `number` is unique in this process."""
+    """One turn to generate. `number` is unique in the process of rank `owner`, whose trajectory it is."""
 
     prompt_ids: list[int]
     max_tokens: int
@@ -37,7 +37,13 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     number: int = field(default_factory=_numbers.__next__)
+    owner: int = 0
     future: Future[Completion] = field(default_factory=Future)
+
+    @property
+    def name(self) -> str:
+        """Unique among the processes that share an engine."""
+        return f"turn-{self.owner}-{self.number}"
 
     def finish(self, completion: Completion) -> None:
         if self.future.set_running_or_notify_cancel():

@@ -31,8 +31,8 @@ class VLLMColocatePolicy(EngineThread):
     temperature, and after top-p, top-k and min-p where those are set. Leave these off in training.
 
     Args:
-        llm (`vllm.LLM`): The engine, awake, in this process (`external_launcher`, or without multiprocessing), with a
-            tensor parallel size of 1.
+        llm (`vllm.LLM`): The engine, awake, in this process (`external_launcher`, or without multiprocessing), and not
+            shared with other processes: `vllm_tensor_parallel.py` is for those that are.
         lora_request (`vllm.lora.request.LoRARequest`, *optional*): The adapter that every request goes through.
 
     Example:
@@ -79,16 +79,16 @@ class VLLMColocatePolicy(EngineThread):
         self._abort(unfinished)
 
     def add(self, request: Request) -> None:
-        self._running[_id(request)] = request
+        self._running[request.name] = request
         try:
             self._engine.add_request(
-                _id(request),
+                request.name,
                 {"prompt_token_ids": request.prompt_ids},
                 _params(request),
                 lora_request=self._lora_request,
             )
         except BaseException:
-            del self._running[_id(request)]
+            del self._running[request.name]
             raise
 
     def drop(self, request: Request) -> Completion:
@@ -110,11 +110,7 @@ class VLLMColocatePolicy(EngineThread):
         ]
 
     def _abort(self, requests: Sequence[Request]) -> None:
-        self._engine.abort_request([_id(request) for request in requests if self._running.pop(_id(request), None)])
-
-
-def _id(request: Request) -> str:
-    return f"turn-{request.number}"
+        self._engine.abort_request([request.name for request in requests if self._running.pop(request.name, None)])
 
 
 def _params(request: Request) -> Any:

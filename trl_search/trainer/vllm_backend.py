@@ -38,6 +38,7 @@ from trl_search.policies.lora import adapter_rank, lora_options
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy, server_start_time, version_problem
 from trl_search.policies.vllm_servers import VLLMServersPolicy
+from trl_search.policies.vllm_tensor_parallel import VLLMTensorParallelPolicy, over_gloo
 from trl_search.trainer.adapter_sync import adapter_tensors, give_to_engine, give_to_server, save_adapter
 from trl_search.trainer.model_weights import whole_weights
 from trl_search.trainer.replaced import replaced
@@ -165,10 +166,23 @@ class SearchVLLM(VLLMGeneration):
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
         try:
-            yield VLLMColocatePolicy(self.llm, lora_request=self._lora_request())
+            yield self._colocate_policy()
         finally:
             if self.enable_sleep_mode:
                 self._sleep()
+
+    def _colocate_policy(self) -> Policy:
+        if self.tensor_parallel_size == 1:
+            return VLLMColocatePolicy(self.llm, lora_request=self._lora_request())
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+        return VLLMTensorParallelPolicy(
+            self.llm,
+            rank=group.rank_in_group,
+            exchange=over_gloo(group.cpu_group),
+            lora_request=self._lora_request(),
+        )
 
     def _sleep(self) -> None:
         # Level 2 drops the weights, which come again with the next sync; next to an adapter they must be kept.
@@ -273,12 +287,10 @@ def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
         raise UserError("vllm_structured_outputs_regex does not reach our policy: leave it out")
     if args.vllm_mode == "colocate" and args.vllm_adapter_dir:
         raise UserError("vllm_adapter_dir is for vllm_mode='server': a colocated engine needs no folder, leave it out")
-    if args.vllm_mode == "colocate" and args.vllm_tensor_parallel_size > 1:
+    if args.vllm_mode == "colocate" and args.world_size % args.vllm_tensor_parallel_size:
         raise UserError(
-            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} with vllm_mode='colocate': the ranks of one "
-            "engine would have to step together, and each rolls out at its own pace. Give every rank an engine of its "
-            "own (vllm_tensor_parallel_size=1), or start a server: vllm serve MODEL --tensor-parallel-size "
-            f"{args.vllm_tensor_parallel_size}, vllm_mode='server'"
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} processes share an engine, and there are "
+            f"{args.world_size}: set it to a number that divides them (accelerate launch --num_processes), or to 1"
         )
 
 
