@@ -25,6 +25,7 @@ class HalfAnEngine:
         self.left: dict[str, int] = {}
         self.llm_engine = self
         self.model_executor = None
+        self.output_processor = SimpleNamespace(request_states={})
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=64))
 
     def add_request(self, name, prompt, request, lora_request):
@@ -140,6 +141,25 @@ def test_a_cancelled_request_ends_on_all_ranks(ranks):
     policies, halves = ranks
     assert together(cancelled(policies[0], halves[0]), rank(policies[1])) == [True, []]
     assert halves[0].told == halves[1].told and halves[0].told[-1][0] == "abort"
+
+
+async def interrupted(policy, half):
+    await policy.open()
+    task = asyncio.create_task(policy.generate([7], max_tokens=10**9, sampling=Sampling()))
+    while not half.left:
+        await asyncio.sleep(0.001)
+    await policy.interrupt()
+    await policy.close()
+    return (await task).finish_reason
+
+
+def test_an_interruption_gives_back_the_requests_of_its_rank(ranks):
+    policies, halves = ranks
+    assert together(interrupted(policies[0], halves[0]), rank(policies[1], [40])) == [
+        FinishReason.INTERRUPTED,
+        [[1]],
+    ]
+    assert halves[0].told == halves[1].told and halves[0].left == {}
 
 
 async def left_behind(policy, half):

@@ -95,7 +95,7 @@ class VLLMColocatePolicy(EngineThread):
         # An engine without a server tells nobody what an aborted request has sampled, unless the request has a queue.
         outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for state in self._engine.output_processor.request_states.values():
-            if state.external_req_id == _id(request):
+            if state.external_req_id == request.name:
                 state.queue = outputs
         self._abort([request])
         if outputs.empty():

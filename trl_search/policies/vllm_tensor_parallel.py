@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
         self._rank, self._exchange = rank, exchange
         self._is_closed = False
         self._announced: dict[str, Request] = {}  # requests of this rank that the others were told of
+        self._interruptions: list[Future[None]] = []
 
     async def open(self) -> None:
         self._is_closed = False
@@ -77,7 +79,9 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
                 for name, asked in news.requests.items():
                     self._add(self._announced[name] if rank == self._rank else Request(**asked))
                 for name in news.dropped:
-                    self._forget(name)
+                    self._give_back(name)
+            while self._interruptions:
+                self._interruptions.pop().set_result(None)
             if self._unfinished:
                 return True
             if all(news.is_closed for news in everyone):
@@ -96,6 +100,9 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
                     for left in self._announced.values():
                         left.future.cancel()
                     news.dropped += self._announced
+                elif isinstance(request, Future):
+                    self._interruptions.append(request)
+                    news.dropped += self._announced
                 elif not request.future.cancelled():
                     request.owner = self._rank
                     self._announced[request.name] = request
@@ -111,12 +118,12 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
         if request not in self._unfinished:  # the engine has refused it, on every rank
             self._announced.pop(request.name, None)
 
-    def _forget(self, name: str) -> None:
-        """One after the other: the order in which blocks become free must be the same on all ranks."""
+    def _give_back(self, name: str) -> None:
+        """Drops one request, cancelled or interrupted: in the same order on all ranks, as blocks become free by it."""
         self._announced.pop(name, None)
         if request := self._running.get(name):
             self._unfinished.discard(request)
-            self.drop(request)
+            request.finish(self.drop(request))
 
     def step(self) -> list[tuple[Request, Completion]]:
         finished = super().step()
