@@ -11,6 +11,7 @@ from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.recipe_values import checked_values
 
 ON_COLLAPSE = ("warn", "stop", "rollback")
+CURRICULA = ("none", "pass_rate")
 # How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 # What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
@@ -100,6 +101,21 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "knows. 0: none."
         },
     )
+    refill_groups: int = field(
+        default=0,
+        metadata={
+            "help": "Replace groups without a gradient (all rewards equal, or retrieval failed) by other questions "
+            "before the loss, in at most this many rounds: DAPO's dynamic sampling (arXiv:2503.14476). 0: keep them."
+        },
+    )
+    curriculum: str = field(
+        default="none",
+        metadata={
+            "help": "pass_rate: draw questions less often that were solved by all or by none of the trajectories of "
+            "their last groups. What is known of each question is kept with the checkpoints.",
+            "choices": list(CURRICULA),
+        },
+    )
     max_failed_share: float = field(
         default=0.5,
         metadata={
@@ -167,6 +183,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             ("vllm_lora_sync", ("merged", "adapter")),
             ("packed_attention", PACKED_ATTENTION),
             ("on_collapse", ON_COLLAPSE),
+            ("curriculum", CURRICULA),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
@@ -194,7 +211,15 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
                 f"search_floor_steps={self.search_floor_steps} rewards nothing without a search, and max_searches=0 "
                 "permits none: leave one of them out"
             )
+        rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
+        if (self.refill_groups > 0 or self.curriculum != "none") and rows % (self.num_generations or 1):
+            asked = f"refill_groups={self.refill_groups}" if self.refill_groups else f"curriculum={self.curriculum}"
+            raise UserError(
+                f"{asked} changes whole groups, and num_generations={self.num_generations} does not divide the {rows} "
+                "trajectories of a process (per_device_train_batch_size × steps_per_generation): make it divide them"
+            )
         least = {
+            "refill_groups": 0,
             "search_floor_steps": 0,
             "log_trajectories": 0,
             "trajectory_table_steps": 0,

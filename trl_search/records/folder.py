@@ -31,6 +31,8 @@ INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "traje
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
+# Columns that files of earlier versions lack.
+LATER_COLUMNS = ("replaced",)
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
 _TEXT, _COUNT, _SECONDS, _SCORE = pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
@@ -41,7 +43,8 @@ TRAJECTORY_SCHEMA = pyarrow.schema(
         ("question", _TEXT), ("golden_answers", pyarrow.list_(_TEXT)), ("prompt", _TEXT),
         ("tokens", pyarrow.list_(_TEXT)), ("mask", pyarrow.list_(pyarrow.int8())),
         ("logprobs", pyarrow.list_(pyarrow.float32())), ("turns", pyarrow.list_(_TURN)), ("answer", _TEXT),
-        ("reward", _SCORE), ("advantage", _SCORE), ("searches", _COUNT), ("malformed", _COUNT),
+        ("reward", _SCORE), ("advantage", _SCORE), ("replaced", pyarrow.bool_()), ("searches", _COUNT),
+        ("malformed", _COUNT),
         ("model_tokens", _COUNT), ("observation_tokens", _COUNT), ("stop_reason", _TEXT), ("error", _TEXT),
         ("generation_s", _SECONDS), ("search_s", _SECONDS),
     ]
@@ -229,7 +232,8 @@ def _readable(path: Path, problems: list[str]) -> bool:
     except (OSError, pyarrow.ArrowException) as error:
         problems.append(f"{name} cannot be read, perhaps half-written ({_short(error)})")
         return False
-    wrong = [field.name for field in TRAJECTORY_SCHEMA if columns.get_field_index(field.name) < 0]
+    needed = [name for name in TRAJECTORY_SCHEMA.names if name not in LATER_COLUMNS]
+    wrong = [name for name in needed if columns.get_field_index(name) < 0]
     if wrong:
         problems.append(f"{name} holds no trajectories: it has no {', '.join(wrong)}")
     return not wrong

@@ -41,6 +41,16 @@ class Scored:
     names: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """A trajectory of this rank whose group gave no gradient, and was replaced at `index`: it is in no loss."""
+
+    index: int
+    row: Mapping[str, Any]
+    trajectory: Trajectory
+    rewards_F: torch.Tensor
+
+
 class TrajectoryLog:
     """
     Keeps the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
@@ -66,9 +76,17 @@ class TrajectoryLog:
         self._seen = 0  # trajectories of this step so far: a step may take several rollouts
 
     def add(
-        self, step: int, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], scored: Scored
+        self,
+        step: int,
+        rows: Sequence[Mapping[str, Any]],
+        trajectories: Sequence[Trajectory],
+        scored: Scored,
+        replaced: Sequence[Replaced] = (),
     ) -> None:
-        """Adds a rollout batch to the step, and writes the step. Every rank must call it."""
+        """Adds a rollout batch to the step, and writes the step. Every rank must call it.
+
+        What was replaced stands behind the others, with the index of what took its place and `replaced` true.
+        """
         if step != self.step:
             self.step, self.table, self._seen = step, None, 0
         first, self._seen = self._seen, self._seen + self.ranks * len(trajectories)
@@ -76,9 +94,16 @@ class TrajectoryLog:
             return
         own = first + self.rank * len(trajectories)  # TRL's order: rank by rank
         taken = range(max(0, min(len(trajectories), self.kept - own)))
-        records = gather_object(
-            [self._record(own + i, rows[i], trajectories[i], scored, i, own - first + i) for i in taken]
-        )
+        local = [
+            self._record(own + i, rows[i], trajectories[i], scored, scored.rewards_RF[own - first + i], i)
+            for i in taken
+        ]
+        local += [
+            self._record(own + one.index, one.row, one.trajectory, scored, one.rewards_F, None)
+            for one in replaced
+            if one.index in taken
+        ]
+        records = gather_object(local)
         if self.rank == 0:
             new = _table(step, records, scored.names, self._texts)
             self.table = new if self.table is None else pyarrow.concat_tables([self.table, new])
@@ -86,10 +111,18 @@ class TrajectoryLog:
                 parquet.write_table(self.table, path, compression="zstd")
 
     def _record(
-        self, index: int, row: Mapping[str, Any], trajectory: Trajectory, scored: Scored, local: int, among_all: int
+        self,
+        index: int,
+        row: Mapping[str, Any],
+        trajectory: Trajectory,
+        scored: Scored,
+        rewards_F: torch.Tensor,
+        local: int | None,
     ) -> dict[str, Any]:
-        """A row of the table for rank 0, with token ids in place of texts."""
-        rewards_F = scored.rewards_RF[among_all]
+        """A row of the table for rank 0, with token ids in place of texts. `local` is its row in `scored`, if any."""
+        mask = [0] * len(trajectory.ids)
+        if local is not None:
+            mask = scored.loss_mask_BC[local, : len(mask)].tolist()
         rewarded = not bool(rewards_F.isnan().all())
         weighted = (rewards_F * scored.weights_F.to(rewards_F.device)).nansum().item()
         golden = row.get("golden_answers")
@@ -99,17 +132,18 @@ class TrajectoryLog:
             "index": index,
             "id": str(row.get("id", "")),
             "data_source": str(row.get("data_source", "")),
-            "question": _question(row),
+            "question": question_text(row),
             "golden_answers": [golden] if isinstance(golden, str) else [str(x) for x in golden],
             "prompt_ids": trajectory.prompt_ids,
             "ids": trajectory.ids,
-            "mask": scored.loss_mask_BC[local, : len(trajectory.ids)].tolist(),
+            "mask": mask,
             "logprobs": [None if math.isnan(value) else value for value in trajectory.logprobs],
             "turns": [{"role": turn.role, "start": turn.start, "end": turn.end} for turn in trajectory.turns],
             "answer": next((act.text for act in reversed(trajectory.actions) if isinstance(act, Answer)), None),
             "reward": weighted if rewarded else None,
             "rewards": [None if math.isnan(value) else value for value in rewards_F.tolist()],
-            "advantage": scored.advantages_B[local].mean().item(),
+            "advantage": 0.0 if local is None else scored.advantages_B[local].mean().item(),
+            "replaced": local is None,
             "searches": trajectory.searches,
             "malformed": trajectory.malformed,
             "model_tokens": trajectory.model_tokens,
@@ -142,7 +176,8 @@ def _table(step: int, records: Sequence[Mapping[str, Any]], names: Sequence[str]
     return pyarrow.table(columns)
 
 
-def _question(row: Mapping[str, Any]) -> str:
+def question_text(row: Mapping[str, Any]) -> str:
+    """The question of a dataset's row: its column, or the last thing that the user says in its prompt."""
     if row.get("question") is not None:
         return str(row["question"])
     messages = row.get("prompt") or []  # a dataset of conversations

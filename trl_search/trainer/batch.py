@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +23,21 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
+from trl_search.records.trajectory_log import Replaced
 from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
 from trl_search.retrieval.base import RetrievalError, merge_metrics
 from trl_search.types import Sampling, StopReason, Trajectory
+
+if TYPE_CHECKING:
+    from trl_search.trainer.group_rewards import Group
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the dataset, and its prompt."""
+
+    row: Mapping[str, Any]
+    prompt_ids: tuple[int, ...]
 
 
 @dataclass
@@ -42,6 +54,13 @@ class Rollout:
     | `logprobs`     | `_rollout`                        | TRL, as those of the policy that sampled                   |
     | `metrics`      | `_rollout`                        | `_generate`, which logs their means over all ranks         |
     | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
+    | `spare`        | `_generate_and_score_completions` | `_rollout`: by round and group, what refills the batch     |
+    | `groups`       | `_rollout`, where it refills      | `_calculate_rewards`                                       |
+    | `replaced`     | `_rollout`, where it refills      | pass rates, the trajectory log                             |
+    | `asked_first`  | `_rollout`, where it refills      | `_generate`: metrics say what the policy does, and not     |
+    |                |                                   | what was chosen for its rewards                            |
+
+    Where a refill replaces questions, `rows` and what follows from them are the new ones from then on.
 
     Example:
         >>> trainer.train()
@@ -49,13 +68,34 @@ class Rollout:
         [1, 2, 0, 1]
     """
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: list[dict[str, Any]]
     prompt_ids: list[tuple[int, ...]] = field(default_factory=list)
     trajectories: list[Trajectory] = field(default_factory=list)
     loss_masks: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     rewards_RF: torch.Tensor | None = None  # NaN: not rewarded
+    spare: list[list[Question]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    replaced: dict[int, list[Group]] = field(default_factory=dict)  # by the place of their group
+    asked_first: list[Trajectory] = field(default_factory=list)
+
+    @property
+    def possible_prompts(self) -> list[tuple[int, ...]]:
+        """The prompts of the batch, and of what may replace them."""
+        return [*self.prompt_ids, *(question.prompt_ids for questions in self.spare for question in questions)]
+
+    @property
+    def replaced_trajectories(self) -> list[Replaced]:
+        """Those that a refill set aside: counted, recorded, and in no loss."""
+        return [
+            Replaced(
+                place * len(group.trajectories) + member, group.rows[member], trajectory, group.rewards_GF[member]
+            )
+            for place, groups in self.replaced.items()
+            for group in groups
+            for member, trajectory in enumerate(group.trajectories)
+        ]
 
     @property
     def loss_mask_BC(self) -> torch.Tensor:
@@ -198,7 +238,9 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
 
 def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) -> dict[str, float]:
     """What is logged of a batch: means over the trajectories of all ranks, and what retrieval counted on them."""
-    rows = [{**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.trajectories]
+    rows = [
+        {**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.asked_first or batch.trajectories
+    ]
     local = torch.tensor([list(row.values()) for row in rows], device=accelerator.device)  # (B, metrics)
     means = accelerator.gather(local).mean(dim=0).tolist()
     found = dict(zip(rows[0], means, strict=True))

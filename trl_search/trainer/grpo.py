@@ -7,7 +7,7 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 |--------------------------------------|------------------------------------------------------------------------------|
 | `_generate_and_score_completions`    | start a `Rollout` with the dataset's rows; record the scored trajectories    |
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
-| `rollout_func` (`_rollout`)          | run the trajectories; return ids, log-probs and loss masks                   |
+| `rollout_func` (`_rollout`)          | run the trajectories, refill (`refill.py`); return ids, log-probs and masks  |
 | `_calculate_rewards`                 | give no reward where the world failed, so such rows enter no baseline        |
 | `_compute_loss`,                     | run only tokens that the loss needs; correct towards vLLM: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
@@ -58,6 +58,7 @@ from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation import policy_of
+from trl_search.trainer.group_rewards import adjust_rewards, exceptions, rewards_of
 from trl_search.trainer.inputs import (
     RewardSpec,
     environment_of,
@@ -69,6 +70,7 @@ from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
+from trl_search.trainer.question_choice import ChoosesQuestions, question_choice_of
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
@@ -77,7 +79,7 @@ from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling
 
 
-class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
+class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -191,6 +193,7 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
             self.add_callback(self.checkpoint_cards)
             self.prepare_loss()
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
+        self.question_choice = question_choice_of(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; when one rank dies all ranks end, with the reason."""
@@ -200,22 +203,19 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
     # The seams, in the order in which TRL passes through them
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.last_rollout = Rollout(rows=inputs)
+        batch = self.last_rollout = Rollout(rows=inputs)
+        self.choose_questions(batch)
         theirs = self.vllm_importance_sampling_correction and self.environment is None
         # TRL needs a forward pass to correct towards vLLM; `SearchLoss` corrects in the loss.
         with replaced(self, "vllm_importance_sampling_correction", theirs):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
-            assert self.last_rollout.rewards_RF is not None
-            drop_rounding(output["advantages"], self.last_rollout.rewards_RF, self)
-            scored = Scored(
-                loss_mask_of(output),
-                output["advantages"],
-                self.last_rollout.rewards_RF,
-                self.reward_weights,
-                self.reward_func_names,
-            )
-            self.trajectory_log.add(self.state.global_step + 1, inputs, self.last_rollout.trajectories, scored)
+            assert batch.rewards_RF is not None
+            drop_rounding(output["advantages"], batch.rewards_RF, self)
+            weights_F, names = self.reward_weights, self.reward_func_names
+            scored = Scored(loss_mask_of(output), output["advantages"], batch.rewards_RF, weights_F, names)
+            step = self.state.global_step + 1
+            self.trajectory_log.add(step, batch.rows, batch.trajectories, scored, batch.replaced_trajectories)
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
@@ -224,9 +224,9 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
         unread = UnreadTokenizer(self._tokenizer)
         with replaced(self, "processing_class", unread), replaced(self, "_tokenizer", unread):
             output: tuple[Any, ...] = super()._generate(prompts)
-        trajectories = self.last_rollout.trajectories
+        prompts[:] = [row["prompt"] for row in self.last_rollout.rows]  # TRL goes on with this list
         self._log_rollout()
-        return (*output[:3], [trajectory.messages for trajectory in trajectories], *output[4:])
+        return (*output[:3], [trajectory.messages for trajectory in self.last_rollout.trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
@@ -236,7 +236,8 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
         sampling = self._sampling(mode)
-        with self.generation_policy(batch.prompt_ids) as policy, open_journal(self, sampling) as journal:
+        with self.generation_policy(batch.possible_prompts) as policy, open_journal(self, sampling) as journal:
+            refill = self.refill_of(batch, journal.finished)
             metered = MeteredPolicy(policy, slots=len(prompts))
             batch.trajectories = rollout(
                 batch.prompt_ids,
@@ -249,9 +250,13 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
                 progress=f"Rollout, {mode} step {self.state.global_step}",
                 finished=journal.finished,
                 on_finish=journal.add,
+                more=refill.more if refill else None,
             )
         batch.metrics["rollout/bubble"] = metered.bubble
-        check_failures(batch.trajectories, self.args.max_failed_share)
+        self.settle_questions(batch, refill)
+        check_failures(
+            [*batch.trajectories, *(one.trajectory for one in batch.replaced_trajectories)], self.args.max_failed_share
+        )
         batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]
         batch.logprobs = [sampling_logprobs(trajectory, self.args) for trajectory in batch.trajectories]
         return batch.for_trl()
@@ -259,15 +264,15 @@ class SearchGRPOTrainer(RollsBack, FiniteSteps, TakesRows, SearchLoss, GRPOTrain
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> torch.Tensor:
-        rewards_RF: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
-        if self.environment is not None:
-            failed = [trajectory.failed for trajectory in self.last_rollout.trajectories]
-            rewards_RF[self.accelerator.gather(torch.tensor(failed, device=rewards_RF.device))] = torch.nan
-            if self.model.training and self.state.global_step < self.args.search_floor_steps:
-                unsearched = [trajectory.searches == 0 for trajectory in self.last_rollout.trajectories]
-                floor_R = self.accelerator.gather(torch.tensor(unsearched, device=rewards_RF.device))
-                rewards_RF[floor_R] = rewards_RF[floor_R].clamp(max=0)  # NaN stays
-            self.last_rollout.rewards_RF = rewards_RF
+        batch = self.last_rollout
+        if batch.groups:  # a refill has called the reward functions
+            rewards_RF = rewards_of(self, batch.groups)
+        else:
+            rewards_RF = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+            if self.environment is not None:
+                own_B2 = exceptions(batch.trajectories).to(rewards_RF.device)
+                adjust_rewards(rewards_RF, self.accelerator.gather(own_B2), self)
+        batch.rewards_RF = rewards_RF
         return rewards_RF
 
     # For callbacks and evaluations

@@ -82,7 +82,9 @@ def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
     if trainer.model.training:
         args, batch = trainer.args, trainer.last_rollout
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        digest = batch_digest(trained, trainer.run_log.model, args.agent, sampling, batch.prompt_ids, batch.rows)
+        digest = batch_digest(
+            trained, trainer.run_log.model, args.agent, sampling, batch.prompt_ids, batch.rows, *batch.spare
+        )
         path = Path(args.output_dir or ".") / FOLDER / f"rank{trainer.accelerator.process_index}.jsonl"
         # A run that starts anew rolls everything out: its retriever may be another one.
         journal = Journal(path, digest, resumed=trainer.state.global_step > 0)

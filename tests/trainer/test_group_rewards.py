@@ -1,0 +1,44 @@
+"""Whether a group has a gradient is decided as TRL computes its advantages; what functions log arrives in order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trl_search.trainer.group_rewards import has_gradient
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "trained", "expected"),
+    [
+        ([[1.0], [0.0]], [True, True], True),
+        ([[1.0], [1.0]], [True, True], False),
+        ([[0.1], [0.1], [0.1]], [True] * 3, False),  # the mean of three 0.1 is not 0.1 in float32
+        ([[NAN], [NAN]], [False, False], False),  # all failed
+        ([[NAN], [1.0], [1.0]], [False, True, True], False),
+        ([[NAN], [1.0], [0.0]], [False, True, True], True),
+        ([[1.0], [0.0]], [False, False], False),  # no token of them is in the loss
+        ([[NAN], [1.0]], [False, True], False),  # one reward alone is its own mean
+    ],
+)
+def test_a_gradient_needs_rewards_that_differ_and_tokens_in_the_loss(rewards, trained, expected):
+    assert has_gradient(torch.tensor(rewards), torch.ones(1), "sum_then_normalize", trained) is expected
+
+
+def test_rewards_that_cancel_are_told_from_equal_ones_as_trl_aggregates_them():
+    cancelling = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert not has_gradient(cancelling, torch.ones(2), "sum_then_normalize", [True, True])
+    assert not has_gradient(cancelling, torch.ones(2), "normalize_then_sum", [True, True])
+    unequal = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        assert has_gradient(unequal, torch.ones(2), aggregation, [True] * 4)
+    equal = torch.full((3, 2), 0.1)
+    assert not has_gradient(equal, torch.ones(2), "normalize_then_sum", [True] * 3)
+
+
+def test_a_reward_of_weight_0_is_tracked_and_gives_no_gradient():
+    rewards = torch.tensor([[1.0, 0.3], [1.0, 0.9]])
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        assert not has_gradient(rewards, torch.tensor([1.0, 0.0]), aggregation, [True, True])

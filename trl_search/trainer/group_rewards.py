@@ -1,0 +1,119 @@
+"""Rewards of one group, as soon as its trajectories have ended, and whether they give a gradient.
+
+    rows, trajectories of a group ─► score_group ─► Group ─► has_gradient: keep it, or draw another question
+    groups that were kept         ─► rewards_of ─► what TRL would have computed over the whole batch
+
+TRL's own code calls the reward functions, so a function sees the same arguments as ever, with the rows of one group in
+place of those of the batch. What it logs is kept with its group, and reaches TRL in the order of the rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from trl_search.trainer.replaced import replaced
+from trl_search.types import Trajectory
+
+# Rewards that differ by less are the same number, rounded.
+_SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trajectories of one question, with their rewards. G: trajectories of the group; F: reward functions."""
+
+    rows: Sequence[Mapping[str, Any]]
+    trajectories: Sequence[Trajectory]
+    rewards_GF: torch.Tensor  # NaN: not rewarded
+    has_gradient: bool
+    columns: Mapping[str, list[Any]]  # what the functions gave to `log_extra`
+    metrics: Mapping[str, list[float]]  # and to `log_metric`
+
+
+def score_group(
+    trainer: Any, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], trained: Sequence[bool]
+) -> Group:
+    """Calls the reward functions of a [`SearchGRPOTrainer`] on one group of this rank; no other rank takes part.
+
+    Args:
+        trained (`Sequence[bool]`): Whether any token of each trajectory is in the loss.
+    """
+    columns: dict[str, list[Any]] = defaultdict(list)
+    metrics: dict[str, list[float]] = defaultdict(list)
+    with (
+        replaced(grpo_trainer, "gather", lambda rewards_GF: rewards_GF),
+        replaced(trainer, "_pending_extra_logs", columns),
+        replaced(trainer, "_pending_metrics", metrics),
+    ):
+        rewards_GF: torch.Tensor = GRPOTrainer._calculate_rewards(
+            trainer,
+            rows,
+            [row["prompt"] for row in rows],
+            [trajectory.messages for trajectory in trajectories],
+            [trajectory.ids for trajectory in trajectories],
+        )
+    adjust_rewards(rewards_GF, exceptions(trajectories), trainer)
+    useful = has_gradient(rewards_GF, trainer.reward_weights, trainer.multi_objective_aggregation, trained)
+    return Group(rows, trajectories, rewards_GF, useful, columns, metrics)
+
+
+def exceptions(trajectories: Sequence[Trajectory]) -> torch.Tensor:
+    """(B, 2) booleans: whether a trajectory's retrieval failed, and whether it made no search."""
+    return torch.tensor([[trajectory.failed, trajectory.searches == 0] for trajectory in trajectories])
+
+
+def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, trainer: Any) -> None:
+    """In place: no reward where retrieval failed, and during `search_floor_steps` none above 0 without a search."""
+    failed_R, unsearched_R = exceptions_R2.to(rewards_RF.device).T
+    rewards_RF[failed_R] = torch.nan
+    if trainer.model.training and trainer.state.global_step < trainer.args.search_floor_steps:
+        rewards_RF[unsearched_R] = rewards_RF[unsearched_R].clamp(max=0)  # NaN stays
+
+
+def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation: str, trained: Sequence[bool]) -> bool:
+    """Whether some trajectory in the loss has an advantage, as TRL will compute it from these rewards.
+
+    Args:
+        aggregation (`str`): TRL's `multi_objective_aggregation`.
+        trained (`Sequence[bool]`): Whether any token of each trajectory is in the loss.
+
+    Example:
+        >>> has_gradient(torch.tensor([[1.0], [0.0]]), torch.ones(1), "sum_then_normalize", [True, True])
+        True
+        >>> has_gradient(torch.tensor([[1.0], [1.0]]), torch.ones(1), "sum_then_normalize", [True, True])
+        False
+    """
+    rewarded_GF = ~rewards_GF.isnan()
+    if aggregation == "normalize_then_sum":  # each function by itself, so two that cancel still have a gradient
+        deviations_GF = rewards_GF - rewards_GF.nanmean(dim=0)
+        square_F = deviations_GF.square().nansum(dim=0) / (rewarded_GF.sum(dim=0) - 1).clamp(min=1)
+        rewards_GF = torch.where(deviations_GF.abs() > _SAME, deviations_GF / (square_F.sqrt() + 1e-4), 0.0)
+    totals_G = (torch.where(rewarded_GF, rewards_GF, 0.0) * weights_F.to(rewards_GF.device)).sum(dim=1)
+    scored_G = rewarded_GF.any(dim=1)
+    if not scored_G.any():
+        return False
+    advantage_G = (totals_G - totals_G[scored_G].mean()).abs() > _SAME
+    trained_G = torch.tensor(trained, device=rewards_GF.device)
+    return bool((advantage_G & scored_G & trained_G).any())
+
+
+def rewards_of(trainer: Any, groups: Sequence[Group]) -> torch.Tensor:
+    """The rewards (R, F) of the kept groups of all ranks, as TRL's `_calculate_rewards` returns them.
+
+    Every rank calls it. What the reward functions logged for these groups goes to TRL.
+    """
+    for name in sorted({name for group in groups for name in group.columns}):
+        for group in groups:
+            trainer._pending_extra_logs[name].extend(group.columns.get(name) or [None] * len(group.rows))
+    for group in groups:
+        for name, values in group.metrics.items():
+            trainer._pending_metrics[name].extend(values)
+    gathered: torch.Tensor = trainer.accelerator.gather(torch.cat([group.rewards_GF for group in groups]))
+    return gathered

@@ -1,0 +1,138 @@
+"""What a run knows of each question's difficulty, kept with its checkpoints (`curriculum: pass_rate`).
+
+    checkpoint-40/pass_rates.jsonl
+        {"question": "Who wrote Quiet Raven?", "solved": 8, "tried": 8, "silent": 2}
+
+`solved` and `tried` count the trajectories of the last visit: those whose answer is an exact match of a golden one,
+and those whose retrieval did not fail. `silent` counts the visits in a row that solved all or none. Each of them
+halves the question's weight, down to 1/16; a visit that solved some sets it to 1 again. A question that was never
+visited has weight 1, or 1/2 where its `pass_rate` column says 0 or 1 (`trl-search data filter` writes one).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+from trl_search.records.trajectory_log import question_text
+from trl_search.rewards.answers import exact_match, last_answer
+from trl_search.rewards.golden import golden_list
+from trl_search.types import Trajectory
+
+logger = logging.getLogger(__name__)
+
+FILE = "pass_rates.jsonl"
+LEAST_WEIGHT = 1 / 16
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What the last group of a question came to."""
+
+    solved: int
+    tried: int
+    silent: int = 0
+
+    @property
+    def weight(self) -> float:
+        return max(LEAST_WEIGHT, 0.5**self.silent)
+
+
+class PassRates:
+    """
+    The last visit of every question that a run has asked, the same on every rank.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The training questions, with `golden_answers`, and a `pass_rate` where known.
+
+    Attributes:
+        weights_N (`numpy.ndarray`): How often each question of the dataset is drawn, relative to the others.
+
+    Raises:
+        UserError: if there are no golden answers to judge by.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        if "golden_answers" not in dataset.column_names:
+            raise UserError(
+                "curriculum=pass_rate counts exact matches of a column 'golden_answers', and train_dataset has none: "
+                "add it, or leave curriculum out"
+            )
+        columns = [name for name in ("question", "prompt", "pass_rate") if name in dataset.column_names]
+        self._numbers: dict[str, list[int]] = {}  # by question: its rows
+        self._before: dict[str, Visit] = {}
+        for number, row in enumerate(dataset.select_columns(columns)):
+            question = question_text(row)
+            self._numbers.setdefault(question, []).append(number)
+            if (rate := row.get("pass_rate")) in (0, 1):
+                self._before[question] = Visit(int(rate), 1, silent=1)
+        self._size = len(dataset)
+        self._start(self._before)
+
+    def weight_of(self, row: Mapping[str, Any]) -> float:
+        """The weight of a row of the dataset."""
+        visit = self.visits.get(question_text(row))
+        return 1.0 if visit is None else visit.weight
+
+    def learn(self, groups: Iterable[tuple[Mapping[str, Any], Sequence[Trajectory]]]) -> dict[str, float]:
+        """Takes in the groups that ended on every rank, each as its row and its trajectories. Every rank calls it.
+
+        Returns:
+            `dict[str, float]`: What is known now, to be logged.
+        """
+        mine = [(question_text(row), *_counted(row, trajectories)) for row, trajectories in groups]
+        for question, solved, tried in gather_object(mine):
+            if tried:
+                before = self.visits.get(question, Visit(0, 0)).silent
+                self._set(question, Visit(solved, tried, silent=before + 1 if solved in (0, tried) else 0))
+        known = len(self.visits)
+        return {
+            "curriculum/known": known / len(self._numbers),
+            "curriculum/never_solved": sum(v.solved == 0 for v in self.visits.values()) / max(1, known),
+            "curriculum/always_solved": sum(v.solved == v.tried for v in self.visits.values()) / max(1, known),
+        }
+
+    def save(self, folder: Path) -> None:
+        lines = [json.dumps({"question": q, **asdict(v)}, ensure_ascii=False) for q, v in self.visits.items()]
+        with written_whole(folder / FILE) as path:
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Takes the place of what is known. A checkpoint without the file was saved without the curriculum."""
+        path = folder / FILE
+        if not path.is_file():
+            logger.warning("%s has no %s: the pass rates of its questions are unknown", folder, FILE)
+            self._start(self._before)
+            return
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self._start({row["question"]: Visit(row["solved"], row["tried"], row["silent"]) for row in rows})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds no pass rates ({error!r}): resume from another checkpoint") from error
+
+    def _start(self, visits: Mapping[str, Visit]) -> None:
+        self.visits: dict[str, Visit] = {}
+        self.weights_N = np.ones(self._size)
+        for question, visit in visits.items():
+            self._set(question, visit)
+
+    def _set(self, question: str, visit: Visit) -> None:
+        self.visits[question] = visit
+        self.weights_N[self._numbers.get(question, [])] = visit.weight
+
+
+def _counted(row: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> tuple[int, int]:
+    """How many trajectories of a question solved it, of how many that did not fail."""
+    golden = golden_list(row["golden_answers"])
+    answers = [last_answer(trajectory.spoken) for trajectory in trajectories if not trajectory.failed]
+    return sum(answer is not None and bool(exact_match(answer, golden)) for answer in answers), len(answers)

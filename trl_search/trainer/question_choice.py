@@ -1,0 +1,215 @@
+"""Which questions a batch asks beyond those that TRL's sampler gave it: for a curriculum, and for refilling.
+
+    TRL's sampler             q1 q2 q3 q4                      in the order of the epoch
+    curriculum: pass_rate     q1 d0 q3 q4                      q2 was never solved: put back, for the first draw
+    spare, refill_groups: 2   d4 d5 d6 d7 | d8 d9 d10 d11      what replaces each place in rounds 1 and 2
+
+The draws d0, d1, … are all questions in a random order that depends on the seed, the step and the pass rates. Every
+rank computes the same order and takes the draws of its own places, so ranks exchange nothing, and a resumed run draws
+what the first one drew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
+
+from trl_search.common.errors import UserError
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.protocols import Protocol
+from trl_search.trainer.batch import Question, Rollout, encode_prompts, loss_mask
+from trl_search.trainer.group_rewards import Group, score_group
+from trl_search.trainer.pass_rates import PassRates
+from trl_search.trainer.refill import Refill
+from trl_search.types import Trajectory
+
+
+class QuestionChoice:
+    """
+    Chooses the questions of each generation batch.
+
+    Args:
+        args ([`SearchGRPOConfig`]): With `refill_groups` and `curriculum`.
+        dataset ([`~datasets.Dataset`]): The questions, with their prompts.
+        protocol ([`Protocol`]): Encodes the prompts of spare questions.
+        accelerator ([`~accelerate.Accelerator`]): It knows the rank.
+
+    Attributes:
+        pass_rates ([`PassRates`], *optional*): What is known of each question. None: all are drawn alike.
+
+    Raises:
+        UserError: if there are no other questions to draw, or they cannot be drawn.
+    """
+
+    def __init__(self, args: SearchGRPOConfig, dataset: Any, protocol: Protocol, accelerator: Accelerator) -> None:
+        self.size = args.num_generations or 1
+        groups = (args.generation_batch_size or 1) // self.size
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"{asked_for(args)} draws questions of its own, and a {type(dataset).__name__} gives them in one "
+                "order: load the questions whole (streaming=False), or leave it out"
+            )
+        if len(dataset) <= groups:
+            raise UserError(
+                f"{asked_for(args)} needs other questions than the {groups} of a batch, and train_dataset has "
+                f"{len(dataset)}: give more, or leave it out"
+            )
+        self.args, self.dataset, self.protocol, self.accelerator = args, dataset, protocol, accelerator
+        self._batches: Counter[int] = Counter()  # by step
+        self.pass_rates = PassRates(dataset) if args.curriculum == "pass_rate" else None
+
+    def choose(self, batch: Rollout, step: int) -> None:
+        """Puts back what is drawn less often, and sets the spare questions of the batch. Every rank calls it."""
+        size = self.size
+        self._batches[step] += 1
+        name = f"{self.args.seed}/questions/{step}/{self._batches[step]}"  # the same when a resumed run repeats it
+        here = len(batch.rows) // size
+        first, groups = here * self.accelerator.process_index, here * self.accelerator.num_processes
+        random = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()))
+        weights_N = np.ones(len(self.dataset)) if self.pass_rates is None else self.pass_rates.weights_N
+        order_N = draw_order(weights_N, random)
+        chances = random.random(groups)[first : first + here]
+
+        def drawn(number: int) -> dict[str, Any]:
+            return dict(self.dataset[int(order_N[number % len(order_N)])])
+
+        put_back = 0
+        for place, chance in enumerate(chances):
+            if self.pass_rates is not None and chance >= self.pass_rates.weight_of(batch.rows[place * size]):
+                row, put_back = drawn(first + place), put_back + 1
+                batch.rows[place * size : (place + 1) * size] = [dict(row) for _ in range(size)]
+        for tried in range(1, self.args.refill_groups + 1):
+            rows = [drawn(tried * groups + first + place) for place in range(here)]
+            prompts = encode_prompts([row["prompt"] for row in rows], self.protocol)
+            batch.spare.append([Question(row, ids) for row, ids in zip(rows, prompts, strict=True)])
+        if self.pass_rates is not None:
+            share = torch.tensor([put_back / here], device=self.accelerator.device)
+            batch.metrics["curriculum/put_back"] = self.accelerator.gather(share).mean().item()
+
+
+def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """All questions in a random order, those of a higher weight sooner: drawn without replacement, in proportion to
+    their weights (Efraimidis and Spirakis, doi:10.1016/j.ipl.2005.11.003).
+
+    Example:
+        >>> draw_order(np.array([1.0, 1.0, 1e-9]), np.random.default_rng(0))
+        array([1, 0, 2])
+    """
+    keys_N = np.log(1 - random.random(len(weights_N))) / weights_N  # 1 - [0, 1): never log(0)
+    return np.argsort(-keys_N, kind="stable")
+
+
+class EpochOrder(Sampler[int]):
+    """The order of TRL's sampler in the epoch that the trainer is in.
+
+    TRL's sampler counts the epochs that this process has seen, so a run that is resumed in its second epoch would get
+    the order of the first.
+    """
+
+    def __init__(self, sampler: Any, trainer: Trainer) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(int((self.trainer.state.epoch or 0) + 1e-6)):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+
+class ChoosesQuestions(Trainer):
+    """A trainer that replaces questions, and remembers in its checkpoints what came of them. Stands before TRL's."""
+
+    args: SearchGRPOConfig
+    model: PreTrainedModel
+    reward_weights: torch.Tensor
+    question_choice: QuestionChoice | None = None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return EpochOrder(super()._get_train_sampler(dataset), self)
+
+    def choose_questions(self, batch: Rollout) -> None:
+        """Before the rollout of a training batch. Every rank calls it."""
+        if self.question_choice is not None and self.model.training:
+            self.question_choice.choose(batch, self.state.global_step)
+
+    def refill_of(self, batch: Rollout, finished: Mapping[int, Trajectory]) -> Refill | None:
+        """What replaces groups while the batch runs; `finished` are trajectories of an earlier process."""
+        if not batch.spare or self.question_choice is None:
+            return None
+
+        def score(rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> Group:
+            trained = [any(loss_mask(trajectory, self.args)) for trajectory in trajectories]
+            return score_group(self, rows, trajectories, trained)
+
+        return Refill(batch, group_size=self.question_choice.size, score=score, finished=finished)
+
+    def settle_questions(self, batch: Rollout, refill: Refill | None) -> None:
+        """After the rollout, sets the batch that is trained on, and takes in what came of the questions. Every rank
+        calls it."""
+        if refill is not None:
+            refill.settle()
+            batch.metrics |= refill.metrics(self.accelerator, self.reward_weights)
+        if self._pass_rates is not None and self.question_choice is not None and self.model.training:
+            size = self.question_choice.size
+            replaced = itertools.chain.from_iterable(batch.replaced.values())
+            groups = [(group.rows[0], group.trajectories) for group in replaced]
+            for first in range(0, len(batch.rows), size):
+                groups.append((batch.rows[first], batch.trajectories[first : first + size]))
+            batch.metrics |= self._pass_rates.learn(groups)
+
+    @property
+    def _pass_rates(self) -> PassRates | None:
+        return self.question_choice.pass_rates if self.question_choice is not None else None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._pass_rates is not None and self.args.should_save:
+            self._pass_rates.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._pass_rates is not None and checkpoint is not None:
+            self._pass_rates.load(Path(checkpoint))
+
+
+def question_choice_of(trainer: Any) -> QuestionChoice | None:
+    """The choice of questions that the configuration of a [`SearchGRPOTrainer`] asks for, if any.
+
+    Raises:
+        UserError: for what it cannot be used with.
+    """
+    args = trainer.args
+    if not getattr(args, "refill_groups", 0) and getattr(args, "curriculum", "none") == "none":
+        return None
+    if trainer.environment is None:
+        raise UserError(f"{asked_for(args)} needs our rollouts: give a retriever or an environment, or leave it out")
+    sharded = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    models = [function for function in trainer.reward_funcs if isinstance(function, torch.nn.Module)]
+    if args.refill_groups and models and sharded:
+        raise UserError(
+            f"{asked_for(args)} scores other numbers of groups on each rank, and the forward pass of a sharded reward "
+            "model waits for all ranks: serve the reward model and call it from a function, or leave "
+            "refill_groups out"
+        )
+    return QuestionChoice(args, trainer.train_dataset, trainer.protocol, trainer.accelerator)
+
+
+def asked_for(args: SearchGRPOConfig) -> str:
+    """The key that asks for it, as a message names it."""
+    return f"refill_groups={args.refill_groups}" if args.refill_groups else f"curriculum={args.curriculum}"
