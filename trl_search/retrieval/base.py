@@ -17,8 +17,22 @@ class Unavailable(RetrievalError):
     """The backend is unavailable; retrying with fewer queries will not help."""
 
 
+class TooLarge(RetrievalError):
+    """A server refused a request for its size (413). A smaller one may be accepted."""
+
+
 class QueueFull(RetrievalError):
     """Too many searches are waiting. Nothing was searched; the same search may be tried again later."""
+
+
+TROUBLE = frozenset({429, 502, 503, 504})  # HTTP statuses of trouble that may pass
+
+
+def failure(status: int | str, said: str) -> RetrievalError:
+    """The error for an HTTP status: `Unavailable` if the trouble may pass, `TooLarge` if the request was."""
+    if status == 413:
+        return TooLarge(said)
+    return Unavailable(said) if status in TROUBLE else RetrievalError(said)
 
 
 class Retriever(abc.ABC):
@@ -33,6 +47,7 @@ class Retriever(abc.ABC):
     """
 
     max_concurrent_batches: int = 1
+    _closed = False
 
     @abc.abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -46,12 +61,17 @@ class Retriever(abc.ABC):
     def take_metrics(self) -> dict[str, float]:
         """Numbers since the last call, for the log of a training step: `{"retrieval/requests": 12.0, ...}`.
 
-        [`merge_metrics`] makes those of several retrievers or processes one.
+        [`merge_metrics`] combines those of several retrievers or processes.
         """
         return {}
 
     def close(self) -> None:
         """Releases files and connections. Safe to call twice."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RetrievalError(f"this {type(self).__name__} is closed; load it again to search")
 
 
 def check_search(queries: Sequence[str], k: int) -> None:
@@ -63,7 +83,7 @@ def check_search(queries: Sequence[str], k: int) -> None:
 
 
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of several retrievers or ranks as one: the largest `_max_s`, the mean `_p50_s`, sums of the rest.
+    """Combines metrics of several retrievers or ranks: the largest `_max_s`, the mean `_p50_s`, sums of the others.
 
     Example:
         >>> merge_metrics([{"retrieval/requests": 2.0}, {"retrieval/requests": 3.0}])

@@ -1,31 +1,35 @@
-"""Event loops for async retrievers: one for callers that block, and an HTTP client for each loop.
+"""What retrievers over HTTP share: an event loop for callers that block, and an HTTP client per event loop.
 
 A `BackgroundLoop` lives from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
 keeps one `httpx.AsyncClient` per loop, because a client works only on the loop it was first used on, and a rollout
-makes a new loop at each step. Neither survives a fork: a child process needs new ones.
+makes a new loop at each step. Neither survives a fork: a child process needs new ones. `AsyncRetriever` has one of
+each, and makes them anew in a child process.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import concurrent.futures
 import functools
+import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
 
-from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.types import Passage
 
 Result = TypeVar("Result")
 
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The usual certificates, read once: every new client would take 0.1 s to read them again."""
+    """The usual certificates, read once. Reading them takes 0.1 s per client."""
     return httpx.create_ssl_context()
 
 
@@ -107,3 +111,42 @@ class ClientPerLoop:
         finally:
             self._clients.pop(loop, None)
             await client.aclose()
+
+
+class AsyncRetriever(Retriever):
+    """A retriever over HTTP. A subclass writes `search_async`, which begins with `_begin`, and `_make_client`."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what belongs to one process; a forked child calls it again."""
+        self._pid = os.getpid()
+        self._background = BackgroundLoop()
+        self._clients = ClientPerLoop(self._make_client)
+
+    @abc.abstractmethod
+    def _make_client(self) -> httpx.AsyncClient:
+        """A client for one event loop."""
+
+    @abc.abstractmethod
+    async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        """[`search`] for coroutines. Connections are kept open for as long as the event loop lives."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+        self._restart_after_fork()
+        return self._background.run(self.search_async(queries, k))
+
+    def close(self) -> None:
+        super().close()
+        if self._pid == os.getpid():
+            self._background.close()
+
+    def _begin(self, queries: Sequence[str], k: int) -> None:
+        check_search(queries, k)
+        self._check_open()
+        self._restart_after_fork()
+
+    def _restart_after_fork(self) -> None:
+        if self._pid != os.getpid():
+            self._start()

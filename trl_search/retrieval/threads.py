@@ -1,4 +1,4 @@
-"""Blocking work for an event loop, on daemon threads that neither the loop nor the exit waits for."""
+"""Blocking work for an event loop, on daemon threads. Neither the loop nor the exit of the process waits for them."""
 
 from __future__ import annotations
 

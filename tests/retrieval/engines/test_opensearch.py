@@ -63,7 +63,7 @@ def test_a_build_that_is_killed_sends_only_what_is_missing(
     server.fail = lambda asked: Said({}, 500) if "word6" in asked.body.decode() else None
     with pytest.raises(RetrievalError, match="answered 500"):
         build(server, tmp_path, corpus)
-    with pytest.raises(UserError, match="loaded just now"):
+    with pytest.raises(UserError, match="being loaded now"):
         load_retriever("opensearch", url=server.url, collection="wiki")
     server.fail = lambda asked: None
     server.asked.clear()

@@ -116,7 +116,7 @@ def test_a_build_that_is_killed_sends_only_what_is_missing(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, corpus)
     assert not (tmp_path / "index").exists() and build_path(tmp_path / "index").exists()
-    with pytest.raises(UserError, match="is loaded just now"):
+    with pytest.raises(UserError, match="is being loaded now"):
         load_retriever("qdrant", path=tmp_path / "engine", collection="passages")
     sent.append([])
     index = build(tmp_path, corpus)

@@ -394,7 +394,7 @@ def test_a_query_asked_again_is_not_searched_again(echo: Echo) -> None:
 
 
 def test_the_cache_keeps_to_its_memory() -> None:
-    cache = ResultCache(10_000, "an index")
+    cache = ResultCache(10_000)
     for at in range(100):
         cache.put(f"q{at}", 3, True, b"x" * 500)
         assert cache.get("q0", 3, True) is not None  # used all the time, so it stays
@@ -402,7 +402,7 @@ def test_the_cache_keeps_to_its_memory() -> None:
     assert cache.get("q99", 3, True) == b"x" * 500 and cache.get("q50", 3, True) is None
     cache.put("large", 3, True, b"x" * 20_000)
     assert cache.get("large", 3, True) is None and len(cache) >= 8
-    nothing = ResultCache(0, "an index")
+    nothing = ResultCache(0)
     nothing.put("q", 3, True, b"")
     assert nothing.get("q", 3, True) is None
 

@@ -6,6 +6,12 @@
 Several retrievers stand side by side: index folders, addresses of servers, kinds. A BEIR folder holds queries.jsonl
 and qrels/test.tsv; its corpus is what was indexed. A question set has golden answers, and answer@3 is the share of
 questions with one in the first three passages: an upper bound of what an agent can read after one search.
+
+What to expect, nDCG@10 (docs/evaluation.md has the commands):
+
+                bm25    all-MiniLM-L6-v2    hybrid of both
+    NFCorpus    .327    .317                .354
+    SciFact     .688    .646                .713
 """
 
 from __future__ import annotations

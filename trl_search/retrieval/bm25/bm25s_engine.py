@@ -14,7 +14,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -22,17 +22,9 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.retrieval.bm25.analyzer import Analyzer, import_bm25s
 from trl_search.retrieval.bm25.postings import Postings
-from trl_search.types import Passage
+from trl_search.retrieval.corpus.passages import Passages
 
 K1, B = 1.5, 0.75
-
-
-class Passages(Protocol):
-    """Passages by row: a `Corpus` on disk, or a tuple."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Passage: ...
 
 
 def index_terms(passages: Passages, analyzer: Analyzer, *, k1: float, b: float) -> Any:

@@ -35,13 +35,13 @@ class Postings:
     """
 
     def __init__(self, rows: Array, scores: Array, starts: Array, passages: int, backend: str) -> None:
-        # A memory-map is an array; numba takes a detour for subclasses, at every call.
+        # As plain arrays: numba is slower with subclasses such as memory maps, at every call.
         self._rows, self._scores, self._starts = (array.view(np.ndarray) for array in (rows, scores, starts))
         self._totals = np.zeros(passages, dtype=np.float32)  # all 0 between queries
         self._find: Callable[..., None] = _find_by_numpy
         if backend == "numba":
             self._find = _compiled()
-            self.best([[0]], 1)  # compiles now, for a second, and not during a rollout
+            self.best([[0]], 1)  # compiles now, in a second, so that no rollout waits for it
 
     def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores; equal scores in the order of the rows.
@@ -55,7 +55,7 @@ class Postings:
         rows_QK, scores_QK = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
         try:
             self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
-        except BaseException:  # after an interrupt or without memory, the next query must still start at 0
+        except BaseException:  # an interrupt, or no memory: the next query must still start at 0
             self._totals[:] = 0
             raise
         return [
@@ -66,12 +66,12 @@ class Postings:
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """Writes the best rows of every query and their scores, best first, and lets other threads run meanwhile."""
+    """The compiled search: writes the best rows of every query with their scores, and lets other threads run."""
     from numba import njit
 
     @njit
     def offer(best: list[tuple[Any, int]], k: int, row: int, total: Any) -> Any:
-        """Keeps a row that is among the best k; of equal scores the lower row is. Returns what the next one needs."""
+        """Keeps a row if it is among the best k; of equal scores, the lower row. Returns the score to exceed next."""
         if len(best) < k:
             heapq.heappush(best, (total, -row))
         elif (total, -row) > best[0]:
@@ -105,7 +105,7 @@ def _compiled() -> Callable[..., None]:
                         total, totals[rows[at]] = totals[rows[at]], 0
                         if total >= needed and total > 0:
                             needed = offer(best, k, rows[at], total)
-            else:  # common words, which most rows have: one by one is quicker
+            else:  # most rows have these words, so going through all rows is faster
                 for row in range(len(totals)):
                     if totals[row] > needed:  # a later row of the same score is not better
                         needed = offer(best, k, row, totals[row])
@@ -127,7 +127,7 @@ def _find_by_numpy(
     rows_QK: Array,
     scores_QK: Array,
 ) -> None:
-    """The same, without a compiler."""
+    """The same in numpy."""
     begin, k = 0, rows_QK.shape[1]
     for query, end in enumerate(ends_Q):
         for term in terms[begin:end]:
@@ -145,7 +145,7 @@ def _find_by_numpy(
 
 
 def choose_backend(name: str | None) -> str:
-    """ "numba" where it is installed, else "numpy"; a name is taken at its word."""
+    """The backend of this name; by default "numba" if it is installed, else "numpy"."""
     if name is None:
         return "numba" if importlib.util.find_spec("numba") else "numpy"
     if name not in ("numba", "numpy"):

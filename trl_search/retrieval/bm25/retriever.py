@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.base import Retriever, check_search
 from trl_search.retrieval.bm25 import bm25s_engine, tantivy_engine
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.postings import choose_backend
 from trl_search.retrieval.corpus.fields import Fields
-from trl_search.retrieval.corpus.passages import Corpus, read_corpus, refuse_duplicates
+from trl_search.retrieval.corpus.passages import Corpus, Passages, read_corpus, refuse_duplicates
 from trl_search.retrieval.index.folder import IndexFolderError, open_index, rebuild_hint
 from trl_search.types import Passage
 
@@ -98,7 +98,7 @@ class BM25Builder:
         scores.save(folder / BM25S_FOLDER, show_progress=False)
         return {"analyzer": ANALYZER_VERSION, "engine": BM25S, "k1": scores.k1, "b": scores.b}
 
-    def score(self, passages: bm25s_engine.Passages) -> Any:
+    def score(self, passages: Passages) -> Any:
         """A `bm25s.BM25` of the passages."""
         k1, b = bm25s_engine.K1 if self.k1 is None else self.k1, bm25s_engine.B if self.b is None else self.b
         return bm25s_engine.index_terms(passages, self.analyzer(), k1=k1, b=b)
@@ -125,25 +125,20 @@ class BM25Retriever(Retriever):
         [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.8...)], []]
     """
 
-    def __init__(self, engine: Engine, passages: bm25s_engine.Passages, analyzer: Analyzer) -> None:
+    def __init__(self, engine: Engine, passages: Passages, analyzer: Analyzer) -> None:
         self._engine, self._passages, self._analyzer = engine, passages, analyzer
         self._lock = threading.Lock()  # keeps `close` from running while passages are read
-        self._closed = False
 
     @classmethod
     def from_passages(
         cls,
         passages: Iterable[Passage],
         *,
-        stemmer: str | None = "english",
-        stopwords: str | None = "english",
-        k1: float | None = None,
-        b: float | None = None,
-        fold_accents: bool = False,
         backend: str | None = None,
+        **options: Any,
     ) -> BM25Retriever:
-        """Indexes passages in memory, by bm25s_engine. A thousand take a tenth of a second."""
-        builder = BM25Builder(stemmer, stopwords, k1, b, fold_accents=fold_accents)
+        """Indexes passages in memory for bm25s. A thousand take a tenth of a second. `options`: see `BM25Builder`."""
+        builder = BM25Builder(**options)
         rows = tuple(refuse_duplicates(passages))
         engine = bm25s_engine.BM25SEngine(builder.score(rows), len(rows), choose_backend(backend))
         return cls(engine, rows, builder.analyzer())
@@ -186,10 +181,6 @@ class BM25Retriever(Retriever):
         with self._lock:
             self._check_open()
             return [[replace(self._passages[row], score=score) for row, score in rows] for rows in ranked]
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RetrievalError("this BM25 retriever is closed; load it again to search")
 
     def close(self) -> None:
         with self._lock:

@@ -1,10 +1,10 @@
-"""BM25 as sparse vectors, for engines that multiply vectors and know how often a term occurs in the whole corpus.
+"""BM25 as sparse vectors, for engines that multiply vectors and count how many passages have a term.
 
     passage   the weight of each term by its count and the passage's length; of the query: the counts alone
     engine    the inverse document frequency of each term, and the sum
 
-Terms are those of `analyzer.py`. A term's number is a hash of 32 bits, so that no vocabulary has to travel: among ten
-million terms one in 430 shares its number with another.
+Terms are those of `analyzer.py`. The number of a term is a 32-bit hash, so that no vocabulary must be stored. Among
+ten million terms, one in 430 shares its number with another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from trl_search.retrieval.bm25.analyzer import Analyzer
-from trl_search.retrieval.dense.corpus_vectors import Passages
+from trl_search.retrieval.corpus.passages import Passages
 from trl_search.types import Passage
 
 K1, B = 1.2, 0.75  # as in tantivy and OpenSearch

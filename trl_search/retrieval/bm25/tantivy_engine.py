@@ -1,16 +1,16 @@
 """The `tantivy` engine of BM25: an inverted index on disk, for millions of passages.
 
-It is fed the terms of our own analyzer, joined by spaces, so that a passage matches exactly where it does under
-`bm25s`. What differs is the scale and the grain of the scores: tantivy's k1 and b are fixed (1.2 and 0.75), and it
-keeps the length of a passage in one byte, exact to 40 terms and rounded down by up to an eighth above. The order of
-two passages of nearly equal score may differ from that of `bm25s`; the same index always gives the same order.
+tantivy gets the terms of our own analyzer, joined by spaces, so that the same passages match as with `bm25s`. The
+scores differ: tantivy's k1 and b are fixed (1.2 and 0.75), and it stores the length of a passage in one byte, which is
+exact up to 40 terms and rounded down by at most an eighth above. So two passages with nearly equal scores may come in
+another order than with `bm25s`. The same index always gives the same order.
 
-tantivy scores in double precision, so copies of a passage have the same score to the bit; which of them it returns
-depends on how its segments were merged. Every document carries its row, by which ties are put in corpus order
+tantivy scores in double precision, so copies of a passage have exactly the same score. Which of them it returns first
+depends on how its segments were merged. Every document has its row number, and ties are put in corpus order by it
 (`ranking.py`).
 
-The build holds one buffer of `HEAP_BYTES`, whatever the size of the corpus. Its files have random names, and where
-segments begin depends on timing: two builds of a corpus differ in bytes and answer alike.
+The build needs one buffer of `HEAP_BYTES`, whatever the size of the corpus. Files get random names, and segments begin
+where timing says, so two builds of a corpus have different bytes and the same answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from trl_search.retrieval.ranking import Hits, best_rows
 
 K1, B = 1.2, 0.75  # constants of tantivy
 HEAP_BYTES = 256 << 20
-REMOVALS = 20  # tries to remove a folder in which tantivy may hold a lock for an instant
+REMOVALS = 20  # attempts to remove a folder in which tantivy may hold a lock for a moment
 TERMS, STOPS, ROW = "terms", "stops", "row"
 
 
@@ -68,8 +68,7 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     tantivy = import_tantivy()
     shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     folder.mkdir()
-    # One thread: several would each hold a buffer and write segments of interleaved rows, and splitting into terms, in
-    # Python, is what takes the time.
+    # One thread: each would need a buffer of its own, and most of the time goes into splitting text in Python.
     searchable = False
     with tantivy.Index(schema(), path=str(folder)).writer(heap_size=HEAP_BYTES, num_threads=1) as writer:
         for row in tqdm(range(len(corpus)), desc="indexing terms", unit=" passages", disable=None):
@@ -79,10 +78,10 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
             searchable = searchable or bool(terms)
         if not searchable:
             raise UserError("no passage holds a word that can be searched; check the corpus and the stop words")
-    # Left well, the writer has committed and merged; left by an error, it has stopped writing.
+    # The writer has committed and merged its segments. (After an error it has only stopped.)
     for own in folder.glob(".*"):
-        own.unlink()  # the writer's locks and its list of files to clean up, which readers do without
-    shutil.copymode(next(folder.glob("*.idx")), folder / "meta.json")  # tantivy makes it for its owner's eyes alone
+        own.unlink()  # locks and a list of files to clean up, which only a writer needs
+    shutil.copymode(next(folder.glob("*.idx")), folder / "meta.json")  # tantivy makes it readable for its owner only
 
 
 class TantivyEngine:
@@ -112,7 +111,7 @@ class TantivyEngine:
         threads = min(self._threads, len(queries))
         if threads < 2:
             return [self._rank(query, k) for query in queries]
-        with ThreadPoolExecutor(threads) as pool:  # made anew: the threads of a kept one would be missing after a fork
+        with ThreadPoolExecutor(threads) as pool:  # a new one each time, because threads do not survive a fork
             return list(pool.map(lambda query: self._rank(query, k), queries))
 
     def _rank(self, terms: list[str], k: int) -> list[tuple[int, float]]:
@@ -133,17 +132,19 @@ class TantivyEngine:
 
 
 def _open(folder: Path) -> Any:
-    """Opening takes a lock, a file in the folder, and an index may lie where this process may not write: it is opened
-    through links, in a folder of its own that is gone once every file is mapped."""
+    """Opens an index also where this process may not write.
+
+    Opening creates a lock file in the folder. So the index is opened through links in a temporary folder, which is
+    removed once every file is mapped."""
     links = Path(tempfile.mkdtemp(prefix="trl-search-tantivy-"))
     try:
         for file in folder.iterdir():
             os.symlink(file.resolve(), links / file.name)
         index = import_tantivy().Index.open(str(links))
-        index.config_reader(reload_policy="manual")  # nobody writes to it; the default polls the folder on a thread
+        index.config_reader(reload_policy="manual")  # the default polls the folder for changes, on a thread
         return index.searcher()
     finally:
-        # That thread may have begun, and take its lock in the folder at the very moment it is removed.
+        # The polling thread may have started, and create its lock while the folder is being removed.
         for _ in range(REMOVALS):
             shutil.rmtree(links, ignore_errors=True)
             if not links.exists():
@@ -152,5 +153,5 @@ def _open(folder: Path) -> Any:
 
 
 def _cpus() -> int:
-    """Those that this process may use, where the system tells."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, check_search, merge_metrics
+from trl_search.retrieval.base import Retriever, check_search, merge_metrics
 from trl_search.retrieval.combine.parts import (
     Part,
     load_parts,
@@ -42,12 +42,7 @@ DEPTH = 50
 
 
 class HybridRetriever(Retriever):
-    """Fuses the rankings of several retrievers, which it searches at the same time.
-
-    Args:
-        retrievers (`Sequence[Retriever]`): Two or more, of the same corpus.
-        weights (`Sequence[float]`, *optional*): How much each counts, above 0; by default all the same.
-        depth (`int`): How many passages each is asked for, or k where that is more.
+    """Fuses the rankings of several retrievers, which it searches at the same time. For the arguments see [`load`].
 
     Example:
         >>> hybrid = HybridRetriever([lexical, dense], weights=[1, 2])
@@ -62,7 +57,6 @@ class HybridRetriever(Retriever):
         self._on_threads = [DaemonCalls() for _ in retrievers]
         self._weights = tuple(weights) if weights is not None else (1.0,) * len(retrievers)
         self.max_concurrent_batches = min(part.max_concurrent_batches for part in retrievers)
-        self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         if not self._begin(queries, k):
@@ -83,15 +77,14 @@ class HybridRetriever(Retriever):
         return merge_metrics([part.take_metrics() for part in self._parts])
 
     def close(self) -> None:
-        self._closed = True
+        super().close()
         for part in self._parts:
             part.close()
 
     def _begin(self, queries: Sequence[str], k: int) -> bool:
         """Checks the arguments; whether there is anything to search."""
         check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this hybrid retriever is closed; load it again to search")
+        self._check_open()
         return bool(queries)
 
     def _fuse(self, found: list[list[list[Passage]]], k: int) -> list[list[Passage]]:

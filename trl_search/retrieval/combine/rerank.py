@@ -54,12 +54,10 @@ class RerankRetriever(Retriever):
     def __init__(self, retriever: Retriever, scorer: Scorer, *, depth: int = DEPTH) -> None:
         _check_depth(depth)
         self._retriever, self._scorer, self._depth = retriever, scorer, depth
-        self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this rerank retriever is closed; load it again to search")
+        self._check_open()
         if not queries:
             return []
         found = self._retriever.search(queries, max(k, self._depth))
@@ -81,7 +79,7 @@ class RerankRetriever(Retriever):
         return self._retriever.take_metrics()
 
     def close(self) -> None:
-        self._closed = True
+        super().close()
         self._scorer.close()
         self._retriever.close()
 
@@ -89,14 +87,8 @@ class RerankRetriever(Retriever):
 class CrossEncoderScorer:
     """A cross-encoder of sentence-transformers, on this machine. All pairs of a search are scored in one call.
 
-    Scores are the model's logits, rounded: a sigmoid, which many models would apply, makes all good passages 1.0.
-
-    Args:
-        model (`str`): A name on the hub or a folder: "cross-encoder/ms-marco-MiniLM-L6-v2", "BAAI/bge-reranker-v2-m3".
-        device (`str`, *optional*): "cuda:1", "cpu"; by default the best there is.
-        batch_size (`int`): Pairs per forward pass.
-        max_length (`int`, *optional*): Tokens that a pair is cut to; by default the model's limit.
-        trust_remote_code (`bool`): Runs Python code that lies in the checkpoint.
+    Scores are the model's logits, rounded: a sigmoid, which many models would apply, makes all good passages 1.0. For
+    the arguments see [`load`].
     """
 
     def __init__(

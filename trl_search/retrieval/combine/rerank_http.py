@@ -24,25 +24,11 @@ import httpx
 from trl_search.common.credentials import required_token
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
-from trl_search.retrieval.base import RetrievalError, Unavailable
-
-_TROUBLE = {429, 502, 503, 504}
+from trl_search.retrieval.base import RetrievalError, Unavailable, failure
 
 
 class HttpScorer:
-    """Asks one reranking server, with up to `concurrency` requests at a time.
-
-    Args:
-        url (`str`): The whole address of its endpoint: "http://localhost:8080/rerank".
-        api (`str`): "jina" or "tei".
-        model (`str`, *optional*): The server's name for its model; hosted services need it.
-        batch_size (`int`, *optional*): Documents per request; by default all of a query, and 32 with "tei", whose
-            servers refuse more unless told otherwise.
-        concurrency (`int`): Requests at a time.
-        timeout_s (`float`): Seconds until a request counts as failed.
-        token_env (`str`, *optional*): The environment variable that holds the bearer token.
-        fields (`Mapping`, *optional*): More of each request.
-    """
+    """Asks one reranking server, with up to `concurrency` requests at a time. For the arguments see `rerank.load`."""
 
     def __init__(
         self,
@@ -131,8 +117,7 @@ class HttpScorer:
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error or 'connection lost'}") from error
         if response.status_code == 200:
             return response
-        message = f"{self._url} answered {response.status_code}: {response.text[:300]}"
-        raise Unavailable(message) if response.status_code in _TROUBLE else RetrievalError(message)
+        raise failure(response.status_code, f"{self._url} answered {response.status_code}: {response.text[:300]}")
 
 
 def _jina_request(query: str, texts: Sequence[str], model: str | None) -> dict[str, Any]:

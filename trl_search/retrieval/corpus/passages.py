@@ -20,7 +20,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -83,6 +83,14 @@ def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
         if first != row:
             raise UserError(f"passages {first} and {row} have the same id {passage.id!r}; ids must be unique")
         yield passage
+
+
+class Passages(Protocol):
+    """Passages by row: a `Corpus` on disk, or a tuple."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Passage: ...
 
 
 class Corpus:

@@ -60,8 +60,8 @@ def find_lines(path: Path) -> np.ndarray:
         starts = np.concatenate([[0], *ends]).astype(np.int64)
         starts = starts[starts < size]
         lengths = np.diff(np.append(starts, size))
-        # A blank line is "\n" or "\r\n". Without a start of its own it belongs to the line before, where JSON allows
-        # it.
+        # A blank line is "\n" or "\r\n". It gets no start of its own, so it belongs to the line before, where JSON
+        # allows it.
         blank = np.zeros(len(starts), dtype=bool)
         for line in np.flatnonzero(lengths <= 2):
             file.seek(int(starts[line]))

@@ -19,16 +19,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.retrieval.corpus.passages import join_contents
+from trl_search.retrieval.corpus.passages import Passages, join_contents
 from trl_search.retrieval.dense.encoder import Encoder, load_encoder
 from trl_search.retrieval.index.workers import ALONE, Workers
-from trl_search.types import Passage
 
 VECTORS, DONE, ABOUT = "vectors.npy", "shards.done", "encoding.json"
 ENCODER = "intfloat/e5-base-v2"
@@ -37,14 +36,6 @@ SHARD_ROWS = 8192  # long enough that sorting by length leaves little padding, s
 
 
 logger = logging.getLogger(__name__)
-
-
-class Passages(Protocol):
-    """Passages by row: a `Corpus` on disk, or a tuple."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Passage: ...
 
 
 @dataclass(frozen=True)

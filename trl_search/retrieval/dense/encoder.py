@@ -25,7 +25,7 @@ import numpy as np
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import home_expanded
-from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights
+from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights, refuse_other_encoder
 
 DTYPES = ("float32", "float16", "bfloat16")
 POOLINGS = ("mean", "cls", "max", "lasttoken")
@@ -197,6 +197,26 @@ def load_encoder(
         ),
         query_model,
     )
+
+
+def load_recorded(recorded: dict[str, Any], given: str | Path | Encoder | None, where: str, **options: Any) -> Encoder:
+    """Loads the encoder whose fingerprint an index recorded.
+
+    Args:
+        recorded (`dict`): The fingerprint.
+        given (`str | Path | Encoder`, *optional*): Where the encoder lies now, or the encoder itself; by default its
+            recorded name.
+        where (`str`): The index, for messages.
+        options: `device`, `dtype` and `trust_remote_code` of [`load_encoder`].
+
+    Raises:
+        UserError: if it is another encoder: it would find the wrong passages.
+    """
+    fingerprint = EncoderFingerprint(**recorded)
+    if not isinstance(given, Encoder):
+        given = load_encoder(given or fingerprint.name, **fingerprint.options, **options)
+    refuse_other_encoder(given.fingerprint, recorded, where)
+    return given
 
 
 def _prompt(model: Any, given: str | None, names: Sequence[str], otherwise: str | None, encoder: str) -> str:

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.retrieval.base import RetrievalError, Retriever, check_search
+from trl_search.retrieval.base import Retriever, check_search
 from trl_search.retrieval.corpus.fields import Fields
-from trl_search.retrieval.corpus.passages import Corpus, join_contents, read_corpus, refuse_duplicates
+from trl_search.retrieval.corpus.passages import Corpus, Passages, join_contents, read_corpus, refuse_duplicates
 from trl_search.retrieval.corpus.published import check_encoder, open_jsonl
-from trl_search.retrieval.dense.corpus_vectors import ENCODER, VECTORS, EncodingOptions, Passages
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder
-from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, refuse_other_encoder
+from trl_search.retrieval.dense.corpus_vectors import ENCODER, VECTORS, EncodingOptions
+from trl_search.retrieval.dense.encoder import Encoder, load_encoder, load_recorded
 from trl_search.retrieval.dense.vectors import (
     VECTOR_INDEXES,
     VectorSearch,
@@ -35,7 +34,8 @@ from trl_search.retrieval.dense.vectors import (
     open_vectors,
     plan,
 )
-from trl_search.retrieval.dense.vectors.search import Memory, read_faiss, stored_rows
+from trl_search.retrieval.dense.vectors.gpu import search_in_memory
+from trl_search.retrieval.dense.vectors.search import read_faiss, stored_rows
 from trl_search.retrieval.index.build_folder import SCRATCH
 from trl_search.retrieval.index.folder import open_index
 from trl_search.retrieval.index.workers import Workers
@@ -81,31 +81,6 @@ class DenseBuilder(EncodingOptions):
         return {"encoder": asdict(self.loaded.fingerprint), "vectors": measured}
 
 
-class InMemorySearch(VectorSearch):
-    """Exact search over vectors in memory, by sentence-transformers; needs no FAISS. To about 200,000."""
-
-    def __init__(self, vectors: np.ndarray) -> None:
-        self._vectors: np.ndarray | None = vectors
-        self.count, self.dim = vectors.shape
-
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        from sentence_transformers.util import dot_score, semantic_search
-        from torch import from_numpy
-
-        vectors = self._vectors
-        if vectors is None:
-            raise RetrievalError("this vector index is closed; open it again to search")
-        found = semantic_search(from_numpy(queries), from_numpy(vectors), top_k=k, score_function=dot_score)
-        scores = np.array([[hit["score"] for hit in hits] for hits in found], dtype=np.float32)
-        return scores, np.array([[hit["corpus_id"] for hit in hits] for hits in found], dtype=np.int64)
-
-    def memory(self) -> Memory:
-        return Memory(host_bytes=0 if self._vectors is None else self._vectors.nbytes)
-
-    def close(self) -> None:
-        self._vectors = None
-
-
 class DenseRetriever(Retriever):
     """Search by meaning. Make one with `load_retriever("dense", ...)`.
 
@@ -127,7 +102,6 @@ class DenseRetriever(Retriever):
             )
         self._encoder, self._vectors, self._passages = encoder, vectors, passages
         self._lock = threading.Lock()  # keeps `close` from running during a search
-        self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
@@ -135,8 +109,7 @@ class DenseRetriever(Retriever):
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         found: list[list[Passage]] = [[] for _ in queries]
         with self._lock:
-            if self._closed:
-                raise RetrievalError("this dense retriever is closed; load it again to search")
+            self._check_open()
             vectors_QD = self._encoder.encode_queries([queries[number] for number in asked])
             for number, ranked in zip(asked, self._rank(vectors_QD, k), strict=True):
                 found[number] = [replace(self._passages[row], score=score) for row, score in ranked]
@@ -202,6 +175,7 @@ def load(
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus if faiss_file is None else None)
     places = "cpu" if device == "cpu" else "auto"
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
     if index is None and faiss_file is None and (nprobe, ef_search) != (None, None):
         raise UserError("nprobe and ef_search are options of an index; passages in memory are searched exactly")
@@ -210,16 +184,7 @@ def load(
             given = sorted(options) or ["corpus, passages and faiss_file"]
             raise UserError(f"{', '.join(given)}: fixed when {index} was built; rebuild to change")
         opened = open_index(index, KIND, check_source=check_source)
-        there = opened.manifest.details["encoder"]
-        if not isinstance(encoder, Encoder):
-            encoder = load_encoder(
-                encoder or opened.manifest.options["encoder"],
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **EncoderFingerprint(**there).options,
-            )
-        refuse_other_encoder(encoder.fingerprint, there, str(index))
+        encoder = load_recorded(opened.manifest.details["encoder"], encoder, str(index), **how)
         return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places, **found), opened.corpus)
     if (corpus is None) == (passages is None) or (faiss_file is not None and corpus is None):
         raise UserError(
@@ -227,9 +192,7 @@ def load(
             "corpus=FILE.jsonl"
         )
     if not isinstance(encoder, Encoder):
-        encoder = load_encoder(
-            encoder or ENCODER, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        encoder = load_encoder(encoder or ENCODER, **how, **options)
     if faiss_file is not None:
         assert corpus is not None
         rows = open_jsonl(corpus)
@@ -243,4 +206,4 @@ def load(
     kept = tuple(refuse_duplicates(read))
     if not kept:
         raise UserError("no passages; a corpus needs one at least")
-    return DenseRetriever(encoder, InMemorySearch(encoder.encode_passages(list(map(join_contents, kept)))), kept)
+    return DenseRetriever(encoder, search_in_memory(encoder.encode_passages(list(map(join_contents, kept)))), kept)

@@ -15,29 +15,17 @@ from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.index.folder import read_manifest
 
 ABOUT = "trl_search"  # the key under which an engine keeps what it was loaded with
-_TROUBLE = frozenset({429, 502, 503, 504})
-
-
-class TooLarge(RetrievalError):
-    """The engine refused a request for its size (413). A smaller one may be accepted."""
-
-
-def failure(status: int | str, said: str) -> RetrievalError:
-    """The error for an HTTP status: of what may pass, `Unavailable`; of a request that was too large, `TooLarge`."""
-    if status == 413:
-        return TooLarge(said)
-    return Unavailable(said) if status in _TROUBLE else RetrievalError(said)
 
 
 def repeat_trouble(ask: Callable[[], Any]) -> Any:
-    """Asks again what raised `Unavailable`: to search or to load twice does no harm."""
+    """Repeats a request that raised `Unavailable`. Searching or loading twice does no harm."""
     return repeated(ask, on=Unavailable)
 
 
 def from_folder(
     index: str | Path | None, kind: str, url: str | None, collection: str | None, path: str | Path | None = None
 ) -> tuple[str | None, str | None, str | Path | None, str | None]:
-    """Address, collection and path, of which the index folder has what is not given; and the hash of its corpus.
+    """Address, collection, path and corpus hash. Where they are not given, those of the index folder are taken.
 
     Raises:
         UserError: for a folder of another kind.
@@ -52,8 +40,29 @@ def from_folder(
     return url, collection or manifest.options["collection"], path, manifest.corpus.sha256
 
 
+def find_about(read: Callable[[], dict[str, Any] | None], name: str, remark: str = "") -> dict[str, Any]:
+    """What an engine was loaded with, as `read()` finds it in the engine.
+
+    Args:
+        name (`str`): Of the collection, for messages: `"the collection 'wiki'"`.
+        remark (`str`): Another reason for which an engine may know nothing.
+
+    Raises:
+        UserError: if there is no such collection, or if another program made it.
+    """
+    try:
+        about = repeat_trouble(read)
+    except Unavailable:
+        raise
+    except RetrievalError as error:
+        raise UserError(f"there is no {name.removeprefix('the ')} to search: {error}") from error
+    if about is None:
+        raise UserError(f"{name} was not loaded by `trl-search index`, or is being loaded now{remark}")
+    return dict(about)
+
+
 def refuse_another_corpus(about: dict[str, Any], expected: str | None, name: str, folder: str | Path | None) -> None:
-    """Fails where the engine was loaded with other passages than those of the folder, if one was given."""
+    """Fails if the engine was loaded with other passages than the index folder says."""
     if expected is not None and about["corpus"] != expected:
         raise UserError(
             f"{name} was loaded with other passages than {folder}: another build has replaced it; load that one's "

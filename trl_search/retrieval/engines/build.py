@@ -1,7 +1,8 @@
-"""Loading an engine, in batches that a killed run need not send again: `load_engine`, which both builders call.
+"""`load_engine` sends passages to Qdrant or OpenSearch, in batches. A build that was killed resumes after the last
+batch.
 
-The index folder stays the place of the passages, whole and in order, from which the engine can be loaded again. What
-the engine was loaded with is written into it last; before that it is refused as one that is being loaded.
+The index folder keeps all passages in order, so that the engine can be loaded again from it. What the engine was
+loaded with is written into the engine last. Before that, a search refuses the engine because it is being loaded.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.base import RetrievalError, TooLarge
 from trl_search.retrieval.corpus.passages import ROWS, Corpus
-from trl_search.retrieval.engines.base import TooLarge
 from trl_search.retrieval.index.build_folder import SCRATCH
 
 # Bytes per request: Qdrant takes 32 MB unless told otherwise, OpenSearch 100 MB, and hosted ones 10 MB.
@@ -38,7 +38,7 @@ class Engine(Protocol):
     def make(self) -> None: ...
 
     def item(self, row: int) -> tuple[Any, int]:
-        """A passage as it is sent, and about how many bytes of JSON it takes."""
+        """A passage as it is sent, and its approximate size in bytes of JSON."""
 
     def send(self, items: Sequence[Any]) -> None:
         """Sends passages, and returns when they are on the engine's disk. What is sent twice is the same twice.
@@ -108,7 +108,7 @@ def _batches(engine: Engine, rows: range, max_rows: int) -> Iterator[list[Any]]:
 
 
 def _send(engine: Engine, items: list[Any], first: int) -> None:
-    """Sends passages, and where they are too many for the engine, each half of them."""
+    """Sends passages. If the engine refuses the size, sends each half by itself."""
     try:
         engine.send(items)
     except TooLarge as error:
@@ -120,7 +120,7 @@ def _send(engine: Engine, items: list[Any], first: int) -> None:
 
 
 class Journal:
-    """How far the loading of an engine has come, in the scratch of a build: a killed one goes on from there."""
+    """How many passages were sent, kept in the scratch folder of the build, so that a killed build resumes there."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / SCRATCH / _JOURNAL

@@ -23,9 +23,9 @@ from typing import Any
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
 from trl_search.common.unspaced import UNSPACED_LETTERS
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
-from trl_search.retrieval.engines.base import ABOUT, failure, from_folder, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.engines.base import ABOUT, find_about, from_folder, refuse_another_corpus, repeat_trouble
 from trl_search.types import Passage
 
 KIND = "opensearch"
@@ -50,12 +50,10 @@ class OpenSearchRetriever(Retriever):
     def __init__(self, client: Any, collection: str) -> None:
         self.about = read_about(client, collection)
         self._client, self._collection = client, collection
-        self._closed = False
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this OpenSearch retriever is closed; load it again to search")
+        self._check_open()
         texts = [_cut(query) for query in queries]
         asked = [number for number, text in enumerate(texts) if any(map(str.isalnum, text))]
         found: list[list[Passage]] = [[] for _ in queries]
@@ -86,7 +84,7 @@ class OpenSearchRetriever(Retriever):
         return [[_passage(hit) for hit in _hits(answer)] for answer in answers]
 
     def close(self) -> None:
-        self._closed = True
+        super().close()
         self._client.close()
 
 
@@ -157,19 +155,13 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
 
 def read_about(client: Any, collection: str) -> dict[str, Any]:
     """What an index was loaded with."""
-    try:
-        mapping = repeat_trouble(lambda: call(client.indices.get_mapping, index=collection))
-    except Unavailable:
-        raise
-    except RetrievalError as error:
-        raise UserError(f"there is no index {collection!r} to search: {error}") from error
-    found: dict[str, Any] = next(iter(mapping.values()))
-    about = found["mappings"].get("_meta", {}).get(ABOUT)
-    if about is None:
-        raise UserError(
-            f"the index {collection!r} was not loaded by `trl-search index --kind opensearch`, or is loaded just now"
-        )
-    return dict(about)
+
+    def read() -> dict[str, Any] | None:
+        mapping = call(client.indices.get_mapping, index=collection)
+        about: dict[str, Any] | None = next(iter(mapping.values()))["mappings"].get("_meta", {}).get(ABOUT)
+        return about
+
+    return find_about(read, f"the index {collection!r}")
 
 
 def load(

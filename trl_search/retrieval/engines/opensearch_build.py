@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.base import RetrievalError, failure
 from trl_search.retrieval.corpus.passages import Corpus
-from trl_search.retrieval.engines.base import ABOUT, failure, repeat_trouble
+from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
 from trl_search.retrieval.engines.build import load_engine
 from trl_search.retrieval.engines.opensearch import CONTENTS, call, connect
 
@@ -48,13 +49,10 @@ class OpenSearchBuilder:
         self._connect().close()
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
-        client = self._connect()
-        try:
+        with contextlib.closing(self._connect()) as client:
             engine = _Index(client, self, corpus)
             about = {"analyzer": self.analyzer}
             return load_engine(engine, corpus, folder, about, replace=self.replace, max_rows=BULK_ROWS)
-        finally:
-            client.close()
 
     def _connect(self) -> Any:
         return connect(self.url, self.ca_certs, self.timeout_s)

@@ -23,13 +23,12 @@ import numpy as np
 
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
-from trl_search.retrieval.dense.encoder import Encoder, load_encoder
-from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, refuse_other_encoder
-from trl_search.retrieval.engines.base import ABOUT, failure, from_folder, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.dense.encoder import Encoder, load_recorded
+from trl_search.retrieval.engines.base import ABOUT, find_about, from_folder, refuse_another_corpus, repeat_trouble
 from trl_search.retrieval.ranking import Hits, best_rows
 from trl_search.types import Passage
 
@@ -70,13 +69,9 @@ class QdrantRetriever(Retriever):
         self._passages = int(about["passages"])
         self._params = models.SearchParams(**search_params) if search_params else None
         self._lock = threading.Lock() if local else None
-        self._closed = False
         self.max_concurrent_batches = 1 if local else 4
         if about["vectors"] == DENSE:
-            if encoder is None:
-                name = about["encoder"]["name"]
-                raise UserError(f"{collection!r} holds dense vectors: it needs its encoder, {name!r}")
-            refuse_other_encoder(encoder.fingerprint, about["encoder"], f"the collection {collection!r}")
+            assert encoder is not None
         else:
             if about.get("analyzer") != ANALYZER_VERSION:
                 raise UserError(
@@ -87,8 +82,7 @@ class QdrantRetriever(Retriever):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this Qdrant retriever is closed; load it again to search")
+        self._check_open()
         vectors = self._dense(queries) if self._encoder is not None else self._sparse(queries)
         asked = [number for number, vector in enumerate(vectors) if vector is not None]
 
@@ -160,7 +154,7 @@ class QdrantRetriever(Retriever):
             return ask()
 
     def close(self) -> None:
-        self._closed = True
+        super().close()
         self._client.close()
 
 
@@ -203,19 +197,12 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
 
 def read_about(client: Any, collection: str) -> dict[str, Any]:
     """What a collection was loaded with."""
-    try:
-        metadata = repeat_trouble(lambda: call(client.get_collection, collection)).config.metadata or {}
-    except Unavailable:
-        raise
-    except RetrievalError as error:
-        raise UserError(f"there is no collection {collection!r} to search: {error}") from error
-    about = metadata.get(ABOUT)
-    if about is None:
-        raise UserError(
-            f"the collection {collection!r} was not loaded by `trl-search index --kind qdrant`, or is loaded just "
-            "now, or by a Qdrant before 1.16, which keeps no metadata"
-        )
-    return dict(about)
+
+    def read() -> dict[str, Any] | None:
+        return (call(client.get_collection, collection).config.metadata or {}).get(ABOUT)
+
+    remark = ", or by a Qdrant before 1.16, which keeps no metadata"
+    return find_about(read, f"the collection {collection!r}", remark)
 
 
 def load(
@@ -259,26 +246,14 @@ def load(
     try:
         about = read_about(client, collection)
         refuse_another_corpus(about, expected, f"the collection {collection!r}", index)
-        if about["vectors"] == DENSE and not isinstance(encoder, Encoder):
-            there = EncoderFingerprint(**about["encoder"])
-            encoder = load_encoder(
-                encoder or there.name,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **there.options,
-            )
+        used = None
+        if about["vectors"] == DENSE:
+            how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+            used = load_recorded(about["encoder"], encoder, f"the collection {collection!r}", **how)
         params: dict[str, Any] = {"exact": exact, "hnsw_ef": hnsw_ef}
         if oversampling is not None:
             params["quantization"] = {"rescore": True, "oversampling": oversampling}
-        used = encoder if about["vectors"] == DENSE else None
-        return QdrantRetriever(
-            client,
-            collection,
-            encoder=used if isinstance(used, Encoder) else None,
-            search_params=params,
-            local=path is not None,
-        )
+        return QdrantRetriever(client, collection, encoder=used, search_params=params, local=path is not None)
     except BaseException:
         client.close()
         raise

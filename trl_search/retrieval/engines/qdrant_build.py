@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -89,17 +90,14 @@ class QdrantBuilder(EncodingOptions):
             self.encode(corpus, folder / SCRATCH, workers)
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
-        client = connect(self.url, self.path, self.api_key_env, self.timeout_s)
-        try:
-            about: dict[str, Any] = {"vectors": self.vectors}
-            if self.vectors == DENSE:
-                about["encoder"] = asdict(self.loaded.fingerprint)
-            else:
-                about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
+        about: dict[str, Any] = {"vectors": self.vectors}
+        if self.vectors == DENSE:
+            about["encoder"] = asdict(self.loaded.fingerprint)
+        else:
+            about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
+        with contextlib.closing(connect(self.url, self.path, self.api_key_env, self.timeout_s)) as client:
             engine = _Collection(client, self, corpus, folder)
             return load_engine(engine, corpus, folder, about, replace=self.replace, max_rows=MAX_UPSERT)
-        finally:
-            client.close()
 
 
 class _Collection:

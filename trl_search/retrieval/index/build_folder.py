@@ -41,7 +41,7 @@ def build_path(output: Path) -> Path:
 
 
 def may_be_built(output: Path) -> bool:
-    """Whether nothing that is not ours is in `output`."""
+    """Whether `output` holds nothing that a build would overwrite."""
     if not output.exists():
         return True
     if not output.is_dir():
@@ -55,7 +55,7 @@ def _replaceable(folder: Path) -> bool:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Libraries in C++ and Rust pass on the system's message, and not its number."""
+    """Libraries in C++ and Rust give the system's message without its number."""
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
@@ -91,8 +91,9 @@ class BuildFolder:
         """Goes on with a build of the same inputs, and removes what is left of any other.
 
         Args:
-            inputs (`dict`, *optional*): JSON that says what is built from what. `None` where that cannot be told: then
-                nothing is taken up, now or later.
+            inputs (`dict`, *optional*): JSON that says what is built from what. `None` if that is unknown; such a
+            build
+                is never resumed.
         """
         self._inputs = inputs
         found = self._read_state()

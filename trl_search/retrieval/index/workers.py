@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-LONGEST_WAIT = timedelta(days=7)  # for the slowest: reading a corpus, or its share of the encoding
+LONGEST_WAIT = timedelta(days=7)  # for the slowest process, which may read a corpus or encode for days
 
 
 @dataclass(frozen=True)

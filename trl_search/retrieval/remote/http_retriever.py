@@ -25,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import math
-import os
 import random
 import statistics
 import time
@@ -39,8 +38,8 @@ import tenacity
 from trl_search.common.credentials import required_token
 from trl_search.common.errors import UserError
 from trl_search.common.retrying import GROWING_WAIT
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
-from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
+from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable
+from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.remote.wire import (
     WireError,
@@ -54,21 +53,10 @@ from trl_search.types import Passage
 ONE_BY_ONE = 32  # requests at a time to each server that takes no list
 SHARE = 32  # queries below which a batch is not cut up for the sake of a second server
 TRIES_OF_AN_ERROR = 3
-_TROUBLE = {429, 502, 503, 504}
 
 
-class HttpRetriever(Retriever):
-    """Asks one or several retrieval servers.
-
-    Args:
-        urls (`Sequence[str]`): Their addresses; all of them serve the same index.
-        timeout_s (`float`): Seconds until one request counts as failed.
-        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
-            `search_timeout_s` of training, which otherwise cuts it short.
-        max_batch (`int`): Queries per request.
-        max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
-        token_env (`str`, *optional*): The environment variable whose token is sent as `Authorization: Bearer`.
-    """
+class HttpRetriever(AsyncRetriever):
+    """Asks one or several retrieval servers. For the arguments see [`load`]."""
 
     def __init__(
         self,
@@ -90,16 +78,12 @@ class HttpRetriever(Retriever):
         self._urls = tuple(urls)
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
         self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
-        self._closed = False
-        self._start()
+        super().__init__()
         self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
 
     def _start(self) -> None:
-        """Makes what belongs to one process; a forked child calls it again."""
-        self._pid = os.getpid()
-        self._background = BackgroundLoop()
+        super()._start()
         self._endpoints = Endpoints(self._urls)
-        self._clients = ClientPerLoop(self._make_client)
         self._one_by_one = False  # known once a server said so
 
     def _make_client(self) -> httpx.AsyncClient:
@@ -108,20 +92,10 @@ class HttpRetriever(Retriever):
             headers=self._headers, timeout=None, limits=limits, verify=tls_context(), trust_env=False
         )
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        if self._pid != os.getpid():
-            self._start()
-        return self._background.run(self.search_async(queries, k))
-
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """[`search`] for coroutines. Connections are kept open for as long as the event loop lives."""
-        check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this retriever is closed")
+        self._begin(queries, k)
         if not queries:
             return []
-        if self._pid != os.getpid():
-            self._start()
         deadline = time.monotonic() + self._patience_s
         if not self._one_by_one:
             size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
@@ -151,11 +125,6 @@ class HttpRetriever(Retriever):
             **{f"retrieval/failures/{name}": float(one.failures) for name, one in stats.items()},
         }
 
-    def close(self) -> None:
-        self._closed = True
-        if self._pid == os.getpid():
-            self._background.close()
-
     async def _ask(self, queries: Sequence[str], k: int, deadline: float) -> list[list[Passage]]:
         """One request and its repetitions."""
         tried: list[Endpoint] = []
@@ -183,7 +152,7 @@ class HttpRetriever(Retriever):
                     endpoint = self._endpoints.take(tried, retry=bool(tried))
                     tried.append(endpoint)
                     return await self._request(endpoint, queries, k, deadline)
-        except _TooLarge as error:
+        except TooLarge as error:
             if len(queries) == 1:
                 raise RetrievalError(str(error)) from error.__cause__
             half = len(queries) // 2
@@ -241,10 +210,6 @@ class _Repeatable(RetrievalError):
         self.wait_s, self.tries = wait_s, tries
 
 
-class _TooLarge(RetrievalError):
-    """The server takes fewer queries, or shorter ones."""
-
-
 class _WantsOneQuery(RetrievalError):
     """The server takes one query and no list."""
 
@@ -257,12 +222,12 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
     status = response.status_code
     if status != 200:
         message = f"{endpoint.name} answered {status} {response.reason_phrase}: {_said(response)}"
-        if status in _TROUBLE:
+        if status in TROUBLE:
             raise _Repeatable(message, wait_s=_retry_after_s(response.headers))
         if status >= 500:
             raise _Repeatable(message, tries=TRIES_OF_AN_ERROR)
         if status == 413:
-            raise _TooLarge(message)
+            raise TooLarge(message)
         if status == 422 and wants_one_query(_body(response)):
             raise _WantsOneQuery(message)
         raise RetrievalError(message)
@@ -334,7 +299,8 @@ def load(
         url (`str`, *optional*): One server; or
         urls (`Sequence[str]`, *optional*): several, of the same index.
         timeout_s (`float`): Seconds until one request counts as failed.
-        patience_s (`float`): Seconds until a search fails, repetitions included.
+        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
+            `search_timeout_s` of training, which otherwise cuts it short.
         max_batch (`int`): Queries per request.
         max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
         token_env (`str`, *optional*): The environment variable that holds the bearer token.

@@ -3,7 +3,7 @@
 config.py      limits, queue, cache, token
 app.py         the routes, the token, the order in which a request is refused
 service.py     one request: cache, bounded queue, batches across requests, errors as data
-cache.py       results by (index, query, k), least recently used out first
+cache.py       results by (query, k), least recently used out first
 connection.py  a connection under uvicorn: a head read within limits
 asgi.py        a body read within limits, JSON sent
 observe.py     one log line and one measurement per request

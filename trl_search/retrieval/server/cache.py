@@ -1,8 +1,7 @@
 """Results by (query, k), in memory, the least recently used out first.
 
-The cache keeps the bytes of the JSON that was sent: a hit needs no formatting, and the limit is on real memory instead
-of a number of entries. The keys hold the fingerprint of the index, so that results of another index, or of the same
-one before it was rebuilt, are never found.
+The cache keeps the bytes of the JSON that was sent. So a hit needs no formatting, and the limit is one of memory, not
+of entries.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class _Entry(NamedTuple):
 class ResultCache:
     """At most `max_bytes` of results; with 0 it keeps nothing."""
 
-    def __init__(self, max_bytes: int, fingerprint: str) -> None:
+    def __init__(self, max_bytes: int) -> None:
         from cachetools import LRUCache
 
-        self._fingerprint, self._max_bytes = fingerprint, max_bytes
-        self._kept: LRUCache[tuple[str, str, int, bool], _Entry] = LRUCache(max_bytes, lambda entry: entry.size)
+        self._max_bytes = max_bytes
+        self._kept: LRUCache[tuple[str, int, bool], _Entry] = LRUCache(max_bytes, lambda entry: entry.size)
         self.hits = self.misses = 0
 
     def __len__(self) -> int:
@@ -36,7 +35,7 @@ class ResultCache:
         return int(self._kept.currsize)
 
     def get(self, query: str, k: int, return_scores: bool) -> bytes | None:
-        entry = self._kept.get((self._fingerprint, query, k, return_scores))
+        entry = self._kept.get((query, k, return_scores))
         if entry is None:
             self.misses += 1
             return None
@@ -46,4 +45,4 @@ class ResultCache:
     def put(self, query: str, k: int, return_scores: bool, result: bytes) -> None:
         size = sys.getsizeof(query) + len(result) + _ENTRY_BYTES
         if size <= self._max_bytes:
-            self._kept[self._fingerprint, query, k, return_scores] = _Entry(result, size)
+            self._kept[query, k, return_scores] = _Entry(result, size)

@@ -24,7 +24,7 @@ class ServerConfig:
         body_timeout_s (`float`): How long a client may take to send a request.
         shutdown_timeout_s (`float`): How long requests under way are waited for when the server is told to stop.
         cache_bytes (`int`): Memory for results; 0 keeps none, for a retriever whose answers change.
-        fingerprint (`str`): Identifies the index: results are cached under it, and `/health` shows it.
+        fingerprint (`str`): Identifies the index; `/health` shows it.
         name (`str`): What is served, in words, for `/health`.
         token (`str`, *optional*): What clients must send as `Authorization: Bearer ...`; never shown or logged.
         access_log (`bool`): Writes one line of JSON per request.

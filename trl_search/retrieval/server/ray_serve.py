@@ -3,12 +3,13 @@
     http retriever ──► Ray's proxy, on each machine ──► replica 1: app.py over its own retriever
                                                  └──► replica 2: ...
 
-Each replica is a process with the app of `make_app`: its own batches, cache and queue. Ray starts the replicas,
-restarts those that die, and spreads requests over them; it does not cut an index in pieces. Requests to a replica that
-dies fail with a lost connection or a 500, which our `http` retriever repeats: a search changes nothing.
+Each replica is a process that runs the app of `make_app`, with batches, a cache and a queue of its own. Ray starts the
+replicas, restarts those that die, and spreads requests over them. Every replica has the whole index. If a replica
+dies, its requests fail with a lost connection or a 500, and our `http` retriever repeats them: a search changes
+nothing.
 
-Ray's own ports are open to the network; only the proxy listens where we say. Anyone who reaches those ports can run
-code on the machines. Ray asks for a token since 2.60, and a cluster belongs in a network of your own.
+`host` and `port` say where the proxy listens. Ray itself opens other ports to the network, and whoever reaches them
+can run code on the machines. Since 2.60 Ray asks for a token; still, run a cluster in a network of your own.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from trl_search.retrieval.server.run import is_loopback, listen, log_to, spare_w
 from trl_search.retrieval.server.service import SearchService
 
 APP, DEPLOYMENT = "trl-search", "gateway"
-HEALTH_PERIOD_S = 5.0  # until Ray notices that a replica is gone and starts another; requests avoid it at once
+HEALTH_PERIOD_S = 5.0  # until Ray notices a dead replica and starts another; requests avoid it at once
 SCRAPE_S = 5.0
-PROXY_S = 0.3  # until the last answer has left the proxy
-OBJECT_STORE_BYTES = 128 << 20  # requests do not pass through it; Ray's own default is a third of the memory
+PROXY_S = 0.3  # that the last answer needs to pass through the proxy
+OBJECT_STORE_BYTES = 128 << 20  # requests do not use it, and Ray would take a third of the memory
 logger = logging.getLogger(__name__)
 
 
@@ -47,8 +48,8 @@ class RayConfig:
 
     Args:
         replicas (`int`): Processes, each with its own retriever.
-        cpus (`float`): CPUs per replica, which are also the threads of its encoder.
-        gpus (`float`): GPUs per replica, for an encoder: 0.25 puts four on one.
+        cpus (`float`): CPUs per replica. The encoder uses as many threads.
+        gpus (`float`): GPUs per replica, for an encoder. With 0.25, four replicas share a GPU.
         address (`str`, *optional*): The address of a running cluster; `None` starts one on this machine.
     """
 
@@ -72,12 +73,12 @@ def serve_on_ray(
     port: int,
     loaded: Callable[[str], None],
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers what is under way.
+    """Serves until SIGTERM or Ctrl-C, and answers the requests under way before it ends.
 
     Args:
         kind (`str`): Of the retriever that every replica loads, with `options`, as for `load_retriever`.
-        options (`dict`): Must mean the same on every machine: addresses, or folders that all of them see.
-        config (`ServerConfig`): Limits, queue, cache, token; of each replica.
+        options (`dict`): Must mean the same on every machine: addresses, or folders on a shared disk.
+        config (`ServerConfig`): Limits, queue, cache and token of each replica.
         settings (`RayConfig`): How many replicas, and where.
         host (`str`): Where the proxies listen, on every machine that has a replica.
         port (`int`): 0 takes a free one.
@@ -85,11 +86,11 @@ def serve_on_ray(
     """
     stop = threading.Event()
     with gateways(kind, options, config, settings, host=host, port=port) as url:
-        # After Ray has started, which sets handlers of its own that end the process at once.
+        # Set after Ray has started, because Ray sets handlers that end the process at once.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         loaded(url)
-        while not stop.wait(0.5):  # in steps, so that Python gets to run the handler
+        while not stop.wait(0.5):  # in steps, because Python runs a signal handler only between them
             pass
 
 
@@ -103,7 +104,7 @@ def gateways(
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> Iterator[str]:
-    """Starts the replicas and gives their address; at the end drains them and leaves the cluster as it was."""
+    """Starts the replicas and yields their address. At the end it drains them and leaves the cluster as it was."""
     need_packages()
     ray, serve = _import_ray()
     port = _free_port(host, port)
@@ -111,8 +112,8 @@ def gateways(
     try:
         if serve.status().proxies:
             raise UserError(
-                "Ray Serve runs on this cluster already, and a cluster has one; end it with `serve shutdown`, or "
-                "start another cluster"
+                "Ray Serve already runs on this cluster, and a cluster can have only one; end it with `serve "
+                "shutdown`, or start another cluster"
             )
         _need_room(ray, settings)
         everywhere = settings.address is not None
@@ -136,7 +137,7 @@ def gateways(
 
 
 class Gateway:
-    """One replica: a retriever, and the app over it. Made by Ray, on the machine where it is to run."""
+    """One replica: a retriever and its app. Ray makes it on the machine where it runs."""
 
     def __init__(self, kind: str, options: dict[str, Any], config: ServerConfig) -> None:
         from ray import serve
@@ -145,10 +146,10 @@ class Gateway:
         spare_what_is_loaded()
         self._name = serve.get_replica_context().replica_id.unique_id
         if config.access_log:
-            log_to(sys.stderr)  # Ray brings it to the terminal that serves, and keeps it in its own log files
+            log_to(sys.stderr)  # Ray shows it on the terminal of the server, and keeps it in its log files
 
     def __serve_build_asgi_app__(self) -> Any:
-        # The proxy takes a scrape to any replica, which then asks all.
+        # The proxy sends a request for /metrics to any replica, so that replica asks all of them.
         app = make_app(self._retriever, self._config, scrape=self._scrape_all)
         self._numbers: Callable[[], bytes] = app.state.metrics.text
         self._service: SearchService = app.state.service
@@ -158,14 +159,14 @@ class Gateway:
         await self._service.drain(self._config.shutdown_timeout_s)
 
     def numbers(self) -> tuple[str, bytes]:
-        """This replica's name, and its `/metrics`. Asked for by the others."""
+        """This replica's name and its `/metrics`, for the replica that answers the request."""
         return self._name, self._numbers()
 
     async def _scrape_all(self) -> bytes:
         from ray import serve
 
         asked = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("numbers")
-        # One that has just died is left out.
+        # A replica that has just died is left out.
         answers = await asked.results_async(timeout_s=SCRAPE_S, return_exceptions=True)
         return join_replicas(dict(answer for answer in answers if not isinstance(answer, BaseException)))
 
@@ -178,9 +179,9 @@ def _deployment(serve: Any, kind: str, options: dict[str, Any], config: ServerCo
         name=DEPLOYMENT,
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
-        # Ray's own default, 5, would leave nothing to search together. What is too much, the replica itself refuses.
+        # With Ray's default, 5, there would be no batches. A replica refuses what is too much by itself.
         max_ongoing_requests=config.max_queued,
-        max_queued_requests=config.max_queued,  # while no replica is there
+        max_queued_requests=config.max_queued,  # for the time without any replica
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=config.search_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -192,13 +193,20 @@ def _deployment(serve: Any, kind: str, options: dict[str, Any], config: ServerCo
 
 
 def _drain(serve: Any, config: ServerConfig) -> None:
-    """Ray's own ways to end would cut off what is under way (a shutdown) or answer 404 meanwhile (deleting the app),
-    which tells a client to give up. Ours is 503: it goes to another server."""
+    """Lets the replicas refuse new requests with 503 and finish the others.
+
+    Ray cannot: a shutdown cuts off requests under way, and deleting the app answers 404, for which clients give up.
+    After a 503, they ask another server."""
     try:
         serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("drain").results(
             timeout_s=config.shutdown_timeout_s + SCRAPE_S, return_exceptions=True
         )
-    except (RuntimeError, TimeoutError, serve.exceptions.RayServeException) as error:  # they never started, or hang
+    except (
+        RuntimeError,
+        TimeoutError,
+        serve.exceptions.RayServeException,
+    ) as error:
+        # The replicas never started, or they hang.
         logger.debug("not drained: %s", error)
         return
     time.sleep(PROXY_S)
@@ -216,7 +224,7 @@ def _join(ray: Any, settings: RayConfig) -> None:
 
 
 def _need_room(ray: Any, settings: RayConfig) -> None:
-    """Ray would wait for machines that may never come."""
+    """Refuses more replicas than the cluster has room for. Ray would wait for machines that may never come."""
     there = ray.cluster_resources()
     for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
         if settings.replicas * each > there.get(name, 0):
@@ -227,7 +235,7 @@ def _need_room(ray: Any, settings: RayConfig) -> None:
 
 
 def _cause(error: RuntimeError, serve: Any) -> str:
-    """The last line of what stopped a replica's constructor, which Ray wraps in a traceback of its own."""
+    """The last line of the error in a replica's constructor. Ray wraps it in a traceback of its own."""
     application = serve.status().applications.get(APP)
     said = [one.message for one in application.deployments.values()] if application else []
     lines = [line.strip() for line in "\n".join(said or [str(error)]).splitlines() if line.strip()]
@@ -235,7 +243,7 @@ def _cause(error: RuntimeError, serve: Any) -> str:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Says now that a port is taken, and finds one for 0: Ray's proxy, in another process, opens it a moment later."""
+    """Fails now if the port is taken, and finds a free one for 0. Ray's proxy opens it later, in another process."""
     with contextlib.closing(listen(host, port)) as found:
         return int(found.getsockname()[1])
 
@@ -247,7 +255,7 @@ def _quiet() -> dict[str, Any]:
 def _import_ray() -> tuple[Any, Any]:
     if importlib.util.find_spec("ray") is None:
         raise UserError("serving on Ray needs Ray Serve: pip install 'trl-search[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send usage statistics
     try:
         import ray
         from ray import serve

@@ -1,4 +1,4 @@
-"""A server process: its socket, the index that loads while `/ready` is already answered, and the signals that end it.
+"""A server process: its socket, loading the index while `/ready` already answers, and the signals that end it.
 
 After SIGTERM or Ctrl-C it accepts no connection, answers the requests under way and exits with status 0. A second
 Ctrl-C ends it at once.
@@ -103,8 +103,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def spare_what_is_loaded() -> None:
-    """Excludes what is loaded from garbage collections: walking through it takes 0.1 s, and requests wait
-    meanwhile."""
+    """Excludes what is loaded from garbage collection, which would stop all requests for 0.1 s."""
     gc.collect()
     gc.freeze()
 

@@ -50,7 +50,7 @@ class SearchService:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self.cache = ResultCache(config.cache_bytes, config.fingerprint)
+        self.cache = ResultCache(config.cache_bytes)
         self.queued = 0  # queries that are waiting or being searched
         self.refused = 0  # queries that found no room
         self._config = config

@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections import Counter
@@ -31,8 +30,8 @@ import tenacity
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import cache_folder, home_expanded
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
-from trl_search.retrieval.event_loops import BackgroundLoop, ClientPerLoop, tls_context
+from trl_search.retrieval.base import RetrievalError, Unavailable
+from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
 from trl_search.retrieval.web.page import PageError, fetch_page
 from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.store import WebStore
@@ -44,16 +43,14 @@ PAGES_AT_ONCE = 16
 _GROWING = tenacity.wait_random_exponential(multiplier=1, max=10)
 
 
-class WebRetriever(Retriever):
+class WebRetriever(AsyncRetriever):
     """Searches the web through a provider.
 
     Args:
         provider (`Provider`): The search engine.
         store (`WebStore`): Where answers and turns are kept.
-        rate_per_s (`float`): Searches per second, of all processes that share the store.
-        pages (`bool`): Whether passages hold the text of the pages.
-        page_chars (`int`): Characters of a page's text.
-        patience_s (`float`): Seconds the engine may take, waiting and repetitions included; pages come after that.
+        rate_per_s, pages, page_chars, patience_s: As for [`load`]; the rate is that of all processes that share the
+            store.
         tries (`int`): Times a search is asked of a provider that is busy.
         fetch (`Callable`): `await fetch(url)` gives a page's text, or raises `PageError`.
         sleep (`Callable`): `await sleep(seconds)`.
@@ -84,27 +81,14 @@ class WebRetriever(Retriever):
         self._patience_s, self._tries, self._fetch, self._sleep = patience_s, tries, fetch, sleep
         self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._closed = False
-        self._start()
+        super().__init__()
 
-    def _start(self) -> None:
-        """Makes what belongs to one process; a forked child calls it again."""
-        self._pid = os.getpid()
-        self._background = BackgroundLoop()
-        self._clients = ClientPerLoop(lambda: httpx.AsyncClient(timeout=10.0, verify=tls_context()))
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        if self._pid != os.getpid():
-            self._start()
-        return self._background.run(self.search_async(queries, k))
+    def _make_client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(timeout=10.0, verify=tls_context())
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines. All queries are asked for, also where one fails: what was found is stored."""
-        check_search(queries, k)
-        if self._closed:
-            raise RetrievalError("this retriever is closed")
-        if self._pid != os.getpid():
-            self._start()
+        self._begin(queries, k)
         gate = asyncio.Semaphore(PAGES_AT_ONCE)
         asked = dict.fromkeys(_tidy(query) for query in queries)
         outcomes = await asyncio.gather(*(self._passages(query, k, gate) for query in asked), return_exceptions=True)
@@ -126,11 +110,6 @@ class WebRetriever(Retriever):
             "retrieval/page_failures": float(counts["page_failures"]),
             f"retrieval/failures/{self._provider.name}": float(counts["failures"]),
         }
-
-    def close(self) -> None:
-        self._closed = True
-        if self._pid == os.getpid():
-            self._background.close()
 
     async def _passages(self, query: str, k: int, gate: asyncio.Semaphore) -> list[Passage]:
         if not query:

@@ -1,12 +1,11 @@
-"""What an index is worth on these vectors: recall@3 against exact search, and the cheapest setting that reaches a
-target.
+"""Measures recall@3 of an index against exact search, and finds the cheapest setting that reaches a target.
 
-Queries are the caller's (`calibration_queries`: encoded questions, the best choice), or made from the vectors: a
-random row plus three quarters of the difference of two others, seeded. Such a query keeps to where the vectors are
-(isotropic noise does not, and any index finds its way back from it), its own row stays in the index, and its
-neighbours are contested.
+The best queries are encoded questions (`calibration_queries`). Without them, queries are made from the vectors: a
+random row plus three quarters of the difference of two others, from a seed. Such a query lies where the vectors lie,
+and several rows are nearly as close to it. Isotropic noise would be too easy: any index finds the row again.
 
-A row counts as found when its exact score reaches that of the third-best row: among duplicates any will do.
+A row counts as found if its exact score is at least that of the third-best row, so that any of several duplicates
+counts.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ QUERIES = 256
 MEASURED_BYTES = 1 << 30  # codes that are searched through to choose nprobe: seconds
 _TIE = 1e-6
 _MOVE = 0.75  # at 0.5, 1M synthetic vectors had .970 where queries of their own kind had .941
-# Each dearer than the one before, by about the same factor.
+# Each costs more than the one before, by about the same factor.
 _K_FACTORS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 _NPROBES = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 _EF_SEARCHES = (16, 32, 64, 128, 256, 512, 1024)
@@ -87,7 +86,7 @@ def calibrate(
         apply_settings(index, settings)
         return truth.recall(vectors, search.search(truth.queries, K)[1])
 
-    # All at their dearest first; then each in turn comes down to the least that still reaches the target.
+    # Start with the largest values; then lower each in turn to the least that still reaches the target.
     chosen = {name: ladder[-1] for name, ladder in ladders.items()}
     recall = measure(chosen)
     if recall < target:
@@ -104,7 +103,7 @@ def calibrate(
 
 
 def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
-    """What can be set, in the order in which it is: lists first, they cost most."""
+    """The settings to try, by name. `nprobe` comes first, because lists cost most."""
     if word == "small-ivf":
         lists = int(faiss_module().extract_index_ivf(index.base_index).nlist)
         return {
@@ -169,7 +168,7 @@ def apply_settings(index: Any, settings: dict[str, int]) -> None:
 
 
 def slices(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    """The vectors as contiguous float32, so many at a time. What no score can be computed of is refused."""
+    """The vectors in slices of contiguous float32. NaN and infinity are refused."""
     for start in range(0, len(vectors), SLICE_ROWS):
         slice_ND = np.ascontiguousarray(vectors[start : start + SLICE_ROWS], dtype=np.float32)
         broken = np.flatnonzero(~np.isfinite(slice_ND).all(axis=1))

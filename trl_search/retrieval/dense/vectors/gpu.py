@@ -58,6 +58,8 @@ class TorchSearch(VectorSearch):
         with self._lock:
             if not self._shards:
                 raise RetrievalError("this vector index is closed; open it again to search")
+            if len(self._shards) == 1:  # without the pool, whose threads would be missing after a fork
+                return _search_shard(self._shards[0], queries, k)
             return merge(list(self._pool.map(lambda shard: _search_shard(shard, queries, k), self._shards)), k)
 
     def memory(self) -> Memory:
@@ -79,6 +81,14 @@ def open_on_gpus(rows: np.ndarray) -> VectorSearch:
     check_gpu_memory(len(rows), int(rows.shape[1]), free)
     shares = enumerate(split_rows(len(rows), len(free)))
     return TorchSearch([transfer(rows[first:last], first, torch.device("cuda", gpu)) for gpu, (first, last) in shares])
+
+
+def search_in_memory(vectors: np.ndarray) -> VectorSearch:
+    """Exact search over vectors (N, d) of float32 in the memory of this host. It needs neither FAISS nor a GPU."""
+    import torch
+
+    longest = float(np.linalg.norm(vectors, axis=1).max())
+    return TorchSearch([Shard(torch.from_numpy(vectors), 0, longest, None)])
 
 
 def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes: int | None = None) -> None:

@@ -1,0 +1,156 @@
+"""How tantivy and `small` vectors grow with the corpus: build time, disk, memory and queries per second, up to 21 M.
+
+    python benchmarks/growth.py --sizes 500000 1000000 2000000 5000000
+    python benchmarks/growth.py --parts tantivy --sizes 20000 40000          # a smoke run
+
+Passages have 100 words, as those of wiki-18, drawn by rank (1 / (rank + 2.7) ** 1.07, about that of English text) from
+20 million, so that a larger corpus has more different words, as real text does. The most frequent words are English's
+stop words; the others are made of letters, the rarer the longer. Queries are 6 words of a passage. Vectors are those
+of `vector_index.py`, with 768 dimensions.
+
+Each build and each search runs in a process of its own. "build GB" is the peak resident memory of the build; "own GB"
+is anonymous memory after the searches, "mapped GB" the pages of files that the searches touched. The last line of each
+part extends to 21 million what a power law says that is fitted to the sizes measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import string
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bm25 import BATCH, K, alone, make_queries
+from bm25 import measure as measure_bm25
+from vector_index import write_vectors
+
+from trl_search.retrieval.bm25.analyzer import Analyzer
+from trl_search.retrieval.dense.vectors import build_vectors, open_vectors
+from trl_search.retrieval.index.folder import build_index
+
+WORDS, COMMON, WORDS_A_PASSAGE = 20_000_000, 500_000, 100
+TARGET = 21_015_324  # passages of wiki-18
+COLUMNS = ("build_s", "build_gb", "disk_gb", "own_gb", "mapped_gb", "single_qps", "batch_qps")
+
+
+def word(rank: int) -> str:
+    """A word of lower-case letters, longer the rarer it is."""
+    letters = ""
+    rank += 26
+    while rank:
+        rank, letter = divmod(rank, 26)
+        letters += string.ascii_lowercase[letter]
+    return letters
+
+
+def write_corpus(file: Path, passages: int) -> None:
+    generator = np.random.default_rng(0)
+    weights = 1 / (np.arange(1, WORDS + 1) + 2.7) ** 1.07
+    edges = np.cumsum(weights) / weights.sum()
+    stops = sorted(Analyzer()._dropped)  # the most frequent words of English, as they are
+    common = [*stops, *(word(rank) for rank in range(len(stops), COMMON))]
+    with open(file, "w", encoding="utf-8") as lines:
+        for start in range(0, passages, 10_000):
+            count = min(10_000, passages - start)
+            ranks_PW = np.searchsorted(edges, generator.random((count, WORDS_A_PASSAGE)))
+            for row, ranks in enumerate(ranks_PW.tolist(), start=start):
+                words = [common[rank] if rank < COMMON else word(rank) for rank in ranks]
+                passage = {"id": str(row), "title": f"{words[7]} {words[77]}", "text": " ".join(words)}
+                lines.write(json.dumps(passage) + "\n")
+
+
+def built(build: Callable[[], object], files: Path) -> dict[str, float]:
+    started = time.perf_counter()
+    build()
+    return {
+        "build_s": time.perf_counter() - started,
+        "build_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "disk_gb": sum(file.stat().st_size for file in files.rglob("*") if file.is_file()) / 1e9,
+    }
+
+
+def resident() -> dict[str, float]:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {"own_gb": int(lines["RssAnon"].split()[0]) / 1e6, "mapped_gb": int(lines["RssFile"].split()[0]) / 1e6}
+
+
+def build_tantivy(corpus: Path, index: Path) -> dict[str, float]:
+    return built(partial(build_index, corpus, index, "bm25", engine="tantivy"), index / "tantivy")
+
+
+def search_tantivy(index: Path) -> dict[str, float]:
+    return measure_bm25(index, {}, make_queries(index, 4 * BATCH)) | resident()
+
+
+def make_vectors(folder: Path, count: int) -> None:
+    _, queries = write_vectors(folder / "vectors.npy", count, 0)
+    np.save(folder / "queries.npy", queries)
+
+
+def build_small(folder: Path) -> dict[str, float]:
+    (folder / "small").mkdir()
+    vectors_ND = np.load(folder / "vectors.npy", mmap_mode="r")
+    return built(partial(build_vectors, folder / "small", vectors_ND, index="small"), folder / "small")
+
+
+def search_small(folder: Path) -> dict[str, float]:
+    search, queries_QD = open_vectors(folder / "small", device="cpu"), np.load(folder / "queries.npy")
+    figures = {}
+    for name, size in (("single_qps", 1), ("batch_qps", 64)):
+        started, asked = time.perf_counter(), 0
+        while time.perf_counter() - started < 20 and asked + size <= len(queries_QD):
+            search.search(queries_QD[asked : asked + size], K)
+            asked += size
+        figures[name] = asked / (time.perf_counter() - started)
+    return figures | resident()
+
+
+def of_tantivy(folder: Path, size: int) -> dict[str, float]:
+    write_corpus(folder / "corpus.jsonl", size)
+    index = folder / "tantivy"
+    return alone(build_tantivy, folder / "corpus.jsonl", index) | alone(search_tantivy, index)
+
+
+def of_small(folder: Path, size: int) -> dict[str, float]:
+    alone(make_vectors, folder, size)
+    return alone(build_small, folder) | alone(search_small, folder)
+
+
+def extended(sizes: list[int], values: list[float]) -> float:
+    """What a power law through the measured values gives for wiki-18."""
+    slope, start = np.polyfit(np.log(sizes), np.log(values), 1)
+    return float(np.exp(start + slope * np.log(TARGET)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[500_000, 1_000_000, 2_000_000, 5_000_000])
+    parser.add_argument("--parts", nargs="+", choices=("tantivy", "small"), default=["tantivy", "small"])
+    parser.add_argument("--folder", type=Path, help="where to work; nothing is left there")
+    args = parser.parse_args()
+    print(f"{os.cpu_count()} CPUs, k={K}\n", flush=True)
+    for part in args.parts:
+        measure: Callable[[Path, int], dict[str, Any]] = {"tantivy": of_tantivy, "small": of_small}[part]
+        print(f"| {part} | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+        rows = []
+        for size in args.sizes:
+            with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+                rows.append(measure(Path(temporary), size))
+            shutil.rmtree(temporary, ignore_errors=True)
+            print(f"| {size:,} | {' | '.join(f'{rows[-1][name]:.3g}' for name in COLUMNS)} |", flush=True)
+        if len(rows) > 1:
+            wiki = [extended(args.sizes, [row[name] for row in rows]) for name in COLUMNS]
+            print(f"| {TARGET:,}, extended | {' | '.join(f'{value:.3g}' for value in wiki)} |\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
