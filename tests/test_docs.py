@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
+import trl_search
+from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.records import trajectory_metrics as metrics
 from trl_search.records.trajectory_metrics import trajectory_metrics
@@ -161,10 +164,14 @@ TABLES = {
 }
 
 
+def page_of(name: str) -> Path:
+    return ROOT / "docs" / ("metrics.md" if name == "metrics" else "configuration.md")
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_of_the_configuration_are_those_of_the_code(name: str) -> None:
+def test_tables_of_the_pages_are_those_of_the_code(name: str) -> None:
     """`python -m tests.test_docs` rewrites them."""
-    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    text = page_of(name).read_text("utf-8")
     held = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert held and held[1].strip() == TABLES[name], "run: python -m tests.test_docs"
 
@@ -178,13 +185,62 @@ def test_every_metric_is_in_the_table() -> None:
     assert set(named) <= set(trajectory_metrics(trajectory))
 
 
+# docs/api.md
+
+
+def test_the_reference_has_every_public_name_and_each_is_there() -> None:
+    listed = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    for path in listed:
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__, path
+    assert set(trl_search.__all__) <= {path.rpartition(".")[2] for path in listed}
+    assert set(trl_search.__all__) <= set(dir(trl_search))
+
+
+def test_the_docstring_of_a_configuration_has_all_its_keys() -> None:
+    for cls in (SearchGRPOConfig, TaskArguments, AgentSettings):
+        ours = [name for base in cls.__mro__ if base.__module__.startswith("trl_search.")
+                for name in inspect.get_annotations(base)]  # fmt: skip
+        documented = re.findall(r"^    (\w+) \(`", cls.__doc__ or "", re.MULTILINE)
+        assert {name for name in ours if not name.startswith("_")} <= set(documented)
+
+
+# docs/metrics.md
+
+
+def metrics_on_the_page() -> set[str]:
+    return set(re.findall(r"`([a-z_]+(?:/[\w<>]+)*)`", (ROOT / "docs" / "metrics.md").read_text("utf-8")))
+
+
+def test_every_metric_that_the_code_logs_is_explained() -> None:
+    """Ours by their names in the source, TRL's by theirs in its trainer."""
+    families = "search|tokens|time|reflection|retrieval|rollout|eval|loss|sampling"
+    ours = re.compile(rf'[{{ (\[]f?"((?:{families})/[^"\s*]+)"')
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "trl_search").rglob("*.py"))
+    theirs = re.compile(r'_metrics\[mode\]\[f?"([\w/{}]+)"\]')
+    trl = Path(sys.modules[GRPOConfig.__module__].__file__ or "").with_name("grpo_trainer.py").read_text("utf-8")
+    # A table of trl's tools does not exist here: our rollouts take the place of its tool loop.
+    logged = {*ours.findall(source), *theirs.findall(trl)} - {"tools/call_frequency", "tools/failure_frequency"}
+    logged |= {f"stop/{reason.value}" for reason in StopReason}
+    names = {re.sub(r"\{[^}]*\}", "<>", name) for name in logged} - {"eval/nq/em", "stop/<>"}
+    explained = {re.sub(r"<\w+>", "<>", name) for name in metrics_on_the_page()}
+    assert names - explained == set()
+
+
+def test_every_metric_of_a_recorded_run_is_explained() -> None:
+    explained = {re.sub(r"<\w+>", r"\\w+", name) for name in metrics_on_the_page()}
+    recorded = (ROOT / "tests/support/data/quickstart_metrics.txt").read_text("utf-8").split()
+    missing = [name for name in recorded if not any(re.fullmatch(known, name) for known in explained)]
+    assert recorded and missing == []
+
+
 def rewrite_tables() -> None:
-    page = ROOT / "docs" / "configuration.md"
-    text = page.read_text("utf-8")
     for name, table in TABLES.items():
+        page = page_of(name)
+        text = page.read_text("utf-8")
         start = text.index(f"<!-- table: {name} -->\n") + len(f"<!-- table: {name} -->\n")
         text = text[:start] + f"\n{table}\n\n" + text[text.index("<!-- end -->", start) :]
-    page.write_text(text, "utf-8")
+        page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

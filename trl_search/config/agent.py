@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
+from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
 from trl_search.environment import ENVIRONMENTS, PASSAGE_TEMPLATE, Environment, SearchEnvironment, load_environment
@@ -39,6 +40,7 @@ _BUDGETS = {
 }
 
 
+@with_documented_keys
 @dataclass
 class AgentSettings:
     """The keys that shape a conversation. They stand here alone, each with its help.

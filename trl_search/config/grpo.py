@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
+from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 
 ON_COLLAPSE = ("warn", "stop", "rollback")
@@ -18,6 +19,7 @@ IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequen
 PACKED_ATTENTION = ("auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "padded")
 
 
+@with_documented_keys
 @dataclass
 class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narrower: max_completion_length is set
     r"""

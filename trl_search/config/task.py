@@ -12,6 +12,7 @@ from datasets import Dataset, concatenate_datasets
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
+from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.searched import WORLD, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
@@ -55,6 +56,7 @@ BASELINES = {
 }
 
 
+@with_documented_keys
 @dataclass
 class TaskArguments(QuestionArguments):
     """What is asked, what is searched, and what is measured."""

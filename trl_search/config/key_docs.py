@@ -1,0 +1,35 @@
+"""Writes the keys of a configuration into its docstring, from the help that each key has where it is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+from typing import TypeVar
+
+Config = TypeVar("Config", bound=type)
+_WIDTH = 115
+
+
+def with_documented_keys(cls: Config) -> Config:
+    """Adds every key that is declared with a help of ours to the docstring of a dataclass, in the form of TRL's.
+
+    Example:
+        >>> help(SearchGRPOConfig)
+        ...
+        max_searches (`int`, *optional*, defaults to `4`):
+            Searches a trajectory may make. ...
+    """
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Keys:"]
+    declared = {name for base in cls.__mro__ if base.__module__.startswith("trl_search.") for name in _own(base)}
+    for key in dataclasses.fields(cls):
+        if key.name in declared and "help" in key.metadata:
+            made = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
+            lines.append(f"    {key.name} (`{key.type}`, *optional*, defaults to `{made!r}`):")
+            lines += textwrap.wrap(key.metadata["help"], _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    cls.__doc__ = "\n".join(lines) + "\n"
+    return cls
+
+
+def _own(cls: type) -> set[str]:
+    return set(inspect.get_annotations(cls))
