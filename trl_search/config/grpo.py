@@ -11,6 +11,7 @@ from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 
+TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
 ON_COLLAPSE = ("warn", "stop", "rollback")
 CURRICULA = ("none", "pass_rate")
 # How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
@@ -94,6 +95,18 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "at least 0 falls below that at sampling time. The paper's value is 0.1. It needs several optimizer steps "
             "per batch: with one, nothing can have fallen yet. 0: none."
         },
+    )
+    turn_credit: str = field(
+        default="none",
+        metadata={
+            "help": "Credit for single turns, added to the advantage of a trajectory. information_gain: what a turn's "
+            "observation adds to the policy's probability of the golden answer (IGPO, arXiv:2510.14967); retrieval: "
+            "whether a golden answer occurs in it for the first time. Both need the column golden_answers.",
+            "choices": list(TURN_CREDIT),
+        },
+    )
+    turn_credit_coef: float = field(
+        default=0.5, metadata={"help": "Weight of turn_credit beside the trajectory's advantage."}
     )
     search_floor_steps: int = field(
         default=0,
@@ -186,6 +199,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             ("packed_attention", PACKED_ATTENTION),
             ("on_collapse", ON_COLLAPSE),
             ("curriculum", CURRICULA),
+            ("turn_credit", TURN_CREDIT),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
@@ -208,6 +222,13 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
+        if self.turn_credit != "none":
+            if self.loss_type == "vespo":
+                raise UserError("turn_credit: loss_type=vespo weighs a trajectory as a whole; take another loss_type")
+            if not self.max_searches:
+                raise UserError(f"turn_credit={self.turn_credit} credits searches, and max_searches=0 permits none")
+            if self.turn_credit_coef <= 0:
+                raise UserError(f"turn_credit_coef={self.turn_credit_coef} must be more than 0")
         if self.search_floor_steps and not self.max_searches:
             raise UserError(
                 f"search_floor_steps={self.search_floor_steps} rewards nothing without a search, and max_searches=0 "

@@ -74,6 +74,7 @@ from trl_search.trainer.question_choice import ChoosesQuestions, question_choice
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
+from trl_search.trainer.turn_credit import credited_advantages, refuse_turn_credit
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling
@@ -192,6 +193,7 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)
             self.prepare_loss()
+            refuse_turn_credit(self)
             warn_of_untrained_tags(self.accelerator.unwrap_model(self.model), self.protocol)
         self.question_choice = question_choice_of(self)
 
@@ -216,6 +218,8 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
             scored = Scored(loss_mask_of(output), output["advantages"], batch.rewards_RF, weights_F, names)
             step = self.state.global_step + 1
             self.trajectory_log.add(step, batch.rows, batch.trajectories, scored, batch.replaced_trajectories)
+            if self.args.turn_credit != "none":
+                output["advantages"] = credited_advantages(self, batch.rows, output)
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
