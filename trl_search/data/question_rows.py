@@ -11,6 +11,7 @@ the answers in `reward_model.ground_truth.target`), and verl (`data_source` pref
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.rewards.golden import golden_list, read_text
 
+# The share of trajectories that solved a question, which `trl-search data filter` writes.
+PASS_RATE = "pass_rate"
 # The id of a row: the first of these columns that it has.
 _IDS = ("id", "_id", "qid", "query_id", "question_id")
 
@@ -40,7 +43,7 @@ class QuestionFields:
         _find("answers_field", self.answers, ("golden_answers", "reward_model"), columns, where)
         if self.id is not None:
             _find("id_field", self.id, (), columns, where)
-        needed = {"question", "golden_answers", "data_source", "reward_model", "extra_info", *_IDS}
+        needed = {"question", "golden_answers", "data_source", "reward_model", "extra_info", PASS_RATE, *_IDS}
         return [column for column in columns if column in needed | {self.question, self.answers, self.id}]
 
 
@@ -89,7 +92,17 @@ def question_row(
         "question": question,
         "golden_answers": golden,
         "data_source": (named or source).removeprefix("searchR1_"),
+        **({PASS_RATE: _pass_rate(row[PASS_RATE], where)} if PASS_RATE in row else {}),
     }
+
+
+def _pass_rate(value: Any, where: str) -> float | None:
+    """A number from 0 to 1; None where it is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where}: {PASS_RATE} is a share from 0 to 1, and it is {value!r}: correct it, or remove it")
+    return float(value)
 
 
 def _question(row: Mapping[str, Any], fields: QuestionFields) -> str | None:

@@ -22,7 +22,7 @@ from trl_search.common.table_files import FORMATS, read_rows, table_format, tabl
 from trl_search.data.evidence import EVIDENCE, EVIDENCE_COLUMNS, evidence_of
 from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
-from trl_search.data.question_rows import QuestionFields, question_row
+from trl_search.data.question_rows import PASS_RATE, QuestionFields, question_row
 
 # A file of this name takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
 SPLITS = ("train", "dev", "validation", "test")
@@ -64,7 +64,8 @@ def load_questions(
             that hold the answer, where the source says so (see `trl_search.data.evidence`).
 
     Returns:
-        `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`.
+        `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`, and
+        `pass_rate` where the source has it.
 
     Raises:
         UserError: if something cannot be read; names the file and the row.
@@ -97,6 +98,9 @@ def load_questions(
     if not rows:
         raise UserError(f"{origin} is empty: it holds no questions")
     told = {name: datasets.List(datasets.Value("string")) for name in EVIDENCE} if evidence else {}
+    if any(PASS_RATE in row for row in rows):
+        told[PASS_RATE] = datasets.Value("float64")
+        rows = [{PASS_RATE: None, **row} for row in rows]
     questions = datasets.Dataset.from_list(rows, features=datasets.Features({**_FEATURES, **told}))
     if exclude:
         questions = _excluding(questions, exclude, origin, fields)
@@ -121,7 +125,8 @@ def load_evaluation_questions(
     """Loads questions for evaluation: a hub set in its evaluation split, a folder's `test` file."""
     name = str(name_or_path)
     split = HUB_SETS[name].evaluation_split if is_hub_set(name_or_path) else "test"
-    return load_questions(name_or_path, split=split, limit=limit, seed=seed, fields=fields)
+    questions = load_questions(name_or_path, split=split, limit=limit, seed=seed, fields=fields)
+    return questions.remove_columns(PASS_RATE) if PASS_RATE in questions.column_names else questions
 
 
 def _excluding(

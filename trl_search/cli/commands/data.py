@@ -3,6 +3,7 @@
     trl-search data list                                            the sets that have a name
     trl-search data questions nq_hotpotqa                           how many, how long, a few rows
     trl-search data questions train.parquet --dedupe_against nq,hotpotqa --limit 10000 --output small.parquet
+    trl-search data filter train.parquet --model runs/sft --retriever indexes/wiki --output useful.parquet
     trl-search data chunk documents.jsonl --size 100 --output corpus.jsonl
     trl-search data audit nq --corpus indexes/wiki                  can this corpus answer these questions?
     trl-search data wiki18 --output data/wiki18                     the corpus and its e5 index, after asking
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 
-from trl_search.cli.data_actions import audit, chunk, questions, sets, wiki18
+from trl_search.cli.data_actions import audit, chunk, filter, questions, sets, wiki18
 
-ACTIONS = {"list": sets, "questions": questions, "chunk": chunk, "audit": audit, "wiki18": wiki18}
+ACTIONS = {"list": sets, "questions": questions, "filter": filter, "chunk": chunk, "audit": audit, "wiki18": wiki18}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

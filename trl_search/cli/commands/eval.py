@@ -39,8 +39,6 @@ _SIZES = ("auto", "3B", "7B", "all", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from trl_search.config.agent import add_agent_options
-
     parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
     parser.add_argument(
         "--datasets", required=True, nargs="+", metavar="SET", help="names and files, separated by commas or spaces"
@@ -55,6 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_SIZES,
         help="published rows beside ours: of models of the same size, of that size, all or none (default: auto)",
     )
+    add_policy_options(parser)
+    sampled = parser.add_argument_group("how it samples")
+    sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what is searched, how the policy is asked, and where it runs: `trl-search data filter` has the same."""
+    from trl_search.config.agent import add_agent_options
+
     add_question_fields(parser)
     searched = parser.add_argument_group("what is searched")
     searched.add_argument(
@@ -73,10 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_world_options(searched)
     add_agent_options(parser)
-    sampled = parser.add_argument_group("how it samples")
-    sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
     run = parser.add_argument_group("where it runs")
     run.add_argument(
         "--backend",

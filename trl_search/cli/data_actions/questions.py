@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from trl_search.data.summary import summarize_questions
 
-    output = _writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
+    output = writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
     questions = load_questions(args.source, split=args.split, fields=question_fields(args))
@@ -71,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
         questions = sample_questions(questions, args.limit, args.seed)
     print(summarize_questions(questions, samples=args.samples, seed=args.seed).describe())
     if output is not None:
-        _write(questions, output)
+        write_questions(questions, output)
         print(f"{output}: {len(questions):,} rows")
     return 0
 
 
-def _writable(path: Path, overwrite: bool) -> Path:
+def writable(path: Path, overwrite: bool) -> Path:
+    """Refuses a file of questions that could not be written."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {path}: give a file that ends in .parquet or .jsonl")
     if path.exists() and not overwrite:
@@ -86,7 +87,7 @@ def _writable(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def _write(questions: datasets.Dataset, path: Path) -> None:
+def write_questions(questions: datasets.Dataset, path: Path) -> None:
     """Whole, and under another name first: the rows may have been read from the very file that is replaced."""
     with written_whole(path) as unfinished:
         if path.suffix == ".parquet":

@@ -1,0 +1,109 @@
+"""Asks a policy every question several times, and writes those that it solves sometimes, with their pass rates.
+
+    trl-search data filter nq_hotpotqa --model runs/sft --retriever indexes/wiki --pass_at 8 --output train.parquet
+    trl-search data filter train.jsonl --model Qwen/Qwen2.5-3B-Instruct --retriever http://127.0.0.1:8000 \\
+        --backend vllm --limit 20000 --output filtered.parquet
+    trl-search data filter train.jsonl --model runs/sft --retriever indexes/wiki --keep all --output rated.parquet
+
+A question that the policy always or never solves gives GRPO no gradient. `pass_rate` is the share of the N samples
+whose answer is an exact match; questions between 0 and 1 are kept. --keep all keeps every question, for a training
+with `curriculum: pass_rate`, which begins with what the column says. A question whose searches all failed is left out.
+
+The answers are kept in FILE.asked/answers, an evaluation of the repeated questions. Killed and started again, the
+same command goes on there. Several processes (`accelerate launch -m trl_search data filter ...`) share the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_search.cli.commands import eval as evaluation
+from trl_search.cli.data_actions.questions import writable, write_questions
+from trl_search.cli.options import question_fields
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+
+_SET = "asked"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a model of the hub, a folder, or 'tiny'")
+    parser.add_argument("--pass_at", type=int, default=8, metavar="N", help="samples per question (default: 8)")
+    parser.add_argument(
+        "--keep", default="useful", choices=("useful", "all"), help="which questions to write (default: useful)"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to write them: .parquet or .jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
+    parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: train)")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of so many questions")
+    parser.add_argument("--seed", type=int, default=0, help="of that sample and of sampling (default: 0)")
+    evaluation.add_policy_options(parser)
+    sampled = parser.add_argument_group("how it samples")
+    sampled.add_argument("--temperature", type=float, default=1.0, help="as in training (default: 1)")
+    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from trl_search.data import load_questions
+    from trl_search.data.question_rows import PASS_RATE
+    from trl_search.evaluation.answers_file import Records
+
+    if args.pass_at < 2:
+        raise UserError(f"--pass_at {args.pass_at}: a pass rate needs at least 2 samples per question")
+    if args.temperature <= 0:
+        raise UserError("--temperature 0 gives the same answer each time: sample as the training will")
+    output = writable(Path(args.output).expanduser(), args.overwrite)
+    questions = load_questions(
+        args.source, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args)
+    )
+
+    # 1. Every question as often as it is asked, as a set that `trl-search eval` takes.
+    folder = output.with_name(f"{output.name}.asked")
+    asked, answers = folder / f"{_SET}.jsonl", folder / "answers"
+    with written_whole(asked) as path:  # every process writes the same rows, so none waits for another
+        path.write_text("".join(_repeated(questions, args.pass_at)), encoding="utf-8")
+    options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
+    fields = {"question_field": None, "answers_field": None, "id_field": None}
+    evaluation.run(argparse.Namespace(**{**vars(args), **options, **fields}))
+    if int(os.environ.get("RANK", "0")):
+        return 0
+
+    # 2. The share of samples that solved each.
+    outcomes = Records(answers, "search", _SET).read()
+    solved: dict[int, list[bool]] = defaultdict(list)
+    for place, outcome in outcomes.items():
+        if not outcome.failed:
+            solved[place // args.pass_at].append(outcome.em == 1)
+    rates = {number: sum(answers) / len(answers) for number, answers in sorted(solved.items())}
+    kept = [number for number, rate in rates.items() if args.keep == "all" or 0 < rate < 1]
+
+    # 3. The questions, with their rates.
+    never, always = (sum(rate == bound for rate in rates.values()) for bound in (0, 1))
+    print(f"asked               {len(questions):,} questions, {args.pass_at} times each")
+    print(f"  never solved      {never:,}")
+    print(f"  always solved     {always:,}")
+    print(f"  sometimes         {len(rates) - never - always:,}")
+    print(f"  searches failed   {len(questions) - len(rates):,}")
+    if not kept:
+        raise UserError("no question is solved sometimes: take a better policy, or --keep all")
+    if PASS_RATE in questions.column_names:
+        questions = questions.remove_columns(PASS_RATE)
+    write_questions(questions.select(kept).add_column(PASS_RATE, [rates[number] for number in kept]), output)
+    print(f"{output}: {len(kept):,} rows")
+    return 0
+
+
+def _repeated(questions: Iterable[Mapping[str, Any]], times: int) -> Iterator[str]:
+    """Each question so many times in a row, as JSON, under ids of its own: sampling depends on them."""
+    for number, row in enumerate(questions):
+        for sample in range(times):
+            asked = {"id": f"{number}-{sample}", "question": row["question"], "golden_answers": row["golden_answers"]}
+            yield json.dumps({**asked, "data_source": _SET}, ensure_ascii=False) + "\n"
