@@ -167,39 +167,25 @@ class HttpRetriever(AsyncRetriever):
     ) -> list[list[Passage]]:
         body = format_single_request(queries[0], k) if self._one_by_one else format_request(queries, k)
         started = time.monotonic()
-        wait_s: float | None = None
-        aside = answered = given_up = False
         try:
             client = await self._clients.get()
             async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
                 response = await client.post(endpoint.url, json=body)
             found = _read(endpoint, response, queries, k)
-            answered = True
-            return found
-        except TimeoutError as error:
-            aside = True
-            waited_s = time.monotonic() - started
-            raise _Repeatable(f"{endpoint.name}: no answer to {len(queries)} queries in {waited_s:.3g} s") from error
-        except httpx.TransportError as error:
-            aside = True
-            raise _Repeatable(f"{endpoint.name}: {type(error).__name__}: {error or 'connection lost'}") from error
-        except _Repeatable as error:
-            wait_s, aside = error.wait_s, error.tries is None
-            raise
-        except _Broken:
-            aside = True
-            raise
         except asyncio.CancelledError:
-            given_up = True
+            self._endpoints.given_up(endpoint, time.monotonic() - started)
             raise
-        finally:
+        except Exception as error:
             seconds = time.monotonic() - started
-            if answered:
-                self._endpoints.done(endpoint, seconds)
-            elif given_up:
-                self._endpoints.given_up(endpoint, seconds)
-            else:
-                self._endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=aside)
+            failed = _named(error, endpoint, f"no answer to {len(queries)} queries in {seconds:.3g} s")
+            at_fault = isinstance(failed, _Broken) or (isinstance(failed, _Repeatable) and failed.tries is None)
+            wait_s = failed.wait_s if isinstance(failed, _Repeatable) else None
+            self._endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=at_fault)
+            if failed is error:
+                raise
+            raise failed from error
+        self._endpoints.done(endpoint, time.monotonic() - started)
+        return found
 
 
 class _Repeatable(RetrievalError):
@@ -216,6 +202,15 @@ class _WantsOneQuery(RetrievalError):
 
 class _Broken(RetrievalError):
     """What answered does not speak the protocol."""
+
+
+def _named(error: Exception, endpoint: Endpoint, timed_out: str) -> Exception:
+    """A lost connection or a timeout as a failure that names the server; any other error as it is."""
+    if isinstance(error, TimeoutError):
+        return _Repeatable(f"{endpoint.name}: {timed_out}")
+    if isinstance(error, httpx.TransportError):
+        return _Repeatable(f"{endpoint.name}: {type(error).__name__}: {error or 'connection lost'}")
+    return error
 
 
 def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], k: int) -> list[list[Passage]]:
