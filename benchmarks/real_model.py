@@ -51,7 +51,7 @@ AVERAGES = {"multi_hop": MULTI_HOP, "all": SETS}
 # The metrics of a step that are kept with the numbers.
 LOGGED = (
     "step", "reward", "rewards/", "eval/", "search/", "reflection/", "tokens/", "alarm/", "grad_norm", "entropy",
-    "frac_reward_zero_std", "completions/mean_length", "time/",
+    "frac_reward_zero_std", "completions/mean_length", "time/", "loss/without_gradient",
 )  # fmt: skip
 MODES = ("search", "direct", "cot", "rag")
 
@@ -139,6 +139,11 @@ def mean_em(policies: Sequence[dict[str, list[Outcome]]], name: str, ids: Sequen
     return np.array([[policy[id] for id in ids] for policy in found]).mean(axis=0)
 
 
+def zero(policy: dict[str, list[Outcome]]) -> list[dict[str, list[Outcome]]]:
+    """A policy that answers the same questions wrong: the difference from it is the score."""
+    return [{name: [replace(one, em=0.0) for one in group] for name, group in policy.items()}]
+
+
 def row_of(mode: str, policies: Sequence[dict[str, list[Outcome]]]) -> dict[str, Any]:
     """What the table says of a policy, or of several that differ in their seed: EM by set, averages, what it costs."""
     groups = {name: [one for policy in policies for one in policy[name]] for name in SETS}
@@ -147,8 +152,7 @@ def row_of(mode: str, policies: Sequence[dict[str, list[Outcome]]]) -> dict[str,
     row: dict[str, Any] = {name: round(summarize(mode, group).em, 4) for name, group in groups.items()}
     for title, names in AVERAGES.items():
         # The same questions are asked with every seed, so a question is what is resampled.
-        zero = [{name: [replace(one, em=0.0) for one in policies[0][name]] for name in names}]
-        em, low, high = difference(zero, policies, names)
+        em, low, high = difference(zero(policies[0]), policies, names)
         row[title] = {"em": em, "interval": [low, high]}
     return row | {
         "f1": round(average.f1, 4),
@@ -169,16 +173,20 @@ def report(args: argparse.Namespace) -> None:
         for mode in MODES:
             if len(found := outcomes_of(chain / "eval_base", mode)) == len(SETS):
                 rows[f"{chain.name}/{mode}"] = row_of(mode, [found])
-        if (chain / "grpo" / "curves.png").is_file():
+        if len(evaluated_steps(chain)) > 1:
             kinds.setdefault(chain.name.rpartition("_")[0], []).append(chain)
     histories = {chain.name: history_of(chain) for chains in kinds.values() for chain in chains}
     before, after = {}, {}
     for kind, chains in kinds.items():
         before[kind] = [held_out_at(chain, 0) for chain in chains]
-        after[kind] = [held_out_at(chain, int(histories[chain.name][-1]["step"])) for chain in chains]
+        after[kind] = [held_out_at(chain, evaluated_steps(chain)[-1]) for chain in chains]
         rows[f"{kind}/before"], rows[f"{kind}/after"] = row_of("search", before[kind]), row_of("search", after[kind])
         rows[f"{kind}/after"]["seeds"] = {
-            chain.name: {title: difference([first], [last], names) for title, names in AVERAGES.items()}
+            chain.name: {
+                "step": evaluated_steps(chain)[-1],
+                **{title: difference(zero(last), [last], names) for title, names in AVERAGES.items()},
+                **{f"gain_{title}": difference([first], [last], names) for title, names in AVERAGES.items()},
+            }
             for chain, first, last in zip(chains, before[kind], after[kind], strict=True)
         }
         for title, names in AVERAGES.items():
@@ -213,13 +221,17 @@ def report(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def evaluated_steps(chain: Path) -> list[int]:
+    """The steps of a chain's GRPO at which held-out questions were asked; a run that was cut off has fewer."""
+    files = (chain / "grpo" / "held_out").glob("search-step_*.jsonl")
+    return sorted(int(path.stem.rpartition("_")[2]) for path in files)
+
+
 def history_of(chain: Path) -> list[dict[str, float]]:
-    """What was logged of every step, with the seconds of the whole run in the last."""
-    run = json.loads((chain / "grpo" / "results.json").read_text())
-    steps = [{key: value for key, value in log.items() if key.startswith(LOGGED)} for log in run["history"]]
-    logged = [log for log in steps if "reward" in log]
-    logged[-1]["seconds"] = run["seconds"]
-    return logged
+    """What was logged of every step up to the last evaluation."""
+    lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
+    steps = [{key: value for key, value in line.items() if key.startswith(LOGGED)} for line in lines]
+    return [line for line in steps if "reward" in line and line["step"] <= evaluated_steps(chain)[-1]]
 
 
 def reflection(histories: dict[str, list[dict[str, float]]]) -> list[str]:
