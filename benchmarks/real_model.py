@@ -54,6 +54,7 @@ LOGGED = (
     "frac_reward_zero_std", "completions/mean_length", "time/", "loss/without_gradient",
 )  # fmt: skip
 MODES = ("search", "direct", "cot", "rag")
+LINES = ("solid", "dashed", "dotted")  # one per seed
 
 
 def run_chain(args: argparse.Namespace) -> None:
@@ -228,10 +229,12 @@ def evaluated_steps(chain: Path) -> list[int]:
 
 
 def history_of(chain: Path) -> list[dict[str, float]]:
-    """What was logged of every step up to the last evaluation."""
+    """What was measured before the first step, then what was logged of every step up to the last evaluation."""
+    before = macro("search", held_out_at(chain, 0))
+    first = {"step": 0, EM: before.em, "eval/searches": before.searches, HELD_OUT_RATIO: before.reflective_ratio}
     lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
     steps = [{key: value for key, value in line.items() if key.startswith(LOGGED)} for line in lines]
-    return [line for line in steps if "reward" in line and line["step"] <= evaluated_steps(chain)[-1]]
+    return [first, *(line for line in steps if "reward" in line and line["step"] <= evaluated_steps(chain)[-1])]
 
 
 def reflection(histories: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -262,8 +265,8 @@ def draw(histories: dict[str, list[dict[str, float]]], path: str) -> None:
         for name, history in histories.items():
             kind, _, seed = name.rpartition("_")
             points = [(log["step"], log[key]) for log in history if key in log]
-            label = kind if seed == "0" or f"{kind}_0" not in histories else None
-            axes.plot(*zip(*points, strict=True), color=f"C{kinds.index(kind)}", alpha=0.8, lw=1.2, label=label)
+            style = {"color": f"C{kinds.index(kind)}", "linestyle": LINES[int(seed) % len(LINES)], "lw": 1.2}
+            axes.plot(*zip(*points, strict=True), **style, label=name)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
