@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import re
 import sys
 import threading
@@ -191,12 +192,13 @@ def _stop_words(language: str) -> frozenset[str]:
 
 def import_bm25s() -> Any:
     """bm25s, for its stop words or its scores. It would import jax where that is installed, and jax claims most of the
-    GPU's memory, so jax is hidden from it."""
+    GPU's memory, so jax is hidden from it. Its debug messages stay out of the user's log."""
     try:
         with _hidden("jax"):
             import bm25s
     except ImportError as error:
         raise UserError("BM25 needs bm25s: pip install bm25s") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
 
 
