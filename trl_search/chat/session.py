@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from trl_search.config.agent import (
 )
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
-from trl_search.retrieval.base import Retriever
+from trl_search.retrieval import Retriever, as_retriever
 from trl_search.rewards.answers import last_answer
 from trl_search.rollout import Limits, run_trajectory
 from trl_search.types import Passage, Sampling, StopReason, Trajectory
@@ -220,7 +221,7 @@ def _reply(question: str, trajectory: Trajectory, episode: HeardEnvironment, sec
 
 
 def load_chat(
-    model: str,
+    model: str | Path,
     retriever: Retriever | None = None,
     *,
     settings: AgentSettings | None = None,
@@ -232,7 +233,7 @@ def load_chat(
     """Loads a model for questions.
 
     Args:
-        model (`str`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
+        model (`str` or `Path`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
         retriever (`Retriever`, *optional*): What it searches, if its environment does. The caller closes it.
         settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`config/agent.py`).
         sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
@@ -249,10 +250,13 @@ def load_chat(
     from trl_search.policies.transformers_policy import TransformersPolicy
     from trl_search.policies.vllm_server import VLLMServerPolicy
 
+    if not isinstance(model, str | Path):
+        raise UserError(f"model is a folder, a model of the hub or 'tiny', and this is {model!r:.60}")
+    model = str(model)
     if settings is None:
         settings = trained_settings(model)
         refuse_unnamed_code(settings)
-    environment = HeardEnvironment(build_environment(settings, retriever))
+    environment = HeardEnvironment(build_environment(settings, None if retriever is None else as_retriever(retriever)))
     name = tiny_policy_path() if model == "tiny" else model
     tokenizer = load_tokenizer(name)
     policy: Policy

@@ -22,7 +22,7 @@ class UserError(Explained, ValueError):
     """A mistake in the user's input. The message names the cause and the remedy."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for an unknown name. It names the nearest ones, and all if they are few.
 
     Example:
@@ -30,7 +30,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         UserError: unknown reward 'fromat': did you mean 'format'? There are: em, f1, format.
     """
     names = sorted(known)
-    nearest = nearest_names(name, names, 1 if len(names) <= _FEW else 3)
+    nearest = nearest_names(name, names, 1 if len(names) <= _FEW else 3) if isinstance(name, str) else []
     hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return UserError(f"unknown {kind} {name!r}{hint}{_listed(names, nearest)}")
 

@@ -57,6 +57,8 @@ class Registry:
         Raises:
             UserError: for an unknown name, and for an entry of an installed package that cannot be imported.
         """
+        if not isinstance(name, str):
+            raise unknown_name(self.noun, name, self.names())
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
@@ -76,7 +78,7 @@ class Registry:
         Raises:
             UserError: where neither can be imported.
         """
-        if name in self or not is_import_path(name):
+        if not isinstance(name, str) or name in self or not is_import_path(name):
             return self.get(name)
         module, _, attribute = name.replace(":", ".").rpartition(".")
         # A console script does not look in the folder that it is started from; `python script.py` looks beside itself.

@@ -75,6 +75,8 @@ def load_questions(
         >>> load_questions("data/bamboogle.jsonl")[0]
         {'id': 'test_0', 'question': 'Who was president …?', 'golden_answers': ['…'], 'data_source': 'bamboogle'}
     """
+    if not isinstance(name_or_path, str | Path):
+        raise UserError(f"questions come from a file, a folder or a name, and this is {name_or_path!r:.60}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
     name, path, columns = str(name_or_path), Path(name_or_path).expanduser(), fields or QuestionFields()

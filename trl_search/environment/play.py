@@ -43,6 +43,8 @@ def play(
         [Observation(documents=('Doc 1(Title: "Dracula") ...',), ...)]
     """
     environment = check_environment(environment)
+    if isinstance(turns, str) or not isinstance(turns, Iterable):
+        raise UserError(f"turns is a list of actions or texts, and this is {turns!r:.60}")
     read = _reader(environment, protocol)
 
     async def played() -> list[Observation]:

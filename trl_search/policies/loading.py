@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from trl_search.common.errors import UserError
@@ -138,6 +138,18 @@ def model_source(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("runs/"):
         raise UserError(f"there is no model at {path}: give a folder, a model of the hub (owner/name), or 'tiny'")
     return name
+
+
+def check_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuses a model that cannot be loaded, by its configuration alone.
+
+    Raises:
+        UserError: says what transformers says, in one line.
+    """
+    try:
+        AutoConfig.from_pretrained(model_source(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unusable(name, "model", error) from error
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

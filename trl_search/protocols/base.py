@@ -90,6 +90,12 @@ class Protocol(abc.ABC):
         tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,),
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "encode"):
+            raise UserError(
+                f"a protocol needs a tokenizer, AutoTokenizer.from_pretrained(...), and this is {tokenizer!r:.60}"
+            )
+        if instruction is not None and not isinstance(instruction, str):
+            raise UserError(f"the instruction is a text, and this is {instruction!r:.60}")
         if tokenizer.eos_token_id is None:
             raise UserError(f"protocol {self.name!r} needs a tokenizer with an EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer

@@ -65,12 +65,12 @@ def score_group(
 
 
 def exceptions(trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    """(B, 2) booleans: whether a trajectory's retrieval failed, and whether it made no search."""
-    return torch.tensor([[trajectory.failed, trajectory.searches == 0] for trajectory in trajectories])
+    """(B, 2) booleans: whether the world failed a trajectory, and whether it called no tool."""
+    return torch.tensor([[trajectory.failed, trajectory.calls == 0] for trajectory in trajectories])
 
 
 def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, trainer: Any) -> None:
-    """In place: no reward where retrieval failed, and during `search_floor_steps` none above 0 without a search."""
+    """In place: no reward where the world failed, and during `search_floor_steps` none above 0 without a call."""
     failed_R, unsearched_R = exceptions_R2.to(rewards_RF.device).T
     rewards_RF[failed_R] = torch.nan
     if trainer.model.training and trainer.state.global_step < trainer.args.search_floor_steps:

@@ -158,8 +158,7 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
         rewards = resolve_specs(reward_funcs or [], args) if reward_funcs or environment is not None else []
         if environment is not None:
             refuse_what_rollouts_cannot_do(args, model, kwargs)
-            # Of a processor only the tokenizer is needed: nothing but text is shown.
-            processing_class = getattr(processing_class, "tokenizer", processing_class) or tokenizer_of(model, args)
+            processing_class = tokenizer_of(model, args, processing_class)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")

@@ -17,12 +17,13 @@ from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
-from trl_search.policies.loading import load_tokenizer
+from trl_search.policies.loading import check_model, load_tokenizer
 from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
 from trl_search.rewards.declaration import with_settings
 from trl_search.rewards.last_message import reads_first_message
 from trl_search.rewards.registry import listed_rewards
+from trl_search.rewards.scores import checked
 from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
     is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
     others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
     functions = resolve_rewards(others) if others or not listed else []
+    for spec, model in zip(listed, is_model, strict=True):
+        if model:
+            check_model(spec, trust_remote_code=args.trust_remote_code)
     for reward in filter(reads_first_message, functions):
         logger.warning(
             "%s reads the first message of a completion, which is the first call of a search agent. For its last "
@@ -73,14 +77,35 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
             reward.__name__,
             reward.__name__,
         )
-    left = (with_settings(reward, args) for reward in functions)
+    left = (checked(with_settings(reward, args)) for reward in functions)
     return [spec if model else next(left) for spec, model in zip(listed, is_model, strict=True)]
 
 
-def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's folder or repository, of the same revision."""
-    name = model if isinstance(model, str) else model.config._name_or_path
+def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that was given, or the one in the model's folder or repository, of the same revision.
+
+    Args:
+        given (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Of a processor only the tokenizer is needed,
+            as nothing but text is shown.
+
+    Raises:
+        UserError: for what is no model or no tokenizer, and where there is none to load.
+    """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise UserError(f"model is a name, a folder or a PreTrainedModel, and this is {type(model).__name__}")
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if isinstance(model, str):
+        check_model(model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code)
+    tokenizer = getattr(given, "tokenizer", given)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is not None:
+        raise UserError(
+            f"processing_class is a tokenizer, AutoTokenizer.from_pretrained(...), and this is {tokenizer!r:.60}"
+        )
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise UserError("the model has no name to load a tokenizer by: give processing_class=tokenizer")
     return load_tokenizer(
         name,
         revision=options.get("revision"),

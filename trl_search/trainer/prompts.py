@@ -12,13 +12,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.protocols import Protocol
-from trl_search.rewards import check_columns
+from trl_search.rewards import check_columns, required_columns
+from trl_search.rewards.golden import golden_list
 from trl_search.trainer.batch import positions_of
 
 logger = logging.getLogger(__name__)
@@ -30,14 +32,18 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     """The dataset, or each of a dict of datasets, with the `prompt` of each row, as `Protocol.conversation` writes it.
 
     Raises:
-        UserError: if it is empty, lacks a column that is read, or has images.
+        UserError: if it is no dataset or empty, lacks a column or the golden answers that are read, or has images.
     """
-    if dataset is None:
+    if dataset is None and name != "train_dataset":
         return None
     if isinstance(dataset, Mapping):
         if name == "train_dataset":
             raise UserError(f"train_dataset has several splits ({', '.join(dataset)}): give one of them")
         return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise UserError(
+            f"{name} is a Dataset, and this is {type(dataset).__name__}: Dataset.from_list(rows) makes one of a list"
+        )
     first = next(iter(dataset), None)
     if first is None:
         raise UserError(f"{name} is empty")
@@ -47,7 +53,25 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
         raise UserError(f"{name} has the column {min(images)!r}, and no rollout shows images: remove that column")
     if not {"prompt", "question"} & set(columns):
         raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
-    return dataset.map(lambda row: {"prompt": protocol.conversation(row)})
+    if any("golden_answers" in required_columns(reward) for reward in rewards) and isinstance(dataset, Dataset):
+        _check_golden(dataset, name)
+
+    def with_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        asked = row.get("prompt") or row.get("question")
+        if not asked or not isinstance(asked, str | list):
+            raise UserError(f"{name}[{index}] has no question: it is {asked!r:.60}, and must be a text")
+        return {"prompt": protocol.conversation(row)}
+
+    return dataset.map(with_prompt, with_indices=True)
+
+
+def _check_golden(dataset: Dataset, name: str) -> None:
+    """Refuses a dataset without any golden answer, and says how many rows have none: they get no reward."""
+    without = sum(not golden_list(golden) for golden in dataset["golden_answers"])
+    if without == len(dataset):
+        raise UserError(f"{name} has a column 'golden_answers' and no golden answer in it: no row could be rewarded")
+    if without:
+        logger.warning("%d of %d rows of %s have no golden answers and get no reward", without, len(dataset), name)
 
 
 def with_room(

@@ -77,8 +77,14 @@ def read_corpus(path: str | Path, fields: Fields = USUAL_FIELDS) -> Iterator[Pas
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
     """Passes passages through, and fails on an id that it has seen. For corpora that fit in memory."""
+    if not isinstance(passages, Iterable) or isinstance(passages, str | bytes):
+        raise UserError(f"passages is a list of Passage, and this is {passages!r:.60}")
     rows: dict[str, int] = {}
     for row, passage in enumerate(passages, start=1):
+        if not isinstance(passage, Passage):
+            raise UserError(
+                f"passage {row} is {passage!r:.60}: write it as Passage(id={str(row)!r}, title='...', text='...')"
+            )
         first = rows.setdefault(passage.id, row)
         if first != row:
             raise UserError(f"passages {first} and {row} have the same id {passage.id!r}; ids must be unique")

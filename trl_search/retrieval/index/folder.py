@@ -213,6 +213,8 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
 
     `check_source=False` skips the last question, whether the file it was built from has changed since.
     """
+    if not isinstance(folder, str | Path):
+        raise IndexFolderError(f"an index is a folder, and this is {folder!r:.60}: give its path")
     folder = Path(folder)
     manifest = read_manifest(folder)
     rebuild = rebuild_hint(folder)

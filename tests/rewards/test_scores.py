@@ -1,0 +1,53 @@
+"""What a reward returns is one finite score per completion, or `None`; anything else is named at the first step."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy
+import pytest
+import torch
+
+from trl_search.common.errors import UserError
+from trl_search.rewards import em
+from trl_search.rewards.scores import check_scores, checked
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (None, "returned None: return a list with one score per completion, 2 here"),
+        (0.5, "returned 0.5: return a list"),
+        ("ab", "returned 'ab': return a list"),
+        ([1.0], "returned 1 scores for 2 completions"),
+        ([1.0, 0.0, 1.0], "returned 3 scores for 2 completions"),
+        ([1.0, float("nan")], "returned nan for completion 1: return a finite number, or None"),
+        ([float("inf"), 1.0], "returned inf for completion 0"),
+        ([1.0, "1.0"], "returned '1.0' for completion 1"),
+        ([[1.0], [0.0]], r"returned \[1.0\] for completion 0"),
+    ],
+)
+def test_what_is_no_score_is_named(scores: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"^reward 'mine' {message}"):
+        check_scores("mine", scores, 2)
+
+
+def test_every_kind_of_number_is_a_score() -> None:
+    assert check_scores("mine", [1, None], 2) == [1.0, None]
+    assert check_scores("mine", (True, numpy.float32(0.5)), 2) == [1.0, 0.5]
+    assert check_scores("mine", torch.tensor([0.25, 1.0]), 2) == [0.25, 1.0]
+    assert check_scores("mine", [torch.tensor(2.0), 1], 2) == [2.0, 1.0]
+
+
+def test_a_checked_reward_keeps_its_name_and_what_it_declares() -> None:
+    reward = checked(em)
+    assert reward.__name__ == "em" and reward.required_columns == em.required_columns
+
+    class Short:
+        async def __call__(self, completions, **kwargs):
+            return [1.0]
+
+    later = checked(Short())
+    assert later.__name__ == "Short" and asyncio.iscoroutinefunction(later)
+    with pytest.raises(UserError, match="reward 'Short' returned 1 scores for 2"):
+        asyncio.run(later(prompts=[], completions=["a", "b"]))

@@ -1,0 +1,68 @@
+"""What a reward returned, checked: one score per completion, each a finite number or `None`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from trl_search.common.errors import UserError
+from trl_search.rewards.declaration import Reward
+
+
+def checked(reward: Reward) -> Reward:
+    """The same reward, whose scores are checked whenever it is called.
+
+    TRL reads NaN as "no score" and passes infinity on into advantages; neither is said where it happens.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    async def score_later(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        return check_scores(name, await reward(*args, completions=completions, **kwargs), len(completions))
+
+    def score(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        return check_scores(name, reward(*args, completions=completions, **kwargs), len(completions))
+
+    later = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    wrapped = functools.update_wrapper(score_later if later else score, reward)
+    wrapped.__name__ = name
+    return wrapped
+
+
+def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
+    """The scores as a list of numbers; `None` leaves a completion out.
+
+    Raises:
+        UserError: for another number of scores than `count`, and for a score that is no finite number.
+
+    Example:
+        >>> check_scores("brevity", [0.5, None, float("nan")], 3)
+        UserError: reward 'brevity' returned nan for completion 2: return a finite number, or None to leave it out
+    """
+    listed = scores.tolist() if hasattr(scores, "tolist") else scores  # a tensor, or an array
+    if not isinstance(listed, list | tuple):
+        raise UserError(
+            f"reward {name!r} returned {_shown(scores)}: return a list with one score per completion, {count} here"
+        )
+    if len(listed) != count:
+        raise UserError(f"reward {name!r} returned {len(listed)} scores for {count} completions: return one for each")
+    return [_number(name, index, score) for index, score in enumerate(listed)]
+
+
+def _number(name: str, index: int, score: Any) -> float | None:
+    if score is None:
+        return None
+    value = score.item() if hasattr(score, "item") else score
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    raise UserError(
+        f"reward {name!r} returned {_shown(score)} for completion {index}: return a finite number, or None to leave "
+        "it out"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
