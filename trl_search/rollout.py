@@ -247,7 +247,7 @@ async def run_batch(
     bar = tqdm(total=count, desc=progress, unit="trajectory", delay=2, leave=False, disable=None if progress else True)
 
     async def run(index: int, job: Job) -> None:
-        trajectory = await _run_job(job, policy, environment, protocol, limits, sampling)
+        trajectory = await run_job(job, policy, environment, protocol, limits, sampling)
         on_finish(index, trajectory)
         bar.update()
         added = await more(index, trajectory) if more is not None else {}
@@ -281,9 +281,10 @@ async def run_batch(
         raise failed
 
 
-async def _run_job(
+async def run_job(
     job: Job, policy: Policy | None, environment: Environment, protocol: Protocol, limits: Limits, sampling: Sampling
 ) -> Trajectory:
+    """Runs one job to its end. Whatever the world does wrong ends its trajectory as failed, and raises nothing."""
     speaker = job.policy or policy
     assert speaker is not None, "a job without a policy needs a batch with one"
     if job.finished is not None:

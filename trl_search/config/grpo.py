@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
+from trl_search.config.carry_over import check_carry_over
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 
@@ -131,6 +132,21 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "choices": list(CURRICULA),
         },
     )
+    carry_over: float = field(
+        default=1.0,
+        metadata={
+            "help": "Trajectories under way, in batches. 1.5: a rollout begins with half a batch more than it needs, "
+            "ends when a batch of whole groups is done, and carries the unfinished ones over to the next "
+            "(docs/grpo.md). It pays where a few slow searches hold the batch (rollout/bubble). 1: off."
+        },
+    )
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "With vllm_mode=server: generate while the trainer computes, and train on a group at most this "
+            "many batches after it began. 0: off."
+        },
+    )
     max_failed_share: float = field(
         default=0.5,
         metadata={
@@ -194,6 +210,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             setattr(self, name, value)
         GRPOConfig.__post_init__(self)
         check_agent(self)
+        check_carry_over(self)
         for name, choices in (
             ("vllm_lora_sync", ("merged", "adapter")),
             ("packed_attention", PACKED_ATTENTION),

@@ -91,7 +91,7 @@ class SearchEnvironment(Environment):
             await self.batcher.aclose()
 
     def take_metrics(self) -> dict[str, float]:
-        stats = SearchStats() if self.batcher is None else self.batcher.stats
+        stats = SearchStats() if self.batcher is None else self.batcher.take_stats()
         return {
             "retrieval/queries": float(stats.queries),
             "retrieval/failed_queries": float(stats.failures),

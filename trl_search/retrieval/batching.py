@@ -112,6 +112,11 @@ class SearchBatcher:
             raise kind(str(result)) from result.__cause__
         return list(result[:k])  # some retrievers return more than they were asked for
 
+    def take_stats(self) -> SearchStats:
+        """What was counted since the last time."""
+        taken, self.stats = self.stats, SearchStats()
+        return taken
+
     async def aclose(self) -> None:
         """Ends at once; searches that still wait raise `Unavailable`."""
         self._closed = True

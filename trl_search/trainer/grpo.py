@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from trl_search.config.agent import protocol_of
+from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
@@ -56,6 +57,7 @@ from trl_search.trainer.batch import (
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.callbacks.progress import show_steps
+from trl_search.trainer.carry_over import CarriesOver, refuse_streams
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation import policy_of
 from trl_search.trainer.group_rewards import adjust_rewards, exceptions, rewards_of
@@ -72,6 +74,7 @@ from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.question_choice import ChoosesQuestions, question_choice_of
 from trl_search.trainer.rank_watch import ending_together
+from trl_search.trainer.refill import Refill
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.turn_credit import credited_advantages, refuse_turn_credit
@@ -80,7 +83,7 @@ from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling
 
 
-class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
+class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
     """
     Trains a policy with GRPO to search, read and answer.
 
@@ -161,6 +164,8 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
             processing_class = tokenizer_of(model, args, processing_class)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
+            if carries_over(args):
+                refuse_streams(train_dataset)
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
             super().__init__(
@@ -239,6 +244,9 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
         sampling = self._sampling(mode)
+        if mode == "train" and self.carries_over:
+            self.carry_over_rollout(batch, sampling)
+            return self._settled(batch)
         with self.generation_policy(batch.possible_prompts) as policy, open_journal(self, sampling) as journal:
             refill = self.refill_of(batch, journal.finished)
             metered = MeteredPolicy(policy, slots=len(prompts))
@@ -256,6 +264,10 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
                 more=refill.more if refill else None,
             )
         batch.metrics["rollout/bubble"] = metered.bubble
+        return self._settled(batch, refill)
+
+    def _settled(self, batch: Rollout, refill: Refill | None = None) -> dict[str, list[Any]]:
+        """What TRL gets of a batch whose trajectories have ended."""
         self.settle_questions(batch, refill)
         check_failures(
             [*batch.trajectories, *(one.trajectory for one in batch.replaced_trajectories)], self.args.max_failed_share
@@ -317,7 +329,7 @@ class SearchGRPOTrainer(RollsBack, ChoosesQuestions, FiniteSteps, TakesRows, Sea
         assert self.environment is not None
         mode = "train" if self.model.training else "eval"
         trajectories = self.last_rollout.trajectories
-        for name, value in rollout_metrics(self.last_rollout, self.environment, self.accelerator).items():
+        for name, value in rollout_metrics(self.last_rollout, self.acting_environment, self.accelerator).items():
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [t.stop_reason.value if t.stop_reason else "" for t in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])

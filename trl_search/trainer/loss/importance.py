@@ -44,12 +44,21 @@ def correct_towards_engine(
     seen = seen_BC if ratio.shape == seen_BC.shape else seen_BC.any(dim=1, keepdim=True)
     low, average, most = _spread(ratio[seen], accelerator)
     return {
+        "sampling/effective_sample_size": effective_sample_size(ratio[seen], accelerator),
         "sampling/sampling_logp_difference/mean": mean,
         "sampling/sampling_logp_difference/max": high,
         "sampling/importance_sampling_ratio/min": low,
         "sampling/importance_sampling_ratio/mean": average,
         "sampling/importance_sampling_ratio/max": most,
     }
+
+
+def effective_sample_size(weights: torch.Tensor, accelerator: Accelerator) -> float:
+    """Kish's (Σw)² / Σw² over all ranks, as a share of their number: 1 where all weigh the same; NaN without any."""
+    weights = weights.detach().float()
+    sums = torch.stack([weights.sum(), weights.square().sum(), torch.ones_like(weights).sum()])
+    total, squares, count = accelerator.reduce(sums, "sum").tolist()
+    return total**2 / (squares * count) if squares else math.nan
 
 
 def _spread(values: torch.Tensor, accelerator: Accelerator) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
+from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.trainer.batch import MicroBatch, Rollout
@@ -24,6 +25,7 @@ from trl_search.trainer.loss.likelihood import llds_of
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.loss.without_gradient import log_what_ran, micro_batch_of, must_all_run
+from trl_search.trainer.replaced import replaced
 
 
 class SearchLoss(GRPOTrainer):
@@ -38,6 +40,12 @@ class SearchLoss(GRPOTrainer):
     _micro_batch: MicroBatch | None = None  # while its loss is computed
     _all_run = True  # also trajectories that cannot change the weights
     _probed = False
+
+    @property
+    def corrects_sampling(self) -> bool:
+        """Whether tokens may come from another policy than the batch's first: from vLLM, or from older weights."""
+        other = self.use_vllm or (self.environment is not None and carries_over(self.args))
+        return bool(other and self.vllm_importance_sampling_correction)
 
     def prepare_loss(self) -> None:
         """Chooses how log-probs are computed, and of which trajectories; both are said in the log."""
@@ -96,7 +104,9 @@ class SearchLoss(GRPOTrainer):
         all_run = self._all_run or not self.model.training
         micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
         try:
-            loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
+            # TRL reads the ratios only where vLLM samples.
+            with replaced(self, "use_vllm", self.use_vllm or self.corrects_sampling):
+                loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
         finally:
             self._micro_batch = None
         if not all_run:
@@ -112,7 +122,7 @@ class SearchLoss(GRPOTrainer):
         if self._micro_batch is None or self.environment is None:
             return
         self._micro_batch.logps_BC = logps_BC
-        if self.use_vllm and self.vllm_importance_sampling_correction:
+        if self.corrects_sampling:
             bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
             found = correct_towards_engine(
                 self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator

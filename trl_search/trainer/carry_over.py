@@ -1,0 +1,186 @@
+"""`CarriesOver`: a batch closes when enough groups are whole, and the unfinished trajectories go on in later ones.
+
+    carry_over: 1.5     one process: the engine is taken away while the trainer computes; searches go on
+    max_staleness: 1    a server: it goes on generating while the trainer computes
+
+What a token was sampled with stays with it: its log-prob, and the version of the weights. The loss corrects each token
+towards the weights that sampled it (`loss/importance.py`), and runs over whole groups, so that advantages are those of
+all members of a group. docs/grpo.md says what this does to the estimator.
+
+A checkpoint keeps the questions of the groups that are under way, and a resumed run asks them again from their start:
+half a trajectory would need the state of the user's environment, and its tokens are those of older weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from pyarrow import parquet
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_search.common.errors import UserError
+from trl_search.common.files import written_whole
+from trl_search.config.carry_over import carries_over, groups_under_way
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.environment import Environment
+from trl_search.policies.metered import MeteredPolicy
+from trl_search.protocols import Protocol
+from trl_search.trainer.batch import Rollout, encode_prompts
+from trl_search.trainer.trajectory_pool import Group, Row, TrajectoryPool
+from trl_search.types import Sampling
+
+FILE = "unfinished_questions.parquet"
+# Ages of tokens that are told apart in the metrics; the last one is this old or older.
+OLDEST_AGE = 3
+
+
+class CarriesOver(Trainer):
+    """A trainer whose trajectories may outlive their batch. Stands before TRL's trainer."""
+
+    args: SearchGRPOConfig
+    environment: Environment | None
+    protocol: Protocol
+    model: Any
+    train_dataset: Any
+    _pool: TrajectoryPool | None = None
+    _asked_again: Sequence[Row] = ()  # what the checkpoint that is resumed had under way
+    _engine: contextlib.ExitStack | None = None  # generates while the trainer computes
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether training batches are rolled out by [`carry_over_rollout`]."""
+        return self.environment is not None and carries_over(self.args)
+
+    @property
+    def acting_environment(self) -> Environment | None:
+        """The environment of the trajectories of the latest rollout."""
+        return self._pool.environment if self._pool is not None and self.model.training else self.environment
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_pool()
+
+    def carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
+        """Fills the batch with whole groups: `batch.rows` becomes their rows, in place, `batch.trajectories` theirs.
+
+        Every rank calls it. What it finds in `batch.rows` are the groups that begin now.
+        """
+        try:
+            self._carry_over_rollout(batch, sampling)
+        except BaseException:
+            self._end_pool()
+            raise
+
+    def _carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
+        size = self.args.num_generations or 1
+        pool = self._pool = self._pool or TrajectoryPool(
+            self.environment,  # type: ignore[arg-type]
+            self.protocol,
+            self.args.agent.limits,
+            group_size=size,
+            max_staleness=self.args.max_staleness or None,
+        )
+        rows = [*self._asked_again, *batch.rows[::size]]
+        rows += self._drawn(groups_under_way(self.args) - len(pool.groups) - len(rows))
+        self._asked_again = ()
+        prompts = encode_prompts([row["prompt"] for row in rows], self.protocol)
+        self._release_engine()
+        self._engine = contextlib.ExitStack()
+        longest = [*prompts, *encode_prompts([group.row["prompt"] for group in pool.groups], self.protocol)]
+        policy = self._engine.enter_context(self.generation_policy(longest))  # type: ignore[attr-defined]
+        metered = MeteredPolicy(policy, slots=size * groups_under_way(self.args))
+        step = self.state.global_step
+        pool.attach(metered, step)
+        pool.start(rows, prompts, sampling)
+        taken = pool.take(len(batch.rows) // size, f"Rollout, train step {step}")
+        if not self.args.max_staleness:
+            self._release_engine()
+        batch.rows[:] = [dict(group.row) for group in taken for _ in range(size)]
+        batch.trajectories = [trajectory for group in taken for trajectory in group.trajectories]
+        batch.prompt_ids = [trajectory.prompt_ids for trajectory in batch.trajectories]
+        batch.metrics |= {"rollout/bubble": metered.bubble, **carry_over_metrics(taken, pool, step)}
+
+    def _release_engine(self) -> None:
+        """Takes the trajectories' engine away, before its weights or its memory are needed. Every rank calls it."""
+        if self._engine is None:
+            return
+        assert self._pool is not None
+        self._pool.detach()
+        self.accelerator.wait_for_everyone()  # no weight moves while another rank generates
+        engine, self._engine = self._engine, None
+        engine.close()
+
+    def _drawn(self, count: int) -> list[Row]:
+        """Questions that fill the pool at the start, beyond those of the first batch: drawn at random."""
+        name = f"{self.args.seed}/carry-over/{self.state.global_step}/{self.accelerator.process_index}"
+        draw, questions = random.Random(name), len(self.train_dataset)
+        return [self.train_dataset[draw.randrange(questions)] for _ in range(count)]
+
+    def _end_pool(self) -> None:
+        pool, self._pool = self._pool, None
+        engine, self._engine = self._engine, None
+        try:
+            if pool is not None:
+                pool.close()
+        finally:
+            if engine is not None:
+                engine.close()
+
+    # With the checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._pool is not None:
+            rows = gather_object([group.row for group in self._pool.groups])  # rank by rank
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if self.args.should_save:
+                table = Dataset.from_list([dict(row) for row in rows], features=self.train_dataset.features)
+                with written_whole(folder / FILE) as path:
+                    parquet.write_table(table.data.table, path)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._asked_again = ()
+        if checkpoint is not None and self.carries_over and (path := Path(checkpoint, FILE)).is_file():
+            rows = parquet.read_table(path).to_pylist()
+            rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+            self._asked_again = rows[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]
+
+
+def carry_over_metrics(taken: Sequence[Group], pool: TrajectoryPool, step: int) -> dict[str, float]:
+    """What is logged of a batch on this rank.
+
+    Args:
+        taken (`Sequence[Group]`): The groups of the batch, of the rollout before `pool.rollout`.
+        step (`int`): The optimizer step of the weights that are trained next.
+    """
+    ages = [
+        min(step - version, OLDEST_AGE)
+        for group in taken
+        for trajectory in group.trajectories
+        for version, sampled in zip(trajectory.versions, trajectory.mask, strict=True)
+        if sampled
+    ]
+    return {
+        "carry_over/parked": float(sum(not member.done() for group in pool.groups for member in group.members)),
+        "carry_over/batches_waited": sum(pool.rollout - 1 - group.born for group in taken) / len(taken),
+        **{f"carry_over/tokens_age_{age}": ages.count(age) / max(1, len(ages)) for age in range(OLDEST_AGE + 1)},
+    }
+
+
+def refuse_streams(dataset: Any) -> None:
+    """Raises `UserError` for a dataset that carry-over cannot draw more questions from."""
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            "carry_over and max_staleness draw more questions than a batch has, and train_dataset is a stream: load "
+            "it without streaming"
+        )

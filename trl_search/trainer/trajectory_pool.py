@@ -1,0 +1,174 @@
+"""The trajectories under way, which outlive the batch they began in: on an event loop of their own, group by group.
+
+    rollout 7   under way: groups 1 2 3 4 5 6      whole first: 1 2 4 6  ─► the batch
+                3 5 are parked: their searches go on while the trainer computes, their turns wait for the next weights
+    rollout 8   under way: 3 5 and, new, 7 8 9 10  whole first: 3 7 8 10 ─► the batch
+
+A batch takes the oldest of the groups that are whole. As many groups begin as are taken, so the pool keeps its size,
+and a long trajectory that is passed over once is among the oldest the next time: none is crowded out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from trl_search.environment import Environment
+from trl_search.policies.base import Policy
+from trl_search.policies.relay import RelayPolicy
+from trl_search.protocols import Protocol
+from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.event_loops import BackgroundLoop
+from trl_search.rollout import Job, Limits, run_job
+from trl_search.types import Sampling, Trajectory
+
+Row = Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Group:
+    """The trajectories of one question, which began together in rollout number `born`."""
+
+    row: Row
+    born: int
+    members: list[asyncio.Task[Trajectory]]
+
+    @property
+    def whole(self) -> bool:
+        return all(member.done() for member in self.members)
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [member.result() for member in self.members]
+
+
+class TrajectoryPool:
+    """Runs groups of trajectories across rollouts. Its methods are called from the trainer's thread, one at a time.
+
+    Args:
+        environment (`Environment`): The world. The pool opens a copy of it, and closes that at its end: evaluations
+            between two rollouts open and close the original.
+        group_size (`int`): Trajectories per group.
+        max_staleness (`int`, *optional*): A group is taken at most so many rollouts after it began. Default: no bound.
+
+    Attributes:
+        groups (`list[Group]`): Those under way, and those that are whole but were not taken yet; oldest first.
+        rollout (`int`): The number of this rollout.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        protocol: Protocol,
+        limits: Limits,
+        *,
+        group_size: int,
+        max_staleness: int | None = None,
+    ) -> None:
+        self.environment = copy.copy(environment)
+        self.groups: list[Group] = []
+        self.rollout = 0
+        self._protocol, self._limits = protocol, limits
+        self._group_size, self._max_staleness = group_size, max_staleness
+        self._loop = BackgroundLoop()
+        self._relay = RelayPolicy()
+        self._ended = asyncio.Event()  # a trajectory has, since somebody looked
+        self._failure: BaseException | None = None
+        self._started = 0
+        self._open = False
+
+    def attach(self, policy: Policy, version: int) -> None:
+        """Lets trajectories generate with `policy`, whose weights are those of optimizer step `version`."""
+        self._loop.run(self._attach(policy, version))
+
+    def detach(self) -> None:
+        """Interrupts what is being generated, and closes the policy. Searches go on. Safe to call twice."""
+        self._loop.run(self._relay.detach())
+
+    def start(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> None:
+        """Begins one group for each row."""
+        self._loop.run(self._start(rows, prompts, sampling))
+
+    def take(self, count: int, progress: str | None = None) -> list[Group]:
+        """Waits until a batch of `count` whole groups can be taken, and takes it out of the pool.
+
+        Raises:
+            Exception: what ended a trajectory that should not have ended, such as an engine that broke.
+        """
+        return self._loop.run(self._take(count, progress))
+
+    def close(self) -> None:
+        """Ends everything that is under way. Safe to call twice."""
+        with contextlib.suppress(RetrievalError):  # the loop is closed
+            self._loop.run(self._end())
+        self._loop.close()
+
+    # On the pool's event loop
+
+    async def _attach(self, policy: Policy, version: int) -> None:
+        if not self._open:
+            await self.environment.open()
+            self._open = True
+        await self._relay.attach(policy, version)
+
+    async def _start(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> None:
+        for row, prompt in zip(rows, prompts, strict=True):
+            members = []
+            for member in range(self._group_size):
+                job = Job(prompt, row, key=f"{self._started}/{member}")
+                running = run_job(job, self._relay, self.environment, self._protocol, self._limits, sampling)
+                members.append(asyncio.create_task(running))
+                members[-1].add_done_callback(self._note_end)
+            self.groups.append(Group(row, self.rollout, members))
+            self._started += 1
+
+    def _note_end(self, member: asyncio.Task[Trajectory]) -> None:
+        if not member.cancelled() and member.exception() is not None:
+            self._failure = member.exception()
+        self._ended.set()
+
+    async def _take(self, count: int, progress: str | None) -> list[Group]:
+        with tqdm(total=count, desc=progress, unit="group", delay=2, leave=False, disable=not progress or None) as bar:
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                taken = self._takeable(count)
+                if taken is not None:
+                    break
+                bar.n = min(count, sum(group.whole for group in self.groups))
+                bar.refresh()
+                self._ended.clear()
+                await self._ended.wait()
+        self.groups = [group for group in self.groups if group not in taken]
+        self.rollout += 1
+        return taken
+
+    def _takeable(self, count: int) -> list[Group] | None:
+        """The oldest `count` whole groups; None where there are fewer, or where an old group must be waited for."""
+        taken = [group for group in self.groups if group.whole][:count]
+        if len(taken) < count:
+            return None
+        if self._max_staleness is not None:
+            left = [group for group in self.groups if group not in taken]
+            for later in range(self._max_staleness):
+                # What is due `later` rollouts from now must find room until then.
+                due = sum(group.born + self._max_staleness <= self.rollout + later for group in left)
+                if due > later * count:
+                    return None
+        return taken
+
+    async def _end(self) -> None:
+        members = [member for group in self.groups for member in group.members]
+        for member in members:
+            member.cancel()
+        await asyncio.gather(*members, return_exceptions=True)
+        await self._relay.detach()
+        if self._open:
+            self._open = False
+            await self.environment.close()
