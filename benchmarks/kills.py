@@ -1,89 +1,214 @@
-"""A training run that is killed again and again, with SIGKILL: does it end with every trajectory once, and none lost?
+"""Training runs in which something is killed again and again, with SIGKILL: does every trajectory come once?
 
-    python benchmarks/kills.py --kills 50          # one process on a CPU, about half a minute per kill
+    python benchmarks/kills.py --kills 20                          # the trainer and one of two ranks, on CPUs
+    python benchmarks/kills.py --kills 10 --runs retriever         # its retrieval server, which a loop restarts
+    python benchmarks/kills.py --kills 10 --runs servers           # one of two vLLM servers, which a loop restarts
 
-Each round starts a run of the tiny policy, kills it in one phase of a random step (a rollout that is half done, the
-loss, the writing of a checkpoint, or any moment), and resumes it from its last whole checkpoint, up to five times.
-Checked at the end of each run: the recorded trajectories of every step are there once, and every step was logged once.
-Printed too: how many trajectories were in the journal when a run was killed during a rollout.
+Each run trains the tiny policy for four steps. Somebody is killed in one phase of a random step: a rollout that is
+half done, the weights on their way to vLLM, the loss, the writing of a checkpoint, or any moment. A run that ends by
+it is resumed from its last whole checkpoint. Checked at the end of each run: the recorded trajectories of every step
+are there once, and every step was logged once. Printed too: how many trajectories the journal saved.
+
+Where vLLM is not installed, its CPU build is taken from where `make test` puts it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
+import psutil
+
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.records.folder import read_run, read_trajectories
 
 STEPS, BATCH = 4, 32
+KILLS_PER_RUN, LIVES = 4, 12
+STUCK_S = 300.0
 OPTIONS = {
-    "use_cpu": "true",
+    "use_cpu": str(shutil.which("nvidia-smi") is None).lower(),
     "warm_start_steps": "0",
     "evaluate": "false",
-    "eval_questions": "none",
     "world_passages": "300",
     "max_steps": str(STEPS),
-    "per_device_train_batch_size": str(BATCH),
     "gradient_accumulation_steps": "1",
     "log_trajectories": str(BATCH),
     "save_strategy": "steps",
     "save_steps": "1",
-    "stop_on_collapse": "false",
+    "on_collapse": "warn",
     "learning_rate": "1e-5",
 }
+LORA = {"use_peft": "true", "lora_r": "8", "lora_target_modules": "all-linear", "vllm_lora_sync": "adapter"}
+# What the documentation gives as a supervisor.
+SUPERVISOR = 'while true; do "$@"; sleep 1; done'
 
 
-def start(folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trl_search", "train", "quickstart", "--output_dir", str(folder)]
-    command += [word for name, value in OPTIONS.items() if value != "none" for word in (f"--{name}", value)]
+@dataclass
+class Kind:
+    """One kind of run: how many ranks it has, what it needs beside it, and who is killed in it."""
+
+    victims: list[str]
+    phases: list[str]
+    ranks: int = 1
+    options: dict[str, str] = field(default_factory=dict)
+    supervised: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+PHASES = ["rollout", "rollout", "loss", "save", "any moment"]
+
+
+@contextlib.contextmanager
+def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
+    """A kind of run, with the servers that it needs as long as the context lasts."""
+    python = [sys.executable, "-m", "trl_search"]
+    if name == "trainer":
+        yield Kind(["trainer"], PHASES)
+    elif name == "ranks":
+        yield Kind(["rank", "rank", "trainer"], PHASES, ranks=2)
+    elif name == "retriever":
+        port = free_port()
+        command = [*python, "serve", "world", "--world_passages", "300", "--port", str(port)]
+        with supervised(command, scratch / "retriever.log", dict(os.environ)) as process:
+            wait_for(f"http://127.0.0.1:{port}/ready")
+            options = {"retriever": f"http://127.0.0.1:{port}", "search_timeout_s": "120"}
+            yield Kind(["retriever", "retriever", "trainer"], PHASES, options=options, supervised=[process])
+    else:
+        with contextlib.ExitStack() as servers:
+            environment = {**vllm_environment(scratch), "VLLM_SERVER_DEV_MODE": "1"}
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+            ports, processes = [free_port() for _ in range(2)], []
+            for port in ports:
+                command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()]
+                command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
+                command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enable-lora"]
+                command += ["--max-lora-rank", "8", "--no-enable-chunked-prefill"]
+                command += ["--distributed-executor-backend", "uni"]
+                log = scratch / f"vllm-{port}.log"
+                processes.append(servers.enter_context(supervised(command, log, environment)))
+            urls = [f"http://127.0.0.1:{port}" for port in ports]
+            for url in urls:
+                wait_for(f"{url}/health")
+            options = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": json.dumps(urls), **LORA}
+            phases = ["rollout", "rollout", "sync", "loss", "save"]
+            yield Kind(["server", "server", "trainer"], phases, 1, options, processes, environment)
+
+
+def vllm_environment(scratch: Path) -> dict[str, str]:
+    if find_spec("vllm"):
+        return dict(os.environ)
+    from tests.support.vllm_engine import vllm_environment as of_the_cpu_build
+
+    return of_the_cpu_build(scratch)
+
+
+@contextlib.contextmanager
+def supervised(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A loop that starts the command again whenever it ends."""
+    with log.open("ab") as file:
+        loop = ["bash", "-c", SUPERVISOR, "supervisor", *command]
+        process = subprocess.Popen(loop, env=environment, stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        kill_with_descendants(psutil.Process(process.pid))
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for(url: str) -> None:
+    deadline = time.monotonic() + STUCK_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(url)
+
+
+def start(kind: Kind, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(kind.ranks)]
+    launch += ["--num_machines", "1", "--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    command = [sys.executable, *(launch if kind.ranks > 1 else []), "-m", "trl_search", "train", "quickstart"]
+    options = {**OPTIONS, "per_device_train_batch_size": str(BATCH // kind.ranks), **kind.options}
+    command += ["--output_dir", str(folder)]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
     command += ["--resume_from_checkpoint", "last"] if resume else []
     with (folder.parent / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, env=kind.environment, stdout=log, stderr=log)
 
 
 def journal_lines(folder: Path) -> int:
-    path = folder / "journal" / "rank0.jsonl"
-    return max(0, path.read_bytes().count(b"\n") - 1) if path.is_file() else 0
+    """Finished trajectories of the batch under way, on all ranks."""
+    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in (folder / "journal").glob("rank*.jsonl"))
 
 
-def phases(draw: random.Random, folder: Path) -> dict[str, Callable[[], bool]]:
-    """What has come when a run is in each phase; a run is killed as soon as the phase that was drawn has come."""
-    half, pause = draw.randint(1, BATCH - 1), draw.random()
+def phase_has_come(phase: str, draw: random.Random, folder: Path) -> Callable[[], bool]:
+    """Whether a run is in the phase that was drawn, from the files that it writes."""
+    half, pause, began = draw.randint(1, BATCH - 1), draw.random(), time.monotonic()
     checkpoints = len(list(folder.glob("checkpoint-*")))
-    seen: dict[str, float] = {}
+    adapter = folder / "vllm-adapter" / "adapter_model.safetensors"
+    written = adapter.stat().st_mtime if adapter.is_file() else 0.0
+    full_since: list[float] = []
 
-    def some_time_after(name: str, seconds: float) -> bool:
-        return time.monotonic() > seen.setdefault(name, time.monotonic()) + seconds
+    def in_loss() -> bool:
+        if journal_lines(folder) >= BATCH:
+            full_since.append(time.monotonic())
+        return bool(full_since) and time.monotonic() > full_since[0] + pause
 
     return {
         "rollout": lambda: half <= journal_lines(folder) < BATCH,
-        "loss": lambda: journal_lines(folder) >= BATCH and some_time_after("loss", pause),
+        "sync": lambda: adapter.is_file() and adapter.stat().st_mtime > written,
+        "loss": in_loss,
         "save": lambda: len(list(folder.glob("checkpoint-*"))) > checkpoints,
-        "any moment": lambda: some_time_after("start", 30 * pause),
-    }
+        "any moment": lambda: time.monotonic() > began + 30 * pause,
+    }[phase]
 
 
-def kill_in(phase: str, process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> bool:
-    """Kills the run when that phase has come. False if the run ended before."""
-    has_come = phases(draw, folder)[phase]
-    while process.poll() is None:
-        if has_come():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.005)
-    return False
+def kill_with_descendants(victim: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*victim.children(recursive=True), victim]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def kill(who: str, kind: Kind, trainer: subprocess.Popen[bytes], draw: random.Random) -> None:
+    if who == "trainer":
+        kill_with_descendants(psutil.Process(trainer.pid))
+    elif who == "rank":
+        draw.choice(psutil.Process(trainer.pid).children()).kill()
+    else:
+        for process in psutil.Process(draw.choice(kind.supervised).pid).children():
+            kill_with_descendants(process)
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(timeout=STUCK_S)
+    except subprocess.TimeoutExpired:
+        kill_with_descendants(psutil.Process(process.pid))
+        process.wait()
+        return 999
 
 
 def problems(folder: Path) -> list[str]:
@@ -104,37 +229,62 @@ def has_whole_checkpoint(folder: Path) -> bool:
     return any((path / "trainer_state.json").is_file() for path in folder.glob("checkpoint-*"))
 
 
+def one_run(kind: Kind, folder: Path, most: int, draw: random.Random, kills: Counter[str]) -> tuple[list[str], int]:
+    """Trains to the end, whatever is killed meanwhile. What is wrong then, and how many trajectories were kept."""
+    process, kept, done = start(kind, folder, resume=False), 0, 0
+    for _ in range(LIVES):
+        while done < most and process.poll() is None:
+            phase, who = draw.choice(kind.phases), draw.choice(kind.victims)
+            has_come, deadline = phase_has_come(phase, draw, folder), time.monotonic() + STUCK_S
+            while process.poll() is None and not has_come() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            if process.poll() is not None or not has_come():
+                break
+            lines = journal_lines(folder)
+            kill(who, kind, process, draw)
+            kills[f"{who} in {phase}"] += 1
+            done += 1
+            if who in ("trainer", "rank"):
+                kept += lines if phase == "rollout" and has_whole_checkpoint(folder) else 0
+                break
+        code = ended(process)
+        if code == 0:
+            return problems(folder), kept
+        if code in (2, 999):
+            return [f"exit code {code}"], kept
+        process = start(kind, folder, resume=has_whole_checkpoint(folder))
+    kill_with_descendants(psutil.Process(process.pid))
+    return [f"it died {LIVES} times"], kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--runs", nargs="+", choices=["trainer", "ranks", "retriever", "servers"], metavar="KIND")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     kills: Counter[str] = Counter()
-    runs = kept = bad = 0
-    with tempfile.TemporaryDirectory() as scratch:
+    runs = saved = bad = 0
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
+        names = arguments.runs or ["trainer", "ranks"]
+        kinds = [(name, servers.enter_context(kind_of(name, Path(scratch)))) for name in names]
         folder = Path(scratch) / "run"
-        while sum(kills.values()) < arguments.kills:
+        while (left := arguments.kills - sum(kills.values())) > 0:
+            name, kind = kinds[runs % len(kinds)]
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            process = start(folder, resume=False)
-            for _ in range(min(5, arguments.kills - sum(kills.values()))):
-                phase = draw.choice(["rollout", "rollout", "loss", "save", "any moment"])
-                if not kill_in(phase, process, folder, draw):
-                    break
-                kills[phase] += 1
-                lines = journal_lines(folder)
-                process = start(folder, resume=has_whole_checkpoint(folder))
-                kept += lines if phase == "rollout" and has_whole_checkpoint(folder) else 0
-            code = process.wait()
-            runs += 1
-            found = [f"exit code {code}"] if code else problems(folder)
-            bad += bool(found)
-            print(json.dumps({"run": runs, "kills": dict(kills), "problems": found}), flush=True)
+            before, started = sum(kills.values()), time.monotonic()
+            found, kept = one_run(kind, folder, min(KILLS_PER_RUN, left), draw, kills)
+            runs, saved, bad = runs + 1, saved + kept, bad + bool(found)
+            row = {"run": runs, "kind": name, "kills": sum(kills.values()) - before, "problems": found}
+            print(json.dumps({**row, "seconds": round(time.monotonic() - started), "all": dict(kills)}), flush=True)
             if found:
-                print((Path(scratch) / "log.txt").read_text(errors="replace")[-3000:])
+                print((Path(scratch) / "log.txt").read_text(errors="replace")[-4000:], flush=True)
+            if sum(kills.values()) == before:
+                break  # it never came to a kill: something is wrong with the run itself
         print(f"{sum(kills.values())} kills in {runs} runs, {bad} of them not as if nobody had killed them")
-        print(f"{kept} finished trajectories were in the journal at a kill during a rollout")
+        print(f"{saved} finished trajectories were in the journal at a kill during a rollout")
     sys.exit(bad > 0)
 
 

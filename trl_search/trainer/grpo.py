@@ -71,6 +71,7 @@ from trl_search.trainer.inputs import (
 from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
+from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
 from trl_search.trainer.question_choice import ChoosesQuestions, question_choice_of
 from trl_search.trainer.rank_watch import ending_together
@@ -203,6 +204,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; when one rank dies all ranks end, with the reason."""
+        load_onto_numbered_cpus()
         with ending_together(self.accelerator.process_index, self.accelerator.num_processes):
             return super().train(*args, **kwargs)
 
