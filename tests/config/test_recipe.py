@@ -177,7 +177,7 @@ def commands(path: Path, *names: str) -> list[list[str]]:
     lines = [line[1:].strip() for line in header.splitlines() if line.startswith("#   ")]
     found = [(line, name) for line in lines for name in names if name in line]
     # What the command is for stands behind it, after several spaces.
-    return [shlex.split(re.split(r" {2,}(?!-)", line.partition(name)[2].strip())[0]) for line, name in found]
+    return [shlex.split(re.split(r" {2,}(?=[^-\s])", line.partition(name)[2].strip())[0]) for line, name in found]
 
 
 @each_recipe
@@ -218,6 +218,8 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
     if name == "qwen3b":
         assert "5 x 12.4 = 62 GB" in header and round(4 * parameters / 1e9, 1) == 12.4
         assert "master weights and moments (4.6)" in header and round(12 * parameters / 8e9, 1) == 4.6
+        assert "20 x 3.09 / 4 = 15.5 GB" in header and 20 * parameters / 4e9 == pytest.approx(15.45)
+        assert round(77 / 512 * 2560 / 8) == 48 and round(331 * 77 / 512 * 2560 / 8 / 3600, 1) == 4.4  # seconds, hours
     if name == "qwen3b_lora":
         # Inputs and outputs of q, k, v, o, gate, up and down of a layer, times the rank.
         sizes = 2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008)
@@ -227,6 +229,8 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
     if name == "qwen7b":
         assert "16 bytes a parameter, 122 GB" in header and round(16 * parameters / 1e9) == 122
         assert "four GPUs 34 GB" in header and round(18 * parameters / 4e9) == 34
+        assert "16 bytes a parameter, 30 GB" in header and round(16 * parameters / 4e9) == 30
+        assert "in a rollout 23 GB" in header and round(12 * parameters / 4e9) == 23
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

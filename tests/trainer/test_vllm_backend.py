@@ -117,6 +117,15 @@ def test_what_is_no_lora_adapter(random_model):
         adapter_rank(get_peft_model(random_model, VeraConfig(r=4, target_modules=["q_proj"])))
 
 
+def test_a_quantized_model_is_refused_before_an_engine_is_made(random_model):
+    random_model.is_quantized = True  # as transformers marks what it loads with a quantization_config
+    with pytest.raises(UserError, match=r"quantized, and vLLM cannot be given its weights.*use_vllm: false"):
+        SearchVLLM(lora_sync="merged", adapter_dir=None, engine_options={}, model=random_model)
+    adapted = get_peft_model(random_model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="quantized"):
+        SearchVLLM(lora_sync="adapter", adapter_dir=None, engine_options={}, model=adapted)
+
+
 def test_the_trainer_makes_our_backend_and_its_engine(make):
     trainer = make(vllm_max_model_length=512, vllm_engine_options={"dtype": "float32", "max_num_seqs": 7})
     backend = trainer.vllm_generation

@@ -58,6 +58,7 @@ class SearchVLLM(VLLMGeneration):
     """
 
     def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
+        refuse_quantized(kwargs["model"])
         self.lora_sync = lora_sync
         self._adapter_dir = adapter_dir
         self._engine_options = engine_options
@@ -291,6 +292,15 @@ def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
         raise UserError(
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} processes share an engine, and there are "
             f"{args.world_size}: set it to a number that divides them (accelerate launch --num_processes), or to 1"
+        )
+
+
+def refuse_quantized(model: Any) -> None:
+    """Raises `UserError` for QLoRA: vLLM would be sent packed bytes, or would sample from other weights than these."""
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            "the model is quantized, and vLLM cannot be given its weights: load it in bfloat16 and train a LoRA "
+            "adapter (dtype: bfloat16, use_peft: true), or set use_vllm: false"
         )
 
 
