@@ -32,8 +32,8 @@ from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 
-# The first and the last version of vLLM that TRL 1.16 takes.
-VLLM_VERSIONS = ("0.22.0", "0.31.0")
+# The first version of vLLM that TRL 1.16 takes, and the last one that was tested (TRL warns above 0.31).
+VLLM_VERSIONS = ("0.22.0", "0.32.0")
 # Requests under way at once, in one process; others queue here and not at the server's file descriptors.
 MAX_CONNECTIONS = 512
 # Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
@@ -164,6 +164,10 @@ class VLLMServerPolicy(Policy):
         if not prompt_ids:
             raise ValueError("prompt_ids is empty")
         body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop, stop_token_ids)
+        needed = len(prompt_ids) + body["max_tokens"]
+        if 0 < self.max_model_len < needed:  # vLLM would refuse it, and from 0.32 on end the turn early
+            said = f"its maximum context length is {self.max_model_len} tokens"
+            raise refusal(self.base_url, said, needed=max(self.context_length, needed), model=body["model"])
         failing_since: float | None = None
         tries = 0
         while True:
@@ -264,10 +268,10 @@ class VLLMServerPolicy(Policy):
 def version_problem(version: str) -> str:
     """Why a version of vLLM may not work with this TRL; empty where it does."""
     first, last = VLLM_VERSIONS
-    # A build for the CPU is 0.31.0+cpu.
+    # A build for the CPU is 0.32.0+cpu.
     if Version(first) <= Version(Version(version).base_version) <= Version(last):
         return ""
-    return f"vLLM {version} is outside {first} to {last}, the versions that TRL 1.16 takes"
+    return f"vLLM {version} is outside {first} to {last}, the versions that were tested with TRL 1.16"
 
 
 class ServerLost(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def load_onto_numbered_cpus() -> None:
         >>> torch.load("optimizer.pt", map_location=torch.device("cpu", 1))
     """
 
-    def restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    def restore(storage: Any, location: str) -> Any:
         return storage if re.fullmatch(r"cpu:\d+", location) else None
 
     torch.serialization.register_package(0, lambda storage: None, restore)
