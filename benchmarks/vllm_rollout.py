@@ -47,10 +47,12 @@ from trl_search.trainer.batch import Rollout, encode_prompts
 from trl_search.types import Action, Answer, Completion, FinishReason, Passage, Sampling
 
 MAX_TOKENS = 4096
+SILENT_GROUPS = [0.0]  # the share of groups whose rewards are all equal
 
 
 def random_reward(completions: list[Any], **columns: Any) -> list[float | None]:
-    return [random.random() for _ in completions]
+    equal = int(SILENT_GROUPS[0] * len(completions) / GROUP) * GROUP
+    return [0.0 if place < equal else random.random() for place in range(len(completions))]
 
 
 class PlannedRetriever(Retriever):

@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms per search
     python benchmarks/vllm_step.py --no_checkpointing # ours alone, with nothing computed twice
+    python benchmarks/vllm_step.py --silent_groups .4 # in two of five groups all rewards are equal
     python benchmarks/vllm_step.py --shape tiny --trajectories 32 --scale 0.1      # CPU (without the weight sync)
 
 Both follow the plan of `vllm_rollout.py` and have TRL's defaults, gradient checkpointing among them; stock TRL takes
@@ -92,6 +93,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--search_ms", type=float, default=20.0)
     parser.add_argument("--rows", type=int, nargs=2, help="of a micro-batch: stock TRL's (8), ours (64, or 8)")
+    parser.add_argument("--silent_groups", type=float, default=0.0, help="share of groups with equal rewards (0)")
+    parser.add_argument("--packed_tokens", type=int, default=16384, help="of ours; 0: by the free memory (16384)")
     parser.add_argument("--no_checkpointing", action="store_true", help="ours alone, its engine asleep meanwhile")
     arguments = parser.parse_args()
     unchecked: dict[str, Any] = {}
@@ -109,6 +112,8 @@ def main() -> None:
         # Both: they share the model, of which the last to be made says whether it checkpoints.
         of_stock = {**steps_of(rows_of_stock, arguments.trajectories), **unchecked}
         of_ours = {**steps_of(rows_of_ours, arguments.trajectories), **unchecked}
+        of_ours["max_packed_tokens"] = arguments.packed_tokens
+        vllm_rollout.SILENT_GROUPS[0] = arguments.silent_groups
         stock, ours = vllm_rollout.make_trainers(model_folder, arguments, of_stock, of_ours)
         questions: Any = ours.train_dataset
         vllm_rollout.run_bound(ours, [row["prompt"] for row in questions for _ in range(vllm_shape.GROUP)])
