@@ -180,12 +180,12 @@ def test_groups_of_equal_rewards_are_told_apart_from_rounding():
 
 def test_advantages_of_equal_rewards_are_exactly_zero(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(
-        tmp_path, random_model, tokenizer, rewards=lambda completions, **kwargs: [1.1] * len(completions),
+        tmp_path, random_model, tokenizer, rewards=lambda completions, **kwargs: [1.2] * len(completions),
         num_generations=6, per_device_train_batch_size=6,
     )  # fmt: skip
     batch = trainer.score([trainer.train_dataset[0]] * 6)
     assert (batch["advantages"] == 0).all()
     rounded = torch.full((6,), 1e-3)
     trainer.multi_objective_aggregation = "normalize_then_sum"  # compares groups: equal rewards may have an advantage
-    drop_rounding(rounded, torch.full((6, 1), 1.1), trainer)
+    drop_rounding(rounded, torch.full((6, 1), 1.2), trainer)
     assert (rounded == 1e-3).all()
