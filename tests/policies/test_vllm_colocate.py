@@ -21,8 +21,6 @@ from trl_search.protocols import load_protocol
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 280
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -53,9 +51,7 @@ def seen(folder, prompts):
     """What the process wrote down."""
     require_vllm()
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    process = run_with_vllm(folder, ["-m", "tests.support.vllm_colocate_run", str(folder)], timeout_s=TIMEOUT_S)
-    if process.returncode:
-        pytest.fail(process.stdout[-4000:], pytrace=False)
+    run_with_vllm(folder, "tests.support.vllm_colocate_run", str(folder))
     return json.loads((folder / "colocate.json").read_text(encoding="utf-8"))
 
 

@@ -241,10 +241,7 @@ def test_doctor_finds_this_server_well_but_for_its_cpu(server):
 
 def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
     """Each step samples from the weights of the one before: where they had not arrived, the difference would show."""
-    run = run_with_vllm(
-        folder.parent, ["-m", "tests.support.vllm_server_run", str(folder.parent), server.url], timeout_s=200
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    run_with_vllm(folder.parent, "tests.support.vllm_server_run", str(folder.parent), server.url)
     seen = json.loads((folder.parent / "server.json").read_text(encoding="utf-8"))
     assert len(seen["logged"]) == 2 and max(seen["logged"]) < 1e-3
     assert seen["stale"] > 0.05 and seen["synced"] < 1e-3
@@ -267,7 +264,7 @@ def kill_in_the_middle(server, rollout):
 
 def test_killed_and_restarted_in_the_middle_of_a_rollout(server, tokenizer, world, retriever):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
-    policy = VLLMServerPolicy(server.url, patience_s=200)
+    policy = VLLMServerPolicy(server.url, patience_s=600)
     undisturbed = search(policy, protocol, world, retriever, 16)
     running = kill_in_the_middle(server, lambda: search(policy, protocol, world, retriever, 16))
     server.start()

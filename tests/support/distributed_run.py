@@ -1,8 +1,6 @@
 """Each of two ranks runs this for tests/trainer/test_distributed.py: trains FOLDER/model, writes FOLDER/rank<i>.json.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/support/distributed_run.py FOLDER
-
-(`accelerate launch --cpu` starts one process whatever it is told; `use_cpu=True` with this makes two, over gloo.)
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.distributed_run FOLDER
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Each of two ranks runs this for tests/trainer/loss/test_logprobs.py: one packed backward under DDP, and by hand.
 
-    python -m tests.support.packed_ddp FOLDER RANK
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.packed_ddp FOLDER
 
-And the models and batches that those tests share with it: here, since importing a trainer takes a while.
+The models and batches that those tests share with it are here, too.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def a_batch(rows=8, prompt=10, completion=40):
     return ids_for(mask), mask, (torch.arange(completion) % 3 > 0).long().expand(rows, -1)
 
 
-def main(folder: Path, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=2, rank=rank)
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     batches = [a_batch(rows=8), a_batch(rows=3, completion=20)]
     packs: list[int] = []
 
@@ -93,4 +94,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

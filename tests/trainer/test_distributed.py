@@ -1,29 +1,21 @@
-"""Two hosts, each with a launcher and a rank, over gloo: rollouts that take other numbers of turns and other times.
+"""Two hosts with a rank each, over gloo: rollouts that take other numbers of turns and other times.
 
-Both ranks run tests/support/distributed_run.py once; the tests below read what each of them wrote down.
+Both ranks run tests/support/distributed_run.py once, in the environment that torch's launcher gives them there (rank 1
+is local rank 0 of its host); the tests below read what each of them wrote down.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_random_model
 from tests.support.distributed_run import value
-from tests.support.process_tree import kill_tree
+from tests.support.two_ranks import run_ranks
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +24,7 @@ def ranks(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("distributed")
     make_random_model(tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    logs = [folder / f"host{host}.log" for host in range(2)]
-    hosts = []
-    for host, log in enumerate(logs):
-        with log.open("wb") as file:
-            command = [*launcher, "--machine_rank", str(host), "-m", "tests.support.distributed_run", str(folder)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            hosts.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        codes = [host.wait(timeout=max(0.1, deadline - time.monotonic())) for host in hosts]
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"the ranks hung for {TIMEOUT_S} s:\n" + "\n".join(log.read_text()[-3000:] for log in logs))
-    finally:
-        for process in hosts:
-            kill_tree(process)
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks("tests.support.distributed_run", [str(folder)], folder, one_per_host=True)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

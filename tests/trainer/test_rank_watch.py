@@ -18,7 +18,7 @@ from trl_search.trainer.rank_watch import ending_together
     ],
 )
 def test_all_ranks_end_with_one(tmp_path, how, codes, said):
-    assert wait_for_ranks(start_ranks("tests.support.dying_rank", [how], tmp_path), tmp_path, 60) == codes
+    assert wait_for_ranks(start_ranks("tests.support.dying_rank", [how], tmp_path), tmp_path) == codes
     log = (tmp_path / "rank0.log").read_text()
     assert said in log
     assert ("rank 0 ends" in log) == (how in ("killed", "raises"))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,14 +13,15 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.support.forked import ForkedProcess
 from tests.support.servers import Said, retrieve_from, serving
+from tests.support.two_ranks import run_ranks
 from trl_search.cli.main import main
 from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval.index.folder import build_index
 
-TIMEOUT_S = 240
 QUESTIONS = 10
 
 
@@ -59,17 +56,6 @@ def records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def start(*arguments, launcher=()):
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "trl_search", "eval", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questions, retriever, capsys):
     """In `rag` the server sees each question that is asked; greedy answers are the same in one go and in two."""
     answer, held, asked = retrieve_from(retriever), threading.Event(), []
@@ -77,22 +63,22 @@ def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questi
     def answer_some(request):
         asked.extend(query for query in request.json["queries"] if query != "probe")  # of the first second
         if len(asked) > 6:
-            held.wait(TIMEOUT_S)
+            held.wait()
         return answer(request)
 
     with serving(answer_some) as server:
         command = ["tiny", "--datasets", str(questions), "--modes", "rag,search", "--retriever", server.url]
         command += ["--concurrency", "2", "--output"]
-        killed = start(*command, str(tmp_path / "killed"))
+        words = ["eval", *command, str(tmp_path / "killed")]
+        killed = ForkedProcess("trl_search", words, environment=os.environ, log=tmp_path / "killed.log")
         path = tmp_path / "killed" / "rag-nq.jsonl"
         try:
-            deadline = time.monotonic() + TIMEOUT_S
             while not path.exists() or path.read_bytes().count(b"\n") < 4:
-                assert time.monotonic() < deadline and killed.poll() is None, killed.communicate(timeout=5)
+                assert killed.poll() is None, killed.output()
                 time.sleep(0.05)
         finally:
-            os.killpg(killed.pid, signal.SIGKILL)
-            killed.communicate()
+            killed.kill()
+            killed.wait()
         finished = records(path)
         assert 4 <= len(finished) < QUESTIONS and not (tmp_path / "killed" / "results.json").exists()
         with path.open("ab") as file:
@@ -117,31 +103,11 @@ def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questi
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions(tmp_path, questions, capsys):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += [
-        "--main_process_port",
-        port,
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
     command = ["tiny", "--datasets", str(questions), "--modes", "direct", "--output"]
-    process = start(*command, str(tmp_path / "two"), launcher=launcher)
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(process.communicate()[0][-4000:], pytrace=False)
-    assert process.returncode == 0, output[-4000:]
+    said = run_ranks("trl_search", ["eval", *command, str(tmp_path / "two")], tmp_path)
     shares = [records(tmp_path / "two" / f"direct-nq{rank}.jsonl") for rank in ("", ".rank1")]
     assert [sorted(line["index"] for line in share) for share in shares] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
-    assert output.count("# Evaluation of tiny") == 1
+    assert [text.count("# Evaluation of tiny") for text in said] == [1, 0]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
     assert results(tmp_path / "two") == results(tmp_path / "one")
     # One process goes on where two were: everything is there.

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,8 @@ import pytest
 import torch
 
 from tests.support.encoders import save_random_bert
-from tests.support.shared_build import SHARD_ROWS
+from tests.support.forked import ForkedProcess
+from tests.support.two_ranks import run_ranks
 from trl_search.common.errors import UserError
 from trl_search.retrieval.corpus.passages import join_contents
 from trl_search.retrieval.dense import corpus_vectors as encoding
@@ -137,13 +135,7 @@ def test_a_disk_without_room_is_told_before_any_work(
 
 # Real processes
 
-BUILD = """
-import sys
-from trl_search.retrieval.dense.corpus_vectors import encode_corpus
-encode_corpus.__kwdefaults__["shard_rows"] = 64
-from trl_search.retrieval.index.folder import build_index
-build_index(sys.argv[1], sys.argv[2], "dense", announce=lambda said: print(said, flush=True), encoder=sys.argv[3])
-"""
+SHARD_ROWS = 200
 
 
 def same_bytes(one: Path, other: Path) -> None:
@@ -161,13 +153,17 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", 1500)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path / "index"), str(checkpoint)]
-    process = subprocess.Popen(command, env=environment)
+    command = ["index", "--corpus", str(corpus), "--kind", "dense", "--encoder", str(checkpoint)]
+    process = ForkedProcess(
+        "tests.support.shared_build",
+        [*command, "--output", str(tmp_path / "index")],
+        environment={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COUNTS": str(tmp_path), "SHARD_ROWS": "64"},
+        log=tmp_path / "build.log",
+    )
     journal = tmp_path / ".index.building" / "scratch" / DONE
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(1) >= 3):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "index").exists()
     assert 3 <= journal.read_bytes().count(1) < 24, "it was killed too late for this test to say anything"
@@ -185,32 +181,15 @@ def test_two_processes_build_one_index_together(
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", SHARD_ROWS + 100)
     (tmp_path / "counts").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = ["index", "--corpus", str(corpus), "--kind", "dense", "--encoder", str(checkpoint)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COUNTS": str(tmp_path / "counts")}
-    done = subprocess.run(
-        [
-            *launcher,
-            "--num_machines",
-            "1",
-            "-m",
-            "tests.support.shared_build",
-            *command,
-            "--output",
-            str(tmp_path / "index"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+    said = run_ranks(
+        "tests.support.shared_build",
+        [*command, "--output", str(tmp_path / "index")],
+        tmp_path,
+        environment={"COUNTS": str(tmp_path / "counts"), "SHARD_ROWS": str(SHARD_ROWS)},
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("recall@3") == 2  # the plan and what was measured, from one process alone
+    # The plan and what was measured, from one process alone.
+    assert [text.count("recall@3") for text in said] == [2, 0]
     assert {file.name: int(file.read_text()) for file in (tmp_path / "counts").iterdir()} == {
         "0": SHARD_ROWS,
         "1": 100,

@@ -6,9 +6,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +25,7 @@ from tests.support.scripted_trainer import (
     search,
     steps,
 )
+from tests.support.two_ranks import run_ranks
 from trl_search.common.errors import UserError
 from trl_search.evaluation.answers_file import Records
 from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint, is_whole, read_best
@@ -285,14 +283,7 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, random_model, token
 def test_two_ranks_share_the_questions_and_keep_one_best_checkpoint(tmp_path, random_model, tokenizer):
     random_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = str(Path(__file__).parents[2] / "support" / "held_out_run.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    run = subprocess.run(
-        [*launch, script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_ranks("tests.support.held_out_run", [str(tmp_path)], tmp_path)
     one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     # Each asked its share (five questions: three and two), and both know the result of all.
     assert (one.pop("asked"), other.pop("asked")) == ([3, 3, 3], [2, 2, 2])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from transformers import Qwen2ForCausalLM
 from tests.conftest import make_random_model
 from tests.support.packed_ddp import TEMPERATURE, TOKENIZER, a_batch, changed, gradient, ids_for, make_model
 from tests.support.scripted_trainer import real_trainer, scripted_trainer
+from tests.support.two_ranks import run_ranks
 from tests.trainer.loss.test_packing import ragged_batches
 from tests.trainer.test_mask import SETTINGS, loss_mask
 from trl_search import SearchGRPOConfig
@@ -288,13 +286,7 @@ def test_varlen_attention_is_given_what_it_needs(monkeypatch, sliding, checkpoin
 
 def test_ddp_ranks_with_different_numbers_of_packs(tmp_path):
     """Two gloo processes; rank 1 has one pack, rank 0 several: no hang, and the gradient is the mean of both."""
-    command = [sys.executable, "-m", "tests.support.packed_ddp", str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parents[3]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks("tests.support.packed_ddp", [str(tmp_path)], tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert seen[0]["packs"] != seen[1]["packs"] and seen[0]["forwards"] == seen[1]["forwards"]
     for rank in seen:
