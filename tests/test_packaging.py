@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         ".",
     ]
-    subprocess.run([sys.executable, *build], cwd=folder, check=True, timeout=120)
+    subprocess.run([sys.executable, *build], cwd=folder, check=True, timeout=600)
     return next(folder.glob("*.whl"))
 
 

@@ -172,17 +172,19 @@ def test_a_search_that_hangs_times_out_and_the_others_go_on(tokenizer):
     class Hangs(FixedRetriever):
         def search(self, queries, k):
             if "slow" in queries:
-                time.sleep(3)
+                released.wait(120)
             return super().search(queries, k)
 
     def script(prompt):
         return turns("qwen_tools", tokenizer, Search(("slow" if "Question 0?" in prompt else "quick",)), Answer("c"))
 
+    released = threading.Event()
     environment = SearchEnvironment(Hangs(PASSAGES), timeout_s=0.3)
     started = time.perf_counter()
     trajectories, _, _ = run(tokenizer, script, questions=["Question 0?"], environment=environment)
     assert trajectories[0].failed and "timed out" in trajectories[0].error
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 60
+    released.set()
 
 
 def test_an_empty_result_is_not_a_failure(tokenizer):
@@ -276,7 +278,7 @@ def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
         async def generate(self, prompt_ids, **options):
             if "Question 2?" in self.tokenizer.decode(list(prompt_ids)):
                 raise RuntimeError("out of memory")
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
 
         async def close(self):
             Dies.closed = True
@@ -287,7 +289,7 @@ def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
     with pytest.raises(RuntimeError, match="out of memory"):
         rollout(prompts, [{}] * 4, policy=Dies(tokenizer, lambda _: []), environment=AnswerOnly(), protocol=protocol,
                 limits=LIMITS, sampling=Sampling())  # fmt: skip
-    assert time.perf_counter() - started < 5 and Dies.closed
+    assert time.perf_counter() - started < 60 and Dies.closed
 
 
 def test_an_environment_that_does_not_close_leaves_the_engine_closed(tokenizer):

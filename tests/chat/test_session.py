@@ -188,7 +188,7 @@ def test_a_malformed_call_is_told(tokenizer):
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     turns = write(tokenizer, Search(("slow",)), Answer("done"))
-    retriever = FixedRetriever(PASSAGES, seconds=20.0)
+    retriever = FixedRetriever(PASSAGES, seconds=90.0)
     started = time.monotonic()
     events: list[Event] = []
 
@@ -206,7 +206,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
         assert chat.ask("second").answer == "done"
         assert chat.ask("third").failed_searches == ()
     assert len(events) == told, "the first listener was told after its question was given up"
-    assert time.monotonic() - started < 15, "the second question waited for the search of the first"
+    assert time.monotonic() - started < 60, "the second question waited for the search of the first"
 
 
 def test_it_works_where_a_loop_is_running(tokenizer):

@@ -348,7 +348,7 @@ def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
     every, train = map(json.loads, done.stdout.splitlines())
     assert list(every) == list(HUB_SETS)
@@ -388,7 +388,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     program = "from trl_search.data import load_questions; load_questions('bamboogle')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "UserError: dataset 'bamboogle' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded" in done.stderr

@@ -49,7 +49,7 @@ def run(scenario):
     async def go():
         await engine.open()
         try:
-            return await asyncio.wait_for(scenario(engine), timeout=20)
+            return await asyncio.wait_for(scenario(engine), timeout=200)
         finally:
             await engine.close()
 

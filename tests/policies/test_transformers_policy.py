@@ -176,7 +176,7 @@ def test_a_cancelled_request_frees_its_slot(random_model, tokenizer):
         endless = asyncio.create_task(policy.generate([5, 6], max_tokens=100_000, sampling=GREEDY))
         await asyncio.sleep(0.1)
         endless.cancel()
-        completion = await asyncio.wait_for(policy.generate([7], max_tokens=2, sampling=GREEDY), timeout=20)
+        completion = await asyncio.wait_for(policy.generate([7], max_tokens=2, sampling=GREEDY), timeout=200)
         await policy.close()
         return completion
 
@@ -196,7 +196,7 @@ def test_a_broken_engine_reaches_every_waiting_coroutine(probed_model, tokenizer
     async def go():
         await policy.open()
         tasks = [asyncio.create_task(policy.generate([i + 5], max_tokens=3, sampling=GREEDY)) for i in range(6)]
-        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=20)
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=200)
         late = await asyncio.gather(policy.generate([5], max_tokens=3, sampling=GREEDY), return_exceptions=True)
         await policy.close()
         return [*outcomes, *late]

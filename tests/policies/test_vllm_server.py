@@ -178,7 +178,7 @@ def test_a_cancelled_coroutine_ends_its_request_in_the_engine(server):
         return server.metric("vllm:generation_tokens_total")
 
     async def until(condition):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(200):
             while not await asyncio.to_thread(condition):
                 await asyncio.sleep(0.02)
 
@@ -195,7 +195,7 @@ def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(server):
         await one.open()
         await other.open()
         asked = [asyncio.create_task(policy.generate(prompt, **ask)) for policy in (one, other)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(200):
             before = server.metric("vllm:generation_tokens_total")
             while await asyncio.to_thread(server.metric, "vllm:generation_tokens_total") < before + 20:
                 await asyncio.sleep(0.02)
@@ -334,7 +334,7 @@ def test_trouble_of_the_server_is_asked_again(answering, trouble):
     started = time.monotonic()
     with pytest.raises(UserError, match=rf"{url} is up, and yet failed a request [3-9] times in \d s"):
         generate(VLLMServerPolicy(url, patience_s=1.5), ASK)
-    assert 1.5 < time.monotonic() - started < 15
+    assert 1.5 < time.monotonic() - started < 60
 
 
 def test_what_an_aborted_request_has_sampled_is_kept(answering):

@@ -218,10 +218,10 @@ def test_a_closed_answer_at_the_end_is_always_the_one(before: str, answer: str) 
 
 
 def test_extraction_is_linear_on_hostile_text() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert extract_answer("<answer>" * 100_000) is None
     assert extract_answer("<answer>" + "<" * 500_000) is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_containment_is_by_whole_words() -> None:

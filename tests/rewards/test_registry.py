@@ -239,7 +239,7 @@ def test_an_installed_package_adds_rewards(tmp_path: Path) -> None:
         "--target",
         str(site),
     ]
-    subprocess.run([sys.executable, *install, str(project)], check=True, timeout=120)
+    subprocess.run([sys.executable, *install, str(project)], check=True, timeout=600)
     program = textwrap.dedent("""
         import pickle
         from trl_search.common.errors import UserError

@@ -158,7 +158,7 @@ def test_a_download_is_killed_and_gone_on_with(
         came = next(folder.glob("e5*.incomplete")).stat().st_size
 
         again = run(hub, folder, count, "--yes")
-        out, err = again.communicate(timeout=180)
+        out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     assert hub.ranges == [
         (ARCHIVE, ""), ("part_aa", ""), ("part_aa", f"bytes={came}-"), ("part_ab", ""),

@@ -46,7 +46,7 @@ def test_it_serves_an_index_says_how_to_ask_and_ends_well(index: Path, tmp_path:
         assert [document["id"] for document in found["result"][0]] in (["1"], ["2"])
         assert len(httpx.get(f"{url}/health").json()["fingerprint"]) == 16
         server.terminate()
-        written, logged = server.communicate(timeout=20)
+        written, logged = server.communicate(timeout=200)
     assert server.returncode == 0 and written.endswith("stopped; what was under way is answered\n")
     assert '"status":200' in logged and "s3cret" not in first + curl + written + logged
 

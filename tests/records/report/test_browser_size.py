@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from tests.support.report_runs import write_run, write_trajectories
 from trl_search.records.folder import read_run, read_trajectories
 from trl_search.records.report.page import write_report
 
-# Generous: what takes a reader's patience, and not what a loaded machine takes.
-INTERACTION_S = 2.0
+# A reader's patience, on cores of their own: times the processes that wait for each core.
+INTERACTION_S = 2.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.slow

@@ -127,9 +127,9 @@ def test_passages_without_any_word_cannot_be_indexed() -> None:
 def test_a_pasted_page_holds_nobody_up() -> None:
     common = [f"harbour lantern vesk word{row % 50}" for row in range(20_000)]
     retriever = BM25Retriever.from_passages(passages(*common))
-    started = time.monotonic()
+    started = time.process_time()
     retriever.search(["harbour lantern vesk " * 5_000], k=3)
-    assert time.monotonic() - started < 3  # 15,000 terms of 20,000 postings each would take ten times that
+    assert time.process_time() - started < 3  # 15,000 terms of 20,000 postings each would take ten times that
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -194,7 +194,7 @@ def test_depth_or_k_are_fetched_and_k_returned() -> None:
 
 
 def test_requests_of_a_batch_go_out_together() -> None:
-    together = threading.Barrier(4, timeout=10)
+    together = threading.Barrier(4, timeout=120)
 
     def answer(body: dict[str, Any]) -> Answer:
         together.wait()

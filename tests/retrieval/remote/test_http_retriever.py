@@ -194,12 +194,12 @@ def test_503_is_asked_again_when_the_server_said(client, retry_after: str) -> No
 
 
 def test_503_goes_to_another_server_at_once(client) -> None:
-    full = Said({"error": "full"}, 503, {"Retry-After": "9"})
+    full = Said({"error": "full"}, 503, {"Retry-After": "90"})
     with serving(lambda asked: full) as busy, serving(ECHO) as idle:
         retriever, started = client(busy, idle), time.monotonic()
         for at in range(10):
             assert retriever.search([f"{at}"], 1)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         assert (len(busy.asked), len(idle.asked)) == (1, 10)
 
 
@@ -210,7 +210,7 @@ def test_a_server_that_asks_for_more_patience_than_there_is_fails_now(client) ->
             Unavailable, match=r"127.0.0.1:\d+ answered 503 .*the queue is full; gave up after one try"
         ):
             client(server).search(["a"], 1)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 422])
@@ -303,14 +303,14 @@ def test_a_server_that_hangs_times_out(client) -> None:
     release = threading.Event()
 
     def hang(asked: Asked) -> Said:
-        release.wait(20)
+        release.wait(200)
         return Said(b"", 500)
 
     with serving(hang) as server, serving(ECHO) as other:
         started = time.monotonic()
         with pytest.raises(Unavailable, match=rf"127.0.0.1:{server.port}: no answer to 1 queries in 0\.\d"):
             client(server, timeout_s=0.2, patience_s=0.2).search(["a"], 1)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         both = client(server, other, timeout_s=0.2)
         assert all(both.search([f"{at}"], 1)[0][0].id == f"{at}0" for at in range(20))
         assert total(both)["retrieval/failures"] == 1
@@ -438,7 +438,7 @@ def test_a_forked_child_searches_on_connections_of_its_own(client) -> None:
             found = retriever.search(["b"], 1)
             retriever.close()
             os._exit(0 if found[0][0].id == "b0" else 1)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         status = None
         while status is None and time.monotonic() < deadline:
             done, code = os.waitpid(child, os.WNOHANG)
@@ -452,7 +452,7 @@ def test_a_forked_child_searches_on_connections_of_its_own(client) -> None:
 
 def test_closing_ends_a_search_under_way(client) -> None:
     release = threading.Event()
-    with serving(lambda asked: Said(b"", 500) if release.wait(20) else Said(b"")) as server:
+    with serving(lambda asked: Said(b"", 500) if release.wait(200) else Said(b"")) as server:
         retriever = client(server)
         with ThreadPoolExecutor(1) as pool:
             search = pool.submit(retriever.search, ["a"], 1)
@@ -468,7 +468,7 @@ def test_closing_ends_a_search_under_way(client) -> None:
 
 def test_who_gives_up_says_nothing_about_the_server(client) -> None:
     release = threading.Event()
-    with serving(lambda asked: Said(b"", 500) if release.wait(20) else Said(b"")) as server:
+    with serving(lambda asked: Said(b"", 500) if release.wait(200) else Said(b"")) as server:
         retriever = client(server)
 
         async def scenario() -> None:

@@ -48,7 +48,7 @@ def port() -> Iterator[int]:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
+    return socket.create_connection(("127.0.0.1", port), timeout=100)
 
 
 def until_closed(client: socket.socket) -> bytes:
@@ -110,7 +110,7 @@ def test_who_sends_no_whole_head_in_time_is_hung_up_on(port: int, first: bytes, 
         started = time.monotonic()
         client.sendall(sent)
         said: bytes | None = None
-        while said is None and time.monotonic() - started < 10 * IDLE_S:
+        while said is None and time.monotonic() - started < 100 * IDLE_S:
             try:
                 said = client.recv(1000)
             except TimeoutError:
@@ -128,7 +128,7 @@ def test_a_request_that_takes_long_is_answered_and_the_next_one_too(port: int) -
         yield from [b" "] * 20_000
         yield b"}"
 
-    with httpx.Client(headers=headers, timeout=20) as client:
+    with httpx.Client(headers=headers, timeout=200) as client:
         for _ in range(2):
             answer = client.post(f"http://127.0.0.1:{port}/retrieve", content=in_pieces())
             assert answer.json() == {"result": [[{"id": "a", "contents": '""\n', "url": ""}]]}

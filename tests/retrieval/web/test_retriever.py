@@ -339,12 +339,12 @@ class Slow(Engine):
 
 
 def test_an_engine_that_hangs_is_given_up_when_the_patience_ends(make) -> None:
-    engine = Slow(20)
+    engine = Slow(200)
     retriever = make(engine, patience_s=0.3)
     started = time.monotonic()
     with pytest.raises(Unavailable, match=r"engine: no answer within 0.3 s.*patience_s"):
         retriever.search(["a"], 1)
-    assert time.monotonic() - started < 10 and engine.asked == ["a"]
+    assert time.monotonic() - started < 60 and engine.asked == ["a"]
     metrics = retriever.take_metrics()
     assert metrics["retrieval/requests"] == metrics["retrieval/failures"] == 1
 
@@ -438,7 +438,7 @@ def test_threads_and_processes_may_store_at_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "web.sqlite3")]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [run.communicate(timeout=60)[0].strip() for run in runs] == [str(list(range(15)))] * 2
+    assert [run.communicate(timeout=600)[0].strip() for run in runs] == [str(list(range(15)))] * 2
 
 
 def test_a_store_goes_through_a_fork(make) -> None:
