@@ -1,7 +1,8 @@
-"""`trl-search eval` on the real vLLM: an engine of its own process with an adapter, and a `vllm serve`.
+"""`trl-search eval` on the real vLLM, in an engine of its own process with an adapter.
 
-Both answer what the transformers policy answers to the same questions, with the same searches: all but one or two,
-where two tokens are as likely as each other and another order of additions decides.
+It answers what the transformers policy answers to the same questions, with the same searches: all but one or two, where
+two tokens are as likely as each other and another order of additions decides. The evaluation that asks a `vllm serve`
+is in tests/policies/test_vllm_server.py, which has started one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.support.servers import retrieve_from, serving
-from tests.support.vllm_engine import VLLMServer, make_model_folder, require_vllm, run_with_vllm
+from tests.support.vllm_engine import make_model_folder, require_vllm, run_with_vllm
 from trl_search.cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -30,10 +31,14 @@ def folder(tmp_path_factory, world):
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(folder / "adapter")
+    write_questions(folder, world)
+    return folder
+
+
+def write_questions(folder, world):
     rows = [question.row() for question in world.questions("test", limit=10)]
     lines = [json.dumps({**row, "data_source": "nq"}) for row in rows]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +83,6 @@ def test_an_engine_in_the_process_with_an_adapter(folder, searched, capsys):
     settings = json.loads((folder / "engine" / "settings.json").read_text())
     assert (settings["backend"]["name"], settings["dtype"]) == ("vllm", "float32")
     assert "sha256" in settings["model"]["adapter_of"]
-
-
-def test_a_server_that_runs(folder, searched, capsys):
-    server = VLLMServer(folder / "model", folder)
-    server.start()
-    try:
-        server.wait()
-        served = ["--backend", "vllm_server", "--server", server.url, "--served_model", "tiny"]
-        assert main(command(folder, "model", searched, "server", *served)) == 0
-        assert main(command(folder, "model", searched, "other", *served[:-1], "gone")) == 2
-        assert "gone" in capsys.readouterr().err
-    finally:
-        server.kill()
-    if not (folder / "model-here").exists():
-        assert main(command(folder, "model", searched, "model-here")) == 0
-    assert agreement(answers(folder, "server"), answers(folder, "model-here")) >= 0.8
-    assert json.loads((folder / "server" / "settings.json").read_text())["backend"]["served_model"] == "tiny"
 
 
 def test_without_vllm_the_extra_is_named(folder, searched, capsys):

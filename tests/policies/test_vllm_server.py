@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -20,8 +21,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.evaluation.test_vllm import agreement, answers, command, write_questions
 from tests.support.scripted_trainer import ROWS
+from tests.support.servers import retrieve_from, serving
 from tests.support.vllm_engine import VLLMServer, check_held_out, make_model_folder, require_vllm, run_with_vllm
+from trl_search.cli.main import main
 from trl_search.cli.preflight import Status, server_checks
 from trl_search.common.errors import UserError
 from trl_search.environment import SearchEnvironment
@@ -248,6 +252,21 @@ def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
     base, adapter = seen["served"]  # the ones before were unloaded
     assert base == "tiny" and re.fullmatch("policy-[0-9a-f]{8}-3", adapter)
     check_held_out(seen["held_out"], len(ROWS))  # an evaluation during training, by the server
+
+
+def test_an_evaluation_asks_it(server, folder, world, retriever, capsys):
+    """All answers but one or two are those of the model itself: two tokens may be as likely as each other."""
+    write_questions(folder.parent, world)
+    with serving(retrieve_from(retriever)) as searched:
+        asked = partial(command, folder.parent, "model", searched.url)
+        served = ["--backend", "vllm_server", "--server", server.url, "--served_model", "tiny"]
+        assert main(asked("server", *served)) == 0
+        assert main(asked("other", *served[:-1], "gone")) == 2
+        assert "gone" in capsys.readouterr().err
+        assert main(asked("here")) == 0
+    assert agreement(answers(folder.parent, "server"), answers(folder.parent, "here")) >= 0.8
+    settings = json.loads((folder.parent / "server" / "settings.json").read_text())
+    assert settings["backend"]["served_model"] == "tiny"
 
 
 def kill_in_the_middle(server, rollout):
