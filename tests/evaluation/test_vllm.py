@@ -1,8 +1,8 @@
 """`trl-search eval` on the real vLLM, in an engine of its own process with an adapter.
 
-It answers what the transformers policy answers to the same questions, with the same searches: all but one or two, where
-two tokens are as likely as each other and another order of additions decides. The evaluation that asks a `vllm serve`
-is in tests/policies/test_vllm_server.py, which has started one.
+It answers what the transformers policy answers to the same questions, with the same searches: all but one or two,
+where two tokens are as likely as each other and another order of additions decides. The evaluation that asks a
+`vllm serve` is in tests/policies/test_vllm_server.py, which has started one.
 """
 
 from __future__ import annotations
