@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from trl_search.types import FAILURES, Trajectory
 
 RESULTS_FILE = "results.json"  # of a run, and of an evaluation
 RESAMPLES = 10_000
+_AVERAGED = (
+    "em", "f1", "contains", "searches", "turns", "malformed", "model_tokens", "observation_tokens", "latency_s",
+)  # fmt: skip
 _Z95 = 1.959964  # quantile .975 of the normal distribution
 
 
@@ -173,23 +177,16 @@ def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
         return sum(sum(map(value, group)) / len(group) for group in answered.values()) / len(groups)
 
     low, high = bootstrap_interval([[one.em for one in group] for group in answered.values()])
+    means = {name: mean(attrgetter(name)) for name in _AVERAGED}
     return Evaluation(
         mode=mode,
         questions=sum(map(len, groups.values())),
         failed=len(failed),
         errors=dict(Counter(one.error for one in failed).most_common()),
-        em=mean(lambda one: one.em),
         em_ci95=(high - low) / 2,
         em_interval=(low, high),
-        f1=mean(lambda one: one.f1),
-        contains=mean(lambda one: one.contains),
-        searches=mean(lambda one: one.searches),
-        turns=mean(lambda one: one.turns),
-        malformed=mean(lambda one: one.malformed),
-        model_tokens=mean(lambda one: one.model_tokens),
-        observation_tokens=mean(lambda one: one.observation_tokens),
-        latency_s=mean(lambda one: one.latency_s),
         reflective_ratio=mean(lambda one: float(one.reflections > 0)),
+        **means,
     )
 
 

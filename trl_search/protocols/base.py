@@ -78,6 +78,8 @@ class Protocol(abc.ABC):
     correction: str
     # The protocol's own tags, each with the built-in tag that it is read as: {"lookup": "search"}.
     own_tags: Mapping[str, str] = {}
+    # Whether the chat template shows the tools to the policy.
+    shows_tools = True
     # How the chat template's own calls are read; `None` where the policy writes plain tags.
     call_format: CallFormat | None = None
 
@@ -335,7 +337,7 @@ class Protocol(abc.ABC):
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            tools=self.tools or None,
+            tools=(self.tools or None) if self.shows_tools else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **self._template_options,

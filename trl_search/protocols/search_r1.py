@@ -19,6 +19,7 @@ class SearchR1(Protocol):
     name = "search_r1"
     stop = ("</search>", "</answer>")
     call_tag = "search"
+    shows_tools = False  # the instruction explains the tags; tools in the prompt would teach a second way to call
     correction = "write the query in plain words between the search tags"
     default_instruction = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
@@ -32,15 +33,7 @@ class SearchR1(Protocol):
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             return "\n".join(str(message["content"]) for message in messages) + "\n"
-        # The tags are explained in the instruction; tools in the prompt would teach a second way to call.
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **self._template_options,
-        )
-        assert isinstance(text, str)
-        return text
+        return super()._render(messages, add_generation_prompt=add_generation_prompt)
 
     def _encode_start(self, text: str) -> list[int]:
         if self.tokenizer.chat_template:

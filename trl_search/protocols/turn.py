@@ -14,7 +14,7 @@ import re
 from typing import NamedTuple
 
 CALLS = frozenset({"tool_call", "search"})
-_TAG = re.compile(r"<(/?)(think|tool_call|search|answer|tool_response|information)>")
+TAG = re.compile(r"<(/?)(think|tool_call|search|answer|tool_response|information)>")
 _WORLD = frozenset({"tool_response", "information"})
 
 
@@ -68,7 +68,7 @@ def read_turn(text: str) -> TurnText:
     blocks: list[Block] = []
     tidy, speaks_for_world, position = True, False, 0
     last_close = {tag: text.rfind(f"</{tag}>") for tag in ("think", "answer", *CALLS)}
-    while tag := _TAG.search(text, position):
+    while tag := TAG.search(text, position):
         closes, name = tag.groups()
         position = tag.end()
         if name in _WORLD:
@@ -119,4 +119,4 @@ def outside_thoughts(text: str) -> str:
 
 
 def _tags(text: str, start: int, end: int) -> list[str]:
-    return [name for _, name in _TAG.findall(text, start, end)]
+    return [name for _, name in TAG.findall(text, start, end)]

@@ -16,10 +16,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trl_search.protocols.calls import NO_SUCH_TOOL, read_call, read_query
-from trl_search.protocols.turn import CALLS, Block, outside_thoughts, read_turn
+from trl_search.protocols.turn import CALLS, TAG, Block, outside_thoughts, read_turn
 from trl_search.types import Invalid
 
-_TAG = re.compile(r"<(/?)(think|tool_call|search|answer|tool_response|information)>")
 # What may follow the last block: white space and the tokens that end a turn, `<|im_end|>` or `</s>`.
 _ENDING = re.compile(r"(?:\s|<\|[^<>|]{1,64}\|>|</s>)*")
 
@@ -53,7 +52,7 @@ def duplicate_tags(turns: Sequence[str]) -> int:
     """
     repeated = 0
     for turn in turns:
-        seen = Counter(tag[0] for tag in _TAG.finditer(outside_thoughts(turn)))
+        seen = Counter(tag[0] for tag in TAG.finditer(outside_thoughts(turn)))
         # A second thought counts as a repeated tag; tags inside thoughts do not count.
         thoughts = sum(block.tag == "think" for block in read_turn(turn).blocks)
         repeated += max(0, thoughts - 1)
