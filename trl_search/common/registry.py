@@ -16,12 +16,13 @@ A package adds a name through the entry-point group, in its own pyproject.toml; 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
@@ -46,10 +47,11 @@ class Registry:
 
     def names(self) -> list[str]:
         """Every name: ours first, then those of installed packages."""
-        return [*self.built_in, *sorted({point.name for point in entry_points(group=self.group)} - set(self.built_in))]
+        installed = {point.name for point in _installed(self.group, tuple(sys.path))}
+        return [*self.built_in, *sorted(installed - set(self.built_in))]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        return name in self.built_in or name in self.names()
 
     def get(self, name: str) -> Any:
         """Imports what `name` stands for.
@@ -62,7 +64,7 @@ class Registry:
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
-        for point in entry_points(group=self.group, name=name):
+        for point in _installed(self.group, tuple(sys.path)).select(name=name):
             try:
                 return point.load()
             except (ImportError, AttributeError) as error:
@@ -88,6 +90,12 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"{self.noun} {name!r} cannot be imported: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of a group. Finding them reads every installed package, so it is done once per `sys.path`."""
+    return entry_points(group=group)
 
 
 def is_import_path(name: str) -> bool:
