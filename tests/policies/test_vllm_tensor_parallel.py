@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.two_ranks import output, start_ranks, wait_for_ranks
-from tests.support.vllm_engine import make_model_folder, require_vllm, vllm_environment
+from tests.support.two_ranks import run_ranks
+from tests.support.vllm_engine import make_model_folder, require_vllm, vllm_environment, vllm_fork_server
 from trl_search.policies import vllm_colocate
 from trl_search.policies.vllm_tensor_parallel import VLLMTensorParallelPolicy
 from trl_search.types import Completion, FinishReason, Sampling
@@ -195,16 +195,17 @@ def test_a_request_that_the_engine_refuses_fails_alone(ranks):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_real_engine(tmp_path, monkeypatch):
+def test_two_processes_share_a_real_engine(tmp_path):
     """vLLM's CPU build, half of it in each process: greedy completions are those of an engine of one process."""
     require_vllm()
     make_model_folder(tmp_path / "model")
-    for name, value in vllm_environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    codes = wait_for_ranks(
-        start_ranks("tests.support.vllm_tensor_parallel_run", [str(tmp_path)], tmp_path), tmp_path, 280
+    run_ranks(
+        "tests.support.vllm_tensor_parallel_run",
+        [str(tmp_path)],
+        tmp_path,
+        environment=vllm_environment(tmp_path),
+        server=vllm_fork_server(),
     )
-    assert codes == [0, 0], output(tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["shared"] == first["alone"] and second["shared"] == second["alone"]
     assert first["shared"] != second["shared"]

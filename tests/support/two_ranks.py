@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.forked import ForkedProcess
+from tests.support.forked import ROOT, ForkedProcess, ForkServer
 
 # It bounds a hang, and nothing else: on a busy machine the ranks take many times as long as on a quiet one.
 HANGS_S = 600.0
@@ -25,10 +25,14 @@ def start_ranks(
     environment: Mapping[str, str] | None = None,
     *,
     one_per_host: bool = False,
+    server: ForkServer | None = None,
 ) -> list[ForkedProcess]:
     """Two processes of `python -m MODULE ARGUMENTS`; rank r writes its output to FOLDER/rank<r>.log.
 
     They have the environment that torch's launcher would give them, on one host or on two.
+
+    Args:
+        server (`ForkServer`, *optional*): Forks them; that of vLLM, where they need it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,7 +44,8 @@ def start_ranks(
         if one_per_host:
             place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": rank}
         place = {**os.environ, **meeting, **place}
-        ranks.append(ForkedProcess(module, arguments, environment=place, log=folder / f"rank{rank}.log"))
+        log = folder / f"rank{rank}.log"
+        ranks.append(ForkedProcess(module, arguments, environment=place, log=log, folder=ROOT, server=server))
     return ranks
 
 
