@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.rewards.golden import golden_list, read_text
+from trl_search.rewards.golden_answers import golden_list, read_text
 
 # The share of trajectories that solved a question, which `trl-search data filter` writes.
 PASS_RATE = "pass_rate"

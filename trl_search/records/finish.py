@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_run
-from trl_search.records.publish.commit import CARD, CURVES
-from trl_search.records.publish.facts import read_facts
+from trl_search.records.publish.card_facts import read_facts
 from trl_search.records.publish.model_card import write_card
+from trl_search.records.publish.upload import CARD, CURVES
 from trl_search.records.report.figures import draw_curves
 from trl_search.records.report.page import write_report
 from trl_search.records.trackers import log_results

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
 from trl_search.protocols.turn import read_turn
-from trl_search.rewards.golden import golden_list
+from trl_search.rewards.golden_answers import golden_list
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

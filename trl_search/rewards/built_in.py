@@ -8,7 +8,7 @@ from typing import Any
 from trl_search.rewards.answers import contains_answer, exact_match, f1_score
 from trl_search.rewards.completions import Completion, answer_of, texts_of
 from trl_search.rewards.declaration import Reward, declare, missing_column
-from trl_search.rewards.golden import golden_list
+from trl_search.rewards.golden_answers import golden_list
 from trl_search.rewards.reflective_phrases import count_reflections
 from trl_search.rewards.tag_structure import format_score
 

@@ -26,7 +26,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 from trl_search.records.trajectory_log import question_text
 from trl_search.rewards.answers import exact_match, last_answer
-from trl_search.rewards.golden import golden_list
+from trl_search.rewards.golden_answers import golden_list
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from tests.support.model_hub import TOKEN, ModelHub, model_hub
 from trl_search.cli.main import main
 from trl_search.data.world import generate_world
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.records.publish.commit import plan_upload
+from trl_search.records.publish.upload import plan_upload
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 GOES = {*MODEL, "chat_template.jinja", "README.md", "trl_search.json", "curves.png"}

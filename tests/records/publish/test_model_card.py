@@ -18,7 +18,7 @@ from trl_search.common.errors import UserError
 from trl_search.config.agent import TINY, AgentSettings
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import PROTOCOLS, load_protocol
-from trl_search.records.publish.facts import CardFacts
+from trl_search.records.publish.card_facts import CardFacts
 from trl_search.records.publish.model_card import (
     example_conversation,
     question_for,

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi, get_token
 
-    from trl_search.records.publish.commit import CARD, adapter_text, license_of, plan_upload, publish, settings_text
-    from trl_search.records.publish.facts import read_facts
+    from trl_search.records.publish.card_facts import read_facts
     from trl_search.records.publish.model_card import write_card
+    from trl_search.records.publish.upload import CARD, adapter_text, license_of, plan_upload, publish, settings_text
 
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")

@@ -12,10 +12,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl_search.config.agent import AgentSettings
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
-from trl_search.records.publish.commit import CARD, CURVES
-from trl_search.records.publish.facts import CardFacts, base_of
+from trl_search.records.publish.card_facts import CardFacts, base_of
 from trl_search.records.publish.model_card import write_card
 from trl_search.records.publish.results import Result, dataset_names, training_results
+from trl_search.records.publish.upload import CARD, CURVES
 from trl_search.records.run_log import RunLog
 
 

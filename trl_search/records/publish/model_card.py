@@ -22,9 +22,9 @@ from trl_search.data.scripted_players import Script, play_scripts
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import Protocol
-from trl_search.records.publish.commit import on_hub
-from trl_search.records.publish.facts import CardFacts
+from trl_search.records.publish.card_facts import CardFacts
 from trl_search.records.publish.results import Result
+from trl_search.records.publish.upload import on_hub
 from trl_search.retrieval import load_retriever
 from trl_search.types import Answer, Passage, Search
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trl_search.common.errors import UserError
-from trl_search.rewards.golden import golden_list
+from trl_search.rewards.golden_answers import golden_list
 
 TRIVIAQA = {
     "value": "Sinclair Lewis",

@@ -15,8 +15,8 @@ from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import section
-from trl_search.records.publish.commit import CURVES, on_hub
 from trl_search.records.publish.results import Result, evaluation_results, training_results
+from trl_search.records.publish.upload import CURVES, on_hub
 
 
 @dataclass(frozen=True)
