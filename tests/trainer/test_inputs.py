@@ -15,9 +15,11 @@ from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_better, real_trainer
 from trl_search.common.errors import UserError
 from trl_search.environment import AnswerOnly
+from trl_search.protocols import QwenTools, SearchR1
 from trl_search.rewards import of_last_message
 from trl_search.trainer.callbacks.held_out import HeldOut
 from trl_search.trainer.grpo import SearchGRPOTrainer
+from trl_search.trainer.prompts import with_prompts
 
 EMPTY = DATA.select([])
 PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -186,3 +188,23 @@ def test_the_same_prompt_is_trained_evaluated_and_recorded(tmp_path, random_mode
     with mock.patch.object(type(trainer.protocol), "prompt_ids", lambda self, m: seen.append(list(m)) or ask(m)):
         evaluated.measure()
     assert seen and all(messages == own for messages in seen)
+
+
+def test_prompts_on_disk_are_those_of_the_protocol_that_asks(tmp_path, tokenizer):
+    """`map` keeps what it made by fingerprint. One that left something out would give another protocol its prompts."""
+
+    class Polite(SearchR1):
+        def conversation(self, row):
+            return self.messages(f"Please: {row['question']}")
+
+    Dataset.from_list(DATA.to_list()).save_to_disk(tmp_path / "data")
+    protocols = [QwenTools(tokenizer, instruction=text) for text in ("A ", "B ")]
+    protocols += [
+        QwenTools(tokenizer, instruction="A ", system_prompt="Be brief."),
+        SearchR1(tokenizer),
+        Polite(tokenizer),
+    ]
+    for protocol in [*protocols, *protocols]:
+        dataset = Dataset.load_from_disk(tmp_path / "data")
+        rows = with_prompts(dataset, protocol, [], "train_dataset")
+        assert list(rows["prompt"]) == [protocol.conversation(row) for row in dataset]

@@ -7,6 +7,7 @@ Environment variables are not recorded at all. Elsewhere secrets are left out by
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ _SECRET_WORD = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[\w-]{1
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result depends on; those not installed are left out."""
     found = {"python": platform.python_version()}

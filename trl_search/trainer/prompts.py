@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from transformers import Trainer
 
 from trl_search.common.errors import UserError
@@ -62,7 +63,8 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
             raise UserError(f"{name}[{index}] has no question: it is {asked!r:.60}, and must be a text")
         return {"prompt": protocol.conversation(row)}
 
-    return dataset.map(with_prompt, with_indices=True)
+    options = {"new_fingerprint": fingerprint} if (fingerprint := _fingerprint(dataset, protocol)) else {}
+    return dataset.map(with_prompt, with_indices=True, **options)
 
 
 def _check_golden(dataset: Dataset, name: str) -> None:
@@ -72,6 +74,17 @@ def _check_golden(dataset: Dataset, name: str) -> None:
         raise UserError(f"{name} has a column 'golden_answers' and no golden answer in it: no row could be rewarded")
     if without:
         logger.warning("%d of %d rows of %s have no golden answers and get no reward", without, len(dataset), name)
+
+
+def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
+    """The name under which `map` keeps the prompts: a hash of everything they depend on.
+
+    By default `map` hashes the tokenizer too, which takes longer than most of a trainer's start. `None` for a protocol
+    of another package, whose prompts may depend on more.
+    """
+    if not isinstance(dataset, Dataset) or not type(protocol).__module__.startswith("trl_search.protocols."):
+        return None
+    return Hasher.hash([dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt])
 
 
 def with_room(

@@ -7,6 +7,7 @@ how the policy was trained, and of files only their names: paths, addresses and 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from importlib import resources
@@ -111,9 +112,13 @@ def question_for(facts: CardFacts) -> str:
 
 def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
     """A conversation as the model reads it, token by token: the rollout of training plays a script."""
+    return _played(protocol, settings.max_searches, settings.passage_template)
 
+
+@functools.lru_cache(maxsize=4)  # a training writes a card into every checkpoint
+def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str:
     def script() -> Script:
-        if settings.max_searches:
+        if max_searches:
             yield "I need the author.", Search(("author of Dracula",))
             yield "The author is Bram Stoker. I need the birthplace.", Search(("where was Bram Stoker born?",))
         yield "Bram Stoker was born in Dublin.", Answer("Dublin")
@@ -121,8 +126,8 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
     environment = SearchEnvironment(
         load_retriever("bm25", passages=_EXAMPLE_PASSAGES),
         k=1,
-        max_searches=max(3, settings.max_searches),
-        passage_template=settings.passage_template,
+        max_searches=max(3, max_searches),
+        passage_template=passage_template,
     )
     prompt = protocol.prompt_ids(protocol.messages(EXAMPLE_QUESTION))
     trajectory = play_scripts([script()], [prompt], protocol, environment)[0]
