@@ -21,7 +21,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns, required_columns
-from trl_search.rewards.golden import golden_list
+from trl_search.rewards.golden_answers import golden_list
 from trl_search.trainer.batch import positions_of
 
 logger = logging.getLogger(__name__)
