@@ -186,7 +186,7 @@ def check_sampling(recipe: Mapping[str, Any]) -> Check:
 
 
 def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_tokens: int = 512) -> list[Check]:
-    """Whether the server at `url` is one that a search agent can be trained with."""
+    """Checks whether a search agent can be trained with the server at `url`."""
     try:
         facts = ask_server(url)
     except httpx.TransportError as error:

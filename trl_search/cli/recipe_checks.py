@@ -72,7 +72,7 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
 
 
 def gpus() -> list[Device]:
-    """The GPUs and their memory. What is free is not asked: that takes a CUDA context on each of them."""
+    """The GPUs and their memory. Free memory is not read, because that needs a CUDA context on each GPU."""
     import torch
 
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -56,7 +56,7 @@ def adapter_rank(model: Any) -> int:
         # vLLM has one scale for all modules.
         "rank_pattern": bool(getattr(config, "rank_pattern", None)),
         "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
-        # PiSSA, OLoRA, LoftQ and the like change the base weights, of which vLLM loads the originals.
+        # PiSSA, OLoRA, LoftQ and the like change the base weights, and vLLM loads the original ones.
         "init_lora_weights": getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"),
         "peft_type": config.peft_type != "LORA",
     }

@@ -47,7 +47,7 @@ def probe_length(model: Any, device: torch.device) -> int:
 
 
 def random_ids(tokenizer: PreTrainedTokenizerBase | None, model: Any, count: int, *, seed: int) -> list[int]:
-    """Ordinary tokens, none of which a model could treat as an image or as control."""
+    """Ordinary tokens, without image and control tokens."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     special: set[int] = set()
     if tokenizer is not None:

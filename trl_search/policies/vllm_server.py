@@ -92,7 +92,7 @@ class VLLMServerPolicy(Policy):
 
         Raises:
             ServerLost: if it is not there.
-            UserError: if it is no vLLM server, does not serve the model, or has too little room.
+            UserError: if it is not a vLLM server, does not serve the model, or has too little room.
         """
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)

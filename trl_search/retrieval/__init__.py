@@ -95,7 +95,7 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     """The kind and the options that `open_retriever` would load. Of a folder, its manifest is read and nothing else.
 
     Raises:
-        UserError: where the word is neither, or names a folder that is no finished index.
+        UserError: if the word is neither, or names a folder that is not a finished index.
 
     Example:
         >>> resolve_retriever("http://localhost:8000", {"timeout_s": 5.0})

@@ -144,7 +144,7 @@ def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def loss_mask(trajectory: Trajectory, args: SearchGRPOConfig) -> list[int]:
-    """1 for each token that is trained on: those the policy sampled, and none of a trajectory that failed."""
+    """1 for each token that is trained on: the sampled ones, unless the trajectory failed."""
     # TRL takes a completion for truncated if it does not end in EOS. Where the last observation found no room, a
     # sampled EOS comes last, so TRL would take that trajectory for a finished one.
     truncated = args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET

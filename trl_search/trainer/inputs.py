@@ -42,7 +42,7 @@ def environment_of(args: Any, retriever: Any, environment: Any) -> Environment |
     """The environment of a run; `None` for a plain GRPOTrainer. `args` take over the budgets of an instance.
 
     Raises:
-        UserError: for what is no retriever or no environment, and for both where one is meant.
+        UserError: if one is not a retriever or not an environment, or if both are given.
     """
     if retriever is None and environment is None and getattr(args, "environment", SEARCH) == SEARCH:
         return None
@@ -89,7 +89,7 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
             as nothing but text is shown.
 
     Raises:
-        UserError: for what is no model or no tokenizer, and where there is none to load.
+        UserError: if it is not a model or not a tokenizer, or if there is none to load.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise UserError(f"model is a name, a folder or a PreTrainedModel, and this is {type(model).__name__}")

@@ -33,7 +33,7 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     """The dataset, or each of a dict of datasets, with the `prompt` of each row, as `Protocol.conversation` writes it.
 
     Raises:
-        UserError: if it is no dataset or empty, lacks a column or the golden answers that are read, or has images.
+        UserError: if it is not a dataset, is empty, lacks a needed column or golden answers, or has images.
     """
     if dataset is None and name != "train_dataset":
         return None

@@ -1,12 +1,12 @@
-"""After a collapse, training goes on from the best checkpoint with half the learning rate (`on_collapse: rollback`).
+"""After a collapse, training resumes from the best checkpoint with half the learning rate (`on_collapse: rollback`).
 
     step 60: an alarm has lasted ten logs ─► the training stops
              best checkpoint: step 40     ─► back to it: weights, optimizer, data order; learning rate × 0.5
              step 95: an alarm again      ─► back to the best checkpoint, learning rate × 0.25
              step 130: an alarm again     ─► the training ends
 
-The best checkpoint is that of the highest held-out EM (`evaluate_every`). What is halved is the learning rate of the
-configuration, so warm-up and decay go on at the step they are at.
+The best checkpoint has the highest held-out EM (`evaluate_every`). The learning rate of the configuration is halved,
+so warm-up and decay continue from their step.
 """
 
 from __future__ import annotations

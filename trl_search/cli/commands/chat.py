@@ -185,7 +185,7 @@ def _lines(prompt: str) -> Iterator[str]:
 
 
 def _default_retriever(args: argparse.Namespace) -> str:
-    """What is searched where nothing is said: the public web only for a model that no run here has trained."""
+    """The default retriever. The public web is searched only for a model that was not trained by a run here."""
     from trl_search.config.searched import run_record
 
     if args.world or args.model == "tiny":

@@ -37,7 +37,7 @@ from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
 ANALYZER_VERSION = 2  # raised whenever the same options give other terms: an index of another version is refused
 STOP_MARK = "'"  # begins the terms of stop words; no other term holds an apostrophe
 
-# A possessive is no part of its word: "Talvane's" is found by "Talvane", stemmed or not.
+# A possessive ending is dropped: "Talvane" finds "Talvane's", stemmed or not.
 _POSSESSIVE = re.compile(r"(?<=\w)['\u2019]s\b")
 _OPTIONAL_POINTS = re.compile(
     "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew
@@ -149,7 +149,7 @@ def _letters() -> re.Pattern[str]:
 
 @functools.cache
 def _marks() -> str:
-    """Combining marks, as the inside of a character class. Variation selectors, which follow emoji, are no letters."""
+    """Combining marks, as the inside of a character class. Variation selectors, which follow emoji, are excluded."""
     codes = [code for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
     return "".join(chr(code) for code in codes if not 0xFE00 <= code <= 0xFE0F)
 

@@ -214,5 +214,5 @@ def _text(passage: Passage) -> str:
 
 
 def _clean(text: str) -> str:
-    """Half a surrogate pair is no text to tokenizers and JSON."""
+    """The text without lone halves of surrogate pairs, which tokenizers and JSON refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")

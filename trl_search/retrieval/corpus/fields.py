@@ -43,7 +43,7 @@ class Fields:
         """The columns of a table that matter.
 
         Raises:
-            UserError: if there is none for the id or for the text, or none of a name that was given.
+            UserError: if no column holds the id or the text, or a named one is missing.
         """
         there = list(names)
         for name in self.given:

@@ -138,7 +138,7 @@ def write_corpus(
     Duplicate ids are found from 8 bytes per id; a set of strings would take ten times that.
 
     Raises:
-        UserError: for a row that is no passage, or that repeats an id; the message names the line of the source.
+        UserError: if a row is not a passage, or repeats an id; the message names the line of the source.
             With `skip_duplicates`, the first passage of an id is kept and the others are left out.
     """
     source = source if isinstance(source, Source) else open_source(source, fields)

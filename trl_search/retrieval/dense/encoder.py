@@ -4,9 +4,9 @@
     BAAI/bge-base-en-v1.5     "Represent this sentence ...: " before queries only, first token, length 1, 512 tokens
     any sentence-transformers model     as its own files say; what they leave out, as its family above
 
-sentence-transformers does the work. What is here is the choice. The wrong pooling, or a prefix too many, loses half of
-the passages and raises no error. So a checkpoint that says nothing and is of no known family is refused until the user
-says how, and every choice goes into the `EncoderFingerprint` that an index keeps (`fingerprint.py`).
+sentence-transformers does the work; this module makes the choices. The wrong pooling, or a superfluous prefix, loses
+half of the passages without an error. So a checkpoint of an unknown family whose files say nothing is refused until
+the user says how, and every choice goes into the `EncoderFingerprint` that an index keeps (`fingerprint.py`).
 
 Code that lies in a checkpoint is not run, unless the caller says `trust_remote_code=True`.
 """
@@ -91,7 +91,7 @@ class Encoder:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
         longest = CHARACTERS_PER_TOKEN * self.fingerprint.max_length
-        # A lone half of a surrogate pair, which JSON can carry, is no text to a tokenizer.
+        # JSON can carry a lone half of a surrogate pair, which a tokenizer refuses.
         readable = [text[:longest].encode("utf-8", "replace").decode("utf-8") for text in texts]
         with self._lock:
             vectors_ND = model.encode(

@@ -41,7 +41,7 @@ class Engine(Protocol):
         """A passage as it is sent, and its approximate size in bytes of JSON."""
 
     def send(self, items: Sequence[Any]) -> None:
-        """Sends passages, and returns when they are on the engine's disk. What is sent twice is the same twice.
+        """Sends passages, and returns when they are on the engine's disk. Sending a passage twice changes nothing.
 
         Raises:
             TooLarge: if the engine takes no request of this size.

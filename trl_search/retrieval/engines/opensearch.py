@@ -89,8 +89,8 @@ class OpenSearchRetriever(Retriever):
 
 
 def _cut(query: str) -> str:
-    """The query as it is, so that the index' own analyzer splits it ("U.S.A.", "node.js"), without the words that are
-    too many: a clause each, of which OpenSearch takes 1,024."""
+    """The query for the index' own analyzer ("U.S.A.", "node.js"), cut to the words that OpenSearch takes: each is a
+    clause, and it allows 1,024."""
     query = query.encode("utf-8", "replace").decode()
     beyond = next(itertools.islice(_WORD.finditer(query), MAX_QUERY_TERMS, None), None)
     return query if beyond is None else query[: beyond.start()]

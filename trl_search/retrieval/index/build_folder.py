@@ -1,4 +1,4 @@
-"""`BuildFolder`: where an index is while it is built, and how a build that was killed goes on.
+"""`BuildFolder`: the folder of an index that is being built, and how a killed build resumes.
 
     indexes/.wiki.building/
         build.json      what is built from what: format, kind, options, the source's hash; and the steps that are done
@@ -10,8 +10,8 @@ A folder that cannot be replaced by a rename (an empty one that is there already
 we may not write) is built inside itself, in `indexes/wiki/.building`, and its files move up at the end, the manifest
 last. That the place can be written is tested before any work.
 
-A build with the same inputs goes on with what is there; one with other inputs starts anew and says so. A build that
-ends in an error leaves what is worth going on with: the scratch, and an index that is whole.
+A build with the same inputs resumes; one with other inputs starts again and says so. A build that ends in an error
+leaves what can be reused: the scratch, and a complete index.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class BuildFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _move_up(self) -> None:
-        """Without its manifest, the folder is no index while its files change; called again, this goes on."""
+        """Removes the manifest first, so that the folder is no index while its files change. A second call resumes."""
         (self._output / MANIFEST).unlink(missing_ok=True)
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
             there = self._output / entry.name

@@ -57,7 +57,7 @@ def serve(
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """As uvicorn's own, but does not raise the signal again at the end: a gentle stop is no failure."""
+            """Like uvicorn's own, but does not raise the signal again at the end: a graceful stop is not a failure."""
             loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
             for number in signals:
                 loop.add_signal_handler(number, self.handle_exit, number, None)

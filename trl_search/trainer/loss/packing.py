@@ -54,9 +54,9 @@ def needed_tokens(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor) -> t
 
 
 def assign(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Trajectories in as few packs as fit in `max_tokens` each, of like size. A longer one has a pack of its own.
+    """As few packs of at most `max_tokens` as possible, of similar size. A longer trajectory gets a pack of its own.
 
-    Longest first, each to the pack that holds least so far; one pack more until all fit.
+    Trajectories are assigned longest first, each to the emptiest pack, with one more pack until all fit.
     """
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
     alone = [[i] for i in order if lengths[i] >= max_tokens]

@@ -48,7 +48,7 @@ class SearchLoss(GRPOTrainer):
         return bool(other and self.vllm_importance_sampling_correction)
 
     def prepare_loss(self) -> None:
-        """Chooses how log-probs are computed, and of which trajectories; both are said in the log."""
+        """Chooses how log-probs are computed, and for which trajectories, and logs both."""
         self.logprobs = make_logprobs([self.model, self.ref_model], self.args, self.accelerator)
         self._all_run = must_all_run(self)
 

@@ -148,7 +148,7 @@ def choose_nprobe(ivf: Any, *, target: float = 0.99) -> tuple[int, float | None]
 
 
 def find_ivf(index: Any) -> Any:
-    """The IVF in an index, or in the one that a refined index begins with; `None` where there is none."""
+    """The IVF of an index, or of the base of a refined index; `None` if there is none."""
     faiss = faiss_module()
     base = getattr(index, "base_index", index)
     return faiss.try_extract_index_ivf(faiss.downcast_index(base))
