@@ -81,7 +81,7 @@ class Sampling:
 class Completion:
     """What the policy sampled in one turn. `logprobs[i]` is that of `ids[i]`; a sampled EOS is in both.
 
-    `versions[i]` is the optimizer step whose weights sampled `ids[i]`; empty where nobody keeps count.
+    `versions[i]` is the optimizer step whose weights sampled `ids[i]`; empty if versions are not recorded.
     """
 
     ids: tuple[int, ...]
@@ -206,7 +206,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)  # UNVERSIONED: observed, or nobody keeps count
+    versions: list[int] = field(default_factory=list)  # UNVERSIONED: observed, or not recorded
     turns: list[Turn] = field(default_factory=list)
     actions: list[Action] = field(default_factory=list)
     passages: list[tuple[Passage, ...]] = field(default_factory=list)

@@ -112,7 +112,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     search_floor_steps: int = field(
         default=0,
         metadata={
-            "help": "In the first so many steps, a trajectory without a search earns at most 0 from each reward. It "
+            "help": "In the first N steps, a trajectory without a search earns at most 0 from each reward. It "
             "keeps searching alive where guessing pays at first, and teaches the policy to search even for what it "
             "knows. 0: none."
         },

@@ -45,7 +45,7 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str)
 
     Args:
         arguments (`Sequence[type]`): The dataclasses.
-        command (`str`): Who asks: `train` or `sft`.
+        command (`str`): The command: `train` or `sft`.
 
     Raises:
         UserError: for a key that no dataclass has, in the recipe or on the command line (the nearest are named), for a
@@ -58,7 +58,7 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
     """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
 
     Raises:
-        UserError: as [`parse_recipe`], but for the checks of TRL's classes.
+        UserError: as [`parse_recipe`], without the checks of TRL's classes.
     """
     known = {field.name for cls in arguments for field in dataclasses.fields(cls) if field.init}
     path, options = _split(argv, known, command)

@@ -33,7 +33,9 @@ class QuestionArguments:
     )
     answers_field: str | None = field(default=None, metadata={"help": "Column of the golden answers in such a file."})
     id_field: str | None = field(default=None, metadata={"help": "Column of the id in such a file."})
-    max_train_questions: int | None = field(default=None, metadata={"help": "Train on a sample of so many questions."})
+    max_train_questions: int | None = field(
+        default=None, metadata={"help": "Train on a sample of this many questions."}
+    )
     world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
     world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
     retriever: str = field(
@@ -69,7 +71,7 @@ class TaskArguments(QuestionArguments):
         },
     )
     max_eval_questions: int | None = field(
-        default=200, metadata={"help": "Evaluate on a sample of so many questions of each set."}
+        default=200, metadata={"help": "Evaluate on a random sample of this many questions per set."}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}
@@ -89,7 +91,7 @@ class TaskArguments(QuestionArguments):
     evaluate_every: int = field(
         default=0,
         metadata={
-            "help": "Measure it every so many steps too, log it as eval/em, and keep the best checkpoint as "
+            "help": "Also evaluate every N steps, log it as eval/em, and keep the best checkpoint as "
             "output_dir/best. 0: never."
         },
     )

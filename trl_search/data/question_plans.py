@@ -68,7 +68,7 @@ def plan(
 
     Args:
         search (`Callable`): The passages of each query, as many as the environment shows.
-        max_searches (`int`): The plan has at most so many steps.
+        max_searches (`int`): The most steps of the plan.
     """
     if not len(gold):
         return _plan_without_gold(question, golden, search, max_searches=max_searches, rng=rng)

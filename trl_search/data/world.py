@@ -236,7 +236,7 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
         raise UserError(f"a world needs at least {MIN_PASSAGES} passages; {passages} were asked for")
     rng = random.Random(f"{seed}/world")
 
-    # 1. Names, and who is held out.
+    # 1. Names, and which entities are held out.
     counts = _counts(passages)
     named = [
         (kind, name) for kind, count in counts.items() for name in _draw_names(KINDS[kind], count, name_words, rng)

@@ -50,7 +50,7 @@ def load_judged(
 
     Args:
         split (`str`): Of a BEIR folder: the file in `qrels/`.
-        limit (`int`, *optional*): Takes a random sample of so many queries.
+        limit (`int`, *optional*): Takes a random sample of this many queries.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / "qrels").is_dir():

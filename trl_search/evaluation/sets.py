@@ -61,7 +61,7 @@ def load_sets(
     an average over all questions would weight the sets by their size.
 
     Args:
-        limit (`int`, *optional*): Asks a random sample of so many questions of each set, in their order.
+        limit (`int`, *optional*): Asks a random sample of this many questions per set, in their order.
         seed (`int`): Of that sample.
         fields (`QuestionFields`, *optional*): The columns of a file in a schema of its own.
     """

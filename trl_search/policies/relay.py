@@ -1,7 +1,7 @@
 """`RelayPolicy`: one policy for trajectories that outlive the engine they began with.
 
     batch 7   attach(engine, version=7)     "<think> the author of"            version 7 7 7 7
-              detach() ─► interrupts the engine; whoever asks now waits
+              detach() ─► interrupts the engine; new requests wait
               … the trainer takes a step, and the weights move …
     batch 8   attach(engine, version=8)     "<think> the author of Quiet …"    version 7 7 7 7 8 8 …
 

@@ -176,7 +176,7 @@ class VLLMServerPolicy(Policy):
                 completion = read_completion(await self._post(self._client, body), body, self.base_url)
                 if completion.ids or self._interrupted:
                     return completion
-                raise _Trouble("it aborted the request")  # it shuts down, or somebody paused it
+                raise _Trouble("it aborted the request")  # it is shutting down, or paused
             except _Trouble as error:
                 await self._recover(error)
                 self._require_weights()

@@ -3,7 +3,7 @@
     rows, trajectories of a group ─► score_group ─► Group ─► has_gradient: keep it, or draw another question
     groups that were kept         ─► rewards_of ─► what TRL would have computed over the whole batch
 
-TRL's own code calls the reward functions, so a function sees the same arguments as ever, with the rows of one group in
+TRL's own code calls the reward functions, so a function sees the same arguments, with the rows of one group in
 place of those of the batch. What it logs is kept with its group, and reaches TRL in the order of the rows.
 """
 

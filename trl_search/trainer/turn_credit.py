@@ -40,7 +40,7 @@ SAME = 1e-6  # gains that differ less are equal
 
 
 def refuse_turn_credit(trainer: Any) -> None:
-    """Raises `UserError` where turns cannot be credited. The trainer is complete, but for its training."""
+    """Raises `UserError` where turns cannot be credited. The trainer is complete, before its training."""
     kind = trainer.args.turn_credit
     if kind == "none":
         return

@@ -136,7 +136,7 @@ def test_the_protocol_to_the_letter(url: str) -> None:
 
 
 def test_search_r1s_client_is_served(url: str) -> None:
-    """One POST a turn, by `requests`, with every query of the batch, also in a turn in which nobody searches; the
+    """One POST a turn, by `requests`, with every query of the batch, also in a turn without searches; the
     documents as it shows them to its model."""
 
     def batch_search(queries: list[str]) -> list[str]:

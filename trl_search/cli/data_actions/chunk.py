@@ -1,4 +1,4 @@
-"""Cuts documents into passages of so many words or tokens.
+"""Cuts documents into passages of N words or tokens.
 
     trl-search data chunk documents.jsonl --size 100 --output corpus.jsonl                    words, as in wiki-18
     trl-search data chunk docs.parquet --size 200 --overlap 40 --output corpus.jsonl          40 words shared

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="where to write them: .parquet or .jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
     parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: train)")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of so many questions")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions")
     parser.add_argument("--seed", type=int, default=0, help="of that sample and of sampling (default: 0)")
     evaluation.add_policy_options(parser)
     sampled = parser.add_argument_group("how it samples")
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repeated(questions: Iterable[Mapping[str, Any]], times: int) -> Iterator[str]:
-    """Each question so many times in a row, as JSON, under ids of its own: sampling depends on them."""
+    """Each question several times in a row, as JSON, with ids of their own, because sampling depends on the id."""
     for number, row in enumerate(questions):
         for sample in range(times):
             asked = {"id": f"{number}-{sample}", "question": row["question"], "golden_answers": row["golden_answers"]}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder")
     parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: the published one)")
-    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of so many rows, in their order")
+    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N rows, in their order")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--dedupe_against", default="", metavar="SETS", help="names and files, with commas between")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")

@@ -1,4 +1,4 @@
-"""Documents cut into passages of so many words or tokens, as DPR cut Wikipedia into passages of 100 words.
+"""Documents cut into passages of N words or tokens, as DPR cut Wikipedia into passages of 100 words.
 
     document "17" of 250 words  ->  "17#0" words 1 to 100, "17#1" words 81 to 180, "17#2" words 161 to 250
                                     (100 words each, 20 of them shared with the passage before)

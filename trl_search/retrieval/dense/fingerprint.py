@@ -41,7 +41,7 @@ class EncoderFingerprint:
 
     def differences(self, other: EncoderFingerprint) -> list[str]:
         """What differs, in words: `["max_length is 256, not 512"]`; `[]` for the same encoder."""
-        # How tokens become one vector, whoever chose it, is in `modules`.
+        # `modules` says how tokens become one vector.
         named = [field.name for field in fields(self) if field.name not in ("name", "pooling", "query_encoder")]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in named]
         return [f"{name} is {_short(mine)}, not {_short(its)}" for name, mine, its in pairs if mine != its]

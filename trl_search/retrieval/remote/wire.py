@@ -6,7 +6,7 @@
 Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, which are all read and written:
 
 - `{"query": "one string"}` in place of the list, as SkyRL's client and server have it; the result is a list of one;
-- `{"queries": []}`, which Search-R1 sends in a turn in which nobody searches; the result is an empty list;
+- `{"queries": []}`, which Search-R1 sends in a turn without searches; the result is an empty list;
 - `return_scores` false or absent: the inner items are the bare documents;
 - `topk` absent or null: the server's default;
 - a document of ours always has a `url`, "" where the passage has none: ASearcher's client fails without it;

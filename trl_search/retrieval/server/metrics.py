@@ -6,7 +6,7 @@
 | `trl_search_request_seconds{path}` | how long they took, a histogram |
 | `trl_search_queries_total` | queries searched, after the cache |
 | `trl_search_query_failures_total` | of these, how many failed |
-| `trl_search_queries_refused_total` | queries turned away because the queue was full |
+| `trl_search_queries_refused_total` | queries refused because the queue was full |
 | `trl_search_batches_total` | calls of the retriever; queries / batches is the mean batch |
 | `trl_search_search_seconds_total` | time in these calls |
 | `trl_search_queued_queries` | queries waiting or being searched now |
@@ -71,7 +71,7 @@ class _ServiceCollector:
         counters = {
             "queries": ("Queries searched, after the cache.", stats.queries),
             "query_failures": ("Queries whose search failed.", stats.failures),
-            "queries_refused": ("Queries turned away because the queue was full.", service.refused),
+            "queries_refused": ("Queries refused because the queue was full.", service.refused),
             "batches": ("Calls of the retriever.", stats.batches),
             "search_seconds": ("Seconds in the retriever.", stats.seconds),
             "cache_hits": ("Queries found in the cache.", service.cache.hits),

@@ -76,7 +76,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     demonstrations: int = field(
         default=0,
         metadata={
-            "help": "With a model as the teacher: it is shown so many answered questions before each prompt, which "
+            "help": "With a model as the teacher: it sees this many answered questions before each prompt, which "
             "scripted players played. They are left out of what is trained on (context distillation)."
         },
     )
@@ -102,9 +102,9 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         default=True, metadata={"help": "Keep attempts alone in which every call and the answer are well-formed."}
     )
     min_searches: int = field(
-        default=1, metadata={"help": "Keep attempts of at least so many searches, or calls of another tool."}
+        default=1, metadata={"help": "Keep attempts with at least this many searches, or calls of another tool."}
     )
-    keep_per_question: int = field(default=2, metadata={"help": "Keep at most so many attempts of a question."})
+    keep_per_question: int = field(default=2, metadata={"help": "Keep at most this many attempts per question."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,7 +42,7 @@ class RoomForPacks:
         self._usable: float | None = None
 
     def __call__(self, micro_batch_tokens: int, *, checkpointing: bool) -> int:
-        """Tokens of a pack in a micro-batch of so many tokens."""
+        """Tokens of a pack in a micro-batch of this many tokens."""
         device = next(self.model.parameters()).device
         if device.type != "cuda" or not torch.is_grad_enabled():
             return FALLBACK

@@ -39,7 +39,7 @@ def must_all_run(trainer: Any) -> bool:
     """Whether trajectories without an advantage can change the weights of a [`SearchGRPOTrainer`]; says so in the log.
 
     Args:
-        trainer ([`SearchGRPOTrainer`]): Complete, but for its training.
+        trainer ([`SearchGRPOTrainer`]): Complete, before its training.
     """
     needed = {
         "log-probs are computed by TRL's own forward": trainer.logprobs is None or trainer.aux_loss_enabled,

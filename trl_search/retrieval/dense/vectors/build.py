@@ -6,7 +6,7 @@ file is written as the head that FAISS gives an empty index of this length, then
 `fp16` and `int8` are built in constant memory, `small` and `small-ivf` in that of their bits, whatever the size; FAISS
 reads the file as its own. (`hnsw` is built in memory: it lives there.)
 
-The same vectors, seed and machine give the same bytes, but for `hnsw`, whose graph depends on how its threads meet.
+The same vectors, seed and machine give the same bytes, except for `hnsw`, whose graph depends on how its threads meet.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
 
 
 def choose_nprobe(ivf: Any, *, target: float = 0.99) -> tuple[int, float | None]:
-    """How many lists of an IVF that somebody else built should be searched; FAISS' own default is 1.
+    """How many lists of an IVF built by others should be searched; FAISS' own default is 1.
 
     Queries are made as in `make_queries`, from the centres of the lists: not every code gives back its vectors.
 
