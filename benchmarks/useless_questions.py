@@ -76,14 +76,14 @@ def half_useless(questions: Dataset, values: list[str], seed: int) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=12, help="of the plain run (default: 12)")
     parser.add_argument("--questions", type=int, default=128, help="to train on, half of them useless (default: 128)")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="keys of the recipe, for every run")
     arguments = parser.parse_args()
     rows = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in arguments.only:
             done = arguments.output / f"{name}_{seed}.json"
             if not done.is_file():
