@@ -214,7 +214,7 @@ def metrics_on_the_page() -> set[str]:
 
 def test_every_metric_that_the_code_logs_is_explained() -> None:
     """Ours by their names in the source, TRL's by theirs in its trainer."""
-    families = "search|tools|tokens|time|reflection|retrieval|rollout|eval|loss|sampling"
+    families = "refill|curriculum|search|tools|tokens|time|reflection|retrieval|rollout|eval|loss|sampling"
     ours = re.compile(rf'[{{ (\[]f?"((?:{families})/[^"\s*]+)"')
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "trl_search").rglob("*.py"))
     theirs = re.compile(r'_metrics\[mode\]\[f?"([\w/{}]+)"\]')
