@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Sequence
 import pytest
 
 from tests.support.fakes import FixedRetriever
-from trl_search.retrieval.threads import DaemonCalls, on_daemon_thread, start_search
+from trl_search.retrieval.threads import DaemonCalls, _idle_threads, on_daemon_thread, start_search
 from trl_search.types import Passage
 
 
@@ -36,15 +37,39 @@ def test_an_exception_that_no_future_takes_arrives_as_another():
 
 def test_work_that_was_given_up_disturbs_nobody(caplog):
     async def give_up():
-        done, thread = on_daemon_thread(lambda: time.sleep(0.2))
+        done, ended = on_daemon_thread(lambda: time.sleep(0.2))
         done.cancel()
         await asyncio.sleep(0)
-        return thread
+        return ended
 
-    thread = asyncio.run(give_up())
-    assert thread.is_alive()
-    thread.join()  # its loop has ended meanwhile
+    ended = asyncio.run(give_up())
+    assert not ended.is_set()
+    assert ended.wait(timeout=10)  # its loop has ended meanwhile
     assert not caplog.records
+
+
+def test_threads_are_used_again_and_a_forked_child_has_its_own():
+    idle = _idle_threads(os.getpid())
+
+    async def numbers():
+        found = set()
+        for _ in range(5):
+            done, ended = on_daemon_thread(threading.get_ident)
+            found.add(await done)
+            while not (ended.is_set() and idle):  # a thread is idle an instant after it has answered
+                await asyncio.sleep(0.001)
+        return found
+
+    idle.clear()
+    assert len(asyncio.run(numbers())) < 5
+    child = os.fork()
+    if not child:
+        os._exit(asyncio.run(on_child()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+async def on_child() -> int:
+    return await asyncio.wait_for(on_daemon_thread(lambda: 7)[0], timeout=10)
 
 
 def test_the_exit_does_not_wait():

@@ -1,9 +1,16 @@
-"""Blocking work for an event loop, on daemon threads. Neither the loop nor the exit of the process waits for them."""
+"""Blocking work for an event loop, on daemon threads. Neither the loop nor the exit of the process waits for them.
+
+Threads are kept and used again. `Thread.start` waits until the new thread runs, and an event loop that starts one for
+each batch of searches spends a quarter of its time in there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,13 +18,17 @@ from typing import Any, TypeVar
 from trl_search.retrieval.base import Retriever, Unavailable
 from trl_search.types import Passage
 
+MAX_IDLE = 8  # threads that are kept; more end after their work
 MAX_HUNG = 8  # hanging calls after which new ones are refused: each keeps a thread and its memory
 
 T = TypeVar("T")
 
 
-def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Thread]:
-    """Starts work on a thread, and returns a future of its result.
+Inbox = queue.SimpleQueue[Callable[[], None]]  # where an idle thread waits for its next work
+
+
+def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Event]:
+    """Starts work on a thread. Returns a future of its result, and an event that is set when the thread is done.
 
     Unlike `asyncio.to_thread`, neither the loop nor the interpreter's exit waits for work that hangs.
 
@@ -32,6 +43,8 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
         with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
             loop.call_soon_threadsafe(lambda: None if done.done() else settle())
 
+    ended = threading.Event()
+
     def run() -> None:
         try:
             result = work()
@@ -41,18 +54,39 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
             tell(lambda: done.set_exception(failure))
         else:
             tell(lambda: done.set_result(result))
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return done, thread
+    idle = _idle_threads(os.getpid())
+    try:
+        inbox = idle.pop()
+    except IndexError:
+        inbox = queue.SimpleQueue()
+        threading.Thread(target=_work_on, args=(inbox, idle), daemon=True).start()
+    inbox.put(run)
+    return done, ended
+
+
+@functools.cache
+def _idle_threads(pid: int) -> list[Inbox]:
+    """Of this process: threads do not survive a fork."""
+    return []
+
+
+def _work_on(inbox: Inbox, idle: list[Inbox]) -> None:
+    while True:
+        inbox.get()()
+        if len(idle) >= MAX_IDLE:
+            return
+        idle.append(inbox)
 
 
 class DaemonCalls:
-    """Calls of one retriever on daemon threads. A call whose future was cancelled counts as hung until its thread
-    ends; while `MAX_HUNG` calls hang, new ones are refused."""
+    """Calls of one retriever on daemon threads. A call whose future was cancelled counts as hung until its thread is
+    done; while `MAX_HUNG` calls hang, new ones are refused."""
 
     def __init__(self) -> None:
-        self._calls: dict[threading.Thread, asyncio.Future[Any]] = {}
+        self._calls: dict[threading.Event, asyncio.Future[Any]] = {}
 
     def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """[`on_daemon_thread`], unless too many hang.
@@ -60,13 +94,13 @@ class DaemonCalls:
         Raises:
             Unavailable: if `MAX_HUNG` calls were given up and have not come back.
         """
-        for thread in list(self._calls):
-            if not thread.is_alive():
-                self._calls.pop(thread, None)  # another event loop may have removed it
+        for ended in list(self._calls):
+            if ended.is_set():
+                self._calls.pop(ended, None)  # another event loop may have removed it
         if sum(found.cancelled() for found in list(self._calls.values())) >= MAX_HUNG:
             raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
-        found, thread = on_daemon_thread(work)
-        self._calls[thread] = found
+        found, ended = on_daemon_thread(work)
+        self._calls[ended] = found
         return found
 
 
