@@ -24,6 +24,7 @@ from trl_search.config.recipe import build_arguments
 from trl_search.config.searched import resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
+from trl_search.environment.registry import SEARCH, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.policies.loading import model_source
 
@@ -183,11 +184,11 @@ def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
 
 
 def check_retriever(values: Mapping[str, Any]) -> list[Check]:
-    """What the recipe searches, by the meaning that every command gives the word."""
-    word = values.get("retriever")
-    if word is None:
-        return [Check("retriever", Status.OK, "none needed")]
+    """What the recipe's environment searches, by the meaning that every command gives the word."""
+    word, environment = values.get("retriever"), values.get("environment") or SEARCH
     try:
+        if word is None or not takes_retriever(environment):
+            return [Check("retriever", Status.OK, "none needed")]
         options = parse_object(values.get("retriever_options") or "{}", "retriever_options", "{}")
         searched = resolve_searched(word, options, in_world=values.get("questions") == "world")
     except UserError as error:

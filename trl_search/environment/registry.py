@@ -75,6 +75,11 @@ def takes_retriever(name: str) -> bool:
     return _has_parameter(ENVIRONMENTS.find(name), "retriever")
 
 
+def call_word(name: str) -> str:
+    """How tables name the calls of an environment's tools."""
+    return "searches" if name == SEARCH else "calls"
+
+
 def needs_retriever(name: str) -> bool:
     """Whether it cannot do without one."""
     make = ENVIRONMENTS.find(name)

@@ -30,7 +30,7 @@ from trl_search.config.searched import Searched, resolve_searched, run_record
 from trl_search.data import QuestionFields
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
-from trl_search.environment.registry import takes_retriever
+from trl_search.environment.registry import call_word, takes_retriever
 from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.evaluation.evaluate import answer_questions
@@ -106,6 +106,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
     tokenizer = load_tokenizer(model)
     retriever, description = _retriever(plan)
     environment = build_environment(plan.agent, retriever) if _acts(plan) else AnswerOnly()
+    calls = call_word(plan.agent.environment)
 
     # 2. The settings, which must be those that the folder was begun with.
     folder = plan.output
@@ -150,7 +151,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
                     result = summarize(mode, groups[one.name])
                     results.setdefault(mode, {})[one.name] = result
                     if processes.is_main_process:
-                        announce(_line(mode, one, result, time.perf_counter() - started))
+                        announce(_line(mode, one, result, time.perf_counter() - started, calls))
                 results[mode][MACRO] = macro(mode, groups)
     if retriever is not None:
         retriever.close()
@@ -259,7 +260,7 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
 
 def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
     """The retriever and its description; none if no mode searches."""
-    if not _acts(plan) or not takes_retriever(plan.agent.environment):
+    if not _acts(plan) or not searches(plan):
         return None, None
     searched = what_is_searched(plan)
     return searched.load(), describe_retriever(searched.kind, searched.described())
@@ -281,6 +282,18 @@ def what_is_searched(plan: Plan) -> Searched:
             "folder, the address of a server, or a kind with its --retriever_options"
         )
     return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
+
+
+def searches(plan: Plan) -> bool:
+    """Whether the environment of the plan's agent takes a retriever.
+
+    Raises:
+        UserError: where there is no such environment, and for `rag` where it searches nothing.
+    """
+    takes = takes_retriever(plan.agent.environment)
+    if "rag" in plan.modes and not takes:
+        raise UserError(f"mode 'rag' searches, and the environment {plan.agent.environment} takes no retriever")
+    return takes
 
 
 def _acts(plan: Plan) -> bool:
@@ -314,10 +327,10 @@ def _session(plan: Plan, processes: PartialState) -> dict[str, Any]:
     }
 
 
-def _line(mode: str, asked: QuestionSet, result: Evaluation, seconds: float) -> str:
+def _line(mode: str, asked: QuestionSet, result: Evaluation, seconds: float, calls: str) -> str:
     failed = f", {result.failed:,} failed" if result.failed else ""
     return (
-        f"{mode}, {asked.name}: EM {result.em:.3f} ± {result.em_ci95:.3f}, {result.searches:.2f} searches "
+        f"{mode}, {asked.name}: EM {result.em:.3f} ± {result.em_ci95:.3f}, {result.searches:.2f} {calls} "
         f"({result.questions:,} questions{failed}, {seconds:.0f} s)"
     )
 

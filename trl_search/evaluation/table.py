@@ -125,12 +125,15 @@ def _how(settings: Mapping[str, Any]) -> list[str]:
     sampling, agent, retriever = settings["sampling"], settings["agent"], settings["retriever"]
     how = "greedy" if sampling["temperature"] == 0 else f"temperature {sampling['temperature']}"
     searched = "nothing" if retriever is None else retriever["kind"]
+    world = f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches"
+    if "environment" in agent:  # written down only where it is not the search
+        world = f"environment {agent['environment']}, whose calls are counted as searches"
     return [
         "*contains*: a golden answer stands in the answer. *tokens* are those the policy wrote, *retrieved* those it "
         "was shown while it answered. *s*: seconds from question to answer, with others asked at the same time.",
         "",
         f"One answer per question, {how}, top_p {sampling['top_p']}; protocol {agent['protocol']}, "
-        f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches; retriever {searched}. "
+        f"{world}; retriever {searched}. "
         "results.json has the prompts, the hashes and the versions.",
     ]
 

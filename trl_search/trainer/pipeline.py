@@ -36,7 +36,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
-from trl_search.environment.registry import SEARCH, takes_retriever
+from trl_search.environment.registry import SEARCH, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -263,7 +263,7 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
     finish_run(run.folder, run.config)
     folder = run.config.output_dir or run.folder
     if run.measured:
-        print(f"\n{results_table(run.measured)}\n")
+        print(f"\n{results_table(run.measured, call_word(run.config.environment))}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
     print(f"  trl-search report {folder}    curves, alarms, and every token of its trajectories")
     print(f"  trl-search chat {folder}      asks it a question")
@@ -277,11 +277,15 @@ def announce(phase: str, said: str) -> None:
         heading(phase, said)
 
 
-def results_table(measured: Mapping[str, Evaluation]) -> str:
-    """The before/after table: aligned for a terminal, and Markdown."""
+def results_table(measured: Mapping[str, Evaluation], calls: str = "searches") -> str:
+    """The before/after table: aligned for a terminal, and Markdown.
+
+    Args:
+        calls (`str`): How the calls of the environment's tools are named.
+    """
     table = Table(box=box.MARKDOWN)
     table.add_column("policy")
-    for name in ("EM", "± 95 %", "F1", "searches per question", "reflective-phrase ratio"):
+    for name in ("EM", "± 95 %", "F1", f"{calls} per question", "reflective-phrase ratio"):
         table.add_column(name, justify="right")
     for row, result in measured.items():
         numbers = (result.em, result.em_ci95, result.f1)
