@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from trl import GRPOConfig
 
 import trl_search
+from trl_search.cli.main import main
 from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.records import trajectory_metrics as metrics
@@ -55,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_package", "my_agent")]:
         del sys.modules[name]
 
 
@@ -74,6 +76,24 @@ def test_extending_runs_from_top_to_bottom(folder: Path) -> None:
         run(page, blocks(page, "python"))
     finally:
         PROTOCOLS.pop("lookup", None)
+
+
+@pytest.mark.slow
+def test_an_agent_of_your_own_runs_from_top_to_bottom(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every block: files, Python, and the commands between them."""
+    page = ROOT / "docs" / "own-agent.md"
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for _, language, block in BLOCK.findall(page.read_text("utf-8")):
+        if named := re.match(r"# ([\w/]+\.\w+)\n", block):
+            Path(named[1]).write_text(block, "utf-8")
+            importlib.invalidate_caches()
+        elif language == "python":
+            exec(compile(block, str(page), "exec"), namespace)
+        else:
+            for line in block.splitlines():
+                assert main(shlex.split(line)[1:]) == 0, line
+    told = capsys.readouterr().out
+    assert '"answer": "Camos Harlund"' in told and "1.00 calls (4 questions" in told
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
