@@ -8,17 +8,31 @@ import dataclasses
 import signal
 import threading
 import time
+import traceback
 
 import pytest
 
+from tests.support.calculator import Calculator
 from tests.support.fakes import FixedRetriever, ScriptedPolicy
+from trl_search.common.errors import UserError
 from trl_search.common.event_loop import run_sync
 from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import PROTOCOLS, load_protocol
+from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.rollout import Job, Limits, rollout
-from trl_search.types import Answer, Completion, FinishReason, Observation, Passage, Sampling, Search, StopReason
+from trl_search.types import (
+    Answer,
+    Completion,
+    FinishReason,
+    Observation,
+    Passage,
+    Sampling,
+    Search,
+    StopReason,
+    ToolCall,
+)
 
 PASSAGES = [Passage(str(i), f"Title {i}", f"Quiet Raven is a novel by Mira Talvane, part {i}.") for i in range(5)]
 LIMITS = Limits(completion_tokens=1000, turn_tokens=200, observation_tokens=300)
@@ -269,6 +283,48 @@ def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog
     trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?"], environment=Broken())
     assert [t.failed for t in trajectories] == [False, True]
     assert "Broken.step failed" in caplog.text
+
+
+def test_a_failure_of_the_environment_is_told_once_with_its_own_traceback(tokenizer, caplog):
+    class Fragile(AnswerOnly):
+        async def step(self, action):
+            raise KeyError(self.row["question"])
+
+    script = turns("qwen_tools", tokenizer, Answer("x"))
+    trajectories, _, _ = run(tokenizer, script, questions=["A?", "B?", "C?"], environment=Fragile())
+    assert {t.stop_reason for t in trajectories} == {StopReason.ENVIRONMENT_FAILED}
+    assert [t.error for t in trajectories] == [f"KeyError('{name}?')" for name in "ABC"]
+    (record,) = caplog.records
+    assert "Fragile.step failed" in record.message
+    frames = traceback.extract_tb(record.exc_info[2])
+    assert [frame.filename for frame in frames] == [__file__]
+
+
+def test_a_search_that_fails_in_a_users_step_is_a_failed_search(tokenizer, caplog):
+    class Asks(AnswerOnly):
+        def step(self, action):
+            raise RetrievalError("the index is on fire")
+
+    (trajectory,), _, _ = run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")), environment=Asks())
+    assert (trajectory.stop_reason, trajectory.error) == (StopReason.RETRIEVAL_FAILED, "the index is on fire")
+    assert not caplog.records
+
+
+def test_a_start_that_shares_one_environment_ends_the_rollout_before_it_samples(tokenizer):
+    class Shared(AnswerOnly):
+        def start(self, row):
+            self.row = row
+            return self
+
+    with pytest.raises(UserError, match=r"Shared.start returned the environment itself, which all trajectories"):
+        run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")), environment=Shared())
+
+
+def test_calls_of_other_tools_are_counted_beside_searches(tokenizer):
+    script = turns("qwen_tools", tokenizer, ToolCall("add", {"a": 1, "b": 2}), Answer("3"))
+    (trajectory,), _, _ = run(tokenizer, script, environment=Calculator())
+    assert (trajectory.calls, trajectory.searches) == (1, 0)
+    assert next(turn.text.strip() for turn in trajectory.turns if turn.role == "tool") == "3"
 
 
 def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
 from trl_search.types import Answer, Completion, FinishReason, Search, StopReason, Trajectory
 
 
@@ -27,6 +27,15 @@ def test_queries_that_quote_a_phrase_or_repeat_another_are_shares():
     assert none["search/quoted_queries"] == none["search/repeated_queries"] == 0
 
 
-@pytest.mark.parametrize(("reason", "counted"), [(StopReason.TOKEN_BUDGET, 1.0), (StopReason.RETRIEVAL_FAILED, 0.0)])
+@pytest.mark.parametrize(
+    ("reason", "counted"),
+    [(StopReason.TOKEN_BUDGET, 1.0), (StopReason.RETRIEVAL_FAILED, 0.0), (StopReason.ENVIRONMENT_FAILED, 0.0)],
+)
 def test_a_trajectory_without_an_answer_is_counted_unless_its_retrieval_failed(reason, counted):
     assert metrics(Search(("a",)), reason=reason)["search/no_answer"] == counted
+
+
+def test_metrics_of_what_an_environment_has_not_are_left_out():
+    assert idle_metrics(["search"]) == {"tools/calls"} and idle_metrics(["search", "open"]) == set()
+    assert "search/searches" in idle_metrics(["add"]) and "tools/calls" not in idle_metrics(["add"])
+    assert {"search/searches", "tools/calls"} <= idle_metrics([])

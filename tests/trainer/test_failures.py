@@ -1,0 +1,34 @@
+"""Too many failures stop a run, and the message says what failed: retrieval, or the user's environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from trl_search.common.errors import UserError
+from trl_search.retrieval.base import RetrievalError
+from trl_search.trainer.batch import check_failures
+from trl_search.types import StopReason, Trajectory
+
+
+def trajectories(*reasons: StopReason) -> list[Trajectory]:
+    made = [Trajectory(prompt_ids=(1,)) for _ in reasons]
+    for trajectory, reason in zip(made, reasons, strict=True):
+        trajectory.finish(reason, error=f"{reason.value} it")
+    return made
+
+
+ANSWER, SEARCH, WORLD = StopReason.ANSWER, StopReason.RETRIEVAL_FAILED, StopReason.ENVIRONMENT_FAILED
+
+
+def test_few_failures_stop_nothing() -> None:
+    check_failures(trajectories(ANSWER, ANSWER, SEARCH, WORLD), 0.5)
+
+
+def test_failed_searches_are_the_retrievers() -> None:
+    with pytest.raises(RetrievalError, match=r"^retrieval failed for 2 of 4 .*first error: retrieval_failed it"):
+        check_failures(trajectories(ANSWER, SEARCH, SEARCH, WORLD), 0.5)
+
+
+def test_a_failing_environment_is_the_users() -> None:
+    with pytest.raises(UserError, match=r"^the environment failed for 3 of 4 .*first error: environment_failed it"):
+        check_failures(trajectories(WORLD, WORLD, WORLD, ANSWER), 0.5)
