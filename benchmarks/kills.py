@@ -39,6 +39,7 @@ from trl_search.records.folder import read_run, read_trajectories
 
 STEPS, BATCH = 4, 32
 KILLS_PER_RUN, LIVES = 4, 12
+LATE = 0.7  # the share of kills after the first checkpoint, so that there is something to resume from
 STUCK_S = 300.0
 OPTIONS = {
     "use_cpu": str(shutil.which("nvidia-smi") is None).lower(),
@@ -234,7 +235,9 @@ def one_run(kind: Kind, folder: Path, most: int, draw: random.Random, kills: Cou
     process, kept, done = start(kind, folder, resume=False), 0, 0
     for _ in range(LIVES):
         while done < most and process.poll() is None:
-            phase, who = draw.choice(kind.phases), draw.choice(kind.victims)
+            phase, who, late = draw.choice(kind.phases), draw.choice(kind.victims), draw.random() < LATE
+            while late and process.poll() is None and not has_whole_checkpoint(folder):
+                time.sleep(0.05)
             has_come, deadline = phase_has_come(phase, draw, folder), time.monotonic() + STUCK_S
             while process.poll() is None and not has_come() and time.monotonic() < deadline:
                 time.sleep(0.005)
