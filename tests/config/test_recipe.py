@@ -275,6 +275,7 @@ def test_qwen3b_opens_the_index_that_its_header_builds(world, monkeypatch, tmp_p
     assert world.passages[7].title in [passage.title for passage in found[0]]
 
 
+@pytest.mark.slow
 @each_recipe
 def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tmp_path: Path) -> None:
     """Everything of the recipe but its model, its data, its sizes, and vLLM, which the stand-in's CPU does without."""

@@ -37,6 +37,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_quickstart_leaves_a_model_results_and_curves(run):
     results = json.loads((run / "results.json").read_text())
     rows, best = list(results["rows"]), read_best(run)
@@ -56,6 +57,7 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
     assert (run / "model.safetensors").exists() and (run / "warm_start" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(run, capsys):
     before = json.loads((run / "results.json").read_text())["rows"]
     warm = (run / "warm_start" / "model.safetensors").stat().st_mtime_ns
@@ -80,6 +82,7 @@ def test_an_interrupted_run_goes_on(run, capsys):
     assert (run / "warm_start" / "model.safetensors").stat().st_mtime_ns == warm
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypatch):
     def killed(trainer, inputs):
         raise UserError("killed in the first step")
@@ -120,6 +123,7 @@ def test_two_processes_warm_up_and_train_as_one(tmp_path):
     assert all(row["questions"] == 8 for row in rows.values())  # four of each rank
 
 
+@pytest.mark.slow
 def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch, capsys):
     trained = []
 

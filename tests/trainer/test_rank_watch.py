@@ -8,6 +8,7 @@ from tests.support.two_ranks import start_ranks, wait_for_ranks
 from trl_search.trainer.rank_watch import ending_together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "codes", "said"),
     [

@@ -56,6 +56,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questions, retriever, capsys):
     """In `rag` the server sees each question that is asked; greedy answers are the same in one go and in two."""
     answer, held, asked = retrieve_from(retriever), threading.Event(), []

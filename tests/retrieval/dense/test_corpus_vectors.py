@@ -149,6 +149,7 @@ def same_bytes(one: Path, other: Path) -> None:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(
     tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     assert not (tmp_path / ".index.building").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_index_together(
     tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,7 @@ def test_varlen_attention_is_given_what_it_needs(monkeypatch, sliding, checkpoin
     torch.testing.assert_close(mine, gradient(model, (expected * weights * wanted).sum()), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ddp_ranks_with_different_numbers_of_packs(tmp_path):
     """Two gloo processes; rank 1 has one pack, rank 0 several: no hang, and the gradient is the mean of both."""
     run_ranks("tests.support.packed_ddp", [str(tmp_path)], tmp_path)
