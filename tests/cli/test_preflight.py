@@ -82,8 +82,8 @@ def test_servers_of_a_recipe():
 @pytest.mark.parametrize(
     ("version", "here", "status"),
     [
-        ("0.31.0", "0.31.0+cpu", "ok"),
-        ("0.32.0", "0.32.0", "warning"),
+        ("0.32.0", "0.32.0+cpu", "ok"),
+        ("0.33.0", "0.33.0", "warning"),
         ("0.25.1", "0.31.0", "warning"),
         ("0.25.1", None, "problem"),
     ],
