@@ -73,7 +73,10 @@ def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixt
     assert "takes no retriever: leave --retriever out" in capsys.readouterr().err
 
     assert main(["push", "run", "me/adder", "--dry_run"]) == 0
-    assert all("calls tools (add)" in card.read_text() for card in (sums / "run").glob("README*.md"))
+    for card in (sums / "run").glob("README*.md"):
+        told = card.read_text()
+        assert "calls tools (add)" in told and "calls per question" in told
+        assert f' --environment {CALCULATOR} "..."' in told
 
 
 @pytest.mark.parametrize(

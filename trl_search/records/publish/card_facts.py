@@ -11,6 +11,7 @@ from trl_search.common.files import read_object
 from trl_search.config.agent import AgentSettings, protocol_of, read_settings
 from trl_search.config.run_file import find_run_file
 from trl_search.environment import SearchEnvironment
+from trl_search.environment.registry import SEARCH
 from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
@@ -73,7 +74,8 @@ class CardFacts:
     @property
     def is_search_agent(self) -> bool:
         """Whether it has no other tool than the search, so that the example conversation and the snippet apply."""
-        return set(self.tools) <= {"search"}
+        searches = self.settings is None or self.settings.environment == SEARCH
+        return searches and set(self.tools) <= {"search"}
 
 
 def read_facts(

@@ -59,7 +59,8 @@ def write_card(facts: CardFacts) -> ModelCard:
     asked = facts.is_search_agent
     agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
     if not asked:
-        agent = f"an agent that reasons, calls tools ({', '.join(facts.tools)}), reads their results, and answers."
+        called = f"calls tools ({', '.join(facts.tools)}), reads their results," if facts.tools else "is replied to,"
+        agent = f"an agent that reasons, {called} and answers."
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cell": _cell, "fenced": _fenced, "number": _number}
     source = resources.files("trl_search.records.publish").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
