@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from tests.support.fakes import ScriptedPolicy
 from tests.support.scripted_trainer import ScriptedTrainer, answer, scripted_trainer, search
 from trl_search.environment import Environment
 from trl_search.protocols import SEARCH_TOOL
+from trl_search.trainer.batch import Rollout
 from trl_search.types import Action, Observation, Search, StopReason
 
 BOOKS = Dataset.from_list([{"question": f"Who wrote book {i}?", "golden_answers": [f"author {i}"]} for i in range(24)])
@@ -86,3 +88,35 @@ def library_trainer(
     )
     trainer.actor = Reader(tokenizer)  # type: ignore[assignment]
     return trainer
+
+
+def recorded(trainer: Any) -> list[tuple[Rollout, dict[str, Any]]]:
+    """The batches of a training to come: the rows and trajectories of each, and what TRL made of them."""
+    batches: list[tuple[Rollout, dict[str, Any]]] = []
+    score = trainer._generate_and_score_completions
+
+    def scoring(inputs: Any) -> Any:
+        output = score(inputs)
+        batches.append((trainer.last_rollout, {name: copy.copy(value) for name, value in output.items()}))
+        return output
+
+    trainer._generate_and_score_completions = scoring
+    return batches
+
+
+def release_after(trainer: Any, gate: Future[None], *, rollouts: int) -> None:
+    """Ends the search of a gate while the trainer computes with the batch of rollout number `rollouts`."""
+    compute_loss = trainer.compute_loss
+    losses: list[int] = []
+
+    def computing(*args: Any, **kwargs: Any) -> Any:
+        losses.append(1)
+        if len(losses) == rollouts:
+            gate.set_result(None)
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = computing
+
+
+def trained_books(batch: Rollout) -> list[int]:
+    return [int(row["question"].split()[-1][:-1]) for row in batch.rows]

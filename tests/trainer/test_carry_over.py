@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from pyarrow import parquet
 
 from tests.support.scripted_trainer import DATA, config, later_is_better, real_trainer, steps
-from tests.support.slow_searches import BOOKS, gates_of, library_trainer
+from tests.support.slow_searches import BOOKS, gates_of, library_trainer, recorded, release_after, trained_books
+from tests.support.two_ranks import output, start_ranks, wait_for_ranks
 from trl_search.common.errors import UserError
 from trl_search.config.carry_over import check_carry_over
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -17,36 +19,6 @@ from trl_search.trainer import generation
 from trl_search.trainer.carry_over import FILE
 
 BATCH = 4
-
-
-def recorded(trainer):
-    """The batches of a training to come: the rows and trajectories of each, and what TRL made of them."""
-    batches, score = [], trainer._generate_and_score_completions
-
-    def scoring(inputs):
-        output = score(inputs)
-        batches.append((trainer.last_rollout, {name: copy.copy(value) for name, value in output.items()}))
-        return output
-
-    trainer._generate_and_score_completions = scoring
-    return batches
-
-
-def release_after(trainer, gate, *, rollouts):
-    """Ends the search of a gate while the trainer computes with the batch of rollout number `rollouts`."""
-    compute_loss, losses = trainer.compute_loss, []
-
-    def computing(*args, **kwargs):
-        losses.append(1)
-        if len(losses) == rollouts:
-            gate.set_result(None)
-        return compute_loss(*args, **kwargs)
-
-    trainer.compute_loss = computing
-
-
-def books(batch):
-    return [int(row["question"].split()[-1][:-1]) for row in batch.rows]
 
 
 @pytest.fixture
@@ -64,18 +36,18 @@ def test_a_slow_group_is_trained_on_whole_in_a_later_batch(folder, tokenizer):
     release_after(trainer, gates["book 0"], rollouts=2)
     trainer.train()
     assert len(batches) == 4
-    asked = [books(batch) for batch, _ in batches]
+    asked = [trained_books(batch) for batch, _ in batches]
     assert all(row[0] == row[1] and row[2] == row[3] for row in asked), "whole groups, side by side"
     assert 0 not in asked[0] + asked[1] and any(0 in batch for batch in asked[2:])
-    for batch, output in batches:
-        for book, trajectory in zip(books(batch), batch.trajectories, strict=True):
+    for batch, scored in batches:
+        for book, trajectory in zip(trained_books(batch), batch.trajectories, strict=True):
             assert f"author {book}" in trajectory.spoken[-1] and f"book {book}?" in tokenizer.decode(
                 trajectory.prompt_ids
             )
         # Rewards 0 1 2 3: each group has one better and one worse member.
-        assert output["advantages"].sign().tolist() == [-1, 1, -1, 1]
-    late = next(batch for batch, _ in batches if 0 in books(batch))
-    assert set(late.trajectories[books(late).index(0)].versions) in ({-1, 0, 2}, {-1, 0, 3})
+        assert scored["advantages"].sign().tolist() == [-1, 1, -1, 1]
+    late = next(batch for batch, _ in batches if 0 in trained_books(batch))
+    assert set(late.trajectories[trained_books(late).index(0)].versions) in ({-1, 0, 2}, {-1, 0, 3})
     logged = steps(trainer)
     assert logged[0]["carry_over/parked"] == 2 and logged[0]["carry_over/tokens_age_0"] == 1
     assert any(entry["carry_over/batches_waited"] > 0 and entry["carry_over/tokens_age_0"] < 1 for entry in logged)
@@ -171,7 +143,7 @@ def test_a_resumed_run_asks_the_unfinished_questions_again(folder, tokenizer):
     resumed = make({}, max_steps=2)
     batches = recorded(resumed)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert len(batches) == 1 and books(batches[0][0])[:2] == [0, 0]
+    assert len(batches) == 1 and trained_books(batches[0][0])[:2] == [0, 0]
     assert set(batches[0][0].trajectories[0].versions) == {-1, 1}, "from its start, with the weights of now"
 
 
@@ -193,7 +165,7 @@ def test_an_evaluation_between_two_rollouts_leaves_the_parked_ones_alone(folder,
     trainer.evaluate = evaluating
     batches = recorded(trainer)
     trainer.train()
-    trained = [book for batch, _ in batches if len(batch.rows) == BATCH for book in books(batch)]
+    trained = [book for batch, _ in batches if len(batch.rows) == BATCH for book in trained_books(batch)]
     assert trained.count(0) == 2 and trainer.environment.searched.count("book 0") == 2
 
 
@@ -253,3 +225,21 @@ def test_off_it_changes_nothing(folder, tokenizer):
     (entry,) = steps(trainer)
     assert not trainer.carries_over and not any(name.startswith(("carry_over", "sampling")) for name in entry)
     assert not trainer.corrects_sampling
+
+
+@pytest.mark.slow
+def test_two_ranks_close_their_batches_each_in_its_own_time(folder, tokenizer):
+    tokenizer.save_pretrained(folder / "model")
+    ranks = start_ranks("tests.support.carry_over_run", [str(folder)], folder)
+    codes = wait_for_ranks(ranks, folder, timeout_s=240)
+    assert codes == [0, 0], output(folder)
+    one, other = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
+    for run in ("whole", "resumed"):
+        assert one[run]["weights"] == other[run]["weights"]
+        assert len(one[run]["books"]) == len(other[run]["books"]) == (3 if run == "whole" else 2)
+        for rank in (one, other):
+            for books, advantages in zip(rank[run]["books"], rank[run]["advantages"], strict=True):
+                assert books[0] == books[1] and books[2] == books[3], "whole groups, and on one rank"
+                assert [advantage > 0 for advantage in advantages] == [False, True, False, True]
+    assert 0 not in one["whole"]["books"][0] + one["whole"]["books"][1] and 0 in one["whole"]["books"][2]
+    assert one["resumed"]["books"][0][0] == 0 and 0 not in other["resumed"]["books"][0]
