@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 
@@ -243,3 +244,47 @@ def test_two_ranks_close_their_batches_each_in_its_own_time(folder, tokenizer):
                 assert [advantage > 0 for advantage in advantages] == [False, True, False, True]
     assert 0 not in one["whole"]["books"][0] + one["whole"]["books"][1] and 0 in one["whole"]["books"][2]
     assert one["resumed"]["books"][0][0] == 0 and 0 not in other["resumed"]["books"][0]
+
+
+def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weights_move(folder, tokenizer, monkeypatch):
+    """What a server would be asked, in order; the trainer computes between `open` and `close`."""
+    gates = gates_of([0])
+    trainer = library_trainer(
+        folder / "run", str(folder / "model"), tokenizer, gates, rewards=later_is_better, carry_over=1.0, max_steps=4
+    )
+    trainer.args.max_staleness = 1  # without a server the configuration would refuse it
+    log, under_way = [], []
+    monkeypatch.setattr(trainer.actor, "open", noting(log, "open"))
+    monkeypatch.setattr(trainer.actor, "close", noting(log, "close"))
+    enter, compute_loss = trainer.generation_policy, trainer.compute_loss
+
+    def entering(prompts):
+        log.append(f"weights {trainer.state.global_step}")
+        return enter(prompts)
+
+    def computing(*args, **kwargs):
+        log.append("loss")
+        if log.count("loss") == 1:
+            (group,) = [group for group in trainer._pool.groups if "book 0" in group.row["question"]]
+            gates["book 0"].set_result(None)
+            trainer._pool._loop.run(asyncio.wait(group.members))  # it generates its answer meanwhile
+            under_way.extend(group.trajectories)
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "generation_policy", entering)
+    monkeypatch.setattr(trainer, "compute_loss", computing)
+    batches = recorded(trainer)
+    trainer.train()
+    step = [["close", f"weights {number}", "open", "loss"] for number in range(4)]
+    assert log == [*step[0][1:], *step[1], *step[2], *step[3], "close"]
+    assert [set(trajectory.versions) for trajectory in under_way] == [{-1, 0}] * 2
+    assert 0 in trained_books(batches[1][0]), "due in the second batch"
+    ages = [batch.metrics["carry_over/batches_waited"] for batch, _ in batches]
+    assert ages[0] == 0 and max(ages) <= 1
+
+
+def noting(log, event):
+    async def note():
+        log.append(event)
+
+    return note
