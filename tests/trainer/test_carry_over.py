@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from pyarrow import parquet
+from trl import GRPOTrainer
 
 from tests.support.scripted_trainer import DATA, config, later_is_better, real_trainer, steps
 from tests.support.slow_searches import BOOKS, gates_of, library_trainer, recorded, release_after, trained_books
@@ -273,9 +274,16 @@ def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weight
 
     monkeypatch.setattr(trainer, "generation_policy", entering)
     monkeypatch.setattr(trainer, "compute_loss", computing)
+    generate = GRPOTrainer._generate
+
+    def generating(self, prompts):
+        log.append("sync")  # what TRL does first
+        return generate(self, prompts)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", generating)
     batches = recorded(trainer)
     trainer.train()
-    step = [["close", f"weights {number}", "open", "loss"] for number in range(4)]
+    step = [["close", "sync", f"weights {number}", "open", "loss"] for number in range(4)]
     assert log == [*step[0][1:], *step[1], *step[2], *step[3], "close"]
     assert [set(trajectory.versions) for trajectory in under_way] == [{-1, 0}] * 2
     assert 0 in trained_books(batches[1][0]), "due in the second batch"

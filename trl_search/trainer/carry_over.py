@@ -93,24 +93,25 @@ class CarriesOver(Trainer):
         rows += self._drawn(groups_under_way(self.args) - len(pool.groups) - len(rows))
         self._asked_again = ()
         prompts = encode_prompts([row["prompt"] for row in rows], self.protocol)
-        self._release_engine()
-        self._engine = contextlib.ExitStack()
+        self.release_engine()
+        engine = contextlib.ExitStack()
         longest = [*prompts, *encode_prompts([group.row["prompt"] for group in pool.groups], self.protocol)]
-        policy = self._engine.enter_context(self.generation_policy(longest))  # type: ignore[attr-defined]
+        policy = engine.enter_context(self.generation_policy(longest))  # type: ignore[attr-defined]
+        self._engine = engine
         metered = MeteredPolicy(policy, slots=size * groups_under_way(self.args))
         step = self.state.global_step
         pool.attach(metered, step)
         pool.start(rows, prompts, sampling)
         taken = pool.take(len(batch.rows) // size, f"Rollout, train step {step}")
         if not self.args.max_staleness:
-            self._release_engine()
+            self.release_engine()
         batch.rows[:] = [dict(group.row) for group in taken for _ in range(size)]
         batch.trajectories = [trajectory for group in taken for trajectory in group.trajectories]
         batch.prompt_ids = [trajectory.prompt_ids for trajectory in batch.trajectories]
         batch.metrics |= {"rollout/bubble": metered.bubble, **carry_over_metrics(taken, pool, step)}
 
-    def _release_engine(self) -> None:
-        """Takes the trajectories' engine away, before its weights or its memory are needed. Every rank calls it."""
+    def release_engine(self) -> None:
+        """Takes the engine from the trajectories before its weights move, or others use it. Every rank calls it."""
         if self._engine is None:
             return
         assert self._pool is not None

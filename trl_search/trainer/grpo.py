@@ -231,6 +231,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
             return super()._generate(prompts)
+        self.release_engine()  # TRL syncs the weights first of all
         unread = UnreadTokenizer(self._tokenizer)
         with replaced(self, "processing_class", unread), replaced(self, "_tokenizer", unread):
             output: tuple[Any, ...] = super()._generate(prompts)
@@ -304,6 +305,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         Raises:
             UserError: if the model has too few positions for the longest prompt and a full completion.
         """
+        self.release_engine()
         with policy_of(self, longest_context(prompt_ids, self.model, self.args)) as policy:
             yield policy
 
