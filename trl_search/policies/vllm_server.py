@@ -129,18 +129,23 @@ class VLLMServerPolicy(Policy):
 
         Raises:
             UserError: if the server cannot be paused.
+            ServerLost: if it does not answer.
         """
         self._interrupted = True
-        # A client of its own: the requests under way may hold all connections of the other.
-        async with httpx.AsyncClient(base_url=self.base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
-            for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
-                response = await client.post(path)
-                if response.status_code == httpx.codes.NOT_FOUND:
-                    raise UserError(
-                        f"the vLLM server at {self.base_url} cannot be paused, which carry_over and max_staleness "
-                        "need: start it with VLLM_SERVER_DEV_MODE=1"
-                    )
-                response.raise_for_status()
+        started = time.monotonic()
+        try:
+            # A client of its own: the requests under way may hold all connections of the other.
+            async with httpx.AsyncClient(base_url=self.base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
+                for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
+                    response = await client.post(path)
+                    if response.status_code == httpx.codes.NOT_FOUND:
+                        raise UserError(
+                            f"the vLLM server at {self.base_url} cannot be paused, which carry_over and max_staleness "
+                            "need: start it with VLLM_SERVER_DEV_MODE=1"
+                        )
+                    response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise _lost(self.base_url, time.monotonic() - started, error) from error
 
     async def close(self) -> None:
         if self._recovery is not None:

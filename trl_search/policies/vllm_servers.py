@@ -60,7 +60,12 @@ class VLLMServersPolicy(Policy):
         await asyncio.gather(*(server.close() for server in self._servers))
 
     async def interrupt(self) -> None:
-        await asyncio.gather(*(server.interrupt() for server in self._well))
+        asked = [(server, asyncio.create_task(server.interrupt())) for server in self._well]
+        for server, interruption in asked:
+            try:
+                await interruption
+            except ServerLost as error:
+                self._leave_out(server, error)
 
     async def generate(
         self,
@@ -78,11 +83,14 @@ class VLLMServersPolicy(Policy):
                     prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
                 )
             except ServerLost as error:
-                if server in self._well:
-                    self._well.remove(server)
-                    logger.warning("%d servers go on without one: %s", len(self._well), error)
-                if not self._well:
-                    raise
+                self._leave_out(server, error)
+
+    def _leave_out(self, server: VLLMServerPolicy, error: ServerLost) -> None:
+        if server in self._well:
+            self._well.remove(server)
+            logger.warning("%d servers go on without one: %s", len(self._well), error)
+        if not self._well:
+            raise error
 
     def _home(self) -> VLLMServerPolicy:
         """The server of the running trajectory; for a new one, and for one that lost its own, the least loaded."""
