@@ -1,0 +1,191 @@
+"""What carry-over saves where searches have a long tail, and what it costs where they have none; on a CPU.
+
+    nice -n 15 python benchmarks/slow_searches.py                        # a few minutes on two idle cores
+    nice -n 15 python benchmarks/slow_searches.py --steps 12 --repeats 3 --scale 0.1
+
+Whole training steps of `SearchGRPOTrainer` with the shipped tiny policy in the embedded world: 8 groups of 4 per step,
+one optimizer step each. Each search of a trajectory takes its own time, beside the others:
+
+| searches | seconds                                                                      |
+|----------|------------------------------------------------------------------------------|
+| tail     | log-normal around 1 s (sigma 1.5), 60 s at most; both times `--scale`        |
+| no tail  | 1 s, times `--scale`                                                         |
+| 20 ms    | 0.02 s, whatever the scale                                                   |
+
+What the tail costs depends on how long the rest of a step takes. On two idle cores a step is some seconds, so
+`--scale 0.1` has about the ratio of a 60 s tail to the step of a large model.
+
+The variants take turns, `--repeats` times, so that a busy machine is busy for all of them. The first two steps of each
+run are not counted. Seconds per step are medians; with carry-over the mean is given too, because a step that waits
+for its tail pays for several that did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from trl_search import SearchGRPOConfig, SearchGRPOTrainer
+from trl_search.data.world import generate_world
+from trl_search.environment import SearchEnvironment
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.retrieval import load_retriever
+from trl_search.types import Action, Observation, Search
+
+GROUPS, GROUP = 8, 4
+WARM_UP_STEPS = 2
+MEDIAN_S, SIGMA, LONGEST_S = 1.0, 1.5, 60.0
+VARIANTS = [("no tail", 1.0), ("tail", 1.0), ("tail", 1.5), ("20 ms", 1.0), ("20 ms", 1.5)]
+
+
+def seconds_of(searches: str, scale: float) -> Callable[[random.Random], float]:
+    """How long a search takes, drawn anew for each."""
+    return {
+        "tail": lambda draw: scale * min(LONGEST_S, MEDIAN_S * math.exp(draw.gauss(0.0, SIGMA))),
+        "no tail": lambda draw: scale * MEDIAN_S,
+        "20 ms": lambda draw: 0.02,
+    }[searches]
+
+
+class SlowSearches(SearchEnvironment):
+    """A `SearchEnvironment` whose searches take time, each its own."""
+
+    def __init__(self, retriever: Any, seconds: Callable[[random.Random], float]) -> None:
+        super().__init__(retriever, max_searches=3)
+        self.seconds, self.draw = seconds, random.Random(0)  # shared by the copies of all trajectories
+
+    async def step(self, action: Action) -> Observation:
+        if isinstance(action, Search):
+            await asyncio.sleep(self.seconds(self.draw))
+        return await super().step(action)
+
+
+class StepTimes(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        ends = self.ends[WARM_UP_STEPS - 1 :]
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def run(
+    questions: Dataset,
+    retriever: Any,
+    seconds: Callable[[random.Random], float],
+    carry_over: float,
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SearchGRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype="float32"),
+            "em",
+            SearchGRPOConfig(
+                folder,
+                per_device_train_batch_size=GROUPS * GROUP,
+                num_generations=GROUP,
+                carry_over=carry_over,
+                max_steps=steps + WARM_UP_STEPS,
+                learning_rate=1e-4,
+                max_completion_length=512,
+                max_turn_length=96,
+                max_observation_length=192,
+                rollout_batch_size=2 * GROUPS * GROUP,
+                instruction="",
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                logging_steps=1,
+                log_trajectories=0,
+                disable_tqdm=True,
+                seed=seed,
+            ),
+            questions,
+            processing_class=AutoTokenizer.from_pretrained(tiny_policy_path()),
+            environment=SlowSearches(retriever, seconds),
+            callbacks=[times],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][WARM_UP_STEPS:]
+    names = ("rollout/bubble", "carry_over/parked", "carry_over/tokens_age_0", "sampling/effective_sample_size")
+    return {
+        "seconds": times.seconds,
+        **{name: [entry[name] for entry in logged if name in entry] for name in names},
+    }
+
+
+def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
+    lines = [
+        "| searches | carry_over | seconds per step, median (mean) | of no carry-over (mean) | bubble | parked "
+        "| tokens of the step's own weights | effective sample size |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def all_of(key: tuple[str, float], name: str) -> list[float]:
+        return [value for result in results[key] for value in result[name]]
+
+    for key in results:
+        searches, carry_over = key
+        seconds, base = all_of(key, "seconds"), all_of((searches, 1.0), "seconds")
+        means = [
+            f"{statistics.mean(values):.2f}" if (values := all_of(key, name)) else ""
+            for name in (
+                "rollout/bubble",
+                "carry_over/parked",
+                "carry_over/tokens_age_0",
+                "sampling/effective_sample_size",
+            )
+        ]
+        ratio = "" if carry_over == 1 else f"{statistics.mean(seconds) / statistics.mean(base):.2f}"
+        lines.append(
+            f"| {searches} | {carry_over:g} | {statistics.median(seconds):.2f} ({statistics.mean(seconds):.2f}) "
+            f"| {ratio} | {' | '.join(means)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="Steps of each run that are counted.")
+    parser.add_argument("--repeats", type=int, default=1, help="Runs of each variant, in turns.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Of the times of `tail` and `no tail`.")
+    args = parser.parse_args()
+    world = generate_world(passages=2000, seed=7)
+    questions = Dataset.from_list([question.row() for question in world.questions("train")[:400]])
+    retriever = load_retriever("bm25", passages=world.passages)
+    results: dict[tuple[str, float], list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    for repeat in range(args.repeats):
+        for variant in VARIANTS:
+            searches, carry_over = variant
+            seconds = seconds_of(searches, args.scale)
+            results[variant].append(run(questions, retriever, seconds, carry_over, args.steps, seed=repeat))
+            print(f"{variant}: {[round(value, 2) for value in results[variant][-1]['seconds']]}", flush=True)
+    print(f"\n{table(results)}\n\ntorch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
