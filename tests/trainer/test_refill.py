@@ -13,6 +13,10 @@ from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, PASSAGES, answer, config, scripted_trainer, search, steps
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_run, read_trajectories
+from trl_search.trainer.batch import Question, Rollout
+from trl_search.trainer.group_rewards import Group
+from trl_search.trainer.refill import Refill
+from trl_search.types import StopReason, Trajectory
 
 QUESTIONS = 120
 DATA = Dataset.from_list(
@@ -109,6 +113,38 @@ def test_a_group_is_refilled_while_others_still_run(tmp_path, random_model, toke
     trainer.actor.generate = waiting
     trainer.score(rows)
     assert others.is_set() and asked(trainer)[:2] == [2, 2]
+
+
+def test_what_an_earlier_process_finished_of_a_refill_is_not_run_again():
+    def score(rows, trajectories):
+        rewards = torch.tensor([[float(row["question"] == "useful")] for row in rows])
+        return Group(rows, trajectories, rewards, bool(rewards.any()), {}, {})
+
+    def ended():
+        trajectory = Trajectory(prompt_ids=(1,))
+        trajectory.finish(StopReason.ANSWER)
+        return trajectory
+
+    spare = [[Question({"question": word}, (2, number))] for number, word in enumerate(("useless", "useful", "spare"))]
+    batch = Rollout(rows=[{"question": "first"}] * 2, prompt_ids=[(1,)] * 2, spare=spare)
+    batch.trajectories, before = [ended(), ended()], ended()
+
+    async def run():
+        refill = Refill(batch, group_size=2, score=score, finished={3: before})
+        assert await refill.more(1, batch.trajectories[1]) == {}
+        second = await refill.more(0, batch.trajectories[0])
+        assert list(second) == [2, 3] and second[2].finished is None and second[3].finished is before
+        assert second[2].prompt == (2, 0) and [second[n].key for n in (2, 3)] == ["2", "3"]
+        await refill.more(3, before)
+        third = await refill.more(2, ended())
+        assert [job.row["question"] for job in third.values()] == ["useful"] * 2
+        await refill.more(4, ended())
+        assert await refill.more(5, ended()) == {}
+        refill.settle()
+
+    asyncio.run(run())
+    assert [row["question"] for row in batch.rows] == ["useful"] * 2
+    assert [group.rows[0]["question"] for group in batch.replaced[0]] == ["first", "useless"]
 
 
 def test_groups_whose_retrieval_failed_are_replaced_and_counted(tmp_path, random_model, tokenizer):
