@@ -48,6 +48,7 @@ from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measur
 from trl_search.trainer.callbacks.progress import heading
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import refuse_quantization
+from trl_search.trainer.question_choice import check_dataset
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
@@ -111,6 +112,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         )
     task = load_task(arguments, seed=config.seed, searches=takes_retriever(config.environment))
     build_environment(config.agent, task.retriever)  # what is wrong with its options is said before a model is loaded
+    check_dataset(config, task.train)
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     if config.on_collapse == "rollback" and not arguments.evaluate_every:

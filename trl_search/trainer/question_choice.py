@@ -54,18 +54,8 @@ class QuestionChoice:
     """
 
     def __init__(self, args: SearchGRPOConfig, dataset: Any, protocol: Protocol, accelerator: Accelerator) -> None:
+        check_dataset(args, dataset)
         self.size = args.num_generations or 1
-        groups = (args.generation_batch_size or 1) // self.size
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"{asked_for(args)} draws questions of its own, and a {type(dataset).__name__} gives them in one "
-                "order: load the questions whole (streaming=False), or leave it out"
-            )
-        if len(dataset) <= groups:
-            raise UserError(
-                f"{asked_for(args)} needs other questions than the {groups} of a batch, and train_dataset has "
-                f"{len(dataset)}: give more, or leave it out"
-            )
         self.args, self.dataset, self.protocol, self.accelerator = args, dataset, protocol, accelerator
         self._batches: Counter[int] = Counter()  # by step
         self.pass_rates = PassRates(dataset) if args.curriculum == "pass_rate" else None
@@ -208,6 +198,23 @@ def question_choice_of(trainer: Any) -> QuestionChoice | None:
             "refill_groups out"
         )
     return QuestionChoice(args, trainer.train_dataset, trainer.protocol, trainer.accelerator)
+
+
+def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
+    """Raises `UserError` where other questions are asked for, and the dataset cannot give any."""
+    if not args.refill_groups and args.curriculum == "none":
+        return
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"{asked_for(args)} draws questions of its own, and a {type(dataset).__name__} gives them in one order: "
+            "load the questions whole (streaming=False), or leave it out"
+        )
+    groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
+    if len(dataset) <= groups:
+        raise UserError(
+            f"{asked_for(args)} needs other questions than the {groups} of a batch, and there are {len(dataset)}: "
+            "give more, or leave it out"
+        )
 
 
 def asked_for(args: SearchGRPOConfig) -> str:

@@ -244,3 +244,10 @@ def test_a_watch_forgets_nothing_of_a_slow_decline():
     for step in range(200):
         found = watch.add({**GOOD, "search/searches": 2.0 * 0.985**step})
     assert found["searches"].startswith("search/searches fell from 2 to")
+
+
+def test_with_a_refill_the_reward_is_that_of_the_questions_as_they_were_drawn():
+    """The groups that are trained on are half right whatever the policy can do."""
+    drawn = [0.8] * 10 + [0.05] * 10
+    rows = [{"loss": 0.0, "reward": 0.5, "refill/reward_before": reward} for reward in drawn]
+    assert "reward" in find_collapse(rows) and "reward" not in find_collapse(rows[:10])

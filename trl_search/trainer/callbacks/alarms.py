@@ -26,6 +26,7 @@ from trl_search.records.alarm_rules import ALARM_PREFIX, DRIFT, RULES, WINDOW, L
 
 logger = logging.getLogger(__name__)
 
+AS_DRAWN = "refill/reward_before"  # the reward of the questions drawn first, where a refill replaces some
 STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts
 
 
@@ -43,6 +44,8 @@ class Watch:
 
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The finding of every rule after this log, `""` for none. A rule is left out until its metric is logged."""
+        if AS_DRAWN in row:  # the groups that are trained on were chosen for their rewards
+            row = {**row, "reward": row[AS_DRAWN]}
         for metric in {rule.metric for rule in RULES} & set(row):
             if is_number(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])
