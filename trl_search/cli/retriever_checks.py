@@ -22,7 +22,7 @@ _TIMEOUT_S = 5.0
 _SERVERS = ("http", "qdrant", "opensearch")
 # The modules whose absence is a problem, each with the extra that brings it.
 _MODULES = {
-    "dense": (("sentence_transformers", "dense"), ("faiss", "faiss")),
+    "dense": (("sentence_transformers", "dense"),),
     "qdrant": (("qdrant_client", "qdrant"),),
     "opensearch": (("opensearchpy", "opensearch"),),
 }
@@ -38,6 +38,8 @@ def retriever_checks(searched: Searched) -> Iterator[Check]:
 
 def _packages(kind: str, options: Mapping[str, Any]) -> Iterator[Check]:
     wanted = list(_MODULES.get(kind, ()))
+    if kind == "dense" and {"index", "faiss_file"} & options.keys():
+        wanted += [("faiss", "faiss")]
     if kind == "web":
         wanted += [("ddgs", "web")] if options.get("provider", "ddgs") == "ddgs" else []
         wanted += [("trafilatura", "web")] if options.get("pages") else []
