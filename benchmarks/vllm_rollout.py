@@ -309,7 +309,7 @@ def main() -> None:
             seconds.setdefault("trl-search", []).append(run_ours(ours, prompts))
             if arguments.ablate:
                 with mock.patch.object(vllm_colocate, "_params", without_seed(vllm_colocate._params)):
-                    seconds.setdefault("trl-search, no seed a request", []).append(run_ours(ours, prompts))
+                    seconds.setdefault("trl-search, no seed per request", []).append(run_ours(ours, prompts))
                 with mock.patch.object(vllm_colocate, "SWITCH_INTERVAL_S", 0.005):
                     seconds.setdefault("trl-search, Python's switch interval", []).append(run_ours(ours, prompts))
             if repeat < arguments.stock_repeats:

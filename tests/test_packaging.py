@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def sources() -> set[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("trl_search", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -56,6 +58,23 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert licensed and {"trl_search/py.typed", "trl_search/recipes/quickstart.yaml"} <= held
 
 
+def test_the_description_has_no_link_that_pypi_cannot_follow(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = archive.read(name).decode("utf-8")
+    assert "Description-Content-Type: text/markdown" in metadata and "SearchGRPOTrainer" in metadata
+    assert [target for target in re.findall(r"\]\(([^)]+)\)", metadata) if "://" not in target] == []
+
+
+def test_links_of_the_readme_become_those_of_the_repository() -> None:
+    for_pypi = runpy.run_path(str(ROOT / "setup.py"))["for_pypi"]
+    readme = "[a](docs/a.md#b) ![c](docs/c.png) [d](https://d.org)"
+    assert for_pypi(readme, None) == "a  [d](https://d.org)"
+    at = "https://github.com/me/it"
+    expected = f"[a]({at}/blob/main/docs/a.md#b) ![c]({at}/raw/main/docs/c.png) [d](https://d.org)"
+    assert for_pypi(readme, at) == expected
+
+
 def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
@@ -78,7 +97,7 @@ def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> N
     environment["HF_HUB_OFFLINE"] = "1"
     run = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "| search, after GRPO |" in run.stdout
+    assert "| search, after GRPO " in run.stdout
     assert (tmp_path / "empty" / "runs" / "quickstart" / "curves.png").exists()
 
 

@@ -47,7 +47,7 @@ SMOKE = Plan(
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """An untrained model: Qwen2 with 4 layers of width 256, 3.4 million parameters."""
+    """An untrained model: Qwen2 with 4 layers of width 256, 3.5 million parameters."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,

@@ -22,7 +22,9 @@ from trl_search.common.files import written_whole
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("documents", metavar="DOCUMENTS", help="a file, a BEIR folder, or a dataset's name")
     parser.add_argument("--output", required=True, metavar="FILE", help="the corpus to write, a .jsonl file")
-    parser.add_argument("--size", type=int, default=100, metavar="N", help="words or tokens a passage (default: 100)")
+    parser.add_argument(
+        "--size", type=int, default=100, metavar="N", help="words or tokens per passage (default: 100)"
+    )
     parser.add_argument("--overlap", type=int, default=0, metavar="N", help="of them shared with the one before")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count the tokens of this model in place of words")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
