@@ -75,6 +75,13 @@ def test_batches_that_do_not_divide() -> None:
     assert check_configuration({**values, "num_generations": 7}, CLASSES).status is Status.PROBLEM
 
 
+def test_a_warm_start_on_own_questions_is_refused_before_the_baselines() -> None:
+    values = recipe_values(["quickstart", "--questions", "mine.jsonl"], CLASSES, command="train")
+    check = check_configuration(values, CLASSES)
+    assert check.status is Status.PROBLEM and "trl-search sft" in check.said
+    assert check_configuration({**values, "warm_start_steps": 0}, CLASSES).status is Status.OK
+
+
 @pytest.mark.parametrize(
     ("values", "devices", "status"),
     [

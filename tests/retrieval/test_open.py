@@ -41,6 +41,13 @@ def test_a_word_that_names_nothing_says_what_would(home: Path, word: str, messag
         resolve_retriever(word)
 
 
+def test_two_places_are_refused_and_not_one_taken_in_silence(home: Path) -> None:
+    for word, options in (("wiki", {"index": "indexes/other"}), ("http://host:1", {"url": "http://host:2"})):
+        with pytest.raises(UserError, match=r"two places to search.*--retriever_options '{}'"):
+            resolve_retriever(word, options)
+    assert resolve_retriever("wiki", {"index": "wiki"}) == ("bm25", {"index": "wiki"})
+
+
 def test_every_path_may_begin_at_home(home: Path) -> None:
     (home / "corpus.jsonl").write_text('{"id": "7", "text": "A lantern."}\n')
     for options in ({"index": "~/wiki"}, {"corpus": "~/corpus.jsonl"}):

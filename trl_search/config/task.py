@@ -112,6 +112,11 @@ class TaskArguments(QuestionArguments):
                 raise UserError(f"{name}={value} must be at least {least}")
         if not 0 < self.warm_start_learning_rate < math.inf:
             raise UserError(f"warm_start_learning_rate={self.warm_start_learning_rate} must be more than 0")
+        if self.warm_start_steps and self.questions != WORLD:
+            raise UserError(
+                "warm_start_steps needs questions: world; for your own, set it to 0, and begin with `trl-search sft` "
+                "(--teacher scripts needs no other model)"
+            )
         for mode in self.baselines:
             if mode not in BASELINES:
                 raise unknown_name("baseline", mode, BASELINES)

@@ -95,7 +95,8 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     """The kind and the options that `open_retriever` would load. Of a folder, its manifest is read and nothing else.
 
     Raises:
-        UserError: if the word is neither, or names a folder that is not a finished index.
+        UserError: if the word is neither, names a folder that is not a finished index, or names one place and the
+            options another.
 
     Example:
         >>> resolve_retriever("http://localhost:8000", {"timeout_s": 5.0})
@@ -103,15 +104,25 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     """
     name, given = str(word), dict(options or {})
     if name.startswith(("http://", "https://")):
-        return "http", {"url": name, **given}
+        return "http", _with(given, "url", name)
     if isinstance(word, str) and name in RETRIEVERS:
         return name, given
     folder = Path(home_expanded(name))
     if folder.is_dir() or isinstance(word, Path) or os.sep in name or name.startswith((".", "~")):
-        return read_manifest(folder).kind, {"index": str(folder), **given}
+        return read_manifest(folder).kind, _with(given, "index", str(folder))
     nearest = nearest_names(name, RETRIEVERS.names(), 1)
     hint = f"did you mean {nearest[0]!r}? Give" if nearest else "give"
     raise UserError(
         f"{name!r} is no retriever: {hint} an index folder, the address of a server (http://host:8000), or one of the "
         f"kinds {', '.join(RETRIEVERS.names())}"
     )
+
+
+def _with(given: Mapping[str, Any], option: str, value: str) -> dict[str, Any]:
+    """The options and the place that the word names; a recipe may still hold those of another place."""
+    if given.get(option, value) != value:
+        raise UserError(
+            f"retriever {value} and the {option} {given[option]} of retriever_options are two places to search: give "
+            "one; --retriever_options '{}' clears those of a recipe"
+        )
+    return {option: value, **given}

@@ -174,8 +174,6 @@ def warm_up(
     folder: Path,
 ) -> None:
     """Fine-tunes the model on weak play in a world of its own, so that it knows the format before GRPO."""
-    if arguments.questions != "world":
-        raise UserError("warm_start_steps needs questions: world; for other data run trl-search sft first")
     announce("Warm start", f"{arguments.warm_start_steps} supervised steps, in another world")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
