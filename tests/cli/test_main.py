@@ -264,3 +264,21 @@ def test_what_is_raised_on_purpose_explains_itself() -> None:
 def test_the_package_lists_its_public_names() -> None:
     assert set(trl_search.__all__) <= set(dir(trl_search))
     assert all(getattr(trl_search, name) is not None for name in dir(trl_search))
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from trl_search.cli.options import explained_interrupt
+    from trl_search.trainer import resume
+
+    def interrupted(args):
+        with explained_interrupt(lambda: resume.how_to_resume(tmp_path)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_search.cli.commands.search.run", interrupted)
+    assert main(["search", "runs/index", "who?"]) == 130
+    assert "interrupted; no checkpoint is written yet" in capsys.readouterr().err
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").touch()
+    monkeypatch.setattr(resume, "is_whole", lambda path: True)
+    assert main(["search", "runs/index", "who?"]) == 130
+    assert f"--resume_from_checkpoint last goes on from {tmp_path / 'checkpoint-4'}" in capsys.readouterr().err
