@@ -69,6 +69,7 @@ class Kind:
     options: dict[str, str] = field(default_factory=dict)
     supervised: list[subprocess.Popen[bytes]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    needs: list[str] = field(default_factory=list)  # addresses that must answer before a run is started
 
 
 PHASES = ["rollout", "rollout", "loss", "save", "any moment"]
@@ -86,9 +87,9 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
         port = free_port()
         command = [*python, "serve", "world", "--world_passages", "300", "--port", str(port)]
         with supervised(command, scratch / "retriever.log", dict(os.environ)) as process:
-            wait_for(f"http://127.0.0.1:{port}/ready")
             options = {"retriever": f"http://127.0.0.1:{port}", "search_timeout_s": "120"}
-            yield Kind(["retriever", "retriever", "trainer"], PHASES, options=options, supervised=[process])
+            needs = [f"http://127.0.0.1:{port}/ready"]
+            yield Kind(["retriever", "retriever", "trainer"], PHASES, 1, options, [process], needs=needs)
     else:
         with contextlib.ExitStack() as servers:
             environment = {**vllm_environment(scratch), "VLLM_SERVER_DEV_MODE": "1"}
@@ -103,11 +104,10 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
                 log = scratch / f"vllm-{port}.log"
                 processes.append(servers.enter_context(supervised(command, log, environment)))
             urls = [f"http://127.0.0.1:{port}" for port in ports]
-            for url in urls:
-                wait_for(f"{url}/health")
-            options = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": json.dumps(urls), **LORA}
+            needs = [f"{url}/health" for url in urls]
+            options = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": " ".join(urls), **LORA}
             phases = ["rollout", "rollout", "sync", "loss", "save"]
-            yield Kind(["server", "server", "trainer"], phases, 1, options, processes, environment)
+            yield Kind(["server", "server", "trainer"], phases, 1, options, processes, environment, needs)
 
 
 def vllm_environment(scratch: Path) -> dict[str, str]:
@@ -148,12 +148,14 @@ def wait_for(url: str) -> None:
 
 
 def start(kind: Kind, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
+    for url in kind.needs:
+        wait_for(url)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(kind.ranks)]
     launch += ["--num_machines", "1", "--main_process_port", str(free_port()), "--mixed_precision", "no"]
     command = [sys.executable, *(launch if kind.ranks > 1 else []), "-m", "trl_search", "train", "quickstart"]
     options = {**OPTIONS, "per_device_train_batch_size": str(BATCH // kind.ranks), **kind.options}
     command += ["--output_dir", str(folder)]
-    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    command += [word for name, value in options.items() for word in (f"--{name}", *value.split())]
     command += ["--resume_from_checkpoint", "last"] if resume else []
     with (folder.parent / "log.txt").open("ab") as log:
         return subprocess.Popen(command, env=kind.environment, stdout=log, stderr=log)
