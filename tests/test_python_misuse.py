@@ -142,7 +142,8 @@ def test_the_trainer_is_built_or_says_what_is_wrong(argument: str, random_model,
         ({"reward_funcs": {"em": 1.0}}, r"give reward_funcs=\['em'\], and the weights in the configuration"),
         ({"reward_funcs": "em"}, None),
     ],
-    ids=str,
+    # Not the values: the address of an object is another in each process, and pytest-xdist compares the names.
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_usual_slips_are_named(arguments: dict, message: str | None, random_model, tokenizer, tmp_path: Path) -> None:
     random_model.config._name_or_path = ""
