@@ -8,7 +8,7 @@ Rows are made on the GPU, normal and scaled to length 1, and are the same for ev
 of about 250 on. Times are medians of `--repeats` calls of the public `search`, from queries in host memory to results
 there, after two to warm up. "recall@3" is against fp32 scores of all rows for 16 of the queries.
 
-Engines: torch with the fused kernels, and torch without them.
+Engines: torch with the fused kernels, torch without them, and `--engines faiss` where faiss-gpu is installed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from trl_search.retrieval.dense.vectors import gpu
 from trl_search.retrieval.dense.vectors.exact import top_rows
+from trl_search.retrieval.dense.vectors.faiss_gpu import open_with_faiss, require_faiss_gpu
 
 K = 3
 CHECKED = 16
@@ -49,7 +50,7 @@ def exact_scores(rows_ND: torch.Tensor, queries: np.ndarray) -> np.ndarray:
     return best[:, -1].cpu().numpy()
 
 
-def engines(rows_ND: torch.Tensor) -> dict[str, Callable[[], Search]]:
+def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], Search]]:
     """What can run here; each is made when its turn comes, since two may not fit."""
 
     def torch_search(*, fused: bool) -> Search:
@@ -61,10 +62,17 @@ def engines(rows_ND: torch.Tensor) -> dict[str, Callable[[], Search]]:
 
         return search
 
+    def faiss_search() -> Search:
+        index = open_with_faiss(rows_ND.cpu().numpy())  # FAISS takes host memory
+        return lambda queries: index.search(queries, K)[1]
+
     found: dict[str, Callable[[], Search]] = {"torch": lambda: torch_search(fused=False)}
     if gpu.fused_kernels(rows_ND) is not None:
         found = {"torch, fused kernels": lambda: torch_search(fused=True), **found}
-    return found
+    if "faiss" in wanted:
+        require_faiss_gpu()
+        found["faiss-gpu"] = faiss_search
+    return {name: make for name, make in found.items() if name.split(",")[0].removesuffix("-gpu") in wanted}
 
 
 def measure(search: Search, queries: np.ndarray, device: torch.device, repeats: int) -> tuple[float, np.ndarray, int]:
@@ -88,6 +96,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=21_000_000)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--engines", nargs="+", choices=("torch", "faiss"), default=["torch"])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--bandwidth_tb_s", type=float, default=4.3, help="of the GPU's memory (default: an H200)")
     parser.add_argument("--tflops", type=float, default=989, help="fp16 with fp32 sums (default: an H200)")
@@ -104,7 +113,7 @@ def main() -> None:
     print(f"{name}: {arguments.count:,} x {arguments.dim} fp16, {rows_ND.nbytes / 1e9:.1f} GB; k = {K}\n")
     print("| engine | batch | ms | bound ms | x bound | products ms | q/s | recall@3 | scratch GB |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for engine, make in tqdm(engines(rows_ND).items(), disable=None):
+    for engine, make in tqdm(engines(rows_ND, arguments.engines).items(), disable=None):
         search = make()
         for batch in arguments.batches:
             asked = queries[:batch]

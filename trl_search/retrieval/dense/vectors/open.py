@@ -17,6 +17,7 @@ import numpy as np
 from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.build import ABOUT, VECTORS
 from trl_search.retrieval.dense.vectors.calibrate import apply_settings, choose_nprobe, find_ivf
+from trl_search.retrieval.dense.vectors.faiss_gpu import open_with_faiss, require_faiss_gpu
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.gpu import check_gpu_memory, free_gpu_bytes, open_on_gpus
 from trl_search.retrieval.dense.vectors.plans import plan
@@ -37,13 +38,19 @@ logger = logging.getLogger(__name__)
 
 
 def open_vectors(
-    folder: Path, *, device: str = "auto", nprobe: int | None = None, ef_search: int | None = None
+    folder: Path,
+    *,
+    device: str = "auto",
+    gpu_engine: str = "torch",
+    nprobe: int | None = None,
+    ef_search: int | None = None,
 ) -> VectorSearch:
     """Opens what `build_vectors` made, at the setting that it chose.
 
     Args:
         folder (`Path`): With `vectors.index` and `vectors.json`.
         device (`str`): `"auto"`, `"cpu"`, or `"cuda"`, which refuses instead of going to CPU.
+        gpu_engine (`str`): What searches on GPUs: `"torch"`, or `"faiss"`, which refuses instead of going to CPU.
         nprobe (`int`, *optional*): Lists of an IVF that are searched, in place of the setting.
         ef_search (`int`, *optional*): Candidates of a graph, in place of the setting.
     """
@@ -62,18 +69,23 @@ def open_vectors(
         )
     apply_settings(index, {name: about[name] for name in _SETTINGS if name in about})
     _apply_given(path, index, nprobe, ef_search)
-    return _place(path, index, device, max_norm=about["max_norm"])
+    return _place(path, index, device, gpu_engine, max_norm=about["max_norm"])
 
 
 def open_faiss_file(
-    path: Path, *, device: str = "auto", nprobe: int | None = None, ef_search: int | None = None
+    path: Path,
+    *,
+    device: str = "auto",
+    gpu_engine: str = "torch",
+    nprobe: int | None = None,
+    ef_search: int | None = None,
 ) -> VectorSearch:
     """Opens any FAISS file as it is, such as the published `e5_Flat.index`, without conversion, mapped where its type
     allows. A log line says how an IVF and a graph are searched.
 
     Args:
         path (`Path`): The file; inner product or L2 (whose scores are the distances, negated).
-        device (`str`): As for `open_vectors`.
+        device, gpu_engine (`str`): As for `open_vectors`.
         nprobe (`int`, *optional*): Lists of an IVF that are searched; by default what the file says, or, where that is
             FAISS' default of 1, what reaches recall@10 .99 of a search of all lists.
         ef_search (`int`, *optional*): Candidates of a graph; by default 512, or more where the file says so.
@@ -98,7 +110,7 @@ def open_faiss_file(
         logger.info("%s: %d lists, of which nprobe %d are searched%s", path, ivf.nlist, ivf.nprobe, measured)
     if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         raise UserError(f"{path} has FAISS metric {index.metric_type}; inner product and L2 are searched here")
-    return _place(path, index, device, max_norm=None)
+    return _place(path, index, device, gpu_engine, max_norm=None)
 
 
 def _apply_given(path: Path, index: Any, nprobe: int | None, ef_search: int | None) -> None:
@@ -134,9 +146,18 @@ def _is_graph(path: Path) -> bool:
         return file.read(3) == b"IHN"  # IHNf, IHNs, ...: what FAISS begins the file of an HNSW index with
 
 
-def _place(path: Path, index: Any, device: str, *, max_norm: float | None) -> VectorSearch:
+def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: float | None) -> VectorSearch:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is 'auto', 'cpu' or 'cuda', not {device!r}")
+    if gpu_engine not in ("torch", "faiss"):
+        raise UserError(f"gpu_engine is 'torch' or 'faiss', not {gpu_engine!r}")
+    if gpu_engine == "faiss":
+        if device == "cpu":
+            raise UserError(
+                "gpu_engine='faiss' searches on GPUs, and device='cpu' asks for none: leave one of them out"
+            )
+        require_faiss_gpu()
+        device = "cuda"
     rows = stored_rows(path, index)
     exact = rows is not None and rows.dtype != np.uint8 and index.metric_type == faiss_module().METRIC_INNER_PRODUCT
     free = free_gpu_bytes() if device != "cpu" else []
@@ -147,7 +168,7 @@ def _place(path: Path, index: Any, device: str, *, max_norm: float | None) -> Ve
             raise UserError("only flat and fp16 indexes (inner product) are searched on GPUs; use device='cpu'")
     if free and exact and rows is not None and (device == "cuda" or _has_room(rows, free)):
         logger.info("%s: %s rows to GPU memory as fp16", path, f"{len(rows):,}")
-        return open_on_gpus(rows)
+        return open_with_faiss(rows) if gpu_engine == "faiss" else open_on_gpus(rows)
     size = path.stat().st_size
     if rows is not None and size > available_ram_bytes():
         logger.warning(
