@@ -13,7 +13,6 @@ from trl_search.retrieval.dense.vectors import build_vectors, faiss_gpu, open_ve
 from trl_search.retrieval.dense.vectors import open as open_module
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 
-faiss = faiss_module()
 DIM = 16
 
 
@@ -30,6 +29,7 @@ class Config:
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
     """FAISS as it is on a host with two GPUs; the indexes that are made, and on which GPU."""
+    faiss = faiss_module()
     made: list[tuple[int, Any]] = []
 
     def flat(resources: Resources, dim: int, config: Config) -> Any:
