@@ -86,7 +86,7 @@ def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixt
         ({"environment": "no_such_module:World"}, "cannot be imported"),
         ({"environment_options": "max_calls=2"}, "environment_options is not JSON"),
         ({"environment_options": '{"max_cals": 2}'}, "unexpected keyword argument 'max_cals'"),
-        ({"warm_start_steps": 2}, "warm_start_steps shows searches"),
+        ({"warm_start_steps": 2, "questions": "world"}, "warm_start_steps shows searches"),
         ({"protocol": "search_r1"}, "'search_r1' has tags for a search, and none for .* 'add'"),
     ],
 )

@@ -227,9 +227,9 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
         assert f"rank {rank} adds {rank * sizes * layers / 1e6:.1f} M" in header
         assert "Adam moments 1.0 GB" in header and round(16 * rank * sizes * layers / 1e9, 1) == 1.0
     if name == "qwen7b":
-        assert "16 bytes a parameter, 122 GB" in header and round(16 * parameters / 1e9) == 122
+        assert "16 bytes per parameter, 122 GB" in header and round(16 * parameters / 1e9) == 122
         assert "four GPUs 34 GB" in header and round(18 * parameters / 4e9) == 34
-        assert "16 bytes a parameter, 30 GB" in header and round(16 * parameters / 4e9) == 30
+        assert "16 bytes per parameter, 30 GB" in header and round(16 * parameters / 4e9) == 30
         assert "in a rollout 23 GB" in header and round(12 * parameters / 4e9) == 23
 
 

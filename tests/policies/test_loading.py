@@ -16,6 +16,7 @@ from tests.support.scripted_trainer import config
 from trl_search.common.errors import UserError
 from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
+from trl_search.trainer import inputs
 from trl_search.trainer.inputs import tokenizer_of
 
 
@@ -28,11 +29,13 @@ def test_the_end_of_a_turn_can_be_set():
 
 
 def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch, tmp_path):
-    asked = []
+    asked, checked = [], []
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr(inputs, "check_model", lambda name, **options: checked.append(options["revision"]))
     tokenizer_of("me/model", config(tmp_path, model_init_kwargs={"revision": "v2"}))
     tokenizer_of("me/model", config(tmp_path))
     assert [(name, options["revision"]) for name, options in asked] == [("me/model", "v2"), ("me/model", "main")]
+    assert checked == ["v2", None]
 
 
 def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):

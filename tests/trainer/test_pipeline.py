@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from trl_search.cli.main import main
@@ -193,10 +194,13 @@ def test_the_same_seed_gives_the_same_task():
 
 def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
     asked = []
+
+    def load_questions(name, **options):
+        asked.append((name, options))
+        return Dataset.from_dict({"question": ["Who?"]})
+
     for module in ("config.task", "data.questions"):
-        monkeypatch.setattr(
-            f"trl_search.{module}.load_questions", lambda name, **options: asked.append((name, options))
-        )
+        monkeypatch.setattr(f"trl_search.{module}.load_questions", load_questions)
     monkeypatch.setattr("trl_search.config.searched.Searched.load", lambda self: None)
     for name in ("hotpotqa", str(tmp_path)):
         load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)
