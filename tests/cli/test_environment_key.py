@@ -47,7 +47,8 @@ def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *options()]) == 0
-    assert "calls per question" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "calls per question" in told and f"trl-search chat run --environment {CALCULATOR} " in told
     info = json.loads((sums / "run" / "run.json").read_text())
     assert info["environment"]["options"]["max_calls"] == 2 and info["config"]["environment"] == CALCULATOR
     assert "call the tool add" in info["prompt"] and "search" not in info["prompt"]

@@ -56,6 +56,7 @@ def test_a_whole_run(folder):
     assert [step_of(path) for path in run.trajectory_files] == [1, 2, 3]
     assert read_trajectories(run)["step"].to_pylist() == [1, 1, 2, 2, 3, 3]
     assert read_trajectories(run, steps=[2])["step"].to_pylist() == [2, 2]
+    assert read_trajectories(run.folder).equals(read_trajectories(str(run.folder)))
     assert read_trajectories(run, steps=[9]).schema == TRAJECTORY_SCHEMA
 
 

@@ -149,12 +149,20 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder, info, history, files, problems, results, seconds)
 
 
-def read_trajectories(run: Run, steps: Collection[int] | None = None) -> pyarrow.Table:
+def read_trajectories(run: Run | str | Path, steps: Collection[int] | None = None) -> pyarrow.Table:
     """
     The trajectories of some steps, or of all, as one table; see `TRAJECTORY_SCHEMA` for its columns.
 
     A reward that only some of the files have is null elsewhere.
+
+    Args:
+        run ([`Run`] or `str` or `Path`): From [`read_run`], or the folder itself.
+        steps (`Collection[int]`, *optional*): Default: all.
+
+    Raises:
+        UserError: if the folder does not belong to a run.
     """
+    run = run if isinstance(run, Run) else read_run(run)
     tables = []
     for path in run.trajectory_files:
         if steps is None or step_of(path) in steps:

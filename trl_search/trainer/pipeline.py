@@ -266,7 +266,10 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
         print(f"\n{results_table(run.measured, call_word(run.config.environment))}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
     print(f"  trl-search report {folder}    curves, alarms, and every token of its trajectories")
-    print(f"  trl-search chat {folder}      asks it a question")
+    # An import path in a model's folder is code: the command has to name it.
+    environment = run.config.environment
+    named = f" --environment {environment}" if isinstance(environment, str) and ":" in environment else ""
+    print(f"  trl-search chat {folder}{named}      asks it a question")
     if best is not None:
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
 
