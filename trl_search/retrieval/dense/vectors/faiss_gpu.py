@@ -12,52 +12,43 @@ test runs it with FAISS's CPU indexes in place of those of the GPU.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
-from trl_search.retrieval.dense.vectors.gpu import merge, split_rows
-from trl_search.retrieval.dense.vectors.search import Memory, VectorSearch
+from trl_search.retrieval.dense.vectors.gpu import ShardedSearch, merge, split_rows
+from trl_search.retrieval.dense.vectors.search import Memory
 
 SHARD_ROWS = 1 << 20
 _SCRATCH_BYTES = 512 << 20
 
 
-class FaissGpuSearch(VectorSearch):
-    """Exact search over flat fp16 indexes, `[(first row, index), ...]` per GPU."""
+@dataclass(frozen=True)
+class FaissShard:
+    """The flat fp16 indexes of one GPU with their first rows, and the scratch memory that they share."""
 
-    def __init__(self, shards: Sequence[Sequence[tuple[int, Any]]], resources: Sequence[Any]) -> None:
-        self._shards, self._resources = [list(shard) for shard in shards], list(resources)
-        indexes = [index for shard in self._shards for _, index in shard]
-        self.dim, self.count = int(indexes[0].d), sum(int(index.ntotal) for index in indexes)
-        # FAISS's GPU indexes share their resources and are not thread-safe.
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="shard")
+    indexes: Sequence[tuple[int, Any]]
+    resources: Any
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        def search(shard: list[tuple[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
-            found = [(first, *index.search(queries, min(k, int(index.ntotal)))) for first, index in shard]
-            return merge([(scores, np.where(rows < 0, -1, rows + first)) for first, scores, rows in found], k)
 
-        with self._lock:
-            if not self._shards:
-                raise RetrievalError("this vector index is closed; open it again to search")
-            return merge(list(self._pool.map(search, self._shards)), k)
+class FaissGpuSearch(ShardedSearch[FaissShard]):
+    """Exact search by FAISS, whose GPU indexes are not thread-safe."""
+
+    def __init__(self, shards: Sequence[FaissShard]) -> None:
+        indexes = [index for shard in shards for _, index in shard.indexes]
+        super().__init__(shards, dim=int(indexes[0].d), count=sum(int(index.ntotal) for index in indexes))
+
+    def _search_shard(self, shard: FaissShard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = [(first, *index.search(queries, min(k, int(index.ntotal)))) for first, index in shard.indexes]
+        return merge([(scores, np.where(rows < 0, -1, rows + first)) for first, scores, rows in found], k)
 
     def memory(self) -> Memory:
         return Memory(gpu_bytes=2 * self.dim * self.count if self._shards else 0)
-
-    def close(self) -> None:
-        with self._lock:
-            self._shards, self._resources = [], []
-        self._pool.shutdown()
 
 
 def require_faiss_gpu() -> None:
@@ -72,17 +63,16 @@ def require_faiss_gpu() -> None:
 def open_with_faiss(rows: np.ndarray) -> FaissGpuSearch:
     """Moves rows (N, d), float32 or float16 and usually mapped from a file, to all GPUs as fp16."""
     faiss = faiss_module()
-    shards, resources = [], []
+    shards = []
     for gpu, (first, last) in enumerate(split_rows(len(rows), faiss.get_num_gpus())):
         resource = faiss.StandardGpuResources()
         resource.setTempMemory(_SCRATCH_BYTES)
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
-        shard = []
+        indexes = []
         for start in tqdm(range(first, last, SHARD_ROWS), desc=f"to GPU {gpu}", unit="M rows", disable=None):
             index = faiss.GpuIndexFlatIP(resource, int(rows.shape[1]), config)
             index.add(np.ascontiguousarray(rows[start : min(start + SHARD_ROWS, last)], dtype=np.float32))
-            shard.append((start, index))
-        shards.append(shard)
-        resources.append(resource)
-    return FaissGpuSearch(shards, resources)
+            indexes.append((start, index))
+        shards.append(FaissShard(indexes, resource))
+    return FaissGpuSearch(shards)

@@ -10,6 +10,7 @@ torch does the search (`exact.py`, `gpu_kernel.py`). Results are those of an fp3
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib.util
 import math
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -32,6 +33,8 @@ from trl_search.retrieval.dense.vectors.search import Memory, VectorSearch, avai
 if TYPE_CHECKING:
     import torch
 
+ShardType = TypeVar("ShardType")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -43,34 +46,56 @@ class Shard:
     kernels: Kernels | None
 
 
-class TorchSearch(VectorSearch):
-    """Exact search by torch over shards that are on their devices."""
+class ShardedSearch(VectorSearch, Generic[ShardType]):
+    """Exact search over shards that are on their devices: all at the same time, for one batch of queries at a time."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards: list[Shard] = list(shards)
-        self.dim = int(self._shards[0].rows_ND.shape[1])
-        self.count = sum(len(shard.rows_ND) for shard in self._shards)
+    def __init__(self, shards: Sequence[ShardType], *, dim: int, count: int) -> None:
+        self.dim, self.count = dim, count
+        self._shards = list(shards)
         # Two searches at a time would need the scratch memory of a GPU twice, and would not be faster.
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="shard")
+
+    @abc.abstractmethod
+    def _search_shard(self, shard: ShardType, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the whole index for the best of one shard, `k` at most."""
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if not self._shards:
                 raise RetrievalError("this vector index is closed; open it again to search")
             if len(self._shards) == 1:  # without the pool, whose threads would be missing after a fork
-                return _search_shard(self._shards[0], queries, k)
-            return merge(list(self._pool.map(lambda shard: _search_shard(shard, queries, k), self._shards)), k)
-
-    def memory(self) -> Memory:
-        size = sum(shard.rows_ND.nbytes for shard in self._shards if shard.rows_ND.is_cuda)
-        host = sum(shard.rows_ND.nbytes for shard in self._shards if not shard.rows_ND.is_cuda)
-        return Memory(gpu_bytes=size, host_bytes=host)
+                return self._search_shard(self._shards[0], queries, k)
+            return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries, k), self._shards)), k)
 
     def close(self) -> None:
         with self._lock:
             self._shards = []
         self._pool.shutdown()
+
+
+class TorchSearch(ShardedSearch[Shard]):
+    """Exact search by torch."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        count = sum(len(shard.rows_ND) for shard in shards)
+        super().__init__(shards, dim=int(shards[0].rows_ND.shape[1]), count=count)
+
+    def _search_shard(self, shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        device = shard.rows_ND.device
+        # Triton starts kernels on the current device of the thread, which need not be the device of the rows.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            queries_BD = torch.from_numpy(queries).to(device)
+            fetch = min(k, len(shard.rows_ND))
+            scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
+            return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
+
+    def memory(self) -> Memory:
+        size = sum(shard.rows_ND.nbytes for shard in self._shards if shard.rows_ND.is_cuda)
+        host = sum(shard.rows_ND.nbytes for shard in self._shards if not shard.rows_ND.is_cuda)
+        return Memory(gpu_bytes=size, host_bytes=host)
 
 
 def open_on_gpus(rows: np.ndarray) -> VectorSearch:
@@ -157,18 +182,6 @@ def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.nd
     scores_BM = np.where(rows_BM < 0, -np.inf, scores_BM)
     order_BK = np.lexsort((rows_BM, -scores_BM), axis=-1)[:, :k]
     return np.take_along_axis(scores_BM, order_BK, axis=1), np.take_along_axis(rows_BM, order_BK, axis=1)
-
-
-def _search_shard(shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    import torch
-
-    device = shard.rows_ND.device
-    # Triton starts kernels on the current device of the thread, which need not be the device of the rows.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        queries_BD = torch.from_numpy(queries).to(device)
-        fetch = min(k, len(shard.rows_ND))
-        scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
-        return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
 
 
 def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
