@@ -16,7 +16,7 @@ from typing import Any
 from trl_search.cli.first_second import refuse
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
-from trl_search.cli.retriever_checks import retriever_checks
+from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.config.agent import SETTINGS_FILE
@@ -115,17 +115,17 @@ def check_precision(values: Mapping[str, Any], devices: Sequence[Device]) -> Che
 
 def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
     """The packages behind the keys."""
-    wanted: dict[str, tuple[str, str]] = {}
+    wanted: dict[str, tuple[str, str]] = {}  # by key: the module, and the extra that brings it
     if values.get("use_vllm"):
-        wanted["use_vllm: true"] = ("vllm", "trl-search[vllm]")
+        wanted["use_vllm: true"] = ("vllm", "vllm")
     if str(values.get("attn_implementation") or "").startswith("flash_attention"):
-        wanted["attn_implementation"] = ("flash_attn", "trl-search[flash-attn]")
+        wanted["attn_implementation"] = ("flash_attn", "flash-attn")
     for tracker in set_names(values.get("report_to") or []):
         if tracker in _TRACKERS:
-            wanted[f"report_to: {tracker}"] = (_TRACKERS[tracker], f"trl-search[{tracker}]")
-    for key, (module, package) in wanted.items():
+            wanted[f"report_to: {tracker}"] = (_TRACKERS[tracker], tracker)
+    for key, (module, extra) in wanted.items():
         if importlib.util.find_spec(module) is None:
-            yield Check("packages", Status.PROBLEM, f"{key} needs {module}", f"pip install '{package}'")
+            yield package_problem(key, module, extra)
         else:
             yield Check("packages", Status.OK, f"{module}, for {key}")
 
