@@ -36,7 +36,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
-from trl_search.environment.registry import SEARCH, call_word, takes_retriever
+from trl_search.environment.registry import ENVIRONMENTS, SEARCH, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -266,9 +266,9 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
         print(f"\n{results_table(run.measured, call_word(run.config.environment))}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
     print(f"  trl-search report {folder}    curves, alarms, and every token of its trajectories")
-    # An import path in a model's folder is code: the command has to name it.
     environment = run.config.environment
-    named = f" --environment {environment}" if isinstance(environment, str) and ":" in environment else ""
+    # Code that only the model's folder names is refused (`refuse_unnamed_code`), so the command has to name it.
+    named = "" if environment in ENVIRONMENTS else f" --environment {environment}"
     print(f"  trl-search chat {folder}{named}      asks it a question")
     if best is not None:
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
