@@ -1,6 +1,7 @@
 """A whole training step on 1, 2 and 4 GPUs: DDP, DeepSpeed ZeRO, FSDP2, LoRA, tensor parallel, and a server beside it.
 
     python benchmarks/scaling_gpus.py ddp:1+lora:1 ddp:2 fsdp2:2 server:2 --out scaling.jsonl   # prints the table
+    CUDA_VISIBLE_DEVICES=2,3 python benchmarks/scaling_gpus.py ddp:2        # on these two GPUs
     python benchmarks/scaling_gpus.py --table scaling.jsonl
 
 A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to try the script. Methods:
@@ -110,7 +111,7 @@ def start(
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += LAUNCH[case.method] if case.ranks > 1 or case.method in SHARDED else []
     launch += ["--num_processes", str(case.ranks), "--num_machines", "1"]
-    launch += ["--main_process_port", str(29_600 + first)]
+    launch += ["--main_process_port", str(29_600 + int(visible_gpus()[first]))]
     launch += ["--mixed_precision", "bf16"] if case.shape != "tiny" else ["--mixed_precision", "no"]
     command = [*launch, __file__, "--worker", case.name, "--out", str(arguments.out)]
     command += ["--weak", str(arguments.weak), "--strong", str(arguments.strong), "--scale", str(arguments.scale)]
@@ -126,7 +127,7 @@ def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[s
     """`vllm serve` on the second half of the case's GPUs; its address. The trainer waits for it."""
     import vllm_shape
 
-    port = 8_100 + first
+    port = 8_100 + int(visible_gpus()[first])
     with tempfile.TemporaryDirectory() as folder:
         model = vllm_shape.write_model_folder(Path(folder), case.shape)
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
@@ -155,14 +156,20 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by number: all of the host, or those of `CUDA_VISIBLE_DEVICES`."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+
+
 def on_gpus(first: int, count: int) -> dict[str, str]:
-    """The environment of a process that sees these GPUs alone."""
+    """The environment of a process that sees `count` of the visible GPUs, from the `first` on."""
     cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"))
+    gpus = visible_gpus()[first : first + count]
     return {
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + count))),
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         # Engines that start at the same time must not write the same compiled files.
-        "VLLM_CACHE_ROOT": f"{cache}-{first}",
+        "VLLM_CACHE_ROOT": f"{cache}-{gpus[0]}",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
