@@ -1,4 +1,4 @@
-"""Each of two ranks runs this for tests/trainer/test_carry_over.py: rank 0 has a slow search, rank 1 has none.
+"""Each of two ranks runs this for tests/trainer/groups/test_carry_over.py: rank 0 has a slow search, rank 1 has none.
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.carry_over_run DIR
 

@@ -1,4 +1,4 @@
-"""Each of two ranks runs this for tests/trainer/test_refill_ranks.py: refills its groups, writes FOLDER/rank<i>.json.
+"""Each of two ranks runs this for tests/trainer/groups/test_refill_ranks.py: refills, and writes FOLDER/rank<i>.json.
 
 Rank 1 gets no group with a gradient in its first two draws, rank 0 gets one at once: other numbers of trajectories.
 """
@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.scripted_trainer import GOLD, answer, config, scripted_trainer, steps
-from tests.trainer.test_refill import DATA, asked, book
+from tests.trainer.groups.test_refill import DATA, asked, book
 from trl_search.common.errors import UserError
 
 

@@ -24,8 +24,8 @@ from trl.generation import vllm_generation
 
 from tests.support.fake_engine import FakeLLM
 from tests.support.scripted_trainer import answer, later_is_better, scripted_trainer, search, steps
-from trl_search.trainer import vllm_backend
-from trl_search.trainer.adapter_sync import adapter_tensors
+from trl_search.trainer.generation import vllm_backend
+from trl_search.trainer.generation.adapter_sync import adapter_tensors
 
 # What recipes/accelerate/fsdp2.yaml makes `accelerate launch` put into the environment.
 FSDP2 = {

@@ -1,4 +1,4 @@
-"""What tests/trainer/test_vllm_gpu.py runs in processes of their own, with a real engine on real devices.
+"""What tests/trainer/generation/test_vllm_gpu.py runs in processes of their own, with a real engine on real devices.
 
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
     accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP

@@ -16,8 +16,8 @@ from tests.conftest import make_random_model
 from tests.support.scripted_trainer import config
 from tests.support.two_ranks import run_ranks
 from trl_search.common.errors import UserError
+from trl_search.trainer.generation.model_weights import whole_weights
 from trl_search.trainer.inputs import refuse_what_fsdp_cannot_do
-from trl_search.trainer.model_weights import whole_weights
 
 KINDS = ["full", "untied", "lora"]
 

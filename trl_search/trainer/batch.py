@@ -29,7 +29,7 @@ from trl_search.retrieval.base import RetrievalError, merge_metrics
 from trl_search.types import Sampling, StopReason, Trajectory
 
 if TYPE_CHECKING:
-    from trl_search.trainer.group_rewards import Group
+    from trl_search.trainer.groups.group_rewards import Group
 
 
 @dataclass(frozen=True)

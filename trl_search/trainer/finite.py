@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from trl_search.common.errors import UserError
-from trl_search.trainer.model_weights import gathered
+from trl_search.trainer.generation.model_weights import gathered
 
 logger = logging.getLogger(__name__)
 

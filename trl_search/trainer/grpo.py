@@ -7,7 +7,7 @@ our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each se
 |--------------------------------------|------------------------------------------------------------------------------|
 | `_generate_and_score_completions`    | start a `Rollout` with the dataset's rows; record the scored trajectories    |
 | `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
-| `rollout_func` (`_rollout`)          | run the trajectories, refill (`refill.py`); return ids, log-probs and masks  |
+| `rollout_func` (`_rollout`)          | run the trajectories, refill (`groups/`); return ids, log-probs and masks    |
 | `_calculate_rewards`                 | give no reward where the world failed, so such rows enter no baseline        |
 | `_compute_loss`,                     | run only tokens that the loss needs; correct towards vLLM: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
@@ -57,10 +57,13 @@ from trl_search.trainer.batch import (
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.callbacks.progress import show_steps
-from trl_search.trainer.carry_over import CarriesOver, refuse_streams
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
-from trl_search.trainer.generation import policy_of
-from trl_search.trainer.group_rewards import adjust_rewards, exceptions, rewards_of
+from trl_search.trainer.generation.policy import policy_of
+from trl_search.trainer.generation.vllm_backend import making_ours
+from trl_search.trainer.groups.carry_over import CarriesOver, refuse_streams
+from trl_search.trainer.groups.group_rewards import adjust_rewards, exceptions, rewards_of
+from trl_search.trainer.groups.question_choice import ChoosesQuestions, question_choice_of
+from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.inputs import (
     RewardSpec,
     environment_of,
@@ -73,14 +76,12 @@ from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
 from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
-from trl_search.trainer.question_choice import ChoosesQuestions, question_choice_of
 from trl_search.trainer.rank_watch import ending_together
-from trl_search.trainer.refill import Refill
+from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
 from trl_search.trainer.turn_credit import credited_advantages, refuse_turn_credit
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
-from trl_search.trainer.vllm_backend import making_ours, replaced
 from trl_search.types import Sampling
 
 

@@ -24,7 +24,7 @@ from trl_search.rewards.declaration import with_settings
 from trl_search.rewards.last_message import reads_first_message
 from trl_search.rewards.registry import listed_rewards
 from trl_search.rewards.scores import checked
-from trl_search.trainer.vllm_backend import refuse_what_vllm_cannot_do
+from trl_search.trainer.generation.vllm_backend import refuse_what_vllm_cannot_do
 
 logger = logging.getLogger(__name__)
 

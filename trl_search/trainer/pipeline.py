@@ -46,9 +46,9 @@ from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, read_best
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measure
 from trl_search.trainer.callbacks.progress import heading
+from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import refuse_quantization
-from trl_search.trainer.question_choice import check_dataset
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 

@@ -16,7 +16,7 @@ from trl_search.data import load_evaluation_questions, load_questions
 from trl_search.data.world import generate_world
 from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.outcomes import Outcome
-from trl_search.trainer.pass_rates import PassRates
+from trl_search.trainer.groups.pass_rates import PassRates
 
 QUESTIONS = [{"id": f"q{i}", "question": f"who is number {i}?", "golden_answers": ["x"]} for i in range(4)]
 

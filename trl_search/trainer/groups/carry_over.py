@@ -33,7 +33,7 @@ from trl_search.environment import Environment
 from trl_search.policies.metered import MeteredPolicy
 from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Rollout, encode_prompts
-from trl_search.trainer.trajectory_pool import Group, Row, TrajectoryPool
+from trl_search.trainer.groups.trajectory_pool import Group, Row, TrajectoryPool
 from trl_search.types import Sampling
 
 FILE = "unfinished_questions.parquet"

@@ -20,7 +20,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts
 from trl_search.policies.lora import adapter_from
 from trl_search.policies.vllm_server import ServerLost
-from trl_search.trainer.model_weights import gathered
+from trl_search.trainer.generation.model_weights import gathered
 from trl_search.trainer.replaced import replaced
 
 

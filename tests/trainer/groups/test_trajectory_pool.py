@@ -9,7 +9,7 @@ import pytest
 from tests.support.slow_searches import BOOKS, Library, Reader, gates_of
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits
-from trl_search.trainer.trajectory_pool import TrajectoryPool
+from trl_search.trainer.groups.trajectory_pool import TrajectoryPool
 from trl_search.types import Sampling, StopReason
 
 LIMITS = Limits(completion_tokens=600, turn_tokens=200, observation_tokens=200)

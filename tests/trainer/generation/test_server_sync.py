@@ -11,8 +11,8 @@ import torch
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_server import ServerLost
 from trl_search.policies.weight_checksums import EXTENSION, WeightChecksums, checksum, has_checksum
-from trl_search.trainer import server_sync
-from trl_search.trainer.server_sync import WeightServers, buckets
+from trl_search.trainer.generation import server_sync
+from trl_search.trainer.generation.server_sync import WeightServers, buckets
 
 WEIGHTS = [
     ("model.layers.0.self_attn.o_proj.weight", torch.arange(6.0).view(2, 3) / 7),

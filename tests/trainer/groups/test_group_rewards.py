@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trl_search.trainer.group_rewards import has_gradient
+from trl_search.trainer.groups.group_rewards import has_gradient
 
 NAN = float("nan")
 

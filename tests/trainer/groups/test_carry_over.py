@@ -17,8 +17,7 @@ from tests.support.two_ranks import output, start_ranks, wait_for_ranks
 from trl_search.common.errors import UserError
 from trl_search.config.carry_over import check_carry_over
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.trainer import generation
-from trl_search.trainer.carry_over import FILE
+from trl_search.trainer.groups.carry_over import FILE
 
 BATCH = 4
 
@@ -102,7 +101,7 @@ def test_a_turn_that_is_parked_in_its_middle_has_the_log_probs_of_two_policies(f
     )  # fmt: skip
     protocol = trainer.protocol
     Stalling.slow = [list(protocol.prompt_ids(protocol.messages(DATA[0]["question"])))]
-    monkeypatch.setattr(generation, "TransformersPolicy", Stalling)
+    monkeypatch.setattr("trl_search.trainer.generation.policy.TransformersPolicy", Stalling)
     batches, weights = recorded(trainer), {}
     rollout = trainer._carry_over_rollout
 

@@ -14,8 +14,8 @@ from tests.support.scripted_trainer import GOLD, PASSAGES, answer, config, scrip
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_run, read_trajectories
 from trl_search.trainer.batch import Question, Rollout
-from trl_search.trainer.group_rewards import Group
-from trl_search.trainer.refill import Refill
+from trl_search.trainer.groups.group_rewards import Group
+from trl_search.trainer.groups.refill import Refill
 from trl_search.types import StopReason, Trajectory
 
 QUESTIONS = 120

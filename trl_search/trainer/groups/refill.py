@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 from trl_search.rollout import Job
 from trl_search.trainer.batch import Rollout
-from trl_search.trainer.group_rewards import Group
+from trl_search.trainer.groups.group_rewards import Group
 from trl_search.types import Trajectory
 
 Score = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Group]

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from tests.support.scripted_trainer import GOLD, answer, scripted_trainer, steps
 from trl_search.common.errors import UserError
-from trl_search.trainer.pass_rates import FILE, PassRates
+from trl_search.trainer.groups.pass_rates import FILE, PassRates
 from trl_search.types import Completion, FinishReason, StopReason, Trajectory
 
 DATA = Dataset.from_list([{"question": f"Who wrote book {i}?", "golden_answers": [GOLD]} for i in range(12)])

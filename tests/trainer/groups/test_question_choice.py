@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.support.scripted_trainer import config
 from trl_search.protocols import load_protocol
 from trl_search.trainer.batch import Rollout
-from trl_search.trainer.question_choice import QuestionChoice, draw_order
+from trl_search.trainer.groups.question_choice import QuestionChoice, draw_order
 from trl_search.types import StopReason, Trajectory
 
 

@@ -12,8 +12,8 @@ from trl.distributed import DistributedBackend
 from tests.conftest import make_random_model
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_server import ServerLost
-from trl_search.trainer import adapter_sync
-from trl_search.trainer.adapter_sync import adapter_tensors, post, save_adapter
+from trl_search.trainer.generation import adapter_sync
+from trl_search.trainer.generation.adapter_sync import adapter_tensors, post, save_adapter
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 

@@ -22,8 +22,8 @@ from tests.support.scripted_trainer import config, real_trainer
 from trl_search.common.errors import UserError
 from trl_search.policies.lora import adapter_from, adapter_rank
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.trainer import vllm_backend
-from trl_search.trainer.vllm_backend import SearchVLLM, refuse_what_vllm_cannot_do
+from trl_search.trainer.generation import vllm_backend
+from trl_search.trainer.generation.vllm_backend import SearchVLLM, refuse_what_vllm_cannot_do
 
 
 @pytest.fixture
