@@ -82,14 +82,26 @@ class Registry:
         """
         if not isinstance(name, str) or name in self or not is_import_path(name):
             return self.get(name)
-        module, _, attribute = name.replace(":", ".").rpartition(".")
-        # A console script does not look in the folder that it is started from; `python script.py` looks beside itself.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{self.noun} {name!r} cannot be imported: {error}") from error
+        return import_object(self.noun, name)
+
+
+def import_object(noun: str, path: str) -> Any:
+    """Imports what an import path stands for: `my_package.module:attribute`, also with a dot.
+
+    Args:
+        noun (`str`): The word for messages.
+
+    Raises:
+        UserError: where it cannot be imported.
+    """
+    module, _, attribute = path.replace(":", ".").rpartition(".")
+    # A console script does not look in the folder that it is started from; `python script.py` looks beside itself.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{noun} {path!r} cannot be imported: {error}") from error
 
 
 @functools.lru_cache(maxsize=64)

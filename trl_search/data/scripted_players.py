@@ -174,15 +174,25 @@ class ScriptedPolicy(Policy):
             self._started = True
             thought, action = next(self._script)
         text = self._protocol.write(thought, action)
-        if self._protocol.opened_thought(prompt_ids):
-            text = text.removeprefix("<think>").lstrip()
-        ids = self._protocol.encode(text)
-        # Where a stop string ends the turn, the policy samples no token that ends it.
-        reason = FinishReason.STOP if stop else FinishReason.EOS
-        if not stop:
-            called = isinstance(action, Search)
-            ids.append(self._protocol.turn_end_id if called else int(self._protocol.tokenizer.eos_token_id))
-        return Completion(tuple(ids), (0.0,) * len(ids), reason)
+        return as_sampled(text, self._protocol, prompt_ids, ends=isinstance(action, Answer), stop=stop)
+
+
+def as_sampled(
+    text: str, protocol: Protocol, prompt_ids: Sequence[int], *, ends: bool, stop: Sequence[str]
+) -> Completion:
+    """A turn that was written, as a policy would have sampled it.
+
+    Args:
+        ends (`bool`): Whether the turn ends the conversation, as an answer does and a call does not.
+        stop (`Sequence[str]`): The stop strings of the protocol.
+    """
+    if protocol.opened_thought(prompt_ids):
+        text = text.removeprefix("<think>").lstrip()
+    ids = protocol.encode(text)
+    # Where a stop string ends the turn, the policy samples no token that ends it.
+    if not stop:
+        ids.append(int(protocol.tokenizer.eos_token_id) if ends else protocol.turn_end_id)
+    return Completion(tuple(ids), (0.0,) * len(ids), FinishReason.STOP if stop else FinishReason.EOS)
 
 
 def _keyword(hop: Hop) -> str:

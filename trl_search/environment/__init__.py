@@ -4,6 +4,7 @@ base.py       `Environment`, which users subclass
 search.py     `SearchEnvironment`: searches, answered from a retriever
 registry.py   environments by name, and how a package adds one
 play.py       `play`: tries an environment without a model
+script.py     a user's own script, which plays a question turn by turn
 """
 
 from trl_search.environment.base import AnswerOnly, Environment, check_environment, start_episode, take_step

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, get_args
 
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import run_sync
 from trl_search.environment.base import Environment, check_environment, start_episode, take_step
+from trl_search.environment.script import Script, check_script, check_script_turn, check_tool, reply_of, start_script
 from trl_search.protocols import load_protocol
-from trl_search.protocols.instructions import tool_names
-from trl_search.types import Action, Observation, ToolCall
+from trl_search.types import Action, Observation
 
 
 def play(
     environment: Environment,
-    turns: Iterable[Action | str],
+    turns: Iterable[Action | str] | Script,
     row: Mapping[str, Any] | None = None,
     *,
     protocol: str = "qwen_tools",
@@ -24,8 +24,9 @@ def play(
 
     Args:
         environment ([`Environment`]): An instance.
-        turns (`Iterable`): What a policy would do, one after the other: actions (`Search`, `ToolCall`, `Answer`, ...),
-            or texts as a policy writes them, which the protocol reads. Those after the end are not played.
+        turns (`Iterable` or `Callable`): What a policy would do, one after the other: actions (`Search`, `ToolCall`,
+            `Answer`, ...), or texts as a policy writes them, which the protocol reads. Those after the end are not
+            played. A script of your own (`environment/script.py`) is started with the row and sent each reply.
         row (`Mapping`, *optional*): The dataset row of the trajectory.
         protocol (`str`, *optional*, defaults to `"qwen_tools"`): Reads the texts.
 
@@ -41,21 +42,35 @@ def play(
         [Observation(documents=('3',), ...), Observation(..., done=<StopReason.ANSWER: 'answer'>)]
         >>> play(SearchEnvironment(retriever), ["<search> author of Dracula </search>"], protocol="search_r1")
         [Observation(documents=('Doc 1(Title: "Dracula") ...',), ...)]
+        >>> play(Library("my_index"), open_page, row={"question": "Who wrote Dracula?"})
+        [Observation(documents=('Dracula is a novel by Bram Stoker',), ...), Observation(..., done=...)]
     """
-    environment = check_environment(environment)
-    if isinstance(turns, str) or not isinstance(turns, Iterable):
-        raise UserError(f"turns is a list of actions or texts, and this is {turns!r:.60}")
+    environment, row = check_environment(environment), row or {}
+    scripted = callable(turns)
+    if scripted:
+        check_script(turns)
+    elif isinstance(turns, str) or not isinstance(turns, Iterable):
+        raise UserError(f"turns is a list of actions or texts, or a script, and this is {turns!r:.60}")
     read = _reader(environment, protocol)
 
     async def played() -> list[Observation]:
         observations: list[Observation] = []
         await environment.open()
         try:
-            episode = start_episode(environment, row or {})
-            for turn in turns:
+            episode = start_episode(environment, row)
+            player = start_script(turns, row) if callable(turns) else _one_by_one(turns)
+            reply: str | None = None
+            while True:
+                try:
+                    turn = player.send(reply)
+                except StopIteration:
+                    break
+                if scripted:
+                    check_script_turn(turn, environment)
                 observations.append(await take_step(episode, read(turn)))
                 if observations[-1].done is not None:
                     break
+                reply = reply_of(observations[-1])
         finally:
             await environment.close()
         return observations
@@ -63,22 +78,23 @@ def play(
     return run_sync(played())
 
 
-def _reader(environment: Environment, protocol: str) -> Callable[[Any], Action]:
-    names = tool_names(environment.tools)
+def _one_by_one(turns: Iterable[Any]) -> Generator[Any, Any, None]:
+    yield from (turn for turn in turns)  # a generator of its own takes the replies and drops them
 
+
+def _reader(environment: Environment, protocol: str) -> Callable[[Any], Action]:
     def read(turn: Any) -> Action:
+        if isinstance(turn, tuple):  # a thought and an action
+            turn = check_script_turn(turn, environment)[1]
         if isinstance(turn, str):
             from trl_search.policies.loading import load_tokenizer
             from trl_search.policies.tiny import tiny_policy_path
 
             tokenizer = load_tokenizer(tiny_policy_path())
             return load_protocol(protocol, tokenizer, tools=environment.tools).parse(turn)
-        if isinstance(turn, ToolCall) and turn.name not in names:
-            raise UserError(
-                f"{type(environment).__name__} has no tool {turn.name!r}: its tools are {', '.join(names) or 'none'}"
-            )
         if not isinstance(turn, get_args(Action)):
             raise UserError(f"a turn is an action, such as Search(('query',)), or a text, and this is {turn!r:.80}")
+        check_tool(turn, environment)
         return turn
 
     return read

@@ -200,7 +200,11 @@ class Protocol(abc.ABC):
 
     @abc.abstractmethod
     def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
-        """The turn of a policy that follows the protocol: the inverse of `parse`. For scripts and tests."""
+        """The text of a turn that follows the protocol, with its tags: the inverse of `parse`. For scripts and tests.
+
+        Args:
+            thought (`str`): Plain words; the protocol puts its tags around them, where it has some for thoughts.
+        """
 
     # The environment's replies
 
@@ -235,6 +239,13 @@ class Protocol(abc.ABC):
             body = [token for document in documents[:kept] for token in [*document[: limit - len(newline)], *newline]]
             content = [*body, *notice] if notice else body[: -len(newline) or None]
             return (*opening, *content, *closing), self.decode(content)
+
+    def read_observation(self, ids: Sequence[int], turn_ids: Sequence[int]) -> str:
+        """The text inside the frame of the observation that follows a turn, as `observation_ids` returned it."""
+        opening, closing = self._frame_ids(turn_ids)
+        if turn_ids[-1:] != (self.turn_end_id,):
+            opening = [*self._turn_end_ids(), *opening]
+        return self.decode(ids[len(opening) : len(ids) - len(closing)])
 
     def escape(self, text: str) -> str:
         """Makes tags and control tokens in untrusted text inert: `</answer>` becomes `&lt;/answer>`.

@@ -23,6 +23,8 @@ _NOT_A_QUERY = re.compile(
     r"""```|</?[a-z_|]|\[/?[A-Z_]{2,20}\]|^\w{0,20}search\s{0,3}(?:\(|:\s{0,3}[{\["'])|^"[\[{]|^(?:null|none|undefined)$""",
     re.IGNORECASE,
 )
+# The JSON types that a bare text may stand for.
+_TYPES: dict[str, tuple[type, ...]] = {"number": (int, float), "integer": (int,), "boolean": (bool,)}
 _UNTAGGED = re.compile(
     r"""["'](?:name|function)["']\s{0,9}:\s{0,9}["']search["']|["']query(?:_list)?["']\s{0,9}:"""
     r"""|\bsearch\((?:["'\[{]|query)|<function=|<\|?/?tool_call|\[TOOL_CALLS\]""",
@@ -81,6 +83,29 @@ def search_for(queries: Any) -> Action:
     if any(len(query) > MAX_QUERY_CHARS for query in stripped):
         return Invalid(f"a query may have at most {MAX_QUERY_CHARS} characters")
     return Search(stripped)
+
+
+def with_types(call: ToolCall, schema: Any) -> ToolCall:
+    """The call with arguments of the types of its tool's schema: some families write all of them as bare text.
+
+    Args:
+        schema (`Mapping`, *optional*): The JSON schema of the tool's parameters. A text that is not of the type in it
+            stays as it is, for the environment to judge.
+
+    Example:
+        >>> with_types(ToolCall("add", {"a": "1"}), {"properties": {"a": {"type": "number"}}})
+        ToolCall(name='add', arguments={'a': 1})
+    """
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict):
+        return call
+
+    def typed(name: str, value: Any) -> Any:
+        wanted = properties[name].get("type") if isinstance(properties.get(name), dict) else None
+        types = _TYPES.get(wanted, ()) if isinstance(wanted, str) and isinstance(value, str) else ()
+        return read if types and type(read := _json(value)) in types else value
+
+    return ToolCall(call.name, {name: typed(name, value) for name, value in call.arguments.items()})
 
 
 def call_of(action: Search | ToolCall) -> ToolCall:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_search.protocols.base import Protocol
 from trl_search.protocols.call_formats import HERMES, write_call
-from trl_search.protocols.calls import call_of, read_call
+from trl_search.protocols.calls import call_of, read_call, with_types
 from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.instructions import REPLY_TAGS
 from trl_search.protocols.tool_template import (
@@ -17,6 +17,7 @@ from trl_search.protocols.tool_template import (
     REMEDY,
     TemplateProblem,
     ToolTemplate,
+    opening_of,
     probe_template,
     write_turn,
 )
@@ -45,7 +46,9 @@ class QwenTools(Protocol):
     )
 
     def _read_call(self, content: str) -> Action:
-        return read_call(content, {tool["function"]["name"] for tool in self.tools})
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
+        action = read_call(content, schemas)
+        return with_types(action, schemas[action.name]) if isinstance(action, ToolCall) else action
 
     def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
         if isinstance(action, Answer):
@@ -91,12 +94,17 @@ class QwenTools(Protocol):
         return [self._end_id]
 
     def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        if not any(CALL_ID in frame for frame in self._frame):
+        opening, closing = self._frame
+        if opening_of("", opening) != opening:  # it names the tool that replies
+            called = self.parse(self.read_turn(turn_ids))
+            opening = opening_of(called.name, opening) if isinstance(called, ToolCall) else opening
+        if any(CALL_ID in frame for frame in self._frame):
+            # Mistral's templates repeat the id that the policy gave its call.
+            call_id = [first or second for first, second in _CALL_ID.findall(self.decode(turn_ids))] or [CALL_ID]
+            opening, closing = (frame.replace(CALL_ID, call_id[-1]) for frame in (opening, closing))
+        if (opening, closing) == self._frame:
             return super()._frame_ids(turn_ids)
-        # Mistral's templates repeat the id that the policy gave its call.
-        call_id = [first or second for first, second in _CALL_ID.findall(self.decode(turn_ids))] or [CALL_ID]
-        opening, closing = (self.encode(frame.replace(CALL_ID, call_id[-1])) for frame in self._frame)
-        return opening, closing
+        return self.encode(opening), self.encode(closing)
 
 
 class QwenInline(QwenTools):

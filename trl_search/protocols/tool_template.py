@@ -32,6 +32,7 @@ _QUERIES = ("TRLSEARCHQUERY", 'of "it\'s" [here], {there}')
 _CALL = call_of(Search(_QUERIES))
 _REPLY = 'TRLSEARCHREPLY "x"\nwith a second line'
 CALL_ID = "call00001"
+_SEARCH = re.compile(r"\bsearch\b")
 _END_OF_TURN = re.compile(r"<\|[^<>|]{1,40}\|>|</s>")
 REMEDY = "use protocol='search_r1', which needs no tools in the template, or set tokenizer.chat_template"
 
@@ -116,11 +117,21 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
     )
 
 
+def opening_of(tool: str, opening: str) -> str:
+    """The opening of another tool's reply, from that of the search.
+
+    Example:
+        >>> opening_of("add", "<|start|>functions.search to=assistant<|channel|>commentary<|message|>")
+        '<|start|>functions.add to=assistant<|channel|>commentary<|message|>'
+    """
+    return _SEARCH.sub(tool, opening)
+
+
 def write_turn(template: ToolTemplate, render: Render, call: ToolCall) -> str:
     """The call as the template writes it, without thoughts and without the end of the turn."""
     history = _history(call, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
-    before = render(history, True).split(template.opening + reply)[0]
+    before = render(history, True).split(opening_of(call.name, template.opening) + reply)[0]
     return _policys_part(render(history[:1], True), before)
 
 

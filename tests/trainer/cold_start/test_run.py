@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +26,11 @@ from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
 from trl_search.trainer.cold_start.run import ColdStartArguments
 from trl_search.trainer.cold_start.select import KEPT
 from trl_search.trainer.tag_rows import tag_ids, untrained_tags
+from trl_search.types import Answer, ToolCall
 
 ROOT = Path(__file__).parents[3]
 GOLD = "Mira Talvane"
+CALCULATOR = "tests.support.calculator:Calculator"
 SMALL = {
     "model_name_or_path": "tiny",
     "dtype": "float32",
@@ -200,6 +203,52 @@ def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: d
     assert attempts and all(tokenizer.decode(one.prompt_ids).startswith("THINK ") for one in attempts)
 
 
+def test_a_script_of_the_users_own_teaches_a_tool_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right and wrong ones alike are counted; what is right is kept in the file of every cold start."""
+    rows = [{"id": f"q{i}", "question": f"{i} + 2", "golden_answers": [str(i + 2)]} for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "questions": tmp_path / "sums.jsonl",
+        "environment": CALCULATOR,
+        "teacher": "scripts",
+        "samples_per_question": 1,
+        "output_dir": tmp_path / "run",
+    }
+    sft(tmp_path, **options, script=f"{__name__}:adds")
+    printed = capsys.readouterr().out
+    assert re.search(r"kept +5 ", printed) and re.search(r"wrong answer +1 ", printed) and changed(tmp_path / "run")
+    kept = datasets.Dataset.from_parquet(str(tmp_path / "run/collection" / KEPT))
+    assert set(kept["searches"]) == {1} and kept[0]["messages"][1]["content"] == "2"
+    assert len(kept[0]["input_ids"]) == len(kept[0]["assistant_masks"])
+    with pytest.raises(UserError, match=r"script was '.*:adds', and is '.*:guesses'; script_hash was"):
+        sft(tmp_path, **options, script=f"{__name__}:guesses", collect_only="true")
+
+
+def test_a_script_of_the_users_own_plays_the_demonstrations(
+    tmp_path: Path, served: Server, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"id": f"q{i}", "question": f"{i} + 2", "golden_answers": [str(i + 2)]} for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"questions": tmp_path / "sums.jsonl", "environment": CALCULATOR}
+    with pytest.raises(UserError, match="none of 12 attempts is kept"):  # this teacher knows authors
+        sft(tmp_path, **options, script=f"{__name__}:adds", teacher=served.url, demonstrations=1, collect_only="true")
+    asked = [tokenizer.decode(one.json["prompt"]) for one in served.asked if one.target == "/v1/completions"]
+    assert asked and all('{"name": "add"' in text for text in asked)
+
+
+def adds(row: Any) -> Iterator[Any]:
+    """Right but for the last question."""
+    a, _, b = row["question"].split()
+    total = yield "I add.", ToolCall("add", {"a": int(a), "b": int(b)})
+    yield f"It is {total}.", Answer(total if a != "5" else "8")
+
+
+def guesses(row: Any) -> Iterator[Any]:
+    yield "I guess.", Answer("3")
+
+
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
 def test_a_quantized_base_is_refused_before_anyone_is_asked(
     tmp_path: Path, files: dict[str, Any], served: Server, key: str
@@ -217,6 +266,10 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
         ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
         ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
         ({"teacher": "scripts", "demonstrations": 2}, "demonstrations are shown to a model"),
+        ({"teacher": "scripts", "environment": CALCULATOR}, "only search, and the environment is .*: give a script"),
+        ({"script": f"{__name__}:adds"}, "script: .*:adds is played with teacher: scripts"),
+        ({"teacher": "scripts", "script": "my_script"}, "script 'my_script' cannot be imported"),
+        ({"teacher": "scripts", "script": f"{__name__}:GOLD"}, "script .*:GOLD must be a function"),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
         ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),

@@ -4,8 +4,8 @@
     what is recorded                                                                  [question C] attempt
 
 The student learns to do without the demonstrations: context distillation (Askell et al., arXiv:2112.00861). Scripted
-players (`data/question_players.py`) play training questions with real searches, and the right trajectories are shown.
-Their ids are prepended: nothing is encoded again.
+players (`data/question_players.py`), or a script of the user's own (`data/user_script.py`), play training questions in
+the environment, and the right trajectories are shown. Their ids are prepended: nothing is encoded again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.data.question_players import QuestionPlayers
+from trl_search.data.user_script import UserScript
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
@@ -38,7 +39,7 @@ class Demonstration:
 
 def play_demonstrations(
     rows: Sequence[Mapping[str, Any]],
-    players: QuestionPlayers,
+    players: QuestionPlayers | UserScript,
     environment: Environment,
     protocol: Protocol,
     limits: Limits,

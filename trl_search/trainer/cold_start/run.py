@@ -1,8 +1,9 @@
 """`trl-search sft`: collects attempts at questions, keeps the good ones, and fine-tunes on them.
 
 The attempts come from scripts of the embedded world (`questions: world`), which play it at the asked quality; from
-scripted players of any other questions (`teacher: scripts`), which know the golden answers; or from a policy that
-answers with real searches. Of the last two, the right attempts are kept (`collect.py`, `select.py`).
+scripted players of any other questions (`teacher: scripts`), which know the golden answers, or from a script of the
+user's own (`script`); or from a policy that answers with real searches. Of all but the first, the right attempts are
+kept (`collect.py`, `select.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
+from trl_search.data.user_script import UserScript
 from trl_search.data.world import generate_world
 from trl_search.environment.registry import SEARCH, takes_retriever
+from trl_search.environment.script import load_script
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -65,6 +68,14 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: scripted players, "
             "for any questions and without a model: they look up what the question names, then what the passages lead "
             "to, by the gold passages where the rows know them and by trying queries where they do not."
+        },
+    )
+    script: str | None = field(
+        default=None,
+        metadata={
+            "help": "With teacher: scripts, your own script in place of those that ship, as an import path: "
+            "my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With demonstrations, "
+            "it plays those."
         },
     )
     quality: str = field(
@@ -113,12 +124,18 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
-        if self.environment != SEARCH and (self.teacher == "scripts" or self.demonstrations):
+        played = self.teacher == "scripts" or self.demonstrations > 0
+        if self.script is not None:
+            if not played:
+                raise UserError(f"script: {self.script} is played with teacher: scripts: set it, or leave script out")
+            load_script(self.script)
+        elif played and self.environment != SEARCH:
             raise UserError(
-                f"scripted players search, and the environment is {self.environment}: take a model as the teacher, "
+                f"the scripted players that ship only search, and the environment is {self.environment}: give a "
+                "script of your own (script: my_agent:open_page; docs/own-agent.md), or take a model as the teacher "
                 "and set demonstrations: 0"
             )
-        if self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
+        elif self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
         if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
             raise UserError(
@@ -143,7 +160,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         eos_token=config.eos_token,
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
-    if arguments.teacher == "scripts" and arguments.questions == "world":
+    if arguments.teacher == "scripts" and arguments.questions == "world" and arguments.script is None:
         rows = _scripted(arguments, config, tokenizer)
     else:
         kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
@@ -189,7 +206,7 @@ def _collect_and_choose(
     model_config: ModelConfig,
 ) -> list[Attempt]:
     state, scripts = PartialState(), arguments.teacher == "scripts"
-    evidence = scripts or arguments.demonstrations > 0
+    evidence = arguments.script is None and (scripts or arguments.demonstrations > 0)
     task = load_task(
         TaskArguments(**{key: getattr(arguments, key) for key in _TASK_KEYS}, evaluate=False),
         seed=config.seed,
@@ -212,9 +229,13 @@ def _collect_and_choose(
         assert task.retriever is not None  # only scripted players search, in a search environment
         return task.retriever.search(queries, k)
 
-    players = QuestionPlayers(
-        lambda queries: find(queries, arguments.passages_per_query), protocol, max_searches=arguments.max_searches
-    )
+    players: QuestionPlayers | UserScript
+    if arguments.script is not None:
+        players = UserScript(arguments.script, environment, protocol)
+    else:
+        players = QuestionPlayers(
+            lambda queries: find(queries, arguments.passages_per_query), protocol, max_searches=arguments.max_searches
+        )
     pool: list[Demonstration] = []
 
     def policy() -> Policy | None:
@@ -249,6 +270,7 @@ def _collect_and_choose(
             "seed": config.seed,
             "teacher": teacher,
             **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),
+            **(players.described() if isinstance(players, UserScript) else {}),
         },
         max_failed_share=arguments.max_failed_share,
     )

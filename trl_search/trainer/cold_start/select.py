@@ -83,9 +83,9 @@ def select(attempts: Sequence[Attempt], rules: Rules) -> tuple[list[Attempt], Co
 
 _ADVICE = {
     "no answer": "it runs out of tokens, or does not know the format: raise max_turn_length or max_completion_length, "
-    "say the format in `instruction`, or ask a larger teacher",
+    "say the format in `instruction`, or ask a larger teacher; a script gave up",
     "wrong answer": "sample more (samples_per_question), take what is nearly right (min_f1: 0.5), or ask a larger "
-    "teacher",
+    "teacher; correct the script if one played",
     "malformed": "ask a teacher that knows the format, or take them as they are (well_formed: false)",
     "too few searches": "it answers from memory: ask another teacher, or take that too (min_searches: 0)",
     "too long": "raise max_length",
