@@ -242,7 +242,7 @@ def make_trainer(folder: Path, case: Case, per_rank: int, url: str | None) -> An
         "vllm_tensor_parallel_size": case.gpus if case.method == "tp" else 1,
     }
     if url is not None:
-        engine = {"vllm_mode": "server", "vllm_server_base_url": [url], "vllm_server_timeout": 120.0}
+        engine = {"vllm_mode": "server", "vllm_server_base_url": [url], "vllm_server_timeout": 240.0}
     args = SearchGRPOConfig(
         output_dir=str(folder / "run"),
         num_generations=vllm_shape.GROUP,

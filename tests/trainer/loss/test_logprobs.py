@@ -21,7 +21,7 @@ from tests.trainer.loss.test_packing import ragged_batches
 from tests.trainer.test_mask import SETTINGS, loss_mask
 from trl_search import SearchGRPOConfig
 from trl_search.common.errors import UserError
-from trl_search.trainer.loss.attention import choose_attention
+from trl_search.trainer.loss.attention import choose_attention, set_attention
 from trl_search.trainer.loss.logprobs import MAX_CHUNKS, LogProbs
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}  # the second layer's
@@ -246,6 +246,23 @@ def test_on_cuda_varlen_comes_first_and_what_cannot_pack_is_padded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     assert chosen(make_random_model(TOKENIZER)) == "flex_attention"
+
+
+@pytest.mark.parametrize("own", ["eager", "flash_attention_2", "flash_attention_3", "sdpa"])
+def test_a_kernel_for_packs_goes_beside_any_attention_a_model_was_loaded_with(own):
+    """transformers would look for a package of flash attention by any name with "flash" in it."""
+    model = make_random_model(TOKENIZER)
+    model.config._attn_implementation = own
+    set_attention(model, "varlen")
+    assert model.config._attn_implementation == "trl_search_varlen_or_sdpa"
+
+
+@pytest.mark.parametrize(("own", "kernel"), [("eager", "padded"), ("sdpa", "flex_attention")])
+def test_soft_capping_does_not_get_lost_in_calls_that_are_not_of_packs(own, kernel):
+    model = make_random_model(TOKENIZER)
+    model.config.attn_logit_softcapping = 50.0
+    model.config._attn_implementation = own
+    assert choose_attention("auto", model, device=torch.device("cuda"), dtype=torch.float32)[0] == kernel
 
 
 def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -34,7 +36,8 @@ def usable(kernel, config, dtype):
 def run(config, dtype, attention, *, autocast=False, checkpointing=False, max_tokens=2000):
     """Log-probs, entropies and the gradient of a weighted sum: TRL's padded ones where `attention` is None."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).cuda().to(torch.float32 if autocast else dtype).train()
+    # A copy, since the kernel's name goes into the configuration of the model.
+    model = Qwen2ForCausalLM(copy.deepcopy(config)).cuda().to(torch.float32 if autocast else dtype).train()
     add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
     ids, mask, loss_mask = (x.cuda() for x in a_batch(rows=12, prompt=60, completion=900))
     wanted = loss_mask * mask[:, 60:]
@@ -72,6 +75,15 @@ def test_bf16_equals_padded_to_the_noise_floor(attention, autocast, checkpointin
     packed = run(CONFIG, torch.bfloat16, attention, autocast=autocast, checkpointing=checkpointing)
     for mine, theirs, truth in zip(packed, padded, exact, strict=True):
         assert 0 < noise(theirs, truth) < 0.2
+        assert noise(mine, truth) < 1.3 * noise(theirs, truth)
+
+
+@pytest.mark.parametrize("attention", ["varlen", "flex_attention"])
+def test_packs_of_a_model_that_was_loaded_with_flash_attention(attention):
+    usable("flash_attention_2", CONFIG, torch.bfloat16)
+    exact, padded = run(CONFIG, torch.float32, None), run(CONFIG, torch.bfloat16, None)
+    packed = run(changed(CONFIG, _attn_implementation="flash_attention_2"), torch.bfloat16, attention)
+    for mine, theirs, truth in zip(packed, padded, exact, strict=True):
         assert noise(mine, truth) < 1.3 * noise(theirs, truth)
 
 

@@ -12,7 +12,8 @@
 
 A model gets its kernel for good and not just for the time of a forward: gradient checkpointing runs layers again in
 the backward, long after. Calls that are not of packs (generation, padded forwards) reach the implementation it had
-before: a packed call is told by its `cu_seq_lens_q`, or by its block mask.
+before, or `sdpa` where that was eager or flash attention: a packed call is told by its `cu_seq_lens_q`, or by its
+block mask.
 """
 
 from __future__ import annotations
@@ -63,12 +64,19 @@ def choose_attention(
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
     """Has `model` run packs on the kernel `name`, and all other calls as before."""
-    before = model.config._attn_implementation
     if name in ("sdpa", "flash_attention_2"):
         model.set_attn_implementation(name)
     elif name in ("varlen", "flex_attention"):
-        # Eager attention belongs to no registry: the same numbers come from sdpa.
-        model.set_attn_implementation(_register(name, "sdpa" if before == "eager" else before))
+        own = model.config._attn_implementation
+        model.set_attn_implementation(_register(name, "sdpa" if _only_under_its_own_name(own) else own))
+
+
+def _only_under_its_own_name(implementation: str) -> bool:
+    """Whether another name cannot stand for it; then the same numbers come from sdpa.
+
+    Eager attention belongs to no registry, and transformers loads flash attention by the name in the configuration.
+    """
+    return implementation == "eager" or "flash" in implementation
 
 
 def attention_inputs(name: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
@@ -247,8 +255,12 @@ def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: tor
     if name in ("sdpa", "flex_attention"):
         if window_of(model) is not None:
             return "its one mask would serve sliding-window layers too"
-        if name == "flex_attention" and device.type != "cuda":
+        if name == "sdpa":
+            return None
+        if device.type != "cuda":
             return f"it has no backward on {device.type}"
+        if _caps_or_sinks(model) and _only_under_its_own_name(model.config._attn_implementation):
+            return "calls that are not of packs would go to sdpa, which has neither soft-capping nor attention sinks"
         return None
     if device.type != "cuda":
         return f"it needs CUDA, and the model is on {device.type}"
@@ -268,6 +280,9 @@ def _why_not_varlen(model: PreTrainedModel, device: torch.device) -> str | None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % 8 or head_dim > _MAX_HEAD_DIM or hasattr(config, "v_head_dim"):
         return f"it needs heads of one size, a multiple of 8 up to {_MAX_HEAD_DIM}, and these are {head_dim} wide"
-    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(part, "sinks") for part in model.modules()):
-        return "it has neither soft-capping nor attention sinks"
-    return None
+    return "it has neither soft-capping nor attention sinks" if _caps_or_sinks(model) else None
+
+
+def _caps_or_sinks(model: PreTrainedModel) -> bool:
+    capping = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return bool(capping) or any(hasattr(part, "sinks") for part in model.modules())
