@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pandas
 import pytest
@@ -17,6 +18,7 @@ from trl_search.types import StopReason
 ITEM_9 = {
     "search/searches", "search/turns", "search/malformed_calls", "search/empty_retrievals", "search/failed_rollouts",
     "tokens/model", "tokens/observation", "tokens/nonfinite_logprobs", "time/generation_s", "time/search_s",
+    "time/weights_s", "time/rollout_s", "time/logprobs_s", "time/rewards_s",
     "rollout/bubble", "reflection/ratio", "reflection/phrases_per_1k_tokens",
     "frac_reward_zero_std", "reward", "entropy",
     "rewards/em/mean", "rewards/reflection/mean", "clip_ratio/region_mean",
@@ -35,6 +37,19 @@ def test_every_metric_is_there_at_every_step(tmp_path, random_model, tokenizer):
         assert entry["search/searches"] == 0.75 and entry["search/turns"] == 2
         assert entry["search/malformed_calls"] == 0.25
         assert entry["stop/answer"] == 1 and sum(entry[f"stop/{reason.value}"] for reason in StopReason) == 1
+
+
+def test_the_parts_of_a_step_take_no_longer_than_the_step(tmp_path, random_model, tokenizer):
+    def slow_reward(completions, **columns):
+        time.sleep(0.2)
+        return [0.5] * len(completions)
+
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, rewards=[slow_reward], max_steps=2)
+    trainer.train()
+    for entry in steps(trainer):
+        parts = [entry[f"time/{part}_s"] for part in ("weights", "rollout", "logprobs", "rewards")]
+        assert all(seconds > 0 for seconds in parts) and sum(parts) <= entry["step_time"]
+        assert entry["time/rewards_s"] >= 0.2
 
 
 def test_empty_retrievals_are_counted(tmp_path, random_model, tokenizer):

@@ -26,6 +26,7 @@ from trl_search.protocols.instructions import tool_names
 from trl_search.records.trajectory_log import Replaced
 from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
 from trl_search.retrieval.base import RetrievalError, merge_metrics
+from trl_search.trainer.laps import Laps
 from trl_search.types import Sampling, StopReason, Trajectory
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Rollout:
     | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
     | `logprobs`     | `_rollout`                        | TRL, as those of the policy that sampled                   |
     | `metrics`      | `_rollout`                        | `_generate`, which logs their means over all ranks         |
+    | `laps`         | every seam, at its end            | `_generate_and_score_completions`, which logs them         |
     | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
     | `spare`        | `_generate_and_score_completions` | `_rollout`: by round and group, what refills the batch     |
     | `groups`       | `_rollout`, where it refills      | `_calculate_rewards`                                       |
@@ -74,6 +76,7 @@ class Rollout:
     loss_masks: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    laps: Laps = field(default_factory=Laps)
     rewards_RF: torch.Tensor | None = None  # NaN: not rewarded
     spare: list[list[Question]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)

@@ -227,6 +227,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             self.trajectory_log.add(step, batch.rows, batch.trajectories, scored, batch.replaced_trajectories)
             if self.args.turn_credit != "none":
                 output["advantages"] = credited_advantages(self, batch.rows, output)
+            self.add_to_log(batch.laps.seconds)
         return output
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
@@ -243,8 +244,9 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
         assert self.environment is not None
-        self.probe_logprobs()
         batch = self.last_rollout
+        batch.laps.end("time/weights_s")
+        self.probe_logprobs()
         batch.prompt_ids = encode_prompts(prompts, self.protocol)
         mode = "train" if self.model.training else "eval"
         sampling = self._sampling(mode)
@@ -276,6 +278,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         check_failures(
             [*batch.trajectories, *(one.trajectory for one in batch.replaced_trajectories)], self.args.max_failed_share
         )
+        batch.laps.end("time/rollout_s")
         batch.loss_masks = [loss_mask(trajectory, self.args) for trajectory in batch.trajectories]
         batch.logprobs = [sampling_logprobs(trajectory, self.args) for trajectory in batch.trajectories]
         return batch.for_trl()
@@ -284,6 +287,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> torch.Tensor:
         batch = self.last_rollout
+        batch.laps.end("time/logprobs_s")
         if batch.groups:  # a refill has called the reward functions
             rewards_RF = rewards_of(self, batch.groups)
         else:
@@ -292,6 +296,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
                 own_B2 = exceptions(batch.trajectories).to(rewards_RF.device)
                 adjust_rewards(rewards_RF, self.accelerator.gather(own_B2), self)
         batch.rewards_RF = rewards_RF
+        batch.laps.end("time/rewards_s")
         return rewards_RF
 
     # For callbacks and evaluations

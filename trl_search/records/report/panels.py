@@ -90,7 +90,8 @@ PANELS = (
     Panel("Optimisation", "Gradient norm", "before clipping", (("grad_norm", "norm"),)),
     Panel("Optimisation", "Loss", "of GRPO, near zero by design", (("loss", "loss"),), ("not_finite",)),
     Panel(
-        "Time", "Time", "seconds per step, and per trajectory for generation and search",
-        (("step_time", "step"), ("time/generation_s", "generation"), ("time/search_s", "search")),
+        "Time", "Time", "seconds of the step and of its rollout, and per trajectory for generation and search",
+        (("step_time", "step"), ("time/rollout_s", "rollout"), ("time/generation_s", "generation"),
+         ("time/search_s", "search")),
     ),
 )  # fmt: skip
