@@ -23,9 +23,13 @@ class Level:
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     low: float = math.inf
     high: float = -math.inf
+    logs: int = 0
+    always_zero: bool = True
 
     def add(self, value: float) -> None:
         self.values.append(value)
+        self.logs += 1
+        self.always_zero &= value == 0
         if len(self.values) >= SETTLED:
             self.low, self.high = min(self.low, self.now), max(self.high, self.now)
 
@@ -103,12 +107,39 @@ class NotFinite(Rule):
         return f"{', '.join(broken)}: not a finite number" if broken else ""
 
 
+@dataclass(frozen=True)
+class NeverScored(Rule):
+    """Fires from the third log on, until a rollout scores: a run that has nothing to learn from, and no collapse."""
+
+    @property
+    def condition(self) -> str:
+        return f"0 in each of the first {SETTLED} logs, until it is not"
+
+    def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
+        level, spread = levels.get(self.metric), levels.get(f"{self.metric}_std")
+        if level is None or level.logs < SETTLED or not level.always_zero or (spread and not spread.always_zero):
+            return ""
+        return f"{self.metric} was 0 in every rollout of the first {level.logs} logs"
+
+
+_BEGIN = (
+    "read the completions (trl-search report); begin with a cold start (trl-search sft; for a tool of your own with a "
+    "script of your own, docs/own-agent.md), train on easier questions (trl-search data filter)"
+)
 RULES: tuple[Rule, ...] = (
     NotFinite(
         "not_finite", "loss, grad_norm, entropy, kl",
         "an update overflowed and was skipped (three in a row stop the run)",
         "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
         metrics=("loss", "grad_norm", "entropy", "kl"),
+    ),
+    NeverScored(
+        "never_rewarded", "reward", "no rollout has scored, so there is nothing to learn from",
+        f"{_BEGIN}, reward a first step as well (format, retrieval), and try your own reward by hand",
+    ),
+    NeverScored(
+        "never_right", "rewards/em/mean", "no rollout has answered right, whatever else is rewarded",
+        f"{_BEGIN}, and look whether golden_answers are what an answer would say", drift=True,
     ),
     Rule(
         "reward", "reward", "the policy gets worse at what it is trained on",

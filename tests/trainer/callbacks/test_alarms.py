@@ -24,6 +24,7 @@ GOOD = {
     "kl": 0.01, "search/searches": 1.8, "tools/calls": 0.5, "search/turns": 2.8, "search/malformed_calls": 0.0,
     "search/duplicate_tags": 0.0, "stop/answer": 0.95, "search/no_answer": 0.05, "search/quoted_queries": 0.4,
     "search/repeated_queries": 0.1, "tokens/per_turn": 80.0, "eval/em": 0.5,
+    "rewards/em/mean": 0.5,
 }  # fmt: skip
 COLLAPSED = {
     "not_finite": {"grad_norm": math.nan},
@@ -124,12 +125,36 @@ def test_a_policy_that_gives_up_searching_is_seen_though_its_reward_is_full():
     assert set(first_alarms(history)) == {"searches"} and history[-1]["reward"] == 1.0
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name in COLLAPSED], ids=lambda rule: rule.name)
 def test_each_alarm_fires_for_what_it_is_about_and_names_it(rule):
     assert find_collapse([GOOD] * 20) == {}
     found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * WINDOW)
     metric = next(iter(COLLAPSED[rule.name]))
     assert set(found) == {rule.name} and metric in found[rule.name] and rule.means and rule.advice and rule.condition
+
+
+NOTHING = {**GOOD, "reward": 0.0, "reward_std": 0.0, "rewards/em/mean": 0.0, "rewards/em/std": 0.0}
+
+
+def test_a_run_in_which_nothing_has_scored_yet_is_told_in_its_first_steps(caplog):
+    assert find_collapse([NOTHING] * 2) == {}
+    found = find_collapse([NOTHING] * 3)
+    assert set(found) == {"never_rewarded", "never_right"}
+    assert found["never_rewarded"] == "reward was 0 in every rollout of the first 3 logs"
+    seen, _ = play([NOTHING] * 4)
+    assert [row.get("alarm/never_rewarded") for row in seen] == [0.0, 0.0, 1.0, 1.0]
+    for remedy in ("trl-search sft", "script of your own", "easier questions", "your own reward"):
+        assert caplog.text.count(remedy) >= 1, remedy
+    assert "ALARM never_rewarded" in step_line(3, 4, seen[2])
+
+
+def test_one_score_is_enough_and_a_later_silence_is_another_alarms_matter():
+    once = {**NOTHING, "reward": 0.1, "rewards/em/mean": 0.1}
+    assert find_collapse([NOTHING, once, *[NOTHING] * 3]) == {}
+    penalties = {**NOTHING, "reward_std": 1.0}  # as many lose as win
+    assert set(find_collapse([penalties] * 3)) == {"never_right"}
+    brief = {**NOTHING, "reward": 0.09, "reward_std": 0.01}  # only a side reward is earned
+    assert set(find_collapse([brief] * 3)) == {"never_right"}
 
 
 def test_a_run_that_has_solved_its_questions_has_no_variance_and_no_alarm():

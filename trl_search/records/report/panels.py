@@ -39,9 +39,10 @@ PANELS = (
     ),
     Panel(
         "Results", "Reward", "weighted sum, mean over trajectories",
-        (("reward", "mean"), ("reward_std", "standard deviation within groups")), ("reward", "reward_variance"),
+        (("reward", "mean"), ("reward_std", "standard deviation within groups")),
+        ("never_rewarded", "reward", "reward_variance"),
     ),
-    Panel("Results", "Single rewards", "each before its weight", (("rewards/*/mean", "*"),)),
+    Panel("Results", "Single rewards", "each before its weight", (("rewards/*/mean", "*"),), ("never_right",)),
     Panel("Results", "Exact match per dataset", "held-out questions", (("eval/*/em", "*"),), several=True),
     Panel(
         "Behaviour", "Calls and turns", "per trajectory",
