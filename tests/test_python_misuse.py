@@ -84,7 +84,9 @@ def test_a_public_function_works_or_says_what_is_wrong(entry: str, tokenizer) ->
         refused_or_done(lambda value=value: ENTRIES[entry](value, tokenizer), f"{entry} with {value!r:.40}")
 
 
-@pytest.mark.parametrize("name", ["k", "max_searches", "max_queries", "max_invalid", "timeout_s", "passage_template"])
+@pytest.mark.parametrize(
+    "name", ["passages_per_query", "max_searches", "max_queries", "max_invalid", "timeout_s", "passage_template"]
+)
 def test_a_search_environment_works_or_says_what_is_wrong(name: str) -> None:
     for value in ABSURD:
         refused_or_done(

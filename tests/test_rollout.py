@@ -494,7 +494,7 @@ def test_a_retriever_that_returns_more_than_it_was_asked_for_is_cut(tokenizer):
             return [list(self.passages) for _ in queries]
 
     script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("x"))
-    environment = SearchEnvironment(Generous(PASSAGES), k=2)
+    environment = SearchEnvironment(Generous(PASSAGES), passages_per_query=2)
     (trajectory,), _, _ = run(tokenizer, script, environment=environment)
     assert [passage.id for passage in trajectory.passages[0]] == ["0", "1"]
 

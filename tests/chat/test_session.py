@@ -169,7 +169,7 @@ def test_nothing_found_is_not_a_failure(tokenizer):
 
 def test_several_queries_a_call_and_no_more_than_the_budgets(tokenizer):
     turns = write(tokenizer, Search(("a", "b", "c")), Search(("d",)), Search(("e",)))
-    reply, events = ask(scripted(tokenizer, turns, max_searches=2, max_queries=2, k=1))
+    reply, events = ask(scripted(tokenizer, turns, max_searches=2, max_queries=2, passages_per_query=1))
     assert [event for event in events if isinstance(event, Searching)] == [Searching(("a", "b")), Searching(("d",))]
     found = [event for event in events if isinstance(event, Found)]
     assert len(found[0].passages) == 2 and "Only the first 2 queries were run." in found[0].notice

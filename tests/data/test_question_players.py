@@ -66,7 +66,7 @@ def attempt(
     k: int = 2,
 ) -> Trajectory:
     protocol = load_protocol(name, tokenizer, instruction="")
-    environment = SearchEnvironment(retriever, k=k)
+    environment = SearchEnvironment(retriever, passages_per_query=k)
     players = QuestionPlayers(lambda queries: retriever.search(queries, k), protocol, max_searches=4)
     finished: dict[int, Trajectory] = {}
     prompt = protocol.prompt_ids(protocol.messages(row["question"]))

@@ -58,7 +58,11 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
         ("search", {}, "environment 'search' searches: give a retriever"),
         ("search", {"retriever": [1]}, "retriever is a list"),
         ("search", {"retriever": FixedRetriever}, "retriever=FixedRetriever is a class: give an instance"),
-        ("search", {"retriever": RETRIEVER, "k": 0}, r"SearchEnvironment\(k=0\): give a whole number, at least 1"),
+        (
+            "search",
+            {"retriever": RETRIEVER, "passages_per_query": 0},
+            r"\(passages_per_query=0\): give a whole number, at least 1",
+        ),
         ("search", {"retriever": RETRIEVER, "timeout_s": -1}, "give seconds, more than 0"),
         ("os:system", {"command": "false"}, "gave a int, and not an Environment"),
         ("subprocess:Popen", {}, "neither a subclass of Environment nor a function"),
@@ -78,7 +82,7 @@ def test_a_retriever_is_wanted_where_there_is_a_parameter_for_it() -> None:
 def test_the_budgets_of_a_configuration_reach_a_search_environment_and_no_other() -> None:
     agent = AgentSettings(environment=LIBRARY, environment_options={"pages": 7}, max_searches=2, passages_per_query=5)
     library = build_environment(agent, RETRIEVER)
-    assert (library.pages, library.max_searches, library.k) == (7, 2, 5)
+    assert (library.pages, library.max_searches, library.passages_per_query) == (7, 2, 5)
     assert build_environment(AgentSettings(environment=CALCULATOR, max_searches=2), None).max_calls == 3
 
 

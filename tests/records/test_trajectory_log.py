@@ -56,6 +56,7 @@ def test_a_row_holds_the_whole_trajectory(tmp_path, random_model, tokenizer):
         assert row["advantage"] == pytest.approx(advantage)
         assert row["reward"] == pytest.approx(row["rewards/em"] + 0.5 * row["rewards/format"])
         assert row["model_tokens"] == trajectory.model_tokens and row["searches"] == trajectory.searches
+        assert row["calls"] == trajectory.calls
         assert row["stop_reason"] == "answer" and row["error"] == "" and row["search_s"] >= 0
     # Four ways: right after a search, wrong after two, wrong at once, right after a malformed call.
     assert [row["rewards/em"] for row in rows] == [1, 0, 0, 1]

@@ -56,6 +56,7 @@ def trajectory(step: int, index: int, turns: list[tuple[str, str]], **values: An
         "rewards/format": 1.0,
         "advantage": 0.5,
         "searches": sum(role == "tool" for role, _ in turns),
+        "calls": sum(role == "tool" for role, _ in turns),
         "malformed": 0,
         "model_tokens": sum(mask),
         "observation_tokens": len(mask) - sum(mask),

@@ -32,7 +32,7 @@ FORMAT = 1
 SETTINGS_FILE = "trl_search.json"
 # The budgets of a search environment: its parameter -> the key here.
 _BUDGETS = {
-    "k": "passages_per_query",
+    "passages_per_query": "passages_per_query",
     "max_searches": "max_searches",
     "max_queries": "max_queries_per_search",
     "timeout_s": "search_timeout_s",

@@ -28,7 +28,7 @@ class SearchEnvironment(Environment):
     Args:
         retriever (`Retriever` or `str`): What is searched; calls of concurrent trajectories reach it in batches.
             [`open_retriever`] reads a word: an index folder, the address of a server, a kind.
-        k (`int`, *optional*, defaults to `3`): Passages per query. More are dropped.
+        passages_per_query (`int`, *optional*, defaults to `3`): More are dropped.
         max_searches (`int`, *optional*, defaults to `4`): Calls per trajectory. After the last one the policy is told
             so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
         max_queries (`int`, *optional*, defaults to `4`): Queries per call. More are not run, and the policy is told.
@@ -48,7 +48,7 @@ class SearchEnvironment(Environment):
         self,
         retriever: Retriever | str | Path,
         *,
-        k: int = 3,
+        passages_per_query: int = 3,
         max_searches: int = 4,
         max_queries: int = 4,
         max_invalid: int = 2,
@@ -56,7 +56,7 @@ class SearchEnvironment(Environment):
         passage_template: str = PASSAGE_TEMPLATE,
     ) -> None:
         for name, value, least in (
-            ("k", k, 1),
+            ("passages_per_query", passages_per_query, 1),
             ("max_searches", max_searches, 0),
             ("max_queries", max_queries, 1),
             ("max_invalid", max_invalid, 0),
@@ -68,7 +68,7 @@ class SearchEnvironment(Environment):
         if not isinstance(passage_template, str):
             raise UserError(f"{type(self).__name__}(passage_template={passage_template!r}): give a text")
         self.retriever = as_retriever(retriever)
-        self.k = k
+        self.passages_per_query = passages_per_query
         self.max_searches = max_searches
         if not max_searches:
             # A policy without searches is not shown the search.
@@ -121,7 +121,7 @@ class SearchEnvironment(Environment):
         assert self.batcher is not None, "SearchEnvironment.open() was not awaited"
         batcher, run = self.batcher, queries[: self.max_queries]
         try:
-            results = await asyncio.gather(*(batcher.search(query, self.k) for query in run))
+            results = await asyncio.gather(*(batcher.search(query, self.passages_per_query) for query in run))
         except RetrievalError as error:
             return Observation(done=StopReason.RETRIEVAL_FAILED, error=str(error))
         notices = []

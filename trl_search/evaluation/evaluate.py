@@ -149,7 +149,7 @@ class SearchedOnce(AnswerOnly):
     async def prompt(self, protocol: Protocol, question: str) -> tuple[int, ...]:
         """The ids of a prompt that holds the passages found for the question."""
         assert self.environment.batcher is not None, "the environment is open while a batch runs"
-        passages = await self.environment.batcher.search(question, self.environment.k)
+        passages = await self.environment.batcher.search(question, self.environment.passages_per_query)
         # On a thread: the other trajectories do not wait while passages are tokenized.
         messages = await asyncio.to_thread(rag_messages, protocol, self.environment, question, passages)
         return protocol.prompt_ids(messages)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_search.data import HUB_SETS
+from trl_search.environment.registry import SEARCH, call_word
 from trl_search.evaluation.outcomes import Evaluation
 from trl_search.evaluation.published_scores import SETS, TITLES, rows_beside
 from trl_search.evaluation.sets import MACRO
@@ -31,7 +32,7 @@ def results_markdown(settings: Mapping[str, Any], results: Results, *, size: str
             "",
             *notes(settings, results, names, size),
             "",
-            *others_table(results, names),
+            *others_table(results, names, call_word(settings["agent"].get("environment", SEARCH))),
             "",
             *_how(settings),
             "",
@@ -100,10 +101,10 @@ def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], s
     return [f"- {line}" for line in said]
 
 
-def others_table(results: Results, names: Sequence[str]) -> list[str]:
-    """All other metrics, one row per mode and set."""
+def others_table(results: Results, names: Sequence[str], calls: str) -> list[str]:
+    """All other metrics, one row per mode and set. `calls` is the word for the calls of the environment's tools."""
     lines = [
-        "| mode | set | questions | failed | F1 | contains | searches | turns | tokens | retrieved | s | reflective |",
+        f"| mode | set | questions | failed | F1 | contains | {calls} | turns | tokens | retrieved | s | reflective |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mode, by_set in results.items():
@@ -127,7 +128,7 @@ def _how(settings: Mapping[str, Any]) -> list[str]:
     searched = "nothing" if retriever is None else retriever["kind"]
     world = f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches"
     if "environment" in agent:  # written down only where it is not the search
-        world = f"environment {agent['environment']}, whose calls are counted as searches"
+        world = f"environment {agent['environment']}"
     return [
         "*contains*: a golden answer stands in the answer. *tokens* are those the policy wrote, *retrieved* those it "
         "was shown while it answered. *s*: seconds from question to answer, with others asked at the same time.",

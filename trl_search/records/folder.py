@@ -32,7 +32,7 @@ INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "traje
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
 # Columns that files of earlier versions lack.
-LATER_COLUMNS = ("replaced",)
+LATER_COLUMNS = ("replaced", "calls")
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
 _TEXT, _COUNT, _SECONDS, _SCORE = pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
@@ -44,7 +44,7 @@ TRAJECTORY_SCHEMA = pyarrow.schema(
         ("tokens", pyarrow.list_(_TEXT)), ("mask", pyarrow.list_(pyarrow.int8())),
         ("logprobs", pyarrow.list_(pyarrow.float32())), ("turns", pyarrow.list_(_TURN)), ("answer", _TEXT),
         ("reward", _SCORE), ("advantage", _SCORE), ("replaced", pyarrow.bool_()), ("searches", _COUNT),
-        ("malformed", _COUNT),
+        ("calls", _COUNT), ("malformed", _COUNT),
         ("model_tokens", _COUNT), ("observation_tokens", _COUNT), ("stop_reason", _TEXT), ("error", _TEXT),
         ("generation_s", _SECONDS), ("search_s", _SECONDS),
     ]

@@ -145,6 +145,7 @@ class TrajectoryLog:
             "advantage": 0.0 if local is None else scored.advantages_B[local].mean().item(),
             "replaced": local is None,
             "searches": trajectory.searches,
+            "calls": trajectory.calls,
             "malformed": trajectory.malformed,
             "model_tokens": trajectory.model_tokens,
             "observation_tokens": trajectory.observation_tokens,

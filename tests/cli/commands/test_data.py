@@ -21,6 +21,7 @@ from tests.support.fake_hub import FakeHub, fake_hub
 from trl_search.cli.main import USER_ERROR, main
 from trl_search.data import HUB_SETS, load_questions
 from trl_search.data.wiki18 import ARCHIVE, DIM, PIECES
+from trl_search.data.world import generate_world
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,6 +40,21 @@ def train(tmp_path: Path) -> Path:
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     assert main(["data", *map(str, argv)]) == USER_ERROR
     return capsys.readouterr().err
+
+
+def test_the_questions_of_the_world_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "test.jsonl"
+    options = ["--split", "test", "--world_passages", "200", "--world_seed", "7"]
+    assert main(["data", "questions", "world", *options, "--output", str(file)]) == 0
+    asked = generate_world(200, 7).questions("test")
+    written = load_questions(file)
+    assert written["question"] == [question.question for question in asked]
+    assert written["golden_answers"] == [question.golden_answers for question in asked]
+    assert set(written.column_names) == {"id", "question", "golden_answers", "data_source"}
+    assert "there is no split 'dev': choose 'train' or 'test'" in refused(
+        capsys, "questions", "world", "--split", "dev"
+    )
+    assert "at least" in refused(capsys, "questions", "world", "--world_passages", "3")
 
 
 @pytest.mark.parametrize("action", ["questions", "list", "wiki18"])

@@ -133,7 +133,7 @@ def test_filters(opened: Page, folder: Path) -> None:
     opened.found(f"{sum(right)} of 49")
     assert set(opened.listed(".verdict")) == {"✓"}
     opened.page.select_option("[name=searched]", "no")
-    opened.found(f"{sum(ok and not row['searches'] for ok, row in zip(right, rows, strict=True))} of 49")
+    opened.found(f"{sum(ok and not row['calls'] for ok, row in zip(right, rows, strict=True))} of 49")
     opened.page.click("[name=reset]")
     opened.found("49 trajectories")
     opened.page.fill("[name=from]", "3")

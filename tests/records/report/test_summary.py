@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.calculator import ADD
+from trl_search import SearchEnvironment
 from trl_search.records.folder import Run
-from trl_search.records.report.summary import facts_of, headline
+from trl_search.records.report.summary import Fact, call_words, facts_of, headline
 
 
 def run_of(history: list[dict[str, Any]], results: dict[str, dict[str, Any]], **values: Any) -> Run:
@@ -71,6 +73,22 @@ def test_the_numbers() -> None:
         "Model": ("Qwen2.5-3B", "qwen_tools · bm25"),
         "Recipe": ("qwen3b", ""),
     }
+
+
+@pytest.mark.parametrize(
+    ("tools", "named", "said"),
+    [
+        ([ADD], ("call of add", "calls of add"), "Calls of add per question"),
+        ([*SearchEnvironment.tools, ADD], ("call", "calls"), "Calls per question"),
+        (SearchEnvironment.tools, ("search", "searches"), "Searches per question"),
+        ("damaged", ("search", "searches"), "Searches per question"),
+    ],
+)
+def test_calls_are_named_after_the_tool(tools: Any, named: tuple[str, str], said: str) -> None:
+    log = [{"step": step, "tools/calls": step / 2} for step in (1, 2)]
+    run = run_of(log, {}, environment={"tools": tools})
+    assert call_words(run) == named
+    assert Fact(said, "0.50 → 1.00", "training questions") in facts_of(run)
 
 
 def test_what_is_not_recorded_is_left_out() -> None:

@@ -152,12 +152,12 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
         if command == "/quit":
             return
         if command == "/help":
-            print(HELP.format(k=f" (now {searched.k})" if searched else ""))
+            print(HELP.format(k=f" (now {searched.passages_per_query})" if searched else ""))
         elif command == "/k":
             if searched is None:
                 print("this environment searches nothing", file=sys.stderr)
             elif rest.strip().isdigit() and int(rest) > 0:
-                searched.k = int(rest)
+                searched.passages_per_query = int(rest)
             else:
                 print("write it as /k 5", file=sys.stderr)
         elif command.startswith("/"):

@@ -6,6 +6,7 @@ Writes nothing without --output.
     trl-search data questions train.parquet --limit 1000 --seed 1          a sample; the same seed, the same rows
     trl-search data questions nq_hotpotqa --dedupe_against all --output train.parquet
                                                                            what stands in none of the seven sets
+    trl-search data questions world --split test --output test.jsonl       the embedded world's, train or test
 
 Files are .jsonl, .json, .csv, .tsv (or any of these as .gz, .bz2, .xz, .zst) or .parquet, with the columns of FlashRAG
 (id, question, golden_answers), of Search-R1 (the same, or the answers in reward_model.ground_truth.target) or of verl
@@ -22,7 +23,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.cli.options import add_question_fields, add_world_options, question_fields
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder")
+    parser.add_argument(
+        "source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder, or world"
+    )
     parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: the published one)")
     parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N rows, in their order")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
@@ -40,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
     add_question_fields(parser)
+    add_world_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from trl_search.config.searched import WORLD
     from trl_search.data import (
         EVALUATION_SETS,
         load_evaluation_questions,
@@ -55,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     output = writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
-    questions = load_questions(args.source, split=args.split, fields=question_fields(args))
+    if args.source == WORLD:
+        questions = _world_questions(args)
+    else:
+        questions = load_questions(args.source, split=args.split, fields=question_fields(args))
     against = [name.strip() for name in args.dedupe_against.split(",") if name.strip()]
     if "all" in against:
         against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]
@@ -74,6 +82,16 @@ def run(args: argparse.Namespace) -> int:
         write_questions(questions, output)
         print(f"{output}: {len(questions):,} rows")
     return 0
+
+
+def _world_questions(args: argparse.Namespace) -> datasets.Dataset:
+    from datasets import Dataset
+
+    from trl_search.data.world import generate_world
+
+    asked = generate_world(args.world_passages, args.world_seed).questions(args.split or "train")
+    columns = ("id", "question", "golden_answers", "data_source")
+    return Dataset.from_list([{name: question.row()[name] for name in columns} for question in asked])
 
 
 def writable(path: Path, overwrite: bool) -> Path:

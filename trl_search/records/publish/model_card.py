@@ -126,7 +126,7 @@ def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str
 
     environment = SearchEnvironment(
         load_retriever("bm25", passages=_EXAMPLE_PASSAGES),
-        k=1,
+        passages_per_query=1,
         max_searches=max(3, max_searches),
         passage_template=passage_template,
     )

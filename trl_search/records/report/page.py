@@ -24,7 +24,7 @@ from trl_search.common.files import finite_or_none, written_whole
 from trl_search.records.folder import Run
 from trl_search.records.report.charts import alarms_of, charts_of, run_names
 from trl_search.records.report.reflection import correlate, reflection_points, words
-from trl_search.records.report.summary import facts_of, headline
+from trl_search.records.report.summary import call_words, facts_of, headline
 from trl_search.records.report.trajectories import PageTrajectories, page_trajectories
 
 MAX_TRAJECTORIES = 2000
@@ -119,6 +119,7 @@ def _meta(runs: Sequence[Run], names: Sequence[str], trajectories: PageTrajector
                 "left_out": note,
                 "headline": headline(run),
                 "facts": [asdict(fact) for fact in facts_of(run)],
+                "call_words": call_words(run),
                 "info": finite_or_none(run.info),
                 "reflection": _reflection(run),
                 "alarms": [asdict(alarm) for alarm in alarms_of(run.history, number)],

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trl_search.common.errors import UserError
 from trl_search.common.files import is_number
+from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import BEST_ROW, Run, section
 from trl_search.records.report.charts import history_of, points
 
 # A reward of one step is noisy: the first and the last are means over so many logs.
 REWARD_LOGS = 3
+# Calls per question: held out, else in training; of a run without a search the calls of its other tools.
+_CALLS = ("eval/searches", "search/searches", "tools/calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,31 @@ def facts_of(run: Run) -> list[Fact]:
     if len(reward) > 1:
         first, last = _ends(list(reward.values()))
         found.append(Fact("Training reward", f"{first:.3f} → {last:.3f}", "first and last logs"))
-    searches = points(history, "eval/searches") or points(history, "search/searches")
-    if len(searches) > 1:
-        values = list(searches.values())
+    calls = next((logged for name in _CALLS if (logged := points(history, name))), {})
+    if len(calls) > 1:
+        values = list(calls.values())
         asked = "held-out questions" if points(history, "eval/searches") else "training questions"
-        found.append(Fact("Searches per question", f"{values[0]:.2f} → {values[-1]:.2f}", asked))
+        name = f"{_capital(call_words(run)[1])} per question"
+        found.append(Fact(name, f"{values[0]:.2f} → {values[-1]:.2f}", asked))
     found += [_steps_fact(run), _model_fact(run), _recipe_fact(run)]
     return [fact for fact in found if fact is not None]
+
+
+def call_words(run: Run) -> tuple[str, str]:
+    """What one call is named, and what several are: a search, or a call of the only tool that the environment has.
+
+    Example:
+        >>> call_words(read_run("runs/my_agent"))
+        ('call of open', 'calls of open')
+    """
+    tools = section(run.info, "environment").get("tools")
+    try:
+        names = tool_names(tools) if tools else ["search"]
+    except UserError:  # the file is damaged, which the page says
+        names = ["search"]
+    if names == ["search"]:
+        return "search", "searches"
+    return (f"call of {names[0]}", f"calls of {names[0]}") if len(names) == 1 else ("call", "calls")
 
 
 def _em_fact(run: Run) -> Fact | None:

@@ -38,7 +38,7 @@ function answers(rows, row, result) {
       element(`span.verdict.${result}`, {}, `${VERDICTS[result]} ${result}`)),
     element("dt", {}, "Expected"),
     element("dd", {}, golden.length ? golden.join(" · ") : "–",
-      retrieved && rows.searches[row] ? element(`span.verdict.${rows.gold[row] ? "gold-found" : "flat"}`, {}, retrieved) : null));
+      retrieved && rows.calls[row] ? element(`span.verdict.${rows.gold[row] ? "gold-found" : "flat"}`, {}, retrieved) : null));
 }
 
 function numbers(rows, meta, row) {
@@ -46,7 +46,7 @@ function numbers(rows, meta, row) {
     ["reward", decimal(rows.reward[row], 3)],
     ...meta.rewards.map((name, i) => [words(name), decimal(rows.rewards[row][i], 3)]),
     ["advantage", signed(rows.advantage[row], 3)],
-    ["searches", count(rows.searches[row])],
+    [meta.runs[rows.run[row]].call_words[1], count(rows.calls[row])],
     ["malformed", count(rows.malformed[row])],
     ["ended by", words(rows.stop_reason[row]) || "–"],
     ["generation", `${decimal(rows.generation_s[row])} s`],

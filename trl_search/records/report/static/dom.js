@@ -35,4 +35,6 @@ function signed(value, digits = 2) {
 const decimal = (value, digits = 2) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 const plural = (n, word, words = `${word}s`) => `${count(n)} ${n === 1 ? word : words}`;
+// "2 searches", or the tool's own words: "2 calls of open".
+const callsOf = (rows, i) => plural(rows.calls[i], ...rows.callWords[rows.run[i]]);
 const words = (name) => name.replaceAll("_", " ");

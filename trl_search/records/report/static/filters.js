@@ -3,7 +3,7 @@ const SORTS = {
   step: ["Step", (rows, i) => rows.step[i]],
   reward: ["Reward", (rows, i) => rows.reward[i]],
   advantage: ["Advantage", (rows, i) => rows.advantage[i]],
-  searches: ["Searches", (rows, i) => rows.searches[i]],
+  searches: ["Calls", (rows, i) => rows.calls[i]],
   tokens: ["Tokens", (rows, i) => rows.trained[i] + rows.masked[i]],
   trained: ["Trained tokens", (rows, i) => rows.trained[i]],
 };
@@ -32,7 +32,7 @@ class Filtering {
       if (wanted.run !== "" && rows.run[i] !== Number(wanted.run)) continue;
       if (wanted.stop && rows.stop_reason[i] !== wanted.stop) continue;
       if (wanted.outcome && outcome(rows, i) !== wanted.outcome) continue;
-      if (wanted.searched && (rows.searches[i] > 0) !== (wanted.searched === "yes")) continue;
+      if (wanted.searched && (rows.calls[i] > 0) !== (wanted.searched === "yes")) continue;
       if (wanted.gold && rows.gold[i] !== Number(wanted.gold === "yes")) continue;
       if (query && !this.haystacks[i].includes(query)) continue;
       left.push(i);
@@ -100,7 +100,7 @@ function filterForm(meta, rows, wanted, apply) {
       select("outcome", "Outcome", [["", "Any outcome"], ["correct", "Correct"], ["wrong", "Wrong"], ["failed", "Failed"]]),
       select("gold", "Gold retrieved", [["", "Gold or not"], ["yes", "Gold retrieved"], ["no", "Gold not retrieved"]])),
     element("div.fold", {},
-      select("searched", "Searched", [["", "Any searches"], ["yes", "Searched"], ["no", "Did not search"]]),
+      select("searched", "Calls", [["", "Called or not"], ["yes", "Called a tool"], ["no", "Called none"]]),
       select("stop", "Ended by", [["", "Any ending"], ...reasons.map((reason) => [reason, words(reason)])])),
     meta.runs.length > 1 ? element("div.fold", {},
       select("run", "Run", [["", "All runs"], ...meta.runs.map((run, i) => [String(i), run.name])])) : null,

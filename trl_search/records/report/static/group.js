@@ -35,7 +35,7 @@ function groupColumn(context, { i, tokens, parting }, current, members) {
       element("b.reward", { title: "reward" }, decimal(rows.reward[i])),
       element(`span.${rows.advantage[i] > 0 ? "up" : rows.advantage[i] < 0 ? "down" : "flat"}`, { title: "advantage" }, signed(rows.advantage[i])),
       element("p.answer", {}, element(`span.verdict.${result}`, {}, `${VERDICTS[result]} `), rows.answer[i] ?? "no answer"),
-      element("p.note", {}, `${plural(rows.searches[i], "search", "searches")} · ${plural(rows.trained[i] + rows.masked[i], "token")} · ${words(rows.stop_reason[i])}`)),
+      element("p.note", {}, `${callsOf(rows, i)} · ${plural(rows.trained[i] + rows.masked[i], "token")} · ${words(rows.stop_reason[i])}`)),
     ...pieces);
 }
 

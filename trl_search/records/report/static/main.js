@@ -4,6 +4,7 @@ const TABS = ["overview", "trajectories", "setup"];
 async function main() {
   const meta = await unpack("meta");
   const rows = await unpack("rows");
+  rows.callWords = meta.runs.map((run) => run.call_words);
   drawHead(meta, rows);
   const views = { trajectories: drawTrajectories(byId("trajectories"), meta, rows) };
   views.overview = drawOverview(byId("overview"), meta, (step) => {
