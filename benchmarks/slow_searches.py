@@ -17,7 +17,8 @@ What the tail costs depends on how long the rest of a step takes. On two idle co
 
 The variants take turns, `--repeats` times, so that a busy machine is busy for all of them. The first two steps of each
 run are not counted. Seconds per step are medians; with carry-over the mean is given too, because a step that waits
-for its tail pays for several that did not.
+for its tail pays for several that did not. CPU seconds are those of the process, and the tokens of prompts and replies
+that the engine computes in a step are counted with their padding: both hardly depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
@@ -74,18 +75,25 @@ class SlowSearches(SearchEnvironment):
 
 
 class StepTimes(TrainerCallback):
-    """When each step ended."""
+    """When each step ended, by the clock and in CPU seconds, and what the engine had prefilled by then."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.prefilled = 0
+        self.ends: list[tuple[float, float, int]] = []
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache") and kwargs["input_ids"].shape[1] > 1:
+            self.prefilled += kwargs["input_ids"].numel()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time(), self.prefilled))
 
     @property
-    def seconds(self) -> list[float]:
+    def of_each_step(self) -> dict[str, list[float]]:
         ends = self.ends[WARM_UP_STEPS - 1 :]
-        return [end - start for start, end in itertools.pairwise(ends)]
+        names = ("seconds", "CPU seconds", "prefilled")
+        return {name: [b[i] - a[i] for a, b in itertools.pairwise(ends)] for i, name in enumerate(names)}
 
 
 def run(
@@ -96,10 +104,11 @@ def run(
     steps: int,
     seed: int,
 ) -> dict[str, Any]:
-    times = StepTimes()
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype="float32")
+    times = StepTimes(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SearchGRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(tiny_policy_path(), dtype="float32"),
+            model,
             "em",
             SearchGRPOConfig(
                 folder,
@@ -133,16 +142,16 @@ def run(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][WARM_UP_STEPS:]
     names = ("rollout/bubble", "carry_over/parked", "carry_over/tokens_age_0", "sampling/effective_sample_size")
     return {
-        "seconds": times.seconds,
+        **times.of_each_step,
         **{name: [entry[name] for entry in logged if name in entry] for name in names},
     }
 
 
 def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
     lines = [
-        "| searches | carry_over | seconds per step, median (mean) | of no carry-over (mean) | bubble | parked "
-        "| tokens of the step's own weights | effective sample size |",
-        "|---|---|---|---|---|---|---|---|",
+        "| searches | carry_over | seconds per step, median (mean) | of no carry-over (mean) | CPU seconds, mean "
+        "| tokens prefilled | bubble | parked | tokens of the step's own weights | effective sample size |",
+        "|" + "---|" * 10,
     ]
 
     def all_of(key: tuple[str, float], name: str) -> list[float]:
@@ -163,7 +172,8 @@ def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
         ratio = "" if carry_over == 1 else f"{statistics.mean(seconds) / statistics.mean(base):.2f}"
         lines.append(
             f"| {searches} | {carry_over:g} | {statistics.median(seconds):.2f} ({statistics.mean(seconds):.2f}) "
-            f"| {ratio} | {' | '.join(means)} |"
+            f"| {ratio} | {statistics.mean(all_of(key, 'CPU seconds')):.2f} "
+            f"| {statistics.mean(all_of(key, 'prefilled')):,.0f} | {' | '.join(means)} |"
         )
     return "\n".join(lines)
 
@@ -173,13 +183,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="Steps of each run that are counted.")
     parser.add_argument("--repeats", type=int, default=1, help="Runs of each variant, in turns.")
     parser.add_argument("--scale", type=float, default=1.0, help="Of the times of `tail` and `no tail`.")
+    kinds = list(dict.fromkeys(searches for searches, _ in VARIANTS))
+    parser.add_argument("--only", nargs="*", choices=kinds, default=kinds, help="These searches alone.")
     args = parser.parse_args()
     world = generate_world(passages=2000, seed=7)
     questions = Dataset.from_list([question.row() for question in world.questions("train")[:400]])
     retriever = load_retriever("bm25", passages=world.passages)
-    results: dict[tuple[str, float], list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    variants = [variant for variant in VARIANTS if variant[0] in args.only]
+    results: dict[tuple[str, float], list[dict[str, Any]]] = {variant: [] for variant in variants}
     for repeat in range(args.repeats):
-        for variant in VARIANTS:
+        for variant in variants:
             searches, carry_over = variant
             seconds = seconds_of(searches, args.scale)
             results[variant].append(run(questions, retriever, seconds, carry_over, args.steps, seed=repeat))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 
 import pytest
 import torch
@@ -118,6 +119,37 @@ def test_a_conversation_that_comes_back_computes_only_what_is_new(probed_model, 
     assert widths[0] == 39 and widths[6] == 11  # the last sampled token and the ten of the observation
     expected = reference_logprobs(probed_model, again, second.ids)
     assert list(second.ids) == expected.argmax(-1).tolist()
+
+
+def test_a_long_prompt_does_not_pad_short_ones(probed_model, tokenizer):
+    """Half a conversation comes back beside new questions, all while the engine is busy with another."""
+    policy = TransformersPolicy(probed_model, tokenizer, max_sequences=8)
+    policy.eos_token_ids = set()
+    shapes, all_asked = [], threading.Event()
+    policy.on_token = lambda ids: all_asked.wait(60)
+    hook = probed_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    asked = [*prompts(1), *prompts(4, seed=1, low=20, high=30), *prompts(2, seed=2, low=300, high=310)]
+
+    async def go():
+        await policy.open()
+        running = [asyncio.create_task(policy.generate(ids, max_tokens=2, sampling=GREEDY)) for ids in asked[:1]]
+        while not shapes:
+            await asyncio.sleep(0)
+        running += [asyncio.create_task(policy.generate(ids, max_tokens=2, sampling=GREEDY)) for ids in asked[1:]]
+        await asyncio.sleep(0)  # now they are in the engine's inbox
+        all_asked.set()
+        completions = await asyncio.gather(*running)
+        await policy.close()
+        return completions
+
+    completions = asyncio.run(go())
+    hook.remove()
+    prefills = [shape for shape in shapes[1:] if shape[1] > 1]
+    assert [rows for rows, _ in prefills] == [4, 2] and prefills[0][1] < 30 <= 300 <= prefills[1][1]
+    for ids, completion in zip(asked, completions, strict=True):
+        assert list(completion.ids) == reference_logprobs(probed_model, ids, completion.ids).argmax(-1).tolist()
 
 
 def test_more_conversations_than_slots(random_model, tokenizer):

@@ -26,6 +26,8 @@ from trl_search.types import Completion, FinishReason, Sampling
 
 # Padded tokens of one prefill forward; bounds its activations.
 _MAX_PREFILL_TOKENS = 16_384
+# Padding that one more prefill forward must save: about what starting a forward costs.
+_WORTH_A_FORWARD = 256
 # A stop string can begin this many tokens before the one that completes it, at one character per token or more.
 _STOP_TAIL_TOKENS = 32
 _REMEDY = "sample with vLLM instead (use_vllm: true in training, --backend vllm in an evaluation)"
@@ -197,7 +199,11 @@ class TransformersPolicy(EngineThread):
         return admitted
 
     def _prefill(self, admitted: list[_Slot]) -> None:
-        """Computes the prompts of new requests, each distinct one once, and samples their first tokens."""
+        """Computes the prompts of new requests, each distinct one once, and samples their first tokens.
+
+        Prompts of similar length share a forward: half a conversation that comes back after a weight update is several
+        times as long as a new question, and would pad all of those.
+        """
         groups: dict[tuple[int, ...], list[_Slot]] = {}
         for slot in admitted:
             assert slot.turn is not None
@@ -207,10 +213,11 @@ class TransformersPolicy(EngineThread):
         batch: list[list[_Slot]] = []
         width = 0
         for group in sorted(groups.values(), key=lambda group: _missing(group[0])):
-            width = max(width, _missing(group[0]))
-            if batch and (len(batch) + 1) * width > _MAX_PREFILL_TOKENS:
+            padding = len(batch) * (_missing(group[0]) - width)  # they come in the order of their length
+            width = _missing(group[0])
+            if batch and (padding > _WORTH_A_FORWARD or (len(batch) + 1) * width > _MAX_PREFILL_TOKENS):
                 self._prefill_batch(batch)
-                batch, width = [], _missing(group[0])
+                batch = []
             batch.append(group)
         if batch:
             self._prefill_batch(batch)
