@@ -26,15 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from shared_start import start
 from transformers import TrainerCallback
-from trl import ModelConfig
 
-from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.recipe import parse_recipe
-from trl_search.config.task import TaskArguments
 from trl_search.data.world import generate_world
 from trl_search.trainer.callbacks.held_out import HeldOut
-from trl_search.trainer.pipeline import WARM_START, build, load, warm_up
+from trl_search.trainer.pipeline import build
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -99,21 +96,13 @@ def main() -> None:
 
 def one(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one run."""
-    folder = arguments.output / f"seed_{seed}"
-    warm = (folder / WARM_START).absolute()
-    argv = [
-        "quickstart", "--output_dir", str(folder / name), "--world_seed", str(1000 + seed), "--seed", str(seed),
+    options = [
         "--max_steps", str(arguments.steps), "--max_train_questions", str(arguments.questions),
         "--on_collapse", "warn",
         *arguments.options, *(word for key, value in RUNS[name].items() for word in (f"--{key}", str(value))),
     ]  # fmt: skip
-    if warm.is_dir():
-        argv += ["--model_name_or_path", str(warm), "--warm_start_steps", "0"]
-    task, config, model_config = parse_recipe(argv, (TaskArguments, SearchGRPOConfig, ModelConfig), command="train")
-    run = load(task, config, model_config)
-    if task.warm_start_steps:
-        warm_up(run.model, run.tokenizer, task, config, warm)
-        return one(name, seed, arguments)
+    run = start(name, seed, arguments.output, options)
+    task, config = run.arguments, run.config
     world = generate_world(passages=task.world_passages, seed=task.world_seed)
     values = sorted({answer for question in world.questions("train") for answer in question.golden_answers})
     train = half_useless(run.task.train, values, seed)
