@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, PASSAGES, answer, scripted_trainer, search, steps
-from tests.trainer.test_refill import DATA, asked, book
+from tests.trainer.groups.test_refill import DATA, asked, book
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
