@@ -24,6 +24,7 @@ from trl_search.common.files import written_whole
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.records.folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
 from trl_search.records.token_text import TokenTexts
+from trl_search.rewards.weighted import weighted_rewards
 from trl_search.types import Answer, Trajectory
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ class TrajectoryLog:
         mask = [0] * len(trajectory.ids)
         if local is not None:
             mask = scored.loss_mask_BC[local, : len(mask)].tolist()
-        rewarded = not bool(rewards_F.isnan().all())
-        weighted = (rewards_F * scored.weights_F.to(rewards_F.device)).nansum().item()
+        reward = weighted_rewards(rewards_F, scored.weights_F).item()
         golden = row.get("golden_answers")
         golden = [] if golden is None else golden
         return {
@@ -140,7 +140,7 @@ class TrajectoryLog:
             "logprobs": [None if math.isnan(value) else value for value in trajectory.logprobs],
             "turns": [{"role": turn.role, "start": turn.start, "end": turn.end} for turn in trajectory.turns],
             "answer": next((act.text for act in reversed(trajectory.actions) if isinstance(act, Answer)), None),
-            "reward": weighted if rewarded else None,
+            "reward": None if math.isnan(reward) else reward,
             "rewards": [None if math.isnan(value) else value for value in rewards_F.tolist()],
             "advantage": 0.0 if local is None else scored.advantages_B[local].mean().item(),
             "replaced": local is None,

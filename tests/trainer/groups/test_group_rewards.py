@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from trl_search.trainer.groups.group_rewards import has_gradient
+from trl_search.trainer.loss.without_gradient import drop_rounding
 
 NAN = float("nan")
 
@@ -42,3 +45,18 @@ def test_a_reward_of_weight_0_is_tracked_and_gives_no_gradient():
     rewards = torch.tensor([[1.0, 0.3], [1.0, 0.9]])
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         assert not has_gradient(rewards, torch.tensor([1.0, 0.0]), aggregation, [True, True])
+
+
+@pytest.mark.parametrize("rewards", [[1.3] * 6, [1.3] * 5 + [1.3001], [0.0] * 6, [1e-7] + [0.0] * 5, [1e5 * 0.7] * 6])
+def test_a_group_is_kept_where_the_loss_keeps_an_advantage(rewards):
+    rewards_GF, weights = torch.tensor(rewards).view(-1, 1), torch.ones(1)
+    trainer = SimpleNamespace(
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=weights,
+        num_generations=6,
+        accelerator=SimpleNamespace(process_index=0),
+    )
+    deviation_G = rewards_GF[:, 0] - rewards_GF.mean()
+    advantages_G = deviation_G / (deviation_G.std() + 1e-4)  # TRL's
+    drop_rounding(advantages_G, rewards_GF, trainer)
+    assert has_gradient(rewards_GF, weights, "sum_then_normalize", [True] * 6) == bool(advantages_G.any())

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tests.conftest import make_random_model
 from tests.support.scripted_trainer import four_ways, real_trainer, scripted_trainer, steps
 from tests.trainer.loss.test_importance import as_vllm, gradients
-from trl_search.trainer.loss.without_gradient import METRIC, drop_rounding, in_equal_group, tokens_with_gradient
+from trl_search.trainer.loss.without_gradient import METRIC, drop_rounding, tokens_with_gradient
 
 LORA = {"trainer": {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")}}
 STEPS = {"num_iterations": 2}
@@ -169,13 +169,6 @@ def test_a_token_needs_both_an_advantage_and_a_place_in_the_loss():
     ]  # fmt: skip
     of_each_token = torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     assert tokens_with_gradient(of_each_token, mask).any(dim=1).tolist() == [False, True, False, False]
-
-
-def test_groups_of_equal_rewards_are_told_apart_from_rounding():
-    nan = math.nan
-    rewards = torch.tensor([[1.3, nan], [1.3, nan], [1.3, nan], [1.3, 1e-6], [nan, nan], [0.2, 0.1]])
-    weights = torch.tensor([1.0, 0.5])
-    assert in_equal_group(rewards, weights, 2).tolist() == [True, True, False, False, True, True]
 
 
 def test_advantages_of_equal_rewards_are_exactly_zero(tmp_path, random_model, tokenizer):

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
+from trl.trainer.utils import nanstd
 
+from trl_search.rewards.weighted import deviations
 from trl_search.trainer.replaced import replaced
 from trl_search.types import Trajectory
-
-# Rewards that differ by less are the same number, rounded.
-_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,13 @@ def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation:
         >>> has_gradient(torch.tensor([[1.0], [1.0]]), torch.ones(1), "sum_then_normalize", [True, True])
         False
     """
-    rewarded_GF = ~rewards_GF.isnan()
+    size = len(rewards_GF)
     if aggregation == "normalize_then_sum":  # each function by itself, so two that cancel still have a gradient
-        deviations_GF = rewards_GF - rewards_GF.nanmean(dim=0)
-        square_F = deviations_GF.square().nansum(dim=0) / (rewarded_GF.sum(dim=0) - 1).clamp(min=1)
-        rewards_GF = torch.where(deviations_GF.abs() > _SAME, deviations_GF / (square_F.sqrt() + 1e-4), 0.0)
-    totals_G = (torch.where(rewarded_GF, rewards_GF, 0.0) * weights_F.to(rewards_GF.device)).sum(dim=1)
-    scored_G = rewarded_GF.any(dim=1)
-    if not scored_G.any():
-        return False
-    advantage_G = (totals_G - totals_G[scored_G].mean()).abs() > _SAME
-    trained_G = torch.tensor(trained, device=rewards_GF.device)
-    return bool((advantage_G & scored_G & trained_G).any())
+        one_by_one = deviations(rewards_GF.T.reshape(-1, 1), torch.ones(1), size)
+        deviations_GF = one_by_one.view(-1, size).T
+        rewards_GF = deviations_GF / (nanstd(deviations_GF, dim=0) + 1e-4)
+    advantage_G = deviations(rewards_GF, weights_F, size).nan_to_num() != 0
+    return bool((advantage_G & torch.tensor(trained, device=rewards_GF.device)).any())
 
 
 def rewards_of(trainer: Any, groups: Sequence[Group]) -> torch.Tensor:

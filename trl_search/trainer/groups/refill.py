@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trl_search.rewards.weighted import weighted_rewards
 from trl_search.rollout import Job
 from trl_search.trainer.batch import Rollout
 from trl_search.trainer.groups.group_rewards import Group
@@ -95,10 +96,8 @@ class Refill:
         rows = []
         for groups in self.rounds:
             first, kept, rounds = groups[0], groups[-1], len(groups) - 1
-            rewarded_G = ~first.rewards_GF.isnan().all(dim=1)
-            totals_G = (first.rewards_GF * weights_F.to(first.rewards_GF.device)).nansum(dim=1)
-            reward = totals_G[rewarded_G].mean() if rewarded_G.any() else torch.nan
-            rows.append([float(first.has_gradient), float(kept.has_gradient), float(rounds), float(reward)])
+            reward = weighted_rewards(first.rewards_GF, weights_F).nanmean().item()
+            rows.append([float(first.has_gradient), float(kept.has_gradient), float(rounds), reward])
         table = accelerator.gather(torch.tensor(rows, device=accelerator.device))  # (groups, 4)
         before, after, rounds, reward = table.T
         return {

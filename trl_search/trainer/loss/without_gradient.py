@@ -12,20 +12,19 @@ All trajectories run where some term of the loss needs those without an advantag
 not run are 1. `entropy`, `vespo/phi_seq_mean` and `sampling/*` are logged as means over what ran, and
 `loss/without_gradient` is the share of trajectories that did not.
 
-Suffixes: B trajectories (of this rank, or of a group), C completion tokens, R trajectories of all ranks, F reward
-functions, G groups.
+Suffixes: B trajectories of this rank, C completion tokens, R trajectories of all ranks, F reward functions.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from trl_search.rewards.weighted import deviations
 from trl_search.trainer.batch import MicroBatch, loss_mask_of
 
 logger = logging.getLogger(__name__)
@@ -73,25 +72,12 @@ def tokens_with_gradient(advantages: torch.Tensor, loss_mask_BC: torch.Tensor) -
 
 
 def drop_rounding(advantages_B: torch.Tensor, rewards_RF: torch.Tensor, trainer: Any) -> None:
-    """Sets the advantages of this rank to exactly 0, in place, in groups whose weighted rewards are equal.
-
-    The mean of equal numbers need not be that number: eight rewards of 1.3 can have advantages of 1e-3 in TRL, which
-    divides a rounding error by a standard deviation of 1e-4.
-    """
+    """Sets the advantages of this rank to exactly 0, in place, where a reward differs from the mean of its group by no
+    more than a rounding error."""
     if trainer.multi_objective_aggregation == "sum_then_normalize":  # otherwise groups are compared with each other
-        equal_R = in_equal_group(rewards_RF, trainer.reward_weights, trainer.num_generations)
+        deviations_R = deviations(rewards_RF, trainer.reward_weights, trainer.num_generations)
         start = trainer.accelerator.process_index * len(advantages_B)
-        advantages_B.masked_fill_(equal_R[start : start + len(advantages_B)], 0.0)
-
-
-def in_equal_group(rewards_RF: torch.Tensor, weights_F: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(R,) booleans: trajectories whose group has one weighted reward for all. Those without a reward (NaN) are not
-    compared."""
-    unrewarded_GB = rewards_RF.isnan().all(dim=1).view(-1, group_size)
-    rewards_GB = (rewards_RF * weights_F.to(rewards_RF)).nansum(dim=1).view(-1, group_size)
-    lowest_G1 = rewards_GB.masked_fill(unrewarded_GB, math.inf).amin(dim=1, keepdim=True)
-    highest_G1 = rewards_GB.masked_fill(unrewarded_GB, -math.inf).amax(dim=1, keepdim=True)
-    return (lowest_G1 >= highest_G1).expand_as(rewards_GB).reshape(-1)
+        advantages_B.masked_fill_(deviations_R[start : start + len(advantages_B)] == 0, 0.0)
 
 
 def log_what_ran(metrics: dict[str, list[float]], micro_batch: MicroBatch, accelerator: Accelerator) -> None:
