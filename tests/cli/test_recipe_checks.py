@@ -69,6 +69,29 @@ def test_the_doctor_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert checks["configuration"]["status"] == "problem" and "num_generations" in checks["configuration"]["said"]
 
 
+def test_the_doctor_knows_that_a_collection_alone_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe_checks, "gpus", lambda: [])
+    for options, status in (([], "problem"), (["--collect_only", "true"], "ok")):
+        main(
+            [
+                "doctor",
+                "sft_world",
+                "--bf16",
+                "true",
+                "--teacher",
+                "scripts",
+                "--questions",
+                "q.jsonl",
+                *options,
+                "--json",
+            ]
+        )
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+        assert checks["precision"]["status"] == status
+
+
 def test_batches_that_do_not_divide() -> None:
     values = recipe_values(["quickstart"], CLASSES, command="train")
     assert check_configuration(values, CLASSES).status is Status.OK

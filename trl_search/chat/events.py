@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 from trl_search.environment import Environment, SearchEnvironment, start_episode, take_step
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
-from trl_search.types import Action, Completion, Observation, Passage, Sampling, Search, StopReason, ToolCall
+from trl_search.types import Action, Completion, Observation, Passage, Search, StopReason, ToolCall
 
 SEARCH_FAILED = "The search failed: nothing could be looked up. Search again, or answer from what you know."
 NO_SEARCHES_LEFT = "You have no searches left: answer now."
@@ -148,19 +148,9 @@ class HeardPolicy(Policy):
     async def close(self) -> None:
         await self.engine.close()
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         self._said = ""
-        completion = await self.engine.generate(
-            prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
-        )
+        completion = await self.engine.generate(prompt_ids, **turn)
         self._tell(self.protocol.read(completion.ids))
         return completion
 

@@ -30,8 +30,6 @@ def run_recipe(
     if print_help(argv, command, description or "", classes):
         return 0
     values = recipe_values(argv, classes, command=command)
-    if values.get("collect_only"):  # nothing is trained, so what only training needs a GPU for is not asked
-        values = {**values, "bf16": False, "fp16": False}
     refuse_problems(values, classes)
     built = build_arguments(values, classes)
     with explained_interrupt(lambda: go_on(built[1])):

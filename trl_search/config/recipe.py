@@ -57,6 +57,8 @@ def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str)
 def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
     """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
 
+    A dataclass whose keys make keys of the others moot has a static method `settled`, which takes and returns values.
+
     Raises:
         UserError: as [`parse_recipe`], without the checks of TRL's classes.
     """
@@ -65,7 +67,10 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
     parser = _Parser(arguments, prog=f"trl-search {command}", add_help=False)
     if path is not None:
         parser.set_defaults_with_config(**_read(path, arguments, known, command))
-    return vars(parser.parse_args(options))
+    values = vars(parser.parse_args(options))
+    for cls in arguments:
+        values = cls.settled(values) if hasattr(cls, "settled") else values
+    return values
 
 
 def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tuple[Any, ...]:

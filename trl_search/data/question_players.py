@@ -20,17 +20,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from trl_search.common.errors import UserError
 from trl_search.data.question_plans import TITLE_WORDS, Gold, Lead, SearchFunction, Step, is_comparison, plan
 from trl_search.data.quotes import best_sentence, first_of, quote, year
 from trl_search.data.scripted_players import Script, ScriptedPolicy
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import RetrievalError
 from trl_search.rewards.answers import normalize_answer
-from trl_search.types import Answer, Completion, Passage, Sampling, Search
+from trl_search.types import Answer, Completion, Passage, Search
 
 # How often a player checks its answer once more.
 REFLECTIVE_SHARE = 0.08
@@ -199,20 +199,12 @@ class _Player(Policy):
         self._players, self._row, self._rng = players, row, rng
         self._speaker: ScriptedPolicy | None = None
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         if self._speaker is None:
             # A retriever blocks, and the event loop has other trajectories to run.
             script = await asyncio.to_thread(self._script)
             self._speaker = ScriptedPolicy(script, self._players.protocol)
-        return await self._speaker.generate(prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop)
+        return await self._speaker.generate(prompt_ids, **turn)
 
     def _script(self) -> Script:
         question, golden = str(self._row["question"]), list(self._row["golden_answers"])

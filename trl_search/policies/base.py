@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Required, TypedDict
 
 from trl_search.types import Completion, Sampling
+
+
+class Turn(TypedDict, total=False):
+    """The keywords of [`Policy.generate`], for a policy that passes them on: `**turn: Unpack[Turn]`."""
+
+    max_tokens: Required[int]
+    sampling: Required[Sampling]
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
 
 
 class Policy(abc.ABC):

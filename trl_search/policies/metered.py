@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
-from trl_search.policies.base import Policy
-from trl_search.types import Completion, Sampling
+from trl_search.policies.base import Policy, Turn
+from trl_search.types import Completion
 
 # Below this share of its slots an engine counts as idle.
 BUSY_SHARE = 0.25
@@ -48,20 +49,10 @@ class MeteredPolicy(Policy):
     async def interrupt(self) -> None:
         await self._policy.interrupt()
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         self._change(1)
         try:
-            return await self._policy.generate(
-                prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
-            )
+            return await self._policy.generate(prompt_ids, **turn)
         finally:
             self._change(-1)
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Unpack
 
-from trl_search.policies.base import Policy
-from trl_search.types import Completion, Sampling
+from trl_search.policies.base import Policy, Turn
+from trl_search.types import Completion
 
 
 class RelayPolicy(Policy):
@@ -57,24 +58,14 @@ class RelayPolicy(Policy):
             policy, self._policy = self._policy, None
             await policy.close()
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         while not self._attached.is_set():
             await self._attached.wait()
         policy, version = self._policy, self._version
         assert policy is not None
         self._under_way += 1
         try:
-            completion = await policy.generate(
-                prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
-            )
+            completion = await policy.generate(prompt_ids, **turn)
         finally:
             self._under_way -= 1
         return replace(completion, versions=(version,) * len(completion.ids))

@@ -13,10 +13,11 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import Unpack
 
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy
-from trl_search.types import Completion, Sampling
+from trl_search.types import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +68,11 @@ class VLLMServersPolicy(Policy):
             except ServerLost as error:
                 self._leave_out(server, error)
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         while True:
             server = self._home()
             try:
-                return await server.generate(
-                    prompt_ids, max_tokens=max_tokens, sampling=sampling, stop=stop, stop_token_ids=stop_token_ids
-                )
+                return await server.generate(prompt_ids, **turn)
             except ServerLost as error:
                 self._leave_out(server, error)
 

@@ -270,6 +270,7 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
         ({"script": f"{__name__}:adds"}, "script: .*:adds is played with teacher: scripts"),
         ({"teacher": "scripts", "script": "my_script"}, "script 'my_script' cannot be imported"),
         ({"teacher": "scripts", "script": f"{__name__}:GOLD"}, "script .*:GOLD must be a function"),
+        ({"teacher": "scripts", "collect_only": "true"}, "scripts are not collected: leave collect_only out"),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
         ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),

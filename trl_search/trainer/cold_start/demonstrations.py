@@ -13,13 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from trl_search.common.errors import UserError
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.user_script import UserScript
 from trl_search.environment import Environment
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
 from trl_search.rewards.answers import exact_match, last_answer
 from trl_search.rollout import Limits, rollout
@@ -85,22 +85,8 @@ class Demonstrating(Policy):
     def __init__(self, policy: Policy, shown: Sequence[int]) -> None:
         self._policy, self._shown = policy, tuple(shown)
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
-        return await self._policy.generate(
-            [*self._shown, *prompt_ids],
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-        )
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
+        return await self._policy.generate([*self._shown, *prompt_ids], **turn)
 
 
 def demonstrating(

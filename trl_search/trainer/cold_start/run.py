@@ -141,6 +141,13 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             raise UserError(
                 "demonstrations are shown to a model: set them to 0 with teacher: scripts, or take another"
             )
+        if self.collect_only and self.teacher == "scripts" and self.questions == "world":
+            raise UserError("the trajectories of the world's scripts are not collected: leave collect_only out")
+
+    @staticmethod
+    def settled(values: dict[str, Any]) -> dict[str, Any]:
+        """With `collect_only` nothing is trained, so the precision of the training asks for no GPU."""
+        return {**values, "bf16": False, "fp16": False} if values["collect_only"] else values
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))

@@ -1,8 +1,9 @@
 """`VectorSearch`, the interface of an open vector index, and the two implementations on CPU.
 
 Scores are inner products; the highest is the best. Rows come best first, equal scores in order of the rows. Where
-there are no more rows, the row is -1 and the score -inf. Batching changes the last bits of a score. A caller that
-wants the same rows for every batch fetches more and ranks them with `ranking.py`.
+there are no more rows, the row is -1 and the score -inf. Batches and threads change the last bits of a score, so
+copies of a vector can change places. A caller that wants the same rows every time fetches more and ranks them with
+`ranking.py`.
 """
 
 from __future__ import annotations
