@@ -141,8 +141,13 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
             raise UserError(
                 "demonstrations are shown to a model: set them to 0 with teacher: scripts, or take another"
             )
-        if self.collect_only and self.teacher == "scripts" and self.questions == "world":
+        if self.collect_only and self.plays_the_world:
             raise UserError("the trajectories of the world's scripts are not collected: leave collect_only out")
+
+    @property
+    def plays_the_world(self) -> bool:
+        """Whether the shipped scripts write right trajectories of the world: nothing is collected or chosen."""
+        return self.teacher == "scripts" and self.questions == "world" and self.script is None
 
     @staticmethod
     def settled(values: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         eos_token=config.eos_token,
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
-    if arguments.teacher == "scripts" and arguments.questions == "world" and arguments.script is None:
+    if arguments.plays_the_world:
         rows = _scripted(arguments, config, tokenizer)
     else:
         kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
