@@ -144,7 +144,7 @@ def test_a_world_too_small_for_comparisons_has_none(monkeypatch: pytest.MonkeyPa
 
 
 def test_bad_requests_are_said_clearly(world: World) -> None:
-    with pytest.raises(UserError, match="at least 50 passages"):
+    with pytest.raises(UserError, match="at least 50 and at most"):
         generate_world(passages=49)
     with pytest.raises(UserError, match="no split 'dev'"):
         world.questions("dev")  # type: ignore[arg-type]

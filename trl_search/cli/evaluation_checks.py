@@ -15,6 +15,7 @@ from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questi
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.evaluation.run import SEARCHING, Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
+from trl_search.policies.loading import placement
 
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "auto": 2, None: 2}
@@ -27,6 +28,8 @@ def refuse_evaluation(plan: Plan) -> None:
     found = FirstSecond()
     found.see("output", lambda: read_settings_file(plan.output))
     found.add(_model_checks(plan, gpus()))
+    if plan.backend.name == "transformers":
+        found.see("device", lambda: placement(plan.backend.device, plan.backend.dtype))
     found.add(check_questions({"questions": plan.datasets[0], "eval_questions": list(plan.datasets[1:])}))
     acts = bool(set(plan.modes) & set(SEARCHING))
     if acts and found.see("environment", lambda: searches(plan)):
@@ -46,10 +49,6 @@ def _model_checks(plan: Plan, devices: list[Device]) -> Iterator[Check]:
     if backend.name == "vllm_server" and backend.server is not None:
         yield check_server(backend.server, backend.served_model)
         return
-    if str(backend.device or "").startswith("cuda") and not devices:
-        yield Check(
-            "device", Status.PROBLEM, f"--device {backend.device}, and torch finds no GPU here", "--device cpu"
-        )
     if model.status is Status.OK and devices and backend.device != "cpu":
         yield check_weights(plan.model, backend.dtype, devices)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
     """How tokens are sampled, by `--temperature`, `--top_p` and `--top_k`."""
     from trl_search.types import Sampling
 
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError(
             "--temperature and --top_k are at least 0 and --top_p in (0, 1]; got "
             f"{args.temperature}, {args.top_k} and {args.top_p}"

@@ -9,6 +9,7 @@ that is registered on this machine; code that it names by its place runs only if
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,8 +158,8 @@ def check_agent(settings: AgentSettings) -> None:
     ):
         if isinstance(getattr(settings, name), str):
             setattr(settings, name, parse_object(getattr(settings, name), name, example))
-    if settings.search_timeout_s <= 0:
-        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be more than 0")
+    if not 0 < settings.search_timeout_s < math.inf:
+        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be a number of seconds, more than 0")
     for key in dataclasses.fields(AgentSettings):
         value, least = getattr(settings, key.name), 0 if key.name == "max_searches" else 1
         if isinstance(key.default, int) and (value is None or value < least):

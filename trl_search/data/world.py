@@ -37,7 +37,7 @@ QuestionType = Literal["one_hop", "two_hop", "comparison"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 TEST_SHARE = 0.25
 MIX: dict[QuestionType, float] = {"one_hop": 0.3, "two_hop": 0.5, "comparison": 0.2}
-MIN_PASSAGES = 50
+MIN_PASSAGES, MAX_PASSAGES = 50, 100_000_000
 # Compared years differ by at least this much, so that a comparison is never hair-splitting.
 MIN_YEARS_APART = 5
 
@@ -232,8 +232,10 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
         >>> generate_world(passages=200, seed=1) == generate_world(passages=200, seed=1)
         True
     """
-    if passages < MIN_PASSAGES:
-        raise UserError(f"a world needs at least {MIN_PASSAGES} passages; {passages} were asked for")
+    if not MIN_PASSAGES <= passages <= MAX_PASSAGES:
+        raise UserError(
+            f"a world has at least {MIN_PASSAGES} and at most {MAX_PASSAGES:,} passages; {passages} were asked for"
+        )
     rng = random.Random(f"{seed}/world")
 
     # 1. Names, and which entities are held out.

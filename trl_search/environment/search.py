@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class SearchEnvironment(Environment):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{type(self).__name__}({name}={value!r}): give a whole number, at least {least}")
-        if not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
             raise UserError(f"{type(self).__name__}(timeout_s={timeout_s!r}): give seconds, more than 0")
         if not isinstance(passage_template, str):
             raise UserError(f"{type(self).__name__}(passage_template={passage_template!r}): give a text")

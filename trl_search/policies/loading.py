@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
@@ -18,6 +20,9 @@ from trl import ModelConfig, get_peft_config
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.policies.tiny import tiny_policy_path
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -87,9 +92,19 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
         dtype (`str`, *optional*): A dtype of torch, or `"auto"` for the checkpoint's own. Default: bfloat16 on a GPU,
             float32 on a CPU, where bfloat16 is slow.
     """
+    name = model_source(name)
+    target, dtype = placement(device, dtype)
+    return _pretrained(name, dtype=dtype).to(target).eval()  # type: ignore[arg-type]
+
+
+def placement(device: str | None, dtype: str | None) -> tuple[torch.device, str]:
+    """Where a model goes and in what dtype, as [`load_model`] takes them.
+
+    Raises:
+        UserError: for a device or a dtype that does not exist here.
+    """
     import torch
 
-    name = model_source(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -102,7 +117,7 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
         raise UserError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{device} was asked for, and torch finds no GPU here: use cpu")
-    return _pretrained(name, dtype=dtype).to(target).eval()  # type: ignore[arg-type]
+    return target, dtype
 
 
 def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
@@ -137,6 +152,12 @@ def model_source(name: str) -> str:
         raise UserError(f"{path} is a file: give the folder that it lies in")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("runs/"):
         raise UserError(f"there is no model at {path}: give a folder, a model of the hub (owner/name), or 'tiny'")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"{name!r} is neither a folder nor the name of a model of the hub (owner/name), nor 'tiny'"
+        ) from error
     return name
 
 

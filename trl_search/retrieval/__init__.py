@@ -103,6 +103,9 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
         ('http', {'url': 'http://localhost:8000', 'timeout_s': 5.0})
     """
     name, given = str(word), dict(options or {})
+    for option in ("index", "faiss_file", "url"):
+        if not isinstance(given.get(option, ""), str | Path):
+            raise UserError(f"retriever_options: {option} is a text, and this is {given[option]!r:.60}")
     if name.startswith(("http://", "https://")):
         return "http", _with(given, "url", name)
     if isinstance(word, str) and name in RETRIEVERS:

@@ -24,6 +24,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl_search.cli.first_second import FirstSecond
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
@@ -35,6 +36,9 @@ from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.retrieval.remote.wire import Limits
 from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.run import is_loopback, listen, serve
+
+if TYPE_CHECKING:
+    from trl_search.retrieval.server.ray_serve import RayConfig
 
 TOKEN = "TRL_SEARCH_TOKEN"
 
@@ -96,12 +100,13 @@ def run(args: argparse.Namespace) -> int:
     searched = found.see("retriever", lambda: searched_of(args, args.retriever))
     found.add(retriever_checks(searched) if searched is not None else ())
     config = found.see("limits", lambda: _config(args, searched, token))
+    ray = found.see("ray", lambda: _ray_config(args))
     found.see("packages", lambda: need_packages(on_ray=args.ray))
     found.see("address", lambda: listen(args.host, args.port).close())
     found.refuse()
     assert searched is not None and config is not None
-    if args.ray:
-        return _run_on_ray(args, searched, config)
+    if ray is not None:
+        return _run_on_ray(args, searched, config, ray)
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -138,13 +143,19 @@ def _name(word: str, kind: str) -> str:
     return kind if kind == word else f"{kind} from {word}"
 
 
-def _run_on_ray(args: argparse.Namespace, searched: Searched, config: ServerConfig) -> int:
-    from trl_search.retrieval.server.ray_serve import RayConfig, serve_on_ray
+def _ray_config(args: argparse.Namespace) -> RayConfig | None:
+    from trl_search.retrieval.server.ray_serve import RayConfig
 
-    given = {"replicas": args.replicas, "cpus": args.replica_cpus, "gpus": args.replica_gpus}
-    settings = RayConfig(
-        address=args.ray_address, **{name: value for name, value in given.items() if value is not None}
-    )
+    options = {"replicas": "replicas", "cpus": "replica_cpus", "gpus": "replica_gpus", "address": "ray_address"}
+    given = {name: value for name, option in options.items() if (value := getattr(args, option)) is not None}
+    if given and not args.ray:
+        raise UserError(f"--{options[next(iter(given))]} is for several processes: give --ray, or leave it out")
+    return RayConfig(**given) if args.ray else None
+
+
+def _run_on_ray(args: argparse.Namespace, searched: Searched, config: ServerConfig, settings: RayConfig) -> int:
+    from trl_search.retrieval.server.ray_serve import serve_on_ray
+
     started = time.monotonic()
 
     def loaded(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 
 from trl_search.common.credentials import bearer_token
@@ -50,7 +51,9 @@ class ServerConfig:
             )
         if self.max_batch < 1 or self.cache_bytes < 0:
             raise UserError(f"max_batch must be at least 1 and cache_bytes at least 0; got {self}")
-        if min(self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s) <= 0:
+        if not all(
+            0 < one < math.inf for one in (self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s)
+        ):
             raise UserError(f"timeouts must be above 0; got {self}")
         if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):
             raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import signal
 import sys
@@ -59,8 +60,10 @@ class RayConfig:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or self.cpus <= 0 or self.gpus < 0:
+        if self.replicas < 1 or not 0 < self.cpus < math.inf or not 0 <= self.gpus < math.inf:
             raise UserError(f"replicas must be at least 1, cpus above 0 and gpus at least 0; got {self}")
+        if self.address is not None and not self.address.strip():
+            raise UserError("the address of the Ray cluster is empty: give HOST:PORT, or leave it out to start one")
 
 
 def serve_on_ray(

@@ -1,0 +1,109 @@
+"""Any value of any option of `eval` and `serve` is accepted, or refused in one line before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_search.cli.commands import eval as eval_command
+from trl_search.cli.commands import serve as serve_command
+from trl_search.cli.main import USER_ERROR, main
+from trl_search.retrieval.index.folder import build_index
+from trl_search.types import Passage
+
+# `None` leaves the value out.
+ABSURD = (
+    None, "", " ", "nonsense", "-1", "0", "nan", "inf", "1" + "0" * 30, "[]", '{"a": {"b": [1]}}', "no/such/folder",
+)  # fmt: skip
+EVAL = {"datasets": ["--datasets", "world"], "output": ["--output", "out"], "limit": ["--limit", "1"]}
+EVERYTHING = [word for words in EVAL.values() for word in words]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("TRL_SEARCH_TOKEN", raising=False)
+    monkeypatch.setattr("trl_search.evaluation.run.run_evaluation", lambda plan: None)
+    monkeypatch.setattr(serve_command, "serve", lambda load, config, listening, loaded: listening.close())
+    monkeypatch.setattr("trl_search.retrieval.server.ray_serve.serve_on_ray", lambda *given, **options: None)
+    # Templates and weights of the tiny policy are the same each time.
+    monkeypatch.setattr("trl_search.cli.evaluation_checks._model_checks", lambda plan, devices: [])
+    build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "wiki")
+
+
+def options_of(command: Any) -> Iterator[argparse.Action]:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    yield from (action for action in parser._actions if action.option_strings and action.dest != "help")
+
+
+def outcome(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
+    """The status of a command that ends without a traceback: 0, or 2 with one line that says what is wrong."""
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # argparse's own
+        status = int(stop.code or 0)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert status in (0, USER_ERROR), argv
+    if status:
+        assert "error: " in "".join(said) and "Traceback" not in "".join(said), argv
+    return status
+
+
+@pytest.mark.parametrize("name", [action.option_strings[-1] for action in options_of(eval_command)])
+def test_any_value_of_an_option_of_eval(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ABSURD:
+        rest = [word for key, words in EVAL.items() if f"--{key}" != name for word in words]
+        outcome(["eval", "tiny", *rest, name, *([] if value is None else [value])], capsys)
+
+
+@pytest.mark.parametrize("name", [action.option_strings[-1] for action in options_of(serve_command)])
+@pytest.mark.parametrize("ray", [[], ["--ray"]], ids=["alone", "ray"])
+def test_any_value_of_an_option_of_serve(name: str, ray: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ABSURD:
+        rest = [] if name == "--port" else ["--port", "0"]
+        outcome(["serve", "wiki", *rest, *ray, name, *([] if value is None else [value])], capsys)
+
+
+@pytest.mark.parametrize("value", [word for word in ABSURD if word])
+def test_any_model_and_anything_to_serve(
+    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert outcome(["serve", value, "--port", "0"], capsys) == USER_ERROR
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert outcome(["eval", value, *EVERYTHING], capsys) == USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "tiny", "--temperature", "nan"], "--temperature and --top_k are at least 0"),
+        (["eval", "tiny", "--search_timeout_s", "inf"], "search_timeout_s=inf must be a number of seconds"),
+        (["eval", "tiny", "--dtype", "float8"], "there is no dtype 'float8'"),
+        (["eval", "tiny", "--device", "gpu"], "there is no device 'gpu'"),
+        (["serve", "wiki", "--search_timeout_s", "nan"], "timeouts must be above 0"),
+        (["serve", "bm25", "--retriever_options", '{"index": 3}'], "index is a text, and this is 3"),
+        (["serve", "wiki", "--replicas", "2"], "--replicas is for several processes: give --ray"),
+        (["serve", "wiki", "--ray", "--replica_cpus", "nan"], "cpus above 0"),
+        (["serve", "wiki", "--ray", "--ray_address", ""], "the address of the Ray cluster is empty"),
+    ],
+)
+def test_what_was_accepted_once_and_broke_later(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = EVERYTHING if words[0] == "eval" else ["--port", "0"]
+    assert main([*words, *more]) == USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["-1", "[]", "{}", "a b", ""])
+def test_a_name_that_no_hub_would_take_is_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "quickstart", f"--model_name_or_path={name}"]) == USER_ERROR
+    said = capsys.readouterr().err
+    assert "is neither a folder nor the name of a model" in said or "model_name_or_path is missing" in said
