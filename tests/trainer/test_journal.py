@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from trl_search.types import (
     EndOfTurn,
     FinishReason,
     Invalid,
+    Passage,
     Search,
     StopReason,
     ToolCall,
@@ -79,6 +81,20 @@ def test_a_line_that_was_cut_off_is_lost_alone(tmp_path, cut):
 def test_a_trajectory_whose_retrieval_failed_gets_another_chance(tmp_path):
     write(tmp_path / "rank0.jsonl", "a", _0=make_trajectory(StopReason.RETRIEVAL_FAILED))
     assert Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished == {}
+
+
+class Page(Passage):
+    """A passage of the user's own."""
+
+
+def test_scores_of_numpy_are_kept_and_what_would_come_back_changed_is_not(tmp_path, caplog):
+    scored, own = make_trajectory(), make_trajectory()
+    scored.passages[-1] = (Passage("1", "a", "b", score=np.float32(0.1)),)
+    own.passages[-1] = (Page("1", "a", "b"),)
+    write(tmp_path / "rank0.jsonl", "a", _0=own, _1=scored, _2=own)
+    found = Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished
+    assert list(found) == [1] and same(found[1], scored)
+    assert caplog.text.count("Page is no class of trl_search.types") == 1
 
 
 def test_one_weight_or_setting_makes_another_batch():

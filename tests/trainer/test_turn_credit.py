@@ -99,6 +99,18 @@ def test_credit_goes_to_the_tokens_of_the_turn(tmp_path, random_model, tokenizer
     assert any(abs(value) > 0.1 for row in credit for value in row)
 
 
+def test_what_no_reward_function_scored_has_no_credit(tmp_path, random_model, tokenizer):
+    def leaves_out_the_first(completions, **columns):
+        return [None, *[float(number % 2) for number in range(1, len(completions))]]
+
+    trainer = credited(tmp_path, random_model, tokenizer, "retrieval", rewards=[leaves_out_the_first])
+    advantages_BC = trainer.score()["advantages"]
+    assert not advantages_BC[0].any()
+    assert trainer.logged["credit/gain"] == pytest.approx((1.0 + 0.0) / 2)  # of the second and the fourth
+    found, nothing = (advantages_BC[row, 0] - advantages_BC[row, -1] for row in (1, 3))
+    assert found > 0 > nothing
+
+
 def test_the_gain_is_the_models_own_probability_of_the_answer(tmp_path, random_model, tokenizer):
     with torch.no_grad():
         random_model.get_input_embeddings().weight.mul_(10)

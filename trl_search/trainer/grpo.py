@@ -62,7 +62,7 @@ from trl_search.trainer.generation.policy import policy_of
 from trl_search.trainer.generation.vllm_backend import making_ours
 from trl_search.trainer.groups.carry_over import CarriesOver, refuse_streams
 from trl_search.trainer.groups.group_rewards import adjust_rewards, exceptions, rewards_of
-from trl_search.trainer.groups.question_choice import ChoosesQuestions, question_choice_of
+from trl_search.trainer.groups.question_choice import ChoosesQuestions, check_dataset, question_choice_of
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.inputs import (
     RewardSpec,
@@ -205,6 +205,8 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; when one rank dies all ranks end, with the reason."""
+        if self.environment is not None:
+            check_dataset(self.args, self.train_dataset)
         load_onto_numbered_cpus()
         with ending_together(self.accelerator.process_index, self.accelerator.num_processes):
             return super().train(*args, **kwargs)

@@ -6,7 +6,8 @@
 
 A run that is resumed from a checkpoint takes from the journal what was finished, and rolls out the rest. It takes
 nothing when anything that shapes a trajectory differs, the weights first of all: a run that was killed several steps
-after its checkpoint repeats those steps from the start. Trajectories whose retrieval failed are not kept.
+after its checkpoint repeats those steps from the start. Trajectories whose retrieval failed are not kept, and neither
+is one that could not be read back as it was, such as one with passages of the user's own class.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ import dataclasses
 import enum
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 import trl_search.types
 from trl_search.types import Sampling, Trajectory
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "journal"
 # Fields of a trajectory with a number per token, and how `array` stores them.
@@ -47,6 +52,7 @@ class Journal:
     def __init__(self, path: Path | None, batch: str = "", *, resumed: bool = False) -> None:
         self.finished: dict[int, Trajectory] = {}
         self._file: TextIO | None = None
+        self._told = False  # that some trajectories cannot be kept
         if path is None:
             return
         if resumed and path.is_file():
@@ -63,7 +69,16 @@ class Journal:
             self._keep(index, trajectory)
 
     def _keep(self, index: int, trajectory: Trajectory) -> None:
-        self._write({"index": index, "trajectory": _encoded(trajectory)})
+        try:
+            encoded = _encoded(trajectory)
+        except TypeError as error:
+            if not self._told:
+                logger.warning(
+                    "a trajectory is not kept, and will be rolled out again if the run is killed: %s", error
+                )
+            self._told = True
+            return
+        self._write({"index": index, "trajectory": encoded})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -117,24 +132,35 @@ def _read(path: Path, batch: str) -> Iterator[tuple[int, Trajectory]]:
 
 
 def _encoded(value: Any) -> Any:
-    """JSON of the values in `types.py`, from which `_decoded` makes equal ones."""
-    if isinstance(value, enum.Enum):
-        return {"class": type(value).__name__, "value": value.value}
-    if dataclasses.is_dataclass(value):
+    """JSON of the values in `types.py`, from which `_decoded` makes equal ones.
+
+    Raises:
+        TypeError: for a value that would not come back as it is.
+    """
+    if isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
+        name = type(value).__name__
+        if type(value) is not getattr(trl_search.types, name, None):
+            raise TypeError(f"{name} is no class of trl_search.types")
+        if isinstance(value, enum.Enum):
+            return {"class": name, "value": value.value}
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         per_token = _PER_TOKEN if isinstance(value, Trajectory) else {}
         coded = {
-            name: _packed(per_token[name], numbers) if name in per_token else _encoded(numbers)
-            for name, numbers in fields.items()
+            field: _packed(per_token[field], numbers) if field in per_token else _encoded(numbers)
+            for field, numbers in fields.items()
         }
-        return {"class": type(value).__name__, "fields": coded}
+        return {"class": name, "fields": coded}
     if isinstance(value, tuple):
         return {"tuple": [_encoded(item) for item in value]}
     if isinstance(value, list):
         return [_encoded(item) for item in value]
     if isinstance(value, Mapping):
         return {"map": {key: _encoded(item) for key, item in value.items()}}
-    return value
+    if isinstance(value, np.generic):  # a score of a retriever
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r:.80} cannot be written as JSON")
 
 
 def _decoded(value: Any) -> Any:

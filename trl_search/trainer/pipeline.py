@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -265,11 +266,12 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
     if run.measured:
         print(f"\n{results_table(run.measured, call_word(run.config.environment))}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
-    print(f"  trl-search report {folder}    curves, alarms, and every token of its trajectories")
+    quoted = shlex.quote(str(folder))
+    print(f"  trl-search report {quoted}    curves, alarms, and every token of its trajectories")
     environment = run.config.environment
     # Code that only the model's folder names is refused (`refuse_unnamed_code`), so the command has to name it.
     named = "" if environment in ENVIRONMENTS else f" --environment {environment}"
-    print(f"  trl-search chat {folder}{named}      asks it a question")
+    print(f"  trl-search chat {quoted}{named}      asks it a question")
     if best is not None:
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
 

@@ -15,7 +15,8 @@ The gain of a turn is what its observation adds (`turn_credit`):
 Gains are normalised over all turns of the group, and each turn is credited with its own and all later ones, so that a
 first search is paid for what it made possible. `turn_credit_coef` times that is added to the trajectory's advantage,
 for the tokens of the turn. Deviations from IGPO: the outcome keeps TRL's advantage for all tokens, nothing is
-discounted, and of several golden answers the first is asked for.
+discounted, and of several golden answers the first is asked for. A trajectory that no reward function scored has no
+credit.
 
 Suffixes: B trajectories of this rank, C completion tokens, P prefixes, R trajectories of all ranks.
 """
@@ -60,15 +61,20 @@ def credited_advantages(trainer: Any, rows: Sequence[Mapping[str, Any]], output:
         ]
     else:
         gains = information_gains(trainer, trajectories, golden)
-    found = [gain for row in gains for gain in row]
-    trainer._metrics["train"]["credit/gain"].append(sum(found) / len(found) if found else 0.0)
     start = trainer.accelerator.process_index * len(gains)
+    rewards_BF = trainer.last_rollout.rewards_RF[start : start + len(gains)]
+    unrewarded_B = rewards_BF.isnan().all(dim=1).tolist()  # TRL leaves them out of the baseline, too
+    gains = [[] if unrewarded else row for row, unrewarded in zip(gains, unrewarded_B, strict=True)]
+    found = [gain for row in gains for gain in row]
+    sums = torch.tensor([sum(found), len(found)], dtype=torch.float32, device=trainer.accelerator.device)
+    total, count = trainer.accelerator.reduce(sums, "sum").tolist()
+    trainer.add_to_log({"credit/gain": total / max(1.0, count)})
     credit = group_credit(
         gains, trainer.num_generations, trainer.accelerator.gather, start, output["advantages"].device
     )
     advantages_BC = output["advantages"].unsqueeze(1).repeat(1, output["completion_ids"].shape[1])
     for row, trajectory in enumerate(trajectories):
-        for (turn, _), value in zip(observed_turns(trajectory), credit[row], strict=True):
+        for (turn, _), value in zip(observed_turns(trajectory), credit[row], strict=not unrewarded_B[row]):
             advantages_BC[row, turn.start : turn.end] += args.turn_credit_coef * value
     return advantages_BC
 

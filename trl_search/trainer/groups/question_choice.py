@@ -201,7 +201,16 @@ def question_choice_of(trainer: Any) -> QuestionChoice | None:
 
 
 def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
-    """Raises `UserError` where other questions are asked for, and the dataset cannot give any."""
+    """Raises `UserError` where the dataset cannot fill a batch, or cannot give the other questions that are asked for.
+
+    TRL's sampler leaves out a batch that is not full, so a training without a full one would end before its first step.
+    """
+    groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
+    if isinstance(dataset, Dataset) and len(dataset) < groups:
+        raise UserError(
+            f"a batch asks {groups} questions (trajectories of all processes / num_generations), and there are only "
+            f"{len(dataset)}: give more questions, or make per_device_train_batch_size × steps_per_generation smaller"
+        )
     if not args.refill_groups and args.curriculum == "none":
         return
     if not isinstance(dataset, Dataset):
@@ -209,7 +218,6 @@ def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
             f"{asked_for(args)} draws questions of its own, and a {type(dataset).__name__} gives them in one order: "
             "load the questions whole (streaming=False), or leave it out"
         )
-    groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
     if len(dataset) <= groups:
         raise UserError(
             f"{asked_for(args)} needs other questions than the {groups} of a batch, and there are {len(dataset)}: "
