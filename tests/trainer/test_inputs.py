@@ -212,5 +212,5 @@ def test_prompts_on_disk_are_those_of_the_protocol_that_asks(tmp_path, tokenizer
 
 def test_fewer_questions_than_a_batch_asks_do_not_end_as_a_training_of_no_steps(tmp_path, random_model, tokenizer):
     trainer = real_trainer(tmp_path, random_model, tokenizer, data=DATA.select([0]), per_device_train_batch_size=8)
-    with pytest.raises(UserError, match="a batch asks 2 questions .* there are only 1: give more questions"):
+    with pytest.raises(UserError, match=r"a batch asks 2 questions .* there are only 1: give more questions"):
         trainer.train()

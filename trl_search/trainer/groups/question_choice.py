@@ -203,7 +203,7 @@ def question_choice_of(trainer: Any) -> QuestionChoice | None:
 def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
     """Raises `UserError` where the dataset cannot fill a batch, or cannot give the other questions that are asked for.
 
-    TRL's sampler leaves out a batch that is not full, so a training without a full one would end before its first step.
+    TRL's sampler leaves out a batch that is not full: a training without a full one would end before its first step.
     """
     groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
     if isinstance(dataset, Dataset) and len(dataset) < groups:
