@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_search.types import Completion, FinishReason, StopReason, Trajectory
+from trl_search.types import Completion, FinishReason, Passage, StopReason, Trajectory
 
 steps = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 99), min_size=1, max_size=9)), max_size=8)
 
@@ -63,3 +66,9 @@ def test_nonfinite_logprobs_become_nan_and_are_counted():
     trajectory.act(Completion((5, 6, 7), (-math.inf, math.nan, -0.5), FinishReason.EOS), text="x")
     assert trajectory.nonfinite_logprobs == 2
     assert [math.isnan(value) for value in trajectory.logprobs] == [True, True, False]
+
+
+def test_a_passage_whose_id_and_score_come_from_numpy_can_be_written_as_json():
+    passage = Passage(np.int64(17), "Orlune", "A harbour.", score=np.float32(0.5))
+    assert passage == Passage("17", "Orlune", "A harbour.", 0.5)
+    assert json.loads(json.dumps(asdict(passage)))["score"] == 0.5

@@ -29,6 +29,13 @@ class Passage:
     score: float = 0.0
     url: str | None = None
 
+    def __post_init__(self) -> None:
+        # Retrievers have both from numpy or torch, and JSON takes neither: journals and `chat --json` write passages.
+        if type(self.id) is not str:
+            object.__setattr__(self, "id", str(self.id))
+        if type(self.score) is not float:
+            object.__setattr__(self, "score", float(self.score))
+
     @property
     def titled_text(self) -> str:
         """The title, a newline and the text, which are searched and judged together."""

@@ -87,7 +87,7 @@ class Page(Passage):
     """A passage of the user's own."""
 
 
-def test_scores_of_numpy_are_kept_and_what_would_come_back_changed_is_not(tmp_path, caplog):
+def test_what_would_come_back_changed_is_not_kept(tmp_path, caplog):
     scored, own = make_trajectory(), make_trajectory()
     scored.passages[-1] = (Passage("1", "a", "b", score=np.float32(0.1)),)
     own.passages[-1] = (Page("1", "a", "b"),)

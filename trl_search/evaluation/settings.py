@@ -98,6 +98,17 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
+class OtherSettings(UserError):
+    """A folder holds an evaluation with other settings; `differences` says which, in words."""
+
+    def __init__(self, folder: Path, differences: str) -> None:
+        self.differences = differences
+        super().__init__(
+            f"{folder} holds an evaluation with other settings ({differences}): go on with its own, or "
+            "give --output a new folder"
+        )
+
+
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume with other settings than those that the folder was begun with, and names each difference.
 
@@ -119,10 +130,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
             for key, old, new in _differences("", before["sets"][name], now["sets"][name])
         ]
     if differences:
-        raise UserError(
-            f"{folder} holds an evaluation with other settings ({'; '.join(differences)}): go on with its own, or "
-            "give --output a new folder"
-        )
+        raise OtherSettings(folder, "; ".join(differences))
 
 
 def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:

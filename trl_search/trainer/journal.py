@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 import trl_search.types
@@ -156,8 +155,6 @@ def _encoded(value: Any) -> Any:
         return [_encoded(item) for item in value]
     if isinstance(value, Mapping):
         return {"map": {key: _encoded(item) for key, item in value.items()}}
-    if isinstance(value, np.generic):  # a score of a retriever
-        return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{value!r:.80} cannot be written as JSON")

@@ -16,6 +16,7 @@ from trl_search.data import load_evaluation_questions, load_questions
 from trl_search.data.world import generate_world
 from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.outcomes import Outcome
+from trl_search.evaluation.settings import OtherSettings
 from trl_search.trainer.groups.pass_rates import PassRates
 
 QUESTIONS = [{"id": f"q{i}", "question": f"who is number {i}?", "golden_answers": ["x"]} for i in range(4)]
@@ -95,6 +96,18 @@ def test_all_can_be_kept_for_a_curriculum_and_an_evaluation_sees_no_rates(source
 def test_what_gives_no_rates_is_refused_before_anything_is_asked(source, answered, capsys, options, cause):
     argv = ["data", "filter", str(source), "--model", "tiny", "--output", str(source.with_name("out.jsonl")), *options]
     assert main(argv) == USER_ERROR and cause in capsys.readouterr().err and not answered
+
+
+def test_answers_of_another_filtering_are_named_with_their_folder(source, monkeypatch, capsys):
+    def differs(args: argparse.Namespace) -> int:
+        raise OtherSettings(Path(args.output), "dataset asked, asked: 36 there, 15 now")
+
+    monkeypatch.setattr("trl_search.cli.commands.eval.run", differs)
+    output = source.with_name("out.jsonl")
+    assert main(["data", "filter", str(source), "--model", "tiny", "--output", str(output)]) == USER_ERROR
+    said = capsys.readouterr().err
+    assert f"{output}.asked holds the answers of another filtering (dataset asked, asked: 36 there, 15 now)" in said
+    assert "remove that folder, or give another --output" in said
 
 
 @pytest.mark.parametrize("rate", ['"half"', "1.5", "true"])

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.data import load_questions
     from trl_search.data.question_rows import PASS_RATE
     from trl_search.evaluation.answers_file import Records
+    from trl_search.evaluation.settings import OtherSettings
 
     if args.pass_at < 2:
         raise UserError(f"--pass_at {args.pass_at}: a pass rate needs at least 2 samples per question")
@@ -72,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
         path.write_text("".join(_repeated(questions, args.pass_at)), encoding="utf-8")
     options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
     fields = {"question_field": None, "answers_field": None, "id_field": None}
-    evaluation.run(argparse.Namespace(**{**vars(args), **options, **fields}))
+    try:
+        evaluation.run(argparse.Namespace(**{**vars(args), **options, **fields}))
+    except OtherSettings as error:
+        raise UserError(
+            f"{folder} holds the answers of another filtering ({error.differences}): remove that folder, or give "
+            "another --output"
+        ) from error
     if int(os.environ.get("RANK", "0")):
         return 0
 
