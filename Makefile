@@ -55,8 +55,9 @@ $(VENV)/.chromium-done: | $(STAMP)
 		|| echo "There is no chromium, and it could not be installed: the report's tests in a browser cannot run"
 	@touch $@
 
+# Three workers on two cores, because a third of their time they wait: for a server, a browser, processes of their own.
 test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-fast: setup  ## the inner loop: no vLLM, no browser, no wheel, no pairs of processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'

@@ -12,12 +12,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so, and every process from there on inherits it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import pytest
-import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from typing import TYPE_CHECKING, Any
 
-from trl_search.data.world import World, generate_world
-from trl_search.retrieval import Retriever, load_retriever
+import pytest
+
+# Heavy imports stand inside: xdist's controller reads this file, too, and runs no test.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+    from trl_search.data.world import World
+    from trl_search.retrieval import Retriever
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.support.workers import Scheduling
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a worker of xdist
+        from tests.support.workers import slow_first
+
+        slow_first(items)
 
 
 def pytest_collection_finish() -> None:
@@ -32,7 +50,11 @@ def visible_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     Left with several, transformers' Trainer would wrap the model in `nn.DataParallel`, which TRL refuses.
     """
-    if request.node.get_closest_marker("gpu") and torch.cuda.device_count() > 1:
+    if not request.node.get_closest_marker("gpu"):
+        return
+    import torch
+
+    if torch.cuda.device_count() > 1:
         torch.cuda.init()  # first, with all devices: this process reads the environment once
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         all_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
@@ -48,16 +70,23 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def world() -> World:
+    from trl_search.data.world import generate_world
+
     return generate_world(passages=1000, seed=3)
 
 
 @pytest.fixture(scope="session")
 def retriever(world: World) -> Retriever:
+    from trl_search.retrieval import load_retriever
+
     return load_retriever("bm25", passages=world.passages)
 
 
 def make_random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """Two layers of random weights: the real architecture, and no behaviour."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from tests.support.two_ranks import run_ranks
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -112,15 +111,14 @@ def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
 
 @pytest.mark.slow
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_search"]
+    """In the environment that `accelerate launch --num_processes 2` makes for `-m trl_search train quickstart`."""
+    run = tmp_path / "run"
     smaller = ["--max_eval_questions", "8", "--per_device_train_batch_size", "4", "--evaluate_every", "0"]
-    command = [*launch, "train", "quickstart", *SMALL, *smaller, "--use_cpu", "true", "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("s in all.") == 1 and run.stdout.count("step 2/2  reward") == 1
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    words = ["train", "quickstart", *SMALL, *smaller, "--use_cpu", "true", "--output_dir", str(run)]
+    launched = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    said = "".join(run_ranks("trl_search", words, tmp_path, environment=launched))
+    assert said.count("s in all.") == 1 and said.count("step 2/2  reward") == 1
+    rows = json.loads((run / "results.json").read_text())["rows"]
     assert all(row["questions"] == 8 for row in rows.values())  # four of each rank
 
 

@@ -1,0 +1,45 @@
+"""Which worker of pytest-xdist runs which tests, and in what order.
+
+    the files that need vLLM      one worker, so that one process imports vLLM and forks all engines
+    the files that need a browser one worker, which starts one
+    every other file              the next worker that is free; the files with slow tests first
+
+Left to itself, xdist begins with the files of the most tests, and the longest ones, which have few, are left for the
+end, where one worker waits for the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+SHARED = ("vllm", "browser")
+
+
+def unit(nodeid: str) -> str:
+    """What a worker runs as a whole: a file, or all files that share an expensive process."""
+    file = nodeid.partition("::")[0]
+    return next((name for name in SHARED if name in PurePath(file).stem), file)
+
+
+class Scheduling(LoadFileScheduling):
+    """Hands out units in the order in which they were collected."""
+
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
+        config.option.loadscopereorder = False
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit(nodeid)
+
+
+def slow_first(items: list[pytest.Item]) -> None:
+    """Sorts tests, in place: units with many slow tests come first. The order within a unit stays."""
+    slow: dict[str, int] = {}
+    for item in items:
+        name = unit(item.nodeid)
+        slow[name] = slow.get(name, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[unit(item.nodeid)])
