@@ -4,9 +4,11 @@
     python benchmarks/index_kills.py --kills 5 --kinds bm25s small
 
 Each round starts a build in a process of its own, kills it after a random share of the time that a whole build takes,
-and gives the same call again until one ends. Then every file is compared with that of a build that nobody killed, byte
-for byte, except for times in `manifest.json` and `vectors.json`. `tantivy` and `hnsw` order their files by the timing
-of threads, so two builds that nobody kills differ too; there, the answers to 50 queries are compared.
+and gives the same call again until one ends. Then every file of the index is compared with that of a build that nobody
+killed, byte for byte, except for times in `manifest.json` and `vectors.json`. A build that is killed between its last
+two steps leaves `build.json` and `build.lock` in the finished folder; they belong to no index. `tantivy` and `hnsw`
+order their files by the timing of threads, so two builds that nobody kills differ too; there, the answers to 50
+queries are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from trl_search.retrieval import open_retriever
-from trl_search.retrieval.index.folder import MANIFEST, build_index
+from trl_search.retrieval.index.build_folder import LOCK, MANIFEST, STATE
+from trl_search.retrieval.index.folder import build_index
 
 PASSAGES = 3000
 ENCODER = "e5-base-v2"  # a tiny one of random weights, under a name that says how it is used
@@ -64,6 +67,8 @@ def content(index: Path, name: str) -> dict[str, Any]:
         retriever.close()
         return {"answers": [[(one.id, round(one.score, 4)) for one in passages] for passages in found]}
     files = {str(file.relative_to(index)): file for file in index.rglob("*") if file.is_file()}
+    for name in (STATE, LOCK):
+        files.pop(name, None)
     return {
         name: without_times(json.loads(file.read_bytes())) if file.suffix == ".json" else file.read_bytes()
         for name, file in files.items()
@@ -96,8 +101,9 @@ def rounds(name: str, corpus: Path, folder: Path, kills: int, draw: random.Rando
             if again.exitcode:
                 raise SystemExit(f"{name}: the same build fails after a kill, in {folder}")
         count["ended first"] += process.exitcode == 0
-        if content(output, name) != expected:
-            raise SystemExit(f"{name}: the index differs from that of a build that nobody killed, in {folder}")
+        found = content(output, name)
+        if differing := sorted(file for file in {*found, *expected} if found.get(file) != expected.get(file)):
+            raise SystemExit(f"{output} differs from {whole}, which nobody killed, in {', '.join(differing)}")
         count["equal"] += 1
         left = [path.name for path in folder.glob(f".{name}-killed*")]
         assert not left, f"left behind: {left}"
@@ -111,15 +117,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        importlib.import_module("tests.support.encoders").save_random_bert(folder / ENCODER)
-        words = np.random.default_rng(0).integers(0, 5000, (PASSAGES, 20))
-        rows = ({"id": str(row), "text": " ".join(map("word{}".format, one))} for row, one in enumerate(words))
-        (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in args.kinds:
-            count = rounds(name, folder / "corpus.jsonl", folder, args.kills, random.Random(args.seed))
-            print(f"{name:<10} {', '.join(f'{what} {number}' for what, number in count.items())}", flush=True)
+    folder = Path(tempfile.mkdtemp())  # stays where a build went wrong
+    importlib.import_module("tests.support.encoders").save_random_bert(folder / ENCODER)
+    words = np.random.default_rng(0).integers(0, 5000, (PASSAGES, 20))
+    rows = ({"id": str(row), "text": " ".join(map("word{}".format, one))} for row, one in enumerate(words))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in args.kinds:
+        count = rounds(name, folder / "corpus.jsonl", folder, args.kills, random.Random(args.seed))
+        print(f"{name:<10} {', '.join(f'{what} {number}' for what, number in count.items())}", flush=True)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@
         scratch/        what the index does not need: vectors that are encoded already
         ...             the index itself, renamed to indexes/wiki when it is whole
 
+The state and the lock go last. A build that is killed between the rename and their removal leaves them in the finished
+index, where nobody reads them: gone earlier, a kill before the rename would throw a whole build away.
+
 A folder that cannot be replaced by a rename (an empty one that is there already, a mount point, one in a parent that
 we may not write) is built inside itself, in `indexes/wiki/.building`, and its files move up at the end, the manifest
 last. That the place can be written is tested before any work.
