@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -57,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_package", "my_agent")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_package", "my_agent", "my_script")]:
         del sys.modules[name]
 
 
@@ -92,8 +93,12 @@ def test_an_agent_of_your_own_runs_from_top_to_bottom(folder: Path, capsys: pyte
         else:
             for line in block.splitlines():
                 assert main(shlex.split(line)[1:]) == 0, line
+    before, after = (json.loads((folder / f"runs/{name}/results.json").read_text()) for name in ("before", "after"))
+    assert before["results"]["search"]["macro"]["em"] == before["results"]["search"]["macro"]["searches"] == 0
+    learnt = after["results"]["search"]["macro"]
+    assert learnt["em"] > 0.9 and learnt["searches"] == pytest.approx(1, abs=0.1)
     told = capsys.readouterr().out
-    assert '"answer": "Camos Harlund"' in told and "1.00 calls (4 questions" in told
+    assert re.search(r"kept +248 +100.0%", told) and '"answer"' in told
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
