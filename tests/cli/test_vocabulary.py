@@ -43,7 +43,7 @@ def recipe_fields() -> dict[str, Any]:
     from trl_search.config.agent import AgentSettings
     from trl_search.config.grpo import SearchGRPOConfig
     from trl_search.config.task import TaskArguments
-    from trl_search.trainer.cold_start.run import ColdStartArguments
+    from trl_search.trainer.cold_start.arguments import ColdStartArguments
     from trl_search.trainer.sft import SearchSFTConfig
 
     own: dict[str, Any] = {}

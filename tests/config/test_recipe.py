@@ -28,7 +28,8 @@ from trl_search.policies.loading import adapter_config
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import load_retriever
 from trl_search.rewards import resolve_rewards
-from trl_search.trainer.cold_start.run import ColdStartArguments, run_sft
+from trl_search.trainer.cold_start.arguments import ColdStartArguments
+from trl_search.trainer.cold_start.run import run_sft
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.sft import SearchSFTConfig
 

@@ -209,7 +209,7 @@ def attempt(index: int = 0, sample: int = 0, **changed: Any) -> Attempt:
         ({"em": 0.0, "f1": 0.8}, "wrong answer"),
         ({"format": 0.5}, "malformed"),
         ({"malformed": 1}, "malformed"),
-        ({"searches": 0}, "too few searches"),
+        ({"searches": 0}, "too few calls"),
         ({"ids": [3] * 7, "mask": [1] * 7}, "too long"),
     ],
 )

@@ -22,8 +22,8 @@ from trl_search.common.errors import UserError
 from trl_search.config.agent import read_settings
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import load_protocol
+from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
-from trl_search.trainer.cold_start.run import ColdStartArguments
 from trl_search.trainer.cold_start.select import KEPT
 from trl_search.trainer.tag_rows import tag_ids, untrained_tags
 from trl_search.types import Answer, ToolCall
@@ -218,6 +218,7 @@ def test_a_script_of_the_users_own_teaches_a_tool_of_their_own(
     }
     sft(tmp_path, **options, script=f"{__name__}:adds")
     printed = capsys.readouterr().out
+    assert "1.00 calls" in printed and "searches" not in printed
     assert re.search(r"kept +5 ", printed) and re.search(r"wrong answer +1 ", printed) and changed(tmp_path / "run")
     kept = datasets.Dataset.from_parquet(str(tmp_path / "run/collection" / KEPT))
     assert set(kept["searches"]) == {1} and kept[0]["messages"][1]["content"] == "2"

@@ -72,7 +72,7 @@ def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
     from trl_search.config.grpo import SearchGRPOConfig
     from trl_search.config.recipe import find_recipe, recipe_command, recipe_values
     from trl_search.config.task import TaskArguments
-    from trl_search.trainer.cold_start.run import ColdStartArguments
+    from trl_search.trainer.cold_start.arguments import ColdStartArguments
     from trl_search.trainer.sft import SearchSFTConfig
 
     command = recipe_command(find_recipe(argv[0]).stem)

@@ -17,7 +17,8 @@ def main(argv: list[str]) -> int:
     from trl import ModelConfig
 
     from trl_search.cli.recipe_command import run_recipe
-    from trl_search.trainer.cold_start.run import ColdStartArguments, run_sft
+    from trl_search.trainer.cold_start.arguments import ColdStartArguments
+    from trl_search.trainer.cold_start.run import run_sft
     from trl_search.trainer.sft import SearchSFTConfig
 
     def go_on(config: SearchSFTConfig) -> str:

@@ -130,8 +130,8 @@ def collect(
             written += 1
         if len(failures) > max_failed_share * max(_MIN_JUDGED, written + len(failures)):
             raise UserError(
-                f"{len(failures)} of {written + len(failures)} attempts failed because a search did; the first: "
-                f"{failures[0]}. Put the retriever right and start again: {written + before} attempts are kept"
+                f"{len(failures)} of {written + len(failures)} attempts failed because a search or the environment "
+                f"did; the first: {failures[0]}. Put that right and start again: {written + before} attempts are kept"
             )
 
     def job(index: int, sample: int) -> Job:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,21 @@ from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
-from trl_search.config.agent import SETTINGS_FILE, AgentSettings, build_environment, protocol_of
+from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
-from trl_search.data.scripted_players import PLAYERS, WEAK, scripted_trajectories
+from trl_search.data.scripted_players import scripted_trajectories
 from trl_search.data.user_script import UserScript
 from trl_search.data.world import generate_world
-from trl_search.environment.registry import SEARCH, takes_retriever
-from trl_search.environment.script import load_script
+from trl_search.environment.registry import call_word, takes_retriever
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval import load_retriever
+from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
 from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
@@ -47,112 +46,6 @@ from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Passage, Sampling
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ColdStartArguments(AgentSettings, QuestionArguments):
-    """Where the attempts come from, and which are kept."""
-
-    max_failed_share: float = field(
-        default=0.5,
-        metadata={"help": "Collecting stops with an error when more than this share of the attempts has failed."},
-    )
-    rollout_batch_size: int = field(
-        default=64, metadata={"help": "Attempts under way at once; a vLLM server takes several hundred."}
-    )
-
-    teacher: str = field(
-        default="self",
-        metadata={
-            "help": "Who makes the attempts. self: the model that is trained. A model of the hub, a folder, or the "
-            "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: scripted players, "
-            "for any questions and without a model: they look up what the question names, then what the passages lead "
-            "to, by the gold passages where the rows know them and by trying queries where they do not."
-        },
-    )
-    script: str | None = field(
-        default=None,
-        metadata={
-            "help": "With teacher: scripts, your own script in place of those that ship, as an import path: "
-            "my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With demonstrations, "
-            "it plays those."
-        },
-    )
-    quality: str = field(
-        default=",".join(f"{name}={share}" for name, share in WEAK.items()),
-        metadata={
-            "help": f"With teacher: scripts and questions: world, the shares of the players {', '.join(PLAYERS)}."
-        },
-    )
-    demonstrations: int = field(
-        default=0,
-        metadata={
-            "help": "With a model as the teacher: it sees this many answered questions before each prompt, which "
-            "scripted players played. They are left out of what is trained on (context distillation)."
-        },
-    )
-    samples_per_question: int = field(default=4, metadata={"help": "Attempts at each question."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
-    top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; here it may be below 1."})
-    collection: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the attempts, appended to as they finish, and read again by the next run. Default: "
-            "output_dir/collection."
-        },
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Train into an output_dir that holds a finished model, and replace it."}
-    )
-    collect_only: bool = field(default=False, metadata={"help": "Collect and choose, and do not train."})
-
-    min_f1: float | None = field(
-        default=None, metadata={"help": "Keep answers of at least this F1. Default: exact matches alone."}
-    )
-    well_formed: bool = field(
-        default=True, metadata={"help": "Keep attempts alone in which every call and the answer are well-formed."}
-    )
-    min_searches: int = field(
-        default=1, metadata={"help": "Keep attempts with at least this many searches, or calls of another tool."}
-    )
-    keep_per_question: int = field(default=2, metadata={"help": "Keep at most this many attempts per question."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("samples_per_question", "keep_per_question", "rollout_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
-            raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
-        played = self.teacher == "scripts" or self.demonstrations > 0
-        if self.script is not None:
-            if not played:
-                raise UserError(f"script: {self.script} is played with teacher: scripts: set it, or leave script out")
-            load_script(self.script)
-        elif played and self.environment != SEARCH:
-            raise UserError(
-                f"the scripted players that ship only search, and the environment is {self.environment}: give a "
-                "script of your own (script: my_agent:open_page; docs/own-agent.md), or take a model as the teacher "
-                "and set demonstrations: 0"
-            )
-        elif self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
-            raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
-        if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
-            raise UserError(
-                "demonstrations are shown to a model: set them to 0 with teacher: scripts, or take another"
-            )
-        if self.collect_only and self.plays_the_world:
-            raise UserError("the trajectories of the world's scripts are not collected: leave collect_only out")
-
-    @property
-    def plays_the_world(self) -> bool:
-        """Whether the shipped scripts write right trajectories of the world: nothing is collected or chosen."""
-        return self.teacher == "scripts" and self.questions == "world" and self.script is None
-
-    @staticmethod
-    def settled(values: dict[str, Any]) -> dict[str, Any]:
-        """With `collect_only` nothing is trained, so the precision of the training asks for no GPU."""
-        return {**values, "bf16": False, "fp16": False} if values["collect_only"] else values
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
@@ -297,8 +190,9 @@ def _collect_and_choose(
     kept, outcomes = select(attempts, rules)
     if state.is_main_process:
         path = write_kept(folder, kept)
-        print(f"{describe(attempts, kept, outcomes)}\n{collected.new:,} new, {collected.before:,} from before", end="")
-        print(f", {collected.failed:,} failed searches to try again" if collected.failed else "", f"\n{path}", sep="")
+        print(describe(attempts, kept, outcomes, call_word(arguments.environment)))
+        again = f", {collected.failed:,} that failed to try again" if collected.failed else ""
+        print(f"{collected.new:,} new, {collected.before:,} from before{again}\n{path}")
     return kept
 
 

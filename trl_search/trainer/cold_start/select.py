@@ -48,7 +48,7 @@ class Rules:
         if self.well_formed and (attempt.malformed or attempt.format < 1.0):
             return "malformed"
         if attempt.searches < self.min_searches:
-            return "too few searches"
+            return "too few calls"
         if self.max_tokens is not None and len(attempt.prompt_ids) + len(attempt.ids) > self.max_tokens:
             return "too long"
         return None
@@ -87,7 +87,7 @@ _ADVICE = {
     "wrong answer": "sample more (samples_per_question), take what is nearly right (min_f1: 0.5), or ask a larger "
     "teacher; correct the script if one played",
     "malformed": "ask a teacher that knows the format, or take them as they are (well_formed: false)",
-    "too few searches": "it answers from memory: ask another teacher, or take that too (min_searches: 0)",
+    "too few calls": "it answers from memory: ask another teacher, or take that too (min_searches: 0)",
     "too long": "raise max_length",
 }
 
@@ -115,16 +115,18 @@ def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
     return path
 
 
-def describe(attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Mapping[str, int]) -> str:
-    """The statistics of a collection, one per line."""
+def describe(
+    attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Mapping[str, int], calls: str = "searches"
+) -> str:
+    """The statistics of a collection, one per line. `calls` is the word for the calls of the environment's tools."""
     total = sum(outcomes.values())
     questions = len({attempt.index for attempt in attempts})
     lines = [
         f"{total:,} attempts at {questions:,} questions: EM {_mean(attempts, 'em'):.3f}, "
-        f"F1 {_mean(attempts, 'f1'):.3f}, {_mean(attempts, 'searches'):.2f} searches",
+        f"F1 {_mean(attempts, 'f1'):.3f}, {_mean(attempts, 'searches'):.2f} {calls}",
         *(f"  {name:<24}{count:>8,}  {count / total:6.1%}" for name, count in Counter(outcomes).most_common()),
         *_by_source(attempts, kept),
-        f"kept: {len({attempt.index for attempt in kept}):,} questions, {_mean(kept, 'searches'):.2f} searches, "
+        f"kept: {len({attempt.index for attempt in kept}):,} questions, {_mean(kept, 'searches'):.2f} {calls}, "
         f"{sum(sum(attempt.mask) for attempt in kept):,} tokens of the policy's own",
     ]
     return "\n".join(lines)
