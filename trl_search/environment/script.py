@@ -11,8 +11,11 @@ Or it takes the row and all replies so far, and returns the next turn:
 
     def open_page(row, replies):
         if not replies:
-            return "I open the page.", ToolCall("open", {"title": row["title"]})
+            title = row["question"].removeprefix("Who wrote ").removesuffix("?")
+            return f"I open the page of {title}.", ToolCall("open", {"title": title})
         return "The page names the author.", Answer(replies[-1].partition(" by ")[2])
+
+In a cold start the row has `id`, `question`, `golden_answers` and `data_source`, whatever else its file holds.
 
 A turn is a thought and an action, whose tags the protocol writes, or the whole text of a turn with its tags. A script
 that returns without an answer has given up.
