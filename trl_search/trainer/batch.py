@@ -231,11 +231,13 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
         return
     searches = [error for reason, error in failed if reason is StopReason.RETRIEVAL_FAILED]
     others = [error for reason, error in failed if reason is not StopReason.RETRIEVAL_FAILED]
-    retrieval = len(searches) >= len(others)
-    raise (RetrievalError if retrieval else UserError)(
-        f"{'retrieval' if retrieval else 'the environment'} failed for {len(searches if retrieval else others)} of "
-        f"{len(outcomes)} trajectories, more than max_failed_share={max_failed_share}; the first error: "
-        f"{(searches if retrieval else others)[0]}"
+    mostly, rarely = ("retrieval", searches), ("the environment", others)
+    if len(others) > len(searches):
+        mostly, rarely = rarely, mostly
+    also = f" and {rarely[0]} for {len(rarely[1])}, together" if rarely[1] else ","
+    raise (RetrievalError if mostly[1] is searches else UserError)(
+        f"{mostly[0]} failed for {len(mostly[1])} of {len(outcomes)} trajectories{also} more than "
+        f"max_failed_share={max_failed_share}; the first error: {mostly[1][0]}"
     )
 
 

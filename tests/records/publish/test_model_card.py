@@ -141,6 +141,8 @@ def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
     assert recipe["learning_rate"] == 1e-4 and recipe["questions"] == "world" and recipe["reward_funcs"] == ["em"]
     assert recipe["world_passages"] == 300 and recipe["instruction"] == ""
     assert "trl-search chat me/agent " in text and "--world_passages 300 --world_seed 4" in text
+    spaced = write_card(dataclasses.replace(facts, repo_id="/tmp/my run")).content
+    assert "trl-search chat '/tmp/my run' " in spaced
     for private in ("secret", "10.0.0.7", "/home/me", "hf_"):
         assert private not in text
     local = dataclasses.replace(

@@ -128,7 +128,7 @@ def test_a_micro_batch_without_any_gradient_gives_a_zero_loss_with_a_graph(
     assert loss == 0 and not gradient.any()
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())  # DDP waits for every one
     assert logged[METRIC] == 1 and "entropy" not in logged
-    assert math.isnan(logged["sampling/importance_sampling_ratio/mean"])  # TRL leaves NaN out of its averages
+    assert not [name for name in logged if name.startswith("sampling/")]  # a mean over nothing is not logged, as NaN
 
 
 def test_a_training_with_accumulation_ends_where_the_full_one_does(tmp_path, tokenizer):

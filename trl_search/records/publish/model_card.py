@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _command(facts: CardFacts) -> str:
     if not facts.in_world:
         extra, world = "[web]", ""
     question = json.dumps(question_for(facts))
-    return f'pip install "trl-search{extra}"\ntrl-search chat {facts.repo_id} {question}{world}'
+    return f'pip install "trl-search{extra}"\ntrl-search chat {shlex.quote(facts.repo_id)} {question}{world}'
 
 
 def _recipe(facts: CardFacts) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def correct_towards_engine(
 
     Returns:
         `dict[str, float]`: Metrics under TRL's names, over what ran in the micro-batches of all ranks; NaN if nothing
-        did, which TRL leaves out of its averages.
+        did.
     """
     mask_BC = micro_batch.runs_BC
     log_ratios_BC = log_ratios(micro_batch.old_logps_BC, micro_batch.inputs["sampling_per_token_logps"], mask_BC)

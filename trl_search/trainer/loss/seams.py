@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -127,5 +128,6 @@ class SearchLoss(GRPOTrainer):
             found = correct_towards_engine(
                 self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
             )
-            for name, value in found.items():
+            # A log in which nothing ran has no such metric: reports take a NaN for a broken run.
+            for name, value in ((name, value) for name, value in found.items() if not math.isnan(value)):
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
