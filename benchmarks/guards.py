@@ -1,13 +1,13 @@
 """Does a run that would collapse end well with the guards on, and does a healthy run lose nothing by them?
 
-    nice -n 5 python benchmarks/guards.py --output runs/guards          # one CPU core: 2 or 3 minutes per run, 12 runs
+    nice -n 5 python benchmarks/guards.py --output runs/guards          # one CPU core: 5 minutes per run, 12 runs
     python benchmarks/guards.py --output runs/guards --seeds 0
 
 The quickstart on worlds nobody has seen, at its learning rate and at five times that; without guards
 (`on_collapse: warn`) and with them (`on_collapse: rollback`, which goes back to the best checkpoint with half the
 learning rate). All runs of a seed start from the same warmed-up policy. EM is on held-out questions, greedily. A run
-has collapsed if its last policy has less than half the EM of its best one. Runs that are in OUTPUT already are not
-repeated.
+has collapsed if its last policy has less than half the EM of its best one. An alarm must last ten logs before a guard
+acts, so a collapse needs some twenty steps behind it. Runs that are in OUTPUT already are not repeated.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24, help="GRPO steps of every run (default: 24)")
+    parser.add_argument("--steps", type=int, default=40, help="GRPO steps of every run (default: 40)")
     parser.add_argument("--every", type=int, default=4, help="steps between two evaluations (default: 4)")
     parser.add_argument("--questions", type=int, default=100, help="to measure on (default: 100)")
     arguments = parser.parse_args()

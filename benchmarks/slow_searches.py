@@ -17,8 +17,9 @@ What the tail costs depends on how long the rest of a step takes. On two idle co
 
 The variants take turns, `--repeats` times, so that a busy machine is busy for all of them. The first two steps of each
 run are not counted. Seconds per step are medians; with carry-over the mean is given too, because a step that waits
-for its tail pays for several that did not. CPU seconds are those of the process, and the tokens of prompts and replies
-that the engine computes in a step are counted with their padding: both hardly depend on how busy the machine is.
+for its tail pays for several that did not. CPU seconds are those of the process. What the engine computes in a step is
+counted: its forwards, and the tokens of prompts and replies in them, with their padding. The counts do not depend on
+how busy the machine is.
 """
 
 from __future__ import annotations
@@ -75,24 +76,25 @@ class SlowSearches(SearchEnvironment):
 
 
 class StepTimes(TrainerCallback):
-    """When each step ended, by the clock and in CPU seconds, and what the engine had prefilled by then."""
+    """When each step ended, by the clock and in CPU seconds, and what the engine had computed by then."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.prefilled = 0
-        self.ends: list[tuple[float, float, int]] = []
+        self.forwards = self.prefilled = 0
+        self.ends: list[tuple[float, float, int, int]] = []
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("use_cache") and kwargs["input_ids"].shape[1] > 1:
-            self.prefilled += kwargs["input_ids"].numel()
+        if kwargs.get("use_cache"):
+            self.forwards += 1
+            self.prefilled += kwargs["input_ids"].numel() if kwargs["input_ids"].shape[1] > 1 else 0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append((time.perf_counter(), time.process_time(), self.prefilled))
+        self.ends.append((time.perf_counter(), time.process_time(), self.forwards, self.prefilled))
 
     @property
     def of_each_step(self) -> dict[str, list[float]]:
         ends = self.ends[WARM_UP_STEPS - 1 :]
-        names = ("seconds", "CPU seconds", "prefilled")
+        names = ("seconds", "CPU seconds", "forwards", "prefilled")
         return {name: [b[i] - a[i] for a, b in itertools.pairwise(ends)] for i, name in enumerate(names)}
 
 
@@ -150,12 +152,13 @@ def run(
 def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
     lines = [
         "| searches | carry_over | seconds per step, median (mean) | of no carry-over (mean) | CPU seconds, mean "
-        "| tokens prefilled | bubble | parked | tokens of the step's own weights | effective sample size |",
-        "|" + "---|" * 10,
+        "| forwards | tokens prefilled | bubble | parked | tokens of the step's own weights | effective sample size |",
+        "|" + "---|" * 11,
     ]
 
     def all_of(key: tuple[str, float], name: str) -> list[float]:
-        return [value for result in results[key] for value in result[name]]
+        # A step in which no group has a gradient has no weights to speak of: None.
+        return [value for result in results[key] for value in result[name] if value is not None]
 
     for key in results:
         searches, carry_over = key
@@ -173,7 +176,8 @@ def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
         lines.append(
             f"| {searches} | {carry_over:g} | {statistics.median(seconds):.2f} ({statistics.mean(seconds):.2f}) "
             f"| {ratio} | {statistics.mean(all_of(key, 'CPU seconds')):.2f} "
-            f"| {statistics.mean(all_of(key, 'prefilled')):,.0f} | {' | '.join(means)} |"
+            f"| {statistics.mean(all_of(key, 'forwards')):.0f} | {statistics.mean(all_of(key, 'prefilled')):,.0f} "
+            f"| {' | '.join(means)} |"
         )
     return "\n".join(lines)
 

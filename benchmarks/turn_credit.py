@@ -21,7 +21,7 @@ from shared_start import Course, start
 from trl_search.config.grpo import TURN_CREDIT
 from trl_search.trainer.pipeline import add_measurements, build
 
-COLUMNS = ("warm start", "EM on the way", "EM at the end", "reward, mean", "searches", "gain per turn", "seconds")
+COLUMNS = ("EM on the way", "EM at the end", "reward, mean", "searches", "gain per turn", "seconds")
 
 
 def one(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def one(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "--max_eval_questions", str(arguments.questions), "--on_collapse", "warn", "--turn_credit", kind,
     ]  # fmt: skip
     run = start(kind, seed, arguments.output, options)
+    run.arguments.evaluate = False  # before the training: the policy is that of the other runs
     trainer = build(run)
     held_out = add_measurements(run, trainer)
     assert held_out is not None
@@ -39,10 +40,9 @@ def one(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.process_time()
     trainer.train()
     seconds = time.process_time() - began
-    (before,) = (evaluation.em for evaluation in run.measured.values())
     after = held_out.measure().average
     return {
-        "kind": kind, "seed": seed, "before": before, "course": course.em, "after": after.as_json(),
+        "kind": kind, "seed": seed, "course": course.em, "after": after.as_json(),
         "seconds": seconds, "history": course.steps,
     }  # fmt: skip
 
@@ -51,7 +51,6 @@ def line(row: dict[str, Any]) -> str:
     steps = row["history"]
     gains = [step["credit/gain"] for step in steps if "credit/gain" in step]
     shown = [
-        f"{row['before']:.3f}",
         " ".join(f"{em:.2f}" for em in row["course"]),
         f"{row['after']['em']:.3f} ± {row['after']['em_ci95']:.3f}",
         f"{statistics.mean(step['reward'] for step in steps):.3f}",
