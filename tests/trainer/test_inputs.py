@@ -37,6 +37,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"data": DATA.remove_columns("golden_answers"), "rewards": "em"}, "'em' needs the dataset column 'golden_an"),
         ({"trainer": {"eval_dataset": DATA.remove_columns("golden_answers")}, "rewards": ["f1"]}, "'f1' needs"),
         ({"trainer": {"environment": AnswerOnly()}}, "a retriever or an environment, not both"),
+        ({"trainer": {"environment": AnswerOnly(), "retriever": None}, "search_floor_steps": 1}, "Only has no tools"),
         ({"trainer": {"tools": [print]}}, "^tools is TRL's way"),
         ({"trainer": {"environment_factory": object}}, "^environment_factory is TRL's way"),
         ({"trainer": {"rollout_func": print}}, "^rollout_func is TRL's way"),

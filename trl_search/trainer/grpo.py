@@ -162,7 +162,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             reward_funcs = "em"
         rewards = resolve_specs(reward_funcs or [], args) if reward_funcs or environment is not None else []
         if environment is not None:
-            refuse_what_rollouts_cannot_do(args, model, kwargs)
+            refuse_what_rollouts_cannot_do(args, model, environment, kwargs)
             processing_class = tokenizer_of(model, args, processing_class)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")

@@ -114,8 +114,15 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
     )
 
 
-def refuse_what_rollouts_cannot_do(args: SearchGRPOConfig, model: Any, kwargs: Mapping[str, Any]) -> None:
+def refuse_what_rollouts_cannot_do(
+    args: SearchGRPOConfig, model: Any, environment: Environment, kwargs: Mapping[str, Any]
+) -> None:
     """Refuses at the start what would otherwise be ignored, or fail in the first rollout."""
+    if args.search_floor_steps and not environment.tools:
+        raise UserError(
+            f"search_floor_steps={args.search_floor_steps} rewards nothing without a call of a tool, and "
+            f"{type(environment).__name__} has no tools: leave it out"
+        )
     taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
     if taken:
         raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
