@@ -55,6 +55,10 @@ $(VENV)/.chromium-done: | $(STAMP)
 		|| echo "There is no chromium, and it could not be installed: the report's tests in a browser cannot run"
 	@touch $@
 
+# Where bytecode is not kept (many container images say so), each worker would rewrite the assertions of every test file,
+# which is a third of its start, and each process that a test starts would compile the package.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
+
 # Three workers on two cores, because a third of their time they wait: for a server, a browser, processes of their own.
 test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
