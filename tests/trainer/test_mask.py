@@ -13,7 +13,7 @@ import torch
 from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import GOLD, PASSAGES, Actor, answer, four_ways, scripted_trainer, search
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.trainer.batch import sampling_logprobs
+from trl_search.trainer.loss.mask import sampling_logprobs
 from trl_search.types import EndOfTurn, Passage, StopReason
 
 # Everything that changes which quantities enter the loss.

@@ -48,7 +48,11 @@ class Environment(abc.ABC):
     instruction: str | None = None
 
     def start(self, row: Mapping[str, Any]) -> Environment:
-        """The environment of one trajectory: a shallow copy of this one that knows its row."""
+        """The environment of one trajectory: a shallow copy of this one that knows its row.
+
+        A list or dictionary of this one is shared by all copies. What a trajectory writes to must be made here, as
+        `guesses` above is.
+        """
         episode = copy.copy(self)
         episode.row = row
         return episode

@@ -9,7 +9,6 @@ Suffixes of tensors: B trajectories of this rank, C completion tokens, R traject
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -139,30 +138,6 @@ class MicroBatch:
         """`logps_BC` with the old ones, where there are any, in trajectories that were not run: their ratio is 1."""
         old_BC = self.inputs.get("old_per_token_logps")
         return logps_BC if old_BC is None else torch.where(self.runs_BC.any(dim=1, keepdim=True), logps_BC, old_BC)
-
-
-def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The loss mask (B, C) of a batch that TRL has scored: there it is the product of two masks."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def loss_mask(trajectory: Trajectory, args: SearchGRPOConfig) -> list[int]:
-    """1 for each token that is trained on: the sampled ones, unless the trajectory failed."""
-    # TRL takes a completion for truncated if it does not end in EOS. Where the last observation found no room, a
-    # sampled EOS comes last, so TRL would take that trajectory for a finished one.
-    truncated = args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET
-    if trajectory.failed or truncated:
-        return [0] * len(trajectory.ids)
-    return trajectory.mask if args.mask_observations else [1] * len(trajectory.ids)
-
-
-def sampling_logprobs(trajectory: Trajectory, args: SearchGRPOConfig) -> list[float]:
-    """The log-probs at sampling time, which TRL compares with the trainer's."""
-    if args.mask_observations:
-        return trajectory.logprobs
-    # Observation tokens were never sampled. NaN gives them importance weight 1; the stored 0.0 would give p(token).
-    pairs = zip(trajectory.logprobs, trajectory.mask, strict=True)
-    return [logprob if sampled else math.nan for logprob, sampled in pairs]
 
 
 def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:

@@ -49,10 +49,7 @@ from trl_search.trainer.batch import (
     check_failures,
     encode_prompts,
     longest_context,
-    loss_mask,
-    loss_mask_of,
     rollout_metrics,
-    sampling_logprobs,
     sampling_of,
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
@@ -72,6 +69,7 @@ from trl_search.trainer.inputs import (
     tokenizer_of,
 )
 from trl_search.trainer.journal import open_journal
+from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logprobs
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus

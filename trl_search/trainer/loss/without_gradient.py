@@ -25,7 +25,8 @@ import torch
 from accelerate import Accelerator
 
 from trl_search.rewards.weighted import deviations
-from trl_search.trainer.batch import MicroBatch, loss_mask_of
+from trl_search.trainer.batch import MicroBatch
+from trl_search.trainer.loss.mask import loss_mask_of
 
 logger = logging.getLogger(__name__)
 
