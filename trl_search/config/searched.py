@@ -2,7 +2,7 @@
 
 indexes/wiki             an index folder                 bm25, dense, web ...   a kind, with its options
 http://localhost:8000    a server                        world                  the embedded encyclopedia
-runs/qwen3b              what that run searched, by its run.json
+runs/qwen3b              what that run searched, by its run.json; after a cold start, by its trl_search.json
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object
+from trl_search.common.files import parse_object, read_object
 from trl_search.common.provenance import REDACTED
-from trl_search.config.run_file import RUN_FILE, read_run_file
+from trl_search.config.agent import SETTINGS_FILE
+from trl_search.config.run_file import REMEDY, read_run_file
 from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
 from trl_search.retrieval.registry import RETRIEVERS
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 WORLD = "world"
 WORLD_SIZE = (2000, 0)  # its passages, and its seed
+# The keys of a recipe that say what is searched; a run records them.
+SEARCHED_KEYS = ("questions", "retriever", "retriever_options", "world_passages", "world_seed")
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ def resolve_searched(
 def run_record(word: str) -> dict[str, Any] | None:
     """What the run that a word names recorded of its questions and retriever; `None` where the word names no run."""
     info = read_run_file(word)
+    if info is None and (settings := Path(word).expanduser() / SETTINGS_FILE).is_file():
+        info = read_object(settings, REMEDY)
+        if "task" not in info:  # the model was published, and its settings do not say where it was trained
+            return None
     if info is None:
         return None
     return info["task"] if isinstance(info.get("task"), dict) else {}
@@ -108,7 +116,7 @@ def _recorded(word: str, task: Mapping[str, Any], options: Mapping[str, Any]) ->
             f"{word} has not recorded what it searched: its trainer was given a retriever object; say what to search "
             "with --retriever, an index folder, the address of a server or a kind"
         )
-    recorded = parse_object(task.get("retriever_options") or "{}", f"{word}/{RUN_FILE}: retriever_options", "{}")
+    recorded = parse_object(task.get("retriever_options") or "{}", f"{word}: retriever_options", "{}")
     merged = {**recorded, **options}
     if secret := [name for name, value in merged.items() if REDACTED in str(value)]:
         raise UserError(

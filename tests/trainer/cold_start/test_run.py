@@ -20,6 +20,7 @@ from tests.trainer.cold_start.test_collect import said
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.agent import read_settings
+from trl_search.config.searched import resolve_searched
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import load_protocol
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
@@ -120,6 +121,8 @@ def test_a_teacher_behind_a_server_teaches_an_adapter(
     }
     settings = read_settings(str(tmp_path))
     assert settings is not None and (settings.instruction, settings.max_turn_length) == ("", 120)
+    asked_for = resolve_searched(files["retriever"], json.loads(files["retriever_options"]))
+    assert resolve_searched(str(tmp_path)) == asked_for  # so `chat` and `eval` need not be told
 
 
 def test_scripts_collect_without_a_gpu_for_a_training_that_needs_one(tmp_path: Path, files: dict[str, Any]) -> None:

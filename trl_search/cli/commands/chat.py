@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.chat.interrupts import beside_main
     from trl_search.chat.session import load_chat
     from trl_search.config.agent import asked, trained_settings
-    from trl_search.environment.registry import takes_retriever
+    from trl_search.environment.registry import SEARCH, takes_retriever
 
     sampling = sampling_of(args)
     if args.world and args.retriever not in (None, "world"):
@@ -93,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
     searches = takes_retriever(settings.environment)
     if not searches and (args.retriever or args.world):
         raise UserError(f"the environment {settings.environment} takes no retriever: leave --retriever out")
+    if searches and what == "web" and not args.retriever and settings.environment != SEARCH:
+        # Its queries may be anything, and the web would see them.
+        raise UserError(f"what {settings.environment} searches is recorded nowhere: say it with --retriever")
 
     searched = searched_of(args, what) if searches else None
 

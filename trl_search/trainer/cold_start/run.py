@@ -22,7 +22,9 @@ from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
+from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
+from trl_search.config.searched import SEARCHED_KEYS
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
@@ -80,7 +82,9 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     warn_of_untrained_tags(model, protocol)
     train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
     if PartialState().is_main_process:
-        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), arguments.agent.as_json())
+        searched = {key: getattr(arguments, key) for key in SEARCHED_KEYS}
+        recorded = {**arguments.agent.as_json(), "task": without_secrets(searched)}
+        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), recorded)
         print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
     return Path(config.output_dir or "")
 
