@@ -148,7 +148,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "reward_variance", "reward_std", "rewards hardly differ any more: there is little to learn from",
-        "look at completions for one answer to everything; raise temperature or num_generations",
+        "look at completions: for one answer to everything, raise temperature or num_generations; for malformed "
+        "calls, train the cold start for longer or lower temperature",
         falls=0.2, worth=0.01, unless_solved=True,
     ),
     Rule(
