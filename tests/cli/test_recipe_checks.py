@@ -15,6 +15,7 @@ from trl_search.cli.preflight import Device, Status
 from trl_search.cli.recipe_checks import (
     check_configuration,
     check_disk,
+    check_environment,
     check_memory,
     check_model_is_there,
     check_output,
@@ -200,6 +201,17 @@ def test_retrievers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rewards_and_weights() -> None:
     assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": [1.0]}).status is Status.PROBLEM
     assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": None}).status is Status.OK
+
+
+def test_the_environment_and_the_script_of_ones_own() -> None:
+    def said(**values: str) -> list[tuple[str, Status]]:
+        return [(check.name, check.status) for check in check_environment(values)]
+
+    calculator = "tests.support.calculator:Calculator"
+    assert said() == said(environment="search") == []
+    assert said(environment=calculator) == [("environment", Status.OK)]
+    assert said(environment="tests.support.calculator:Nothing") == [("environment", Status.PROBLEM)]
+    assert said(script="tests.support.calculator:nothing") == [("script", Status.PROBLEM)]
 
 
 def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:

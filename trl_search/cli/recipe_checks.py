@@ -24,9 +24,11 @@ from trl_search.config.recipe import build_arguments
 from trl_search.config.searched import resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
-from trl_search.environment.registry import SEARCH, takes_retriever
+from trl_search.environment.registry import ENVIRONMENTS, SEARCH, takes_retriever
+from trl_search.environment.script import load_script
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.policies.loading import model_source
+from trl_search.protocols.instructions import tool_names
 
 GIB = 2**30
 _TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
@@ -55,11 +57,12 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
     devices, model = gpus(), check_model_is_there(values.get("model_name_or_path"))
     checks = [
         check_configuration(values, classes),
-        check_rewards(values),
+        *([check_rewards(values)] if "reward_funcs" in values else []),
         check_precision(values, devices),
         *check_packages(values),
         model,
         *check_questions(values),
+        *check_environment(values),
         *check_retriever(values),
         check_output(values),
     ]
@@ -181,6 +184,25 @@ def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
         said = f"{name} is not on this machine, and the hub does not give it ({reason})"
         return Check(what, Status.PROBLEM, said, "log in or connect (hf auth login), or give a path on this machine")
     return Check(what, Status.OK, f"{name}, on the hub")
+
+
+def check_environment(values: Mapping[str, Any]) -> Iterator[Check]:
+    """The environment of the user's own, with its tools, and the script that shows them."""
+    name, script = values.get("environment") or SEARCH, values.get("script")
+    if name != SEARCH:
+        try:
+            tools = tool_names(getattr(ENVIRONMENTS.find(name), "tools", ()))
+        except UserError as error:
+            yield Check("environment", Status.PROBLEM, str(error))
+        else:
+            yield Check("environment", Status.OK, f"{name}, with {', '.join(tools) or 'no tools'}")
+    if script:
+        try:
+            load_script(script)
+        except UserError as error:
+            yield Check("script", Status.PROBLEM, str(error))
+        else:
+            yield Check("script", Status.OK, script)
 
 
 def check_retriever(values: Mapping[str, Any]) -> list[Check]:
