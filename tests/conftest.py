@@ -12,6 +12,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so, and every process from there on inherits it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -102,6 +103,12 @@ def make_random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+def save_random_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The random model with its tokenizer, for processes of their own."""
+    make_random_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture

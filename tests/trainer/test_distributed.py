@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 
-from tests.conftest import make_random_model
+from tests.conftest import save_random_model
 from tests.support.distributed_run import value
 from tests.support.two_ranks import run_ranks
 
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory, tokenizer):
     """What rank 0 and rank 1 saw."""
     folder = tmp_path_factory.mktemp("distributed")
-    make_random_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_model(folder / "model", tokenizer)
     run_ranks("tests.support.distributed_run", [str(folder)], folder, one_per_host=True)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.distributed import DistributedBackend
 
-from tests.conftest import make_random_model
+from tests.conftest import save_random_model
 from tests.support.scripted_trainer import config
 from tests.support.two_ranks import run_ranks
 from trl_search.common.errors import UserError
@@ -25,8 +25,7 @@ KINDS = ["full", "untied", "lora"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("sharded")
-    make_random_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_model(folder / "model", tokenizer)
     run_ranks("tests.support.sharded_run", [str(folder)], folder)
     return folder
 

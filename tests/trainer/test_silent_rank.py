@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import make_random_model
+from tests.conftest import save_random_model
 from tests.support.silent_rank_run import CASES, train, useful
 from tests.support.two_ranks import run_ranks
 from trl_search.trainer.loss.without_gradient import METRIC
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("silent")
-    make_random_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_model(folder / "model", tokenizer)
     run_ranks("tests.support.silent_rank_run", [str(folder)], folder)
     return folder
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.conftest import make_random_model
+from tests.conftest import save_random_model
 from tests.support.two_ranks import output, start_ranks, wait_for_ranks
 
 pytestmark = pytest.mark.slow
@@ -15,8 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("refill")
-    make_random_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_model(folder / "model", tokenizer)
     processes = start_ranks("tests.support.refill_run", [str(folder)], folder)
     assert wait_for_ranks(processes, folder, timeout_s=300) == [0, 0], output(folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
