@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Unpack
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.data.world import Hop, Question, World
 from trl_search.data.world_language import RELATIONS
 from trl_search.environment import Environment, SearchEnvironment
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
 from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits, rollout
@@ -159,22 +160,14 @@ class ScriptedPolicy(Policy):
     def __init__(self, script: Script, protocol: Protocol) -> None:
         self._script, self._protocol, self._started = script, protocol, False
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         if self._started:
             thought, action = self._script.send(self._protocol.decode(prompt_ids))
         else:
             self._started = True
             thought, action = next(self._script)
         text = self._protocol.write(thought, action)
-        return as_sampled(text, self._protocol, prompt_ids, ends=isinstance(action, Answer), stop=stop)
+        return as_sampled(text, self._protocol, prompt_ids, ends=isinstance(action, Answer), stop=turn.get("stop", ()))
 
 
 def as_sampled(

@@ -17,15 +17,15 @@ import hashlib
 import inspect
 import traceback
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from trl_search.common.errors import UserError
 from trl_search.data.scripted_players import as_sampled
 from trl_search.environment import Environment
 from trl_search.environment.script import check_script_turn, load_script, start_script
-from trl_search.policies.base import Policy
+from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
-from trl_search.types import Answer, Completion, EndOfTurn, FinishReason, Sampling
+from trl_search.types import Answer, Completion, EndOfTurn, FinishReason
 
 
 class UserScript:
@@ -58,16 +58,8 @@ class _Player(Policy):
         self._before = 0  # tokens of the conversation when the last turn began
         self._said: tuple[int, ...] = ()
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-    ) -> Completion:
-        protocol = self._owner.protocol
+    async def generate(self, prompt_ids: Sequence[int], **asked: Unpack[Turn]) -> Completion:
+        protocol, max_tokens = self._owner.protocol, asked["max_tokens"]
         reply = None
         if self._turns is not None:
             reply = protocol.read_observation(prompt_ids[self._before + len(self._said) :], self._said)
@@ -77,7 +69,7 @@ class _Player(Policy):
             text, ends = turn, isinstance(protocol.parse(turn), Answer | EndOfTurn)
         else:
             text, ends = protocol.write(*turn), isinstance(turn[1], Answer)
-        said = as_sampled(text, protocol, prompt_ids, ends=ends, stop=stop)
+        said = as_sampled(text, protocol, prompt_ids, ends=ends, stop=asked.get("stop", ()))
         if len(said.ids) > max_tokens:  # as a model's turn is cut
             said = Completion(said.ids[:max_tokens], said.logprobs[:max_tokens], FinishReason.LENGTH)
         self._before, self._said = len(prompt_ids), said.ids

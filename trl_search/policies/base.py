@@ -10,7 +10,7 @@ from trl_search.types import Completion, Sampling
 
 
 class Turn(TypedDict, total=False):
-    """The keywords of [`Policy.generate`], for a policy that passes them on: `**turn: Unpack[Turn]`."""
+    """The keywords of [`Policy.generate`], for a policy that passes them on, or needs few: `**turn: Unpack[Turn]`."""
 
     max_tokens: Required[int]
     sampling: Required[Sampling]
