@@ -86,11 +86,20 @@ def gpus() -> list[Device]:
 def check_configuration(values: Mapping[str, Any], classes: Sequence[Any]) -> Check:
     """TRL's and our own checks of the keys: batch sizes that do not divide, names that do not exist."""
     anywhere = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "report_to": "none"}
-    try:
+
+    def fit() -> str:
         build_arguments({**values, **{key: value for key, value in anywhere.items() if key in values}}, classes)
+        return "keys and batch sizes fit together"
+
+    return _unless_refused("configuration", fit)
+
+
+def _unless_refused(name: str, say: Callable[[], str]) -> Check:
+    """What `say` returns, or the problem that it raises."""
+    try:
+        return Check(name, Status.OK, say())
     except UserError as error:
-        return Check("configuration", Status.PROBLEM, str(error))
-    return Check("configuration", Status.OK, "keys and batch sizes fit together")
+        return Check(name, Status.PROBLEM, str(error))
 
 
 def check_rewards(values: Mapping[str, Any]) -> Check:
@@ -189,20 +198,19 @@ def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
 def check_environment(values: Mapping[str, Any]) -> Iterator[Check]:
     """The environment of the user's own, with its tools, and the script that shows them."""
     name, script = values.get("environment") or SEARCH, values.get("script")
+
+    def tools() -> str:
+        return f"{name}, with {', '.join(tool_names(getattr(ENVIRONMENTS.find(name), 'tools', ()))) or 'no tools'}"
+
     if name != SEARCH:
-        try:
-            tools = tool_names(getattr(ENVIRONMENTS.find(name), "tools", ()))
-        except UserError as error:
-            yield Check("environment", Status.PROBLEM, str(error))
-        else:
-            yield Check("environment", Status.OK, f"{name}, with {', '.join(tools) or 'no tools'}")
+        yield _unless_refused("environment", tools)
     if script:
-        try:
-            load_script(script)
-        except UserError as error:
-            yield Check("script", Status.PROBLEM, str(error))
-        else:
-            yield Check("script", Status.OK, script)
+        yield _unless_refused("script", lambda: _loaded(script))
+
+
+def _loaded(script: str) -> str:
+    load_script(script)
+    return script
 
 
 def check_retriever(values: Mapping[str, Any]) -> list[Check]:
