@@ -13,13 +13,10 @@ acts, so a collapse needs some twenty steps behind it. Runs that are in OUTPUT a
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from shared_start import Course, start
-
-from trl_search.trainer.pipeline import add_measurements, build
+from shared_start import kept, make_parser, options_of, start, train, write_table
 
 RATES = {"learning rate x 5": ["--learning_rate", "5e-4"], "healthy": []}
 GUARDS = {"no guards": ["--on_collapse", "warn"], "guards": ["--on_collapse", "rollback"]}
@@ -29,19 +26,11 @@ COLUMNS = ("warm start", "best", "last", "collapsed", "rollbacks", "steps taken"
 def one(rate: str, guards: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one run: EM of the warm start, of the best evaluation and of the last policy."""
     name = f"{rate}, {guards}".replace(",", "").replace(" ", "_")
-    options = [
-        "--max_steps", str(arguments.steps), "--evaluate_every", str(arguments.every),
-        "--max_eval_questions", str(arguments.questions), *RATES[rate], *GUARDS[guards],
-    ]  # fmt: skip
+    options = [*options_of(arguments), *RATES[rate], *GUARDS[guards]]
     run = start(name, seed, arguments.output, options)
-    trainer = build(run)
-    held_out = add_measurements(run, trainer)
-    course = Course()
-    trainer.add_callback(course)
-    trainer.train()
-    assert held_out is not None
+    course, after = train(run)
     (before,) = (evaluation.em for evaluation in run.measured.values())
-    last = held_out.measure().average.em
+    last = after.em
     best = max([before, last, *course.em])
     return {
         "run": f"{rate}, {guards}",
@@ -65,27 +54,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="GRPO steps of every run (default: 40)")
-    parser.add_argument("--every", type=int, default=4, help="steps between two evaluations (default: 4)")
-    parser.add_argument("--questions", type=int, default=100, help="to measure on (default: 100)")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, steps=40, every=4).parse_args()
     rows = []
     for rate in RATES:
         for seed in arguments.seeds:
             for guards in GUARDS:
-                done = arguments.output / f"{rate}_{guards}_{seed}.json".replace(" ", "_")
-                if not done.is_file():
-                    done.parent.mkdir(parents=True, exist_ok=True)
-                    done.write_text(json.dumps(one(rate, guards, seed, arguments), indent=1) + "\n")
-                rows.append(json.loads(done.read_text()))
+                file = arguments.output / f"{rate}_{guards}_{seed}.json".replace(" ", "_")
+                rows.append(kept(file, partial(one, rate, guards, seed, arguments)))
                 print(line(rows[-1]), flush=True)
-    head = f"| run | seed | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}"
-    table = "\n".join([head, *map(line, rows)])
-    (arguments.output / "table.md").write_text(table + "\n")
-    print(f"\n{table}")
+    write_table(arguments.output, ["run", "seed", *COLUMNS], map(line, rows))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Runs of the quickstart that begin with the same warmed-up policy, so that they can be compared seed by seed.
 
 The seed is that of the world, of the warm start and of GRPO. The first run of a seed makes its policy, in
-OUTPUT/seed_<seed>/warm_start, and the others load it.
+OUTPUT/seed_<seed>/warm_start, and the others load it. What a run measured is kept in OUTPUT, and not measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,26 @@ from trl import ModelConfig
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.recipe import parse_recipe
 from trl_search.config.task import TaskArguments
-from trl_search.trainer.pipeline import WARM_START, Run, load, warm_up
+from trl_search.evaluation.outcomes import Evaluation
+from trl_search.trainer.pipeline import WARM_START, Run, add_measurements, build, load, warm_up
+
+
+def make_parser(description: str | None, *, steps: int, every: int) -> argparse.ArgumentParser:
+    """The options that every such benchmark has; `options_of` makes keys of the recipe of them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps, help=f"GRPO steps of every run (default: {steps})")
+    parser.add_argument("--every", type=int, default=every, help=f"steps between two evaluations (default: {every})")
+    parser.add_argument("--questions", type=int, default=100, help="to measure on (default: 100)")
+    return parser
+
+
+def options_of(arguments: argparse.Namespace) -> list[str]:
+    return [
+        "--max_steps", str(arguments.steps), "--evaluate_every", str(arguments.every),
+        "--max_eval_questions", str(arguments.questions),
+    ]  # fmt: skip
 
 
 def start(name: str, seed: int, output: Path, options: Sequence[str]) -> Run:
@@ -46,6 +68,7 @@ class Course(TrainerCallback):
     """What a training logged, with all that a rollback gave up. Add it after every other callback."""
 
     def __init__(self) -> None:
+        self.cpu_s = 0.0  # of the training, its evaluations included
         self.begun = 0  # once, and once more after each rollback
         self.steps: list[dict[str, Any]] = []
 
@@ -60,3 +83,37 @@ class Course(TrainerCallback):
     def em(self) -> list[float]:
         """Held-out EM of every evaluation, in its order."""
         return [entry["eval/em"] for entry in self.steps if "eval/em" in entry]
+
+
+def train(run: Run, prepare: Callable[[Any], None] = lambda trainer: None) -> tuple[Course, Evaluation]:
+    """Trains: what was logged, and the last policy on the held-out questions.
+
+    Args:
+        prepare (`Callable`): Is given the trainer before anything is measured.
+    """
+    trainer = build(run)
+    prepare(trainer)
+    held_out = add_measurements(run, trainer)
+    assert held_out is not None
+    course = Course()
+    trainer.add_callback(course)
+    began = time.process_time()
+    trainer.train()
+    course.cpu_s = time.process_time() - began
+    return course, held_out.measure().average
+
+
+def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row in the file; where there is none, what is measured now."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(measure(), indent=1) + "\n")
+    row: dict[str, Any] = json.loads(file.read_text())
+    return row
+
+
+def write_table(output: Path, columns: Sequence[str], lines: Iterable[str]) -> None:
+    """Prints the table, and writes it to OUTPUT/table.md."""
+    table = "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
+    (output / "table.md").write_text(table + "\n")
+    print(f"\n{table}")

@@ -24,16 +24,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kills import free_port, vllm_environment, wait_for
-from shared_start import Course, start
+from shared_start import make_parser, options_of, start, train, write_table
 
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.trainer.grpo import SearchGRPOTrainer
-from trl_search.trainer.pipeline import WARM_START, add_measurements, build
+from trl_search.trainer.pipeline import WARM_START
 
 RANK = 32
 TRAINING = [
@@ -84,21 +85,11 @@ def one(staleness: int, seed: int, url: str | None, arguments: argparse.Namespac
     """Trains and measures one run; without an address, with the copy."""
     server = [*TRAINING, "--vllm_server_base_url", url, "--max_staleness", str(staleness)] if url else []
     options = [
-        *server, "--rollout_batch_size", "192", "--max_steps", str(arguments.steps),
-        "--evaluate_every", str(arguments.every), "--max_eval_questions", str(arguments.questions),
-        "--on_collapse", "warn",
+        *server, "--rollout_batch_size", "192", *options_of(arguments), "--on_collapse", "warn",
     ]  # fmt: skip
     run = start(f"staleness_{staleness}", seed, arguments.output, options)
     run.arguments.evaluate = False  # before the training: the policy is that of the other runs
-    trainer = build(run)
-    if not url:
-        generate_with_a_copy(trainer, staleness)
-    held_out = add_measurements(run, trainer)
-    assert held_out is not None
-    course = Course()
-    trainer.add_callback(course)
-    trainer.train()
-    after = held_out.measure().average
+    course, after = train(run) if url else train(run, partial(generate_with_a_copy, staleness=staleness))
     means = {
         name: statistics.mean(values)
         for name in LOGGED
@@ -135,14 +126,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser = make_parser(__doc__, steps=8, every=4)
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--engine", choices=["copy", "vllm"], default="copy")
-    parser.add_argument("--steps", type=int, default=8, help="GRPO steps of every run (default: 8)")
-    parser.add_argument("--every", type=int, default=4, help="steps between two evaluations (default: 4)")
-    parser.add_argument("--questions", type=int, default=100, help="to measure on (default: 100)")
     parser.add_argument("--server", help=argparse.SUPPRESS)  # of the process that trains one run
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -167,10 +153,8 @@ def main() -> None:
             keep(one(staleness, seed, None, arguments))
             print(line(json.loads(result(staleness, seed).read_text())), flush=True)
         rows += [json.loads(result(staleness, seed).read_text()) for staleness in arguments.staleness]
-    head = "| max_staleness | seed | EM on the way | EM at the end | batches waited | effective samples |"
-    table = "\n".join([head, "|" + "---|" * 6, *map(line, rows)])
-    (arguments.output / "table.md").write_text(table + "\n")
-    print(f"\n{table}")
+    columns = ["max_staleness", "seed", "EM on the way", "EM at the end", "batches waited", "effective samples"]
+    write_table(arguments.output, columns, map(line, rows))
 
 
 if __name__ == "__main__":
