@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -164,6 +164,7 @@ numbers = st.floats(0, 1, allow_nan=False)
 
 
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
+@example([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.1e-295)])  # its square is 0
 def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, float]]) -> None:
     points = [ReflectionPoint(i, *pair) for i, pair in enumerate(pairs)]
     correlation = correlate(points)

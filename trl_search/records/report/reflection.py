@@ -192,7 +192,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _constant(values: Sequence[float]) -> bool:
-    return max(values) - min(values) <= 1e-12 * max(map(abs, values))
+    # Below 1e-50 the squares that a correlation is made of would vanish.
+    return max(values) - min(values) <= max(1e-12 * max(map(abs, values)), 1e-50)
 
 
 def _differences(values: Sequence[float]) -> list[float]:
