@@ -10,7 +10,6 @@ stop string has to be found in it.
 
 from __future__ import annotations
 
-import gc
 import queue
 import sys
 from collections.abc import Sequence
@@ -50,8 +49,6 @@ class VLLMColocatePolicy(EngineThread):
         self.slots = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     async def open(self) -> None:
-        # Garbage collections during the rollout need not walk through the trainer's millions of objects.
-        gc.freeze()
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         await super().open()
@@ -61,7 +58,6 @@ class VLLMColocatePolicy(EngineThread):
             return
         await super().close()
         sys.setswitchinterval(self._switch_interval_s)
-        gc.unfreeze()
 
     # On the engine's thread
 

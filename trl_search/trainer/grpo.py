@@ -30,6 +30,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from trl_search.common.garbage import sparing_what_is_loaded
 from trl_search.config.agent import protocol_of
 from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
@@ -206,7 +207,10 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
         load_onto_numbered_cpus()
-        with ending_together(self.accelerator.process_index, self.accelerator.num_processes):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ending_together(self.accelerator.process_index, self.accelerator.num_processes))
+            if self.use_vllm and self.vllm_mode == "colocate":
+                stack.enter_context(sparing_what_is_loaded())
             return super().train(*args, **kwargs)
 
     # The seams, in the order in which TRL passes through them

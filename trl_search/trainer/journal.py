@@ -20,7 +20,7 @@ import enum
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "journal"
 # Fields of a trajectory with a number per token, and how `array` stores them.
-_PER_TOKEN = {"ids": "q", "mask": "b", "logprobs": "d", "versions": "q"}
+_PER_TOKEN = {"prompt_ids": "q", "ids": "q", "mask": "b", "logprobs": "d", "versions": "q"}
 
 
 class Journal:
@@ -165,20 +165,21 @@ def _decoded(value: Any) -> Any:
         return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
+    if "packed" in value:
+        numbers = array.array(value["type"])
+        numbers.frombytes(base64.b64decode(value["packed"]))
+        return tuple(numbers) if value["immutable"] else numbers.tolist()
     if "tuple" in value:
         return tuple(_decoded(item) for item in value["tuple"])
     if "map" in value:
         return {key: _decoded(item) for key, item in value["map"].items()}
-    if "packed" in value:
-        numbers = array.array(value["type"])
-        numbers.frombytes(base64.b64decode(value["packed"]))
-        return numbers.tolist()
     made = getattr(trl_search.types, value["class"])
     if "value" in value:
         return made(value["value"])
     return made(**{name: _decoded(item) for name, item in value["fields"].items()})
 
 
-def _packed(type_code: str, numbers: list[Any]) -> dict[str, str]:
+def _packed(type_code: str, numbers: Sequence[Any]) -> dict[str, Any]:
     """Numbers as base64, exact and many times faster than their digits."""
-    return {"type": type_code, "packed": base64.b64encode(array.array(type_code, numbers).tobytes()).decode()}
+    coded = base64.b64encode(array.array(type_code, numbers).tobytes()).decode()
+    return {"type": type_code, "packed": coded, "immutable": isinstance(numbers, tuple)}

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.garbage import spare_what_is_loaded
 from trl_search.retrieval import load_retriever
 from trl_search.retrieval.server.app import make_app
 from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.metrics import join_replicas
-from trl_search.retrieval.server.run import is_loopback, listen, log_to, spare_what_is_loaded
+from trl_search.retrieval.server.run import is_loopback, listen, log_to
 from trl_search.retrieval.server.service import SearchService
 
 APP, DEPLOYMENT = "trl-search", "gateway"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import ipaddress
 import logging
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.garbage import spare_what_is_loaded
 from trl_search.retrieval.base import Retriever
 from trl_search.retrieval.server.app import make_app
 from trl_search.retrieval.server.config import ServerConfig, need_packages
@@ -100,12 +100,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from None
-
-
-def spare_what_is_loaded() -> None:
-    """Excludes what is loaded from garbage collection, which would stop all requests for 0.1 s."""
-    gc.collect()
-    gc.freeze()
 
 
 def is_loopback(host: str) -> bool:
