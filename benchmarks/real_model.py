@@ -112,7 +112,24 @@ def outcomes_of(folder: Path, mode: str) -> dict[str, list[Outcome]]:
 
 def held_out_at(chain: Path, step: int) -> dict[str, list[Outcome]]:
     """The outcomes of the evaluation at one step of a chain's GRPO, by set."""
-    return by_dataset(Records(chain / "grpo" / "held_out", "search", f"step_{step}").read().values())
+    (file,) = (chain / "grpo" / "held_out").glob(f"*-step_{step}.jsonl")
+    mode = file.name.partition("-")[0]  # direct, where a chain may not search
+    return by_dataset(Records(file.parent, mode, f"step_{step}").read().values())
+
+
+def compare(
+    first: Sequence[Path], second: Sequence[Path]
+) -> tuple[dict[str, int], list[dict[str, list[Outcome]]], list[dict[str, list[Outcome]]]]:
+    """What two kinds of chains answered to the same: with each seed of both, at the last step that both have."""
+    seeds = {chain.name.rpartition("_")[2]: chain for chain in second}
+    steps, ones, others = {}, [], []
+    for chain in first:
+        seed = chain.name.rpartition("_")[2]
+        if seed in seeds:
+            steps[seed] = max(set(evaluated_steps(chain)) & set(evaluated_steps(seeds[seed])))
+            ones.append(held_out_at(chain, steps[seed]))
+            others.append(held_out_at(seeds[seed], steps[seed]))
+    return steps, ones, others
 
 
 def difference(
@@ -192,13 +209,12 @@ def report(args: argparse.Namespace) -> None:
         }
         for title, names in AVERAGES.items():
             rows[f"{kind}/after"][f"gain_{title}"] = difference(before[kind], after[kind], names)
-    pairs = [pair.split(":") for pair in args.compare]
-    compared = {
-        f"{second} - {first}": {
-            title: difference(after[first], after[second], names) for title, names in AVERAGES.items()
+    compared = {}
+    for first, second in (pair.split(":") for pair in args.compare):
+        steps, ones, others = compare(kinds[first], kinds[second])
+        compared[f"{second} - {first}"] = {"step of each seed": steps} | {
+            title: difference(ones, others, names) for title, names in AVERAGES.items()
         }
-        for first, second in pairs
-    }
     columns = ["policy", *SETS, "multi-hop", "all", "F1", "searches", "tokens written", "gain by GRPO, all"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, row in rows.items():
@@ -224,7 +240,7 @@ def report(args: argparse.Namespace) -> None:
 
 def evaluated_steps(chain: Path) -> list[int]:
     """The steps of a chain's GRPO at which held-out questions were asked; a run that was cut off has fewer."""
-    files = (chain / "grpo" / "held_out").glob("search-step_*.jsonl")
+    files = (chain / "grpo" / "held_out").glob("*-step_*.jsonl")
     return sorted(int(path.stem.rpartition("_")[2]) for path in files)
 
 
@@ -233,7 +249,7 @@ def history_of(chain: Path) -> list[dict[str, float]]:
     before = macro("search", held_out_at(chain, 0))
     first = {"step": 0, EM: before.em, "eval/searches": before.searches, HELD_OUT_RATIO: before.reflective_ratio}
     lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
-    steps = [{key: value for key, value in line.items() if key.startswith(LOGGED)} for line in lines]
+    steps = [{key: float(f"{value:.5g}") for key, value in line.items() if key.startswith(LOGGED)} for line in lines]
     return [first, *(line for line in steps if "reward" in line and line["step"] <= evaluated_steps(chain)[-1])]
 
 
@@ -293,7 +309,9 @@ def main() -> None:
     chain.set_defaults(do=run_chain)
     table = commands.add_parser("report", help="the table of all chains")
     table.add_argument("folder")
-    table.add_argument("--compare", nargs="*", default=[], help="pairs of kinds, such as nomask:em: second less first")
+    table.add_argument(
+        "--compare", nargs="*", default=[], help="pairs of kinds, such as nomask:em: second less first, seed by seed"
+    )
     table.add_argument("--json", help="where the raw numbers go")
     table.add_argument("--figure", help="where the curves go, as PNG")
     table.add_argument("--note", default="", help="hardware and versions, kept with the numbers")
