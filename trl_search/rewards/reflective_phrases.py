@@ -9,6 +9,7 @@ Pass only text that the model wrote: "on closer inspection" in a passage is no r
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def find_reflections(text: str) -> list[Reflection]:
     ]
 
 
+@functools.lru_cache(maxsize=4096)  # the reward and the metrics of a step read the same turns
 def count_reflections(text: str) -> int:
     """How many reflective phrases the text holds.
 
