@@ -69,6 +69,24 @@ def test_what_it_gets_wrong_is_named(script: Any, message: str) -> None:
         play(Calculator(), script, ROW)
 
 
+def test_each_turn_is_checked_once() -> None:
+    looked_up = []
+
+    class Watched(Calculator):
+        @property
+        def tools(self) -> Any:
+            looked_up.append(1)
+            return Calculator.tools
+
+    def looked_up_for(adding: int) -> int:
+        looked_up.clear()
+        call = "I add.", ToolCall("add", {"a": 1, "b": 2})
+        play(Watched(), lambda row, replies: call if len(replies) < adding else None, ROW)
+        return len(looked_up)
+
+    assert looked_up_for(4) - looked_up_for(3) == 1
+
+
 def test_it_comes_by_its_import_path() -> None:
     assert load_script(f"{__name__}:adds") is adds
     for path, message in (

@@ -46,12 +46,11 @@ def play(
         [Observation(documents=('Dracula is a novel by Bram Stoker',), ...), Observation(..., done=...)]
     """
     environment, row = check_environment(environment), row or {}
-    scripted = callable(turns)
-    if scripted:
+    if callable(turns):
         check_script(turns)
     elif isinstance(turns, str) or not isinstance(turns, Iterable):
         raise UserError(f"turns is a list of actions or texts, or a script, and this is {turns!r:.60}")
-    read = _reader(environment, protocol)
+    read = _reader(environment, protocol, scripted=callable(turns))
 
     async def played() -> list[Observation]:
         observations: list[Observation] = []
@@ -65,8 +64,6 @@ def play(
                     turn = player.send(reply)
                 except StopIteration:
                     break
-                if scripted:
-                    check_script_turn(turn, environment)
                 observations.append(await take_step(episode, read(turn)))
                 if observations[-1].done is not None:
                     break
@@ -82,19 +79,28 @@ def _one_by_one(turns: Iterable[Any]) -> Generator[Any, Any, None]:
     yield from (turn for turn in turns)  # a generator of its own takes the replies and drops them
 
 
-def _reader(environment: Environment, protocol: str) -> Callable[[Any], Action]:
+def _reader(environment: Environment, protocol: str, *, scripted: bool) -> Callable[[Any], Action]:
     def read(turn: Any) -> Action:
-        if isinstance(turn, tuple):  # a thought and an action
-            turn = check_script_turn(turn, environment)[1]
-        if isinstance(turn, str):
-            from trl_search.policies.loading import load_tokenizer
-            from trl_search.policies.tiny import tiny_policy_path
+        said = _said(turn, environment, scripted=scripted)
+        if not isinstance(said, str):
+            return said
+        from trl_search.policies.loading import load_tokenizer
+        from trl_search.policies.tiny import tiny_policy_path
 
-            tokenizer = load_tokenizer(tiny_policy_path())
-            return load_protocol(protocol, tokenizer, tools=environment.tools).parse(turn)
-        if not isinstance(turn, get_args(Action)):
-            raise UserError(f"a turn is an action, such as Search(('query',)), or a text, and this is {turn!r:.80}")
-        check_tool(turn, environment)
-        return turn
+        tokenizer = load_tokenizer(tiny_policy_path())
+        return load_protocol(protocol, tokenizer, tools=environment.tools).parse(said)
 
     return read
+
+
+def _said(turn: Any, environment: Environment, *, scripted: bool) -> Action | str:
+    """The text or the action of a turn. A script's turn is checked as one, and so is a thought with an action."""
+    if scripted or isinstance(turn, tuple):
+        checked = check_script_turn(turn, environment)
+        return checked if isinstance(checked, str) else checked[1]
+    if isinstance(turn, str):
+        return turn
+    if not isinstance(turn, get_args(Action)):
+        raise UserError(f"a turn is an action, such as Search(('query',)), or a text, and this is {turn!r:.80}")
+    check_tool(turn, environment)
+    return turn
