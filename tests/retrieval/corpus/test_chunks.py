@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
-from trl_search.retrieval.corpus.chunks import cut_documents, split_words
+from trl_search.policies.tiny import tiny_policy_path
+from trl_search.retrieval.corpus.chunks import Split, _windows, cut_documents, split_words, token_splitter
 from trl_search.retrieval.corpus.passages import read_corpus
 from trl_search.types import Passage
 
@@ -35,6 +37,48 @@ def test_letters_of_scripts_without_spaces_count_as_words() -> None:
     chunks = cut_documents([Passage("1", "", "東京タワーは1958年に。")], 5)
     assert [chunk.text for chunk in chunks] == ["東京タワー", "は1958年に。"]
     assert len(split_words("สวัสดี")) == 4  # the vowels above stay with their letters
+
+
+@pytest.fixture(scope="module")
+def by_tokens() -> Split:
+    """By a tokenizer that spells most letters beyond ASCII with two to four tokens."""
+    return token_splitter(str(tiny_policy_path()))
+
+
+def cut(text: str, size: int, overlap: int, split: Split) -> list[str]:
+    return [one.text for one in cut_documents([Passage("1", "", text)], size, overlap=overlap, split=split)]
+
+
+def test_a_letter_of_several_tokens_stays_whole(by_tokens: Split) -> None:
+    llama = "\N{LLAMA}"
+    assert len(by_tokens(llama)) == 4
+    assert cut(f"a{llama}b{llama}c", 4, 0, by_tokens) == ["a", llama, "b", llama, "c"]
+    assert cut(f"a{llama}b{llama}c", 5, 0, by_tokens) == [f"a{llama}", f"b{llama}", "c"]
+    assert cut(f"a{llama}b{llama}c", 6, 4, by_tokens) == [f"a{llama}b", f"b{llama}c"]
+    assert cut(llama * 2, 3, 2, by_tokens) == [llama] * 2  # a letter longer than a passage
+    accented = "xe\N{COMBINING ACUTE ACCENT}"
+    assert cut(accented, 2, 0, by_tokens) == ["x", accented[1:]]
+    # As other tokenizers have it: the first token of the second letter begins in the letter before.
+    assert cut(f" {llama}{llama}", 2, 0, lambda text: [(0, 2), (1, 2), (2, 3), (2, 3)]) == [f" {llama}", llama]
+
+
+@given(text=st.text("ab \u9f98\N{LLAMA}e\u0301", max_size=12), size=st.integers(1, 9), data=st.data())
+def test_tokens_are_cut_between_letters_and_none_is_lost(
+    by_tokens: Split, text: str, size: int, data: st.DataObject
+) -> None:
+    overlap, spans = data.draw(st.integers(0, size - 1)), by_tokens(text)
+
+    def tokens(begin: int, end: int) -> int:
+        return sum(begin <= start and stop <= end for start, stop in spans)
+
+    begin, end = 0, 0
+    for number, (start, stop) in enumerate(_windows(text, spans, size, overlap)):
+        assert tokens(start, stop) <= size or re.fullmatch(".\u0301*", text[start:stop])
+        assert tokens(end, start) == 0  # none stands between two passages
+        assert number == 0 or (begin < start and end < stop and tokens(start, end) <= overlap)
+        assert not any(a < stop < b for a, b in spans) and not text.startswith("\u0301", stop)
+        begin, end = start, stop
+    assert tokens(end, len(text)) == 0
 
 
 def test_a_document_without_text_stays_a_passage() -> None:

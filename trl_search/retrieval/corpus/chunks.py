@@ -4,12 +4,15 @@
                                     (100 words each, 20 of them shared with the passage before)
 
 A passage is a verbatim piece of its document, with the document's title and url. What stands before the last `#` of
-its id is the id of the document.
+its id is the id of the document. A letter that a tokenizer spells with several tokens, such as an emoji, is never cut:
+a passage then has, and shares, a few tokens less.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -64,7 +67,8 @@ def cut_documents(
 
     Args:
         documents (`Iterable[Passage]`): Read one at a time.
-        size (`int`): Words or tokens per passage. The last passage of a document has what is left.
+        size (`int`): Words or tokens per passage. The last passage of a document has what is left. A single letter of
+            more tokens is a passage of its own.
         overlap (`int`): How many of them a passage shares with the one before.
         split (`Callable`): Where the words or tokens of a text stand.
 
@@ -81,10 +85,39 @@ def cut_documents(
 
 
 def _cut(document: Passage, size: int, overlap: int, split: Split) -> Iterator[Passage]:
-    spans = split(document.text)
-    # The last window that brings something new begins before `len(spans) - overlap`.
-    starts = range(0, max(1, len(spans) - overlap), size - overlap)
-    for number, first in enumerate(starts):
-        window = spans[first : first + size]
-        text = document.text[window[0][0] : window[-1][1]] if window else ""
-        yield replace(document, id=f"{document.id}#{number}", text=text)
+    for number, (start, end) in enumerate(_windows(document.text, split(document.text), size, overlap)):
+        yield replace(document, id=f"{document.id}#{number}", text=document.text[start:end])
+
+
+def _windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[Span]:
+    """Where the passages of a text begin and end. A text without words is one empty passage."""
+    if not spans:
+        yield 0, 0
+        return
+    spans = [(start, _after_marks(text, end)) for start, end in spans]
+    cuts = _cuts(spans)
+    first, last = 0, 0
+    while last < len(spans):
+        if last:
+            following = cuts[bisect_right(cuts, last)]
+            # A window that began earlier would end where the last one did, as the next letter does not fit into it.
+            first = cuts[bisect_left(cuts, min(last, max(last - overlap, following - size)))]
+        last = cuts[max(bisect_right(cuts, first + size) - 1, bisect_right(cuts, first))]
+        yield spans[first][0], max(end for _, end in spans[first:last])
+
+
+def _cuts(spans: list[Span]) -> list[int]:
+    """Before which spans the text may be cut: those that begin where the letters before have ended; and the end."""
+    cuts, reached = [], 0
+    for number, (start, end) in enumerate(spans):
+        if start >= reached:
+            cuts.append(number)
+        reached = max(reached, end)
+    return [*cuts, len(spans)]
+
+
+def _after_marks(text: str, end: int) -> int:
+    """Where a letter ends that ends at `end` without the marks that follow it, such as accents."""
+    while end < len(text) and unicodedata.category(text[end]).startswith("M"):
+        end += 1
+    return end
