@@ -67,8 +67,8 @@ def cut_documents(
 
     Args:
         documents (`Iterable[Passage]`): Read one at a time.
-        size (`int`): Words or tokens per passage. The last passage of a document has what is left. A single letter of
-            more tokens is a passage of its own.
+        size (`int`): Words or tokens per passage. The last passage of a document has what is left. What cannot be
+            cut, such as a letter of more tokens, is a passage of its own.
         overlap (`int`): How many of them a passage shares with the one before.
         split (`Callable`): Where the words or tokens of a text stand.
 
