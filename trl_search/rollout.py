@@ -309,12 +309,7 @@ async def run_job(
         trajectory.finish(StopReason.ENVIRONMENT_FAILED, eos_token_id=eos, error=repr(error))
         return trajectory
     trajectory = await run_trajectory(
-        prompt_ids,
-        episode,
-        policy=speaker,
-        protocol=protocol,
-        limits=limits,
-        sampling=replace(sampling, seed=seed),
+        prompt_ids, episode, policy=speaker, protocol=protocol, limits=limits, sampling=replace(sampling, seed=seed)
     )
     trajectory.search_s += searched_s
     return trajectory

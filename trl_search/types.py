@@ -243,13 +243,7 @@ class Trajectory:
         self.stop_reason, self.error = reason, error
 
     def _append(
-        self,
-        role: str,
-        ids: Sequence[int],
-        mask: int,
-        logprobs: Sequence[float],
-        versions: Sequence[int],
-        text: str,
+        self, role: str, ids: Sequence[int], mask: int, logprobs: Sequence[float], versions: Sequence[int], text: str
     ) -> None:
         if self.stop_reason is not None:
             raise RuntimeError(f"the trajectory is finished ({self.stop_reason.value}); nothing can be appended to it")

@@ -77,9 +77,7 @@ def run_command(name: str, argv: list[str]) -> int:
     if hasattr(module, "main"):
         return int(module.main(argv))
     parser = argparse.ArgumentParser(
-        prog=f"trl-search {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"trl-search {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(argv)))

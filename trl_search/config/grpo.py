@@ -72,8 +72,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         },
     )
     vllm_engine_options: dict | str | None = field(
-        default=None,
-        metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'},
+        default=None, metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'}
     )
     eos_token: str | None = field(
         default=None,
@@ -86,7 +85,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         default=False,
         metadata={
             "help": "Leave out training questions whose prompt and a full completion do not fit the model. Otherwise "
-            "such a dataset is refused at the start.",
+            "such a dataset is refused at the start."
         },
     )
     llds_coef: float = field(

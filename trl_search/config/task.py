@@ -51,11 +51,7 @@ class QuestionArguments:
 
 
 # What can be measured before training, under the name of its row in the table of results.
-BASELINES = {
-    "direct": "direct answer, no search",
-    "cot": "chain of thought, no search",
-    "rag": "one-shot RAG",
-}
+BASELINES = {"direct": "direct answer, no search", "cot": "chain of thought, no search", "rag": "one-shot RAG"}
 
 
 @with_documented_keys

@@ -44,12 +44,7 @@ class QuestionSet:
 
     def describe(self) -> dict[str, Any]:
         """The entry in `settings.json`."""
-        return {
-            "source": self.source,
-            "asked": len(self.rows),
-            "total": self.total,
-            "fingerprint": self.fingerprint,
-        }
+        return {"source": self.source, "asked": len(self.rows), "total": self.total, "fingerprint": self.fingerprint}
 
 
 def load_sets(

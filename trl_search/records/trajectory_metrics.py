@@ -42,12 +42,7 @@ from trl_search.types import Answer, Search, StopReason, Trajectory
 _QUOTED = re.compile(r'["“«][^"”»]+["”»]')
 
 
-_OF_SEARCHES = (
-    "search/searches",
-    "search/quoted_queries",
-    "search/repeated_queries",
-    "search/empty_retrievals",
-)
+_OF_SEARCHES = ("search/searches", "search/quoted_queries", "search/repeated_queries", "search/empty_retrievals")
 
 
 def idle_metrics(tools: Collection[str]) -> set[str]:

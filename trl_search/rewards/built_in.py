@@ -127,11 +127,7 @@ BUILT_IN: dict[str, Reward] = {
 
 
 def _scores(
-    name: str,
-    score: Callable[[str, list[str]], float],
-    texts: Any,
-    golden_answers: Golden,
-    columns: dict[str, Any],
+    name: str, score: Callable[[str, list[str]], float], texts: Any, golden_answers: Golden, columns: dict[str, Any]
 ) -> Scores:
     """The score of each text against its gold answers: 0.0 without a text, `None` without gold answers."""
     if golden_answers is None:

@@ -107,10 +107,7 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
     if not name:
         raise UserError("the model has no name to load a tokenizer by: give processing_class=tokenizer")
     return load_tokenizer(
-        name,
-        revision=options.get("revision"),
-        trust_remote_code=args.trust_remote_code,
-        eos_token=args.eos_token,
+        name, revision=options.get("revision"), trust_remote_code=args.trust_remote_code, eos_token=args.eos_token
     )
 
 

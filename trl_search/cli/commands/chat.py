@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes; none: from stdin, or a session")
     searched = parser.add_argument_group("what is searched")
     searched.add_argument(
-        "--retriever",
-        metavar="WHAT",
-        help=f"{SEARCHED} (default: what the run searched; world for tiny; else web)",
+        "--retriever", metavar="WHAT", help=f"{SEARCHED} (default: what the run searched; world for tiny; else web)"
     )
     add_retriever_options(searched)
     searched.add_argument("--world", action="store_true", help="the same as --retriever world")

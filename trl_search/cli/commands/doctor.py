@@ -18,13 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_search.cli.model_checks import is_model, model_checks
-from trl_search.cli.preflight import (
-    Check,
-    Status,
-    check_sampling,
-    environment_checks,
-    server_checks,
-)
+from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks, server_checks
 from trl_search.cli.recipe_checks import recipe_checks
 
 

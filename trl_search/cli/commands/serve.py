@@ -87,10 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache_mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
     )
     size.add_argument(
-        "--search_timeout_s",
-        type=float,
-        default=config.search_timeout_s,
-        help="of one search (default: %(default)s)",
+        "--search_timeout_s", type=float, default=config.search_timeout_s, help="of one search (default: %(default)s)"
     )
 
 
@@ -124,9 +121,7 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace, searched: Searched | None, token: str | None) -> ServerConfig:
     return ServerConfig(
         limits=Limits(
-            max_queries=args.max_queries,
-            max_topk=args.max_passages_per_query,
-            default_topk=args.passages_per_query,
+            max_queries=args.max_queries, max_topk=args.max_passages_per_query, default_topk=args.passages_per_query
         ),
         max_queued=args.max_queued,
         max_batch=args.max_batch,

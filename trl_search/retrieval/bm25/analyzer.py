@@ -136,10 +136,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """A word with its marks; and, within one, a run of a script without spaces, or of anything else."""
     marks = _marks()
     unspaced = f"[{UNSPACED_LETTERS}][{marks}]*"
-    return (
-        re.compile(rf"\w[\w{marks}]*"),
-        re.compile(rf"((?:{unspaced})+)|((?:(?![{UNSPACED_LETTERS}]).)+)"),
-    )
+    return (re.compile(rf"\w[\w{marks}]*"), re.compile(rf"((?:{unspaced})+)|((?:(?![{UNSPACED_LETTERS}]).)+)"))
 
 
 @functools.cache

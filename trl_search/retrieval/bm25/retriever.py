@@ -131,11 +131,7 @@ class BM25Retriever(Retriever):
 
     @classmethod
     def from_passages(
-        cls,
-        passages: Iterable[Passage],
-        *,
-        backend: str | None = None,
-        **options: Any,
+        cls, passages: Iterable[Passage], *, backend: str | None = None, **options: Any
     ) -> BM25Retriever:
         """Indexes passages in memory for bm25s. A thousand take a tenth of a second. `options`: see `BM25Builder`."""
         builder = BM25Builder(**options)
@@ -145,12 +141,7 @@ class BM25Retriever(Retriever):
 
     @classmethod
     def from_index(
-        cls,
-        folder: str | Path,
-        *,
-        backend: str | None = None,
-        threads: int | None = None,
-        check_source: bool = True,
+        cls, folder: str | Path, *, backend: str | None = None, threads: int | None = None, check_source: bool = True
     ) -> BM25Retriever:
         """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped."""
         index = open_index(folder, KIND, check_source=check_source)

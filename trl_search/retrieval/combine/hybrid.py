@@ -28,12 +28,7 @@ from dataclasses import replace
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import Retriever, check_search, merge_metrics
-from trl_search.retrieval.combine.parts import (
-    Part,
-    load_parts,
-    search_together,
-    search_together_async,
-)
+from trl_search.retrieval.combine.parts import Part, load_parts, search_together, search_together_async
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 

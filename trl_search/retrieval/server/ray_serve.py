@@ -205,11 +205,7 @@ def _drain(serve: Any, config: ServerConfig) -> None:
         serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("drain").results(
             timeout_s=config.shutdown_timeout_s + SCRAPE_S, return_exceptions=True
         )
-    except (
-        RuntimeError,
-        TimeoutError,
-        serve.exceptions.RayServeException,
-    ) as error:
+    except (RuntimeError, TimeoutError, serve.exceptions.RayServeException) as error:
         # The replicas never started, or they hang.
         logger.debug("not drained: %s", error)
         return

@@ -116,11 +116,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(
-        self,
-        ports: frozenset[int],
-        *,
-        resolve: Resolve = look_up,
-        allowed: Callable[[Address], bool] = is_public,
+        self, ports: frozenset[int], *, resolve: Resolve = look_up, allowed: Callable[[Address], bool] = is_public
     ) -> None:
         self._ports, self._resolve, self._allowed = ports, resolve, allowed
         # A kept connection would be found again by its address, under another host's name.

@@ -179,10 +179,7 @@ class SearchVLLM(VLLMGeneration):
 
         group = get_tp_group()
         return VLLMTensorParallelPolicy(
-            self.llm,
-            rank=group.rank_in_group,
-            exchange=over_gloo(group.cpu_group),
-            lora_request=self._lora_request(),
+            self.llm, rank=group.rank_in_group, exchange=over_gloo(group.cpu_group), lora_request=self._lora_request()
         )
 
     def _sleep(self) -> None:

@@ -79,11 +79,7 @@ def log_ratios(old_logps_BC: torch.Tensor, sampling_logps_BC: torch.Tensor, mask
 
 
 def importance_ratio(
-    log_ratios_BC: torch.Tensor,
-    mask_BC: torch.Tensor,
-    mode: str,
-    low: float | None,
-    high: float | None,
+    log_ratios_BC: torch.Tensor, mask_BC: torch.Tensor, mode: str, low: float | None, high: float | None
 ) -> torch.Tensor:
     """The weights of the policy loss: (B, C) for the token modes, (B, 1) for the others.
 

@@ -46,12 +46,7 @@ class Kernels:
 
 
 def top_rows(
-    rows_ND: torch.Tensor,
-    queries_BD: torch.Tensor,
-    k: int,
-    *,
-    max_norm: float,
-    kernels: Kernels | None = None,
+    rows_ND: torch.Tensor, queries_BD: torch.Tensor, k: int, *, max_norm: float, kernels: Kernels | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` best rows of each query: scores (B, k) float32 and rows (B, k) int64, ties by row. `1 <= k <= N`.
 

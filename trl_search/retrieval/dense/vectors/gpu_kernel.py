@@ -135,15 +135,7 @@ def _maxima_of_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scores_of_candidates(  # type: ignore[no-untyped-def]
-    rows,
-    queries,
-    candidates,
-    scores,
-    count,
-    per_query,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    rows, queries, candidates, scores, count, per_query, DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr
 ):
     query = tl.program_id(0)
     at = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
