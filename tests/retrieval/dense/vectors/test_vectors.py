@@ -17,7 +17,6 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.dense.vectors import (
     VECTOR_INDEXES,
-    VectorSearch,
     build_vectors,
     faiss_module,
     open_faiss_file,
@@ -377,9 +376,8 @@ def test_a_graph_larger_than_memory_is_refused_and_a_flat_file_warned_about(fold
     monkeypatch.setattr(open_module, "available_ram_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"a graph of .* searched in memory"):
         open_vectors(folders["hnsw"])
-    found: VectorSearch = open_vectors(folders["flat"], device="cpu")
+    open_vectors(folders["flat"], device="cpu")
     assert "searches will wait for the disk" in caplog.text
-    assert found.memory().host_bytes == 0
 
 
 def test_a_published_graph_is_searched_well_and_ids_of_its_own_are_refused(tmp_path):

@@ -17,11 +17,10 @@ from trl_search.retrieval.dense.vectors.build import build_vectors
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.open import open_faiss_file, open_vectors
 from trl_search.retrieval.dense.vectors.plans import VECTOR_INDEXES, VectorPlan, plan
-from trl_search.retrieval.dense.vectors.search import Memory, VectorSearch
+from trl_search.retrieval.dense.vectors.search import VectorSearch
 
 __all__ = [
     "VECTOR_INDEXES",
-    "Memory",
     "VectorPlan",
     "VectorSearch",
     "build_vectors",

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.gpu import ShardedSearch, merge, split_rows
-from trl_search.retrieval.dense.vectors.search import Memory
 
 SHARD_ROWS = 1 << 20
 _SCRATCH_BYTES = 512 << 20
@@ -46,9 +45,6 @@ class FaissGpuSearch(ShardedSearch[FaissShard]):
     def _search_shard(self, shard: FaissShard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = [(first, *index.search(queries, min(k, int(index.ntotal)))) for first, index in shard.indexes]
         return merge([(scores, np.where(rows < 0, -1, rows + first)) for first, scores, rows in found], k)
-
-    def memory(self) -> Memory:
-        return Memory(gpu_bytes=2 * self.dim * self.count if self._shards else 0)
 
 
 def require_faiss_gpu() -> None:

@@ -28,7 +28,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.dense.vectors.exact import GROUP, MAX_BATCH, SCORED_AGAIN, Kernels, top_rows
 from trl_search.retrieval.dense.vectors.plans import SLICE_ROWS
-from trl_search.retrieval.dense.vectors.search import Memory, VectorSearch, available_ram_bytes, gb
+from trl_search.retrieval.dense.vectors.search import VectorSearch, available_ram_bytes, gb
 
 if TYPE_CHECKING:
     import torch
@@ -91,11 +91,6 @@ class TorchSearch(ShardedSearch[Shard]):
             fetch = min(k, len(shard.rows_ND))
             scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
             return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
-
-    def memory(self) -> Memory:
-        size = sum(shard.rows_ND.nbytes for shard in self._shards if shard.rows_ND.is_cuda)
-        host = sum(shard.rows_ND.nbytes for shard in self._shards if not shard.rows_ND.is_cuda)
-        return Memory(gpu_bytes=size, host_bytes=host)
 
 
 def open_on_gpus(rows: np.ndarray) -> VectorSearch:

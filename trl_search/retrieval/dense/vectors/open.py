@@ -181,14 +181,7 @@ def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: fl
         )
     if rows is not None and rows.dtype != np.float32 and max_norm is not None:
         return SlicedSearch(index, rows, max_norm)
-    mapped = size if rows is not None else _refining_bytes(index)
-    return FaissSearch(index, mapped_bytes=mapped, host_bytes=size - mapped)
-
-
-def _refining_bytes(index: Any) -> int:
-    """Bytes of the rows that refine a result; they stay in the file."""
-    refine = getattr(index, "refine_index", None)
-    return int(refine.sa_code_size() * refine.ntotal) if refine is not None else 0
+    return FaissSearch(index)
 
 
 def _has_room(rows: np.ndarray, free: Sequence[int]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,6 @@ from trl_search.retrieval.dense.vectors.exact import top_rows
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 
 _SLICED_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What an open index holds: on the host, on GPUs, and in files that are mapped (read when needed, given back when
-    memory is short)."""
-
-    host_bytes: int = 0
-    gpu_bytes: int = 0
-    mapped_bytes: int = 0
 
 
 class VectorSearch(abc.ABC):
@@ -76,10 +65,6 @@ class VectorSearch(abc.ABC):
         """As `search`, for a batch that is not empty, contiguous float32, and `1 <= k <= count`."""
 
     @abc.abstractmethod
-    def memory(self) -> Memory:
-        """What this index holds now."""
-
-    @abc.abstractmethod
     def close(self) -> None:
         """Releases memory and files. Safe to call twice; a search under way finishes."""
 
@@ -87,9 +72,8 @@ class VectorSearch(abc.ABC):
 class FaissSearch(VectorSearch):
     """A FAISS index on CPU, memory-mapped where its type allows. Searches there are thread-safe."""
 
-    def __init__(self, index: Any, *, mapped_bytes: int = 0, host_bytes: int = 0) -> None:
+    def __init__(self, index: Any) -> None:
         self._index = index
-        self._memory = Memory(host_bytes=host_bytes, mapped_bytes=mapped_bytes)
         # L2 distances fall towards the best; scores rise.
         self._sign = -1.0 if index.metric_type == faiss_module().METRIC_L2 else 1.0
         self.dim, self.count = int(index.d), int(index.ntotal)
@@ -100,9 +84,6 @@ class FaissSearch(VectorSearch):
             raise RetrievalError("this vector index is closed; open it again to search")
         scores_BK, rows_BK = index.search(queries, k)
         return (scores_BK if self._sign > 0 else -scores_BK), rows_BK
-
-    def memory(self) -> Memory:
-        return self._memory if self._index is not None else Memory()
 
     def close(self) -> None:
         self._index = None
@@ -139,7 +120,7 @@ class SlicedSearch(FaissSearch):
     any two batch sizes."""
 
     def __init__(self, index: Any, rows: np.ndarray, max_norm: float) -> None:
-        super().__init__(index, mapped_bytes=rows.nbytes)
+        super().__init__(index)
         self._rows, self._max_norm = rows, max_norm
         self._affine: tuple[np.ndarray, np.ndarray] | None = None
         if rows.dtype == np.uint8:
