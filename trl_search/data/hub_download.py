@@ -22,11 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from tqdm.auto import tqdm
-
+from trl_search.common.blocks import read_blocks
 from trl_search.common.errors import UserError
-
-BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +198,10 @@ def _download(files: HubFiles, part: HubFile, file: BinaryIO, have: int, endpoin
 
 
 def _copy(source: Path, file: BinaryIO, have: int) -> None:
-    with (
-        source.open("rb") as read,
-        tqdm(
-            desc=f"copying {source.name}",
-            total=source.stat().st_size,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar,
-    ):
+    with source.open("rb") as read:
         read.seek(have)
-        while block := read.read(BLOCK_BYTES):
+        for block in read_blocks(read, f"copying {source.name}", source.stat().st_size, done=have):
             file.write(block)
-            bar.update(len(block))
 
 
 def _check_hashes(files: HubFiles, path: Path) -> None:
@@ -234,12 +220,9 @@ def _check_hashes(files: HubFiles, path: Path) -> None:
 
 def _sha256(file: BinaryIO, part: HubFile) -> str:
     """The digest of the next bytes of `file`, as many as the part has."""
-    digest, left = hashlib.sha256(), part.bytes
-    with tqdm(desc=f"checking {part.name}", total=left, unit="B", unit_scale=True, disable=None) as bar:
-        while block := file.read(min(BLOCK_BYTES, left)):
-            digest.update(block)
-            left -= len(block)
-            bar.update(len(block))
+    digest = hashlib.sha256()
+    for block in read_blocks(file, f"checking {part.name}", part.bytes):
+        digest.update(block)
     return digest.hexdigest()
 
 

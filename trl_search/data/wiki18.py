@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tqdm.auto import tqdm
-
+from trl_search.common.blocks import BLOCK_BYTES, read_blocks
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.data.hub_download import BLOCK_BYTES, HubFiles, check_bytes, fetch, list_files, naming_full_disk
+from trl_search.data.hub_download import HubFiles, check_bytes, fetch, list_files, naming_full_disk
 from trl_search.retrieval.corpus.published import open_jsonl
 from trl_search.retrieval.dense.vectors import plan
 from trl_search.retrieval.dense.vectors.search import gb
@@ -344,12 +343,5 @@ def _unpack_tar(stream: gzip.GzipFile, unfinished: Path, archive: Path) -> None:
 
 
 def _copy(source: IO[bytes] | gzip.GzipFile, unfinished: Path, total: int | None) -> int:
-    written = 0
-    with (
-        unfinished.open("wb") as file,
-        tqdm(desc=f"unpacking {unfinished.stem}", total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        while block := source.read(BLOCK_BYTES):
-            written += file.write(block)
-            bar.update(len(block))
-    return written
+    with unfinished.open("wb") as file:
+        return sum(map(file.write, read_blocks(source, f"unpacking {unfinished.stem}", total)))

@@ -268,7 +268,7 @@ def test_lines_are_found_where_they_are(
     lines = [b"first", *lines]
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + b"\n".join(lines) + (b"\n" if end else b""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trl_search.retrieval.corpus.published.BLOCK_BYTES", 7)
+        patch.setattr("trl_search.common.blocks.BLOCK_BYTES", 7)
         starts = find_lines(path)
     data = path.read_bytes()
     found = [data[start:stop].strip() for start, stop in pairwise(starts)]

@@ -11,15 +11,14 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from trl_search.common.blocks import read_blocks
 from trl_search.common.errors import UserError
-from trl_search.common.files import cache_folder
+from trl_search.common.files import cache_folder, written_whole
 from trl_search.common.table_files import COMPRESSIONS
 from trl_search.retrieval.corpus.passages import Corpus, join_contents
 from trl_search.retrieval.dense.encoder import Encoder
 
-BLOCK_BYTES = 1 << 26
 SAME_PASSAGE = 0.98  # cosine of one passage encoded twice, in fp16 or cut a little earlier; another prefix: below
 
 
@@ -38,10 +37,9 @@ def open_jsonl(path: str | Path) -> Corpus:
         raise UserError(f"{path}: no passages; a corpus needs one at least")
     offsets = _offsets_path(path)
     if not _fresh(offsets, path):
-        offsets.parent.mkdir(parents=True, exist_ok=True)
-        new = offsets.with_name(f"{offsets.name}.{os.getpid()}.npy")
-        np.save(new, find_lines(path))
-        os.replace(new, offsets)
+        starts = find_lines(path)
+        with written_whole(offsets) as new, new.open("wb") as file:
+            np.save(file, starts)
     return Corpus(path.parent, rows=path, offsets=offsets)
 
 
@@ -49,14 +47,10 @@ def find_lines(path: Path) -> np.ndarray:
     """Where each line that is not blank begins, and last the size of the file; int64."""
     size, read = path.stat().st_size, 0
     ends = []
-    with (
-        open(path, "rb") as file,
-        tqdm(desc=f"finding the lines of {path.name}", total=size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        while block := file.read(BLOCK_BYTES):
+    with open(path, "rb") as file:
+        for block in read_blocks(file, f"finding the lines of {path.name}", size):
             ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + (read + 1))
             read += len(block)
-            bar.update(len(block))
         starts = np.concatenate([[0], *ends]).astype(np.int64)
         starts = starts[starts < size]
         lengths = np.diff(np.append(starts, size))

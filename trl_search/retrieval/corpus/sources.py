@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from trl_search.common.blocks import read_blocks
 from trl_search.common.errors import UserError
 from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
@@ -131,11 +130,7 @@ def _remembered_sha256(path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with (
-        open(path, "rb") as file,
-        tqdm(desc=f"hashing {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        while block := file.read(1 << 22):
+    with open(path, "rb") as file:
+        for block in read_blocks(file, f"hashing {path.name}", path.stat().st_size):
             digest.update(block)
-            bar.update(len(block))
     return digest.hexdigest()
