@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_search.retrieval import RetrievalError, Retriever
-from trl_search.retrieval.base import QueueFull, Unavailable
+from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.types import Passage
@@ -152,24 +152,6 @@ def test_a_batch_that_hangs_holds_up_no_batch_beside_it(echo: Echo) -> None:
 
     run(scenario, echo)
     echo.released.set()
-
-
-def test_one_query_too_many_is_refused_at_once(echo: Echo) -> None:
-    echo.delay_s = 0.1
-
-    async def scenario(batcher: SearchBatcher) -> None:
-        first = asyncio.create_task(batcher.search("a", 1))
-        await asyncio.sleep(0.02)  # it is being searched, and waits no longer
-        waiting = [asyncio.create_task(batcher.search(query, 1)) for query in "bc"]
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFull, match="2 searches wait already"):
-            await batcher.search("d", 1)
-        again = asyncio.create_task(batcher.search("b", 1))  # asks for nothing new
-        assert [(await one)[0].id for one in (first, *waiting, again)] == ["a0", "b0", "c0", "b0"]
-        assert await outcomes(batcher, "d") == ["d0"]
-
-    batcher = run(scenario, echo, max_queued=2)
-    assert (batcher.stats.queries, batcher.stats.failures) == (6, 1)
 
 
 def test_a_service_that_is_down_is_not_tried_query_by_query() -> None:
@@ -418,8 +400,6 @@ def test_impossible_limits_are_refused(timeout_s: float, max_batch: int) -> None
 
 
 def test_impossible_numbers_of_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_queued must be at least 1"):
-        SearchBatcher(Echo(), timeout_s=1, max_queued=0)
     idle = Echo()
     idle.max_concurrent_batches = 0
     with pytest.raises(ValueError, match="Echo has 0"):

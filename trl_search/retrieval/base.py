@@ -21,10 +21,6 @@ class TooLarge(RetrievalError):
     """A server refused a request for its size (413). A smaller one may be accepted."""
 
 
-class QueueFull(RetrievalError):
-    """Too many searches are waiting. Nothing was searched; the same search may be tried again later."""
-
-
 TROUBLE = frozenset({429, 502, 503, 504})  # HTTP statuses of trouble that may pass
 
 

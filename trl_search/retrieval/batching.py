@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import QueueFull, RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
 from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
 
@@ -52,8 +52,6 @@ class SearchBatcher:
         timeout_s (`float`): How long one call of the retriever may take.
         max_batch (`int`): How many queries one call may hold.
         on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Batchers of one retriever share it.
-        max_queued (`int`, *optional*): How many queries may wait for their turn; one more is refused with
-            `QueueFull`. No limit by default: a rollout has at most one query per trajectory.
     """
 
     def __init__(
@@ -62,13 +60,10 @@ class SearchBatcher:
         *,
         timeout_s: float,
         max_batch: int = 512,
-        max_queued: int | None = None,
         on_threads: DaemonCalls | None = None,
     ) -> None:
         if timeout_s <= 0 or max_batch < 1:
             raise UserError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
-        if max_queued is not None and max_queued < 1:
-            raise UserError(f"max_queued must be at least 1: every query waits for a moment; got {max_queued}")
         if retriever.max_concurrent_batches < 1:
             raise UserError(
                 f"max_concurrent_batches must be at least 1; {type(retriever).__name__} has "
@@ -76,7 +71,6 @@ class SearchBatcher:
             )
         self.stats = SearchStats()
         self._retriever, self._timeout_s, self._max_batch = retriever, timeout_s, max_batch
-        self._max_queued = max_queued
         self._queue: dict[Key, None] = {}  # an ordered set
         self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
         self._workers: set[asyncio.Task[None]] = set()  # each searches one batch after the other
@@ -87,7 +81,6 @@ class SearchBatcher:
         """Returns up to `k` passages, best first.
 
         Raises:
-            QueueFull: if `max_queued` other queries are waiting.
             Unavailable: if the retriever is down or took too long, or the batcher is closed.
             RetrievalError: if the search failed.
         """
@@ -98,9 +91,6 @@ class SearchBatcher:
         self.stats.queries += 1
         key = (query, k)
         if key not in self._results:
-            if self._max_queued is not None and len(self._queue) >= self._max_queued:
-                self.stats.failures += 1
-                raise QueueFull(f"{len(self._queue)} searches wait already, and {self._max_queued} may")
             self._results[key] = asyncio.get_running_loop().create_future()
             self._queue[key] = None
             if len(self._workers) < self._retriever.max_concurrent_batches:
