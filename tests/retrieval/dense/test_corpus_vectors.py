@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -94,10 +95,13 @@ def test_whenever_it_dies_it_goes_on_to_the_same_bytes(
     assert (tmp_path / "cut" / VECTORS).read_bytes() == (tmp_path / "whole" / VECTORS).read_bytes()
 
 
-def test_another_encoder_or_option_starts_anew_and_says_so(tmp_path: Path, encoder: Encoder) -> None:
-    said: list[str] = []
+def test_another_encoder_or_option_starts_anew_and_says_so(
+    tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trl_search")
     for batch_size in (8, 8, 4):
-        encode_corpus(PASSAGES, encoder, tmp_path / "s", shard_rows=16, batch_size=batch_size, announce=said.append)
+        encode_corpus(PASSAGES, encoder, tmp_path / "s", shard_rows=16, batch_size=batch_size)
+    said = caplog.messages
     assert said[0] == "4 of 4 shards are encoded already"
     assert "encoding anew" in said[1] and len(said) == 2
 

@@ -33,11 +33,11 @@ def mean_length(passages: Passages, analyzer: Analyzer) -> float:
     return max(1.0, sum(len(_split(passages[row], analyzer)[0]) for row in rows) / len(rows))
 
 
-def weigh(passage: Passage, analyzer: Analyzer, mean: float, k1: float = K1, b: float = B) -> dict[int, float]:
+def weigh(passage: Passage, analyzer: Analyzer, mean: float) -> dict[int, float]:
     """The passage's half of BM25: the number of each term and its weight. Stop words do not count as length."""
     terms, stops = _split(passage, analyzer)
-    longer = k1 * (1 - b + b * len(terms) / mean)
-    return {number: count * (k1 + 1) / (count + longer) for number, count in term_counts(terms + stops).items()}
+    longer = K1 * (1 - B + B * len(terms) / mean)
+    return {number: count * (K1 + 1) / (count + longer) for number, count in term_counts(terms + stops).items()}
 
 
 def _split(passage: Passage, analyzer: Analyzer) -> tuple[list[str], list[str]]:

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.files import write_json
 from trl_search.retrieval.corpus.passages import Passages, join_contents
 from trl_search.retrieval.dense.encoder import Encoder, load_encoder
 from trl_search.retrieval.index.workers import ALONE, Workers
@@ -119,7 +119,6 @@ def encode_corpus(
     batch_size: int = 64,
     shard_rows: int = SHARD_ROWS,
     workers: Workers = ALONE,
-    announce: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Encodes every passage into `folder/vectors.npy` and returns it, memory-mapped.
 
@@ -133,7 +132,6 @@ def encode_corpus(
         batch_size (`int`): Passages per step of the encoder.
         shard_rows (`int`): Passages per shard.
         workers (`Workers`): This process among those that share the work.
-        announce (`Callable[[str], None]`, *optional*): Gets messages: what is resumed or thrown away.
     """
     about = {
         "passages": len(passages),
@@ -144,7 +142,7 @@ def encode_corpus(
         "encoder": asdict(encoder.fingerprint),
     }
     if workers.rank == 0:
-        _prepare(folder, about, announce or (lambda message: None))
+        _prepare(folder, about)
     workers.wait()
     if json.loads((folder / ABOUT).read_text(encoding="utf-8")) != about:
         raise UserError(f"process {workers.rank} encodes with another encoder or other options than process 0")
@@ -153,23 +151,19 @@ def encode_corpus(
     return np.load(folder / VECTORS, mmap_mode="r")
 
 
-def _prepare(folder: Path, about: dict[str, Any], announce: Callable[[str], None]) -> None:
+def _prepare(folder: Path, about: dict[str, Any]) -> None:
     """Makes the files, unless those of the same work are there."""
     shards = -(-about["passages"] // about["shard_rows"])
     if (folder / ABOUT).exists():
         if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == about:
             done = (folder / DONE).read_bytes().count(1)
-            announce(f"{done:,} of {shards:,} shards are encoded already")
+            logger.info("%d of %d shards are encoded already", done, shards)
             return
-        announce(f"{folder} holds vectors of another encoder or other options: encoding anew")
+        logger.info("%s holds vectors of another encoder or other options: encoding anew", folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {
-        "descr": np.dtype(about["dtype"]).str,
-        "fortran_order": False,
-        "shape": (about["passages"], about["dim"]),
-    }
-    size = about["passages"] * about["dim"] * np.dtype(about["dtype"]).itemsize
+    shape, dtype = (about["passages"], about["dim"]), np.dtype(about["dtype"])
+    size = shape[0] * shape[1] * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
@@ -177,12 +171,11 @@ def _prepare(folder: Path, about: dict[str, Any], announce: Callable[[str], None
             "dtype float16 takes half of float32"
         )
     with open(folder / VECTORS, "wb") as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + size)
     (folder / DONE).write_bytes(bytes(shards))
-    # Last: its presence says that the others are there.
-    (folder / f"{ABOUT}.new").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{ABOUT}.new", folder / ABOUT)
+    write_json(folder / ABOUT, about)  # last: its presence says that the others are there
 
 
 def _encode_shards(

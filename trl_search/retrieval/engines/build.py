@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import write_json
 from trl_search.retrieval.base import RetrievalError, TooLarge
 from trl_search.retrieval.corpus.passages import ROWS, Corpus
 from trl_search.retrieval.index.build_folder import SCRATCH
@@ -131,6 +131,4 @@ class Journal:
 
     def note(self, rows: int) -> None:
         self.made, self.rows = True, rows
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps({"made": True, "rows": rows}), encoding="utf-8")
-        os.replace(new, self._path)
+        write_json(self._path, {"made": True, "rows": rows})
