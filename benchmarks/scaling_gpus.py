@@ -3,6 +3,7 @@
     python benchmarks/scaling_gpus.py ddp:1+lora:1 ddp:2 fsdp2:2 server:2 --out scaling.jsonl   # prints the table
     CUDA_VISIBLE_DEVICES=2,3 python benchmarks/scaling_gpus.py ddp:2        # on these two GPUs
     python benchmarks/scaling_gpus.py --table scaling.jsonl
+    python benchmarks/scaling_gpus.py tiny-tp:2 --engine '{"disable_custom_all_reduce": true}'      # what works?
 
 A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to try the script. Methods:
 
@@ -115,6 +116,7 @@ def start(
     launch += ["--mixed_precision", "bf16"] if case.shape != "tiny" else ["--mixed_precision", "no"]
     command = [*launch, __file__, "--worker", case.name, "--out", str(arguments.out)]
     command += ["--weak", str(arguments.weak), "--strong", str(arguments.strong), "--scale", str(arguments.scale)]
+    command += ["--engine", json.dumps(arguments.engine)]
     if case.method == "server":
         command += ["--url", servers.enter_context(serving(case, first + case.ranks, arguments))]
     with log_of(case, arguments).open("ab") as log:
@@ -215,7 +217,7 @@ def on_the_plan() -> Iterator[None]:
         yield
 
 
-def make_trainer(folder: Path, case: Case, per_rank: int, url: str | None) -> Any:
+def make_trainer(folder: Path, case: Case, per_rank: int, arguments: argparse.Namespace) -> Any:
     import torch
     import vllm_rollout
     import vllm_shape
@@ -237,12 +239,12 @@ def make_trainer(folder: Path, case: Case, per_rank: int, url: str | None) -> An
         "vllm_enable_sleep_mode": cuda,
         "vllm_gpu_memory_utilization": 0.4,
         "vllm_max_model_length": tokens + 700,
-        "vllm_engine_options": vllm_shape.options(case.shape),
+        "vllm_engine_options": {**vllm_shape.options(case.shape), **arguments.engine},
         "vllm_lora_sync": "adapter" if case.method == "lora" else "merged",
         "vllm_tensor_parallel_size": case.gpus if case.method == "tp" else 1,
     }
-    if url is not None:
-        engine = {"vllm_mode": "server", "vllm_server_base_url": [url], "vllm_server_timeout": 240.0}
+    if arguments.url is not None:
+        engine = {"vllm_mode": "server", "vllm_server_base_url": [arguments.url], "vllm_server_timeout": 240.0}
     args = SearchGRPOConfig(
         output_dir=str(folder / "run"),
         num_generations=vllm_shape.GROUP,
@@ -356,7 +358,7 @@ def work(case: Case, arguments: argparse.Namespace) -> None:
     sizes = sizes_per_rank(case, arguments)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = vllm_shape.write_model_folder(Path(folder), case.shape)
-        trainer = make_trainer(model_folder, case, max(sizes.values()), arguments.url)
+        trainer = make_trainer(model_folder, case, max(sizes.values()), arguments)
         random.seed(rank)
         for number, (scaling, size) in enumerate(sizes.items()):
             plans = vllm_shape.make_plans(size, arguments.scale, seed=number * 1000 + rank)
@@ -392,6 +394,7 @@ def main() -> None:
     parser.add_argument("--weak", type=int, default=128, help="trajectories per GPU")
     parser.add_argument("--strong", type=int, default=512, help="trajectories in all")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more options of a colocated engine, as JSON")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that cases which run together may take")
     parser.add_argument("--table", type=Path, help="print the table of a file, and measure nothing")
     parser.add_argument("--worker", metavar="METHOD:GPUS", help=argparse.SUPPRESS)
