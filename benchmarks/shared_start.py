@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig
 
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.recipe import parse_recipe
+from trl_search.config.recipe import build_arguments, recipe_values
 from trl_search.config.task import TaskArguments
 from trl_search.evaluation.outcomes import Evaluation
 from trl_search.trainer.pipeline import WARM_START, Run, add_measurements, build, load, warm_up
@@ -55,7 +55,8 @@ def start(name: str, seed: int, output: Path, options: Sequence[str]) -> Run:
     ]  # fmt: skip
     if (warm / "config.json").is_file():
         argv += ["--model_name_or_path", str(warm), "--warm_start_steps", "0"]
-    task, config, model_config = parse_recipe(argv, (TaskArguments, SearchGRPOConfig, ModelConfig), command="train")
+    classes = (TaskArguments, SearchGRPOConfig, ModelConfig)
+    task, config, model_config = build_arguments(recipe_values(argv, classes, command="train"), classes)
     task.baselines = []
     run = load(task, config, model_config)
     if not task.warm_start_steps:

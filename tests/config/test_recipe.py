@@ -21,7 +21,7 @@ from trl import ModelConfig
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.recipe import find_recipe, parse_recipe, shipped_recipes
+from trl_search.config.recipe import build_arguments, find_recipe, recipe_values, shipped_recipes
 from trl_search.config.task import TaskArguments, set_names
 from trl_search.data import HUB_SETS
 from trl_search.policies.loading import adapter_config
@@ -48,11 +48,13 @@ each_sft_recipe = pytest.mark.parametrize("path", SFT, ids=lambda path: path.ste
 
 
 def parse(*argv: str) -> tuple[TaskArguments, SearchGRPOConfig, ModelConfig]:
-    return parse_recipe([*argv, *ON_CPU], (TaskArguments, SearchGRPOConfig, ModelConfig), command="train")
+    classes = (TaskArguments, SearchGRPOConfig, ModelConfig)
+    return build_arguments(recipe_values([*argv, *ON_CPU], classes, command="train"), classes)
 
 
 def parse_sft(*argv: str) -> tuple[ColdStartArguments, SearchSFTConfig, ModelConfig]:
-    return parse_recipe([*argv, *ON_CPU], (ColdStartArguments, SearchSFTConfig, ModelConfig), command="sft")
+    classes = (ColdStartArguments, SearchSFTConfig, ModelConfig)
+    return build_arguments(recipe_values([*argv, *ON_CPU], classes, command="sft"), classes)
 
 
 def test_every_recipe_ships() -> None:

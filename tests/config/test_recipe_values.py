@@ -14,7 +14,7 @@ from trl import ModelConfig
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.recipe import parse_recipe, shipped_recipes
+from trl_search.config.recipe import build_arguments, recipe_values, shipped_recipes
 from trl_search.config.recipe_values import checked_values
 from trl_search.config.task import TaskArguments
 
@@ -83,7 +83,7 @@ def test_any_value_of_any_key_gives_a_configuration_or_one_line(
                 yaml.safe_dump({"model_name_or_path": "tiny", "use_cpu": True, "bf16": False, key: value})
             )
             try:
-                parse_recipe([str(recipe)], CLASSES, command="train")
+                build_arguments(recipe_values([str(recipe)], CLASSES, command="train"), CLASSES)
             except UserError as error:
                 assert str(error) and "\n" not in str(error), (key, value)
 

@@ -219,7 +219,7 @@ def test_several_sets_are_drawn_from_each_and_told_apart(tmp_path):
 
 
 def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
-    from trl_search.config.recipe import parse_recipe
+    from trl_search.config.recipe import recipe_values
 
     (tmp_path / "r.yaml").write_text("questions: nq_hotpotqa\neval_questions: [nq, hotpotqa]\n")
     (tmp_path / "s.yaml").write_text("eval_questions: hotpotqa\n")
@@ -229,8 +229,8 @@ def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
         (["r.yaml", "--eval_questions", "popqa,nq"], ["popqa", "nq"]),
         (["r.yaml", "--eval_questions", "popqa", "nq"], ["popqa", "nq"]),
     ):
-        (arguments,) = parse_recipe([str(tmp_path / words[0]), *words[1:]], [TaskArguments], command="train")
-        assert set_names(arguments.eval_questions) == names
+        values = recipe_values([str(tmp_path / words[0]), *words[1:]], [TaskArguments], command="train")
+        assert set_names(TaskArguments(**values).eval_questions) == names
 
 
 def test_evaluate_every_needs_something_to_measure_on(tmp_path):

@@ -189,7 +189,7 @@ def test_a_training_with_credit_and_accumulation(tmp_path, random_model, tokeniz
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"turn_credit": "gain"}, "turn_credit='gain' does not exist"),
+        ({"turn_credit": "gain"}, "unknown turn_credit 'gain'"),
         ({"turn_credit": "retrieval", "loss_type": "vespo"}, "loss_type=vespo weighs a trajectory as a whole"),
         ({"turn_credit": "retrieval", "max_searches": 0}, "max_searches=0 permits none"),
         ({"turn_credit": "retrieval", "turn_credit_coef": 0.0}, "turn_credit_coef=0.0 must be more than 0"),

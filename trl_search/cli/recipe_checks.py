@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from trl_search.config.recipe import build_arguments
 from trl_search.config.searched import resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
+from trl_search.data.hub_download import free_bytes
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, takes_retriever
 from trl_search.environment.script import load_script
 from trl_search.evaluation.outcomes import RESULTS_FILE
@@ -272,7 +272,7 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
     kept = values.get("save_total_limit") or 1
     need = weights * (3 * kept + 1)
     folder = Path(values.get("output_dir") or ".").absolute()
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    free = free_bytes(folder)
     said = f"{need / GIB:.1f} GiB for {kept} checkpoints and the model; {free / GIB:.1f} GiB are free in {folder}"
     if need > free:
         return Check("disk", Status.PROBLEM, said, "--save_total_limit 1, or another --output_dir")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
@@ -13,8 +13,6 @@ from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 
 TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
-ON_COLLAPSE = ("warn", "stop", "rollback")
-CURRICULA = ("none", "pass_rate")
 # How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 # What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
@@ -128,7 +126,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         metadata={
             "help": "pass_rate: draw questions less often that were solved by all or by none of the trajectories of "
             "their last groups. What is known of each question is kept with the checkpoints.",
-            "choices": list(CURRICULA),
+            "choices": ["none", "pass_rate"],
         },
     )
     carry_over: float = field(
@@ -185,7 +183,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
             "help": "What happens when an alarm (docs/monitoring.md) has lasted ten logs. warn: it is told. stop: the "
             "training ends, and the best checkpoint is kept. rollback: it goes on from the best checkpoint with half "
             "the learning rate, twice at most; needs evaluate_every.",
-            "choices": list(ON_COLLAPSE),
+            "choices": ["warn", "stop", "rollback"],
         },
     )
     log_trajectories: int = field(
@@ -210,19 +208,12 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         GRPOConfig.__post_init__(self)
         check_agent(self)
         check_carry_over(self)
-        for name, choices in (
-            ("vllm_lora_sync", ("merged", "adapter")),
-            ("packed_attention", PACKED_ATTENTION),
-            ("on_collapse", ON_COLLAPSE),
-            ("curriculum", CURRICULA),
-            ("turn_credit", TURN_CREDIT),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} does not exist; there are {', '.join(choices)}")
+        for key in fields(self):
+            choices = key.metadata.get("choices") if key.name in ours else None
+            if choices and getattr(self, key.name) not in choices:
+                raise unknown_name(key.name, getattr(self, key.name), choices)
         if isinstance(self.vllm_engine_options, str):
             raise UserError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
-        if self.vllm_importance_sampling_mode not in IMPORTANCE_MODES:
-            raise unknown_name("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IMPORTANCE_MODES)
         if self.vllm_importance_sampling_mode == "geometric_mask" and self.vllm_importance_sampling_clip_min is None:
             raise UserError(
                 "vllm_importance_sampling_mode=geometric_mask needs both bounds near 1: set "

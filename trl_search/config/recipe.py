@@ -40,27 +40,18 @@ def find_recipe(name: str) -> Path:
     return shipped_recipes()[name]
 
 
-def parse_recipe(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> tuple[Any, ...]:
-    """Reads `RECIPE --key value ...` into one object of each dataclass; the command line overrides the recipe.
+def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
+    """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
+
+    A dataclass whose keys make keys of the others moot has a static method `settled`, which takes and returns values.
 
     Args:
         arguments (`Sequence[type]`): The dataclasses.
         command (`str`): The command: `train` or `sft`.
 
     Raises:
-        UserError: for a key that no dataclass has, in the recipe or on the command line (the nearest are named), for a
-            value of another type than its key's, and for what TRL's own checks refuse.
-    """
-    return build_arguments(recipe_values(argv, arguments, command=command), arguments)
-
-
-def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
-    """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
-
-    A dataclass whose keys make keys of the others moot has a static method `settled`, which takes and returns values.
-
-    Raises:
-        UserError: as [`parse_recipe`], without the checks of TRL's classes.
+        UserError: for a key that no dataclass has, in the recipe or on the command line (the nearest are named), and
+            for a value of another type than its key's.
     """
     known = {field.name for cls in arguments for field in dataclasses.fields(cls) if field.init}
     path, options = _split(argv, known, command)

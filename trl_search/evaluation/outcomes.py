@@ -190,9 +190,7 @@ def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
     )
 
 
-def bootstrap_interval(
-    groups: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN where a group is empty.
 
     Where a group's values are all 0 or all 1, resampling shows no spread, so Wilson's interval of a share is used.
@@ -204,11 +202,11 @@ def bootstrap_interval(
     """
     if not groups or not all(groups):
         return float("nan"), float("nan")
-    draw = np.random.default_rng(seed)
-    means = np.zeros(resamples)
+    draw = np.random.default_rng(0)
+    means = np.zeros(RESAMPLES)
     for values in groups:
         distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-        drawn = draw.multinomial(len(values), counts / len(values), size=resamples)
+        drawn = draw.multinomial(len(values), counts / len(values), size=RESAMPLES)
         means += drawn @ distinct / len(values) / len(groups)
     low, high = map(float, np.quantile(means, (0.025, 0.975)))
     # Zou and Donner's MOVER (2008): distances of independent parts to their bounds add up in squares.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 TITLES = dict(zip(SETS, ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"), strict=True))
-SIZES = ("3B", "7B")
 # Parameters of what is called 3B and 7B, in billions: Qwen2.5's have 3.1 and 7.6.
 _RANGES = {"3B": (2.5, 4.5), "7B": (6.0, 9.0)}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ class Plan:
     fields: QuestionFields | None = None
 
 
-def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[str, Any]:
+def run_evaluation(plan: Plan) -> dict[str, Any]:
     """Runs what is left of an evaluation, and writes its results. Returns the content of `results.json`."""
     import torch
 
@@ -151,7 +151,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
                     result = summarize(mode, groups[one.name])
                     results.setdefault(mode, {})[one.name] = result
                     if processes.is_main_process:
-                        announce(_line(mode, one, result, time.perf_counter() - started, calls))
+                        print(_line(mode, one, result, time.perf_counter() - started, calls))
                 results[mode][MACRO] = macro(mode, groups)
     if retriever is not None:
         retriever.close()
@@ -165,7 +165,7 @@ def run_evaluation(plan: Plan, announce: Callable[[str], None] = print) -> dict[
         "settings": settings,
     }
     if processes.is_main_process:
-        _write(folder, report, settings, results, size, announce)
+        _write(folder, report, settings, results, size)
     return report
 
 
@@ -341,10 +341,9 @@ def _write(
     settings: Mapping[str, Any],
     results: Results,
     size: str | None,
-    announce: Callable[[str], None],
 ) -> None:
     markdown = results_markdown(settings, results, size=size)
     write_json(folder / RESULTS_FILE, report)
     with written_whole(folder / RESULTS_MD) as path:
         path.write_text(markdown, encoding="utf-8")
-    announce(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_FILE} are written.")
+    print(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_FILE} are written.")

@@ -176,16 +176,11 @@ def fine_tune(
     steps: int,
     learning_rate: float,
     batch_size: int = 16,
-    max_tokens: int | None = None,
     seed: int = 0,
     use_cpu: bool = False,
 ) -> None:
-    """Trains the model in place on trajectories, and saves it with its tokenizer in `output_dir`.
-
-    Args:
-        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
-    """
-    rows = sft_dataset(trajectories, max_tokens=max_tokens)
+    """Trains the model in place on trajectories, and saves it with its tokenizer in `output_dir`."""
+    rows = sft_dataset(trajectories)
     config = SearchSFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -208,6 +203,9 @@ def fine_tune(
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
     """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks`, 1 for the policy's tokens.
+
+    Args:
+        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
 
     Raises:
         UserError: if no trajectory can be trained on.

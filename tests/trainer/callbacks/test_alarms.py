@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.alarms import HISTORIES, first_alarms, table
 from tests.support.scripted_trainer import scripted_trainer, steps
-from trl_search.trainer.callbacks.alarms import DRIFT, RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, find_collapse
+from trl_search.trainer.callbacks.alarms import DRIFT, RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, is_training_log
 from trl_search.trainer.callbacks.progress import step_line
 
 RUNS = json.loads(HISTORIES.read_text())
@@ -46,6 +46,14 @@ COLLAPSED = {
     "entropy_fall": {"entropy": 0.004, "reward": 0.3},
     "kl": {"kl": 3.0},
 }
+
+
+def find_collapse(history):
+    """The alarms that fire at the end of a run, in words, by rule."""
+    watch, found = Watch(), {}
+    for row in filter(is_training_log, history):
+        found = watch.add(row)
+    return {name: what for name, what in found.items() if what}
 
 
 def play(rows, *, stop=False, state=None, first=1):

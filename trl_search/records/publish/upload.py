@@ -81,9 +81,7 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
     return Upload(folder, tuple(sorted(names - set(texts))), dict(texts))
 
 
-def publish(
-    upload: Upload, repo_id: str, *, api: HfApi, public: bool = False, message: str = "Upload by trl-search push"
-) -> str:
+def publish(upload: Upload, repo_id: str, *, api: HfApi, public: bool = False) -> str:
     """Creates the repository if needed, and commits everything at once. Returns the address of the commit.
 
     Args:
@@ -99,7 +97,7 @@ def publish(
         api.create_repo(repo_id, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo_id).private:
             raise UserError(f"{repo_id} is public: everybody would see this. Add --public if that is meant")
-        return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+        return str(api.create_commit(repo_id, operations, commit_message="Upload by trl-search push").commit_url)
 
     return ask_hub(commit, repo_id)
 

@@ -66,8 +66,8 @@ class Encoder:
     def dim(self) -> int:
         return self.fingerprint.dim
 
-    def encode_queries(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
-        return self._encode(self._query_model, texts, self.fingerprint.query_prompt, batch_size)
+    def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self._encode(self._query_model, texts, self.fingerprint.query_prompt, batch_size=64)
 
     def encode_passages(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
         """Texts of any order: they are batched by length, the longest first, so memory runs out at once or never."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import PartialState
@@ -51,20 +51,6 @@ class Watch:
                 self.levels.setdefault(metric, Level()).add(row[metric])
         rules = [rule for rule in RULES if rule.metric in self.levels or isinstance(rule, NotFinite)]
         return {rule.name: rule.look(self.levels, row) for rule in rules}
-
-
-def find_collapse(history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The alarms that fire at the end of a run, in words, by rule. `history` holds its training logs, oldest first.
-
-    Example:
-        >>> find_collapse(trainer.state.log_history)
-        {'searches': 'search/searches fell from 1.7 to 0.1'}
-    """
-    watch, found = Watch(), dict[str, str]()
-    for row in history:
-        if is_training_log(row):
-            found = watch.add(row)
-    return {name: what for name, what in found.items() if what}
 
 
 def is_training_log(row: Mapping[str, Any]) -> bool:

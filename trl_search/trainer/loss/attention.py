@@ -100,6 +100,7 @@ def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    attention_mask: Any,
     *,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
@@ -158,17 +159,12 @@ def _is_packed_for_flex(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
     return isinstance(attention_mask, BlockMask)
 
 
-def _varlen_attention(*args: Any, **kwargs: Any) -> Any:
-    module, query, key, value, _mask = args
-    return varlen_attention(module, query, key, value, **kwargs)
-
-
 def _is_packed_for_varlen(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
     return kwargs.get("cu_seq_lens_q") is not None
 
 
 _KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
-    "varlen": (_is_packed_for_varlen, _varlen_attention),
+    "varlen": (_is_packed_for_varlen, varlen_attention),
     "flex_attention": (_is_packed_for_flex, _flex_attention),
 }
 
