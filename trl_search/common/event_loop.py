@@ -1,10 +1,10 @@
-"""Runs a coroutine for a caller without an event loop, or in a notebook, which has a running one."""
+"""Coroutines: run for a caller without an event loop, or in a notebook, which has a running one; awaited together."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine, Iterable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -38,6 +38,15 @@ def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
             loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
             wait([outcome])
         thread.join()
+
+
+async def all_of(asked: Iterable[Awaitable[Result]]) -> list[Result]:
+    """The results of all, in order, once all have ended; raises the first failure where there is one."""
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return found  # type: ignore[return-value]  # mypy does not see the raise
 
 
 def _loop_is_running() -> bool:

@@ -47,7 +47,7 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         >>> retriever.search(["who founded Orlune?"], k=3)
     """
     load = RETRIEVERS.get(kind)
-    signature = inspect.signature(load)
+    signature = inspect.signature(load).replace(return_annotation=inspect.Signature.empty)
     try:
         signature.bind(**options)
     except TypeError as error:

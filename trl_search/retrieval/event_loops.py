@@ -40,7 +40,6 @@ class BackgroundLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._stop: asyncio.Event | None = None
         self._closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -58,26 +57,24 @@ class BackgroundLoop:
     def close(self) -> None:
         """Cancels what still runs, and ends the thread. Safe to call twice."""
         with self._lock:
-            if self._thread is not None and not self._closed:
-                assert self._loop is not None and self._stop is not None
-                self._loop.call_soon_threadsafe(self._stop.set)
+            if self._loop is not None and not self._closed:
+                self._loop.call_soon_threadsafe(self._loop.stop)
             self._closed = True
         if self._thread is not None:
             self._thread.join(timeout=10)
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        if self._thread is None:
-            ready = threading.Event()
-            self._thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)), daemon=True)
-            self._thread.start()
-            ready.wait()
-        assert self._loop is not None
-        return self._loop
+        if self._loop is None:
+            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            self._loop = loop = runner.get_loop()
 
-    async def _live(self, ready: threading.Event) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        ready.set()
-        await self._stop.wait()
+            def live() -> None:
+                with runner:  # cancels what is left when it ends
+                    loop.run_forever()
+
+            self._thread = threading.Thread(target=live, daemon=True)
+            self._thread.start()
+        return self._loop
 
 
 class ClientPerLoop:

@@ -1,8 +1,8 @@
 """Every kind of retriever and of index, by name. A new kind is registered here, or in a package of its own.
 
-A kind of retriever is a function `load(**options) -> Retriever`, which [`load_retriever`] calls. A kind of index is a
-`Builder` (`index/folder.py`), which `trl-search index --kind NAME` runs; the retriever of the same name opens what it
-has built. A package registers both through entry points:
+A kind of retriever is a function `load(**options) -> Retriever`, or a subclass of `Retriever`; [`load_retriever`]
+calls it. A kind of index is a `Builder` (`index/folder.py`), which `trl-search index --kind NAME` runs; the retriever
+of the same name opens what it has built. A package registers both through entry points:
 
     [project.entry-points."trl_search.retrievers"]
     elastic = "my_package.elastic:load"
@@ -21,7 +21,7 @@ RETRIEVERS = Registry(
     {
         "bm25": "trl_search.retrieval.bm25.retriever:load",
         "dense": "trl_search.retrieval.dense.retriever:load",
-        "http": "trl_search.retrieval.remote.http_retriever:load",
+        "http": "trl_search.retrieval.remote.http_retriever:HttpRetriever",
         "hybrid": "trl_search.retrieval.combine.hybrid:load",
         "opensearch": "trl_search.retrieval.engines.opensearch:load",
         "qdrant": "trl_search.retrieval.engines.qdrant:load",

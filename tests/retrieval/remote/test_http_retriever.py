@@ -61,7 +61,7 @@ def client() -> Iterator[Callable[..., HttpRetriever]]:
 
     def make(*servers: Server | str, **options: Any) -> HttpRetriever:
         urls = [server if isinstance(server, str) else server.url for server in servers]
-        made.append(HttpRetriever(urls, **{"timeout_s": 5.0, "patience_s": 10.0, **options}))
+        made.append(HttpRetriever(urls=urls, **{"timeout_s": 5.0, "patience_s": 10.0, **options}))
         return made[-1]
 
     yield make
@@ -286,7 +286,7 @@ def test_no_body_is_anything_but_a_result_or_a_failure(
 def shared_body() -> Iterator[tuple[HttpRetriever, list[Any]]]:
     holder: list[Any] = [b""]
     with serving(lambda asked: Said(holder[0])) as server:
-        retriever = HttpRetriever([server.url])
+        retriever = HttpRetriever(url=server.url)
         yield retriever, holder
         retriever.close()
 

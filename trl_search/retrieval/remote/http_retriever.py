@@ -28,7 +28,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -37,6 +37,7 @@ import tenacity
 
 from trl_search.common.credentials import required_token
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import all_of
 from trl_search.common.retrying import GROWING_WAIT
 from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable
 from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
@@ -56,18 +57,34 @@ TRIES_OF_AN_ERROR = 3
 
 
 class HttpRetriever(AsyncRetriever):
-    """Asks one or several retrieval servers. For the arguments see [`load`]."""
+    """Asks one or several retrieval servers: `load_retriever("http", ...)`. None is asked before the first search.
+
+    Args:
+        url (`str`, *optional*): One server; or
+        urls (`Sequence[str]`, *optional*): several, of the same index.
+        timeout_s (`float`): Seconds until one request counts as failed.
+        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
+            `search_timeout_s` of training, which otherwise cuts it short.
+        max_batch (`int`): Queries per request.
+        max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
+        token_env (`str`, *optional*): The environment variable that holds the bearer token.
+    """
 
     def __init__(
         self,
-        urls: Sequence[str],
         *,
+        url: str | None = None,
+        urls: Sequence[str] | None = None,
         timeout_s: float = 20.0,
         patience_s: float = 25.0,
         max_batch: int = 512,
         max_concurrent_batches: int | None = None,
         token_env: str | None = None,
     ) -> None:
+        if (url is None) == (urls is None):
+            raise UserError('http needs url="http://host:8000" or urls=["http://a:8000", "http://b:8000"]')
+        if isinstance(urls, str):
+            raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
         if min(timeout_s, patience_s) <= 0 or max_batch < 1:
             raise UserError(
                 f"timeout_s and patience_s must be above 0 and max_batch at least 1; got {timeout_s}, {patience_s} "
@@ -75,7 +92,7 @@ class HttpRetriever(AsyncRetriever):
             )
         if max_concurrent_batches is not None and max_concurrent_batches < 1:
             raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
-        self._urls = tuple(urls)
+        self._urls = (url,) if url is not None else tuple(urls or ())
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
         self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
         super().__init__()
@@ -101,7 +118,7 @@ class HttpRetriever(AsyncRetriever):
             size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
             shares = [queries[start : start + size] for start in range(0, len(queries), size)]
             try:
-                return await _together([self._ask(share, k, deadline) for share in shares])
+                return [*chain.from_iterable(await all_of(self._ask(share, k, deadline) for share in shares))]
             except _WantsOneQuery:
                 self._one_by_one = True
         turns = asyncio.Semaphore(ONE_BY_ONE * len(self._endpoints))
@@ -110,7 +127,7 @@ class HttpRetriever(AsyncRetriever):
             async with turns:
                 return await self._ask([query], k, deadline)
 
-        return await _together([ask_alone(query) for query in queries])
+        return [*chain.from_iterable(await all_of(map(ask_alone, queries)))]
 
     def take_metrics(self) -> dict[str, float]:
         stats = self._endpoints.take_stats()
@@ -238,15 +255,6 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
     return [passages[:k] for passages in found]
 
 
-async def _together(asked: Sequence[Coroutine[Any, Any, list[list[Passage]]]]) -> list[list[Passage]]:
-    """The results of all, in order, once all have ended; the first failure where there is one."""
-    found = await asyncio.gather(*asked, return_exceptions=True)
-    for outcome in found:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return list(chain.from_iterable(found))  # type: ignore[arg-type]  # mypy does not see the raise
-
-
 def _body(response: httpx.Response) -> Any:
     try:
         return response.json()
@@ -276,34 +284,3 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def _times(tries: int) -> str:
     return "one try" if tries == 1 else f"{tries} tries"
-
-
-def load(
-    *,
-    url: str | None = None,
-    urls: Sequence[str] | None = None,
-    timeout_s: float = 20.0,
-    patience_s: float = 25.0,
-    max_batch: int = 512,
-    max_concurrent_batches: int | None = None,
-    token_env: str | None = None,
-) -> HttpRetriever:
-    """`load_retriever("http", ...)`. No server is asked before the first search.
-
-    Args:
-        url (`str`, *optional*): One server; or
-        urls (`Sequence[str]`, *optional*): several, of the same index.
-        timeout_s (`float`): Seconds until one request counts as failed.
-        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
-            `search_timeout_s` of training, which otherwise cuts it short.
-        max_batch (`int`): Queries per request.
-        max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
-        token_env (`str`, *optional*): The environment variable that holds the bearer token.
-    """
-    if (url is None) == (urls is None):
-        raise UserError('http needs url="http://host:8000" or urls=["http://a:8000", "http://b:8000"]')
-    if isinstance(urls, str):
-        raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
-    options: dict[str, Any] = {"timeout_s": timeout_s, "patience_s": patience_s, "max_batch": max_batch}
-    addresses = [url] if url is not None else list(urls or ())
-    return HttpRetriever(addresses, max_concurrent_batches=max_concurrent_batches, token_env=token_env, **options)

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trl_search.common.event_loop import all_of
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
 from trl_search.retrieval.batching import Crashed, SearchBatcher, SearchStats
 from trl_search.retrieval.remote.wire import RetrieveRequest, format_passages
@@ -124,12 +125,7 @@ class SearchService:
             if len(queries) == 1:
                 return [await batcher.search(queries[0], k)]
             # Waits for every search, even when one has failed: `queued` counts all that are under way.
-            searches = (batcher.search(query, k) for query in queries)
-            found = await asyncio.gather(*searches, return_exceptions=True)
-            for outcome in found:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-            return found  # type: ignore[return-value]
+            return await all_of(batcher.search(query, k) for query in queries)
         except RetrievalError as error:
             status = 503 if isinstance(error, Unavailable) else 500 if isinstance(error, Crashed) else 422
             raise Refused(status, f"the search failed: {error}") from error

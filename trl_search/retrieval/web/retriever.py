@@ -29,6 +29,7 @@ import httpx
 import tenacity
 
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import all_of
 from trl_search.common.files import cache_folder, home_expanded
 from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
@@ -91,12 +92,7 @@ class WebRetriever(AsyncRetriever):
         self._begin(queries, k)
         gate = asyncio.Semaphore(PAGES_AT_ONCE)
         asked = dict.fromkeys(_tidy(query) for query in queries)
-        outcomes = await asyncio.gather(*(self._passages(query, k, gate) for query in asked), return_exceptions=True)
-        found: dict[str, list[Passage]] = {}
-        for query, outcome in zip(asked, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            found[query] = outcome
+        found = dict(zip(asked, await all_of(self._passages(query, k, gate) for query in asked), strict=True))
         return [found[_tidy(query)] for query in queries]
 
     def take_metrics(self) -> dict[str, float]:
