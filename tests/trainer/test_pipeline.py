@@ -99,9 +99,8 @@ def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
     tmp_path, random_model, tokenizer, monkeypatch, max_searches
 ):
     played = []
-    monkeypatch.setattr(
-        "trl_search.trainer.sft.fine_tune", lambda model, tokenizer, shown, **options: played.extend(shown)
-    )
+    monkeypatch.setattr("trl_search.trainer.sft.sft_dataset", played.extend)
+    monkeypatch.setattr("trl_search.trainer.sft.train", lambda *_: None)
     config = SearchGRPOConfig(str(tmp_path), bf16=False, instruction="", max_searches=max_searches)
     warm_up(random_model, tokenizer, TaskArguments(world_passages=1000, warm_start_steps=2), config, tmp_path)
     assert {"<tools>" in tokenizer.decode(one.prompt_ids) for one in played} == {max_searches > 0}

@@ -19,7 +19,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.retrieval import Retriever
 from trl_search.rewards.answers import exact_match
-from trl_search.trainer.sft import SearchSFTConfig, fine_tune, sft_dataset, sft_rows, train, warm_start
+from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train, warm_start
 from trl_search.types import Answer, StopReason, Trajectory
 
 
@@ -167,11 +167,9 @@ def test_an_adapter_is_not_merged_into_a_model_that_no_process_has_whole(
         train(random_model, tokenizer, rows, config, peft_config=LoraConfig(r=2))
 
 
-def test_fine_tune_says_when_there_is_nothing_to_learn(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, random_model: Qwen2ForCausalLM
-) -> None:
+def test_nothing_to_learn_from_is_said() -> None:
     with pytest.raises(UserError, match="none of 0 trajectories"):
-        fine_tune(random_model, tokenizer, [], output_dir=str(tmp_path), steps=1, learning_rate=1e-3)
+        sft_dataset([])
 
 
 def test_a_model_that_would_mix_trajectories_is_padded(

@@ -153,34 +153,6 @@ def warm_start(
     trajectories = scripted_trajectories(
         world, retriever, protocol, n=steps * batch_size, quality=quality, seed=seed, environment=environment
     )
-    fine_tune(
-        model,
-        protocol.tokenizer,
-        trajectories,
-        output_dir=output_dir,
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=seed,
-        use_cpu=use_cpu,
-    )
-    return trajectories
-
-
-def fine_tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trajectories: Sequence[Trajectory],
-    *,
-    output_dir: str,
-    steps: int,
-    learning_rate: float,
-    batch_size: int = 16,
-    seed: int = 0,
-    use_cpu: bool = False,
-) -> None:
-    """Trains the model in place on trajectories, and saves it with its tokenizer in `output_dir`."""
-    rows = sft_dataset(trajectories)
     config = SearchSFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -198,7 +170,8 @@ def fine_tune(
         seed=seed,
         data_seed=seed,
     )
-    train(model, tokenizer, rows, config)
+    train(model, protocol.tokenizer, sft_dataset(trajectories), config)
+    return trajectories
 
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
