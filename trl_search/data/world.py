@@ -18,7 +18,6 @@ Passages are rendered on demand from compact tables; `iter_passages()` and `writ
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import write_jsonl
 from trl_search.data.world_language import KINDS, LITERALS, RELATIONS, WORDS, Kind, Relation
 from trl_search.types import Passage
 
@@ -155,11 +155,10 @@ class World:
     def write(self, folder: str | Path) -> None:
         """Writes `corpus.jsonl` (rows `id, title, text`), `train.jsonl` and `test.jsonl` (rows as `Question.row`)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         passages = ({"id": p.id, "title": p.title, "text": p.text} for p in self.iter_passages())
-        _write_jsonl(folder / "corpus.jsonl", passages)
+        write_jsonl(folder / "corpus.jsonl", passages)
         for split in SPLITS:
-            _write_jsonl(folder / f"{split}.jsonl", (question.row() for question in self.questions(split)))
+            write_jsonl(folder / f"{split}.jsonl", (question.row() for question in self.questions(split)))
 
     @cached_property
     def _members(self) -> dict[Split, dict[str, list[int]]]:
@@ -316,9 +315,3 @@ def _move_capitals_home(
     for country, town in zip(members["country"], towns, strict=True):
         facts[country] = (town, *facts[country][1:])
         facts[town] = (country, *facts[town][1:])
-
-
-def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 
 from trl_search.cli.options import add_question_fields, question_fields
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
             if index not in found
         ]
     if args.missing:
-        with written_whole(Path(args.missing)) as path:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in missing), encoding="utf-8")
+        write_jsonl(Path(args.missing), missing)
         print(f"{args.missing}: {len(missing):,} questions that no passage answers")
     return 0

@@ -16,7 +16,6 @@ same command goes on there. Several processes (`accelerate launch -m trl_search 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,9 +24,9 @@ from typing import Any
 
 from trl_search.cli.commands import eval as evaluation
 from trl_search.cli.data_actions.questions import writable, write_questions
-from trl_search.cli.options import question_fields
+from trl_search.cli.options import add_sampling_options, question_fields
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_jsonl
 
 _SET = "asked"
 
@@ -45,10 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions")
     parser.add_argument("--seed", type=int, default=0, help="of that sample and of sampling (default: 0)")
     evaluation.add_policy_options(parser)
-    sampled = parser.add_argument_group("how it samples")
-    sampled.add_argument("--temperature", type=float, default=1.0, help="as in training (default: 1)")
-    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+    add_sampling_options(parser.add_argument_group("how it samples"), temperature=1.0, note="as in training")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     # 1. Every question as often as it is asked, as a set that `trl-search eval` takes.
     folder = output.with_name(f"{output.name}.asked")
     asked, answers = folder / f"{_SET}.jsonl", folder / "answers"
-    with written_whole(asked) as path:  # every process writes the same rows, so none waits for another
-        path.write_text("".join(_repeated(questions, args.pass_at)), encoding="utf-8")
+    write_jsonl(asked, _repeated(questions, args.pass_at))  # every process the same rows, so none waits for another
     options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
     fields = {"question_field": None, "answers_field": None, "id_field": None}
     try:
@@ -108,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _repeated(questions: Iterable[Mapping[str, Any]], times: int) -> Iterator[str]:
-    """Each question several times in a row, as JSON, with ids of their own, because sampling depends on the id."""
+def _repeated(questions: Iterable[Mapping[str, Any]], times: int) -> Iterator[dict[str, Any]]:
+    """Each question several times in a row, with ids of their own, because sampling depends on the id."""
     for number, row in enumerate(questions):
         for sample in range(times):
             asked = {"id": f"{number}-{sample}", "question": row["question"], "golden_answers": row["golden_answers"]}
-            yield json.dumps({**asked, "data_source": _SET}, ensure_ascii=False) + "\n"
+            yield {**asked, "data_source": _SET}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.common.files import home_expanded
+from trl_search.common.files import home_expanded, write_json
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
@@ -78,9 +78,6 @@ class Manifest:
     source: Fingerprint | None
     files: dict[str, int]
     details: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def build_index(
                 files=build.sizes(),
                 details=details,
             )
-            manifest.write(build.path)
+            write_json(build.path / MANIFEST, asdict(manifest))
         build.put_in_place(replace=overwrite)
     return read_manifest(output)
 

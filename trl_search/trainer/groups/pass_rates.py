@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import written_whole
+from trl_search.common.files import write_jsonl
 from trl_search.records.trajectory_log import question_text
 from trl_search.rewards.answers import exact_match, last_answer
 from trl_search.rewards.golden_answers import golden_list
@@ -103,9 +103,7 @@ class PassRates:
         }
 
     def save(self, folder: Path) -> None:
-        lines = [json.dumps({"question": q, **asdict(v)}, ensure_ascii=False) for q, v in self.visits.items()]
-        with written_whole(folder / FILE) as path:
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_jsonl(folder / FILE, ({"question": question, **asdict(one)} for question, one in self.visits.items()))
 
     def load(self, folder: Path) -> None:
         """Takes the place of what is known. A checkpoint without the file was saved without the curriculum."""
