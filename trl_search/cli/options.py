@@ -51,6 +51,13 @@ def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(how_to_go_on()) from None
 
 
+def add_sampling_options(parser: Any, temperature: float, note: str = "0 is greedy") -> None:
+    """Adds how tokens are sampled, as [`sampling_of`] reads it; `parser` may be a group."""
+    parser.add_argument("--temperature", type=float, default=temperature, help=f"{note} (default: %(default)g)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+
+
 def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
     """How tokens are sampled, by `--temperature`, `--top_p` and `--top_k`."""
     from trl_search.types import Sampling

@@ -58,7 +58,6 @@ class ToolTemplate:
     Args:
         format (`CallFormat`): How the call is written.
         message (`CallMessage`): The form of message that the template takes.
-        call (`str`): The call as the template writes it, for [`SEARCH_TOOL`] and two queries.
         opening (`str`): The text from the call to the reply, including the end of the policy's turn.
         closing (`str`): The text from the reply to the policy's next turn.
         json_reply (`bool`): The reply stands inside a JSON string.
@@ -66,7 +65,6 @@ class ToolTemplate:
 
     format: CallFormat
     message: CallMessage
-    call: str
     opening: str
     closing: str
     json_reply: bool
@@ -109,9 +107,8 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
         if (end := _end_of_call(form, written)) is None:
             continue
         opening = written[end:].lstrip()  # white space before the end of the turn is the policy's
-        call = written.removesuffix(opening)
-        if _reads_back(form, call):
-            return ToolTemplate(form, message, call, opening, closing, json_reply)
+        if _reads_back(form, written.removesuffix(opening)):
+            return ToolTemplate(form, message, opening, closing, json_reply)
     raise TemplateProblem(
         f"the chat template writes calls in a form that is not known here ({written[:160]!r}): {REMEDY}"
     )

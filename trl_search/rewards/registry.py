@@ -84,11 +84,7 @@ def _resolve(spec: str | Reward) -> Reward:
         return spec
     if not isinstance(spec, str):
         raise UserError(f"a reward is a name or a function, not {type(spec).__name__}: {spec!r:.80}")
-    return _callable(REWARDS.find(spec), spec)
-
-
-def _callable(value: Any, name: str) -> Reward:
-    if not callable(value):
-        raise UserError(f"reward {name!r} is not a function but {type(value).__name__}")
-    reward: Reward = value
+    reward: Reward = REWARDS.find(spec)
+    if not callable(reward):
+        raise UserError(f"reward {spec!r} is not a function but {type(reward).__name__}")
     return reward

@@ -22,7 +22,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, sampling_of, searched_of
+from trl_search.cli.options import (
+    SEARCHED,
+    add_retriever_options,
+    add_sampling_options,
+    add_world_options,
+    sampling_of,
+    searched_of,
+)
 from trl_search.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_world_options(searched)
     add_agent_options(parser)
     run = parser.add_argument_group("how it runs")
-    run.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    run.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    run.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+    add_sampling_options(run, temperature=0.7)
     run.add_argument("--seed", type=int, help="of the first question, one more for each after it (default: drawn)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")

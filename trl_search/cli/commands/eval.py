@@ -27,6 +27,7 @@ from trl_search.cli.options import (
     SEARCHED,
     add_question_fields,
     add_retriever_options,
+    add_sampling_options,
     add_world_options,
     explained_interrupt,
     question_fields,
@@ -54,10 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published rows beside ours: of models of the same size, of that size, all or none (default: auto)",
     )
     add_policy_options(parser)
-    sampled = parser.add_argument_group("how it samples")
-    sampled.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    sampled.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    sampled.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+    add_sampling_options(parser.add_argument_group("how it samples"), temperature=0.0)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:

@@ -47,6 +47,7 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import Field, fields
+from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trl_search.cli.options import add_passage_fields, explained_interrupt, passage_fields
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             fields=passage_fields(args),
             skip_duplicates=args.skip_duplicates,
-            announce=_say,
+            announce=partial(print, flush=True),
             workers=workers,
             **options,
         )
@@ -100,10 +101,6 @@ def run(args: argparse.Namespace) -> int:
     if "recall_at_3" in measured:
         print(f"recall@3 {measured['recall_at_3']:.3f} of exact search, built in {measured['build_s']:,.0f} s")
     return 0
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def _documented(make: Any) -> dict[str, str]:

@@ -56,23 +56,21 @@ class Fields:
 
     def id_name(self, row: Mapping[str, Any], where: str) -> str:
         """The field of the id. One that is null is as good as missing: a table has every column in every row."""
-        found = self.id_field or next((name for name in ID_NAMES if row.get(name) is not None), None)
-        if found is None:
-            raise UserError(
-                f"{where}: 'id' is missing (and _id, doc_id, docid); {_listed(row)}; name yours with --id_field "
-                "(id_field=...)"
-            )
-        return found
+        missing = "'id' is missing (and _id, doc_id, docid)"
+        return self.id_field or _first(ID_NAMES, row, where, missing, "id_field")
 
     def text_name(self, row: Mapping[str, Any], where: str) -> str:
         """The field of the text, likewise."""
-        found = self.text_field or next((name for name in TEXT_NAMES if row.get(name) is not None), None)
-        if found is None:
-            raise UserError(
-                f"{where}: neither 'contents' nor 'text' is there; {_listed(row)}; name yours with "
-                "--text_field (text_field=...)"
-            )
-        return found
+        return self.text_field or _first(
+            TEXT_NAMES, row, where, "neither 'contents' nor 'text' is there", "text_field"
+        )
+
+
+def _first(names: Iterable[str], row: Mapping[str, Any], where: str, missing: str, option: str) -> str:
+    found = next((name for name in names if row.get(name) is not None), None)
+    if found is None:
+        raise UserError(f"{where}: {missing}; {_listed(row)}; name yours with --{option} ({option}=...)")
+    return found
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -38,8 +38,6 @@ API_KEY = "QDRANT_API_KEY"
 MOST_FETCHED = 4096  # rows per query
 MAX_BATCH = 128  # queries per request
 
-Ask = Callable[[Sequence[str]], list[Any]]  # queries to what Qdrant searches for; `None` for one without words
-
 
 class QdrantRetriever(Retriever):
     """Asks a collection. Make one with `load_retriever("qdrant", ...)`.

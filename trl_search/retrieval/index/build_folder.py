@@ -6,8 +6,8 @@
         scratch/        what the index does not need: vectors that are encoded already
         ...             the index itself, renamed to indexes/wiki when it is whole
 
-The state and the lock go last. A build that is killed between the rename and their removal leaves them in the finished
-index, where nobody reads them: gone earlier, a kill before the rename would throw a whole build away.
+The state and the lock are removed last. A build that is killed between the rename and their removal leaves them in the
+finished index, where nobody reads them. Were they removed before the rename, a kill in between would lose the build.
 
 A folder that cannot be replaced by a rename (an empty one that is there already, a mount point, one in a parent that
 we may not write) is built inside itself, in `indexes/wiki/.building`, and its files move up at the end, the manifest
@@ -95,8 +95,7 @@ class BuildFolder:
 
         Args:
             inputs (`dict`, *optional*): JSON that says what is built from what. `None` if that is unknown; such a
-            build
-                is never resumed.
+                build is never resumed.
         """
         self._inputs = inputs
         found = self._read_state()

@@ -55,14 +55,13 @@ _TRAINED_LIST = 39  # with fewer vectors per list, FAISS warns that k-means has 
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """What an index will cost. `ram_bytes` stay resident; `mapped_bytes` of the file are read when needed."""
+    """What an index will cost. `ram_bytes` stay resident."""
 
     word: str
     factory: str
     count: int
     dim: int
     ram_bytes: int
-    mapped_bytes: int
     disk_bytes: int
     build_ram_bytes: int
     build_s: float
@@ -98,21 +97,20 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
     gpu = None
     if word in codes:
         disk = codes[word] * count + _FILE_HEAD
-        ram, mapped = _FILE_HEAD, disk
+        ram = _FILE_HEAD
         # Rows are streamed: one slice and its copy.
         build_ram = 2 * 4 * dim * min(count, SLICE_ROWS)
         gpu = 2 * dim * count if word in ("flat", "fp16") else None
     elif word == "hnsw":
         # Per vector: links of the ground level, an offset and a level; for one in 32, half as many links above.
         disk = ram = count * (4 * dim + 4 * (2 * HNSW_LINKS + HNSW_LINKS // 31) + 12) + _FILE_HEAD
-        mapped, build_ram = 0, ram
+        build_ram = ram
     else:
         ram = bits * 32 * math.ceil(count / 32) + _FILE_HEAD
         if word == "small-ivf":
             # An id per vector, and per list a centroid and half a block of padding.
             ram = (bits + 8) * count + lists * (4 * dim + 16 * bits + 64) + _FILE_HEAD
-        mapped = dim * count
-        disk = ram + mapped + 8 * dim
+        disk = ram + dim * count + 8 * dim
         # The training sample, beside the codes.
         sample = 64 * lists if word == "small-ivf" else TRAINING_ROWS
         build_ram = ram + 2 * 4 * dim * min(count, max(sample, SLICE_ROWS))
@@ -122,7 +120,6 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
         count=count,
         dim=dim,
         ram_bytes=ram,
-        mapped_bytes=mapped,
         disk_bytes=disk,
         build_ram_bytes=build_ram,
         build_s=count * _BUILD_US[word] * 1e-6 * (dim / 768) / (os.cpu_count() or 1),
