@@ -50,9 +50,7 @@ class RunLog(TrainerCallback):
         self.environment: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir or ".")

@@ -46,9 +46,7 @@ class TrackerTables(TrainerCallback):
         self.run_log, self.trajectory_log = run_log, trajectory_log
         self.sent = -1  # the last interval whose table was sent
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sent = -1
         if not state.is_world_process_zero:
             return
@@ -58,9 +56,7 @@ class TrackerTables(TrainerCallback):
         for tracker in _trackers(args):
             tracker.config.update({CONFIG_KEY: record}, allow_val_change=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert isinstance(args, SearchGRPOConfig)
         every, table = args.trajectory_table_steps, self.trajectory_log.table
         # A step that reuses earlier rollouts has no new trajectories: those of the next rollout are sent.

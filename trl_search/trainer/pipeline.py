@@ -234,9 +234,7 @@ class MeasureBefore(TrainerCallback):
     def __init__(self, run: Run, held_out: HeldOut) -> None:
         self.run, self.held_out = run, held_out
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step:  # a resumed run has this behind it
             return
         run, warmed_up = self.run, bool(self.run.arguments.warm_start_steps)

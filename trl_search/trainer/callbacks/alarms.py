@@ -77,9 +77,7 @@ class CollapseAlarm(TrainerCallback):
         self.lasting: Counter[str] = Counter()  # alarm -> logs in a row in which it fired
         self.quiet: dict[str, int] = {}  # alarm that was reported -> logs in a row since without it
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A resumed run is compared with its logs before the checkpoint."""
         self._restart()
         for row in filter(is_training_log, state.log_history):

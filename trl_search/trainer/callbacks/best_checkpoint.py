@@ -56,9 +56,7 @@ class BestCheckpoint(TrainerCallback):
         self._asked: int | None = None  # the step whose checkpoint is saved only because it is the best
         self._beaten: Path | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Restores the best checkpoint of a resumed run, and removes a link that another run left in this folder."""
         folder = Path(args.output_dir or ".")
         link = folder / LINK
@@ -80,9 +78,7 @@ class BestCheckpoint(TrainerCallback):
         if best is None:
             state.best_metric = state.best_global_step = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         result = self.held_out.last
         if result is None or result.step != state.global_step or not _better(result, state.best_metric):
             return

@@ -132,16 +132,12 @@ class EvaluateEvery(TrainerCallback):
             raise UserError(f"evaluate_every={steps} must be at least 1")
         self.steps, self.held_out = steps, held_out
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.held_out.last is not None and self.held_out.last.step != state.global_step:
             self.held_out.last = None  # a run that was rolled back reaches the same step with other weights
         keep_ids(Path(args.output_dir or "."), self.held_out.ids, state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.steps:
             return
         self.held_out.trainer.add_to_log(self.held_out.measure().metrics)

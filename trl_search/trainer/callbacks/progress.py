@@ -71,9 +71,7 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
 class StepLines(ProgressCallback):
     """transformers' bar, hidden without a terminal, with our line in place of a dump of every metric."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True, disable=None)
         self.current_step = 0
