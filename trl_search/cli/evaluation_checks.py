@@ -22,7 +22,7 @@ _BYTES = {"float32": 4, "auto": 2, None: 2}
 
 
 def refuse_evaluation(plan: Plan) -> None:
-    """Refuses an evaluation that cannot run here. Of several processes the first one looks."""
+    """Refuses an evaluation that cannot run here. Of several processes only the first one checks."""
     if int(os.environ.get("RANK", "0")):
         return
     found = FirstSecond()

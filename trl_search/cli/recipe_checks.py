@@ -40,7 +40,7 @@ def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
     """Refuses to start a run that this machine cannot finish; the message lists every problem with its remedy.
 
     Raises:
-        UserError: if there is a problem. Of several processes the first one looks.
+        UserError: if there is a problem. Of several processes only the first one checks.
     """
     if int(os.environ.get("RANK", "0")):
         return

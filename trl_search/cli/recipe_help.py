@@ -52,21 +52,17 @@ def print_help(argv: Sequence[str], command: str, description: str, classes: Seq
     lines += recipe_lines(command)
     agent = dataclasses.fields(AgentSettings)
     names = {field.name for field in agent}
+    own = inspect.get_annotations(classes[1])  # without what it inherits from TRL
     for heading, fields in (
         ("The task", [field for field in dataclasses.fields(classes[0]) if field.name not in names]),
         ("The agent", agent),
-        ("The training, beside TRL's keys", _own(classes[1])),
+        ("The training, beside TRL's keys", [field for field in dataclasses.fields(classes[1]) if field.name in own]),
     ):
         lines += ["", f"{heading}:"]
         lines += [line for field in fields for line in _described(field)]
     lines += ["", f"`trl-search {command} --help_all` lists TRL's keys too; `trl-search recipes show NAME` a recipe."]
     print("\n".join(lines))
     return True
-
-
-def _own(cls: Any) -> list[dataclasses.Field[Any]]:
-    """The fields that a dataclass declares itself, without what it inherits."""
-    return [field for field in dataclasses.fields(cls) if field.name in inspect.get_annotations(cls)]
 
 
 def _described(field: dataclasses.Field[Any]) -> list[str]:

@@ -132,7 +132,7 @@ class AgentSettings:
         return {"format": FORMAT, **self.described()}
 
     def described(self) -> dict[str, Any]:
-        """The keys as they are written down: the environment only where it is not the search, as before it was one."""
+        """The keys as files hold them: without the environment where it is the search."""
         values = dataclasses.asdict(self)
         if (self.environment, self.environment_options) == (SEARCH, None):
             del values["environment"], values["environment_options"]

@@ -21,7 +21,12 @@ def with_documented_keys(cls: Config) -> Config:
             Searches a trajectory may make. ...
     """
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Keys:"]
-    declared = {name for base in cls.__mro__ if base.__module__.startswith("trl_search.") for name in _own(base)}
+    declared = {
+        name
+        for base in cls.__mro__
+        if base.__module__.startswith("trl_search.")
+        for name in inspect.get_annotations(base)
+    }
     for key in dataclasses.fields(cls):
         if key.name in declared and "help" in key.metadata:
             made = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
@@ -29,7 +34,3 @@ def with_documented_keys(cls: Config) -> Config:
             lines += textwrap.wrap(key.metadata["help"], _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
     cls.__doc__ = "\n".join(lines) + "\n"
     return cls
-
-
-def _own(cls: type) -> set[str]:
-    return set(inspect.get_annotations(cls))

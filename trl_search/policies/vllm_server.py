@@ -242,7 +242,7 @@ class VLLMServerPolicy(Policy):
             )
 
     def _see(self, started_at: float | None, gone: bool = False) -> None:
-        """Takes note of the server's start; where it does not say, one that nobody listened for was started anew."""
+        """Notes when the server was started. If it does not say, it was restarted where nobody listened (`gone`)."""
         if gone if started_at is None else self._started_at not in (None, started_at):
             self.restarted = True
             logger.warning(

@@ -4,8 +4,8 @@
     three such steps in a row        ─► the run stops, with the step and the text of the batch
     a weight NaN or infinite         ─► nothing is written over the model that lies in the folder
 
-Why it happens at all: on H100 with torch 2.11 and cuDNN 9.19, the backward pass of cuDNN's attention gives NaN
-gradients for some padded batches. The memory-efficient and the plain kernel do not, and stay.
+One cause is known: on H100 with torch 2.11 and cuDNN 9.19, the backward pass of cuDNN's attention gives NaN gradients
+for some padded batches. So that kernel is switched off; the memory-efficient and the plain one stay.
 """
 
 from __future__ import annotations

@@ -114,41 +114,31 @@ class Analyzer:
             folded = _ACCENTS.sub("", unicodedata.normalize("NFD", plain))
             plain = unicodedata.normalize("NFC", folded)
         plain = _OPTIONAL_POINTS.sub("", _POSSESSIVE.sub("", plain))
-        word, run = _patterns()
+        word, run, letter = _patterns()
         words: list[str] = []
         for found in word.findall(plain):
             if found.isascii() or not UNSPACED.search(found):
                 words.append(found)
             else:
                 for unspaced, other in run.findall(found):
-                    words += _pairs(unspaced) if unspaced else [other]
+                    words += _pairs(letter.findall(unspaced)) if unspaced else [other]
         return words
 
 
-def _pairs(run: str) -> list[str]:
-    """Neighbouring letters with their marks, two by two; a single letter is a term of its own."""
-    letters = _letters().findall(run)
+def _pairs(letters: list[str]) -> list[str]:
+    """Neighbouring letters, two by two; a single letter is a term of its own."""
     return [first + second for first, second in itertools.pairwise(letters)] or letters
 
 
 @functools.cache
-def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A word with its marks; and, within one, a run of a script without spaces, or of anything else."""
-    marks = _marks()
-    unspaced = f"[{UNSPACED_LETTERS}][{marks}]*"
-    return (re.compile(rf"\w[\w{marks}]*"), re.compile(rf"((?:{unspaced})+)|((?:(?![{UNSPACED_LETTERS}]).)+)"))
-
-
-@functools.cache
-def _letters() -> re.Pattern[str]:
-    return re.compile(f"[{UNSPACED_LETTERS}][{_marks()}]*")
-
-
-@functools.cache
-def _marks() -> str:
-    """Combining marks, as the inside of a character class. Variation selectors, which follow emoji, are excluded."""
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A word with its combining marks; within one, a run of a script without spaces, or of anything else; and a letter
+    of such a run with its marks."""
     codes = [code for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
-    return "".join(chr(code) for code in codes if not 0xFE00 <= code <= 0xFE0F)
+    marks = "".join(chr(code) for code in codes if not 0xFE00 <= code <= 0xFE0F)  # variation selectors follow emoji
+    letter = f"[{UNSPACED_LETTERS}][{marks}]*"
+    run = rf"((?:{letter})+)|((?:(?![{UNSPACED_LETTERS}]).)+)"
+    return re.compile(rf"\w[\w{marks}]*"), re.compile(run), re.compile(letter)
 
 
 # Snowball's languages that are not written in Latin letters.

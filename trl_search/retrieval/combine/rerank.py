@@ -206,11 +206,8 @@ def _check_depth(depth: int) -> None:
 
 
 def _candidates(query: str, found: Sequence[Passage]) -> Candidates:
-    return _clean(query[:MAX_QUERY_CHARS]), tuple(map(_text, found))
-
-
-def _text(passage: Passage) -> str:
-    return _clean(passage.titled_text if passage.title else passage.text)
+    texts = (passage.titled_text if passage.title else passage.text for passage in found)
+    return _clean(query[:MAX_QUERY_CHARS]), tuple(map(_clean, texts))
 
 
 def _clean(text: str) -> str:

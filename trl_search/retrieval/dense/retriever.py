@@ -105,7 +105,7 @@ class DenseRetriever(Retriever):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        # An encoder makes some vector of a query without letters or digits, too, and some passages are nearest to it.
+        # A query without letters or digits would get a vector too, and passages that mean nothing.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         found: list[list[Passage]] = [[] for _ in queries]
         with self._lock:

@@ -96,7 +96,7 @@ class QdrantRetriever(Retriever):
 
     def _dense(self, queries: Sequence[str]) -> list[Any]:
         assert self._encoder is not None
-        # An encoder makes some vector of a query without letters or digits, too, and some passages are nearest to it.
+        # A query without letters or digits would get a vector too, and passages that mean nothing.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         vectors: list[Any] = [None] * len(queries)
         encoded_QD = self._encoder.encode_queries([queries[number] for number in asked])

@@ -159,12 +159,8 @@ def _is_packed_for_flex(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
     return isinstance(attention_mask, BlockMask)
 
 
-def _is_packed_for_varlen(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("cu_seq_lens_q") is not None
-
-
 _KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
-    "varlen": (_is_packed_for_varlen, varlen_attention),
+    "varlen": (lambda attention_mask, kwargs: kwargs.get("cu_seq_lens_q") is not None, varlen_attention),
     "flex_attention": (_is_packed_for_flex, _flex_attention),
 }
 
