@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -30,6 +31,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.support.workers import Scheduling
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """In the controller: one process imports torch and TRL for all workers, and for what their tests fork."""
+    from tests.support.forked import fork_workers
+
+    folder = tempfile.TemporaryDirectory(prefix="trl-search-")
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(fork_workers(specs, f"{folder.name}/forks").close)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

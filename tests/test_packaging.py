@@ -91,6 +91,7 @@ def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> N
     assert run.stdout.startswith(str(tmp_path / "site")) and "quickstart.yaml" in run.stdout.splitlines()[-1]
 
     small = {"world_passages": 1000, "max_eval_questions": 8, "warm_start_steps": 1, "max_steps": 1}
+    small |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "trl_search", "train", "quickstart", *options]
     (tmp_path / "empty").mkdir()

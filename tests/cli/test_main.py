@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import trl_search.cli.commands
+from tests.support.forked import ForkedProcess
 from trl_search.cli.main import command_names, is_user_error, main
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
@@ -197,11 +198,27 @@ def test_a_reader_that_leaves_is_no_error(commands: Path, lines: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["index", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["index", "--help"]])
 def test_a_reader_that_leaves_the_help_is_no_error(words: list[str]) -> None:
     shell = f"({sys.executable} -m trl_search {' '.join(words)}; echo $? >&2) | true"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stderr == "0\n"
+
+
+def test_a_reader_that_leaves_the_help_of_the_longest_command_is_no_error(tmp_path: Path) -> None:
+    """That of TRL's parser, forked: it imports TRL."""
+    read, written = os.pipe()
+    os.close(read)
+    with open(os.devnull) as nothing:
+        train = ForkedProcess(
+            "trl_search",
+            ["train", "--help"],
+            environment=os.environ,
+            log=tmp_path / "errors",
+            streams=(nothing.fileno(), written),
+        )
+    os.close(written)
+    assert (train.wait(), train.output()) == (0, "")
 
 
 @pytest.mark.parametrize("option", ["--passages_per_query", "--passages-per-query"])

@@ -1,16 +1,22 @@
 """Imports modules once, then forks a process for each request. `forked.py` starts it and speaks with it.
 
-    python -m tests.support.fork_server REQUESTS REPLIES MODULE ...      # two file descriptors
+    python -m tests.support.fork_server STARTER LISTENING MODULE ...      # two sockets, as file descriptors
 
-    request   {"module": "trl_search", "arguments": ["eval", ...], "environment": {...}, "folder": "...", "log": "..."}
+    request   {"module": "trl_search", "arguments": ["eval", ...], "environment": {...}, "folder": "..."}, and with it
+              three descriptors: the input, the output and the errors of the new process. With "code" in place of
+              "module" it is `python -c CODE`.
     reply     {"started": 4711}, later {"ended": 4711, "code": 0}
 
-It has one thread and computes nothing, because a fork takes only one thread along.
+Others of the same test session may share it: they connect to LISTENING (-1 where there are none). When one hangs up,
+its processes are killed; when the starter does, the server ends. It has one thread and computes nothing, because a
+fork takes only one thread along.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -18,14 +24,57 @@ import os
 import runpy
 import select
 import signal
+import socket
 import sys
+import termios
 import threading
 import traceback
+import types
+from dataclasses import dataclass, field
 from typing import Any
 
 
-def main(requests: int, replies: int, modules: list[str]) -> dict[str, Any] | None:
-    """Serves until the tests end. In a forked process it returns what that process is to run."""
+@dataclass(eq=False)
+class Client:
+    """Who asks for processes, and which of them still run."""
+
+    socket: socket.socket
+    unread: bytes = b""
+    descriptors: list[int] = field(default_factory=list)
+    running: set[int] = field(default_factory=set)
+
+    def read(self) -> dict[str, Any] | None:
+        """A whole request, or `None` until one has come. It waits for "started" before it sends the next.
+
+        Raises:
+            EOFError: if it has hung up.
+        """
+        try:
+            more, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 20, 3)
+        except ConnectionResetError:
+            more, descriptors = b"", []
+        if not more:
+            raise EOFError
+        self.descriptors += descriptors
+        self.unread += more
+        if not self.unread.endswith(b"\n"):
+            return None
+        request: dict[str, Any] = json.loads(self.unread)
+        self.unread = b""
+        return request
+
+    def tell(self, **values: int) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has hung up, which the next read says
+            self.socket.sendall(json.dumps(values).encode() + b"\n")
+
+    def forget_descriptors(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
+
+
+def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, Any], list[int]] | None:
+    """Serves until the tests end. In a forked process it returns what that process is to run, and its descriptors."""
     for module in modules:
         importlib.import_module(module)
     gc.freeze()  # what is imported is never looked at again, so its memory stays shared
@@ -33,66 +82,91 @@ def main(requests: int, replies: int, modules: list[str]) -> dict[str, Any] | No
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    unread, running = b"", set[int]()
-
-    def reply(**values: int) -> None:
-        os.write(replies, json.dumps(values).encode() + b"\n")
-
+    doors = [socket.socket(fileno=listening)] if listening >= 0 else []
+    first = Client(socket.socket(fileno=starter))
+    clients = [first]
     while True:
-        ready, _, _ = select.select([requests, wake_read], [], [])
+        ready, _, _ = select.select([wake_read, *doors, *(client.socket for client in clients)], [], [])
         if wake_read in ready:
             os.read(wake_read, 4096)
-            while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                running.discard(ended[0])
-                reply(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
-        if requests in ready:
-            more = os.read(requests, 1 << 20)
-            if not more:  # the tests have ended
-                for pid in running:
-                    os.killpg(pid, signal.SIGKILL)
-                return None
-            *lines, unread = (unread + more).split(b"\n")
-            for line in lines:
-                pid = os.fork()
-                if not pid:
-                    os.setsid()
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for descriptor in (requests, replies, wake_read, wake_write):
-                        os.close(descriptor)
-                    request: dict[str, Any] = json.loads(line)
-                    return request
-                running.add(pid)
-                reply(started=pid)
+            while any(client.running for client in clients) and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for client in clients:
+                    if ended[0] in client.running:
+                        client.running.discard(ended[0])
+                        client.tell(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+        for client in [client for client in clients if client.socket in ready]:
+            try:
+                request = client.read()
+            except EOFError:
+                kill(client)
+                clients.remove(client)
+                if client is first:
+                    for other in clients:
+                        kill(other)
+                    return None
+                continue
+            if request is None:
+                continue
+            pid = os.fork()
+            if not pid:
+                os.setsid()
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for own in (*doors, *(one.socket for one in clients)):
+                    own.close()
+                os.close(wake_read)
+                os.close(wake_write)
+                return request, client.descriptors
+            client.forget_descriptors()
+            client.running.add(pid)
+            client.tell(started=pid)
+        clients += [Client(door.accept()[0]) for door in doors if door in ready]
 
 
-def run(module: str, arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    """What `python -m MODULE ARGUMENTS` would do, with its output in a file."""
-    for stream, path in ((0, os.devnull), (1, log), (2, log)):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+def kill(client: Client) -> None:
+    """Ends what a client that is gone has left running."""
+    for pid in client.running:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it does not lead its session yet
+            os.kill(pid, signal.SIGKILL)
+    client.forget_descriptors()
+    client.socket.close()
+
+
+def run(request: dict[str, Any], descriptors: list[int]) -> None:
+    """What `python -m MODULE ARGUMENTS` would do, or `python -c CODE`."""
+    for stream, descriptor in enumerate(descriptors):
         os.dup2(descriptor, stream)
         os.close(descriptor)
+    if os.isatty(0):  # it leads a session that has no terminal yet
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[:] = [place for place in sys.path if place] + [folder]
-    sys.argv[1:] = arguments
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.path[:] = [place for place in sys.path if place] + [request["folder"]]
+    sys.argv[1:] = request["arguments"]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        code = 0
+        if code := request.get("code"):
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(code, sys.modules["__main__"].__dict__)
+        else:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        status = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
-        code = 1
+        status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # taking all that was imported apart would take longer than most tests
+    os._exit(status)  # taking all that was imported apart would take longer than most tests
 
 
 if __name__ == "__main__":
     asked = main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
     if asked is not None:
-        run(**asked)
+        run(*asked)

@@ -2,6 +2,12 @@
 
 They are forked from a server (`fork_server.py`) that imports them once per test session. Otherwise each is a process
 like any other: it has its own environment and output, it leads a session, and it can be killed.
+
+xdist's workers are such processes, too (`fork_workers`): a worker begins as
+
+    python tests/support/forked.py ADDRESS -u -c CODE
+
+which has the server run CODE with its own input and output, and ends when that process does.
 """
 
 from __future__ import annotations
@@ -10,49 +16,75 @@ import functools
 import json
 import os
 import select
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
-IMPORTED = ("trl_search.evaluation.run", "trl_search.trainer.pipeline", "torch.distributed.tensor")
+IMPORTED = (
+    *("trl_search.evaluation.run", "trl_search.trainer.pipeline", "torch.distributed.tensor"),
+    "tests.support.compiled_search",
+)
+# The address of the session's server, in the environment of its workers.
+ADDRESS = "TRL_SEARCH_TESTS_FORK_SERVER"
 
 
 class ForkServer:
-    """The server, and what it has said of its processes."""
+    """A connection to the server, and what it has said of the processes that were started through it."""
 
-    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        requests, self._requests = os.pipe()
-        self._replies, replies = os.pipe()
-        command = [sys.executable, "-m", "tests.support.fork_server", str(requests), str(replies), *modules]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=dict(environment), pass_fds=(requests, replies))
-        os.close(requests)
-        os.close(replies)
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._unread = b""
         self.codes: dict[int, int] = {}
 
-    def fork(self, **request: object) -> int:
-        """The id of a new process."""
-        os.write(self._requests, json.dumps(request).encode() + b"\n")
+    @classmethod
+    def start(cls, modules: Sequence[str], environment: Mapping[str, str], address: str | None = None) -> ForkServer:
+        """Starts a server that ends with this process. At `address`, others can connect to it from now on."""
+        mine, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX) as listening:
+            passed = [theirs.fileno()]
+            if address is not None:
+                listening.bind(address)
+                listening.listen()
+                passed.append(listening.fileno())
+            sockets = [str(passed[0]), str(passed[-1] if address else -1)]
+            command = [sys.executable, "-m", "tests.support.fork_server", *sockets, *modules]
+            subprocess.Popen(command, cwd=ROOT, env=dict(environment), pass_fds=passed, start_new_session=True)
+        return cls(mine)
+
+    @classmethod
+    def connect(cls, address: str) -> ForkServer:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address)
+        return cls(connection)
+
+    def fork(self, streams: Sequence[int], **request: object) -> int:
+        """The id of a new process, whose input, output and errors are `streams`."""
+        message = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(self._connection, [message], list(streams))
+        self._connection.sendall(message[sent:])
         while True:
             for reply in self._read(None):
                 if "started" in reply:
                     return int(reply["started"])
 
-    def listen(self, timeout: float) -> None:
+    def listen(self, timeout: float | None) -> None:
         """Takes note of the processes that have ended."""
         self._read(timeout)
 
     def close(self) -> None:
-        os.close(self._requests)
-        self.process.wait()
+        """Ends what was started through this connection; and the server, if it was started here."""
+        self._connection.close()
 
     def _read(self, timeout: float | None) -> list[dict[str, int]]:
-        ready, _, _ = select.select([self._replies], [], [], timeout)
-        more = os.read(self._replies, 1 << 16) if ready else b""
+        ready, _, _ = select.select([self._connection], [], [], timeout)
+        more = self._connection.recv(1 << 16) if ready else b""
         if ready and not more:
             raise RuntimeError("the fork server has ended; what it said is in the output of the tests")
         *lines, self._unread = (self._unread + more).split(b"\n")
@@ -64,11 +96,45 @@ class ForkServer:
 @functools.cache
 def fork_server() -> ForkServer:
     """The server of this test session."""
-    return ForkServer(IMPORTED, {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    if address := os.environ.get(ADDRESS):
+        return ForkServer.connect(address)
+    return ForkServer.start(IMPORTED, _environment())
+
+
+def fork_workers(specs: Sequence[Any], address: str) -> ForkServer:
+    """Has xdist's workers on this machine forked, by a server whose address their tests know, too."""
+    os.environ[ADDRESS] = address
+    for spec in specs:
+        if spec.popen and not spec.python:
+            # Isolated and without site-packages it starts in an instant.
+            spec.python = shlex.join([sys.executable, "-I", "-S", __file__, address])
+    return ForkServer.start(IMPORTED, _environment(), address)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def _worker(address: str, code: str) -> int:
+    """`python -c CODE` by the server, with the input and output of this process, which waits for it."""
+    server = ForkServer.connect(address)
+    folder = os.getcwd()
+    pid = server.fork((0, 1, 2), code=code, arguments=[], environment=dict(os.environ), folder=folder)
+    signal.signal(signal.SIGINT, lambda *_: os.kill(pid, signal.SIGINT))
+    os.close(0)
+    os.close(1)  # so that who reads it sees that the worker has ended
+    while pid not in server.codes:
+        server.listen(None)
+    return server.codes[pid]
 
 
 class ForkedProcess:
-    """`python -m MODULE ARGUMENTS`, with what `subprocess.Popen` offers of it. Output goes to the end of `log`."""
+    """`python -m MODULE ARGUMENTS`, with what `subprocess.Popen` offers of it. Output goes to the end of `log`.
+
+    Args:
+        streams (`tuple[int, int]`, *optional*): Descriptors of its input and output; `log` then has its errors alone.
+            A terminal becomes its own.
+    """
 
     def __init__(
         self,
@@ -79,16 +145,19 @@ class ForkedProcess:
         log: Path,
         folder: Path | None = None,
         server: ForkServer | None = None,
+        streams: tuple[int, int] | None = None,
     ) -> None:
         self.module, self.log = module, log
         self._server = server or fork_server()
-        self.pid = self._server.fork(
-            module=module,
-            arguments=list(arguments),
-            environment=dict(environment),
-            folder=str(folder or Path.cwd()),
-            log=str(log),
-        )
+        with open(os.devnull) as nothing, log.open("ab") as said:
+            read, written = streams or (nothing.fileno(), said.fileno())
+            self.pid = self._server.fork(
+                (read, written, said.fileno()),
+                module=module,
+                arguments=list(arguments),
+                environment=dict(environment),
+                folder=str(folder or Path.cwd()),
+            )
 
     def poll(self) -> int | None:
         self._server.listen(0)
@@ -118,3 +187,7 @@ class ForkedProcess:
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    os._exit(_worker(sys.argv[1], sys.argv[-1]) & 0xFF)

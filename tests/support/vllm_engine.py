@@ -72,7 +72,7 @@ def vllm_environment(scratch: Path) -> dict[str, str]:
 
 @functools.cache
 def vllm_fork_server() -> ForkServer:
-    return ForkServer(IMPORTED, vllm_environment(Path(tempfile.mkdtemp(prefix="vllm-"))))
+    return ForkServer.start(IMPORTED, vllm_environment(Path(tempfile.mkdtemp(prefix="vllm-"))))
 
 
 def start_with_vllm(module: str, arguments: list[str], folder: Path, log: Path) -> ForkedProcess:

@@ -8,8 +8,6 @@ import os
 import pty
 import re
 import select
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.support.forked import ForkedProcess
 from tests.support.servers import Asked, Said, retrieve_from, serving
 from trl_search.cli.main import main
 from trl_search.data.world import generate_world
@@ -148,18 +147,23 @@ def test_what_cannot_be_done_is_said_in_one_line(capsys, monkeypatch, arguments,
 
 
 class Terminal:
-    """A process on a pseudo-terminal. `until(pattern)` reads on until the pattern has come."""
+    """A session with the tiny policy on a pseudo-terminal. `until(pattern)` reads on until the pattern has come.
 
-    def __init__(self, *command: str) -> None:
+    While there is a file `slow` in the folder, its searches take two minutes.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.master, slave = pty.openpty()
         environment = {**os.environ, "TERM": "xterm-256color"}
         for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
             environment.pop(name, None)
-        # A session of its own, whose terminal this is: Ctrl-C then is a signal, as it is for people.
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
+        self.process = ForkedProcess(
+            "tests.support.chat_terminal",
+            [str(folder / "slow"), *TINY],
+            environment=environment,
+            log=folder / "errors.log",
+            streams=(slave, slave),
+        )
         os.close(slave)
         self.seen, self.at = "", 0
 
@@ -183,25 +187,9 @@ def plain(shown: str) -> str:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    """A session with the tiny policy. While there is a file `slow`, its searches take two minutes."""
-    program = f"""
-import faulthandler, os, sys, time
-faulthandler.dump_traceback_later(150)  # where it hangs, should it ever
-from trl_search.cli.main import main
-from trl_search.retrieval.bm25.retriever import BM25Retriever
-search = BM25Retriever.search
-slow = {str(tmp_path / "slow")!r}
-def slowly(self, queries, k):
-    time.sleep(120 if os.path.exists(slow) else 0)
-    return search(self, queries, k)
-BM25Retriever.search = slowly
-sys.exit(main({list(TINY)!r}))
-"""
-    terminal = Terminal(sys.executable, "-c", program)
+    terminal = Terminal(tmp_path)
     yield terminal
-    if terminal.process.poll() is None:
-        terminal.process.send_signal(signal.SIGKILL)
-        terminal.process.wait()
+    terminal.process.kill()
     os.close(terminal.master)
 
 
