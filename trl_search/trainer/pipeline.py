@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +45,7 @@ from trl_search.records.folder import AFTER_ROW, BEST_ROW
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, read_best
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measure
-from trl_search.trainer.callbacks.progress import heading
+from trl_search.trainer.callbacks.progress import announce
 from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import refuse_quantization
@@ -272,12 +271,6 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
     print(f"  trl-search chat {quoted}{named}      asks it a question")
     if best is not None:
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
-
-
-def announce(phase: str, said: str) -> None:
-    """Says which phase begins, in one process of several."""
-    if PartialState().is_main_process:
-        heading(phase, said)
 
 
 def results_table(measured: Mapping[str, Evaluation], calls: str = "searches") -> str:

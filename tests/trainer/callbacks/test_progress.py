@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
 import sys
+import termios
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -22,6 +27,39 @@ def test_only_steps_are_lines_and_only_of_the_main_process(capsys):
         state = SimpleNamespace(is_world_process_zero=is_main, global_step=1, max_steps=2)
         StepLines().on_log(None, state, None, logs=logs)
     assert capsys.readouterr().out == "step 1/2  reward 1.00  loss 0.100\n"
+
+
+def drawn(output: int, source: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a training of ten steps that logs none of them writes to its stderr."""
+    state = TrainerState(max_steps=10)
+    with os.fdopen(output, "w") as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        bar = StepLines()
+        bar.on_train_begin(None, state, None)
+        bar.training_bar.mininterval = 0  # every step is drawn, as those that take a second are
+        for state.global_step in range(1, 11):
+            bar.on_step_end(None, state, None)
+        bar.on_train_end(None, state, None)
+        stderr.write("end")
+        stderr.flush()
+        written = ""
+        while not written.endswith("end"):
+            written += os.read(source, 100_000).decode()
+    os.close(source)
+    return written.removesuffix("end")
+
+
+@pytest.mark.parametrize("size", [(40, 100), (0, 0)], ids=["known size", "unknown size"])
+def test_a_terminal_shows_a_bar_between_the_lines(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = pty.openpty()
+    fcntl.ioctl(output, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    written = drawn(output, source, monkeypatch)
+    assert all(f"| {step}/10 [" in written for step in range(11))
+
+
+def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = os.pipe()
+    assert drawn(output, source, monkeypatch) == ""
 
 
 class Shower:

@@ -157,7 +157,9 @@ def test_scripted_players_teach_real_questions(
     sft(tmp_path, **files, teacher="scripts", protocol="search_r1")
     attempts = read_attempts(tmp_path / "collection")
     assert len(attempts) == 12 and all(one.em == one.format == 1.0 and one.searches for one in attempts)
-    assert re.search(r"data\d+ +6 of 6 questions kept", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"data\d+ +6 of 6 questions kept", printed)
+    assert "── Collecting: 12 attempts at 6 questions, teacher: scripts\n" in printed
     assert changed(tmp_path)
 
 
@@ -289,7 +291,8 @@ def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], message: str
 
 def test_scripts_warm_a_policy_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft(tmp_path, "sft_world", world_passages=1000, quality="good=1.0")
-    assert changed(tmp_path) and "trained on 4 trajectories" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert changed(tmp_path) and "── SFT: on 4 trajectories\n" in printed and "trained on 4 trajectories" in printed
     assert not (tmp_path / "collection").exists()
 
 

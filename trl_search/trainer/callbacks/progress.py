@@ -3,14 +3,18 @@
     ── GRPO: 12 steps, 64 trajectories per step
     step  3/12  reward 0.500  searches 0.720  seconds 5.10
 
-The same in `trl-search train`, in a script with `SearchGRPOTrainer`, and, as a table, in a notebook.
+The same in `trl-search train` and `trl-search sft`, in a script with `SearchGRPOTrainer`, and, as a table, in a
+notebook. The bar is for a terminal; a file gets the headings and the lines.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
@@ -40,6 +44,12 @@ SHOWN = {
 def heading(phase: str, said: str) -> None:
     """Says which phase of a run begins."""
     Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
+
+
+def announce(phase: str, said: str) -> None:
+    """[`heading`] in one process of several."""
+    if PartialState().is_main_process:
+        heading(phase, said)
 
 
 def show_steps(trainer: Trainer) -> None:
@@ -73,7 +83,7 @@ class StepLines(ProgressCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True, disable=None)
+            self.training_bar = tqdm(total=state.max_steps, desc="Training", disable=None, **_bar_size())
         self.current_step = 0
 
     def on_log(
@@ -87,6 +97,15 @@ class StepLines(ProgressCallback):
         # Without `loss` it is an evaluation or the summary at the end.
         if state.is_world_process_zero and logs and "loss" in logs:
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
+
+
+def _bar_size() -> dict[str, Any]:
+    """tqdm's options for its size. In a terminal that does not know its own, as that of `script`, it draws nothing."""
+    try:
+        known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except (OSError, ValueError):  # no terminal, where no bar is drawn either
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def step_table() -> TrainerCallback:

@@ -38,6 +38,7 @@ from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.retrieval import load_retriever
+from trl_search.trainer.callbacks.progress import announce
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
@@ -74,6 +75,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         if arguments.collect_only:
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
+    announce("SFT", f"on {len(rows):,} trajectories")
     model = load_base(name, model_config, config)
     check_vocabulary(model, tokenizer)
     protocol = protocol_of(arguments.agent, tokenizer, (SEARCH_TOOL,))
@@ -162,6 +164,8 @@ def _collect_and_choose(
             return players.for_row(row, seed)
         return demonstrating(policy, row, seed, pool=pool, count=arguments.demonstrations) if pool else policy
 
+    if left:
+        announce("Collecting", f"{len(left):,} attempts at {len(rows):,} questions, teacher: {teacher}")
     collected = collect(
         folder,
         rows,
