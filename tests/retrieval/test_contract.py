@@ -50,10 +50,8 @@ def dense_in_memory(passages: list[Passage], folder: Path) -> Retriever:
 
 
 def dense_on_disk(passages: list[Passage], folder: Path) -> Retriever:
-    with pytest.MonkeyPatch.context() as patch:  # loaded once for all tests
-        patch.setattr("trl_search.retrieval.dense.retriever.load_encoder", lambda *_, **__: minilm_encoder())
-        build_index(passages, folder / "index", "dense", encoder=minilm())
-        return load_retriever("dense", index=folder / "index")
+    build_index(passages, folder / "index", "dense", encoder=minilm())
+    return load_retriever("dense", index=folder / "index")
 
 
 def http_over_bm25(passages: list[Passage], folder: Path) -> Retriever:
@@ -135,9 +133,10 @@ KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Retriever]:
-    made = KINDS[request.param](WORLD, tmp_path)
+@pytest.fixture(scope="module", params=KINDS)
+def retriever(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
+    """One of each kind for all tests, which only ask it: to build and to open an index is what costs."""
+    made = KINDS[request.param](WORLD, tmp_path_factory.mktemp(request.param))
     yield made
     made.close()
 
@@ -212,6 +211,8 @@ def test_threads_get_what_one_thread_gets(retriever: Retriever) -> None:
         assert all(found == expected for found in pool.map(lambda _: retriever.search(QUERIES, k=3), range(64)))
 
 
-def test_closing_twice_is_safe(retriever: Retriever) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_twice_is_safe(kind: str, tmp_path: Path) -> None:
+    retriever = KINDS[kind](WORLD, tmp_path)
     retriever.close()
     retriever.close()
