@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object, read_object
-from trl_search.common.provenance import REDACTED
+from trl_search.common.provenance import REDACTED, without_secrets
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.run_file import REMEDY, read_run_file
 from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
+from trl_search.retrieval.index.contents import with_contents
 from trl_search.retrieval.registry import RETRIEVERS
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class Searched:
         if self.world_size is None:
             return self.options
         return {**self.options, "passages": f"of the world: {self.world_size[0]}, seed {self.world_size[1]}"}
+
+    def content(self) -> dict[str, Any]:
+        """The same by what is in it: an index folder by its corpus and options, wherever it lies; no secrets."""
+        return {"kind": self.kind, "options": with_contents(without_secrets(self.described()))}
 
 
 def resolve_searched(

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.searched import WORLD, resolve_searched
+from trl_search.config.searched import WORLD, Searched, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
 from trl_search.retrieval import Retriever
@@ -147,11 +147,9 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, se
         searches (`bool`): Whether the environment takes a retriever; without one, none is opened.
         evidence (`bool`): The training questions also say which passages hold their answers, as far as that is known.
     """
-    options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
-    in_world, size = arguments.questions == WORLD, (arguments.world_passages, arguments.world_seed)
-    searched = resolve_searched(arguments.retriever, options, world_size=size, in_world=in_world)
-    if in_world:
-        world = searched.world or generate_world(*size)
+    searched = searched_of(arguments)
+    if arguments.questions == WORLD:
+        world = searched.world or generate_world(arguments.world_passages, arguments.world_seed)
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
         # Its three types of question are one set: they are not weighed against each other.
         tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
@@ -169,6 +167,13 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, se
     )
     held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
     return Task(train, held_out, searched.load() if searches else None)
+
+
+def searched_of(arguments: QuestionArguments) -> Searched:
+    """What the keys of a recipe say to search. Nothing is opened."""
+    options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
+    in_world, size = arguments.questions == WORLD, (arguments.world_passages, arguments.world_seed)
+    return resolve_searched(arguments.retriever, options, world_size=size, in_world=in_world)
 
 
 def load_held_out(

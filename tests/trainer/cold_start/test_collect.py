@@ -13,15 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.support.fakes import FixedRetriever
 from trl_search.common.errors import UserError
+from trl_search.config.task import QuestionArguments, searched_of
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.base import Policy
 from trl_search.protocols import load_protocol
+from trl_search.retrieval.index.folder import build_index
 from trl_search.rollout import Limits
 from trl_search.trainer.cold_start.collect import (
     ATTEMPTS,
     SETTINGS,
     Attempt,
     Collected,
+    claim,
     collect,
     missing,
     read_attempts,
@@ -158,6 +161,73 @@ def test_other_settings_or_questions_are_refused_and_nothing_is_touched(
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(UserError, match="nobody knows how they were made"):
         run(tmp_path, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One corpus at two places, another corpus, and the first with another option."""
+    folder = tmp_path_factory.mktemp("indexes")
+    for name, passages, options in (
+        ("here", PASSAGES, {}),
+        ("there", PASSAGES, {}),
+        ("other", PASSAGES[:2], {}),
+        ("sharper", PASSAGES, {"k1": 0.9}),
+    ):
+        build_index(passages, folder / name, **options)
+    return folder
+
+
+def keys(word: str | Path, **options: Any) -> dict[str, str]:
+    return {"retriever": str(word), "retriever_options": json.dumps(options)}
+
+
+def claimed(folder: Path, searched: dict[str, str]) -> None:
+    """As `trl-search sft` claims a collection with these keys of a recipe."""
+    claim(folder, {"format": 2, "searched": searched_of(QuestionArguments(**searched)).content()}, searched)
+
+
+@pytest.mark.parametrize(
+    "searched",
+    [
+        lambda index: keys(index),
+        lambda index: keys("bm25", index=str(index)),
+        lambda index: keys("hybrid", retrievers=[{"kind": "bm25", "index": str(index)}, {"kind": "http", "url": "u"}]),
+        lambda index: keys("rerank", retriever={"kind": "bm25", "index": str(index)}, url="http://host/rerank"),
+    ],
+    ids=["a folder", "an option", "hybrid", "rerank"],
+)
+def test_what_was_searched_is_known_by_its_content(tmp_path: Path, indexes: Path, searched: Any) -> None:
+    claimed(tmp_path, searched(indexes / "here"))
+    claimed(tmp_path, searched(indexes / "there"))
+    with pytest.raises(UserError, match=r"other settings \(searched[\w.]*index.corpus_sha256 was '\w{64}', and is"):
+        claimed(tmp_path, searched(indexes / "other"))
+    with pytest.raises(UserError, match=r"\(searched[\w.]*index.options.k1 was None, and is 0.9\): give another"):
+        claimed(tmp_path, searched(indexes / "sharper"))
+
+
+def test_other_options_of_a_retriever_are_compared_and_secrets_are_not(tmp_path: Path, indexes: Path) -> None:
+    claimed(tmp_path, keys(indexes / "here", threads=1))
+    with pytest.raises(UserError, match=r"\(searched.options.threads was 1, and is 2\)"):
+        claimed(tmp_path, keys(indexes / "there", threads=2))
+    claimed(tmp_path / "web", keys("web", provider="serper", api_key="first"))
+    claimed(tmp_path / "web", keys("web", provider="serper", api_key="second"))
+    assert "first" not in (tmp_path / "web" / SETTINGS).read_text()
+
+
+def test_an_earlier_collection_knows_its_index_by_the_path(tmp_path: Path, indexes: Path) -> None:
+    (tmp_path / SETTINGS).write_text(json.dumps(keys("bm25", index=str(indexes / "here"))))
+    held = (tmp_path / SETTINGS).read_bytes()
+    claimed(tmp_path, keys("bm25", index=str(indexes / "here")))
+    with pytest.raises(UserError, match=r"retriever_options was .*here.*, and is .*there.*: put a link to it there"):
+        claimed(tmp_path, keys("bm25", index=str(indexes / "there")))
+    assert (tmp_path / SETTINGS).read_bytes() == held
+
+
+def test_questions_are_known_by_their_text_and_not_by_their_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    run(tmp_path, tokenizer, samples=1, rows=[{**row, "data_source": "kit"} for row in ROWS])
+    assert run(tmp_path, tokenizer, samples=1, rows=[{**row, "data_source": "elsewhere"} for row in ROWS]).new == 0
 
 
 def test_a_failed_search_is_not_written_and_tried_again(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,6 +23,7 @@ from trl_search.config.agent import read_settings
 from trl_search.config.searched import resolve_searched
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import load_protocol
+from trl_search.retrieval.index.folder import build_index
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
 from trl_search.trainer.cold_start.select import KEPT
@@ -129,6 +130,26 @@ def test_scripts_collect_without_a_gpu_for_a_training_that_needs_one(tmp_path: P
     recipe = {**files, "teacher": "scripts", "use_cpu": "false", "bf16": "true"}
     sft(tmp_path, **recipe, collect_only="true")
     assert read_attempts(tmp_path / "collection")
+
+
+def test_a_collection_moves_to_a_machine_where_everything_lies_elsewhere(
+    tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def machine(name: str) -> dict[str, Any]:
+        home = tmp_path / name / f"kit of {name}"
+        home.mkdir(parents=True)
+        shutil.copy(files["questions"], home / "train.jsonl")
+        build_index(Path(files["questions"]).parent / "corpus.jsonl", home / "index")
+        parts = [{"kind": "bm25", "index": str(home / "index")}] * 2
+        options = json.dumps({"retrievers": parts, "depth": 5})
+        questions = {"questions": home / "train.jsonl", "teacher": "scripts", "collect_only": "true"}
+        return {**questions, "retriever": "hybrid", "retriever_options": options, "output_dir": tmp_path / name}
+
+    sft(tmp_path, **machine("cpu"))
+    gpu = machine("gpu")
+    shutil.copytree(tmp_path / "cpu/collection", tmp_path / "gpu/collection")
+    sft(tmp_path, **gpu)
+    assert "0 new, 12 from before" in capsys.readouterr().out
 
 
 def test_an_adapter_can_be_saved_alone(tmp_path: Path, files: dict[str, Any], served: Server) -> None:

@@ -14,7 +14,8 @@ A line of attempts.jsonl (ids shortened):
      "stop_reason": "answer", "prompt_ids": [5, 9], "ids": [2, 7, 31], "mask": [1, 1, 0]}
 
 A stopped collection resumes. A folder belongs to the settings that it was begun with (settings.json): other settings
-are refused, and nothing is overwritten. The rules for keeping attempts may change at any time (`select.py`).
+are refused, and nothing is overwritten. They name files and folders by what is in them, so a collection may go on, or
+be trained on, on another machine. The rules for keeping attempts may change at any time (`select.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import run_sync
 from trl_search.common.files import read_object, whole_lines, write_json
+from trl_search.common.provenance import without_secrets
 from trl_search.environment import Environment
 from trl_search.evaluation.outcomes import score
 from trl_search.policies.base import Policy
@@ -38,7 +41,7 @@ from trl_search.rewards.tag_structure import format_score
 from trl_search.rollout import Job, Limits, run_batch
 from trl_search.types import Sampling, Trajectory
 
-ATTEMPTS, SETTINGS = "attempts.jsonl", "settings.json"
+ATTEMPTS, SETTINGS, FORMAT = "attempts.jsonl", "settings.json", 2
 # The share of failed searches is not judged before this many attempts.
 _MIN_JUDGED = 20
 
@@ -91,6 +94,7 @@ def collect(
     samples: int,
     concurrency: int,
     settings: Mapping[str, Any],
+    earlier: Mapping[str, Any] | None = None,
     max_failed_share: float = 0.5,
     player: Callable[[Policy | None, Mapping[str, Any], int], Policy] | None = None,
 ) -> Collected:
@@ -103,6 +107,8 @@ def collect(
         concurrency (`int`): Concurrent trajectories.
         settings (`Mapping`): What defines an attempt besides the questions and the tokenizer. Must equal the settings
             that the folder was begun with.
+        earlier (`Mapping`, *optional*): The same as collections of format 1 hold it: they name what is searched, and a
+            teacher's folder, by their paths. By default no different.
         max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of searches fails. A failed
             attempt is not written, so the next call tries it again.
         player (`Callable`, *optional*): Makes the policy of one attempt from the policy, the row and the attempt's
@@ -111,7 +117,14 @@ def collect(
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.
     """
-    claim(folder, {**settings, "questions_hash": _hash(rows), "tokenizer_hash": _hash(protocol.encode(PROBE))})
+    tokenizer = {"tokenizer_hash": _hash(protocol.encode(PROBE))}
+    # A file without a data_source has that of its folder's name.
+    unnamed = [{key: value for key, value in row.items() if key != "data_source"} for row in rows]
+    claim(
+        folder,
+        {"format": FORMAT, **settings, "questions_hash": _hash(unnamed), **tokenizer},
+        {**(settings if earlier is None else earlier), "questions_hash": _hash(rows), **tokenizer},
+    )
     todo = missing(folder, len(rows), samples)
     before = samples * len(rows) - len(todo)
     if not todo:
@@ -165,14 +178,18 @@ def missing(folder: Path, questions: int, samples: int) -> list[tuple[int, int]]
     return [(index, sample) for sample in range(samples) for index in range(questions) if (index, sample) not in done]
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Claims the folder for a collection with these settings, or checks that it has the same.
+def claim(folder: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Claims the folder for a collection with these settings, or checks that it has the same. Secrets are neither
+    written nor compared.
+
+    Args:
+        earlier (`Mapping`): The same settings as a collection of format 1 holds them.
 
     Raises:
         UserError: if the folder was begun with other settings; names the differences.
     """
     path = folder / SETTINGS
-    settings = json.loads(json.dumps(settings))  # as it will be read
+    settings, earlier = (json.loads(json.dumps(without_secrets(one))) for one in (settings, earlier))  # as it is read
     if not path.exists():
         if (folder / ATTEMPTS).exists():
             raise UserError(
@@ -181,16 +198,15 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             )
         write_json(path, settings)
         return
-    held = read_object(path, "give another `collection` folder")
-    changed = [
-        f"{key} was {held.get(key)!r}, and is {settings.get(key)!r}"
-        for key in sorted(held.keys() | settings.keys())
-        if held.get(key) != settings.get(key)
-    ]
+    held = without_secrets(read_object(path, "give another `collection` folder"))
+    changed = sorted(differences(held, settings if "format" in held else earlier))
     if changed:
+        told = "; ".join(f"{name} was {before!r}, and is {now!r}" for name, before, now in changed)
+        by_path = any(name == "retriever_options" for name, *_ in changed)
+        hint = "; an earlier version noted an index by its path: put a link to it there" if by_path else ""
         raise UserError(
-            f"the collection in {folder} was made with other settings ({'; '.join(changed)}): give another "
-            "`collection` folder, or the settings it was begun with"
+            f"the collection in {folder} was made with other settings ({told}): give another `collection` folder, or "
+            f"the settings it was begun with{hint}"
         )
 
 

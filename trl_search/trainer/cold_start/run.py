@@ -25,13 +25,14 @@ from trl_search.common.files import write_json
 from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
 from trl_search.config.searched import SEARCHED_KEYS
-from trl_search.config.task import QuestionArguments, TaskArguments, load_task
+from trl_search.config.task import QuestionArguments, TaskArguments, load_task, searched_of
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import scripted_trajectories
 from trl_search.data.user_script import UserScript
 from trl_search.data.world import generate_world
 from trl_search.environment.registry import call_word, takes_retriever
+from trl_search.evaluation.settings import describe_model
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
@@ -52,9 +53,10 @@ logger = logging.getLogger(__name__)
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
-# These keys, the agent's keys and the questions define an attempt. A collection stays valid when other keys change, or
-# when the file of questions moves.
-_DEFINING = (*(key for key in _TASK_KEYS if key != "questions"), "temperature", "top_p")
+# These keys, the agent's keys, the questions, what is searched and the teacher define an attempt. A collection stays
+# valid when other keys change, or when the questions, an index or the teacher's folder move.
+_SEARCHED = ("retriever", "retriever_options")
+_DEFINING = (*(key for key in _TASK_KEYS if key not in ("questions", *_SEARCHED)), "temperature", "top_p")
 
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
@@ -166,6 +168,15 @@ def _collect_and_choose(
 
     if left:
         announce("Collecting", f"{len(left):,} attempts at {len(rows):,} questions, teacher: {teacher}")
+    settings = {
+        **{key: getattr(arguments, key) for key in _DEFINING},
+        **arguments.agent.described(),
+        "seed": config.seed,
+        **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),
+        **(players.described() if isinstance(players, UserScript) else {}),
+    }
+    searched = {key: getattr(arguments, key) for key in _SEARCHED}
+    is_folder = not scripts and Path(teacher).expanduser().is_dir()
     collected = collect(
         folder,
         rows,
@@ -178,13 +189,11 @@ def _collect_and_choose(
         samples=arguments.samples_per_question,
         concurrency=arguments.rollout_batch_size,
         settings={
-            **{key: getattr(arguments, key) for key in _DEFINING},
-            **arguments.agent.described(),
-            "seed": config.seed,
-            "teacher": teacher,
-            **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),
-            **(players.described() if isinstance(players, UserScript) else {}),
+            **settings,
+            "searched": searched_of(arguments).content(),
+            "teacher": describe_model(teacher) if is_folder else teacher,
         },
+        earlier={**settings, **searched, "teacher": teacher},
         max_failed_share=arguments.max_failed_share,
     )
     attempts = [one for one in read_attempts(folder) if one.sample < arguments.samples_per_question]
