@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,7 @@ def make_settings(**changes):
             "sampling": {"temperature": 0.0, "seed": 0},
             "agent": {"protocol": "qwen_tools", "passages_per_query": 3},
             "prompts": {"search": "Answer: {question}"},
-            "retriever": {"kind": "bm25", "indexes": [{"manifest_sha256": "12"}]},
+            "retriever": {"kind": "bm25", "indexes": [{"path": "wiki", "manifest_sha256": "12"}]},
             "modes": ["search"],
             "sets": {"nq": {"source": "nq", "asked": 10, "total": 10, "fingerprint": "f"}},
         }
@@ -243,11 +244,39 @@ def test_a_model_is_what_its_files_hold(tmp_path):
 def test_a_retriever_is_its_options_without_secrets_and_its_index(tmp_path, world):
     manifest = build_index(world.passages[:50], tmp_path / "index")
     inner = {"kind": "bm25", "index": str(tmp_path / "index")}
-    described = describe_retriever("hybrid", {"retrievers": [inner], "api_key": "s3cret", "url": "http://me:pw@host"})
-    assert "s3cret" not in str(described) and "pw" not in str(described)
+    described = describe_retriever(
+        "hybrid", {"retrievers": [inner], "api_key": "s3cret", "url": "http://me:p4ss@host"}
+    )
+    assert "s3cret" not in str(described) and "p4ss" not in str(described)
     (index,) = described["indexes"]
     assert (index["kind"], index["passages"]) == ("bm25", 50) and len(index["manifest_sha256"]) == 64
     assert index["corpus"] == dataclasses.asdict(manifest.corpus)
+
+
+def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world):
+    for name, size in (("here", 50), ("there", 50), ("other", 49)):
+        build_index(world.passages[:size], tmp_path / name)
+    shutil.copytree(tmp_path / "here", tmp_path / "copied")
+
+    def searched(name, **options):
+        inner = {"kind": "bm25", "index": str(tmp_path / name), **options}
+        asked = {"nq": {"source": f"{name}/nq.jsonl", "asked": 10, "total": 10, "fingerprint": "f"}}
+        return make_settings(retriever=describe_retriever("hybrid", {"retrievers": [inner, inner]}), sets=asked)
+
+    check_same(tmp_path, searched("here"), searched("there"))
+    assert settings_hash(searched("here")) == settings_hash(searched("there")) != settings_hash(searched("other"))
+    with pytest.raises(UserError, match=r"\(retriever.options.retrievers.0.index.passages: 50 there, 49 now; retriev"):
+        check_same(tmp_path, searched("here"), searched("other"))
+    with pytest.raises(UserError, match=r"\(retriever.options.retrievers.0.threads: null there, 2 now; retriever"):
+        check_same(tmp_path, searched("here"), searched("there", threads=2))
+    # Earlier evaluations recorded no options of an index: its manifest tells a copy from another.
+    earlier = searched("here")
+    for index in earlier["retriever"]["indexes"]:
+        del index["options"]
+    check_same(tmp_path, earlier, searched("here"))
+    check_same(tmp_path, earlier, searched("copied"))
+    with pytest.raises(UserError, match=r"index\.manifest_sha256: "):
+        check_same(tmp_path, earlier, searched("other"))
 
 
 def test_a_prompt_is_what_the_policy_reads(tokenizer, retriever):

@@ -1,8 +1,9 @@
 """`settings.json` records everything that defines the result. An evaluation resumes only with the same settings.
 
 Everything that an answer depends on is compared: weights by their hash and not by the folder's name, the prompt as the
-policy reads it, the index by its manifest. Versions, machine and concurrency may change between sessions, because they
-should change no answer; they are recorded per session. Sets and modes may be added and left out.
+policy reads it, an index by what it holds and questions by their text, wherever both lie. Versions, machine and
+concurrency may change between sessions, because they should change no answer; they are recorded per session. Sets and
+modes may be added and left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.common.provenance import without_secrets
@@ -77,7 +79,9 @@ def prompts_of(
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """A digest of the settings that define the result."""
-    compared = {key: settings.get(key) for key in (*_COMPARED, "sets")}
+    compared = {key: settings.get(key) for key in _COMPARED}
+    compared["retriever"] = _searched(settings.get("retriever"), _CONTENT)
+    compared["sets"] = {name: _asked(one) for name, one in settings["sets"].items()}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,23 +118,27 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
     Modes and sets may be added or left out; those that were there and are asked again must be the same.
     """
-    differences: list[str] = []
+    told: list[str] = []
     both = set(before["modes"]) & set(now.get("modes", before["modes"]))
     for key in _COMPARED:
         # Where no mode searched before, or none does now, there is no retriever to compare.
         if key in now and not (key == "retriever" and None in (before[key], now[key])):
-            differences += [
+            old_and_new = (before.get(key), now[key])
+            if key == "retriever":
+                facts = _CONTENT if all(map(_know_options, old_and_new)) else _MANIFEST
+                old_and_new = (_searched(old_and_new[0], facts), _searched(old_and_new[1], facts))
+            told += [
                 f"{name}: {_told_apart(old, new)}"
-                for name, old, new in _differences(key, before.get(key), now[key])
+                for name, old, new in differences(*old_and_new, key)
                 if key != "prompts" or name.removeprefix("prompts.") in both
             ]
     for name in (name for name in before["sets"] if name in now["sets"]):
-        differences += [
+        told += [
             f"dataset {name}, {key}: {_told_apart(old, new)}"
-            for key, old, new in _differences("", before["sets"][name], now["sets"][name])
+            for key, old, new in differences(_asked(before["sets"][name]), _asked(now["sets"][name]))
         ]
-    if differences:
-        raise OtherSettings(folder, "; ".join(differences))
+    if told:
+        raise OtherSettings(folder, "; ".join(told))
 
 
 def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +172,7 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
                     "path": value,
                     "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                     "kind": facts.get("kind"),
+                    "options": facts.get("options"),
                     "passages": facts.get("passages"),
                     "corpus": facts.get("corpus"),
                 }
@@ -174,12 +183,39 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
             yield from _indexes(value)
 
 
-def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            yield from _differences(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
-    elif old != new:
-        yield name, old, new
+def _asked(described: Mapping[str, Any]) -> dict[str, Any]:
+    """A set by its questions, without the place of the file that they were read from."""
+    return {key: value for key, value in described.items() if key != "source"}
+
+
+# What an index is compared by. Before its options were recorded, only the manifest tells whether they are the same.
+_CONTENT, _MANIFEST = ("kind", "options", "passages", "corpus"), ("manifest_sha256",)
+
+
+def _know_options(described: Mapping[str, Any]) -> bool:
+    return all("options" in index for index in described.get("indexes", []))
+
+
+def _searched(described: Mapping[str, Any] | None, facts: Sequence[str]) -> Any:
+    """A retriever as `describe_retriever` has it, with facts of each index in place of its path."""
+    if described is None:
+        return None
+    known = {one["path"]: {fact: _fact(one.get(fact)) for fact in facts} for one in described.get("indexes", [])}
+
+    def by_content(options: Any) -> Any:
+        if isinstance(options, dict):
+            return {
+                name: known.get(value, value) if name == "index" and isinstance(value, str) else by_content(value)
+                for name, value in options.items()
+            }
+        return [by_content(value) for value in options] if isinstance(options, list) else options
+
+    return {"kind": described["kind"], "options": by_content(described.get("options"))}
+
+
+def _fact(value: Any) -> Any:
+    """A fingerprint of a corpus is its hash; its time is that of a copy."""
+    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
 
 
 def _told_apart(old: Any, new: Any) -> str:
