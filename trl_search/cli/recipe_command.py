@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
+def recipe_classes(command: str) -> tuple[Any, ...]:
+    """The dataclasses of the keys of a command's recipes, ours first: of `train` or of `sft`."""
+    from trl import ModelConfig
+
+    if command == "train":
+        from trl_search.config.grpo import SearchGRPOConfig
+        from trl_search.config.task import TaskArguments
+
+        return TaskArguments, SearchGRPOConfig, ModelConfig
+    from trl_search.trainer.cold_start.arguments import ColdStartArguments
+    from trl_search.trainer.sft import SearchSFTConfig
+
+    return ColdStartArguments, SearchSFTConfig, ModelConfig
+
+
 def run_recipe(
-    argv: list[str],
-    command: str,
-    description: str | None,
-    classes: Sequence[Any],
-    run: Callable[..., Any],
-    go_on: Callable[[Any], str],
+    argv: list[str], command: str, description: str | None, run: Callable[..., Any], go_on: Callable[[Any], str]
 ) -> int:
     """Runs a command that takes a recipe.
 
     Args:
         description (`str`): The docstring of the command, which is its help.
-        classes (`Sequence[type]`): The dataclasses of the recipe's keys, ours first.
-        run (`Callable`): Takes one value of each class.
+        run (`Callable`): Takes one value of each of its [`recipe_classes`].
         go_on (`Callable`): Says, of the training's configuration, how to go on after Ctrl-C.
     """
     from trl_search.cli.options import explained_interrupt
@@ -27,6 +36,7 @@ def run_recipe(
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.recipe import build_arguments, recipe_values
 
+    classes = recipe_classes(command)
     if print_help(argv, command, description or "", classes):
         return 0
     values = recipe_values(argv, classes, command=command)

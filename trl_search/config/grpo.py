@@ -248,14 +248,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
                 f"{asked} changes whole groups, and num_generations={self.num_generations} does not divide the {rows} "
                 "trajectories of a process (per_device_train_batch_size × steps_per_generation): make it divide them"
             )
-        least = {
-            "refill_groups": 0,
-            "search_floor_steps": 0,
-            "log_trajectories": 0,
-            "trajectory_table_steps": 0,
-            "max_packed_tokens": 0,
-            "rollout_batch_size": 1,
-        }
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {number}")
+        counts = ("refill_groups", "search_floor_steps", "log_trajectories", "trajectory_table_steps")
+        for name in (*counts, "max_packed_tokens", "rollout_batch_size"):
+            least = int(name == "rollout_batch_size")
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from trl_search.policies.engine_thread import EngineThread, Request
@@ -113,15 +114,10 @@ def _params(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = request.sampling
+    how = {**asdict(request.sampling), "seed": request.sampling.seed & (2**63 - 1)}  # vLLM's seeds are signed
     return SamplingParams(
+        **how,
         max_tokens=request.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        # vLLM's seeds are signed.
-        seed=sampling.seed & (2**63 - 1),
         stop=list(request.stop),
         stop_token_ids=sorted(request.stop_token_ids),
         # Only stop strings need text: the ids are what comes back.

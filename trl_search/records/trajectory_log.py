@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     import torch
 
 
+# What a trajectory has under the name of its column.
+_AS_THEY_ARE = (
+    "searches", "calls", "malformed", "model_tokens", "observation_tokens", "error", "generation_s", "search_s",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scored:
     """What TRL made of a rollout batch. B: trajectories of this rank; R: of all ranks; C: tokens; F: rewards."""
@@ -144,15 +150,8 @@ class TrajectoryLog:
             "rewards": [None if math.isnan(value) else value for value in rewards_F.tolist()],
             "advantage": 0.0 if local is None else scored.advantages_B[local].mean().item(),
             "replaced": local is None,
-            "searches": trajectory.searches,
-            "calls": trajectory.calls,
-            "malformed": trajectory.malformed,
-            "model_tokens": trajectory.model_tokens,
-            "observation_tokens": trajectory.observation_tokens,
             "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else "",
-            "error": trajectory.error,
-            "generation_s": trajectory.generation_s,
-            "search_s": trajectory.search_s,
+            **{name: getattr(trajectory, name) for name in _AS_THEY_ARE},
         }
 
 

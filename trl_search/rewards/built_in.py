@@ -116,14 +116,8 @@ def soft_overlong_punishment(
     return [-min(1.0, max(0.0, len(ids) - (max_completion_length - margin)) / margin) for ids in completion_ids]
 
 
-BUILT_IN: dict[str, Reward] = {
-    "em": em,
-    "f1": f1,
-    "format": format,
-    "reflection": reflection,
-    "retrieval": retrieval,
-    "soft_overlong_punishment": soft_overlong_punishment,
-}
+_REWARDS: tuple[Reward, ...] = (em, f1, format, reflection, retrieval, soft_overlong_punishment)
+BUILT_IN = {reward.__name__: reward for reward in _REWARDS}
 
 
 def _scores(

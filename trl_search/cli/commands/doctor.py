@@ -61,20 +61,11 @@ def main(argv: list[str]) -> int:
 
 def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """The values of a recipe of `train`, or of `sft` where its name says so."""
-    from trl import ModelConfig
-
-    from trl_search.config.grpo import SearchGRPOConfig
+    from trl_search.cli.recipe_command import recipe_classes
     from trl_search.config.recipe import find_recipe, recipe_command, recipe_values
-    from trl_search.config.task import TaskArguments
-    from trl_search.trainer.cold_start.arguments import ColdStartArguments
-    from trl_search.trainer.sft import SearchSFTConfig
 
     command = recipe_command(find_recipe(argv[0]).stem)
-    classes: tuple[Any, ...] = (
-        (TaskArguments, SearchGRPOConfig, ModelConfig)
-        if command == "train"
-        else (ColdStartArguments, SearchSFTConfig, ModelConfig)
-    )
+    classes = recipe_classes(command)
     return recipe_values(argv, classes, command=command), classes
 
 

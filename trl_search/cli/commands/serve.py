@@ -60,35 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--replica_gpus", type=float, help="GPUs of each; 0.25 puts four on one (default: 0)")
     several.add_argument("--ray_address", metavar="HOST:PORT", help="a cluster that runs; by default one is started")
     size = parser.add_argument_group("limits")
-    size.add_argument(
-        "--passages_per_query",
-        type=int,
-        default=limits.default_topk,
-        metavar="N",
-        help="passages where a request does not say how many (default: 3)",
-    )
-    size.add_argument(
-        "--max_passages_per_query",
-        type=int,
-        default=limits.max_topk,
-        metavar="N",
-        help="a request that wants more is refused (default: %(default)s)",
-    )
-    size.add_argument(
-        "--max_queries", type=int, default=limits.max_queries, help="queries per request (default: %(default)s)"
-    )
-    size.add_argument(
-        "--max_queued", type=int, default=config.max_queued, help="queries under way at once (default: %(default)s)"
-    )
-    size.add_argument(
-        "--max_batch", type=int, default=config.max_batch, help="queries searched together (default: %(default)s)"
-    )
-    size.add_argument(
-        "--cache_mb", type=int, default=config.cache_bytes >> 20, help="for results, 0: none (default: %(default)s)"
-    )
-    size.add_argument(
-        "--search_timeout_s", type=float, default=config.search_timeout_s, help="of one search (default: %(default)s)"
-    )
+    for name, default, said in (
+        ("passages_per_query", limits.default_topk, "passages where a request does not say how many"),
+        ("max_passages_per_query", limits.max_topk, "a request that wants more is refused"),
+        ("max_queries", limits.max_queries, "queries per request"),
+        ("max_queued", config.max_queued, "queries under way at once"),
+        ("max_batch", config.max_batch, "queries searched together"),
+        ("cache_mb", config.cache_bytes >> 20, "for results, 0: none"),
+        ("search_timeout_s", config.search_timeout_s, "of one search"),
+    ):
+        told = f"{said} (default: %(default)s)"
+        size.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=told)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,14 +14,8 @@ from __future__ import annotations
 
 
 def main(argv: list[str]) -> int:
-    from trl import ModelConfig
-
     from trl_search.cli.recipe_command import run_recipe
-    from trl_search.trainer.cold_start.arguments import ColdStartArguments
     from trl_search.trainer.cold_start.run import run_sft
-    from trl_search.trainer.sft import SearchSFTConfig
 
-    def go_on(config: SearchSFTConfig) -> str:
-        return "the same command goes on; --resume_from_checkpoint PATH keeps the trained steps, too"
-
-    return run_recipe(argv, "sft", __doc__, (ColdStartArguments, SearchSFTConfig, ModelConfig), run_sft, go_on)
+    how = "the same command goes on; --resume_from_checkpoint PATH keeps the trained steps, too"
+    return run_recipe(argv, "sft", __doc__, run_sft, lambda _: how)

@@ -12,18 +12,18 @@ step, all of it at once; `trl-search doctor RECIPE` says the same without traini
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_search.config.grpo import SearchGRPOConfig
 
 
 def main(argv: list[str]) -> int:
-    from trl import ModelConfig
-
     from trl_search.cli.recipe_command import run_recipe
-    from trl_search.config.grpo import SearchGRPOConfig
-    from trl_search.trainer.pipeline import TaskArguments, run_training
+    from trl_search.trainer.pipeline import run_training
     from trl_search.trainer.resume import how_to_resume
 
     def go_on(config: SearchGRPOConfig) -> str:
         return how_to_resume(Path(config.output_dir or "runs/train"))
 
-    classes = (TaskArguments, SearchGRPOConfig, ModelConfig)
-    return run_recipe(argv, "train", __doc__, classes, run_training, go_on)
+    return run_recipe(argv, "train", __doc__, run_training, go_on)

@@ -56,22 +56,8 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
 
     If a run has more than its share, whole steps are taken, spread evenly from its oldest to its newest.
     """
-    columns = (
-        "run",
-        *NUMBERS,
-        *TEXTS,
-        "calls",
-        "golden",
-        "answer",
-        "correct",
-        "gold",
-        "trained",
-        "masked",
-        "prompt",
-        "rewards",
-        "text",
-    )
-    rows: dict[str, list[Any]] = {name: [] for name in columns}
+    others = ("calls", "golden", "answer", "correct", "gold", "trained", "masked", "prompt", "rewards", "text")
+    rows: dict[str, list[Any]] = {name: [] for name in ("run", *NUMBERS, *TEXTS, *others)}
     prompts: dict[str, int] = {}
     tokens: list[dict[str, Any]] = []
     notes = []

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,17 +82,8 @@ class EncodingOptions:
 
     @cached_property
     def loaded(self) -> Encoder:
-        return load_encoder(
-            self.encoder,
-            dtype=self.dtype,
-            max_length=self.max_length,
-            query_prompt=self.query_prompt,
-            passage_prompt=self.passage_prompt,
-            pooling=self.pooling,
-            normalize=self.normalize,
-            query_encoder=self.query_encoder,
-            trust_remote_code=self.trust_remote_code,
-        )
+        names = {option.name for option in fields(EncodingOptions)} - {"encoder", "batch_size"}
+        return load_encoder(self.encoder, **{name: getattr(self, name) for name in names})
 
     def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
         """`encode_corpus` with these options. Warns of passages whose end the encoder does not read."""
