@@ -5,6 +5,7 @@ An index is not loaded for this. `train`, `sft`, `eval` and `serve` ask in their
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import socket
 from collections.abc import Iterator, Mapping
@@ -63,11 +64,8 @@ def _check_reach(searched: Searched) -> Check:
             if "index" in options:
                 _check_files(Path(options["index"]).expanduser())
         if kind in _SERVERS:
-            retriever = searched.load()
-            try:
+            with contextlib.closing(searched.load()) as retriever:
                 retriever.search(["probe"], 1)
-            finally:
-                retriever.close()
             said = f"{searched.options.get('url', kind)} answers"
     except UserError as error:
         return Check("retriever", Status.PROBLEM, str(error))

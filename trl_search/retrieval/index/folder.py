@@ -12,6 +12,7 @@ name is whole, or was damaged later; then `open_index` says so instead of answer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -134,16 +135,13 @@ def build_index(
             if not build.has(_CORPUS):
                 write_corpus(source, build.path, fields, skip_duplicates=skip_duplicates).close()
                 build.note(_CORPUS)
-            rows = Corpus(build.path)
-            try:
+            with contextlib.closing(Corpus(build.path)) as rows:
                 if isinstance(builder, Plans):
                     announce(builder.plan(len(rows)))
                 if isinstance(builder, Shares):
                     workers.wait()
                     builder.share(rows, build.path, workers)
                 details = builder.build(rows, build.path) or {}
-            finally:
-                rows.close()
             if fingerprint is not None and fingerprint.changed():
                 raise IndexFolderError(
                     f"{fingerprint.name} changed while it was indexed; build again when it is complete"
@@ -170,11 +168,8 @@ def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) 
         return
     workers.wait()
     folder = build_path(_place(output))
-    rows = Corpus(folder)
-    try:
+    with contextlib.closing(Corpus(folder)) as rows:
         builder.share(rows, folder, workers)
-    finally:
-        rows.close()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
