@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from trl_search.records.folder import INFO_FILE, METRICS_FILE, TRAJECTORY_SCHEMA, trajectory_file
+from trl_search.config.run_file import RUN_FILE
+from trl_search.records.folder import METRICS_FILE, TRAJECTORY_SCHEMA, trajectory_file
 
 SCHEMA = TRAJECTORY_SCHEMA.append(pyarrow.field("rewards/em", pyarrow.float64())).append(
     pyarrow.field("rewards/format", pyarrow.float64())
@@ -123,7 +124,7 @@ def write_run(folder: Path, *, steps: int = 6, a_step: int = 8, words: int = 60,
         "protocol": "qwen_tools",
         "resumed_from_step": [],
     }
-    (folder / INFO_FILE).write_text(json.dumps(info), encoding="utf-8")
+    (folder / RUN_FILE).write_text(json.dumps(info), encoding="utf-8")
     with (folder / METRICS_FILE).open("w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
             file.write(json.dumps(_metrics(step, steps, chance)) + "\n")

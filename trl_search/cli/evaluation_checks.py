@@ -13,7 +13,7 @@ from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status
 from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questions, count_parameters, gpus
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
-from trl_search.evaluation.run import SEARCHING, Plan, searches, what_is_searched
+from trl_search.evaluation.run import Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
 from trl_search.policies.loading import placement
 
@@ -31,8 +31,7 @@ def refuse_evaluation(plan: Plan) -> None:
     if plan.backend.name == "transformers":
         found.see("device", lambda: placement(plan.backend.device, plan.backend.dtype))
     found.add(check_questions({"questions": plan.datasets[0], "eval_questions": list(plan.datasets[1:])}))
-    acts = bool(set(plan.modes) & set(SEARCHING))
-    if acts and found.see("environment", lambda: searches(plan)):
+    if plan.acts and found.see("environment", lambda: searches(plan)):
         searched = found.see("retriever", lambda: what_is_searched(plan))
         found.add(retriever_checks(searched) if searched is not None else ())
     found.refuse()

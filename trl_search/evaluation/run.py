@@ -9,11 +9,11 @@ Started again, it asks only the questions without a record. Several processes (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ class Plan:
     command: str
     fields: QuestionFields | None = None
 
+    @property
+    def acts(self) -> bool:
+        """Whether some mode meets the environment."""
+        return bool(set(self.modes) & set(SEARCHING))
+
 
 def run_evaluation(plan: Plan) -> dict[str, Any]:
     """Runs what is left of an evaluation, and writes its results. Returns the content of `results.json`."""
@@ -105,7 +110,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any]:
     model = tiny_policy_path() if plan.model == "tiny" else plan.model
     tokenizer = load_tokenizer(model)
     retriever, description = _retriever(plan)
-    environment = build_environment(plan.agent, retriever) if _acts(plan) else AnswerOnly()
+    environment = build_environment(plan.agent, retriever) if plan.acts else AnswerOnly()
     calls = call_word(plan.agent.environment)
 
     # 2. The settings, which must be those that the folder was begun with.
@@ -198,7 +203,7 @@ def _measure(
         bar.update()
         watch.see(outcome)
 
-    try:
+    with bar, contextlib.closing(records):
         if mine:
             answer_questions(
                 mode,
@@ -212,9 +217,6 @@ def _measure(
                 on_outcome=finished,
                 progress=False,
             )
-    finally:
-        bar.close()
-        records.close()
     processes.wait_for_everyone()
     outcomes = records.read()
     return [outcomes[index] for index in range(len(asked.rows))]
@@ -260,7 +262,7 @@ def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
 
 def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
     """The retriever and its description; none if no mode searches."""
-    if not _acts(plan) or not searches(plan):
+    if not plan.acts or not searches(plan):
         return None, None
     searched = what_is_searched(plan)
     return searched.load(), describe_retriever(searched.kind, searched.described())
@@ -296,12 +298,7 @@ def searches(plan: Plan) -> bool:
     return takes
 
 
-def _acts(plan: Plan) -> bool:
-    """Whether some mode meets the environment."""
-    return bool(set(plan.modes) & set(SEARCHING))
-
-
-@contextmanager
+@contextlib.contextmanager
 def _alone(folder: Path, processes: PartialState) -> Iterator[None]:
     """Locks the folder against other evaluations."""
     if not processes.is_main_process:

@@ -24,10 +24,11 @@ from pyarrow import parquet
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none
+from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
-INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER = "run.json", "metrics.jsonl", "trajectories"
+METRICS_FILE, TRAJECTORY_FOLDER = "metrics.jsonl", "trajectories"
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
@@ -130,14 +131,14 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the output_dir of a run")
     steps = {step_of(path): path for path in (folder / TRAJECTORY_FOLDER).glob("step_*.parquet")}
-    names = (INFO_FILE, METRICS_FILE, RESULTS_FILE)
+    names = (RUN_FILE, METRICS_FILE, RESULTS_FILE)
     if not steps and not any((folder / name).is_file() for name in names):
         raise UserError(
             f"{folder} is not the folder of a run: it has none of {', '.join(names)} and {TRAJECTORY_FOLDER}/; give "
             f"the output_dir of a run"
         )
     problems: list[str] = []
-    info = _read_info(folder / INFO_FILE, problems)
+    info = _read_info(folder / RUN_FILE, problems)
     recorded = _read_object(folder / RESULTS_FILE, problems) if (folder / RESULTS_FILE).is_file() else {}
     history = _read_history(folder, recorded, problems)
     files = [path for step, path in sorted(steps.items()) if step >= 0 and _readable(path, problems)]

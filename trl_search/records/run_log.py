@@ -20,8 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
+from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE
-from trl_search.records.folder import FORMAT, INFO_FILE, METRICS_FILE, TRAJECTORY_FOLDER, step_of
+from trl_search.records.folder import FORMAT, METRICS_FILE, TRAJECTORY_FOLDER, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class RunLog(TrainerCallback):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         before: dict[str, Any] = {}
         if state.global_step:
-            before = _object(folder / INFO_FILE)
+            before = _object(folder / RUN_FILE)
             cut_back(folder, state.global_step, state.log_history)
         else:
             put_aside(folder)
@@ -78,7 +79,7 @@ class RunLog(TrainerCallback):
             "prompt": self.prompt,
             "resumed_from_step": [*resumed, state.global_step] if state.global_step else resumed,
         }
-        write_json(folder / INFO_FILE, self.info)
+        write_json(folder / RUN_FILE, self.info)
 
     def on_log(
         self,
@@ -133,13 +134,13 @@ def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) 
 
 def put_aside(folder: Path) -> None:
     """Moves the records of an earlier run in this folder to `earlier/<n>`, and overwrites nothing."""
-    if not any((folder / name).exists() for name in (INFO_FILE, METRICS_FILE)):
+    if not any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)):
         return
     number = 1
     while (target := folder / "earlier" / str(number)).exists():
         number += 1
     target.mkdir(parents=True)
-    for name in (INFO_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER):
+    for name in (RUN_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER):
         if (folder / name).exists():
             (folder / name).rename(target / name)
     logger.warning("%s held the records of another run, which are in %s now", folder, target)

@@ -13,8 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
+from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
-from trl_search.records.folder import AFTER_ROW, BEST_ROW, INFO_FILE
+from trl_search.records.folder import AFTER_ROW, BEST_ROW
 from trl_search.trainer.callbacks.best_checkpoint import is_whole
 
 
@@ -33,7 +34,7 @@ def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
         if not is_whole(path):
             print(f"{path} was not written to its end: it is skipped")
         elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
-            print(f"{path} is older than the run of {folder / INFO_FILE}, so it belongs to another run: it is skipped")
+            print(f"{path} is older than the run of {folder / RUN_FILE}, so it belongs to another run: it is skipped")
         else:
             return str(path)
     raise UserError(
@@ -54,7 +55,7 @@ def how_to_resume(folder: Path) -> str:
 
 def _started_at(folder: Path) -> float:
     """When the run of a folder began, as a file's time; resuming does not change it. 0 where that is unknown."""
-    path = folder / INFO_FILE
+    path = folder / RUN_FILE
     text = read_object(path, "move it away").get("started_at") if path.is_file() else None
     return datetime.datetime.fromisoformat(text).timestamp() if text else 0.0
 

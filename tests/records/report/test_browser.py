@@ -14,7 +14,8 @@ import pytest
 from tests.support.calculator import ADD
 from tests.support.report_browser import Page
 from tests.support.report_runs import trajectory, write_run, write_trajectories
-from trl_search.records.folder import INFO_FILE, read_run, read_trajectories
+from trl_search.config.run_file import RUN_FILE
+from trl_search.records.folder import read_run, read_trajectories
 from trl_search.records.report.page import write_report
 
 pytestmark = pytest.mark.slow
@@ -311,8 +312,8 @@ def test_the_same_question_at_other_steps(browser: Any, tmp_path: Path) -> None:
 
 def test_calls_are_named_after_the_tool_of_the_run(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "adds", steps=1, a_step=1)
-    info = json.loads((folder / INFO_FILE).read_text())
-    (folder / INFO_FILE).write_text(json.dumps({**info, "environment": {"tools": [ADD]}}))
+    info = json.loads((folder / RUN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps({**info, "environment": {"tools": [ADD]}}))
     row = {**trajectory(1, 0, [("assistant", "two"), ("tool", "3")]), "searches": 0, "calls": 2}
     write_trajectories(folder, 1, [row])
     opened = Page(browser, write_report([read_run(folder)], folder / "report.html"))

@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace, searched: Searched | None, token: str | None) -> ServerConfig:
+    kind = "" if searched is None else searched.kind
     return ServerConfig(
         limits=Limits(
             max_queries=args.max_queries, max_topk=args.max_passages_per_query, default_topk=args.passages_per_query
@@ -110,14 +111,10 @@ def _config(args: argparse.Namespace, searched: Searched | None, token: str | No
         search_timeout_s=args.search_timeout_s,
         cache_bytes=args.cache_mb << 20,
         fingerprint="" if searched is None else _fingerprint(searched),
-        name="" if searched is None else _name(args.retriever, searched.kind),
+        name=kind if kind in ("", args.retriever) else f"{kind} from {args.retriever}",
         token=token,
         access_log=not args.no_access_log,
     )
-
-
-def _name(word: str, kind: str) -> str:
-    return kind if kind == word else f"{kind} from {word}"
 
 
 def _ray_config(args: argparse.Namespace) -> RayConfig | None:

@@ -30,18 +30,14 @@ def mean_length(passages: Passages, analyzer: Analyzer) -> float:
     """The mean number of terms per passage, from a sample spread over the corpus."""
     step = max(1, len(passages) // LENGTH_SAMPLE)
     rows = range(0, len(passages), step)
-    return max(1.0, sum(len(_split(passages[row], analyzer)[0]) for row in rows) / len(rows))
+    return max(1.0, sum(len(analyzer.split(passages[row].titled_text)[0]) for row in rows) / len(rows))
 
 
 def weigh(passage: Passage, analyzer: Analyzer, mean: float) -> dict[int, float]:
     """The passage's half of BM25: the number of each term and its weight. Stop words do not count as length."""
-    terms, stops = _split(passage, analyzer)
+    terms, stops = analyzer.split(passage.titled_text)
     longer = K1 * (1 - B + B * len(terms) / mean)
     return {number: count * (K1 + 1) / (count + longer) for number, count in term_counts(terms + stops).items()}
-
-
-def _split(passage: Passage, analyzer: Analyzer) -> tuple[list[str], list[str]]:
-    return analyzer.split(passage.titled_text)
 
 
 def _number(term: str) -> int:
