@@ -1,8 +1,8 @@
-"""Ctrl-C in a process of many threads: it reaches the main thread, whatever that waits for.
+"""Makes Ctrl-C reach the main thread of a chat, which has many threads.
 
-The kernel gives the signal to any thread that does not block it. The main thread then sleeps on: in the wait for the
-next line, or in the wait for an answer. So every other thread of a chat blocks the signal, from its start on, and so
-do the threads that libraries start in it.
+The kernel gives the signal to any thread that does not block it. If another one gets it, the main thread goes on
+waiting for the next line or an answer. So every other thread blocks the signal from its start on, and so do the
+threads that libraries start in it.
 """
 
 from __future__ import annotations

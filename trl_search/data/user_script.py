@@ -7,7 +7,7 @@
                </tool_call>
 
 `environment/script.py` says what a script is. It is sent each reply as the policy is shown it: cut to its limit, with
-tags in it escaped. So a script that reads its answer there never shows a policy how to know what it has not read.
+tags in it escaped. A script that takes its answer from the reply never teaches a policy to say what it has not read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The policy behind a stock `vllm serve`: token ids out, sampled ids and their logprobs back, one request per turn.
 
-    CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \
+    CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --weight-transfer-config '{"backend": "nccl"}'            (docs/vllm.md has both terminals)
 
 Each rank posts its own trajectories, as many and as often as they need: no rank waits for another. What a request

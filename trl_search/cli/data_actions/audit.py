@@ -7,7 +7,7 @@
 "in the corpus" is the share of questions with a golden answer in some passage: what no passage holds, no agent can
 read. "in the first K" is the share of those that one search by the question itself brings. With the folder of
 `trl-search eval --modes search`, "read" is the share with a golden answer in something that the agent's own searches
-found, and "answered" its exact match; all four are then of the questions that it was asked.
+found, and "answered" its exact match; all four then count the questions that it was asked.
 
 An answer may stand in a passage by chance, so all but the last are upper bounds: short answers ("2", "yes") are found
 nearly everywhere. Every passage of the corpus is read once per question set.

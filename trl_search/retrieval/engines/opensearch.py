@@ -4,9 +4,9 @@
     load_retriever("opensearch", url="http://search:9200", collection="wiki")
 
 Words are split and stemmed by an analyzer of OpenSearch, for passages and queries alike; title and text are searched
-as one field, as our own `bm25` does. Equal scores come in corpus order, because OpenSearch is told to sort so, and are
-equal, because frequencies are those of all shards together (`dfs_query_then_fetch`). The index says in its mapping
-which corpus it was loaded with.
+as one field, as our own `bm25` does. Frequencies are those of all shards together
+(`dfs_query_then_fetch`), so that copies of a passage score the same, and equal scores are sorted in corpus order. The
+mapping of the index says which corpus it was loaded with.
 
 A shard that failed or did not end in time makes the search fail: OpenSearch itself would answer with the rest.
 """

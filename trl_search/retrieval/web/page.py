@@ -1,11 +1,10 @@
 """The text of a web page, fetched as if every page were hostile: a policy chooses what to search, strangers write it.
 
-- Only `http` and `https`, on ports 80 and 443, and only public addresses. Of a host name, the addresses are looked up
-  once and all checked, and the connection goes to one of those very addresses, under the name's own `Host` and TLS
-  certificate: a name that points elsewhere a moment later (DNS rebinding) gains nothing. Redirects pass through the
-  same gate, one by one.
-- What is read ends after `max_bytes` of text, compressed or not; all of it, from redirects to the extraction of the
-  text, after `timeout_s`.
+- Only `http` and `https`, on ports 80 and 443, and only public addresses. A host name is looked up once,
+  all of its addresses are checked, and the connection goes to one of them, with the name in `Host` and in the TLS
+  check. So a name that points elsewhere a moment later (DNS rebinding) gains nothing. Each redirect is checked alike.
+- At most `max_bytes` of text are read, compressed or not, and at most `timeout_s` pass from the first request to the
+  extracted text.
 - The text is taken from the HTML by trafilatura, in a child process (`page_text.py`).
 
 The proxies of the environment are not used: a proxy would look the name up again.

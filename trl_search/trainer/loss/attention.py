@@ -10,10 +10,9 @@
 
 `auto` takes the first of `varlen`, `flash_attention_2`, `flex_attention` that works here, else `padded`.
 
-A model gets its kernel for good and not just for the time of a forward: gradient checkpointing runs layers again in
-the backward, long after. Calls that are not of packs (generation, padded forwards) reach the implementation it had
-before, or `sdpa` where that was eager or flash attention: a packed call is told by its `cu_seq_lens_q`, or by its
-block mask.
+A model keeps its kernel after the forward, because gradient checkpointing runs layers again in the backward. Calls
+without packs (generation, padded forwards) reach the implementation that the model had before, or `sdpa` where that
+was eager or flash attention. A packed call has `cu_seq_lens_q` or a block mask.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ and of the keys): 12 h for two norms, which compute in float32, 2 q + 2 k for at
 checkpointing every layer keeps only its input, of all packs of the micro-batch, and one layer at a time has the rest
 twice, values and gradients.
 
-So with `gradient_checkpointing: false` a micro-batch that fits is one pack, and nothing is computed twice; of one that
-does not fit, all packs but the last run again.
+With `gradient_checkpointing: false`, a micro-batch that fits is one pack, and nothing is computed twice. Where it does
+not fit, all packs but the last run again.
 """
 
 from __future__ import annotations
