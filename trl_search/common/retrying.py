@@ -12,13 +12,13 @@ Result = TypeVar("Result")
 GROWING_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # seconds
 
 
-def repeated(ask: Callable[[], Result], on: type[Exception], *, tries: int = 3) -> Result:
-    """The result of `ask()`, retried while it raises `on`. Raises the last error if all tries fail.
+def repeated(ask: Callable[[], Result], on: type[Exception]) -> Result:
+    """The result of `ask()`, tried three times while it raises `on`. Raises the last error if all tries fail.
 
     Example:
         >>> repeated(lambda: client.get(url), on=httpx.TransportError)
     """
-    return tenacity.Retrying(stop=tenacity.stop_after_attempt(tries), **_growing(on))(ask)
+    return tenacity.Retrying(stop=tenacity.stop_after_attempt(3), **_growing(on))(ask)
 
 
 def attempts(on: type[Exception], *, patience_s: float) -> tenacity.Retrying:

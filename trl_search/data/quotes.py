@@ -52,8 +52,8 @@ _ABBREVIATION = re.compile(
 QUOTE_WORDS = 30
 
 
-def names(text: str, limit: int = 16) -> list[str]:
-    """Capitalised spans, each once, in their order, without dates and without words that only begin a sentence.
+def names(text: str) -> list[str]:
+    """The first 16 capitalised spans, each once, without dates and without words that only begin a sentence.
     "Mira Talvane in Oslo" may be one name or two: all three are returned."""
     found: dict[str, None] = {}
     for match in _NAME.finditer(text):
@@ -65,7 +65,7 @@ def names(text: str, limit: int = 16) -> list[str]:
             if len(name) < 3 or name[0].isdigit() or name.lower() in _DEMONYMS or set(words) & set(_MONTHS):
                 continue
             found.setdefault(name)
-    return list(found)[:limit]
+    return list(found)[:16]
 
 
 def key_words(question: str, without: str = "", limit: int = 8) -> str:

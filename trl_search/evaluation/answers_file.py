@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import whole_lines, written_whole
+from trl_search.common.files import whole_lines, write_jsonl
 from trl_search.evaluation.outcomes import Outcome
 
 
@@ -47,12 +47,11 @@ class Records:
         if self._file is None:
             whole_lines(self.path)  # cuts what a kill left of a line: the next one would be added to it
             self._file = self.path.open("ab", buffering=0)
-        self._file.write(_line(index, outcome))
+        self._file.write(json.dumps(_row(index, outcome), ensure_ascii=False).encode() + b"\n")
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         """Writes all questions at once, and replaces what the file held."""
-        with written_whole(self.path) as temporary:
-            temporary.write_bytes(b"".join(_line(index, outcome) for index, outcome in enumerate(outcomes)))
+        write_jsonl(self.path, (_row(index, outcome) for index, outcome in enumerate(outcomes)))
 
     def close(self) -> None:
         if self._file is not None:
@@ -60,8 +59,8 @@ class Records:
             self._file = None
 
 
-def _line(index: int, outcome: Outcome) -> bytes:
-    return json.dumps({"index": index, **dataclasses.asdict(outcome)}, ensure_ascii=False).encode() + b"\n"
+def _row(index: int, outcome: Outcome) -> dict[str, Any]:
+    return {"index": index, **dataclasses.asdict(outcome)}
 
 
 def _read(path: Path) -> list[tuple[int, Outcome]]:

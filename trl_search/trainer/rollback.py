@@ -57,16 +57,8 @@ class _LearningRate(TrainerCallback):
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        set_learning_rate(optimizer, lr_scheduler, self.rate)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
+        set_learning_rate(of["optimizer"], of["lr_scheduler"], self.rate)
 
 
 def set_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
