@@ -6,8 +6,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support.servers import WaitingHTTPServer
 
 Answer = tuple[int, Any]  # a status and a body
 
@@ -34,7 +36,7 @@ def tei(body: dict[str, Any]) -> Answer:
 Asked = list[tuple[dict[str, str], dict[str, Any]]]  # the headers and the body of each request
 
 
-def start(answer: Callable[[dict[str, Any]], Answer]) -> tuple[ThreadingHTTPServer, str, Asked]:
+def start(answer: Callable[[dict[str, Any]], Answer]) -> tuple[WaitingHTTPServer, str, Asked]:
     """A server that answers by `answer` on a daemon thread, its address, and a list that grows by what it is asked."""
     asked: Asked = []
 
@@ -54,9 +56,8 @@ def start(answer: Callable[[dict[str, Any]], Answer]) -> tuple[ThreadingHTTPServ
         def log_message(self, *_: object) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server = WaitingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_address[1]}/rerank", asked
 
 

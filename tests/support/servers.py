@@ -39,6 +39,28 @@ class Said:
     by_hand: Callable[[Any], None] | None = None
 
 
+class WaitingHTTPServer(ThreadingHTTPServer):
+    """Sleeps until the next request comes. `ThreadingHTTPServer` looks up many times a second whether it is to end: a
+    hundred servers that last as long as the tests took half a core, and the interpreter from the tests."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._ends, self._ended = False, threading.Event()
+        super().__init__(*args, **options)
+
+    def serve_forever(self, poll_interval: float = 0.0) -> None:
+        while not self._ends:
+            self.handle_request()
+        self._ended.set()
+
+    def shutdown(self) -> None:
+        self._ends = True
+        with contextlib.suppress(OSError):  # it is closed
+            socket.create_connection(self.server_address[:2]).close()  # wakes it
+        self._ended.wait()
+
+
 class Server:
     """`answer(asked)` is called on a thread for each request. Listens at once; `kill` drops every connection."""
 
@@ -87,14 +109,13 @@ class Server:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        class Listener(ThreadingHTTPServer):
-            daemon_threads, request_queue_size = True, 128
+        class Listener(WaitingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         self._listener = Listener((host, port), Handler)
         self.port = self._listener.server_port
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-        threading.Thread(target=self._listener.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self._listener.serve_forever, daemon=True).start()
 
     def kill(self) -> None:
         self._listener.shutdown()
