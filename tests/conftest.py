@@ -43,6 +43,16 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     config.add_cleanup(fork_workers(specs, f"{folder.name}/forks").close)
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Examples of property tests take as long as a busy machine needs."""
+    if session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput"):
+        return  # xdist's controller runs no test
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # a worker of xdist
         from tests.support.workers import slow_first

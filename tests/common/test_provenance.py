@@ -92,7 +92,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(VALUES)
 def test_whatever_is_given_json_can_hold_it(value):
     json.dumps(without_secrets(value), allow_nan=False)

@@ -154,7 +154,7 @@ def test_nothing_the_world_says_is_control(family):
     control = protocol.control.ids
     bare = sum(index in control for index in frame)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(hostile_texts(family))
     def check(text):
         ids, _ = protocol.observation_ids(
@@ -249,7 +249,7 @@ def test_a_scripted_rollout_is_well_formed(family):
 
 
 @pytest.mark.parametrize("family", NATIVE)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_reading_never_raises(family, data):
     protocol = protocol_of(family)

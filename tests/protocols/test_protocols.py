@@ -23,7 +23,7 @@ tags = st.sampled_from(
      "<search>", "</information>", "< / ANSWER >", "<|endoftext|>", "<think>", "<information>", "<tool_response>"]
 )  # fmt: skip
 hostile = st.lists(st.one_of(tags, any_text), max_size=8).map("".join)
-common = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+common = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("name", NAMES)

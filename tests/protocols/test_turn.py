@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_search.protocols import PROTOCOLS, load_protocol
@@ -58,7 +58,6 @@ def test_a_thought_that_is_open_can_be_told_from_one_that_is_closed():
     assert outside_thoughts("<think>a</think>b<think>c</think>d<think>e") == "bd"
 
 
-@settings(deadline=None)
 @given(text=turns)
 def test_environment_reward_and_format_read_the_same_act(tokenizer, text):
     for name in PROTOCOLS:
@@ -69,7 +68,6 @@ def test_environment_reward_and_format_read_the_same_act(tokenizer, text):
         assert (format_score([text]) > 0) == isinstance(action, Answer)
 
 
-@settings(deadline=None)
 @given(text=turns, thought=turns.filter(lambda text: "</think>" not in text))
 def test_what_a_thought_says_changes_nothing(tokenizer, text, thought):
     for name in PROTOCOLS:

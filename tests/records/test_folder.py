@@ -132,7 +132,7 @@ def test_damage_that_only_reading_shows_is_named(folder):
     assert "step_000004.parquet cannot be read" in run.problems[-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_metrics_file_cut_anywhere_gives_the_whole_lines(data):
     text = "".join(json.dumps({**row, "note": "é日"}, ensure_ascii=False) + "\n" for row in ROWS).encode()

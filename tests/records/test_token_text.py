@@ -38,7 +38,7 @@ def tokenizer(kind: str) -> Any:
 KINDS = st.sampled_from(["byte-level", "sentencepiece-like"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(KINDS, st.text(max_size=40))
 @example("byte-level", "Mira 🎉 日本語 é")
 @example("sentencepiece-like", "Mira 🎉 日本語  two spaces")
@@ -51,7 +51,7 @@ def test_texts_of_a_real_text_join_to_it(kind, text):
 
 
 # Most ids below 270 are single bytes.
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(KINDS, st.lists(st.one_of(st.integers(0, 419), st.integers(0, 269)), max_size=30))
 @example("sentencepiece-like", [3, 131, 0])  # at which tokenizers' own stream gives up
 def test_texts_of_any_ids_join_to_their_decoding(kind, ids):

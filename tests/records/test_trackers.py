@@ -219,7 +219,7 @@ def test_nothing_is_imported_that_is_not_reported_to(tmp_path, random_model, tok
 TEXTS = st.lists(st.tuples(st.text(max_size=5), st.integers(0, 1)), max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_nothing_is_lost_and_nothing_gets_out_of_its_span(pairs):
     import html

@@ -369,7 +369,7 @@ def test_a_retriever_may_cancel_itself() -> None:
     run(scenario, Cancels())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     asked=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3), st.integers(0, 4)), max_size=30),
     max_batch=st.integers(1, 5),

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object
+from trl_search.common.files import home_expanded, read_object
 from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
@@ -164,7 +164,7 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
     """Every index in the options, at any depth: hybrid and rerank hold retrievers of their own."""
     if isinstance(options, Mapping):
         for key, value in options.items():
-            path = Path(value, MANIFEST) if key == "index" and isinstance(value, str) else None
+            path = Path(home_expanded(value), MANIFEST) if key == "index" and isinstance(value, str) else None
             if path is not None and path.is_file():
                 manifest = path.read_bytes()
                 facts = json.loads(manifest)

@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(index: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == ""  # nothing says that it serves before it does
 
 
-def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path) -> None:
+def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path, monkeypatch) -> None:
     from trl_search.cli.commands.serve import _fingerprint
 
     build_index([Passage("1", "Orlune", "Orlune has burnt down.")], tmp_path / "index")
@@ -84,4 +84,6 @@ def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path
         return _fingerprint(Searched("bm25", {"index": str(folder)}))
 
     assert fingerprint(index) == fingerprint(index) != fingerprint(tmp_path / "index")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fingerprint(Path("~/index")) == fingerprint(tmp_path / "index")
     assert _fingerprint(Searched("bm25", {}, (300, 1))) != _fingerprint(Searched("bm25", {}, (300, 2)))

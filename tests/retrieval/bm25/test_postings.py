@@ -24,7 +24,7 @@ def postings(terms: list[set[int]], scores: np.ndarray, backend: str) -> Posting
     return Postings(rows, scores[: len(rows)], starts, PASSAGES, backend)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     terms=st.lists(TERM, min_size=1, max_size=5),
     # Halves and quarters: ties are common, and sums are exact.

@@ -58,7 +58,7 @@ def test_a_long_tie_is_in_corpus_order(backend: str) -> None:
         assert ids(found) == [str(row) for row in range(1, k + 1)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     corpus=st.lists(st.lists(st.sampled_from("abcde"), max_size=4).map(" ".join), min_size=1, max_size=60),
     queries=st.lists(st.lists(st.sampled_from("abcdxy"), max_size=3).map(" ".join), max_size=5),
@@ -79,7 +79,7 @@ def test_the_best_k_of_all_scores_ties_in_corpus_order(
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="needs numba")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     corpus=st.lists(st.lists(st.sampled_from("abcde"), max_size=4).map(" ".join), min_size=1, max_size=60),
     queries=st.lists(st.lists(st.sampled_from("abcdxy"), max_size=3).map(" ".join), max_size=5),

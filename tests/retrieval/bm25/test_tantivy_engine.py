@@ -61,7 +61,7 @@ def engine_of_segments(folder: Path, texts: list[str], segments: list[list[int]]
 # What is found
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     corpus=st.lists(st.lists(st.sampled_from("abcdé"), max_size=4).map(" ".join), min_size=1, max_size=30),
     queries=st.lists(st.lists(st.sampled_from("abcdéxy"), max_size=3).map(" ".join), min_size=1, max_size=5),

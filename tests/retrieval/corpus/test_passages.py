@@ -51,7 +51,7 @@ def test_contents_hold_title_and_text(title: str, text: str) -> None:
     assert parse_passage(row, "x") == Passage("1", title, text)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(corpus=st.lists(passages_of_any_text, min_size=1, max_size=8, unique_by=lambda passage: passage.id))
 def test_what_is_written_is_read_by_row(tmp_path_factory: pytest.TempPathFactory, corpus: list[Passage]) -> None:
     folder = tmp_path_factory.mktemp("corpus")

@@ -301,7 +301,7 @@ def test_a_bad_request_is_told_what_is_wrong(url: str, body: bytes, status: int,
 
 
 def test_any_bytes_are_answered(url: str) -> None:
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=300) | st.text(max_size=40).map(lambda text: json.dumps({"query": text}).encode()))
     def check(body: bytes) -> None:
         assert CLIENT.post(f"{url}/retrieve", content=body).status_code in (200, 400, 413, 422)

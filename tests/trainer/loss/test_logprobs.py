@@ -39,7 +39,7 @@ MODELS = {attention: make_model(attention) for attention in ("sdpa", "padded")}
 
 
 @pytest.mark.parametrize("attention", MODELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ragged_batches(max_rows=13), st.integers(1, 120), st.sampled_from([None, 2, 5]), st.booleans(), st.integers(0, 9)
 )

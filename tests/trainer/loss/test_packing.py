@@ -35,7 +35,7 @@ def by_hand(attention, loss_mask):
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ragged_batches(), st.integers(1, 60))
 def test_packs_hold_what_must_run_once_and_score_what_is_in_the_loss(batch, max_tokens):
     attention, loss_mask = batch
@@ -58,7 +58,7 @@ def test_packs_hold_what_must_run_once_and_score_what_is_in_the_loss(batch, max_
     assert seen == {i: (run, scored) for i, (run, scored) in enumerate(rows) if run}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 100))
 def test_every_trajectory_is_in_one_pack(lengths, max_tokens):
     packs = assign(lengths, max_tokens)

@@ -32,7 +32,6 @@ from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.config.searched import Searched
-from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.retrieval.remote.wire import Limits
 from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.run import is_loopback, listen, serve
@@ -171,10 +170,5 @@ def _token(args: argparse.Namespace) -> str | None:
 
 
 def _fingerprint(searched: Searched) -> str:
-    """A short name for what is searched: an index by its manifest, which has the corpus's hash, anything else by its
-    options."""
-    digest = hashlib.sha256(json.dumps([searched.kind, searched.described()], sort_keys=True).encode())
-    index = searched.options.get("index")
-    if index is not None and Path(index, MANIFEST).is_file():
-        digest.update(Path(index, MANIFEST).read_bytes())
-    return digest.hexdigest()[:16]
+    """A short name for what is searched: indexes by what they hold, anything else by its options."""
+    return hashlib.sha256(json.dumps(searched.content(), sort_keys=True).encode()).hexdigest()[:16]
