@@ -34,8 +34,8 @@ def test_a_run_is_recorded_without_being_asked(tmp_path, random_model, tokenizer
     assert run.problems == []
     info = run.info
     assert list(info) == [
-        "format", "started_at", "command", "versions", "git", "hardware", "config", "task", "environment",
-        "model", "protocol", "prompt", "resumed_from_step",
+        "format", "started_at", "command", "versions", "git", "hardware", "method", "config", "task",
+        "environment", "model", "protocol", "prompt", "resumed_from_step",
     ]  # fmt: skip
     assert info["command"] == "/bin/trl-search train r.yaml --hub_token '<redacted>'"
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -2,7 +2,7 @@
 
 indexes/wiki             an index folder                 bm25, dense, web ...   a kind, with its options
 http://localhost:8000    a server                        world                  the embedded encyclopedia
-runs/qwen3b              what that run searched, by its run.json; after a cold start, by its trl_search.json
+runs/qwen3b              what that run searched, by its run.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.provenance import REDACTED, without_secrets
 from trl_search.config.agent import SETTINGS_FILE
-from trl_search.config.run_file import REMEDY, read_run_file
+from trl_search.config.run_file import REMEDY, RUN_FILE, read_run_file
 from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
 from trl_search.retrieval.index.contents import with_contents
 from trl_search.retrieval.registry import RETRIEVERS
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 WORLD = "world"
 WORLD_SIZE = (2000, 0)  # its passages, and its seed
-# The keys of a recipe that say what is searched; a run records them.
-SEARCHED_KEYS = ("questions", "retriever", "retriever_options", "world_passages", "world_seed")
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,19 @@ def resolve_searched(
 
 
 def run_record(word: str) -> dict[str, Any] | None:
-    """What the run that a word names recorded of its questions and retriever; `None` where the word names no run."""
+    """What the run that a word names recorded of its questions and retriever; `None` where the word names no run.
+
+    Raises:
+        UserError: for a cold start that recorded it in another file.
+    """
     info = read_run_file(word)
-    if info is None and (settings := Path(word).expanduser() / SETTINGS_FILE).is_file():
-        info = read_object(settings, REMEDY)
-        if "task" not in info:  # the model was published, and its settings do not say where it was trained
-            return None
     if info is None:
+        settings = Path(word).expanduser() / SETTINGS_FILE
+        if settings.is_file() and "task" in read_object(settings, REMEDY):
+            raise UserError(
+                f"{word} is a cold start of an earlier version, which wrote no {RUN_FILE}: say what to search with "
+                "--retriever, an index folder, the address of a server or a kind"
+            )
         return None
     return info["task"] if isinstance(info.get("task"), dict) else {}
 

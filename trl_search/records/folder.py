@@ -29,6 +29,7 @@ from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
 METRICS_FILE, TRAJECTORY_FOLDER = "metrics.jsonl", "trajectories"
+GRPO, SFT = "GRPO", "SFT"  # how a run trained: `trl-search train`, or a cold start of `trl-search sft`
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
@@ -81,6 +82,11 @@ class Run:
     def task(self) -> dict[str, Any]:
         """What `run.json` says of questions, retriever and rewards."""
         return section(self.info, "task")
+
+    @property
+    def method(self) -> str:
+        """How it was trained. Earlier versions recorded GRPO alone."""
+        return str(self.info.get("method", GRPO))
 
     @property
     def before(self) -> dict[str, Any]:

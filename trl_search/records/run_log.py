@@ -22,7 +22,7 @@ from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE
-from trl_search.records.folder import FORMAT, METRICS_FILE, TRAJECTORY_FOLDER, step_of
+from trl_search.records.folder import FORMAT, GRPO, METRICS_FILE, TRAJECTORY_FOLDER, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +36,22 @@ class RunLog(TrainerCallback):
     Args:
         model (`str`): The name of the model that is trained.
         protocol (`str`, *optional*): The name of its protocol.
+        method (`str`, *optional*, defaults to `"GRPO"`): How it is trained.
 
     Attributes:
         prompt (`str`): The first training prompt, from the first token to the first of the policy's.
         task (`dict`): What `run.json` says about questions, retriever and rewards. Set it before training starts.
         environment (`dict`): What it says about the environment: its tools and its own budgets.
+        agent (`dict`): The keys of the agent, where the trainer's configuration has none.
         info (`dict`): `run.json`, once training has started; on rank 0.
     """
 
-    def __init__(self, *, model: str, protocol: str | None) -> None:
-        self.model, self.protocol = model, protocol
+    def __init__(self, *, model: str, protocol: str | None, method: str = GRPO) -> None:
+        self.model, self.protocol, self.method = model, protocol, method
         self.prompt = ""
         self.task: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
+        self.agent: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -71,7 +74,8 @@ class RunLog(TrainerCallback):
             "versions": versions(),
             "git": git_state(),
             "hardware": hardware(args.world_size),
-            "config": _config(args),
+            "method": self.method,
+            "config": {**_config(args), **without_secrets(self.agent)},
             "task": without_secrets(self.task),
             "environment": without_secrets(self.environment),
             "model": self.model,

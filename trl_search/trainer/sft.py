@@ -26,6 +26,7 @@ from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
 from trl_search.protocols import Protocol
+from trl_search.records.run_log import RunLog
 from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
@@ -84,11 +85,13 @@ def train(
     config: SearchSFTConfig,
     *,
     peft_config: PeftConfig | None = None,
+    run_log: RunLog | None = None,
 ) -> None:
     """Trains the model in place on `rows` (`input_ids`, `assistant_masks`), and saves it with its tokenizer.
 
     Args:
         peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
+        run_log ([`RunLog`], *optional*): Records the run in its folder.
     """
     # Rows that are too long have been left out. TRL would cut them, or warn that it does not cut without padding.
     config = copy.copy(config)
@@ -111,6 +114,8 @@ def train(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )
     show_steps(trainer)
+    if run_log is not None:
+        trainer.callback_handler.callbacks.insert(0, run_log)  # it names the run for the trackers
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:

@@ -146,7 +146,16 @@ def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
     for private in ("secret", "10.0.0.7", "/home/me", "hf_"):
         assert private not in text
     local = dataclasses.replace(
-        facts, base_model="/home/me/warm", info={**INFO, "task": {"questions": "/home/me/q.jsonl"}}
+        facts,
+        base_model="/home/me/warm",
+        info={
+            **INFO,
+            "task": {
+                "questions": "/home/me/q.jsonl",
+                "retriever": "http://10.0.0.7:8000",
+                "teacher": "http://10.0.0.7",
+            },
+        },
     )
     text = write_card(local).content
     assert "/home/me" not in text and "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text

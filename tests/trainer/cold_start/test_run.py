@@ -23,6 +23,8 @@ from trl_search.config.agent import read_settings
 from trl_search.config.searched import resolve_searched
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import load_protocol
+from trl_search.records.folder import read_run
+from trl_search.records.report.summary import Fact, facts_of, headline
 from trl_search.retrieval.index.folder import build_index
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
@@ -175,13 +177,32 @@ def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.C
 def test_scripted_players_teach_real_questions(
     tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sft(tmp_path, **files, teacher="scripts", protocol="search_r1")
+    sft(tmp_path, **files, teacher="scripts", protocol="search_r1", logging_steps=1)
     attempts = read_attempts(tmp_path / "collection")
     assert len(attempts) == 12 and all(one.em == one.format == 1.0 and one.searches for one in attempts)
     printed = capsys.readouterr().out
     assert re.search(r"data\d+ +6 of 6 questions kept", printed)
     assert "── Collecting: 12 attempts at 6 questions, teacher: scripts\n" in printed
     assert changed(tmp_path)
+    # Its folder is that of a run.
+    run = read_run(tmp_path)
+    assert (run.method, run.problems) == ("SFT", []) and [row["step"] for row in run.history] == [1, 2, 2]
+    assert (
+        run.task["teacher"] == "scripts" and run.task["base_model"] == "tiny" and run.task["train_trajectories"] == 12
+    )
+    assert run.info["environment"]["tools"] and run.info["config"]["protocol"] == "search_r1"
+    (tmp_path / "checkpoint-1").mkdir()
+    assert read_settings(str(tmp_path / "checkpoint-1")) == read_settings(str(tmp_path))
+    assert headline(run).startswith("A cold start: supervised training, without rewards. Its loss")
+    assert Fact("Recipe", "recipe", "started 2026-11-26 10:00") in facts_of(
+        dataclasses.replace(run, info={"command": "trl-search sft recipe.yaml", "started_at": "2026-11-26T10:00:01"})
+    )
+    assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").is_file()
+    assert main(["push", str(tmp_path), "me/agent", "--license", "mit", "--dry_run"]) == 0
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "Trained with supervised fine-tuning, a cold start for GRPO, by `trl-search`" in card
+    assert "- sft\n" in card and "- grpo\n" not in card and "`trl-search sft recipe.yaml`" in card
+    assert "teacher: scripts" in card and str(tmp_path) not in card
 
 
 def test_a_teacher_is_shown_demonstrations_that_nobody_is_trained_on(

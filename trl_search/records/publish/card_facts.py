@@ -15,7 +15,7 @@ from trl_search.environment.registry import SEARCH
 from trl_search.policies.loading import load_tokenizer, read_adapter
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
-from trl_search.records.folder import section
+from trl_search.records.folder import SFT, section
 from trl_search.records.publish.results import Result, evaluation_results, training_results
 from trl_search.records.publish.upload import CURVES, on_hub
 
@@ -56,6 +56,11 @@ class CardFacts:
     @property
     def config(self) -> Mapping[str, Any]:
         return section(self.info, "config")
+
+    @property
+    def is_cold_start(self) -> bool:
+        """Whether `trl-search sft` trained it, and nothing after that."""
+        return self.info.get("method") == SFT
 
     @property
     def versions(self) -> Mapping[str, str]:

@@ -38,7 +38,8 @@ _EXAMPLE_PASSAGES = (
 # Keys of run.json that say how a policy was trained, and nothing about where.
 TASK_KEYS = (
     "questions", "eval_questions", "max_train_questions", "world_passages", "world_seed", "retriever", "reward_funcs",
-    "warm_start_steps", "warm_start_learning_rate",
+    "warm_start_steps", "warm_start_learning_rate", "teacher", "demonstrations", "samples_per_question", "min_f1",
+    "well_formed", "min_searches", "keep_per_question",
 )  # fmt: skip
 CONFIG_KEYS = (
     "protocol", "instruction", "system_prompt", "chat_template_kwargs", "max_searches", "passages_per_query",
@@ -189,7 +190,7 @@ def _metadata(facts: CardFacts, name: str) -> ModelCardData:
         base_model_relation=("adapter" if facts.adapter is not None else "finetune") if base else None,
         library_name="transformers" if facts.adapter is None else "peft",
         pipeline_tag="text-generation",
-        tags=["trl-search", "search-agent", "trl", "grpo", "tool-use"],
+        tags=["trl-search", "search-agent", "trl", "sft" if facts.is_cold_start else "grpo", "tool-use"],
         datasets=datasets,
         eval_results=results or None,
     )
@@ -224,7 +225,9 @@ def _world(facts: CardFacts, form: str) -> str:
 
 
 def _published(value: Any) -> Any:
-    """A name without what it tells about a machine: only the last part of a path."""
+    """A name without what it tells about a machine: only the last part of a path, no address."""
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        return "http://your-server"
     if isinstance(value, str) and ("/" in value or "\\" in value) and not on_hub(value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     if isinstance(value, list):

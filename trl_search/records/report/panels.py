@@ -89,7 +89,9 @@ PANELS = (
     ),
     Panel("Optimisation", "KL", "to the reference model", (("kl", "KL"),), ("kl",)),
     Panel("Optimisation", "Gradient norm", "before clipping", (("grad_norm", "norm"),)),
-    Panel("Optimisation", "Loss", "of GRPO, near zero by design", (("loss", "loss"),), ("not_finite",)),
+    Panel("Optimisation", "Loss", "of GRPO near zero by design; of a cold start it falls",
+        (("loss", "loss"),), ("not_finite",),
+    ),
     Panel(
         "Time", "Time", "seconds of the step and of its rollout, and per trajectory for generation and search",
         (("step_time", "step"), ("time/rollout_s", "rollout"), ("time/generation_s", "generation"),

@@ -14,7 +14,7 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.common.files import is_number
 from trl_search.protocols.instructions import tool_names
-from trl_search.records.folder import BEST_ROW, Run, section
+from trl_search.records.folder import BEST_ROW, SFT, Run, section
 from trl_search.records.report.charts import history_of, points
 
 # A reward of one step is noisy: the first and the last are means over so many logs.
@@ -34,6 +34,8 @@ class Fact:
 
 def headline(run: Run) -> str:
     """The answer to "what did this run achieve?", as far as it was measured."""
+    if run.method == SFT:
+        return _cold_start(run)
     em = points(history_of(run), "eval/em")
     if len(em) < 2:
         reward = points(run.history, "reward")
@@ -53,6 +55,12 @@ def headline(run: Run) -> str:
         best = baselines[name]
         said += f", {after / best:.1f} times {name} ({best:.3f})" if best else f"; {name} has {best:.3f}"
     return said + ("." if start == 0 else f" between step {start:,} and step {end:,}.")
+
+
+def _cold_start(run: Run) -> str:
+    loss = list(points(run.history, "loss").values())
+    went = f" Its loss {_went(loss[0], loss[-1])} from {loss[0]:.3f} to {loss[-1]:.3f}." if len(loss) > 1 else ""
+    return f"A cold start: supervised training, without rewards.{went} What it answers, `trl-search eval` measures."
 
 
 def facts_of(run: Run) -> list[Fact]:
@@ -136,7 +144,8 @@ def _recipe_fact(run: Run) -> Fact | None:
         words = shlex.split(command)
     except ValueError:
         return None
-    named = words[words.index("train") + 1 : words.index("train") + 2] if "train" in words else []
+    command = next((word for word in words if word in ("train", "sft")), None)
+    named = [] if command is None else words[words.index(command) + 1 :][:1]
     started = str(run.info.get("started_at", ""))[:16].replace("T", " ")
     note = f"started {started}" if started else ""
     return Fact("Recipe", _last_part(named[0]).removesuffix(".yaml"), note) if named else None

@@ -22,22 +22,22 @@ from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
-from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
-from trl_search.config.searched import SEARCHED_KEYS
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task, searched_of
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
 from trl_search.data.scripted_players import scripted_trajectories
 from trl_search.data.user_script import UserScript
 from trl_search.data.world import generate_world
-from trl_search.environment.registry import call_word, takes_retriever
+from trl_search.environment.registry import call_word, described, takes_retriever
 from trl_search.evaluation.settings import describe_model
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
+from trl_search.records.folder import SFT
+from trl_search.records.run_log import RunLog
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.progress import announce
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
@@ -70,10 +70,11 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         eos_token=config.eos_token,
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
+    log = RunLog(model=name, protocol=arguments.protocol, method=SFT)
     if arguments.plays_the_world:
-        rows = _scripted(arguments, config, tokenizer)
+        rows = _scripted(arguments, config, tokenizer, log)
     else:
-        kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config)
+        kept = _collect_and_choose(folder, arguments, config, tokenizer, model_config, log)
         if arguments.collect_only:
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
@@ -84,21 +85,25 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     if config.initialise_tags:
         initialise_tags(model, protocol)
     warn_of_untrained_tags(model, protocol)
-    train(model, tokenizer, rows, config, peft_config=adapter_config(model_config))
+    log.agent = arguments.agent.described()
+    task = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in log.agent}
+    log.task = {"base_model": model_config.model_name_or_path, **task, "train_trajectories": len(rows)}
+    train(model, tokenizer, rows, config, peft_config=adapter_config(model_config), run_log=log)
     if PartialState().is_main_process:
-        searched = {key: getattr(arguments, key) for key in SEARCHED_KEYS}
-        recorded = {**arguments.agent.as_json(), "task": without_secrets(searched)}
-        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), recorded)
+        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), arguments.agent.as_json())
         print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
     return Path(config.output_dir or "")
 
 
-def _scripted(arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _scripted(
+    arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer: PreTrainedTokenizerBase, log: RunLog
+) -> Dataset:
     if config.max_steps < 1:
         raise UserError("teacher: scripts writes as many trajectories as are asked for: set max_steps")
     world = generate_world(arguments.world_passages, arguments.world_seed)
     retriever = load_retriever("bm25", passages=world.passages)
     environment = build_environment(arguments.agent, retriever)
+    log.environment = described(environment)
     trajectories = scripted_trajectories(
         world,
         retriever,
@@ -117,6 +122,7 @@ def _collect_and_choose(
     config: SearchSFTConfig,
     tokenizer: PreTrainedTokenizerBase,
     model_config: ModelConfig,
+    log: RunLog,
 ) -> list[Attempt]:
     state, scripts = PartialState(), arguments.teacher == "scripts"
     evidence = arguments.script is None and (scripts or arguments.demonstrations > 0)
@@ -135,6 +141,7 @@ def _collect_and_choose(
         )
     teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
     environment = build_environment(arguments.agent, task.retriever)
+    log.environment = described(environment)
     protocol = protocol_of(arguments.agent, tokenizer, environment.tools, environment.instruction)
     limits = arguments.agent.limits
 
