@@ -158,7 +158,8 @@ def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
         },
     )
     text = write_card(local).content
-    assert "/home/me" not in text and "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text
+    assert "/home/me" not in text and "10.0.0.7" not in text
+    assert "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text
 
 
 def test_an_adapter_says_that_it_is_one(facts):
