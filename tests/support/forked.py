@@ -12,6 +12,7 @@ which has the server run CODE with its own input and output, and ends when that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -123,9 +124,10 @@ def _worker(address: str, code: str) -> int:
     signal.signal(signal.SIGINT, lambda *_: os.kill(pid, signal.SIGINT))
     os.close(0)
     os.close(1)  # so that who reads it sees that the worker has ended
-    while pid not in server.codes:
-        server.listen(None)
-    return server.codes[pid]
+    with contextlib.suppress(RuntimeError):  # the server has ended, and the worker with it
+        while pid not in server.codes:
+            server.listen(None)
+    return server.codes.get(pid, 1)
 
 
 class ForkedProcess:
