@@ -30,6 +30,7 @@ import termios
 import threading
 import traceback
 import types
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,8 @@ def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, An
                 os.setsid()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+                    finalizer.atexit = False  # it would take a folder of the server's away, which others have, too
                 for own in (*doors, *(one.socket for one in clients)):
                     own.close()
                 os.close(wake_read)
