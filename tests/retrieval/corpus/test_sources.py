@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -111,11 +112,12 @@ def test_the_same_source_goes_on_and_another_starts_anew(
         patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)
         build_index(table, tmp_path / "index", announce=said.append)
     assert said == [f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"]
+    table = Path(shutil.copyfile(table, tmp_path / "elsewhere.parquet"))  # of another time, too
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_corpus", lambda *_: pytest.fail("the corpus was read again"))
+        patch.setattr(index, "write_corpus", lambda *_, **__: pytest.fail("the corpus was read again"))
         build_index(table, tmp_path / "index", announce=said.append)
     assert said[1].startswith("going on with the build in")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.parquet", "index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.parquet", "elsewhere.parquet", "index"]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)

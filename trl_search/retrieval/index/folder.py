@@ -126,7 +126,7 @@ def build_index(
             "format": FORMAT,
             "kind": kind,
             "options": asdict(builder),
-            "source": fingerprint and asdict(fingerprint),
+            "source": fingerprint and fingerprint.sha256,  # wherever it lies: a build may go on on another machine
             "fields": asdict(fields),
             "skip_duplicates": skip_duplicates,
         }
