@@ -62,6 +62,14 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn(output, source, monkeypatch) == ""
 
 
+def test_a_stderr_that_only_writes_takes_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As scripts put one that copies everything to a file."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    StepLines().on_train_begin(None, TrainerState(max_steps=10), None)
+    assert "0/10" in "".join(written)
+
+
 class Shower:
     """What `show_steps` asks of a trainer."""
 

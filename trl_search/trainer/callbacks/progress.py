@@ -103,7 +103,7 @@ def _bar_size() -> dict[str, Any]:
     """tqdm's options for its size. In a terminal that does not know its own, as that of `script`, it draws nothing."""
     try:
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
-    except (OSError, ValueError):  # no terminal, where no bar is drawn either
+    except (OSError, ValueError, AttributeError):  # no terminal, or an object of a script that only writes
         known = True
     return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
