@@ -190,7 +190,8 @@ def test_scripted_players_teach_real_questions(
     assert (
         run.task["teacher"] == "scripts" and run.task["base_model"] == "tiny" and run.task["train_trajectories"] == 12
     )
-    assert run.info["environment"]["tools"] and run.info["config"]["protocol"] == "search_r1"
+    assert run.info["environment"]["tools"] and "environment" not in run.task
+    assert run.info["config"]["protocol"] == "search_r1"
     (tmp_path / "checkpoint-1").mkdir()
     assert read_settings(str(tmp_path / "checkpoint-1")) == read_settings(str(tmp_path))
     assert headline(run).startswith("A cold start: supervised training, without rewards. Its loss")

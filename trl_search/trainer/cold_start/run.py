@@ -86,7 +86,8 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         initialise_tags(model, protocol)
     warn_of_untrained_tags(model, protocol)
     log.agent = arguments.agent.described()
-    task = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in log.agent}
+    of_agent = dataclasses.asdict(arguments.agent)
+    task = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in of_agent}
     log.task = {"base_model": model_config.model_name_or_path, **task, "train_trajectories": len(rows)}
     train(model, tokenizer, rows, config, peft_config=adapter_config(model_config), run_log=log)
     if PartialState().is_main_process:
