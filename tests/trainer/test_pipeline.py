@@ -88,7 +88,7 @@ def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypat
         raise UserError("killed in the first step")
 
     monkeypatch.setattr("trl_search.trainer.pipeline.SearchGRPOTrainer._generate_and_score_completions", killed)
-    assert main(["train", "quickstart", *SMALL, "--output_dir", str(tmp_path)]) == 2
+    assert main(["train", "quickstart", *SMALL, "--max_eval_questions", "8", "--output_dir", str(tmp_path)]) == 2
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows) == ["direct answer, no search", "one-shot RAG", "search, warm-started"]
     assert any("no metrics.jsonl" in problem for problem in read_run(tmp_path).problems)
@@ -113,6 +113,7 @@ def test_two_processes_warm_up_and_train_as_one(tmp_path):
     """In the environment that `accelerate launch --num_processes 2` makes for `-m trl_search train quickstart`."""
     run = tmp_path / "run"
     smaller = ["--max_eval_questions", "8", "--per_device_train_batch_size", "4", "--evaluate_every", "0"]
+    smaller += ["--gradient_accumulation_steps", "1"]
     words = ["train", "quickstart", *SMALL, *smaller, "--use_cpu", "true", "--output_dir", str(run)]
     launched = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
     said = "".join(run_ranks("trl_search", words, tmp_path, environment=launched))
