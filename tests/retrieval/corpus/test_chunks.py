@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,10 @@ def test_a_letter_of_several_tokens_stays_whole(by_tokens: Split) -> None:
     assert cut(llama * 2, 3, 2, by_tokens) == [llama] * 2  # a letter longer than a passage
     accented = "xe\N{COMBINING ACUTE ACCENT}"
     assert cut(accented, 2, 0, by_tokens) == ["x", accented[1:]]
+    family, flags = "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}", "\U0001f1e9\U0001f1ea\U0001f1eb\U0001f1f7"
+    dark = "\N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-5}"
+    assert cut(f"a{family}{dark}b", 4, 0, by_tokens) == ["a", family, dark, "b"]
+    assert cut(f"a{flags}\ufe0f b", 4, 0, by_tokens) == ["a", flags[:2], f"{flags[2:]}\ufe0f", " b"]
     # As other tokenizers have it: the first token of the second letter begins in the letter before.
     assert cut(f" {llama}{llama}", 2, 0, lambda text: [(0, 2), (1, 2), (2, 3), (2, 3)]) == [f" {llama}", llama]
 
@@ -82,6 +87,21 @@ def test_tokens_are_cut_between_letters_and_none_is_lost(
         assert whole(stop)
         begin, end = start, stop
     assert tokens(end, len(text)) == 0
+
+
+def test_a_letter_of_thousands_of_marks_takes_no_longer_than_others(by_tokens: Split) -> None:
+    """Each of them was followed to the last one from each of its tokens."""
+    looked_at = 0
+
+    class Text(str):
+        def __getitem__(self, at: Any) -> str:
+            nonlocal looked_at
+            looked_at += 1
+            return str.__getitem__(self, at)
+
+    text = Text("a" + "\u0301" * 2000)
+    assert list(_windows(text, by_tokens(str(text)), 100, 20)) == [(0, len(text))]
+    assert looked_at < 5 * len(text)
 
 
 def test_a_document_without_text_stays_a_passage() -> None:

@@ -4,8 +4,9 @@
                                     (100 words each, 20 of them shared with the passage before)
 
 A passage is a verbatim piece of its document, with the document's title and url. What stands before the last `#` of
-its id is the id of the document. A letter that a tokenizer spells with several tokens, such as an emoji, is never cut:
-a passage then has, and shares, a few tokens less.
+its id is the id of the document. A letter that a tokenizer spells with several tokens, such as an emoji, is never cut,
+nor one of several characters, such as a flag, a family or a letter with its accents: a passage then has, and shares, a
+few tokens less.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from trl_search.types import Passage
 
 # A word ends at a space. In scripts without spaces, each letter with its marks counts as one word.
 _WORD = re.compile(rf"[{UNSPACED_LETTERS}][^\s\w]*|[^\s{UNSPACED_LETTERS}]+")
+_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]{2}")
+_JOINER = "\u200d"
+# The joiner, the skin tones, and the tags that tell England's flag from Scotland's.
+_JOINED = frozenset(map(chr, (0x200D, *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))))
 
 Span = tuple[int, int]  # where a word or a token begins and ends in the text
 Split = Callable[[str], list[Span]]
@@ -94,7 +99,7 @@ def _windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[
     if not spans:
         yield 0, 0
         return
-    spans = [(start, _after_marks(text, end)) for start, end in spans]
+    spans = _to_whole_letters(text, spans)
     cuts = _cuts(spans)
     first, last = 0, 0
     while last < len(spans):
@@ -116,8 +121,19 @@ def _cuts(spans: list[Span]) -> list[int]:
     return [*cuts, len(spans)]
 
 
-def _after_marks(text: str, end: int) -> int:
-    """Where a letter ends that ends at `end` without the marks that follow it, such as accents."""
-    while end < len(text) and unicodedata.category(text[end]).startswith("M"):
-        end += 1
-    return end
+def _to_whole_letters(text: str, spans: list[Span]) -> list[Span]:
+    """The spans, those that end within a letter of several characters moved to its end."""
+    within_flags = {flag.start() + 1 for flag in _FLAG.finditer(text)}
+    begun, reached, whole = 0, 0, []
+    for start, end in spans:
+        if not begun <= end <= reached:  # else in the same letter as the span before
+            begun, reached = end, end
+            while reached < len(text) and (reached in within_flags or _goes_on(text, reached)):
+                reached += 1
+        whole.append((start, reached))
+    return whole
+
+
+def _goes_on(text: str, at: int) -> bool:
+    """Whether the character belongs to the letter before it: a mark, or something joined to it."""
+    return text[at] in _JOINED or text[at - 1] == _JOINER or unicodedata.category(text[at]).startswith("M")
