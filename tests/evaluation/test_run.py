@@ -33,7 +33,8 @@ from trl_search.evaluation.settings import (
     with_left_out,
 )
 from trl_search.evaluation.table import results_markdown
-from trl_search.retrieval.index.folder import build_index
+from trl_search.retrieval.index.contents import with_contents
+from trl_search.retrieval.index.folder import MANIFEST, build_index
 
 # Records
 
@@ -253,7 +254,7 @@ def test_a_retriever_is_its_options_without_secrets_and_its_index(tmp_path, worl
     assert index["corpus"] == dataclasses.asdict(manifest.corpus)
 
 
-def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world):
+def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world, monkeypatch):
     for name, size in (("here", 50), ("there", 50), ("other", 49)):
         build_index(world.passages[:size], tmp_path / name)
     shutil.copytree(tmp_path / "here", tmp_path / "copied")
@@ -277,6 +278,28 @@ def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world):
     check_same(tmp_path, earlier, searched("copied"))
     with pytest.raises(UserError, match=r"index\.manifest_sha256: "):
         check_same(tmp_path, earlier, searched("other"))
+    # Of an index under ~ they recorded nothing.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    now = make_settings(retriever=describe_retriever("bm25", {"index": "~/here"}))
+    before = make_settings(retriever={**now["retriever"], "indexes": []})
+    check_same(tmp_path, before, now)
+    with pytest.raises(UserError, match=r'\(retriever.options.index: "~/here" there, "~/there" now\)'):
+        check_same(tmp_path, before, make_settings(retriever=describe_retriever("bm25", {"index": "~/there"})))
+
+
+def test_an_index_of_the_same_encoder_with_other_weights_is_another(tmp_path, world):
+    described = []
+    for weights in ("first", "second"):  # the encoder was trained on, and the index built anew
+        build_index(world.passages[:5], tmp_path / "index", overwrite=True)
+        manifest = tmp_path / "index" / MANIFEST
+        details = {"encoder": {"name": "models/encoder", "weights": weights}}
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "details": details}))
+        options = {"index": str(tmp_path / "index")}
+        described.append((describe_retriever("dense", options), with_contents(options)))
+    (first, first_content), (second, second_content) = described
+    with pytest.raises(UserError, match=r'\(retriever.options.index.encoder.weights: "first" there, "second" now\)'):
+        check_same(tmp_path, make_settings(retriever=first), make_settings(retriever=second))
+    assert first_content != second_content
 
 
 def test_a_prompt_is_what_the_policy_reads(tokenizer, retriever):

@@ -9,6 +9,7 @@ modes may be added and left out.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +126,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         if key in now and not (key == "retriever" and None in (before[key], now[key])):
             old_and_new = (before.get(key), now[key])
             if key == "retriever":
-                facts = _CONTENT if all(map(_know_options, old_and_new)) else _MANIFEST
+                facts = _facts_of_both(*old_and_new)
                 old_and_new = (_searched(old_and_new[0], facts), _searched(old_and_new[1], facts))
             told += [
                 f"{name}: {_told_apart(old, new)}"
@@ -173,6 +174,7 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
                     "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                     "kind": facts.get("kind"),
                     "options": facts.get("options"),
+                    "encoder": facts.get("details", {}).get("encoder"),
                     "passages": facts.get("passages"),
                     "corpus": facts.get("corpus"),
                 }
@@ -188,19 +190,28 @@ def _asked(described: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in described.items() if key != "source"}
 
 
-# What an index is compared by. Before its options were recorded, only the manifest tells whether they are the same.
-_CONTENT, _MANIFEST = ("kind", "options", "passages", "corpus"), ("manifest_sha256",)
+_CONTENT = ("kind", "options", "encoder", "passages", "corpus")
 
 
-def _know_options(described: Mapping[str, Any]) -> bool:
-    return all("options" in index for index in described.get("indexes", []))
+def _facts_of_both(*retrievers: Any) -> Sequence[str]:
+    """What the indexes of two retrievers are compared by: by what they hold, as far as both recorded it.
+
+    Earlier versions recorded less of it, where the manifest alone tells whether they are the same; and nothing of an
+    index under `~`, of which the path is left.
+    """
+    indexes = [described.get("indexes", []) for described in retrievers]
+    if len(indexes[0]) != len(indexes[1]):
+        return ()
+    known = all(fact in index for index in itertools.chain(*indexes) for fact in _CONTENT)
+    return _CONTENT if known else ("manifest_sha256",)
 
 
 def _searched(described: Mapping[str, Any] | None, facts: Sequence[str]) -> Any:
-    """A retriever as `describe_retriever` has it, with facts of each index in place of its path."""
+    """A retriever as `describe_retriever` has it, with these facts of each index in place of its path."""
     if described is None:
         return None
-    known = {one["path"]: {fact: _fact(one.get(fact)) for fact in facts} for one in described.get("indexes", [])}
+    indexes = described.get("indexes", []) if facts else []
+    known = {one["path"]: {fact: _fact(one.get(fact)) for fact in facts} for one in indexes}
 
     def by_content(options: Any) -> Any:
         if isinstance(options, dict):

@@ -31,4 +31,6 @@ def _content(index: str | Path) -> Any:
     if not (folder / MANIFEST).is_file():
         return str(index)
     manifest = read_manifest(folder)
-    return {"kind": manifest.kind, "options": manifest.options, "corpus_sha256": manifest.corpus.sha256}
+    # The options name an encoder, and the details have the hash of its weights.
+    encoder = {"encoder": manifest.details["encoder"]} if "encoder" in manifest.details else {}
+    return {"kind": manifest.kind, "options": manifest.options, **encoder, "corpus_sha256": manifest.corpus.sha256}
