@@ -126,9 +126,15 @@ def compare(
     for chain in first:
         seed = chain.name.rpartition("_")[2]
         if seed in seeds:
-            steps[seed] = max(set(evaluated_steps(chain)) & set(evaluated_steps(seeds[seed])))
+            both = set(evaluated_steps(chain)) & set(evaluated_steps(seeds[seed]))
+            if not both:
+                raise SystemExit(f"{chain} and {seeds[seed]} were evaluated at no common step: leave --compare out")
+            steps[seed] = max(both)
             ones.append(held_out_at(chain, steps[seed]))
             others.append(held_out_at(seeds[seed], steps[seed]))
+    if not steps:
+        names = " and ".join(", ".join(chain.name for chain in chains) for chains in (first, second))
+        raise SystemExit(f"--compare: no seed has a chain of both kinds, {names}")
     return steps, ones, others
 
 
@@ -244,16 +250,20 @@ def evaluated_steps(chain: Path) -> list[int]:
     return sorted(int(path.stem.rpartition("_")[2]) for path in files)
 
 
-def history_of(chain: Path) -> list[dict[str, float]]:
+def history_of(chain: Path) -> list[dict[str, Any]]:
     """What was measured before the first step, then what was logged of every step up to the last evaluation."""
     before = macro("search", held_out_at(chain, 0))
     first = {"step": 0, EM: before.em, "eval/searches": before.searches, HELD_OUT_RATIO: before.reflective_ratio}
     lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
-    steps = [{key: float(f"{value:.5g}") for key, value in line.items() if key.startswith(LOGGED)} for line in lines]
+    # A metric that was not finite is null there.
+    steps = [
+        {key: value and float(f"{value:.5g}") for key, value in line.items() if key.startswith(LOGGED)}
+        for line in lines
+    ]
     return [first, *(line for line in steps if "reward" in line and line["step"] <= evaluated_steps(chain)[-1])]
 
 
-def reflection(histories: dict[str, list[dict[str, float]]]) -> list[str]:
+def reflection(histories: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Held-out EM against the share of answers with a reflective phrase, over the checkpoints of every chain."""
     lines = []
     for name, history in histories.items():
@@ -264,7 +274,7 @@ def reflection(histories: dict[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
-def draw(histories: dict[str, list[dict[str, float]]], path: str) -> None:
+def draw(histories: dict[str, list[dict[str, Any]]], path: str) -> None:
     """Held-out EM, sampled reward, groups without a gradient, searches and reflection over the steps of every run."""
     from matplotlib.figure import Figure
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from trl_search.common.files import cache_folder, written_whole
+from trl_search.common.files import cache_folder, write_json, write_jsonl, written_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -17,6 +19,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("half of the n")
         raise KeyError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_is_no_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    """An index of a corpus with such a name was built to its end, and lost at its manifest."""
+    name = os.fsdecode(b"caf\xe9\\.jsonl")
+    write_json(tmp_path / "one.json", {"name": name})
+    write_jsonl(tmp_path / "rows.jsonl", [{"name": name}])
+    for file in ("one.json", "rows.jsonl"):
+        assert json.loads((tmp_path / file).read_text("utf-8")) == {"name": name}
 
 
 def test_a_container_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

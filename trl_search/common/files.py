@@ -13,6 +13,9 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 
+# A file's name that is no UTF-8 has lone surrogates in Python. They are written as JSON's \udce9, and so read back.
+_ESCAPED = "backslashreplace"
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -35,12 +38,12 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON, whole or not at all. A NaN raises, because JSON has none: see `finite_or_none`."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors=_ESCAPED)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line, all of them or nothing."""
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", errors=_ESCAPED) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
