@@ -66,14 +66,15 @@ class BackgroundLoop:
     def _running(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            self._loop = loop = runner.get_loop()
+            loop = runner.get_loop()
 
             def live() -> None:
                 with runner:  # cancels what is left when it ends
                     loop.run_forever()
 
-            self._thread = threading.Thread(target=live, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=live, daemon=True)
+            thread.start()  # where that fails, the next call tries again: nothing would run on the loop
+            self._loop, self._thread = loop, thread
         return self._loop
 
 

@@ -1,0 +1,32 @@
+"""The event loop behind retrievers over HTTP: it runs on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from trl_search.retrieval.event_loops import BackgroundLoop
+
+
+async def said(word: str) -> str:
+    await asyncio.sleep(0)
+    return word
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore:unclosed event loop")
+def test_where_no_thread_can_be_started_the_next_call_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    loop = BackgroundLoop()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", full)
+        loop.run(said("first"))
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(loop.run(said("second"))), daemon=True)
+    asking.start()
+    asking.join(timeout=60)  # it waited for ever: nothing ran on the loop
+    assert found == ["second"]
+    loop.close()
