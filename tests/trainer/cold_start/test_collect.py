@@ -221,6 +221,11 @@ def test_an_earlier_collection_knows_its_index_by_the_path(tmp_path: Path, index
     with pytest.raises(UserError, match=r"retriever_options was .*here.*, and is .*there.*: put a link to it there"):
         claimed(tmp_path, keys("bm25", index=str(indexes / "there")))
     assert (tmp_path / SETTINGS).read_bytes() == held
+    (tmp_path / SETTINGS).write_text(json.dumps(keys(indexes / "here")))
+    with pytest.raises(UserError, match=r"retriever was .*here.*, and is .*there.*: put a link to it there"):
+        claimed(tmp_path, keys(indexes / "there"))
+    with pytest.raises(UserError, match=r"retriever was .*here', and is 'web'\): give another .* begun with$"):
+        claimed(tmp_path, keys("web"))
 
 
 def test_questions_are_known_by_their_text_and_not_by_their_folder(

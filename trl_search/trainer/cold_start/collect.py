@@ -202,7 +202,10 @@ def claim(folder: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any])
     changed = sorted(differences(held, settings if "format" in held else earlier))
     if changed:
         told = "; ".join(f"{name} was {before!r}, and is {now!r}" for name, before, now in changed)
-        by_path = any(name == "retriever_options" for name, *_ in changed)
+        by_path = any(
+            name == "retriever_options" or (name == "retriever" and Path(str(now)).expanduser().is_dir())
+            for name, _, now in changed
+        )
         hint = "; an earlier version noted an index by its path: put a link to it there" if by_path else ""
         raise UserError(
             f"the collection in {folder} was made with other settings ({told}): give another `collection` folder, or "
