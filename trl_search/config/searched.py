@@ -20,6 +20,7 @@ from trl_search.common.provenance import REDACTED, without_secrets
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.run_file import REMEDY, RUN_FILE, read_run_file
 from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
+from trl_search.retrieval.index.build_folder import MANIFEST
 from trl_search.retrieval.index.contents import with_contents
 from trl_search.retrieval.registry import RETRIEVERS
 
@@ -91,7 +92,9 @@ def resolve_searched(
     """
     if word == WORLD:
         return Searched("bm25", dict(options or {}), world_size)
-    if (record := run_record(word)) is not None:
+    # An index may lie in the folder of a run, where a checkpoint lies, too.
+    is_index = (Path(word).expanduser() / MANIFEST).is_file()
+    if not is_index and (record := run_record(word)) is not None:
         return _recorded(word, record, options or {})
     kind, resolved = resolve_retriever(word, options)
     takes_passages = "passages" in inspect.signature(RETRIEVERS.get(kind)).parameters

@@ -227,6 +227,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ("bm25", {"stemer": None}, "did you mean 'stemmer'"),
         ("bm25", {"stemmer": "klingon"}, "unknown stemmer"),
         ("bm25", {"k1": -1}, "k1 >= 0"),
+        ("bm25", {"k1": float("nan")}, "k1 >= 0"),  # no manifest can hold it
     ],
 )
 def test_wrong_options_are_refused_before_any_work(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -71,7 +72,7 @@ class BM25Builder:
     fold_accents: bool = False
 
     def __post_init__(self) -> None:
-        if (self.k1 is not None and self.k1 < 0) or (self.b is not None and not 0 <= self.b <= 1):
+        if (self.k1 is not None and not 0 <= self.k1 < math.inf) or (self.b is not None and not 0 <= self.b <= 1):
             raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
         if self.engine not in (BM25S, TANTIVY, "auto"):
             raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
