@@ -13,6 +13,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -31,6 +32,7 @@ from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
+from trl_search.trainer.resume import checkpoint_to_resume
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def train(
     show_steps(trainer)
     if run_log is not None:
         trainer.callback_handler.callbacks.insert(0, run_log)  # it names the run for the trackers
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir or ".")))
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:
         if trainer.accelerator.is_main_process:

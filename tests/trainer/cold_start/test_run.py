@@ -332,6 +332,17 @@ def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], message: str
     assert not list(tmp_path.iterdir())
 
 
+def test_a_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    options = {"world_passages": 1000, "quality": "good=1.0", "save_strategy": "steps", "save_steps": 1}
+    sft(tmp_path, "sft_world", **options)
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["resumed_from_step"] == [] and (tmp_path / "checkpoint-2").is_dir()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    sft(tmp_path, "sft_world", **options, resume_from_checkpoint="last")
+    assert json.loads((tmp_path / "run.json").read_text())["resumed_from_step"] == [1]
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
 def test_scripts_warm_a_policy_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft(tmp_path, "sft_world", world_passages=1000, quality="good=1.0")
     printed = capsys.readouterr().out

@@ -17,5 +17,5 @@ def main(argv: list[str]) -> int:
     from trl_search.cli.recipe_command import run_recipe
     from trl_search.trainer.cold_start.run import run_sft
 
-    how = "the same command goes on; --resume_from_checkpoint PATH keeps the trained steps, too"
+    how = "the same command goes on; --resume_from_checkpoint last keeps the trained steps, too"
     return run_recipe(argv, "sft", __doc__, run_sft, lambda _: how)
