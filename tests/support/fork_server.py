@@ -113,8 +113,7 @@ def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, An
                 os.setsid()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-                    finalizer.atexit = False  # it would take a folder of the server's away, which others have, too
+                keep_folders()
                 for own in (*doors, *(one.socket for one in clients)):
                     own.close()
                 os.close(wake_read)
@@ -124,6 +123,14 @@ def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, An
             client.running.add(pid)
             client.tell(started=pid)
         clients += [Client(door.accept()[0]) for door in doors if door in ready]
+
+
+def keep_folders() -> None:
+    """What is forked shall not take the server's temporary folders away when it ends: others have them, too."""
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.detach()
+    if media := sys.modules.get("wandb.sdk.data_types._private"):
+        atexit.unregister(media.MEDIA_TMP.cleanup)
 
 
 def kill(client: Client) -> None:
