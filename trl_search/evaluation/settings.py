@@ -20,12 +20,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
-from trl_search.common.files import home_expanded, read_object
+from trl_search.common.files import read_object
 from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.evaluation.evaluate import mode_protocol, rag_messages
 from trl_search.policies.loading import read_adapter
+from trl_search.retrieval.index.contents import index_folder
 from trl_search.retrieval.index.folder import MANIFEST
 from trl_search.types import Passage
 
@@ -165,12 +166,11 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
     """Every index in the options, at any depth: hybrid and rerank hold retrievers of their own."""
     if isinstance(options, Mapping):
         for key, value in options.items():
-            path = Path(home_expanded(value), MANIFEST) if key == "index" and isinstance(value, str) else None
-            if path is not None and path.is_file():
-                manifest = path.read_bytes()
+            if (folder := index_folder(key, value)) is not None:
+                manifest = (folder / MANIFEST).read_bytes()
                 facts = json.loads(manifest)
                 yield {
-                    "path": value,
+                    "path": str(value),
                     "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                     "kind": facts.get("kind"),
                     "options": facts.get("options"),

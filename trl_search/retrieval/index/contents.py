@@ -15,21 +15,28 @@ from trl_search.retrieval.index.build_folder import MANIFEST
 from trl_search.retrieval.index.folder import read_manifest
 
 
+def index_folder(name: Any, value: Any) -> Path | None:
+    """The folder of the index that an option of a retriever names; `None` where it names none."""
+    if name != "index" or not isinstance(value, str | Path):
+        return None
+    folder = Path(home_expanded(value))
+    return folder if (folder / MANIFEST).is_file() else None
+
+
 def with_contents(options: Any) -> Any:
     """The options of a retriever with the content of each index folder in place of its path, at any depth, as `hybrid`
     and `rerank` hold retrievers of their own."""
     if isinstance(options, Mapping):
         return {
-            name: _content(value) if name == "index" and isinstance(value, str | Path) else with_contents(value)
+            name: with_contents(value) if (folder := index_folder(name, value)) is None else _content(folder)
             for name, value in options.items()
         }
-    return [with_contents(value) for value in options] if isinstance(options, list | tuple) else options
+    if isinstance(options, list | tuple):
+        return [with_contents(value) for value in options]
+    return str(options) if isinstance(options, Path) else options
 
 
-def _content(index: str | Path) -> Any:
-    folder = Path(home_expanded(index))
-    if not (folder / MANIFEST).is_file():
-        return str(index)
+def _content(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     # The options name an encoder, and the details have the hash of its weights.
     encoder = {"encoder": manifest.details["encoder"]} if "encoder" in manifest.details else {}
