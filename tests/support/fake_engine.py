@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class FakeLLM:
     """Has room for 512 tokens; `done` is what was asked of it, and `loaded` the weights that it was given last."""
@@ -11,6 +13,7 @@ class FakeLLM:
         self.done = []
         self.llm_engine = self.model_config = self.model_executor = self.driver_worker = self.model_runner = self
         self.model = self
+        self.device = torch.device("cpu")
         self.max_model_len = 512
         self.vllm_config = self.scheduler_config = self
         self.max_num_seqs = 64

@@ -47,6 +47,7 @@ class VLLMColocatePolicy(EngineThread):
         self._engine = llm.llm_engine
         self._lora_request = lora_request
         self._running: dict[str, Request] = {}
+        self._stream = stream_of(self._engine)
         self.slots = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     async def open(self) -> None:
@@ -63,13 +64,16 @@ class VLLMColocatePolicy(EngineThread):
     # On the engine's thread
 
     def start_engine(self) -> None:
-        """Selects the engine's GPU: a new thread begins on device 0, and vLLM chose its own on the main thread."""
+        """Selects the GPU and the stream that vLLM chose on the thread that made the engine.
+
+        A new thread begins on device 0 and on the default stream. Where several GPUs share an engine, vLLM looks for a
+        stream of its own in the middle of the first forward, at the first all-reduce, and makes one if the thread has
+        none: what runs on it from then on does not wait for what came before.
+        """
         import torch
 
-        # There is no driver worker here if the workers are processes of their own.
-        worker = getattr(self._engine.model_executor, "driver_worker", None)
-        if worker is not None and worker.device.type == "cuda":
-            torch.cuda.set_device(worker.device)
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)  # and its device
 
     def stop_engine(self, unfinished: Sequence[Request]) -> None:
         # An engine that broke may refuse this too; every request has its error by then.
@@ -108,6 +112,17 @@ class VLLMColocatePolicy(EngineThread):
 
     def _abort(self, requests: Sequence[Request]) -> None:
         self._engine.abort_request([request.name for request in requests if self._running.pop(request.name, None)])
+
+
+def stream_of(engine: Any) -> Any:
+    """The CUDA stream that an engine of this process computes on, if it computes on a GPU: this thread's own."""
+    import torch
+
+    # There is no driver worker here if the workers are processes of their own.
+    worker = getattr(engine.model_executor, "driver_worker", None)
+    if worker is None or worker.device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(worker.device)
 
 
 def _params(request: Request) -> Any:

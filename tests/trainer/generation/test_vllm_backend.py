@@ -203,11 +203,14 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
         load("folder", {"q_proj"}, lora_model_id=4)
 
 
-def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
-    """A thread begins on device 0, which is another rank's."""
+def test_the_engines_thread_takes_the_stream_of_the_thread_that_made_the_engine(monkeypatch):
+    """A new thread begins on device 0, which is another rank's, and vLLM may move to another stream in mid-forward."""
     taken = []
     monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device))
+        torch.cuda, "current_stream", lambda device: (f"stream of {threading.current_thread().name}", device)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_stream", lambda stream: taken.append((threading.current_thread().name, *stream))
     )
     worker = SimpleNamespace(device=torch.device("cuda", 3))
     engine = SimpleNamespace(
@@ -222,4 +225,4 @@ def test_the_engines_thread_takes_the_engines_gpu(monkeypatch):
         await policy.close()
 
     asyncio.run(open_and_close())
-    assert taken == [("VLLMColocatePolicy", torch.device("cuda", 3))]
+    assert taken == [("VLLMColocatePolicy", "stream of MainThread", torch.device("cuda", 3))]
