@@ -41,8 +41,9 @@ STEPS, BATCH = 4, 32
 KILLS_PER_RUN, LIVES = 4, 12
 LATE = 0.7  # the share of kills after the first checkpoint, so that there is something to resume from
 STUCK_S = 300.0
+ON_GPUS = shutil.which("nvidia-smi") is not None
 OPTIONS = {
-    "use_cpu": str(shutil.which("nvidia-smi") is None).lower(),
+    "use_cpu": str(not ON_GPUS).lower(),
     "warm_start_steps": "0",
     "evaluate": "false",
     "world_passages": "300",
@@ -101,6 +102,8 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
                 command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enable-lora"]
                 command += ["--max-lora-rank", "8", "--no-enable-chunked-prefill"]
                 command += ["--distributed-executor-backend", "uni"]
+                if ON_GPUS:  # they share one: a small cache of a fixed size, as measuring the free memory takes time
+                    command += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**28)]
                 log = scratch / f"vllm-{port}.log"
                 processes.append(servers.enter_context(supervised(command, log, environment)))
             urls = [f"http://127.0.0.1:{port}" for port in ports]
