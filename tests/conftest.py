@@ -68,19 +68,22 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def visible_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test marked `gpu` sees one device, on hosts with several too, and so do the processes that it starts.
+    """A test marked `gpu` sees one device, one marked `multi_gpu` two, and so do the processes that they start.
 
     Left with several, transformers' Trainer would wrap the model in `nn.DataParallel`, which TRL refuses.
     """
-    if not request.node.get_closest_marker("gpu"):
+    needed = next(
+        (count for mark, count in {"gpu": 1, "multi_gpu": 2}.items() if request.node.get_closest_marker(mark)), 0
+    )
+    if not needed:
         return
     import torch
 
-    if torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > needed:
         torch.cuda.init()  # first, with all devices: this process reads the environment once
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        all_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", all_devices.split(",")[0])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: needed)
+        all_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(all_devices.split(",")[:needed]))
 
 
 @pytest.fixture(scope="session")
