@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from trl import ModelConfig
 
 from tests.support.scripted_trainer import config
+from trl_search.cli.model_checks import check_template, model_checks
+from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
 from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
@@ -29,8 +31,13 @@ def test_the_end_of_a_turn_can_be_set():
 
 
 def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch, tmp_path):
-    asked, checked = [], []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: asked.append((name, options)))
+    asked, checked, tokenizer = [], [], load_tokenizer(tiny_policy_path())
+
+    def load(name, **options):
+        asked.append((name, options))
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     monkeypatch.setattr(inputs, "check_model", lambda name, **options: checked.append(options["revision"]))
     tokenizer_of("me/model", config(tmp_path, model_init_kwargs={"revision": "v2"}))
     tokenizer_of("me/model", config(tmp_path))
@@ -88,3 +95,22 @@ def test_a_tokenizer_of_another_model_is_refused():
     model.resize_token_embeddings(len(tokenizer) - 1)
     with pytest.raises(UserError, match="do not belong together"):
         check_vocabulary(model, tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_the_configuration_alone(tmp_path):
+    shutil.copytree(tiny_policy_path(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder, tokenizer = str(tmp_path / "model"), load_tokenizer(tiny_policy_path())
+    check_vocabulary(folder, tokenizer)
+    tokenizer.add_tokens([f"new{i}" for i in range(100)])
+    tokenizer.save_pretrained(folder)
+    for refuse in (lambda: check_vocabulary(folder, tokenizer), lambda: model_checks(folder)):
+        with pytest.raises(UserError, match="do not belong together"):
+            refuse()
+    check = check_template(folder, "search_r1")
+    assert check.status is Status.PROBLEM and "do not belong together" in check.said
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    shutil.copytree(tiny_policy_path(), tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match=r"model holds no tokenizer: .*Copy tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "model"))

@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from trl_search.cli.preflight import Check, Status
 from trl_search.common.errors import UserError
-from trl_search.policies.loading import load_tokenizer
+from trl_search.policies.loading import check_vocabulary, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.types import Answer, Observation, Search
@@ -30,9 +30,11 @@ def model_checks(name: str) -> list[Check]:
     """One line per protocol, and one for the control tokens.
 
     Raises:
-        UserError: if there is no such tokenizer.
+        UserError: if there is no such tokenizer, or if it is another model's.
     """
-    tokenizer = load_tokenizer(tiny_policy_path() if name == "tiny" else name)
+    path = tiny_policy_path() if name == "tiny" else name
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(path, tokenizer)
     checks = [check_protocol(protocol, tokenizer) for protocol in protocol_names()]
     return [*checks, check_control(tokenizer)]
 
@@ -53,12 +55,15 @@ def check_protocol(name: str, tokenizer: PreTrainedTokenizerBase) -> Check:
 
 
 def check_template(model: str, protocol: str, eos_token: str | None = None) -> Check:
-    """Whether the model's chat template and the protocol read back what they write. Nothing is downloaded for this."""
+    """Whether the tokenizer is the model's, and its chat template and the protocol read back what they write. Nothing
+    is downloaded for this."""
     path = tiny_policy_path() if model == "tiny" else model
     if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str):
         return Check("template", Status.NOTE, "read back once the tokenizer is here")
     try:
-        found = check_protocol(protocol, load_tokenizer(path, eos_token=eos_token))
+        tokenizer = load_tokenizer(path, eos_token=eos_token)
+        check_vocabulary(path, tokenizer)
+        found = check_protocol(protocol, tokenizer)
     except UserError as error:
         return Check("template", Status.PROBLEM, str(error))
     status = Status.OK if found.status is Status.OK else Status.PROBLEM

@@ -61,6 +61,11 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise _unusable(name, "tokenizer", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of nothing
+        raise UserError(
+            f"{name} holds no tokenizer: beside special tokens it has no vocabulary. Copy tokenizer.json and "
+            "tokenizer_config.json there from the model's base"
+        )
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token={eos_token!r} is no token of {name}: give the one that ends a turn")
@@ -173,17 +178,32 @@ def check_model(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise _unusable(name, "model", error) from error
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `UserError` where the tokenizer has ids that the model has no row for: it is another model's."""
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
+def check_vocabulary(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer of another model.
+
+    Args:
+        model (`PreTrainedModel` or `str`): The model; or its name, whose configuration alone is read.
+
+    Raises:
+        UserError: where the tokenizer has ids that the model has no row for.
+    """
+    rows, highest = _embedding_rows(model), max(tokenizer.get_vocab().values())
     if 0 < rows <= highest:  # 0: ZeRO-3 holds the rows elsewhere
         raise UserError(
             f"the tokenizer has ids up to {highest}, and the model has rows for {rows} tokens: they do not belong "
             "together. Give the model's own tokenizer, or resize its embeddings (model.resize_token_embeddings) and "
             "save both"
         )
+
+
+def _embedding_rows(model: PreTrainedModel | str) -> int:
+    if isinstance(model, str):
+        try:
+            return int(AutoConfig.from_pretrained(model_source(model)).get_text_config().vocab_size)
+        except (OSError, ValueError, AttributeError):  # an adapter; what else is wrong is said when it is loaded
+            return 0
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def _pretrained(name: str, **options: Any) -> PreTrainedModel:
