@@ -236,7 +236,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer):
     pieces: list[str] = []
     heard = HeardPolicy(ScriptedPolicy(tokenizer, lambda _: [""]), protocol, lambda event: pieces.append(event.text))
     for n in range(len(ids)):
-        heard._hear(ids[: n + 1])
+        heard.hear(ids[: n + 1])
     assert len(ids) > len(text) > len(pieces) > 5 and "".join(pieces) == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 

@@ -32,7 +32,7 @@ def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_command, "serve", lambda load, config, listening, loaded: listening.close())
     monkeypatch.setattr("trl_search.retrieval.server.ray_serve.serve_on_ray", lambda *given, **options: None)
     # Templates and weights of the tiny policy are the same each time.
-    monkeypatch.setattr("trl_search.cli.evaluation_checks._model_checks", lambda plan, devices: [])
+    monkeypatch.setattr("trl_search.cli.evaluation_checks.checkpoint_checks", lambda plan, devices: [])
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "wiki")
 
 

@@ -44,7 +44,7 @@ def test_a_laptop_is_told_everything_that_qwen3b_lacks(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(recipe_checks, "gpus", lambda: [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(recipe_checks, "_on_hub", lambda what, name, ask: recipe_checks.Check(what, Status.OK, name))
+    monkeypatch.setattr(recipe_checks, "on_hub", lambda what, name, ask: recipe_checks.Check(what, Status.OK, name))
     monkeypatch.setattr(recipe_checks, "count_parameters", lambda name: QWEN_3B)
     assert main(["train", "qwen3b", "--reward_weights", "1"]) == 2
     said = capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_a_word_that_means_nothing_is_refused_before_it_is_loaded(
 def test_chat_and_eval_of_a_run_search_what_it_searched(
     run: str, size: object, place: Path, loaded: list[Searched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trl_search.cli.evaluation_checks._model_checks", lambda plan, devices: [])
+    monkeypatch.setattr("trl_search.cli.evaluation_checks.checkpoint_checks", lambda plan, devices: [])
     monkeypatch.setattr("trl_search.evaluation.run.load_tokenizer", lambda name: None)
     assert main(["chat", run, "who?"]) == 2 and loaded.pop().world_size == size
     assert main(["eval", run, "--datasets", "q.jsonl", "--output", "out"]) == 2 and loaded.pop().world_size == size

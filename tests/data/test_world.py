@@ -139,7 +139,7 @@ def test_a_world_too_small_for_comparisons_has_none(monkeypatch: pytest.MonkeyPa
         for split in SPLITS:
             types = {question.type for question in world.questions(split)}
             compared.append("comparison" in types)
-            assert types == {"one_hop", "two_hop"} | ({"comparison"} if world._compared[split] else set())
+            assert types == {"one_hop", "two_hop"} | ({"comparison"} if world.compared[split] else set())
     assert 0 < sum(compared) < len(compared)
 
 

@@ -30,7 +30,7 @@ from trl_search.cli.preflight import Status, server_checks
 from trl_search.common.errors import UserError
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, _read_start_time, server_start_time
+from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, read_start_time, server_start_time
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits, rollout
 from trl_search.types import FinishReason, Sampling, StopReason
@@ -383,7 +383,7 @@ def test_when_a_server_was_started(answering, monkeypatch):
     url, _ = answering
     assert server_start_time(url, 5.0) is None  # as behind several API servers
     metrics = httpx.Response(200, text="# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n")
-    assert _read_start_time(metrics) == 1.5e9
+    assert read_start_time(metrics) == 1.5e9
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -393,16 +393,16 @@ def test_when_a_server_was_started(answering, monkeypatch):
 
 def test_what_tells_a_restart(caplog):
     policy = VLLMServerPolicy("http://localhost:1")
-    policy._see(5.0)
-    policy._see(None)  # an answer of /metrics that was no answer
-    policy._see(5.0)
+    policy.see(5.0)
+    policy.see(None)  # an answer of /metrics that was no answer
+    policy.see(5.0)
     assert not policy.restarted
-    policy._see(6.0)
+    policy.see(6.0)
     assert policy.restarted
     silent = VLLMServerPolicy("http://localhost:1")
-    silent._see(None)
+    silent.see(None)
     assert not silent.restarted
-    silent._see(None, gone=True)
+    silent.see(None, gone=True)
     assert silent.restarted and "was restarted" in caplog.text
 
 

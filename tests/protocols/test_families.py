@@ -18,7 +18,7 @@ from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.protocols.call_formats import CALL_FORMATS
 from trl_search.protocols.calls import call_of
-from trl_search.protocols.tool_template import _history, write_turn
+from trl_search.protocols.tool_template import call_history, write_turn
 from trl_search.rewards.tag_structure import format_score
 from trl_search.types import Answer, Observation, Passage, Search, StopReason
 
@@ -71,7 +71,7 @@ def test_our_reader_agrees_with_the_response_parser_of_transformers(family):
         pytest.skip("TRL has no response template for this chat template")
     prompt = protocol.decode(protocol.prompt_ids(protocol.messages("Who?")))
     queries = ("author of Quiet Raven", "Mira [Talvane]")
-    written = write_turn(protocol.template, protocol._show, call_of(Search(queries)))
+    written = write_turn(protocol.template, protocol.show, call_of(Search(queries)))
     end = protocol.tokenizer.convert_ids_to_tokens(protocol.turn_end_id)
     parsed = tokenizer.parse_response(written + end, prefix=prompt, tools=protocol.tools)
     assert [call["function"]["arguments"]["query_list"] for call in parsed["tool_calls"]] == [list(queries)]
@@ -82,16 +82,16 @@ def test_our_reader_agrees_with_the_response_parser_of_transformers(family):
 def test_an_observation_extends_the_prompt_exactly(family, closed):
     """Prompt, call and observation, put together id by id, spell what the template renders for the whole."""
     protocol = protocol_of(family)
-    history = _history(call_of(Search(QUERIES)), protocol.template.message)
+    history = call_history(call_of(Search(QUERIES)), protocol.template.message)
     prompt = protocol.prompt_ids(history[:1])
-    call = protocol.encode(write_turn(protocol.template, protocol._show, call_of(Search(QUERIES))))
+    call = protocol.encode(write_turn(protocol.template, protocol.show, call_of(Search(QUERIES))))
     call += [protocol.turn_end_id] if closed else []
     observation = Observation(documents=('Doc 1 "x"\n<b>',), notice="Go on.")
     ids, said = protocol.observation_ids(observation, max_tokens=2000, turn_closed=closed, turn_ids=call)
     history[2]["content"] = 'Doc 1 "x"\n<b>\nGo on.'
-    assert said == protocol._quote(history[2]["content"])
+    assert said == protocol.quote(history[2]["content"])
     spelled = protocol.decode([*prompt, *call, *ids])
-    rendered = protocol._render(history, add_generation_prompt=True)
+    rendered = protocol.render_messages(history, add_generation_prompt=True)
     if FAMILIES[family].pieces == "sentencepiece":  # it puts a space after each control token of a text
         spelled, rendered = spelled.replace(" ", ""), rendered.replace(" ", "")
     # Nemotron's template drops the newline of a thought that the prompt opened.

@@ -138,7 +138,7 @@ def test_observations_fit_their_budget_and_keep_their_frame(tokenizer, name, len
         return
     ids, text = written
     assert len(ids) <= budget
-    closing = protocol._closing_ids
+    closing = protocol.closing_ids
     assert list(ids[len(ids) - len(closing) :]) == closing and notice in text
     whole, _ = protocol.observation_ids(observation, max_tokens=10_000, turn_closed=closed)
     if len(whole) <= budget:

@@ -197,7 +197,7 @@ def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
 
     tracker = Tracker()
     Tracker.config, Tracker.sent = Config(), []
-    monkeypatch.setattr(trackers, "_trackers", lambda args: [tracker])
+    monkeypatch.setattr(trackers, "running_trackers", lambda args: [tracker])
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, trajectory_table_steps=every, num_iterations=2, max_steps=5
     )
@@ -210,10 +210,10 @@ def test_nothing_is_imported_that_is_not_reported_to(tmp_path, random_model, tok
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    from trl_search.records.trackers import _trackers
+    from trl_search.records.trackers import running_trackers
 
     trainer = scripted_trainer(tmp_path, random_model, tokenizer)
-    assert _trackers(trainer.args) == []
+    assert running_trackers(trainer.args) == []
 
 
 TEXTS = st.lists(st.tuples(st.text(max_size=5), st.integers(0, 1)), max_size=12)

@@ -92,7 +92,7 @@ def test_one_bad_micro_step_of_an_accumulation_spoils_the_step(
 ) -> None:
     made = trainer(tmp_path, random_model, tokenizer, 3, gradient_accumulation_steps=2)
     made.train()
-    assert made._skipped == 1 and all(torch.isfinite(weight).all() for weight in weights(random_model))
+    assert made.skipped == 1 and all(torch.isfinite(weight).all() for weight in weights(random_model))
 
 
 def test_such_a_weight_is_never_written_over_a_good_model(

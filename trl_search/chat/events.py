@@ -140,7 +140,7 @@ class HeardPolicy(Policy):
 
     def __post_init__(self) -> None:
         if hasattr(self.engine, "on_token"):
-            self.engine.on_token = self._hear
+            self.engine.on_token = self.hear
 
     async def open(self) -> None:
         await self.engine.open()
@@ -154,7 +154,7 @@ class HeardPolicy(Policy):
         self._tell(self.protocol.read(completion.ids))
         return completion
 
-    def _hear(self, ids: Sequence[int]) -> None:
+    def hear(self, ids: Sequence[int]) -> None:
         text = self.protocol.read(ids)
         # The last character may still be incomplete.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -27,7 +27,7 @@ def refuse_evaluation(plan: Plan) -> None:
         return
     found = FirstSecond()
     found.see("output", lambda: read_settings_file(plan.output))
-    found.add(_model_checks(plan, gpus()))
+    found.add(checkpoint_checks(plan, gpus()))
     if plan.backend.name == "transformers":
         found.see("device", lambda: placement(plan.backend.device, plan.backend.dtype))
     found.add(check_questions({"questions": plan.datasets[0], "eval_questions": list(plan.datasets[1:])}))
@@ -37,7 +37,7 @@ def refuse_evaluation(plan: Plan) -> None:
     found.refuse()
 
 
-def _model_checks(plan: Plan, devices: list[Device]) -> Iterator[Check]:
+def checkpoint_checks(plan: Plan, devices: list[Device]) -> Iterator[Check]:
     model = check_model_is_there(plan.model)
     yield model
     if model.status is Status.OK:

@@ -157,7 +157,7 @@ def check_model_is_there(name: str | None) -> Check:
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return Check("model", Status.OK, f"{name}, in the hub's cache")
-    return _on_hub("model", name, lambda: HfApi().model_info(name, timeout=_TIMEOUT_S))
+    return on_hub("model", name, lambda: HfApi().model_info(name, timeout=_TIMEOUT_S))
 
 
 def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
@@ -182,10 +182,10 @@ def _hub_set(name: str) -> Check:
     repository = HUB_SETS[name].repository
     if Path(datasets.config.HF_DATASETS_CACHE, repository.lower().replace("/", "___")).is_dir():
         return Check("questions", Status.OK, f"{name}, in the cache of datasets")
-    return _on_hub("questions", repository, lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
+    return on_hub("questions", repository, lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
 
 
-def _on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
+def on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
     try:
         ask()
     except Exception as error:  # the hub's client raises the errors of half a dozen libraries

@@ -131,7 +131,7 @@ class World:
             raise UserError(f"there is no split {split!r}: choose 'train' or 'test'")
         rng = random.Random(f"{self.seed}/{split}/questions")
         wanted = sum(map(len, self._members[split].values())) if limit is None else limit
-        mix = {name: share for name, share in MIX.items() if name != "comparison" or self._compared[split]}
+        mix = {name: share for name, share in MIX.items() if name != "comparison" or self.compared[split]}
         types, weights = list(mix), list(mix.values())
         asked: set[tuple[Any, ...]] = set()
         questions: list[Question] = []
@@ -168,7 +168,7 @@ class World:
         return members
 
     @cached_property
-    def _compared(self) -> dict[Split, list[str]]:
+    def compared(self) -> dict[Split, list[str]]:
         """Per split, the kinds with two entities far enough apart in time. A world of fifty passages may lack some."""
         compared: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for split, name in itertools.product(SPLITS, (name for name, kind in KINDS.items() if kind.year_of)):
@@ -208,7 +208,7 @@ class World:
         return (subject, first.name, second.name), rng.choice(second.asks).format(description), hops[1].value, hops
 
     def _comparison(self, split: Split, rng: random.Random) -> tuple[tuple[Any, ...], str, str, tuple[Hop, ...]]:
-        name = rng.choice(self._compared[split])
+        name = rng.choice(self.compared[split])
         kind, relation = KINDS[name], RELATIONS[KINDS[name].year_of]
         while True:
             pair = rng.sample(self._members[split][name], 2)

@@ -103,7 +103,7 @@ class VLLMServerPolicy(Policy):
         try:
             (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
             models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
-            self._see(await _start_time(self._client))
+            self.see(await _start_time(self._client))
             problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
         except httpx.HTTPError as error:
             await self.close()
@@ -230,7 +230,7 @@ class VLLMServerPolicy(Policy):
                     except httpx.ConnectError:
                         gone = True
                         raise
-                    self._see(await _start_time(self._client), gone)
+                    self.see(await _start_time(self._client), gone)
         except httpx.HTTPError as error:
             raise _lost(self.base_url, time.monotonic() - started, error) from error
 
@@ -241,7 +241,7 @@ class VLLMServerPolicy(Policy):
                 "resume this run from its last checkpoint, so that it meets the server anew"
             )
 
-    def _see(self, started_at: float | None, gone: bool = False) -> None:
+    def see(self, started_at: float | None, gone: bool = False) -> None:
         """Notes when the server was started. If it does not say, it was restarted where nobody listened (`gone`)."""
         if gone if started_at is None else self._started_at not in (None, started_at):
             self.restarted = True
@@ -299,17 +299,17 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
             for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
                 with attempt:
                     client.get("/health").raise_for_status()
-                    found = _read_start_time(client.get("/metrics"))
+                    found = read_start_time(client.get("/metrics"))
         except httpx.HTTPError as error:
             raise _lost(base_url, time.monotonic() - started, error) from error
     return found
 
 
 async def _start_time(client: httpx.AsyncClient) -> float | None:
-    return _read_start_time(await client.get("/metrics", timeout=_PROBE_TIMEOUT_S))
+    return read_start_time(await client.get("/metrics", timeout=_PROBE_TIMEOUT_S))
 
 
-def _read_start_time(metrics: httpx.Response) -> float | None:
+def read_start_time(metrics: httpx.Response) -> float | None:
     found = re.search(r"^process_start_time_seconds (\S+)$", metrics.text, re.MULTILINE)
     return float(found[1]) if found else None
 

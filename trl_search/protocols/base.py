@@ -119,8 +119,8 @@ class Protocol(abc.ABC):
         self._frame = self._observation_frame()
         opening, closing = self._frame
         self.control = ControlTokens(tokenizer, self.encode, (opening, closing, self._turn_frame()))
-        self._opening_ids, self._closing_ids = self.encode(opening), self.encode(closing)
-        self._newline_ids = self.encode(self._quote("\n"))
+        self.opening_ids, self.closing_ids = self.encode(opening), self.encode(closing)
+        self._newline_ids = self.encode(self.quote("\n"))
         self.stop_token_ids = self._find_stop_tokens()
 
     # The prompt
@@ -139,7 +139,7 @@ class Protocol(abc.ABC):
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """`messages` through the chat template, ready for the policy's first token."""
-        return tuple(self._encode_start(self._render(messages, add_generation_prompt=True)))
+        return tuple(self._encode_start(self.render_messages(messages, add_generation_prompt=True)))
 
     # The policy's turns
 
@@ -227,7 +227,7 @@ class Protocol(abc.ABC):
         with self._tokenizing:
             opening, closing = self._frame_ids(turn_ids)
             opening = opening if turn_closed else [*self._turn_end_ids(), *opening]
-            notice = self.control.encode(self._quote(observation.notice))
+            notice = self.control.encode(self.quote(observation.notice))
             room = max_tokens - len(opening) - len(notice) - len(closing)
             if room < 0:
                 return None
@@ -257,9 +257,9 @@ class Protocol(abc.ABC):
 
     def _document_ids(self, document: str, room: int) -> list[int]:
         document = document[: _CHARS_PER_TOKEN * (room + 1)]
-        return self.control.encode(self._quote(self._tag.sub("&lt;", document)))
+        return self.control.encode(self.quote(self._tag.sub("&lt;", document)))
 
-    def _quote(self, text: str) -> str:
+    def quote(self, text: str) -> str:
         """The text, escaped for the frame if it needs that."""
         return text
 
@@ -269,7 +269,7 @@ class Protocol(abc.ABC):
 
     def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The ids around the answer to a turn."""
-        return self._opening_ids, self._closing_ids
+        return self.opening_ids, self.closing_ids
 
     def _turn_end_ids(self) -> list[int]:
         """The ids that close a turn if the policy did not."""
@@ -297,13 +297,13 @@ class Protocol(abc.ABC):
         roles = {"user": "x", "assistant": _ANSWER}
         messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "x"))]
         try:
-            return self._render(messages, add_generation_prompt=False)
+            return self.render_messages(messages, add_generation_prompt=False)
         except Exception:  # whatever a template raises: the end of its turns is then unknown
             return ""
 
     def _check_system_prompt(self) -> None:
         try:
-            shown = self._render(self.messages("x"), add_generation_prompt=True)
+            shown = self.render_messages(self.messages("x"), add_generation_prompt=True)
         except Exception as error:  # whatever a template raises
             raise UserError(
                 f"the chat template refuses a system message ({error}): put the text of system_prompt into instruction"
@@ -345,7 +345,7 @@ class Protocol(abc.ABC):
         assert isinstance(text, str)
         return text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=(self.tools or None) if self.shows_tools else None,

@@ -58,7 +58,7 @@ class QwenTools(Protocol):
             call = write_call(asked.name, asked.arguments)
         else:
             # Where the prompt opens a thought, the template closes it first; here the thought does.
-            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self._show, asked))
+            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self.show, asked))
         return f"<think> {thought} </think>\n{call}"
 
     def _observation_frame(self) -> tuple[str, str]:
@@ -66,7 +66,7 @@ class QwenTools(Protocol):
             raise TemplateProblem(
                 f"protocol {self.name!r} needs a chat template that takes tools; this has none: {REMEDY}"
             )
-        self.template = probe_template(self._show, self.tools)
+        self.template = probe_template(self.show, self.tools)
         self.call_format = self.template.format
         end, *opening = self.encode(self.template.opening)
         if end not in ControlTokens(self.tokenizer, self.encode).ids:
@@ -80,10 +80,10 @@ class QwenTools(Protocol):
                 self.instruction = self.instruction.replace(tags, "")
         return self.decode(opening), self.template.closing
 
-    def _show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:
-        return self._render(messages, add_generation_prompt=goes_on)
+    def show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:
+        return self.render_messages(messages, add_generation_prompt=goes_on)
 
-    def _quote(self, text: str) -> str:
+    def quote(self, text: str) -> str:
         return json.dumps(text, ensure_ascii=False)[1:-1] if self.template.json_reply else text
 
     @property
@@ -122,7 +122,7 @@ class QwenInline(QwenTools):
     def _observation_frame(self) -> tuple[str, str]:
         self.call_format = HERMES
         try:
-            taught = probe_template(self._show, self.tools).format
+            taught = probe_template(self.show, self.tools).format
         except TemplateProblem:  # a template without tools teaches no form: the instruction does
             taught = HERMES
         if self.tools and self.tokenizer.chat_template and taught is not HERMES:
@@ -132,7 +132,7 @@ class QwenInline(QwenTools):
             )
         return "\n<tool_response>\n", "\n</tool_response>\n"
 
-    def _quote(self, text: str) -> str:
+    def quote(self, text: str) -> str:
         return text
 
     @property

@@ -30,10 +30,10 @@ class SearchR1(Protocol):
         "example, <answer> Beijing </answer>. Question: "
     )
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             return "\n".join(str(message["content"]) for message in messages) + "\n"
-        return super()._render(messages, add_generation_prompt=add_generation_prompt)
+        return super().render_messages(messages, add_generation_prompt=add_generation_prompt)
 
     def _encode_start(self, text: str) -> list[int]:
         if self.tokenizer.chat_template:

@@ -91,8 +91,8 @@ def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTe
 
 
 def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMessage) -> ToolTemplate:
-    prompt = render(_history(_CALL, message)[:1], True)
-    text = render(_history(_CALL, message), True)
+    prompt = render(call_history(_CALL, message)[:1], True)
+    text = render(call_history(_CALL, message), True)
     if not all(tool["function"]["name"] in prompt for tool in tools):
         raise TemplateProblem(f"the chat template does not show the tools to the policy: {REMEDY}")
     json_reply = _REPLY not in text
@@ -126,13 +126,13 @@ def opening_of(tool: str, opening: str) -> str:
 
 def write_turn(template: ToolTemplate, render: Render, call: ToolCall) -> str:
     """The call as the template writes it, without thoughts and without the end of the turn."""
-    history = _history(call, template.message)
+    history = call_history(call, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
     before = render(history, True).split(opening_of(call.name, template.opening) + reply)[0]
     return _policys_part(render(history[:1], True), before)
 
 
-def _history(call: ToolCall, message: CallMessage) -> list[dict[str, Any]]:
+def call_history(call: ToolCall, message: CallMessage) -> list[dict[str, Any]]:
     arguments: Any = json.dumps(call.arguments) if message.json_arguments else dict(call.arguments)
     tool_call = {"type": "function", "id": CALL_ID, "function": {"name": call.name, "arguments": arguments}}
     return [

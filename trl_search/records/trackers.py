@@ -53,7 +53,7 @@ class TrackerTables(TrainerCallback):
         # transformers has sent every key of `args`, ours among them.
         record = {name: value for name, value in self.run_log.info.items() if name not in ("config", "format")}
         record["run_folder"] = str(Path(args.output_dir or ".").resolve())
-        for tracker in _trackers(args):
+        for tracker in running_trackers(args):
             tracker.config.update({CONFIG_KEY: record}, allow_val_change=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -66,7 +66,7 @@ class TrackerTables(TrainerCallback):
             return
         self.sent = state.global_step // every
         rows = table.slice(0, TABLE_ROWS).to_pylist()
-        for tracker in _trackers(args):
+        for tracker in running_trackers(args):
             tracker.log({**_tables(tracker, rows), "train/global_step": state.global_step})
 
 
@@ -82,7 +82,7 @@ def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
         _resume_trackio(args)
     columns = ("em", "f1", "searches", "questions")
     step = max((row["step"] for row in run.history if "step" in row), default=0)
-    for tracker in _trackers(args):
+    for tracker in running_trackers(args):
         values: dict[str, Any] = {
             f"{RESULTS_KEY}/{name}_{when}": row[name]
             for when, row in (("before", run.before), ("after", run.after))
@@ -142,7 +142,7 @@ def _resume_trackio(args: TrainingArguments) -> None:
     )
 
 
-def _trackers(args: TrainingArguments) -> list[Any]:
+def running_trackers(args: TrainingArguments) -> list[Any]:
     """The modules of the trackers in `report_to` that are running."""
     found: list[Any] = []
     if "wandb" in (args.report_to or []):

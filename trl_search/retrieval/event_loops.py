@@ -121,7 +121,7 @@ class AsyncRetriever(Retriever):
         """Makes what belongs to one process; a forked child calls it again."""
         self._pid = os.getpid()
         self._background = BackgroundLoop()
-        self._clients = ClientPerLoop(self._make_client)
+        self.clients = ClientPerLoop(self._make_client)
 
     @abc.abstractmethod
     def _make_client(self) -> httpx.AsyncClient:

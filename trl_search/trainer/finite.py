@@ -51,7 +51,7 @@ class FiniteSteps(Trainer):
     _batch: Mapping[str, Any] | None = None
     _broken: bool = False  # a loss of the current step was not finite
     _in_a_row: int = 0
-    _skipped: int = 0
+    skipped: int = 0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self._batch = inputs
@@ -82,7 +82,7 @@ class FiniteSteps(Trainer):
         return norm
 
     def _skip(self, model: Any) -> None:
-        self._skipped += 1
+        self.skipped += 1
         self._in_a_row += 1
         step = self.state.global_step + 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -114,8 +114,8 @@ class FiniteSteps(Trainer):
         return str(tokenizer.decode(first))[:_SHOWN_CHARS]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._skipped:
-            logs[METRIC] = float(self._skipped)
+        if self.skipped:
+            logs[METRIC] = float(self.skipped)
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

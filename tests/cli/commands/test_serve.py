@@ -76,14 +76,14 @@ def test_mistakes_are_one_line(index: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path, monkeypatch) -> None:
-    from trl_search.cli.commands.serve import _fingerprint
+    from trl_search.cli.commands.serve import fingerprint_of
 
     build_index([Passage("1", "Orlune", "Orlune has burnt down.")], tmp_path / "index")
 
     def fingerprint(folder: Path) -> str:
-        return _fingerprint(Searched("bm25", {"index": str(folder)}))
+        return fingerprint_of(Searched("bm25", {"index": str(folder)}))
 
     assert fingerprint(index) == fingerprint(index) != fingerprint(tmp_path / "index")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fingerprint(Path("~/index")) == fingerprint(tmp_path / "index")
-    assert _fingerprint(Searched("bm25", {}, (300, 1))) != _fingerprint(Searched("bm25", {}, (300, 2)))
+    assert fingerprint_of(Searched("bm25", {}, (300, 1))) != fingerprint_of(Searched("bm25", {}, (300, 2)))

@@ -183,8 +183,8 @@ def test_an_index_on_disk_is_mapped_and_equal_to_one_in_memory(tmp_path: Path) -
     texts = [f"harbour {'lantern ' * (row % 5)} vesk{row % 7}" for row in range(300)]
     build_index(passages(*texts), tmp_path / "index", stemmer=None, stopwords=None, k1=0.9, b=0.4)
     on_disk = load_retriever("bm25", index=tmp_path / "index")
-    assert isinstance(on_disk, BM25Retriever) and isinstance(on_disk._engine, BM25SEngine)
-    postings = on_disk._engine._postings
+    assert isinstance(on_disk, BM25Retriever) and isinstance(on_disk.engine, BM25SEngine)
+    postings = on_disk.engine._postings
     assert all(isinstance(one.base, np.memmap) for one in (postings._rows, postings._scores, postings._starts))
     in_memory = load_retriever("bm25", passages=passages(*texts), stemmer=None, stopwords=None, k1=0.9, b=0.4)
     queries = ["lantern", "vesk3 lantern", "harbour", "vesk6", ""]

@@ -54,7 +54,7 @@ def engine_of_segments(folder: Path, texts: list[str], segments: list[list[int]]
         writer.commit()
     writer.wait_merging_threads()
     engine = tantivy_engine.TantivyEngine(folder, len(texts))
-    assert engine._searcher.num_segments == len(segments)
+    assert engine.searcher.num_segments == len(segments)
     return engine
 
 
@@ -220,8 +220,8 @@ def test_the_build_writes_segments_as_its_buffer_fills(tmp_path: Path, monkeypat
     monkeypatch.setattr(tantivy_engine, "HEAP_BYTES", 15_000_000)  # the least that tantivy takes
     unlike = [" ".join(f"{row}x{word}" for word in range(12)) for row in range(25_000)]
     retriever = indexed(tmp_path, *unlike, stemmer=None)
-    assert isinstance(retriever, BM25Retriever) and isinstance(retriever._engine, tantivy_engine.TantivyEngine)
-    assert retriever._engine._searcher.num_segments > 1
+    assert isinstance(retriever, BM25Retriever) and isinstance(retriever.engine, tantivy_engine.TantivyEngine)
+    assert retriever.engine.searcher.num_segments > 1
     assert [ids(found) for found in retriever.search(["0x3", "24999x11", "12000x0"], k=2)] == [
         ["0"],
         ["24999"],

@@ -93,13 +93,13 @@ def test_a_cross_encoder_orders_by_its_own_logits(model: Path) -> None:
 
 def test_all_pairs_of_a_search_are_scored_in_one_call(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = CrossEncoderScorer(str(model), device="cpu")
-    predict, asked = scorer._model.predict, []
+    predict, asked = scorer.model.predict, []
 
     def watched(pairs: list[tuple[str, str]], **options: Any) -> Any:
         asked.append(list(pairs))
         return predict(pairs, **options)
 
-    monkeypatch.setattr(scorer._model, "predict", watched)
+    monkeypatch.setattr(scorer.model, "predict", watched)
     retriever = RerankRetriever(ByQuery({"a": WORLD[:2], "b": WORLD[2:], "none": []}), scorer)
     retriever.search(["a", "none", "b"], k=1)
     assert asked == [

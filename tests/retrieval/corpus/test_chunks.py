@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.policies.tiny import tiny_policy_path
-from trl_search.retrieval.corpus.chunks import Split, _windows, cut_documents, split_words, token_splitter
+from trl_search.retrieval.corpus.chunks import Split, cut_documents, split_words, token_splitter, windows
 from trl_search.retrieval.corpus.passages import read_corpus
 from trl_search.types import Passage
 
@@ -80,7 +80,7 @@ def test_tokens_are_cut_between_letters_and_none_is_lost(
         return not any(a < at < b for a, b in spans) and not text.startswith("\u0301", at)
 
     begin, end = 0, 0
-    for number, (start, stop) in enumerate(_windows(text, spans, size, overlap)):
+    for number, (start, stop) in enumerate(windows(text, spans, size, overlap)):
         assert tokens(start, stop) <= size or not any(map(whole, range(start + 1, stop)))
         assert tokens(end, start) == 0  # none stands between two passages
         assert number == 0 or (begin < start and end < stop and tokens(start, end) <= overlap)
@@ -100,7 +100,7 @@ def test_a_letter_of_thousands_of_marks_takes_no_longer_than_others(by_tokens: S
             return str.__getitem__(self, at)
 
     text = Text("a" + "\u0301" * 2000)
-    assert list(_windows(text, by_tokens(str(text)), 100, 20)) == [(0, len(text))]
+    assert list(windows(text, by_tokens(str(text)), 100, 20)) == [(0, len(text))]
     assert looked_at < 5 * len(text)
 
 

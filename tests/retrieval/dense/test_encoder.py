@@ -99,10 +99,10 @@ def test_a_model_of_sentence_transformers_is_used_as_its_files_say() -> None:
 
 def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leaves_out(checkpoints: Path) -> None:
     plain = load_encoder(checkpoints / "e5-base-v2", device="cpu")
-    plain._model.prompts = {}
-    plain._model.max_seq_length = 512
-    plain._model.save(str(checkpoints / "st" / "e5-base-v2"))
-    plain._model.max_seq_length = 256
+    plain.model.prompts = {}
+    plain.model.max_seq_length = 512
+    plain.model.save(str(checkpoints / "st" / "e5-base-v2"))
+    plain.model.max_seq_length = 256
     packed = load_encoder(checkpoints / "st" / "e5-base-v2", device="cpu")
     assert packed.fingerprint.differences(plain.fingerprint) == []
     assert np.array_equal(packed.encode_queries(TEXTS), plain.encode_queries(TEXTS))
@@ -115,11 +115,11 @@ def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leave
 
 def test_a_model_with_a_prompt_by_default_gives_passages_none(checkpoints: Path) -> None:
     plain = load_encoder(checkpoints / "e5-base-v2", device="cpu", query_prompt="", passage_prompt="")
-    plain._model.prompts, plain._model.default_prompt_name = {"query": "query: ", "passage": ""}, "query"
-    plain._model.save(str(checkpoints / "st" / "asks-by-default"))
+    plain.model.prompts, plain.model.default_prompt_name = {"query": "query: ", "passage": ""}, "query"
+    plain.model.save(str(checkpoints / "st" / "asks-by-default"))
     encoder = load_encoder(checkpoints / "st" / "asks-by-default", device="cpu")
     assert (encoder.fingerprint.query_prompt, encoder.fingerprint.passage_prompt) == ("query: ", "")
-    plain._model.default_prompt_name = None
+    plain.model.default_prompt_name = None
     passages, queries, expected = (
         vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         for vectors in (encoder.encode_passages(TEXTS), encoder.encode_queries(TEXTS), plain.encode_passages(TEXTS))
@@ -256,8 +256,8 @@ def test_an_index_of_two_encoders_is_searched_with_both(checkpoints: Path, tmp_p
 
 def test_a_prompt_is_chosen_by_its_name(checkpoints: Path, tmp_path: Path) -> None:
     plain = load_encoder(checkpoints / "nobody-base", device="cpu", pooling="mean")
-    plain._model.prompts = {"s2p_query": "Given a search, ", "s2s_query": "Given a text, ", "document": "text: "}
-    plain._model.save(str(tmp_path / "stella"))
+    plain.model.prompts = {"s2p_query": "Given a search, ", "s2s_query": "Given a text, ", "document": "text: "}
+    plain.model.save(str(tmp_path / "stella"))
     with pytest.raises(
         UserError, match="none is called 'query': pass query_prompt, one of s2p_query, s2s_query, or ''"
     ):
@@ -285,7 +285,7 @@ def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
     folder = tmp_path / "mine"
     shutil.copytree(checkpoints / "nobody-base", folder)
     if packed:
-        load_encoder(folder, device="cpu", pooling="mean")._model.save(str(folder))
+        load_encoder(folder, device="cpu", pooling="mean").model.save(str(folder))
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(config))

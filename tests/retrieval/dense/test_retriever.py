@@ -139,7 +139,7 @@ def test_every_type_of_index_is_built_measured_and_searched(
 def test_an_index_takes_its_own_encoder_and_no_other(tmp_path: Path, checkpoint: Path) -> None:
     build_index(WORLD, tmp_path / "i", "dense", encoder=str(checkpoint), query_prompt="ask: ", max_length=64)
     retriever = load_retriever("dense", index=tmp_path / "i", device="cpu")
-    own = retriever._encoder.fingerprint  # type: ignore[attr-defined]
+    own = retriever.encoder.fingerprint  # type: ignore[attr-defined]
     assert (own.query_prompt, own.passage_prompt, own.max_length) == ("ask: ", "passage: ", 64)
     os.rename(checkpoint, checkpoint.with_name("moved"))
     try:

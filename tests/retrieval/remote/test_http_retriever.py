@@ -424,7 +424,7 @@ def test_each_event_loop_has_its_own_connections_and_they_end_with_it(client) ->
             warnings.simplefilter("error")
             assert [asyncio.run(step()) for _ in range(3)] == [1, 1, 1]
             gc.collect()
-        assert len(retriever._clients) == 0
+        assert len(retriever.clients) == 0
         assert retriever.search(["a"], 1) and retriever.search(["b"], 1)
         assert len(server._connections) == 1
 
@@ -479,7 +479,7 @@ def test_who_gives_up_says_nothing_about_the_server(client) -> None:
 
         asyncio.run(scenario())
         release.set()
-        assert retriever._endpoints.other_is_well([])
+        assert retriever.endpoints.other_is_well([])
         metrics = total(retriever)
         assert (metrics["retrieval/requests"], metrics["retrieval/failures"]) == (1, 0)
 

@@ -248,7 +248,7 @@ def test_of_a_clients_batch_the_poisonous_query_fails_alone_and_at_once(echo: Ec
         assert type(poison) is RetrievalError and "422" in str(poison) and "the index is on fire" in str(poison)
         assert time.monotonic() - started < 20  # of the 25 s that a server in trouble is waited for
         assert retriever.take_metrics()["retrieval/retries"] == 0
-        assert retriever._endpoints.other_is_well([])  # it was not put aside
+        assert retriever.endpoints.other_is_well([])  # it was not put aside
 
 
 def test_a_retriever_that_is_down_is_503(echo: Echo) -> None:

@@ -73,7 +73,7 @@ def test_each_token_is_weighed_towards_the_policy_that_sampled_it(folder, tokeni
     assert 0 < (used < 2).float().mean() < 1, "some are cut and some are not"
     size = used.sum() ** 2 / (len(used) * (used**2).sum())
     assert logged["sampling/effective_sample_size"] == pytest.approx(size.item(), rel=1e-4)
-    trainer._end_pool()
+    trainer.end_pool()
 
 
 class Stalling(TransformersPolicy):
@@ -265,9 +265,9 @@ def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weight
     def computing(*args, **kwargs):
         log.append("loss")
         if log.count("loss") == 1:
-            (group,) = [group for group in trainer._pool.groups if "book 0" in group.row["question"]]
+            (group,) = [group for group in trainer.pool.groups if "book 0" in group.row["question"]]
             gates["book 0"].set_result(None)
-            trainer._pool._loop.run(asyncio.wait(group.members))  # it generates its answer meanwhile
+            trainer.pool._loop.run(asyncio.wait(group.members))  # it generates its answer meanwhile
             under_way.extend(group.trajectories)
         return compute_loss(*args, **kwargs)
 

@@ -86,7 +86,7 @@ def test_a_group_waits_for_max_staleness_rollouts_at_most(make_pool, born, whole
     pool = make_pool({}, max_staleness=1)
     pool.rollout = max(born)
     pool.groups = [SimpleNamespace(born=b, whole=bool(w), members=[]) for b, w in zip(born, whole, strict=True)]
-    found = pool._takeable(2)
+    found = pool.takeable(2)
     assert found == (None if taken is None else [pool.groups[place] for place in taken])
     pool.groups = []
 
@@ -97,9 +97,9 @@ def test_two_rollouts_ahead_must_leave_room_for_what_is_due_in_each(make_pool):
     pool.rollout = 1
     pool.groups = [SimpleNamespace(born=0, whole=place == 3, members=[]) for place in range(4)]
     pool.groups += [SimpleNamespace(born=1, whole=True, members=[]) for _ in range(2)]
-    assert pool._takeable(2) is None
+    assert pool.takeable(2) is None
     pool.groups[0].whole = True
-    assert pool._takeable(2) == [pool.groups[0], pool.groups[3]]
+    assert pool.takeable(2) == [pool.groups[0], pool.groups[3]]
     pool.groups = []
 
 

@@ -73,14 +73,14 @@ def two_groups(tmp_path, random_model, tokenizer, **options):
 @pytest.mark.parametrize("setting", EXACT)
 def test_loss_and_gradients_are_those_of_the_full_computation(tmp_path, random_model, tokenizer, setting):
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **EXACT[setting])
-    assert not trainer._all_run
+    assert not trainer.all_run
     loss, gradient, logged = gradients(trainer, batch)
     entropies, mask = trainer.entropies.detach(), (batch["completion_mask"] * batch["tool_mask"]).bool()
     assert (entropies[:4][mask[:4]] != 0).all() and not entropies[4:].any(), "the second group must not run"
     assert logged.pop(METRIC) == 0.5
     assert logged["entropy"] == pytest.approx(entropies[:4][mask[:4]].mean().item(), rel=1e-5)
 
-    trainer._all_run = True
+    trainer.all_run = True
     full_loss, full_gradient, full_logged = gradients(trainer, batch)
     assert trainer.entropies[4:].any() and gradient.any()
     torch.testing.assert_close(loss, full_loss, atol=1e-7, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_all_run_where_some_term_needs_them(tmp_path, random_model, tokenizer, s
         monkeypatch.setattr("trl_search.trainer.loss.seams.make_logprobs", lambda *args: options.pop("logprobs", None))
         options = {}
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **options)
-    assert trainer._all_run
+    assert trainer.all_run
     _, logged = trainer.loss(batch)
     assert trainer.entropies[4:].any() and METRIC not in logged
 
@@ -108,9 +108,9 @@ def test_means_are_over_what_ran(tmp_path, random_model, tokenizer, options):
     """VESPO's weight and the correction towards vLLM: what did not run has a ratio of 1, and is in no mean."""
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **options)
     if "old_per_token_logps" in batch:
-        trainer._all_run = True
+        trainer.all_run = True
         trainer.loss(batch)
-        trainer._all_run, batch["old_per_token_logps"] = False, trainer.logps.detach() - 2e-3
+        trainer.all_run, batch["old_per_token_logps"] = False, trainer.logps.detach() - 2e-3
     logged = trainer.loss(batch)[1]
     half = {name: value[:4] if value.dim() else value for name, value in batch.items()}
     expected = trainer.loss(half)[1]
@@ -144,7 +144,7 @@ def test_a_training_with_accumulation_ends_where_the_full_one_does(tmp_path, tok
             tmp_path / str(all_run), make_random_model(tokenizer), tokenizer, rewards=rewards,
             per_device_train_batch_size=4, gradient_accumulation_steps=4, learning_rate=1e-3, shuffle_dataset=False,
         )  # fmt: skip
-        trainer._all_run = all_run
+        trainer.all_run = all_run
         trainer.train()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
         logged = steps(trainer)

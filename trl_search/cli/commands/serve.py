@@ -109,7 +109,7 @@ def _config(args: argparse.Namespace, searched: Searched | None, token: str | No
         max_batch=args.max_batch,
         search_timeout_s=args.search_timeout_s,
         cache_bytes=args.cache_mb << 20,
-        fingerprint="" if searched is None else _fingerprint(searched),
+        fingerprint="" if searched is None else fingerprint_of(searched),
         name=kind if kind in ("", args.retriever) else f"{kind} from {args.retriever}",
         token=token,
         access_log=not args.no_access_log,
@@ -169,6 +169,6 @@ def _token(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _fingerprint(searched: Searched) -> str:
+def fingerprint_of(searched: Searched) -> str:
     """A short name for what is searched: indexes by what they hold, anything else by its options."""
     return hashlib.sha256(json.dumps(searched.content(), sort_keys=True).encode()).hexdigest()[:16]

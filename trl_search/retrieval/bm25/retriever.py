@@ -127,7 +127,7 @@ class BM25Retriever(Retriever):
     """
 
     def __init__(self, engine: Engine, passages: Passages, analyzer: Analyzer) -> None:
-        self._engine, self._passages, self._analyzer = engine, passages, analyzer
+        self.engine, self._passages, self._analyzer = engine, passages, analyzer
         self._lock = threading.Lock()  # keeps `close` from running while passages are read
 
     @classmethod
@@ -169,7 +169,7 @@ class BM25Retriever(Retriever):
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
         self._check_open()
-        ranked = self._engine.rank([self._analyzer.query_terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
+        ranked = self.engine.rank([self._analyzer.query_terms(query)[:MAX_QUERY_TERMS] for query in queries], k)
         with self._lock:
             self._check_open()
             return [[replace(self._passages[row], score=score) for row, score in rows] for rows in ranked]

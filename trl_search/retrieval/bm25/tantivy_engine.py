@@ -100,9 +100,9 @@ class TantivyEngine:
             )
         self._tantivy = import_tantivy()
         self._schema = schema()
-        self._searcher = _open(folder)
-        if self._searcher.num_docs != passages:
-            raise UserError(f"{folder} holds {self._searcher.num_docs} passages of {passages}; rebuild the index")
+        self.searcher = _open(folder)
+        if self.searcher.num_docs != passages:
+            raise UserError(f"{folder} holds {self.searcher.num_docs} passages of {passages}; rebuild the index")
         self._passages = passages
         self._threads = threads or _cpus()
 
@@ -123,8 +123,8 @@ class TantivyEngine:
         )
 
         def fetch(_: list[int], count: int) -> list[Hits]:
-            hits = self._searcher.search(query, limit=count, count=False).hits
-            rows = self._searcher.fast_field_values(ROW, [address for _, address in hits])
+            hits = self.searcher.search(query, limit=count, count=False).hits
+            rows = self.searcher.fast_field_values(ROW, [address for _, address in hits])
             return [(np.array([score for score, _ in hits]), np.array(rows, dtype=np.int64))]
 
         (ranked,) = best_rows(fetch, 1, k, self._passages, tie=0.0, decimals=None)

@@ -109,16 +109,14 @@ class CrossEncoderScorer:
                 "a local reranker needs sentence-transformers: pip install 'trl-search[dense]'; or name a server: url="
             ) from error
         try:
-            self._model = CrossEncoder(
-                model, device=device, max_length=max_length, trust_remote_code=trust_remote_code
-            )
+            self.model = CrossEncoder(model, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise code_in_checkpoint(f"the reranker {model!r}") from error
             raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
-        if self._model.num_labels != 1:
+        if self.model.num_labels != 1:
             raise UserError(
-                f"{model!r} gives {self._model.num_labels} numbers per pair, and a reranker gives one; choose a model "
+                f"{model!r} gives {self.model.num_labels} numbers per pair, and a reranker gives one; choose a model "
                 "that was trained for it, as cross-encoder/ms-marco-MiniLM-L6-v2"
             )
         self._batch_size = batch_size
@@ -132,7 +130,7 @@ class CrossEncoderScorer:
         if not pairs:
             return []
         with self._lock:
-            logits = self._model.predict(
+            logits = self.model.predict(
                 pairs, batch_size=self._batch_size, show_progress_bar=False, activation_fn=torch.nn.Identity()
             )
         scores = {pair: round(float(logit), DECIMALS) for pair, logit in zip(pairs, logits, strict=True)}

@@ -90,11 +90,11 @@ def cut_documents(
 
 
 def _cut(document: Passage, size: int, overlap: int, split: Split) -> Iterator[Passage]:
-    for number, (start, end) in enumerate(_windows(document.text, split(document.text), size, overlap)):
+    for number, (start, end) in enumerate(windows(document.text, split(document.text), size, overlap)):
         yield replace(document, id=f"{document.id}#{number}", text=document.text[start:end])
 
 
-def _windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[Span]:
+def windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[Span]:
     """Where the passages of a text begin and end. A text without words is one empty passage."""
     if not spans:
         yield 0, 0

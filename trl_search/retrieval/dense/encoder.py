@@ -57,7 +57,7 @@ class Encoder:
     """An encoder that is ready: `encode_queries` and `encode_passages`, float32 (n, dim). Made by `load_encoder`."""
 
     def __init__(self, model: Any, fingerprint: EncoderFingerprint, query_model: Any = None) -> None:
-        self._model, self._query_model = model, query_model if query_model is not None else model
+        self.model, self._query_model = model, query_model if query_model is not None else model
         self.fingerprint = fingerprint
         # Two threads in one tokenizer fail with "Already borrowed".
         self._lock = threading.Lock()
@@ -71,11 +71,11 @@ class Encoder:
 
     def encode_passages(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
         """Texts of any order: they are batched by length, the longest first, so memory runs out at once or never."""
-        return self._encode(self._model, texts, self.fingerprint.passage_prompt, batch_size)
+        return self._encode(self.model, texts, self.fingerprint.passage_prompt, batch_size)
 
     def cut_share(self, texts: Sequence[str]) -> float:
         """The share of passages that have more tokens than the encoder reads; 0.0 where its tokenizer does not say."""
-        tokenizer: Any = getattr(self._model, "tokenizer", None)
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
         if not texts or not hasattr(tokenizer, "num_special_tokens_to_add"):
             return 0.0
         with self._lock:

@@ -100,7 +100,7 @@ class DenseRetriever(Retriever):
             raise UserError(
                 f"the corpus has {len(passages):,} passages and the index {vectors.count:,} vectors: not a pair"
             )
-        self._encoder, self._vectors, self._passages = encoder, vectors, passages
+        self.encoder, self._vectors, self._passages = encoder, vectors, passages
         self._lock = threading.Lock()  # keeps `close` from running during a search
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -110,7 +110,7 @@ class DenseRetriever(Retriever):
         found: list[list[Passage]] = [[] for _ in queries]
         with self._lock:
             self._check_open()
-            vectors_QD = self._encoder.encode_queries([queries[number] for number in asked])
+            vectors_QD = self.encoder.encode_queries([queries[number] for number in asked])
             for number, ranked in zip(asked, self._rank(vectors_QD, k), strict=True):
                 found[number] = [replace(self._passages[row], score=score) for row, score in ranked]
         return found

@@ -96,15 +96,15 @@ class HttpRetriever(AsyncRetriever):
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
         self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
         super().__init__()
-        self.max_concurrent_batches = max_concurrent_batches or 2 * len(self._endpoints)
+        self.max_concurrent_batches = max_concurrent_batches or 2 * len(self.endpoints)
 
     def _start(self) -> None:
         super()._start()
-        self._endpoints = Endpoints(self._urls)
+        self.endpoints = Endpoints(self._urls)
         self._one_by_one = False  # known once a server said so
 
     def _make_client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self._endpoints))
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self.endpoints))
         return httpx.AsyncClient(
             headers=self._headers, timeout=None, limits=limits, verify=tls_context(), trust_env=False
         )
@@ -115,13 +115,13 @@ class HttpRetriever(AsyncRetriever):
             return []
         deadline = time.monotonic() + self._patience_s
         if not self._one_by_one:
-            size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self._endpoints))))
+            size = min(self._max_batch, max(SHARE, math.ceil(len(queries) / len(self.endpoints))))
             shares = [queries[start : start + size] for start in range(0, len(queries), size)]
             try:
                 return [*chain.from_iterable(await all_of(self._ask(share, k, deadline) for share in shares))]
             except _WantsOneQuery:
                 self._one_by_one = True
-        turns = asyncio.Semaphore(ONE_BY_ONE * len(self._endpoints))
+        turns = asyncio.Semaphore(ONE_BY_ONE * len(self.endpoints))
 
         async def ask_alone(query: str) -> list[list[Passage]]:
             async with turns:
@@ -130,7 +130,7 @@ class HttpRetriever(AsyncRetriever):
         return [*chain.from_iterable(await all_of(map(ask_alone, queries)))]
 
     def take_metrics(self) -> dict[str, float]:
-        stats = self._endpoints.take_stats()
+        stats = self.endpoints.take_stats()
         latencies_s = list(chain.from_iterable(one.latencies_s for one in stats.values()))
         return {
             "retrieval/requests": float(sum(one.requests for one in stats.values())),
@@ -150,11 +150,11 @@ class HttpRetriever(AsyncRetriever):
             if not isinstance(error, _Repeatable) or (error.tries and len(tried) >= error.tries):
                 return False
             least_s = min(self._timeout_s, self._patience_s) / 10  # a shorter try would only time out
-            wait_s = 0.0 if self._endpoints.other_is_well(tried) else error.wait_s or 0.0
+            wait_s = 0.0 if self.endpoints.other_is_well(tried) else error.wait_s or 0.0
             return time.monotonic() + wait_s + least_s < deadline
 
         def wait_s(state: tenacity.RetryCallState) -> float:
-            if self._endpoints.other_is_well(tried):
+            if self.endpoints.other_is_well(tried):
                 return 0.05 * random.random()
             error = state.outcome.exception() if state.outcome else None
             if isinstance(error, _Repeatable) and error.wait_s is not None:
@@ -166,7 +166,7 @@ class HttpRetriever(AsyncRetriever):
                 retry=tenacity.retry_if_exception(is_worth_another), wait=wait_s, reraise=True
             ):
                 with attempt:
-                    endpoint = self._endpoints.take(tried, retry=bool(tried))
+                    endpoint = self.endpoints.take(tried, retry=bool(tried))
                     tried.append(endpoint)
                     return await self._request(endpoint, queries, k, deadline)
         except TooLarge as error:
@@ -185,23 +185,23 @@ class HttpRetriever(AsyncRetriever):
         body = format_single_request(queries[0], k) if self._one_by_one else format_request(queries, k)
         started = time.monotonic()
         try:
-            client = await self._clients.get()
+            client = await self.clients.get()
             async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
                 response = await client.post(endpoint.url, json=body)
             found = _read(endpoint, response, queries, k)
         except asyncio.CancelledError:
-            self._endpoints.given_up(endpoint, time.monotonic() - started)
+            self.endpoints.given_up(endpoint, time.monotonic() - started)
             raise
         except Exception as error:
             seconds = time.monotonic() - started
             failed = _named(error, endpoint, f"no answer to {len(queries)} queries in {seconds:.3g} s")
             at_fault = isinstance(failed, _Broken) or (isinstance(failed, _Repeatable) and failed.tries is None)
             wait_s = failed.wait_s if isinstance(failed, _Repeatable) else None
-            self._endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=at_fault)
+            self.endpoints.failed(endpoint, seconds, wait_s=wait_s, aside=at_fault)
             if failed is error:
                 raise
             raise failed from error
-        self._endpoints.done(endpoint, time.monotonic() - started)
+        self.endpoints.done(endpoint, time.monotonic() - started)
         return found
 
 

@@ -169,7 +169,7 @@ class WebRetriever(AsyncRetriever):
         self._count("requests")
         try:
             async with asyncio.timeout(_left_s(deadline)):
-                return await self._provider.search(await self._clients.get(), query, count)
+                return await self._provider.search(await self.clients.get(), query, count)
         except TimeoutError:
             self._count("failures")
             raise Unavailable(

@@ -49,7 +49,7 @@ class CarriesOver(Trainer):
     protocol: Protocol
     model: Any
     train_dataset: Any
-    _pool: TrajectoryPool | None = None
+    pool: TrajectoryPool | None = None
     _asked_again: Sequence[Row] = ()  # what the checkpoint that is resumed had under way
     _engine: contextlib.ExitStack | None = None  # generates while the trainer computes
 
@@ -61,13 +61,13 @@ class CarriesOver(Trainer):
     @property
     def acting_environment(self) -> Environment | None:
         """The environment of the trajectories of the latest rollout."""
-        return self._pool.environment if self._pool is not None and self.model.training else self.environment
+        return self.pool.environment if self.pool is not None and self.model.training else self.environment
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._end_pool()
+            self.end_pool()
 
     def carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
         """Fills the batch with whole groups: `batch.rows` becomes their rows, in place, `batch.trajectories` theirs.
@@ -77,12 +77,12 @@ class CarriesOver(Trainer):
         try:
             self._carry_over_rollout(batch, sampling)
         except BaseException:
-            self._end_pool()
+            self.end_pool()
             raise
 
     def _carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
         size = self.args.num_generations or 1
-        pool = self._pool = self._pool or TrajectoryPool(
+        pool = self.pool = self.pool or TrajectoryPool(
             self.environment,  # type: ignore[arg-type]
             self.protocol,
             self.args.agent.limits,
@@ -114,8 +114,8 @@ class CarriesOver(Trainer):
         """Takes the engine from the trajectories before its weights move, or others use it. Every rank calls it."""
         if self._engine is None:
             return
-        assert self._pool is not None
-        self._pool.detach()
+        assert self.pool is not None
+        self.pool.detach()
         self.accelerator.wait_for_everyone()  # no weight moves while another rank generates
         engine, self._engine = self._engine, None
         engine.close()
@@ -126,8 +126,8 @@ class CarriesOver(Trainer):
         draw, questions = random.Random(name), len(self.train_dataset)
         return [self.train_dataset[draw.randrange(questions)] for _ in range(count)]
 
-    def _end_pool(self) -> None:
-        pool, self._pool = self._pool, None
+    def end_pool(self) -> None:
+        pool, self.pool = self.pool, None
         engine, self._engine = self._engine, None
         try:
             if pool is not None:
@@ -139,8 +139,8 @@ class CarriesOver(Trainer):
     # With the checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._pool is not None:
-            rows = gather_object([group.row for group in self._pool.groups])  # rank by rank
+        if self.pool is not None:
+            rows = gather_object([group.row for group in self.pool.groups])  # rank by rank
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             if self.args.should_save:
                 table = Dataset.from_list([dict(row) for row in rows], features=self.train_dataset.features)

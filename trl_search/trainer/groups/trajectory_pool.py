@@ -138,7 +138,7 @@ class TrajectoryPool:
             while True:
                 if self._failure is not None:
                     raise self._failure
-                taken = self._takeable(count)
+                taken = self.takeable(count)
                 if taken is not None:
                     break
                 bar.n = min(count, sum(group.whole for group in self.groups))
@@ -149,7 +149,7 @@ class TrajectoryPool:
         self.rollout += 1
         return taken
 
-    def _takeable(self, count: int) -> list[Group] | None:
+    def takeable(self, count: int) -> list[Group] | None:
         """The oldest `count` whole groups; None where there are fewer, or where an old group must be waited for."""
         taken = [group for group in self.groups if group.whole][:count]
         if len(taken) < count:

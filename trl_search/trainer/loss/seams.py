@@ -39,7 +39,7 @@ class SearchLoss(GRPOTrainer):
     # A trainer that was constructed in part is a plain GRPOTrainer.
     logprobs: LogProbs | None = None
     _micro_batch: MicroBatch | None = None  # while its loss is computed
-    _all_run = True  # also trajectories that cannot change the weights
+    all_run = True  # also trajectories that cannot change the weights
     _probed = False
 
     @property
@@ -51,7 +51,7 @@ class SearchLoss(GRPOTrainer):
     def prepare_loss(self) -> None:
         """Chooses how log-probs are computed, and for which trajectories, and logs both."""
         self.logprobs = make_logprobs([self.model, self.ref_model], self.args, self.accelerator)
-        self._all_run = must_all_run(self)
+        self.all_run = must_all_run(self)
 
     def probe_logprobs(self) -> None:
         """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
@@ -102,7 +102,7 @@ class SearchLoss(GRPOTrainer):
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        all_run = self._all_run or not self.model.training
+        all_run = self.all_run or not self.model.training
         micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
         try:
             # TRL reads the ratios only where vLLM samples.

@@ -116,7 +116,7 @@ def test_a_file_opens_the_same_every_time(word, folders, queries):
 def test_the_chosen_setting_is_the_one_in_use(folders, queries):
     for name in ("small", "small-ivf", "hnsw"):
         chosen = about(folders[name])
-        index = open_vectors(folders[name])._index
+        index = open_vectors(folders[name]).index
         if name == "hnsw":
             assert index.hnsw.efSearch == chosen["efSearch"]
         else:
@@ -432,4 +432,4 @@ def test_how_much_is_searched_is_an_option_of_what_has_it(folders: dict[str, Pat
         open_vectors(folders["flat"], device="cpu", nprobe=3)
     with pytest.raises(UserError, match="ef_search must be at least 1"):
         open_vectors(folders["hnsw"], device="cpu", ef_search=0)
-    assert open_vectors(folders["hnsw"], device="cpu", ef_search=77)._index.hnsw.efSearch == 77  # type: ignore[attr-defined]
+    assert open_vectors(folders["hnsw"], device="cpu", ef_search=77).index.hnsw.efSearch == 77  # type: ignore[attr-defined]

@@ -94,7 +94,7 @@ def test_shards_answer_as_one():
     assert rows[0].tolist() == [7, 100, 2600, 4999]
     np.testing.assert_array_equal(rows, ranked(vectors.astype(np.float16), queries, 4))
     assert rows.dtype == np.int64 and scores.dtype == np.float32
-    assert (search.count, search.dim, sum(shard.rows_ND.nbytes for shard in search._shards)) == (
+    assert (search.count, search.dim, sum(shard.rows_ND.nbytes for shard in search.shards)) == (
         5000,
         48,
         5000 * 48 * 2,
@@ -220,7 +220,7 @@ def check_on(devices: list[torch.device]) -> None:
     expected = ranked(vectors.astype(np.float16), queries, 3)
     for batch in (1, 20, 600):
         assert (search.search(queries[:batch], 3)[1] == expected[:batch]).mean() > 0.999
-    assert sum(shard.rows_ND.nbytes for shard in search._shards) == 300_000 * 768 * 2
+    assert sum(shard.rows_ND.nbytes for shard in search.shards) == 300_000 * 768 * 2
 
 
 @pytest.mark.parametrize("dim", [768, 1000])

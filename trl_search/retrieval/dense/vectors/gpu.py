@@ -51,10 +51,10 @@ class ShardedSearch(VectorSearch, Generic[ShardType]):
 
     def __init__(self, shards: Sequence[ShardType], *, dim: int, count: int) -> None:
         self.dim, self.count = dim, count
-        self._shards = list(shards)
+        self.shards = list(shards)
         # Two searches at a time would need the scratch memory of a GPU twice, and would not be faster.
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="shard")
+        self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="shard")
 
     @abc.abstractmethod
     def _search_shard(self, shard: ShardType, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,15 +62,15 @@ class ShardedSearch(VectorSearch, Generic[ShardType]):
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            if not self._shards:
+            if not self.shards:
                 raise RetrievalError("this vector index is closed; open it again to search")
-            if len(self._shards) == 1:  # without the pool, whose threads would be missing after a fork
-                return self._search_shard(self._shards[0], queries, k)
-            return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries, k), self._shards)), k)
+            if len(self.shards) == 1:  # without the pool, whose threads would be missing after a fork
+                return self._search_shard(self.shards[0], queries, k)
+            return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries, k), self.shards)), k)
 
     def close(self) -> None:
         with self._lock:
-            self._shards = []
+            self.shards = []
         self._pool.shutdown()
 
 

@@ -73,20 +73,20 @@ class FaissSearch(VectorSearch):
     """A FAISS index on CPU, memory-mapped where its type allows. Searches there are thread-safe."""
 
     def __init__(self, index: Any) -> None:
-        self._index = index
+        self.index = index
         # L2 distances fall towards the best; scores rise.
         self._sign = -1.0 if index.metric_type == faiss_module().METRIC_L2 else 1.0
         self.dim, self.count = int(index.d), int(index.ntotal)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        index = self._index  # held until this search is done, whatever `close` does meanwhile
+        index = self.index  # held until this search is done, whatever `close` does meanwhile
         if index is None:
             raise RetrievalError("this vector index is closed; open it again to search")
         scores_BK, rows_BK = index.search(queries, k)
         return (scores_BK if self._sign > 0 else -scores_BK), rows_BK
 
     def close(self) -> None:
-        self._index = None
+        self.index = None
 
 
 def read_faiss(path: Path) -> Any:
@@ -128,7 +128,7 @@ class SlicedSearch(FaissSearch):
             self._affine = low + width / 510, width / 255
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if len(queries) < _SLICED_BATCH or self._index is None:  # a closed index is refused there
+        if len(queries) < _SLICED_BATCH or self.index is None:  # a closed index is refused there
             return super()._search(queries, k)
         import torch
 
