@@ -242,6 +242,9 @@ async def run_batch(
             their place, begin at once and belong to the batch; a refill replaces questions with it.
         concurrency (`int`, *optional*): Trajectories under way at once, without those of `more`. Default: all.
         progress (`str`, *optional*): Title of the progress bar that a terminal shows; None for no bar.
+
+    Raises:
+        Exception: the first that the policy, `on_finish` or `more` raised.
     """
     queue = iter(enumerate(jobs))
     bar = tqdm(total=count, desc=progress, unit="trajectory", delay=2, leave=False, disable=None if progress else True)

@@ -122,6 +122,9 @@ class Chat:
         Args:
             seed (`int`, *optional*): The same seed gives the same answer, as long as searches find the same. By
                 default one is drawn; the reply names it.
+
+        Raises:
+            UserError: for an empty question.
         """
         if not question.strip():
             raise UserError("the question is empty")
@@ -240,6 +243,9 @@ def load_chat(
         device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
         dtype (`str`, *optional*): bfloat16 on a GPU and float32 on a CPU by default.
         server (`str`, *optional*): The address of a `vllm serve` that serves the model; only the tokenizer is loaded.
+
+    Raises:
+        UserError: if the model is a loaded one, or cannot be found or loaded.
 
     Example:
         >>> with load_chat("runs/qwen3b", load_retriever("web")) as chat:

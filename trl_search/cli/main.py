@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Imports the module of a command and runs it."""
+    """Imports the module of a command and runs it.
+
+    Raises:
+        UserError: for an unknown command.
+    """
     if name in ("-h", "--help", "help"):
         print(overview())
         return 0

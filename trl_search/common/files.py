@@ -92,6 +92,9 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 def parse_object(text: str | Mapping[str, Any], option: str, example: str) -> dict[str, Any]:
     """The JSON object that stands in an option or in a recipe's key.
 
+    Raises:
+        UserError: if it is not JSON, or JSON of something else.
+
     Example:
         >>> parse_object('["wiki"]', "--retriever_options", '{"index": "indexes/wiki"}')
         UserError: --retriever_options must be a JSON object such as {"index": "indexes/wiki"}, not ["wiki"]

@@ -81,7 +81,11 @@ def read_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """Reads one JSON object; `where` ("corpus.jsonl, line 7") begins every error message."""
+    """Reads one JSON object; `where` ("corpus.jsonl, line 7") begins every error message.
+
+    Raises:
+        UserError: if it is no JSON object, with the place of the mistake.
+    """
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

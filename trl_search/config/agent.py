@@ -287,6 +287,9 @@ def read_settings(model: str) -> AgentSettings | None:
     """What the model was trained with: from its folder, from the run that a checkpoint lies in, or from the hub;
     `None` where nothing is known.
 
+    Raises:
+        UserError: if the file is half-written.
+
     Example:
         >>> read_settings("runs/quickstart").instruction
         ''

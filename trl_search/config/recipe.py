@@ -65,7 +65,11 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
 
 
 def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Builds the dataclasses, whose own checks run now; some of them look for devices."""
+    """Builds the dataclasses, whose own checks run now; some of them look for devices.
+
+    Raises:
+        UserError: if the configuration classes refuse a value.
+    """
     try:
         return tuple(
             cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.init})

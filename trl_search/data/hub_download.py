@@ -79,6 +79,9 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
         repository (`str`): The dataset, `"PeterJinGo/wiki-18-e5-index"`.
         pattern (`str`): Of the file names, `"part_*"`. They are joined in the order of their names.
         endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
+
+    Raises:
+        UserError: if no file has that name.
     """
     from huggingface_hub import HfApi
 
@@ -103,6 +106,9 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
         target (`Path`):
             The file to make; it appears when it is whole and its SHA-256 is right. One that is there is not touched.
         endpoint (`str`, *optional*): As for `list_files`.
+
+    Raises:
+        UserError: if another process is fetching it now.
     """
     from filelock import FileLock, Timeout
 
@@ -122,7 +128,11 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
 
 
 def check_bytes(path: Path, expected: int) -> None:
-    """Refuses a file whose size differs from the published one, and leaves it alone: it may be somebody's work."""
+    """Refuses a file whose size differs from the published one, and leaves it alone: it may be somebody's work.
+
+    Raises:
+        UserError: if it does not have the published size.
+    """
     there = path.stat().st_size
     if there != expected:
         raise UserError(

@@ -115,6 +115,9 @@ def scripted_trajectories(
         quality (`Mapping[str, float]`): The share of each of `PLAYERS`.
         environment (`Environment`, *optional*): What is searched, if other than `SearchEnvironment(retriever)`.
 
+    Raises:
+        UserError: for an unknown player, and for a share that is not positive.
+
     Example:
         >>> protocol = load_protocol("qwen_tools", tokenizer, instruction="")
         >>> scripted_trajectories(world, retriever, protocol, n=1000)

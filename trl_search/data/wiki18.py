@@ -90,7 +90,11 @@ class Wiki18Plan:
         return made + unpacked
 
     def check_disk(self, free: int) -> None:
-        """Refuses a download for which the disk has not enough free bytes (`free_bytes`)."""
+        """Refuses a download for which the disk has not enough free bytes (`free_bytes`).
+
+        Raises:
+            UserError: if the disk has too little room.
+        """
         if self.disk_bytes > free:
             raise UserError(
                 f"{gb(self.disk_bytes)} of disk are needed in {self.folder} and {gb(free)} are free: take a folder on "
@@ -130,6 +134,9 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
 
     Returns:
         `Wiki18Plan`: print `describe()`, compare `disk_bytes` with what is free, then `fetch_wiki18`.
+
+    Raises:
+        UserError: for an unknown part, a folder that is a file, or a hub that does not answer.
 
     Example:
         >>> plan_wiki18(["corpus", "e5-flat"], "data/wiki18").describe()
@@ -204,6 +211,9 @@ def unpack_corpus(archive: Path, target: Path) -> None:
     """Unpacks the jsonl in `wiki-18.jsonl.gz`, a gzipped tar, or a plain gzip if the hub's file becomes one.
 
     After a kill, unpacking starts again, because gzip has no random access. The download does not.
+
+    Raises:
+        UserError: if the archive is damaged.
     """
     if target.exists():
         return
@@ -228,6 +238,9 @@ def check_index(path: Path, word: str) -> str:
     """Refuses a file whose header is not that of the published index, or that is too short; returns what was checked.
 
     The header of an HNSW file does not give its length: only the hub's listing shows that its last bytes are missing.
+
+    Raises:
+        UserError: if the file is missing or is not the published index.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
@@ -258,6 +271,9 @@ def check_corpus(path: Path) -> str:
 
     Args:
         path (`Path`): The jsonl file. Its line offsets are kept beside it, because searches need them too.
+
+    Raises:
+        UserError: if the file is missing or is not the published corpus.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")

@@ -126,6 +126,9 @@ class World:
 
         Args:
             limit (`int`, *optional*): The number of questions; by default one per entity of the split.
+
+        Raises:
+            UserError: for an unknown split.
         """
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}: choose 'train' or 'test'")
@@ -226,6 +229,9 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
 
     Args:
         name_words (`int`, *optional*, defaults to `2`): Words per name, or more if the world needs them.
+
+    Raises:
+        UserError: for too few or too many passages.
 
     Example:
         >>> generate_world(passages=200, seed=1) == generate_world(passages=200, seed=1)

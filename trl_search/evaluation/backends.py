@@ -45,7 +45,11 @@ class Backend:
     concurrency: int = 64
 
     def check(self, processes: int) -> None:
-        """Refuses what would be ignored or could not work, before anything is loaded."""
+        """Refuses what would be ignored or could not work, before anything is loaded.
+
+        Raises:
+            UserError: for options that do not go together.
+        """
         if self.name == "vllm_server" and self.server is None:
             raise UserError("--backend vllm_server needs its address: --server http://127.0.0.1:8000")
         if self.name != "vllm_server" and (self.server or self.served_model):

@@ -121,7 +121,11 @@ def answer_questions(
 def mode_protocol(
     mode: str, tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
 ) -> Protocol:
-    """The protocol of a mode, with its instruction. Refuses a mode that does not exist or cannot be run."""
+    """The protocol of a mode, with its instruction. Refuses a mode that does not exist or cannot be run.
+
+    Raises:
+        UserError: for an unknown mode, and for `rag` without a retriever.
+    """
     if mode not in MODES:
         raise UserError(f"unknown evaluation mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "rag" and not isinstance(environment, SearchEnvironment):

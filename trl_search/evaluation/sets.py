@@ -59,6 +59,9 @@ def load_sets(
         limit (`int`, *optional*): Asks a random sample of this many questions per set, in their order.
         seed (`int`): Of that sample.
         fields (`QuestionFields`, *optional*): The columns of a file in a schema of its own.
+
+    Raises:
+        UserError: for an unknown name.
     """
     path = Path(name_or_path).expanduser()
     if name_or_path not in HUB_SETS and not path.exists() and not path.suffix and path.name == name_or_path:
@@ -85,7 +88,11 @@ def load_world_set(world: World, *, limit: int | None, seed: int) -> QuestionSet
 
 
 def check_names(sets: Sequence[QuestionSet]) -> None:
-    """Refuses two sets of one name: the files and the column of a set carry its name."""
+    """Refuses two sets of one name: the files and the column of a set carry its name.
+
+    Raises:
+        UserError: if two sets have the same name, or one that the table uses.
+    """
     for i, one in enumerate(sets):
         if one.name == MACRO:
             raise UserError(f"{one.source} cannot be called {MACRO!r}, as the average is: give it another data_source")

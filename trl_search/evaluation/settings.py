@@ -119,6 +119,9 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     """Refuses to resume with other settings than those that the folder was begun with, and names each difference.
 
     Modes and sets may be added or left out; those that were there and are asked again must be the same.
+
+    Raises:
+        OtherSettings: with the settings that differ.
     """
     told: list[str] = []
     both = set(before["modes"]) & set(now.get("modes", before["modes"]))

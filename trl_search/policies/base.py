@@ -56,6 +56,9 @@ class Policy(abc.ABC):
         """Ends all requests under way: each returns what it has sampled, with `FinishReason.INTERRUPTED`.
 
         Called on the event loop, by those who let no new request through meanwhile. Its tokens may be none.
+
+        Raises:
+            NotImplementedError: if the engine cannot.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot interrupt its requests")
 

@@ -105,6 +105,9 @@ def slot_attention(
         key, value: (B, key-value heads, length, head_dim).
         attention_mask: (B, 1, T, length), True where a token is seen: its row from position 0 up to itself.
         sliding_window: The layer's window: a token sees itself and the `sliding_window - 1` tokens before it.
+
+    Raises:
+        NotImplementedError: if the model's attention uses what this cache does not know.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"its attention uses {', '.join(unknown)}")

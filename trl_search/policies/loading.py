@@ -28,7 +28,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def base_name(model_config: ModelConfig) -> str:
-    """What `from_pretrained` takes: `tiny` is a folder of this package."""
+    """What `from_pretrained` takes: `tiny` is a folder of this package.
+
+    Raises:
+        UserError: if no model is named.
+    """
     if not model_config.model_name_or_path:
         raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
     return tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
@@ -134,7 +138,11 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the PEFT adapter in a folder, which names its base model; `None` where there is none."""
+    """The configuration of the PEFT adapter in a folder, which names its base model; `None` where there is none.
+
+    Raises:
+        UserError: if the adapter names no base model.
+    """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -145,7 +153,11 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
 
 
 def model_source(name: str) -> str:
-    """The name as `from_pretrained` takes it; a folder without a model, or one that is not there, is an error."""
+    """The name as `from_pretrained` takes it; a folder without a model, or one that is not there, is an error.
+
+    Raises:
+        UserError: if it is neither a folder with a model nor a name of the hub.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):

@@ -44,7 +44,11 @@ def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
 
 
 def adapter_rank(model: Any) -> int:
-    """The rank of the adapter, which must be one that vLLM can apply to the base model as it is on disk."""
+    """The rank of the adapter, which must be one that vLLM can apply to the base model as it is on disk.
+
+    Raises:
+        UserError: if vLLM cannot apply the adapter.
+    """
     if not is_peft_model(model):
         raise UserError("vllm_lora_sync='adapter' needs a LoRA adapter: give a peft_config, or use 'merged'")
     config = model.peft_config[model.active_adapter]

@@ -61,6 +61,9 @@ class VLLMServerPolicy(Policy):
         restarted (`bool`): Whether the server was started anew since this policy first met it. It then has lost the
             weights that training gave it, and its end of the NCCL group: synchronize, or start the run again, before
             what it samples is trained on.
+
+    Raises:
+        UserError: if the address does not begin with http:// or https://.
     """
 
     def __init__(

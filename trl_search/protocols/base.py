@@ -68,6 +68,9 @@ class Protocol(abc.ABC):
         system_prompt (`str`, *optional*): The system message; `None` leaves it to the chat template.
         tools (`Sequence[dict]`, *optional*, defaults to the search tool): JSON schemas shown to the policy.
         chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`, e.g. `{"enable_thinking": False}`.
+
+    Raises:
+        UserError: for a tokenizer that is none or lacks an EOS token, and an instruction that is no text.
     """
 
     name: str

@@ -30,6 +30,9 @@ def protocol_names() -> list[str]:
 def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Protocol:
     """The protocol of that name for that tokenizer; `options` are those of [`Protocol`].
 
+    Raises:
+        UserError: for an unknown name.
+
     Example:
         >>> protocol = load_protocol("qwen_tools", tokenizer)
         >>> protocol.parse('<tool_call>\\n{"name": "search", "arguments": {"query_list": ["x"]}}\\n</tool_call>')

@@ -71,7 +71,12 @@ class Retriever(abc.ABC):
 
 
 def check_search(queries: Sequence[str], k: int) -> None:
-    """Refuses a single string, which would be searched letter by letter, and a `k` below 1."""
+    """Refuses a single string, which would be searched letter by letter, and a `k` below 1.
+
+    Raises:
+        TypeError: for a single string.
+        UserError: for a `k` below 1.
+    """
     if isinstance(queries, str):
         raise TypeError("search takes a list of queries; pass [query]")
     if k < 1:

@@ -52,6 +52,9 @@ class SearchBatcher:
         timeout_s (`float`): How long one call of the retriever may take.
         max_batch (`int`): How many queries one call may hold.
         on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Batchers of one retriever share it.
+
+    Raises:
+        UserError: for limits out of range.
     """
 
     def __init__(

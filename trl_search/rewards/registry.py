@@ -41,6 +41,9 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
     Returns:
         `list[Callable]`: one function for each, in order.
 
+    Raises:
+        UserError: for no reward, an unknown one, or one named twice.
+
     Example:
         >>> resolve_rewards(["em", my_reward])
         [<function em>, <function my_reward>]

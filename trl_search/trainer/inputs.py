@@ -114,7 +114,11 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
 def refuse_what_rollouts_cannot_do(
     args: SearchGRPOConfig, model: Any, environment: Environment, kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuses at the start what would otherwise be ignored, or fail in the first rollout."""
+    """Refuses at the start what would otherwise be ignored, or fail in the first rollout.
+
+    Raises:
+        UserError: with the option to change.
+    """
     if args.search_floor_steps and not environment.tools:
         raise UserError(
             f"search_floor_steps={args.search_floor_steps} rewards nothing without a call of a tool, and "
@@ -144,7 +148,11 @@ def refuse_what_rollouts_cannot_do(
 
 
 def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
-    """FSDP comes from `accelerate launch`, which names its settings in the environment, or from `args.fsdp`."""
+    """FSDP comes from `accelerate launch`, which names its settings in the environment, or from `args.fsdp`.
+
+    Raises:
+        UserError: with the option to change.
+    """
     if args.fsdp_plugin_args is not None:
         version, saved = args.fsdp_plugin_args["fsdp_version"], args.fsdp_plugin_args["state_dict_type"]
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -167,7 +175,11 @@ def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
 
 
 def refuse_quantization(model_config: ModelConfig) -> None:
-    """TRL's `ModelConfig` has keys for a quantized base, which the command line does not load."""
+    """TRL's `ModelConfig` has keys for a quantized base, which the command line does not load.
+
+    Raises:
+        UserError: if one is asked for.
+    """
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_config, key):
             raise UserError(

@@ -94,6 +94,9 @@ def train(
     Args:
         peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
         run_log ([`RunLog`], *optional*): Records the run in its folder.
+
+    Raises:
+        UserError: if an adapter is to be merged that cannot be.
     """
     # Rows that are too long have been left out. TRL would cut them, or warn that it does not cut without padding.
     config = copy.copy(config)

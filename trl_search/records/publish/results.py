@@ -36,6 +36,9 @@ def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> 
         folder (`Path`): The folder of the run.
         task (`Mapping`): `task` of its `run.json`.
         published (`Path`): The folder of the model, of the run or of a checkpoint: it says which line is final.
+
+    Raises:
+        UserError: if the folder holds no results of a training.
     """
     if not (folder / RESULTS_FILE).is_file():
         return []
@@ -58,7 +61,11 @@ def dataset_names(task: Mapping[str, Any]) -> str:
 
 
 def evaluation_results(folder: Path) -> list[Result]:
-    """What `trl-search eval` measured: one line per mode and set, and their average. Those of `search` are final."""
+    """What `trl-search eval` measured: one line per mode and set, and their average. Those of `search` are final.
+
+    Raises:
+        UserError: if the folder holds no results of an evaluation.
+    """
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")

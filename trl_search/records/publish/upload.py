@@ -110,7 +110,11 @@ def license_of(base_model: str, api: HfApi) -> str | None:
 
 
 def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
-    """Asks the hub. If it refuses or does not answer, the error names the remedy."""
+    """Asks the hub. If it refuses or does not answer, the error names the remedy.
+
+    Raises:
+        UserError: if the hub is out of reach or refuses, or the name is none.
+    """
     try:
         return ask()
     except OfflineModeIsEnabled:

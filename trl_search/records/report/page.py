@@ -80,7 +80,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def build_page(runs: Sequence[Run], *, max_trajectories: int = MAX_TRAJECTORIES) -> str:
-    """The report as a string; see `write_report`."""
+    """The report as a string; see `write_report`.
+
+    Raises:
+        UserError: for a negative `max_trajectories`.
+    """
     names = run_names(runs)
     if max_trajectories < 0:
         raise UserError(f"--max_trajectories is {max_trajectories}: give 0 for none, or more")

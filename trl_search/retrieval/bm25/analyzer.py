@@ -179,7 +179,11 @@ def _stop_words(language: str) -> frozenset[str]:
 
 def import_bm25s() -> Any:
     """bm25s, for its stop words or its scores. It would import jax where that is installed, and jax claims most of the
-    GPU's memory, so jax is hidden from it. Its debug messages stay out of the user's log."""
+    GPU's memory, so jax is hidden from it. Its debug messages stay out of the user's log.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
         with _hidden("jax"):
             import bm25s

@@ -28,7 +28,11 @@ K1, B = 1.5, 0.75
 
 
 def index_terms(passages: Passages, analyzer: Analyzer, *, k1: float, b: float) -> Any:
-    """A `bm25s.BM25` of the passages, its term ids in order of appearance; those of stop words come last."""
+    """A `bm25s.BM25` of the passages, its term ids in order of appearance; those of stop words come last.
+
+    Raises:
+        UserError: if no passage holds a word.
+    """
     kept, stops = _Terms(), _Terms()
     for row in tqdm(range(len(passages)), desc="splitting into terms", unit=" passages", disable=None):
         passage = passages[row]

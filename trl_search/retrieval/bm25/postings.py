@@ -145,7 +145,11 @@ def _find_by_numpy(
 
 
 def choose_backend(name: str | None) -> str:
-    """The backend of this name; by default "numba" if it is installed, else "numpy"."""
+    """The backend of this name; by default "numba" if it is installed, else "numpy".
+
+    Raises:
+        UserError: for an unknown backend, and for numba where it is not installed.
+    """
     if name is None:
         return "numba" if importlib.util.find_spec("numba") else "numpy"
     if name not in ("numba", "numpy"):

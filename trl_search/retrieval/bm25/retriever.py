@@ -144,7 +144,11 @@ class BM25Retriever(Retriever):
     def from_index(
         cls, folder: str | Path, *, backend: str | None = None, threads: int | None = None, check_source: bool = True
     ) -> BM25Retriever:
-        """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped."""
+        """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped.
+
+        Raises:
+            UserError: for an index that cannot be opened, or an option of the other engine.
+        """
         index = open_index(folder, KIND, check_source=check_source)
         if index.manifest.details.get("analyzer") != ANALYZER_VERSION:
             raise IndexFolderError(
@@ -208,6 +212,9 @@ def load(
         id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, where they are not the usual
             ones (see `Fields`).
         options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index has its own.
+
+    Raises:
+        UserError: for options that do not go together.
     """
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus)

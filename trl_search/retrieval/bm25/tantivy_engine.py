@@ -64,7 +64,11 @@ def document(row: int, terms: list[str], stops: Sequence[str] = ()) -> Any:
 
 
 def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
-    """Indexes the terms of every passage into the new folder `folder`."""
+    """Indexes the terms of every passage into the new folder `folder`.
+
+    Raises:
+        UserError: if no passage holds a word.
+    """
     tantivy = import_tantivy()
     shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     folder.mkdir()
@@ -91,6 +95,9 @@ class TantivyEngine:
         folder (`Path`): What `write_terms` made.
         passages (`int`): How many there are.
         threads (`int`, *optional*): How many queries of a batch are searched at a time; by default one a CPU.
+
+    Raises:
+        UserError: if the folder holds another number of passages, or `threads` is below 1.
     """
 
     def __init__(self, folder: Path, passages: int, *, threads: int | None = None) -> None:

@@ -113,6 +113,9 @@ def load(*, retrievers: Sequence[Part], weights: Sequence[float] | None = None, 
             `{"kind": "bm25", "index": "indexes/wiki"}`.
         weights (`Sequence[float]`, *optional*): How much each counts, above 0; by default all the same.
         depth (`int`): How many passages each is asked for, or k where that is more.
+
+    Raises:
+        UserError: unless it is given a list of retrievers.
     """
     if isinstance(retrievers, (str, Retriever)) or not isinstance(retrievers, Sequence):
         raise UserError(f'hybrid needs a list, retrievers=[{{"kind": "bm25", ...}}, ...]; got {retrievers!r}')

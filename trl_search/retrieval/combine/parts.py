@@ -16,7 +16,11 @@ Part = Retriever | Mapping[str, Any]
 
 
 def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
-    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; a retriever is taken as it is."""
+    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; a retriever is taken as it is.
+
+    Raises:
+        UserError: if one is neither a retriever nor its options.
+    """
     from trl_search.retrieval import load_retriever
 
     loaded: list[Retriever] = []

@@ -89,6 +89,9 @@ class CrossEncoderScorer:
 
     Scores are the model's logits, rounded: a sigmoid, which many models would apply, makes all good passages 1.0. For
     the arguments see [`load`].
+
+    Raises:
+        UserError: if the model cannot be loaded or is no reranker.
     """
 
     def __init__(
@@ -174,6 +177,9 @@ def load(
         timeout_s (`float`, *optional*): Seconds until a request counts as failed, 20 by default.
         token_env (`str`, *optional*): The environment variable that holds the server's bearer token.
         fields (`Mapping`, *optional*): More of each request to the server: `{"truncate_prompt_tokens": -1}` for vLLM.
+
+    Raises:
+        UserError: for options that do not go together.
     """
     _check_depth(depth)
     remote = {"api": api, "concurrency": concurrency, "timeout_s": timeout_s, "token_env": token_env, "fields": fields}

@@ -28,7 +28,11 @@ from trl_search.retrieval.base import RetrievalError, Unavailable, failure
 
 
 class HttpScorer:
-    """Asks one reranking server, with up to `concurrency` requests at a time. For the arguments see `rerank.load`."""
+    """Asks one reranking server, with up to `concurrency` requests at a time. For the arguments see `rerank.load`.
+
+    Raises:
+        UserError: for an address or an option that cannot be right.
+    """
 
     def __init__(
         self,

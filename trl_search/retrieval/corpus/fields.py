@@ -35,7 +35,11 @@ class Fields:
         return [name for name in (self.id_field, self.title_field, self.text_field) if name is not None]
 
     def check_use(self, corpus: object) -> None:
-        """Refuses names where no corpus is read: an index has its own."""
+        """Refuses names where no corpus is read: an index has its own.
+
+        Raises:
+            UserError: if fields are named for a corpus that has none.
+        """
         if self.given and corpus is None:
             raise UserError("id_field, title_field and text_field are options of a corpus that is read now")
 

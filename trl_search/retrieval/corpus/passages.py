@@ -37,7 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 def parse_passage(row: Mapping[str, Any], where: str, fields: Fields = USUAL_FIELDS) -> Passage:
-    """Reads one row of a corpus; `where` ("corpus.jsonl, line 7") begins every error message."""
+    """Reads one row of a corpus; `where` ("corpus.jsonl, line 7") begins every error message.
+
+    Raises:
+        UserError: if a field is missing or is no text.
+    """
     name = fields.id_name(row, where)
     identity = _value(row, name, where)
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
@@ -76,7 +80,11 @@ def read_corpus(path: str | Path, fields: Fields = USUAL_FIELDS) -> Iterator[Pas
 
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
-    """Passes passages through, and fails on an id that it has seen. For corpora that fit in memory."""
+    """Passes passages through, and fails on an id that it has seen. For corpora that fit in memory.
+
+    Raises:
+        UserError: for the same id twice, and for what is no `Passage`.
+    """
     if not isinstance(passages, Iterable) or isinstance(passages, str | bytes):
         raise UserError(f"passages is a list of Passage, and this is {passages!r:.60}")
     rows: dict[str, int] = {}

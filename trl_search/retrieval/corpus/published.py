@@ -24,7 +24,11 @@ SAME_PASSAGE = 0.98  # cosine of one passage encoded twice, in fp16 or cut a lit
 
 def open_jsonl(path: str | Path) -> Corpus:
     """Opens a jsonl file of any size as a `Corpus`. The offsets of its lines are kept in `<file>.offsets.npy`, or in
-    the cache folder if the file's own cannot be written."""
+    the cache folder if the file's own cannot be written.
+
+    Raises:
+        UserError: if the file is missing, empty or compressed.
+    """
     path = Path(path).resolve()
     if not path.is_file():
         raise UserError(f"there is no corpus file {path}")
@@ -44,7 +48,11 @@ def open_jsonl(path: str | Path) -> Corpus:
 
 
 def find_lines(path: Path) -> np.ndarray:
-    """Where each line that is not blank begins, and last the size of the file; int64."""
+    """Where each line that is not blank begins, and last the size of the file; int64.
+
+    Raises:
+        UserError: if there are no passages.
+    """
     size, read = path.stat().st_size, 0
     ends = []
     with open(path, "rb") as file:
@@ -70,7 +78,11 @@ def find_lines(path: Path) -> np.ndarray:
 
 def check_encoder(encoder: Encoder, rows_ND: np.ndarray, corpus: Corpus, name: str) -> None:
     """Encodes a few passages again and compares the vectors. With a wrong pooling, prefix or other weights, searches
-    would find the wrong passages without an error."""
+    would find the wrong passages without an error.
+
+    Raises:
+        UserError: if the vectors are of another encoder.
+    """
     chosen = sorted({len(corpus) * part // 5 for part in range(5)})
     again_ND = encoder.encode_passages([join_contents(corpus[row]) for row in chosen])
     there_ND = np.asarray(rows_ND[chosen], dtype=np.float32)

@@ -69,7 +69,11 @@ class Source:
 
 
 def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_FIELDS) -> Source:
-    """Finds out what `corpus` names. Nothing of a file is read yet; a dataset is fetched."""
+    """Finds out what `corpus` names. Nothing of a file is read yet; a dataset is fetched.
+
+    Raises:
+        UserError: if there is no such file.
+    """
     if not isinstance(corpus, (str, Path)):
         return Source("the passages given", partial(_passage_rows, corpus))
     path = Path(home_expanded(corpus))

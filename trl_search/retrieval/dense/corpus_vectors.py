@@ -69,7 +69,11 @@ class EncodingOptions:
     trust_remote_code: bool = False
 
     def check_encoding(self) -> None:
-        """Loads the encoder too, so that a missing one is an error now and not after an hour of reading."""
+        """Loads the encoder too, so that a missing one is an error now and not after an hour of reading.
+
+        Raises:
+            UserError: for an option out of range.
+        """
         if self.dtype not in ("float32", "float16"):
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
         if self.batch_size < 1:
@@ -123,6 +127,9 @@ def encode_corpus(
         batch_size (`int`): Passages per step of the encoder.
         shard_rows (`int`): Passages per shard.
         workers (`Workers`): This process among those that share the work.
+
+    Raises:
+        UserError: if the processes have different encoders.
     """
     about = {
         "passages": len(passages),

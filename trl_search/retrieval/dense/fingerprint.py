@@ -54,7 +54,11 @@ class EncoderFingerprint:
 
 
 def refuse_other_encoder(encoder: EncoderFingerprint, recorded: dict[str, Any], where: str) -> None:
-    """Fails unless `encoder` is the one whose fingerprint an index recorded."""
+    """Fails unless `encoder` is the one whose fingerprint an index recorded.
+
+    Raises:
+        UserError: if it is another encoder.
+    """
     differences = encoder.differences(EncoderFingerprint(**recorded))
     if differences:
         raise UserError(

@@ -84,6 +84,9 @@ class DenseBuilder(EncodingOptions):
 class DenseRetriever(Retriever):
     """Search by meaning. Make one with `load_retriever("dense", ...)`.
 
+    Raises:
+        UserError: if vectors, passages and encoder do not go together.
+
     Example:
         >>> retriever = load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")
         >>> retriever.search(["where was Talvane born?"], k=1)
@@ -173,6 +176,9 @@ def load(
             ones (see `Fields`).
         options: `query_encoder`, `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see
             `load_encoder`. An index has its own.
+
+    Raises:
+        UserError: for options that do not go together.
     """
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus if faiss_file is None else None)

@@ -62,7 +62,11 @@ def find_about(read: Callable[[], dict[str, Any] | None], name: str, remark: str
 
 
 def refuse_another_corpus(about: dict[str, Any], expected: str | None, name: str, folder: str | Path | None) -> None:
-    """Fails if the engine was loaded with other passages than the index folder says."""
+    """Fails if the engine was loaded with other passages than the index folder says.
+
+    Raises:
+        UserError: if the corpus is another one.
+    """
     if expected is not None and about["corpus"] != expected:
         raise UserError(
             f"{name} was loaded with other passages than {folder}: another build has replaced it; load that one's "

@@ -117,7 +117,11 @@ def _passage(hit: dict[str, Any]) -> Passage:
 
 def call(method: Callable[..., Any], **options: Any) -> Any:
     """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
-    words."""
+    words.
+
+    Raises:
+        RetrievalError: with the cluster's own words; `Unavailable` where it cannot be reached.
+    """
     from opensearchpy.exceptions import ConnectionError as NoConnection
     from opensearchpy.exceptions import OpenSearchException, TransportError
 
@@ -133,7 +137,11 @@ def call(method: Callable[..., Any], **options: Any) -> Any:
 
 
 def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> Any:
-    """Makes a client. User and password come from the environment only."""
+    """Makes a client. User and password come from the environment only.
+
+    Raises:
+        UserError: for a missing client or address, or an address that holds a password.
+    """
     try:
         from opensearchpy import OpenSearch
     except ImportError:
@@ -183,6 +191,9 @@ def load(
             `manifest.json` is read; an index that was loaded again since, with other passages, is refused.
         ca_certs (`str | Path`, *optional*): Certificates to trust, where the cluster has its own.
         timeout_s (`float`): Seconds until one request counts as failed.
+
+    Raises:
+        UserError: if no index is named.
     """
     url, collection, _, expected = from_folder(index, KIND, url, collection)
     if collection is None:

@@ -48,6 +48,9 @@ class QdrantRetriever(Retriever):
         encoder (`Encoder`, *optional*): For a collection of dense vectors.
         search_params (`dict`, *optional*): Qdrant's `SearchParams`: `hnsw_ef`, `exact`, `quantization`.
         local (`bool`): The client is the whole engine: one search at a time.
+
+    Raises:
+        UserError: if another version loaded the collection.
     """
 
     def __init__(
@@ -158,7 +161,11 @@ class QdrantRetriever(Retriever):
 
 def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
     """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
-    words."""
+    words.
+
+    Raises:
+        RetrievalError: with the server's own words; `Unavailable` where it cannot be reached.
+    """
     from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
     try:
@@ -173,7 +180,11 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
 
 
 def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_s: int) -> Any:
-    """Makes a client. The API key comes from the environment only."""
+    """Makes a client. The API key comes from the environment only.
+
+    Raises:
+        UserError: for a missing client or address, or an address that holds a key.
+    """
     try:
         from qdrant_client import QdrantClient
     except ImportError:
@@ -236,6 +247,9 @@ def load(
         api_key_env (`str`): The environment variable that holds the API key, where there is one.
         timeout_s (`int`): Seconds until one request counts as failed.
         trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
+
+    Raises:
+        UserError: if no collection is named.
     """
     url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:

@@ -142,7 +142,11 @@ class BuildFolder:
         return {name: size for name, size in names.items() if name.split("/")[0] not in (STATE, LOCK, SCRATCH)}
 
     def put_in_place(self, *, replace: bool) -> None:
-        """Drops what the index does not need, and gives the index its name."""
+        """Drops what the index does not need, and gives the index its name.
+
+        Raises:
+            UserError: if another process has made the folder meanwhile.
+        """
         in_the_way = (self._output / MANIFEST).exists()
         if in_the_way and not replace:
             raise UserError(f"{self._output} was made by another process meanwhile; that one is kept")

@@ -115,6 +115,9 @@ def build_index(
         announce (`Callable[[str], None]`): Gets messages: the cost of an index before it is built, what is resumed.
         workers (`Workers`): This process, of rank 0, among several; the others call `join_build`.
         options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
+
+    Raises:
+        IndexFolderError: if the corpus changes meanwhile.
     """
     corpus, output = home_expanded(corpus), _place(output)
     builder = make_builder(kind, options)
@@ -173,7 +176,11 @@ def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) 
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads `manifest.json`, refusing a folder without one and a format that this version does not read."""
+    """Reads `manifest.json`, refusing a folder without one and a format that this version does not read.
+
+    Raises:
+        IndexFolderError: if the folder holds no finished index of this format.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise IndexFolderError(f"there is no index folder {folder}; build it with: {_command(folder)}")
@@ -204,6 +211,9 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     """Opens an index folder after checking that it is whole, of this kind, and of the corpus it was built from.
 
     `check_source=False` skips the last question, whether the file it was built from has changed since.
+
+    Raises:
+        IndexFolderError: if it is no index of that kind, or its files or its corpus have changed.
     """
     if not isinstance(folder, str | Path):
         raise IndexFolderError(f"an index is a folder, and this is {folder!r:.60}: give its path")
@@ -234,7 +244,11 @@ def rebuild_hint(folder: str | Path) -> str:
 
 
 def make_builder(kind: str, options: dict[str, Any]) -> Builder:
-    """The builder of a kind, its options checked."""
+    """The builder of a kind, its options checked.
+
+    Raises:
+        UserError: for an option that the kind does not have.
+    """
     make = INDEX_KINDS.get(kind)
     known = [option.name for option in fields(make)]
     for option in options:

@@ -66,6 +66,9 @@ class Endpoints:
         urls (`Sequence[str]`): `"http://localhost:8000"` or `"http://localhost:8000/retrieve"`.
         clock (`Callable`): A monotonic clock, in seconds.
         jitter (`Callable`): A random number from 0 to 1, so that many clients do not come back at the same moment.
+
+    Raises:
+        UserError: for no server, or the same one twice.
     """
 
     def __init__(

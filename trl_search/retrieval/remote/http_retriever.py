@@ -68,6 +68,9 @@ class HttpRetriever(AsyncRetriever):
         max_batch (`int`): Queries per request.
         max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
         token_env (`str`, *optional*): The environment variable that holds the bearer token.
+
+    Raises:
+        UserError: for a missing address, or an option out of range.
     """
 
     def __init__(

@@ -108,7 +108,11 @@ def gateways(
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> Iterator[str]:
-    """Starts the replicas and yields their address. At the end it drains them and leaves the cluster as it was."""
+    """Starts the replicas and yields their address. At the end it drains them and leaves the cluster as it was.
+
+    Raises:
+        UserError: if Ray Serve runs already, or the replicas do not start.
+    """
     need_packages()
     ray, serve = _import_ray()
     port = _free_port(host, port)

@@ -94,7 +94,11 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket before anything is loaded, so that a port in use is an error at once."""
+    """Opens the socket before anything is loaded, so that a port in use is an error at once.
+
+    Raises:
+        UserError: if the port cannot be taken.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)

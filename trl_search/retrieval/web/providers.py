@@ -197,7 +197,11 @@ def ddgs_text(query: str, count: int) -> list[dict[str, str]]:
 
 
 def load_provider(name: str, base_url: str | None = None) -> Provider:
-    """The provider of that name, with its key from the environment."""
+    """The provider of that name, with its key from the environment.
+
+    Raises:
+        UserError: for an unknown name, and for a missing key, address or package.
+    """
     if name == "ddgs":
         if base_url is not None:
             raise UserError("ddgs has no base_url: it asks several engines")

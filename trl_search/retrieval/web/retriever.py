@@ -55,6 +55,9 @@ class WebRetriever(AsyncRetriever):
         tries (`int`): Times a search is asked of a provider that is busy.
         fetch (`Callable`): `await fetch(url)` gives a page's text, or raises `PageError`.
         sleep (`Callable`): `await sleep(seconds)`.
+
+    Raises:
+        UserError: for an option out of range.
     """
 
     max_concurrent_batches = 8

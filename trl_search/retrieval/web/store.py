@@ -28,6 +28,9 @@ class WebStore:
     Args:
         path (`Path`): The file; made where there is none.
         clock (`Callable`): Seconds that all processes agree on.
+
+    Raises:
+        UserError: if the file cannot be a cache.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:

@@ -57,7 +57,11 @@ class BestCheckpoint(TrainerCallback):
         self._beaten: Path | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Restores the best checkpoint of a resumed run, and removes a link that another run left in this folder."""
+        """Restores the best checkpoint of a resumed run, and removes a link that another run left in this folder.
+
+        Raises:
+            UserError: if something else lies where the link goes.
+        """
         folder = Path(args.output_dir or ".")
         link = folder / LINK
         if link.exists() and not link.is_symlink():
@@ -118,7 +122,11 @@ def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) ->
 
 
 def read_best(folder: Path) -> HeldOutResult | None:
-    """The evaluation of the best checkpoint of a run; `None` if there is none."""
+    """The evaluation of the best checkpoint of a run; `None` if there is none.
+
+    Raises:
+        UserError: if the file lacks a value.
+    """
     path = folder / LINK / RECORD
     if not path.is_file():
         return None

@@ -74,6 +74,9 @@ class HeldOut:
         trainer ([`SearchGRPOTrainer`]): Its model, generation, environment, protocol and limits are used.
         questions ([`~datasets.Dataset`]): Rows with `question`, `golden_answers`, `id` and `data_source`.
 
+    Raises:
+        UserError: for no questions, missing columns, or a trainer without an environment.
+
     Example:
         >>> held_out = HeldOut(trainer, load_questions("hotpotqa", limit=200))
         >>> trainer.add_callback(EvaluateEvery(50, held_out))
@@ -125,7 +128,11 @@ class HeldOut:
 
 
 class EvaluateEvery(TrainerCallback):
-    """Evaluates every `steps` steps. The results are logged with the step."""
+    """Evaluates every `steps` steps. The results are logged with the step.
+
+    Raises:
+        UserError: for fewer than one step.
+    """
 
     def __init__(self, steps: int, held_out: HeldOut) -> None:
         if steps < 1:

@@ -65,7 +65,12 @@ def give_to_server(url: str, name: str, old: str | None, folder: Path, rank: int
 
 
 def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float) -> None:
-    """Asks a server to load or unload an adapter of that rank; one that does not answer is asked again."""
+    """Asks a server to load or unload an adapter of that rank; one that does not answer is asked again.
+
+    Raises:
+        UserError: if the server refuses it.
+        ServerLost: if it does not answer.
+    """
     try:
         for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
             with attempt:

@@ -106,7 +106,11 @@ class PassRates:
         write_jsonl(folder / FILE, ({"question": question, **asdict(one)} for question, one in self.visits.items()))
 
     def load(self, folder: Path) -> None:
-        """Takes the place of what is known. A checkpoint without the file was saved without the curriculum."""
+        """Takes the place of what is known. A checkpoint without the file was saved without the curriculum.
+
+        Raises:
+            UserError: if the file holds no pass rates.
+        """
         path = folder / FILE
         if not path.is_file():
             logger.warning("%s has no %s: the pass rates of its questions are unknown", folder, FILE)

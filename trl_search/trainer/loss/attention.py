@@ -114,6 +114,9 @@ def varlen_attention(
         key, value: (1, key-value heads, T, head_dim).
         cu_seq_lens_q: (trajectories + 1,) int32, where each begins and the last one ends.
         max_length_q: Tokens of the longest.
+
+    Raises:
+        UserError: for soft-capping, or attention sinks.
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -155,7 +155,11 @@ def find_ivf(index: Any) -> Any:
 
 
 def apply_settings(index: Any, settings: dict[str, int]) -> None:
-    """Sets k_factor, nprobe and efSearch where FAISS keeps them."""
+    """Sets k_factor, nprobe and efSearch where FAISS keeps them.
+
+    Raises:
+        ValueError: for an unknown setting.
+    """
     for name, value in settings.items():
         if name == "k_factor":
             index.k_factor = float(value)
@@ -168,7 +172,11 @@ def apply_settings(index: Any, settings: dict[str, int]) -> None:
 
 
 def slices(vectors: np.ndarray) -> Iterator[np.ndarray]:
-    """The vectors in slices of contiguous float32. NaN and infinity are refused."""
+    """The vectors in slices of contiguous float32. NaN and infinity are refused.
+
+    Raises:
+        UserError: if a vector is not finite.
+    """
     for start in range(0, len(vectors), SLICE_ROWS):
         slice_ND = np.ascontiguousarray(vectors[start : start + SLICE_ROWS], dtype=np.float32)
         broken = np.flatnonzero(~np.isfinite(slice_ND).all(axis=1))

@@ -28,7 +28,11 @@ _lock = threading.Lock()
 
 
 def faiss_module() -> Any:
-    """Imports FAISS. If it is missing, a `UserError` names the extra."""
+    """Imports FAISS. If it is missing, a `UserError` names the extra.
+
+    Raises:
+        UserError: if FAISS is not installed.
+    """
     with _lock:
         name = kernels(_cpu_flags())
         chosen = name is not None and CORETYPE not in os.environ and "faiss" not in sys.modules

@@ -154,7 +154,11 @@ def split_rows(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def transfer(rows: np.ndarray, first: int, device: torch.device) -> Shard:
-    """Copies rows to a device as fp16, one slice at a time."""
+    """Copies rows to a device as fp16, one slice at a time.
+
+    Raises:
+        UserError: if a vector is not finite.
+    """
     import torch
 
     rows_ND = torch.empty(rows.shape, dtype=torch.float16, device=device)

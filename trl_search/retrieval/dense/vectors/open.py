@@ -53,6 +53,9 @@ def open_vectors(
         gpu_engine (`str`): What searches on GPUs: `"torch"`, or `"faiss"`, which refuses instead of going to CPU.
         nprobe (`int`, *optional*): Lists of an IVF that are searched, in place of the setting.
         ef_search (`int`, *optional*): Candidates of a graph, in place of the setting.
+
+    Raises:
+        UserError: if the index is missing, unfinished or damaged.
     """
     path = folder / VECTORS
     try:
@@ -89,6 +92,9 @@ def open_faiss_file(
         nprobe (`int`, *optional*): Lists of an IVF that are searched; by default what the file says, or, where that is
             FAISS' default of 1, what reaches recall@10 .99 of a search of all lists.
         ef_search (`int`, *optional*): Candidates of a graph; by default 512, or more where the file says so.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be searched by inner product and row.
     """
     if not path.is_file():
         raise UserError(f"there is no FAISS file {path}")

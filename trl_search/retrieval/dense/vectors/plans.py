@@ -87,6 +87,9 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
         word (`str`): One of `VECTOR_INDEXES`.
         count (`int`): Vectors.
         dim (`int`): Dimensions.
+
+    Raises:
+        UserError: for an unknown word.
     """
     if word not in VECTOR_INDEXES:
         raise unknown_name("vector index", word, VECTOR_INDEXES)

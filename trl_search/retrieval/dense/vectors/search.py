@@ -38,6 +38,10 @@ class VectorSearch(abc.ABC):
 
         Returns:
             `(scores, rows)`: (B, k) float32 and (B, k) int64; -inf and -1 where there are no more.
+
+        Raises:
+            UserError: for another shape, or a `k` below 1.
+            RetrievalError: for a query that is not finite.
         """
         queries_BD = np.ascontiguousarray(queries, dtype=np.float32)
         if queries_BD.ndim != 2 or queries_BD.shape[1] != self.dim:
