@@ -16,6 +16,7 @@ from trl_search.evaluation.outcomes import summarize
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.trainer.pipeline import TaskArguments, load_task
+from trl_search.trainer.sft import SearchSFTConfig, sft_rows, train
 from trl_search.types import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -85,3 +86,66 @@ def test_a_training_step(tiny, tmp_path, bf16):
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 2 and all(abs(loss) < 10 for loss in losses)
+
+
+@pytest.fixture
+def cudnn():
+    """cuDNN's attention is permitted, as it is by default."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def operators(work):
+    """The names of PyTorch's operators that run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("packed_attention", ["padded", "sdpa"])
+def test_grpo_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, packed_attention):
+    """Its backward gives NaN gradients for some padded batches (docs/troubleshooting.md). The reference model, too."""
+    model, tokenizer = tiny
+    task = load_task(TaskArguments(world_passages=1000), seed=0)
+    args = SearchGRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=8,
+        num_generations=8,
+        bf16=True,
+        beta=0.1,
+        packed_attention=packed_attention,
+        report_to=[],
+        instruction="",
+        max_completion_length=512,
+        max_observation_length=192,
+    )
+
+    trainer = SearchGRPOTrainer(model, "f1", args, task.train, processing_class=tokenizer, retriever=task.retriever)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    ran = operators(trainer.train)
+    assert any("scaled_dot_product" in name for name in ran)
+    assert not [name for name in ran if "cudnn_attention" in name]
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_sft_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, padding_free):
+    model, tokenizer = tiny
+    rows = sft_rows([((1, 2), tuple(range(3, 3 + length)), (1,) * length) for length in (5, 60, 100, 17)])
+    config = SearchSFTConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, bf16=True, padding_free=padding_free,
+        report_to="none", save_strategy="no",
+    )  # fmt: skip
+    ran = operators(lambda: train(model, tokenizer, rows, config))
+    assert any("scaled_dot_product" in name for name in ran)
+    assert not [name for name in ran if "cudnn_attention" in name]
+
+
+def test_cudnns_attention_goes_by_the_name_that_is_looked_for(cudnn):
+    def attend():
+        heads = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    assert [name for name in operators(attend) if "cudnn_attention" in name]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.support.scripted_trainer import steps
 from tests.trainer.callbacks.test_held_out import held_out_trainer
 from trl_search.trainer.callbacks.alarms import RULES
-from trl_search.trainer.rollback import set_learning_rate
+from trl_search.trainer.resume import checkpoint_to_resume
+from trl_search.trainer.rollback import rollbacks_of, set_learning_rate
 
 COLLAPSES_AT = 6  # five logs make a level, and the alarm below ends the training when it has lasted two
 
@@ -36,6 +40,45 @@ def test_a_collapsed_run_goes_back_to_its_best_checkpoint_twice(tmp_path, tokeni
     assert [row["step"] for row in steps(trainer)] == [1, 2, 3, 4, 5, 6]
     assert [row["learning_rate"] for row in steps(trainer)] == [0.01] * 2 + [0.0025] * 4
     assert [row["eval/em"] for row in steps(trainer)] == [0.5, 1.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_run_that_is_killed_after_a_rollback_goes_on_as_it_was(tmp_path, tokenizer, soon, caplog):
+    options = {"max_steps": 20, "on_collapse": "rollback", "save_strategy": "steps", "save_steps": 1}
+    killed, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 4 if step == 2 else 1, **options)
+    killed.add_callback(KilledAfter(rollbacks=1, step=3))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    # Steps 4 to 6 collapsed: their checkpoints are there, and are not what the run goes on from.
+    assert (tmp_path / "checkpoint-6").is_dir()
+    last = checkpoint_to_resume("last", tmp_path)
+    assert last == str(tmp_path / "checkpoint-3")
+    caplog.clear()
+    resumed, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **options)
+    resumed.train(last)
+    said = [record.getMessage() for record in caplog.records if "rollback" in record.getMessage()]
+    assert len(said) == 1 and "rollback 2 of 2" in said[0] and "checkpoint-2, learning rate 0.0025" in said[0]
+    assert [one["to"] for one in rollbacks_of(tmp_path)] == [2, 2]
+    # Killed at once after a rollback, it would begin at the best checkpoint, with the learning rate of the rollback.
+    for step in range(3, 7):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **{**options, "max_steps": 3})
+    again.train(checkpoint_to_resume("last", tmp_path))
+    assert [row["learning_rate"] for row in steps(again)] == [0.01] * 2 + [0.0025]
+    # A new run in the folder has no rollbacks behind it.
+    new, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **{**options, "max_steps": 1})
+    new.train()
+    assert rollbacks_of(tmp_path) == []
+
+
+class KilledAfter(TrainerCallback):
+    """Ctrl-C at the end of a step, once it has gone back so often."""
+
+    def __init__(self, *, rollbacks, step):
+        self.rollbacks, self.step = rollbacks, step
+
+    def on_save(self, args, state, control, **_):
+        if len(rollbacks_of(Path(args.output_dir))) == self.rollbacks and state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("choice", "last"), [("stop", COLLAPSES_AT), ("warn", 8)])

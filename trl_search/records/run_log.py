@@ -22,7 +22,7 @@ from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE
-from trl_search.records.folder import FORMAT, GRPO, METRICS_FILE, TRAJECTORY_FOLDER, step_of
+from trl_search.records.folder import FORMAT, GRPO, METRICS_FILE, ROLLBACKS_FILE, TRAJECTORY_FOLDER, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def put_aside(folder: Path) -> None:
     while (target := folder / "earlier" / str(number)).exists():
         number += 1
     target.mkdir(parents=True)
-    for name in (RUN_FILE, METRICS_FILE, RESULTS_FILE, TRAJECTORY_FOLDER):
+    for name in (RUN_FILE, METRICS_FILE, RESULTS_FILE, ROLLBACKS_FILE, TRAJECTORY_FOLDER):
         if (folder / name).exists():
             (folder / name).rename(target / name)
     logger.warning("%s held the records of another run, which are in %s now", folder, target)

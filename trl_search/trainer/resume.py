@@ -15,8 +15,9 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
-from trl_search.records.folder import AFTER_ROW, BEST_ROW
+from trl_search.records.folder import AFTER_ROW, BEST_ROW, ROLLBACKS_FILE
 from trl_search.trainer.callbacks.best_checkpoint import is_whole
+from trl_search.trainer.rollback import is_given_up, rollbacks_of
 
 
 def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
@@ -29,10 +30,12 @@ def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
         return asked
     name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = {int(match[1]): path for path in folder.glob("*") if (match := name.fullmatch(path.name))}
-    started = _started_at(folder)
-    for _, path in sorted(found.items(), reverse=True):
+    started, rollbacks = _started_at(folder), rollbacks_of(folder)
+    for step, path in sorted(found.items(), reverse=True):
         if not is_whole(path):
             print(f"{path} was not written to its end: it is skipped")
+        elif is_given_up(step, (path / TRAINER_STATE_NAME).stat().st_mtime, rollbacks):
+            print(f"{path} is of the training that collapsed ({folder / ROLLBACKS_FILE}): it is skipped")
         elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
             print(f"{path} is older than the run of {folder / RUN_FILE}, so it belongs to another run: it is skipped")
         else:
