@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import httpx
 
-from trl_search.cli.first_second import FirstSecond
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status
 from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questions, count_parameters, gpus
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
+from trl_search.cli.start_checks import StartChecks
 from trl_search.evaluation.run import Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
 from trl_search.policies.loading import placement
@@ -25,7 +25,7 @@ def refuse_evaluation(plan: Plan) -> None:
     """Refuses an evaluation that cannot run here. Of several processes only the first one checks."""
     if int(os.environ.get("RANK", "0")):
         return
-    found = FirstSecond()
+    found = StartChecks()
     found.see("output", lambda: read_settings_file(plan.output))
     found.add(checkpoint_checks(plan, gpus()))
     if plan.backend.name == "transformers":

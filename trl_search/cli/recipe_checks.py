@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_search.cli.first_second import refuse
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
+from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.config.agent import SETTINGS_FILE

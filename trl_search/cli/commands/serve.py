@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_search.cli.first_second import FirstSecond
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
 from trl_search.cli.retriever_checks import retriever_checks
+from trl_search.cli.start_checks import StartChecks
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.config.searched import Searched
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = FirstSecond()
+    found = StartChecks()
     token = found.see("token", lambda: _token(args))
     searched = found.see("retriever", lambda: searched_of(args, args.retriever))
     found.add(retriever_checks(searched) if searched is not None else ())

@@ -1,4 +1,4 @@
-"""The first second of a command: all that is wrong is collected and said at once, each with what mends it."""
+"""What a command checks before it starts: all problems are found first, then told at once, each with its remedy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trl_search.common.errors import Explained, UserError
 Value = TypeVar("Value")
 
 
-class FirstSecond:
+class StartChecks:
     """Collects problems, and refuses to go on with all of them.
 
     Example:
-        >>> found = FirstSecond()
+        >>> found = StartChecks()
         >>> searched = found.see("retriever", lambda: resolve_searched("indexes/wiki"))
         >>> found.refuse()
         UserError: there is no index folder indexes/wiki; build it with: trl-search index ...
