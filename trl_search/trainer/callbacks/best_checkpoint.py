@@ -43,6 +43,9 @@ class BestCheckpoint(TrainerCallback):
 
     Args:
         held_out ([`HeldOut`]): The evaluation, whose last result is read.
+
+    Raises:
+        UserError: if the trainer has another rule for the best checkpoint.
     """
 
     def __init__(self, held_out: HeldOut) -> None:
