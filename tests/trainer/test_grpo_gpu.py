@@ -121,7 +121,6 @@ def test_grpo_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, packed_att
         max_completion_length=512,
         max_observation_length=192,
     )
-
     trainer = SearchGRPOTrainer(model, "f1", args, task.train, processing_class=tokenizer, retriever=task.retriever)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     ran = operators(trainer.train)
