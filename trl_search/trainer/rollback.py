@@ -8,8 +8,8 @@
 The best checkpoint has the highest held-out EM (`evaluate_every`). The learning rate of the configuration is halved,
 so warm-up and decay continue from their step.
 
-`rollbacks.json` in the folder of the run records each one, so a killed run goes on with its learning rate and with what
-rollbacks it has left, and not from a checkpoint that was given up:
+`rollbacks.json` in the folder of the run records each one, so a killed run goes on with its learning rate and with the
+rollbacks that it has left, and not from a checkpoint that was given up:
 
     {"rollbacks": [{"step": 60, "to": 40, "at": "2026-11-27T07:02:11.408113+00:00"}]}
 """
