@@ -18,9 +18,10 @@ def public_functions(tree: ast.AST, of: str = "") -> Iterator[tuple[ast.Function
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from public_functions(node, ast.get_docstring(node) or "")
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if node.name == "__init__" or not node.name.startswith("_"):
-                yield node, ast.get_docstring(node) or (of if node.name == "__init__" else "")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "__init__":
+            yield node, ast.get_docstring(node) or of
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield node, ast.get_docstring(node) or ""
 
 
 def raises(function: ast.AST) -> bool:
