@@ -17,6 +17,7 @@ from tests.support.scripted_trainer import scripted_trainer, steps
 from trl_search.trainer.callbacks.alarms import DRIFT, RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, is_training_log
 from trl_search.trainer.callbacks.progress import step_line
 
+DOCS = Path(__file__).parents[3] / "docs"
 RUNS = json.loads(HISTORIES.read_text())
 HEALTHY = [name for name in RUNS if name.startswith(("search_masked", "healthy"))]
 GOOD = {
@@ -114,6 +115,18 @@ def test_healthy_runs_do_not_give_up_answering():
     for name in HEALTHY:
         rows = [{**row, "search/no_answer": 1 - row["stop/answer"]} for row in RUNS[name] if "stop/answer" in row]
         assert first_alarms(rows) == {}, name
+
+
+@pytest.mark.parametrize("file", ["real_model.json", "real_model_0.5b.json"])
+def test_real_models_that_learned_raise_no_alarm(file):
+    """The runs of docs/results.md: three seeds each of Qwen2.5-Coder-1.5B and 0.5B."""
+    runs = json.loads((DOCS / "data" / file).read_text())["histories"]
+    learned = {name: rows for name, rows in runs.items() if name.startswith("em_")}
+    assert len(learned) >= 3
+    for name, rows in learned.items():
+        assert first_alarms([row for row in rows if "reward" in row]) == {}, name
+    watched = {"search/repeated_queries", "search/no_answer", "tokens/per_turn", "search/quoted_queries", "eval/em"}
+    assert sum(watched <= set().union(*rows) for rows in learned.values()) >= 2, "the metrics of drift are there"
 
 
 def test_drift_is_told_and_ends_no_run(caplog):
