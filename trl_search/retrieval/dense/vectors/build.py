@@ -44,7 +44,7 @@ _K_FACTOR = struct.Struct("<f")
 
 def build_vectors(
     folder: Path,
-    vectors: np.ndarray,
+    vectors_ND: np.ndarray,
     *,
     index: str,
     seed: int = 0,
@@ -55,7 +55,7 @@ def build_vectors(
 
     Args:
         folder (`Path`): Where to; exists.
-        vectors (`np.ndarray`): (N, d) float32 or float16; may be a memory map, is read in slices.
+        vectors_ND (`np.ndarray`): (N, d) float32 or float16; may be a memory map, is read in slices.
         index (`str`): One of `VECTOR_INDEXES`.
         seed (`int`): Of the training sample and the queries.
         calibration_queries (`np.ndarray`, *optional*): (Q, d) encoded queries, the first 256 are used; else they are
@@ -65,25 +65,25 @@ def build_vectors(
     Returns:
         `dict`: what `vectors.json` holds: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
     """
-    _check(vectors, index)
+    _check(vectors_ND, index)
     started = time.perf_counter()
     path = folder / VECTORS
-    factory = factory_of(index, len(vectors))
-    made = faiss_module().index_factory(vectors.shape[1], factory, faiss_module().METRIC_INNER_PRODUCT)
-    _train(made, vectors, index, seed)
-    max_norm = _WRITERS.get(index, _write_rows)(path, made, vectors)
+    factory = factory_of(index, len(vectors_ND))
+    made = faiss_module().index_factory(vectors_ND.shape[1], factory, faiss_module().METRIC_INNER_PRODUCT)
+    _train(made, vectors_ND, index, seed)
+    max_norm = _WRITERS.get(index, _write_rows)(path, made, vectors_ND)
     del made
 
-    truth = find_truth(vectors, calibration_queries, seed)
+    truth = find_truth(vectors_ND, calibration_queries, seed)
     opened = read_faiss(path)
     rows = stored_rows(path, opened)
     sliced = SlicedSearch(opened, rows, max_norm) if rows is not None and rows.dtype != np.float32 else None
-    settings, recall = calibrate(index, sliced or FaissSearch(opened), opened, vectors, truth, target_recall)
+    settings, recall = calibrate(index, sliced or FaissSearch(opened), opened, vectors_ND, truth, target_recall)
     about = {
         "word": index,
         "factory": factory,
-        "dim": int(vectors.shape[1]),
-        "count": len(vectors),
+        "dim": int(vectors_ND.shape[1]),
+        "count": len(vectors_ND),
         "max_norm": max_norm,
         **settings,
         "recall_at_3": round(recall, 4),
@@ -95,27 +95,27 @@ def build_vectors(
     return about
 
 
-def _check(vectors: np.ndarray, word: str) -> None:
-    if vectors.ndim != 2 or vectors.dtype not in (np.float32, np.float16) or not vectors.size:
+def _check(vectors_ND: np.ndarray, word: str) -> None:
+    if vectors_ND.ndim != 2 or vectors_ND.dtype not in (np.float32, np.float16) or not vectors_ND.size:
         raise UserError(
-            f"vectors must be (N, d) of float32 or float16 and not empty; got {vectors.shape} of {vectors.dtype}"
+            f"vectors must be (N, d) of float32 or float16 and not empty; got {vectors_ND.shape} of {vectors_ND.dtype}"
         )
-    needed, there = plan(word, *vectors.shape).build_ram_bytes, available_ram_bytes()
+    needed, there = plan(word, *vectors_ND.shape).build_ram_bytes, available_ram_bytes()
     if needed > there:
         raise UserError(
-            f"building {word!r} over {len(vectors):,} x {vectors.shape[1]} needs {gb(needed)} of memory and "
+            f"building {word!r} over {len(vectors_ND):,} x {vectors_ND.shape[1]} needs {gb(needed)} of memory and "
             f"{gb(there)} are free; 'fp16', 'int8' and 'small' need the least"
         )
 
 
-def _train(made: Any, vectors: np.ndarray, word: str, seed: int) -> None:
+def _train(made: Any, vectors_ND: np.ndarray, word: str, seed: int) -> None:
     if made.is_trained:
         return
-    wanted = _TRAINED_ON * list_count(len(vectors)) if word == "small-ivf" else TRAINING_ROWS
-    chosen = np.arange(len(vectors))
-    if wanted < len(vectors):
-        chosen = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
-    sample = np.concatenate(list(slices(vectors[chosen])))
+    wanted = _TRAINED_ON * list_count(len(vectors_ND)) if word == "small-ivf" else TRAINING_ROWS
+    chosen = np.arange(len(vectors_ND))
+    if wanted < len(vectors_ND):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(vectors_ND), size=wanted, replace=False))
+    sample = np.concatenate(list(slices(vectors_ND[chosen])))
     if word == "small":
         # RaBitQ encodes the direction from the centre, so it never finds a vector that equals the centre. Where all
         # vectors are the same, they would.
@@ -128,25 +128,25 @@ def _train(made: Any, vectors: np.ndarray, word: str, seed: int) -> None:
     made.train(sample)
 
 
-def _write_rows(path: Path, made: Any, vectors: np.ndarray) -> float:
+def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
     """flat, fp16, int8: the whole file streams."""
     faiss = faiss_module()
     # The length of a flat index' rows is counted in floats, that of all others in bytes.
     unit = 4 if isinstance(made, faiss.IndexFlat) else 1
-    made.ntotal = len(vectors)
+    made.ntotal = len(vectors_ND)
     with open(path, "wb") as file:
         file.write(faiss.serialize_index(made).tobytes()[: -_LENGTH.size])
         made.ntotal = 0
-        return _append_codes(file, made, vectors, unit)
+        return _append_codes(file, made, vectors_ND, unit)
 
 
-def _write_refined(path: Path, made: Any, vectors: np.ndarray) -> float:
+def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
     """small, small-ivf: the bits are made in memory, the rows that refine them stream."""
     faiss = faiss_module()
     base, refine = made.base_index, faiss.downcast_index(made.refine_index)
-    for slice_ND in tqdm(slices(vectors), desc="codes", disable=None):
+    for slice_ND in tqdm(slices(vectors_ND), desc="codes", disable=None):
         base.add(slice_ND)
-    made.ntotal = refine.ntotal = len(vectors)
+    made.ntotal = refine.ntotal = len(vectors_ND)
     faiss.write_index(made, str(path))
     made.ntotal = refine.ntotal = 0
     with open(path, "r+b") as file:
@@ -155,16 +155,16 @@ def _write_refined(path: Path, made: Any, vectors: np.ndarray) -> float:
         end = file.read()
         file.seek(-len(end), os.SEEK_END)
         file.truncate()
-        max_norm = _append_codes(file, refine, vectors, 1)
+        max_norm = _append_codes(file, refine, vectors_ND, 1)
         file.write(end[_LENGTH.size :])
     return max_norm
 
 
-def _write_graph(path: Path, made: Any, vectors: np.ndarray) -> float:
-    for slice_ND in tqdm(slices(vectors), desc="graph", disable=None):
+def _write_graph(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
+    for slice_ND in tqdm(slices(vectors_ND), desc="graph", disable=None):
         made.add(slice_ND)
     faiss_module().write_index(made, str(path))
-    return _max_norm(vectors)
+    return _max_norm(vectors_ND)
 
 
 _WRITERS: dict[str, Callable[[Path, Any, np.ndarray], float]] = {
@@ -174,12 +174,12 @@ _WRITERS: dict[str, Callable[[Path, Any, np.ndarray], float]] = {
 }
 
 
-def _append_codes(file: Any, made: Any, vectors: np.ndarray, unit: int) -> float:
+def _append_codes(file: Any, made: Any, vectors_ND: np.ndarray, unit: int) -> float:
     """Writes the length of all codes, then the codes, and returns the length of the longest row as it is stored."""
     longest = 0.0
-    file.write(_LENGTH.pack(len(vectors) * made.sa_code_size() // unit))
-    total = -(-len(vectors) // 65_536)
-    for slice_ND in tqdm(slices(vectors), desc="rows", total=total, disable=None):
+    file.write(_LENGTH.pack(len(vectors_ND) * made.sa_code_size() // unit))
+    total = -(-len(vectors_ND) // 65_536)
+    for slice_ND in tqdm(slices(vectors_ND), desc="rows", total=total, disable=None):
         codes = made.sa_encode(slice_ND)
         stored = slice_ND if unit == 4 else made.sa_decode(codes)
         longest = max(longest, float(np.linalg.norm(stored, axis=1).max()))
@@ -191,5 +191,5 @@ def _append_codes(file: Any, made: Any, vectors: np.ndarray, unit: int) -> float
     return longest
 
 
-def _max_norm(vectors: np.ndarray) -> float:
-    return max(float(np.linalg.norm(slice_ND, axis=1).max()) for slice_ND in slices(vectors))
+def _max_norm(vectors_ND: np.ndarray) -> float:
+    return max(float(np.linalg.norm(slice_ND, axis=1).max()) for slice_ND in slices(vectors_ND))

@@ -42,41 +42,43 @@ class Truth:
     kth_scores: np.ndarray
     source: str
 
-    def recall(self, vectors: np.ndarray, rows_QK: np.ndarray) -> float:
+    def recall(self, vectors_ND: np.ndarray, rows_QK: np.ndarray) -> float:
         """The share of the K best that `rows_QK` holds."""
         found = 0
         for query, rows, least in zip(self.queries, rows_QK, self.kth_scores, strict=True):
             unique = np.unique(rows[rows >= 0])
-            scores = vectors[unique].astype(np.float32) @ query
+            scores = vectors_ND[unique].astype(np.float32) @ query
             found += min(int((scores >= least - _TIE * max(1.0, abs(float(least)))).sum()), K)
-        return found / (len(self.queries) * min(K, len(vectors)))
+        return found / (len(self.queries) * min(K, len(vectors_ND)))
 
 
-def find_truth(vectors: np.ndarray, queries: np.ndarray | None, seed: int) -> Truth:
+def find_truth(vectors_ND: np.ndarray, queries: np.ndarray | None, seed: int) -> Truth:
     """Exact search for the queries given, or for queries made from the vectors. One pass over all vectors."""
     source = "given" if queries is not None else "made from the vectors"
-    asked = np.ascontiguousarray(queries[:QUERIES] if queries is not None else make_queries(vectors, seed), np.float32)
-    k = min(K, len(vectors))
+    asked = np.ascontiguousarray(
+        queries[:QUERIES] if queries is not None else make_queries(vectors_ND, seed), np.float32
+    )
+    k = min(K, len(vectors_ND))
     best = np.full((len(asked), k), -np.inf, dtype=np.float32)
     faiss = faiss_module()
-    for slice_ND in slices(vectors):
+    for slice_ND in slices(vectors_ND):
         scores, _ = faiss.knn(asked, slice_ND, min(k, len(slice_ND)), metric=faiss.METRIC_INNER_PRODUCT)
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, :k]
     return Truth(asked, best[:, -1], source)
 
 
-def make_queries(vectors: np.ndarray, seed: int) -> np.ndarray:
+def make_queries(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
     """Rows, each moved by three quarters of the difference of two others, and as long as before."""
     random = np.random.default_rng(seed)
-    rows_3Q = random.integers(len(vectors), size=(3, QUERIES))
-    row, one, other = (np.asarray(vectors[rows], dtype=np.float32) for rows in rows_3Q)
+    rows_3Q = random.integers(len(vectors_ND), size=(3, QUERIES))
+    row, one, other = (np.asarray(vectors_ND[rows], dtype=np.float32) for rows in rows_3Q)
     moved = row + _MOVE * (one - other)
     length = np.linalg.norm(moved, axis=1, keepdims=True)
     return np.asarray(moved / np.where(length > 0, length, 1) * np.linalg.norm(row, axis=1, keepdims=True))
 
 
 def calibrate(
-    word: str, search: VectorSearch, index: Any, vectors: np.ndarray, truth: Truth, target: float
+    word: str, search: VectorSearch, index: Any, vectors_ND: np.ndarray, truth: Truth, target: float
 ) -> tuple[dict[str, int], float]:
     """The cheapest setting of `index` whose recall@3 by `search` reaches `target`, else the dearest there is:
     `(settings, recall)`. Leaves the index at that setting."""
@@ -84,7 +86,7 @@ def calibrate(
 
     def measure(settings: dict[str, int]) -> float:
         apply_settings(index, settings)
-        return truth.recall(vectors, search.search(truth.queries, K)[1])
+        return truth.recall(vectors_ND, search.search(truth.queries, K)[1])
 
     # Start with the largest values; then lower each in turn to the least that still reaches the target.
     chosen = {name: ladder[-1] for name, ladder in ladders.items()}
@@ -171,14 +173,14 @@ def apply_settings(index: Any, settings: dict[str, int]) -> None:
             raise ValueError(f"unknown setting {name}")
 
 
-def slices(vectors: np.ndarray) -> Iterator[np.ndarray]:
+def slices(vectors_ND: np.ndarray) -> Iterator[np.ndarray]:
     """The vectors in slices of contiguous float32. NaN and infinity are refused.
 
     Raises:
         UserError: if a vector is not finite.
     """
-    for start in range(0, len(vectors), SLICE_ROWS):
-        slice_ND = np.ascontiguousarray(vectors[start : start + SLICE_ROWS], dtype=np.float32)
+    for start in range(0, len(vectors_ND), SLICE_ROWS):
+        slice_ND = np.ascontiguousarray(vectors_ND[start : start + SLICE_ROWS], dtype=np.float32)
         broken = np.flatnonzero(~np.isfinite(slice_ND).all(axis=1))
         if len(broken):
             raise UserError(f"vector {start + int(broken[0]):,} holds NaN or infinity: the encoder overflowed")

@@ -42,8 +42,8 @@ class FaissGpuSearch(ShardedSearch[FaissShard]):
         indexes = [index for shard in shards for _, index in shard.indexes]
         super().__init__(shards, dim=int(indexes[0].d), count=sum(int(index.ntotal) for index in indexes))
 
-    def _search_shard(self, shard: FaissShard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        found = [(first, *index.search(queries, min(k, int(index.ntotal)))) for first, index in shard.indexes]
+    def _search_shard(self, shard: FaissShard, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = [(first, *index.search(queries_BD, min(k, int(index.ntotal)))) for first, index in shard.indexes]
         return merge([(scores, np.where(rows < 0, -1, rows + first)) for first, scores, rows in found], k)
 
 
@@ -56,19 +56,19 @@ def require_faiss_gpu() -> None:
         )
 
 
-def open_with_faiss(rows: np.ndarray) -> FaissGpuSearch:
+def open_with_faiss(rows_ND: np.ndarray) -> FaissGpuSearch:
     """Moves rows (N, d), float32 or float16 and usually mapped from a file, to all GPUs as fp16."""
     faiss = faiss_module()
     shards = []
-    for gpu, (first, last) in enumerate(split_rows(len(rows), faiss.get_num_gpus())):
+    for gpu, (first, last) in enumerate(split_rows(len(rows_ND), faiss.get_num_gpus())):
         resource = faiss.StandardGpuResources()
         resource.setTempMemory(_SCRATCH_BYTES)
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
         indexes = []
         for start in tqdm(range(first, last, SHARD_ROWS), desc=f"to GPU {gpu}", unit="M rows", disable=None):
-            index = faiss.GpuIndexFlatIP(resource, int(rows.shape[1]), config)
-            index.add(np.ascontiguousarray(rows[start : min(start + SHARD_ROWS, last)], dtype=np.float32))
+            index = faiss.GpuIndexFlatIP(resource, int(rows_ND.shape[1]), config)
+            index.add(np.ascontiguousarray(rows_ND[start : min(start + SHARD_ROWS, last)], dtype=np.float32))
             indexes.append((start, index))
         shards.append(FaissShard(indexes, resource))
     return FaissGpuSearch(shards)

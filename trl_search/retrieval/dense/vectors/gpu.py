@@ -57,16 +57,16 @@ class ShardedSearch(VectorSearch, Generic[ShardType]):
         self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="shard")
 
     @abc.abstractmethod
-    def _search_shard(self, shard: ShardType, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search_shard(self, shard: ShardType, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the whole index for the best of one shard, `k` at most."""
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if not self.shards:
                 raise RetrievalError("this vector index is closed; open it again to search")
             if len(self.shards) == 1:  # without the pool, whose threads would be missing after a fork
-                return self._search_shard(self.shards[0], queries, k)
-            return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries, k), self.shards)), k)
+                return self._search_shard(self.shards[0], queries_BD, k)
+            return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries_BD, k), self.shards)), k)
 
     def close(self) -> None:
         with self._lock:
@@ -81,34 +81,36 @@ class TorchSearch(ShardedSearch[Shard]):
         count = sum(len(shard.rows_ND) for shard in shards)
         super().__init__(shards, dim=int(shards[0].rows_ND.shape[1]), count=count)
 
-    def _search_shard(self, shard: Shard, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search_shard(self, shard: Shard, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
         device = shard.rows_ND.device
         # Triton starts kernels on the current device of the thread, which need not be the device of the rows.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            queries_BD = torch.from_numpy(queries).to(device)
+            asked_BD = torch.from_numpy(queries_BD).to(device)
             fetch = min(k, len(shard.rows_ND))
-            scores, rows = top_rows(shard.rows_ND, queries_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
+            scores, rows = top_rows(shard.rows_ND, asked_BD, fetch, max_norm=shard.max_norm, kernels=shard.kernels)
             return scores.cpu().numpy(), rows.cpu().numpy() + shard.first
 
 
-def open_on_gpus(rows: np.ndarray) -> VectorSearch:
+def open_on_gpus(rows_ND: np.ndarray) -> VectorSearch:
     """Moves rows (N, d), float32 or float16 and usually mapped from a file, to all GPUs as fp16."""
     import torch
 
     free = free_gpu_bytes()
-    check_gpu_memory(len(rows), int(rows.shape[1]), free)
-    shares = enumerate(split_rows(len(rows), len(free)))
-    return TorchSearch([transfer(rows[first:last], first, torch.device("cuda", gpu)) for gpu, (first, last) in shares])
+    check_gpu_memory(len(rows_ND), int(rows_ND.shape[1]), free)
+    shares = enumerate(split_rows(len(rows_ND), len(free)))
+    return TorchSearch(
+        [transfer(rows_ND[first:last], first, torch.device("cuda", gpu)) for gpu, (first, last) in shares]
+    )
 
 
-def search_in_memory(vectors: np.ndarray) -> VectorSearch:
+def search_in_memory(vectors_ND: np.ndarray) -> VectorSearch:
     """Exact search over vectors (N, d) of float32 in the memory of this host. It needs neither FAISS nor a GPU."""
     import torch
 
-    longest = float(np.linalg.norm(vectors, axis=1).max())
-    return TorchSearch([Shard(torch.from_numpy(vectors), 0, longest, None)])
+    longest = float(np.linalg.norm(vectors_ND, axis=1).max())
+    return TorchSearch([Shard(torch.from_numpy(vectors_ND), 0, longest, None)])
 
 
 def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes: int | None = None) -> None:
@@ -153,7 +155,7 @@ def split_rows(count: int, parts: int) -> list[tuple[int, int]]:
     return [(first, last) for first, last in pairwise(edges) if last > first]
 
 
-def transfer(rows: np.ndarray, first: int, device: torch.device) -> Shard:
+def transfer(rows_ND: np.ndarray, first: int, device: torch.device) -> Shard:
     """Copies rows to a device as fp16, one slice at a time.
 
     Raises:
@@ -161,18 +163,18 @@ def transfer(rows: np.ndarray, first: int, device: torch.device) -> Shard:
     """
     import torch
 
-    rows_ND = torch.empty(rows.shape, dtype=torch.float16, device=device)
+    held_ND = torch.empty(rows_ND.shape, dtype=torch.float16, device=device)
     longest = 0.0
-    starts = range(0, len(rows), SLICE_ROWS)
+    starts = range(0, len(rows_ND), SLICE_ROWS)
     for start in tqdm(starts, desc=f"to {device}", unit_scale=SLICE_ROWS, unit=" rows", disable=None):
         # A copy: rows in a mapped file are read-only and may lie at odd addresses.
-        part = torch.from_numpy(np.array(rows[start : start + SLICE_ROWS], order="C")).half()
-        rows_ND[start : start + len(part)].copy_(part)
-        norm = float(rows_ND[start : start + len(part)].norm(dim=1, dtype=torch.float32).max())
+        part = torch.from_numpy(np.array(rows_ND[start : start + SLICE_ROWS], order="C")).half()
+        held_ND[start : start + len(part)].copy_(part)
+        norm = float(held_ND[start : start + len(part)].norm(dim=1, dtype=torch.float32).max())
         longest = max(longest, norm)
         if not math.isfinite(norm):
             raise UserError(f"a vector of rows {first + start:,} and on holds NaN, infinity or more than fp16 can")
-    return Shard(rows_ND, first, longest, fused_kernels(rows_ND))
+    return Shard(held_ND, first, longest, fused_kernels(held_ND))
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:

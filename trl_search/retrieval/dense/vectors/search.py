@@ -65,7 +65,7 @@ class VectorSearch(abc.ABC):
         return scores_BK, rows_BK
 
     @abc.abstractmethod
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, for a batch that is not empty, contiguous float32, and `1 <= k <= count`."""
 
     @abc.abstractmethod
@@ -82,11 +82,11 @@ class FaissSearch(VectorSearch):
         self._sign = -1.0 if index.metric_type == faiss_module().METRIC_L2 else 1.0
         self.dim, self.count = int(index.d), int(index.ntotal)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         index = self.index  # held until this search is done, whatever `close` does meanwhile
         if index is None:
             raise RetrievalError("this vector index is closed; open it again to search")
-        scores_BK, rows_BK = index.search(queries, k)
+        scores_BK, rows_BK = index.search(queries_BD, k)
         return (scores_BK if self._sign > 0 else -scores_BK), rows_BK
 
     def close(self) -> None:
@@ -131,19 +131,19 @@ class SlicedSearch(FaissSearch):
             low, width = faiss_module().vector_to_array(index.sq.trained).reshape(2, -1)
             self._affine = low + width / 510, width / 255
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if len(queries) < _SLICED_BATCH or self.index is None:  # a closed index is refused there
-            return super()._search(queries, k)
+    def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if len(queries_BD) < _SLICED_BATCH or self.index is None:  # a closed index is refused there
+            return super()._search(queries_BD, k)
         import torch
 
         added: np.ndarray | float = 0.0
         longest = self._max_norm
         if self._affine is not None:
             offset, scale = self._affine
-            added = (queries.astype(np.float64) @ offset.astype(np.float64))[:, None].astype(np.float32)
-            queries = queries * scale
+            added = (queries_BD.astype(np.float64) @ offset.astype(np.float64))[:, None].astype(np.float32)
+            queries_BD = queries_BD * scale
             longest = 255 * float(np.sqrt(self.dim))
-        scores, rows = top_rows(torch.from_numpy(self._rows), torch.from_numpy(queries), k, max_norm=longest)
+        scores, rows = top_rows(torch.from_numpy(self._rows), torch.from_numpy(queries_BD), k, max_norm=longest)
         return scores.numpy() + added, rows.numpy()
 
 
