@@ -81,7 +81,7 @@ def call_word(name: str) -> str:
 
 
 def needs_retriever(name: str) -> bool:
-    """Whether it cannot do without one."""
+    """Whether the environment of that name cannot be made without a retriever."""
     make = ENVIRONMENTS.find(name)
     if not _has_parameter(make, "retriever"):
         return False

@@ -26,7 +26,7 @@ def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
     from vllm.lora.lora_model import LoRAModel
 
     def from_local_checkpoint(folder: str, expected_modules: set[str], **options: Any) -> Any:
-        # Without what only a file has, which is not the same in all versions.
+        # Options for adapters in files are left out. Which those are differs between versions of vLLM.
         known = inspect.signature(LoRAModel.from_lora_tensors).parameters
         options = {name: value for name, value in options.items() if name in known}
         device = next(iter(tensors.values())).device

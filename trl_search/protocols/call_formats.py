@@ -71,7 +71,7 @@ class CallFormat:
 
     def _rewrite(self, text: str) -> str:
         if not self.opening:
-            # What the prompt opened may end here without having been opened.
+            # If the prompt opened a thought, the text closes it and does not open it.
             thought, closed, rest = text.rpartition("</think>")
             body = rest.strip().removeprefix("<|python_tag|>").lstrip()
             return thought + closed + _tagged(self.read, body) if body.startswith("{") else text

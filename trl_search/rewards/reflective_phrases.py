@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Who reflects. "The court had to reconsider" is no reflection; "let me reconsider" is.
+# A reflection begins with the model itself: "let me reconsider" is one, "the court had to reconsider" is not.
 _SELF = (
     r"(?:let me|let us|let's|i'll|we’ll|i'd better|i'm going to|i am going to|it is worth|it's worth|"
     r"(?:i|we) (?:will|must|should|ought to|need to|have to|want to|would like to|had better))"

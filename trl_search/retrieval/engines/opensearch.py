@@ -97,7 +97,11 @@ def _cut(query: str) -> str:
 
 
 def _hits(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of one query, or why there are none."""
+    """The hits of one query.
+
+    Raises:
+        RetrievalError: with the reason, if OpenSearch refused the query.
+    """
     if "error" in answer:
         error = answer["error"]
         causes = error.get("root_cause") or [error]

@@ -128,5 +128,5 @@ def _check(answer: dict[str, Any]) -> None:
         (outcome,) = item.values()
         if outcome["status"] >= 300:
             said = f"OpenSearch refused passage {outcome['_id']}: {outcome['error']['reason']}"
-            # Of one passage 413 says nothing of the request.
+            # Here 413 is about one passage, so a smaller request would not help.
             raise RetrievalError(said) if outcome["status"] == 413 else failure(outcome["status"], said)

@@ -15,7 +15,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 _HEADER = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _META = re.compile(rb"<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
-# By Python's names.
+# The names are Python's.
 _SUPERSETS = {
     "iso8859-1": "cp1252",
     "ascii": "cp1252",

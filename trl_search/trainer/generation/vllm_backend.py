@@ -72,7 +72,7 @@ class SearchVLLM(VLLMGeneration):
                 self._engine_options = {**lora_options(rank), **engine_options}
         super().__init__(**kwargs)
         if self.mode == "server":
-            # Of this run alone: a server keeps the adapters of the runs before, and what it computed with them.
+            # Adapters are named after the run: a server keeps those of earlier runs, and what it computed with them.
             self._run_id = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
             self._share_serving({url: server_start_time(url, self.server_timeout) for url in self.urls})
 
@@ -83,7 +83,7 @@ class SearchVLLM(VLLMGeneration):
             self._init_servers()
             return
         if self.accelerator.num_processes == 1:
-            # For the engine's group of one. TRL would take 29500, and a run that starts beside this one takes it too.
+            # The engine makes a process group of one. TRL would take port 29500 for it, and so would another run.
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 os.environ["MASTER_PORT"] = str(free.getsockname()[1])
