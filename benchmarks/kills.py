@@ -160,8 +160,12 @@ def start(kind: Kind, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
     command += ["--output_dir", str(folder)]
     command += [word for name, value in options.items() for word in (f"--{name}", *value.split())]
     command += ["--resume_from_checkpoint", "last"] if resume else []
+    environment = dict(kind.environment)
+    if ON_GPUS:  # as many as there are ranks: one process does not train on several
+        gpus = environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: kind.ranks])
     with (folder.parent / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, env=kind.environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def journal_lines(folder: Path) -> int:
