@@ -32,6 +32,22 @@ SETTINGS = {
 }
 
 
+def silent_first(number, prompt):
+    """The first group is wrong throughout and is replaced; the next one has rewards that differ."""
+    return [search("the book"), answer("Nobody")] if number < 4 else four_ways(number, prompt)
+
+
+# The same for batches that were put together from several: with a group that was replaced, or begun with another.
+SETTINGS |= {
+    f"{setting}, {how}": {**SETTINGS[setting], **options}
+    for setting in ("cispo", "sapo", "luspo", "vespo", "off-policy mask")
+    for how, options in (
+        ("refilled", {"refill_groups": 1, "script": silent_first}),
+        ("carried over", {"carry_over": 2.0}),
+    )
+}
+
+
 @pytest.fixture
 def scored(tmp_path, random_model, tokenizer):
     """Makes a trainer, one scored batch of it, and weights that have moved on since it was sampled."""
@@ -43,6 +59,8 @@ def scored(tmp_path, random_model, tokenizer):
         random_model.config._name_or_path = str(tmp_path / "model")
         trainer = scripted_trainer(tmp_path, random_model, tokenizer, *args, **options)
         batch = trainer.score()
+        trainer.end_pool()
+        assert len(trainer.last_rollout.replaced_trajectories) == 4 * options.get("refill_groups", 0)
         torch.manual_seed(5)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
