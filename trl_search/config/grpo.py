@@ -153,7 +153,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     )
     mask_observations: bool = field(
         default=True,
-        metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation: it collapses."},
+        metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation, which learns less."},
     )
     packed_attention: str = field(
         default="auto",
