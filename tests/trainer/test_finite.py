@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
-from trl import GRPOTrainer, SFTTrainer
+from trl import SFTTrainer
 
+from tests.support.scripted_trainer import scripted_trainer, steps
 from trl_search.common.errors import UserError
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
-from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.sft import SearchSFTConfig
 
 
@@ -109,9 +109,16 @@ def test_such_a_weight_is_never_written_over_a_good_model(
     refuse_nonfinite_weights([("ids", torch.tensor([1]))], None)  # whole numbers are always finite
 
 
-def test_grpo_has_the_guard_too() -> None:
-    order = SearchGRPOTrainer.__mro__
-    assert order.index(FiniteSteps) < order.index(GRPOTrainer)  # its seams are called before TRL's
+def test_grpo_stops_as_well_with_the_step_and_the_question(
+    tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    made = scripted_trainer(tmp_path, random_model, tokenizer, max_steps=6)
+    made.tamper = lambda logps, entropies: (logps * torch.nan, entropies)
+    before = weights(random_model)
+    with pytest.raises(UserError, match=r"step 3: .*3 steps in a row.*Who wrote book \d"):
+        made.train()
+    assert all(map(torch.equal, before, weights(random_model)))
+    assert [row["skipped_steps"] for row in steps(made)] == [1, 2]
 
 
 def test_cudnn_attention_is_switched_off_where_there_is_a_gpu(
