@@ -51,9 +51,10 @@ def load_tokenizer(
     Raises:
         UserError: if there is no tokenizer of that name, or no such token in it.
     """
-    name = model_source(name)
-    adapter = read_adapter(Path(name))
-    if adapter is not None and not (Path(name) / "tokenizer_config.json").is_file():
+    folder = Path(name).expanduser()
+    if (folder / "tokenizer_config.json").is_file():  # a tokenizer may lie there alone
+        name = str(folder)
+    elif adapter := read_adapter(Path(name := model_source(name))):
         name = adapter["base_model_name_or_path"]
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
+from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval.corpus.chunks import Split, cut_documents, split_words, token_splitter, windows
 from trl_search.retrieval.corpus.passages import read_corpus
@@ -42,7 +43,7 @@ def test_letters_of_scripts_without_spaces_count_as_words() -> None:
 @pytest.fixture(scope="module")
 def by_tokens() -> Split:
     """By a tokenizer that spells most letters beyond ASCII with two to four tokens."""
-    return token_splitter(str(tiny_policy_path()))
+    return token_splitter(load_tokenizer(str(tiny_policy_path())))
 
 
 def cut(text: str, size: int, overlap: int, split: Split) -> list[str]:
@@ -126,8 +127,15 @@ def test_the_command_cuts_by_words_and_by_tokens(tmp_path: Path, capsys: pytest.
     assert main([*command, str(tmp_path / "words.jsonl"), "--size", "2"]) == 2  # it is there already
     assert "is there already" in capsys.readouterr().err
 
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "two": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
     assert main([*command, str(tmp_path / "t.jsonl"), "--size", "3", "--tokenizer", str(tmp_path / "model")]) == 0
     assert [one.text for one in read_corpus(tmp_path / "t.jsonl")] == ["one two-", "three four"]
+
+    # Without its tokenizer, a Qwen2 would find no token in any text, and every passage would be empty.
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    assert main([*command, str(tmp_path / "e.jsonl"), "--size", "3", "--tokenizer", str(tmp_path / "model")]) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err

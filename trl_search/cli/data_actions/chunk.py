@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trl_search.retrieval.corpus.chunks import cut_documents, split_words, token_splitter
+    from trl_search.retrieval.corpus.chunks import Split, cut_documents, split_words, token_splitter
     from trl_search.retrieval.corpus.passages import passage_line, read_corpus
 
     output = Path(args.output).expanduser()
@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: give a file that ends in .jsonl")
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} is there already: give --overwrite to replace it, or another name")
-    split = split_words if args.tokenizer is None else token_splitter(args.tokenizer)
+    split: Split = split_words
+    if args.tokenizer is not None:
+        from trl_search.policies.loading import load_tokenizer
+
+        split = token_splitter(load_tokenizer(args.tokenizer))
     documents, chunks = 0, 0
     read = read_corpus(args.documents, passage_fields(args))
     with written_whole(output) as unfinished, unfinished.open("wb") as file:

@@ -16,10 +16,14 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from trl_search.common.errors import UserError
 from trl_search.common.unspaced import UNSPACED_LETTERS
 from trl_search.types import Passage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A word ends at a space. In scripts without spaces, each letter with its marks counts as one word.
 _WORD = re.compile(rf"[{UNSPACED_LETTERS}][^\s\w]*|[^\s{UNSPACED_LETTERS}]+")
@@ -42,21 +46,15 @@ def split_words(text: str) -> list[Span]:
     return [found.span() for found in _WORD.finditer(text)]
 
 
-def token_splitter(name_or_path: str) -> Split:
-    """Returns a function that says where the tokens of a text stand, by the tokenizer of a model.
+def token_splitter(tokenizer: PreTrainedTokenizerBase) -> Split:
+    """Returns a function that says where the tokens of a text stand.
 
     Raises:
-        UserError: if the tokenizer cannot be loaded, or does not say where its tokens stand.
+        UserError: if the tokenizer does not say where its tokens stand.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the tokenizer of {name_or_path!r} cannot be loaded: {first}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {name_or_path!r} does not say where its tokens stand; cut by words")
+        name = tokenizer.name_or_path
+        raise UserError(f"the tokenizer of {name!r} does not say where its tokens stand; cut by words")
 
     def split(text: str) -> list[Span]:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
