@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
+from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 
 if TYPE_CHECKING:
@@ -66,11 +67,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise _unusable(name, "tokenizer", error) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of nothing
-        raise UserError(
-            f"{name} holds no tokenizer: beside special tokens it has no vocabulary. Copy tokenizer.json and "
-            "tokenizer_config.json there from the model's base"
-        )
+    refuse_empty_tokenizer(tokenizer, name)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token={eos_token!r} is no token of {name}: give the one that ends a turn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -137,6 +138,10 @@ def test_a_model_that_is_not_there_or_is_no_reranker_is_named(model: Path, tmp_p
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "three")
     with pytest.raises(UserError, match="gives 3 numbers per pair"):
         load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path / "three"))
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(model / file, tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path))
 
 
 # A server

@@ -168,6 +168,13 @@ def test_wrong_options_are_refused(checkpoints: Path, name: str, options: dict[s
         load_encoder(checkpoints / name, device="cpu", **options)  # type: ignore[arg-type]
 
 
+def test_an_encoder_without_its_tokenizer_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoints / "e5-base-v2" / file, tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer"):  # all words would be unknown ones
+        load_encoder(tmp_path, device="cpu", pooling="mean")
+
+
 def test_an_encoder_that_is_not_on_this_machine_is_one_line() -> None:
     with pytest.raises(UserError, match=r"encoder 'nobody/e5-base-v9' cannot be loaded: [^\n]*$"):
         load_encoder("nobody/e5-base-v9", device="cpu")

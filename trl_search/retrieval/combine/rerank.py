@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from trl_search.common.errors import UserError
+from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.combine.parts import Part, load_parts
 from trl_search.retrieval.combine.rerank_http import HttpScorer
@@ -117,6 +118,7 @@ class CrossEncoderScorer:
             if "trust_remote_code" in str(error):
                 raise code_in_checkpoint(f"the reranker {model!r}") from error
             raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
+        refuse_empty_tokenizer(self.model.tokenizer, model)
         if self.model.num_labels != 1:
             raise UserError(
                 f"{model!r} gives {self.model.num_labels} numbers per pair, and a reranker gives one; choose a model "

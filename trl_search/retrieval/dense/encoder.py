@@ -25,6 +25,7 @@ import numpy as np
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import home_expanded
+from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights, refuse_other_encoder
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -171,6 +172,7 @@ def load_encoder(
     import torch
 
     for one in models:
+        refuse_empty_tokenizer(getattr(one, "tokenizer", None), name if one is model else str(query_encoder))
         one.to(getattr(torch, dtype)).eval()
         one.max_seq_length = length
     if normalize is None:
