@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,20 +29,36 @@ def main(folder: Path) -> None:
         useful = rank == 0 or number >= 8  # two groups of two, twice
         return [answer(GOLD if useful and number % 2 else "Nobody")]
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    trainer = scripted_trainer(folder, model, tokenizer, script, data=DATA, max_steps=2, **shape)
-    trainer.train()
+    def train(checkpoint: str | None = None) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        # transformers cannot load an optimizer to the "cpu:0" of several processes.
+        saved = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+        trainer = scripted_trainer(folder, model, tokenizer, script, data=DATA, max_steps=2, **saved, **shape)
+        trainer.train(checkpoint)
+        return trainer
+
+    def chosen(trainer: Any) -> dict[str, Any]:
+        return {
+            "asked": asked(trainer)[::2],
+            "spare": [
+                [book(question.row["question"]) for question in questions] for questions in trainer.last_rollout.spare
+            ],
+            "visits": len(trainer.question_choice.pass_rates.visits),
+            "weights_N": trainer.question_choice.pass_rates.weights_N.tolist(),
+        }
+
+    trainer = train()
     batch = trainer.last_rollout
     seen = {
         "processes": state.num_processes,
-        "asked": asked(trainer)[::2],
-        "spare": [[book(question.row["question"]) for question in questions] for questions in batch.spare],
+        **chosen(trainer),
+        "resumed": chosen(train(str(folder / "checkpoint-1"))),
         "replaced": [len(groups) for groups in batch.replaced.values()],
         "advantages": [log["frac_reward_zero_std"] for log in steps(trainer)] if rank == 0 else None,
         "logged": steps(trainer)[-1] if rank == 0 else None,
-        "visits": len(trainer.question_choice.pass_rates.visits),
-        "weights_N": trainer.question_choice.pass_rates.weights_N.tolist(),
-        "weights": hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(),
+        "weights": hashlib.sha256(
+            b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())
+        ).hexdigest(),
     }
     try:
         config(folder, **{**shape, "per_device_train_batch_size": 3})

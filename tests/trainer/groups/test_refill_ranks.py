@@ -41,6 +41,11 @@ def test_both_ranks_know_what_came_of_all_questions_and_draw_different_ones(rank
     assert len(drawn) == len(set(drawn)) == 16
 
 
+def test_resumed_ranks_ask_what_the_whole_run_asked(ranks):
+    for rank in ranks:
+        assert rank["resumed"] == {name: rank[name] for name in ("asked", "spare", "visits", "weights_N")}
+
+
 def test_groups_that_straddle_ranks_are_refused(ranks):
     for rank in ranks:
         assert "num_generations=2 does not divide the 3 trajectories of a process" in rank["refused"]

@@ -25,6 +25,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -168,10 +169,11 @@ class ChoosesQuestions(Trainer):
     def _pass_rates(self) -> PassRates | None:
         return self.question_choice.pass_rates if self.question_choice is not None else None
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._pass_rates is not None and self.args.should_save:
-            self._pass_rates.save(Path(output_dir))
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self._pass_rates.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
