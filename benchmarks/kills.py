@@ -40,7 +40,7 @@ from trl_search.records.folder import read_run, read_trajectories
 STEPS, BATCH = 4, 32
 KILLS_PER_RUN, LIVES = 4, 12
 LATE = 0.7  # the share of kills after the first checkpoint, so that there is something to resume from
-STUCK_S = 300.0
+STUCK_S = 600.0  # two vLLM servers on two busy cores take minutes to start
 ON_GPUS = shutil.which("nvidia-smi") is not None
 OPTIONS = {
     "use_cpu": str(not ON_GPUS).lower(),
