@@ -6,6 +6,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 
 from trl_search.common.errors import UserError
@@ -28,6 +29,7 @@ class Server:
     def __init__(self):
         self.started_at, self.weights, self.ports, self.extension = 1.0, {}, [], EXTENSION
         self.loses = ""  # the name of a tensor that does not arrive
+        self.dies = ""  # "before" the weights or "after" them
 
     def checksums(self):
         model = SimpleNamespace(named_parameters=lambda: self.weights.items())
@@ -54,6 +56,8 @@ def servers(monkeypatch):
             return {"parallel_config": {"worker_extension_cls": self.server.extension}, "model_config": model}
 
         def weight_update(self):
+            if self.server.dies == "before":
+                raise requests.ConnectionError("refused")
             return contextlib.nullcontext()
 
         def update_named_params(self, metadata, named):
@@ -63,7 +67,8 @@ def servers(monkeypatch):
                     self.server.weights[name] = tensor.to(torch.bfloat16)
 
         def reset_prefix_cache(self):
-            pass
+            if self.server.dies == "after":
+                raise requests.ConnectionError("refused")
 
         def _post(self, url, json):
             assert json == {"method": "weight_checksums"}
@@ -116,6 +121,24 @@ def test_without_any_server_the_run_ends(servers):
     members = join([A, B])
     servers[A].started_at = servers[B].started_at = None
     with pytest.raises(UserError, match="gpu-1:8000 was lost; http://gpu-2:8000 was lost"):
+        members.send(iter(WEIGHTS))
+
+
+def test_a_server_that_dies_after_it_received_the_weights_is_left_out(servers):
+    members = join([A, B])
+    servers[A].dies = "after"
+    members.send(iter(WEIGHTS))
+    assert members.started_at == {B: 1.0}
+    servers[B].dies = "after"
+    servers[A].started_at = None
+    with pytest.raises(ServerLost, match="no vLLM server is left"):
+        members.send(iter(WEIGHTS))
+
+
+def test_a_server_that_dies_while_it_receives_the_weights_ends_the_run_in_one_line(servers):
+    members = join([A, B])
+    servers[B].dies = "before"
+    with pytest.raises(ServerLost, match=r"died while it received weights \(refused\): start it again"):
         members.send(iter(WEIGHTS))
 
 

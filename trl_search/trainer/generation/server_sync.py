@@ -26,7 +26,7 @@ import torch
 from trl.generation.vllm_client import VLLMClient
 
 from trl_search.common.errors import UserError
-from trl_search.policies.vllm_server import server_start_time
+from trl_search.policies.vllm_server import ServerLost, server_start_time
 from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checksum
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,28 @@ class WeightServers:
         """Gives all servers the weights. Of several servers, those that do not answer are left out until they do.
 
         Raises:
-            UserError: if no server is left, or one read back other weights than it was sent.
+            UserError: if no server is left, one died meanwhile, or one read back other weights than it was sent.
         """
         self._meet()
+        try:
+            sent = self._update(weights)
+        except _LOST as error:
+            raise ServerLost(
+                f"a vLLM server died while it received weights ({error}): start it again, then resume from the last "
+                "checkpoint"
+            ) from error
+        for url, member in list(self.members.items()):
+            try:
+                member.client.reset_prefix_cache()
+                if member.dtype is not None:
+                    self._compare(url, member, sent)
+            except _LOST as error:
+                self._leave_out(url, error)
+        if not self.members:
+            raise ServerLost("no vLLM server is left: start them again, then resume from the last checkpoint")
+
+    def _update(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Walks the weights once, and returns the checksums of what was sent."""
         with contextlib.ExitStack() as updates:
             clients = [member.client for member in self.members.values()]
             for client in clients:
@@ -100,10 +119,7 @@ class WeightServers:
                 for name, tensor in bucket:
                     if has_checksum(name):
                         sent |= {f"{name} as {dtype}": checksum(tensor, dtype) for dtype in dtypes}
-        for url, member in list(self.members.items()):
-            member.client.reset_prefix_cache()
-            if member.dtype is not None:
-                self._compare(url, member, sent)
+        return sent
 
     def _meet(self) -> None:
         """Leaves out servers that do not answer, and lets those that were restarted join again."""
@@ -117,10 +133,13 @@ class WeightServers:
                 self.members[url] = self._join(url, started_at)
             except (UserError, *_LOST) as error:
                 problems.append(str(error))
-                if self.members.pop(url, None):
-                    logger.warning("The vLLM server at %s is left out until it answers again: %s", url, error)
+                self._leave_out(url, error)
         if not self.members:
             raise UserError("; ".join(problems))
+
+    def _leave_out(self, url: str, error: Exception) -> None:
+        if self.members.pop(url, None):
+            logger.warning("The vLLM server at %s is left out until it answers again: %s", url, error)
 
     def _join(self, url: str, started_at: float | None) -> Member:
         client = VLLMClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)
