@@ -13,7 +13,7 @@ import re
 import shlex
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -29,6 +29,9 @@ from trl_search.records.publish.results import Result
 from trl_search.records.publish.upload import on_hub
 from trl_search.retrieval import load_retriever
 from trl_search.types import Answer, Passage, Search
+
+if TYPE_CHECKING:
+    import jinja2
 
 EXAMPLE_QUESTION = "Where was the author of Dracula born?"
 _EXAMPLE_PASSAGES = (
@@ -55,18 +58,13 @@ CONFIG_KEYS = (
 
 def write_card(facts: CardFacts) -> ModelCard:
     """The card: metadata, and `model_card.md.jinja` filled in."""
-    import jinja2
-
     name, settings = facts.repo_id.rstrip("/").rsplit("/", 1)[-1], facts.settings or AgentSettings()
     asked = facts.is_search_agent
     agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
     if not asked:
         called = f"calls tools ({', '.join(facts.tools)}), reads their results," if facts.tools else "is replied to,"
         agent = f"an agent that reasons, {called} and answers."
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": _cell, "fenced": _fenced, "number": _number}
-    source = resources.files("trl_search.records.publish").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    body = environment.from_string(source).render(
+    body = _template().render(
         facts=facts,
         settings=settings,
         name=name,
@@ -82,6 +80,26 @@ def write_card(facts: CardFacts) -> ModelCard:
         trained_on=_trained_on(facts),
     )
     return ModelCard(f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body.rstrip()}\n")
+
+
+# A training writes a card at each of its checkpoints; what all of them share is made once.
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cell": _cell, "fenced": _fenced, "number": _number}
+    source = resources.files("trl_search.records.publish").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+@functools.lru_cache(maxsize=4)
+def _question_of_the_world(passages: int, seed: int) -> str:
+    from trl_search.data.world import generate_world
+
+    return generate_world(passages, seed).questions("test", 1)[0].question
 
 
 def snippet(facts: CardFacts) -> str:
@@ -107,10 +125,7 @@ def question_for(facts: CardFacts) -> str:
     """A question that the agent can answer in the world it was trained for."""
     if not facts.in_world:
         return EXAMPLE_QUESTION
-    from trl_search.data.world import generate_world
-
-    task = facts.task
-    return generate_world(task.get("world_passages", 2000), task.get("world_seed", 0)).questions("test", 1)[0].question
+    return _question_of_the_world(facts.task.get("world_passages", 2000), facts.task.get("world_seed", 0))
 
 
 def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
@@ -118,7 +133,7 @@ def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
     return _played(protocol, settings.max_searches, settings.passage_template)
 
 
-@functools.lru_cache(maxsize=4)  # a training writes a card into every checkpoint
+@functools.lru_cache(maxsize=4)
 def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str:
     def script() -> Script:
         if max_searches:
@@ -127,7 +142,7 @@ def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str
         yield "Bram Stoker was born in Dublin.", Answer("Dublin")
 
     environment = SearchEnvironment(
-        load_retriever("bm25", passages=_EXAMPLE_PASSAGES),
+        load_retriever("bm25", passages=_EXAMPLE_PASSAGES, backend="numpy"),  # numba would compile for two seconds
         passages_per_query=1,
         max_searches=max(3, max_searches),
         passage_template=passage_template,
