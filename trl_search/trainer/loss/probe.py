@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -76,7 +77,9 @@ def _difference(
         ids_BT[row, columns] = torch.tensor([*prompt, *completion], device=device)
         mask_BT[row, columns] = 1
     expected = [
-        probe.plain_logprobs(wrapped, prompt, completion, model=model, temperature=args.temperature)
+        _alone(logprobs, wrapped, prompt, completion, device)
+        if is_deepspeed_zero3_enabled()
+        else probe.plain_logprobs(wrapped, prompt, completion, model=model, temperature=args.temperature)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     try:
@@ -87,3 +90,14 @@ def _difference(
     found = [found_BC[row, : len(completion)] for row, completion in enumerate(completions)]
     float32 = probe.computes_in_float32(model) and not torch.is_autocast_enabled(device.type)
     return probe.differ(torch.cat(found), torch.cat(expected), float32=float32)
+
+
+def _alone(logprobs: LogProbs, wrapped: Any, prompt: list[int], completion: list[int], device: Any) -> torch.Tensor:
+    """Log-probs of a completion in a batch of its own, so without padding, but by TRL's fused head.
+
+    Under ZeRO-3 a plain forward teaches DeepSpeed to fetch the head's weights ahead of time. The fused head, which
+    comes next, fetches them itself, and fails when they are on their way already.
+    """
+    ids_BT = torch.tensor([[*prompt, *completion]], device=device)
+    padded = dataclasses.replace(logprobs, attention="padded")
+    return padded(wrapped, ids_BT, torch.ones_like(ids_BT), len(completion), None)[0][0].float().cpu()
