@@ -288,7 +288,12 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             before, started = sum(kills.values()), time.monotonic()
-            found, kept = one_run(kind, folder, min(KILLS_PER_RUN, left), draw, kills)
+            try:
+                found, kept = one_run(kind, folder, min(KILLS_PER_RUN, left), draw, kills)
+            except TimeoutError:  # a server does not answer: its log says why
+                for log in Path(scratch).glob("*.log"):
+                    print(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}", flush=True)
+                raise
             runs, saved, bad = runs + 1, saved + kept, bad + bool(found)
             row = {"run": runs, "kind": name, "kills": sum(kills.values()) - before, "problems": found}
             print(json.dumps({**row, "seconds": round(time.monotonic() - started), "all": dict(kills)}), flush=True)

@@ -9,6 +9,7 @@ A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to
 
     ddp, zero2, zero3, fsdp2    an engine in every rank
     lora                        DDP, and the adapter alone goes to the engines
+    merged                      DDP with LoRA, and all weights go to the engines, the adapter merged into them
     tp                          DDP, and all ranks share one engine (vllm_tensor_parallel_size)
     server                      the first half of the GPUs trains under DDP, the second half serves (data parallel)
 
@@ -50,6 +51,7 @@ FSDP2 = [
 LAUNCH: dict[str, list[str]] = {
     "ddp": ["--multi_gpu"],
     "lora": ["--multi_gpu"],
+    "merged": ["--multi_gpu"],
     "tp": ["--multi_gpu"],
     "server": ["--multi_gpu"],
     "fsdp2": FSDP2,
@@ -70,6 +72,10 @@ class Case:
     is_long: bool
     method: str
     gpus: int
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.method in ("lora", "merged")
 
     @property
     def ranks(self) -> int:
@@ -273,7 +279,7 @@ def make_trainer(folder: Path, case: Case, per_rank: int, arguments: argparse.Na
         train_dataset=Dataset.from_list([{"question": f"question {i}"} for i in range(4096)]),
         processing_class=tokenizer,
         environment=vllm_rollout.PlannedEnvironment(retriever, max_searches=LONG_SEARCHES),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if case.method == "lora" else None,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if case.has_adapter else None,
     )
 
 
