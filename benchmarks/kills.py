@@ -99,11 +99,13 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
             for port in ports:
                 command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()]
                 command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
-                command += ["--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enable-lora"]
-                command += ["--max-lora-rank", "8", "--no-enable-chunked-prefill"]
-                command += ["--distributed-executor-backend", "uni"]
+                command += ["--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8"]
                 if ON_GPUS:  # they share one: a small cache of a fixed size, as measuring the free memory takes time
-                    command += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**28)]
+                    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1"]
+                    command += ["--kv-cache-memory-bytes", str(2**28)]
+                else:
+                    command += ["--dtype", "float32", "--no-enable-chunked-prefill"]
+                    command += ["--distributed-executor-backend", "uni"]
                 log = scratch / f"vllm-{port}.log"
                 processes.append(servers.enter_context(supervised(command, log, environment)))
             urls = [f"http://127.0.0.1:{port}" for port in ports]
