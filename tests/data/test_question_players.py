@@ -222,3 +222,14 @@ def test_a_corpus_that_is_not_that_of_the_gold_passages_is_refused(corpus: Retri
         check_corpus(elsewhere, search)
     check_corpus(elsewhere[:4], search)  # too few to tell
     check_corpus([{**row, "gold_ids": [], "gold_titles": ["Jon Askel"]} for row in rows], search)
+
+
+def test_a_corpus_with_few_of_the_gold_passages_is_warned_of(
+    corpus: Retriever, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": f"What is other {i}?", "gold_ids": [f"x{i}"], "gold_titles": []} for i in range(6)]
+    mixed = [*rows[:1], *({**row, "gold_ids": [f"wiki-{i}"]} for i, row in enumerate(rows[1:]))]
+    check_corpus(rows, lambda queries: corpus.search(queries, 10))
+    assert not caplog.text
+    check_corpus(mixed, lambda queries: corpus.search(queries, 10))
+    assert "finds a gold passage of 17 % of 6 questions" in caplog.text

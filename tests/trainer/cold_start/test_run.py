@@ -105,6 +105,18 @@ def served(tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
     server.kill()
 
 
+def test_a_model_that_is_not_finite_is_refused_before_anything_is_collected(
+    tmp_path: Path, files: dict[str, Any]
+) -> None:
+    model = weights(tiny_policy_path())
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_policy_path()).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"not finite \(model.norm.weight\)"):
+        sft(tmp_path / "sft", model_name_or_path=tmp_path / "model", teacher="scripts", **files)
+    assert not (tmp_path / "sft" / "collection").exists()
+
+
 def test_a_teacher_behind_a_server_teaches_an_adapter(
     tmp_path: Path, files: dict[str, Any], served: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
@@ -71,6 +71,15 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     )
     folder = Path(arguments.collection or f"{config.output_dir}/collection")
     log = RunLog(model=name, protocol=arguments.protocol, method=SFT)
+
+    def load_model() -> PreTrainedModel:
+        model = load_base(name, model_config, config)
+        check_vocabulary(model, tokenizer)
+        return model
+
+    # A model that cannot be trained is refused before anything is collected, unless a teacher needs the memory first.
+    teacher_is_loaded = arguments.teacher != "scripts" and not arguments.teacher.startswith(("http://", "https://"))
+    model = None if arguments.collect_only or teacher_is_loaded else load_model()
     if arguments.plays_the_world:
         rows = _scripted(arguments, config, tokenizer, log)
     else:
@@ -79,8 +88,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
             return folder
         rows = sft_rows((attempt.prompt_ids, attempt.ids, attempt.mask) for attempt in kept)
     announce("SFT", f"on {len(rows):,} trajectories")
-    model = load_base(name, model_config, config)
-    check_vocabulary(model, tokenizer)
+    model = model or load_model()
     protocol = protocol_of(arguments.agent, tokenizer, (SEARCH_TOOL,))
     if config.initialise_tags:
         initialise_tags(model, protocol)
