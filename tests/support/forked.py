@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 IMPORTED = (
     *("trl_search.evaluation.run", "trl_search.trainer.pipeline", "torch.distributed.tensor"),
-    "tests.support.compiled_search",
+    *("tests.support.compiled_search", "tests.support.imported_once"),
 )
 # The address of the session's server, in the environment of its workers.
 ADDRESS = "TRL_SEARCH_TESTS_FORK_SERVER"
