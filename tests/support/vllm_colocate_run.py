@@ -124,7 +124,7 @@ def rollouts(policy: Policy, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     world = generate_world(passages=1000, seed=3)
     rows = [question.row() for question in world.questions("train")[:48]]
-    retriever = load_retriever("bm25", passages=world.passages, backend="numpy")  # numba would compile first
+    retriever = load_retriever("bm25", passages=world.passages, backend="numpy")  # numba takes longer to load
     found = {}
     for name in PROTOCOLS:
         protocol = load_protocol(name, tokenizer, instruction="")

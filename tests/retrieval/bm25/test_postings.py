@@ -72,3 +72,27 @@ def test_a_backend_is_taken_at_its_word():
     assert choose_backend("numpy") == "numpy" and choose_backend(None) in BACKENDS
     with pytest.raises(UserError, match="unknown BM25 backend 'jax'"):
         choose_backend("jax")
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="needs numba")
+def test_what_was_compiled_is_kept_for_the_next_process(tmp_path, monkeypatch):
+    from trl_search.retrieval.bm25.compiled_search import compiled, find
+
+    assert find.stats.cache_path
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    first, next_one = compiled(twice), compiled(twice)
+    assert first(4) == next_one(4) == 8
+    assert first.stats.cache_misses and next_one.stats.cache_hits and not next_one.stats.cache_misses
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="needs numba")
+def test_where_nothing_can_be_kept_it_is_compiled_each_time():
+    from trl_search.retrieval.bm25.compiled_search import compiled
+
+    made: dict = {}
+    exec("def twice(number):\n    return 2 * number", made)  # of no file, so numba finds no folder for it
+    assert compiled(made["twice"])(4) == 8
+
+
+def twice(number: int) -> int:
+    return 2 * number

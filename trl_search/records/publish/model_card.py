@@ -142,7 +142,7 @@ def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str
         yield "Bram Stoker was born in Dublin.", Answer("Dublin")
 
     environment = SearchEnvironment(
-        load_retriever("bm25", passages=_EXAMPLE_PASSAGES, backend="numpy"),  # numba would compile for two seconds
+        load_retriever("bm25", passages=_EXAMPLE_PASSAGES, backend="numpy"),  # numba takes longer to load
         passages_per_query=1,
         max_searches=max(3, max_searches),
         passage_template=passage_template,

@@ -9,10 +9,8 @@ on the size of the corpus. Both ways add the same float32 numbers in the same or
 
 from __future__ import annotations
 
-import heapq
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -40,8 +38,10 @@ class Postings:
         self._totals = np.zeros(passages, dtype=np.float32)  # all 0 between queries
         self._find: Callable[..., None] = _find_by_numpy
         if backend == "numba":
-            self._find = _compiled()
-            self.best([[0]], 1)  # compiles now, in a second, so that no rollout waits for it
+            from trl_search.retrieval.bm25.compiled_search import find
+
+            self._find = find
+            self.best([[0]], 1)  # compiles now, in a second, where no process did before; no rollout waits for it
 
     def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores; equal scores in the order of the rows.
@@ -62,59 +62,6 @@ class Postings:
             [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
             for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
         ]
-
-
-@cache
-def _compiled() -> Callable[..., None]:
-    """The compiled search: writes the best rows of every query with their scores, and lets other threads run."""
-    from numba import njit
-
-    @njit
-    def offer(best: list[tuple[Any, int]], k: int, row: int, total: Any) -> Any:
-        """Keeps a row if it is among the best k; of equal scores, the lower row. Returns the score to exceed next."""
-        if len(best) < k:
-            heapq.heappush(best, (total, -row))
-        elif (total, -row) > best[0]:
-            heapq.heapreplace(best, (total, -row))
-        return best[0][0] if len(best) == k else np.float32(0)
-
-    @njit(nogil=True)
-    def find(
-        terms: Array,
-        ends_Q: Array,
-        rows: Array,
-        scores: Array,
-        starts: Array,
-        totals: Array,
-        rows_QK: Array,
-        scores_QK: Array,
-    ) -> None:
-        begin, (queries, k) = 0, rows_QK.shape
-        for query in range(queries):
-            asked, begin = terms[begin : ends_Q[query]], ends_Q[query]
-            postings = 0
-            for term in asked:
-                postings += starts[term + 1] - starts[term]
-                for at in range(starts[term], starts[term + 1]):
-                    totals[rows[at]] += scores[at]
-            best = [(np.float32(0), 0) for _ in range(0)]  # (score, -row); empty, and typed
-            needed = np.float32(0)
-            if postings < len(totals):
-                for term in asked:
-                    for at in range(starts[term], starts[term + 1]):
-                        total, totals[rows[at]] = totals[rows[at]], 0
-                        if total >= needed and total > 0:
-                            needed = offer(best, k, rows[at], total)
-            else:  # most rows have these words, so going through all rows is faster
-                for row in range(len(totals)):
-                    if totals[row] > needed:  # a later row of the same score is not better
-                        needed = offer(best, k, row, totals[row])
-                totals[:] = 0
-            for place in range(len(best) - 1, -1, -1):
-                scores_QK[query, place], negative = heapq.heappop(best)
-                rows_QK[query, place] = -negative
-
-    return find
 
 
 def _find_by_numpy(
