@@ -1,13 +1,22 @@
 """Does a run that would collapse end well with the guards on, and does a healthy run lose nothing by them?
 
     nice -n 5 python benchmarks/guards.py --output runs/guards          # one CPU core: 5 minutes per run, 12 runs
-    python benchmarks/guards.py --output runs/guards --seeds 0
+    python benchmarks/guards.py --output runs/guards --seeds 0 --rates healthy --guards none llds
+    python benchmarks/guards.py --output runs/guards --steps 60 --guards none rollback llds clip_higher …
 
-The quickstart on worlds nobody has seen, at its learning rate and at five times that; without guards
-(`on_collapse: warn`) and with them (`on_collapse: rollback`, which goes back to the best checkpoint with half the
-learning rate). All runs of a seed start from the same warmed-up policy. EM is on held-out questions, greedily. A run
-has collapsed if its last policy has less than half the EM of its best one. An alarm must last ten logs before a guard
-acts, so a collapse needs some twenty steps behind it. Runs that are in OUTPUT already are not repeated.
+The quickstart in worlds nobody has seen, at its learning rate and at five times that. Runs of a seed begin with the
+same warmed-up policy. EM is on held-out questions, greedily. A run has collapsed if its last policy has less than half
+the EM of its best one. Runs that are in OUTPUT already are not repeated.
+
+| guard              | what differs                                                                                   |
+|--------------------|------------------------------------------------------------------------------------------------|
+| none               | nothing: an alarm is logged (`on_collapse: warn`)                                              |
+| rollback           | goes back to the best checkpoint with half the learning rate, once an alarm lasted ten logs    |
+| dr_grpo            | `loss_type: dr_grpo`, which divides by a constant length                                       |
+| search_floor       | in the first 20 steps a trajectory without a search earns nothing                              |
+| overlong           | `soft_overlong_punishment` as one more reward, with a tenth of the weight                      |
+| two_steps          | two optimizer steps per batch (`num_iterations: 2`), for the next two to be compared with      |
+| llds, clip_higher  | the same with `llds_coef: 0.1`, or with `epsilon_high: 0.28`                                   |
 """
 
 from __future__ import annotations
@@ -18,16 +27,28 @@ from typing import Any
 
 from shared_start import kept, make_parser, options_of, start, train, write_table
 
-RATES = {"learning rate x 5": ["--learning_rate", "5e-4"], "healthy": []}
-GUARDS = {"no guards": ["--on_collapse", "warn"], "guards": ["--on_collapse", "rollback"]}
+RATES = {"fast": ["--learning_rate", "5e-4"], "healthy": []}
+TWO_STEPS = ["--num_iterations", "2"]
+GUARDS = {
+    "none": [],
+    "rollback": ["--on_collapse", "rollback"],
+    "dr_grpo": ["--loss_type", "dr_grpo"],
+    "search_floor": ["--search_floor_steps", "20"],
+    "overlong": [
+        "--reward_funcs", "em", "format", "reflection", "soft_overlong_punishment",
+        "--reward_weights", "1.0", "0.0", "0.0", "0.1",
+    ],
+    "two_steps": TWO_STEPS,
+    "llds": [*TWO_STEPS, "--llds_coef", "0.1"],
+    "clip_higher": [*TWO_STEPS, "--epsilon_high", "0.28"],
+}  # fmt: skip
 COLUMNS = ("warm start", "best", "last", "collapsed", "rollbacks", "steps taken")
 
 
 def one(rate: str, guards: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one run: EM of the warm start, of the best evaluation and of the last policy."""
-    name = f"{rate}, {guards}".replace(",", "").replace(" ", "_")
-    options = [*options_of(arguments), *RATES[rate], *GUARDS[guards]]
-    run = start(name, seed, arguments.output, options)
+    options = [*options_of(arguments), *RATES[rate], "--on_collapse", "warn", *GUARDS[guards]]
+    run = start(f"{rate}_{guards}", seed, arguments.output, options)
     course, after = train(run)
     (before,) = (evaluation.em for evaluation in run.measured.values())
     last = after.em
@@ -54,12 +75,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    arguments = make_parser(__doc__, steps=40, every=4).parse_args()
+    parser = make_parser(__doc__, steps=40, every=4)
+    parser.add_argument("--rates", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--guards", nargs="+", choices=list(GUARDS), default=["none", "rollback"])
+    arguments = parser.parse_args()
     rows = []
-    for rate in RATES:
+    for rate in arguments.rates:
         for seed in arguments.seeds:
-            for guards in GUARDS:
-                file = arguments.output / f"{rate}_{guards}_{seed}.json".replace(" ", "_")
+            for guards in arguments.guards:
+                file = arguments.output / f"{rate}_{guards}_{seed}.json"
                 rows.append(kept(file, partial(one, rate, guards, seed, arguments)))
                 print(line(rows[-1]), flush=True)
     write_table(arguments.output, ["run", "seed", *COLUMNS], map(line, rows))
