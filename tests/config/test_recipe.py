@@ -285,7 +285,8 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
     _, recipe, _ = parse(str(path))
     sizes = {
         "output_dir": tmp_path,
-        "per_device_train_batch_size": recipe.num_generations,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "steps_per_generation": max(1, recipe.steps_per_generation // recipe.gradient_accumulation_steps),
         "max_steps": 1,
