@@ -52,7 +52,7 @@ class Meeting:
     """The exchange of two threads."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=30)
+        self.barrier = threading.Barrier(2, timeout=600)
         self.said = [None, None]
 
     def of(self, rank):

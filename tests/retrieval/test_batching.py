@@ -37,14 +37,16 @@ class Echo(Retriever):
         if "poison" in queries:
             raise KeyError("poison")
         if "hang" in queries:
-            self.released.wait(20)
+            self.released.wait(200)
         return [[Passage(f"{query}{rank}", "", "") for rank in range(k)] for query in queries]
 
 
 class AsyncEcho(Echo):
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         self.batches.append(list(queries))
-        await asyncio.sleep(20 if "hang" in queries else self.delay_s)
+        await asyncio.sleep(self.delay_s)
+        while "hang" in queries and not self.released.is_set():
+            await asyncio.sleep(0.001)
         if "poison" in queries:
             raise KeyError("poison")
         return [[Passage(f"{query}{rank}", "", "") for rank in range(k)] for query in queries]
@@ -96,16 +98,20 @@ def test_queries_asked_at_once_go_in_one_batch(echo: Echo) -> None:
 def test_one_batch_gathers_while_another_is_searched(echo: Echo) -> None:
     echo.delay_s = 0.15
 
-    async def late(batcher: SearchBatcher, query: str, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        await batcher.search(query, 1)
-
     async def scenario(batcher: SearchBatcher) -> None:
-        await asyncio.gather(*(late(batcher, query, 0.01 * at) for at, query in enumerate("abcd")))
+        asked = [asyncio.create_task(batcher.search("hang", 1))]
+        while not echo.batches:
+            await asyncio.sleep(0.001)
+        for query in "bcd":
+            asked.append(asyncio.create_task(batcher.search(query, 1)))
+            await asyncio.sleep(0.01)
+        echo.released.set()
+        await asyncio.gather(*asked)
 
-    batcher = run(scenario, echo)
-    assert echo.batches == [["a"], ["b", "c", "d"]]
-    assert 0.29 < batcher.stats.seconds < 1.5
+    started = time.monotonic()
+    batcher = run(scenario, echo, timeout_s=60.0)
+    assert echo.batches == [["hang"], ["b", "c", "d"]]
+    assert 0.29 < batcher.stats.seconds < time.monotonic() - started
 
 
 @pytest.mark.parametrize("turns", range(16))
@@ -170,13 +176,16 @@ def test_a_service_that_is_down_is_not_tried_query_by_query() -> None:
 
 
 def test_a_lone_query_waits_for_no_timer(echo: Echo) -> None:
+    took = []
+
     async def scenario(batcher: SearchBatcher) -> None:
         for at in range(50):
+            started = time.monotonic()
             await batcher.search(f"q{at}", 1)
+            took.append(time.monotonic() - started)
 
-    started = time.monotonic()
     run(scenario, echo)
-    assert time.monotonic() - started < 2
+    assert min(took) < 0.02  # a timer would keep each of them; a busy machine keeps some
     assert len(echo.batches) == 50
 
 

@@ -161,7 +161,7 @@ def test_a_server_that_comes_back_is_asked_again(client) -> None:
     for at in range(4):
         assert retriever.search([f"{at}"], 1)
     with serving(ECHO, port=first.port) as again:
-        until = time.monotonic() + 5
+        until = time.monotonic() + 120
         while not again.asked and time.monotonic() < until:
             assert retriever.search(["a"], 1)
             time.sleep(0.02)
@@ -487,7 +487,9 @@ def test_who_gives_up_says_nothing_about_the_server(client) -> None:
 def test_metrics_start_again_after_they_were_taken(client) -> None:
     with serving(says(Said(b"", 500))) as server:
         retriever = client(server)
+        started = time.monotonic()
         retriever.search(["a"], 1)
+        seconds = time.monotonic() - started
         metrics = total(retriever)
         assert metrics == {
             "retrieval/requests": 2,
@@ -498,7 +500,7 @@ def test_metrics_start_again_after_they_were_taken(client) -> None:
             "retrieval/latency_max_s": metrics["retrieval/latency_max_s"],
             f"retrieval/failures/127.0.0.1:{server.port}": 1,
         }
-        assert 0 < metrics["retrieval/latency_p50_s"] <= metrics["retrieval/request_seconds"] < 5
+        assert 0 < metrics["retrieval/latency_p50_s"] <= metrics["retrieval/request_seconds"] < seconds
         assert set(total(retriever).values()) == {0.0}
 
 

@@ -51,7 +51,7 @@ class Echo(Retriever):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         self.batches.append(list(queries))
-        assert self.gate.wait(20)
+        assert self.gate.wait(200)
         if "poison" in queries:
             raise RetrievalError("the index is on fire")
         if "crash" in queries:
@@ -76,7 +76,7 @@ def serving(retriever: Retriever | None, **options: Any) -> Iterator[tuple[str, 
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", app
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(200)
         assert not thread.is_alive()
 
 

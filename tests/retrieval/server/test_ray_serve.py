@@ -208,7 +208,7 @@ def test_told_to_stop_it_answers_what_is_under_way(served: Served) -> None:
     assert {status for asked, status in answers if asked >= told} <= {200, 503, None}
     assert served.process.stdout is not None
     assert served.process.stdout.read().endswith("stopped; what was under way is answered\n")
-    assert served.process.wait(20) == 0
+    assert served.process.wait(200) == 0
     psutil.wait_procs(children, timeout=100)
     assert not [process for process in children if process.is_running()]
     log = served.log.read_text()
