@@ -51,7 +51,7 @@ def test_a_git_that_hangs_is_not_waited_for(monkeypatch, tmp_path):
 
 def test_versions_are_of_what_is_installed():
     found = versions()
-    assert {"python", "trl", "torch", "transformers", "trl-search"} <= set(found) and "deepspeed" not in found
+    assert {"python", "trl", "torch", "transformers", "trl-search"} <= set(found) and "faiss-gpu" not in found
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Each of two ranks runs this for tests/trainer/test_sharded.py: the same steps under DDP and FSDP2, over gloo.
+"""Each of two ranks runs this for tests/trainer/test_sharded.py: the same steps under DDP, FSDP2 and ZeRO, over gloo.
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.sharded_run FOLDER
 
 Rollouts are scripted and vLLM is a fake, so that losses, gradients and the weights that reach the engine are all that
-may differ. Rank 0 writes them to FOLDER/<name>.pt.
+may differ. Rank 0 writes them to FOLDER/<kind>-<method>.pt.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.generation import vllm_generation
 
 from tests.support.fake_engine import FakeLLM
-from tests.support.scripted_trainer import answer, later_is_better, scripted_trainer, search, steps
+from tests.support.scripted_trainer import answer, config, later_is_better, scripted_trainer, search, steps
 from trl_search.trainer.generation import vllm_backend
 from trl_search.trainer.generation.adapter_sync import adapter_tensors
 
@@ -35,29 +36,74 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
+# And what zero2.yaml and zero3.yaml make it put there.
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}
+METHODS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": FSDP2,
+    "zero2": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        **ZERO,
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}
+# Otherwise ZeRO-3 would gather weights this small once and keep them.
+KEEP_NOTHING = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 30_000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 20_000,
+}
 LORA = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"beta": 0.1},
+    "untied": {"gradient_checkpointing": True},
+    "lora": {"beta": 0.1, "gradient_checkpointing": True},
+}
 
 
-def start(sharded: bool) -> None:
-    """Makes the next trainer one of DDP or of FSDP2."""
+def start(method: str) -> None:
+    """Makes the next trainer one of this method."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    for name, value in FSDP2.items():
-        if sharded:
-            os.environ[name] = value
-        else:
-            os.environ.pop(name, None)
+    unset_hf_deepspeed_config()
+    for name in {name for environment in METHODS.values() for name in environment}:
+        os.environ.pop(name, None)
+    os.environ.update(METHODS[method])
+    if method.startswith("zero"):
+        import deepspeed.ops
+
+        # DeepSpeed would compile an operator of its own that adds up tensors in shared memory. Gloo adds them up, too.
+        deepspeed.ops.__compatible_ops__ = {}
 
 
-def call_the_processes_gpus() -> None:
-    """accelerate offers FSDP2 on GPUs alone, although torch's runs over gloo too."""
-    theirs = PartialState.__init__
+def let_the_methods_run_on_cpus() -> None:
+    """accelerate offers FSDP2 and DeepSpeed on GPUs alone, although both run over gloo, too."""
+    theirs, their_backend = PartialState.__init__, PartialState._prepare_backend
+    their_plugin = DeepSpeedPlugin.__post_init__
 
     def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
         theirs(self, *args, **kwargs)
         if "ACCELERATE_USE_FSDP" in os.environ and self.distributed_type is DistributedType.MULTI_CPU:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = init  # type: ignore[method-assign]
+    def prepare_backend(self: PartialState, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
+        if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # where `use_cpu` is false, as DeepSpeed is refused otherwise
+            return "gloo", DistributedType.MULTI_CPU
+        return their_backend(self, *args, **kwargs)
+
+    def post_init(self: DeepSpeedPlugin) -> None:
+        their_plugin(self)
+        if self.zero_stage == 3:
+            self.deepspeed_config["zero_optimization"].update(KEEP_NOTHING)
+
+    DeepSpeedPlugin.__post_init__ = post_init  # type: ignore[method-assign]
+    PartialState.__init__, PartialState._prepare_backend = init, prepare_backend  # type: ignore[method-assign]
 
 
 def script(number: int, prompt: str) -> list[str]:
@@ -66,20 +112,28 @@ def script(number: int, prompt: str) -> list[str]:
     return [search(f"{turn} of {number}") for turn in range(rank * 2 + number % 2)] + [answer(f"{number}")]
 
 
-def make(folder: Path, run: Path, *, sharded: bool, lora: bool, untied: bool = False, **options: Any) -> Any:
-    start(sharded)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    torch.manual_seed(0)  # of the new head and of LoRA
-    if untied:
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
+def make(folder: Path, run: Path, kind: str, method: str, **options: Any) -> Any:
+    start(method)
+    options |= {**KINDS[kind], "use_vllm": True, "max_packed_tokens": 400, "use_cpu": not method.startswith("zero")}
+    # Nearly plain gradient descent, so that equal weights are equal gradients.
+    options |= {"learning_rate": 1.0, "adam_epsilon": 1.0}
+    arguments = config(run, **options)  # as in a run: as long as they live, ZeRO-3 loads every model in shards
+    model_folder = folder / ("untied" if kind == "untied" else "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    del arguments
+    torch.manual_seed(0)  # of LoRA
     return scripted_trainer(
-        run, model, tokenizer, script, rewards=later_is_better, use_vllm=True, learning_rate=1.0,
-        adam_epsilon=1.0,  # nearly plain gradient descent, so that equal weights are equal gradients
+        run, model, tokenizer, script, rewards=later_is_better,
         # About as likely as the model of random weights finds what the script says: importance ratios near 1.
-        logprob=-7.3, max_packed_tokens=400, trainer={"peft_config": LORA} if lora else {}, **options,
+        logprob=-7.3, trainer={"peft_config": LORA} if kind == "lora" else {}, **options,
     )  # fmt: skip
+
+
+def is_shard(parameter: torch.Tensor) -> bool:
+    """Whether this process holds a part of it alone."""
+    mine = getattr(parameter, "ds_tensor", parameter)  # of ZeRO-3
+    return isinstance(parameter, DTensor) or mine.numel() < getattr(parameter, "ds_numel", 0)
 
 
 def seen(trainer: Any) -> dict[str, Any]:
@@ -93,39 +147,33 @@ def seen(trainer: Any) -> dict[str, Any]:
         "kl": [row.get("kl", 0.0) for row in steps(trainer)],
         "engine": trainer.vllm_generation.llm.loaded,
         "adapter": adapter,
-        "sharded": sum(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        "sharded": sum(map(is_shard, trainer.model.parameters())),
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, methods: list[str]) -> None:
     started = time.perf_counter()
     vllm_backend.is_vllm_available = vllm_generation.is_vllm_available = lambda: True
     vllm_backend.vllm_version = lambda: "0.25.1"
     vllm_generation.LLM = FakeLLM
-    call_the_processes_gpus()
-    kinds: dict[str, dict[str, Any]] = {
-        "full": {"lora": False, "beta": 0.1},
-        "untied": {"lora": False, "untied": True, "gradient_checkpointing": True},
-        "lora": {"lora": True, "beta": 0.1, "gradient_checkpointing": True},
-    }
-    for kind, options in kinds.items():
-        for sharded in (False, True):
-            name = f"{kind}-{'fsdp2' if sharded else 'ddp'}"
-            run = folder / name
-            trainer = make(folder, run, sharded=sharded, save_strategy="steps", save_steps=1, **options)
-            trainer.train()
-            results = {"trained": seen(trainer)}
-            trainer.save_model(run / "saved")
-            if sharded and kind != "untied":
-                trainer = make(folder, run, sharded=sharded, **options)
-                trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
-                results["resumed"] = seen(trainer)
-            if PartialState().is_main_process:
-                torch.save(results, folder / f"{name}.pt")
-            shown = {key: results["trained"][key] for key in ("loss", "grad_norm", "sharded")}
-            print(f"{time.perf_counter() - started:.0f} s", name, shown, flush=True)
+    let_the_methods_run_on_cpus()
+    for name in methods:
+        kind, method = name.split("-")
+        run = folder / name
+        trainer = make(folder, run, kind, method, save_strategy="steps", save_steps=1)
+        trainer.train()
+        results = {"trained": seen(trainer)}
+        trainer.save_model(run / "saved")
+        if method in ("fsdp2", "zero3") and kind != "untied":
+            trainer = make(folder, run, kind, method)
+            trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+            results["resumed"] = seen(trainer)
+        if PartialState().is_main_process:
+            torch.save(results, folder / f"{name}.pt")
+        shown = {key: results["trained"][key] for key in ("loss", "grad_norm", "sharded")}
+        print(f"{time.perf_counter() - started:.0f} s", name, shown, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     os._exit(0)  # gloo's own end hangs now and then

@@ -1,6 +1,6 @@
-"""FSDP2 against DDP, two processes each: the same losses, gradients and weights in vLLM, from shards.
+"""FSDP2 and DeepSpeed ZeRO against DDP, two processes each: the same losses, gradients and weights in vLLM, from shards.
 
-Both run tests/support/sharded_run.py once; the tests below read what rank 0 wrote down.
+All run tests/support/sharded_run.py once; the tests below read what rank 0 wrote down.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_deepspeed_available
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.distributed import DistributedBackend
 
@@ -20,18 +22,39 @@ from trl_search.trainer.generation.model_weights import whole_weights
 from trl_search.trainer.inputs import refuse_what_fsdp_cannot_do
 
 KINDS = ["full", "untied", "lora"]
+FSDP2 = [f"{kind}-fsdp2" for kind in KINDS]
+ZERO = ["full-zero2", *(f"{kind}-zero3" for kind in KINDS)]
+without_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="needs DeepSpeed: make setup")
+
+
+def of_runs(*names):
+    runs = [pytest.param(name, marks=without_deepspeed if name in ZERO else ()) for name in names]
+    return pytest.mark.parametrize("run", runs)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("sharded")
     save_random_model(folder / "model", tokenizer)
-    run_ranks("tests.support.sharded_run", [str(folder)], folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
+    model.save_pretrained(folder / "untied")
+    tokenizer.save_pretrained(folder / "untied")
+    runs = [*(f"{kind}-ddp" for kind in KINDS), *FSDP2, *(ZERO if is_deepspeed_available() else ())]
+    # On a host with GPUs DeepSpeed would take those.
+    run_ranks("tests.support.sharded_run", [str(folder), *runs], folder, environment={"DS_ACCELERATOR": "cpu"})
     return folder
 
 
-def results(folder, kind):
-    return [torch.load(folder / f"{kind}-{how}.pt") for how in ("ddp", "fsdp2")]
+def result(folder, run):
+    return torch.load(folder / f"{run}.pt")
+
+
+def with_ddp(folder, run):
+    """What training gave under DDP, and in this run."""
+    return [result(folder, name)["trained"] for name in (f"{run.partition('-')[0]}-ddp", run)]
 
 
 def same(mine, theirs):
@@ -41,49 +64,56 @@ def same(mine, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_ddp(folder, kind):
-    ddp, fsdp2 = (result["trained"] for result in results(folder, kind))
-    assert ddp["sharded"] == 0 and fsdp2["sharded"] > 20
+@of_runs(*FSDP2, *ZERO)
+def test_losses_and_gradients_are_those_of_ddp(folder, run):
+    ddp, sharded = with_ddp(folder, run)
+    assert ddp["sharded"] == 0 and (sharded["sharded"] > 20) == (run != "full-zero2")
     assert len(ddp["loss"]) == 2 and min(ddp["grad_norm"]) > 0.05
     for value in ("loss", "kl"):
-        assert fsdp2[value] == pytest.approx(ddp[value], rel=1e-5, abs=1e-7)
+        assert sharded[value] == pytest.approx(ddp[value], rel=1e-5, abs=1e-7)
     # The gradients agree to the last bit (next test); their norm is summed in another order.
-    assert fsdp2["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=2e-5)
+    assert sharded["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=2e-5 if run in FSDP2 else 3e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_engine_gets_whole_weights(folder, kind):
+@of_runs(*FSDP2, *ZERO)
+def test_the_engine_gets_whole_weights(folder, run):
     """After two steps of nearly plain gradient descent, so equal weights are equal gradients of each parameter."""
-    ddp, fsdp2 = (result["trained"] for result in results(folder, kind))
-    start = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
-    assert set(ddp["engine"]) == set(start) | ({"lm_head.weight"} if kind == "untied" else set())
+    ddp, sharded = with_ddp(folder, run)
+    start = load_file(folder / "model" / "model.safetensors")
+    assert set(ddp["engine"]) == set(start) | ({"lm_head.weight"} if run.startswith("untied") else set())
     moved = [name for name, tensor in start.items() if not tensor.equal(ddp["engine"][name])]
     assert len(moved) >= 14
-    same(fsdp2["engine"], ddp["engine"])
+    same(sharded["engine"], ddp["engine"])
 
 
 @pytest.mark.slow
-def test_the_adapter_alone_is_whole_too(folder):
-    ddp, fsdp2 = (result["trained"]["adapter"] for result in results(folder, "lora"))
+@of_runs("lora-fsdp2", "lora-zero3")
+def test_the_adapter_alone_is_whole_too(folder, run):
+    ddp, sharded = (trained["adapter"] for trained in with_ddp(folder, run))
     assert len(ddp) == 28 and all(name.startswith("base_model.model.") for name in ddp)
-    same(fsdp2, ddp)
+    same(sharded, ddp)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_checkpoint_resumes(folder, kind):
-    fsdp2 = results(folder, kind)[1]
-    assert fsdp2["resumed"]["loss"] == pytest.approx(fsdp2["trained"]["loss"], rel=1e-5)
-    same(fsdp2["resumed"]["engine"], fsdp2["trained"]["engine"])
+@of_runs("full-fsdp2", "lora-fsdp2", "full-zero3", "lora-zero3")
+def test_a_checkpoint_resumes(folder, run):
+    results = result(folder, run)
+    assert results["resumed"]["loss"] == pytest.approx(results["trained"]["loss"], rel=1e-5)
+    same(results["resumed"]["engine"], results["trained"]["engine"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "untied"])
-def test_what_is_saved_is_read_by_transformers(folder, kind):
-    saved = AutoModelForCausalLM.from_pretrained(folder / f"{kind}-fsdp2" / "saved")
-    same(dict(saved.named_parameters()), results(folder, kind)[1]["trained"]["engine"])
+@of_runs("full-fsdp2", "untied-fsdp2", "full-zero2", "full-zero3", "untied-zero3")
+def test_what_is_saved_is_read_by_transformers(folder, run):
+    saved = AutoModelForCausalLM.from_pretrained(folder / run / "saved")
+    same(dict(saved.named_parameters()), result(folder, run)["trained"]["engine"])
+
+
+@pytest.mark.slow
+@of_runs("lora-fsdp2", "lora-zero3")
+def test_the_adapter_is_saved_whole(folder, run):
+    same(load_file(folder / run / "saved" / "adapter_model.safetensors"), result(folder, run)["trained"]["adapter"])
 
 
 def test_merging_for_vllm_leaves_the_base_weights_as_they_were(random_model):
