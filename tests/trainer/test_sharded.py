@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed ZeRO against DDP, two processes each: the same losses, gradients and weights in vLLM, from shards.
+"""FSDP2 and DeepSpeed ZeRO against DDP, two processes each: the same losses, gradients and weights in vLLM.
 
 All run tests/support/sharded_run.py once; the tests below read what rank 0 wrote down.
 """
