@@ -18,9 +18,10 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import TaskArguments, load_held_out, load_task, set_names
 from trl_search.policies.loading import load_model
 from trl_search.records.folder import read_run
-from trl_search.trainer.callbacks.best_checkpoint import is_whole, read_best
+from trl_search.trainer.callbacks.best_checkpoint import read_best
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.pipeline import warm_up
+from trl_search.trainer.resume import is_whole
 from trl_search.types import StopReason
 
 SMALL = [
@@ -166,6 +167,7 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch,
         (["--reward_funcs", "fromat"], "format"),
         (["--world_passages", "10"], "at least"),
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "true is no checkpoint"),
         (["--load_in_4bit", "true", "--use_peft", "true"], "the command line loads no quantized models; leave it out"),
         (["--load_in_8bit", "true"], "load_in_8bit: the command line"),
         (["--learnin_rate", "1"], "--learning_rate"),

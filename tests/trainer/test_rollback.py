@@ -14,7 +14,8 @@ from tests.support.scripted_trainer import steps
 from tests.trainer.callbacks.test_held_out import held_out_trainer
 from trl_search.trainer.callbacks.alarms import RULES
 from trl_search.trainer.resume import checkpoint_to_resume
-from trl_search.trainer.rollback import rollbacks_of, set_learning_rate
+from trl_search.trainer.rollback import set_learning_rate
+from trl_search.trainer.rollback_record import rollbacks_of
 
 COLLAPSES_AT = 6  # five logs make a level, and the alarm below ends the training when it has lasted two
 
@@ -68,6 +69,28 @@ def test_a_run_that_is_killed_after_a_rollback_goes_on_as_it_was(tmp_path, token
     new, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **{**options, "max_steps": 1})
     new.train()
     assert rollbacks_of(tmp_path) == []
+
+
+def test_an_alarm_begins_anew_after_a_rollback(tmp_path, tokenizer, soon):
+    """The best checkpoint is of a step at which the alarm rang already: the lower learning rate gets its time, too."""
+    trainer, _ = held_out_trainer(
+        tmp_path, tokenizer, lambda step: 4 if step == COLLAPSES_AT else 1, max_steps=20, on_collapse="rollback"
+    )
+    trainer.train()
+    assert [one["step"] for one in rollbacks_of(tmp_path)] == [COLLAPSES_AT, COLLAPSES_AT + 2]
+    assert trainer.state.global_step == COLLAPSES_AT + 2
+
+
+def test_the_latest_checkpoint_is_none_that_was_given_up(tmp_path, tokenizer, soon):
+    """`train(resume_from_checkpoint=True)`, as transformers has it, takes what `last` of a recipe takes."""
+    options = {"max_steps": 20, "on_collapse": "rollback", "save_strategy": "steps", "save_steps": 1}
+    killed, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 4 if step == 2 else 1, **options)
+    killed.add_callback(KilledAfter(rollbacks=1, step=3))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **{**options, "max_steps": 4})
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["learning_rate"] for row in steps(resumed)] == [0.01] * 2 + [0.005] * 2
 
 
 class KilledAfter(TrainerCallback):

@@ -29,7 +29,7 @@ from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
 METRICS_FILE, TRAJECTORY_FOLDER = "metrics.jsonl", "trajectories"
-ROLLBACKS_FILE = "rollbacks.json"  # `on_collapse: rollback` (`trainer/rollback.py` writes it)
+ROLLBACKS_FILE = "rollbacks.json"  # `on_collapse: rollback` (`trainer/rollback_record.py` writes it)
 GRPO, SFT = "GRPO", "SFT"  # how a run trained: `trl-search train`, or a cold start of `trl-search sft`
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import json
 import re
 from pathlib import Path
 
@@ -16,17 +17,23 @@ from trl_search.common.files import read_object
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
 from trl_search.records.folder import AFTER_ROW, BEST_ROW, ROLLBACKS_FILE
-from trl_search.trainer.callbacks.best_checkpoint import is_whole
-from trl_search.trainer.rollback import is_given_up, rollbacks_of
+from trl_search.trainer.rollback_record import is_given_up, rollbacks_of
 
 
-def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
-    """The checkpoint to resume from: `resume_from_checkpoint: last` takes the newest whole one of the folder's run.
+def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
+    """The checkpoint to resume from: `last`, or `True`, takes the newest whole one of the folder's run.
 
     Raises:
         UserError: if there is none.
     """
-    if asked != "last":
+    if not asked:
+        return None
+    if asked != "last" and asked is not True:
+        if not is_whole(Path(asked)):
+            raise UserError(
+                f"resume_from_checkpoint: {asked} is no checkpoint that was written to its end, as it holds no "
+                f"{TRAINER_STATE_NAME} that can be read: give the path of one, or last, the newest of output_dir"
+            )
         return asked
     name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = {int(match[1]): path for path in folder.glob("*") if (match := name.fullmatch(path.name))}
@@ -41,9 +48,17 @@ def checkpoint_to_resume(asked: str | None, folder: Path) -> str | None:
         else:
             return str(path)
     raise UserError(
-        f"resume_from_checkpoint=last, and {folder} holds no checkpoint of its run that was written to its end: give "
-        f"the path of one, or leave resume_from_checkpoint out"
+        f"resume_from_checkpoint={asked}, and {folder} holds no checkpoint of its run that was written to its end: "
+        "give the path of one, or leave resume_from_checkpoint out"
     )
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def how_to_resume(folder: Path) -> str:

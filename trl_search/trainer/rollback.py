@@ -8,25 +8,21 @@
 The best checkpoint has the highest held-out EM (`evaluate_every`). The learning rate of the configuration is halved,
 so warm-up and decay continue from their step.
 
-`rollbacks.json` in the folder of the run records each one, so a killed run goes on with its learning rate and with the
-rollbacks that it has left, and not from a checkpoint that was given up:
-
-    {"rollbacks": [{"step": 60, "to": 40, "at": "2026-11-27T07:02:11.408113+00:00"}]}
+What was rolled back stands in `rollback_record.py`.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.common.files import read_object, write_json
-from trl_search.records.folder import ROLLBACKS_FILE
+from trl_search.trainer.callbacks.alarms import CollapseAlarm
+from trl_search.trainer.resume import checkpoint_to_resume
+from trl_search.trainer.rollback_record import record_rollback, rollbacks_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +33,17 @@ FACTOR = 0.5
 class RollsBack(Trainer):
     """A trainer that goes back after a collapse. Stands before TRL's trainer."""
 
+    _buffered_inputs: Any
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`~transformers.Trainer.train`] does, and again from the best checkpoint after a collapse."""
+        folder = Path(self.args.output_dir or ".")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        before = self._rollbacks_before() if resume_from_checkpoint else 0
-        output = self._train_after(before, resume_from_checkpoint, *args, **kwargs)
-        for number in range(before + 1, MAX_ROLLBACKS + 1):
+            return super().train(checkpoint, *args, **kwargs)
+        rollbacks, to = self._rollbacks_before(folder) if checkpoint else (0, 0)
+        output = self._train_after(rollbacks, to, checkpoint, *args, **kwargs)
+        for number in range(rollbacks + 1, MAX_ROLLBACKS + 1):
             best = self.state.best_model_checkpoint
             if not self._collapsed():
                 break
@@ -52,17 +52,19 @@ class RollsBack(Trainer):
                 break
             rate = self.args.learning_rate * FACTOR**number
             logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
+            to = self.state.best_global_step or 0
             if self.is_world_process_zero():
-                step, to = self.state.global_step, self.state.best_global_step
-                record_rollback(Path(self.args.output_dir or "."), step=step, to=to or 0)
+                record_rollback(folder, step=self.state.global_step, to=to)
             self._buffered_inputs = None  # TRL's batches of the policy that is given up
-            output = self._train_after(number, best, *args, **kwargs)
+            output = self._train_after(number, to, best, *args, **kwargs)
         return output
 
-    def _train_after(self, rollbacks: int, checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """Trains with the learning rate that so many rollbacks leave."""
+    def _train_after(self, rollbacks: int, to: int, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Trains with the learning rate that so many rollbacks leave; the last one went back to step `to`."""
         if not rollbacks:
             return super().train(checkpoint, *args, **kwargs)
+        if alarm := self._alarm():
+            alarm.counts_after = to
         callback = _LearningRate(self.args.learning_rate * FACTOR**rollbacks)
         self.add_callback(callback)
         try:
@@ -70,34 +72,19 @@ class RollsBack(Trainer):
         finally:
             self.remove_callback(callback)
 
-    def _rollbacks_before(self) -> int:
-        count = len(rollbacks_of(Path(self.args.output_dir or ".")))
+    def _rollbacks_before(self, folder: Path) -> tuple[int, int]:
+        """How many rollbacks the run has behind it, and the step to which the last one went back."""
+        rollbacks = rollbacks_of(folder)
+        before = len(rollbacks), rollbacks[-1]["to"] if rollbacks else 0
         # Hosts that share no folder would train with different learning rates.
-        return int(broadcast_object_list([count])[0]) if self.accelerator.num_processes > 1 else count
+        return broadcast_object_list([before])[0] if self.accelerator.num_processes > 1 else before
+
+    def _alarm(self) -> CollapseAlarm | None:
+        return getattr(self, "collapse_alarm", None)
 
     def _collapsed(self) -> bool:
-        alarm = getattr(self, "collapse_alarm", None)
+        alarm = self._alarm()
         return alarm is not None and bool(alarm.collapsed)
-
-
-def record_rollback(folder: Path, *, step: int, to: int) -> None:
-    """Adds a rollback from one step to another to the record of the run."""
-    at = datetime.datetime.now(datetime.UTC).isoformat()
-    rollbacks = [*rollbacks_of(folder), {"step": step, "to": to, "at": at}]
-    write_json(folder / ROLLBACKS_FILE, {"rollbacks": rollbacks})
-
-
-def rollbacks_of(folder: Path) -> list[dict[str, Any]]:
-    """The rollbacks of the run in a folder, oldest first."""
-    path = folder / ROLLBACKS_FILE
-    return list(read_object(path, "move it away")["rollbacks"]) if path.is_file() else []
-
-
-def is_given_up(step: int, written_at: float, rollbacks: Sequence[dict[str, Any]]) -> bool:
-    """Whether the run has gone back behind a checkpoint of that step, since it was written (a file's time)."""
-    return any(
-        step > one["to"] and written_at < datetime.datetime.fromisoformat(one["at"]).timestamp() for one in rollbacks
-    )
 
 
 class _LearningRate(TrainerCallback):

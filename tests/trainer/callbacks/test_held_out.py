@@ -28,8 +28,9 @@ from tests.support.scripted_trainer import (
 from tests.support.two_ranks import run_ranks
 from trl_search.common.errors import UserError
 from trl_search.evaluation.answers_file import Records
-from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint, is_whole, read_best
+from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint, read_best
 from trl_search.trainer.callbacks.held_out import ANSWERS_FOLDER, HELD_OUT_FILE, EvaluateEvery, HeldOut
+from trl_search.trainer.resume import is_whole
 
 # Three of one set and one of another: the average over sets is not that over questions.
 QUESTIONS = Dataset.from_list(

@@ -69,6 +69,7 @@ class CollapseAlarm(TrainerCallback):
 
     def __init__(self, *, stop: bool = False) -> None:
         self.stop = stop
+        self.counts_after = 0  # the step that a rollback went back to: how long an alarm lasts is counted from there
         self._restart()
 
     def _restart(self) -> None:
@@ -82,6 +83,8 @@ class CollapseAlarm(TrainerCallback):
         self._restart()
         for row in filter(is_training_log, state.log_history):
             self._update(row)
+            if row.get("step", 0) <= self.counts_after:
+                self.lasting.clear()
 
     def on_log(
         self,

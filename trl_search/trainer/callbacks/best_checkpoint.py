@@ -21,13 +21,13 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, write_json
 from trl_search.evaluation.outcomes import evaluation_of
 from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
+from trl_search.trainer.resume import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +138,6 @@ def read_best(folder: Path) -> HeldOutResult | None:
         raise UserError(f"{path} has no {', '.join(sorted(missing))}: move it away")
     datasets = {name: evaluation_of(values, str(path)) for name, values in record["datasets"].items()}
     return HeldOutResult(record["step"], evaluation_of(record["average"], str(path)), datasets, record["seconds"])
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
-    try:
-        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def _better(result: HeldOutResult, best: float | None) -> bool:
