@@ -37,9 +37,8 @@ from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.outcomes import RESAMPLES, Outcome, by_dataset, macro, summarize
 from trl_search.records.report.reflection import (
     EM,
-    HELD_OUT_RATIO,
+    RATIO,
     ReflectionPoint,
-    ReflectionSeries,
     correlate,
     words,
 )
@@ -253,7 +252,7 @@ def evaluated_steps(chain: Path) -> list[int]:
 def history_of(chain: Path) -> list[dict[str, Any]]:
     """What was measured before the first step, then what was logged of every step up to the last evaluation."""
     before = macro("search", held_out_at(chain, 0))
-    first = {"step": 0, EM: before.em, "eval/searches": before.searches, HELD_OUT_RATIO: before.reflective_ratio}
+    first = {"step": 0, EM: before.em, "eval/searches": before.searches, RATIO: before.reflective_ratio}
     lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
     # A metric that was not finite is null there.
     steps = [
@@ -267,10 +266,8 @@ def reflection(histories: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Held-out EM against the share of answers with a reflective phrase, over the checkpoints of every chain."""
     lines = []
     for name, history in histories.items():
-        points = [ReflectionPoint(int(log["step"]), log[HELD_OUT_RATIO], log[EM]) for log in history if EM in log]
-        lines += [
-            f"{name}: {line}" for line in words(ReflectionSeries("held-out", tuple(points)), correlate(points))[:2]
-        ]
+        points = [ReflectionPoint(int(log["step"]), log[RATIO], log[EM]) for log in history if EM in log]
+        lines += [f"{name}: {line}" for line in words(points, correlate(points))[:2]]
     return lines
 
 

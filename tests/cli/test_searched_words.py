@@ -152,14 +152,3 @@ def test_a_run_that_does_not_know_what_it_searched_says_so_and_never_asks_the_we
     assert "has not recorded what it searched" in capsys.readouterr().err
     assert main(["chat", "runs/secret", "who?"]) == 2
     assert "with a secret that no run records" in capsys.readouterr().err and not loaded
-
-
-def test_a_cold_start_without_a_run_file_is_refused_with_a_remedy(
-    place: Path, loaded: list[Searched], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Those of an earlier version recorded it in trl_search.json; nothing may go to the web instead."""
-    (place / "old").mkdir()
-    (place / "old/trl_search.json").write_text(json.dumps({"format": 1, "task": {"retriever": "wiki"}}))
-    assert main(["chat", "old", "who?"]) == 2
-    assert "earlier version, which wrote no run.json: say what to search with --retriever" in capsys.readouterr().err
-    assert not loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -54,20 +53,6 @@ def write(path, batch, **trajectories):
 def test_a_trajectory_comes_back_as_it_was(tmp_path):
     write(tmp_path / "rank0.jsonl", "a", _3=make_trajectory())
     found = Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished
-    assert list(found) == [3] and same(found[3], make_trajectory())
-
-
-def test_a_journal_of_an_earlier_version_is_taken(tmp_path):
-    """It packed ids without a word on whether they were a list, and wrote the prompt as its digits."""
-    path = tmp_path / "rank0.jsonl"
-    write(path, "a", _3=make_trajectory())
-    head, line = map(json.loads, path.read_text().splitlines())
-    fields = line["trajectory"]["fields"]
-    fields["prompt_ids"] = {"tuple": [5, 9]}
-    for name in ("ids", "mask", "logprobs", "versions"):
-        del fields[name]["immutable"]
-    path.write_text(f"{json.dumps(head)}\n{json.dumps(line)}\n")
-    found = Journal(path, "a", resumed=True).finished
     assert list(found) == [3] and same(found[3], make_trajectory())
 
 

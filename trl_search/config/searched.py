@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import parse_object, read_object
+from trl_search.common.files import parse_object
 from trl_search.common.provenance import REDACTED, without_secrets
-from trl_search.config.agent import SETTINGS_FILE
-from trl_search.config.run_file import REMEDY, RUN_FILE, read_run_file
+from trl_search.config.run_file import read_run_file
 from trl_search.retrieval import Retriever, load_retriever, resolve_retriever
 from trl_search.retrieval.index.build_folder import MANIFEST
 from trl_search.retrieval.index.contents import with_contents
@@ -103,19 +102,9 @@ def resolve_searched(
 
 
 def run_record(word: str) -> dict[str, Any] | None:
-    """What the run that a word names recorded of its questions and retriever; `None` where the word names no run.
-
-    Raises:
-        UserError: for a cold start that recorded it in another file.
-    """
+    """What the run that a word names recorded of its questions and retriever; `None` where the word names no run."""
     info = read_run_file(word)
     if info is None:
-        settings = Path(word).expanduser() / SETTINGS_FILE
-        if settings.is_file() and "task" in read_object(settings, REMEDY):
-            raise UserError(
-                f"{word} is a cold start of an earlier version, which wrote no {RUN_FILE}: say what to search with "
-                "--retriever, an index folder, the address of a server or a kind"
-            )
         return None
     return info["task"] if isinstance(info.get("task"), dict) else {}
 

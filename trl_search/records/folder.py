@@ -34,8 +34,6 @@ GRPO, SFT = "GRPO", "SFT"  # how a run trained: `trl-search train`, or a cold st
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
-# Columns that files of earlier versions lack.
-LATER_COLUMNS = ("replaced", "calls")
 REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
 
 _TEXT, _COUNT, _SECONDS, _SCORE = pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
@@ -86,7 +84,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """How it was trained. Earlier versions recorded GRPO alone."""
+        """How it was trained: `GRPO` also where `run.json` is missing."""
         return str(self.info.get("method", GRPO))
 
     @property
@@ -248,8 +246,7 @@ def _readable(path: Path, problems: list[str]) -> bool:
     except (OSError, pyarrow.ArrowException) as error:
         problems.append(f"{name} cannot be read, perhaps half-written ({_short(error)})")
         return False
-    needed = [name for name in TRAJECTORY_SCHEMA.names if name not in LATER_COLUMNS]
-    wrong = [name for name in needed if columns.get_field_index(name) < 0]
+    wrong = [name for name in TRAJECTORY_SCHEMA.names if columns.get_field_index(name) < 0]
     if wrong:
         problems.append(f"{name} holds no trajectories: it has no {', '.join(wrong)}")
     return not wrong

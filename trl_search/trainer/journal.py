@@ -168,8 +168,7 @@ def _decoded(value: Any) -> Any:
     if "packed" in value:
         numbers = array.array(value["type"])
         numbers.frombytes(base64.b64decode(value["packed"]))
-        # A journal of an earlier version does not say it, and packed lists alone.
-        return tuple(numbers) if value.get("immutable") else numbers.tolist()
+        return tuple(numbers) if value["immutable"] else numbers.tolist()
     if "tuple" in value:
         return tuple(_decoded(item) for item in value["tuple"])
     if "map" in value:

@@ -18,7 +18,7 @@ from trl_search.records.report.figures import draw_figures, reflection_figure
 from trl_search.records.report.reflection import (
     Coefficient,
     ReflectionPoint,
-    ReflectionSeries,
+    any_reflection,
     correlate,
     reflection_points,
     words,
@@ -48,25 +48,10 @@ def test_an_evaluation_with_its_own_ratio_is_taken_as_it_is() -> None:
         {"step": 6, "reflection/ratio": 0.9, "eval/em": 0.3},  # never filled up from training
         {"step": 8, "eval/em": 0.4, "eval/reflection_ratio": 0.07},
     ]
-    assert reflection_points(run_of(history)) == ReflectionSeries(
-        "held-out", (ReflectionPoint(2, 0.05, 0.2), ReflectionPoint(8, 0.07, 0.4))
-    )
-
-
-def test_without_it_training_stands_in_and_says_so() -> None:
-    training = [{"step": step, "reflection/ratio": step / 10} for step in range(1, 8)]
-    training[4]["reflection/ratio"] = math.nan
-    training[2]["eval/em"], training[5]["eval/em"] = 0.2, 0.3
-    series = reflection_points(run_of(training))
-    # Steps 1-3, then 4 and 6 (5 is NaN); step 7 belongs to no evaluation.
-    assert series.source == "training"
-    assert [(p.step, round(p.ratio, 9), p.em) for p in series.points] == [(3, 0.2, 0.2), (6, 0.5, 0.3)]
-    assert "training rollouts" in " ".join(words(series, correlate(series.points)))
-
-
-def test_an_evaluation_without_any_step_of_training_before_it_is_no_point() -> None:
-    history = [{"step": 0, "eval/em": 0.1}, {"step": 1, "reflection/ratio": 0.2}, {"step": 2, "eval/em": 0.3}]
-    assert reflection_points(run_of(history)).points == (ReflectionPoint(2, 0.2, 0.3),)
+    assert reflection_points(run_of(history)) == [
+        ReflectionPoint(2, 0.05, 0.2),
+        ReflectionPoint(8, 0.07, 0.4),
+    ]
 
 
 # Numbers
@@ -140,7 +125,7 @@ def test_where_nothing_can_be_claimed_nothing_is(ratios: list[float], ems: list[
     correlation = correlate(points)
     assert correlation.levels.problem == problem
     assert correlation.levels.pearson is None and correlation.levels.slope is None
-    text = " ".join(words(ReflectionSeries("held-out", tuple(points)), correlation))
+    text = " ".join(words(points, correlation))
     assert (problem in text and "no correlation is claimed" in text) or "nothing to compare" in text
 
 
@@ -156,7 +141,7 @@ def test_complete_agreement_has_no_interval() -> None:
     correlation = correlate(points)
     for found in (correlation.levels.pearson, correlation.levels.spearman):
         assert found is not None and found.value == pytest.approx(1) and (found.low, found.high) == (None, None)
-    text = words(ReflectionSeries("held-out", tuple(points)), correlation)[0]
+    text = words(points, correlation)[0]
     assert "complete agreement: no interval" in text
 
 
@@ -168,7 +153,7 @@ numbers = st.floats(0, 1, allow_nan=False)
 def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, float]]) -> None:
     points = [ReflectionPoint(i, *pair) for i, pair in enumerate(pairs)]
     correlation = correlate(points)
-    assert words(ReflectionSeries("training", tuple(points)), correlation)
+    assert words(points, correlation)
     for association in (correlation.levels, correlation.differences):
         assert (association.pearson is None) == bool(association.problem)
         for found in (association.pearson, association.spearman):
@@ -180,8 +165,8 @@ def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, 
 
 
 def test_the_figure_holds_the_points_the_line_and_the_numbers() -> None:
-    series = ReflectionSeries("held-out", tuple(checkpoints(RATIOS, EMS)))
-    figure = reflection_figure(series, correlate(series.points), title="seed_0")
+    found = checkpoints(RATIOS, EMS)
+    figure = reflection_figure(found, correlate(found), title="seed_0")
     axis = figure.axes[0]
     assert axis.collections[0].get_offsets().tolist() == [[x, y] for x, y in zip(RATIOS, EMS, strict=True)]
     (x0, x1), (y0, y1) = axis.get_lines()[0].get_data()
@@ -205,9 +190,9 @@ def test_the_picture_of_a_run_is_written(tmp_path: Path) -> None:
 def test_a_run_without_reflection_has_nothing_to_draw() -> None:
     nothing = reflection_points(run_of([{"step": 1, "reflection/ratio": 0.5}]))
     silent = reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.0}]))
-    assert not nothing.any_reflection and not silent.any_reflection
-    assert "--evaluate_every" in words(nothing, correlate(nothing.points))[0]
-    assert reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.1}])).any_reflection
+    assert not any_reflection(nothing) and not any_reflection(silent)
+    assert "--evaluate_every" in words(nothing, correlate(nothing))[0]
+    assert any_reflection(reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.1}])))
 
 
 def test_equal_numbers_share_their_rank() -> None:
@@ -217,9 +202,9 @@ def test_equal_numbers_share_their_rank() -> None:
 
 
 def test_a_constant_ratio_draws_points_and_no_line() -> None:
-    series = ReflectionSeries("training", tuple(checkpoints([0.1] * 5, EMS[:5])))
-    figure = reflection_figure(series, correlate(series.points))
+    found = checkpoints([0.1] * 5, EMS[:5])
+    figure = reflection_figure(found, correlate(found))
     axis = figure.axes[0]
     assert len(axis.collections[0].get_offsets()) == 5 and not axis.get_lines()
     assert "no correlation is claimed" in figure.get_supxlabel()
-    assert axis.get_xlabel() == "share of reflective trajectories, training"
+    assert axis.get_xlabel() == "share of reflective trajectories, held-out"

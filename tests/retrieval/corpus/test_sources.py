@@ -20,7 +20,6 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.corpus.fields import Fields
 from trl_search.retrieval.corpus.passages import Corpus, read_corpus, write_corpus
 from trl_search.retrieval.corpus.sources import open_source
-from trl_search.retrieval.index.build_folder import STATE
 from trl_search.retrieval.index.folder import IndexFolderError, build_index, open_index, read_manifest
 from trl_search.types import Passage
 
@@ -97,9 +96,8 @@ def test_a_file_that_is_no_parquet_and_a_dataset_that_is_nowhere_are_one_line(tm
         list(read_corpus("nobody/nothing"))
 
 
-@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier version"])
 def test_the_same_source_goes_on_and_another_starts_anew(
-    earlier: bool, tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trl_search.retrieval.bm25.retriever import BM25Builder
     from trl_search.retrieval.index import folder as index
@@ -115,11 +113,6 @@ def test_the_same_source_goes_on_and_another_starts_anew(
         build_index(table, tmp_path / "index", announce=said.append)
     assert said == [f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"]
     table = Path(shutil.copyfile(table, tmp_path / "elsewhere.parquet"))  # of another time, too
-    if earlier:
-        state = tmp_path / ".index.building" / STATE
-        content = json.loads(state.read_text())
-        content["inputs"]["source"] = {"name": "corpus.parquet", "mtime_ns": 1, "sha256": content["inputs"]["source"]}
-        state.write_text(json.dumps(content))
     with monkeypatch.context() as patch:
         patch.setattr(index, "write_corpus", lambda *_, **__: pytest.fail("the corpus was read again"))
         build_index(table, tmp_path / "index", announce=said.append)

@@ -183,7 +183,7 @@ def keys(word: str | Path, **options: Any) -> dict[str, str]:
 
 def claimed(folder: Path, searched: dict[str, str]) -> None:
     """As `trl-search sft` claims a collection with these keys of a recipe."""
-    claim(folder, {"format": 2, "searched": searched_of(QuestionArguments(**searched)).content()}, searched)
+    claim(folder, {"format": 2, "searched": searched_of(QuestionArguments(**searched)).content()})
 
 
 @pytest.mark.parametrize(
@@ -212,20 +212,6 @@ def test_other_options_of_a_retriever_are_compared_and_secrets_are_not(tmp_path:
     claimed(tmp_path / "web", keys("web", provider="serper", api_key="first"))
     claimed(tmp_path / "web", keys("web", provider="serper", api_key="second"))
     assert "first" not in (tmp_path / "web" / SETTINGS).read_text()
-
-
-def test_an_earlier_collection_knows_its_index_by_the_path(tmp_path: Path, indexes: Path) -> None:
-    (tmp_path / SETTINGS).write_text(json.dumps(keys("bm25", index=str(indexes / "here"))))
-    held = (tmp_path / SETTINGS).read_bytes()
-    claimed(tmp_path, keys("bm25", index=str(indexes / "here")))
-    with pytest.raises(UserError, match=r"retriever_options was .*here.*, and is .*there.*: put a link to it there"):
-        claimed(tmp_path, keys("bm25", index=str(indexes / "there")))
-    assert (tmp_path / SETTINGS).read_bytes() == held
-    (tmp_path / SETTINGS).write_text(json.dumps(keys(indexes / "here")))
-    with pytest.raises(UserError, match=r"retriever was .*here.*, and is .*there.*: put a link to it there"):
-        claimed(tmp_path, keys(indexes / "there"))
-    with pytest.raises(UserError, match=r"retriever was .*here', and is 'web'\): give another .* begun with$"):
-        claimed(tmp_path, keys("web"))
 
 
 def test_questions_are_known_by_their_text_and_not_by_their_folder(

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from trl_search.records.folder import Run, read_run
 from trl_search.records.report.charts import Chart, Line, charts_of, run_names, smoothing_window
-from trl_search.records.report.reflection import Correlation, ReflectionSeries, correlate, reflection_points, words
+from trl_search.records.report.reflection import (
+    Correlation,
+    ReflectionPoint,
+    any_reflection,
+    correlate,
+    reflection_points,
+    words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,10 +56,10 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     written = [_save(sheet(charts, title=title), folder / "overview.png")]
     written += [_save(sheet([chart], title=title), folder / f"{_file_name(chart.title)}.png") for chart in charts]
     for run, name in zip(runs, names, strict=True):
-        series = reflection_points(run)
-        if series.any_reflection:
+        found = reflection_points(run)
+        if any_reflection(found):
             suffix = f" {name}" if len(runs) > 1 else ""
-            figure = reflection_figure(series, correlate(series.points), title=name)
+            figure = reflection_figure(found, correlate(found), title=name)
             written.append(_save(figure, folder / f"{_file_name('reflection and em' + suffix)}.png"))
     return written
 
@@ -81,17 +88,17 @@ def sheet(charts: Sequence[Chart], *, title: str = "") -> Figure:
     return figure
 
 
-def reflection_figure(series: ReflectionSeries, correlation: Correlation, *, title: str = "") -> Figure:
+def reflection_figure(found: Sequence[ReflectionPoint], correlation: Correlation, *, title: str = "") -> Figure:
     """The reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025): each checkpoint is a point, its
     share of reflective trajectories against its average EM. The correlation stands below."""
-    ratio, em = [point.ratio for point in series.points], [point.em for point in series.points]
+    ratio, em = [point.ratio for point in found], [point.em for point in found]
     figure = _new_figure(6.4, 4.6)
-    text = "\n".join(textwrap.fill(line, 92) for line in words(series, correlation))
+    text = "\n".join(textwrap.fill(line, 92) for line in words(found, correlation))
     figure.supxlabel(text, fontsize=8.5, color=INK, x=0.012, ha="left", linespacing=1.45)
     if title:
         figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
     axis = figure.subplots()
-    steps = [point.step for point in series.points]
+    steps = [point.step for point in found]
     dots = axis.scatter(ratio, em, c=steps, cmap="viridis_r", s=36, edgecolor="white", linewidth=0.6, zorder=3)
     low, high = axis.get_xlim()
     axis.set_xlim(max(low, -0.03 * high), high)  # there is no share below 0
@@ -101,7 +108,7 @@ def reflection_figure(series: ReflectionSeries, correlation: Correlation, *, tit
         heights = [levels.intercept + levels.slope * x for x in ends]
         axis.plot(ends, heights, color=FAINT, linewidth=1.3, linestyle=DASHES)
         note += "; the line is the least-squares fit"
-    _dress(axis, "Reflection and exact match", note, x=f"share of reflective trajectories, {series.source}")
+    _dress(axis, "Reflection and exact match", note, x="share of reflective trajectories, held-out")
     axis.set_ylabel("average EM", fontsize=8.5, color=FAINT)
     if len(steps) > 1:
         bar = figure.colorbar(dots, ax=axis, shrink=0.85, aspect=28, pad=0.02)

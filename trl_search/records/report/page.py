@@ -23,7 +23,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none, written_whole
 from trl_search.records.folder import Run
 from trl_search.records.report.charts import alarms_of, charts_of, run_names
-from trl_search.records.report.reflection import correlate, reflection_points, words
+from trl_search.records.report.reflection import any_reflection, correlate, reflection_points, words
 from trl_search.records.report.summary import call_words, facts_of, headline
 from trl_search.records.report.trajectories import PageTrajectories, page_trajectories
 
@@ -146,10 +146,10 @@ def _rounded(chart: dict[str, Any]) -> dict[str, Any]:
 
 def _reflection(run: Run) -> dict[str, Any] | None:
     """The reflection figure, and the text beside it; `None` if the policy never reflected."""
-    series = reflection_points(run)
-    if not series.any_reflection:
+    found = reflection_points(run)
+    if not any_reflection(found):
         return None
-    return {**asdict(series), "words": words(series, correlate(series.points))}
+    return {"points": [asdict(point) for point in found], "words": words(found, correlate(found))}
 
 
 def _packed(value: Any) -> str:

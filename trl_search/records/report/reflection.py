@@ -18,12 +18,11 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from trl_search.records.folder import Run
 from trl_search.records.report.charts import history_of, points
 
-EM, HELD_OUT_RATIO, TRAINING_RATIO = "eval/em", "eval/reflection_ratio", "reflection/ratio"
+EM, RATIO = "eval/em", "eval/reflection_ratio"
 # With fewer checkpoints, Fisher's interval spans everything from -1 to 1.
 FEWEST = 4
 # The standard error of atanh(rho) is wider than that of Pearson's r: Bonett and Wright (2000).
@@ -38,26 +37,6 @@ class ReflectionPoint:
     step: int
     ratio: float
     em: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReflectionSeries:
-    """
-    The checkpoints of a run, by step.
-
-    Args:
-        source (`str`): Where the ratio was counted. `held-out`: over the trajectories that the EM was measured on.
-            `training`: over those sampled for training since the evaluation before, at the training temperature and
-            on other questions.
-    """
-
-    source: Literal["held-out", "training"]
-    points: tuple[ReflectionPoint, ...]
-
-    @property
-    def any_reflection(self) -> bool:
-        """Whether a single trajectory reflected. Without one there is nothing to draw."""
-        return any(point.ratio > 0 for point in self.points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +75,16 @@ class Correlation:
     differences: Association
 
 
-def reflection_points(run: Run) -> ReflectionSeries:
-    """
-    The checkpoints that were evaluated, from the log of a run.
-
-    If no evaluation logged a ratio of its own, the ratio of training stands in: the mean over the steps since the
-    evaluation before. The two are never mixed.
-    """
+def reflection_points(run: Run) -> list[ReflectionPoint]:
+    """The checkpoints whose evaluation logged an EM and a ratio, by step."""
     history = history_of(run)
-    em = points(history, EM)
-    held_out, training = points(history, HELD_OUT_RATIO), points(history, TRAINING_RATIO)
-    both = [ReflectionPoint(step, held_out[step], em[step]) for step in em if step in held_out]
-    if both:
-        return ReflectionSeries("held-out", tuple(both))
-    found, before = [], -1
-    for step in em:
-        ratios = [ratio for at, ratio in training.items() if before < at <= step]
-        if ratios:
-            found.append(ReflectionPoint(step, statistics.fmean(ratios), em[step]))
-        before = step
-    return ReflectionSeries("training", tuple(found))
+    em, ratio = points(history, EM), points(history, RATIO)
+    return [ReflectionPoint(step, ratio[step], em[step]) for step in em if step in ratio]
+
+
+def any_reflection(found: Sequence[ReflectionPoint]) -> bool:
+    """Whether a single trajectory reflected. Without one there is nothing to draw."""
+    return any(point.ratio > 0 for point in found)
 
 
 def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
@@ -136,9 +105,9 @@ def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
     )
 
 
-def words(series: ReflectionSeries, correlation: Correlation) -> list[str]:
+def words(found: Sequence[ReflectionPoint], correlation: Correlation) -> list[str]:
     """The lines of text under the figure: the numbers, and what to bear in mind."""
-    if not series.points:
+    if not found:
         return [
             "No evaluation of this run logged an EM together with a reflective-phrase ratio, so there is nothing to "
             "compare: train with --evaluate_every N."
@@ -151,10 +120,6 @@ def words(series: ReflectionSeries, correlation: Correlation) -> list[str]:
             "Training moves both numbers, so over its steps they may correlate although neither causes the other. The "
             "intervals treat checkpoints as independent.",
         ]
-    if series.source == "training":
-        lines.append(
-            "No evaluation logged a ratio of its own, so it was counted over the training rollouts since the last one."
-        )
     return lines
 
 

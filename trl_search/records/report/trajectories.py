@@ -22,7 +22,7 @@ from trl_search.records.folder import REWARD_PREFIX, Run, read_trajectories, ste
 from trl_search.rewards.answers import contains_answer, exact_match
 
 BLOCK_TRAJECTORIES = 64
-NUMBERS = ("step", "group", "index", "reward", "advantage", "malformed", "generation_s", "search_s")
+NUMBERS = ("step", "group", "index", "reward", "advantage", "calls", "malformed", "generation_s", "search_s")
 TEXTS = ("id", "data_source", "question", "stop_reason", "error")
 
 
@@ -56,7 +56,7 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
 
     If a run has more than its share, whole steps are taken, spread evenly from its oldest to its newest.
     """
-    others = ("calls", "golden", "answer", "correct", "gold", "trained", "masked", "prompt", "rewards", "text")
+    others = ("golden", "answer", "correct", "gold", "trained", "masked", "prompt", "rewards", "text")
     rows: dict[str, list[Any]] = {name: [] for name in ("run", *NUMBERS, *TEXTS, *others)}
     prompts: dict[str, int] = {}
     tokens: list[dict[str, Any]] = []
@@ -141,8 +141,6 @@ def _add(
         rows[name].append(_number(row[name]))
     for name in TEXTS:
         rows[name].append(row[name] or "")
-    calls = row.get("calls")  # of every tool; older runs counted searches alone
-    rows["calls"].append(row["searches"] if calls is None else calls)
     golden = [answer for answer in row["golden_answers"] or [] if answer is not None]
     # A failed retrieval says nothing about the policy.
     failed = bool(row["error"]) and row["reward"] is None

@@ -190,12 +190,7 @@ class BuildFolder:
             return {} if (self.path / MANIFEST).exists() or (self.path / SCRATCH).exists() else None
         except ValueError:
             return {}
-        if not isinstance(state, dict):
-            return {}
-        inputs = state.get("inputs")
-        if isinstance(inputs, dict) and isinstance(source := inputs.get("source"), dict):
-            inputs["source"] = source.get("sha256")  # an earlier version noted its path and time, too
-        return state
+        return state if isinstance(state, dict) else {}
 
     def _write_state(self) -> None:
         new = self.path / f"{STATE}.new"

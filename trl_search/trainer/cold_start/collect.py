@@ -94,7 +94,6 @@ def collect(
     samples: int,
     concurrency: int,
     settings: Mapping[str, Any],
-    earlier: Mapping[str, Any] | None = None,
     max_failed_share: float = 0.5,
     player: Callable[[Policy | None, Mapping[str, Any], int], Policy] | None = None,
 ) -> Collected:
@@ -107,8 +106,6 @@ def collect(
         concurrency (`int`): Concurrent trajectories.
         settings (`Mapping`): What defines an attempt besides the questions and the tokenizer. Must equal the settings
             that the folder was begun with.
-        earlier (`Mapping`, *optional*): The same as collections of format 1 hold it: they name what is searched, and a
-            teacher's folder, by their paths. By default no different.
         max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of searches fails. A failed
             attempt is not written, so the next call tries it again.
         player (`Callable`, *optional*): Makes the policy of one attempt from the policy, the row and the attempt's
@@ -117,14 +114,10 @@ def collect(
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.
     """
-    tokenizer = {"tokenizer_hash": _hash(protocol.encode(PROBE))}
     # A file without a data_source has that of its folder's name.
     unnamed = [{key: value for key, value in row.items() if key != "data_source"} for row in rows]
-    claim(
-        folder,
-        {"format": FORMAT, **settings, "questions_hash": _hash(unnamed), **tokenizer},
-        {**(settings if earlier is None else earlier), "questions_hash": _hash(rows), **tokenizer},
-    )
+    hashes = {"questions_hash": _hash(unnamed), "tokenizer_hash": _hash(protocol.encode(PROBE))}
+    claim(folder, {"format": FORMAT, **settings, **hashes})
     todo = missing(folder, len(rows), samples)
     before = samples * len(rows) - len(todo)
     if not todo:
@@ -178,18 +171,15 @@ def missing(folder: Path, questions: int, samples: int) -> list[tuple[int, int]]
     return [(index, sample) for sample in range(samples) for index in range(questions) if (index, sample) not in done]
 
 
-def claim(folder: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Claims the folder for a collection with these settings, or checks that it has the same. Secrets are neither
     written nor compared.
-
-    Args:
-        earlier (`Mapping`): The same settings as a collection of format 1 holds them.
 
     Raises:
         UserError: if the folder was begun with other settings; names the differences.
     """
     path = folder / SETTINGS
-    settings, earlier = (json.loads(json.dumps(without_secrets(one))) for one in (settings, earlier))  # as it is read
+    settings = json.loads(json.dumps(without_secrets(settings)))  # as they are read
     if not path.exists():
         if (folder / ATTEMPTS).exists():
             raise UserError(
@@ -199,17 +189,11 @@ def claim(folder: Path, settings: Mapping[str, Any], earlier: Mapping[str, Any])
         write_json(path, settings)
         return
     held = without_secrets(read_object(path, "give another `collection` folder"))
-    changed = sorted(differences(held, settings if "format" in held else earlier))
-    if changed:
+    if changed := sorted(differences(held, settings)):
         told = "; ".join(f"{name} was {before!r}, and is {now!r}" for name, before, now in changed)
-        by_path = any(
-            name == "retriever_options" or (name == "retriever" and Path(str(now)).expanduser().is_dir())
-            for name, _, now in changed
-        )
-        hint = "; an earlier version noted an index by its path: put a link to it there" if by_path else ""
         raise UserError(
             f"the collection in {folder} was made with other settings ({told}): give another `collection` folder, or "
-            f"the settings it was begun with{hint}"
+            f"the settings it was begun with"
         )
 
 

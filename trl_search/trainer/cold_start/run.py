@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
 # These keys, the agent's keys, the questions, what is searched and the teacher define an attempt. A collection stays
 # valid when other keys change, or when the questions, an index or the teacher's folder move.
-_SEARCHED = ("retriever", "retriever_options")
-_DEFINING = (*(key for key in _TASK_KEYS if key not in ("questions", *_SEARCHED)), "temperature", "top_p")
+_DESCRIBED = ("questions", "retriever", "retriever_options")  # by what they hold
+_DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature", "top_p")
 
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
@@ -184,15 +184,16 @@ def _collect_and_choose(
 
     if left:
         announce("Collecting", f"{len(left):,} attempts at {len(rows):,} questions, teacher: {teacher}")
+    is_folder = not scripts and Path(teacher).expanduser().is_dir()
     settings = {
         **{key: getattr(arguments, key) for key in _DEFINING},
         **arguments.agent.described(),
         "seed": config.seed,
         **({"demonstrations": arguments.demonstrations} if arguments.demonstrations else {}),
         **(players.described() if isinstance(players, UserScript) else {}),
+        "searched": searched_of(arguments).content(),
+        "teacher": describe_model(teacher) if is_folder else teacher,
     }
-    searched = {key: getattr(arguments, key) for key in _SEARCHED}
-    is_folder = not scripts and Path(teacher).expanduser().is_dir()
     collected = collect(
         folder,
         rows,
@@ -204,12 +205,7 @@ def _collect_and_choose(
         sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=config.seed),
         samples=arguments.samples_per_question,
         concurrency=arguments.rollout_batch_size,
-        settings={
-            **settings,
-            "searched": searched_of(arguments).content(),
-            "teacher": describe_model(teacher) if is_folder else teacher,
-        },
-        earlier={**settings, **searched, "teacher": teacher},
+        settings=settings,
         max_failed_share=arguments.max_failed_share,
     )
     attempts = [one for one in read_attempts(folder) if one.sample < arguments.samples_per_question]
