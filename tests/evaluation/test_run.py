@@ -155,7 +155,7 @@ def make_settings(**changes):
             "sampling": {"temperature": 0.0, "seed": 0},
             "agent": {"protocol": "qwen_tools", "passages_per_query": 3},
             "prompts": {"search": "Answer: {question}"},
-            "retriever": {"kind": "bm25", "indexes": [{"path": "wiki", "manifest_sha256": "12"}]},
+            "retriever": {"kind": "bm25", "options": {}, "indexes": []},
             "modes": ["search"],
             "sets": {"nq": {"source": "nq", "asked": 10, "total": 10, "fingerprint": "f"}},
         }
@@ -192,14 +192,12 @@ def test_long_values_are_shown_where_they_differ(tmp_path):
 
 
 def test_modes_and_sets_may_be_left_out_and_are_kept(tmp_path):
-    before = make_settings(
-        modes=["search", "direct"], prompts={"search": "x", "direct": "y"}, retriever={"kind": "bm25"}
-    )
+    before = make_settings(modes=["search", "direct"], prompts={"search": "x", "direct": "y"})
     now = make_settings(modes=["direct"], prompts={"direct": "y"}, retriever=None, sets={"popqa": {"asked": 1}})
     check_same(tmp_path, before, now)
     kept = with_left_out(before, now)
     assert kept["modes"] == ["search", "direct"] and list(kept["sets"]) == ["nq", "popqa"]
-    assert kept["prompts"] == {"search": "x", "direct": "y"} and kept["retriever"] == {"kind": "bm25"}
+    assert kept["prompts"] == {"search": "x", "direct": "y"} and kept["retriever"] == before["retriever"]
     with pytest.raises(UserError, match=r'prompts\.search: "x" there, "z" now'):
         check_same(tmp_path, kept, {**before, "prompts": {"search": "z", "direct": "y"}})
 
@@ -270,21 +268,12 @@ def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world, 
         check_same(tmp_path, searched("here"), searched("other"))
     with pytest.raises(UserError, match=r"\(retriever.options.retrievers.0.threads: null there, 2 now; retriever"):
         check_same(tmp_path, searched("here"), searched("there", threads=2))
-    # Earlier evaluations recorded no options of an index: its manifest tells a copy from another.
-    earlier = searched("here")
-    for index in earlier["retriever"]["indexes"]:
-        del index["options"]
-    check_same(tmp_path, earlier, searched("here"))
-    check_same(tmp_path, earlier, searched("copied"))
-    with pytest.raises(UserError, match=r"index\.manifest_sha256: "):
-        check_same(tmp_path, earlier, searched("other"))
-    # Of an index under ~ they recorded nothing.
+    check_same(tmp_path, searched("here"), searched("copied"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    now = make_settings(retriever=describe_retriever("bm25", {"index": "~/here"}))
-    before = make_settings(retriever={**now["retriever"], "indexes": []})
-    check_same(tmp_path, before, now)
-    with pytest.raises(UserError, match=r'\(retriever.options.index: "~/here" there, "~/there" now\)'):
-        check_same(tmp_path, before, make_settings(retriever=describe_retriever("bm25", {"index": "~/there"})))
+    under_home = make_settings(retriever=describe_retriever("bm25", {"index": "~/here"}))
+    check_same(tmp_path, under_home, make_settings(retriever=describe_retriever("bm25", {"index": "~/there"})))
+    with pytest.raises(UserError, match=r"\(retriever.options.index.passages: 50 there, 49 now"):
+        check_same(tmp_path, under_home, make_settings(retriever=describe_retriever("bm25", {"index": "~/other"})))
 
 
 def test_an_index_of_the_same_encoder_with_other_weights_is_another(tmp_path, world):

@@ -9,10 +9,10 @@ modes may be added and left out.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trl_search.environment import Environment, SearchEnvironment
 from trl_search.evaluation.evaluate import mode_protocol, rag_messages
 from trl_search.policies.loading import read_adapter
 from trl_search.retrieval.index.contents import index_folder
-from trl_search.retrieval.index.folder import MANIFEST
+from trl_search.retrieval.index.folder import MANIFEST, read_manifest
 from trl_search.types import Passage
 
 FORMAT = 1
@@ -82,7 +82,7 @@ def prompts_of(
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """A digest of the settings that define the result."""
     compared = {key: settings.get(key) for key in _COMPARED}
-    compared["retriever"] = _searched(settings.get("retriever"), _CONTENT)
+    compared["retriever"] = _searched(settings["retriever"])
     compared["sets"] = {name: _asked(one) for name, one in settings["sets"].items()}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -130,8 +130,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         if key in now and not (key == "retriever" and None in (before[key], now[key])):
             old_and_new = (before.get(key), now[key])
             if key == "retriever":
-                facts = _facts_of_both(*old_and_new)
-                old_and_new = (_searched(old_and_new[0], facts), _searched(old_and_new[1], facts))
+                old_and_new = (_searched(before[key]), _searched(now[key]))
             told += [
                 f"{name}: {_told_apart(old, new)}"
                 for name, old, new in differences(*old_and_new, key)
@@ -170,16 +169,15 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
     if isinstance(options, Mapping):
         for key, value in options.items():
             if (folder := index_folder(key, value)) is not None:
-                manifest = (folder / MANIFEST).read_bytes()
-                facts = json.loads(manifest)
+                manifest = read_manifest(folder)
                 yield {
                     "path": str(value),
-                    "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-                    "kind": facts.get("kind"),
-                    "options": facts.get("options"),
-                    "encoder": facts.get("details", {}).get("encoder"),
-                    "passages": facts.get("passages"),
-                    "corpus": facts.get("corpus"),
+                    "manifest_sha256": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+                    "kind": manifest.kind,
+                    "options": manifest.options,
+                    "encoder": manifest.details.get("encoder"),
+                    "passages": manifest.passages,
+                    "corpus": asdict(manifest.corpus),
                 }
             else:
                 yield from _indexes(value)
@@ -193,43 +191,27 @@ def _asked(described: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in described.items() if key != "source"}
 
 
-_CONTENT = ("kind", "options", "encoder", "passages", "corpus")
-
-
-def _facts_of_both(*retrievers: Any) -> Sequence[str]:
-    """What the indexes of two retrievers are compared by: by what they hold, as far as both recorded it.
-
-    Earlier versions recorded less of it, where the manifest alone tells whether they are the same; and nothing of an
-    index under `~`, of which the path is left.
-    """
-    indexes = [described.get("indexes", []) for described in retrievers]
-    if len(indexes[0]) != len(indexes[1]):
-        return ()
-    known = all(fact in index for index in itertools.chain(*indexes) for fact in _CONTENT)
-    return _CONTENT if known else ("manifest_sha256",)
-
-
-def _searched(described: Mapping[str, Any] | None, facts: Sequence[str]) -> Any:
-    """A retriever as `describe_retriever` has it, with these facts of each index in place of its path."""
+def _searched(described: Mapping[str, Any] | None) -> Any:
+    """A retriever as `describe_retriever` has it, with what each index holds in place of its path."""
     if described is None:
         return None
-    indexes = described.get("indexes", []) if facts else []
-    known = {one["path"]: {fact: _fact(one.get(fact)) for fact in facts} for one in indexes}
+    held = {
+        one["path"]: {
+            **{fact: one[fact] for fact in ("kind", "options", "encoder", "passages")},
+            "corpus": one["corpus"]["sha256"],  # the rest of it is the time of a copy
+        }
+        for one in described["indexes"]
+    }
 
     def by_content(options: Any) -> Any:
         if isinstance(options, dict):
             return {
-                name: known.get(value, value) if name == "index" and isinstance(value, str) else by_content(value)
+                name: held.get(value, value) if name == "index" and isinstance(value, str) else by_content(value)
                 for name, value in options.items()
             }
         return [by_content(value) for value in options] if isinstance(options, list) else options
 
-    return {"kind": described["kind"], "options": by_content(described.get("options"))}
-
-
-def _fact(value: Any) -> Any:
-    """A fingerprint of a corpus is its hash; its time is that of a copy."""
-    return value["sha256"] if isinstance(value, dict) and "sha256" in value else value
+    return {"kind": described["kind"], "options": by_content(described["options"])}
 
 
 def _told_apart(old: Any, new: Any) -> str:
