@@ -159,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         path = Path(temporary) / "vectors.npy"
         vectors, queries = write_vectors(path, arguments.count, arguments.seed)
-        truth = find_truth(vectors, queries, 0)
+        truth = find_truth(vectors, queries[:256])
         print(f"{arguments.count:,} x {DIM} fp32: {vectors.nbytes / 1e6:.0f} MB; {os.cpu_count()} cores\n")
         print(
             "| word | FAISS, setting | RAM MB (planned) | mapped MB | disk MB | build s (planned) "

@@ -78,7 +78,7 @@ def about(folder: Path) -> dict[str, object]:
 
 def test_finds_what_exact_search_finds(word, folders, vectors, queries):
     index = open_vectors(folders[word])
-    truth = find_truth(vectors, queries, 0)
+    truth = find_truth(vectors, queries)
     recall = truth.recall(vectors, index.search(queries, 3)[1])
     assert recall >= {"flat": 1.0, "fp16": 0.99}.get(word, 0.92)
     assert about(folders[word])["recall_at_3"] >= {"flat": 1.0, "fp16": 0.99, "int8": 0.94}.get(word, 0.93)
@@ -135,12 +135,6 @@ def test_a_higher_target_takes_a_dearer_setting(vectors, tmp_path, caplog):
     assert "not 1.10" in caplog.text
 
 
-def test_given_queries_are_the_ones_that_count(vectors, queries, tmp_path):
-    easy = build_vectors(tmp_path, vectors, index="small", calibration_queries=queries * 3)
-    assert easy["calibration_queries"] == "given"
-    assert build_vectors(tmp_path, vectors, index="small")["calibration_queries"] == "made from the vectors"
-
-
 def test_made_queries_are_seeded_and_keep_to_the_vectors(vectors):
     np.testing.assert_array_equal(make_queries(vectors, 3), make_queries(vectors, 3))
     assert (make_queries(vectors, 3) != make_queries(vectors, 4)).any()
@@ -151,7 +145,7 @@ def test_made_queries_are_seeded_and_keep_to_the_vectors(vectors):
 
 def test_recall_counts_duplicates_as_one_another(vectors):
     twice = np.concatenate([vectors[:50], vectors[:50]])
-    truth = find_truth(twice, vectors[:10], 0)
+    truth = find_truth(twice, vectors[:10])
     own, copy = exact(vectors[:50], vectors[:10], 2)[:, 0], exact(vectors[:50], vectors[:10], 2)[:, 0] + 50
     third = exact(vectors[:50], vectors[:10], 2)[:, 1]
     assert truth.recall(twice, np.stack([own, copy, third + 50], axis=1)) == 1.0

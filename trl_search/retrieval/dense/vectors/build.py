@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.dense.vectors.calibrate import calibrate, find_truth, slices
+from trl_search.retrieval.dense.vectors.calibrate import calibrate, find_truth, make_queries, slices
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.plans import TRAINING_ROWS, factory_of, list_count, plan
 from trl_search.retrieval.dense.vectors.search import (
@@ -48,7 +48,6 @@ def build_vectors(
     *,
     index: str,
     seed: int = 0,
-    calibration_queries: np.ndarray | None = None,
     target_recall: float = 0.97,
 ) -> dict[str, Any]:
     """Builds `folder/vectors.index`, sets it to reach the target and measures it.
@@ -57,9 +56,7 @@ def build_vectors(
         folder (`Path`): Where to; exists.
         vectors_ND (`np.ndarray`): (N, d) float32 or float16; may be a memory map, is read in slices.
         index (`str`): One of `VECTOR_INDEXES`.
-        seed (`int`): Of the training sample and the queries.
-        calibration_queries (`np.ndarray`, *optional*): (Q, d) encoded queries, the first 256 are used; else they are
-            made from the vectors (`calibrate.py`).
+        seed (`int`): Of the training sample and of the queries (`calibrate.py`).
         target_recall (`float`): recall@3 against exact search that the setting must reach.
 
     Returns:
@@ -74,7 +71,7 @@ def build_vectors(
     max_norm = _WRITERS.get(index, _write_rows)(path, made, vectors_ND)
     del made
 
-    truth = find_truth(vectors_ND, calibration_queries, seed)
+    truth = find_truth(vectors_ND, make_queries(vectors_ND, seed))
     opened = read_faiss(path)
     rows = stored_rows(path, opened)
     sliced = SlicedSearch(opened, rows, max_norm) if rows is not None and rows.dtype != np.float32 else None
@@ -87,7 +84,6 @@ def build_vectors(
         "max_norm": max_norm,
         **settings,
         "recall_at_3": round(recall, 4),
-        "calibration_queries": truth.source,
         "seed": seed,
         "build_s": round(time.perf_counter() - started, 1),
     }

@@ -1,8 +1,8 @@
 """Measures recall@3 of an index against exact search, and finds the cheapest setting that reaches a target.
 
-The best queries are encoded questions (`calibration_queries`). Without them, queries are made from the vectors: a
-random row plus three quarters of the difference of two others, from a seed. Such a query lies where the vectors lie,
-and several rows are nearly as close to it. Isotropic noise would be too easy: any index finds the row again.
+The queries are made from the vectors: a random row plus three quarters of the difference of two others, from a seed.
+Such a query lies where the vectors lie, and several rows are nearly as close to it. Isotropic noise would be too easy:
+any index finds the row again.
 
 A row counts as found if its exact score is at least that of the third-best row, so that any of several duplicates
 counts.
@@ -29,6 +29,7 @@ _TIE = 1e-6
 _MOVE = 0.75  # at 0.5, 1M synthetic vectors had .970 where queries of their own kind had .941
 # Each costs more than the one before, by about the same factor.
 _K_FACTORS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+_NPROBE_RECALL = 0.99  # of an index built by others
 _NPROBES = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 _EF_SEARCHES = (16, 32, 64, 128, 256, 512, 1024)
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ class Truth:
 
     queries: np.ndarray
     kth_scores: np.ndarray
-    source: str
 
     def recall(self, vectors_ND: np.ndarray, rows_QK: np.ndarray) -> float:
         """The share of the K best that `rows_QK` holds."""
@@ -52,19 +52,15 @@ class Truth:
         return found / (len(self.queries) * min(K, len(vectors_ND)))
 
 
-def find_truth(vectors_ND: np.ndarray, queries: np.ndarray | None, seed: int) -> Truth:
-    """Exact search for the queries given, or for queries made from the vectors. One pass over all vectors."""
-    source = "given" if queries is not None else "made from the vectors"
-    asked = np.ascontiguousarray(
-        queries[:QUERIES] if queries is not None else make_queries(vectors_ND, seed), np.float32
-    )
+def find_truth(vectors_ND: np.ndarray, queries_QD: np.ndarray) -> Truth:
+    """Exact search in one pass over all vectors."""
     k = min(K, len(vectors_ND))
-    best = np.full((len(asked), k), -np.inf, dtype=np.float32)
+    best = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
     faiss = faiss_module()
     for slice_ND in slices(vectors_ND):
-        scores, _ = faiss.knn(asked, slice_ND, min(k, len(slice_ND)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores, _ = faiss.knn(queries_QD, slice_ND, min(k, len(slice_ND)), metric=faiss.METRIC_INNER_PRODUCT)
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, :k]
-    return Truth(asked, best[:, -1], source)
+    return Truth(queries_QD, best[:, -1])
 
 
 def make_queries(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
@@ -117,14 +113,14 @@ def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
     return {"efSearch": _EF_SEARCHES} if word == "hnsw" else {}
 
 
-def choose_nprobe(ivf: Any, *, target: float = 0.99) -> tuple[int, float | None]:
+def choose_nprobe(ivf: Any) -> tuple[int, float | None]:
     """How many lists of an IVF built by others should be searched; FAISS' own default is 1.
 
     Queries are made as in `make_queries`, from the centres of the lists: not every code gives back its vectors.
 
     Returns:
-        `(nprobe, recall)`: the least of a ladder whose recall@10, against a search of all lists, reaches the target.
-        Above `MEASURED_BYTES`, and where the centres are not at hand, a sixteenth of the lists, and `None`.
+        `(nprobe, recall)`: the least of a ladder whose recall@10, against a search of all lists, reaches .99. Above
+        `MEASURED_BYTES`, and where the centres are not at hand, a sixteenth of the lists, and `None`.
     """
     lists, k = int(ivf.nlist), min(10, int(ivf.ntotal))
     unmeasured = min(lists, max(64, lists // 16)), None
@@ -144,7 +140,7 @@ def choose_nprobe(ivf: Any, *, target: float = 0.99) -> tuple[int, float | None]
     least_Q1 = least_Q1 - _TIE * np.maximum(1.0, np.abs(least_Q1))
     for nprobe in (*(2**power for power in range(2, lists.bit_length()) if 2**power < lists), lists):
         recall = float((scores(nprobe) >= least_Q1).mean())
-        if recall >= target:
+        if recall >= _NPROBE_RECALL:
             break
     return nprobe, recall
 
