@@ -18,9 +18,9 @@ import trl_search
 from trl_search.cli.main import main
 from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.task import TaskArguments
 from trl_search.records import trajectory_metrics as metrics
 from trl_search.records.trajectory_metrics import trajectory_metrics
-from trl_search.trainer.pipeline import TaskArguments
 from trl_search.types import StopReason, Trajectory
 
 ROOT = Path(__file__).parents[1]

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.config.agent import TINY
+from trl_search.config.task import TaskArguments, load_task
 from trl_search.environment import SearchEnvironment
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import summarize
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.trainer.pipeline import TaskArguments, load_task
 from trl_search.trainer.sft import SearchSFTConfig, sft_rows, train
 from trl_search.types import Sampling
 

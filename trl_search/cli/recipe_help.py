@@ -17,9 +17,9 @@ from trl_search.config.recipe import recipe_command, shipped_recipes
 WIDTH, INDENT = 118, " " * 6
 
 
-def recipe_lines(command: str | None = None) -> list[str]:
-    """One line per recipe that ships: its name and the first sentence of its header."""
-    names = [name for name in sorted(shipped_recipes()) if command in (None, recipe_command(name))]
+def recipe_lines(command: str) -> list[str]:
+    """One line per recipe that ships for a command: its name and the first sentence of its header."""
+    names = [name for name in sorted(shipped_recipes()) if command == recipe_command(name)]
     width = max(map(len, names))
     return [f"  {name.ljust(width)}  {recipe_title(name)}" for name in names]
 

@@ -65,7 +65,7 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def hardware(processes: int = 1) -> dict[str, Any]:
+def hardware(processes: int) -> dict[str, Any]:
     """The machine of this process, and how many processes the run has."""
     import torch
 

@@ -112,7 +112,7 @@ def best_sentence(text: str, asked: str, *, wants_number: bool) -> str:
     return _around(max(listed[:6], key=score), "")
 
 
-def year(text: str, *, last: bool = False) -> str | None:
+def year(text: str, *, last: bool) -> str | None:
     """The first year that a text names, or the last one: "(July 8, 1893 – July 5, 1969)" is a birth and a death."""
     found = re.findall(r"\b(1[0-9]{3}|20[0-9]{2})\b", text)
     return found[-1 if last else 0] if found else None

@@ -52,8 +52,6 @@ from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
-__all__ = ["Task", "TaskArguments", "load_task", "results_table", "run_training"]
-
 WARM_START = "warm_start"  # the folder of the warmed-up model, within that of the run
 # Added to the seed of the world: the seed of the other world, in which the policy is warmed up.
 _ELSEWHERE = 1_000_003
@@ -273,7 +271,7 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
         print(f"The best checkpoint, of step {best.step} with held-out EM {best.average.em:.3f}, is {folder}/{LINK}.")
 
 
-def results_table(measured: Mapping[str, Evaluation], calls: str = "searches") -> str:
+def results_table(measured: Mapping[str, Evaluation], calls: str) -> str:
     """The before/after table: aligned for a terminal, and Markdown.
 
     Args:

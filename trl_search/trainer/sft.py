@@ -141,8 +141,8 @@ def warm_start(
     retriever: Retriever,
     *,
     output_dir: str,
-    steps: int = 60,
-    learning_rate: float = 5e-4,
+    steps: int,
+    learning_rate: float,
     batch_size: int = 16,
     quality: Mapping[str, float] = WEAK,
     environment: Environment | None = None,
@@ -152,7 +152,7 @@ def warm_start(
     """Trains the model in place on a world's training questions, and saves it with its tokenizer.
 
     Args:
-        steps (`int`, *optional*, defaults to `60`): Optimizer steps of `batch_size` trajectories, none used twice.
+        steps (`int`): Optimizer steps of `batch_size` trajectories, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
         environment (`Environment`, *optional*): What the scripts search. Default: the retriever.
         use_cpu (`bool`): The same as in the run it belongs to: otherwise each process trains alone.

@@ -142,7 +142,7 @@ class BM25Retriever(Retriever):
 
     @classmethod
     def from_index(
-        cls, folder: str | Path, *, backend: str | None = None, threads: int | None = None, check_source: bool = True
+        cls, folder: str | Path, *, backend: str | None, threads: int | None, check_source: bool
     ) -> BM25Retriever:
         """Opens a folder that `trl-search index --kind bm25` made. Scores and passages stay on disk, memory-mapped.
 

@@ -48,7 +48,6 @@ class OpenSearchRetriever(Retriever):
     max_concurrent_batches = 4
 
     def __init__(self, client: Any, collection: str) -> None:
-        self.about = read_about(client, collection)
         self._client, self._collection = client, collection
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -204,9 +203,8 @@ def load(
         raise UserError("opensearch needs the name of an index: collection='wiki'")
     client = connect(url, ca_certs, timeout_s)
     try:
-        retriever = OpenSearchRetriever(client, collection)
-        refuse_another_corpus(retriever.about, expected, f"the index {collection!r}", index)
+        refuse_another_corpus(read_about(client, collection), expected, f"the index {collection!r}", index)
     except BaseException:
         client.close()
         raise
-    return retriever
+    return OpenSearchRetriever(client, collection)

@@ -45,8 +45,9 @@ class QdrantRetriever(Retriever):
     Args:
         client (`QdrantClient`): Ours to close.
         collection (`str`): Its name.
+        about (`dict`): What it was loaded with ([`read_about`]).
         encoder (`Encoder`, *optional*): For a collection of dense vectors.
-        search_params (`dict`, *optional*): Qdrant's `SearchParams`: `hnsw_ef`, `exact`, `quantization`.
+        search_params (`dict`): Qdrant's `SearchParams`: `hnsw_ef`, `exact`, `quantization`.
         local (`bool`): The client is the whole engine: one search at a time.
 
     Raises:
@@ -57,18 +58,18 @@ class QdrantRetriever(Retriever):
         self,
         client: Any,
         collection: str,
+        about: dict[str, Any],
         *,
-        encoder: Encoder | None = None,
-        search_params: dict[str, Any] | None = None,
-        local: bool = False,
+        encoder: Encoder | None,
+        search_params: dict[str, Any],
+        local: bool,
     ) -> None:
         from qdrant_client import models
 
-        about = read_about(client, collection)
-        self.about = about
+        self._vectors = about["vectors"]
         self._client, self._collection, self._encoder = client, collection, encoder
         self._passages = int(about["passages"])
-        self._params = models.SearchParams(**search_params) if search_params else None
+        self._params = models.SearchParams(**search_params)
         self._lock = threading.Lock() if local else None
         self.max_concurrent_batches = 1 if local else 4
         if about["vectors"] == DENSE:
@@ -125,7 +126,7 @@ class QdrantRetriever(Retriever):
             requests = [
                 models.QueryRequest(
                     query=vector,
-                    using=self.about["vectors"],
+                    using=self._vectors,
                     limit=count,
                     params=self._params,
                     with_payload=False,  # of the few that are wanted it comes in a second request
@@ -265,7 +266,7 @@ def load(
         params: dict[str, Any] = {"exact": exact, "hnsw_ef": hnsw_ef}
         if oversampling is not None:
             params["quantization"] = {"rescore": True, "oversampling": oversampling}
-        return QdrantRetriever(client, collection, encoder=used, search_params=params, local=path is not None)
+        return QdrantRetriever(client, collection, about, encoder=used, search_params=params, local=path is not None)
     except BaseException:
         client.close()
         raise

@@ -105,8 +105,8 @@ def gateways(
     config: ServerConfig,
     settings: RayConfig,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str,
+    port: int,
 ) -> Iterator[str]:
     """Starts the replicas and yields their address. At the end it drains them and leaves the cluster as it was.
 

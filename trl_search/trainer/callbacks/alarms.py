@@ -64,10 +64,10 @@ class CollapseAlarm(TrainerCallback):
     It writes `alarm/<name>` into the logs, so it must be called before the callbacks that report them.
 
     Args:
-        stop (`bool`, *optional*, defaults to `False`): Ends the training when an alarm has lasted `STOP_AFTER` logs.
+        stop (`bool`): Ends the training when an alarm has lasted `STOP_AFTER` logs.
     """
 
-    def __init__(self, *, stop: bool = False) -> None:
+    def __init__(self, *, stop: bool) -> None:
         self.stop = stop
         self.counts_after = 0  # the step that a rollback went back to: how long an alarm lasts is counted from there
         self._restart()

@@ -160,14 +160,14 @@ def measure(
     environment: Environment,
     agent: AgentSettings,
     step: int = 0,
-    folder: Path | None = None,
+    folder: Path,
 ) -> HeldOutResult:
     """Asks each rank's share of the questions, greedily. All ranks call it together, and each gets the result of all.
 
     Args:
         mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
         policy (`AbstractContextManager`): Provides the policy during the evaluation.
-        folder (`Path`, *optional*): The folder of the run, in which the main process writes every answer.
+        folder (`Path`): The folder of the run, in which the main process writes every answer.
     """
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
@@ -183,7 +183,7 @@ def measure(
     environment.take_metrics()  # otherwise the next rollout would count them
     groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
     name = "direct" if mode == "search" and not environment.tools else mode
-    if folder is not None and state.is_main_process:
+    if state.is_main_process:
         answers = [one for group in groups.values() for one in group]
         Records(folder / ANSWERS_FOLDER, name, f"step_{step}").write(answers)
     result = HeldOutResult(

@@ -42,10 +42,8 @@ class Refill:
         finished (`Mapping[int, Trajectory]`): By number, what an earlier process finished.
     """
 
-    def __init__(
-        self, batch: Rollout, *, group_size: int, score: Score, finished: Mapping[int, Trajectory] | None = None
-    ) -> None:
-        self.batch, self.group_size, self._score, self._finished = batch, group_size, score, finished or {}
+    def __init__(self, batch: Rollout, *, group_size: int, score: Score, finished: Mapping[int, Trajectory]) -> None:
+        self.batch, self.group_size, self._score, self._finished = batch, group_size, score, finished
         places = range(len(batch.rows) // group_size)
         self.rounds: list[list[Group]] = [[] for _ in places]  # by place: the groups that were tried
         self._ended: list[dict[int, Trajectory]] = [{} for _ in places]  # by place, of the group that runs
