@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,18 +195,18 @@ def test_a_moved_or_rewritten_folder_is_the_same_encoder_and_other_weights_are_n
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     shutil.copytree(checkpoints / "e5-base-v2", checkpoints / "moved" / "e5-base-v2")
     moved = load_encoder(checkpoints / "moved" / "e5-base-v2", device="cpu", dtype="bfloat16")
-    refuse_other_encoder(moved.fingerprint, asdict(encoder.fingerprint), "indexes/x")
+    refuse_other_encoder(moved.fingerprint, encoder.fingerprint, "indexes/x")
     save_random_bert(checkpoints / "other" / "e5-base-v2", seed=1)
     other = load_encoder(checkpoints / "other" / "e5-base-v2", device="cpu")
     with pytest.raises(UserError, match=r"is not the one indexes/x was built with .*: its weights is"):
-        refuse_other_encoder(other.fingerprint, asdict(encoder.fingerprint), "indexes/x")
+        refuse_other_encoder(other.fingerprint, encoder.fingerprint, "indexes/x")
 
 
 def test_another_prompt_or_length_is_another_encoder(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     changed = Encoder(None, replace(encoder.fingerprint, passage_prompt="", dim=768))
     with pytest.raises(UserError, match="its passage_prompt is '', not 'passage: ', dim is 768, not 32"):
-        refuse_other_encoder(changed.fingerprint, asdict(encoder.fingerprint), "indexes/x")
+        refuse_other_encoder(changed.fingerprint, encoder.fingerprint, "indexes/x")
 
 
 # What reaches it

@@ -217,7 +217,7 @@ def load_recorded(recorded: dict[str, Any], given: str | Path | Encoder | None, 
     fingerprint = EncoderFingerprint(**recorded)
     if not isinstance(given, Encoder):
         given = load_encoder(given or fingerprint.name, **fingerprint.options, **options)
-    refuse_other_encoder(given.fingerprint, recorded, where)
+    refuse_other_encoder(given.fingerprint, fingerprint, where)
     return given
 
 

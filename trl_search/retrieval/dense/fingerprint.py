@@ -53,16 +53,15 @@ class EncoderFingerprint:
         return {name: getattr(self, name) for name in names}
 
 
-def refuse_other_encoder(encoder: EncoderFingerprint, recorded: dict[str, Any], where: str) -> None:
+def refuse_other_encoder(encoder: EncoderFingerprint, recorded: EncoderFingerprint, where: str) -> None:
     """Fails unless `encoder` is the one whose fingerprint an index recorded.
 
     Raises:
         UserError: if it is another encoder.
     """
-    differences = encoder.differences(EncoderFingerprint(**recorded))
-    if differences:
+    if differences := encoder.differences(recorded):
         raise UserError(
-            f"encoder {encoder.name!r} is not the one {where} was built with ({recorded['name']!r}): its "
+            f"encoder {encoder.name!r} is not the one {where} was built with ({recorded.name!r}): its "
             f"{', '.join(differences)}; load the index with that encoder, or build it again with this one"
         )
 
