@@ -146,7 +146,3 @@ def _summary(name: str) -> str:
     path = Path(next(iter(trl_search.cli.commands.__path__)), f"{name.replace('-', '_')}.py")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
