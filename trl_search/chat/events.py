@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from trl_search.environment import Environment, SearchEnvironment, start_episode, take_step
+from trl_search.environment.search import NO_SEARCHES_LEFT
 from trl_search.policies.base import Policy, Turn
 from trl_search.protocols import Protocol
 from trl_search.types import Action, Completion, Observation, Passage, Search, StopReason, ToolCall
 
 SEARCH_FAILED = "The search failed: nothing could be looked up. Search again, or answer from what you know."
-NO_SEARCHES_LEFT = "You have no searches left: answer now."
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from trl_search.types import Action, Answer, Invalid, Observation, Passage, Sear
 
 # As Search-R1 and verl write passages; a reproduction needs the exact same text.
 PASSAGE_TEMPLATE = 'Doc {rank}(Title: "{title}") {text}'
+NO_SEARCHES_LEFT = "You have no searches left: answer now."
 _FIELD = re.compile(r"\{(rank|title|text)\}")
 
 
@@ -131,7 +132,7 @@ class SearchEnvironment(Environment):
         if len(run) < len(queries):
             notices.append(f"Only the first {self.max_queries} queries were run.")
         if self.searches_left == 0:
-            notices.append("You have no searches left: answer now.")
+            notices.append(NO_SEARCHES_LEFT)
         return Observation(
             documents=tuple(document for passages in results for document in self.show(passages)),
             notice=" ".join(notices),
