@@ -26,7 +26,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import git_state, hardware, versions
 from trl_search.config.agent import AgentSettings, build_environment
-from trl_search.config.searched import Searched, resolve_searched, run_record
+from trl_search.config.searched import WORLD, Searched, resolve_searched, run_record
 from trl_search.data import QuestionFields
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
@@ -36,7 +36,7 @@ from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, macro, summarize
 from trl_search.evaluation.published_scores import size_class
-from trl_search.evaluation.sets import MACRO, WORLD, QuestionSet, check_names, load_sets, load_world_set
+from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_sets, load_world_set
 from trl_search.evaluation.settings import (
     SETTINGS,
     check_same,

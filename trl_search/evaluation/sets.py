@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.config.searched import WORLD
 from trl_search.data import HUB_SETS, QuestionFields, is_hub_set, load_evaluation_questions
 from trl_search.data.questions import sampled_rows
 from trl_search.data.world import World
 
-WORLD = "world"
-MACRO = "macro"
+MACRO = "macro"  # the average over the sets
 
 
 @dataclass(frozen=True)

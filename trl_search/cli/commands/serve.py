@@ -89,12 +89,8 @@ def run(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     started = time.monotonic()
-
-    def loaded() -> None:
-        _say_ready(url, config, started)
-
     print(f"loading {config.name} ...", flush=True)
-    serve(searched.load, config, listening, loaded)
+    serve(searched.load, config, listening, lambda: _say_ready(url, config, started))
     print("stopped; what was under way is answered", flush=True)
     return 0
 
@@ -130,13 +126,15 @@ def _run_on_ray(args: argparse.Namespace, searched: Searched, config: ServerConf
     from trl_search.retrieval.server.ray_serve import serve_on_ray
 
     started = time.monotonic()
-
-    def loaded(url: str) -> None:
-        _say_ready(url, config, started)
-
     print(f"starting {settings.replicas} replicas ...", flush=True)
     serve_on_ray(
-        searched.kind, searched.load_options(), config, settings, host=args.host, port=args.port, loaded=loaded
+        searched.kind,
+        searched.load_options(),
+        config,
+        settings,
+        host=args.host,
+        port=args.port,
+        loaded=lambda url: _say_ready(url, config, started),
     )
     print("stopped; what was under way is answered", flush=True)
     return 0

@@ -10,9 +10,8 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.common.files import is_number, read_object
 from trl_search.evaluation.outcomes import RESULTS_FILE
+from trl_search.evaluation.sets import MACRO
 from trl_search.records.folder import AFTER_ROW, BEST_ROW
-
-MACRO = "macro"  # of `trl-search eval`: the average over its sets
 
 
 @dataclass(frozen=True)
