@@ -158,6 +158,10 @@ def test_other_settings_or_questions_are_refused_and_nothing_is_touched(
     with pytest.raises(UserError, match="questions_hash was"):
         run(tmp_path, tokenizer, rows=ROWS[:5])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(json.dumps({**settings, "format": 1}))
+    with pytest.raises(UserError, match=r"other settings \(format was 1, and is 2\): give another `collection`"):
+        run(tmp_path, tokenizer, samples=1)
     (tmp_path / SETTINGS).unlink()
     with pytest.raises(UserError, match="nobody knows how they were made"):
         run(tmp_path, tokenizer)
