@@ -102,6 +102,11 @@ def test_what_was_accepted_once_and_broke_later(
     assert message in capsys.readouterr().err
 
 
+def test_a_search_for_no_passages_is_refused_before_the_index_is_opened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "no index", "who?", "--passages_per_query", "0"]) == USER_ERROR
+    assert "passages_per_query=0 must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["-1", "[]", "{}", "a b", ""])
 def test_a_name_that_no_hub_would_take_is_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", f"--model_name_or_path={name}"]) == USER_ERROR

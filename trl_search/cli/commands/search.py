@@ -17,6 +17,7 @@ import shutil
 import textwrap
 
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
+from trl_search.common.errors import UserError
 from trl_search.types import Passage
 
 
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.passages_per_query < 1:
+        raise UserError(f"passages_per_query={args.passages_per_query} must be at least 1")
     with contextlib.closing(searched_of(args, args.retriever).load()) as retriever:
         found = retriever.search(args.questions, args.passages_per_query)
     for question, passages in zip(args.questions, found, strict=True):

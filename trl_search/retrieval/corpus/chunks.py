@@ -83,7 +83,10 @@ def cut_documents(
         ['a b c', 'c d e']
     """
     if size < 1 or not 0 <= overlap < size:
-        raise UserError(f"a passage has at least 1 word and shares fewer than it has; got size {size}, {overlap}")
+        raise UserError(
+            f"size {size} and overlap {overlap}: a passage has at least 1 word or token, and shares fewer than it has "
+            "with the next"
+        )
     return (chunk for document in documents for chunk in _cut(document, size, overlap, split))
 
 
