@@ -265,7 +265,7 @@ def test_index_then_search(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
     with pytest.raises(UserError, match=r"no corpus file .*nowhere\.jsonl"):
         command("index", "--corpus", tmp_path / "nowhere.jsonl", "--output", tmp_path / "i")
-    with pytest.raises(UserError, match="per query, at least 1"):
+    with pytest.raises(UserError, match="passages_per_query=0 must be at least 1"):
         command("search", index, "harbour", "--passages_per_query", 0)
     with pytest.raises(UserError, match="no index folder"):
         command("search", tmp_path / "nowhere", "harbour")

@@ -107,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
         where = {"device": args.device, "dtype": args.dtype, "server": args.server}
         return retriever, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
 
-    retriever, chat = beside_main(load)
+    # stdout holds the answers and nothing else; DeepSpeed, where it is installed, writes to it as it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        retriever, chat = beside_main(load)
     seed = random.getrandbits(32) if args.seed is None else args.seed
     with contextlib.closing(retriever) if retriever else contextlib.nullcontext(), chat:
         if args.questions:
