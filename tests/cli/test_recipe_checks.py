@@ -59,7 +59,8 @@ def test_a_laptop_is_told_everything_that_qwen3b_lacks(
     assert "Traceback" not in said and not list(tmp_path.iterdir())
 
 
-def test_the_quickstart_runs_anywhere() -> None:
+def test_the_quickstart_runs_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody has run it yet
     checks = recipe_checks.recipe_checks(recipe_values(["quickstart"], CLASSES, command="train"), CLASSES)
     assert {check.status for check in checks} <= {Status.OK, Status.NOTE}
 

@@ -99,8 +99,9 @@ def test_any_value_of_any_key_gives_a_configuration_or_one_line(
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run of the quickstart is a second mistake
     assert main(["train", *words]) == 2
     said = capsys.readouterr().err
     assert "trl-search: error: " in said and message in said.splitlines()[-1] and "Traceback" not in said
