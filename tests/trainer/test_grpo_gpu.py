@@ -66,23 +66,26 @@ def test_the_tiny_policy_searches(tiny, world, retriever):
     assert result.em > 0.9
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_training_step(tiny, tmp_path, bf16):
+def make_trainer(tiny, folder, reward, **options):
     model, tokenizer = tiny
     task = load_task(TaskArguments(world_passages=1000), seed=0)
     args = SearchGRPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=16,
+        output_dir=str(folder),
         num_generations=8,
-        bf16=bf16,
         report_to=[],
         instruction="",
         max_completion_length=512,
         max_observation_length=192,
-        logging_steps=1,
+        **options,
     )
-    trainer = SearchGRPOTrainer(model, "em", args, task.train, processing_class=tokenizer, retriever=task.retriever)
+    return SearchGRPOTrainer(model, reward, args, task.train, processing_class=tokenizer, retriever=task.retriever)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_training_step(tiny, tmp_path, bf16):
+    trainer = make_trainer(
+        tiny, tmp_path, "em", max_steps=2, per_device_train_batch_size=16, bf16=bf16, logging_steps=1
+    )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 2 and all(abs(loss) < 10 for loss in losses)
@@ -106,22 +109,8 @@ def operators(work):
 @pytest.mark.parametrize("packed_attention", ["padded", "sdpa"])
 def test_grpo_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, packed_attention):
     """Its backward gives NaN gradients for some padded batches (docs/troubleshooting.md). The reference model, too."""
-    model, tokenizer = tiny
-    task = load_task(TaskArguments(world_passages=1000), seed=0)
-    args = SearchGRPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=8,
-        num_generations=8,
-        bf16=True,
-        beta=0.1,
-        packed_attention=packed_attention,
-        report_to=[],
-        instruction="",
-        max_completion_length=512,
-        max_observation_length=192,
-    )
-    trainer = SearchGRPOTrainer(model, "f1", args, task.train, processing_class=tokenizer, retriever=task.retriever)
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "bf16": True, "beta": 0.1}
+    trainer = make_trainer(tiny, tmp_path, "f1", packed_attention=packed_attention, **options)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     ran = operators(trainer.train)
     assert any("scaled_dot_product" in name for name in ran)

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -51,6 +52,11 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
         f"resume_from_checkpoint={asked}, and {folder} holds no checkpoint of its run that was written to its end: "
         "give the path of one, or leave resume_from_checkpoint out"
     )
+
+
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
+    """The folder that a trainer is about to write its checkpoint into."""
+    return Path(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
 
 def is_whole(checkpoint: Path) -> bool:

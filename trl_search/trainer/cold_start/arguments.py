@@ -113,6 +113,11 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         """Whether the shipped scripts write right trajectories of the world: nothing is collected or chosen."""
         return self.teacher == "scripts" and self.questions == "world" and self.script is None
 
+    @property
+    def teacher_is_served(self) -> bool:
+        """Whether the teacher answers at an address, and is not loaded here."""
+        return self.teacher.startswith(("http://", "https://"))
+
     @staticmethod
     def settled(values: dict[str, Any]) -> dict[str, Any]:
         """With `collect_only` nothing is trained, so the precision of the training asks for no GPU."""

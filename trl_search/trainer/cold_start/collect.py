@@ -193,7 +193,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         told = "; ".join(f"{name} was {before!r}, and is {now!r}" for name, before, now in changed)
         raise UserError(
             f"the collection in {folder} was made with other settings ({told}): give another `collection` folder, or "
-            f"the settings it was begun with"
+            "the settings it was begun with"
         )
 
 

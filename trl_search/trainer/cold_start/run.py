@@ -78,7 +78,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         return model
 
     # A model that cannot be trained is refused before anything is collected, unless a teacher needs the memory first.
-    teacher_is_loaded = arguments.teacher != "scripts" and not arguments.teacher.startswith(("http://", "https://"))
+    teacher_is_loaded = arguments.teacher != "scripts" and not arguments.teacher_is_served
     model = None if arguments.collect_only or teacher_is_loaded else load_model()
     if arguments.plays_the_world:
         rows = _scripted(arguments, config, tokenizer, log)
@@ -243,7 +243,7 @@ def _policy(
     tokenizer: PreTrainedTokenizerBase,
     model_config: ModelConfig,
 ) -> Policy:
-    if teacher.startswith(("http://", "https://")):
+    if arguments.teacher_is_served:
         check_server_tokenizer(teacher, tokenizer)
         return VLLMServerPolicy(teacher)
     theirs = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)

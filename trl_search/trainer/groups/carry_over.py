@@ -23,7 +23,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
@@ -34,6 +33,7 @@ from trl_search.policies.metered import MeteredPolicy
 from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Rollout, encode_prompts
 from trl_search.trainer.groups.trajectory_pool import Group, Row, TrajectoryPool
+from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Sampling
 
 FILE = "unfinished_questions.parquet"
@@ -141,10 +141,9 @@ class CarriesOver(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.pool is not None:
             rows = gather_object([group.row for group in self.pool.groups])  # rank by rank
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             if self.args.should_save:
                 table = Dataset.from_list([dict(row) for row in rows], features=self.train_dataset.features)
-                with written_whole(folder / FILE) as path:
+                with written_whole(checkpoint_folder(self, trial) / FILE) as path:
                     parquet.write_table(table.data.table, path)
         super()._save_checkpoint(model, trial)
 

@@ -25,7 +25,6 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -35,6 +34,7 @@ from trl_search.trainer.groups.group_rewards import Group, score_group
 from trl_search.trainer.groups.pass_rates import PassRates
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.loss.mask import loss_mask
+from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Trajectory
 
 
@@ -171,8 +171,7 @@ class ChoosesQuestions(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._pass_rates is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            self._pass_rates.save(folder)
+            self._pass_rates.save(checkpoint_folder(self, trial))
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
