@@ -71,6 +71,16 @@ def test_a_run_that_is_killed_after_a_rollback_goes_on_as_it_was(tmp_path, token
     assert rollbacks_of(tmp_path) == []
 
 
+@pytest.mark.parametrize("max_steps", [4, 9], ids=["in the last step", "on the way"])
+def test_a_run_whose_held_out_answers_have_halved_goes_back_at_once(tmp_path, tokenizer, max_steps):
+    trainer, _ = held_out_trainer(
+        tmp_path, tokenizer, lambda step: 0 if step == 4 else 4, every=2, max_steps=max_steps, on_collapse="rollback"
+    )
+    trainer.train()
+    assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(4, 2), (4, 2)]
+    assert trainer.state.global_step == 4, "the third collapse ends it"
+
+
 def test_an_alarm_begins_anew_after_a_rollback(tmp_path, tokenizer, soon):
     """The best checkpoint is of a step at which the alarm rang already: the lower learning rate gets its time, too."""
     trainer, _ = held_out_trainer(

@@ -180,9 +180,9 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     on_collapse: str = field(
         default="warn",
         metadata={
-            "help": "What happens when an alarm (docs/monitoring.md) has lasted ten logs. warn: it is told. stop: the "
-            "training ends, and the best checkpoint is kept. rollback: it goes on from the best checkpoint with half "
-            "the learning rate, twice at most; needs evaluate_every.",
+            "help": "What happens when an alarm (docs/monitoring.md) has lasted ten logs, or held-out EM has halved. "
+            "warn: it is told. stop: the training ends, and the best checkpoint is kept. rollback: it goes on from "
+            "the best checkpoint with half the learning rate, twice at most; needs evaluate_every.",
             "choices": ["warn", "stop", "rollback"],
         },
     )

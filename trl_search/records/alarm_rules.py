@@ -23,12 +23,14 @@ class Level:
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     low: float = math.inf
     high: float = -math.inf
+    highest: float = -math.inf  # of all logs, and no median
     logs: int = 0
     always_zero: bool = True
 
     def add(self, value: float) -> None:
         self.values.append(value)
         self.logs += 1
+        self.highest = max(self.highest, value)
         self.always_zero &= value == 0
         if len(self.values) >= SETTLED:
             self.low, self.high = min(self.low, self.now), max(self.high, self.now)
@@ -55,6 +57,7 @@ class Rule:
             that level has been at least `worth`.
         unless_solved (`bool`): Silent while the reward is at its best: then there is nothing left to learn.
         drift (`bool`): A change that precedes a collapse and may also be wanted: it warns and never ends a run.
+        at_once (`bool`): `on_collapse` acts on its first log, and does not wait for ten.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Rule:
     worth: float = 0.0
     unless_solved: bool = False
     drift: bool = False
+    at_once: bool = False
 
     @property
     def condition(self) -> str:
@@ -120,6 +124,25 @@ class NeverScored(Rule):
         if level is None or level.logs < SETTLED or not level.always_zero or (spread and not spread.always_zero):
             return ""
         return f"{self.metric} was 0 in every rollout of the first {level.logs} logs"
+
+
+@dataclass(frozen=True)
+class Halved(Rule):
+    """Fires on a single evaluation that lies below half of the best one, by more than chance."""
+
+    upper: str = ""  # the metric with the upper end of the 95 % interval
+
+    @property
+    def condition(self) -> str:
+        return f"below 0.5× its highest with its whole 95 % interval, in one log, once that was {self.worth:g}"
+
+    def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
+        if self.upper not in row or not is_number(row[self.upper]):
+            return ""
+        highest = levels[self.metric].highest
+        if highest < self.worth or row[self.upper] >= 0.5 * highest:
+            return ""
+        return f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"
 
 
 _BEGIN = (
@@ -206,6 +229,11 @@ RULES: tuple[Rule, ...] = (
         "go back to the best checkpoint; read what is rewarded: the reward may be earned without a right answer",
         falls=0.75, worth=0.1, drift=True,
     ),
+    Halved(
+        "held_out_halved", "eval/em", "held-out questions are answered less than half as well as at best",
+        "go back to the best checkpoint; lower learning_rate",
+        worth=0.1, at_once=True, upper="eval/em_upper",
+    ),
     Rule(
         "malformed", "search/malformed_calls", "the policy loses the format of its calls",
         "lower learning_rate, raise beta, or give the format reward a weight",
@@ -234,6 +262,7 @@ RULES: tuple[Rule, ...] = (
 
 
 DRIFT = {rule.name for rule in RULES if rule.drift}
+AT_ONCE = {rule.name for rule in RULES if rule.at_once}
 
 
 def _solved(reward: Level | None) -> bool:

@@ -1,6 +1,6 @@
 """After a collapse, training resumes from the best checkpoint with half the learning rate (`on_collapse: rollback`).
 
-    step 60: an alarm has lasted ten logs ─► the training stops
+    step 60: an alarm has lasted ten logs, or held-out EM has halved ─► the training stops
              best checkpoint: step 40     ─► back to it: weights, optimizer, data order; learning rate × 0.5
              step 95: an alarm again      ─► back to the best checkpoint, learning rate × 0.25
              step 130: an alarm again     ─► the training ends

@@ -41,6 +41,7 @@ COLLAPSED = {
     "repeated_queries": {"search/repeated_queries": 0.5},
     "thoughts": {"tokens/per_turn": 20.0},
     "held_out": {"eval/em": 0.3},
+    "held_out_halved": {"eval/em": 0.2, "eval/em_upper": 0.24},
     "malformed": {"search/malformed_calls": 0.8},
     "duplicate_tags": {"search/duplicate_tags": 2.0},
     "entropy_rise": {"entropy": 1.1},
@@ -82,7 +83,7 @@ def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone(
     history = RUNS["learning_rate_x_5_0"]
     assert max(row["reward"] for row in history) > 0.7 and history[-1]["reward"] == 0
     first = {name: step for name, (step, _) in first_alarms(history).items()}
-    unrecorded = {"no_answer", "tool_calls", *DRIFT}
+    unrecorded = {"no_answer", "tool_calls", "held_out_halved", *DRIFT}
     assert set(first) == set(COLLAPSED) - {"not_finite", "entropy_fall"} - unrecorded
     gone = next(row["step"] for row in history if row["reward"] == 0)
     assert first["malformed"] == first["duplicate_tags"] == 11 and 11 < first["reward"] < gone
@@ -149,7 +150,7 @@ def test_a_policy_that_gives_up_searching_is_seen_though_its_reward_is_full():
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name in COLLAPSED], ids=lambda rule: rule.name)
 def test_each_alarm_fires_for_what_it_is_about_and_names_it(rule):
     assert find_collapse([GOOD] * 20) == {}
-    found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * WINDOW)
+    found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * (1 if rule.at_once else WINDOW))
     metric = next(iter(COLLAPSED[rule.name]))
     assert set(found) == {rule.name} and metric in found[rule.name] and rule.means and rule.advice and rule.condition
 
@@ -234,9 +235,25 @@ def test_a_run_ends_on_request_when_an_alarm_lasts_and_says_where_its_best_check
     assert play(rows)[1].should_training_stop is False
     seen, control = play(rows, stop=True, state=TrainerState(best_model_checkpoint="runs/a/checkpoint-4"))
     assert control.should_training_stop is True and len(seen) == 8 + STOP_AFTER
-    assert "kl lasted 10 logs, and the training stops" in caplog.text and "runs/a/checkpoint-4" in caplog.text
+    assert (
+        "the training stops (on_collapse) because of kl (10 logs)" in caplog.text
+        and "runs/a/checkpoint-4" in caplog.text
+    )
     # One that comes and goes is not one that lasts.
     assert play([GOOD] * 6 + ([bad] * 8 + [GOOD] * 5) * 4, stop=True)[1].should_training_stop is False
+
+
+def test_a_run_ends_at_once_when_held_out_answers_have_halved_beyond_chance():
+    """A run at five times the learning rate fell from .29 to 0 between two evaluations, and went on for ten logs."""
+
+    def ends(*scores):
+        rows = [{**GOOD, "eval/em": em, "eval/em_upper": upper} for em, upper in scores]
+        seen, control = play([rows[0], {"loss": 0.1}, *rows[1:]], stop=True)
+        return control.should_training_stop, seen[-1]["alarm/held_out_halved"]
+
+    assert ends((0.23, 0.27), (0.29, 0.33), (0.08, 0.12)) == (True, 1.0)
+    assert ends((0.23, 0.27), (0.29, 0.33), (0.12, 0.16)) == (False, 0.0), "it may be chance"
+    assert ends((0.09, 0.13), (0.0, 0.0)) == (False, 0.0), "half of nothing is no collapse"
 
 
 def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, monkeypatch):

@@ -22,12 +22,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.files import is_number
-from trl_search.records.alarm_rules import ALARM_PREFIX, DRIFT, RULES, WINDOW, Level, NotFinite
+from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, RULES, WINDOW, Level, NotFinite
 
 logger = logging.getLogger(__name__)
 
 AS_DRAWN = "refill/reward_before"  # the reward of the questions drawn first, where a refill replaces some
-STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts
+STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts, unless its rule is `at_once`
 
 
 class Watch:
@@ -64,7 +64,7 @@ class CollapseAlarm(TrainerCallback):
     It writes `alarm/<name>` into the logs, so it must be called before the callbacks that report them.
 
     Args:
-        stop (`bool`): Ends the training when an alarm has lasted `STOP_AFTER` logs.
+        stop (`bool`): Ends the training when an alarm has lasted `STOP_AFTER` logs, or one log if its rule says so.
     """
 
     def __init__(self, *, stop: bool) -> None:
@@ -127,16 +127,22 @@ class CollapseAlarm(TrainerCallback):
         return found, new
 
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
-        lasting = [name for name, logs in self.lasting.items() if logs >= STOP_AFTER and name not in DRIFT]
+        lasting = [
+            name
+            for name, logs in self.lasting.items()
+            if name not in DRIFT and logs >= (1 if name in AT_ONCE else STOP_AFTER)
+        ]
         if PartialState().num_processes > 1:
             # Ranks that disagree because of rounding would wait for each other forever.
             lasting = broadcast_object_list([lasting])[0]
-        if lasting and not control.should_training_stop:
+        at_its_end = state.global_step >= state.max_steps > 0
+        if lasting and (at_its_end or not control.should_training_stop):
             control.should_training_stop = True
             self.collapsed = tuple(lasting)
             best = state.best_model_checkpoint or "none was kept, as evaluate_every is 0"
             if state.is_world_process_zero:
+                said = ", ".join(f"{name} ({self.lasting[name]} logs)" for name in lasting)
                 logger.warning(
-                    "step %d: %s lasted %d logs, and the training stops (on_collapse). The best checkpoint: %s",
-                    state.global_step, ", ".join(lasting), STOP_AFTER, best,
+                    "step %d: the training stops (on_collapse) because of %s. The best checkpoint: %s",
+                    state.global_step, said, best,
                 )  # fmt: skip

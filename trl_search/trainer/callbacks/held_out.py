@@ -57,6 +57,7 @@ class HeldOutResult:
         """The metrics to log."""
         return {
             "eval/em": self.average.em,
+            "eval/em_upper": self.average.em_interval[1],
             "eval/f1": self.average.f1,
             "eval/searches": self.average.searches,
             "eval/reflection_ratio": self.average.reflective_ratio,
