@@ -141,7 +141,7 @@ def test_the_trainer_is_built_or_says_what_is_wrong(argument: str, random_model,
         ({"processing_class": "gpt2"}, "processing_class is a tokenizer, .* and this is 'gpt2'"),
         ({"processing_class": None}, "the model has no name to load a tokenizer by: give processing_class"),
         ({"model": 3}, "model is a name, a folder or a PreTrainedModel, and this is int"),
-        ({"reward_funcs": {"em": 1.0}}, r"give reward_funcs=\['em'\], and the weights in the configuration"),
+        ({"reward_funcs": {"em": 1.0}}, r"set reward_funcs=\['em'\], and reward_weights=\[1.0\] in the configuration"),
         ({"reward_funcs": "em"}, None),
     ],
     # Not the values: the address of an object is another in each process, and pytest-xdist compares the names.

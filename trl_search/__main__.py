@@ -1,4 +1,4 @@
-"""`python -m trl_search` is `trl-search`, so that `accelerate launch -m trl_search train qwen3b` runs it."""
+"""Runs `trl-search`, so that `accelerate launch -m trl_search train qwen3b` works."""
 
 from __future__ import annotations
 

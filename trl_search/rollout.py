@@ -1,13 +1,13 @@
-"""The rollout: how a policy and a world write a trajectory together. Read `run_trajectory` first; it is the algorithm.
+"""The rollout loop, in which a policy and an environment take turns writing a trajectory. Start at `run_trajectory`.
 
     prompt ─► Policy.generate ─► Trajectory.act        mask 1
                                  Protocol.parse ─► Environment.step
                                  Trajectory.observe    mask 0
               └──────── until the environment says done, or the tokens are spent ────────┘
 
-One coroutine per trajectory, all on one event loop, and no barrier between turns: while one trajectory waits for its
-search, the engine generates the others. What comes next is always prompt ids + sampled ids + observation ids; nothing
-that was sampled is ever decoded and encoded again.
+There is one coroutine per trajectory, all on one event loop, and no barrier between turns: while one trajectory waits
+for its search, the engine generates the others. The context is always prompt ids + sampled ids + observation ids;
+sampled ids are never decoded and re-encoded.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from trl_search.types import (
 
 logger = logging.getLogger(__name__)
 
-# After an observation the policy needs at least this many tokens to say something.
+# An observation must leave the policy at least this many tokens.
 MIN_TURN_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Token budgets: of everything after the prompt, of one turn of the policy, and of one observation."""
+    """Token budgets: for everything after the prompt, for one turn of the policy, and for one observation."""
 
     completion_tokens: int
     turn_tokens: int
@@ -67,12 +67,12 @@ async def run_trajectory(
     limits: Limits,
     sampling: Sampling,
 ) -> Trajectory:
-    """Runs one trajectory to its end. `sampling.seed` makes it repeatable, whatever runs beside it."""
+    """Runs one trajectory to its end. With `sampling.seed` it is repeatable, regardless of concurrent trajectories."""
     trajectory = Trajectory(prompt_ids)
     eos = protocol.tokenizer.eos_token_id
     turn = 0
     while True:
-        # 1. The policy speaks, with at most what is left of its budget.
+        # 1. The policy generates a turn within its remaining budget.
         left = limits.completion_tokens - len(trajectory.ids)
         started = time.perf_counter()
         completion, text = await _speak(
@@ -86,14 +86,14 @@ async def run_trajectory(
         turn += 1
         trajectory.act(completion, text)
 
-        # 2. What it did is read from what it wrote.
+        # 2. The protocol parses the action from the text.
         action = protocol.parse(text)
         if completion.finish_reason is FinishReason.LENGTH and not isinstance(action, Search | ToolCall | Answer):
             trajectory.finish(StopReason.TOKEN_BUDGET)
             return trajectory
         trajectory.actions.append(action)
 
-        # 3. The world answers.
+        # 3. The environment answers.
         started = time.perf_counter()
         observation = await _step(episode, action)
         trajectory.search_s += time.perf_counter() - started
@@ -104,7 +104,7 @@ async def run_trajectory(
             trajectory.passages.append(observation.passages)
         left = limits.completion_tokens - len(trajectory.ids)
         try:
-            # On a thread: the other trajectories do not wait while passages are tokenized.
+            # In a thread, so that other trajectories do not wait while passages are tokenized.
             written = await asyncio.to_thread(
                 protocol.observation_ids,
                 observation,
@@ -112,7 +112,7 @@ async def run_trajectory(
                 turn_closed=completion.ids[-1:] == (protocol.turn_end_id,),
                 turn_ids=completion.ids,
             )
-        # What the world says is the user's data: one bad passage ends this trajectory only.
+        # Observations are user data: a bad passage ends this trajectory only.
         except Exception as error:
             _tell_once("an observation cannot be written", error)
             trajectory.finish(StopReason.ENVIRONMENT_FAILED, eos_token_id=eos, error=repr(error))
@@ -126,15 +126,14 @@ async def run_trajectory(
 async def _speak(
     policy: Policy, protocol: Protocol, context: list[int], *, max_tokens: int, sampling: Sampling
 ) -> tuple[Completion, str]:
-    """One turn of the policy, and its text. A stop string inside a thought stops nothing: the policy goes on.
+    """Returns one turn of the policy and its text. A stop string inside a thought does not end the turn.
 
-    After an interruption it goes on too, from the tokens it has. An engine looks for stop strings in what it samples
-    for one request; where the interruption may have cut one in two, tokens are asked for one by one until that is
-    known.
+    After an interruption, generation continues from the tokens sampled so far. An engine finds a stop string only
+    within one request; if the interruption may have split one, tokens are requested singly until that is decided.
     """
     whole = Completion((), (), FinishReason.LENGTH)
     part = 0
-    cut_at: int | None = None  # where in the text a stop string may have begun before the interruption
+    cut_at: int | None = None  # the position in the text of a stop string that the interruption may have split
     while len(whole.ids) < max_tokens:
         more = await policy.generate(
             [*context, *whole.ids],
@@ -159,7 +158,7 @@ async def _speak(
 
 
 def _begun_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where a stop string begins that `text` ends in the middle of."""
+    """The position of a partial stop string at the end of `text`; `None` if there is none."""
     starts = (len(text) - n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
     return min(starts, default=None)
 
@@ -169,26 +168,26 @@ async def _step(episode: Environment, action: Action) -> Observation:
         return await take_step(episode, action)
     except RetrievalError as error:
         return Observation(done=StopReason.RETRIEVAL_FAILED, error=str(error))
-    # An environment is the user's code: whatever it raises ends this trajectory only, and is counted as a failure.
+    # An environment is user code: an exception in it ends this trajectory only, and is counted as a failure.
     except Exception as error:
         _tell_once(f"{type(episode).__name__}.step failed", error)
         return Observation(done=StopReason.ENVIRONMENT_FAILED, error=repr(error))
 
 
-# Failures that were logged: what failed, the type of the error, and where it was raised.
+# Failures already logged: what failed, the type of the error, and where it was raised.
 _told: set[tuple[str, type[Exception], tuple[tuple[str, int | None], ...]]] = set()
 
 
 def _tell_once(what: str, error: Exception) -> None:
-    """Logs a failure of the user's code with its own traceback, once for each place that raises it."""
+    """Logs a failure of user code with the user's part of the traceback, once per place that raises it."""
     trace = error.__traceback__
     while trace and trace.tb_next and trace.tb_frame.f_globals["__name__"].startswith("trl_search."):
-        trace = trace.tb_next  # the user's own frames are left
+        trace = trace.tb_next  # keeps the user's own frames
     kind = (what, type(error), tuple((frame.filename, frame.lineno) for frame in traceback.extract_tb(trace)))
     if kind not in _told:
         _told.add(kind)
         logger.warning(
-            "%s. Its trajectory is masked from the loss and counted (stop/environment_failed); the same error is not "
+            "%s. The trajectory is masked from the loss and counted in stop/environment_failed; the same error is not "
             "logged again.",
             what,
             exc_info=(type(error), error, trace),
@@ -200,12 +199,12 @@ class Job:
     """One trajectory to run.
 
     Args:
-        prompt (`tuple[int, ...]` or `Callable`): The prompt's ids, or a coroutine function that makes them: one-shot
-            RAG searches first. A `RetrievalError` in it fails this trajectory only.
-        row (`Mapping`): The dataset's row; the environment starts with it.
-        key (`str`): What makes this trajectory's random numbers its own; the batch's seed is mixed in.
-        policy (`Policy`, *optional*): Speaks in this trajectory in place of the batch's policy; scripted players do.
-        finished (`Trajectory`, *optional*): What an earlier process made of this job; it is not run again.
+        prompt (`tuple[int, ...]` or `Callable`): The prompt's ids, or a coroutine function that returns them (one-shot
+            RAG searches first). A `RetrievalError` raised by it fails this trajectory only.
+        row (`Mapping`): The dataset row, passed to the environment's `start`.
+        key (`str`): Combined with the batch's seed to give the trajectory's own seed.
+        policy (`Policy`, *optional*): Replaces the batch's policy in this trajectory, as scripted players do.
+        finished (`Trajectory`, *optional*): The trajectory of an earlier process, returned instead of a new one.
     """
 
     prompt: tuple[int, ...] | Callable[[], Awaitable[tuple[int, ...]]]
@@ -229,22 +228,22 @@ async def run_batch(
     concurrency: int | None = None,
     progress: str | None = "Rollout",
 ) -> None:
-    """Runs many trajectories on one event loop: training, evaluation, cold start and scripted players all come here.
+    """Runs many trajectories on one event loop, for training, evaluation, cold start and scripted players.
 
     Args:
-        jobs (`Iterable[Job]`): Taken one by one as trajectories begin, so a generator of a million jobs stays small.
-        count (`int`): How many jobs there are.
-        policy (`Policy`, *optional*): Speaks wherever a job brings no policy of its own.
-        sampling (`Sampling`): Its seed and a job's key give the trajectory's own seed.
-        on_finish (`Callable`): Called with a job's place and its trajectory, as each one ends. What it raises ends the
-            batch.
+        jobs (`Iterable[Job]`): Consumed as trajectories begin, so a generator of a million jobs needs little memory.
+        count (`int`): Number of jobs.
+        policy (`Policy`, *optional*): Used by every job that has no policy of its own.
+        sampling (`Sampling`): Its seed and a job's key give the trajectory's seed.
+        on_finish (`Callable`): Called with a job's index and its trajectory, as each one ends. An exception in it ends
+            the batch.
         more (`Callable`, *optional*): Awaited after `on_finish`, with the same arguments. The jobs that it returns, by
-            their place, begin at once and belong to the batch; a refill replaces questions with it.
-        concurrency (`int`, *optional*): Trajectories under way at once, without those of `more`. Default: all.
-        progress (`str`, *optional*): Title of the progress bar that a terminal shows; None for no bar.
+            index, start at once as part of the batch; refill uses it to replace questions.
+        concurrency (`int`, *optional*): Maximum trajectories in progress, not counting those of `more`. Default: all.
+        progress (`str`, *optional*): Title of the progress bar in a terminal; None for no bar.
 
     Raises:
-        Exception: the first that the policy, `on_finish` or `more` raised.
+        Exception: the first exception of the policy, `on_finish` or `more`.
     """
     queue = iter(enumerate(jobs))
     bar = tqdm(total=count, desc=progress, unit="trajectory", delay=2, leave=False, disable=None if progress else True)
@@ -267,7 +266,7 @@ async def run_batch(
         if policy is not None:
             await policy.open()
         await environment.open()
-        # When one fails (the engine broke), the group ends the others: none goes on behind the exception's back.
+        # If one task fails (the engine broke), the task group cancels the others.
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(concurrency or count, count)):
                 tasks.create_task(work())
@@ -276,7 +275,7 @@ async def run_batch(
     finally:
         bar.close()
         try:
-            await environment.close()  # the user's code
+            await environment.close()  # user code, which may raise
         finally:
             if policy is not None:
                 await policy.close()
@@ -287,7 +286,7 @@ async def run_batch(
 async def run_job(
     job: Job, policy: Policy | None, environment: Environment, protocol: Protocol, limits: Limits, sampling: Sampling
 ) -> Trajectory:
-    """Runs one job to its end. Whatever the world does wrong ends its trajectory as failed, and raises nothing."""
+    """Runs one job to its end. A failure of the environment marks the trajectory as failed; it does not raise."""
     speaker = job.policy or policy
     assert speaker is not None, "a job without a policy needs a batch with one"
     if job.finished is not None:
@@ -303,9 +302,9 @@ async def run_job(
     searched_s = time.perf_counter() - started
     try:
         episode = start_episode(environment, job.row)
-    except UserError:  # no trajectory can start
+    except UserError:  # a mistake in the set-up, so no trajectory could start
         raise
-    except Exception as error:  # the user's code, as in _step
+    except Exception as error:  # user code, as in _step
         _tell_once(f"{type(environment).__name__}.start failed", error)
         trajectory = Trajectory(prompt_ids)
         eos = protocol.tokenizer.eos_token_id
@@ -327,16 +326,15 @@ def rollout(
     on_finish: Callable[[int, Trajectory], None] | None = None,
     **options: Any,
 ) -> list[Trajectory]:
-    """Runs one trajectory per prompt, all at once, and returns them in the order of the prompts.
+    """Runs one trajectory per prompt, all concurrently, and returns them in the order of the prompts.
 
-    For callers without an event loop, or in a notebook, which has a running one.
+    For callers that are not coroutines; it also works in a notebook, where an event loop is already running.
 
     Args:
-        policies (`Sequence[Policy]`, *optional*): One per trajectory, in place of the batch's; scripted players do.
-        finished (`Mapping[int, Trajectory]`, *optional*): Trajectories, by their place, that need not run again.
-        on_finish (`Callable`, *optional*): Called with a place and its trajectory, as each one ends, the finished ones
-            first.
-        **options: Those of [`run_batch`].
+        policies (`Sequence[Policy]`, *optional*): One per trajectory, in place of the batch's policy.
+        finished (`Mapping[int, Trajectory]`, *optional*): Trajectories, by index, that are not run again.
+        on_finish (`Callable`, *optional*): Called with an index and its trajectory, as each one ends.
+        **options: The arguments of [`run_batch`].
     """
     done: dict[int, Trajectory] = {}
     finished = finished or {}

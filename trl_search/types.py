@@ -1,11 +1,11 @@
-"""The values that travel through a rollout. No torch, no I/O: nearly everything in the package imports this file.
+"""The data types of a rollout. They need no torch and no I/O, because nearly every module imports this file.
 
-A trajectory grows by two verbs, and nothing else writes its ids, mask or logprobs:
+Two methods extend a trajectory; nothing else writes its ids, mask or logprobs:
 
     prompt | act(O1)      observe(O1')        act(O2)      ...
     ids    | 5 9 2 7      31 4 18 22          6 1 3
     mask   | 1 1 1 1       0 0  0  0          1 1 1          1 = sampled by the policy, trained on
-    logp   | -.2 ...       0.0 ...            -.1 ...        0 = written by the world, never trained on
+    logp   | -.2 ...       0.0 ...            -.1 ...        0 = written by the environment, never trained on
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Passage:
     url: str | None = None
 
     def __post_init__(self) -> None:
-        # Retrievers have both from numpy or torch, and JSON takes neither: journals and `chat --json` write passages.
+        # Retrievers return numpy and torch scalars, which the JSON of journals and `chat --json` cannot hold.
         if type(self.id) is not str:
             object.__setattr__(self, "id", str(self.id))
         if type(self.score) is not float:
@@ -38,11 +38,11 @@ class Passage:
 
     @property
     def titled_text(self) -> str:
-        """The title, a newline and the text, which are searched and judged together."""
+        """The title, a newline and the text; this is what is indexed and judged."""
         return f"{self.title}\n{self.text}"
 
 
-# In the place of a policy version, for tokens that have none.
+# The policy version of tokens that have none.
 UNVERSIONED = -1
 
 
@@ -52,7 +52,7 @@ class FinishReason(enum.StrEnum):
     EOS = "eos"
     STOP = "stop"
     LENGTH = "length"
-    # The engine was taken away in the middle of the turn, which goes on with the next request.
+    # The engine was interrupted in the middle of the turn; the next request continues it.
     INTERRUPTED = "interrupted"
 
 
@@ -69,13 +69,13 @@ class StopReason(enum.StrEnum):
     ENVIRONMENT = "environment"
 
 
-# The world failed such a trajectory: it is masked from the loss, gets no reward, and is counted.
+# Failures of the environment, not of the policy: the trajectory is masked from the loss, unrewarded, and counted.
 FAILURES = (StopReason.RETRIEVAL_FAILED, StopReason.ENVIRONMENT_FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the policy samples. `temperature=0` is greedy. `seed` makes a request repeatable, whatever is beside it."""
+    """How the policy samples. `temperature=0` is greedy. `seed` makes a request repeatable in any batch."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -86,7 +86,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the policy sampled in one turn. `logprobs[i]` is that of `ids[i]`; a sampled EOS is in both.
+    """What the policy sampled in one turn. `logprobs[i]` belongs to `ids[i]`; a sampled EOS is in both.
 
     `versions[i]` is the optimizer step whose weights sampled `ids[i]`; empty if versions are not recorded.
     """
@@ -103,7 +103,7 @@ class Completion:
             raise ValueError(f"a completion of {len(self.ids)} ids came with {len(self.versions)} versions")
 
     def then(self, more: Completion) -> Completion:
-        """This completion, continued by the one that was sampled right after it."""
+        """This completion followed by `more`, which was sampled right after it."""
         return Completion(
             (*self.ids, *more.ids),
             (*self.logprobs, *more.logprobs),
@@ -137,9 +137,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """A malformed call. `problem` is said back to the policy, so write it to the policy: "the JSON does not parse".
+    """A malformed call. `problem` is shown to the policy, so address the policy: "the JSON does not parse".
 
-    `near` marks what was meant as a call in another notation, such as a code fence around JSON.
+    `near` marks an intended call in another notation, such as JSON in a code fence.
     """
 
     problem: str
@@ -156,18 +156,17 @@ Action = Search | ToolCall | Answer | Invalid | EndOfTurn
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the world says back. Only `documents` may be cut to fit a token budget, `notice` never is.
+    """The environment's reply to an action. Only `documents` may be cut to fit a token budget, never `notice`.
 
     Args:
-        documents (`tuple[str, ...]`): Texts in rank order, each cut on its own when room is short. Untrusted.
+        documents (`tuple[str, ...]`): Untrusted texts in rank order, each cut separately when over the budget.
         notice (`str`): The environment's own words, after the documents: a correction, "no searches left".
-        passages (`tuple[Passage, ...]`): What was retrieved, for rewards and logs; never shown to the policy itself.
-        done (`StopReason`, *optional*): Ends the trajectory; nothing of this observation is then shown.
-        error (`str`): Why the world failed. Such a trajectory is masked from the loss and counted.
+        passages (`tuple[Passage, ...]`): The retrieved passages, for rewards and logs; never shown to the policy.
+        done (`StopReason`, *optional*): Ends the trajectory; this observation is then not shown.
+        error (`str`): Why the environment failed. The trajectory is then masked from the loss and counted.
 
     Raises:
-        UserError: for a value of another type, where it is made: one string as `documents` would be shown letter by
-            letter.
+        UserError: for a value of the wrong type: one string as `documents` would be shown letter by letter.
     """
 
     documents: tuple[str, ...] = ()
@@ -189,7 +188,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One span of a trajectory: `ids[start:end]`, written by the `assistant` or by the `tool` (the world)."""
+    """One span of a trajectory: `ids[start:end]`, written by the `assistant` or by the `tool` (the environment)."""
 
     role: str
     text: str
@@ -199,7 +198,7 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """One rollout: the only writer of ids, mask and logprobs. Finished by `finish()`, frozen from then on.
+    """One rollout. Only this class writes ids, mask and logprobs; nothing can be appended after `finish()`.
 
     Example:
         >>> trajectory = Trajectory(prompt_ids=(5, 9))
@@ -224,20 +223,21 @@ class Trajectory:
     search_s: float = 0.0
 
     def act(self, completion: Completion, text: str) -> None:
-        """Appends what the policy sampled (mask 1). `text` is its decoding, for reading only."""
-        # A logprob that is not finite cannot enter a ratio: NaN makes TRL drop the correction for that token.
+        """Appends what the policy sampled (mask 1). `text` is the decoded text; it is never re-encoded."""
+        # A ratio needs finite logprobs: for NaN, TRL drops the correction of that token.
         logprobs = [value if math.isfinite(value) else math.nan for value in completion.logprobs]
         self.nonfinite_logprobs += sum(map(math.isnan, logprobs))
         versions = completion.versions or [UNVERSIONED] * len(completion.ids)
         self._append("assistant", completion.ids, 1, logprobs, versions, text)
 
     def observe(self, ids: Sequence[int], text: str) -> None:
-        """Appends what the world wrote (mask 0): passages, notices, any token that closes a turn for the policy."""
+        """Appends what the environment wrote (mask 0): passages, notices, and tokens that close the policy's turn."""
         self._append("tool", ids, 0, [0.0] * len(ids), [UNVERSIONED] * len(ids), text)
 
     def finish(self, reason: StopReason, *, eos_token_id: int | None = None, error: str = "") -> None:
-        """Ends the trajectory. `eos_token_id` closes one that the policy did not end by EOS but by a stop string: TRL
-        calls a completion without EOS truncated. The token is not the policy's, so its mask is 0."""
+        """Ends the trajectory. `eos_token_id` is appended if the last token is another one, for example after a stop
+        string, because TRL counts a completion without EOS as truncated. Its mask is 0: the policy did not sample it.
+        """
         if eos_token_id is not None and (not self.ids or self.ids[-1] != eos_token_id):
             self.observe((eos_token_id,), text="")
         self.stop_reason, self.error = reason, error
@@ -258,7 +258,7 @@ class Trajectory:
 
     @property
     def failed(self) -> bool:
-        """Whether the world failed it: data about the failure, never trained on."""
+        """Whether the environment failed. Such a trajectory is never trained on."""
         return self.stop_reason in FAILURES
 
     @property
@@ -275,7 +275,7 @@ class Trajectory:
 
     @property
     def calls(self) -> int:
-        """Calls of any tool, searches among them."""
+        """Number of calls of any tool, including searches."""
         return sum(isinstance(action, Search | ToolCall) for action in self.actions)
 
     @property
@@ -288,11 +288,11 @@ class Trajectory:
 
     @property
     def spoken(self) -> list[str]:
-        """What the policy wrote, turn by turn: the only text that is scored or searched for phrases."""
+        """What the policy wrote, one text per turn: the only text that is scored or searched for phrases."""
         return [turn.text for turn in self.turns if turn.role == "assistant"]
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The turns as chat messages, `[{"role": "assistant", "content": ...}, {"role": "tool", ...}, ...]`: what
-        reward functions read, so that they can tell the policy's words from the world's."""
+        """The turns as chat messages for reward functions, which thereby see who wrote what:
+        `[{"role": "assistant", "content": ...}, {"role": "tool", ...}, ...]`."""
         return [{"role": turn.role, "content": turn.text} for turn in self.turns if turn.text]

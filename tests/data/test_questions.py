@@ -168,7 +168,7 @@ def test_public_datasets_are_read_as_they_come(
     ("row", "message"),
     [
         (asked("a", golden_answers=True), r"line 2: a golden answer is True, of type bool"),
-        (asked("a", golden_answers=[["b"]]), r"line 2: a golden answer is a list within a list"),
+        (asked("a", golden_answers=[["b"]]), r"line 2: a golden answer is a nested list"),
         (
             asked("a", golden_answers=[{"name": "b"}]),
             r"line 2: the golden answers are .* with the fields name",

@@ -185,7 +185,7 @@ def test_rewards_resolve_in_order() -> None:
     [
         ("formt", r"unknown reward 'formt': did you mean 'format'\? There are: em, f1, format, reflection, retrieval"),
         ("zzz", r"unknown reward 'zzz'\. There are: em"),
-        ([], "no reward is given"),
+        ([], "reward_funcs is empty"),
         (["em", "f1", "em"], "'em' is named twice"),
         ([3], "a name or a function, not int"),
         (3, "a name or a function, not int"),

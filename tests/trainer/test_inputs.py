@@ -43,7 +43,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"trainer": {"rollout_func": print}}, "^rollout_func is TRL's way"),
         ({"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs do not reach"),
         ({"rewards": "exact_mach"}, "unknown reward 'exact_mach'.*em, f1, format"),
-        ({"rewards": []}, "no reward is given"),
+        ({"rewards": []}, "reward_funcs is empty"),
         ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations is of TRL's own .*max_searches"),
         ({"cache_implementation": "static"}, "cache_implementation is of TRL's own generation"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching is of TRL's own .*rollout_batch_size"),

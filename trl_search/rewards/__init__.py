@@ -1,4 +1,4 @@
-"""Rewards: the functions, and how they are found by name (`registry.py` says how to add your own)."""
+"""Reward functions and their registry (`registry.py` explains how to add your own)."""
 
 from trl_search.rewards.built_in import (
     BUILT_IN,

@@ -1,13 +1,13 @@
-r"""Normalises, extracts and compares answers. Published numbers use the same rules.
+r"""Normalises, extracts and compares answers by the rules of published results.
 
 Normalisation is SQuAD's, as Search-R1 and its successors use it: lower-case, delete ASCII punctuation, turn the words
-*a*, *an*, *the* into spaces, collapse white space. Punctuation is deleted and not spaced, so `U.S.` becomes `us` and
-`well-known` becomes `wellknown`.
+*a*, *an*, *the* into spaces, collapse white space. Punctuation is deleted, not replaced by a space, so `U.S.` becomes
+`us` and `well-known` becomes `wellknown`.
 
-Two deviations:
+There are two deviations:
 
-- `contains_answer` compares whole words, where Search-R1 looks for a substring. There, the gold answer `art` is found
-  in every passage about a *party*.
+- `contains_answer` compares whole words. Search-R1 looks for a substring, so it finds the gold answer `art` in every
+  passage about a *party*.
 - In scripts without spaces between words (Chinese, Japanese, Korean, Thai, ...) answers are compared letter by letter,
   as MLQA does (arXiv:1910.07475). A text with such letters loses all punctuation, "。" too, and its full-width
   letters become ordinary ones: "北京。" is "北京". Text without such letters is compared as SQuAD does.
@@ -27,7 +27,7 @@ from trl_search.rewards.golden_answers import golden_list
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_UNSPACED_LETTER = re.compile(rf"[{UNSPACED_LETTERS}][^\w\s]*")  # with its marks: the vowels and tones of Thai
+_UNSPACED_LETTER = re.compile(rf"[{UNSPACED_LETTERS}][^\w\s]*")  # with combining marks: the vowels and tones of Thai
 
 
 def normalize_answer(text: str) -> str:
@@ -42,7 +42,7 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """The units that answers are compared by: normalised words, and single letters of scripts without spaces.
+    """The units of comparison: normalised words, and single letters in scripts without spaces.
 
     Example:
         >>> answer_words("The U.S. Senate"), answer_words("東京タワー(1958年)。")
@@ -55,9 +55,9 @@ def answer_words(text: str) -> list[str]:
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last `<answer>…</answer>` outside thoughts, stripped; `None` where none is closed.
+    """The stripped content of the last closed `<answer>…</answer>` outside thoughts; `None` if there is none.
 
-    Give it text that the model wrote: a retrieved passage may hold the tags too.
+    Pass only text that the policy wrote: a retrieved passage may contain the tags too.
 
     Example:
         >>> extract_answer("<think> <answer> Rome </answer> </think> <answer> Lyon </answer><answer> Paris </answer>")
@@ -67,9 +67,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def last_answer(turns: Sequence[str]) -> str | None:
-    """The answer of a conversation, from the model's turns: that of the last turn whose act is an answer.
+    """The answer of a conversation: that of the last of the policy's turns whose action is an answer.
 
-    A turn that calls a tool first, or that writes the world's tags, has no answer: the environment saw none either.
+    A turn that calls a tool first or writes the environment's tags has no answer; the environment saw none either.
 
     Example:
         >>> last_answer(["<answer> Lyon </answer>", "let me check"])
@@ -95,11 +95,11 @@ def exact_match(prediction: str, golden_answers: str | Sequence[str]) -> bool:
 
 
 def f1_score(prediction: str, golden_answers: str | Sequence[str], *, yes_no: bool = False) -> float:
-    """SQuAD's F1 over multisets of normalised words, the best over the gold answers. Where either side has no word
-    left, it is 1.0 if both have none and 0.0 otherwise (SQuAD 2.0's rule), so that an exact match always has F1 1.0.
+    """SQuAD's F1 over multisets of normalised words: the maximum over the gold answers. If a side has no words, F1 is
+    1.0 if both have none and 0.0 otherwise (SQuAD 2.0's rule), so an exact match always has F1 1.0.
 
     Args:
-        yes_no (`bool`): HotpotQA's rule: where either side is `yes`, `no` or `noanswer`, only equality counts.
+        yes_no (`bool`): HotpotQA's rule: if either side is `yes`, `no` or `noanswer`, only equality counts.
 
     Example:
         >>> round(f1_score("Marie Curie of Warsaw", ["Marie Skłodowska Curie"]), 3)
@@ -116,8 +116,8 @@ def f1_score(prediction: str, golden_answers: str | Sequence[str], *, yes_no: bo
 
 
 def contains_answer(text: str, golden_answers: str | Sequence[str]) -> bool:
-    """Whether any gold answer occurs in the text as whole words in order, both normalised. A gold answer that
-    normalises to nothing (`"The"`, `"!!!"`) is contained in no text.
+    """Whether the normalised text contains any normalised gold answer as consecutive whole words. A gold answer that
+    is empty after normalisation (`"The"`, `"!!!"`) never matches.
 
     Example:
         >>> contains_answer("Curie was born in Warsaw, Poland.", ["warsaw"])

@@ -1,4 +1,4 @@
-"""The rewards that ship with the package. Each takes what TRL passes, and uses the keywords it names."""
+"""The built-in rewards. Each accepts all keywords that TRL passes and uses those in its signature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Golden = Sequence[Any] | None
 
 @declare(required_columns=["golden_answers"])
 def em(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
-    """Exact match: 1.0 where the last `<answer>` that the model wrote equals a gold answer, both normalised, else 0.0.
+    """Exact match: 1.0 if the policy's last `<answer>` equals a gold answer after normalisation, else 0.0.
 
     A row without gold answers gets `None`.
 
@@ -33,7 +33,7 @@ def em(completions: Sequence[Completion], golden_answers: Golden = None, **colum
 
 @declare(required_columns=["golden_answers"])
 def f1(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
-    """SQuAD's F1 between the last `<answer>` that the model wrote and the best gold answer; 0.0 without an answer.
+    """SQuAD's F1 between the policy's last `<answer>` and the best gold answer; 0.0 without an answer.
 
     A row without gold answers gets `None`.
 
@@ -46,10 +46,10 @@ def f1(completions: Sequence[Completion], golden_answers: Golden = None, **colum
 
 @declare(required_columns=["golden_answers"])
 def retrieval(completions: Sequence[Completion], golden_answers: Golden = None, **columns: Any) -> Scores:
-    """1.0 where a gold answer occurs, whole words and normalised, in something that was retrieved, else 0.0.
+    """1.0 if the observations contain a gold answer (whole words, normalised), else 0.0.
 
-    It reads tool messages only, so writing the answer into the query does not pay. It says little about gold answers
-    that occur in any text, such as "yes" or a bare year. A row without gold answers gets `None`.
+    It reads only tool messages, so the policy gains nothing by writing the answer into the query. It says little about
+    gold answers that occur in many texts, such as "yes" or a year. A row without gold answers gets `None`.
 
     Example:
         >>> messages = [{"role": "assistant", "content": "…"}, {"role": "tool", "content": "Curie, born in Warsaw"}]
@@ -61,14 +61,14 @@ def retrieval(completions: Sequence[Completion], golden_answers: Golden = None, 
 
 
 def format(completions: Sequence[Completion], **columns: Any) -> Scores:
-    """Whether the trajectory is well-formed, under any protocol. In proportion to Search-R1 v0.3's format reward:
+    """Whether the trajectory is well-formed, under any protocol. The values follow Search-R1 v0.3's format reward:
 
-    - 0.0: the last turn holds no closed `<answer>`, or the model wrote a `<tool_response>` or `<information>` itself;
-    - 0.5: it answers, but something is malformed;
-    - 1.0: tags are balanced and not nested; every turn but the last ends in its one call (`<tool_call>` or `<search>`,
-      not empty, JSON that parses if it is JSON); the last turn ends in its one answer, which is not empty.
+    - 0.0: the last turn has no closed `<answer>`, or the policy wrote a `<tool_response>` or `<information>` itself;
+    - 0.5: the last turn answers, but something is malformed;
+    - 1.0: tags are balanced and not nested; every turn but the last ends in exactly one call (`<tool_call>` or
+      `<search>`, not empty, valid if it is JSON); the last turn ends in exactly one answer, which is not empty.
 
-    It never looks at whether the answer is right: trained on alone, it teaches the form and nothing else.
+    It ignores whether the answer is right, so it teaches only the format when it is the only reward.
 
     Example:
         >>> format(completions=["<think> easy </think> <answer> Paris </answer>", "<answer> Paris", "Paris"])
@@ -79,12 +79,12 @@ def format(completions: Sequence[Completion], **columns: Any) -> Scores:
 
 @declare(default_weight=0.0)
 def reflection(completions: Sequence[Completion], **columns: Any) -> Scores:
-    """Reflective phrases in what the model wrote, at most `REFLECTION_CAP`, scaled to [0, 1].
+    """The number of reflective phrases that the policy wrote, capped at `REFLECTION_CAP` and scaled to [0, 1].
 
-    Its default weight is 0, so it is tracked and not trained on. **It is easily gamed.** It counts phrases, not
-    thought: "wait, wait, wait," costs six tokens and earns all of it, whatever the answer. In some runs phrases and
-    scores grew together; nothing says that paying for the phrases raises the score. If you do train on it, keep its
-    weight below half of the answer's, and read some completions.
+    Its default weight is 0, so it is logged but not trained on. **It is easily gamed:** it counts phrases, not
+    thought, and "wait, wait, wait," earns the full reward for six tokens, whatever the answer. In some runs phrases
+    and scores grew together; that does not show that rewarding the phrases raises the score. If you train on it, keep
+    its weight below half of the answer's, and read some completions.
 
     Example:
         >>> reflection(completions=["Wait, let me double-check.", "Paris."])
@@ -102,10 +102,10 @@ def soft_overlong_punishment(
     max_completion_length: int,
     **columns: Any,
 ) -> Scores:
-    """DAPO's soft overlong punishment (arXiv:2503.14476, equation 13): 0 down to -1 over the last fifth of the budget.
+    """DAPO's soft overlong punishment (arXiv:2503.14476, equation 13): from 0 to -1 over the last fifth of the budget.
 
-    A trajectory of y tokens, with L = `max_completion_length` and c = L / 5, gets 0 up to L - c, and (L - c - y) / c
-    beyond. Retrieved tokens count, because they take the same budget. Give it a weight below that of the answer.
+    With L = `max_completion_length` and c = L / 5, a trajectory of y tokens gets 0 up to L - c, and (L - c - y) / c
+    beyond. Retrieved tokens count, because they use the same budget. Give it a weight below that of the answer.
 
     Example:
         >>> ids = [[1] * 80, [1] * 90, [1] * 100]
@@ -125,7 +125,7 @@ def _scores(
 ) -> Scores:
     """The score of each text against its gold answers: 0.0 without a text, `None` without gold answers."""
     if golden_answers is None:
-        # Columns come as lists, one value per completion; most of TRL's own keywords (trainer_state, ...) do not.
+        # TRL passes columns as lists, one value per completion; most other keywords (trainer_state) are not lists.
         given = {key for key, value in columns.items() if isinstance(value, list)} - {"prompts", "completion_ids"}
         raise missing_column(name, "golden_answers", given)
     return [

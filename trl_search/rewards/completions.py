@@ -1,7 +1,6 @@
-"""A completion as TRL hands it to rewards.
+"""Reads a completion as TRL passes it to rewards.
 
-It is a list of chat messages, where `assistant` is the model's and `tool` the world's, or a plain string, all of it
-the model's.
+It is a list of chat messages (the policy writes `assistant`, the environment `tool`) or a string by the policy.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ Completion = str | Sequence[dict[str, Any]] | dict[str, Any]
 
 
 def texts_of(completion: Completion, role: str) -> list[str]:
-    """The texts of one role, turn by turn: `assistant` wrote them, or `tool` did."""
+    """The texts of one role, `assistant` or `tool`, one per turn."""
     return [_content(message) for message in _messages(completion) if message.get("role", "assistant") == role]
 
 
 def answer_of(completion: Completion) -> str | None:
-    """The last `<answer>` that the model gave; `None` where there is none."""
-    if isinstance(completion, str):  # a whole conversation may stand in it, calls included
+    """The policy's last `<answer>`; `None` if there is none."""
+    if isinstance(completion, str):  # it may hold a whole conversation, including calls
         return extract_answer(completion)
     return last_answer(texts_of(completion, "assistant"))
 
@@ -37,6 +36,6 @@ def _content(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)  # [{"type": "text", "text": …}, …]
-    # Stock TRL parses calls out of the text; written back, one reader serves both.
+    # Plain TRL removes calls from the text; write them back, so that one parser reads both forms.
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     return content + "".join(f"\n<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)

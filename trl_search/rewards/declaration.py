@@ -20,7 +20,7 @@ def declare(
     Args:
         required_columns (`Sequence[str]`, *optional*, defaults to `()`): Dataset columns that it takes as keywords.
         default_weight (`float`, *optional*, defaults to `1.0`):
-            Its weight where `reward_weights` is not given. At 0 it is tracked and not trained on.
+            Its weight if `reward_weights` is not given. With 0 the reward is logged but not trained on.
         settings (`Sequence[str]`, *optional*, defaults to `()`):
             Keys of [`SearchGRPOConfig`] that the trainer passes to it as keywords.
 
@@ -43,7 +43,7 @@ def required_columns(reward: Reward) -> tuple[str, ...]:
 
 
 def with_settings(reward: Reward, config: Any) -> Reward:
-    """The reward with the settings that it declares, of this configuration; itself if it declares none."""
+    """The reward with its declared settings bound to the values of `config`; unchanged if it declares none."""
     names = getattr(reward, "settings", ())
     if not names:
         return reward
@@ -68,6 +68,6 @@ def check_columns(rewards: Iterable[Reward], columns: Iterable[str]) -> None:
 def missing_column(reward: str, column: str, present: Iterable[str]) -> UserError:
     found = ", ".join(sorted(present)) or "none"
     return UserError(
-        f"reward {reward!r} needs the dataset column {column!r}, and the columns are: {found}. Add the column, or "
-        "leave the reward out of `reward_funcs`."
+        f"reward {reward!r} needs the dataset column {column!r}; the columns are: {found}. Add the column, or remove "
+        "the reward from `reward_funcs`."
     )

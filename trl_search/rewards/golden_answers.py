@@ -1,4 +1,4 @@
-"""Golden answers as a list of strings, from the shapes that datasets use.
+"""Converts golden answers from the formats of common datasets to a list of strings.
 
     "Lyon"   ["Lyon", "Lugdunum"]   numpy.array(["Lyon"])   b"Lyon"
     1998   1998.0                                             numbers: "1998"
@@ -7,7 +7,7 @@
     {"text": ["Lyon", "Lyon"], "answer_start": [17, 80]}      SQuAD
     {"target": ["Lyon"]}                                      Search-R1's ground truth
 
-Anything else is refused: converted to a string it would match no answer, and every reward of a run would be 0.
+Any other format is an error: as a string it would match no answer, and every reward of a run would be 0.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from trl_search.common.errors import UserError
 
 
 def golden_list(value: Any) -> list[str]:
-    """Returns golden answers as a list of strings; what is missing (`None`, NaN) is left out.
+    """Returns golden answers as a list of strings, without missing values (`None`, NaN).
 
     Raises:
-        UserError: for a value of another shape; the message names its type.
+        UserError: for a value in another format; the message names its type.
 
     Example:
         >>> golden_list("Paris"), golden_list(None), golden_list(1998.0)
@@ -43,7 +43,7 @@ def golden_list(value: Any) -> list[str]:
     answers: list[str] = []
     for one in map(_plain, value):
         if isinstance(one, (list, tuple)):
-            raise UserError(f"a golden answer is a list within a list, {_shown(one)}: give one flat list of strings")
+            raise UserError(f"a golden answer is a nested list, {_shown(one)}: give one flat list of strings")
         answers += golden_list(one) if isinstance(one, (Mapping, str)) else _answers(one)
     return answers
 
@@ -54,13 +54,13 @@ def _answers(value: Any) -> list[str]:
 
 
 def read_text(value: Any, name: str) -> str | None:
-    """Returns a string or a number as text, and `None` where there is none (`None`, NaN).
+    """Returns a string or a number as text, and `None` for a missing value (`None`, NaN).
 
     Args:
-        name (`str`): What it is, for the message: "the question".
+        name (`str`): What the value is, for the error message: "the question".
 
     Raises:
-        UserError: for a value that is neither; the message names its type.
+        UserError: for a value of another type; the message names the type.
     """
     value = _plain(value)
     if value is None or isinstance(value, str):
@@ -80,12 +80,12 @@ def read_text(value: Any, name: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy array as a list, and a NumPy scalar as Python's own."""
+    """Converts a NumPy array to a list, and a NumPy scalar to a Python scalar."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _unpacked(struct: Mapping[str, Any]) -> list[Any]:
-    """The answers of a struct; those that repeat an earlier one are left out."""
+    """The answers of a struct, without duplicates."""
     if "value" in struct and "aliases" in struct:
         held = [struct["value"], *_as_list(struct["aliases"])]
     elif "text" in struct and "answer_start" in struct:
@@ -108,7 +108,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _listed(text: str) -> str | list[Any]:
-    """The list of strings that a string holds, or the string itself: `[1]` and `[sic]` are answers like others."""
+    """Parses a string that is a list of strings; returns any other string unchanged, such as `[1]` and `[sic]`."""
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return text
@@ -117,12 +117,12 @@ def _listed(text: str) -> str | list[Any]:
             value = read(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        # Python would read "['a' 'b']", NumPy's form of an array, as one joined string.
+        # Python joins the strings of "['a' 'b']", which is how NumPy prints an array, into one.
         joined = read is ast.literal_eval and repr(value) != stripped
         if isinstance(value, list) and all(isinstance(one, str) for one in value) and not joined:
             return value
     if stripped[1:].lstrip().startswith(("'", '"')):
-        raise UserError(f"the golden answers {_shown(text)} look like a list and are none: write it as JSON")
+        raise UserError(f"the golden answers {_shown(text)} look like a list but do not parse: write them as JSON")
     return text
 
 

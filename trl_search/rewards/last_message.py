@@ -1,7 +1,7 @@
-"""Adapts rewards of TRL that read the first message of a completion, so that they read the last one.
+"""Adapts TRL's rewards that read the first message of a completion, so that they read the last one.
 
-A completion of a search agent is several messages: call, reply, call, reply, answer. `think_format_reward` and its
-like read `completion[0]`, which is the first call.
+A search agent's completion has several messages: call, reply, call, reply, answer. `think_format_reward` and similar
+rewards read `completion[0]`, which is the first call.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ FIRST_MESSAGE_REWARDS = ("think_format_reward", "accuracy_reward", "reasoning_ac
 
 
 def reads_first_message(reward: Any) -> bool:
-    """Whether a reward is one of TRL's that read only the first message."""
+    """Whether the reward is one of TRL's that read only the first message."""
     module = getattr(reward, "__module__", None) or ""
     return module.startswith("trl.rewards") and getattr(reward, "__name__", "") in FIRST_MESSAGE_REWARDS
 
 
 def of_last_message(reward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same reward for the last message that the model wrote.
+    """Wraps a reward so that it reads only the last message that the policy wrote.
 
     Example:
         >>> from trl.rewards import think_format_reward

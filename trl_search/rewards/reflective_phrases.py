@@ -1,10 +1,10 @@
-r"""Counts reflective phrases, with which a model says that it checks its own claims ("wait", "let me re-check", …).
+r"""Counts reflective phrases, in which a model says that it checks its own claims ("wait", "let me re-check", …).
 
-Seungyoun Shin's reproduction of Search-R1 (June 2025) counted them over training and saw their share grow with the
-benchmark score. It named four ("think again", "re-verify", "let's reconsider", "upon close inspection") and published
-no list, so the lexicon below is ours: those four and the families around them. Phrases are counted, not thoughts.
+Seungyoun Shin's reproduction of Search-R1 (June 2025) counted such phrases over training and saw their share grow with
+the benchmark score. It named four ("think again", "re-verify", "let's reconsider", "upon close inspection") and did
+not publish a list. The lexicon below is ours: those four and similar phrases.
 
-Pass only text that the model wrote: "on closer inspection" in a passage is no reflection.
+Pass only text that the policy wrote: "on closer inspection" in a passage is not a reflection.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# A reflection begins with the model itself: "let me reconsider" is one, "the court had to reconsider" is not.
+# The speaker must be the subject: "let me reconsider" is a reflection, "the court had to reconsider" is not.
 _SELF = (
     r"(?:let me|let us|let's|i'll|we’ll|i'd better|i'm going to|i am going to|it is worth|it's worth|"
     r"(?:i|we) (?:will|must|should|ought to|need to|have to|want to|would like to|had better))"
 )
 _ADVERB = r"(?:(?:just|also|now|first|then|quickly|carefully|probably|still|really|try to|go back and) ){0,2}"
-# Where a clause begins: "Wait, ..." stands apart, "they had to wait, ..." does not. White space is \s here, because a
-# look-behind must know its width.
+# The start of a clause: it matches "Wait, ..." but not "they had to wait, ...". White space is a single \s, because a
+# look-behind needs a fixed width.
 _CLAUSE = r"(?<!\w\s)"
 _APART = r"(?=\s*(?:[,.!?:;…—–]|\n|\Z)|\s+\x2d)"
 _INTERJECTION = r"(?:wait|hold on|hang on)"
 _LOOK = r"(?:look|inspection|examination)"
 
-# family → phrases. A phrase is a regular expression in which four characters mean more than themselves:
-#   " "  white space or hyphens      "double check" also finds `double-check`
-#   "-"  the same, or nothing        "re-verify" also finds `reverify` and `re verify`
-#   "'"  any apostrophe, or none     "let's" also finds `let’s` and `lets`
-#   "’"  any apostrophe              "we’ll" also finds `we'll`, and not `well`
+# family → phrases. A phrase is a regular expression in which four characters have a special meaning:
+#   " "  white space or hyphens           "double check" also matches `double-check`
+#   "-"  white space, hyphens or nothing  "re-verify" also matches `reverify` and `re verify`
+#   "'"  any apostrophe, or none          "let's" also matches `let’s` and `lets`
+#   "’"  any apostrophe                   "we’ll" also matches `we'll`, but not `well`
 LEXICON: dict[str, tuple[str, ...]] = {
     "think again": (
         r"think again",
@@ -65,7 +65,7 @@ LEXICON: dict[str, tuple[str, ...]] = {
         rf"{_CLAUSE}(?:taking|with) (?:a (?:second|closer)|another) look",
     ),
     "wait": (
-        # "wait" alone is also a verb ("they wait for the king"): it must stand apart, or turn to the speaker.
+        # "wait" is also an ordinary verb ("they wait for the king"), so punctuation or the speaker must follow it.
         rf"{_CLAUSE}{_INTERJECTION}{_APART}",
         rf"{_CLAUSE}{_INTERJECTION} (?:a (?:minute|second|moment)|no|but|actually|maybe|that|i|let me)",
         rf"(?:but|oh|ah|hm+|okay|ok|actually) {_INTERJECTION}{_APART}",
@@ -88,12 +88,12 @@ _SPELLINGS = {" ": rf"[\s{_HYPHEN}]+", "-": rf"[\s{_HYPHEN}]*", "'": f"{_APOSTRO
 
 
 def spell_out(phrase: str) -> str:
-    """The plain regular expression of a phrase of the lexicon."""
+    """Converts a phrase of the lexicon to a standard regular expression."""
     return "".join(_SPELLINGS.get(character, character) for character in phrase)
 
 
-# One pattern with one named group per family; the earliest match wins and none overlap, so "wait, let me double-check"
-# counts twice and "let me re-check" once.
+# One pattern with one named group per family. The earliest match wins and matches do not overlap, so "wait, let me
+# double-check" counts twice and "let me re-check" once.
 _FAMILIES = {f"family_{index}": family for index, family in enumerate(LEXICON)}
 _PATTERN = re.compile(
     r"(?<!\w)(?:"
@@ -114,7 +114,7 @@ class Reflection:
 
 
 def find_reflections(text: str) -> list[Reflection]:
-    """Every reflective phrase in the text, in order, none overlapping another.
+    """Every reflective phrase in the text, in order and without overlaps.
 
     Example:
         >>> [(found.family, found.phrase) for found in find_reflections("Wait, let’s re‑verify that.")]
@@ -126,7 +126,7 @@ def find_reflections(text: str) -> list[Reflection]:
     ]
 
 
-@functools.lru_cache(maxsize=4096)  # the reward and the metrics of a step read the same turns
+@functools.lru_cache(maxsize=4096)  # the reward and the metrics of a step count the same turns
 def count_reflections(text: str) -> int:
     """How many reflective phrases the text holds.
 
@@ -138,7 +138,7 @@ def count_reflections(text: str) -> int:
 
 
 def reflection_ratio(texts: Iterable[str]) -> float:
-    """The share of texts with at least one reflective phrase; 0.0 without texts. Pass one text per trajectory.
+    """The share of texts with at least one reflective phrase; 0.0 if there are none. Pass one text per trajectory.
 
     Example:
         >>> reflection_ratio(["Wait, that is Lyon.", "Paris."])

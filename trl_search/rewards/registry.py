@@ -1,11 +1,11 @@
-"""Rewards: plain functions in TRL's signature, found by name, that read what the *model* wrote.
+"""Finds rewards by name. A reward is a function with TRL's signature:
 
     reward(completions, golden_answers=[...], **columns) -> list[float | None]
 
-A completion is a list of chat messages (`assistant` is the model, `tool` the environment), or a plain string, all of
-it the model's. `None` leaves a sample out of that reward.
+A completion is a list of chat messages (the policy writes `assistant`, the environment `tool`), or a string that the
+policy wrote. `None` gives a trajectory no score for that reward.
 
-A recipe names rewards: a name below, a name that an installed package adds, or an import path:
+A recipe names a built-in reward, a reward of an installed package, or an import path:
 
     reward_funcs: [em, format, my_package.rewards.brevity]
 
@@ -14,7 +14,7 @@ A package adds rewards through the entry-point group `trl_search.rewards`:
     [project.entry-points."trl_search.rewards"]
     brevity = "my_package.rewards:brevity"
 
-`@declare` names the dataset columns that a reward needs, so that a run without them stops before its first step.
+`@declare` names the dataset columns that a reward needs; a run without them stops before its first step.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
 
     Args:
         specs (`str`, `Callable` or a list of both): A name (built in, or added by an installed package), an import
-            path (`package.module.function`, also with `:`), or the function itself, which is returned as it is.
+            path (`package.module.function`, also with `:`), or a function, which is returned unchanged.
 
     Returns:
-        `list[Callable]`: one function for each, in order.
+        `list[Callable]`: one function per reward, in order.
 
     Raises:
-        UserError: for no reward, an unknown one, or one named twice.
+        UserError: for an empty list, an unknown reward, or a duplicate.
 
     Example:
         >>> resolve_rewards(["em", my_reward])
@@ -50,27 +50,29 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
     """
     listed = listed_rewards(specs)
     if not listed:
-        raise UserError("no reward is given: name at least one, as in `reward_funcs: [em, format]`")
+        raise UserError("reward_funcs is empty: name at least one reward, as in `reward_funcs: [em, format]`")
     names = [spec for spec in listed if isinstance(spec, str)]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise UserError(f"reward {min(repeated)!r} is named twice: name it once, and give it more in `reward_weights`")
+        raise UserError(
+            f"reward {min(repeated)!r} is named twice: name it once, and raise its weight in `reward_weights`"
+        )
     return [_resolve(spec) for spec in listed]
 
 
 def listed_rewards(specs: Any) -> list[Any]:
-    """One reward, or several, as a list.
+    """One reward or several, as a list.
 
     Raises:
-        UserError: for a mapping of weights, and for what is neither a name nor a function.
+        UserError: for a mapping, and for a value that is neither a name nor a function.
     """
     if isinstance(specs, str) or callable(specs):
         return [specs]
     if isinstance(specs, Mapping):
         weights = list(specs.values())
         raise UserError(
-            f"reward_funcs is a mapping: give reward_funcs={list(specs)!r}, and the weights in the configuration, "
-            f"reward_weights={weights!r}"
+            f"reward_funcs is a mapping: set reward_funcs={list(specs)!r}, and reward_weights={weights!r} in the "
+            "configuration"
         )
     if not isinstance(specs, Iterable):
         raise UserError(f"a reward is a name or a function, not {type(specs).__name__}: {specs!r:.80}")
@@ -78,7 +80,7 @@ def listed_rewards(specs: Any) -> list[Any]:
 
 
 def available_rewards() -> list[str]:
-    """The names that `resolve_rewards` knows: built in, then added by installed packages."""
+    """The names that `resolve_rewards` knows: first the built-in ones, then those of installed packages."""
     return REWARDS.names()
 
 

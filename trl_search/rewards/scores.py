@@ -1,4 +1,4 @@
-"""What a reward returned, checked: one score per completion, each a finite number or `None`."""
+"""Checks that a reward returned one score per completion, each a finite number or `None`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trl_search.rewards.declaration import Reward
 
 
 def checked(reward: Reward) -> Reward:
-    """The same reward, whose scores are checked whenever it is called.
+    """Wraps a reward so that its scores are checked at each call.
 
-    TRL reads NaN as "no score" and passes infinity on into advantages; neither is said where it happens.
+    Without the check, TRL silently treats NaN as "no score" and lets infinity into the advantages.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
 
@@ -32,10 +32,10 @@ def checked(reward: Reward) -> Reward:
 
 
 def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
-    """The scores as a list of numbers; `None` leaves a completion out.
+    """The scores as a list of numbers; `None` gives a completion no score.
 
     Raises:
-        UserError: for another number of scores than `count`, and for a score that is no finite number.
+        UserError: if there are not `count` scores, or a score is not a finite number.
 
     Example:
         >>> check_scores("brevity", [0.5, None, float("nan")], 3)
@@ -47,7 +47,9 @@ def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
             f"reward {name!r} returned {_shown(scores)}: return a list with one score per completion, {count} here"
         )
     if len(listed) != count:
-        raise UserError(f"reward {name!r} returned {len(listed)} scores for {count} completions: return one for each")
+        raise UserError(
+            f"reward {name!r} returned {len(listed)} scores for {count} completions: return one per completion"
+        )
     return [_number(name, index, score) for index, score in enumerate(listed)]
 
 

@@ -1,12 +1,12 @@
-r"""Scores whether a trajectory keeps to the structure of its protocol, from the turns that the model wrote.
+r"""Scores whether the policy's turns follow the structure of the protocol.
 
     turn 1   <think> … </think> <tool_call> … </tool_call>     any thoughts, then one call, then nothing
     turn 2   <think> … </think> <search> … </search>           (either tag: one checker for every protocol)
     turn n   <think> … </think> <answer> … </answer>           any thoughts, then one answer, then nothing
 
-Thoughts are optional and may hold any words, tags included. Plain text between the blocks is allowed, because chat
-models talk. A block left open, a tag inside a call or an answer, a second call, words after the call, and the
-environment's tags written by the model are not allowed.
+Thoughts are optional and may hold any text, including tags. Plain text between blocks is allowed, because chat models
+write it. Not allowed are an open block, a tag inside a call or an answer, a second call, text after the call, and the
+environment's tags.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from trl_search.protocols.calls import NO_SUCH_TOOL, read_call, read_query
 from trl_search.protocols.turn import CALLS, TAG, Block, outside_thoughts, read_turn
 from trl_search.types import Invalid
 
-# What may follow the last block: white space and the tokens that end a turn, `<|im_end|>` or `</s>`.
+# Allowed after the last block: white space and the tokens that end a turn, `<|im_end|>` or `</s>`.
 _ENDING = re.compile(r"(?:\s|<\|[^<>|]{1,64}\|>|</s>)*")
 
 
 def format_score(turns: Sequence[str]) -> float:
-    """0.0 if the last turn does not answer, or the model wrote the environment's tags; 0.5 if it answers but something
+    """0.0 if the last turn does not answer or the policy wrote the environment's tags; 0.5 if it answers but something
     is malformed; 1.0 if everything is well-formed.
 
     Example:
@@ -44,7 +44,7 @@ def format_score(turns: Sequence[str]) -> float:
 
 
 def duplicate_tags(turns: Sequence[str]) -> int:
-    """How often tags are repeated within a turn, outside thoughts. A repeated block counts once.
+    """Number of repeated tags within turns, outside thoughts. A repeated block counts once.
 
     Example:
         >>> duplicate_tags(["<search> a </search>", "<answer> b </answer> </answer> <answer> c </answer>"])
@@ -66,7 +66,7 @@ def _ends_in(text: str, tags: set[str] | frozenset[str]) -> bool:
     act = turn.act
     if not turn.tidy or act is None or act.tag not in tags or not act.content.strip():
         return False
-    # Nothing may follow the first act.
+    # Nothing may follow the first action.
     return _ENDING.fullmatch(text, act.end) is not None and _is_readable(act)
 
 
@@ -74,5 +74,5 @@ def _is_readable(act: Block) -> bool:
     if act.tag == "answer":
         return True
     action = read_query(act.content) if act.tag == "search" else read_call(act.content)
-    # The environment knows which tools exist.
+    # A call of an unknown tool is well-formed: only the environment knows which tools exist.
     return not isinstance(action, Invalid) or action == NO_SUCH_TOOL

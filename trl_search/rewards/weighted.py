@@ -1,4 +1,4 @@
-"""What the rewards of a trajectory add up to, and how far that is from the mean of its group.
+"""The weighted sum of a trajectory's rewards, and its deviation from the mean of the group.
 
     rewards_RF    weights_F     weighted_rewards    deviations, in groups of 2
      1.0   0.3    1.0   0.5      1.15                0.075
@@ -6,8 +6,8 @@
      0.7   0.6                   1.0                 0        the sums differ in their last digit
      0.9   0.2                   1.0                 0
 
-TRL computes advantages from these deviations, whatever it divides them by (`scale_rewards`). A NaN (-) is a reward
-that was not given. Suffixes: R trajectories, F reward functions, G groups, B trajectories of a group.
+TRL computes advantages from these deviations; `scale_rewards` sets the divisor. A dash is NaN, a reward without a
+score. Suffixes: R trajectories, F reward functions, G groups, B trajectories of a group.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Sums and means in float32 agree to six digits of their terms. The bound is relative: rewards may be of any size, and
-# TRL gives an advantage to differences of any size, although it logs a standard deviation below 1e-8 as zero.
+# Sums and means in float32 agree to six digits of their terms. The bound is relative because rewards have any scale,
+# and TRL turns differences of any size into advantages, although it logs a standard deviation below 1e-8 as zero.
 ROUNDING = 1e-6
 
 
 def weighted_rewards(rewards_RF: torch.Tensor, weights_F: torch.Tensor) -> torch.Tensor:
-    """(R,) sums of the weighted rewards that were given; NaN where none was. Takes (F,) for one trajectory as well."""
+    """(R,) weighted sums, ignoring NaN; NaN if all rewards are NaN. Accepts (F,) for a single trajectory, too."""
     sums_R = (rewards_RF * weights_F.to(rewards_RF)).nansum(dim=-1)
     return sums_R.masked_fill(rewards_RF.isnan().all(dim=-1), math.nan)
 
 
 def deviations(rewards_RF: torch.Tensor, weights_F: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(R,) weighted rewards minus the mean of their group, and exactly 0 where that is only a rounding error. NaN
-    where no reward was given.
+    """(R,) weighted rewards minus the mean of their group, with rounding errors set to exactly 0. NaN for a trajectory
+    without a reward.
 
-    Left as it is, a rounding error becomes an advantage: TRL divides it by a standard deviation that is one as well,
-    and eight rewards of 1.3 can have advantages of 1e-3.
+    Otherwise TRL would divide a rounding error by a standard deviation of the same size and make it an advantage:
+    eight rewards of 1.3 can get advantages of 1e-3.
 
     Example:
         >>> deviations(torch.tensor([[1.0], [0.0], [0.1 + 0.2], [0.3]]), torch.ones(1), 2)
