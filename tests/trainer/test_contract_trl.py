@@ -105,6 +105,7 @@ def test_method_signatures():
     calculate = parameters(GRPOTrainer._calculate_rewards)
     assert calculate == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
     assert parameters(GRPOTrainer._log_completion_extra) == ["self", "column", "values"]
+    assert "_run_epoch" in inspect.getsource(GRPOTrainer._inner_training_loop)  # `RollsBack` takes no step in some
     assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:7] == [
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
     ]  # fmt: skip

@@ -10,11 +10,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.support.scripted_trainer import steps
+from tests.conftest import make_random_model
+from tests.support.scripted_trainer import config, steps
 from tests.trainer.callbacks.test_held_out import held_out_trainer
+from trl_search.common.errors import UserError
+from trl_search.records.folder import read_trajectories
 from trl_search.trainer.callbacks.alarms import RULES
 from trl_search.trainer.resume import checkpoint_to_resume
-from trl_search.trainer.rollback import set_learning_rate
+from trl_search.trainer.rollback import set_learning_rates
 from trl_search.trainer.rollback_record import rollbacks_of
 
 COLLAPSES_AT = 6  # five logs make a level, and the alarm below ends the training when it has lasted two
@@ -114,6 +117,81 @@ class KilledAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_a_collapse_whose_best_checkpoint_is_of_the_last_step_ends_the_run(tmp_path, tokenizer, soon, caplog):
+    """Going back there would train nothing, and transformers would take one step more than max_steps."""
+    trainer, _ = held_out_trainer(
+        tmp_path,
+        tokenizer,
+        lambda step: 4 if step == COLLAPSES_AT else 1,
+        max_steps=COLLAPSES_AT,
+        on_collapse="rollback",
+    )
+    trainer.train()
+    assert trainer.state.global_step == COLLAPSES_AT and rollbacks_of(tmp_path) == []
+    assert "the best checkpoint is that of the last step" in caplog.text
+
+
+def test_a_run_that_is_resumed_after_its_last_step_takes_no_other(tmp_path, tokenizer):
+    """One that was killed while it was measured at its end."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    held_out_trainer(tmp_path, tokenizer, lambda step: 1, **options)[0].train()
+    resumed, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, **options)
+    resumed.train("last")
+    assert resumed.state.global_step == 2 and [row["step"] for row in steps(resumed)] == [1, 2]
+
+
+def test_each_learning_rate_of_an_optimizer_of_ones_own_is_halved(tmp_path, tokenizer):
+    model = make_random_model(tokenizer)
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 1e-3}, {"params": others, "lr": 1e-4}]
+    options = {"model": model, "trainer": {"optimizers": (torch.optim.AdamW(groups), None)}}
+    trainer, _ = held_out_trainer(tmp_path, tokenizer, once_good, max_steps=6, on_collapse="rollback", **options)
+    trainer.train()
+    assert len(rollbacks_of(tmp_path)) == 2
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([2.5e-4, 2.5e-5])
+
+
+def test_the_trajectories_of_a_step_that_is_taken_again_are_those_of_its_second_time(tmp_path, tokenizer):
+    """The run goes back by one step, so the step that follows has the number of the last one that was written."""
+    trainer, _ = held_out_trainer(tmp_path, tokenizer, once_good, max_steps=6, on_collapse="rollback")
+    trainer.train()
+    assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(4, 3)] * 2
+    rows = read_trajectories(tmp_path, [4])
+    assert rows["index"].to_pylist() == [0, 1, 2, 3]
+
+
+def test_a_batch_of_several_steps_is_begun_anew_and_used_whole(tmp_path, tokenizer):
+    trainer, _ = held_out_trainer(
+        tmp_path,
+        tokenizer,
+        lambda step: 0 if step == 3 and not rollbacks_of(tmp_path) else {2: 4}.get(step, 3),
+        max_steps=4,
+        on_collapse="rollback",
+        num_iterations=2,
+    )
+    batches, score = [], trainer._generate_and_score_completions
+
+    def counted(inputs):
+        batches.append(trainer.state.global_step)
+        return score(inputs)
+
+    trainer._generate_and_score_completions = counted
+    trainer.train()
+    assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(3, 2)]
+    assert batches == [0, 2, 2], "steps 3 and 4 take one batch, as do 1 and 2"
+
+
+@pytest.mark.parametrize("option", [{"save_only_model": True}, {"sync_ref_model": True, "beta": 0.1}])
+def test_what_a_rollback_could_not_bring_back_is_refused(tmp_path, option):
+    with pytest.raises(UserError, match=f"(?s)on_collapse=rollback .*{next(iter(option))}"):
+        config(tmp_path, on_collapse="rollback", **option)
+
+
+def once_good(step):
+    """Best at step 3, and nothing at step 4."""
+    return {3: 4, 4: 0}.get(step, 3)
+
+
 @pytest.mark.parametrize(("choice", "last"), [("stop", COLLAPSES_AT), ("warn", 8)])
 def test_without_a_rollback_it_stops_or_goes_on(tmp_path, tokenizer, soon, choice, last):
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, max_steps=8, on_collapse=choice)
@@ -128,7 +206,7 @@ def test_a_schedule_goes_on_where_it_is_with_another_peak():
     for _ in range(5):
         optimizer.step()
         scheduler.step()
-    set_learning_rate(optimizer, scheduler, 0.5)
+    set_learning_rates(optimizer, scheduler, [0.5])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
     optimizer.step()
     scheduler.step()

@@ -227,6 +227,16 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
                 f"llds_coef={self.llds_coef} has no effect with one optimizer step per batch, as nothing can have "
                 "fallen yet: set num_iterations or steps_per_generation higher, or leave it out"
             )
+        if self.on_collapse == "rollback" and self.save_only_model:
+            raise UserError(
+                "on_collapse=rollback goes back to the optimizer and the learning rate of a checkpoint, and with "
+                "save_only_model it has none: leave one of them out"
+            )
+        if self.on_collapse == "rollback" and self.sync_ref_model:
+            raise UserError(
+                "on_collapse=rollback cannot take back what sync_ref_model has moved into the reference model, as no "
+                "checkpoint holds that: leave one of them out"
+            )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
         if self.turn_credit != "none":

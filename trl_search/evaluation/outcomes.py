@@ -22,6 +22,8 @@ from trl_search.types import FAILURES, Trajectory
 
 RESULTS_FILE = "results.json"  # of a run, and of an evaluation
 RESAMPLES = 10_000
+# An evaluation with a larger share of failed searches is compared with no other: those that failed are no sample.
+MAX_FAILED = 0.05
 _AVERAGED = (
     "em", "f1", "contains", "searches", "turns", "malformed", "model_tokens", "observation_tokens", "latency_s",
 )  # fmt: skip

@@ -48,6 +48,7 @@ class TrackerTables(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sent = -1
+        self.trajectory_log.begin()
         if not state.is_world_process_zero:
             return
         # transformers has sent every key of `args`, ours among them.

@@ -79,8 +79,12 @@ class TrajectoryLog:
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.step = 0
         self.table: pyarrow.Table | None = None
-        self._texts = TokenTexts(tokenizer)
         self._seen = 0  # trajectories of this step so far: a step may take several rollouts
+        self._texts = TokenTexts(tokenizer)
+
+    def begin(self) -> None:
+        """A training begins, or goes back: the steps to come may have been written before."""
+        self.step, self.table, self._seen = 0, None, 0
 
     def add(
         self,

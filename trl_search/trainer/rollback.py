@@ -5,8 +5,8 @@
              step 95: an alarm again      ─► back to the best checkpoint, learning rate × 0.25
              step 130: an alarm again     ─► the training ends
 
-The best checkpoint has the highest held-out EM (`evaluate_every`). The learning rate of the configuration is halved,
-so warm-up and decay continue from their step.
+The best checkpoint has the highest held-out EM (`evaluate_every`). The peak learning rate of every parameter group is
+halved, so warm-up and decay continue from their step.
 
 What was rolled back stands in `rollback_record.py`.
 """
@@ -14,6 +14,7 @@ What was rolled back stands in `rollback_record.py`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class RollsBack(Trainer):
     """A trainer that goes back after a collapse. Stands before TRL's trainer."""
 
     _buffered_inputs: Any
+    _step: int
+    _peak_rates: Sequence[float] = ()  # of each parameter group, as the training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`~transformers.Trainer.train`] does, and again from the best checkpoint after a collapse."""
@@ -50,12 +53,16 @@ class RollsBack(Trainer):
             if best is None:
                 logger.warning("there is no best checkpoint to go back to, so the training ends here")
                 break
-            rate = self.args.learning_rate * FACTOR**number
-            logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
             to = self.state.best_global_step or 0
+            if to >= self.state.max_steps:
+                logger.warning("the best checkpoint is that of the last step, so the training ends here")
+                break
+            rate = self._rates_after(number)[0]
+            logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
             if self.is_world_process_zero():
                 record_rollback(folder, step=self.state.global_step, to=to)
-            self._buffered_inputs = None  # TRL's batches of the policy that is given up
+            # TRL's batches of the policy that is given up, and its count of their parts: as in a resumed process.
+            self._buffered_inputs, self._step = None, 0
             output = self._train_after(number, to, best, *args, **kwargs)
         return output
 
@@ -65,12 +72,27 @@ class RollsBack(Trainer):
             return super().train(checkpoint, *args, **kwargs)
         if alarm := self._alarm():
             alarm.counts_after = to
-        callback = _LearningRate(self.args.learning_rate * FACTOR**rollbacks)
+        callback = _LearningRate(self, rollbacks)
         self.add_callback(callback)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
             self.remove_callback(callback)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Notes the learning rates, which an optimizer of the user has of its own, before a checkpoint is loaded."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's stand-in has none
+        self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
+        return optimizer
+
+    def _rates_after(self, rollbacks: int) -> list[float]:
+        return [rate * FACTOR**rollbacks for rate in self._peak_rates or [self.args.learning_rate]]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that is resumed after its last step has none to take; transformers would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _rollbacks_before(self, folder: Path) -> tuple[int, int]:
         """How many rollbacks the run has behind it, and the step to which the last one went back."""
@@ -90,20 +112,21 @@ class RollsBack(Trainer):
 class _LearningRate(TrainerCallback):
     """Replaces the learning rate that a checkpoint brought back."""
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
+    def __init__(self, trainer: RollsBack, rollbacks: int) -> None:
+        self.trainer, self.rollbacks = trainer, rollbacks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
-        set_learning_rate(of["optimizer"], of["lr_scheduler"], self.rate)
+        set_learning_rates(of["optimizer"], of["lr_scheduler"], self.trainer._rates_after(self.rollbacks))
 
 
-def set_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
-    """Sets the peak learning rate of every parameter group; where the schedule is at is kept."""
+def set_learning_rates(optimizer: Any, scheduler: Any, rates: Sequence[float]) -> None:
+    """Sets the peak learning rate of each parameter group; where the schedule is at is kept. One rate is for all."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    for group in optimizer.param_groups:
+    rates = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         before = group.get("initial_lr", group["lr"])
         group["lr"] = group["lr"] * rate / before if before else rate
         group["initial_lr"] = rate
     if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        scheduler.base_lrs = list(rates)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

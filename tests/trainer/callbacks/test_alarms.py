@@ -256,6 +256,19 @@ def test_a_run_ends_at_once_when_held_out_answers_have_halved_beyond_chance():
     assert ends((0.09, 0.13), (0.0, 0.0)) == (False, 0.0), "half of nothing is no collapse"
 
 
+def test_an_evaluation_whose_searches_failed_is_no_collapse_and_nothing_to_compare_with():
+    """While a search server is away, the questions that are left are those that the policy does not search for."""
+
+    def ends(*evaluations):
+        names = ("eval/em", "eval/em_upper", "eval/failed")
+        rows = [{**GOOD, **dict(zip(names, numbers, strict=True))} for numbers in evaluations]
+        return play(rows, stop=True)[1].should_training_stop
+
+    assert not ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.8)), "it collapsed with its server"
+    assert not ends((1.0, 1.0, 0.99), (0.4, 0.45, 0.0)), "one question that did not fail is no best"
+    assert ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.05)), "a few failures are no excuse"
+
+
 def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, monkeypatch):
     """Every trajectory is malformed from step 1 on, so no level falls or rises: a rule of its own fires here."""
     import dataclasses

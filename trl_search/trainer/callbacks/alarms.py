@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.files import is_number
+from trl_search.evaluation.outcomes import MAX_FAILED
 from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, RULES, WINDOW, Level, NotFinite
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Watch:
         """The finding of every rule after this log, `""` for none. A rule is left out until its metric is logged."""
         if AS_DRAWN in row:  # the groups that are trained on were chosen for their rewards
             row = {**row, "reward": row[AS_DRAWN]}
+        if is_number(row.get("eval/failed")) and row["eval/failed"] > MAX_FAILED:  # a search server was away
+            row = {name: value for name, value in row.items() if name not in ("eval/em", "eval/em_upper")}
         for metric in {rule.metric for rule in RULES} & set(row):
             if is_number(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])

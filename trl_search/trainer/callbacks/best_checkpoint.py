@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, write_json
-from trl_search.evaluation.outcomes import evaluation_of
+from trl_search.evaluation.outcomes import MAX_FAILED, evaluation_of
 from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
 from trl_search.trainer.resume import is_whole
 
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 LINK = "best"
 RECORD = "held_out_result.json"
-# An evaluation with a larger share of failed searches cannot be the best.
-MAX_FAILED = 0.05
 
 
 class BestCheckpoint(TrainerCallback):
