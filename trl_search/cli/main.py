@@ -110,11 +110,11 @@ def overview() -> str:
         [
             "usage: trl-search [--debug] COMMAND ...",
             "",
-            "Trains language models that search.",
+            "Train language models that search.",
             "",
             *lines,
             "",
-            "`trl-search COMMAND --help` says more. Errors that you can put right are one line;",
+            "`trl-search COMMAND --help` has the details. Errors that you can fix are one line;",
             "--debug, or TRL_SEARCH_DEBUG=1, shows the traceback.",
         ]
     )

@@ -56,63 +56,67 @@ class AgentSettings:
     protocol: str = field(
         default="qwen_tools",
         metadata={
-            "help": "How the policy calls the search tool and is answered. qwen_tools: the chat template's own tool "
-            "calling; qwen_inline: the reply in the same assistant turn; search_r1: <search> and <information> tags, "
-            "for base models.",
+            "help": "How tool calls and observations are written. qwen_tools: the chat template's own tool calling; "
+            "qwen_inline: the observation is in the same assistant turn; search_r1: <search> and "
+            "<information> tags, for base models.",
             "choices": protocol_names(),
         },
     )
     environment: str = field(
         default=SEARCH,
         metadata={
-            "help": "The world that the policy acts in: search, a name that an installed package adds, or an import "
-            "path, my_package.world:World (docs/extending.md)."
+            "help": "The environment of the policy: search, the name of an installed environment, or an import path "
+            "such as my_package.world:World (docs/extending.md)."
         },
     )
     environment_options: dict | str | None = field(
         default=None,
-        metadata={"help": "Its options, as JSON: '{\"max_calls\": 3}'. A search has the keys below instead."},
+        metadata={
+            "help": "Options of the environment as JSON: '{\"max_calls\": 3}'. The search environment uses the keys "
+            "below instead."
+        },
     )
     instruction: str | None = field(
         default=None,
-        metadata={
-            "help": "Text put before each question. Default: the environment's, or the protocol's own. '': none."
-        },
+        metadata={"help": "Text before each question. Default: the environment's, else the protocol's. '': none."},
     )
     system_prompt: str | None = field(
-        default=None, metadata={"help": "The system message. Default: whatever the chat template puts there."}
+        default=None, metadata={"help": "The system message. Default: that of the chat template, if any."}
     )
     chat_template_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "More arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
+        metadata={"help": "Extra arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
     )
     max_searches: int = field(
         default=4,
         metadata={
-            "help": "Searches a trajectory may make. When they are spent, the policy is told so, and may answer. "
-            "0: no tool."
+            "help": "Searches per trajectory. Once they are used up, the policy is told so and may answer. 0: no tool."
         },
     )
     passages_per_query: int = field(
         default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
     )
-    max_queries_per_search: int = field(default=4, metadata={"help": "Queries one call may hold; others are not run."})
-    max_turn_length: int = field(default=512, metadata={"help": "Tokens of one turn of the policy."})
+    max_queries_per_search: int = field(
+        default=4, metadata={"help": "Queries per tool call; further ones are not run."}
+    )
+    max_turn_length: int = field(default=512, metadata={"help": "Maximum tokens of one turn of the policy."})
     max_observation_length: int = field(
         default=768,
-        metadata={"help": "Tokens of one observation; its passages are cut one by one, all to the same limit."},
+        metadata={
+            "help": "Maximum tokens of one observation; its passages are truncated one by one, all to the same length."
+        },
     )
     max_completion_length: int = field(
         default=3072,
-        metadata={"help": "Tokens of a trajectory after its prompt: the policy's turns and what is retrieved."},
+        metadata={"help": "Maximum tokens of a trajectory after its prompt: the policy's turns and the observations."},
     )
     passage_template: str = field(
         default=PASSAGE_TEMPLATE,
-        metadata={"help": "How a passage is shown to the policy, with {rank}, {title} and {text}."},
+        metadata={"help": "Format of a passage in an observation, with {rank}, {title} and {text}."},
     )
     search_timeout_s: float = field(
         default=30.0,
-        metadata={"help": "Seconds that one call of the retriever may take; time spent in the queue is not counted."},
+        metadata={"help": "Timeout of one retriever call in seconds, without time spent in the queue."},
     )
 
     def __post_init__(self) -> None:

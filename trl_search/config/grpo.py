@@ -38,166 +38,170 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
         metadata={
-            "help": "How the difference between vLLM's and the trainer's log-probs is corrected; TRL's own default, "
-            "sequence_mask, silently drops long trajectories. geometric_mask drops trajectories whose mean ratio is "
-            "outside of vllm_importance_sampling_clip_min and _max, which should then be near 1 (0.999 and 1.001).",
+            "help": "How the difference between vLLM's and the trainer's log-probs is corrected. TRL's default, "
+            "sequence_mask, silently drops long trajectories. geometric_mask drops trajectories whose "
+            "geometric mean ratio is outside of vllm_importance_sampling_clip_min and _max, which should "
+            "then be near 1 (0.999 and 1.001).",
             "choices": list(IMPORTANCE_MODES),
         },
     )
     vllm_importance_sampling_clip_max: float = field(
-        default=2.0, metadata={"help": "Highest importance ratio of a token between the trainer and vLLM."}
+        default=2.0, metadata={"help": "Upper bound of a token's importance ratio between the trainer and vLLM."}
     )
     vllm_server_base_url: list[str] | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Addresses of vLLM servers, one or several. Each trajectory stays with one server, all get the "
-            "weights, and when one is lost the others take over its trajectories."
+            "help": "Address of one or several vLLM servers. Each trajectory stays with one server, all servers get "
+            "the weights, and if one is lost the others take over its trajectories."
         },
     )
     vllm_lora_sync: str = field(
         default="merged",
         metadata={
-            "help": "What goes to vLLM when a LoRA adapter is trained. merged: all weights, the adapter merged into "
-            "them. adapter: the adapter alone, which vLLM applies as it serves.",
+            "help": "What is sent to vLLM when a LoRA adapter is trained. merged: all weights, with the adapter "
+            "merged. adapter: only the adapter, which vLLM applies during generation.",
             "choices": ["merged", "adapter"],
         },
     )
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder through which the adapter reaches a vLLM server (vllm_lora_sync=adapter), which must see "
-            "it under the same path. Default: output_dir/vllm-adapter. A colocated engine needs none."
+            "help": "With vllm_lora_sync=adapter and a vLLM server: the folder for the adapter, which the server "
+            "must see under the same path. Default: output_dir/vllm-adapter. Not used with colocate."
         },
     )
     vllm_engine_options: dict | str | None = field(
-        default=None, metadata={"help": 'More arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'}
+        default=None, metadata={"help": 'Extra arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'}
     )
     eos_token: str | None = field(
         default=None,
         metadata={
-            "help": "The token that ends the assistant's turn, if the tokenizer names another: <|im_end|> for a base "
+            "help": "The token that ends the assistant's turn, if it is not the tokenizer's: <|im_end|> for a base "
             "model with a ChatML template. It is saved with the model."
         },
     )
     skip_long_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Leave out training questions whose prompt and a full completion do not fit the model. Otherwise "
-            "such a dataset is refused at the start."
+            "help": "Leave out training questions whose prompt plus a full completion exceed the model's context. "
+            "Otherwise such questions are an error at the start."
         },
     )
     llds_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of LLDS (arXiv:2512.04220), a penalty where the likelihood of actions whose advantage is "
-            "at least 0 falls below that at sampling time. The paper's value is 0.1. It needs several optimizer steps "
-            "per batch: with one, nothing can have fallen yet. 0: none."
+            "help": "Weight of LLDS (arXiv:2512.04220; 0.1 in the paper): a penalty if the likelihood of an action "
+            "with an advantage of at least 0 falls below that at sampling time. It needs several optimizer "
+            "steps per batch, because with one the likelihood cannot have changed. 0: off."
         },
     )
     turn_credit: str = field(
         default="none",
         metadata={
-            "help": "Credit for single turns, added to the advantage of a trajectory. information_gain: what a turn's "
-            "observation adds to the policy's probability of the golden answer (IGPO, arXiv:2510.14967); retrieval: "
-            "whether a golden answer occurs in it for the first time. Both need the column golden_answers.",
+            "help": "Per-turn credit, added to the advantage of a trajectory. information_gain: how much the turn's "
+            "observation raises the policy's probability of the golden answer (IGPO, arXiv:2510.14967); "
+            "retrieval: whether a golden answer occurs in it for the first time. Both need the column "
+            "golden_answers.",
             "choices": list(TURN_CREDIT),
         },
     )
     turn_credit_coef: float = field(
-        default=0.5, metadata={"help": "Weight of turn_credit beside the trajectory's advantage."}
+        default=0.5, metadata={"help": "Weight of turn_credit relative to the trajectory's advantage."}
     )
     search_floor_steps: int = field(
         default=0,
         metadata={
-            "help": "In the first N steps, a trajectory without a search earns at most 0 from each reward. It "
-            "keeps searching alive where guessing pays at first, and teaches the policy to search even for what it "
-            "knows. 0: none."
+            "help": "In the first N steps, a trajectory without a search gets at most 0 from each reward. This keeps "
+            "the policy searching when guessing pays at first, but also teaches it to search for what it "
+            "knows. 0: off."
         },
     )
     refill_groups: int = field(
         default=0,
         metadata={
-            "help": "Replace groups without a gradient (all rewards equal, or retrieval failed) by other questions "
-            "before the loss, in at most this many rounds: DAPO's dynamic sampling (arXiv:2503.14476). 0: keep them."
+            "help": "Replace groups without a gradient (all rewards equal, or retrieval failed) by groups of other "
+            "questions before the loss, in at most this many rounds: DAPO's dynamic sampling "
+            "(arXiv:2503.14476). 0: off."
         },
     )
     curriculum: str = field(
         default="none",
         metadata={
-            "help": "pass_rate: draw questions less often that were solved by all or by none of the trajectories of "
-            "their last groups. What is known of each question is kept with the checkpoints.",
+            "help": "pass_rate: draw questions less often if all or none of the trajectories of their last groups "
+            "were right. Pass rates are saved with the checkpoints.",
             "choices": ["none", "pass_rate"],
         },
     )
     carry_over: float = field(
         default=1.0,
         metadata={
-            "help": "Trajectories under way, in batches. 1.5: a rollout begins with half a batch more than it needs, "
-            "ends when a batch of whole groups is done, and carries the unfinished ones over to the next "
-            "(docs/grpo.md). It pays where a few slow searches hold the batch (rollout/bubble). 1: off."
+            "help": "Trajectories in flight, in batches. 1.5: a rollout starts half a batch more than it needs, ends "
+            "when a batch of complete groups is done, and carries the unfinished ones over to the next "
+            "rollout (docs/grpo.md). Useful if a few slow searches hold up the batch (rollout/bubble). 1: "
+            "off."
         },
     )
     max_staleness: int = field(
         default=0,
         metadata={
             "help": "With vllm_mode=server: generate while the trainer computes, and train on a group at most this "
-            "many batches after it began. 0: off."
+            "many batches after it started. 0: off."
         },
     )
     max_failed_share: float = field(
         default=0.5,
         metadata={
-            "help": "Trajectories whose retrieval or environment failed are masked from the loss and counted; "
-            "training stops with an error when more than this share of a batch has failed."
+            "help": "Trajectories whose retrieval or environment failed are masked from the loss and counted; if "
+            "more than this share of a batch fails, training stops with an error."
         },
     )
     mask_observations: bool = field(
         default=True,
-        metadata={"help": "Keep retrieved tokens out of the loss. False only for the ablation, which learns less."},
+        metadata={"help": "Keep retrieved tokens out of the loss. False is only for the ablation and learns less."},
     )
     packed_attention: str = field(
         default="auto",
         metadata={
-            "help": "Which kernel log-probs are computed with, over trajectories packed without padding. auto: the "
-            "first of varlen (PyTorch's own), flash_attention_2 and flex_attention that works here, else padded (rows "
-            "of like length together). sdpa packs too, with one mask of all tokens by all: for tests.",
+            "help": "Attention kernel for log-probs over packed trajectories. auto: the first of varlen (PyTorch's "
+            "own), flash_attention_2 and flex_attention that works here, else padded (rows of similar "
+            "length, with padding). sdpa packs with a full attention mask: for tests.",
             "choices": list(PACKED_ATTENTION),
         },
     )
     max_packed_tokens: int = field(
         default=16384,
         metadata={
-            "help": "Tokens of a pack; they bound the memory of a forward, and per_device_train_batch_size may be "
-            "large. Without gradient_checkpointing the activations of one pack are kept at a time, and all packs of a "
-            "micro-batch but the last run twice. 0: as many as the free memory of the GPU has room for, estimated "
-            "from the model's shape at the first training forward (16384 on a CPU)."
+            "help": "Tokens per pack. Packs bound the memory of a forward, so per_device_train_batch_size may be "
+            "large. Without gradient_checkpointing, activations of only one pack are kept, and the forward "
+            "of every pack of a micro-batch but the last runs twice. 0: as many as fit into the free memory "
+            "of the GPU, estimated from the model's shape at the first training forward (16384 on a CPU)."
         },
     )
     rollout_batch_size: int = field(
         default=64,
-        metadata={"help": "Trajectories the transformers policy generates at once, in one process; others queue."},
+        metadata={"help": "Trajectories that the transformers policy generates at once per process; others wait."},
     )
     on_collapse: str = field(
         default="warn",
         metadata={
-            "help": "What happens when an alarm (docs/monitoring.md) has lasted ten logs, or held-out EM has halved. "
-            "warn: it is told. stop: the training ends, and the best checkpoint is kept. rollback: it goes on from "
-            "the best checkpoint with half the learning rate, twice at most; needs evaluate_every.",
+            "help": "What to do when an alarm (docs/monitoring.md) has lasted ten logs, or held-out EM has halved. "
+            "warn: log a warning. stop: end the training and keep the best checkpoint. rollback: continue "
+            "from the best checkpoint with half the learning rate, at most twice; needs evaluate_every.",
             "choices": ["warn", "stop", "rollback"],
         },
     )
     log_trajectories: int = field(
         default=64,
         metadata={
-            "help": "Trajectories of a step that are kept in output_dir/trajectories, with their loss mask: whole "
+            "help": "Trajectories per step that are saved in output_dir/trajectories with their loss mask: whole "
             "groups, at least one. 0: none."
         },
     )
     trajectory_table_steps: int = field(
         default=10,
         metadata={
-            "help": "Steps from one table of trajectories to the next in W&B and trackio (report_to); the first step "
-            "has one too. 0: no tables."
+            "help": "Steps between tables of trajectories in W&B and trackio (report_to), starting at the first "
+            "step. 0: no tables."
         },
     )
 

@@ -26,27 +26,36 @@ class QuestionArguments:
 
     questions: str = field(
         default="world",
-        metadata={"help": "Training questions: 'world' (the embedded one), a name such as nq_hotpotqa, or a file."},
+        metadata={
+            "help": "Training questions: 'world' (of the embedded world), a name such as nq_hotpotqa, or a file."
+        },
     )
     question_field: str | None = field(
-        default=None, metadata={"help": "Column of the question in a file whose schema is none of the known ones."}
+        default=None, metadata={"help": "Column of the question, in a file of an unknown schema."}
     )
-    answers_field: str | None = field(default=None, metadata={"help": "Column of the golden answers in such a file."})
-    id_field: str | None = field(default=None, metadata={"help": "Column of the id in such a file."})
+    answers_field: str | None = field(
+        default=None, metadata={"help": "Column of the golden answers, in a file of an unknown schema."}
+    )
+    id_field: str | None = field(default=None, metadata={"help": "Column of the id, in a file of an unknown schema."})
     max_train_questions: int | None = field(
-        default=None, metadata={"help": "Train on a sample of this many questions."}
+        default=None, metadata={"help": "Train on a random sample of this many questions."}
     )
-    world_passages: int = field(default=2000, metadata={"help": "Passages of the embedded world: 1,000 to 1,000,000."})
-    world_seed: int = field(default=0, metadata={"help": "Seed of the embedded world: another seed, other facts."})
+    world_passages: int = field(
+        default=2000, metadata={"help": "Number of passages in the embedded world: 1,000 to 1,000,000."}
+    )
+    world_seed: int = field(
+        default=0, metadata={"help": "Seed of the embedded world; another seed generates other facts."}
+    )
     retriever: str = field(
         default="bm25",
         metadata={
-            "help": "An index folder, the address of a server (http://host:8000), the folder of a run (what it "
-            "searched), a kind of retriever, or world."
+            "help": "An index folder, a server's address (http://host:8000), a run's folder (its retriever is used), "
+            "a kind of retriever, or world."
         },
     )
     retriever_options: str = field(
-        default="{}", metadata={"help": 'Its options as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'}
+        default="{}",
+        metadata={"help": 'Options of the retriever as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'},
     )
 
 
@@ -62,38 +71,39 @@ class TaskArguments(QuestionArguments):
     eval_questions: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Questions to evaluate on: names or files, several by commas or as a list. With the world: its "
-            "held-out split. Training questions that stand among them are left out of the training."
+            "help": "Evaluation questions: names or files, separated by commas or as a list. Default with the world: "
+            "its held-out split. Training questions that are also in these sets are not trained on."
         },
     )
     max_eval_questions: int | None = field(
         default=200, metadata={"help": "Evaluate on a random sample of this many questions per set."}
     )
     reward_funcs: list[str] = field(
-        default_factory=lambda: ["em"], metadata={"help": "Rewards by name; weights in reward_weights."}
+        default_factory=lambda: ["em"], metadata={"help": "Names of rewards; their weights are in reward_weights."}
     )
     warm_start_steps: int = field(
         default=0,
         metadata={
             "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded "
-            "world. They show the format and leave the behaviour weak. 0: none."
+            "world. They teach the format but only weak behaviour. 0: none."
         },
     )
     warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
     baselines: list[str] = field(
-        default_factory=list, metadata={"help": "Measured before training: direct (no search), cot, rag (one search)."}
+        default_factory=list,
+        metadata={"help": "Baselines evaluated before training: direct (no search), cot, rag (one search)."},
     )
-    evaluate: bool = field(default=True, metadata={"help": "Measure held-out EM before and after training."})
+    evaluate: bool = field(default=True, metadata={"help": "Evaluate held-out EM before and after training."})
     evaluate_every: int = field(
         default=0,
         metadata={
-            "help": "Also evaluate every N steps, log it as eval/em, and keep the best checkpoint as "
-            "output_dir/best. 0: never."
+            "help": "Also evaluate every N steps, log eval/em, and keep the best checkpoint as output_dir/best. 0: "
+            "never."
         },
     )
 
     overwrite: bool = field(
-        default=False, metadata={"help": "Run into an output_dir that holds a finished run, and replace its results."}
+        default=False, metadata={"help": "Allow an output_dir that holds a finished run, and replace its results."}
     )
 
     def __post_init__(self) -> None:

@@ -146,8 +146,8 @@ class Halved(Rule):
 
 
 _BEGIN = (
-    "read the completions (trl-search report); begin with a cold start (trl-search sft; for a tool of your own with a "
-    "script of your own, docs/own-agent.md), train on easier questions (trl-search data filter)"
+    "read the completions (trl-search report); begin with a cold start (trl-search sft; for your own tool, with "
+    "your own script: docs/own-agent.md), train on easier questions (trl-search data filter)"
 )
 RULES: tuple[Rule, ...] = (
     NotFinite(
@@ -158,11 +158,11 @@ RULES: tuple[Rule, ...] = (
     ),
     NeverScored(
         "never_rewarded", "reward", "no rollout has scored, so there is nothing to learn from",
-        f"{_BEGIN}, reward a first step as well (format, retrieval), and try your own reward by hand",
+        f"{_BEGIN}, also reward a first step (format, retrieval), and test your own reward by hand",
     ),
     NeverScored(
-        "never_right", "rewards/em/mean", "no rollout has answered right, whatever else is rewarded",
-        f"{_BEGIN}, and look whether golden_answers are what an answer would say", drift=True,
+        "never_right", "rewards/em/mean", "no rollout has given a right answer, whatever its other rewards",
+        f"{_BEGIN}, and check that golden_answers have the form of a right answer", drift=True,
     ),
     Rule(
         "reward", "reward", "the policy gets worse at what it is trained on",
@@ -170,37 +170,37 @@ RULES: tuple[Rule, ...] = (
         falls=0.4, worth=0.1,
     ),
     Rule(
-        "reward_variance", "reward_std", "rewards hardly differ any more: there is little to learn from",
-        "look at completions: for one answer to everything, raise temperature or num_generations; for malformed "
-        "calls, train the cold start for longer or lower temperature",
+        "reward_variance", "reward_std", "rewards hardly differ within groups: there is little to learn from",
+        "read the completions: if all are the same, raise temperature or num_generations; if calls "
+        "are malformed, train the cold start for longer or lower temperature",
         falls=0.2, worth=0.01, unless_solved=True,
     ),
     Rule(
-        "silent_groups", "frac_reward_zero_std", "in hardly any group do two rewards differ: there is no gradient",
+        "silent_groups", "frac_reward_zero_std", "nearly all groups have equal rewards: there is no gradient",
         "raise num_generations, or train on questions that the policy sometimes answers",
         rises=0.0, beyond=0.95, unless_solved=True,
     ),
     Rule(
-        "searches", "search/searches", "the policy gives up searching, mostly because guessing pays as much",
+        "searches", "search/searches", "the policy stops searching, usually because guessing pays as much",
         "begin with a cold start (trl-search sft), give the retrieval reward a weight, or set search_floor_steps; if "
         "searches find nothing, look at retrieval/failed_queries and search/empty_retrievals",
         falls=0.3, worth=0.1,
     ),
     Rule(
-        "tool_calls", "tools/calls", "the policy gives up calling its tools",
+        "tool_calls", "tools/calls", "the policy stops calling its tools",
         "read the completions; if guessing pays as much as calling, begin with a cold start (trl-search sft), or "
         "reward what a call finds",
         falls=0.3, worth=0.1,
     ),
     Rule(
         "turns", "search/turns", "trajectories end in their first turns",
-        "look at completions: without an answer, the call's format is lost; with one, see alarm/searches and "
+        "read the completions: without an answer, the call format is lost; with one, see alarm/searches and "
         "alarm/tool_calls",
         falls=0.5, worth=2.0,
     ),
     Rule(
         "answers", "stop/answer", "trajectories run into a budget instead of answering",
-        "look at stop/* for which budget; a policy that babbles shows in tokens/model",
+        "look at stop/* for which budget it is; if the policy rambles, tokens/model rises",
         falls=0.5, worth=0.2,
     ),
     Rule(
@@ -210,12 +210,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "exact_queries", "search/quoted_queries",
-        "the policy stops asking for exact phrases: queries get vaguer, long before the reward falls",
+        "the policy stops searching for exact phrases: queries get vaguer, long before the reward falls",
         "read the queries of the report; lower learning_rate, compare eval/em of the checkpoints before going on",
         falls=0.4, worth=0.1, drift=True,
     ),
     Rule(
-        "repeated_queries", "search/repeated_queries", "the policy asks the same again and learns nothing from it",
+        "repeated_queries", "search/repeated_queries", "the policy repeats queries, which finds nothing new",
         "read the queries of the report; look at search/empty_retrievals, lower max_searches",
         rises=2.0, beyond=0.3, drift=True,
     ),
@@ -225,12 +225,12 @@ RULES: tuple[Rule, ...] = (
         falls=0.4, worth=30.0, drift=True,
     ),
     Rule(
-        "held_out", "eval/em", "held-out questions are answered worse than before, whatever the training reward says",
-        "go back to the best checkpoint; read what is rewarded: the reward may be earned without a right answer",
+        "held_out", "eval/em", "held-out EM falls, whatever the training reward does",
+        "go back to the best checkpoint; read rewarded completions: they may earn the reward without a right answer",
         falls=0.75, worth=0.1, drift=True,
     ),
     Halved(
-        "held_out_halved", "eval/em", "held-out questions are answered less than half as well as at best",
+        "held_out_halved", "eval/em", "held-out EM is less than half of its best",
         "go back to the best checkpoint; lower learning_rate",
         worth=0.1, at_once=True, upper="eval/em_upper",
     ),
@@ -250,12 +250,12 @@ RULES: tuple[Rule, ...] = (
         rises=2.0, beyond=0.3,
     ),
     Rule(
-        "entropy_fall", "entropy", "the policy writes the same whatever it samples: it explores no more",
+        "entropy_fall", "entropy", "the policy's samples are all alike: it no longer explores",
         "raise temperature, epsilon_high or entropy_coef; lower learning_rate",
         falls=0.1, beyond=0.01, unless_solved=True,
     ),
     Rule(
-        "kl", "kl", "the policy runs away from its reference", "raise beta, lower learning_rate",
+        "kl", "kl", "the policy moves too far from its reference", "raise beta, lower learning_rate",
         rises=3.0, beyond=1.0,
     ),
 )  # fmt: skip

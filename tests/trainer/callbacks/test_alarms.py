@@ -165,7 +165,7 @@ def test_a_run_in_which_nothing_has_scored_yet_is_told_in_its_first_steps(caplog
     assert found["never_rewarded"] == "reward was 0 in every rollout of the first 3 logs"
     seen, _ = play([NOTHING] * 4)
     assert [row.get("alarm/never_rewarded") for row in seen] == [0.0, 0.0, 1.0, 1.0]
-    for remedy in ("trl-search sft", "script of your own", "easier questions", "your own reward"):
+    for remedy in ("trl-search sft", "your own script", "easier questions", "your own reward"):
         assert caplog.text.count(remedy) >= 1, remedy
     assert "ALARM never_rewarded" in step_line(3, 4, seen[2])
 
@@ -213,7 +213,7 @@ def test_each_alarm_is_told_once_until_it_recovers_and_only_by_the_main_process(
     play(rows)
     said = [record.getMessage() for record in caplog.records]
     assert [message.split(":")[0] for message in said] == ["step 9, alarm kl", "step 29, alarm kl"]
-    assert "kl rose from 0.01 to 3: the policy runs away from its reference. To do: raise beta" in said[0]
+    assert "kl rose from 0.01 to 3: the policy moves too far from its reference. To do: raise beta" in said[0]
     caplog.clear()
     play([GOOD] * 6 + [bad] * 5 + [GOOD] * 4 + [bad] * 5)  # it was hardly quiet
     assert len(caplog.records) == 1

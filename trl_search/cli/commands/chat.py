@@ -1,4 +1,4 @@
-"""Asks a search agent: it thinks, searches and answers before your eyes.
+"""Chats with a search agent, and shows how it thinks, searches and answers.
 
     trl-search chat tiny                                              a session offline: the shipped policy, its world
     trl-search chat owner/model "How is the weather in Seoul?"        one question; searches the web (ddgs)

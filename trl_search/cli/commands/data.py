@@ -1,6 +1,6 @@
-"""Looks at questions, and fetches, cuts and audits a corpus: what is trained on, judged on and searched.
+"""Inspects and filters question sets; downloads, chunks and audits corpora.
 
-    trl-search data list                                            the sets that have a name
+    trl-search data list                                            the named question sets
     trl-search data questions nq_hotpotqa                           how many, how long, a few rows
     trl-search data questions train.parquet --dedupe_against nq,hotpotqa --limit 10000 --output small.parquet
     trl-search data filter train.parquet --model runs/sft --retriever indexes/wiki --output useful.parquet

@@ -1,8 +1,8 @@
-"""Checks this environment, a recipe and a vLLM server, and says what to change.
+"""Checks this machine, a recipe, a model or a vLLM server, and says how to fix problems.
 
     trl-search doctor                                       versions, extras, devices
-    trl-search doctor --server http://localhost:8000        and what that server does when it is asked
-    trl-search doctor qwen3b --use_vllm false               and whether this machine can run a recipe, with overrides
+    trl-search doctor --server http://localhost:8000        also a vLLM server, with test requests
+    trl-search doctor qwen3b --use_vllm false               whether this machine can run a recipe, with overrides
     trl-search doctor Qwen/Qwen3-4B                         which protocols are exact for a model (docs/models.md)
 
 One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem. `train` and

@@ -1,20 +1,19 @@
-"""Measures a policy on question sets: exact match with intervals, beside published numbers.
+"""Evaluates a policy on question sets: exact match with intervals, next to published results.
 
     trl-search eval tiny --datasets world --modes search,direct,rag --limit 200 --output runs/eval-tiny      offline
     trl-search eval runs/qwen3b --datasets nq,hotpotqa,bamboogle --retriever http://127.0.0.1:8000 --output runs/eval
     trl-search eval runs/qwen3b --datasets data/mine.jsonl --retriever indexes/mine --output runs/eval-mine
-    accelerate launch --num_processes 8 -m trl_search eval runs/qwen3b ...           the questions are shared out
+    accelerate launch --num_processes 8 -m trl_search eval runs/qwen3b ...           the processes share the questions
 
-Modes: `search` is the agent; `direct` answers from what it knows; `cot` reasons first; `rag` reads one search's
-passages. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of published
-numbers), `world`, the embedded one, which needs no network, and files and folders (docs/data.md). A file with several
-`data_source`s is several sets, and so is nq_hotpotqa, of which the test split is asked.
+Modes: `search` is the agent; `direct` answers without search; `cot` reasons first; `rag` reads the passages of one
+search. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of published
+numbers), `world` (the embedded world, without network), and files and folders (docs/data.md). A file with several
+`data_source`s counts as several sets, as does nq_hotpotqa, whose test split is used.
 
-The folder then holds results.md, results.json (with everything that defines the numbers) and a line for each
-question. Killed and started again with the same command, it goes on: finished questions are not paid for twice. With
-other settings it refuses; datasets and modes may be added or left out. A run's folder knows how its policy was trained
-to be asked (protocol, instruction, budgets), and options say otherwise. docs/evaluation.md says how each is made.
-"""
+The output folder gets results.md, results.json (with every setting that defines the numbers) and one line per
+question. If the command is killed, repeat it to resume: finished questions are not asked again. Other settings in the
+same folder are an error, but datasets and modes may be added or left out. Protocol, instruction and budgets default to
+those of the model's training; options override them. docs/evaluation.md has the details."""
 
 from __future__ import annotations
 

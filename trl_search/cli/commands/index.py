@@ -1,4 +1,4 @@
-"""Builds an index of a corpus, once, so that training and search open it in a second.
+"""Builds the index of a corpus that training and search use.
 
     trl-search index --corpus corpus.jsonl --kind bm25 --output indexes/corpus
     trl-search index --corpus corpus.parquet --kind dense --encoder intfloat/e5-base-v2 --output indexes/dense
@@ -11,21 +11,21 @@ BEIR folder, or a dataset of the hub (`name`, `name:config`, `name:config:split`
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ..."}
 
 The id may also be called `_id`, `doc_id` or `docid`; give other names with --id_field, --title_field and --text_field.
-A line that is not JSON, lacks a field or repeats an id ends the build with an error that names it. The output folder
-holds everything a search needs, the passages too, and appears only when it is whole. A build that is killed leaves
-nothing under its name; the same command goes on with what it had encoded.
+A line that is not JSON, lacks a field or repeats an id is an error that names it. The output folder holds everything
+that a search needs, including the passages, and appears only when it is complete. After a killed build, repeat the
+command: it resumes from what was already encoded.
 
-What a dense index will cost in memory, disk and time, and find, is printed before it is built; what it does find
-(recall@3 against exact search), after. --index_type chooses:
+Before a dense index is built, its estimated memory, disk space, build time and recall are printed; afterwards, its
+measured recall@3 against exact search. Values of --index_type:
 
     flat         exact; 3 GB for a million passages of 768 dimensions
-    fp16         exact to the third digit, half of it
-    int8         a quarter, recall .99
-    small        a thirtieth in memory, a quarter on disk; recall .95 and more
-    small-ivf    the same, faster, from ten million passages
+    fp16         exact to the third digit; half the memory
+    int8         a quarter of the memory; recall .99
+    small        a thirtieth of the memory, a quarter of the disk space; recall .95 and more
+    small-ivf    as small, but faster from ten million passages on
     hnsw         fastest, 3.4 GB in memory; recall .87 and more
 
-An index that is too large for one host goes into an engine of its own (docs/scaling.md); the folder then keeps the
+An index that is too large for one host goes into Qdrant or OpenSearch (docs/scaling.md); the folder then holds the
 passages and the address:
 
     trl-search index --corpus corpus.jsonl --kind qdrant --url http://qdrant:6333 --collection wiki --output out
@@ -36,9 +36,8 @@ Try it with `trl-search search indexes/corpus "where was Mira Talvane born?"`, t
     retriever: bm25
     retriever_options: '{"index": "indexes/corpus"}'
 
-bm25 takes the bm25s engine to two million passages, with 5 GB of memory for each million while it builds, and tantivy
-above.
-"""
+Up to two million passages, bm25 uses the bm25s engine, which needs 5 GB of memory per million passages while it
+builds; above, it uses tantivy."""
 
 from __future__ import annotations
 

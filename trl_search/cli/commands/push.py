@@ -1,4 +1,4 @@
-"""Publishes the model of a run on the Hugging Face hub, with a card that says how to run it and how it was made.
+"""Uploads the model of a run to the Hugging Face hub, with a model card.
 
     trl-search push runs/qwen3b owner/name --dry_run                  writes the card, lists what would go; no network
     trl-search push runs/qwen3b owner/name --eval runs/qwen3b-eval    to a private repository, evaluation in the card

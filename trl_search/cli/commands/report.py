@@ -1,4 +1,4 @@
-"""Writes what a run did, or several runs, as one HTML page: results, charts, and every token of its trajectories.
+"""Writes an HTML report of one or several runs: results, charts, and every token of the trajectories.
 
     trl-search report runs/quickstart                                       runs/quickstart/report.html
     trl-search report runs/seed_0 runs/seed_1 runs/seed_2 -o compared.html  several runs in the same charts

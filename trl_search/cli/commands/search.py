@@ -1,4 +1,4 @@
-"""Searches by hand: what would the policy read?
+"""Runs a query by hand: shows the passages that the policy would read.
 
     trl-search search indexes/corpus "where was Mira Talvane born?" --passages_per_query 3
     trl-search search http://localhost:8000 "where was Mira Talvane born?"

@@ -1,16 +1,16 @@
-"""Serves a retriever over HTTP, by the protocol that search agents' trainers speak.
+"""Serves a retriever over HTTP, with the protocol of Search-R1 and verl.
 
     trl-search serve indexes/wiki --port 8000
     trl-search serve dense --retriever_options '{"faiss_file": "e5_Flat.index", "corpus": "wiki-18.jsonl"}'
 
-One process holds one index; --ray puts several behind one address. Trainers that expect a retrieval server of
-Search-R1 or verl find one at http://127.0.0.1:8000/retrieve; ours finds it with
+One process holds one index; --ray serves several processes behind one address. Trainers that expect a retrieval server
+of Search-R1 or verl can use http://127.0.0.1:8000/retrieve; in our recipes, set
 
     retriever: http://127.0.0.1:8000
 
-Queries of different requests are searched together, results are kept in memory, and requests beyond what the queue
-holds are answered 503. `GET /ready` is 200 once the index is loaded, `GET /metrics` is for Prometheus, and every
-request is one line of JSON on stderr. SIGTERM or Ctrl-C answers what is under way, then ends.
+Queries of different requests are searched in one batch, results are cached in memory, and requests beyond the queue
+limit get 503. `GET /ready` returns 200 once the index is loaded, `GET /metrics` is for Prometheus, and every request
+is logged as one line of JSON on stderr. On SIGTERM or Ctrl-C, running requests are answered before the server ends.
 
 It listens on this machine alone. For others to reach it, give it a token (the environment variable TRL_SEARCH_TOKEN,
 or --token_file) and --host 0.0.0.0; behind a proxy with TLS where the network is not yours.

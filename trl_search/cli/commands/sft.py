@@ -1,14 +1,13 @@
-"""Fine-tunes a policy on trajectories: its own or a teacher's right ones, or scripted ones of the embedded world.
+"""Fine-tunes a policy (SFT) on correct trajectories: its own, a teacher's, or those of scripted players.
 
-    trl-search sft sft_cold_start                                      real questions; what is right is kept
+    trl-search sft sft_cold_start                                      real questions; keeps correct trajectories
     trl-search sft sft_cold_start --teacher http://localhost:8000      a teacher behind `vllm serve`
-    trl-search sft sft_cold_start --collect_only true                  collect and choose, train later
+    trl-search sft sft_cold_start --collect_only true                  collect and select; train later
     trl-search sft sft_world --output_dir runs/good --quality good=1.0 scripted: it searches as it should
 
-The loss is on what the policy itself writes; thoughts, calls and answers, never the passages. Collecting goes on where
-it was stopped. A recipe is a flat YAML file of TRL's SFTConfig and ModelConfig keys and ours beside them. output_dir
-then holds a model: `trl-search train RECIPE --model_name_or_path OUTPUT_DIR` goes on from it.
-"""
+The loss covers only the policy's own tokens (thoughts, calls and answers), never the passages. An interrupted
+collection resumes. A recipe is a flat YAML file with the keys of TRL's SFTConfig and ModelConfig, and ours. The model
+is saved in output_dir: `trl-search train RECIPE --model_name_or_path OUTPUT_DIR` starts from it."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@
     trl-search train recipes/qwen3b.yaml --learning_rate 5e-7     a file; every key can be overridden
     accelerate launch -m trl_search train qwen3b                  several processes
 
-A recipe is a flat YAML file of TRL's GRPOConfig and ModelConfig keys and ours beside them. The folder output_dir then
-holds the model, results.json, curves.png and checkpoints. What this machine lacks is said before the first expensive
-step, all of it at once; `trl-search doctor RECIPE` says the same without training.
-"""
+A recipe is a flat YAML file with the keys of TRL's GRPOConfig and ModelConfig, and ours. The run writes the model,
+results.json, curves.png and checkpoints to output_dir. Before the first expensive step, everything that this machine
+lacks is listed; `trl-search doctor RECIPE` runs the same checks without training."""
 
 from __future__ import annotations
 

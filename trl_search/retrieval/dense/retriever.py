@@ -51,7 +51,7 @@ class DenseBuilder(EncodingOptions):
     """How vectors become an index, and `build_index(kind="dense")`.
 
     Args:
-        index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a tenth of the memory), "small-ivf", "hnsw".
+        index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a thirtieth of the memory), "small-ivf", "hnsw".
         seed (`int`): Of the sample that an index is trained on.
     """
 

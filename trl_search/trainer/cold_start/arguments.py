@@ -19,27 +19,28 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
 
     max_failed_share: float = field(
         default=0.5,
-        metadata={"help": "Collecting stops with an error when more than this share of the attempts has failed."},
+        metadata={"help": "If more than this share of the attempts fails, collecting stops with an error."},
     )
     rollout_batch_size: int = field(
-        default=64, metadata={"help": "Attempts under way at once; a vLLM server takes several hundred."}
+        default=64, metadata={"help": "Attempts generated at once; a vLLM server takes several hundred."}
     )
 
     teacher: str = field(
         default="self",
         metadata={
-            "help": "Who makes the attempts. self: the model that is trained. A model of the hub, a folder, or the "
-            "address of a `vllm serve` (http://localhost:8000), with the same tokenizer. scripts: scripted players, "
-            "for any questions and without a model: they look up what the question names, then what the passages lead "
-            "to, by the gold passages where the rows know them and by trying queries where they do not."
+            "help": "Source of the attempts. self: the model that is trained. Another model with the same tokenizer: "
+            "a name on the hub, a folder, or the address of a `vllm serve` (http://localhost:8000). scripts: "
+            "scripted players, for any questions and without a model; they search for what the question "
+            "names, then for what the passages mention, guided by gold passages if the rows name them, else "
+            "by trying queries."
         },
     )
     script: str | None = field(
         default=None,
         metadata={
-            "help": "With teacher: scripts, your own script in place of those that ship, as an import path: "
-            "my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With demonstrations, "
-            "it plays those."
+            "help": "With teacher: scripts, the import path of your own script, used instead of the built-in "
+            "players: my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With "
+            "demonstrations, it plays the demonstrations."
         },
     )
     quality: str = field(
@@ -51,33 +52,33 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     demonstrations: int = field(
         default=0,
         metadata={
-            "help": "With a model as the teacher: it sees this many answered questions before each prompt, which "
-            "scripted players played. They are left out of what is trained on (context distillation)."
+            "help": "With a model as teacher: number of answered example questions before each prompt, played by "
+            "scripted players. They are left out of the training data (context distillation)."
         },
     )
-    samples_per_question: int = field(default=4, metadata={"help": "Attempts at each question."})
+    samples_per_question: int = field(default=4, metadata={"help": "Attempts per question."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
-    top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; here it may be below 1."})
+    top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; unlike in GRPO, it may be below 1."})
     collection: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the attempts, appended to as they finish, and read again by the next run. Default: "
-            "output_dir/collection."
+            "help": "Folder of the attempts. Attempts are appended as they finish, and the next run reads them. "
+            "Default: output_dir/collection."
         },
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Train into an output_dir that holds a finished model, and replace it."}
+        default=False, metadata={"help": "Allow an output_dir that holds a finished model, and replace it."}
     )
-    collect_only: bool = field(default=False, metadata={"help": "Collect and choose, and do not train."})
+    collect_only: bool = field(default=False, metadata={"help": "Only collect and select attempts; do not train."})
 
     min_f1: float | None = field(
-        default=None, metadata={"help": "Keep answers of at least this F1. Default: exact matches alone."}
+        default=None, metadata={"help": "Keep answers with at least this F1. Default: only exact matches."}
     )
     well_formed: bool = field(
-        default=True, metadata={"help": "Keep attempts alone in which every call and the answer are well-formed."}
+        default=True, metadata={"help": "Keep only attempts in which every call and the answer are well-formed."}
     )
     min_searches: int = field(
-        default=1, metadata={"help": "Keep attempts with at least this many searches, or calls of another tool."}
+        default=1, metadata={"help": "Keep only attempts with at least this many searches, or calls of another tool."}
     )
     keep_per_question: int = field(default=2, metadata={"help": "Keep at most this many attempts per question."})
 
