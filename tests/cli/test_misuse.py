@@ -88,7 +88,7 @@ def test_any_model_and_anything_to_serve(
         (["eval", "tiny", "--dtype", "float8"], "there is no dtype 'float8'"),
         (["eval", "tiny", "--device", "gpu"], "there is no device 'gpu'"),
         (["serve", "wiki", "--search_timeout_s", "nan"], "timeouts must be above 0"),
-        (["serve", "bm25", "--retriever_options", '{"index": 3}'], "index is a text, and this is 3"),
+        (["serve", "bm25", "--retriever_options", '{"index": 3}'], "index must be a string, not 3"),
         (["serve", "wiki", "--replicas", "2"], "--replicas is for several processes: give --ray"),
         (["serve", "wiki", "--ray", "--replica_cpus", "nan"], "cpus above 0"),
         (["serve", "wiki", "--ray", "--ray_address", ""], "the address of the Ray cluster is empty"),

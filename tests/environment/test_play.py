@@ -48,10 +48,10 @@ def test_what_the_environment_raises_keeps_its_traceback() -> None:
     [
         (Calculator, [SUM], r"environment=Calculator is a class: give an instance, Calculator\(...\)"),
         (lambda: Calculator(), [SUM], "is a function: call it"),
-        ("calculator", [SUM], "an instance of a subclass of Environment, and this is 'calculator'"),
+        ("calculator", [SUM], "an instance of a subclass of Environment, not 'calculator'"),
         (Calculator(), [ToolCall("ad", {})], "Calculator has no tool 'ad': its tools are add"),
-        (Calculator(), [3], "a turn is an action, .* and this is 3"),
-        (Calculator(), [SUM, None], "a turn is an action"),
+        (Calculator(), [3], "a turn must be an action, .* not 3"),
+        (Calculator(), [SUM, None], "a turn must be an action"),
     ],
 )
 def test_what_cannot_be_played_is_explained(environment: object, turns: list, message: str) -> None:
@@ -78,9 +78,9 @@ class World(Calculator):
     ("wrong", "message"),
     [
         ({"start": "itself"}, r"returned the environment itself, which all trajectories would share"),
-        ({"start": "nothing"}, "World.start must return the Environment of one trajectory, and returned NoneType"),
-        ({"step": lambda: None}, "World.step must return an Observation, and returned None for ToolCall"),
-        ({"step": lambda: "3"}, "World.step must return an Observation, and returned '3'"),
+        ({"start": "nothing"}, "World.start must return the Environment of one trajectory, not NoneType"),
+        ({"step": lambda: None}, "World.step must return an Observation, but returned None for ToolCall"),
+        ({"step": lambda: "3"}, "World.step must return an Observation, but returned '3'"),
         ({"step": lambda: Observation(documents="3")}, r"Observation\(documents=...\) takes a tuple of str"),
         ({"step": lambda: Observation(documents=(3,))}, r"Observation\(documents=...\) takes a tuple of str"),
         ({"step": lambda: Observation(passages=("3",))}, r"takes a tuple of Passage"),

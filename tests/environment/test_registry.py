@@ -43,7 +43,7 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
     assert AgentSettings(environment="adds").environment == "adds"
     for name, message in (
         ("gone", "environment 'gone' of package 'toy' .* cannot be imported"),
-        ("wrong", "environment 'wrong' gave a int, and not an Environment"),
+        ("wrong", "environment 'wrong' returned a int, not an Environment"),
         ("ads", "unknown environment 'ads': did you mean 'adds'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -64,7 +64,7 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
             r"\(passages_per_query=0\): give a whole number, at least 1",
         ),
         ("search", {"retriever": RETRIEVER, "timeout_s": -1}, "give seconds, more than 0"),
-        ("os:system", {"command": "false"}, "gave a int, and not an Environment"),
+        ("os:system", {"command": "false"}, "returned a int, not an Environment"),
         ("subprocess:Popen", {}, "neither a subclass of Environment nor a function"),
         ("no_such_module:World", {}, "cannot be imported: No module named"),
     ],

@@ -55,13 +55,13 @@ def test_it_may_give_up() -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (lambda: None, "must be a function: of the question's row"),
-        (Calculator, "must be a function: of the question's row"),
-        (lambda row: [("I add.", Answer("3"))], "must yield its turns, and returned"),
-        (lambda row, replies: Answer("3"), r"a script's turn is a thought and an action, .* and this is Answer"),
-        (lambda row, replies: ("", EndOfTurn()), r"a script's turn is a thought and an action"),
+        (lambda: None, "must be a function: either it takes the question's row"),
+        (Calculator, "must be a function: either it takes the question's row"),
+        (lambda row: [("I add.", Answer("3"))], "must yield its turns, but returned"),
+        (lambda row, replies: Answer("3"), r"a script's turn must be a pair .* of thought and action, .* not Answer"),
+        (lambda row, replies: ("", EndOfTurn()), r"a script's turn must be a pair .* of thought and action"),
         (lambda row, replies: ("I open.", ToolCall("open", {})), "Calculator has no tool 'open': its tools are add"),
-        (3, "turns is a list of actions or texts, or a script, and this is 3"),
+        (3, "turns must be a list of actions or texts, or a script, not 3"),
     ],
 )
 def test_what_it_gets_wrong_is_named(script: Any, message: str) -> None:

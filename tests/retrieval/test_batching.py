@@ -280,7 +280,7 @@ def test_a_retriever_that_always_hangs_is_given_up() -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         for _ in range(MAX_HUNG):
             assert "timed out" in (await outcomes(batcher, "hang"))[0]
-        assert "calls have not come back" in (await outcomes(batcher, "a"))[0]  # at once: no call is made
+        assert "calls have not returned" in (await outcomes(batcher, "a"))[0]  # at once: no call is made
         echo.released.set()
         await asyncio.sleep(0.05)
         assert await outcomes(batcher, "a") == ["a0"]

@@ -1,10 +1,10 @@
-"""The world that a policy acts in: takes an `Action`, gives an `Observation`.
+"""The environment that a policy acts in: it takes an `Action` and returns an `Observation`.
 
 base.py       `Environment`, which users subclass
 search.py     `SearchEnvironment`: searches, answered from a retriever
 registry.py   environments by name, and how a package adds one
-play.py       `play`: tries an environment without a model
-script.py     a user's own script, which plays a question turn by turn
+play.py       `play`: runs an environment by hand, without a model
+script.py     a user's script that plays a question turn by turn
 """
 
 from trl_search.environment.base import AnswerOnly, Environment, check_environment, start_episode, take_step

@@ -1,6 +1,7 @@
-"""`Environment`: the world that a policy acts in. It takes an `Action` and gives an `Observation`. Users subclass it.
+"""`Environment`: what a policy acts in. It takes an `Action` and returns an `Observation`. Users subclass it.
 
-A trainer holds one `Environment`; `start(row)` makes the copy that one trajectory talks to, so state belongs on it:
+A trainer holds one `Environment`. `start(row)` makes a copy for each trajectory; keep the trajectory's state on that
+copy:
 
     class GuessTheNumber(Environment):
         instruction = "Guess a number from 1 to 100: <answer> 50 </answer>. You are told whether it is too low. "
@@ -33,14 +34,14 @@ from trl_search.types import Action, Answer, Observation, StopReason
 
 
 class Environment(abc.ABC):
-    """A multi-turn world. Subclass it, override `step`, and pass an instance as `SearchGRPOTrainer(environment=...)`.
+    """A multi-turn environment. Override `step`, and pass an instance as `SearchGRPOTrainer(environment=...)`.
 
     Attributes:
         row (`Mapping[str, Any]`): The dataset row of the trajectory, set by `start`.
-        tools (`Sequence[dict]`): JSON schemas of the tools shown to the policy. `step` gets a call of `search` as a
-            `Search`, and every other as a `ToolCall`.
-        instruction (`str`, *optional*): Put before each question. By default it names the tools. The `instruction` of
-            a configuration overrides it.
+        tools (`Sequence[dict]`): JSON schemas of the tools shown to the policy. `step` receives a call of `search` as
+            a `Search`, and a call of any other tool as a `ToolCall`.
+        instruction (`str`, *optional*): Text before each question; the default names the tools. The `instruction` of a
+            configuration overrides it.
     """
 
     row: Mapping[str, Any]
@@ -48,10 +49,10 @@ class Environment(abc.ABC):
     instruction: str | None = None
 
     def start(self, row: Mapping[str, Any]) -> Environment:
-        """The environment of one trajectory: a shallow copy of this one that knows its row.
+        """Returns the environment of one trajectory: a shallow copy of this one, with its `row` set.
 
-        A list or dictionary of this one is shared by all copies. What a trajectory writes to must be made here, as
-        `guesses` above is.
+        All copies share the lists and dictionaries of this environment. Create here whatever a trajectory modifies,
+        like `guesses` above.
         """
         episode = copy.copy(self)
         episode.row = row
@@ -61,55 +62,57 @@ class Environment(abc.ABC):
     async def step(self, action: Action) -> Observation:
         """Answers one action. Called concurrently for all trajectories on one event loop: never block in it.
 
-        A plain `def step` works too, for what takes no time. An exception ends the trajectory as `environment_failed`:
-        it is masked from the loss and counted.
+        A plain `def step` works too if it returns at once. An exception ends the trajectory as `environment_failed`:
+        the trajectory is masked from the loss and counted.
         """
 
     async def open(self) -> None:
         """Called on the event loop before the trajectories of a rollout batch start."""
 
     async def close(self) -> None:
-        """Called on the event loop after they ended, also when the batch failed."""
+        """Called on the event loop after the trajectories have ended, even if the batch failed."""
 
     def take_metrics(self) -> dict[str, float]:
-        """Numbers of the last rollout batch, logged beside those of its trajectories; see `Retriever.take_metrics`."""
+        """Metrics of the last rollout batch, logged with those of its trajectories; see `Retriever.take_metrics`."""
         return {}
 
 
 class AnswerOnly(Environment):
-    """A world without tools: the policy has one turn, and answers from what it knows or was shown in the prompt."""
+    """An environment without tools: the policy answers in one turn, from its own knowledge or from the prompt."""
 
     async def step(self, action: Action) -> Observation:
         return Observation(done=StopReason.ANSWER if isinstance(action, Answer) else StopReason.END_OF_TURN)
 
 
 def check_environment(value: Any) -> Environment:
-    """The value, once it is known to be an environment.
+    """Returns the value if it is a usable environment.
 
     Raises:
-        UserError: for a class, a function, or anything else; for tools or an instruction that cannot be shown.
+        UserError: if it is not an instance of `Environment`, or if its tools or instruction are invalid.
     """
     name = getattr(value, "__name__", type(value).__name__)
     if isinstance(value, type) and issubclass(value, Environment):
-        raise UserError(f"environment={name} is a class: give an instance, {name}(...). `start` copies it as needed")
+        raise UserError(
+            f"environment={name} is a class: give an instance, {name}(...). `start` copies it for each trajectory"
+        )
     if not isinstance(value, Environment):
         if callable(value) and not isinstance(value, type):
             raise UserError(f"environment={name} is a function: call it, and give the Environment that it returns")
-        raise UserError(f"an environment is an instance of a subclass of Environment, and this is {value!r:.80}")
+        raise UserError(f"an environment must be an instance of a subclass of Environment, not {value!r:.80}")
     try:
         tool_names(value.tools)
     except UserError as error:
         raise UserError(f"{name}.tools: {error}") from None
     if value.instruction is not None and not isinstance(value.instruction, str):
-        raise UserError(f"{name}.instruction is a text, and this is {value.instruction!r:.80}")
+        raise UserError(f"{name}.instruction must be a string, not {value.instruction!r:.80}")
     return value
 
 
 def start_episode(environment: Environment, row: Mapping[str, Any]) -> Environment:
-    """The environment of one trajectory.
+    """Starts one trajectory and returns its environment.
 
     Raises:
-        UserError: where `start` returns something else, or the environment itself, which trajectories would share.
+        UserError: if `start` returns no `Environment`, or the environment itself, which all trajectories would share.
     """
     episode: Any = environment.start(row)
     name = type(environment).__name__
@@ -120,24 +123,24 @@ def start_episode(environment: Environment, row: Mapping[str, Any]) -> Environme
         )
     if not isinstance(episode, Environment):
         raise UserError(
-            f"{name}.start must return the Environment of one trajectory, and returned {type(episode).__name__}: end "
-            "it with `return episode`"
+            f"{name}.start must return the Environment of one trajectory, not {type(episode).__name__}: end it "
+            "with `return episode`"
         )
     return episode
 
 
 async def take_step(episode: Environment, action: Action) -> Observation:
-    """One step of an environment, whose `step` may be a coroutine function or a plain one.
+    """Runs one step of an environment; its `step` may be a coroutine function or a plain function.
 
     Raises:
-        UserError: where it returns no `Observation`.
+        UserError: if `step` does not return an `Observation`.
     """
     observation: Any = episode.step(action)
     if inspect.isawaitable(observation):
         observation = await observation
     if not isinstance(observation, Observation):
         raise UserError(
-            f"{type(episode).__name__}.step must return an Observation, and returned {observation!r:.80} for "
+            f"{type(episode).__name__}.step must return an Observation, but returned {observation!r:.80} for "
             f"{action!r:.80}"
         )
     return observation

@@ -1,4 +1,4 @@
-"""`play`: tries an environment without a model, and without a trainer."""
+"""`play`: runs one trajectory of an environment by hand, without a model or a trainer."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def play(
     *,
     protocol: str = "qwen_tools",
 ) -> list[Observation]:
-    """Plays one trajectory by hand: gives each turn to the environment, and returns what the environment says.
+    """Plays one trajectory by hand: passes each turn to the environment and returns the observations.
 
     Args:
         environment ([`Environment`]): An instance.
-        turns (`Iterable` or `Callable`): What a policy would do, one after the other: actions (`Search`, `ToolCall`,
-            `Answer`, ...), or texts as a policy writes them, which the protocol reads. Those after the end are not
-            played. A script of your own (`environment/script.py`) is started with the row and sent each reply.
+        turns (`Iterable` or `Callable`): The turns of a policy, in order: actions (`Search`, `ToolCall`, `Answer`,
+            ...), or the text that a policy would write, which the protocol parses. Turns after the end of the
+            trajectory are not played. Or a script (`environment/script.py`), which is started with the row and sent
+            each reply.
         row (`Mapping`, *optional*): The dataset row of the trajectory.
-        protocol (`str`, *optional*, defaults to `"qwen_tools"`): Reads the texts.
+        protocol (`str`, *optional*, defaults to `"qwen_tools"`): The protocol that parses the texts.
 
     Returns:
-        `list[Observation]`: One for each turn that was played. The last one has `done` set if the trajectory ended.
+        `list[Observation]`: One per turn that was played. The last one has `done` set if the trajectory ended.
 
     Raises:
-        UserError: for what is no environment, no turn, or no tool of the environment.
-        Exception: whatever the environment itself raises, with its own traceback.
+        UserError: if the environment or a turn is invalid, or a turn calls a tool that the environment does not have.
+        Exception: any exception of the environment, with its traceback.
 
     Example:
         >>> play(Calculator(), [ToolCall("add", {"a": 1, "b": 2}), Answer("3")])
@@ -49,7 +50,7 @@ def play(
     if callable(turns):
         check_script(turns)
     elif isinstance(turns, str) or not isinstance(turns, Iterable):
-        raise UserError(f"turns is a list of actions or texts, or a script, and this is {turns!r:.60}")
+        raise UserError(f"turns must be a list of actions or texts, or a script, not {turns!r:.60}")
     read = _reader(environment, protocol, scripted=callable(turns))
 
     async def played() -> list[Observation]:
@@ -76,7 +77,7 @@ def play(
 
 
 def _one_by_one(turns: Iterable[Any]) -> Generator[Any, Any, None]:
-    yield from (turn for turn in turns)  # a generator of its own takes the replies and drops them
+    yield from (turn for turn in turns)  # a generator accepts `send`; the replies are dropped
 
 
 def _reader(environment: Environment, protocol: str, *, scripted: bool) -> Callable[[Any], Action]:
@@ -94,13 +95,13 @@ def _reader(environment: Environment, protocol: str, *, scripted: bool) -> Calla
 
 
 def _said(turn: Any, environment: Environment, *, scripted: bool) -> Action | str:
-    """The text or the action of a turn. A script's turn is checked as one, and so is a thought with an action."""
+    """Returns the text or the action of a turn. Turns of a script, and pairs of thought and action, are checked."""
     if scripted or isinstance(turn, tuple):
         checked = check_script_turn(turn, environment)
         return checked if isinstance(checked, str) else checked[1]
     if isinstance(turn, str):
         return turn
     if not isinstance(turn, get_args(Action)):
-        raise UserError(f"a turn is an action, such as Search(('query',)), or a text, and this is {turn!r:.80}")
+        raise UserError(f"a turn must be an action, such as Search(('query',)), or a text, not {turn!r:.80}")
     check_tool(turn, environment)
     return turn

@@ -1,11 +1,11 @@
-"""Every environment, by name. A new one is registered here, or by an installed package:
+"""The registry of environments. Register a new one here, or from an installed package:
 
     [project.entry-points."trl_search.environments"]
     calculator = "my_package.calculator:Calculator"
 
-A name stands for a subclass of `Environment`, or for a function that makes one; its parameters are the
-`environment_options` of a recipe. One that has a parameter `retriever` gets what `retriever` and `retriever_options`
-name; one that has none needs no retriever.
+A name maps to a subclass of `Environment`, or to a function that returns an environment; its parameters are the
+`environment_options` of a recipe. A parameter `retriever` receives the retriever that `retriever` and
+`retriever_options` name; without that parameter, no retriever is needed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def load_environment(
     budgets: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Environment:
-    """Makes the environment of that name.
+    """Makes the named environment.
 
     Args:
         name (`str`): `"search"`, a name that an installed package adds, or an import path, `my_package.world:World`.
-        retriever ([`Retriever`] or `str`, *optional*): What it searches.
-        budgets (`Mapping`, *optional*): Options that are left out where the environment has no such parameter.
-        options: Its own options.
+        retriever ([`Retriever`] or `str`, *optional*): The retriever that the environment searches.
+        budgets (`Mapping`, *optional*): Options that are dropped if the environment has no such parameter.
+        options: The environment's own options.
 
     Raises:
-        UserError: for an unknown name or option, and for a retriever that is missing or not taken.
+        UserError: for an unknown name or option, a missing retriever, or a retriever that the environment does not
+            accept.
 
     Example:
         >>> load_environment("search", retriever="indexes/wiki", max_searches=2)
@@ -66,7 +67,7 @@ def load_environment(
         raise UserError(f"environment {name!r}: {error}; its options are {signature}") from None
     made = make(**given)
     if not isinstance(made, Environment):
-        raise UserError(f"environment {name!r} gave a {type(made).__name__}, and not an Environment")
+        raise UserError(f"environment {name!r} returned a {type(made).__name__}, not an Environment")
     return check_environment(made)
 
 
@@ -76,7 +77,7 @@ def takes_retriever(name: str) -> bool:
 
 
 def call_word(name: str) -> str:
-    """How tables name the calls of an environment's tools."""
+    """The word for an environment's tool calls in tables."""
     return "searches" if name == SEARCH else "calls"
 
 
@@ -90,13 +91,13 @@ def needs_retriever(name: str) -> bool:
 
 
 def name_of(environment: Environment) -> str:
-    """The name or the import path that makes another environment of this kind."""
+    """The name or import path that `load_environment` takes to make another environment of this kind."""
     kind = type(environment)
     return SEARCH if kind is SearchEnvironment else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def options_of(environment: Environment) -> dict[str, Any]:
-    """The plain values that an environment holds under the names of its parameters, other than their defaults.
+    """The environment's options that differ from their defaults: plain values stored under a parameter's name.
 
     Example:
         >>> options_of(Calculator(max_calls=3))
@@ -112,7 +113,7 @@ def options_of(environment: Environment) -> dict[str, Any]:
 
 
 def described(environment: Environment) -> dict[str, Any]:
-    """What `run.json` says of an environment: what the policy is shown of it, and its own budgets."""
+    """The description of an environment in `run.json`: its name, its plain values, its tools and its instruction."""
     return {
         "name": name_of(environment),
         "options": {name: value for name, value in vars(environment).items() if _is_told(name, value)},
@@ -126,12 +127,12 @@ def _is_told(name: str, value: Any) -> bool:
 
 
 def _has_parameter(make: Any, name: str) -> bool:
-    """Whether a class or a function takes a keyword. `**options` of a subclass go to `SearchEnvironment`."""
+    """Whether a class or function accepts this keyword. A subclass's `**options` are passed to `SearchEnvironment`."""
     if not callable(make):
         return False
     try:
         parameters = inspect.signature(make).parameters
-    except ValueError:  # some built-in functions have none
+    except ValueError:  # some built-in functions have no signature
         return False
     if name in parameters:
         return True

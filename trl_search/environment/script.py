@@ -1,13 +1,13 @@
-"""A script plays a question turn by turn, without a model, so that a policy can be shown how it is done.
+"""A script plays a question turn by turn, without a model, to make demonstrations for a policy.
 
-It takes the question's row, yields turns, and is sent what the policy is shown in reply:
+A script takes the question's row, yields turns, and is sent the reply that the policy would see:
 
     def open_page(row):
         title = row["question"].removeprefix("Who wrote ").removesuffix("?")
         page = yield f"I open the page of {title}.", ToolCall("open", {"title": title})
         yield "The page names the author.", Answer(page.partition(" by ")[2])
 
-Or it takes the row and all replies so far, and returns the next turn:
+Or the script takes the row and all replies so far, and returns the next turn:
 
     def open_page(row, replies):
         if not replies:
@@ -15,10 +15,10 @@ Or it takes the row and all replies so far, and returns the next turn:
             return f"I open the page of {title}.", ToolCall("open", {"title": title})
         return "The page names the author.", Answer(replies[-1].partition(" by ")[2])
 
-In a cold start the row has `id`, `question`, `golden_answers` and `data_source`, whatever else its file holds.
+In a cold start the row has only `id`, `question`, `golden_answers` and `data_source`.
 
-A turn is a thought and an action, whose tags the protocol writes, or the whole text of a turn with its tags. A script
-that returns without an answer has given up.
+A turn is a pair of thought and action, for which the protocol writes the tags, or the whole text of a turn with its
+tags. A script that returns without an answer has given up.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ ScriptTurn = str | tuple[str, Search | ToolCall | Answer]
 
 
 def load_script(path: str) -> Script:
-    """Imports the script of that path, `my_agent:open_page`.
+    """Imports a script from its import path, such as `my_agent:open_page`.
 
     Raises:
-        UserError: where it cannot be imported, or is no function of a row.
+        UserError: if it cannot be imported, or is not a function of a row.
     """
     return check_script(import_object("script", path), path)
 
 
 def check_script(script: Any, name: str = "") -> Script:
-    """The script, once it is known to be a function of a row, or of a row and replies.
+    """Returns the script if it is a function of a row, or of a row and the replies.
 
     Raises:
         UserError: for anything else.
     """
     if not callable(script) or isinstance(script, type) or _parameters(script) not in (1, 2):
         raise UserError(
-            f"script {name or _name(script)} must be a function: of the question's row, and it yields turns; or of "
-            f"the row and the replies so far, and it returns the next turn. It is {script!r:.60}"
+            f"script {name or _name(script)} must be a function: either it takes the question's row and yields "
+            f"turns, or it takes the row and the replies so far and returns the next turn. It is {script!r:.60}"
         )
     return script
 
 
 def start_script(script: Script, row: Mapping[str, Any]) -> Generator[Any, str | None, None]:
-    """The turns of one question; each reply is sent to it.
+    """Returns a generator of the turns of one question; send it each reply.
 
     Raises:
-        UserError: where the script yields no turns.
+        UserError: if the script is not a generator of turns.
     """
     if _parameters(script) == 2:
         return _turn_by_turn(script, row)
     turns = script(row)
     if not isinstance(turns, Generator):
         raise UserError(
-            f"script {_name(script)} must yield its turns, and returned {turns!r:.60}; to return them one by one, "
-            "give it a second parameter, the replies so far"
+            f"script {_name(script)} must yield its turns, but returned {turns!r:.60}; to return turns one by "
+            "one, give it a second parameter, the replies so far"
         )
     return turns
 
@@ -84,10 +84,10 @@ def _turn_by_turn(script: Script, row: Mapping[str, Any]) -> Generator[Any, str 
 
 
 def check_script_turn(turn: Any, environment: Environment) -> ScriptTurn:
-    """The turn, once it is known to be one.
+    """Returns the turn if it is valid.
 
     Raises:
-        UserError: for anything else, and for a tool that the environment has not.
+        UserError: if it is not a turn, or calls a tool that the environment does not have.
     """
     if isinstance(turn, str):
         return turn
@@ -98,15 +98,15 @@ def check_script_turn(turn: Any, environment: Environment) -> ScriptTurn:
         and isinstance(turn[1], Search | ToolCall | Answer)
     ):
         raise UserError(
-            "a script's turn is a thought and an action, ('I look it up.', Search(('query',))), or the text of the "
-            f"turn, and this is {turn!r:.80}"
+            "a script's turn must be a pair ('I look it up.', Search(('query',))) of thought and action, or the text "
+            f"of the turn, not {turn!r:.80}"
         )
     check_tool(turn[1], environment)
     return turn
 
 
 def check_tool(action: Action, environment: Environment) -> None:
-    """Raises `UserError` for a call of a tool that the environment has not."""
+    """Raises `UserError` if the action calls a tool that the environment does not have."""
     names = tool_names(environment.tools)
     if isinstance(action, ToolCall) and action.name not in names:
         raise UserError(
@@ -115,7 +115,7 @@ def check_tool(action: Action, environment: Environment) -> None:
 
 
 def reply_of(observation: Observation) -> str:
-    """What a policy is shown of an observation that is not cut.
+    """The text of an observation as the policy sees it when it is not truncated.
 
     Example:
         >>> reply_of(Observation(documents=("3",), notice="You have no calls left."))
@@ -125,7 +125,7 @@ def reply_of(observation: Observation) -> str:
 
 
 def _parameters(script: Script) -> int:
-    """How many parameters without a default a script has."""
+    """The number of a script's parameters without a default."""
     try:
         parameters = inspect.signature(script).parameters.values()
     except (TypeError, ValueError):  # some built-in functions have no signature

@@ -1,4 +1,4 @@
-"""`SearchEnvironment`: the world of a search agent. It answers searches from a retriever."""
+"""`SearchEnvironment`: the environment of a search agent. It answers searches from a retriever."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_search.retrieval.batching import SearchBatcher, SearchStats
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Action, Answer, Invalid, Observation, Passage, Search, StopReason
 
-# As Search-R1 and verl write passages; a reproduction needs the exact same text.
+# The format of Search-R1 and verl; reproducing them needs exactly the same text.
 PASSAGE_TEMPLATE = 'Doc {rank}(Title: "{title}") {text}'
 NO_SEARCHES_LEFT = "You have no searches left: answer now."
 _FIELD = re.compile(r"\{(rank|title|text)\}")
@@ -28,20 +28,21 @@ class SearchEnvironment(Environment):
     """Answers searches from a retriever until the search budget is spent, then lets the policy answer.
 
     Args:
-        retriever (`Retriever` or `str`): What is searched; calls of concurrent trajectories reach it in batches.
-            [`open_retriever`] reads a word: an index folder, the address of a server, a kind.
-        passages_per_query (`int`, *optional*, defaults to `3`): More are dropped.
+        retriever (`Retriever` or `str`): The retriever; searches of concurrent trajectories reach it in batches. A
+            string is opened with [`open_retriever`]: an index folder, the address of a server, or a kind.
+        passages_per_query (`int`, *optional*, defaults to `3`): Passages shown per query.
         max_searches (`int`, *optional*, defaults to `4`): Calls per trajectory. After the last one the policy is told
-            so, and one final turn is generated. With 0 it is an [`AnswerOnly`] to the policy.
-        max_queries (`int`, *optional*, defaults to `4`): Queries per call. More are not run, and the policy is told.
-        max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered by a correction; one more
-            ends the trajectory.
-        timeout_s (`float`, *optional*, defaults to `30.0`): Seconds that one call of the retriever may take; the wait
-            before it is not counted.
-        passage_template (`str`, *optional*): How a passage is shown; fields `{rank}`, `{title}`, `{text}`.
+            that none are left, and generates one final turn. With 0 the environment acts like [`AnswerOnly`].
+        max_queries (`int`, *optional*, defaults to `4`): Queries per call. Further queries are not run, and the policy
+            is told so.
+        max_invalid (`int`, *optional*, defaults to `2`): Malformed calls that are answered with a correction; the next
+            one ends the trajectory.
+        timeout_s (`float`, *optional*, defaults to `30.0`): Time limit of one retriever call in seconds, without its
+            time in the queue.
+        passage_template (`str`, *optional*): The format of a passage; its fields are `{rank}`, `{title}` and `{text}`.
 
     Raises:
-        UserError: for a value that is out of range, and for what is no retriever.
+        UserError: if a value is out of range, or `retriever` is not a retriever.
     """
 
     tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,)
@@ -68,19 +69,19 @@ class SearchEnvironment(Environment):
         if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
             raise UserError(f"{type(self).__name__}(timeout_s={timeout_s!r}): give seconds, more than 0")
         if not isinstance(passage_template, str):
-            raise UserError(f"{type(self).__name__}(passage_template={passage_template!r}): give a text")
+            raise UserError(f"{type(self).__name__}(passage_template={passage_template!r}): give a string")
         self.retriever = as_retriever(retriever)
         self.passages_per_query = passages_per_query
         self.max_searches = max_searches
         if not max_searches:
-            # A policy without searches is not shown the search.
+            # Without searches, the policy is not shown the search tool.
             self.tools = tuple(tool for tool in self.tools if tool != SEARCH_TOOL)
         self.max_queries = max_queries
         self.max_invalid = max_invalid
         self.timeout_s = timeout_s
         self.passage_template = passage_template
         self.batcher: SearchBatcher | None = None
-        # Kept across batches: a retriever that hangs in each of them leaves a few threads behind, not a few per batch.
+        # Kept across batches, so that a retriever that hangs in every batch is limited to `MAX_HUNG` threads in total.
         self._on_threads = DaemonCalls()
         self.searches_left = max_searches
         self.corrections_left = max_invalid
@@ -140,7 +141,7 @@ class SearchEnvironment(Environment):
         )
 
     def show(self, passages: Sequence[Passage]) -> list[str]:
-        """Each passage as the policy reads it, numbered from 1."""
+        """Formats each passage for the policy, numbered from 1."""
 
         def show_one(rank: int, passage: Passage) -> str:
             fields = {"rank": str(rank), "title": passage.title, "text": passage.text}

@@ -1,9 +1,9 @@
 """Retrievers, and the two ways to get one.
 
-    load_retriever("bm25", index="indexes/wiki")     by kind, with that kind's options
-    open_retriever("indexes/wiki")                   by one word, as on a command line: a folder, an address or a kind
+    load_retriever("bm25", index="indexes/wiki")     by kind, with the options of that kind
+    open_retriever("indexes/wiki")                   by one word, as on the command line: a folder, address or kind
 
-`registry.py` lists the kinds, and says how a package adds one.
+`registry.py` lists the kinds and explains how a package adds one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         options: The options of that kind. A path may begin with `~`.
 
     Raises:
-        UserError: for an unknown kind or option; the message lists those that exist.
+        UserError: for an unknown kind or option; the message lists the valid ones.
 
     Example:
         >>> retriever = load_retriever("bm25", index="indexes/wiki")
@@ -54,7 +54,7 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         raise UserError(f"retriever {kind!r}: {error}; its options are {signature}") from None
     retriever = load(**{name: home_expanded(value) for name, value in options.items()})
     if not isinstance(retriever, Retriever):
-        raise TypeError(f"retriever {kind!r} gave a {type(retriever).__name__}, not a Retriever")
+        raise TypeError(f"retriever {kind!r} returned a {type(retriever).__name__}, not a Retriever")
     return retriever
 
 
@@ -62,8 +62,8 @@ def open_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -
     """Loads the retriever that one word names: an index folder, the address of a server, or a kind.
 
     Args:
-        word (`str | Path`): `"indexes/wiki"`, `"http://localhost:8000"` or `"bm25"`. Where a folder has the name of a
-            kind, the kind is meant; write `./bm25` for the folder.
+        word (`str | Path`): `"indexes/wiki"`, `"http://localhost:8000"` or `"bm25"`. If a folder has the name of a
+            kind, the kind takes precedence; write `./bm25` for the folder.
         options (`Mapping`, *optional*): Further options of the kind.
 
     Example:
@@ -75,10 +75,10 @@ def open_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -
 
 
 def as_retriever(value: Any) -> Retriever:
-    """A retriever as it is, and a word as [`open_retriever`] reads it.
+    """Returns a retriever unchanged, and opens a word with [`open_retriever`].
 
     Raises:
-        UserError: for anything else; says how to make a retriever of it.
+        UserError: for anything else; the message says how to make a retriever from it.
     """
     if isinstance(value, Retriever):
         return value
@@ -88,15 +88,15 @@ def as_retriever(value: Any) -> Retriever:
         raise UserError(f"retriever={value.__name__} is a class: give an instance, {value.__name__}(...)")
     if isinstance(value, list | tuple):
         raise UserError('retriever is a list: load_retriever("bm25", passages=[...]) searches passages in memory')
-    raise UserError(f"a retriever is an instance of a subclass of Retriever, or a word, and this is {value!r:.80}")
+    raise UserError(f"a retriever must be an instance of a subclass of Retriever, or a word, not {value!r:.80}")
 
 
 def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """The kind and the options that `open_retriever` would load. Of a folder, its manifest is read and nothing else.
+    """The kind and the options that `open_retriever` would load. Of an index folder, only the manifest is read.
 
     Raises:
-        UserError: if the word is neither, names a folder that is not a finished index, or names one place and the
-            options another.
+        UserError: if the word is no folder, address or kind, if the folder is not a finished index, or if the word and
+            the options name different places.
 
     Example:
         >>> resolve_retriever("http://localhost:8000", {"timeout_s": 5.0})
@@ -105,7 +105,7 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     name, given = str(word), dict(options or {})
     for option in ("index", "faiss_file", "url"):
         if not isinstance(given.get(option, ""), str | Path):
-            raise UserError(f"retriever_options: {option} is a text, and this is {given[option]!r:.60}")
+            raise UserError(f"retriever_options: {option} must be a string, not {given[option]!r:.60}")
     if name.startswith(("http://", "https://")):
         return "http", _with(given, "url", name)
     if isinstance(word, str) and name in RETRIEVERS:
@@ -116,16 +116,16 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     nearest = nearest_names(name, RETRIEVERS.names(), 1)
     hint = f"did you mean {nearest[0]!r}? Give" if nearest else "give"
     raise UserError(
-        f"{name!r} is no retriever: {hint} an index folder, the address of a server (http://host:8000), or one of the "
-        f"kinds {', '.join(RETRIEVERS.names())}"
+        f"{name!r} is not a retriever: {hint} an index folder, the address of a server (http://host:8000), or one of "
+        f"the kinds {', '.join(RETRIEVERS.names())}"
     )
 
 
 def _with(given: Mapping[str, Any], option: str, value: str) -> dict[str, Any]:
-    """The options and the place that the word names; a recipe may still hold those of another place."""
+    """Adds the place that the word names to the options. A recipe's options may still name a different place."""
     if given.get(option, value) != value:
         raise UserError(
             f"retriever {value} and the {option} {given[option]} of retriever_options are two places to search: give "
-            "one; --retriever_options '{}' clears those of a recipe"
+            "one; --retriever_options '{}' clears the options of a recipe"
         )
     return {option: value, **given}

@@ -10,22 +10,23 @@ from trl_search.types import Passage
 
 
 class RetrievalError(Explained, RuntimeError):
-    """A search failed. It reaches the environment as a failed observation, never as an empty result."""
+    """A search failed. The policy sees a failed observation, never an empty result."""
 
 
 class Unavailable(RetrievalError):
-    """The backend is unavailable; retrying with fewer queries will not help."""
+    """The backend is unavailable; retrying with fewer queries does not help."""
 
 
 class TooLarge(RetrievalError):
     """A server refused a request for its size (413). A smaller one may be accepted."""
 
 
-TROUBLE = frozenset({429, 502, 503, 504})  # HTTP statuses of trouble that may pass
+TROUBLE = frozenset({429, 502, 503, 504})  # HTTP statuses of temporary trouble
 
 
 def failure(status: int | str, said: str) -> RetrievalError:
-    """The error for an HTTP status: `Unavailable` if the trouble may pass, `TooLarge` if the request was."""
+    """The error for an HTTP status: `Unavailable` for temporary trouble, `TooLarge` for a request that was too
+    large."""
     if status == 413:
         return TooLarge(said)
     return Unavailable(said) if status in TROUBLE else RetrievalError(said)
@@ -38,8 +39,8 @@ class Retriever(abc.ABC):
     running `search` on a thread.
 
     Attributes:
-        max_concurrent_batches (`int`): How many searches may run at a time. A retriever that computes on this machine
-            wants one, with larger batches; one that asks several servers wants several.
+        max_concurrent_batches (`int`): How many batches may be searched at a time. Use one for a retriever that
+            computes on this machine, so that batches grow; use several for one that queries several servers.
     """
 
     max_concurrent_batches: int = 1
@@ -47,17 +48,17 @@ class Retriever(abc.ABC):
 
     @abc.abstractmethod
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """Returns up to `k` passages for each query, best first; `[]` where nothing matches.
+        """Returns up to `k` passages for each query, best first; `[]` if nothing matches.
 
         Raises:
             ValueError: if `k < 1`.
-            RetrievalError: if the search could not be done; the message says what failed and what to do.
+            RetrievalError: if the search failed; the message says what failed and what to do.
         """
 
     def take_metrics(self) -> dict[str, float]:
-        """Numbers since the last call, for the log of a training step: `{"retrieval/requests": 12.0, ...}`.
+        """Metrics since the last call, for the log of a training step: `{"retrieval/requests": 12.0, ...}`.
 
-        [`merge_metrics`] combines those of several retrievers or processes.
+        [`merge_metrics`] combines the metrics of several retrievers or processes.
         """
         return {}
 
@@ -71,11 +72,11 @@ class Retriever(abc.ABC):
 
 
 def check_search(queries: Sequence[str], k: int) -> None:
-    """Refuses a single string, which would be searched letter by letter, and a `k` below 1.
+    """Rejects a single string, which would be searched letter by letter, and a `k` below 1.
 
     Raises:
         TypeError: for a single string.
-        UserError: for a `k` below 1.
+        UserError: if `k` is below 1.
     """
     if isinstance(queries, str):
         raise TypeError("search takes a list of queries; pass [query]")

@@ -1,14 +1,14 @@
-"""One call of the retriever for many trajectories: `await batcher.search(query, k)` from any number of coroutines.
+"""Batches the searches of many trajectories: call `await batcher.search(query, k)` from any number of coroutines.
 
-There is no timer. While one batch is searched, the next one gathers; it is sent as soon as the retriever is free:
+There is no timer. While one batch is searched, the next one fills; it is sent as soon as the retriever is free:
 
     queries   a b c      d e        f g h i        j
     batches   [a]  [b c d]   [e f g h]   [i j]
 
-A retriever with `max_concurrent_batches` above 1 gets several batches at a time. A query that several coroutines ask
-at once is searched once. When a batch raises, its queries are tried one by one, so that a poisonous query fails alone.
-`timeout_s` limits a call of the retriever, not the wait for its turn. A call that hangs fails its own queries and
-stays behind on its daemon thread, where it delays neither other searches nor the exit.
+A retriever with `max_concurrent_batches` above 1 gets several batches at a time. A query that several coroutines send
+at once is searched once. When a batch raises, its queries are retried one by one, so that only the bad query fails.
+`timeout_s` limits a call of the retriever, not the time in the queue. A call that hangs fails its own queries; its
+daemon thread is abandoned and delays neither other searches nor the exit of the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
 
 Key = tuple[str, int]  # query, k
-# Failures travel as values, not as exceptions of a future: nobody may be left to retrieve one.
+# Failures are passed as values: asyncio logs an exception of a future that no coroutine retrieves.
 Result = Sequence[Passage] | RetrievalError
 
 
@@ -36,7 +36,7 @@ class Crashed(RetrievalError):
 
 @dataclass
 class SearchStats:
-    """`queries` asked of a batcher, `failures` among them, `batches` it sent, `seconds` it spent in the retriever."""
+    """Of a batcher: `queries` received, `failures` among them, `batches` sent, `seconds` spent in the retriever."""
 
     queries: int = 0
     failures: int = 0
@@ -45,16 +45,16 @@ class SearchStats:
 
 
 class SearchBatcher:
-    """Batches searches across the coroutines of one event loop. Make one in the loop, `aclose` it at the end.
+    """Batches searches across the coroutines of one event loop. Create it inside the loop and `aclose` it at the end.
 
     Args:
-        retriever (`Retriever`): Searched on a thread, or awaited when it has `search_async(queries, k)`.
-        timeout_s (`float`): How long one call of the retriever may take.
-        max_batch (`int`): How many queries one call may hold.
-        on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Batchers of one retriever share it.
+        retriever (`Retriever`): Called on a thread, or awaited if it has `search_async(queries, k)`.
+        timeout_s (`float`): Time limit of one retriever call.
+        max_batch (`int`): Most queries per call.
+        on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Share it between the batchers of one retriever.
 
     Raises:
-        UserError: for limits out of range.
+        UserError: if a limit is out of range.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class SearchBatcher:
         self.stats = SearchStats()
         self._retriever, self._timeout_s, self._max_batch = retriever, timeout_s, max_batch
         self._queue: dict[Key, None] = {}  # an ordered set
-        self._results: dict[Key, asyncio.Future[Result]] = {}  # of what is queued and of what is being searched
-        self._workers: set[asyncio.Task[None]] = set()  # each searches one batch after the other
+        self._results: dict[Key, asyncio.Future[Result]] = {}  # of queries that are queued or being searched
+        self._workers: set[asyncio.Task[None]] = set()  # each searches one batch at a time
         self._on_threads = on_threads or DaemonCalls()
         self._closed = False
 
@@ -98,7 +98,7 @@ class SearchBatcher:
             self._queue[key] = None
             if len(self._workers) < self._retriever.max_concurrent_batches:
                 self._workers.add(asyncio.create_task(self._drain()))
-        result = await asyncio.shield(self._results[key])  # others may wait for it when this coroutine is cancelled
+        result = await asyncio.shield(self._results[key])  # other coroutines may await it after this one is cancelled
         if isinstance(result, RetrievalError):
             self.stats.failures += 1
             kind = next(kind for kind in (Unavailable, Crashed, RetrievalError) if isinstance(result, kind))
@@ -106,12 +106,12 @@ class SearchBatcher:
         return list(result[:k])  # some retrievers return more than they were asked for
 
     def take_stats(self) -> SearchStats:
-        """What was counted since the last time."""
+        """The counts since the last call."""
         taken, self.stats = self.stats, SearchStats()
         return taken
 
     async def aclose(self) -> None:
-        """Ends at once; searches that still wait raise `Unavailable`."""
+        """Closes at once; pending searches raise `Unavailable`."""
         self._closed = True
         workers = set(self._workers)
         for worker in workers:
@@ -133,22 +133,22 @@ class SearchBatcher:
                     del self._queue[key]
                 await self._answer(batch, k)
         finally:
-            # Here and not in a callback of the task, which runs a turn of the loop later: a query asked in between
-            # would count on a worker that has already stopped.
+            # Not in a callback of the task, which runs one iteration of the loop later: a query that arrives in
+            # between would count on a worker that has already stopped.
             self._workers.discard(worker)
 
     async def _answer(self, batch: list[Key], k: int) -> None:
         try:
             found = await self._call([query for query, _ in batch], k, self._timeout_s)
-        except Exception as error:  # fails these queries, and must not end the worker
+        except Exception as error:  # it fails these queries but must not end the worker
             await self._answer_singly(batch, k, _as_failure(error))
         else:
             for key, passages in zip(batch, found, strict=True):
                 self._resolve(key, passages)
 
     async def _answer_singly(self, batch: list[Key], k: int, error: RetrievalError) -> None:
-        """Finds the poisonous query. All of them share one more timeout, since a server that is down fails every
-        query."""
+        """Retries one by one to find the bad query. All retries share one timeout, because a server that is down fails
+        every query."""
         deadline = time.monotonic() + self._timeout_s
         for key in batch:
             left_s = deadline - time.monotonic()
@@ -166,7 +166,7 @@ class SearchBatcher:
         call = start_search(self._retriever, self._on_threads, queries, k)
         self.stats.batches += 1
         try:
-            await asyncio.wait({call}, timeout=timeout_s)  # wait_for would wait until a hanging call is cancelled
+            await asyncio.wait({call}, timeout=timeout_s)  # wait_for would wait for a hanging call to be cancelled
             if not call.done():
                 raise Unavailable(
                     f"a search of {len(queries)} queries timed out after {timeout_s:.3g} s; is the retriever up, "
@@ -174,7 +174,7 @@ class SearchBatcher:
                 )
         finally:
             self.stats.seconds += time.monotonic() - started
-            call.cancel()  # nothing where it is done
+            call.cancel()  # no effect if it is done
         if call.cancelled():
             raise RetrievalError("the retriever cancelled its own search")
         if (error := call.exception()) is not None:

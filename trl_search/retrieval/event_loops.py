@@ -1,9 +1,9 @@
-"""What retrievers over HTTP share: an event loop for callers that block, and an HTTP client per event loop.
+"""Shared by all HTTP retrievers: an event loop for blocking callers, and one HTTP client per event loop.
 
-A `BackgroundLoop` lives from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
-keeps one `httpx.AsyncClient` per loop, because a client works only on the loop it was first used on, and a rollout
-makes a new loop at each step. Neither survives a fork: a child process needs new ones. `AsyncRetriever` has one of
-each, and makes them anew in a child process.
+A `BackgroundLoop` runs from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
+keeps one `httpx.AsyncClient` per loop, because a client works only on the loop it was first used on, and each rollout
+batch makes a new loop. Neither survives a fork. `AsyncRetriever` has one of each, and replaces them in a child
+process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Result = TypeVar("Result")
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The usual certificates, read once. Reading them takes 0.1 s per client."""
+    """The default certificates, read once: reading them for each client would take 0.1 s."""
     return httpx.create_ssl_context()
 
 
 class BackgroundLoop:
-    """Runs coroutines for callers that block: `loop.run(coroutine)`, from any thread."""
+    """Runs coroutines for blocking callers: `loop.run(coroutine)`, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +43,7 @@ class BackgroundLoop:
         self._closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Waits for the coroutine's result. Raises `RetrievalError` when the loop is closed, before or meanwhile."""
+        """Waits for the coroutine's result. Raises `RetrievalError` if the loop is or gets closed."""
         with self._lock:  # a coroutine submitted after the stop would never run
             if self._closed:
                 coroutine.close()
@@ -55,7 +55,7 @@ class BackgroundLoop:
             raise RetrievalError("the retriever was closed before this search was done") from None
 
     def close(self) -> None:
-        """Cancels what still runs, and ends the thread. Safe to call twice."""
+        """Cancels running coroutines and ends the thread. Safe to call twice."""
         with self._lock:
             if self._loop is not None and not self._closed:
                 self._loop.call_soon_threadsafe(self._loop.stop)
@@ -69,11 +69,11 @@ class BackgroundLoop:
             loop = runner.get_loop()
 
             def live() -> None:
-                with runner:  # cancels what is left when it ends
+                with runner:  # on exit, cancels the remaining tasks
                     loop.run_forever()
 
             thread = threading.Thread(target=live, daemon=True)
-            thread.start()  # where that fails, the next call tries again: nothing would run on the loop
+            thread.start()  # before the assignment: if it fails, the next call retries
             self._loop, self._thread = loop, thread
         return self._loop
 
@@ -93,8 +93,8 @@ class ClientPerLoop:
     async def get(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            # asyncio closes the async generators of a loop before the loop itself. That closes the connections,
-            # although nobody tells a retriever that a rollout is over.
+            # asyncio closes the async generators of a loop before the loop itself. This closes the connections when a
+            # rollout ends, without a call to the retriever.
             client = self._make()
             living = self._live(loop, client)
             self._clients[loop] = client, living
@@ -112,13 +112,14 @@ class ClientPerLoop:
 
 
 class AsyncRetriever(Retriever):
-    """A retriever over HTTP. A subclass writes `search_async`, which begins with `_begin`, and `_make_client`."""
+    """A retriever over HTTP. A subclass implements `_make_client` and `search_async`, which must call `_begin`
+    first."""
 
     def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        """Makes what belongs to one process; a forked child calls it again."""
+        """Creates the state of one process; a forked child calls it again."""
         self._pid = os.getpid()
         self._background = BackgroundLoop()
         self.clients = ClientPerLoop(self._make_client)
@@ -129,7 +130,7 @@ class AsyncRetriever(Retriever):
 
     @abc.abstractmethod
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """[`search`] for coroutines. Connections are kept open for as long as the event loop lives."""
+        """[`search`] for coroutines. Connections stay open until the event loop closes."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         self._restart_after_fork()

@@ -1,10 +1,10 @@
-"""The best k rows of a ranking that breaks ties in its own way: fetch more until no tie reaches past k, then sort.
+"""The best k rows, with ties in corpus order: fetches more rows until no tie extends past k, then sorts.
 
-    asked for 3:   fetched  9.1  7.0  7.0  7.0  7.0     the third ties with the last one fetched: fetch 8 times as many
+    k = 3:         fetched  9.1  7.0  7.0  7.0  7.0     the third ties with the last one fetched: fetch 8 times as many
                    fetched  9.1  7.0  7.0  7.0  7.0  7.0  4.2  ...       the tie ends: its rows in corpus order
 
-FAISS, tantivy and search engines order equal scores by how their data happens to lie. Passages of equal score are to
-come in corpus order, whatever k is and whatever else is in the batch.
+FAISS, tantivy and search engines order equal scores by their storage layout. Here passages of equal score come in
+corpus order, whatever k is and whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 MARGIN = 13  # fetched beyond k at first; most ties end within it
 GROWTH = 8
-TIE = 2e-6  # what batching changes in a score of 1 is a fifth of that; two different passages are far more apart
+TIE = 2e-6  # 5 times what batching changes in a score of 1; scores of different passages differ by far more
 DECIMALS = 5
 
 Hits = tuple[np.ndarray, np.ndarray]  # scores, best first, and their rows
@@ -33,13 +33,13 @@ def best_rows(
     """The best `k` rows of each query with their scores, equal scores in corpus order.
 
     Args:
-        fetch (`Callable`): `fetch(queries, n)` returns the best `n` hits of each of these queries, named by number;
-            fewer where there are no more.
-        queries (`int`): How many queries there are.
+        fetch (`Callable`): `fetch(queries, n)` returns the best `n` hits of each of these queries, given by number;
+            fewer if there are no more.
+        queries (`int`): The number of queries.
         k (`int`): Rows wanted per query.
-        most (`int`): Rows that are fetched at most. In a tie that is longer, those that came first are taken.
-        tie (`float`): Scores that differ by less, relative to the larger, are equal.
-        decimals (`int`, *optional*): Decimals that scores are rounded to; by default those that batching leaves alone.
+        most (`int`): Most rows to fetch. In a longer tie, the rows that came first are taken.
+        tie (`float`): Scores whose relative difference is at most this are equal.
+        decimals (`int`, *optional*): Decimals that scores are rounded to; the default hides what batching changes.
     """
     ranked: list[list[tuple[int, float]]] = [[] for _ in range(queries)]
     pending, wanted = list(range(queries)), k + MARGIN
@@ -60,12 +60,12 @@ def best_rows(
 
 
 def order_ties(scores: np.ndarray, rows: np.ndarray, tie: float = TIE) -> tuple[np.ndarray, np.ndarray]:
-    """Puts scores that come best first, and within `tie` of the best among them are equal, in order of their rows.
+    """Sorts scores, given best first, so that ties are in the order of their rows.
 
-    Rounding would not do: wherever it cuts, two equal scores that differ in the last bit may fall to both sides.
+    Rounding does not work: two equal scores that differ in the last bit may round to different values.
 
     Returns:
-        `(order, best)`: positions in `scores`, and for each the score of the best it is equal to.
+        `(order, best)`: positions in `scores`, and for each the best score that it is tied with.
     """
     best = scores.astype(np.float64)
     if tie:

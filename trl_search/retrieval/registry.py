@@ -1,8 +1,8 @@
-"""Every kind of retriever and of index, by name. A new kind is registered here, or in a package of its own.
+"""The registries of retrievers and index kinds. Register a new kind here, or from an installed package.
 
 A kind of retriever is a function `load(**options) -> Retriever`, or a subclass of `Retriever`; [`load_retriever`]
 calls it. A kind of index is a `Builder` (`index/folder.py`), which `trl-search index --kind NAME` runs; the retriever
-of the same name opens what it has built. A package registers both through entry points:
+of the same name opens the index. A package registers both through entry points:
 
     [project.entry-points."trl_search.retrievers"]
     elastic = "my_package.elastic:load"

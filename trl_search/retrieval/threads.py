@@ -1,7 +1,7 @@
-"""Blocking work for an event loop, on daemon threads. Neither the loop nor the exit of the process waits for them.
+"""Runs blocking work for an event loop on daemon threads. Neither the loop nor the exit of the process waits for them.
 
-Threads are kept and used again. `Thread.start` waits until the new thread runs, and an event loop that starts one for
-each batch of searches spends a quarter of its time in there.
+Threads are reused. `Thread.start` blocks until the new thread runs, and an event loop that starts a thread for each
+batch of searches spends a quarter of its time there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from trl_search.retrieval.base import Retriever, Unavailable
 from trl_search.types import Passage
 
-MAX_IDLE = 8  # threads that are kept; more end after their work
+MAX_IDLE = 8  # idle threads that are kept; further threads end after their work
 MAX_HUNG = 8  # hanging calls after which new ones are refused: each keeps a thread and its memory
 
 T = TypeVar("T")
 
 
-Inbox = queue.SimpleQueue[Callable[[], None]]  # where an idle thread waits for its next work
+Inbox = queue.SimpleQueue[Callable[[], None]]  # where an idle thread waits for work
 
 
 def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Event]:
@@ -40,7 +40,7 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
     done: asyncio.Future[T] = loop.create_future()
 
     def tell(settle: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the event loop has closed
             loop.call_soon_threadsafe(lambda: None if done.done() else settle())
 
     ended = threading.Event()
@@ -49,7 +49,7 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
         try:
             result = work()
         except BaseException as error:
-            # A future refuses StopIteration, which would end the coroutine that waits for it.
+            # A future rejects StopIteration, which would end the coroutine that awaits it.
             failure = RuntimeError("StopIteration") if isinstance(error, StopIteration) else error
             tell(lambda: done.set_exception(failure))
         else:
@@ -69,7 +69,7 @@ def on_daemon_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threadin
 
 @functools.cache
 def _idle_threads(pid: int) -> list[Inbox]:
-    """Of this process: threads do not survive a fork."""
+    """The idle threads of this process: threads do not survive a fork."""
     return []
 
 
@@ -89,16 +89,16 @@ class DaemonCalls:
         self._calls: dict[threading.Event, asyncio.Future[Any]] = {}
 
     def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """[`on_daemon_thread`], unless too many hang.
+        """[`on_daemon_thread`], unless too many calls hang.
 
         Raises:
-            Unavailable: if `MAX_HUNG` calls were given up and have not come back.
+            Unavailable: if `MAX_HUNG` cancelled calls have not returned.
         """
         for ended in list(self._calls):
             if ended.is_set():
                 self._calls.pop(ended, None)  # another event loop may have removed it
         if sum(found.cancelled() for found in list(self._calls.values())) >= MAX_HUNG:
-            raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not come back; restart it and this process")
+            raise Unavailable(f"the retriever hangs: {MAX_HUNG} calls have not returned; restart it and this process")
         found, ended = on_daemon_thread(work)
         self._calls[ended] = found
         return found
@@ -109,10 +109,10 @@ def start_search(
 ) -> asyncio.Future[list[list[Passage]]]:
     """Starts one search: a task if the retriever has `search_async`, else a thread of `calls`.
 
-    Cancel the future to give the search up: a task stops, a thread is left behind.
+    Cancel the future to abandon the search: a task stops, a thread runs on.
 
     Raises:
-        Unavailable: if it would need a thread, and too many of them hang.
+        Unavailable: if the search needs a thread and too many calls hang.
     """
     search_async = getattr(retriever, "search_async", None)
     found: asyncio.Future[list[list[Passage]]]

@@ -185,7 +185,7 @@ def test_a_part_that_always_hangs_is_given_up() -> None:
     async def scenario() -> None:
         for _ in range(MAX_HUNG):
             await give_up()
-        with pytest.raises(Unavailable, match=f"the retriever hangs: {MAX_HUNG} calls have not come back"):
+        with pytest.raises(Unavailable, match=f"the retriever hangs: {MAX_HUNG} calls have not returned"):
             await retriever.search_async(["?"], k=1)
         assert len(hanging.batches) == MAX_HUNG
 
