@@ -78,27 +78,28 @@ def test_links_of_the_readme_become_those_of_the_repository() -> None:
 def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    program = (
-        "import importlib.resources, sys; import trl_search; from trl_search.cli.main import main;"
-        "print(trl_search.__file__); main(['--help']);"
-        "print(sorted(file.name for file in importlib.resources.files('trl_search.recipes').iterdir()))"
-    )
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(str(tmp_path / "site")) and "quickstart.yaml" in run.stdout.splitlines()[-1]
-
     small = {"world_passages": 1000, "max_eval_questions": 8, "warm_start_steps": 1, "max_steps": 1}
     small |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "trl_search", "train", "quickstart", *options]
-    (tmp_path / "empty").mkdir()
+    program = f"""
+import importlib.resources, runpy, sys
+import trl_search
+from trl_search.cli.main import main
+print(trl_search.__file__)
+print(sorted(file.name for file in importlib.resources.files("trl_search.recipes").iterdir()))
+main(["--help"])
+sys.argv[1:] = {["train", "quickstart", *(word for key, value in small.items() for word in (f"--{key}", str(value)))]}
+runpy.run_module("trl_search", run_name="__main__", alter_sys=True)
+"""
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment["HF_HUB_OFFLINE"] = "1"
-    run = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    (tmp_path / "empty").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "| search, after GRPO " in run.stdout
+    package, recipes, *said = run.stdout.splitlines()
+    assert package.startswith(str(tmp_path / "site")) and "quickstart.yaml" in recipes
+    assert any(line.startswith("| search, after GRPO ") for line in said)
     assert (tmp_path / "empty" / "runs" / "quickstart" / "curves.png").exists()
 
 

@@ -2,10 +2,11 @@
 
     the files that need vLLM      one worker, so that one process imports vLLM and forks all engines
     the files that need a browser one worker, which starts one
+    the files that wait           one worker: two others keep both cores busy meanwhile
     every other file              the next worker that is free; the files with slow tests first
 
 Left to itself, xdist begins with the files of the most tests, and the longest ones, which have few, are left for the
-end, where one worker waits for the other.
+end, where one worker waits for the other. Those that wait come one after the other by name, so all workers would wait.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 SHARED = ("vllm", "browser")
+# Their tests talk with servers and wait for them: of two minutes on their worker a third is its own work.
+WAITING = ("retrieval/remote", "retrieval/server", "retrieval/web")
 
 
 def unit(nodeid: str) -> str:
-    """What a worker runs as a whole: a file, or all files that share an expensive process."""
+    """What a worker runs as a whole: a file, all files that share an expensive process, or all that wait."""
     file = nodeid.partition("::")[0]
+    if any(folder in file for folder in WAITING):
+        return "waiting"
     return next((name for name in SHARED if name in PurePath(file).stem), file)
 
 

@@ -25,7 +25,7 @@ from trl_search.trainer.resume import is_whole
 from trl_search.types import StopReason
 
 SMALL = [
-    "--world_passages", "1000", "--max_eval_questions", "24", "--warm_start_steps", "2", "--max_steps", "2",
+    "--world_passages", "1000", "--max_eval_questions", "8", "--warm_start_steps", "2", "--max_steps", "2",
     "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--evaluate_every", "1",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
     rows, best = list(results["rows"]), read_best(run)
     assert rows[:4] == ["direct answer, no search", "one-shot RAG", "search, warm-started", "search, after GRPO"]
     assert rows[4:] == ([] if best.step == 2 else ["search, best checkpoint (step 1)"])
-    assert all(row["questions"] == 24 for row in results["rows"].values())
+    assert all(row["questions"] == 8 for row in results["rows"].values())
     assert [row["step"] for row in results["history"] if "eval/em" in row] == [1, 2]
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "trl-search report" in (run / "report.html").read_text()[:500]
@@ -54,7 +54,7 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
     assert best.average.em == max(row["eval/em"] for row in results["history"] if "eval/em" in row)
     assert (run / "best").is_symlink() and (run / "best" / "model.safetensors").exists()
     task = json.loads((run / "run.json").read_text())["task"]
-    assert task["evaluate_every"] == 1 and sum(task["held_out_questions"].values()) == 24
+    assert task["evaluate_every"] == 1 and sum(task["held_out_questions"].values()) == 8
     assert (run / "model.safetensors").exists() and (run / "warm_start" / "model.safetensors").exists()
 
 
@@ -89,7 +89,7 @@ def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypat
         raise UserError("killed in the first step")
 
     monkeypatch.setattr("trl_search.trainer.pipeline.SearchGRPOTrainer._generate_and_score_completions", killed)
-    assert main(["train", "quickstart", *SMALL, "--max_eval_questions", "8", "--output_dir", str(tmp_path)]) == 2
+    assert main(["train", "quickstart", *SMALL, "--output_dir", str(tmp_path)]) == 2
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows) == ["direct answer, no search", "one-shot RAG", "search, warm-started"]
     assert any("no metrics.jsonl" in problem for problem in read_run(tmp_path).problems)
@@ -113,7 +113,7 @@ def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
     """In the environment that `accelerate launch --num_processes 2` makes for `-m trl_search train quickstart`."""
     run = tmp_path / "run"
-    smaller = ["--max_eval_questions", "8", "--per_device_train_batch_size", "4", "--evaluate_every", "0"]
+    smaller = ["--per_device_train_batch_size", "4", "--evaluate_every", "0"]
     smaller += ["--gradient_accumulation_steps", "1"]
     words = ["train", "quickstart", *SMALL, *smaller, "--use_cpu", "true", "--output_dir", str(run)]
     launched = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}

@@ -11,6 +11,7 @@ It is a `Qwen2Tokenizer` to the letter: whatever a tokenizer's files say, transf
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 
@@ -107,19 +108,8 @@ RESPONSE_TEMPLATE = {
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Trains the tokenizer, the same every time, in seconds."""
-    added = [PAD, START, EOS, *_FRAMES]
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY - len(added),
-        min_frequency=2,
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe = Tokenizer(BPE())
-    bpe.normalizer = Qwen2Tokenizer().backend_tokenizer.normalizer
-    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    bpe.train_from_iterator(_texts(), trainer)
-    learnt = json.loads(bpe.to_str())["model"]
+    """The tokenizer, the same every time."""
+    learnt = json.loads(_learnt())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
         merges=[tuple(merge) for merge in learnt["merges"]],  # type: ignore[misc]
@@ -135,6 +125,23 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in _FRAMES])
     return tokenizer
+
+
+@functools.cache
+def _learnt() -> str:
+    """Words and merges, as JSON of `tokenizers`. Training takes half a second, and several test files ask for it."""
+    added = [PAD, START, EOS, *_FRAMES]
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY - len(added),
+        min_frequency=2,
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe = Tokenizer(BPE())
+    bpe.normalizer = Qwen2Tokenizer().backend_tokenizer.normalizer
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    bpe.train_from_iterator(_texts(), trainer)
+    return bpe.to_str()
 
 
 def _texts() -> Iterator[str]:
