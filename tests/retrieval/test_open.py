@@ -60,5 +60,5 @@ def test_fields_of_a_corpus_are_named_where_it_is_read(home: Path) -> None:
     (home / "c.jsonl").write_text('{"docno": 7, "body": "A harbour town."}\n')
     found = open_retriever("bm25", {"corpus": "~/c.jsonl", "id_field": "docno", "text_field": "body"})
     assert [passage.id for passage in found.search(["harbour"], 1)[0]] == ["7"]
-    with pytest.raises(UserError, match="id_field, title_field and text_field are options of a corpus"):
+    with pytest.raises(UserError, match="id_field, title_field and text_field apply only when a corpus is read"):
         load_retriever("bm25", index=home / "wiki", id_field="docno")

@@ -303,7 +303,7 @@ def test_an_index_of_other_terms_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     del manifest["details"]["analyzer"]
     (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"split text into other terms.*rebuild with: trl-search index"):
+    with pytest.raises(UserError, match=r"splits text differently.*rebuild with: trl-search index"):
         load_retriever("bm25", index=tmp_path / "index")
 
 
@@ -358,7 +358,7 @@ def test_an_installed_package_adds_its_kind(tmp_path: Path, monkeypatch: pytest.
     assert ids(load_retriever("toy", word="vesk").search(["vesk"], k=1)[0]) == ["toy"]
     with pytest.raises(UserError, match=r"retriever 'toy': got an unexpected keyword argument 'wrod'.*word='lantern'"):
         load_retriever("toy", wrod="vesk")
-    with pytest.raises(TypeError, match="gave a int, not a Retriever"):
+    with pytest.raises(TypeError, match="returned a int, not a Retriever"):
         load_retriever("wrong")
     with pytest.raises(UserError, match=r"There are: bm25, .*toy, .*wrong"):
         load_retriever("xyzzy")

@@ -272,12 +272,12 @@ def test_a_part_that_cannot_be_loaded_closes_those_that_were_and_none_that_was_g
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"retrievers": []}, "two retrievers or more; got 0"),
-        ({"retrievers": [{"kind": "bm25"}]}, "two retrievers or more; got 1"),
+        ({"retrievers": []}, "two or more retrievers; got 0"),
+        ({"retrievers": [{"kind": "bm25"}]}, "two or more retrievers; got 1"),
         ({"retrievers": "bm25"}, "hybrid needs a list"),
         ({"retrievers": [{}, {}]}, "part 1 of hybrid must be a retriever, or options with its kind"),
         ({"retrievers": [{}, {}], "weights": [1]}, "a weight for each of its 2 retrievers; got 1"),
-        ({"retrievers": [{}, {}], "weights": [1, 0]}, "must be above 0.*leave out a retriever"),
+        ({"retrievers": [{}, {}], "weights": [1, 0]}, "must be above 0.*leave it out"),
         ({"retrievers": [{}, {}], "weights": [1, float("nan")]}, "must be above 0"),
         ({"retrievers": [{}, {}], "depth": 0}, "at least 1; got 0"),
     ],

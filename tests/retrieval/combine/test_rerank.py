@@ -233,14 +233,26 @@ def test_a_server_in_trouble_is_asked_again_and_then_fails_the_search() -> None:
     ("answer", "message"),
     [
         ((422, {"error": "`texts` is missing"}), "answered 422.*`texts` is missing"),
-        ((200, b"<html>"), "no reranking of 5 documents.*<html>"),
-        ((200, {"results": []}), "no reranking of 5 documents"),
-        ((200, [{"index": 0, "score": 1.0}]), "no reranking of 5 documents.*is api right"),
-        ((200, {"results": [{"index": 0, "relevance_score": 1.0}] * 5}), "no reranking of 5 documents"),
-        ((200, {"results": [{"index": row, "relevance_score": "high"} for row in range(5)]}), "no reranking"),
-        ((200, {"results": [{"index": row % 5, "relevance_score": row} for row in range(6)]}), "no reranking"),
-        ((200, {"results": [{"index": row + 1, "relevance_score": 1.0} for row in range(5)]}), "no reranking"),
-        ((200, {"results": [{"index": row, "relevance_score": float("nan")} for row in range(5)]}), "not a number"),
+        ((200, b"<html>"), "did not return a reranking of 5 documents.*<html>"),
+        ((200, {"results": []}), "did not return a reranking of 5 documents"),
+        ((200, [{"index": 0, "score": 1.0}]), "did not return a reranking of 5 documents.*is api right"),
+        ((200, {"results": [{"index": 0, "relevance_score": 1.0}] * 5}), "did not return a reranking of 5 documents"),
+        (
+            (200, {"results": [{"index": row, "relevance_score": "high"} for row in range(5)]}),
+            "did not return a reranking",
+        ),
+        (
+            (200, {"results": [{"index": row % 5, "relevance_score": row} for row in range(6)]}),
+            "did not return a reranking",
+        ),
+        (
+            (200, {"results": [{"index": row + 1, "relevance_score": 1.0} for row in range(5)]}),
+            "did not return a reranking",
+        ),
+        (
+            (200, {"results": [{"index": row, "relevance_score": float("nan")} for row in range(5)]}),
+            "not a finite number",
+        ),
     ],
 )
 def test_an_answer_that_is_none_fails_the_search_at_once(answer: Answer, message: str) -> None:

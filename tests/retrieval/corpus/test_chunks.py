@@ -111,7 +111,7 @@ def test_a_document_without_text_stays_a_passage() -> None:
 
 @pytest.mark.parametrize(("size", "overlap"), [(0, 0), (5, 5), (5, -1)])
 def test_a_size_that_makes_no_progress_is_refused(size: int, overlap: int) -> None:
-    with pytest.raises(UserError, match=f"size {size} and overlap {overlap}: a passage has"):
+    with pytest.raises(UserError, match=f"size {size} and overlap {overlap}: size must be at least 1"):
         cut_documents([], size, overlap=overlap)
 
 

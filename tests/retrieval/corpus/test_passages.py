@@ -93,9 +93,9 @@ def test_a_repeated_id_is_named_with_both_lines(tmp_path: Path) -> None:
     file = tmp_path / "twice.jsonl"
     other = GOOD.replace(b'"1"', b'"2"')
     file.write_bytes(other + b"\n" + GOOD + b"\n\n" + GOOD.replace(b'"1"', b"1"))
-    with pytest.raises(UserError, match=r"twice\.jsonl, line 3 and .*, line 6: the same id '1' twice"):
+    with pytest.raises(UserError, match=r"twice\.jsonl, line 3 and .*, line 6: the same id '1';"):
         write_corpus(file, tmp_path)
-    with pytest.raises(UserError, match="passage 1 and passage 3: the same id '1' twice"):
+    with pytest.raises(UserError, match="passage 1 and passage 3: the same id '1';"):
         write_corpus([Passage("1", "", ""), Passage("2", "", ""), Passage("1", "", "")], tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_a_dataset_that_changed_is_another(dataset: Path) -> None:
         ([*ROWS, {"id": None, "text": "x"}], "row 3: 'id' is missing"),
         ([{"id": 1.5, "text": "x"}], "row 1: 'id' is 1.5"),
         ([{"name": "x"}], "'id' is missing .*the fields are: name; name yours with --id_field"),
-        ([*ROWS, ROWS[0]], "row 1 and .*, row 3: the same id '1' twice"),
+        ([*ROWS, ROWS[0]], "row 1 and .*, row 3: the same id '1';"),
     ],
 )
 def test_a_row_that_is_wrong_is_named(

@@ -243,7 +243,7 @@ def test_a_published_index_of_another_encoder_or_corpus_is_refused(
     encoder = load_encoder(checkpoint, device="cpu")
     index, corpus = publish(tmp_path, random_world, encoder)
     for wrong in ({"passage_prompt": ""}, {"pooling": "cls"}):
-        with pytest.raises(UserError, match=r"does not give the vectors of .*e5_Flat"):
+        with pytest.raises(UserError, match=r"does not reproduce the vectors of .*e5_Flat"):
             load_retriever("dense", faiss_file=index, corpus=corpus, encoder=checkpoint, device="cpu", **wrong)
     load_retriever("dense", faiss_file=index, corpus=corpus, encoder=checkpoint, pooling="cls", check_source=False)
     with pytest.raises(UserError, match="32 dimensions and the index holds vectors of 16"):

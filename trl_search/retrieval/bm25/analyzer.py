@@ -1,19 +1,19 @@
-"""From text to index terms, the same for passages and queries, whichever engine ranks them.
+"""Splits text into index terms, identically for passages and queries and for every engine.
 
     "Mira Talvane's novels of the U.S."  ->  ["mira", "talvan", "novel", "u", "s"]
     "東京タワー"                          ->  ["東京", "京タ", "タワ", "ワー"]
 
 A query that is split or stemmed differently from the index finds nothing, without an error. So an index records its
-`Analyzer` in the manifest, and every query goes through that one.
+`Analyzer` in the manifest, and every query is split by that analyzer.
 
 - Words are runs of letters and digits with their combining marks: the vowels of Hindi and Thai are part of a word.
 - Scripts without spaces between words (`common/unspaced.py`) become pairs of neighbouring letters, as in Lucene's
   CJKAnalyzer.
-- Points that are optional in writing (Arabic and Hebrew vowels, tatweel, joiners) are dropped. So is the dot over a
-  lower-case i, which Python makes of the Turkish İ.
+- Optional marks (Arabic and Hebrew vowels, tatweel, joiners) are dropped. So is the dot that Python's `lower` leaves
+  over the i of a Turkish İ.
 - Single characters are terms ("U.S.", "Vitamin C"); the pattern of bm25s drops them.
-- Stop words are left out, except for a query that has nothing else: "The The" finds the band. For that, passages keep
-  their stop words in a second list of terms ("'the"), whose scores never mix with those of other words.
+- Stop words are dropped, except from a query that has no other words: "The The" finds the band. For such queries, the
+  stop words of passages are indexed as separate terms ("'the"), whose scores never mix with those of other words.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.unspaced import UNSPACED, UNSPACED_LETTERS
 
-ANALYZER_VERSION = 2  # raised whenever the same options give other terms: an index of another version is refused
+ANALYZER_VERSION = 2  # increment when the same options give different terms: an index of another version is rejected
 STOP_MARK = "'"  # begins the terms of stop words; no other term holds an apostrophe
 
 # A possessive ending is dropped: "Talvane" finds "Talvane's", stemmed or not.
@@ -54,9 +54,9 @@ class Analyzer:
 
     Args:
         stemmer (`str`, *optional*): A Snowball algorithm ("english", "german", ...); `None` does not stem.
-        stopwords (`str`, *optional*): A language whose stop words (those of bm25s) are left out; `None` keeps every
+        stopwords (`str`, *optional*): A language whose stop words (those of bm25s) are dropped; `None` keeps every
             word.
-        fold_accents (`bool`): Drops accents, so that "Zurich" finds "Zürich" and the other way round.
+        fold_accents (`bool`): Drops accents, so that "Zurich" finds "Zürich" and vice versa.
     """
 
     stemmer: str | None = "english"
@@ -70,22 +70,22 @@ class Analyzer:
         object.__setattr__(self, "_dropped", _stop_words(self.stopwords) if self.stopwords else frozenset())
 
     def terms(self, text: str) -> list[str]:
-        """The terms of a text, stop words left out."""
+        """The terms of a text, without stop words."""
         return self.split(text)[0]
 
     def query_terms(self, query: str) -> list[str]:
-        """The terms that a query is searched by: its words or, where they are all stop words, those."""
+        """The terms to search for: the query's terms or, if all its words are stop words, the terms of those."""
         terms, stops = self.split(query)
         return terms or stops
 
     def split(self, text: str) -> tuple[list[str], list[str]]:
-        """The terms of a text, and apart from them its stop words, each with its mark: `(["orlun"], ["'the"])`."""
+        """The terms of a text and, separately, its marked stop words: `(["orlun"], ["'the"])`."""
         words = self._words(text)
         kept = self._stem([word for word in words if word not in self._dropped])
         return kept, [f"{STOP_MARK}{word}" for word in words if word in self._dropped]
 
     def misfit(self, texts: Iterable[str]) -> str | None:
-        """What makes these options a poor choice for a sample of a corpus; `None` where nothing does."""
+        """The reason why these options do not suit a sample of a corpus; `None` if they do."""
         words = [word for text in texts for word in self._words(text)]
         if len(words) < 200 or self.stemmer is None:
             return None
@@ -126,14 +126,14 @@ class Analyzer:
 
 
 def _pairs(letters: list[str]) -> list[str]:
-    """Neighbouring letters, two by two; a single letter is a term of its own."""
+    """All pairs of neighbouring letters; a single letter is one term."""
     return [first + second for first, second in itertools.pairwise(letters)] or letters
 
 
 @functools.cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """A word with its combining marks; within one, a run of a script without spaces, or of anything else; and a letter
-    of such a run with its marks."""
+    """Three patterns: a word with its combining marks; inside a word, a run of a script without spaces or of any other
+    characters; in such a run, a letter with its marks."""
     codes = [code for code in range(0x300, 0x20000) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
     marks = "".join(chr(code) for code in codes if not 0xFE00 <= code <= 0xFE0F)  # variation selectors follow emoji
     letter = f"[{UNSPACED_LETTERS}][{marks}]*"
@@ -159,7 +159,7 @@ def _snowball(algorithm: str) -> Callable[[list[str]], list[str]]:
         ) from error
     if algorithm not in Stemmer.algorithms():
         raise unknown_name("stemmer", algorithm, Stemmer.algorithms())
-    snowball = Stemmer.Stemmer(algorithm, 200_000)  # words whose stem it remembers; with 10,000 it mostly forgets
+    snowball = Stemmer.Stemmer(algorithm, 200_000)  # stems in its cache; with 10,000 most lookups miss
     lock = threading.Lock()  # a Stemmer object keeps a cache and is not safe to share between threads
 
     def stem(words: list[str]) -> list[str]:
@@ -178,8 +178,8 @@ def _stop_words(language: str) -> frozenset[str]:
 
 
 def import_bm25s() -> Any:
-    """bm25s, for its stop words or its scores. It would import jax where that is installed, and jax claims most of the
-    GPU's memory, so jax is hidden from it. Its debug messages stay out of the user's log.
+    """Imports bm25s, with jax hidden and debug messages off: bm25s imports jax if it is installed, and jax claims most
+    of the GPU's memory.
 
     Raises:
         UserError: if it is not installed.
@@ -195,7 +195,7 @@ def import_bm25s() -> Any:
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Makes `import module` fail inside the block, unless the program has imported it for itself."""
+    """Makes `import module` fail inside the block, unless the program has already imported the module."""
     if module in sys.modules:
         yield
         return

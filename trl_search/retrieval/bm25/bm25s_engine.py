@@ -2,9 +2,9 @@
 
     terms ["talvan", "born"]  ->  ids [17, 4]  ->  [(row 0, 1.93), (row 5, 0.41)]
 
-`bm25s` computes the scores and stores them by term. We search them ourselves (`postings.py`), because the search of
-bm25s adds up a score for every passage of the corpus at every query, orders equal scores differently by backend and k,
-returns passages that match nothing, raises for a batch without a known word, and compiles for ten seconds.
+`bm25s` computes the scores and stores them by term. `postings.py` searches them instead of bm25s, whose search sums a
+score for every passage of the corpus at every query, orders ties differently by backend and k, returns passages that
+match nothing, raises for a batch without a known word, and compiles for ten seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ K1, B = 1.5, 0.75
 
 
 def index_terms(passages: Passages, analyzer: Analyzer, *, k1: float, b: float) -> Any:
-    """A `bm25s.BM25` of the passages, its term ids in order of appearance; those of stop words come last.
+    """A `bm25s.BM25` of the passages. Term ids are in order of appearance, with the ids of stop words last.
 
     Raises:
         UserError: if no passage holds a word.
@@ -51,7 +51,7 @@ class _Terms:
 
     def __init__(self) -> None:
         self.vocabulary: dict[str, int] = {}
-        self._documents: list[array[int]] = []  # 4 bytes per term; the lists that bm25s itself makes take twice that
+        self._documents: list[array[int]] = []  # 4 bytes per term; bm25s' own lists take twice that
 
     def add(self, terms: Sequence[str]) -> None:
         numbers = [self.vocabulary.setdefault(term, len(self.vocabulary)) for term in terms]
@@ -61,13 +61,13 @@ class _Terms:
         index = import_bm25s().BM25(
             k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy", auto_compile=False
         )
-        # The empty term that bm25s would add has an id beyond its own arrays.
+        # bm25s would add an empty term whose id lies outside its arrays.
         index.index((self._documents, self.vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
         return index
 
 
 def _append(index: Any, more: Any) -> None:
-    """Puts the terms of `more` behind those of `index`. Their scores stay as they are: BM25 of stop words alone."""
+    """Appends the terms of `more` to those of `index`. Their scores are unchanged: BM25 over stop words only."""
     ours, theirs, terms = index.scores, more.scores, len(index.vocab_dict)
     index.scores = {
         **ours,

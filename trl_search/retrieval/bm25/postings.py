@@ -1,10 +1,10 @@
-"""The best rows for the terms of a query, from an inverted index of scores: in numpy, or compiled by numba.
+"""Finds the best rows for the terms of a query in an inverted index of scores, with numpy or numba.
 
     term 17 -> rows  3  8 40        totals   row 3: 1.2   row 8: 0.4 + 0.9   row 40: 0.1
     term  4 -> rows  8 91                    row 91: 0.7                  ──► [(8, 1.3), (3, 1.2), ...]
 
-The compiled search looks only at the rows that a term points to, so its cost depends on the words of the query and not
-on the size of the corpus. Both ways add the same float32 numbers in the same order, and agree to the bit.
+The compiled search reads only the rows of the query's terms, so its cost does not depend on the size of the corpus.
+Both backends add the same float32 numbers in the same order, so their results are bit-identical.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Postings:
         rows (`np.ndarray`): Shape (postings,): row numbers, none twice in a term.
         scores (`np.ndarray`): Shape (postings,): float32, above 0.
         starts (`np.ndarray`): Shape (terms + 1,).
-        passages (`int`): How many rows there are.
+        passages (`int`): The number of rows.
         backend (`str`): "numba" or "numpy".
     """
 
@@ -41,13 +41,13 @@ class Postings:
             from trl_search.retrieval.bm25.compiled_search import find
 
             self._find = find
-            self.best([[0]], 1)  # compiles now, in a second, where no process did before; no rollout waits for it
+            self.best([[0]], 1)  # compiles now if the cache is empty, so that no rollout waits for it
 
     def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores; equal scores in the order of the rows.
 
         Args:
-            queries (`Sequence[Sequence[int]]`): The terms of each. A repeated term counts again.
+            queries (`Sequence[Sequence[int]]`): The terms of each query. A repeated term counts again.
         """
         ends_Q = np.cumsum([len(terms) for terms in queries], dtype=np.int64)
         terms = np.fromiter(chain.from_iterable(queries), dtype=np.int64, count=ends_Q[-1] if queries else 0)
@@ -55,7 +55,7 @@ class Postings:
         rows_QK, scores_QK = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
         try:
             self._find(terms, ends_Q, self._rows, self._scores, self._starts, self._totals, rows_QK, scores_QK)
-        except BaseException:  # an interrupt, or no memory: the next query must still start at 0
+        except BaseException:  # interrupted or out of memory: the next query must still start at 0
             self._totals[:] = 0
             raise
         return [
@@ -74,7 +74,7 @@ def _find_by_numpy(
     rows_QK: Array,
     scores_QK: Array,
 ) -> None:
-    """The same in numpy."""
+    """The search of `find`, in numpy."""
     begin, k = 0, rows_QK.shape[1]
     for query, end in enumerate(ends_Q):
         for term in terms[begin:end]:
@@ -95,7 +95,7 @@ def choose_backend(name: str | None) -> str:
     """The backend of this name; by default "numba" if it is installed, else "numpy".
 
     Raises:
-        UserError: for an unknown backend, and for numba where it is not installed.
+        UserError: for an unknown backend, or for numba if it is not installed.
     """
     if name is None:
         return "numba" if importlib.util.find_spec("numba") else "numpy"

@@ -1,12 +1,12 @@
-"""BM25: lexical search, on one of two engines that match the same words.
+"""BM25: lexical search, with one of two engines that match the same words.
 
-    engine     for up to            disk per passage  what it keeps                     memory to build
+    engine     for up to            disk per passage  what it stores                    memory to build
     bm25s      about two million    0.7 kB            scores, computed while indexing   5 GB per million passages
     tantivy    tens of millions     0.2 kB            an inverted index                 half a GB
 
-Passages and queries become terms in one place, `Analyzer`, and an engine sees only terms. So the same passages match
-under both, and the same rules hold (no match is `[]`, ties in corpus order, k may exceed the corpus). Scores differ a
-little, see `tantivy_engine.py`. `build_index` chooses by the number of passages, and the folder says which it holds.
+`Analyzer` turns passages and queries into terms, and an engine sees only terms. So both engines match the same
+passages and follow the same rules (no match gives `[]`, ties are in corpus order, k may exceed the corpus). Their
+scores differ slightly, see `tantivy_engine.py`. `build_index` chooses the engine by the number of passages.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from trl_search.types import Passage
 
 KIND = "bm25"
 BM25S, TANTIVY = "bm25s", "tantivy"
-# In an index folder: the one that is there says which engine it is for.
+# The subfolder in an index folder names its engine.
 BM25S_FOLDER, TANTIVY_FOLDER = "bm25", "tantivy"
-BM25S_LIMIT = 2_000_000  # passages; beyond, bm25s needs more than 10 GB of memory to build
-SAMPLE = 1000  # passages that are looked at to judge whether the analyzer suits the corpus
-MAX_QUERY_TERMS = 256  # a question has ten; a pasted page of 20,000 would delay all other searches for minutes
+BM25S_LIMIT = 2_000_000  # passages; above this, bm25s needs more than 10 GB of memory to build
+SAMPLE = 1000  # passages sampled to check that the analyzer suits the corpus
+MAX_QUERY_TERMS = 256  # a question has ten terms; a page of 20,000 would delay all other searches for minutes
 
 logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Ranks rows for queries that are terms already. Thread-safe."""
+    """Ranks rows for queries given as terms. Thread-safe."""
 
     def rank(self, queries: list[list[str]], k: int) -> list[list[tuple[int, float]]]:
         """The best `k` rows of each query with their scores, all above 0, equal scores in corpus order."""
@@ -50,18 +50,18 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class BM25Builder:
-    """How passages become scores, and `build_index(kind="bm25")`.
+    """Builds a BM25 index: the options of `build_index(kind="bm25")`.
 
     Args:
         stemmer (`str`, *optional*): A Snowball algorithm: "english", "german", ...; `None` does not stem.
         stopwords (`str`, *optional*): A language whose stop words are dropped, except from a query that has no other
             word; `None` keeps every word.
-        k1 (`float`, *optional*): How soon a repeated term stops counting; 1.5 by default with bm25s. With tantivy it
-            is 1.2 and cannot be changed.
-        b (`float`, *optional*): How much long passages are held back, 0 to 1; by default 0.75, which tantivy cannot
-            change.
+        k1 (`float`, *optional*): Saturation of repeated terms: higher counts them more. The default is 1.5 with bm25s;
+            tantivy's is fixed at 1.2.
+        b (`float`, *optional*): Length normalisation, 0 to 1: higher lowers the scores of long passages more. The
+            default is 0.75, fixed with tantivy.
         engine (`str`): "bm25s", "tantivy", or "auto": bm25s up to two million passages, tantivy above.
-        fold_accents (`bool`): Drops accents: "Zurich" finds "Zürich", and the other way round.
+        fold_accents (`bool`): Drops accents: "Zurich" finds "Zürich", and vice versa.
     """
 
     stemmer: str | None = "english"
@@ -76,7 +76,7 @@ class BM25Builder:
             raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
         if self.engine not in (BM25S, TANTIVY, "auto"):
             raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
-        # A wrong option is an error now, not after an hour of reading.
+        # Reject a wrong option now, not after an hour of reading.
         self.analyzer()
         if self.engine == TANTIVY:
             self._check_tantivy()
@@ -85,7 +85,7 @@ class BM25Builder:
         return Analyzer(self.stemmer, self.stopwords, self.fold_accents)
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:
-        """Writes the engine's files, and says what the defaults came to, for the manifest."""
+        """Writes the engine's files, and returns the values chosen for the defaults, for the manifest."""
         step = max(1, len(corpus) // SAMPLE)
         sample = (corpus[row] for row in range(0, len(corpus), step))
         misfit = self.analyzer().misfit(passage.titled_text for passage in sample)
@@ -134,7 +134,7 @@ class BM25Retriever(Retriever):
     def from_passages(
         cls, passages: Iterable[Passage], *, backend: str | None = None, **options: Any
     ) -> BM25Retriever:
-        """Indexes passages in memory for bm25s. A thousand take a tenth of a second. `options`: see `BM25Builder`."""
+        """Indexes passages in memory with bm25s: 0.1 s per thousand. `options`: see `BM25Builder`."""
         builder = BM25Builder(**options)
         rows = tuple(refuse_duplicates(passages))
         engine = bm25s_engine.BM25SEngine(builder.score(rows), len(rows), choose_backend(backend))
@@ -152,8 +152,8 @@ class BM25Retriever(Retriever):
         index = open_index(folder, KIND, check_source=check_source)
         if index.manifest.details.get("analyzer") != ANALYZER_VERSION:
             raise IndexFolderError(
-                f"{folder} was built by a version of trl-search that split text into other terms, so queries would "
-                f"miss them; {rebuild_hint(folder)}"
+                f"{folder} was built by a version of trl-search that splits text differently, so queries would miss "
+                f"passages; {rebuild_hint(folder)}"
             )
         analyzer = Analyzer(
             **{name: index.manifest.options[name] for name in ("stemmer", "stopwords", "fold_accents")}
@@ -198,23 +198,24 @@ def load(
     text_field: str | None = None,
     **options: Any,
 ) -> BM25Retriever:
-    """`load_retriever("bm25", ...)`: of one of `index`, `corpus` and `passages`.
+    """`load_retriever("bm25", ...)`: give one of `index`, `corpus` and `passages`.
 
     Args:
         index (`str | Path`, *optional*): A folder made by `trl-search index --kind bm25`.
-        corpus (`str | Path`, *optional*): A file or dataset to index in memory: to about 100,000 passages.
+        corpus (`str | Path`, *optional*): A file or dataset to index in memory, up to about 100,000 passages.
         passages (`Iterable[Passage]`, *optional*): Passages to index in memory.
-        backend (`str`, *optional*): Of bm25s: "numba" or "numpy", with the same results; by default numba where it is
+        backend (`str`, *optional*): Of bm25s: "numba" or "numpy", with the same results; by default numba if it is
             installed.
-        threads (`int`, *optional*): Of an index for tantivy: how many queries of a batch are searched at a time; by
-            default one a CPU.
-        check_source (`bool`): With `index`, refuse it when the file it was built from has changed.
-        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, where they are not the usual
+        threads (`int`, *optional*): Of a tantivy index: queries of a batch that are searched in parallel; by default
+            one per CPU.
+        check_source (`bool`): With `index`: rejects it if the file that it was built from has changed. id_field,
+        title_field, text_field (`str`, *optional*): With `corpus`: its fields, if they are not the usual
             ones (see `Fields`).
-        options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index has its own.
+        options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index records its
+            own.
 
     Raises:
-        UserError: for options that do not go together.
+        UserError: for options that cannot be combined.
     """
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus)
@@ -226,7 +227,7 @@ def load(
             raise unknown_name("option of bm25", option, [*list(inspect.signature(load).parameters)[:-1], *own])
     if index is not None:
         if options:
-            raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild to change")
+            raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild it to change them")
         return BM25Retriever.from_index(index, backend=backend, threads=threads, check_source=check_source)
     if threads is not None:
         raise UserError("threads is an option of an index for tantivy; passages in memory are searched by bm25s")

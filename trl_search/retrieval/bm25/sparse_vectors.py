@@ -1,10 +1,11 @@
-"""BM25 as sparse vectors, for engines that multiply vectors and count how many passages have a term.
+"""BM25 as sparse vectors, for engines that compute inner products and document frequencies.
 
-    passage   the weight of each term by its count and the passage's length; of the query: the counts alone
-    engine    the inverse document frequency of each term, and the sum
+    passage   the weight of each term, from its count and the passage's length
+    query     the count of each term
+    engine    the inverse document frequency of each term, and the sum of products
 
-Terms are those of `analyzer.py`. The number of a term is a 32-bit hash, so that no vocabulary must be stored. Among
-ten million terms, one in 430 shares its number with another.
+`analyzer.py` makes the terms. The number of a term is a 32-bit hash, so no vocabulary is stored. Among ten million
+terms, one in 430 shares its number with another.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from trl_search.retrieval.corpus.passages import Passages
 from trl_search.types import Passage
 
 K1, B = 1.2, 0.75  # as in tantivy and OpenSearch
-LENGTH_SAMPLE = 100_000  # passages whose mean length is taken; BM25 needs no exact one
+LENGTH_SAMPLE = 100_000  # passages sampled for the mean length; BM25 needs no exact value
 
 
 def term_counts(terms: Iterable[str]) -> dict[int, int]:
-    """How often each term occurs, by number."""
+    """The count of each term, keyed by its number."""
     return dict(Counter(map(_number, terms)))
 
 

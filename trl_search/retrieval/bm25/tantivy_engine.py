@@ -1,16 +1,15 @@
 """The `tantivy` engine of BM25: an inverted index on disk, for millions of passages.
 
-tantivy gets the terms of our own analyzer, joined by spaces, so that the same passages match as with `bm25s`. The
+tantivy receives the terms of our analyzer, joined by spaces, so that the same passages match as with `bm25s`. The
 scores differ: tantivy's k1 and b are fixed (1.2 and 0.75), and it stores the length of a passage in one byte, which is
 exact up to 40 terms and rounded down by at most an eighth above. So two passages with nearly equal scores may come in
-another order than with `bm25s`. The same index always gives the same order.
+a different order than with `bm25s`. The same index always gives the same order.
 
-tantivy scores in double precision, so copies of a passage have exactly the same score. Which of them it returns first
-depends on how its segments were merged. Every document has its row number, and ties are put in corpus order by it
-(`ranking.py`).
+tantivy scores in double precision, so copies of a passage have exactly the same score, and the merging of segments
+decides which comes first. So every document stores its row number, and `ranking.py` puts ties in corpus order.
 
-The build needs one buffer of `HEAP_BYTES`, whatever the size of the corpus. Files get random names, and segments begin
-where timing says, so two builds of a corpus have different bytes and the same answers.
+The build needs one buffer of `HEAP_BYTES`, whatever the size of the corpus. File names are random and segment
+boundaries depend on timing, so two builds of a corpus have different bytes but give the same results.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from trl_search.retrieval.ranking import Hits, best_rows
 
 K1, B = 1.2, 0.75  # constants of tantivy
 HEAP_BYTES = 256 << 20
-REMOVALS = 20  # attempts to remove a folder in which tantivy may hold a lock for a moment
+REMOVALS = 20  # attempts to remove a folder in which tantivy may briefly hold a lock
 TERMS, STOPS, ROW = "terms", "stops", "row"
 
 
@@ -47,7 +46,7 @@ def import_tantivy() -> Any:
 
 
 def schema() -> Any:
-    """A document: its terms and its stop words with their counts, and its row in the corpus, which has the text."""
+    """The fields of a document: its terms and stop words with their counts, and its row in the corpus."""
     builder = import_tantivy().SchemaBuilder()
     for field in (TERMS, STOPS):
         builder.add_text_field(field, stored=False, tokenizer_name="whitespace", index_option="freq")
@@ -72,7 +71,7 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     tantivy = import_tantivy()
     shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     folder.mkdir()
-    # One thread: each would need a buffer of its own, and most of the time goes into splitting text in Python.
+    # One thread: each thread needs its own buffer, and splitting text in Python takes most of the time.
     searchable = False
     with tantivy.Index(schema(), path=str(folder)).writer(heap_size=HEAP_BYTES, num_threads=1) as writer:
         for row in tqdm(range(len(corpus)), desc="indexing terms", unit=" passages", disable=None):
@@ -85,26 +84,24 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
     # The writer has committed and merged its segments. (After an error it has only stopped.)
     for own in folder.glob(".*"):
         own.unlink()  # locks and a list of files to clean up, which only a writer needs
-    shutil.copymode(next(folder.glob("*.idx")), folder / "meta.json")  # tantivy makes it readable for its owner only
+    shutil.copymode(next(folder.glob("*.idx")), folder / "meta.json")  # tantivy makes it readable by its owner only
 
 
 class TantivyEngine:
     """Ranks rows by a folder that `write_terms` made, memory-mapped. Searches of one batch run on several threads.
 
     Args:
-        folder (`Path`): What `write_terms` made.
-        passages (`int`): How many there are.
-        threads (`int`, *optional*): How many queries of a batch are searched at a time; by default one a CPU.
+        folder (`Path`): A folder that `write_terms` made.
+        passages (`int`): The number of passages in it.
+        threads (`int`, *optional*): Queries of a batch that are searched in parallel; by default one per CPU.
 
     Raises:
-        UserError: if the folder holds another number of passages, or `threads` is below 1.
+        UserError: if the folder holds a different number of passages, or `threads` is below 1.
     """
 
     def __init__(self, folder: Path, passages: int, *, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
-            raise UserError(
-                f"threads is how many queries of a batch are searched at a time, at least 1; got {threads}"
-            )
+            raise UserError(f"threads is the number of queries searched in parallel, at least 1; got {threads}")
         self._tantivy = import_tantivy()
         self._schema = schema()
         self.searcher = _open(folder)
@@ -118,7 +115,7 @@ class TantivyEngine:
         threads = min(self._threads, len(queries))
         if threads < 2:
             return [self._rank(query, k) for query in queries]
-        with ThreadPoolExecutor(threads) as pool:  # a new one each time, because threads do not survive a fork
+        with ThreadPoolExecutor(threads) as pool:  # a new pool each time: threads do not survive a fork
             return list(pool.map(lambda query: self._rank(query, k), queries))
 
     def _rank(self, terms: list[str], k: int) -> list[tuple[int, float]]:
@@ -139,10 +136,10 @@ class TantivyEngine:
 
 
 def _open(folder: Path) -> Any:
-    """Opens an index also where this process may not write.
+    """Opens an index, even in a read-only folder.
 
-    Opening creates a lock file in the folder. So the index is opened through links in a temporary folder, which is
-    removed once every file is mapped."""
+    tantivy creates a lock file in the folder. So the index is opened through links in a temporary folder, which is
+    removed when all files are mapped."""
     links = Path(tempfile.mkdtemp(prefix="trl-search-tantivy-"))
     try:
         for file in folder.iterdir():

@@ -1,4 +1,4 @@
-"""Several retrievers as one, by reciprocal-rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009).
+"""Fuses several retrievers by reciprocal-rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009).
 
     load_retriever("hybrid", retrievers=[{"kind": "bm25", "index": "indexes/wiki-bm25"},
                                          {"kind": "dense", "index": "indexes/wiki-e5"}])
@@ -8,16 +8,16 @@
     ────────────
     hybrid b a d c        b: 1/62 + 1/61   a: 1/61 + 1/63   d: 1/62   c: 1/63
 
-Only ranks count, so scores of any kind may be fused. Every retriever is asked for `depth` passages, whatever k is. So
-a passage at rank 30 of one retriever and rank 2 of another comes before one at rank 3 of a single retriever, and the
-first three of k = 10 are the result of k = 3.
+Only ranks count, so the retrievers may use any kind of score. Every retriever is asked for `depth` passages, whatever
+k is. So a passage at rank 30 of one retriever and rank 2 of another comes before one at rank 3 of a single retriever,
+and the first three results for k = 10 are the results for k = 3.
 
 Rules:
 
-- Passages with the same id are the same. If two retrievers have different texts under one id, that of the first
-  retriever is taken. If a retriever finds an id twice, the better rank counts.
+- Passages with the same id are the same passage. If their texts differ, the first retriever's text is used. If a
+  retriever returns an id twice, the better rank counts.
 - Equal scores are ordered by the rank in the first retriever, then in the second, and so on.
-- When one retriever fails, the search fails: half an answer would train another policy than was asked for.
+- If one retriever fails, the search fails: partial results would silently train the policy on a different retriever.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from trl_search.retrieval.combine.parts import Part, load_parts, search_together
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 
-RRF_K = 60  # the value of the paper; the larger, the less the very first ranks stand out
+RRF_K = 60  # as in the paper; a larger value gives the first ranks less weight
 DEPTH = 50
 
 
 class HybridRetriever(Retriever):
-    """Fuses the rankings of several retrievers, which it searches at the same time. For the arguments see [`load`].
+    """Searches several retrievers in parallel and fuses their rankings. For the arguments see [`load`].
 
     Example:
         >>> hybrid = HybridRetriever([lexical, dense], weights=[1, 2])
@@ -59,7 +59,7 @@ class HybridRetriever(Retriever):
         return self._fuse(search_together(self._parts, queries, max(k, self._depth)), k)
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """[`search`] for coroutines: parts that can be awaited are."""
+        """[`search`] for coroutines; it awaits the retrievers that have `search_async`."""
         if not self._begin(queries, k):
             return []
         try:
@@ -77,7 +77,7 @@ class HybridRetriever(Retriever):
             part.close()
 
     def _begin(self, queries: Sequence[str], k: int) -> bool:
-        """Checks the arguments; whether there is anything to search."""
+        """Checks the arguments; returns whether there are queries."""
         check_search(queries, k)
         self._check_open()
         return bool(queries)
@@ -87,7 +87,7 @@ class HybridRetriever(Retriever):
 
 
 def fuse(rankings: Sequence[Sequence[Passage]], weights: Sequence[float]) -> list[Passage]:
-    """The passages of several rankings, best first, each with its fused score."""
+    """The passages of several rankings, best first, with their fused scores."""
     passages: dict[str, Passage] = {}
     ranks: dict[str, list[float]] = {}
     for part, ranking in enumerate(rankings):
@@ -96,7 +96,7 @@ def fuse(rankings: Sequence[Sequence[Passage]], weights: Sequence[float]) -> lis
             own = ranks.setdefault(passage.id, [math.inf] * len(rankings))
             own[part] = min(own[part], rank)
 
-    # fsum: the same ranks in another order are the same score to the bit
+    # fsum: the same ranks in a different order give the same score to the bit
     scores = {
         identity: math.fsum(weight / (RRF_K + rank) for weight, rank in zip(weights, own, strict=True))
         for identity, own in ranks.items()
@@ -109,13 +109,13 @@ def load(*, retrievers: Sequence[Part], weights: Sequence[float] | None = None, 
     """`load_retriever("hybrid", ...)`.
 
     Args:
-        retrievers (`Sequence`): Two or more: retrievers, or the options of one with its kind, as
-            `{"kind": "bm25", "index": "indexes/wiki"}`.
-        weights (`Sequence[float]`, *optional*): How much each counts, above 0; by default all the same.
-        depth (`int`): How many passages each is asked for, or k where that is more.
+        retrievers (`Sequence`): Two or more retrievers, each an instance or its kind with its options: `{"kind":
+            "bm25", "index": "indexes/wiki"}`.
+        weights (`Sequence[float]`, *optional*): The weight of each retriever, above 0; by default all equal.
+        depth (`int`): Passages requested from each retriever, or k if that is larger.
 
     Raises:
-        UserError: unless it is given a list of retrievers.
+        UserError: if `retrievers` is not a list of two or more, or another option is out of range.
     """
     if isinstance(retrievers, (str, Retriever)) or not isinstance(retrievers, Sequence):
         raise UserError(f'hybrid needs a list, retrievers=[{{"kind": "bm25", ...}}, ...]; got {retrievers!r}')
@@ -125,10 +125,10 @@ def load(*, retrievers: Sequence[Part], weights: Sequence[float] | None = None, 
 
 def _check(parts: int, weights: Sequence[float] | None, depth: int) -> None:
     if parts < 2:
-        raise UserError(f"hybrid fuses two retrievers or more; got {parts}")
+        raise UserError(f"hybrid needs two or more retrievers; got {parts}")
     if weights is not None and len(weights) != parts:
         raise UserError(f"hybrid needs a weight for each of its {parts} retrievers; got {len(weights)}")
     if weights is not None and not all(0 < weight < math.inf for weight in weights):
-        raise UserError(f"a weight must be above 0, got {list(weights)}; leave out a retriever that is not to count")
+        raise UserError(f"a weight must be above 0, got {list(weights)}; to give a retriever no weight, leave it out")
     if depth < 1:
-        raise UserError(f"depth is how many passages each retriever is asked for, at least 1; got {depth}")
+        raise UserError(f"depth is the number of passages requested from each retriever, at least 1; got {depth}")

@@ -1,4 +1,4 @@
-"""The parts of `hybrid` and `rerank`, which are made of other retrievers: loading, searching, metrics."""
+"""Loads and searches the retrievers that `hybrid` and `rerank` are made of, and merges their metrics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Part = Retriever | Mapping[str, Any]
 
 
 def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
-    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; a retriever is taken as it is.
+    """Loads `[{"kind": "bm25", "index": "indexes/wiki"}, ...]`; a retriever is used unchanged.
 
     Raises:
-        UserError: if one is neither a retriever nor its options.
+        UserError: if a part is neither a retriever nor the options of one.
     """
     from trl_search.retrieval import load_retriever
 
@@ -45,8 +45,8 @@ def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
 
 
 def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) -> list[list[list[Passage]]]:
-    """What each part finds, all searched at the same time. The first that fails fails the search."""
-    with ThreadPoolExecutor(len(parts)) as pool:  # made anew: the threads of a kept one would be missing after a fork
+    """Searches all parts in parallel. The first failure fails the search."""
+    with ThreadPoolExecutor(len(parts)) as pool:  # a new pool each time: threads do not survive a fork
         futures = [pool.submit(part.search, queries, k) for part in parts]
     return [_checked(part, queries, future.result()) for part, future in zip(parts, futures, strict=True)]
 
@@ -54,8 +54,9 @@ def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) 
 async def search_together_async(
     parts: Sequence[Retriever], on_threads: Sequence[DaemonCalls], queries: Sequence[str], k: int
 ) -> list[list[list[Passage]]]:
-    """[`search_together`] for coroutines. Parts with `search_async` are awaited, the others run on threads of their
-    own `on_threads`. When one fails or the caller gives up, the tasks are cancelled; threads are left behind."""
+    """[`search_together`] for coroutines. Parts with `search_async` are awaited; each other part runs on a thread of
+    its entry in `on_threads`. If a part fails or the caller is cancelled, the tasks are cancelled and the threads run
+    on."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(_outcome(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)

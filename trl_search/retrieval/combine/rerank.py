@@ -1,12 +1,12 @@
-"""Passages of another retriever, put in a better order by a model that reads query and passage together.
+"""Reranks the passages of another retriever with a model that reads query and passage together.
 
     load_retriever("rerank", retriever={"kind": "bm25", "index": "indexes/wiki"},
-                   model="cross-encoder/ms-marco-MiniLM-L6-v2")                          # here, on this machine
-    load_retriever("rerank", retriever={...}, url="http://localhost:8080/rerank", api="tei")     # by a server
+                   model="cross-encoder/ms-marco-MiniLM-L6-v2")                          # on this machine
+    load_retriever("rerank", retriever={...}, url="http://localhost:8080/rerank", api="tei")     # on a server
 
 For each query, `depth` passages are fetched (or k, if that is more), and the best k of them are returned with the
-reranker's scores. Each query is scored against its own passages only. Equal scores keep the order of the retriever. A
-reranker finds nothing that the retriever did not find: raise `depth` for recall.
+reranker's scores. Each query is scored against its own passages only. Equal scores keep the retriever's order. A
+reranker cannot add passages: raise `depth` for recall.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from trl_search.retrieval.dense.encoder import code_in_checkpoint
 from trl_search.types import Passage
 
 DEPTH = 20
-# Scores of a local model are rounded: which pairs share a batch changes their last bits, and must not change a
-# ranking.
+# Scores of a local model are rounded, because batching changes their last bits and must not change a ranking.
 DECIMALS = 4
-MAX_QUERY_CHARS = 2_000  # a question has a hundred; a pasted book would be tokenized once per passage
+MAX_QUERY_CHARS = 2_000  # a question has a hundred; a very long query would be tokenized once per passage
 
 Candidates = tuple[str, tuple[str, ...]]  # a query, and the texts found for it
 
@@ -49,7 +48,7 @@ class RerankRetriever(Retriever):
     Args:
         retriever (`Retriever`): Finds the candidates.
         scorer (`Scorer`): A `CrossEncoderScorer` or an `HttpScorer`.
-        depth (`int`): How many candidates a query gets, or k where that is more.
+        depth (`int`): Candidates per query, or k if that is larger.
     """
 
     def __init__(self, retriever: Retriever, scorer: Scorer, *, depth: int = DEPTH) -> None:
@@ -67,10 +66,10 @@ class RerankRetriever(Retriever):
         reranked: list[list[Passage]] = [[] for _ in queries]
         for row, scores in zip(asked, scored, strict=True):
             if not all(map(math.isfinite, scores)):
-                # Without the query: servers log why a search failed, and log no queries.
+                # The message omits the query: servers log failures, and queries must not be logged.
                 raise RetrievalError(
-                    f"the reranker gave a score that is not a number to query {row + 1} of {len(queries)}; is its "
-                    "model sound?"
+                    f"the reranker returned a score that is not a finite number for query {row + 1} of "
+                    f"{len(queries)}; check its model"
                 )
             best = sorted(zip(scores, found[row], strict=True), key=lambda scored: -scored[0])[:k]
             reranked[row] = [replace(passage, score=score) for score, passage in best]
@@ -86,13 +85,13 @@ class RerankRetriever(Retriever):
 
 
 class CrossEncoderScorer:
-    """A cross-encoder of sentence-transformers, on this machine. All pairs of a search are scored in one call.
+    """A cross-encoder of sentence-transformers, run on this machine. All pairs of a search are scored in one call.
 
-    Scores are the model's logits, rounded: a sigmoid, which many models would apply, makes all good passages 1.0. For
-    the arguments see [`load`].
+    Scores are the model's rounded logits: after a sigmoid, which many models apply, all good passages would score 1.0.
+    For the arguments see [`load`].
 
     Raises:
-        UserError: if the model cannot be loaded or is no reranker.
+        UserError: if the model cannot be loaded or is not a reranker.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class CrossEncoderScorer:
         trust_remote_code: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"batch_size is how many pairs are scored at a time, at least 1; got {batch_size}")
+            raise UserError(f"batch_size is the number of pairs per forward pass, at least 1; got {batch_size}")
         try:
             from sentence_transformers import CrossEncoder
         except ImportError as error:
@@ -122,15 +121,15 @@ class CrossEncoderScorer:
         if self.model.num_labels != 1:
             raise UserError(
                 f"{model!r} gives {self.model.num_labels} numbers per pair, and a reranker gives one; choose a model "
-                "that was trained for it, as cross-encoder/ms-marco-MiniLM-L6-v2"
+                "trained for reranking, such as cross-encoder/ms-marco-MiniLM-L6-v2"
             )
         self._batch_size = batch_size
-        self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
+        self._lock = threading.Lock()  # fast tokenizers raise if two threads use them at once
 
     def score(self, candidates: Sequence[Candidates]) -> list[list[float]]:
         import torch
 
-        # A pair that is there twice is scored once: copies of a passage are equal to the bit, and stay in their order.
+        # A repeated pair is scored once, so that copies of a passage score the same to the bit and keep their order.
         pairs = list(dict.fromkeys((query, text) for query, texts in candidates for text in texts))
         if not pairs:
             return []
@@ -142,7 +141,7 @@ class CrossEncoderScorer:
         return [[scores[query, text] for text in texts] for query, texts in candidates]
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: no resources are held."""
 
 
 def load(
@@ -164,24 +163,26 @@ def load(
     """`load_retriever("rerank", ...)`: with a model, or with a server.
 
     Args:
-        retriever (`Retriever` or `dict`): What finds the candidates: a retriever, or its options with its kind.
-        model (`str`, *optional*): A cross-encoder: a name on the hub or a folder. With `url`, the server's own name
-            for its model.
+        retriever (`Retriever` or `dict`): Finds the candidates: a retriever, or its kind with its options.
+        model (`str`, *optional*): A cross-encoder: a name on the hub or a folder. With `url`, the name of the model on
+            the server.
         url (`str`, *optional*): The whole address of a server's endpoint: "http://localhost:8080/rerank".
-        depth (`int`): How many candidates a query gets, or k where that is more.
-        device (`str`, *optional*): Of a local model: "cuda:1", "cpu"; by default the best there is.
+        depth (`int`): Candidates per query, or k if that is larger.
+        device (`str`, *optional*): Of a local model: "cuda:1", "cpu"; by default a GPU if there is one.
         batch_size (`int`, *optional*): Pairs per forward pass of a local model, 32 by default; or documents per
-            request to a server, by default all of a query (32 with "tei", as its servers have it).
-        max_length (`int`, *optional*): Of a local model: tokens a pair is cut to; by default the model's.
-        trust_remote_code (`bool`, *optional*): Of a local model: runs Python code that lies in its checkpoint.
-        api (`str`, *optional*): What the server speaks: "jina" (Jina, Cohere, vLLM, Infinity; the default) or "tei".
-        concurrency (`int`, *optional*): Requests to the server at a time, 16 by default.
+            request to a server, by default all of a query ("tei": 32, the default limit of its servers).
+        max_length (`int`, *optional*): Of a local model: tokens that a pair is truncated to; by default the model's
+            limit.
+        trust_remote_code (`bool`, *optional*): Of a local model: runs Python code from its checkpoint.
+        api (`str`, *optional*): The API of the server: "jina" (Jina, Cohere, vLLM, Infinity; the default) or "tei".
+        concurrency (`int`, *optional*): Concurrent requests to the server, 16 by default.
         timeout_s (`float`, *optional*): Seconds until a request counts as failed, 20 by default.
         token_env (`str`, *optional*): The environment variable that holds the server's bearer token.
-        fields (`Mapping`, *optional*): More of each request to the server: `{"truncate_prompt_tokens": -1}` for vLLM.
+        fields (`Mapping`, *optional*): Extra fields of each request to the server: `{"truncate_prompt_tokens": -1}`
+            for vLLM.
 
     Raises:
-        UserError: for options that do not go together.
+        UserError: for options that cannot be combined.
     """
     _check_depth(depth)
     remote = {"api": api, "concurrency": concurrency, "timeout_s": timeout_s, "token_env": token_env, "fields": fields}
@@ -208,7 +209,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_depth(depth: int) -> None:
     if depth < 1:
-        raise UserError(f"depth is how many candidates a query gets, at least 1; got {depth}")
+        raise UserError(f"depth is the number of candidates per query, at least 1; got {depth}")
 
 
 def _candidates(query: str, found: Sequence[Passage]) -> Candidates:
@@ -217,5 +218,5 @@ def _candidates(query: str, found: Sequence[Passage]) -> Candidates:
 
 
 def _clean(text: str) -> str:
-    """The text without lone halves of surrogate pairs, which tokenizers and JSON refuse."""
+    """The text without lone surrogates, which tokenizers and JSON reject."""
     return text.encode("utf-8", "replace").decode("utf-8")

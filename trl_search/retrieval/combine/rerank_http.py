@@ -1,4 +1,4 @@
-"""Scores from a reranking server, by either of the two wires that servers speak.
+"""Scores from a reranking server, over either of the two common APIs.
 
     "jina": Jina, Cohere (v1 and v2), vLLM, Infinity
         -> {"model": "...", "query": "who founded Orlune?", "documents": ["...", "..."], "top_n": 2}
@@ -7,9 +7,9 @@
         -> {"query": "who founded Orlune?", "texts": ["...", "..."], "raw_scores": true, "truncate": true}
         <- [{"index": 1, "score": 4.2}, {"index": 0, "score": -3.9}]
 
-One request holds one query and its own documents, and its answer must score every document once. A lost connection,
-429, 502, 503 and 504 are tried three times in all: scoring changes nothing on the server. Everything else, and a
-server that stays away, ends the search as a `RetrievalError`.
+A request holds one query and its documents, and the response must score every document once. A request that ends in a
+lost connection, 429, 502, 503 or 504 is tried three times in all, since scoring changes nothing on the server. After
+the last try, or on any other error, the search raises a `RetrievalError`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trl_search.retrieval.base import RetrievalError, Unavailable, failure
 
 
 class HttpScorer:
-    """Asks one reranking server, with up to `concurrency` requests at a time. For the arguments see `rerank.load`.
+    """Queries one reranking server, with up to `concurrency` requests at a time. For the arguments see `rerank.load`.
 
     Raises:
-        UserError: for an address or an option that cannot be right.
+        UserError: for an invalid address or option.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class HttpScorer:
                 f"a text-embeddings-inference server has one model and no name for it; leave out {model!r}"
             )
         if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url!r}: the address of a reranking server, as http://localhost:8080/rerank")
+            raise UserError(f"{url!r}: give the address of a reranking server, such as http://localhost:8080/rerank")
         if concurrency < 1 or timeout_s <= 0 or (batch_size is not None and batch_size < 1):
             raise UserError(
                 f"concurrency and batch_size must be at least 1 and timeout_s above 0; got {concurrency}, "
@@ -67,9 +67,9 @@ class HttpScorer:
         self._start()
 
     def _start(self) -> None:
-        """Makes what belongs to one process; a forked child calls it again."""
+        """Creates the state of one process; a forked child calls it again."""
         self._pid = os.getpid()
-        # The proxies of the environment do not know the hosts of a cluster.
+        # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
         self._client = httpx.Client(
             headers=self._headers,
             timeout=self._timeout_s,
@@ -93,7 +93,9 @@ class HttpScorer:
             try:
                 answers = [future.result() for future in futures]
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # three tries of each request to a server that is down take hours
+                pool.shutdown(
+                    cancel_futures=True
+                )  # else each remaining request would be tried three times, which takes hours
                 raise
         scores: list[list[float]] = [[] for _ in candidates]
         for (row, _, _), answer in zip(requests, answers, strict=True):
@@ -110,7 +112,7 @@ class HttpScorer:
             return _in_order(self._read(response.json()), len(texts))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RetrievalError(
-                f"{self._url} answered something that is no reranking of {len(texts)} documents "
+                f"{self._url} did not return a reranking of {len(texts)} documents "
                 f"({type(error).__name__}: {error}): {response.text[:200]!r}; is api right?"
             ) from error
 
@@ -134,7 +136,7 @@ def _jina_scores(answer: Any) -> list[tuple[int, float]]:
 
 
 def _tei_request(query: str, texts: Sequence[str], _model: str | None) -> dict[str, Any]:
-    # Raw: a sigmoid makes all good passages 1.0. Truncated: one long passage would fail the search.
+    # raw_scores: after a sigmoid all good passages would score 1.0. truncate: one long passage would fail the search.
     return {"query": query, "texts": list(texts), "raw_scores": True, "truncate": True}
 
 
@@ -143,7 +145,7 @@ def _tei_scores(answer: Any) -> list[tuple[int, float]]:
 
 
 def _in_order(scored: list[tuple[int, float]], count: int) -> list[float]:
-    """Scores by index, each there once."""
+    """The scores in order of their indexes, each of which must occur once."""
     scores = dict(scored)
     if len(scored) != count or len(scores) != count:
         raise ValueError(f"the indexes are {[index for index, _ in scored][:40]}")

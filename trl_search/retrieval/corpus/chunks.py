@@ -1,12 +1,11 @@
-"""Documents cut into passages of N words or tokens, as DPR cut Wikipedia into passages of 100 words.
+"""Cuts documents into passages of N words or tokens, as DPR cut Wikipedia into passages of 100 words.
 
     document "17" of 250 words  ->  "17#0" words 1 to 100, "17#1" words 81 to 180, "17#2" words 161 to 250
                                     (100 words each, 20 of them shared with the passage before)
 
-A passage is a verbatim piece of its document, with the document's title and url. What stands before the last `#` of
-its id is the id of the document. A letter that a tokenizer spells with several tokens, such as an emoji, is never cut,
-nor one of several characters, such as a flag, a family or a letter with its accents: a passage then has, and shares, a
-few tokens less.
+A passage is a verbatim piece of its document, with the document's title and url. The part of its id before the last
+`#` is the document's id. A letter is never cut, whether it has several tokens (an emoji) or several characters (a
+flag, a letter with accents); the passage, and its overlap, then has a few tokens fewer.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _JOINER = "\u200d"
 # The joiner, the skin tones, and the tags that tell England's flag from Scotland's.
 _JOINED = frozenset(map(chr, (0x200D, *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))))
 
-Span = tuple[int, int]  # where a word or a token begins and ends in the text
+Span = tuple[int, int]  # the start and end of a word or token in the text
 Split = Callable[[str], list[Span]]
 
 
 def split_words(text: str) -> list[Span]:
-    """Where the words of a text stand.
+    """The spans of the words of a text.
 
     Example:
         >>> split_words("A town."), split_words("東京 1958")
@@ -47,14 +46,14 @@ def split_words(text: str) -> list[Span]:
 
 
 def token_splitter(tokenizer: PreTrainedTokenizerBase) -> Split:
-    """Returns a function that says where the tokens of a text stand.
+    """Returns a function that gives the spans of the tokens of a text.
 
     Raises:
-        UserError: if the tokenizer does not say where its tokens stand.
+        UserError: if the tokenizer does not report the offsets of its tokens.
     """
     if not tokenizer.is_fast:
         name = tokenizer.name_or_path
-        raise UserError(f"the tokenizer of {name!r} does not say where its tokens stand; cut by words")
+        raise UserError(f"the tokenizer of {name!r} does not report the offsets of its tokens; cut by words")
 
     def split(text: str) -> list[Span]:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -70,10 +69,10 @@ def cut_documents(
 
     Args:
         documents (`Iterable[Passage]`): Read one at a time.
-        size (`int`): Words or tokens per passage. The last passage of a document has what is left. What cannot be
-            cut, such as a letter of more tokens, is a passage of its own.
-        overlap (`int`): How many of them a passage shares with the one before.
-        split (`Callable`): Where the words or tokens of a text stand.
+        size (`int`): Words or tokens per passage. The last passage of a document may be shorter. A letter of more than
+            `size` tokens becomes a passage.
+        overlap (`int`): Words or tokens that a passage shares with the one before.
+        split (`Callable`): Gives the spans of the words or tokens of a text.
 
     Raises:
         UserError: for a size below 1, or an overlap that is not below the size.
@@ -84,8 +83,7 @@ def cut_documents(
     """
     if size < 1 or not 0 <= overlap < size:
         raise UserError(
-            f"size {size} and overlap {overlap}: a passage has at least 1 word or token, and shares fewer than it has "
-            "with the next"
+            f"size {size} and overlap {overlap}: size must be at least 1, and overlap at least 0 and below size"
         )
     return (chunk for document in documents for chunk in _cut(document, size, overlap, split))
 
@@ -96,7 +94,7 @@ def _cut(document: Passage, size: int, overlap: int, split: Split) -> Iterator[P
 
 
 def windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[Span]:
-    """Where the passages of a text begin and end. A text without words is one empty passage."""
+    """The spans of the passages of a text. A text without words gives one empty passage."""
     if not spans:
         yield 0, 0
         return
@@ -106,14 +104,15 @@ def windows(text: str, spans: list[Span], size: int, overlap: int) -> Iterator[S
     while last < len(spans):
         if last:
             following = cuts[bisect_right(cuts, last)]
-            # A window that began earlier would end where the last one did, as the next letter does not fit into it.
+            # A window that began earlier would end where the last one did, because the next letter does not fit.
             first = cuts[bisect_left(cuts, min(last, max(last - overlap, following - size)))]
         last = cuts[max(bisect_right(cuts, first + size) - 1, bisect_right(cuts, first))]
         yield spans[first][0], max(end for _, end in spans[first:last])
 
 
 def _cuts(spans: list[Span]) -> list[int]:
-    """Before which spans the text may be cut: those that begin where the letters before have ended; and the end."""
+    """Indexes of the spans before which the text may be cut: those that begin after all earlier letters; and the
+    end."""
     cuts, reached = [], 0
     for number, (start, end) in enumerate(spans):
         if start >= reached:
@@ -123,7 +122,7 @@ def _cuts(spans: list[Span]) -> list[int]:
 
 
 def _to_whole_letters(text: str, spans: list[Span]) -> list[Span]:
-    """The spans, those that end within a letter of several characters moved to its end."""
+    """The spans; a span that ends within a letter of several characters is extended to the letter's end."""
     within_flags = {flag.start() + 1 for flag in _FLAG.finditer(text)}
     begun, reached, whole = 0, 0, []
     for start, end in spans:

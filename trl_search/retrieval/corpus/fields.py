@@ -1,4 +1,4 @@
-"""Which field of a row is the id, the title and the text of a passage."""
+"""Finds the fields of a row that hold the id, the title and the text of a passage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 
-# In the order in which they are looked for: wiki-18's and ours; BEIR's; those of ir_datasets, Pyserini and Tevatron.
+# In search order: wiki-18's and ours; BEIR's; those of ir_datasets, Pyserini and Tevatron.
 ID_NAMES = ("id", "_id", "doc_id", "docid")
 TEXT_NAMES = ("contents", "text")
 TITLE, URL = "title", "url"
@@ -16,11 +16,11 @@ TITLE, URL = "title", "url"
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a corpus by name, where they are not the usual ones.
+    """The names of a corpus's fields, if they are not the usual ones.
 
     Args:
-        id_field (`str`, *optional*): By default the first of "id", "_id", "doc_id" and "docid" that is there.
-        title_field (`str`, *optional*): By default "title", which a row need not have.
+        id_field (`str`, *optional*): By default the first of "id", "_id", "doc_id" and "docid" that the row has.
+        title_field (`str`, *optional*): By default "title", which may be missing.
         text_field (`str`, *optional*): By default "contents" (a quoted title in its first line, then the text), else
             "text".
     """
@@ -31,20 +31,20 @@ class Fields:
 
     @property
     def given(self) -> list[str]:
-        """Those that were named."""
+        """The options that were given."""
         return [name for name in (self.id_field, self.title_field, self.text_field) if name is not None]
 
     def check_use(self, corpus: object) -> None:
-        """Refuses names where no corpus is read: an index has its own.
+        """Rejects field names if no corpus is read: an index records its own.
 
         Raises:
             UserError: if fields are named for a corpus that has none.
         """
         if self.given and corpus is None:
-            raise UserError("id_field, title_field and text_field are options of a corpus that is read now")
+            raise UserError("id_field, title_field and text_field apply only when a corpus is read: leave them out")
 
     def choose(self, names: Iterable[str], where: str) -> list[str]:
-        """The columns of a table that matter.
+        """The columns of a table to read.
 
         Raises:
             UserError: if no column holds the id or the text, or a named one is missing.
@@ -59,12 +59,12 @@ class Fields:
         return [name for name in there if name in known]
 
     def id_name(self, row: Mapping[str, Any], where: str) -> str:
-        """The field of the id. One that is null is as good as missing: a table has every column in every row."""
+        """The field of the id. A null field counts as missing, because every row of a table has every column."""
         missing = "'id' is missing (and _id, doc_id, docid)"
         return self.id_field or _first(ID_NAMES, row, where, missing, "id_field")
 
     def text_name(self, row: Mapping[str, Any], where: str) -> str:
-        """The field of the text, likewise."""
+        """The field of the text, chosen in the same way."""
         return self.text_field or _first(
             TEXT_NAMES, row, where, "neither 'contents' nor 'text' is there", "text_field"
         )

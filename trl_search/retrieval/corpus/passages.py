@@ -1,14 +1,14 @@
-"""A corpus: passages read as a stream, and kept on disk with random access by row.
+"""A corpus: passages are read as a stream, and stored on disk with random access by row.
 
-Two shapes of row are read, whatever the file (`common/table_files.py`):
+Rows of two shapes are read, from any file format (`common/table_files.py`):
 
-    {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}      (wiki-18 and its kin)
+    {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}      (as in wiki-18)
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ...", "url": "https://..."}
 
-A row may also have both `title` and `contents`: the title is then that of `contents` only where they agree.
+If a row has both `title` and `contents`, the first line of `contents` counts as its title only if it equals `title`.
 
-`write_corpus` keeps the passages as lines of JSON, in the second shape, beside one 8-byte offset each. `Corpus` maps
-both into memory, so that 21 million passages cost no Python strings and open at once.
+`write_corpus` stores the passages as lines of JSON, in the second shape, with an 8-byte offset for each. `Corpus` maps
+both files into memory, so that 21 million passages need no Python strings and open at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_passage(row: Mapping[str, Any], where: str, fields: Fields = USUAL_FIE
     """Reads one row of a corpus; `where` ("corpus.jsonl, line 7") begins every error message.
 
     Raises:
-        UserError: if a field is missing or is no text.
+        UserError: if a field is missing or is not text.
     """
     name = fields.id_name(row, where)
     identity = _value(row, name, where)
@@ -69,7 +69,7 @@ def _title_and_text(row: Mapping[str, Any], where: str, fields: Fields) -> tuple
 
 
 def _without_doubled_quotes(title: str) -> str:
-    """`""Orlune""`, as a CSV field that was not read as CSV has it -> `Orlune`."""
+    """`""Orlune""`, from a CSV field that was not parsed as CSV -> `Orlune`."""
     return title[2:-2] if len(title) > 4 and title.startswith('""') and title.endswith('""') else title
 
 
@@ -80,13 +80,13 @@ def read_corpus(path: str | Path, fields: Fields = USUAL_FIELDS) -> Iterator[Pas
 
 
 def refuse_duplicates(passages: Iterable[Passage]) -> Iterator[Passage]:
-    """Passes passages through, and fails on an id that it has seen. For corpora that fit in memory.
+    """Yields the passages, and raises for a repeated id. For corpora that fit in memory.
 
     Raises:
-        UserError: for the same id twice, and for what is no `Passage`.
+        UserError: for a repeated id, or an item that is not a `Passage`.
     """
     if not isinstance(passages, Iterable) or isinstance(passages, str | bytes):
-        raise UserError(f"passages is a list of Passage, and this is {passages!r:.60}")
+        raise UserError(f"passages must be a list of Passage, not {passages!r:.60}")
     rows: dict[str, int] = {}
     for row, passage in enumerate(passages, start=1):
         if not isinstance(passage, Passage):
@@ -143,11 +143,11 @@ def write_corpus(
 ) -> Corpus:
     """Writes a corpus into `folder`, checks every row, and opens the result.
 
-    Duplicate ids are found from 8 bytes per id; a set of strings would take ten times that.
+    Duplicate ids are found with 8 bytes per id; a set of strings would take ten times that.
 
     Raises:
         UserError: if a row is not a passage, or repeats an id; the message names the line of the source.
-            With `skip_duplicates`, the first passage of an id is kept and the others are left out.
+            With `skip_duplicates`, the first passage of each id is kept and the others are dropped.
     """
     source = source if isinstance(source, Source) else open_source(source, fields)
     offsets, hashes = array("q", [0]), array("q")
@@ -168,24 +168,26 @@ def write_corpus(
         identity = corpus[second].id
         corpus.close()
         places = [f"passage {first + 1}", f"passage {second + 1}"]
-        if source.fingerprint is not None:  # can be read again; rows are not lines where blank lines were skipped
+        if (
+            source.fingerprint is not None
+        ):  # the source can be read again; skipped blank lines shift rows against lines
             places = [where for row, (where, _) in enumerate(source.rows()) if row in (first, second)]
         raise UserError(
-            f"{' and '.join(places)}: the same id {identity!r} twice; ids must be unique (--skip_duplicates keeps the "
+            f"{' and '.join(places)}: the same id {identity!r}; ids must be unique (--skip_duplicates keeps the "
             "first passage of each)"
         )
     corpus.close()
     _drop_rows(folder, np.array([second for _, second in repeated]))
-    logger.warning("%s: %s passages repeat an id and are left out", source.name, f"{len(repeated):,}")
+    logger.warning("%s: %s passages repeat an id and are dropped", source.name, f"{len(repeated):,}")
     return Corpus(folder)
 
 
 def _repeated(corpus: Corpus, hashes: np.ndarray) -> list[tuple[int, int]]:
-    """Rows whose id an earlier row has: `[(earlier, row), ...]`."""
+    """Rows that repeat the id of an earlier row: `[(earlier, row), ...]`."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     pairs = []
-    seen: dict[str, int] = {}  # the ids of one hash, each with its first row; two ids may share a hash
+    seen: dict[str, int] = {}  # the ids with one hash, each with its first row; two ids may share a hash
     for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
         earlier, row = int(order[at]), int(order[at + 1])
         if at == 0 or ordered[at - 1] != ordered[at]:
@@ -199,7 +201,7 @@ def _repeated(corpus: Corpus, hashes: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _drop_rows(folder: Path, dropped: np.ndarray) -> None:
-    """Writes the corpus again without some rows."""
+    """Rewrites the corpus without some rows."""
     starts = np.load(folder / OFFSETS)
     kept = np.ones(len(starts) - 1, dtype=bool)
     kept[dropped] = False
@@ -221,7 +223,7 @@ def passage_line(passage: Passage) -> bytes:
 
 
 def join_contents(passage: Passage) -> str:
-    """`'"Title"\\ntext'`, which encoders read; the text alone where there is no title."""
+    """`'"Title"\\ntext'`, which encoders read; only the text if there is no title."""
     return f'"{passage.title}"\n{passage.text}' if passage.title else passage.text
 
 

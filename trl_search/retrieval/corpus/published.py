@@ -1,7 +1,7 @@
-"""A published corpus that goes with a published index: `wiki-18.jsonl` beside `e5_Flat.index`, opened as it is.
+"""Opens the corpus of a published index without conversion, such as `wiki-18.jsonl` of `e5_Flat.index`.
 
-Row i of the index is line i of the file. One file of offsets is made, once, with 8 bytes per line. The corpus stays on
-disk, memory-mapped, and no line is read before a search finds it.
+Row i of the index is line i of the file. A file of offsets is made once, with 8 bytes per line. The corpus stays on
+disk, memory-mapped, and a line is read only when a search finds it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from trl_search.common.table_files import COMPRESSIONS
 from trl_search.retrieval.corpus.passages import Corpus, join_contents
 from trl_search.retrieval.dense.encoder import Encoder
 
-SAME_PASSAGE = 0.98  # cosine of one passage encoded twice, in fp16 or cut a little earlier; another prefix: below
+SAME_PASSAGE = 0.98  # a lower bound for the cosine of a passage encoded twice; a wrong prefix gives less
 
 
 def open_jsonl(path: str | Path) -> Corpus:
-    """Opens a jsonl file of any size as a `Corpus`. The offsets of its lines are kept in `<file>.offsets.npy`, or in
-    the cache folder if the file's own cannot be written.
+    """Opens a jsonl file of any size as a `Corpus`. The offsets of its lines are stored in `<file>.offsets.npy`, or in
+    the cache folder if the file's folder is read-only.
 
     Raises:
         UserError: if the file is missing, empty or compressed.
@@ -48,7 +48,7 @@ def open_jsonl(path: str | Path) -> Corpus:
 
 
 def find_lines(path: Path) -> np.ndarray:
-    """Where each line that is not blank begins, and last the size of the file; int64.
+    """The start of each line that is not blank, and last the size of the file; int64.
 
     Raises:
         UserError: if there are no passages.
@@ -62,8 +62,7 @@ def find_lines(path: Path) -> np.ndarray:
         starts = np.concatenate([[0], *ends]).astype(np.int64)
         starts = starts[starts < size]
         lengths = np.diff(np.append(starts, size))
-        # A blank line is "\n" or "\r\n". It gets no start of its own, so it belongs to the line before, where JSON
-        # allows it.
+        # A blank line ("\n" or "\r\n") gets no start, so it is read with the line before, where JSON allows it.
         blank = np.zeros(len(starts), dtype=bool)
         for line in np.flatnonzero(lengths <= 2):
             file.seek(int(starts[line]))
@@ -77,11 +76,11 @@ def find_lines(path: Path) -> np.ndarray:
 
 
 def check_encoder(encoder: Encoder, rows_ND: np.ndarray, corpus: Corpus, name: str) -> None:
-    """Encodes a few passages again and compares the vectors. With a wrong pooling, prefix or other weights, searches
-    would find the wrong passages without an error.
+    """Re-encodes a few passages and compares the vectors. With the wrong pooling, prefix or weights, searches would
+    find the wrong passages without an error.
 
     Raises:
-        UserError: if the vectors are of another encoder.
+        UserError: if the vectors come from another encoder.
     """
     chosen = sorted({len(corpus) * part // 5 for part in range(5)})
     again_ND = encoder.encode_passages([join_contents(corpus[row]) for row in chosen])
@@ -90,9 +89,9 @@ def check_encoder(encoder: Encoder, rows_ND: np.ndarray, corpus: Corpus, name: s
     cosine = float(np.median((again_ND * there_ND).sum(axis=1) / np.maximum(lengths, 1e-12)))
     if cosine < SAME_PASSAGE:
         raise UserError(
-            f"encoder {encoder.fingerprint.name!r} does not give the vectors of {name}: passages encoded again are "
-            f"only {cosine:.2f} alike (cosine), not 1. Is it another model, prefix, pooling or corpus? "
-            "check_source=False searches all the same"
+            f"encoder {encoder.fingerprint.name!r} does not reproduce the vectors of {name}: re-encoded passages have "
+            f"a cosine similarity of only {cosine:.2f}, not 1. Is it another model, prefix, pooling or corpus? "
+            "check_source=False skips this check"
         )
 
 
@@ -104,7 +103,7 @@ def _offsets_path(path: Path) -> Path:
 
 
 def _fresh(offsets: Path, path: Path) -> bool:
-    """Whether the offsets are those of the file as it is now."""
+    """Whether the offsets belong to the current content of the file."""
     if not offsets.exists() or offsets.stat().st_mtime_ns < path.stat().st_mtime_ns:
         return False
     return int(np.load(offsets, mmap_mode="r")[-1]) == path.stat().st_size

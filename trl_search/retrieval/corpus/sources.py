@@ -1,10 +1,10 @@
-"""What a corpus is read from: a file, a folder, a dataset or passages in memory; each a stream of rows.
+"""Reads a corpus as a stream of rows, from a file, a folder, a dataset or passages in memory.
 
     wiki.jsonl   psgs_w100.tsv.gz   wiki.parquet     a file (`common/table_files.py`)
-    scifact/                                         a folder of BEIR, with its corpus.jsonl; or of an index of ours
+    scifact/                                         a BEIR folder with its corpus.jsonl, or an index folder
     org/name   org/name:config:split                 a dataset of the hub, through `datasets`; or a folder of its files
 
-Wherever they come from, the fields are those of `fields.py`, and every complaint says where it was: "x.jsonl, line 7".
+For every source, `fields.py` finds the fields, and every error names its place: "x.jsonl, line 7".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BEIR_CORPUS = [f"corpus.jsonl{packed}" for packed in ("", *COMPRESSIONS)]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The content of a file, by hash. While size and time are the same, the file is not hashed again."""
+    """The content of a file, by hash. A file is hashed again only if its size or modification time changes."""
 
     name: str
     bytes: int
@@ -41,24 +41,25 @@ class Fingerprint:
         return cls(name, stat.st_size, stat.st_mtime_ns, _sha256(path))
 
     def matches(self, path: Path) -> bool:
-        """Whether the file still has this content. A copy, whose time is another, is hashed once."""
+        """Whether the file still has this content. A copy, with its own modification time, is hashed once."""
         stat = path.stat()
         if stat.st_size != self.bytes:
             return False
         return stat.st_mtime_ns == self.mtime_ns or _remembered_sha256(path) == self.sha256
 
     def changed(self) -> bool:
-        """Whether the file of this name holds something else now. A file that is gone has not changed."""
+        """Whether the named file has different content now. A missing file counts as unchanged."""
         return Path(self.name).is_file() and not self.matches(Path(self.name))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where passages come from.
+    """The source of a corpus.
 
     Args:
-        name (`str`): The name that messages use.
-        rows (`Callable`): Reads from the first row: for each its place ("x.jsonl, line 7") and its fields.
+        name (`str`): The name for messages.
+        rows (`Callable`): Iterates from the first row; yields the place ("x.jsonl, line 7") and the fields of each
+            row.
         fingerprint (`Callable`, *optional*): Identifies the content; `None` for passages in memory, which can be read
             only once.
     """
@@ -69,7 +70,7 @@ class Source:
 
 
 def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_FIELDS) -> Source:
-    """Finds out what `corpus` names. Nothing of a file is read yet; a dataset is fetched.
+    """Opens the source that `corpus` names. A file is not read yet; a dataset is fetched.
 
     Raises:
         UserError: if there is no such file.
@@ -96,7 +97,7 @@ def _passage_rows(passages: Iterable[Passage]) -> Iterator[Row]:
 
 
 def _dataset_source(name: str, fields: Fields) -> Source:
-    """`name[:config[:split]]`, the split `train` where none is named."""
+    """Opens `name[:config[:split]]`; the default split is `train`."""
     from datasets import load_dataset
 
     path, *rest = [name] if Path(name).is_dir() else name.split(":")
@@ -119,14 +120,14 @@ def _dataset_source(name: str, fields: Fields) -> Source:
 
 
 def _remembered_sha256(path: Path) -> str:
-    """The hash of a file, kept in the cache folder for as long as its size and time are the same."""
+    """The hash of a file, cached in the cache folder while the file's size and modification time stay the same."""
     stat = path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     note = cache_folder() / "hashes" / hashlib.sha256(seen.encode()).hexdigest()
     if note.is_file():
         return note.read_text(encoding="ascii")
     digest = _sha256(path)
-    # Where nothing can be written, the file is hashed again the next time.
+    # If the cache cannot be written, the file is hashed again next time.
     with contextlib.suppress(OSError), written_whole(note) as unfinished:
         unfinished.write_text(digest, encoding="ascii")
     return digest
