@@ -192,6 +192,25 @@ def once_good(step):
     return {3: 4, 4: 0}.get(step, 3)
 
 
+def test_a_run_that_collapses_before_its_first_evaluation_has_nothing_to_go_back_to(tmp_path, tokenizer, caplog):
+    """A warm-started policy fell from EM .567 to 0 in its first step, which was kept as the best checkpoint."""
+    trainer, held_out = held_out_trainer(
+        tmp_path, tokenizer, lambda step: 0 if step else 4, max_steps=4, on_collapse="rollback"
+    )
+    trainer.callback_handler.callbacks.insert(0, MeasuredBefore(held_out))
+    trainer.train()
+    assert trainer.state.global_step == 1 and rollbacks_of(tmp_path) == []
+    assert "more than twice as high before training" in caplog.text
+
+
+class MeasuredBefore(TrainerCallback):
+    def __init__(self, held_out):
+        self.held_out = held_out
+
+    def on_train_begin(self, args, state, control, **_):
+        self.held_out.measure()
+
+
 @pytest.mark.parametrize(("choice", "last"), [("stop", COLLAPSES_AT), ("warn", 8)])
 def test_without_a_rollback_it_stops_or_goes_on(tmp_path, tokenizer, soon, choice, last):
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, max_steps=8, on_collapse=choice)

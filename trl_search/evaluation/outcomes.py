@@ -101,6 +101,11 @@ class Evaluation:
     latency_s: float
     reflective_ratio: float
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether there is a mean, and few enough searches failed to compare it with others."""
+        return math.isfinite(self.em) and self.failed <= MAX_FAILED * self.questions
+
     def as_json(self) -> dict[str, Any]:
         """As a file holds it: JSON has no NaN, so what is not a number is null. Read back by [`evaluation_of`]."""
         values: dict[str, Any] = finite_or_none(asdict(self))

@@ -14,6 +14,7 @@ from trl_search.common.files import is_number
 WINDOW = 5  # logs whose median is compared
 SETTLED = 3  # logs whose median is the first baseline
 ALARM_PREFIX = "alarm/"  # of the metric that says whether a rule fires
+EM_BEFORE = "eval/em_before"  # held-out EM before the first step, beside that of the evaluations
 
 
 @dataclass
@@ -134,12 +135,13 @@ class Halved(Rule):
 
     @property
     def condition(self) -> str:
-        return f"below 0.5× its highest with its whole 95 % interval, in one log, once that was {self.worth:g}"
+        highest = "its highest, before training included,"
+        return f"below 0.5× {highest} with its whole 95 % interval, in one log, once that was {self.worth:g}"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         if self.upper not in row or not is_number(row[self.upper]):
             return ""
-        highest = levels[self.metric].highest
+        highest = max(levels[name].highest for name in (self.metric, EM_BEFORE) if name in levels)
         if highest < self.worth or row[self.upper] >= 0.5 * highest:
             return ""
         return f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_search.records.alarm_rules import EM_BEFORE
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume
 from trl_search.trainer.rollback_record import record_rollback, rollbacks_of
@@ -52,6 +53,12 @@ class RollsBack(Trainer):
                 break
             if best is None:
                 logger.warning("there is no best checkpoint to go back to, so the training ends here")
+                break
+            if self._has_collapsed(self.state.best_metric):
+                logger.warning(
+                    "held-out EM was more than twice as high before training as in the best checkpoint, so there is "
+                    "nothing to go back to, and the training ends here: begin anew with a lower learning_rate"
+                )
                 break
             to = self.state.best_global_step or 0
             if to >= self.state.max_steps:
@@ -107,6 +114,12 @@ class RollsBack(Trainer):
     def _collapsed(self) -> bool:
         alarm = self._alarm()
         return alarm is not None and bool(alarm.collapsed)
+
+    def _has_collapsed(self, best_em: float | None) -> bool:
+        """Whether a held-out EM is less than half of that before training."""
+        alarm = self._alarm()
+        before = alarm.watch.levels.get(EM_BEFORE) if alarm is not None else None
+        return before is not None and best_em is not None and best_em < 0.5 * before.highest
 
 
 class _LearningRate(TrainerCallback):

@@ -254,6 +254,8 @@ def test_a_run_ends_at_once_when_held_out_answers_have_halved_beyond_chance():
     assert ends((0.23, 0.27), (0.29, 0.33), (0.08, 0.12)) == (True, 1.0)
     assert ends((0.23, 0.27), (0.29, 0.33), (0.12, 0.16)) == (False, 0.0), "it may be chance"
     assert ends((0.09, 0.13), (0.0, 0.0)) == (False, 0.0), "half of nothing is no collapse"
+    first = {**GOOD, "eval/em": 0.1, "eval/em_upper": 0.2, "eval/em_before": 0.57}
+    assert play([first], stop=True)[1].should_training_stop, "the first steps may have done it"
 
 
 def test_an_evaluation_whose_searches_failed_is_no_collapse_and_nothing_to_compare_with():

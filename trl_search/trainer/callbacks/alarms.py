@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_search.common.files import is_number
 from trl_search.evaluation.outcomes import MAX_FAILED
-from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, RULES, WINDOW, Level, NotFinite
+from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, EM_BEFORE, RULES, WINDOW, Level, NotFinite
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Watch:
             row = {**row, "reward": row[AS_DRAWN]}
         if is_number(row.get("eval/failed")) and row["eval/failed"] > MAX_FAILED:  # a search server was away
             row = {name: value for name, value in row.items() if name not in ("eval/em", "eval/em_upper")}
-        for metric in {rule.metric for rule in RULES} & set(row):
+        for metric in {EM_BEFORE, *(rule.metric for rule in RULES)} & set(row):
             if is_number(row[metric]):
                 self.levels.setdefault(metric, Level()).add(row[metric])
         rules = [rule for rule in RULES if rule.metric in self.levels or isinstance(rule, NotFinite)]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, write_json
-from trl_search.evaluation.outcomes import MAX_FAILED, evaluation_of
+from trl_search.evaluation.outcomes import evaluation_of
 from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
 from trl_search.trainer.resume import is_whole
 
@@ -139,9 +138,7 @@ def read_best(folder: Path) -> HeldOutResult | None:
 
 
 def _better(result: HeldOutResult, best: float | None) -> bool:
-    if not math.isfinite(result.average.em) or result.average.failed > MAX_FAILED * result.average.questions:
-        return False
-    return best is None or result.average.em > best
+    return result.average.is_comparable and (best is None or result.average.em > best)
 
 
 def _recorded(folder: Path, state: TrainerState) -> Path | None:

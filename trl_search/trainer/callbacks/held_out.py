@@ -34,6 +34,7 @@ from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import Evaluation, by_dataset, macro, summarize
 from trl_search.policies.base import Policy
+from trl_search.records.alarm_rules import EM_BEFORE
 from trl_search.trainer.batch import encode_prompts
 from trl_search.trainer.grpo import SearchGRPOTrainer
 
@@ -139,16 +140,20 @@ class EvaluateEvery(TrainerCallback):
         if steps < 1:
             raise UserError(f"evaluate_every={steps} must be at least 1")
         self.steps, self.held_out = steps, held_out
+        self._before: dict[str, float] = {}  # what was measured before the first step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.held_out.last is not None and self.held_out.last.step != state.global_step:
             self.held_out.last = None  # a run that was rolled back reaches the same step with other weights
+        if not state.global_step:
+            start = self.held_out.last
+            self._before = {EM_BEFORE: start.average.em} if start is not None and start.average.is_comparable else {}
         keep_ids(Path(args.output_dir or "."), self.held_out.ids, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.steps:
             return
-        self.held_out.trainer.add_to_log(self.held_out.measure().metrics)
+        self.held_out.trainer.add_to_log(self.held_out.measure().metrics | self._before)
         control.should_log = True
 
 
