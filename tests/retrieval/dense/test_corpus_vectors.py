@@ -102,7 +102,7 @@ def test_another_encoder_or_option_starts_anew_and_says_so(
     for batch_size in (8, 8, 4):
         encode_corpus(PASSAGES, encoder, tmp_path / "s", shard_rows=16, batch_size=batch_size)
     said = caplog.messages
-    assert said[0] == "4 of 4 shards are encoded already"
+    assert said[0] == "4 of 4 shards are already encoded"
     assert "encoding anew" in said[1] and len(said) == 2
 
 
@@ -123,7 +123,7 @@ def test_a_vector_that_is_no_number_names_its_passage(
         "encode_passages",
         lambda texts, **_: np.array([[1e6 if "lantern 7" in text else 0.0] * 32 for text in texts]),
     )
-    with pytest.raises(UserError, match="passage '7' became a vector with NaN or infinity"):
+    with pytest.raises(UserError, match="passage '7' was encoded to a vector with NaN or infinity"):
         encode_corpus(PASSAGES, encoder, tmp_path / "s", dtype="float16", shard_rows=16)
 
 
@@ -133,7 +133,7 @@ def test_a_disk_without_room_is_told_before_any_work(
     from shutil import _ntuple_diskusage
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: _ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"the vectors take 0\.0 GB .* dtype float16"):
+    with pytest.raises(UserError, match=r"encoding needs 0\.0 GB of disk .* dtype float16"):
         encode_corpus(PASSAGES, encoder, tmp_path / "s")
 
 

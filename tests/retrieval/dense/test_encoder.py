@@ -182,7 +182,7 @@ def test_an_encoder_that_is_not_on_this_machine_is_one_line() -> None:
 
 @needs_minilm
 def test_a_folder_that_says_how_it_pools_is_not_overruled() -> None:
-    with pytest.raises(UserError, match="says itself how it pools"):
+    with pytest.raises(UserError, match="defines its own pooling"):
         load_encoder(minilm(), pooling="cls")
     with pytest.raises(UserError, match="normalises by itself"):
         load_encoder(minilm(), normalize=False)
@@ -266,7 +266,7 @@ def test_a_prompt_is_chosen_by_its_name(checkpoints: Path, tmp_path: Path) -> No
     plain.model.prompts = {"s2p_query": "Given a search, ", "s2s_query": "Given a text, ", "document": "text: "}
     plain.model.save(str(tmp_path / "stella"))
     with pytest.raises(
-        UserError, match="none is called 'query': pass query_prompt, one of s2p_query, s2s_query, or ''"
+        UserError, match="none is named 'query': pass query_prompt, one of s2p_query, s2s_query, or ''"
     ):
         load_encoder(tmp_path / "stella", device="cpu")
     for given, prompt in (("s2p_query", "Given a search, "), ("", ""), ("Ask: ", "Ask: ")):
@@ -298,6 +298,8 @@ def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(UserError, match=r"lies in its checkpoint, which is not run.*trust_remote_code=True"):
+    with pytest.raises(
+        UserError, match=r"needs Python code from its checkpoint, which is not run by default.*trust_remote_code=True"
+    ):
         load_encoder(folder, device="cpu", pooling=None if packed else "mean")
     assert not (tmp_path / "ran").exists()

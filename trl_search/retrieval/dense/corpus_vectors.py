@@ -2,11 +2,11 @@
 
     scratch/vectors.npy     (N, dim) float32 or float16, preallocated; each shard is written at its own place
     scratch/shards.done     one byte per shard: 1 when its vectors are on disk
-    scratch/encoding.json   what was encoded by what; another corpus, encoder or precision starts anew
+    scratch/encoding.json   the inputs; a different corpus, encoder or precision starts again
 
-The vectors of a shard reach the disk before its byte does, so a kill at any moment costs only the shards in work. A
-shard depends on its own texts alone (sentence-transformers batches them by length within it), so the bytes are those
-of an uninterrupted build, whatever the number of processes.
+A shard's vectors are on disk before its byte is, so a kill loses only the shards in progress. A shard depends only on
+its own texts (sentence-transformers batches them by length within the shard), so a resumed build has the same bytes as
+an uninterrupted one, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from trl_search.retrieval.index.workers import ALONE, Workers
 
 VECTORS, DONE, ABOUT = "vectors.npy", "shards.done", "encoding.json"
 ENCODER = "intfloat/e5-base-v2"
-SAMPLE = 1000  # passages that are looked at to see whether the encoder reads them whole
-SHARD_ROWS = 8192  # long enough that sorting by length leaves little padding, short enough to lose
+SAMPLE = 1000  # passages sampled to check that the encoder reads whole passages
+SHARD_ROWS = 8192  # enough for little padding after sorting by length, few enough to lose
 
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodingOptions:
-    """How passages become vectors: what every builder of dense vectors is asked.
+    """The encoding options of every builder of dense vectors.
 
     Args:
         encoder (`str`): Of dense vectors: a model of the hub or a folder; e5, bge, MiniLM, any of
             sentence-transformers.
-        dtype (`str`): In which is encoded: "float32", or "float16", faster on a GPU and half the disk while building.
-        batch_size (`int`): Passages per step of the encoder. Lower it when a GPU runs out of memory.
-        max_length (`int`, *optional*): Tokens of a passage that are read; by default as the encoder was trained.
+        dtype (`str`): Precision of encoding: "float32", or "float16", which is faster on a GPU and needs half the
+            disk.
+        batch_size (`int`): Passages per forward pass of the encoder. Lower it if a GPU runs out of memory.
+        max_length (`int`, *optional*): Tokens that are read of a passage; by default as the encoder was trained.
         query_prompt (`str`, *optional*): Text before every query, or the name of one of the encoder's prompts; by
             default as the encoder was trained.
         passage_prompt (`str`, *optional*): The same for passages.
-        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not say.
+        pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not define it.
         normalize (`bool`, *optional*): Vectors of length 1; by default as the encoder was trained.
-        query_encoder (`str`, *optional*): Another encoder for queries, where a model has two (DPR, Dragon).
-        trust_remote_code (`bool`): Runs Python code that lies in the checkpoint. Read it first.
+        query_encoder (`str`, *optional*): The encoder for queries, if a model has two (DPR, Dragon).
+        trust_remote_code (`bool`): Runs Python code from the checkpoint. Read that code first.
     """
 
     encoder: str = ENCODER
@@ -69,7 +70,8 @@ class EncodingOptions:
     trust_remote_code: bool = False
 
     def check_encoding(self) -> None:
-        """Loads the encoder too, so that a missing one is an error now and not after an hour of reading.
+        """Checks the options and loads the encoder, so that a mistake is an error now and not after an hour of
+        reading.
 
         Raises:
             UserError: for an option out of range.
@@ -77,10 +79,12 @@ class EncodingOptions:
         if self.dtype not in ("float32", "float16"):
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
         if self.batch_size < 1:
-            raise UserError(f"batch_size is passages per step of the encoder, at least 1; got {self.batch_size}")
+            raise UserError(
+                f"batch_size is the number of passages per forward pass, at least 1; got {self.batch_size}"
+            )
         for name in ("encoder", "query_encoder"):
             given = getattr(self, name)
-            if given is not None and Path(given).is_dir():  # what is built is searched from other folders too
+            if given is not None and Path(given).is_dir():  # the index may be opened from another folder
                 object.__setattr__(self, name, str(Path(given).resolve()))
         _ = self.loaded
 
@@ -90,15 +94,14 @@ class EncodingOptions:
         return load_encoder(self.encoder, **{name: getattr(self, name) for name in names})
 
     def encode(self, passages: Passages, folder: Path, workers: Workers) -> None:
-        """`encode_corpus` with these options. Warns of passages whose end the encoder does not read."""
+        """Runs `encode_corpus` with these options. Warns if the encoder truncates passages."""
         if workers.rank == 0:
             step = max(1, len(passages) // SAMPLE)
             sample = [join_contents(passages[row]) for row in range(0, len(passages), step)]
             if cut := self.loaded.cut_share(sample):
                 logger.warning(
-                    "%s of the passages are longer than the %d tokens that the encoder reads, and are not found by "
-                    "what comes after; cut them with `trl-search data chunk`, or raise max_length if the encoder "
-                    "allows more",
+                    "%s of the passages are longer than the %d tokens that the encoder reads, so their ends cannot be "
+                    "found; cut them with `trl-search data chunk`, or raise max_length if the encoder allows more",
                     f"{cut:.0%}" if cut >= 0.01 else "under 1%",
                     self.loaded.fingerprint.max_length,
                 )
@@ -117,19 +120,19 @@ def encode_corpus(
 ) -> np.ndarray:
     """Encodes every passage into `folder/vectors.npy` and returns it, memory-mapped.
 
-    Called again, it does what is not done yet. With several workers, every one calls it, and all return together.
+    A repeated call encodes only the missing shards. With several workers, each calls it, and all return together.
 
     Args:
         passages (`Passages`): Titles are encoded with their texts, as `'"Title"\\ntext'`.
-        encoder (`Encoder`): Its passage prompt goes before each.
-        folder (`Path`): Is made if need be.
+        encoder (`Encoder`): Its passage prompt is put before each passage.
+        folder (`Path`): Created if it does not exist.
         dtype (`str`): Of the vectors: `"float32"` or `"float16"`.
-        batch_size (`int`): Passages per step of the encoder.
+        batch_size (`int`): Passages per forward pass of the encoder.
         shard_rows (`int`): Passages per shard.
-        workers (`Workers`): This process among those that share the work.
+        workers (`Workers`): This process, among the processes that share the work.
 
     Raises:
-        UserError: if the processes have different encoders.
+        UserError: if the processes use different encoders or options.
     """
     about = {
         "passages": len(passages),
@@ -143,21 +146,21 @@ def encode_corpus(
         _prepare(folder, about)
     workers.wait()
     if json.loads((folder / ABOUT).read_text(encoding="utf-8")) != about:
-        raise UserError(f"process {workers.rank} encodes with another encoder or other options than process 0")
+        raise UserError(f"process {workers.rank} encodes with a different encoder or other options than process 0")
     _encode_shards(passages, encoder, folder, about, workers)
     workers.wait()
     return np.load(folder / VECTORS, mmap_mode="r")
 
 
 def _prepare(folder: Path, about: dict[str, Any]) -> None:
-    """Makes the files, unless those of the same work are there."""
+    """Creates the files, or keeps those of an earlier run with the same inputs."""
     shards = -(-about["passages"] // about["shard_rows"])
     if (folder / ABOUT).exists():
         if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == about:
             done = (folder / DONE).read_bytes().count(1)
-            logger.info("%d of %d shards are encoded already", done, shards)
+            logger.info("%d of %d shards are already encoded", done, shards)
             return
-        logger.info("%s holds vectors of another encoder or other options: encoding anew", folder)
+        logger.info("%s holds vectors of another encoder or other options: encoding again", folder)
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape, dtype = (about["passages"], about["dim"]), np.dtype(about["dtype"])
@@ -165,27 +168,27 @@ def _prepare(folder: Path, about: dict[str, Any]) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"the vectors take {size / 1e9:,.1f} GB while they are made, and {folder} has {free / 1e9:,.1f} GB free; "
-            "dtype float16 takes half of float32"
+            f"encoding needs {size / 1e9:,.1f} GB of disk, and {folder} has {free / 1e9:,.1f} GB free; "
+            "dtype float16 needs half as much as float32"
         )
     with open(folder / VECTORS, "wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + size)
     (folder / DONE).write_bytes(bytes(shards))
-    write_json(folder / ABOUT, about)  # last: its presence says that the others are there
+    write_json(folder / ABOUT, about)  # last: its presence means that the other files exist
 
 
 def _encode_shards(
     passages: Passages, encoder: Encoder, folder: Path, about: dict[str, Any], workers: Workers
 ) -> None:
-    """The shards of this worker that are not done."""
+    """Encodes the missing shards of this worker."""
     count, step, width = about["passages"], about["shard_rows"], about["dim"] * np.dtype(about["dtype"]).itemsize
     shards = {shard: range(shard * step, min((shard + 1) * step, count)) for shard in range(-(-count // step))}
     mine = {shard: rows for shard, rows in shards.items() if shard % workers.count == workers.rank}
     done = (folder / DONE).read_bytes()
     left = {shard: rows for shard, rows in mine.items() if not done[shard]}
-    # Not through a memory map: on a full disk, a write there kills the process, and a write here raises.
+    # Not through a memory map: on a full disk, a mapped write kills the process, and a file write raises.
     with (
         open(folder / VECTORS, "r+b") as vectors,
         open(folder / DONE, "r+b") as journal,
@@ -216,7 +219,7 @@ def _encode(passages: Passages, encoder: Encoder, rows: range, about: dict[str, 
     broken = np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))
     if len(broken):
         raise UserError(
-            f"passage {passages[rows[int(broken[0])]].id!r} became a vector with NaN or infinity; "
+            f"passage {passages[rows[int(broken[0])]].id!r} was encoded to a vector with NaN or infinity; "
             "encode with dtype float32"
         )
     return vectors_ND

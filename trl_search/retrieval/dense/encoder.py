@@ -1,14 +1,14 @@
-"""Encoders by name: text in, vectors out, with the prefixes, pooling, length and normalisation each was trained with.
+"""Loads encoders by name, with the prefixes, pooling, length and normalisation that each was trained with.
 
     intfloat/e5-base-v2       "query: ..." and "passage: ...", mean over the tokens, length 1, 256 tokens
     BAAI/bge-base-en-v1.5     "Represent this sentence ...: " before queries only, first token, length 1, 512 tokens
-    any sentence-transformers model     as its own files say; what they leave out, as its family above
+    any sentence-transformers model     as its files say; for what they omit, as its family above
 
-sentence-transformers does the work; this module makes the choices. The wrong pooling, or a superfluous prefix, loses
-half of the passages without an error. So a checkpoint of an unknown family whose files say nothing is refused until
-the user says how, and every choice goes into the `EncoderFingerprint` that an index keeps (`fingerprint.py`).
+sentence-transformers encodes; this module chooses the settings. The wrong pooling, or a superfluous prefix, loses half
+of the passages without an error. So a checkpoint of an unknown family whose files do not define these settings is an
+error until the user passes them, and an index records every choice in its `EncoderFingerprint` (`fingerprint.py`).
 
-Code that lies in a checkpoint is not run, unless the caller says `trust_remote_code=True`.
+Code from a checkpoint runs only with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weig
 
 DTYPES = ("float32", "float16", "bfloat16")
 POOLINGS = ("mean", "cls", "max", "lasttoken")
-CHARACTERS_PER_TOKEN = 32  # more than any text has: what lies beyond max_length tokens of them never reaches the model
+CHARACTERS_PER_TOKEN = 32  # more than in any text, so that cutting at max_length times this changes no tokens
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the encoders of one family are used. `name` is searched for in the last part of the encoder's name."""
+    """The settings of one family of encoders. The pattern `name` is matched against the last part of an encoder's
+    name."""
 
     name: str
     query_prompt: str
@@ -46,7 +47,7 @@ class Family:
 
 
 FAMILIES = (
-    # e5-mistral and the -instruct models put a whole instruction before the query: not these.
+    # e5-mistral and the -instruct models put a whole instruction before the query, so they are excluded.
     Family(r"(^|[-_])e5-(small|base|large)(?!.*instruct)", "query: ", "passage: ", "mean", 256),
     Family(r"^bge-(small|base|large)-en", "Represent this sentence for searching relevant passages: ", "", "cls", 512),
     Family(r"^bge-(small|base|large)-zh", "为这个句子生成表示以用于检索相关文章：", "", "cls", 512),
@@ -55,7 +56,7 @@ FAMILIES = (
 
 
 class Encoder:
-    """An encoder that is ready: `encode_queries` and `encode_passages`, float32 (n, dim). Made by `load_encoder`."""
+    """A loaded encoder, from `load_encoder`: `encode_queries` and `encode_passages` return float32 (n, dim)."""
 
     def __init__(self, model: Any, fingerprint: EncoderFingerprint, query_model: Any = None) -> None:
         self.model, self._query_model = model, query_model if query_model is not None else model
@@ -71,11 +72,12 @@ class Encoder:
         return self._encode(self._query_model, texts, self.fingerprint.query_prompt, batch_size=64)
 
     def encode_passages(self, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
-        """Texts of any order: they are batched by length, the longest first, so memory runs out at once or never."""
+        """Encodes texts in any order. They are batched by length, longest first, so memory runs out at once or
+        never."""
         return self._encode(self.model, texts, self.fingerprint.passage_prompt, batch_size)
 
     def cut_share(self, texts: Sequence[str]) -> float:
-        """The share of passages that have more tokens than the encoder reads; 0.0 where its tokenizer does not say."""
+        """The share of passages with more tokens than the encoder reads; 0.0 if its tokenizer cannot count them."""
         tokenizer: Any = getattr(self.model, "tokenizer", None)
         if not texts or not hasattr(tokenizer, "num_special_tokens_to_add"):
             return 0.0
@@ -92,12 +94,12 @@ class Encoder:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
         longest = CHARACTERS_PER_TOKEN * self.fingerprint.max_length
-        # JSON can carry a lone half of a surrogate pair, which a tokenizer refuses.
+        # JSON can contain lone surrogates, which a tokenizer rejects.
         readable = [text[:longest].encode("utf-8", "replace").decode("utf-8") for text in texts]
         with self._lock:
             vectors_ND = model.encode(
                 readable,
-                prompt=prompt,  # "" is none; None would be the one that a model has by default
+                prompt=prompt,  # "" means no prompt; None would mean the model's default prompt
                 prompt_name=None,
                 batch_size=batch_size,
                 normalize_embeddings=self.fingerprint.normalize,
@@ -124,22 +126,22 @@ def load_encoder(
 
     Args:
         name_or_path (`str | Path`): A model on the hub or a folder, of sentence-transformers or plain transformers.
-        query_encoder (`str`, *optional*): Another one for queries, where a model has two (DPR, Dragon).
-        device (`str`, *optional*): `"cuda:1"`, `"cpu"`; by default a GPU where there is one.
-        dtype (`str`): In which it computes. `"float16"` is three times as fast on a GPU and changes scores by 1e-3.
+        query_encoder (`str`, *optional*): The encoder for queries, if a model has two (DPR, Dragon).
+        device (`str`, *optional*): `"cuda:1"`, `"cpu"`; by default a GPU if there is one.
+        dtype (`str`): Precision of the computation. `"float16"` is three times as fast on a GPU and changes scores by
+            1e-3.
         max_length (`int`, *optional*): Tokens per text; by default the family's, else the model's own.
         query_prompt (`str`, *optional*): The text before every query, or the name of one of the model's own prompts
-            ("s2p_query"); by default its prompt "query", else the family's. Of a model whose prompts have other names,
-            one must be chosen; `""` is none.
+            ("s2p_query"); by default its prompt "query", else the family's. If a model's prompts have other names,
+            choose one; `""` means no prompt.
         passage_prompt (`str`, *optional*): The same for passages; by default the model's "document" or "passage".
-        pooling (`str`, *optional*): `"mean"`, `"cls"`, `"max"` or `"lasttoken"`; for a plain checkpoint of no known
-            family, which needs it.
+        pooling (`str`, *optional*): `"mean"`, `"cls"`, `"max"` or `"lasttoken"`; required for a plain checkpoint of an
+            unknown family.
         normalize (`bool`, *optional*): Vectors of length 1; by default the family's, else the model's own, else yes.
-        trust_remote_code (`bool`): Whether Python code that lies in the checkpoint may run. It has all rights of this
-            process.
+        trust_remote_code (`bool`): Whether Python code from the checkpoint may run, with all rights of this process.
 
     Raises:
-        UserError: for an encoder that cannot be loaded, or that leaves open how it is to be used.
+        UserError: if the encoder cannot be loaded, or does not define a setting that must then be passed.
 
     Example:
         >>> encoder = load_encoder("intfloat/e5-base-v2")
@@ -159,12 +161,16 @@ def load_encoder(
         query_model, _ = _load_model(query_encoder, device, pooling, family, trust_remote_code)
         query_weights = hash_weights(query_model)
         if query_model.get_embedding_dimension() != model.get_embedding_dimension():
-            raise UserError(f"{query_encoder!r} and {name!r} make vectors of different dimensions: not a pair")
+            raise UserError(
+                f"{query_encoder!r} and {name!r} make vectors of different dimensions, so they are not a pair"
+            )
     models = [model] if query_model is None else [model, query_model]
     own_length = min(one.max_seq_length or 0 for one in models)
     wanted = max_length or (family.max_length if family else own_length)
     if not wanted:
-        raise UserError(f"encoder {name!r} does not say how many tokens it reads; pass max_length, 512 for most")
+        raise UserError(
+            f"encoder {name!r} does not define how many tokens it reads; pass max_length, 512 for most encoders"
+        )
     positions = min(map(_positions, models))
     if max_length is not None and max_length > positions and max_length != (family.max_length if family else None):
         raise UserError(f"max_length={max_length}: encoder {name!r} has positions for {positions} tokens")
@@ -206,13 +212,13 @@ def load_recorded(recorded: dict[str, Any], given: str | Path | Encoder | None, 
 
     Args:
         recorded (`dict`): The fingerprint.
-        given (`str | Path | Encoder`, *optional*): Where the encoder lies now, or the encoder itself; by default its
-            recorded name.
+        given (`str | Path | Encoder`, *optional*): The current path of the encoder, or the encoder itself; by default
+            its recorded name.
         where (`str`): The index, for messages.
         options: `device`, `dtype` and `trust_remote_code` of [`load_encoder`].
 
     Raises:
-        UserError: if it is another encoder: it would find the wrong passages.
+        UserError: if it is a different encoder, which would find the wrong passages.
     """
     fingerprint = EncoderFingerprint(**recorded)
     if not isinstance(given, Encoder):
@@ -222,10 +228,11 @@ def load_recorded(recorded: dict[str, Any], given: str | Path | Encoder | None, 
 
 
 def _prompt(model: Any, given: str | None, names: Sequence[str], otherwise: str | None, encoder: str) -> str:
-    """What was given, by its name or itself; else the model's own of these names; else the family's.
+    """The prompt to use: the given one (its name or text), else the model's own prompt of one of `names`, else the
+    family's.
 
     Raises:
-        UserError: if a model has prompts, and none that is known to be the one for queries.
+        UserError: if a model has prompts, but none is known to be the one for queries.
     """
     own: dict[str, str] = {key: value for key, value in model.prompts.items() if value}
     if given is not None:
@@ -236,7 +243,7 @@ def _prompt(model: Any, given: str | None, names: Sequence[str], otherwise: str 
     others = set(own) - {"query", "document", "passage"}
     if otherwise is None and others:
         raise UserError(
-            f"encoder {encoder!r} has prompts of its own, and none is called 'query': pass query_prompt, one of "
+            f"encoder {encoder!r} has its own prompts, and none is named 'query': pass query_prompt, one of "
             f"{', '.join(sorted(others))}, or '' for none (see its model card)"
         )
     return otherwise or ""
@@ -245,7 +252,7 @@ def _prompt(model: Any, given: str | None, names: Sequence[str], otherwise: str 
 def _load_model(
     name: str, device: str | None, pooling: str | None, family: Family | None, trust_remote_code: bool
 ) -> tuple[Any, str | None]:
-    """The model in the precision of its checkpoint, and the pooling that it got from us: `None` if it has its own."""
+    """The model in its checkpoint's precision, and the pooling that was added: `None` if the model has its own."""
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -256,18 +263,18 @@ def _load_model(
         ) from None
     if _looks_like_path(name) and not Path(name).is_dir():
         raise UserError(f"there is no encoder folder {name}")
-    # Said each time: where nothing is said, transformers asks on the terminal, and runs the code on a "y".
+    # Always passed: without it, transformers asks on the terminal, and runs the code on a "y".
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         if is_sentence_transformer_model(name):
             if pooling is not None:
-                raise UserError(f"pooling={pooling!r}: encoder {name!r} says itself how it pools (its modules.json)")
+                raise UserError(f"pooling={pooling!r}: encoder {name!r} defines its own pooling (its modules.json)")
             return SentenceTransformer(name, device=device, model_kwargs={"dtype": "auto"}, **trust), None
         pooling = pooling or (family.pooling if family else None)
         if pooling is None:
             raise UserError(
-                f"encoder {name!r} is a plain checkpoint that does not say how its tokens become one vector, and the "
-                f"wrong way finds the wrong passages; pass pooling, one of {', '.join(POOLINGS)} (see its model card)"
+                f"encoder {name!r} is a plain checkpoint that does not define its pooling, and the wrong pooling "
+                f"finds the wrong passages; pass pooling, one of {', '.join(POOLINGS)} (see its model card)"
             )
         body = Transformer(
             name, model_kwargs={"dtype": "auto", **trust}, config_kwargs=dict(trust), processor_kwargs=dict(trust)
@@ -289,26 +296,26 @@ def _load_model(
 
 
 def code_in_checkpoint(model: str) -> UserError:
-    """The error for a checkpoint that works only with code of its own."""
+    """The error for a checkpoint that needs its own code."""
     return UserError(
-        f"{model} needs Python code that lies in its checkpoint, which is not run. Read that code, and if you trust "
-        "it, pass trust_remote_code=True (--trust_remote_code)"
+        f"{model} needs Python code from its checkpoint, which is not run by default. Read that code, and if you "
+        "trust it, pass trust_remote_code=True (--trust_remote_code)"
     )
 
 
 def _positions(model: Any) -> float:
-    """Tokens that a model has positions for; no limit where it does not say."""
+    """Tokens that a model has positions for; infinity if it does not say."""
     limit = getattr(model[0].config, "max_position_embeddings", None) if hasattr(model[0], "config") else None
     if limit is None:
         return math.inf
-    # RoBERTa and its kin count from behind the padding token: 514 positions are 512 tokens.
+    # RoBERTa models number positions from after the padding index: 514 positions are 512 tokens.
     tables = [module for name, module in model[0].named_modules() if name.endswith("position_embeddings")]
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
     return int(limit) - padding - 1
 
 
 def _family(name: str) -> Family | None:
-    # A folder of the hub's cache, .../models--intfloat--e5-base-v2/snapshots/<commit>, says it two levels up.
+    # In a folder of the hub's cache, .../models--intfloat--e5-base-v2/snapshots/<commit>, the name is two levels up.
     cached = re.search(r"models--.*--([^/]+)/snapshots/", name)
     last = cached.group(1) if cached else Path(name).name
     return next((family for family in FAMILIES if re.search(family.name, last, re.IGNORECASE)), None)

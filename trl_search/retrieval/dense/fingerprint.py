@@ -1,4 +1,4 @@
-"""What makes two encoders the same: an index records the fingerprint of its encoder, and is searched with no other."""
+"""Identifies an encoder: an index records the fingerprint of its encoder, and is searched with no other encoder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from trl_search.common.errors import UserError
 
 @dataclass(frozen=True)
 class EncoderFingerprint:
-    """Vectors of equal fingerprints may be compared, others may not.
+    """Only vectors from encoders with equal fingerprints may be compared.
 
     Args:
-        name (`str`): The name that it was loaded by. Only for people: a moved folder is the same encoder.
+        name (`str`): The name that it was loaded by. For messages only: a moved folder is the same encoder.
         weights (`str`): SHA-256 over the tensors, in the checkpoint's own precision.
-        pooling (`str`, *optional*): The choice for a plain checkpoint; `None` where the files of the model say it.
-        modules (`str`): What follows the transformer: `"Transformer + Pooling(mean) + Normalize"`.
-        query_prompt (`str`): Stands before every query.
-        passage_prompt (`str`): Stands before every passage.
-        max_length (`int`): Tokens of a text that are read, prompt and special tokens among them.
+        pooling (`str`, *optional*): The pooling chosen for a plain checkpoint; `None` if the model's files define it.
+        modules (`str`): The modules of the model: `"Transformer + Pooling(mean) + Normalize"`.
+        query_prompt (`str`): Text before every query.
+        passage_prompt (`str`): Text before every passage.
+        max_length (`int`): Tokens of a text that are read, including prompt and special tokens.
         normalize (`bool`): Whether vectors have length 1.
         dim (`int`): Numbers per vector.
-        query_encoder (`str`, *optional*): The checkpoint that encodes queries, where it is another one.
+        query_encoder (`str`, *optional*): The checkpoint that encodes queries, if it is a different one.
         query_weights (`str`, *optional*): SHA-256 over its tensors.
     """
 
@@ -40,15 +40,15 @@ class EncoderFingerprint:
     query_weights: str | None = None
 
     def differences(self, other: EncoderFingerprint) -> list[str]:
-        """What differs, in words: `["max_length is 256, not 512"]`; `[]` for the same encoder."""
-        # `modules` says how tokens become one vector.
+        """Describes the differences: `["max_length is 256, not 512"]`; `[]` for the same encoder."""
+        # `modules` already names the pooling.
         named = [field.name for field in fields(self) if field.name not in ("name", "pooling", "query_encoder")]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in named]
         return [f"{name} is {_short(mine)}, not {_short(its)}" for name, mine, its in pairs if mine != its]
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `load_encoder` that give this encoder, beside its name."""
+        """The options of `load_encoder`, apart from the name, that load this encoder."""
         names = ("max_length", "query_prompt", "passage_prompt", "pooling", "normalize", "query_encoder")
         return {name: getattr(self, name) for name in names}
 
@@ -57,7 +57,7 @@ def refuse_other_encoder(encoder: EncoderFingerprint, recorded: EncoderFingerpri
     """Fails unless `encoder` is the one whose fingerprint an index recorded.
 
     Raises:
-        UserError: if it is another encoder.
+        UserError: if it is a different encoder.
     """
     if differences := encoder.differences(recorded):
         raise UserError(
@@ -67,13 +67,13 @@ def refuse_other_encoder(encoder: EncoderFingerprint, recorded: EncoderFingerpri
 
 
 def hash_weights(model: Any) -> str:
-    """Of what the tensors hold, not of files or names: the same weights saved anew, or read by a later release of
-    transformers that calls them otherwise, are the same encoder."""
+    """Hashes the values of the tensors, not files or names: the same weights are the same encoder, even if saved again
+    or renamed by a later release of transformers."""
     import torch
 
     digests = []
     for name, tensor in model.state_dict().items():
-        if ".pooler." in name:  # unused here, and random where the checkpoint has none
+        if ".pooler." in name:  # unused here, and random if the checkpoint has none
             continue
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digests.append(hashlib.sha256(raw.numpy()).hexdigest())

@@ -1,8 +1,8 @@
-"""Dense retrieval: an encoder turns text into vectors, a vector index finds the nearest (`vectors/`).
+"""Dense retrieval: an encoder turns text into vectors, and a vector index finds the nearest ones (`vectors/`).
 
-Batching changes the last bits of a vector and of a score, so near scores count as equal and come in corpus order
-(`ranking.py`). Results do not depend on what else is in the batch. With queries encoded in bfloat16 or float16, the
-batch moves a score by thousandths, and may swap passages that are as near as that.
+Batching changes the last bits of a vector and of a score, so nearly equal scores count as ties, in corpus order
+(`ranking.py`). Results do not depend on the rest of the batch. With queries encoded in bfloat16 or float16, batching
+changes scores by thousandths, and may swap passages whose scores are that close.
 
     load_retriever("dense", index="indexes/wiki")                                 made by trl-search index --kind dense
     load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")     in memory
@@ -43,12 +43,12 @@ from trl_search.retrieval.ranking import MARGIN, Hits, best_rows
 from trl_search.types import Passage
 
 KIND = "dense"
-MOST_FETCHED = 4096  # rows per query; in a longer tie, those that the index gave first are taken
+MOST_FETCHED = 4096  # rows per query; of a longer tie, the first rows that the index returned are used
 
 
 @dataclass(frozen=True)
 class DenseBuilder(EncodingOptions):
-    """How vectors become an index, and `build_index(kind="dense")`.
+    """Builds a dense index: the options of `build_index(kind="dense")`.
 
     Args:
         index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a thirtieth of the memory), "small-ivf", "hnsw".
@@ -64,11 +64,11 @@ class DenseBuilder(EncodingOptions):
         self.check_encoding()
 
     def plan(self, passages: int) -> str:
-        """Memory, disk, time and recall of the index, and what encoding takes on top."""
+        """The memory, disk, build time and recall of the index, and the cost of encoding."""
         scratch = passages * self.loaded.dim * np.dtype(self.dtype).itemsize
         return (
             f"{plan(self.index_type, passages, self.loaded.dim).describe()}\n"
-            f"while it builds, {scratch / 1e9:,.2f} GB of vectors on disk beside it, and first the time to encode"
+            f"while it builds, {scratch / 1e9:,.2f} GB of vectors on disk as well, and the time to encode them first"
         )
 
     def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
@@ -82,10 +82,10 @@ class DenseBuilder(EncodingOptions):
 
 
 class DenseRetriever(Retriever):
-    """Search by meaning. Make one with `load_retriever("dense", ...)`.
+    """Searches by meaning. Make one with `load_retriever("dense", ...)`.
 
     Raises:
-        UserError: if vectors, passages and encoder do not go together.
+        UserError: if vectors, passages and encoder do not match.
 
     Example:
         >>> retriever = load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")
@@ -101,14 +101,14 @@ class DenseRetriever(Retriever):
             )
         if len(passages) != vectors.count:
             raise UserError(
-                f"the corpus has {len(passages):,} passages and the index {vectors.count:,} vectors: not a pair"
+                f"the corpus has {len(passages):,} passages and the index {vectors.count:,} vectors: they do not match"
             )
         self.encoder, self._vectors, self._passages = encoder, vectors, passages
         self._lock = threading.Lock()  # keeps `close` from running during a search
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         check_search(queries, k)
-        # A query without letters or digits would get a vector too, and passages that mean nothing.
+        # A query without letters or digits would still get a vector, and match meaningless passages.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         found: list[list[Passage]] = [[] for _ in queries]
         with self._lock:
@@ -155,30 +155,32 @@ def load(
     text_field: str | None = None,
     **options: Any,
 ) -> DenseRetriever:
-    """`load_retriever("dense", ...)`: of `index`; of `passages` or a `corpus`; or of `faiss_file` and `corpus`.
+    """`load_retriever("dense", ...)`: give `index`; `passages` or a `corpus`; or `faiss_file` and `corpus`.
 
     Args:
-        index (`str | Path`, *optional*): A folder made by `trl-search index --kind dense`. It knows its encoder.
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind dense`. It records its encoder.
         corpus (`str | Path`, *optional*): A file or dataset to encode now; with `faiss_file` its jsonl file.
         passages (`Iterable[Passage]`, *optional*): Passages to encode now.
-        faiss_file (`str | Path`, *optional*): A published index, such as `e5_Flat.index`, used as it is.
-        encoder (`str | Path | Encoder`, *optional*): By default that of the index, else `intfloat/e5-base-v2`. An
-            index takes no other: give it only where the same one lies elsewhere now.
-        device (`str`, *optional*): Of encoder and index: "cpu", "cuda"; by default GPUs where they are and have room.
-        gpu_engine (`str`): What searches an index on GPUs: "torch", or "faiss" with the extra `faiss-gpu`.
-        dtype (`str`): In which queries are encoded.
-        check_source (`bool`): Refuse an index whose source has changed, or a published one of another encoder.
-        nprobe (`int`, *optional*): Of an IVF: lists that are searched; more finds more. By default as the index was
-            calibrated; a published one as its file says or, where that is FAISS' default of 1, as is measured now.
-        ef_search (`int`, *optional*): Of a graph: candidates; more finds more.
-        trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
-        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, where they are not the usual
+        faiss_file (`str | Path`, *optional*): A published index, such as `e5_Flat.index`, used without conversion.
+        encoder (`str | Path | Encoder`, *optional*): By default the encoder of the index, else `intfloat/e5-base-v2`.
+            An index accepts no other encoder: pass it only if its files have moved.
+        device (`str`, *optional*): Of encoder and index: "cpu", "cuda"; by default GPUs, if there are any with enough
+            memory.
+        gpu_engine (`str`): The library that searches an index on GPUs: "torch", or "faiss" with the extra `faiss-gpu`.
+        dtype (`str`): Precision of encoding queries.
+        check_source (`bool`): Rejects an index whose source has changed, or a published index of another encoder.
+        nprobe (`int`, *optional*): Of an IVF: lists that are searched; more lists raise recall. The default is the
+            calibrated value; for a published index, the value in its file or, if that is FAISS' default of 1, a value
+            measured now.
+        ef_search (`int`, *optional*): Of a graph: candidates; more raise recall.
+        trust_remote_code (`bool`): Runs Python code from the encoder's checkpoint.
+        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, if they are not the usual
             ones (see `Fields`).
         options: `query_encoder`, `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see
-            `load_encoder`. An index has its own.
+            `load_encoder`. An index records its own.
 
     Raises:
-        UserError: for options that do not go together.
+        UserError: for options that cannot be combined.
     """
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus if faiss_file is None else None)
@@ -192,7 +194,7 @@ def load(
     if index is not None:
         if options or corpus is not None or passages is not None or faiss_file is not None:
             given = sorted(options) or ["corpus, passages and faiss_file"]
-            raise UserError(f"{', '.join(given)}: fixed when {index} was built; rebuild to change")
+            raise UserError(f"{', '.join(given)}: fixed when {index} was built; rebuild it to change them")
         opened = open_index(index, KIND, check_source=check_source)
         encoder = load_recorded(opened.manifest.details["encoder"], encoder, str(index), **how)
         return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places, **found), opened.corpus)

@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused(vectors, tmp_path):
     build_vectors(tmp_path, vectors, index="flat")
     with pytest.raises(UserError, match=r"needs FAISS for GPUs.*trl-search\[faiss-gpu\]"):
         open_vectors(tmp_path, gpu_engine="faiss")
-    with pytest.raises(UserError, match="device='cpu' asks for none"):
+    with pytest.raises(UserError, match="device='cpu' excludes them"):
         open_vectors(tmp_path, gpu_engine="faiss", device="cpu")
     with pytest.raises(UserError, match="gpu_engine is 'torch' or 'faiss', not 'cuda'"):
         open_vectors(tmp_path, gpu_engine="cuda")

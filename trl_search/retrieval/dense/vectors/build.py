@@ -1,12 +1,11 @@
-"""`build_vectors`: vectors in, `vectors.index` (a FAISS file) and `vectors.json` (what it is and how well it does)
-out.
+"""`build_vectors` writes `vectors.index` (a FAISS file) and `vectors.json` (its type, settings and recall).
 
-Rows stream: FAISS keeps the rows of its flat and scalar-quantised indexes in one array at the end of the file, so the
-file is written as the head that FAISS gives an empty index of this length, then the codes slice by slice. `flat`,
-`fp16` and `int8` are built in constant memory, `small` and `small-ivf` in that of their bits, whatever the size; FAISS
-reads the file as its own. (`hnsw` is built in memory: it lives there.)
+Rows are streamed: FAISS stores the rows of its flat and scalar-quantised indexes in one array at the end of the file.
+So the file is the head of an empty index, with the length filled in, and then the codes slice by slice; FAISS reads it
+like any other. `flat`, `fp16` and `int8` need constant memory to build, `small` and `small-ivf` the memory of their
+bits. (`hnsw` is built in memory, where it is also searched.)
 
-The same vectors, seed and machine give the same bytes, except for `hnsw`, whose graph depends on how its threads meet.
+The same vectors, seed and machine give the same bytes, except for `hnsw`, whose graph depends on thread timing.
 """
 
 from __future__ import annotations
@@ -50,17 +49,17 @@ def build_vectors(
     seed: int = 0,
     target_recall: float = 0.97,
 ) -> dict[str, Any]:
-    """Builds `folder/vectors.index`, sets it to reach the target and measures it.
+    """Builds `folder/vectors.index`, tunes its settings to reach the target recall, and measures it.
 
     Args:
-        folder (`Path`): Where to; exists.
-        vectors_ND (`np.ndarray`): (N, d) float32 or float16; may be a memory map, is read in slices.
+        folder (`Path`): The output folder, which must exist.
+        vectors_ND (`np.ndarray`): (N, d) float32 or float16; read in slices, so it may be a memory map.
         index (`str`): One of `VECTOR_INDEXES`.
         seed (`int`): Of the training sample and of the queries (`calibrate.py`).
-        target_recall (`float`): recall@3 against exact search that the setting must reach.
+        target_recall (`float`): recall@3 against exact search that the settings must reach.
 
     Returns:
-        `dict`: what `vectors.json` holds: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
+        `dict`: the content of `vectors.json`: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
     """
     _check(vectors_ND, index)
     started = time.perf_counter()
@@ -113,8 +112,8 @@ def _train(made: Any, vectors_ND: np.ndarray, word: str, seed: int) -> None:
         chosen = np.sort(np.random.default_rng(seed).choice(len(vectors_ND), size=wanted, replace=False))
     sample = np.concatenate(list(slices(vectors_ND[chosen])))
     if word == "small":
-        # RaBitQ encodes the direction from the centre, so it never finds a vector that equals the centre. Where all
-        # vectors are the same, they would.
+        # RaBitQ encodes the direction from the centre, so it never finds a vector that equals the centre, as all
+        # vectors would if they were identical.
         made.base_index.train(sample * _CENTRE)
         made.refine_index.train(sample)
         made.is_trained = True
@@ -125,9 +124,9 @@ def _train(made: Any, vectors_ND: np.ndarray, word: str, seed: int) -> None:
 
 
 def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
-    """flat, fp16, int8: the whole file streams."""
+    """flat, fp16, int8: the whole file is streamed."""
     faiss = faiss_module()
-    # The length of a flat index' rows is counted in floats, that of all others in bytes.
+    # FAISS counts the rows of a flat index in floats, and those of all others in bytes.
     unit = 4 if isinstance(made, faiss.IndexFlat) else 1
     made.ntotal = len(vectors_ND)
     with open(path, "wb") as file:
@@ -137,7 +136,7 @@ def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
 
 
 def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
-    """small, small-ivf: the bits are made in memory, the rows that refine them stream."""
+    """small, small-ivf: the bits are built in memory; the rows that refine them are streamed."""
     faiss = faiss_module()
     base, refine = made.base_index, faiss.downcast_index(made.refine_index)
     for slice_ND in tqdm(slices(vectors_ND), desc="codes", disable=None):
@@ -146,7 +145,7 @@ def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
     faiss.write_index(made, str(path))
     made.ntotal = refine.ntotal = 0
     with open(path, "r+b") as file:
-        # At the end: the length of the rows, none so far, and k_factor, which closes a refined index.
+        # The end of the file: the length of the rows, still 0, and k_factor, the last field of a refined index.
         file.seek(-_LENGTH.size - _K_FACTOR.size, os.SEEK_END)
         end = file.read()
         file.seek(-len(end), os.SEEK_END)
@@ -171,7 +170,7 @@ _WRITERS: dict[str, Callable[[Path, Any, np.ndarray], float]] = {
 
 
 def _append_codes(file: Any, made: Any, vectors_ND: np.ndarray, unit: int) -> float:
-    """Writes the length of all codes, then the codes, and returns the length of the longest row as it is stored."""
+    """Writes the length of all codes, then the codes. Returns the largest norm of the stored rows."""
     longest = 0.0
     file.write(_LENGTH.pack(len(vectors_ND) * made.sa_code_size() // unit))
     total = -(-len(vectors_ND) // 65_536)

@@ -1,11 +1,10 @@
-"""Measures recall@3 of an index against exact search, and finds the cheapest setting that reaches a target.
+"""Measures recall@3 of an index against exact search, and finds the cheapest settings that reach a target.
 
-The queries are made from the vectors: a random row plus three quarters of the difference of two others, from a seed.
-Such a query lies where the vectors lie, and several rows are nearly as close to it. Isotropic noise would be too easy:
-any index finds the row again.
+Queries are made from the vectors with a seed: a random row plus three quarters of the difference of two others. Such a
+query has the distribution of the vectors, and several rows are nearly equally close to it. A row plus isotropic noise
+would be too easy: every index finds that row.
 
-A row counts as found if its exact score is at least that of the third-best row, so that any of several duplicates
-counts.
+A row counts as found if its exact score is at least that of the third-best row, so any duplicate counts.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from trl_search.retrieval.dense.vectors.search import VectorSearch
 
 K = 3
 QUERIES = 256
-MEASURED_BYTES = 1 << 30  # codes that are searched through to choose nprobe: seconds
+MEASURED_BYTES = 1 << 30  # the most codes that are searched to choose nprobe, which takes seconds
 _TIE = 1e-6
-_MOVE = 0.75  # at 0.5, 1M synthetic vectors had .970 where queries of their own kind had .941
-# Each costs more than the one before, by about the same factor.
+_MOVE = 0.75  # at 0.5, recall on 1M synthetic vectors was .970, against .941 for queries of their own distribution
+# Each value costs more than the previous one, by about the same factor.
 _K_FACTORS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-_NPROBE_RECALL = 0.99  # of an index built by others
+_NPROBE_RECALL = 0.99  # the target for an index built elsewhere
 _NPROBES = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 _EF_SEARCHES = (16, 32, 64, 128, 256, 512, 1024)
 logger = logging.getLogger(__name__)
@@ -37,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Truth:
-    """Queries and, for each, the exact score of its K-th best row."""
+    """Queries, and the exact score of the K-th best row for each."""
 
     queries: np.ndarray
     kth_scores: np.ndarray
 
     def recall(self, vectors_ND: np.ndarray, rows_QK: np.ndarray) -> float:
-        """The share of the K best that `rows_QK` holds."""
+        """The share of the K best rows that `rows_QK` contains."""
         found = 0
         for query, rows, least in zip(self.queries, rows_QK, self.kth_scores, strict=True):
             unique = np.unique(rows[rows >= 0])
@@ -64,7 +63,7 @@ def find_truth(vectors_ND: np.ndarray, queries_QD: np.ndarray) -> Truth:
 
 
 def make_queries(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
-    """Rows, each moved by three quarters of the difference of two others, and as long as before."""
+    """Rows, each moved by three quarters of the difference of two others and rescaled to its old length."""
     random = np.random.default_rng(seed)
     rows_3Q = random.integers(len(vectors_ND), size=(3, QUERIES))
     row, one, other = (np.asarray(vectors_ND[rows], dtype=np.float32) for rows in rows_3Q)
@@ -76,19 +75,24 @@ def make_queries(vectors_ND: np.ndarray, seed: int) -> np.ndarray:
 def calibrate(
     word: str, search: VectorSearch, index: Any, vectors_ND: np.ndarray, truth: Truth, target: float
 ) -> tuple[dict[str, int], float]:
-    """The cheapest setting of `index` whose recall@3 by `search` reaches `target`, else the dearest there is:
-    `(settings, recall)`. Leaves the index at that setting."""
+    """Finds the cheapest settings of `index` whose recall@3 by `search` reaches `target`, else the most expensive, and
+    applies them. Returns `(settings, recall)`."""
     ladders = _ladders(word, index)
 
     def measure(settings: dict[str, int]) -> float:
         apply_settings(index, settings)
         return truth.recall(vectors_ND, search.search(truth.queries, K)[1])
 
-    # Start with the largest values; then lower each in turn to the least that still reaches the target.
+    # Start with the largest values, then lower each in turn to the smallest that still reaches the target.
     chosen = {name: ladder[-1] for name, ladder in ladders.items()}
     recall = measure(chosen)
     if recall < target:
-        logger.warning("%s reaches recall@3 %.3f on these vectors, not %.2f: set to its dearest", word, recall, target)
+        logger.warning(
+            "%s reaches recall@3 %.3f on these vectors, not %.2f: its most expensive settings are used",
+            word,
+            recall,
+            target,
+        )
     else:
         for name, ladder in ladders.items():
             for value in ladder[:-1]:
@@ -101,7 +105,7 @@ def calibrate(
 
 
 def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
-    """The settings to try, by name. `nprobe` comes first, because lists cost most."""
+    """The values to try, by setting. `nprobe` comes first, because lists cost most."""
     if word == "small-ivf":
         lists = int(faiss_module().extract_index_ivf(index.base_index).nlist)
         return {
@@ -114,13 +118,13 @@ def _ladders(word: str, index: Any) -> dict[str, tuple[int, ...]]:
 
 
 def choose_nprobe(ivf: Any) -> tuple[int, float | None]:
-    """How many lists of an IVF built by others should be searched; FAISS' own default is 1.
+    """Chooses how many lists to search of an IVF that was built elsewhere; FAISS' default is 1.
 
-    Queries are made as in `make_queries`, from the centres of the lists: not every code gives back its vectors.
+    Queries are made as in `make_queries`, but from the centroids of the lists: not every code can be decoded.
 
     Returns:
-        `(nprobe, recall)`: the least of a ladder whose recall@10, against a search of all lists, reaches .99. Above
-        `MEASURED_BYTES`, and where the centres are not at hand, a sixteenth of the lists, and `None`.
+        `(nprobe, recall)`: the smallest value of a ladder whose recall@10, against a search of all lists, reaches .99.
+        Above `MEASURED_BYTES`, or without access to the centroids: a sixteenth of the lists, and `None`.
     """
     lists, k = int(ivf.nlist), min(10, int(ivf.ntotal))
     unmeasured = min(lists, max(64, lists // 16)), None
@@ -153,7 +157,7 @@ def find_ivf(index: Any) -> Any:
 
 
 def apply_settings(index: Any, settings: dict[str, int]) -> None:
-    """Sets k_factor, nprobe and efSearch where FAISS keeps them.
+    """Sets k_factor, nprobe and efSearch on the FAISS objects that hold them.
 
     Raises:
         ValueError: for an unknown setting.
@@ -170,7 +174,7 @@ def apply_settings(index: Any, settings: dict[str, int]) -> None:
 
 
 def slices(vectors_ND: np.ndarray) -> Iterator[np.ndarray]:
-    """The vectors in slices of contiguous float32. NaN and infinity are refused.
+    """Yields the vectors in slices of contiguous float32. NaN and infinity are errors.
 
     Raises:
         UserError: if a vector is not finite.

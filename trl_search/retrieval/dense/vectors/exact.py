@@ -1,20 +1,19 @@
-"""Exact search by torch over rows that are stored as fp16 or as bytes: on GPUs, and on CPU for batches.
+"""Exact search with torch over rows stored as fp16 or bytes: on GPUs, and on CPU for batches.
 
-Every row is scored, and only the k best are needed. Storing all B x N scores would cost more than computing them. So
-rows are taken in groups of 64 neighbours, and only the highest score of each group is stored:
+Every row is scored, but only the k best are needed, and storing all B x N scores would cost more than computing them.
+So rows form groups of 64 neighbours, and only the highest score of each group is stored:
 
     rows_ND ──► a block of products ──► maxima_BG ──► the best groups ──► their rows, scored again in fp32 ──► best k
 
-If the maxima were exact, the k best rows would lie in the k groups with the highest maxima. They have an error: on a
-GPU the query is rounded to fp16, and the sums are added up in another order than when a row is scored again. The error
-is bounded. So a few more groups than k are fetched, and a result is accepted if its k-th score exceeds the highest
-maximum that was *not* fetched by more than the bound. If it does not (the corpus holds many near-duplicates), every
-row is scored in fp32 for that query. The results are therefore those of an fp32 search over the stored rows, with
-equal scores in order of the rows. Compared with rows stored as fp32, recall@3 is .9997 for fp16
-(`benchmarks/vector_index.py`).
+If the maxima were exact, the k best rows would lie in the k groups with the highest maxima. They have a bounded error:
+on a GPU the query is rounded to fp16, and sums are added in a different order than when a row is scored again. So a
+few more groups than k are fetched, and a result is accepted if its k-th score exceeds the highest maximum that was
+*not* fetched by more than the bound. If it does not (the corpus holds many near-duplicates), every row is scored in
+fp32 for that query. So the results equal those of an fp32 search over the stored rows, with ties in order of the rows.
+Compared with rows stored as fp32, recall@3 is .9997 for fp16 (`benchmarks/vector_index.py`).
 
 A row of bytes stands for `offset + scale * code`, with an offset and a scale per dimension. The query is multiplied by
-the scale once, so that products are taken with the codes, and the offset adds one number per query.
+the scale once, so that it can be multiplied with the codes directly; the offset adds one number per query.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ if TYPE_CHECKING:
 GROUP = 64
 MARGIN = 8  # groups fetched beyond k
 MAX_BATCH = 512
-# Bytes of the products of one block, so that they stay in the last-level cache until the maxima are taken. On CPU the
-# rows of a block, converted to fp32, must fit there too.
+# Bytes of the products of one block, which must stay in the last-level cache until the maxima are taken. On CPU the
+# block's rows, converted to fp32, must fit there too.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 CPU_BLOCK_ROWS = 4096
-SCORED_AGAIN = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements gathered at once when rows are scored again
+SCORED_AGAIN = {"cpu": 1 << 21, "cuda": 1 << 24}  # elements gathered at a time when rows are scored again
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def top_rows(
     Args:
         rows_ND (`torch.Tensor`): Stored rows: float32, float16 or uint8, on any device.
         queries_BD (`torch.Tensor`): float32, on the same device.
-        max_norm (`float`): No row is longer.
-        kernels (`Kernels`, *optional*): By default those in torch.
+        max_norm (`float`): The largest norm of a row.
+        kernels (`Kernels`, *optional*): By default the torch implementations.
     """
     import torch
 
@@ -69,7 +68,7 @@ def _top_rows(
     import torch
 
     dim = rows_ND.shape[1]
-    # A query of length 1 neither overflows in fp16 nor loses bits. Its scores are multiplied by the length at the end.
+    # A query of norm 1 neither overflows in fp16 nor loses bits. Its scores are multiplied by its norm at the end.
     lengths_B1 = queries_BD.norm(dim=1, keepdim=True)
     lengths_B1 = torch.where(lengths_B1 > 0, lengths_B1, torch.ones_like(lengths_B1))
     unit_BD = queries_BD / lengths_B1
@@ -105,7 +104,7 @@ def group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tenso
     for start in range(0, count, block):
         rows_CD = rows_ND[start : start + block]
         if rows_ND.is_cuda:
-            # Sums are kept in fp32. Rounded to fp16, neighbouring scores would become equal.
+            # Sums stay in fp32: rounded to fp16, nearly equal scores would become equal.
             scores_BC = torch.mm(queries_BD, rows_CD.T, out_dtype=torch.float32)
         else:
             scores_BC = queries_BD @ rows_CD.float().T
@@ -118,7 +117,7 @@ def group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tenso
 
 
 def score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: torch.Tensor) -> torch.Tensor:
-    """(B, C) scores in fp32; -inf beyond the last row. Equal rows get equal scores, wherever they stand."""
+    """(B, C) scores in fp32; -inf beyond the last row. Equal rows get equal scores, whatever their position."""
     import torch
 
     count, dim = rows_ND.shape
@@ -134,7 +133,7 @@ def score_again(rows_ND: torch.Tensor, queries_BD: torch.Tensor, candidates_BC: 
 def _best_groups(maxima_BG: torch.Tensor, take: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `take` groups with the highest maxima (B, take), and the highest maximum that is left out (B,).
 
-    With many groups, it selects among groups of groups first, so that all maxima are read only once."""
+    With many groups, it first selects among groups of groups, so that all maxima are read only once."""
     import torch
 
     batch, groups = maxima_BG.shape

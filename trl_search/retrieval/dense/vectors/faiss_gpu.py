@@ -1,13 +1,13 @@
-"""Exact fp16 search by faiss-gpu, for those who prefer it (`gpu_engine="faiss"`); torch is the default.
+"""Exact fp16 search with faiss-gpu (`gpu_engine="faiss"`); the default is torch.
 
     rows 0 … 2,999,999, two GPUs     GPU 0: flat indexes of rows 0–1,048,575 and 1,048,576–1,499,999
                                      GPU 1: flat indexes of rows 1,500,000–2,548,575 and 2,548,576–2,999,999
 
-One `add` fills each flat index: only into an empty index does FAISS convert the rows piece by piece. Otherwise it
-needs room for all of them twice.
+One `add` fills each flat index: FAISS converts rows piece by piece only when the index is empty, and otherwise needs
+memory for all of them twice.
 
-faiss-gpu has no build for CUDA 13, and none of the machines at hand had CUDA 12, so this has not run on a GPU. The
-test runs it with FAISS's CPU indexes in place of those of the GPU.
+faiss-gpu has no build for CUDA 13, and no machine with CUDA 12 was available, so this has not run on a GPU. The test
+runs it with FAISS's CPU indexes in place of GPU indexes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _SCRATCH_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class FaissShard:
-    """The flat fp16 indexes of one GPU with their first rows, and the scratch memory that they share."""
+    """The flat fp16 indexes of one GPU with their first row numbers, and the scratch memory that they share."""
 
     indexes: Sequence[tuple[int, Any]]
     resources: Any
 
 
 class FaissGpuSearch(ShardedSearch[FaissShard]):
-    """Exact search by FAISS, whose GPU indexes are not thread-safe."""
+    """Exact search with FAISS, whose GPU indexes are not thread-safe."""
 
     def __init__(self, shards: Sequence[FaissShard]) -> None:
         indexes = [index for shard in shards for _, index in shard.indexes]
@@ -48,7 +48,7 @@ class FaissGpuSearch(ShardedSearch[FaissShard]):
 
 
 def require_faiss_gpu() -> None:
-    """Raises a `UserError` where FAISS has no GPU functions or sees no GPU."""
+    """Raises a `UserError` if FAISS has no GPU functions or sees no GPU."""
     if getattr(faiss_module(), "get_num_gpus", lambda: 0)() < 1:
         raise UserError(
             "gpu_engine='faiss' needs FAISS for GPUs, and this FAISS sees none: pip install 'trl-search[faiss-gpu]' "
@@ -57,7 +57,7 @@ def require_faiss_gpu() -> None:
 
 
 def open_with_faiss(rows_ND: np.ndarray) -> FaissGpuSearch:
-    """Moves rows (N, d), float32 or float16 and usually mapped from a file, to all GPUs as fp16."""
+    """Copies rows (N, d), float32 or float16 and usually memory-mapped, to all GPUs as fp16."""
     faiss = faiss_module()
     shards = []
     for gpu, (first, last) in enumerate(split_rows(len(rows_ND), faiss.get_num_gpus())):

@@ -1,11 +1,11 @@
-"""`faiss_module()` imports FAISS for all other files, with the right settings for its matrix library.
+"""`faiss_module()` imports FAISS for all other modules, with the right settings for its BLAS library.
 
 Two defaults of faiss-cpu make exact search and IVF training five to ten times slower than they could be:
 
-- The OpenBLAS in its wheels (0.3.15) does not know newer processors, and falls back to SSE kernels for them.
-  `OPENBLAS_CORETYPE` names the kernels, and is read once, when the library is loaded. It is set only during the
-  import, so that no other OpenBLAS in this process or in a child process sees it.
-- FAISS uses BLAS only for batches with queries x dimensions above 128,000, and compares pair by pair below.
+- The OpenBLAS in its wheels (0.3.15) does not recognise newer processors, and falls back to SSE kernels.
+  `OPENBLAS_CORETYPE` selects the kernels, and is read once, when the library is loaded. It is set only during the
+  import, so that it affects no other OpenBLAS in this process or a child process.
+- FAISS uses BLAS only if queries x dimensions exceeds 128,000, and otherwise compares pair by pair.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl_search.common.errors import UserError
 
 CORETYPE = "OPENBLAS_CORETYPE"
 BLAS_THRESHOLD = 20
-# OpenBLAS' SkylakeX kernels use these four; a processor with the first alone (Xeon Phi) has none of its kernels.
+# OpenBLAS' SkylakeX kernels use these four; a processor with only the first (Xeon Phi) cannot run them.
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _AVX2 = {"avx2", "fma"}
 _lock = threading.Lock()
@@ -57,7 +57,8 @@ def kernels(flags: Set[str]) -> str | None:
 
 
 def _cpu_flags() -> set[str]:
-    """Empty where the system does not say (macOS, Windows): FAISS is built with another BLAS there."""
+    """The processor's flags; empty if the system does not list them (macOS, Windows), where FAISS uses another
+    BLAS."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return set()

@@ -1,11 +1,11 @@
 """Exact fp16 search on all GPUs: each GPU holds an equal share of the rows, and all GPUs search at the same time.
 
-The field's servers copy a whole fp32 index to the GPU and convert it there, which needs three times its final size
-(Search-R1 #54, #57). Here each GPU's fp16 rows are allocated once and filled slice by slice from the mapped file. So
-neither GPU nor host ever holds more than the final size and one slice. `check_gpu_memory` tells in advance what is
-needed and what is free.
+Other servers copy a whole fp32 index to the GPU and convert it there, which needs three times its final size
+(Search-R1 #54, #57). Here each GPU's fp16 rows are allocated once and filled slice by slice from the mapped file, so
+neither GPU nor host ever holds more than the final size and one slice. `check_gpu_memory` checks in advance that the
+rows fit.
 
-torch does the search (`exact.py`, `gpu_kernel.py`). Results are those of an fp32 search over the fp16 rows.
+torch searches (`exact.py`, `gpu_kernel.py`). Results equal those of an fp32 search over the fp16 rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ShardType = TypeVar("ShardType")
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first` to `first + len(rows_ND)`, on one device. No row is longer than `max_norm`."""
+    """Rows `first` to `first + len(rows_ND)`, on one device. No row has a norm above `max_norm`."""
 
     rows_ND: torch.Tensor
     first: int
@@ -47,24 +47,24 @@ class Shard:
 
 
 class ShardedSearch(VectorSearch, Generic[ShardType]):
-    """Exact search over shards that are on their devices: all at the same time, for one batch of queries at a time."""
+    """Exact search over shards on several devices, all in parallel, one batch of queries at a time."""
 
     def __init__(self, shards: Sequence[ShardType], *, dim: int, count: int) -> None:
         self.dim, self.count = dim, count
         self.shards = list(shards)
-        # Two searches at a time would need the scratch memory of a GPU twice, and would not be faster.
+        # Two concurrent searches would need the scratch memory of a GPU twice, and would not be faster.
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="shard")
 
     @abc.abstractmethod
     def _search_shard(self, shard: ShardType, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the whole index for the best of one shard, `k` at most."""
+        """Scores and global row numbers of the best rows of one shard, at most `k`."""
 
     def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             if not self.shards:
                 raise RetrievalError("this vector index is closed; open it again to search")
-            if len(self.shards) == 1:  # without the pool, whose threads would be missing after a fork
+            if len(self.shards) == 1:  # without the pool: its threads do not survive a fork
                 return self._search_shard(self.shards[0], queries_BD, k)
             return merge(list(self._pool.map(lambda shard: self._search_shard(shard, queries_BD, k), self.shards)), k)
 
@@ -75,7 +75,7 @@ class ShardedSearch(VectorSearch, Generic[ShardType]):
 
 
 class TorchSearch(ShardedSearch[Shard]):
-    """Exact search by torch."""
+    """Exact search with torch."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         count = sum(len(shard.rows_ND) for shard in shards)
@@ -85,7 +85,7 @@ class TorchSearch(ShardedSearch[Shard]):
         import torch
 
         device = shard.rows_ND.device
-        # Triton starts kernels on the current device of the thread, which need not be the device of the rows.
+        # Triton starts kernels on the thread's current device, which may not be the device of the rows.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             asked_BD = torch.from_numpy(queries_BD).to(device)
             fetch = min(k, len(shard.rows_ND))
@@ -94,7 +94,7 @@ class TorchSearch(ShardedSearch[Shard]):
 
 
 def open_on_gpus(rows_ND: np.ndarray) -> VectorSearch:
-    """Moves rows (N, d), float32 or float16 and usually mapped from a file, to all GPUs as fp16."""
+    """Copies rows (N, d), float32 or float16 and usually memory-mapped, to all GPUs as fp16."""
     import torch
 
     free = free_gpu_bytes()
@@ -106,7 +106,7 @@ def open_on_gpus(rows_ND: np.ndarray) -> VectorSearch:
 
 
 def search_in_memory(vectors_ND: np.ndarray) -> VectorSearch:
-    """Exact search over vectors (N, d) of float32 in the memory of this host. It needs neither FAISS nor a GPU."""
+    """Exact search over float32 vectors (N, d) in host memory, without FAISS or a GPU."""
     import torch
 
     longest = float(np.linalg.norm(vectors_ND, axis=1).max())
@@ -114,7 +114,7 @@ def search_in_memory(vectors_ND: np.ndarray) -> VectorSearch:
 
 
 def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes: int | None = None) -> None:
-    """Raises a `UserError` if the rows do not fit. Nothing is moved yet.
+    """Raises a `UserError` if the rows do not fit, before any are copied.
 
     Args:
         count (`int`): Rows.
@@ -128,8 +128,8 @@ def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes:
     short = [f"GPU {gpu} has {gb(free)} free" for gpu, free in enumerate(free_bytes) if free < rows + work]
     if short:
         raise UserError(
-            f"{count:,} x {dim} in fp16 need {gb(rows)} and {gb(work)} to search with on each of "
-            f"{len(free_bytes)} GPUs, but {', '.join(short)}. Free it, use more GPUs "
+            f"{count:,} x {dim} in fp16 need {gb(rows)}, plus {gb(work)} for searching, on each of "
+            f"{len(free_bytes)} GPUs, but {', '.join(short)}. Free memory, use more GPUs "
             "(CUDA_VISIBLE_DEVICES), or search on CPU: device='cpu'"
         )
     if ram < host:
@@ -137,13 +137,14 @@ def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes:
 
 
 def work_bytes(count: int, dim: int) -> int:
-    """GPU memory that a search takes beside the rows: the maxima of the groups, and three copies of the candidates."""
+    """GPU memory that a search needs besides the rows: the maxima of the groups, and three copies of the
+    candidates."""
     maxima = MAX_BATCH * math.ceil(count / GROUP) * 4 * 5 // 4
     return maxima + SCORED_AGAIN["cuda"] * 12 + MAX_BATCH * dim * 16 + (64 << 20)
 
 
 def free_gpu_bytes() -> list[int]:
-    """Free memory of each GPU that this process sees; `[]` where there is none."""
+    """Free memory of each GPU that this process sees; `[]` if there is none."""
     import torch
 
     return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
@@ -167,18 +168,20 @@ def transfer(rows_ND: np.ndarray, first: int, device: torch.device) -> Shard:
     longest = 0.0
     starts = range(0, len(rows_ND), SLICE_ROWS)
     for start in tqdm(starts, desc=f"to {device}", unit_scale=SLICE_ROWS, unit=" rows", disable=None):
-        # A copy: rows in a mapped file are read-only and may lie at odd addresses.
+        # A copy: rows in a mapped file are read-only and may be unaligned.
         part = torch.from_numpy(np.array(rows_ND[start : start + SLICE_ROWS], order="C")).half()
         held_ND[start : start + len(part)].copy_(part)
         norm = float(held_ND[start : start + len(part)].norm(dim=1, dtype=torch.float32).max())
         longest = max(longest, norm)
         if not math.isfinite(norm):
-            raise UserError(f"a vector of rows {first + start:,} and on holds NaN, infinity or more than fp16 can")
+            raise UserError(
+                f"a vector at or after row {first + start:,} holds NaN, infinity or a number too large for fp16"
+            )
     return Shard(held_ND, first, longest, fused_kernels(held_ND))
 
 
 def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best of several results of the same queries, ties by row."""
+    """Merges several results of the same queries into the `k` best, ties by row."""
     scores_BM, rows_BM = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
     scores_BM = np.where(rows_BM < 0, -np.inf, scores_BM)
     order_BK = np.lexsort((rows_BM, -scores_BM), axis=-1)[:, :k]
@@ -186,7 +189,7 @@ def merge(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.nd
 
 
 def fused_kernels(rows_ND: torch.Tensor) -> Kernels | None:
-    """Our Triton kernels for these rows; `None`, which means torch's own, if GPU or dimension do not allow them."""
+    """The Triton kernels for these rows; `None` (use torch) if the GPU or the dimension does not allow them."""
     import torch
 
     if not rows_ND.is_cuda or importlib.util.find_spec("triton") is None:

@@ -1,10 +1,11 @@
-"""Triton kernels for the two passes of `exact.top_rows`: the maxima of groups of rows, and candidates scored again.
+"""Triton kernels for the two passes of `exact.top_rows`: maxima of groups of rows, and rescoring of candidates.
 
 Maxima. `exact.group_maxima` writes every block of products to memory, reads it back, and starts two kernels per block.
-For 21M x 768 and a batch of 512, the products alone take 17 ms of an H200's tensor cores, so nothing else may take
-long. This kernel multiplies one tile, reduces it to one fp32 maximum per group, and writes only the maxima. Each
-multiprocessor works on one tile after the other, and loads the rows of the next while it reduces the last. Tiles with
-the same rows and different queries are neighbours, so each row is read from memory once and then from cache.
+For 21M x 768 and a batch of 512, the products alone take 17 ms of an H200's tensor cores, so little time is left for
+anything else. This kernel multiplies one tile, reduces it to one fp32 maximum per group, and writes only the maxima.
+Each multiprocessor processes its tiles in sequence, and loads the rows of the next tile while it reduces the last.
+Tiles with the same rows and different queries are neighbours, so each row is read from memory once and then from
+cache.
 
 Scores. torch gathers the rows of all candidates, converts them and multiplies them: three passes over memory. This
 kernel reads them once.
@@ -25,9 +26,9 @@ from trl_search.retrieval.dense.vectors.exact import GROUP
 if TYPE_CHECKING:
     import torch
 
-TILE_DIM = 64  # dimensions that are multiplied in one step
+TILE_DIM = 64  # dimensions multiplied per step
 SCORED_AT_ONCE = 8
-# Shared memory that the largest tile takes per multiprocessor. Hopper and Blackwell have it, a GeForce has less.
+# Shared memory per multiprocessor for the largest tile. Hopper and Blackwell have it; a GeForce has less.
 SHARED_BYTES = 192 << 10
 
 
@@ -64,7 +65,7 @@ def fused_group_maxima(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch
 
 def choose_tile(batch: int) -> tuple[int, int, int, int]:
     """Queries and rows of a tile, its warps, and the stages of its pipeline."""
-    # Tensor cores take at least 16 queries. With few queries memory is the limit, with many the products are.
+    # Tensor cores need at least 16 queries. Few queries are bound by memory, many by the products.
     queries = 16 if batch <= 16 else 64 if batch <= 64 else 128
     return queries, 256, 8, 3 if queries == 128 else 4
 
@@ -93,11 +94,11 @@ def _multiprocessors(device: torch.device) -> int:
     import torch
 
     if device.type != "cuda":
-        return 3  # interpreted: few enough for each program to get several tiles
+        return 3  # interpreted: few enough that each program gets several tiles
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Without annotations: Triton reads them, and accepts only its own.
+# Not annotated: Triton reads annotations, and accepts only its own.
 @triton.jit
 def _maxima_of_tiles(  # type: ignore[no-untyped-def]
     rows,
@@ -114,7 +115,7 @@ def _maxima_of_tiles(  # type: ignore[no-untyped-def]
     TILE_QUERIES: tl.constexpr,
     TILE_DIM: tl.constexpr,
 ):
-    # `flatten` makes one loop over the parts of all tiles, so that loads for the next tile start early.
+    # `flatten` makes one loop over the steps of all tiles, so that loads for the next tile start early.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_query = (tile % query_tiles) * TILE_QUERIES
         first_row = (tile // query_tiles) * TILE_ROWS
@@ -144,7 +145,7 @@ def _scores_of_candidates(  # type: ignore[no-untyped-def]
     column = tl.arange(0, WIDTH)
     wanted = column < DIM
     query_part = tl.load(queries + query * DIM + column, mask=wanted, other=0.0)
-    # 21M rows of 768 have more elements than 32 bits can count, so rows are int64, as candidates are.
+    # 21M rows of 768 have more elements than 32 bits can index, so rows are int64, as candidates are.
     row_at = rows + tl.minimum(row, count - 1)[:, None] * DIM + column[None, :]
     products = tl.load(row_at, mask=wanted[None, :], other=0.0).to(tl.float32) * query_part[None, :]
     score = tl.where(row < count, tl.sum(products, axis=1), float("-inf"))

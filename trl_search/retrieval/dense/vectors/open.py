@@ -1,7 +1,7 @@
-"""`open_vectors` and `open_faiss_file`: an index on disk becomes a `VectorSearch`, in seconds whatever its size.
+"""`open_vectors` and `open_faiss_file` open an index on disk as a `VectorSearch`, in seconds whatever its size.
 
-With `device="auto"`, `flat` and `fp16` are searched on the GPUs, if there are any and the rows fit; the log says so,
-or says why not. All other types are searched on CPU, mapped from the file.
+With `device="auto"`, `flat` and `fp16` are searched on the GPUs if the rows fit; the log says so, or says why not. All
+other types are searched on CPU, mapped from the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trl_search.retrieval.dense.vectors.search import (
 )
 
 _SETTINGS = ("nprobe", "k_factor", "efSearch")
-# FAISS' files of graphs say 16, which finds .6 of the exact three in the published e5_HNSW64.index; this finds .97.
+# Graph files of FAISS say 16, with recall@3 .6 on the published e5_HNSW64.index; this value reaches .97.
 FILE_EF_SEARCH = 512
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ def open_vectors(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> VectorSearch:
-    """Opens what `build_vectors` made, at the setting that it chose.
+    """Opens an index of `build_vectors`, with the settings that it chose.
 
     Args:
-        folder (`Path`): With `vectors.index` and `vectors.json`.
-        device (`str`): `"auto"`, `"cpu"`, or `"cuda"`, which refuses instead of going to CPU.
-        gpu_engine (`str`): What searches on GPUs: `"torch"`, or `"faiss"`, which refuses instead of going to CPU.
-        nprobe (`int`, *optional*): Lists of an IVF that are searched, in place of the setting.
-        ef_search (`int`, *optional*): Candidates of a graph, in place of the setting.
+        folder (`Path`): Contains `vectors.index` and `vectors.json`.
+        device (`str`): `"auto"`, `"cpu"`, or `"cuda"`, which raises instead of falling back to CPU.
+        gpu_engine (`str`): The library on GPUs: `"torch"`, or `"faiss"`, which raises instead of falling back to CPU.
+        nprobe (`int`, *optional*): Lists of an IVF that are searched, instead of the setting.
+        ef_search (`int`, *optional*): Candidates of a graph, instead of the setting.
 
     Raises:
         UserError: if the index is missing, unfinished or damaged.
@@ -61,7 +61,7 @@ def open_vectors(
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished vector index, there is no {ABOUT}; build it again") from None
+        raise UserError(f"{folder} holds no finished vector index ({ABOUT} is missing); build it again") from None
     except ValueError as error:
         raise UserError(f"{folder / ABOUT} is damaged ({error}); build it again") from None
     index = _open_index(path)
@@ -83,25 +83,27 @@ def open_faiss_file(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> VectorSearch:
-    """Opens any FAISS file as it is, such as the published `e5_Flat.index`, without conversion, mapped where its type
-    allows. A log line says how an IVF and a graph are searched.
+    """Opens any FAISS file without conversion, such as the published `e5_Flat.index`, memory-mapped if its type allows
+    it. The log states the search settings of an IVF or a graph.
 
     Args:
-        path (`Path`): The file; inner product or L2 (whose scores are the distances, negated).
-        device, gpu_engine (`str`): As for `open_vectors`.
-        nprobe (`int`, *optional*): Lists of an IVF that are searched; by default what the file says, or, where that is
-            FAISS' default of 1, what reaches recall@10 .99 of a search of all lists.
-        ef_search (`int`, *optional*): Candidates of a graph; by default 512, or more where the file says so.
+        path (`Path`): The file, with inner product or L2; the scores of L2 are negated distances. device, gpu_engine
+        (`str`): As for `open_vectors`.
+        nprobe (`int`, *optional*): Lists of an IVF that are searched; by default the value in the file or, if that is
+            FAISS' default of 1, a value that reaches recall@10 .99 against a search of all lists.
+        ef_search (`int`, *optional*): Candidates of a graph; by default 512, or the value in the file if it is larger.
 
     Raises:
-        UserError: if there is no such file, or it cannot be searched by inner product and row.
+        UserError: if the file is missing, or its metric or row ids are not supported.
     """
     if not path.is_file():
         raise UserError(f"there is no FAISS file {path}")
     index = _open_index(path)
     faiss = faiss_module()
     if isinstance(index, faiss.IndexIDMap):
-        raise UserError(f"{path} maps its rows to ids of its own; only rows in the order of the corpus are served")
+        raise UserError(
+            f"{path} maps its rows to its own ids; only indexes whose rows are in corpus order can be searched"
+        )
     _apply_given(path, index, nprobe, ef_search)
     ivf = find_ivf(index)
     if isinstance(index, faiss.IndexHNSW):
@@ -113,9 +115,9 @@ def open_faiss_file(
         if nprobe is None and ivf.nprobe == 1:
             ivf.nprobe, recall = choose_nprobe(ivf)
         measured = f", recall@10 {recall:.2f} of a search of all" if recall is not None else ""
-        logger.info("%s: %d lists, of which nprobe %d are searched%s", path, ivf.nlist, ivf.nprobe, measured)
+        logger.info("%s: %d lists, nprobe %d of them are searched%s", path, ivf.nlist, ivf.nprobe, measured)
     if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
-        raise UserError(f"{path} has FAISS metric {index.metric_type}; inner product and L2 are searched here")
+        raise UserError(f"{path} has FAISS metric {index.metric_type}; only inner product and L2 are supported")
     return _place(path, index, device, gpu_engine, max_norm=None)
 
 
@@ -129,7 +131,9 @@ def _apply_given(path: Path, index: Any, nprobe: int | None, ef_search: int | No
         if value < 1:
             raise UserError(f"{name} must be at least 1; got {value}")
         if not there:
-            raise UserError(f"{name} is an option of {'an IVF' if name == 'nprobe' else 'a graph'}; {path} is none")
+            raise UserError(
+                f"{name} is an option of {'an IVF' if name == 'nprobe' else 'a graph'}, which {path} is not"
+            )
         apply_settings(index, {"efSearch" if name == "ef_search" else name: value})
 
 
@@ -149,7 +153,7 @@ def _open_index(path: Path) -> Any:
 
 def _is_graph(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(3) == b"IHN"  # IHNf, IHNs, ...: what FAISS begins the file of an HNSW index with
+        return file.read(3) == b"IHN"  # an HNSW file of FAISS begins with IHNf, IHNs, ...
 
 
 def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: float | None) -> VectorSearch:
@@ -160,7 +164,7 @@ def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: fl
     if gpu_engine == "faiss":
         if device == "cpu":
             raise UserError(
-                "gpu_engine='faiss' searches on GPUs, and device='cpu' asks for none: leave one of them out"
+                "gpu_engine='faiss' searches on GPUs, and device='cpu' excludes them: leave one of them out"
             )
         require_faiss_gpu()
         device = "cuda"
@@ -178,8 +182,8 @@ def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: fl
     size = path.stat().st_size
     if rows is not None and size > available_ram_bytes():
         logger.warning(
-            "%s is read whole by each search and has %s, of which memory holds %s: searches will wait for the disk; "
-            "index 'small' needs %s",
+            "each search reads all of %s (%s), and memory holds %s: searches will wait for the disk; index 'small' "
+            "needs %s",
             path,
             gb(size),
             gb(available_ram_bytes()),

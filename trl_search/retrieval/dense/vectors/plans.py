@@ -1,4 +1,4 @@
-"""The index types, each named by one word, and what each costs: `plan("small", 21_000_000, 768)` says it in advance.
+"""The index types, each named by one word, and their costs: `plan("small", 21_000_000, 768)` estimates one in advance.
 
 | word | what it is | bytes in memory; and on disk, per vector of d dimensions |
 |---|---|---|
@@ -9,8 +9,8 @@
 | `small-ivf` | the same in lists, of which `nprobe` are read | d/8 + 16 and the centroids; + d |
 | `hnsw` | a graph over fp32 rows | 4 d + 280; the same |
 
-"Memory" is what stays resident. Mapped files are read when needed, and the kernel drops their pages when memory is
-short. An exact search reads every row, so it is fast only while the file fits into the page cache.
+"Memory" is resident memory. Mapped files are read when needed, and the kernel drops their pages when memory is short.
+An exact search reads every row, so it is fast only while the file fits into the page cache.
 
 Sizes are computed, and a test compares them with real files. Build times were measured by `benchmarks/vector_index.py`
 with 768 dimensions on two AVX-512 cores, and are scaled by dimensions and cores. Recall was measured there too, on
@@ -38,7 +38,7 @@ _FACTORIES = {
     "small-ivf": "IVF{lists},RaBitQfs,Refine(SQ8)",
     "hnsw": f"HNSW{HNSW_LINKS}",
 }
-# Expected recall@3 as (from, to). Exact types lose only by rounding; the others are calibrated to reach a target.
+# Expected recall@3 as (from, to). Exact types lose recall only by rounding; the others are calibrated to a target.
 _RECALL = {
     "flat": (1.0, 1.0),
     "fp16": (0.999, 1.0),
@@ -50,12 +50,12 @@ _RECALL = {
 # Microseconds per vector of 768 dimensions on one core, with calibration.
 _BUILD_US = {"flat": 60, "fp16": 60, "int8": 70, "small": 90, "small-ivf": 260, "hnsw": 2200}
 _FILE_HEAD = 4096
-_TRAINED_LIST = 39  # with fewer vectors per list, FAISS warns that k-means has too few
+_TRAINED_LIST = 39  # FAISS warns if k-means has fewer vectors per list
 
 
 @dataclass(frozen=True)
 class VectorPlan:
-    """What an index will cost. `ram_bytes` stay resident."""
+    """The estimated cost of an index. `ram_bytes` is resident memory."""
 
     word: str
     factory: str
@@ -81,7 +81,7 @@ class VectorPlan:
 
 
 def plan(word: str, count: int, dim: int) -> VectorPlan:
-    """What an index of `count` vectors of `dim` dimensions will cost, before it is built.
+    """Estimates the cost of an index of `count` vectors of `dim` dimensions before it is built.
 
     Args:
         word (`str`): One of `VECTOR_INDEXES`.
@@ -93,7 +93,7 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
     """
     if word not in VECTOR_INDEXES:
         raise unknown_name("vector index", word, VECTOR_INDEXES)
-    # Fast-scan codes are stored in blocks of 32 vectors. Each vector has two floats beside its bits.
+    # Fast-scan codes are stored in blocks of 32 vectors. Each vector has two floats besides its bits.
     bits = math.ceil(dim / 8) + 8
     lists = list_count(count)
     codes = {"flat": 4 * dim, "fp16": 2 * dim, "int8": dim}
@@ -101,7 +101,7 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
     if word in codes:
         disk = codes[word] * count + _FILE_HEAD
         ram = _FILE_HEAD
-        # Rows are streamed: one slice and its copy.
+        # Rows are streamed: memory holds one slice and its copy.
         build_ram = 2 * 4 * dim * min(count, SLICE_ROWS)
         gpu = 2 * dim * count if word in ("flat", "fp16") else None
     elif word == "hnsw":
@@ -114,7 +114,7 @@ def plan(word: str, count: int, dim: int) -> VectorPlan:
             # An id per vector, and per list a centroid and half a block of padding.
             ram = (bits + 8) * count + lists * (4 * dim + 16 * bits + 64) + _FILE_HEAD
         disk = ram + dim * count + 8 * dim
-        # The training sample, beside the codes.
+        # The training sample, besides the codes.
         sample = 64 * lists if word == "small-ivf" else TRAINING_ROWS
         build_ram = ram + 2 * 4 * dim * min(count, max(sample, SLICE_ROWS))
     return VectorPlan(

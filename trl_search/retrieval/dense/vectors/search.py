@@ -1,9 +1,8 @@
 """`VectorSearch`, the interface of an open vector index, and the two implementations on CPU.
 
-Scores are inner products; the highest is the best. Rows come best first, equal scores in order of the rows. Where
-there are no more rows, the row is -1 and the score -inf. Batches and threads change the last bits of a score, so
-copies of a vector can change places. A caller that wants the same rows every time fetches more and ranks them with
-`ranking.py`.
+Scores are inner products; the highest is the best. Rows come best first, equal scores in order of the rows. Missing
+rows are -1 with score -inf. Batches and threads change the last bits of a score, so copies of a vector can swap
+places. For the same rows every time, fetch more rows and rank them with `ranking.py`.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class VectorSearch(abc.ABC):
             k (`int`): At least 1; may exceed the number of vectors.
 
         Returns:
-            `(scores, rows)`: (B, k) float32 and (B, k) int64; -inf and -1 where there are no more.
+            `(scores, rows)`: (B, k) float32 and (B, k) int64; -inf and -1 if there are no more rows.
 
         Raises:
-            UserError: for another shape, or a `k` below 1.
+            UserError: for queries of the wrong shape, or a `k` below 1.
             RetrievalError: for a query that is not finite.
         """
         queries_BD = np.ascontiguousarray(queries, dtype=np.float32)
@@ -66,24 +65,24 @@ class VectorSearch(abc.ABC):
 
     @abc.abstractmethod
     def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, for a batch that is not empty, contiguous float32, and `1 <= k <= count`."""
+        """Like `search`, for a non-empty batch of contiguous float32, and `1 <= k <= count`."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases memory and files. Safe to call twice; a search under way finishes."""
+        """Releases memory and files. Safe to call twice; a running search finishes."""
 
 
 class FaissSearch(VectorSearch):
-    """A FAISS index on CPU, memory-mapped where its type allows. Searches there are thread-safe."""
+    """A FAISS index on CPU, memory-mapped if its type allows it. Its searches are thread-safe."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
-        # L2 distances fall towards the best; scores rise.
+        # The smallest L2 distance is the best, so distances are negated.
         self._sign = -1.0 if index.metric_type == faiss_module().METRIC_L2 else 1.0
         self.dim, self.count = int(index.d), int(index.ntotal)
 
     def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        index = self.index  # held until this search is done, whatever `close` does meanwhile
+        index = self.index  # keeps the index alive if `close` runs during this search
         if index is None:
             raise RetrievalError("this vector index is closed; open it again to search")
         scores_BK, rows_BK = index.search(queries_BD, k)
@@ -94,13 +93,13 @@ class FaissSearch(VectorSearch):
 
 
 def read_faiss(path: Path) -> Any:
-    """A FAISS file, memory-mapped where its type allows."""
+    """Opens a FAISS file, memory-mapped if its type allows it."""
     faiss = faiss_module()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
 
 def stored_rows(path: Path, index: Any) -> np.ndarray | None:
-    """The rows of a flat or scalar-quantised FAISS file, mapped: they are its end. `None` for every other type."""
+    """The rows of a flat or scalar-quantised FAISS file, mapped from its end. `None` for every other type."""
     faiss = faiss_module()
     if isinstance(index, faiss.IndexFlat):
         dtype: type = np.float32
@@ -114,14 +113,14 @@ def stored_rows(path: Path, index: Any) -> np.ndarray | None:
     offset = path.stat().st_size - shape[0] * shape[1] * np.dtype(dtype).itemsize
     if not shape[0] or offset < 0:
         return None
-    # Copy on write, because torch wants an array that is writable. Nothing writes to it.
+    # Copy on write, because torch expects a writable array. Nothing writes to it.
     return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
 
 
 class SlicedSearch(FaissSearch):
-    """fp16 or one-byte rows on CPU. FAISS compares such rows query by query, and products of slices (`exact.py`) are
-    several times faster for a batch, so they are used from 8 queries on. Scores differ in the last bits, as between
-    any two batch sizes."""
+    """fp16 or one-byte rows on CPU. FAISS compares such rows query by query. For a batch, products of slices
+    (`exact.py`) are several times faster, so they are used from 8 queries on. Scores differ in the last bits, as
+    between any two batch sizes."""
 
     def __init__(self, index: Any, rows: np.ndarray, max_norm: float) -> None:
         super().__init__(index)
@@ -132,7 +131,7 @@ class SlicedSearch(FaissSearch):
             self._affine = low + width / 510, width / 255
 
     def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if len(queries_BD) < _SLICED_BATCH or self.index is None:  # a closed index is refused there
+        if len(queries_BD) < _SLICED_BATCH or self.index is None:  # the base class raises if the index is closed
             return super()._search(queries_BD, k)
         import torch
 
@@ -148,7 +147,7 @@ class SlicedSearch(FaissSearch):
 
 
 def available_ram_bytes() -> int:
-    """Memory that this host can give without swapping; page cache counts as free."""
+    """Memory that is available without swapping; page cache counts as free."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text(encoding="ascii").splitlines():
