@@ -166,8 +166,8 @@ def test_a_replica_that_is_killed_fails_nobody(served: Served, client) -> None:
             asked += 1
         return asked
 
-    with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask, thread) for thread in range(8)]
+    with ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(ask, thread) for thread in range(16)]
         time.sleep(1)
         before[0].kill()
         asked = [future.result() for future in asking]
