@@ -140,7 +140,7 @@ def test_the_preflight_says_what_is_needed_and_what_is_there():
     check_gpu_memory(*wiki, [20 << 30] * 2, ram_bytes=16 << 30)
     with pytest.raises(UserError, match=r"need 32\.3 GB, plus 1\.\d GB .* each of 1 GPUs, but GPU 0 has 25\.8 GB"):
         check_gpu_memory(*wiki, [24 << 30], ram_bytes=16 << 30)
-    with pytest.raises(UserError, match=r"need 16\.1 GB .* but GPU 1 has 8\.6 GB free.*device='cpu'"):
+    with pytest.raises(UserError, match=r"need 16\.1 GB, .* but GPU 1 has 8\.6 GB free.*device='cpu'"):
         check_gpu_memory(*wiki, [80 << 30, 8 << 30], ram_bytes=16 << 30)
     with pytest.raises(UserError, match=r"host's memory, 0\.1 GB are free"):
         check_gpu_memory(*wiki, [80 << 30], ram_bytes=100 << 20)

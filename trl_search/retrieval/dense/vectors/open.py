@@ -87,8 +87,8 @@ def open_faiss_file(
     it. The log states the search settings of an IVF or a graph.
 
     Args:
-        path (`Path`): The file, with inner product or L2; the scores of L2 are negated distances. device, gpu_engine
-        (`str`): As for `open_vectors`.
+        path (`Path`): The file, with inner product or L2; the scores of L2 are negated distances.
+        device, gpu_engine (`str`): As for `open_vectors`.
         nprobe (`int`, *optional*): Lists of an IVF that are searched; by default the value in the file or, if that is
             FAISS' default of 1, a value that reaches recall@10 .99 against a search of all lists.
         ef_search (`int`, *optional*): Candidates of a graph; by default 512, or the value in the file if it is larger.
