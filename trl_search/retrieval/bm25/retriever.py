@@ -209,8 +209,8 @@ def load(
         threads (`int`, *optional*): Of a tantivy index: queries of a batch that are searched in parallel; by default
             one per CPU.
         check_source (`bool`): With `index`: rejects it if the file that it was built from has changed.
-        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, if they are not the usual ones
-            (see `Fields`).
+        id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, if they are not the usual
+            ones (see `Fields`).
         options: With `corpus` or `passages`: `stemmer`, `stopwords`, `k1`, `b`, `fold_accents`. An index records its
             own.
 
