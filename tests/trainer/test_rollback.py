@@ -15,10 +15,10 @@ from tests.support.scripted_trainer import config, steps
 from tests.trainer.callbacks.test_held_out import held_out_trainer
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_trajectories
+from trl_search.records.rollbacks import rollbacks_of
 from trl_search.trainer.callbacks.alarms import RULES
 from trl_search.trainer.resume import checkpoint_to_resume
 from trl_search.trainer.rollback import set_learning_rates
-from trl_search.trainer.rollback_record import rollbacks_of
 
 COLLAPSES_AT = 6  # five logs make a level, and the alarm below ends the training when it has lasted two
 

@@ -29,7 +29,7 @@ from trl_search.evaluation.outcomes import RESULTS_FILE
 
 FORMAT = 1
 METRICS_FILE, TRAJECTORY_FOLDER = "metrics.jsonl", "trajectories"
-ROLLBACKS_FILE = "rollbacks.json"  # `on_collapse: rollback` (`trainer/rollback_record.py` writes it)
+ROLLBACKS_FILE = "rollbacks.json"  # `on_collapse: rollback` (`records/rollbacks.py` writes it)
 GRPO, SFT = "GRPO", "SFT"  # how a run trained: `trl-search train`, or a cold start of `trl-search sft`
 # The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
@@ -67,6 +67,7 @@ class Run:
         results (`dict[str, dict]`): The evaluations of `results.json` by the name of their row, such as
             `{"search, after GRPO": {"em": 0.935, ...}}`.
         seconds (`float`, *optional*): How long the whole training took, once it has ended.
+        rollbacks (`list[dict]`): `{"step": 60, "to": 40}` for each time that it went back after a collapse.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Run:
     problems: list[str]
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float | None = None
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def task(self) -> dict[str, Any]:
@@ -152,7 +154,9 @@ def read_run(folder: str | Path) -> Run:
     # Before training ends, the file holds the evaluations so far, and a time that is not the run's.
     ended = AFTER_ROW in results or bool(recorded.get("history"))
     seconds = seconds if ended and isinstance(seconds, int | float) else None
-    return Run(folder, info, history, files, problems, results, seconds)
+    path = folder / ROLLBACKS_FILE
+    rollbacks = _read_object(path, problems).get("rollbacks", []) if path.is_file() else []
+    return Run(folder, info, history, files, problems, results, seconds, rollbacks)
 
 
 def read_trajectories(run: Run | str | Path, steps: Collection[int] | None = None) -> pyarrow.Table:

@@ -18,7 +18,7 @@ from trl_search.common.files import read_object
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
 from trl_search.records.folder import AFTER_ROW, BEST_ROW, ROLLBACKS_FILE
-from trl_search.trainer.rollback_record import is_given_up, rollbacks_of
+from trl_search.records.rollbacks import is_given_up, rollbacks_of
 
 
 def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:

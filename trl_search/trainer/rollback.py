@@ -8,7 +8,7 @@
 The best checkpoint has the highest held-out EM (`evaluate_every`). The peak learning rate of every parameter group is
 halved, so warm-up and decay continue from their step.
 
-What was rolled back stands in `rollback_record.py`.
+What was rolled back stands in `records/rollbacks.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.records.alarm_rules import EM_BEFORE
+from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume
-from trl_search.trainer.rollback_record import record_rollback, rollbacks_of
 
 logger = logging.getLogger(__name__)
 

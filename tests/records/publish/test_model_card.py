@@ -162,6 +162,12 @@ def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
     assert "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text
 
 
+def test_it_says_that_the_training_went_back(facts):
+    assert "went back" not in write_card(facts).text
+    told = write_card(dataclasses.replace(facts, rollbacks=[{"step": 44, "to": 24}])).text
+    assert "went back to its best checkpoint once: from step 44 to step 24. Each time, the learning rate" in told
+
+
 def test_an_adapter_says_that_it_is_one(facts):
     config = {"base_model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "r": 32, "lora_alpha": 64}
     card = write_card(dataclasses.replace(facts, adapter=config, base_model=config["base_model_name_or_path"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_without_held_out_questions_the_reward_is_named_as_such() -> None:
     said = "The training reward rose from 0.200 to 0.500; held-out questions were not measured."
     assert headline(run_of(LOG, {})) == said
     assert headline(run_of([], {})) == headline(run_of(LOG[:1], {})) == "Nothing was measured yet."
+
+
+def test_rollbacks_are_among_the_numbers() -> None:
+    run = dataclasses.replace(run_of(LOG, {}), rollbacks=[{"step": 44, "to": 24}, {"step": 60, "to": 24}])
+    told = "step 44 to 24, step 60 to 24; each halved the learning rate"
+    assert Fact("Rollbacks", "2", told) in facts_of(run)
+    assert "Rollbacks" not in {fact.name for fact in facts_of(run_of(LOG, {}))}
 
 
 def test_the_numbers() -> None:

@@ -18,6 +18,7 @@ from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import SFT, section
 from trl_search.records.publish.results import Result, evaluation_results, training_results
 from trl_search.records.publish.upload import CURVES, on_hub
+from trl_search.records.rollbacks import rollbacks_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class CardFacts:
         license (`str`, *optional*): Of the weights, as the hub names it.
         curves (`bool`): Whether `curves.png` is published beside the card.
         tools (`tuple[str, ...]`): The names of the tools that the agent calls.
+        rollbacks (`Sequence[dict]`): The times that the training went back after a collapse.
     """
 
     repo_id: str
@@ -48,6 +50,7 @@ class CardFacts:
     license: str | None = None
     curves: bool = False
     tools: tuple[str, ...] = ("search",)
+    rollbacks: Sequence[Mapping[str, Any]] = ()
 
     @property
     def task(self) -> Mapping[str, Any]:
@@ -115,6 +118,7 @@ def read_facts(
         license=license,
         curves=(folder / CURVES).is_file(),
         tools=tuple(tool_names(tools)),
+        rollbacks=rollbacks_of(run_folder),
     )
 
 

@@ -80,7 +80,7 @@ def facts_of(run: Run) -> list[Fact]:
         asked = "held-out questions" if points(history, "eval/searches") else "training questions"
         name = f"{_capital(call_words(run)[1])} per question"
         found.append(Fact(name, f"{values[0]:.2f} → {values[-1]:.2f}", asked))
-    found += [_steps_fact(run), _model_fact(run), _recipe_fact(run)]
+    found += [_steps_fact(run), _rollbacks_fact(run), _model_fact(run), _recipe_fact(run)]
     return [fact for fact in found if fact is not None]
 
 
@@ -125,6 +125,13 @@ def _steps_fact(run: Run) -> Fact | None:
     if is_number(run.seconds):
         spent = f"{_duration(run.seconds or 0)} in all" + (f", {spent}" if spent else "")
     return Fact("Steps", f"{max(steps):,}{of}", spent)
+
+
+def _rollbacks_fact(run: Run) -> Fact | None:
+    if not run.rollbacks:
+        return None
+    steps = ", ".join(f"step {one['step']:,} to {one['to']:,}" for one in run.rollbacks)
+    return Fact("Rollbacks", str(len(run.rollbacks)), f"{steps}; each halved the learning rate")
 
 
 def _model_fact(run: Run) -> Fact | None:
