@@ -363,7 +363,7 @@ def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> No
         "data_source": "nq",
     }
     assert train["id"] == "train_0"
-    assert "nq (test) holds 1 questions, and published numbers are of 3,610: they do not compare" in done.stderr
+    assert "nq (test) holds 1 questions, and published numbers are for 3,610: they are not comparable" in done.stderr
     assert "UserError: dataset 'musique' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded from the hub: " in done.stderr
     assert "sideways" in done.stderr
 
@@ -433,7 +433,7 @@ def test_what_is_left_out_comes_before_the_sample_and_is_logged(
     assert "train.jsonl: of 20 questions 15 are left out: 15 in nq" in caplog.text
     with pytest.raises(UserError, match=r"every question is also in .*train\.jsonl, and none is left"):
         load_questions(train, exclude=[train])
-    with pytest.raises(UserError, match=r"exclude is a list of names or paths: \['nq'\]"):
+    with pytest.raises(UserError, match=r"exclude must be a list of names or paths: \['nq'\]"):
         load_questions(train, exclude="nq")
     assert len(load_evaluation_questions(held_out)) == 15
 

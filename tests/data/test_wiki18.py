@@ -138,7 +138,7 @@ def test_a_download_that_failed_goes_on_in_another_process(
     hub: FakeHub, tmp_path: Path, cuts: list[int], kept: int, on: list[tuple[str, str]]
 ) -> None:
     hub.cut_after, hub.broken = list(cuts), True
-    with pytest.raises(UserError, match=r"wiki-18-e5-index: the hub does not answer .*500.* run this again to go on"):
+    with pytest.raises(UserError, match=r"wiki-18-e5-index: the hub did not answer .*500.* run this again to resume"):
         get(hub, tmp_path, ["e5-flat"])
     assert not (tmp_path / INDEX).exists() and unfinished(tmp_path)[0].stat().st_size == kept
     hub.broken = False
@@ -322,9 +322,9 @@ ROWS = [str(row) for row in range(COUNT)]
         (corpus_lines([*ROWS[:-1], "99"]), FLAT, r"line 20: the passage has id '99'"),
         (gzip.decompress(tar_gz(corpus_lines())), FLAT, r"is a tar, as `gzip -d wiki-18\.jsonl\.gz` leaves it"),
         (corpus_lines(), flat_index(dim=384), r"vectors of 384 dimensions under inner product; the e5 index has 768"),
-        (corpus_lines(), flat_index(metric=faiss.IndexFlatL2), r"is not the FAISS file that e5-flat is"),
-        (corpus_lines(), HNSW, r"is not the FAISS file that e5-flat is \(it begins with b'IHNf'\)"),
-        (corpus_lines(), FLAT[:20], r"is not the FAISS file that e5-flat is"),
+        (corpus_lines(), flat_index(metric=faiss.IndexFlatL2), r"is not the FAISS file of e5-flat"),
+        (corpus_lines(), HNSW, r"is not the FAISS file of e5-flat \(it begins with b'IHNf'\)"),
+        (corpus_lines(), FLAT[:20], r"is not the FAISS file of e5-flat"),
         (corpus_lines(), flat_index(19), r"e5_Flat\.index holds 19 vectors and the published index 20"),
         (corpus_lines(), FLAT + b"x", r"has 61,486 bytes and the published file 61,485"),
     ],
@@ -397,10 +397,10 @@ def test_a_hub_that_has_something_else(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown part of wiki-18 'bm25'.* There are: corpus, e5-flat, e5-hnsw"):
         plan_wiki18(["bm25"], tmp_path, endpoint=hub.url)
     hub.repositories[PIECES["e5-flat"].repository] = {"index.bin": b"1"}
-    with pytest.raises(UserError, match=r"holds no part_\* any more, but: index\.bin"):
+    with pytest.raises(UserError, match=r"no longer holds part_\*, but: index\.bin"):
         plan_wiki18(["e5-flat"], tmp_path, endpoint=hub.url)
     del hub.repositories[PIECES["e5-flat"].repository]
-    with pytest.raises(UserError, match=r"PeterJinGo/wiki-18-e5-index is not on the hub any more, or is private"):
+    with pytest.raises(UserError, match=r"PeterJinGo/wiki-18-e5-index is no longer on the hub, or is private"):
         plan_wiki18(["e5-flat"], tmp_path, endpoint=hub.url)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file: give a folder"):
@@ -408,10 +408,10 @@ def test_a_hub_that_has_something_else(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_without_a_network(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"(?s)the hub does not answer.*downloads are: corpus 5\.1 GB, e5-flat 64\.6"):
+    with pytest.raises(UserError, match=r"(?s)the hub did not answer.*downloads are: corpus 5\.1 GB, e5-flat 64\.6"):
         plan_wiki18(BOTH, tmp_path, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub is not asked"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub is not used"):
         plan_wiki18(BOTH, tmp_path, endpoint=hub.url)
     planned = plan_wiki18(BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url)  # all is there: the hub may be away
     checked = fetch_wiki18(planned, endpoint=hub.url)

@@ -1,9 +1,9 @@
-"""The gold passages of a question, by id or title, where its row names them.
+"""The gold passages of a question, by id or title, if its row names them.
 
-Columns that are read, at the top level of a row or under `metadata`:
+These columns are read, at the top level of a row or under `metadata`:
 
-    "gold_ids": ["p07588", "p33989"]                                   ids of the corpus that is searched
-    "supporting_facts": {"title": ["Anne McLaren", …], "sent_id": …}   HotpotQA and 2WikiMultihopQA; pairs too
+    "gold_ids": ["p07588", "p33989"]                                   ids in the searched corpus
+    "supporting_facts": {"title": ["Anne McLaren", …], "sent_id": …}   HotpotQA and 2WikiMultihopQA; or a list of pairs
     "question_decomposition": [{"support_paragraph": {"title": …}}]    MuSiQue
 """
 
@@ -19,22 +19,22 @@ from trl_search.types import Passage
 
 logger = logging.getLogger(__name__)
 
-# The columns that may hold it, and the columns made of them.
+# The columns that may hold evidence, and the columns made from them.
 EVIDENCE_COLUMNS = ("metadata", "gold_ids", "supporting_facts", "question_decomposition")
 EVIDENCE = ("gold_ids", "gold_titles")
-# How many questions are searched to check the corpus; fewer than the least prove nothing. The log warns where a gold
-# passage is found for a smaller share of them; of MuSiQue's questions, which are hard to search for, BM25 finds half.
+# The number of questions searched to check the corpus, and the fewest that prove anything. The log warns if a gold
+# passage is found for a smaller share; BM25 finds one for half of MuSiQue's questions, which are hard.
 _JUDGED, _LEAST_JUDGED, _FEW = 50, 5, 0.25
 
 
 def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
-    """`gold_ids` and `gold_titles` of a row; both are empty if it names no gold passages.
+    """The `gold_ids` and `gold_titles` of a row; both are empty if it names no gold passages.
 
     Args:
         where (`str`): The row's place in its source, for errors.
 
     Raises:
-        UserError: for evidence in a shape that cannot be read.
+        UserError: if the evidence has an unknown shape.
 
     Example:
         >>> evidence_of({"metadata": {"supporting_facts": {"title": ["Lyon", "Lyon"], "sent_id": [0, 1]}}}, "row 1")
@@ -52,13 +52,13 @@ def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
 def check_corpus(
     rows: Sequence[Mapping[str, Any]], search: Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
 ) -> None:
-    """Searches some questions, and checks that any of their gold passages is found. Warns where few are.
+    """Searches some questions and checks that gold passages are found. Warns if few are.
 
     Args:
         search (`Callable`): The passages of each query.
 
     Raises:
-        UserError: if none is found for any of them: the retriever searches another corpus.
+        UserError: if no gold passage is found for any question: the retriever searches a different corpus.
     """
     judged = [row for row in rows if row.get("gold_ids") or row.get("gold_titles")][:_JUDGED]
     if len(judged) < _LEAST_JUDGED:
@@ -73,8 +73,8 @@ def check_corpus(
     share = sum(map(bool, known)) / len(judged)
     if 0 < share < _FEW:
         logger.warning(
-            "the retriever finds a gold passage of %.0f %% of %s questions: most gold passages may be from another "
-            "corpus than the one it searches, and the players cannot use them",
+            "the retriever finds a gold passage of %.0f %% of %s questions: most gold passages may be from a "
+            "different corpus than the one it searches, and the players cannot use them",
             100 * share,
             len(judged),
         )
@@ -84,8 +84,8 @@ def check_corpus(
     example = f"it has ids like {found[0].id!r}" if found else "it found nothing at all"
     raise UserError(
         f"the retriever finds no gold passage of {len(judged)} questions, such as {wanted!r}; {example}: the gold "
-        "passages are from another corpus than the one it searches. Give the index of that corpus, or remove the "
-        "evidence from the questions"
+        "passages are from a different corpus. Give the index of that corpus, or remove the evidence from the "
+        "questions"
     )
 
 
@@ -108,5 +108,5 @@ def _strings(value: Any, name: str) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, (str, int)) for one in value):
-        raise UserError(f"{name} must be a list of strings, and is {value!r}: correct the row")
+        raise UserError(f"{name} must be a list of strings, not {value!r}: correct the row")
     return [str(one) for one in value]

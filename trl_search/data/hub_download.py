@@ -1,12 +1,12 @@
-"""Large files of the hub: resumed at the byte after a kill, joined as they arrive, checked against the hub's SHA-256.
+"""Downloads large files of the hub: resumes after a kill, joins parts as they arrive, and checks the hub's SHA-256.
 
-`huggingface_hub` (1.x) writes a download to a file of its process and deletes it when the download fails, so a kill at
-40 GB of 43 starts again at 0. Here the unfinished file is kept, under a name made from its final content:
+`huggingface_hub` (1.x) writes a download to a temporary file of the process and deletes it if the download fails, so a
+kill at 40 GB of 43 starts again at 0. Here the unfinished file is kept, with a hash of its final content in its name:
 
     e5_Flat.index.3f9a0c1d2b7e.incomplete      part_aa, followed by what has arrived of part_ab
 
 Its length says where to resume. The library does the transfer itself (ranges, retries, redirects, progress). Parts are
-appended to one file, so joining them takes no second copy and no time.
+appended to one file, so no second copy is needed to join them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trl_search.common.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file as the hub describes it. `sha256` is known of large files (LFS, Xet); small ones have none."""
+    """A file as the hub describes it. Only large files (LFS, Xet) have a `sha256`."""
 
     name: str
     bytes: int
@@ -37,7 +37,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """Files of one commit of a dataset repository, in the order in which they are joined."""
+    """Files of one commit of a dataset repository, in the order of joining."""
 
     repository: str
     commit: str
@@ -48,24 +48,24 @@ class HubFiles:
         return sum(file.bytes for file in self.files)
 
     def unfinished(self, target: Path) -> Path:
-        """Where the content of `target` is gathered until it is complete. Different content has a different name."""
+        """The path of the unfinished `target`. Different content has a different name."""
         content = hashlib.sha256(repr([(file.bytes, file.sha256 or file.name) for file in self.files]).encode())
         return target.with_name(f"{target.name}.{content.hexdigest()[:12]}.incomplete")
 
     def unwritten_bytes(self, target: Path) -> int:
-        """Bytes that are still to be written: 0 if `target` exists."""
+        """Bytes still to be written: 0 if `target` exists."""
         if target.exists():
             return 0
         unfinished = self.unfinished(target)
         return self.bytes - (unfinished.stat().st_size if unfinished.exists() else 0)
 
     def download_bytes(self, target: Path) -> int:
-        """Bytes that the hub must send: `fetch` copies parts that are already beside `target`."""
+        """Bytes still to be downloaded, without the parts beside `target`, which `fetch` copies."""
         parts = self.parts(self.bytes - self.unwritten_bytes(target))
         return sum(part.bytes - have for part, _, have in parts if _local_part(target, part) is None)
 
     def parts(self, written: int) -> Iterator[tuple[HubFile, int, int]]:
-        """Each file, its first byte in the joined file, and how much of it the first `written` bytes hold."""
+        """Yields each file, its offset in the joined file, and how many of its bytes are among the first `written`."""
         begins = 0
         for part in self.files:
             yield part, begins, min(max(written - begins, 0), part.bytes)
@@ -77,11 +77,12 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
 
     Args:
         repository (`str`): The dataset, `"PeterJinGo/wiki-18-e5-index"`.
-        pattern (`str`): Of the file names, `"part_*"`. They are joined in the order of their names.
+        pattern (`str`): A pattern for file names, such as `"part_*"`. The files are joined in the order of their
+            names.
         endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
 
     Raises:
-        UserError: if no file has that name.
+        UserError: if no file matches.
     """
     from huggingface_hub import HfApi
 
@@ -92,19 +93,19 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
     files = tuple(HubFile(f.rfilename, f.size, f.lfs.sha256 if f.lfs else None) for f in found if f.size is not None)
     if not files or info.sha is None:
         held = ", ".join(file.rfilename for file in siblings) or "nothing"
-        raise UserError(f"{repository} on the hub holds no {pattern} any more, but: {held}. It has been changed.")
+        raise UserError(f"{repository} on the hub no longer holds {pattern}, but: {held}. It has been changed.")
     return HubFiles(repository, info.sha, files)
 
 
 def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None:
     """Joins the files into `target`. After a kill, the same call resumes where it stopped.
 
-    A part that is already in the folder of `target`, in its full size, is copied from there.
+    A part that is already complete in the folder of `target` is copied from there.
 
     Args:
         files (`HubFiles`): What to fetch, from `list_files`.
         target (`Path`):
-            The file to make; it appears when it is whole and its SHA-256 is right. One that is there is not touched.
+            The file to make; it appears when it is complete and its SHA-256 is right. An existing file is not touched.
         endpoint (`str`, *optional*): As for `list_files`.
 
     Raises:
@@ -128,7 +129,7 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
 
 
 def check_bytes(path: Path, expected: int) -> None:
-    """Refuses a file whose size differs from the published one, and leaves it alone: it may be somebody's work.
+    """Raises if the size of a file differs from the published one. The file is kept, since it may be the user's own.
 
     Raises:
         UserError: if it does not have the published size.
@@ -136,7 +137,7 @@ def check_bytes(path: Path, expected: int) -> None:
     there = path.stat().st_size
     if there != expected:
         raise UserError(
-            f"{path} has {there:,} bytes and the published file {expected:,}: it was cut short, or is another file. "
+            f"{path} has {there:,} bytes and the published file {expected:,}: it was cut short or is another file. "
             "Move it away and run this again; it is not overwritten"
         )
 
@@ -167,14 +168,14 @@ def _gather(files: HubFiles, path: Path, target: Path, endpoint: str | None) -> 
 
 
 def _local_part(target: Path, part: HubFile) -> Path | None:
-    """A part that is beside `target` in its full size."""
+    """The path of a complete part beside `target`."""
     local = target.with_name(part.name)
     return local if local != target and local.is_file() and local.stat().st_size == part.bytes else None
 
 
 class _Part:
-    """A file from one byte on, as if it began there. `http_get` takes its file for the download alone: if a server
-    ignores the range, it seeks to 0 and truncates, which must not touch the part before."""
+    """A view of a file that begins at an offset. `http_get` assumes that its file holds only this download: if a
+    server ignores the range, it seeks to 0 and truncates, which must not touch the parts before."""
 
     def __init__(self, file: BinaryIO, begins: int) -> None:
         self._file, self._begins = file, begins
@@ -197,9 +198,12 @@ def _download(files: HubFiles, part: HubFile, file: BinaryIO, have: int, endpoin
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    # The commit's own address: parts of two commits would not fit together.
+    # The URL of the commit: parts of two commits would not match.
     url = hf_hub_url(files.repository, part.name, repo_type="dataset", revision=files.commit, endpoint=endpoint)
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range counts bytes of the file, not of a gzip
+    headers = {
+        **build_hf_headers(),
+        "Accept-Encoding": "identity",
+    }  # so that a range counts bytes of the file, not of a gzip
     window = cast(BinaryIO, _Part(file, file.tell() - have))
     with _hub_errors(files.repository):
         http_get(
@@ -215,21 +219,21 @@ def _copy(source: Path, file: BinaryIO, have: int) -> None:
 
 
 def _check_hashes(files: HubFiles, path: Path) -> None:
-    """Cuts off a part that differs from the hub's, with everything after it, so that the next call fetches it."""
+    """Removes a part whose hash differs from the hub's, and everything after it, so that the next call fetches it."""
     begins = 0
     with path.open("r+b") as file:
         for part in files.files:
             if part.sha256 is not None and _sha256(file, part) != part.sha256:
                 file.truncate(begins)
                 raise UserError(
-                    f"{part.name} of {files.repository} did not arrive as it is on the hub (its SHA-256 differs), and "
-                    "was dropped. Run this again to fetch it again; remove a local copy of that name first"
+                    f"{part.name} of {files.repository} differs from the hub's file (by its SHA-256), and was "
+                    "dropped. Run this again to fetch it again; remove a local copy of that name first"
                 )
             file.seek(begins := begins + part.bytes)
 
 
 def _sha256(file: BinaryIO, part: HubFile) -> str:
-    """The digest of the next bytes of `file`, as many as the part has."""
+    """The digest of the part, which begins at the current position of `file`."""
     digest = hashlib.sha256()
     for block in read_blocks(file, f"checking {part.name}", part.bytes):
         digest.update(block)
@@ -246,20 +250,20 @@ def _hub_errors(repository: str) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{repository} is not on the hub any more, or is private now: `hf auth login` if you have access"
+            f"{repository} is no longer on the hub, or is private now: run `hf auth login` if you have access"
         ) from error
     except OfflineModeIsEnabled as error:
         raise UserError(
-            f"{repository}: HF_HUB_OFFLINE is set, so the hub is not asked. Unset it to download; without a network, "
+            f"{repository}: HF_HUB_OFFLINE is set, so the hub is not used. Unset it to download; without a network, "
             "bring the files here"
         ) from error
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(
-            f"{repository}: the hub does not answer as it should ({_first_line(error)}). What has come is kept: run "
-            "this again to go on, with HF_ENDPOINT for a mirror; without a network, bring the files here"
+            f"{repository}: the hub did not answer as expected ({_first_line(error)}). The bytes so far are kept: run "
+            "this again to resume, with HF_ENDPOINT for a mirror; without a network, bring the files here"
         ) from error
     except OSError as error:
-        if error.errno is not None:  # of the disk, not of the transfer
+        if error.errno is not None:  # an error of the disk, not of the transfer
             raise
         raise UserError(f"{repository}: {_first_line(error)} Run this again") from error
 
@@ -269,6 +273,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk of a folder has left; the folder need not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""The question sets that have a name: their repository on the hub, their splits, and the default split."""
+"""The named question sets: their repositories on the hub, their splits, and their default splits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HubSet:
     """A dataset on the hub.
 
     Attributes:
-        split (`str`): The default split: the one that published numbers were measured on.
+        split (`str`): The default split, on which published numbers were measured.
         splits (`Mapping[str, int]`): How many questions each split had when it was published.
     """
 
@@ -36,20 +36,20 @@ class HubSet:
 
     @property
     def evaluation_split(self) -> str:
-        """The split to measure on. A training set's own would measure what was trained on."""
+        """The split to evaluate on. The default split of a training set would be the training data."""
         if self.split != "train":
             return self.split
         return "test" if "test" in self.splits or "dev" not in self.splits else "dev"
 
 
 HUB_SETS: dict[str, HubSet] = {
-    # Its test split is the seven sets below in one, by data_source.
+    # Its test split combines the seven sets below, distinguished by data_source.
     "nq_hotpotqa": HubSet("PeterJinGo/nq_hotpotqa_train", None, "train", {"train": 169_615, "test": 51_713}),
     "nq": HubSet(FLASHRAG, "nq", "test", {"train": 79_168, "dev": 8_757, "test": 3_610}),
     "triviaqa": HubSet(FLASHRAG, "triviaqa", "test", {"train": 78_785, "dev": 8_837, "test": 11_313}),
     "popqa": HubSet(FLASHRAG, "popqa", "test", {"test": 14_267}),
     "hotpotqa": HubSet(FLASHRAG, "hotpotqa", "dev", {"train": 90_447, "dev": 7_405}),
-    # What is trained on, with the titles of the passages that hold the answers.
+    # A training set, with the titles of the passages that hold the answers.
     "hotpotqa_train": HubSet(FLASHRAG, "hotpotqa", "train", {"train": 90_447, "dev": 7_405}),
     "2wikimultihopqa": HubSet(FLASHRAG, "2wikimultihopqa", "dev", {"train": 15_000, "dev": 12_576}),
     "musique": HubSet(FLASHRAG, "musique", "dev", {"train": 19_938, "dev": 2_417}),
@@ -69,10 +69,10 @@ def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], S
     """Reads a set's rows from the hub.
 
     Args:
-        choose (`Callable`): Takes the columns and the name of the set; returns the columns to read, or refuses.
+        choose (`Callable`): Takes the columns and the name of the set; returns the columns to read, or raises.
 
     Raises:
-        UserError: where the hub, the set or its split cannot be reached.
+        UserError: if the hub, the set or its split cannot be reached.
     """
     hub_set = HUB_SETS[name]
     try:
@@ -85,7 +85,7 @@ def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], S
     published = hub_set.splits.get(split, len(dataset))
     if len(dataset) != published:
         logger.warning(
-            "%s (%s) holds %s questions, and published numbers are of %s: they do not compare",
+            "%s (%s) holds %s questions, and published numbers are for %s: they are not comparable",
             name,
             split,
             f"{len(dataset):,}",

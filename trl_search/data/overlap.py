@@ -1,7 +1,7 @@
 """Leaves out training questions that are also in an evaluation set.
 
-Questions are compared after the normalisation of answers (case, punctuation, articles, spaces). A paraphrase is not
-found.
+Questions are compared after the normalisation that EM uses (case, punctuation, articles, spaces). Paraphrases are not
+detected.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def without_overlap(
 
     Args:
         questions (`datasets.Dataset`): The rows to train on, from `load_questions`.
-        evaluation (`datasets.Dataset`): The sets to be judged on.
+        evaluation (`datasets.Dataset`): The evaluation sets.
 
     Returns:
-        `tuple`: the rows that are in none of them, and the number of rows dropped for each `data_source` of the
-        evaluation sets (a row that is in two sets counts for both).
+        `tuple`: the remaining rows, and the number of dropped rows per `data_source` of the evaluation sets (a row in
+        two sets counts for both).
 
     Example:
         >>> train, dropped = without_overlap(load_questions("train.parquet"), load_questions("nq"))
@@ -52,5 +52,5 @@ def question_key(question: str) -> str:
         >>> question_key("Who wrote  The Amber Mill?")
         'who wrote amber mill'
     """
-    # "???" and "The A" have no word left: they are compared as they are.
+    # "???" and "The A" have no words left after normalisation, so they are compared unchanged.
     return normalize_answer(question) or question.strip()

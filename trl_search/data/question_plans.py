@@ -19,10 +19,10 @@ from trl_search.rewards.answers import contains_answer, normalize_answer
 from trl_search.types import Passage
 
 SearchFunction = Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
-# The share of plans with a careless search before a good one, so that a policy sees how to search again.
+# The share of plans with a careless search before a good one, so that a policy learns to search again.
 CARELESS_SHARE = 0.12
 _YES_NO = {"yes", "no"}
-# A longer title is the beginning of its text and no name.
+# A longer title is the beginning of its text, not a name.
 TITLE_WORDS = 8
 
 
@@ -46,7 +46,7 @@ class Gold:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """A candidate query: what it looks up, and the passage that names it (`None`: the question does)."""
+    """A candidate query: its subject, and the passage that names the subject (`None`: the question names it)."""
 
     query: str
     subject: str = ""
@@ -64,7 +64,7 @@ class Step:
 def plan(
     question: str, golden: Sequence[str], gold: Gold, search: SearchFunction, *, max_searches: int, rng: random.Random
 ) -> list[Step] | None:
-    """Searches that lead to an answer; `None` if there are none.
+    """Finds searches that lead to an answer; `None` if there are none.
 
     Args:
         search (`Callable`): The passages of each query, as many as the environment shows.
@@ -99,8 +99,8 @@ def _choose(
     spare: bool,
     rng: random.Random,
 ) -> list[Step]:
-    """The next search that finds something new, sometimes after a careless one. If no candidate does, a careless
-    search and a second one for a title among its results."""
+    """Chooses the next search that finds new evidence, sometimes after a careless one. If no candidate finds any: a
+    careless search, then one for a title among its results."""
     results = search([lead.query for lead in leads]) if leads else []
     ways = [Step(lead, new(passages)) for lead, passages in zip(leads, results, strict=True)]
     good = [way for way in ways if way.found]
@@ -124,7 +124,7 @@ def _choose(
 
 def _answers(question: str, golden: Sequence[str], held: Sequence[Passage], *, complete: bool) -> bool:
     """Whether the passages found hold the answer. A comparison ("yes", or one of two films in the question) needs all
-    of the evidence, and no passage holds its answer."""
+    gold passages, because no single passage holds its answer."""
     if is_comparison(question, golden):
         return complete
     return any(first_of(golden, passage.text) for passage in held)
@@ -139,7 +139,7 @@ def _plan_without_gold(
 ) -> list[Step] | None:
     """One search, or two: the second looks up a name that the first one found."""
     if all(normalize_answer(answer) in _YES_NO for answer in golden):
-        return None  # those words are everywhere and prove nothing
+        return None  # these words are in most passages and prove nothing
 
     def new(passages: Sequence[Passage]) -> tuple[Passage, ...]:
         return tuple(p for p in passages if contains_answer(p.text, golden))[:1]
@@ -176,7 +176,7 @@ def _leads(question: str, held: Sequence[Passage], *, asked: Sequence[str]) -> l
 
 
 def _weight(way: Step) -> float:
-    """Prefers queries that find more, and those that name what they find."""
+    """Prefers queries that find more, and queries that name what they find."""
     titles = {_bare(passage.title) for passage in way.found}
     return len(way.found) * (5.0 if _bare(way.lead.subject) in titles else 1.0)
 

@@ -1,4 +1,4 @@
-"""Scripted players of any questions: they look up names in the question, then names in the passages, and answer.
+"""Scripted players for any question: they look up names in the question, then names in the passages, and answer.
 
     Where was the director of film Rogues' Regiment born?
     <think> The question is about Rogues' Regiment. I look that up first. </think>
@@ -8,11 +8,11 @@
     <think> "Robert Florey" says: "Born as Robert Fuchs in Paris …". So the answer is Paris. </think>
     <answer> Paris </answer>
 
-No model is asked. A player plans before it speaks (`question_plans.py`), then plays its plan in the environment. It
-answers only from text that the environment showed it.
+No model is used. A player first makes a plan (`question_plans.py`), then plays it in the environment. It answers only
+from text that the environment has shown.
 
-A share of the players searches carelessly first and has to search again, and a share checks its answer, so that a
-policy that copies them has seen both.
+Some players search carelessly first and must search again, and some check their answer, so that a policy trained on
+them learns both.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from trl_search.retrieval.base import RetrievalError
 from trl_search.rewards.answers import normalize_answer
 from trl_search.types import Answer, Completion, Passage, Search
 
-# How often a player checks its answer once more.
+# The share of players that check their answer.
 REFLECTIVE_SHARE = 0.08
-# Plans are drawn at random, so another may succeed where one fails.
+# Plans are random, so a new one may succeed where another failed.
 _PLANS = 3
 UNKNOWN = "unknown"
 
 
 def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None, rng: random.Random) -> Script:
-    """Speaks the plan: each thought says what was found, quoted, and why the next query follows from it."""
+    """Plays the plan: each thought quotes what was found and says why the next query follows."""
     if not steps:
         yield "I search for the question.", Search((question,))
         yield "These passages do not tell me.", Answer(UNKNOWN)
@@ -58,7 +58,7 @@ def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None
             thought = _next_thought([(passage, fact) for _, passage, fact in new], following.lead, rng)
     answer = next((one for one in (first_of(golden, fact) for *_, fact in reversed(told)) if one), None)
     if answer is None:
-        # A passage that was quoted for a name may hold the answer too.
+        # A passage that was quoted for a name may also hold the answer.
         new = [(step, p, words) for step, p, _ in told if (words := _answering(golden, p)) and words in seen][:1]
         answer = first_of(golden, new[0][2]) if new else None
     if is_comparison(question, golden):
@@ -78,7 +78,7 @@ def play_plan(question: str, golden: Sequence[str], steps: Sequence[Step] | None
 
 
 def _fact(question: str, golden: Sequence[str], passage: Passage, steps: Sequence[Step]) -> str:
-    """The quote of a passage: the name that is looked up next, the answer, or the fact that is asked for."""
+    """The quote from a passage that holds the name to look up next, the answer, or the requested fact."""
     onward = next((step.lead.subject for step in steps if step.lead.source == passage and step.found), None)
     if onward and (words := quote(passage.text, onward)):
         return words
@@ -146,7 +146,7 @@ def _next_thought(new: Sequence[tuple[Passage, str]], lead: Lead, rng: random.Ra
 
 
 def _comparison(question: str, told: Sequence[tuple[Step, Passage, str]], rng: random.Random) -> str:
-    """The facts side by side, with their years if those decide."""
+    """The facts side by side, with their years if these decide the comparison."""
     found = " ".join(_told(passage, fact, rng) for _, passage, fact in told)
     years = [year(fact, last=bool(_DEATH & set(_words(question)))) for *_, fact in told]
     if len(told) == 2 and all(years) and _wants_number(question):
@@ -181,10 +181,11 @@ def _words(question: str) -> list[str]:
 
 
 class QuestionPlayers:
-    """The players of a collection: `for_row` gives the policy that plays one row.
+    """The players for a collection of demonstrations: `for_row` returns the policy that plays one row.
 
     Args:
-        search (`Callable`): Searches for the plans: the environment's retriever, with as many passages per query.
+        search (`Callable`): Searches while planning: the environment's retriever, with the same number of passages per
+            query.
     """
 
     def __init__(self, search: SearchFunction, protocol: Protocol, *, max_searches: int) -> None:
@@ -201,7 +202,7 @@ class _Player(Policy):
 
     async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         if self._speaker is None:
-            # A retriever blocks, and the event loop has other trajectories to run.
+            # On a thread: a retriever blocks, and the event loop runs other trajectories.
             script = await asyncio.to_thread(self._script)
             self._speaker = ScriptedPolicy(script, self._players.protocol)
         return await self._speaker.generate(prompt_ids, **turn)

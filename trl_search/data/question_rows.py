@@ -1,11 +1,11 @@
-"""Turns one row of a question set, from any known schema, into our columns:
+"""Converts a row of a question set, in any known schema, to these columns:
 
     {"id": "test_0", "question": "who got the first nobel prize in physics",
      "golden_answers": ["Wilhelm Conrad Röntgen"], "data_source": "nq"}
 
-Three schemas are known: FlashRAG (`id, question, golden_answers, metadata`), Search-R1 (the same and `data_source`, or
+The known schemas are FlashRAG (`id, question, golden_answers, metadata`), Search-R1 (the same and `data_source`, or
 the answers in `reward_model.ground_truth.target`), and verl (`data_source` prefixed with `searchR1_`, the question in
-`extra_info`). For any other, `QuestionFields` names the columns.
+`extra_info`). For any other schema, `QuestionFields` names the columns.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.rewards.golden_answers import golden_list, read_text
 
-# The share of trajectories that solved a question, which `trl-search data filter` writes.
+# The share of trajectories that solved a question, written by `trl-search data filter`.
 PASS_RATE = "pass_rate"
-# The id of a row: the first of these columns that it has.
+# The id of a row is the first of these columns that it has.
 _IDS = ("id", "_id", "qid", "query_id", "question_id")
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionFields:
-    """The columns of the question, its golden answers and its id; `None` for those of the known schemas."""
+    """The columns of the question, its golden answers and its id; `None` means the columns of the known schemas."""
 
     question: str | None = None
     answers: str | None = None
     id: str | None = None
 
     def choose(self, columns: Sequence[str], where: str) -> list[str]:
-        """Returns the needed columns only: metadata and prompts can be a hundred times larger.
+        """Returns only the needed columns: metadata and prompts can be a hundred times larger.
 
         Raises:
             UserError: if no column holds the question or the answers.
@@ -48,7 +48,7 @@ class QuestionFields:
 
 
 def _find(option: str, named: str | None, known: Sequence[str], columns: Sequence[str], where: str) -> None:
-    """Raises unless the named column is there, or a known one if none was named."""
+    """Raises if the named column (or, without a name, every known one) is missing."""
     if any(column in columns for column in (known if named is None else [named])):
         return
     wanted = repr(named) if named is not None else f"{known[0]!r} (nor {known[1]!r}, where verl keeps it)"
@@ -61,15 +61,15 @@ def _find(option: str, named: str | None, known: Sequence[str], columns: Sequenc
 def question_row(
     row: Mapping[str, Any], index: int, where: str, source: str, fields: QuestionFields
 ) -> dict[str, Any]:
-    """Returns one row in our columns.
+    """Returns the row in the columns above.
 
     Args:
-        index (`int`): The id of a row that has none.
+        index (`int`): The id for a row without one.
         where (`str`): The row's place in its source, for errors: "questions.jsonl, line 3".
-        source (`str`): The `data_source` of a row that names none.
+        source (`str`): The `data_source` for a row without one.
 
     Raises:
-        UserError: for a row without a question or an answer, or with either in a shape that cannot be read.
+        UserError: if the question or the answers are missing or have an unknown shape.
     """
     fields.choose(list(row), where)
     try:
@@ -78,7 +78,7 @@ def question_row(
         names = [row.get(name) for name in ([fields.id] if fields.id else _IDS)]
         identifier = next((text for text in (read_text(name, "the id") for name in names) if text), str(index))
         named = read_text(row.get("data_source"), "data_source")
-        metadata = row.get("metadata")  # read where a format has no columns to choose, or evidence is asked for
+        metadata = row.get("metadata")  # present if the format has no columns to choose from, or evidence is requested
         if named is None and isinstance(metadata, Mapping):
             named = read_text(metadata.get("dataset"), "metadata.dataset")
     except UserError as error:
@@ -97,11 +97,11 @@ def question_row(
 
 
 def _pass_rate(value: Any, where: str) -> float | None:
-    """A number from 0 to 1; None where it is not known."""
+    """A number from 0 to 1; None if it is unknown."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{where}: {PASS_RATE} is a share from 0 to 1, and it is {value!r}: correct it, or remove it")
+        raise UserError(f"{where}: {PASS_RATE} must be a number from 0 to 1, not {value!r}: correct it, or remove it")
     return float(value)
 
 
@@ -119,7 +119,7 @@ def _golden(row: Mapping[str, Any], fields: QuestionFields) -> list[str]:
 
 
 def _dig(row: Mapping[str, Any], column: str, key: str) -> Any:
-    """`row[column][key]`, where the column may hold its struct as JSON; `None` where it is missing."""
+    """`row[column][key]`, or `None` if it is missing; the column may hold its struct as JSON."""
     struct = row.get(column)
     if isinstance(struct, str) and struct.strip():
         try:

@@ -1,7 +1,8 @@
-"""Questions with golden answers, from the files and hub datasets that search agents are trained and judged on.
+"""Loads questions with golden answers, from files and from the hub datasets that search agents are trained and
+evaluated on.
 
-    load_questions("nq")                                        a set of the hub (hub_sets.py)
-    load_questions("data/train.jsonl.gz")                       a file (common/table_files.py says which)
+    load_questions("nq")                                        a named set on the hub (hub_sets.py)
+    load_questions("data/train.jsonl.gz")                       a file (formats: common/table_files.py)
     load_questions("popqa.tsv", fields=QuestionFields(answers="possible_answers"))
 
 The columns are always `id`, `question`, `golden_answers` and `data_source` (question_rows.py). Training questions that
@@ -24,7 +25,7 @@ from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
 from trl_search.data.question_rows import PASS_RATE, QuestionFields, question_row
 
-# A file of this name takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
+# A file with one of these names takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
 SPLITS = ("train", "dev", "validation", "test")
 _FEATURES = datasets.Features(
     {
@@ -54,21 +55,23 @@ def load_questions(
             training mix `nq_hotpotqa`, or one of the seven evaluation sets.
         split (`str`, *optional*, defaults to the split that published numbers use):
             Split of a hub set, or name of the file in a folder (there, `"train"` by default).
-        limit (`int`, *optional*): Keeps a random sample of that many rows, in their order.
+        limit (`int`, *optional*): Keeps a random sample of that many rows, in their original order.
         seed (`int`, *optional*, defaults to `0`): Seed of that sample.
         exclude (`Sequence`, *optional*): Evaluation sets, by name or path (of a folder: its test split), whose
-            questions are left out before the sample is drawn. How many were is logged; `without_overlap` returns it.
+            questions are dropped before the sample is drawn. The log says how many; `without_overlap` returns the
+            number.
         fields (`QuestionFields`, *optional*):
-            The columns of files in a schema of their own, those of `exclude` too. A hub set has a known one.
+            The columns of files with an unknown schema, including files of `exclude`. The schemas of hub sets are
+            known.
         evidence (`bool`, *optional*, defaults to `False`): Adds the columns `gold_ids` and `gold_titles`: the passages
-            that hold the answer, where the source says so (see `trl_search.data.evidence`).
+            that hold the answer, if the source names them (see `trl_search.data.evidence`).
 
     Returns:
         `datasets.Dataset`: columns `id`, `question`, `golden_answers` (a list of strings), `data_source`, and
-        `pass_rate` where the source has it.
+        `pass_rate` if the source has it.
 
     Raises:
-        UserError: if something cannot be read; names the file and the row.
+        UserError: if something cannot be read; the message names the file and the row.
 
     Example:
         >>> load_questions("nq_hotpotqa", limit=1000, exclude=["nq", "hotpotqa"])
@@ -76,7 +79,7 @@ def load_questions(
         {'id': 'test_0', 'question': 'Who was president …?', 'golden_answers': ['…'], 'data_source': 'bamboogle'}
     """
     if not isinstance(name_or_path, str | Path):
-        raise UserError(f"questions come from a file, a folder or a name, and this is {name_or_path!r:.60}")
+        raise UserError(f"questions must be given by a file, a folder or a name, not {name_or_path!r:.60}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
     name, path, columns = str(name_or_path), Path(name_or_path).expanduser(), fields or QuestionFields()
@@ -110,12 +113,12 @@ def load_questions(
 
 
 def sample_questions(questions: datasets.Dataset, limit: int, seed: int = 0) -> datasets.Dataset:
-    """Draws `limit` rows at random, and keeps their order."""
+    """Draws `limit` rows at random, in their original order."""
     return questions.select(sampled_rows(len(questions), limit, seed))
 
 
 def sampled_rows(total: int, limit: int | None, seed: int) -> list[int]:
-    """Which of `total` rows a random sample of `limit` holds, in their order; all without a limit."""
+    """The sorted indexes of a random sample of `limit` of `total` rows; all rows without a limit."""
     if limit is None or limit >= total:
         return list(range(total))
     return sorted(random.Random(seed).sample(range(total), limit))
@@ -124,7 +127,7 @@ def sampled_rows(total: int, limit: int | None, seed: int) -> list[int]:
 def load_evaluation_questions(
     name_or_path: str | Path, *, limit: int | None = None, seed: int = 0, fields: QuestionFields | None = None
 ) -> datasets.Dataset:
-    """Loads questions for evaluation: a hub set in its evaluation split, a folder's `test` file."""
+    """Loads questions for evaluation: the evaluation split of a hub set, or the `test` file of a folder."""
     name = str(name_or_path)
     split = HUB_SETS[name].evaluation_split if is_hub_set(name_or_path) else "test"
     questions = load_questions(name_or_path, split=split, limit=limit, seed=seed, fields=fields)
@@ -135,10 +138,10 @@ def _excluding(
     questions: datasets.Dataset, exclude: Sequence[str | Path], origin: str, fields: QuestionFields | None
 ) -> datasets.Dataset:
     if isinstance(exclude, (str, Path)):
-        raise UserError(f"exclude is a list of names or paths: [{str(exclude)!r}]")
+        raise UserError(f"exclude must be a list of names or paths: [{str(exclude)!r}]")
     kept, dropped = without_overlap(questions, *(load_evaluation_questions(name, fields=fields) for name in exclude))
     told = ", ".join(f"{count:,} in {source}" for source, count in dropped.items())
-    logger.info("%s: of %s questions %s are left out: %s", origin, len(questions), len(questions) - len(kept), told)
+    logger.info("%s: of %s questions %s are dropped: %s", origin, len(questions), len(questions) - len(kept), told)
     if not len(kept):
         raise UserError(f"{origin}: every question is also in {', '.join(map(str, exclude))}, and none is left")
     return kept

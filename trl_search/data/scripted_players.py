@@ -1,12 +1,13 @@
-"""Scripted players of the embedded world: they know the way to the answer, and play it well or badly.
+"""Scripted players for the embedded world: they know the searches that lead to the answer, and play them well or
+badly.
 
     good      <think> I need the author. </think> search, <think> The author is Mira Talvane. </think> search, answer
-    one_hop   one search, then an answer, whether or not it was enough
-    guess     an answer of the right kind, at once
+    one_hop   one search, then an answer, even if more searches are needed
+    guess     an answer of the right kind, without a search
 
-A script is a generator: it yields a thought and an action, and is sent the conversation as the policy sees it. It
-plays as a `Policy` in the rollout engine, so its trajectories are exactly like those of a model: training data for the
-shipped model and, at mixed quality, for the warm start before GRPO.
+A script is a generator: it yields pairs of thought and action, and is sent the conversation as the policy sees it. It
+plays as a `Policy` in the rollout engine, so its trajectories have the same form as those of a model. They train the
+shipped model and, at mixed quality, the warm start before GRPO.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from trl_search.types import Answer, Completion, FinishReason, Passage, Sampling
 Script = Generator[tuple[str, Search | Answer], str, None]
 Player = Callable[[World, Question, random.Random], Script]
 
-# The mix of the warm start: mostly guesses, some that stop too early, a few that play it right.
+# The mix of the warm start: mostly guesses, some players that stop too early, a few good ones.
 WEAK: Mapping[str, float] = {"guess": 0.70, "one_hop": 0.20, "good": 0.10}
 
-# How often a good player says that it checks, and how often it asks carelessly and has to search again.
+# How often a good player says that it checks, and how often it searches carelessly and must search again.
 REFLECTIVE_SHARE = 0.08
 CARELESS_SHARE = 0.04
 
-# Wide enough never to cut a script short.
+# Large enough never to end a script early.
 _LIMITS = Limits(completion_tokens=8192, turn_tokens=1024, observation_tokens=4096)
 
 
 def good(world: World, question: Question, rng: random.Random) -> Script:
-    """Searches each hop, again if the search failed, and answers from what it read, or guesses."""
+    """Searches each hop, retries a failed search, and answers from what it read, or guesses."""
     thought = f"{rng.choice(('I need', 'I need', 'First'))} the {_keyword(question.hops[0])}."
     for hop in question.hops:
         queries = [hop.query, f"{_keyword(hop)} of {hop.subject}"]
@@ -66,7 +67,7 @@ def good(world: World, question: Question, rng: random.Random) -> Script:
 
 
 def one_hop(world: World, question: Question, rng: random.Random) -> Script:
-    """Searches the first hop only. If the question needs more, it answers with what it found, or guesses."""
+    """Searches only the first hop. If the question needs more, it answers with what it found, or guesses."""
     hop = question.hops[0]
     yield f"I need the {_keyword(hop)}.", Search((hop.query,))
     enough = question.type == "one_hop"
@@ -108,15 +109,15 @@ def scripted_trajectories(
     seed: int = 0,
     environment: Environment | None = None,
 ) -> list[Trajectory]:
-    """Plays `n` training questions of a world, by players of mixed quality.
+    """Plays `n` training questions of a world with players of mixed quality.
 
     Args:
-        n (`int`): How many trajectories; questions are asked again if the world has fewer.
+        n (`int`): The number of trajectories; questions repeat if the world has fewer.
         quality (`Mapping[str, float]`): The share of each of `PLAYERS`.
-        environment (`Environment`, *optional*): What is searched, if other than `SearchEnvironment(retriever)`.
+        environment (`Environment`, *optional*): The environment, if not `SearchEnvironment(retriever)`.
 
     Raises:
-        UserError: for an unknown player, and for a share that is not positive.
+        UserError: for an unknown player, or a share that is not positive.
 
     Example:
         >>> protocol = load_protocol("qwen_tools", tokenizer, instruction="")
@@ -131,7 +132,7 @@ def scripted_trajectories(
     pool = world.questions("train", limit=n)
     questions = [pool[i % len(pool)] for i in range(n)]
     names = rng.choices(list(quality), list(quality.values()), k=n)
-    # Each script has its own random numbers, because the order in which scripts advance depends on the searches.
+    # Each script has its own random generator, because the order in which scripts advance depends on the searches.
     scripts = [
         PLAYERS[name](world, question, random.Random(f"{seed}/scripts/{index}"))
         for index, (name, question) in enumerate(zip(names, questions, strict=True))
@@ -143,7 +144,7 @@ def scripted_trajectories(
 def play_scripts(
     scripts: Sequence[Script], prompts: Sequence[tuple[int, ...]], protocol: Protocol, environment: Environment
 ) -> list[Trajectory]:
-    """Plays each script after its prompt, all at once, so their searches are batched."""
+    """Plays every script from its prompt, all concurrently, so that their searches are batched."""
     return rollout(
         prompts,
         [{}] * len(prompts),
@@ -158,7 +159,7 @@ def play_scripts(
 
 
 class ScriptedPolicy(Policy):
-    """A policy that writes what one script says, as if it had sampled it."""
+    """A policy that returns the turns of one script as if it had sampled them."""
 
     def __init__(self, script: Script, protocol: Protocol) -> None:
         self._script, self._protocol, self._started = script, protocol, False
@@ -176,7 +177,7 @@ class ScriptedPolicy(Policy):
 def as_sampled(
     text: str, protocol: Protocol, prompt_ids: Sequence[int], *, ends: bool, stop: Sequence[str]
 ) -> Completion:
-    """A turn that was written, as a policy would have sampled it.
+    """Converts a written turn to the completion that a policy would have sampled.
 
     Args:
         ends (`bool`): Whether the turn ends the conversation, as an answer does and a call does not.
@@ -185,7 +186,7 @@ def as_sampled(
     if protocol.opened_thought(prompt_ids):
         text = text.removeprefix("<think>").lstrip()
     ids = protocol.encode(text)
-    # Where a stop string ends the turn, the policy samples no token that ends it.
+    # If a stop string ends the turn, the policy samples no end-of-turn token.
     if not stop:
         ids.append(int(protocol.tokenizer.eos_token_id) if ends else protocol.turn_end_id)
     return Completion(tuple(ids), (0.0,) * len(ids), FinishReason.STOP if stop else FinishReason.EOS)

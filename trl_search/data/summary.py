@@ -1,4 +1,4 @@
-"""What a set of questions holds, in numbers and a few rows: look at it before you train or evaluate on it."""
+"""Summarises a set of questions in numbers and sample rows, to inspect before training or evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_search.data.questions import sampled_rows
 
 
 class Spread(NamedTuple):
-    """A quantity over questions: its least, median, mean, 95th percentile and greatest value."""
+    """The minimum, median, mean, 95th percentile and maximum of a quantity over questions."""
 
     least: float
     median: float
@@ -31,14 +31,14 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QuestionSummary:
-    """The statistics of a set. Lengths count the words between spaces; tokens are about 1.3 times as many.
+    """The statistics of a set. Lengths count words separated by spaces; there are about 1.3 tokens per word.
 
     Args:
         sources (`dict[str, int]`): The number of questions of each `data_source`, the largest first.
         answers (`Spread`): Gold answers per question.
         yes_no (`int`): Questions with a gold answer "yes" or "no".
-        repeated_questions (`int`): Rows whose question, normalised, is that of an earlier row.
-        repeated_ids (`int`): Rows whose id is that of an earlier row of the same source.
+        repeated_questions (`int`): Rows whose normalised question equals that of an earlier row.
+        repeated_ids (`int`): Rows whose id equals that of an earlier row of the same source.
     """
 
     rows: int
@@ -52,7 +52,7 @@ class QuestionSummary:
     samples: list[dict[str, Any]]
 
     def describe(self) -> str:
-        """Lines for people."""
+        """The summary as text."""
         lines = [f"rows                {self.rows:,}"]
         lines += [f"  {source:<17} {count:,}" for source, count in self.sources.items()]
         lines.append(f"{'':<20}{'least':>9}{'median':>9}{'mean':>9}{'95 %':>9}{'most':>9}")
@@ -75,12 +75,12 @@ class QuestionSummary:
 
 
 def summarize_questions(questions: datasets.Dataset, *, samples: int = 3, seed: int = 0) -> QuestionSummary:
-    """Counts what is in a set of questions.
+    """Computes the statistics of a set of questions.
 
     Args:
         questions (`datasets.Dataset`): From `load_questions`.
         samples (`int`, *optional*, defaults to `3`): Rows to show.
-        seed (`int`, *optional*, defaults to `0`): Of their choice.
+        seed (`int`, *optional*, defaults to `0`): Seed for choosing them.
 
     Example:
         >>> print(summarize_questions(load_questions("bamboogle")).describe())

@@ -1,4 +1,4 @@
-"""A user's own script as a policy: what it says is played in the environment, as if a model had sampled it.
+"""Runs a user's script as a policy: its turns are played in the environment as if a model had sampled them.
 
     script     "I open the page.", ToolCall("open", {"title": "Golden Raven"})
     recorded   <think> I open the page. </think>
@@ -6,8 +6,8 @@
                {"name": "open", "arguments": {"title": "Golden Raven"}}
                </tool_call>
 
-`environment/script.py` says what a script is. It is sent each reply as the policy is shown it: cut to its limit, with
-tags in it escaped. A script that takes its answer from the reply never teaches a policy to say what it has not read.
+`environment/script.py` defines scripts. A script is sent each reply as the policy sees it: truncated, with tags
+escaped. If it takes its answer from the reply, it never teaches a policy to state what it has not read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trl_search.types import Answer, Completion, EndOfTurn, FinishReason
 
 
 class UserScript:
-    """The script of an import path, for the tools of an environment. `for_row` gives the policy that plays one row.
+    """A script from an import path, for the tools of an environment. `for_row` returns the policy that plays one row.
 
     Example:
         >>> UserScript("my_agent:open_page", environment, protocol).for_row(row, seed=0)
@@ -43,7 +43,7 @@ class UserScript:
         return _Player(self, row)
 
     def described(self) -> dict[str, str]:
-        """What names the script among the settings of a collection, which so notices that its text has changed."""
+        """Identifies the script in the settings of a collection, with a hash of its text to detect changes."""
         try:
             text = inspect.getsource(self.script)
         except (OSError, TypeError):  # not a function from a file
@@ -63,14 +63,14 @@ class _Player(Policy):
         reply = None
         if self._turns is not None:
             reply = protocol.read_observation(prompt_ids[self._before + len(self._said) :], self._said)
-        # On a thread: a script may ask a service of its own, and the other trajectories do not wait for it.
+        # On a thread: a script may call a slow service, and other trajectories must not wait for it.
         turn = await asyncio.to_thread(self._next, reply)
         if isinstance(turn, str):
             text, ends = turn, isinstance(protocol.parse(turn), Answer | EndOfTurn)
         else:
             text, ends = protocol.write(*turn), isinstance(turn[1], Answer)
         said = as_sampled(text, protocol, prompt_ids, ends=ends, stop=asked.get("stop", ()))
-        if len(said.ids) > max_tokens:  # as a model's turn is cut
+        if len(said.ids) > max_tokens:  # truncated like a model's turn
             said = Completion(said.ids[:max_tokens], said.logprobs[:max_tokens], FinishReason.LENGTH)
         self._before, self._said = len(prompt_ids), said.ids
         return said
@@ -89,7 +89,7 @@ class _Player(Policy):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"script {self._owner.path} failed at the question {str(self._row.get('question'))!r:.80}: "
-                f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Try it alone: "
+                f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Debug it with "
                 "trl_search.play(environment, script, row)"
             ) from error
         return check_script_turn(turn, self._owner.environment)

@@ -1,15 +1,15 @@
-"""wiki-18, the corpus that the published runs searched, and its e5 indexes: fetched, unpacked, checked.
+"""Fetches, unpacks and checks wiki-18, the corpus of the published runs, and its e5 indexes.
 
     corpus      PeterJinGo/wiki-18-corpus              wiki-18.jsonl.gz     -> wiki-18.jsonl      21,015,324 passages
     e5-flat     PeterJinGo/wiki-18-e5-index            part_aa + part_ab    -> e5_Flat.index      exact, float32
     e5-hnsw     PeterJinGo/wiki-18-e5-index-HNSW64     part_aa + part_ab    -> e5_HNSW64.index    a graph, in memory
 
-`plan_wiki18` says what a download takes before it starts. Existing files are not overwritten, and a killed download
-resumes (`hub_download.py`). Two things about these files are easy to get wrong:
+`plan_wiki18` reports the size of a download before it starts. Existing files are not overwritten, and a killed
+download resumes (`hub_download.py`). Two properties of these files are easy to get wrong:
 
 - `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as in the published
   instructions, leaves the tar, whose first line begins with 512 bytes that are not JSON.
-- The indexes hold no ids: row i of the index is line i of the corpus. With a corpus that was filtered, sorted or cut,
+- The indexes hold no ids: row i of the index is line i of the corpus. With a filtered, sorted or truncated corpus,
   searches return wrong passages without an error, so count and ids are checked.
 """
 
@@ -50,7 +50,7 @@ _KINDS = {"e5-flat": b"IxFI", "e5-hnsw": b"IHNf"}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One thing to fetch: its repository, its files, and the file that is made of them."""
+    """One download: its repository, its files, and the file that is made from them."""
 
     repository: str
     pattern: str
@@ -67,8 +67,8 @@ PIECES: dict[str, Piece] = {
 
 @dataclass(frozen=True)
 class Wiki18Plan:
-    """What to fetch into a folder. `files` holds what is missing; `same_size` names the indexes that are there and
-    have the hub's size."""
+    """What to fetch into a folder. `files` lists what is missing; `same_size` names the existing indexes that have the
+    hub's size."""
 
     what: tuple[str, ...]
     folder: Path
@@ -81,8 +81,8 @@ class Wiki18Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that are still to be written. Nothing is written and then deleted, so this is also the peak."""
-        # A part that is already there is not fetched, but it is copied into the joined file.
+        """Bytes still to be written. No temporary files are written, so this is also the peak."""
+        # An existing part is not fetched, but it is copied into the joined file.
         made = sum(files.unwritten_bytes(self.target(word)) for word, files in self.files.items())
         unpacked = 0
         if "corpus" in self.files:
@@ -90,7 +90,7 @@ class Wiki18Plan:
         return made + unpacked
 
     def check_disk(self, free: int) -> None:
-        """Refuses a download for which the disk has not enough free bytes (`free_bytes`).
+        """Raises if the disk has too few free bytes (`free_bytes`) for the download.
 
         Raises:
             UserError: if the disk has too little room.
@@ -102,7 +102,7 @@ class Wiki18Plan:
             )
 
     def describe(self) -> str:
-        """Files and sizes, disk, and the memory for serving, as text."""
+        """Describes files and sizes, disk, and the memory for serving."""
         lines = []
         for word in self.what:
             made = self.folder / PIECES[word].made
@@ -118,22 +118,22 @@ class Wiki18Plan:
         return "\n".join(lines + [f"serving   {line}" for line in serving_needs(self.what)])
 
     def target(self, word: str) -> Path:
-        """The file to download: the index itself, or the archive of the corpus."""
+        """The file to download: an index, or the archive of the corpus."""
         return self.folder / (ARCHIVE if word == "corpus" else PIECES[word].made)
 
 
 def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None = None) -> Wiki18Plan:
-    """Finds out what is missing, and asks the hub for sizes. Downloads nothing.
+    """Finds what is missing and asks the hub for sizes. Downloads nothing.
 
-    An index with a wrong size is refused. For the corpus, the hub knows only the size of the archive.
+    Raises for an index of the wrong size. For the corpus, the hub knows only the size of the archive.
 
     Args:
-        what (`Sequence[str]`): Of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
+        what (`Sequence[str]`): Any of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
         folder (`str` or `Path`): The folder for the files. Complete and partial files in it are taken into account.
         endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
 
     Returns:
-        `Wiki18Plan`: print `describe()`, compare `disk_bytes` with what is free, then `fetch_wiki18`.
+        `Wiki18Plan`: print `describe()`, call `check_disk`, then `fetch_wiki18`.
 
     Raises:
         UserError: for an unknown part, a folder that is a file, or a hub that does not answer.
@@ -157,7 +157,7 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
         try:
             listed = list_files(piece.repository, piece.pattern, endpoint=endpoint)
         except UserError as error:
-            if made.exists():  # nothing to fetch: the result says that it was not compared with the hub
+            if made.exists():  # nothing to fetch; the result says that it was not compared with the hub
                 continue
             published = ", ".join(f"{name} {gb(PIECES[name].published_bytes)}" for name in what)
             raise UserError(f"{error}\nAs published, the downloads are: {published}.") from error
@@ -177,7 +177,7 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
         endpoint (`str`, *optional*): As for `plan_wiki18`.
 
     Returns:
-        `dict[str, str]`: what was checked of each, for people.
+        `dict[str, str]`: for each piece, a text that says what was checked.
     """
     of_hub = dict.fromkeys(planned.same_size, "size as on the hub")
     for word, files in planned.files.items():
@@ -192,14 +192,14 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
 
 
 def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Checks the files in the folder: the headers of the indexes, and that the corpus is the one they were made of.
+    """Checks the headers of the indexes in the folder, and that the corpus is the one that they were made from.
 
     Args:
         what (`Sequence[str]`): As for `plan_wiki18`. A corpus beside an index is checked with it.
-        of_hub (`Mapping[str, str]`, *optional*): What was compared with the hub, per piece.
+        of_hub (`Mapping[str, str]`, *optional*): The comparison with the hub, per piece.
 
     Returns:
-        `dict[str, str]`: what was checked of each, for people.
+        `dict[str, str]`: for each piece, a text that says what was checked.
     """
     checked = {word: check_index(folder / PIECES[word].made, word) for word in what if word != "corpus"}
     if "corpus" in what or (checked and (folder / CORPUS).exists()):
@@ -208,7 +208,7 @@ def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | 
 
 
 def unpack_corpus(archive: Path, target: Path) -> None:
-    """Unpacks the jsonl in `wiki-18.jsonl.gz`, a gzipped tar, or a plain gzip if the hub's file becomes one.
+    """Unpacks the jsonl in `wiki-18.jsonl.gz`, a gzipped tar; a plain gzip works too, in case the hub's file changes.
 
     After a kill, unpacking starts again, because gzip has no random access. The download does not.
 
@@ -226,7 +226,7 @@ def unpack_corpus(archive: Path, target: Path) -> None:
             else:
                 stream.seek(0)
                 _copy(stream, unfinished, None)
-            while stream.read(BLOCK_BYTES):  # to the checksum at its end
+            while stream.read(BLOCK_BYTES):  # read to the end, where gzip verifies the checksum
                 pass
     except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         unfinished.unlink(missing_ok=True)
@@ -235,7 +235,8 @@ def unpack_corpus(archive: Path, target: Path) -> None:
 
 
 def check_index(path: Path, word: str) -> str:
-    """Refuses a file whose header is not that of the published index, or that is too short; returns what was checked.
+    """Raises if the file's header is not that of the published index, or the file is too short. Returns what was
+    checked.
 
     The header of an HNSW file does not give its length: only the hub's listing shows that its last bytes are missing.
 
@@ -247,7 +248,7 @@ def check_index(path: Path, word: str) -> str:
     with path.open("rb") as file:
         head = file.read(_HEAD.size)
     if len(head) < _HEAD.size or head[:4] != _KINDS[word]:
-        raise UserError(f"{path} is not the FAISS file that {word} is (it begins with {head[:4]!r}): move it away")
+        raise UserError(f"{path} is not the FAISS file of {word} (it begins with {head[:4]!r}): move it away")
     _, dim, count, _, _, _, metric = _HEAD.unpack(head)
     if dim != DIM or metric != _INNER_PRODUCT:
         kind = "inner product" if metric == _INNER_PRODUCT else f"metric {metric}"
@@ -267,10 +268,10 @@ def check_index(path: Path, word: str) -> str:
 
 
 def check_corpus(path: Path) -> str:
-    """Refuses a corpus whose number of passages or ids differ from the published ones; returns what was checked.
+    """Raises if the number of passages or the ids differ from the published corpus. Returns what was checked.
 
     Args:
-        path (`Path`): The jsonl file. Its line offsets are kept beside it, because searches need them too.
+        path (`Path`): The jsonl file. Its line offsets are stored beside it, because searches need them too.
 
     Raises:
         UserError: if the file is missing or is not the published corpus.
@@ -301,7 +302,7 @@ def check_corpus(path: Path) -> str:
 
 
 def serving_needs(what: Sequence[str]) -> list[str]:
-    """The memory that a search server takes, and alternatives that take less."""
+    """The memory that a search server needs, and alternatives that need less."""
     lines = []
     if "e5-flat" in what:
         flat, small = plan("flat", PASSAGES, DIM), plan("small", PASSAGES, DIM)
@@ -322,7 +323,7 @@ def serving_needs(what: Sequence[str]) -> list[str]:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """The next commands for what is in the folder."""
+    """The next commands for the files in the folder."""
     corpus = folder / CORPUS
     if not corpus.exists():
         return [f"trl-search data wiki18 --what corpus --output {shlex.quote(str(folder))}"]

@@ -1,10 +1,10 @@
-"""The embedded world: a seeded, fictional encyclopedia and the questions that only it can answer.
+"""The embedded world: a seeded, fictional encyclopedia and questions that only its passages can answer.
 
     world = generate_world(passages=2000, seed=0)
     world.passages[17]          Passage("17", "Mira Talvane", "Mira Talvane was born in Port Eskel in 1847 and ...")
     world.questions("test")[0]  Question("test-0", "Where was the author of Silent Harbor born?", ["Port Eskel"], ...)
 
-Every fact is drawn at random and is in one passage only, so without a search a policy can only guess. Searching is not
+Every fact is random and is in exactly one passage, so without a search a policy can only guess. Searching is not
 trivial: names share words (in a small world of 2,000 passages, each surname has about nine bearers), passages name
 other entities, and one passage in eight is about a gathering and answers nothing.
 
@@ -38,7 +38,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 TEST_SHARE = 0.25
 MIX: dict[QuestionType, float] = {"one_hop": 0.3, "two_hop": 0.5, "comparison": 0.2}
 MIN_PASSAGES, MAX_PASSAGES = 50, 100_000_000
-# Compared years differ by at least this much, so that a comparison is never hair-splitting.
+# Compared years differ by at least this much, so that a comparison is clear.
 MIN_YEARS_APART = 5
 
 
@@ -91,14 +91,14 @@ CHAINS: tuple[tuple[str, Relation, Relation], ...] = tuple(
     for first in kind.relations
     if first.phrases
     for second in KINDS[first.target].relations
-    # The capital's country is the country itself.
+    # The country of the capital is the country itself.
     if second.asks and (first.name, second.name) != ("capital", "country")
 )
 
 
 @dataclass(frozen=True)
 class World:
-    """A generated encyclopedia. `entities[i]` is the subject of passage `str(i)`."""
+    """A generated encyclopedia. Passage `str(i)` is about `entities[i]`."""
 
     seed: int
     entities: tuple[Entity, ...]
@@ -112,7 +112,7 @@ class World:
         return map(self.passage, range(len(self.entities)))
 
     def passage(self, index: int) -> Passage:
-        """Renders one passage. Seed and index choose one of its kind's sentences."""
+        """Renders one passage. Seed and index select one of the sentences of its kind."""
         entity = self.entities[index]
         kind = KINDS[entity.kind]
         # Knuth's multiplicative hash is random enough here, and cheap.
@@ -193,7 +193,7 @@ class World:
         value = self._text(self._fact(subject, relation))
         return Hop(rng.choice(relation.asks).format(name), str(subject), value, name, relation.name)
 
-    # Each of these draws one question: a key (to find duplicates), its text, the answer, and its hops.
+    # Each method draws one question: a key (to find duplicates), the text, the answer, and the hops.
 
     def _one_hop(self, split: Split, rng: random.Random) -> tuple[tuple[Any, ...], str, str, tuple[Hop, ...]]:
         kind = rng.choice([name for name in KINDS if name != "gathering"])
@@ -225,10 +225,10 @@ class World:
 
 
 def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) -> World:
-    """Draws a world of exactly that many passages, from 50 to a million and more.
+    """Draws a world of exactly `passages` passages, from 50 to more than a million.
 
     Args:
-        name_words (`int`, *optional*, defaults to `2`): Words per name, or more if the world needs them.
+        name_words (`int`, *optional*, defaults to `2`): Words per name; large worlds use more.
 
     Raises:
         UserError: for too few or too many passages.
@@ -238,9 +238,7 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
         True
     """
     if not MIN_PASSAGES <= passages <= MAX_PASSAGES:
-        raise UserError(
-            f"a world has at least {MIN_PASSAGES} and at most {MAX_PASSAGES:,} passages; {passages} were asked for"
-        )
+        raise UserError(f"a world has at least {MIN_PASSAGES} and at most {MAX_PASSAGES:,} passages; got {passages}")
     rng = random.Random(f"{seed}/world")
 
     # 1. Names, and which entities are held out.
@@ -305,7 +303,7 @@ def _draw_names(kind: Kind, count: int, words_at_least: int, rng: random.Random)
 
 
 def _combine(pools: Sequence[Sequence[str]], code: int) -> list[str]:
-    """The combination of that number, one word from each pool."""
+    """The combination with number `code`, one word from each pool."""
     words: list[str] = []
     for pool in pools:
         code, rank = divmod(code, len(pool))
@@ -316,7 +314,7 @@ def _combine(pools: Sequence[Sequence[str]], code: int) -> list[str]:
 def _move_capitals_home(
     facts: dict[int, tuple[int | str, ...]], members: dict[str, list[int]], rng: random.Random
 ) -> None:
-    """A capital lies in its own country, and is the capital of no other."""
+    """Moves each capital into its own country, and makes it the capital of only that country."""
     towns = rng.sample(members["town"], len(members["country"]))
     for country, town in zip(members["country"], towns, strict=True):
         facts[country] = (town, *facts[country][1:])

@@ -1,4 +1,4 @@
-"""The words of the fictional encyclopedia: names, relations, and the sentences that state and ask for them.
+"""The language of the fictional encyclopedia: names, relations, and the sentences and questions about them.
 
 Everything is a template over names. A space precedes each name that a policy may copy, so that a tokenizer trained on
 these sentences has one token per word of a name. Values that are not entities (occupations, products, years) come from
@@ -17,7 +17,7 @@ class Relation:
     Args:
         name (`str`): Unique among all kinds.
         target (`str`): The kind of entity that is the value, or a key of `LITERALS`.
-        keyword (`str`): What the value is called: "I need the founder", "founder of Hexatron Mills".
+        keyword (`str`): The word for the value: "I need the founder", "founder of Hexatron Mills".
         asks (`tuple[str, ...]`): Questions for the value; `{}` is the subject. Empty: the fact is never asked for.
         phrases (`tuple[str, ...]`): Descriptions that replace the value in a two-hop question.
     """

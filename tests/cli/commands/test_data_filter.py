@@ -113,7 +113,7 @@ def test_answers_of_another_filtering_are_named_with_their_folder(source, monkey
 @pytest.mark.parametrize("rate", ['"half"', "1.5", "true"])
 def test_a_rate_that_is_none_is_refused_with_its_line(source, rate):
     source.write_text(json.dumps(QUESTIONS[0])[:-1] + f', "pass_rate": {rate}}}\n')
-    with pytest.raises(UserError, match="line 1: pass_rate is a share from 0 to 1"):
+    with pytest.raises(UserError, match="line 1: pass_rate must be a number from 0 to 1"):
         load_questions(source)
 
 
