@@ -430,7 +430,7 @@ def test_what_is_left_out_comes_before_the_sample_and_is_logged(
     with caplog.at_level(logging.INFO, "trl_search.data"):
         questions = load_questions(train, limit=5, exclude=[held_out])
     assert questions["question"] == [f"question {number}" for number in range(15, 20)]
-    assert "train.jsonl: of 20 questions 15 are left out: 15 in nq" in caplog.text
+    assert "train.jsonl: of 20 questions 15 are dropped: 15 in nq" in caplog.text
     with pytest.raises(UserError, match=r"every question is also in .*train\.jsonl, and none is left"):
         load_questions(train, exclude=[train])
     with pytest.raises(UserError, match=r"exclude must be a list of names or paths: \['nq'\]"):
