@@ -111,12 +111,12 @@ def test_the_same_source_goes_on_and_another_starts_anew(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)
         build_index(table, tmp_path / "index", announce=said.append)
-    assert said == [f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"]
+    assert said == [f"the finished part is kept in {tmp_path / '.index.building'}; the same command resumes it"]
     table = Path(shutil.copyfile(table, tmp_path / "elsewhere.parquet"))  # of another time, too
     with monkeypatch.context() as patch:
         patch.setattr(index, "write_corpus", lambda *_, **__: pytest.fail("the corpus was read again"))
         build_index(table, tmp_path / "index", announce=said.append)
-    assert said[1].startswith("going on with the build in")
+    assert said[1].startswith("resuming the build in")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.parquet", "elsewhere.parquet", "index"]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -125,7 +125,7 @@ def test_the_same_source_goes_on_and_another_starts_anew(
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "9", "text": "x"}) + "\n")
     said.clear()
     build_index(tmp_path / "c.jsonl", tmp_path / "index", overwrite=True, announce=said.append)
-    assert "of other passages or options: starting anew" in said[0]
+    assert "of other passages or options: starting again" in said[0]
     assert read_manifest(tmp_path / "index").passages == 1
 
 
@@ -134,7 +134,7 @@ def test_two_builds_of_one_output_at_once_are_refused(tmp_path: Path, table: Pat
         yield PASSAGES[0]
         build_index(table, tmp_path / "index")
 
-    with pytest.raises(ValueError, match=r"another process builds .*index now"):
+    with pytest.raises(ValueError, match=r"another process is building .*index;"):
         build_index(builds_the_same(), tmp_path / "index")  # type: ignore[arg-type]
 
 

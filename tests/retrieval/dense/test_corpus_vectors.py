@@ -175,7 +175,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     monkeypatch.setitem(encode_corpus.__kwdefaults__, "shard_rows", 64)
     said: list[str] = []
     build_index(corpus, tmp_path / "index", "dense", announce=said.append, encoder=str(checkpoint))
-    assert said[0] == f"going on with the build in {tmp_path / '.index.building'}"
+    assert said[0] == f"resuming the build in {tmp_path / '.index.building'}"
     build_index(corpus, tmp_path / "whole", "dense", encoder=str(checkpoint))
     same_bytes(tmp_path / "index", tmp_path / "whole")
     assert not (tmp_path / ".index.building").exists()

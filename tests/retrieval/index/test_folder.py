@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_renamed_is_built_inside_itself(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("os.replace", dies_at_the_corpus)
         build_index(corpus, mount, overwrite=True, announce=said.append)
-    assert said == [f"the index is whole and kept in {mount / '.building'}; the same command puts it in place"]
+    assert said == [f"the index is complete and kept in {mount / '.building'}; the same command puts it in place"]
     refused(mount, "not a finished index")
     with monkeypatch.context() as patch:
         patch.setattr("trl_search.retrieval.index.folder.write_corpus", lambda *_: pytest.fail("read again"))
@@ -357,7 +357,7 @@ def test_a_whole_index_stays_where_it_cannot_be_put_in_place(
     said: list[str] = []
     with pytest.raises(PermissionError):
         build_index(corpus, index, overwrite=True, announce=said.append)
-    assert is_whole(index) and "the index is whole and kept in" in said[0]
+    assert is_whole(index) and "the index is complete and kept in" in said[0]
     build_index(corpus, index, overwrite=True)
     assert is_whole(index)
 
@@ -370,7 +370,7 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder.build", full)
-    kept = f"what is done is kept in {tmp_path / '.index.building'}; the same command goes on with it"
+    kept = f"the finished part is kept in {tmp_path / '.index.building'}; the same command resumes it"
     with pytest.raises(UserError, match=f"^the disk of .* is full; {re.escape(kept)}$"):
         build_index(corpus, tmp_path / "index")
     with pytest.raises(UserError, match=r"is full; nothing of the build is kept$"):

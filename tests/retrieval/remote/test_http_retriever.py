@@ -262,7 +262,7 @@ def test_a_batch_with_a_poisonous_query_loses_that_one_only(client) -> None:
 @pytest.mark.parametrize("body", [b"<html>hello</html>", b"{}", b'{"result": 3}', b'{"result": [[{"id": 1}]]}', b"["])
 def test_garbage_names_who_said_it_and_is_not_repeated(client, body: bytes) -> None:
     with serving(lambda asked: Said(body)) as server:
-        with pytest.raises(RetrievalError, match=f"127.0.0.1:{server.port} answered something that is no result"):
+        with pytest.raises(RetrievalError, match=f"127.0.0.1:{server.port} returned an invalid result"):
             client(server).search(["a"], 1)
         assert len(server.asked) == 1
 

@@ -1,6 +1,6 @@
-"""What the adapters of search engines on other hosts (`qdrant.py`, `opensearch.py`) have in common.
+"""Shared code of the adapters for search engines on other hosts (`qdrant.py`, `opensearch.py`).
 
-What an engine was loaded with is written into the engine itself, so a gateway needs its address and nothing on disk.
+The engine itself records what was loaded into it, so a gateway needs only its address and no files.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from trl_search.common.retrying import repeated
 from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.index.folder import read_manifest
 
-ABOUT = "trl_search"  # the key under which an engine keeps what it was loaded with
+ABOUT = "trl_search"  # the key under which an engine records what was loaded into it
 
 
 def repeat_trouble(ask: Callable[[], Any]) -> Any:
-    """Repeats a request that raised `Unavailable`. Searching or loading twice does no harm."""
+    """Retries a request that raised `Unavailable`. Searching or loading twice does no harm."""
     return repeated(ask, on=Unavailable)
 
 
 def from_folder(
     index: str | Path | None, kind: str, url: str | None, collection: str | None, path: str | Path | None = None
 ) -> tuple[str | None, str | None, str | Path | None, str | None]:
-    """Address, collection, path and corpus hash. Where they are not given, those of the index folder are taken.
+    """Returns address, collection, path and corpus hash; missing ones are read from the index folder.
 
     Raises:
         UserError: for a folder of another kind.
@@ -41,14 +41,14 @@ def from_folder(
 
 
 def find_about(read: Callable[[], dict[str, Any] | None], name: str, remark: str = "") -> dict[str, Any]:
-    """What an engine was loaded with, as `read()` finds it in the engine.
+    """Returns the engine's record of what was loaded into it, from `read()`.
 
     Args:
-        name (`str`): Of the collection, for messages: `"the collection 'wiki'"`.
-        remark (`str`): Another reason for which an engine may know nothing.
+        name (`str`): The collection, for messages: `"the collection 'wiki'"`.
+        remark (`str`): Another possible reason for a missing record.
 
     Raises:
-        UserError: if there is no such collection, or if another program made it.
+        UserError: if there is no such collection, or another program made it.
     """
     try:
         about = repeat_trouble(read)
@@ -62,13 +62,13 @@ def find_about(read: Callable[[], dict[str, Any] | None], name: str, remark: str
 
 
 def refuse_another_corpus(about: dict[str, Any], expected: str | None, name: str, folder: str | Path | None) -> None:
-    """Fails if the engine was loaded with other passages than the index folder says.
+    """Raises if the engine holds other passages than the index folder says.
 
     Raises:
-        UserError: if the corpus is another one.
+        UserError: if the corpus differs.
     """
     if expected is not None and about["corpus"] != expected:
         raise UserError(
-            f"{name} was loaded with other passages than {folder}: another build has replaced it; load that one's "
-            "folder, or load the engine again"
+            f"{name} was loaded with other passages than {folder}: another build has replaced it; open the index "
+            "folder of that build, or load the engine again"
         )

@@ -1,8 +1,7 @@
-"""`load_engine` sends passages to Qdrant or OpenSearch, in batches. A build that was killed resumes after the last
-batch.
+"""`load_engine` sends passages to Qdrant or OpenSearch in batches. A killed build resumes after the last batch.
 
-The index folder keeps all passages in order, so that the engine can be loaded again from it. What the engine was
-loaded with is written into the engine last. Before that, a search refuses the engine because it is being loaded.
+The index folder keeps all passages in order, so that the engine can be loaded from it again. The record of what was
+loaded is written into the engine last; until then, opening the collection fails because it is being loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from trl_search.retrieval.base import RetrievalError, TooLarge
 from trl_search.retrieval.corpus.passages import ROWS, Corpus
 from trl_search.retrieval.index.build_folder import SCRATCH
 
-# Bytes per request: Qdrant takes 32 MB unless told otherwise, OpenSearch 100 MB, and hosted ones 10 MB.
+# Bytes per request: the default limits are 32 MB for Qdrant, 100 MB for OpenSearch, and 10 MB for hosted services.
 MAX_BYTES = 8 << 20
 _JOURNAL = "loaded.json"
 
@@ -38,34 +37,34 @@ class Engine(Protocol):
     def make(self) -> None: ...
 
     def item(self, row: int) -> tuple[Any, int]:
-        """A passage as it is sent, and its approximate size in bytes of JSON."""
+        """A passage in the form of a request, and its approximate size in bytes of JSON."""
 
     def send(self, items: Sequence[Any]) -> None:
-        """Sends passages, and returns when they are on the engine's disk. Sending a passage twice changes nothing.
+        """Sends passages and returns when they are on the engine's disk. Sending a passage twice changes nothing.
 
         Raises:
-            TooLarge: if the engine takes no request of this size.
+            TooLarge: if the engine rejects a request of this size.
         """
 
     def count(self) -> int:
-        """Passages that can be searched."""
+        """The number of searchable passages."""
 
     def describe(self, about: dict[str, Any]) -> None:
-        """Writes what the engine was loaded with into the engine."""
+        """Writes the record of what was loaded into the engine."""
 
 
 def load_engine(
     engine: Engine, corpus: Corpus, folder: Path, about: dict[str, Any], *, replace: bool, max_rows: int
 ) -> dict[str, Any]:
-    """Makes the collection, sends the passages and checks their number.
+    """Creates the collection, sends the passages and checks their number.
 
     Args:
-        about (`dict`): What the engine is to remember, beside the corpus and the number of passages.
+        about (`dict`): The record to store in the engine, besides the corpus and the number of passages.
         replace (`bool`): Whether a collection of that name may be deleted.
         max_rows (`int`): Passages per request.
 
     Raises:
-        UserError: if there is a collection of that name, or if others wrote to it meanwhile.
+        UserError: if there is already a collection of that name, or another program wrote to it during the build.
     """
     journal = Journal(folder)
     if not journal.made:
@@ -83,7 +82,7 @@ def load_engine(
     stored = engine.count()
     if stored != len(corpus):
         raise UserError(
-            f"{engine.name} has {stored:,} passages, not {len(corpus):,}: somebody else writes to it, or deleted it; "
+            f"{engine.name} has {stored:,} passages, not {len(corpus):,}: another program wrote to it or deleted it; "
             "load it again with --replace"
         )
     with open(folder / ROWS, "rb") as file:  # `manifest.json` has the same hash under `corpus`
@@ -108,7 +107,7 @@ def _batches(engine: Engine, rows: range, max_rows: int) -> Iterator[list[Any]]:
 
 
 def _send(engine: Engine, items: list[Any], first: int) -> None:
-    """Sends passages. If the engine refuses the size, sends each half by itself."""
+    """Sends passages. If the engine rejects the size, sends each half separately."""
     try:
         engine.send(items)
     except TooLarge as error:
@@ -120,7 +119,7 @@ def _send(engine: Engine, items: list[Any], first: int) -> None:
 
 
 class Journal:
-    """How many passages were sent, kept in the scratch folder of the build, so that a killed build resumes there."""
+    """The number of passages sent, stored in the scratch folder of the build so that a killed build can resume."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / SCRATCH / _JOURNAL

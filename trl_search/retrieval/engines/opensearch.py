@@ -1,14 +1,13 @@
-"""Passages from an OpenSearch cluster by BM25, for sites that run one: many queries per request (`_msearch`).
+"""Searches an existing OpenSearch cluster by BM25, with many queries per request (`_msearch`).
 
     trl-search index --kind opensearch --corpus corpus.jsonl --url http://search:9200 --collection wiki --output out
     load_retriever("opensearch", url="http://search:9200", collection="wiki")
 
-Words are split and stemmed by an analyzer of OpenSearch, for passages and queries alike; title and text are searched
-as one field, as our own `bm25` does. Frequencies are those of all shards together
-(`dfs_query_then_fetch`), so that copies of a passage score the same, and equal scores are sorted in corpus order. The
-mapping of the index says which corpus it was loaded with.
+An analyzer of OpenSearch splits and stems both passages and queries; title and text are searched as one field, as in
+`bm25`. Term frequencies are summed over all shards (`dfs_query_then_fetch`), so that copies of a passage score the
+same; equal scores are in corpus order. The mapping of the index records the corpus.
 
-A shard that failed or did not end in time makes the search fail: OpenSearch itself would answer with the rest.
+If a shard fails or times out, the search fails; OpenSearch itself would return the results of the other shards.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ CONTENTS = "contents"  # the field that title and text are copied to
 USER, PASSWORD = "OPENSEARCH_USER", "OPENSEARCH_PASSWORD"
 MAX_RESULTS = 10_000  # OpenSearch's own limit, `index.max_result_window`
 MAX_BATCH = 128  # queries per request
-# A word of a query is at most a clause of the search; a letter of a script without spaces is one by itself.
+# Each word of a query is at most one clause of the search; in a script without spaces, each letter is one.
 _WORD = re.compile(rf"[{UNSPACED_LETTERS}]|[^\W{UNSPACED_LETTERS}]{{1,255}}")
 
 
 class OpenSearchRetriever(Retriever):
-    """Asks an index. Make one with `load_retriever("opensearch", ...)`.
+    """Searches an index. Make one with `load_retriever("opensearch", ...)`.
 
     Args:
-        client (`OpenSearch`): Ours to close.
+        client (`OpenSearch`): The client, which this retriever closes.
         collection (`str`): The index' name.
     """
 
@@ -88,8 +87,8 @@ class OpenSearchRetriever(Retriever):
 
 
 def _cut(query: str) -> str:
-    """The query for the index' own analyzer ("U.S.A.", "node.js"), cut to the words that OpenSearch takes: each is a
-    clause, and it allows 1,024."""
+    """The query unchanged for the index' analyzer ("U.S.A.", "node.js"), but cut to OpenSearch's limit of 1,024
+    clauses."""
     query = query.encode("utf-8", "replace").decode()
     beyond = next(itertools.islice(_WORD.finditer(query), MAX_QUERY_TERMS, None), None)
     return query if beyond is None else query[: beyond.start()]
@@ -119,11 +118,10 @@ def _passage(hit: dict[str, Any]) -> Passage:
 
 
 def call(method: Callable[..., Any], **options: Any) -> Any:
-    """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
-    words.
+    """Sends one request. Temporary trouble raises `Unavailable`; any other error, a `RetrievalError` with its message.
 
     Raises:
-        RetrievalError: with the cluster's own words; `Unavailable` where it cannot be reached.
+        RetrievalError: with the cluster's message; `Unavailable` if it cannot be reached.
     """
     from opensearchpy.exceptions import ConnectionError as NoConnection
     from opensearchpy.exceptions import OpenSearchException, TransportError
@@ -159,13 +157,13 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
         http_auth=(user, password) if user and password else None,
         ca_certs=None if ca_certs is None else str(ca_certs),
         timeout=timeout_s,
-        max_retries=0,  # `repeat_trouble` does that
+        max_retries=0,  # `repeat_trouble` retries
         pool_maxsize=8,
     )
 
 
 def read_about(client: Any, collection: str) -> dict[str, Any]:
-    """What an index was loaded with."""
+    """Reads the record of what was loaded into the index."""
 
     def read() -> dict[str, Any] | None:
         mapping = call(client.indices.get_mapping, index=collection)
@@ -183,16 +181,16 @@ def load(
     ca_certs: str | Path | None = None,
     timeout_s: float = 30.0,
 ) -> OpenSearchRetriever:
-    """`load_retriever("opensearch", ...)`: of `url` and `collection`, or of the `index` folder that names them.
+    """`load_retriever("opensearch", ...)`: give `url` and `collection`, or the `index` folder that names them.
 
-    User and password are those of the environment, `OPENSEARCH_USER` and `OPENSEARCH_PASSWORD`.
+    User and password come from the environment: `OPENSEARCH_USER` and `OPENSEARCH_PASSWORD`.
 
     Args:
-        url (`str`, *optional*): Of any node of the cluster, or of the balancer before it.
+        url (`str`, *optional*): The address of any node of the cluster, or of its load balancer.
         collection (`str`, *optional*): The name of the index in OpenSearch.
-        index (`str | Path`, *optional*): A folder made by `trl-search index --kind opensearch`, of which
-            `manifest.json` is read; an index that was loaded again since, with other passages, is refused.
-        ca_certs (`str | Path`, *optional*): Certificates to trust, where the cluster has its own.
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind opensearch`; only its
+            `manifest.json` is read. It is an error if other passages have been loaded since.
+        ca_certs (`str | Path`, *optional*): Certificates to trust, if the cluster has its own.
         timeout_s (`float`): Seconds until one request counts as failed.
 
     Raises:

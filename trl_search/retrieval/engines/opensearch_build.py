@@ -1,4 +1,4 @@
-"""Loading an OpenSearch index: `trl-search index --kind opensearch`."""
+"""Loads an OpenSearch index: `trl-search index --kind opensearch`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ BULK_ROWS = 1000  # passages per request, about a megabyte
 
 @dataclass(frozen=True)
 class OpenSearchBuilder:
-    """How passages become an index, and `build_index(kind="opensearch")`.
+    """Loads an OpenSearch index: the options of `build_index(kind="opensearch")`.
 
     Args:
-        url (`str`, *optional*): Of a node of the cluster, or of the balancer before it: http://host:9200.
+        url (`str`, *optional*): The address of a node of the cluster, or of its load balancer: http://host:9200.
         collection (`str`): The name of the index to make.
         analyzer (`str`): Of OpenSearch, by name: "english", "german", "standard", ...
         shards (`int`, *optional*): Pieces of the index; by default 1. A shard serves up to about 50 GB.
         replicas (`int`): Copies of each shard.
         replace (`bool`): Deletes an index of that name first.
-        ca_certs (`str`, *optional*): Certificates to trust, where an OpenSearch cluster has its own.
+        ca_certs (`str`, *optional*): Certificates to trust, if an OpenSearch cluster has its own.
         timeout_s (`int`): Seconds until one request counts as failed.
     """
 
@@ -59,7 +59,7 @@ class OpenSearchBuilder:
 
 
 class _Index:
-    """The index while it is loaded. It is not refreshed meanwhile, which is several times as fast."""
+    """The index while it is loaded. Refreshing is off, which makes loading several times as fast."""
 
     def __init__(self, client: Any, options: OpenSearchBuilder, corpus: Corpus) -> None:
         self.name = f"OpenSearch's index {options.collection!r}"
@@ -121,12 +121,12 @@ class _Index:
 
 
 def _check(answer: dict[str, Any]) -> None:
-    """A bulk request is answered 200 even where some of its passages were refused."""
+    """Checks the answer to a bulk request, whose status is 200 even if some passages were rejected."""
     if not answer["errors"]:
         return
     for item in answer["items"]:
         (outcome,) = item.values()
         if outcome["status"] >= 300:
             said = f"OpenSearch refused passage {outcome['_id']}: {outcome['error']['reason']}"
-            # Here 413 is about one passage, so a smaller request would not help.
+            # Here 413 concerns one passage, so a smaller request would not help.
             raise RetrievalError(said) if outcome["status"] == 413 else failure(outcome["status"], said)

@@ -1,15 +1,15 @@
-"""Passages from a Qdrant cluster, for an index that is too large for one host: by meaning, or by words.
+"""Searches a Qdrant cluster, for an index that is too large for one host: by dense vectors, or by BM25.
 
     trl-search index --kind qdrant --corpus corpus.jsonl --url http://qdrant:6333 --collection wiki --output out
     load_retriever("qdrant", url="http://qdrant:6333", collection="wiki")
 
-A collection holds a vector and the passage itself under each row number: a dense vector of an encoder, or a sparse one
-of BM25 over the terms of `analyzer.py`, whose inverse document frequencies Qdrant keeps (its "idf" modifier). Shards,
-replicas, quantisation and what lies on disk are Qdrant's. Its metadata (Qdrant 1.16) say which encoder or analyzer and
-which corpus it was loaded with: a gateway needs an address, and refuses another encoder.
+Under each row number, a collection holds the passage and its vector: a dense vector of an encoder, or a sparse BM25
+vector over the terms of `analyzer.py`, whose inverse document frequencies Qdrant computes (its "idf" modifier). Qdrant
+manages shards, replicas, quantisation and disk storage. The collection's metadata (Qdrant 1.16) record the encoder or
+analyzer and the corpus, so a gateway needs only an address, and rejects any other encoder.
 
-Qdrant's dense search is approximate (HNSW); `exact=True` is not, and reads every vector. `path` in place of `url` is
-the official client without a server, in this process: for tests, and 20,000 passages.
+Qdrant's dense search is approximate (HNSW); `exact=True` reads every vector. `path` instead of `url` runs the official
+client in this process without a server, for tests and up to 20,000 passages.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ MAX_BATCH = 128  # queries per request
 
 
 class QdrantRetriever(Retriever):
-    """Asks a collection. Make one with `load_retriever("qdrant", ...)`.
+    """Searches a collection. Make one with `load_retriever("qdrant", ...)`.
 
     Args:
-        client (`QdrantClient`): Ours to close.
+        client (`QdrantClient`): The client, which this retriever closes.
         collection (`str`): Its name.
-        about (`dict`): What it was loaded with ([`read_about`]).
+        about (`dict`): The record of what was loaded ([`read_about`]).
         encoder (`Encoder`, *optional*): For a collection of dense vectors.
         search_params (`dict`): Qdrant's `SearchParams`: `hnsw_ef`, `exact`, `quantization`.
-        local (`bool`): The client is the whole engine: one search at a time.
+        local (`bool`): The client runs without a server: one search at a time.
 
     Raises:
-        UserError: if another version loaded the collection.
+        UserError: if the collection was loaded with an incompatible analyzer version.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class QdrantRetriever(Retriever):
         else:
             if about.get("analyzer") != ANALYZER_VERSION:
                 raise UserError(
-                    f"the collection {collection!r} was loaded by a version of trl-search that split text into other "
-                    "terms, so queries would miss them; load it again with --replace"
+                    f"the collection {collection!r} was loaded by a version of trl-search that splits text "
+                    "differently, so queries would miss passages; load it again with --replace"
                 )
             self._analyzer = Analyzer(about["stemmer"], about["stopwords"])
 
@@ -100,7 +100,7 @@ class QdrantRetriever(Retriever):
 
     def _dense(self, queries: Sequence[str]) -> list[Any]:
         assert self._encoder is not None
-        # A query without letters or digits would get a vector too, and passages that mean nothing.
+        # A query without letters or digits would still get a vector, and match meaningless passages.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
         vectors: list[Any] = [None] * len(queries)
         encoded_QD = self._encoder.encode_queries([queries[number] for number in asked])
@@ -129,7 +129,7 @@ class QdrantRetriever(Retriever):
                     using=self._vectors,
                     limit=count,
                     params=self._params,
-                    with_payload=False,  # of the few that are wanted it comes in a second request
+                    with_payload=False,  # a second request fetches it for the few rows that are returned
                 )
                 for vector in vectors[start : start + MAX_BATCH]
             ]
@@ -143,7 +143,9 @@ class QdrantRetriever(Retriever):
             return {}
         found = {point.id: point.payload for point in self._ask(self._client.retrieve, ids=sorted(rows))}
         if len(found) < len(rows):
-            raise RetrievalError(f"{len(rows) - len(found)} passages went out of {self._collection!r} during a search")
+            raise RetrievalError(
+                f"{len(rows) - len(found)} passages were deleted from {self._collection!r} during a search"
+            )
         return found
 
     def _ask(self, method: Callable[..., Any], **options: Any) -> Any:
@@ -161,11 +163,10 @@ class QdrantRetriever(Retriever):
 
 
 def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
-    """Sends one request. Trouble that may pass raises `Unavailable`; another refusal, a `RetrievalError` with its
-    words.
+    """Sends one request. Temporary trouble raises `Unavailable`; any other error, a `RetrievalError` with its message.
 
     Raises:
-        RetrievalError: with the server's own words; `Unavailable` where it cannot be reached.
+        RetrievalError: with the server's message; `Unavailable` if it cannot be reached.
     """
     from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 
@@ -176,7 +177,7 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         raise failure(error.status_code or 0, said) from error
     except ApiException as error:
         raise Unavailable(f"Qdrant cannot be reached: {error}") from error
-    except (RuntimeError, ValueError) as error:  # the client's own, and of the engine that is in it
+    except (RuntimeError, ValueError) as error:  # raised by the client and its built-in engine
         raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
 
 
@@ -199,14 +200,14 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
             return QdrantClient(path=str(path), force_disable_check_same_thread=True)
         except RuntimeError as error:
             raise UserError(f"{path} cannot be opened: {error}") from error
-    # The proxies of the environment do not know the hosts of a cluster.
+    # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
     return QdrantClient(
         url=url, api_key=from_environment(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
     )
 
 
 def read_about(client: Any, collection: str) -> dict[str, Any]:
-    """What a collection was loaded with."""
+    """Reads the record of what was loaded into the collection."""
 
     def read() -> dict[str, Any] | None:
         return (call(client.get_collection, collection).config.metadata or {}).get(ABOUT)
@@ -231,23 +232,25 @@ def load(
     timeout_s: int = 30,
     trust_remote_code: bool = False,
 ) -> QdrantRetriever:
-    """`load_retriever("qdrant", ...)`: of `url` and `collection`, or of the `index` folder that names them.
+    """`load_retriever("qdrant", ...)`: give `url` and `collection`, or the `index` folder that names them.
 
     Args:
-        url (`str`, *optional*): Of any node of the cluster, or of the balancer before it.
-        collection (`str`, *optional*): Its name.
-        path (`str | Path`, *optional*): A folder in place of `url`: the engine inside of the client.
-        index (`str | Path`, *optional*): A folder made by `trl-search index --kind qdrant`, of which `manifest.json`
-            is read; a collection that was loaded again since, with other passages, is refused.
-        encoder (`str | Path | Encoder`, *optional*): By default the one that the collection names; no other is taken.
+        url (`str`, *optional*): The address of any node of the cluster, or of its load balancer.
+        collection (`str`, *optional*): The name of the collection.
+        path (`str | Path`, *optional*): A folder, instead of `url`: runs the client without a server.
+        index (`str | Path`, *optional*): A folder made by `trl-search index --kind qdrant`; only its `manifest.json`
+            is read. It is an error if other passages have been loaded since.
+        encoder (`str | Path | Encoder`, *optional*): By default the encoder that the collection records; any other is
+            an error.
         device (`str`, *optional*): Of the encoder: "cpu", "cuda".
-        dtype (`str`): In which queries are encoded.
+        dtype (`str`): Precision of encoding queries.
         exact (`bool`): Compares with every vector.
-        hnsw_ef (`int`, *optional*): Candidates of the approximate search; more finds more.
-        oversampling (`float`, *optional*): With quantised vectors, how many times k are scored again with whole ones.
-        api_key_env (`str`): The environment variable that holds the API key, where there is one.
+        hnsw_ef (`int`, *optional*): Candidates of the approximate search; more raise recall.
+        oversampling (`float`, *optional*): With quantised vectors: this many times k candidates are rescored with full
+            vectors.
+        api_key_env (`str`): The environment variable that holds the API key, if there is one.
         timeout_s (`int`): Seconds until one request counts as failed.
-        trust_remote_code (`bool`): Runs Python code that lies in the encoder's checkpoint.
+        trust_remote_code (`bool`): Runs Python code from the encoder's checkpoint.
 
     Raises:
         UserError: if no collection is named.

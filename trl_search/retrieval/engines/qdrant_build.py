@@ -1,4 +1,4 @@
-"""Loading a Qdrant collection: `trl-search index --kind qdrant`."""
+"""Loads a Qdrant collection: `trl-search index --kind qdrant`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from trl_search.retrieval.index.workers import Workers
 
 QUANTIZATIONS = ("none", "int8", "binary")
 MAX_UPSERT = 1000  # points per request
-NUMBER_BYTES = 22  # of a number in JSON, at most
+NUMBER_BYTES = 22  # the most that a number takes in JSON
 
 
 @dataclass(frozen=True)
 class QdrantBuilder(EncodingOptions):
-    """How passages become a collection, and `build_index(kind="qdrant")`.
+    """Loads a Qdrant collection: the options of `build_index(kind="qdrant")`.
 
     Args:
         url (`str`, *optional*): Of the engine: a node of the Qdrant or OpenSearch cluster, http://host:6333.
-        path (`str`, *optional*): A folder in place of `url`: Qdrant inside of its client, to try it out.
+        path (`str`, *optional*): A folder, instead of `url`: runs Qdrant inside its client, to try it out.
         collection (`str`): The name of the Qdrant collection to make.
-        vectors (`str`): What is searched by: "dense" (meaning) or "sparse" (BM25).
+        vectors (`str`): The kind of search: "dense" (meaning) or "sparse" (BM25).
         stemmer (`str`, *optional*): Of sparse vectors: a Snowball algorithm; `None` does not stem.
         stopwords (`str`, *optional*): Of sparse vectors: a language whose stop words are dropped.
-        shards (`int`, *optional*): Pieces of the collection or index; by default one a node of Qdrant, and one of
+        shards (`int`, *optional*): Pieces of the collection or index; by default one per node for Qdrant, and one for
             OpenSearch.
         replicas (`int`): Copies of each shard.
         quantization (`str`): Of Qdrant's dense vectors in memory: "none", "int8" (a quarter), "binary" (a 32nd).
-        on_disk (`bool`): Whole vectors stay on disk, memory-mapped; with a quantization, which then is in memory.
+        on_disk (`bool`): Full vectors stay on disk, memory-mapped; with quantization, the quantized vectors are in
+            memory.
         replace (`bool`): Deletes a collection or index of that name first.
-        api_key_env (`str`): The environment variable that holds Qdrant's API key, where there is one.
+        api_key_env (`str`): The environment variable that holds Qdrant's API key, if there is one.
         timeout_s (`int`): Seconds until one request to an engine counts as failed.
     """
 
@@ -109,7 +110,7 @@ class _Collection:
 
     @cached_property
     def _vector(self) -> Callable[[int], tuple[Any, int]]:
-        """The vector of a row, and how many numbers it has."""
+        """A function that returns a row's vector and its number of values."""
         from qdrant_client import models
 
         if self._options.vectors == DENSE:
@@ -136,7 +137,7 @@ class _Collection:
         options = self._options
         dense, sparse = {}, {}
         if options.vectors == DENSE:
-            # Unit vectors are compared by their product as others are: it is what the encoder was trained with.
+            # Unit vectors too are compared by inner product, with which the encoder was trained.
             dense[DENSE] = models.VectorParams(
                 size=options.loaded.dim, distance=models.Distance.DOT, on_disk=options.on_disk or None
             )

@@ -1,20 +1,20 @@
 """`BuildFolder`: the folder of an index that is being built, and how a killed build resumes.
 
     indexes/.wiki.building/
-        build.json      what is built from what: format, kind, options, the source's hash; and the steps that are done
-        build.lock      held while a process builds: a second one for the same output is refused
-        scratch/        what the index does not need: vectors that are encoded already
-        ...             the index itself, renamed to indexes/wiki when it is whole
+        build.json      the inputs: format, kind, options, the source's hash; and the finished steps
+        build.lock      locked while a process builds, so that a second one for the same output fails
+        scratch/        temporary files: vectors that are already encoded
+        ...             the index itself, renamed to indexes/wiki when it is complete
 
-The state and the lock are removed last. A build that is killed between the rename and their removal leaves them in the
-finished index, where nobody reads them. Were they removed before the rename, a kill in between would lose the build.
+The state and the lock are removed after the rename. A kill before their removal leaves them in the finished index,
+where they are ignored. If they were removed before the rename, a kill in between would lose the build.
 
-A folder that cannot be replaced by a rename (an empty one that is there already, a mount point, one in a parent that
-we may not write) is built inside itself, in `indexes/wiki/.building`, and its files move up at the end, the manifest
-last. That the place can be written is tested before any work.
+If a rename cannot replace the output folder (it exists and is empty, is a mount point, or has a read-only parent), the
+build is inside it, in `indexes/wiki/.building`, and its files move up at the end, the manifest last. Before any work,
+the build checks that it can write there.
 
-A build with the same inputs resumes; one with other inputs starts again and says so. A build that ends in an error
-leaves what can be reused: the scratch, and a complete index.
+A build with the same inputs resumes; one with other inputs starts again and says so. After an error, the reusable
+files stay: the scratch folder, and a complete index.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INSIDE = ".building"
 
 
 def build_path(output: Path) -> Path:
-    """Where `output`, an absolute path without links, is built."""
+    """The folder in which `output`, an absolute path without links, is built."""
     if output.is_dir() and (not (output / MANIFEST).is_file() or not _replaceable(output)):
         return output / INSIDE
     return output.parent / f".{output.name}.building"
@@ -50,7 +50,7 @@ def may_be_built(output: Path) -> bool:
     if not output.is_dir():
         return False
     there = {entry.name for entry in output.iterdir()} - {INSIDE, "lost+found"}
-    return not there or (output / INSIDE / MANIFEST).is_file()  # the last build was killed while its files moved up
+    return not there or (output / INSIDE / MANIFEST).is_file()  # the last build was killed while moving its files up
 
 
 def _replaceable(folder: Path) -> bool:
@@ -58,17 +58,17 @@ def _replaceable(folder: Path) -> bool:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Libraries in C++ and Rust give the system's message without its number."""
+    """Whether the disk is full. Libraries in C++ and Rust give the system's message without its number."""
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 class BuildFolder:
-    """The folder at `path`, ours while the context is open.
+    """The folder at `path`, locked for this process while the context is open.
 
     Args:
-        output (`Path`): What the finished folder will be called: an absolute path without links.
-        announce (`Callable[[str], None]`): Gets messages: what is resumed, and what is thrown away.
+        output (`Path`): The finished folder: an absolute path without links.
+        announce (`Callable[[str], None]`): Receives messages about what is resumed and what is discarded.
     """
 
     def __init__(self, output: Path, announce: Callable[[str], None]) -> None:
@@ -84,29 +84,26 @@ class BuildFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process builds {self._output} now; wait for it, or choose another output"
+                f"another process is building {self._output}; wait for it, or choose another output"
             ) from None
         except OSError as error:
             raise UserError(f"{self._output} cannot be written ({error}); choose another output") from None
         return self
 
     def take_up(self, inputs: dict[str, Any] | None) -> None:
-        """Goes on with a build of the same inputs, and removes what is left of any other.
+        """Resumes a build with the same inputs, and removes the remains of any other build.
 
         Args:
-            inputs (`dict`, *optional*): JSON that says what is built from what. `None` if that is unknown; such a
-                build is never resumed.
+            inputs (`dict`, *optional*): The inputs as JSON. `None` if they are unknown; such a build is never resumed.
         """
         self._inputs = inputs
         found = self._read_state()
         if found is not None and inputs is not None and found.get("inputs") == inputs:
             self._done = found["done"]
-            self._announce(f"going on with the build in {self.path}")
+            self._announce(f"resuming the build in {self.path}")
             return
         if found is not None:
-            self._announce(
-                f"{self.path} holds a build that was not finished, of other passages or options: starting anew"
-            )
+            self._announce(f"{self.path} holds an unfinished build of other passages or options: starting again")
         self._clear()
         self._write_state()
 
@@ -116,9 +113,9 @@ class BuildFolder:
         if error is None:
             return
         self._lock.release()
-        kept = f"what is done is kept in {self.path}; the same command goes on with it"
+        kept = f"the finished part is kept in {self.path}; the same command resumes it"
         if (self.path / MANIFEST).is_file():
-            kept = f"the index is whole and kept in {self.path}; the same command puts it in place"
+            kept = f"the index is complete and kept in {self.path}; the same command puts it in place"
         elif self._inputs is None or not (self.path / SCRATCH).exists():
             shutil.rmtree(self.path, ignore_errors=True)
             kept = ""
@@ -131,7 +128,7 @@ class BuildFolder:
         return step in self._done
 
     def note(self, step: str) -> None:
-        """Records that a step is done: a later build goes on from there."""
+        """Records that a step is done: a later build resumes after it."""
         self._done.append(step)
         self._write_state()
 
@@ -142,10 +139,10 @@ class BuildFolder:
         return {name: size for name, size in names.items() if name.split("/")[0] not in (STATE, LOCK, SCRATCH)}
 
     def put_in_place(self, *, replace: bool) -> None:
-        """Drops what the index does not need, and gives the index its name.
+        """Removes temporary files, and renames the folder to the output.
 
         Raises:
-            UserError: if another process has made the folder meanwhile.
+            UserError: if another process has made the output folder in the meantime.
         """
         in_the_way = (self._output / MANIFEST).exists()
         if in_the_way and not replace:
@@ -173,7 +170,8 @@ class BuildFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _move_up(self) -> None:
-        """Removes the manifest first, so that the folder is no index while its files change. A second call resumes."""
+        """Moves the files up. The manifest is removed first, so that the folder is not an index meanwhile. A second
+        call resumes."""
         (self._output / MANIFEST).unlink(missing_ok=True)
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == MANIFEST):
             there = self._output / entry.name
@@ -183,7 +181,7 @@ class BuildFolder:
         self.path.rmdir()
 
     def _read_state(self) -> dict[str, Any] | None:
-        """What an earlier build left; `None` for a new folder, `{}` for one whose state cannot be read."""
+        """The state of an earlier build; `None` for a new folder, `{}` if the state cannot be read."""
         try:
             state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:

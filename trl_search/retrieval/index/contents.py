@@ -1,4 +1,4 @@
-"""What an index holds, in place of where it lies: the folder may have moved, or have been built again elsewhere.
+"""Replaces the path of an index by a description of its content, so that a moved or rebuilt index compares as equal.
 
 {"index": "kit/index", "threads": 4}
 {"index": {"kind": "bm25", "options": {"k1": 1.2, ...}, "corpus_sha256": "073b..."}, "threads": 4}
@@ -16,7 +16,7 @@ from trl_search.retrieval.index.folder import read_manifest
 
 
 def index_folder(name: Any, value: Any) -> Path | None:
-    """The folder of the index that an option of a retriever names; `None` where it names none."""
+    """The index folder that an option of a retriever names; `None` if it names none."""
     if name != "index" or not isinstance(value, str | Path):
         return None
     folder = Path(home_expanded(value))
@@ -24,8 +24,8 @@ def index_folder(name: Any, value: Any) -> Path | None:
 
 
 def with_contents(options: Any) -> Any:
-    """The options of a retriever with the content of each index folder in place of its path, at any depth, as `hybrid`
-    and `rerank` hold retrievers of their own."""
+    """The options of a retriever, with each path of an index folder replaced by its content, at any depth: `hybrid`
+    and `rerank` contain other retrievers."""
     if isinstance(options, Mapping):
         return {
             name: with_contents(value) if (folder := index_folder(name, value)) is None else _content(folder)
@@ -38,6 +38,6 @@ def with_contents(options: Any) -> Any:
 
 def _content(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    # The options name an encoder, and the details have the hash of its weights.
+    # The options name an encoder; the details contain the hash of its weights.
     encoder = {"encoder": manifest.details["encoder"]} if "encoder" in manifest.details else {}
     return {"kind": manifest.kind, "options": manifest.options, **encoder, "corpus_sha256": manifest.corpus.sha256}

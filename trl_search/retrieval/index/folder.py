@@ -1,13 +1,13 @@
 """An index folder: built under another name, finished by its manifest, checked when opened.
 
     indexes/wiki/
-        manifest.json           what this is: format, kind, options, every file's size, the corpus' hash; written last
+        manifest.json           format, kind, options, every file's size, the corpus' hash; written last
         corpus.jsonl            the passages, by row
         corpus.offsets.npy      where each row begins
-        bm25/                   what the kind itself keeps
+        bm25/                   the files of the kind
 
-A build works in a hidden folder (`build_folder.py`) that gets its name when it is whole. So a folder under its own
-name is whole, or was damaged later; then `open_index` says so instead of answering from it.
+A build works in a hidden folder (`build_folder.py`), which is renamed when it is complete. So a folder with its final
+name is complete, or was damaged later, which `open_index` detects.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trl_search.retrieval.registry import INDEX_KINDS
 from trl_search.types import Passage
 
 FORMAT = 1
-_CORPUS = "corpus"  # the step of a build after which the passages are there
+_CORPUS = "corpus"  # the step that writes the passages
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ class IndexFolderError(UserError):
 
 
 class Builder(Protocol):
-    """Builds indexes of one kind. A dataclass whose fields are the user's options: it checks them before any work, and
+    """Builds indexes of one kind. A dataclass whose fields are the user's options; it checks them before any work, and
     the manifest records them."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -52,24 +52,25 @@ class Builder(Protocol):
 
 @runtime_checkable
 class Plans(Protocol):
-    """A builder that can say beforehand what an index will cost."""
+    """A builder that can estimate the cost of an index."""
 
     def plan(self, passages: int) -> str:
-        """Memory, disk and time, in words, before the work begins."""
+        """Describes memory, disk and time, before the work begins."""
 
 
 @runtime_checkable
 class Shares(Protocol):
-    """A builder whose work several processes share, and which resumes after a kill."""
+    """A builder whose work several processes can share, and that resumes after a kill."""
 
     def share(self, corpus: Corpus, folder: Path, workers: Workers) -> None:
-        """Called in every process, before `build` in one. Works in `folder / SCRATCH`; returns when all is done."""
+        """Called in every process, before `build` in one of them. Works in `folder / SCRATCH`; returns when all is
+        done."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`. `source` is the file that the corpus was read from, `None` for passages in
-    memory; `details` are the kind's own: its encoder, what was measured."""
+    memory; `details` are specific to the kind: its encoder, measurements."""
 
     format: int
     kind: str
@@ -83,7 +84,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Index:
-    """An index folder that passed every check."""
+    """An index folder that has passed every check."""
 
     folder: Path
     manifest: Manifest
@@ -103,21 +104,21 @@ def build_index(
     **options: Any,
 ) -> Manifest:
     """Builds an index folder that `load_retriever(kind, index=output)` opens. After a kill, the same call resumes the
-    build, and ends with the same bytes.
+    build, and produces the same bytes.
 
     Args:
         corpus (`str | Path | Iterable[Passage]`): A file or a dataset (see `sources.py`), or the passages themselves.
-        output (`str | Path`): The folder to make. Appears only when the index is whole.
+        output (`str | Path`): The folder to make. It appears only when the index is complete.
         kind (`str`): `"bm25"`, `"dense"`; `"qdrant"` and `"opensearch"` load an engine on other hosts.
-        fields (`Fields`): The fields of id, title and text, where they are not the usual ones.
+        fields (`Fields`): The fields of id, title and text, if they are not the usual ones.
         skip_duplicates (`bool`): Keeps the first passage of each id; otherwise a repeated id is an error.
-        overwrite (`bool`): Replaces an index that is there already, once the new one is whole.
-        announce (`Callable[[str], None]`): Gets messages: the cost of an index before it is built, what is resumed.
+        overwrite (`bool`): Replaces an existing index, once the new one is complete.
+        announce (`Callable[[str], None]`): Receives messages: the estimated cost, and what is resumed.
         workers (`Workers`): This process, of rank 0, among several; the others call `join_build`.
         options: Of the kind: the fields of its builder. For bm25 `stemmer`, `stopwords`, `k1`, `b` and `engine`.
 
     Raises:
-        IndexFolderError: if the corpus changes meanwhile.
+        IndexFolderError: if the corpus changes during the build.
     """
     corpus, output = home_expanded(corpus), _place(output)
     builder = make_builder(kind, options)
@@ -129,7 +130,7 @@ def build_index(
             "format": FORMAT,
             "kind": kind,
             "options": asdict(builder),
-            "source": fingerprint and fingerprint.sha256,  # wherever it lies: a build may go on on another machine
+            "source": fingerprint and fingerprint.sha256,  # not its path: a build may be resumed on another machine
             "fields": asdict(fields),
             "skip_duplicates": skip_duplicates,
         }
@@ -165,7 +166,7 @@ def build_index(
 
 
 def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) -> None:
-    """Does the share of a process other than that of `build_index`, if the kind can be shared."""
+    """Does this process's share of the build; call it in every process but the one that calls `build_index`."""
     builder = make_builder(kind, options)
     if not isinstance(builder, Shares):
         return
@@ -176,7 +177,7 @@ def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) 
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads `manifest.json`, refusing a folder without one and a format that this version does not read.
+    """Reads `manifest.json`. Raises if it is missing, or has a format that this version cannot read.
 
     Raises:
         IndexFolderError: if the folder holds no finished index of this format.
@@ -188,8 +189,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IndexFolderError(
-            f"{folder} is not a finished index, it has no {MANIFEST}: a copy or a build was cut short, or it is "
-            f"another folder; build it with: {_command(folder)}"
+            f"{folder} is not a finished index (it has no {MANIFEST}): a copy or a build was cut short, or it is "
+            f"not an index; build it with: {_command(folder)}"
         ) from None
     except ValueError as error:
         raise IndexFolderError(f"{folder}/{MANIFEST} is damaged ({error}); rebuild with: {_command(folder)}") from None
@@ -208,15 +209,15 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> Index:
-    """Opens an index folder after checking that it is whole, of this kind, and of the corpus it was built from.
+    """Opens an index folder after checking that it is complete, of this kind, and up to date with its corpus.
 
-    `check_source=False` skips the last question, whether the file it was built from has changed since.
+    `check_source=False` skips the last check, whether the source file has changed since the build.
 
     Raises:
-        IndexFolderError: if it is no index of that kind, or its files or its corpus have changed.
+        IndexFolderError: if it is not an index of that kind, or its files or its corpus have changed.
     """
     if not isinstance(folder, str | Path):
-        raise IndexFolderError(f"an index is a folder, and this is {folder!r:.60}: give its path")
+        raise IndexFolderError(f"an index must be a folder, not {folder!r:.60}: give its path")
     folder = Path(folder)
     manifest = read_manifest(folder)
     rebuild = rebuild_hint(folder)
@@ -244,7 +245,7 @@ def rebuild_hint(folder: str | Path) -> str:
 
 
 def make_builder(kind: str, options: dict[str, Any]) -> Builder:
-    """The builder of a kind, its options checked.
+    """The builder of a kind, with its options checked.
 
     Raises:
         UserError: for an option that the kind does not have.
@@ -259,12 +260,12 @@ def make_builder(kind: str, options: dict[str, Any]) -> Builder:
 
 
 def _place(output: str | Path) -> Path:
-    """The folder that `output` means: `~`, `.` and links are followed."""
+    """The folder that `output` names, with `~`, `.` and links resolved."""
     return Path(home_expanded(output)).resolve()
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuses an output that may not be written, before hours of work. Only an index is ever replaced."""
+    """Raises if the output may not be written, before hours of work. Only an index is ever replaced."""
     if (output / MANIFEST).is_file():
         if not overwrite:
             raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
@@ -273,7 +274,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _command(folder: Path, manifest: Any = None) -> str:
-    """The command that builds `folder`, as far as a manifest tells."""
+    """The command that builds `folder`, filled in from the manifest if there is one."""
     known = manifest if isinstance(manifest, dict) else {}
     source = known.get("source")
     corpus = shlex.quote(str(source["name"])) if isinstance(source, dict) and "name" in source else "FILE.jsonl"

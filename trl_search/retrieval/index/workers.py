@@ -1,7 +1,7 @@
 """The processes that build one index together: `accelerate launch -m trl_search index ...` starts one per GPU.
 
-Worker r takes the shards with `shard % count == r`. Worker 0 also writes the corpus before and the index after. A
-single process never waits.
+Worker r takes the shards with `shard % count == r`. Worker 0 also writes the corpus first and the index last. A single
+process never waits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-LONGEST_WAIT = timedelta(days=7)  # for the slowest process, which may read a corpus or encode for days
+LONGEST_WAIT = timedelta(days=7)  # the slowest process may read a corpus or encode for days
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Workers:
     count: int = 1
 
     def wait(self) -> None:
-        """Returns when every process has called it."""
+        """Waits until every process has called it."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -32,7 +32,7 @@ ALONE = Workers()
 
 
 def launched_workers() -> Workers:
-    """The processes that `accelerate launch` started with this one. Makes this process' GPU the default of torch."""
+    """The processes that `accelerate launch` started, including this one. Makes this process's GPU torch's default."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
     import torch

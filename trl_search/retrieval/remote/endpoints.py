@@ -1,12 +1,12 @@
-"""Balances requests over several servers, and keeps account of what became of them.
+"""Balances requests over several servers, and counts their outcomes.
 
     Endpoints.take() ─► the healthy one with the fewest requests under way ─► request ─► done(...), failed(...) or
                                                                                          given_up(...)
 
-A server that fails is put aside, twice as long each time, and for at least three times as long as the failure took to
-notice: one that hangs for 20 seconds is not asked again for a minute. A time that the server names itself is
-respected, up to `MAX_ASIDE_S`. After that, one request is let through as a probe, and an answer brings the server
-back. When all servers are put aside, the one that is due first is asked all the same.
+A server that fails is put aside, for twice as long each time, and for at least three times as long as the failure
+took: after a timeout of 20 seconds, the server gets no request for a minute. A wait that the server requests is
+respected, up to `MAX_ASIDE_S`. Then one request is sent as a probe, and an answer brings the server back. If all
+servers are put aside, the one that is due first gets the request.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ FIRST_ASIDE_S, MAX_ASIDE_S = 0.5, 30.0
 
 @dataclass
 class EndpointStats:
-    """What became of the requests to one server.
+    """The outcomes of the requests to one server.
 
     Args:
         requests (`int`): Requests sent, including failed and repeated ones.
         failures (`int`): Errors, timeouts and broken answers.
-        retries (`int`): Requests that repeat a failed one, of this server or another.
-        seconds (`float`): Time in requests, added up.
+        retries (`int`): Requests that repeat a failed one, to this server or another.
+        seconds (`float`): Total time in requests.
         max_s (`float`): The longest request.
-        latencies_s (`deque[float]`): Seconds of the last 10,000 answered requests. A gateway serves for weeks without
-            anybody taking its numbers, so older ones are dropped.
+        latencies_s (`deque[float]`): Seconds of the last 10,000 answered requests. Older ones are dropped, because a
+            gateway may run for weeks without its metrics being read.
     """
 
     requests: int = 0
@@ -49,7 +49,7 @@ class EndpointStats:
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server: its address for `POST`, its name (`host:port`) for people, and its health."""
+    """One server: its address for `POST`, its name (`host:port`) for messages, and its health."""
 
     url: str
     name: str
@@ -65,10 +65,10 @@ class Endpoints:
     Args:
         urls (`Sequence[str]`): `"http://localhost:8000"` or `"http://localhost:8000/retrieve"`.
         clock (`Callable`): A monotonic clock, in seconds.
-        jitter (`Callable`): A random number from 0 to 1, so that many clients do not come back at the same moment.
+        jitter (`Callable`): A random number from 0 to 1, so that many clients do not retry at the same moment.
 
     Raises:
-        UserError: for no server, or the same one twice.
+        UserError: for no servers, or a repeated server.
     """
 
     def __init__(
@@ -91,12 +91,13 @@ class Endpoints:
         return len(self._all)
 
     def take(self, avoid: Collection[Endpoint] = (), *, retry: bool = False) -> Endpoint:
-        """The server to ask now; one of `avoid` only if no other is healthy. Report back with `done` or `failed`."""
+        """Returns the server for the next request; one of `avoid` only if no other is healthy. Report the outcome with
+        `done`, `failed` or `given_up`."""
         with self._lock:
             well = [endpoint for endpoint in self._all if self._is_well(endpoint)]
             candidates = [endpoint for endpoint in well if endpoint not in avoid] or well
             if candidates:
-                self._turn += 1  # equals take turns
+                self._turn += 1  # round robin among equals
                 first = self._turn % len(candidates)
                 chosen = min(candidates[first:] + candidates[:first], key=lambda endpoint: endpoint.under_way)
             else:
@@ -114,12 +115,12 @@ class Endpoints:
             endpoint.failures_in_row, endpoint.aside_until = 0, 0.0
 
     def failed(self, endpoint: Endpoint, seconds: float, *, wait_s: float | None = None, aside: bool = True) -> None:
-        """The server failed to answer, or answered wrongly.
+        """The server did not answer, or gave an invalid answer.
 
         Args:
             endpoint (`Endpoint`): From `take`.
             seconds (`float`): Time until it failed.
-            wait_s (`float`, *optional*): The wait that the server asked for; capped at `MAX_ASIDE_S`.
+            wait_s (`float`, *optional*): The wait that the server requested; capped at `MAX_ASIDE_S`.
             aside (`bool`): False if the request itself is to blame.
         """
         with self._lock:
@@ -128,7 +129,7 @@ class Endpoints:
             if not aside:
                 return
             if wait_s is None and self._clock() < endpoint.aside_until:
-                wait_s = 3 * seconds  # it was put aside while this request was under way: the same trouble
+                wait_s = 3 * seconds  # already put aside during this request, for the same trouble
             elif wait_s is None:
                 growing = min(MAX_ASIDE_S, FIRST_ASIDE_S * 2**endpoint.failures_in_row)
                 wait_s = max(3 * seconds, growing * (0.5 + self._jitter() / 2))

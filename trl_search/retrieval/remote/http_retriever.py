@@ -1,23 +1,23 @@
-"""Passages from servers that speak `POST /retrieve`: ours (`trl-search serve`), Search-R1's, verl's.
+"""Searches servers that speak `POST /retrieve`: `trl-search serve`, Search-R1's, verl's.
 
     load_retriever("http", url="http://localhost:8000")
     load_retriever("http", urls=["http://a:8000", "http://b:8000"])
 
 What happens to a batch:
 
-1. It is cut into requests: one share per server, at most `max_batch` queries each.
-2. Each request goes to the healthy server with the fewest requests under way (`endpoints.py`).
+1. It is split into requests: one share per server, at most `max_batch` queries each.
+2. Each request goes to the healthy server with the fewest open requests (`endpoints.py`).
 3. After a lost connection, a timeout, 429, 502, 503 or 504, the server is put aside and the request goes to another
-   one at once. Without another one it is repeated after a growing, jittered wait (or the server's `Retry-After`),
-   until `patience_s` are over. A search changes nothing on the server, so repeating it does no harm.
-4. Any other 5xx may be caused by the query: it is tried three times at most.
-5. A 4xx, a redirect and an answer that is not of the protocol would come again: they fail at once. There are two
-   exceptions. A batch that is too large (413) is halved. A server that takes one query and no list (SkyRL's) gets its
-   queries one by one from then on.
+   one at once. If there is no other server, the request is repeated after a growing, jittered wait (or the server's
+   `Retry-After`), until `patience_s` is over. A search changes nothing on the server, so repeating it is safe.
+4. Any other 5xx may be caused by the query, so the request is tried at most three times.
+5. A 4xx, a redirect or an invalid answer would recur, so it fails at once, with two exceptions. A batch that is too
+   large (413) is halved. A server that accepts one query but no list (SkyRL's) gets its queries one by one from then
+   on.
 
-Every failure is a `RetrievalError` that names the server, the status and what the server said.
+Every failure is a `RetrievalError` that names the server, the status and the server's message.
 
-Proxies of the environment (`HTTP_PROXY`) are not used: they do not know the hosts of a cluster.
+Proxies of the environment (`HTTP_PROXY`) are ignored: they cannot resolve the hosts of a cluster.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from trl_search.retrieval.remote.wire import (
 )
 from trl_search.types import Passage
 
-ONE_BY_ONE = 32  # requests at a time to each server that takes no list
-SHARE = 32  # queries below which a batch is not cut up for the sake of a second server
+ONE_BY_ONE = 32  # concurrent requests to each server that accepts no list
+SHARE = 32  # smaller batches are not split between servers
 TRIES_OF_AN_ERROR = 3
 
 
 class HttpRetriever(AsyncRetriever):
-    """Asks one or several retrieval servers: `load_retriever("http", ...)`. None is asked before the first search.
+    """Searches one or several retrieval servers: `load_retriever("http", ...)`. It connects at the first search.
 
     Args:
         url (`str`, *optional*): One server; or
         urls (`Sequence[str]`, *optional*): several, of the same index.
         timeout_s (`float`): Seconds until one request counts as failed.
-        patience_s (`float`): Seconds until a search fails, with all requests and waits. Keep it below the
-            `search_timeout_s` of training, which otherwise cuts it short.
+        patience_s (`float`): Seconds until a search fails, including all requests and waits. Keep it below training's
+            `search_timeout_s`, which would otherwise end the search first.
         max_batch (`int`): Queries per request.
         max_concurrent_batches (`int`, *optional*): Batches at a time; two per server by default.
         token_env (`str`, *optional*): The environment variable that holds the bearer token.
@@ -104,7 +104,7 @@ class HttpRetriever(AsyncRetriever):
     def _start(self) -> None:
         super()._start()
         self.endpoints = Endpoints(self._urls)
-        self._one_by_one = False  # known once a server said so
+        self._one_by_one = False  # set when a server says so
 
     def _make_client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self.endpoints))
@@ -146,13 +146,13 @@ class HttpRetriever(AsyncRetriever):
         }
 
     async def _ask(self, queries: Sequence[str], k: int, deadline: float) -> list[list[Passage]]:
-        """One request and its repetitions."""
+        """Sends one request, with its retries."""
         tried: list[Endpoint] = []
 
         def is_worth_another(error: BaseException) -> bool:
             if not isinstance(error, _Repeatable) or (error.tries and len(tried) >= error.tries):
                 return False
-            least_s = min(self._timeout_s, self._patience_s) / 10  # a shorter try would only time out
+            least_s = min(self._timeout_s, self._patience_s) / 10  # a try with less time left would only time out
             wait_s = 0.0 if self.endpoints.other_is_well(tried) else error.wait_s or 0.0
             return time.monotonic() + wait_s + least_s < deadline
 
@@ -209,7 +209,7 @@ class HttpRetriever(AsyncRetriever):
 
 
 class _Repeatable(RetrievalError):
-    """A failure that may pass: try again after `wait_s` if the server named it, `tries` times at most."""
+    """A temporary failure: retry after `wait_s` if the server named it, with at most `tries` tries."""
 
     def __init__(self, message: str, *, wait_s: float | None = None, tries: int | None = None) -> None:
         super().__init__(message)
@@ -217,15 +217,16 @@ class _Repeatable(RetrievalError):
 
 
 class _WantsOneQuery(RetrievalError):
-    """The server takes one query and no list."""
+    """The server accepts one query but no list."""
 
 
 class _Broken(RetrievalError):
-    """What answered does not speak the protocol."""
+    """The answer does not follow the protocol."""
 
 
 def _named(error: Exception, endpoint: Endpoint, timed_out: str) -> Exception:
-    """A lost connection or a timeout as a failure that names the server; any other error as it is."""
+    """Converts a lost connection or a timeout to a failure that names the server; returns any other error
+    unchanged."""
     if isinstance(error, TimeoutError):
         return _Repeatable(f"{endpoint.name}: {timed_out}")
     if isinstance(error, httpx.TransportError):
@@ -250,8 +251,7 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
         found = parse_response(response.json())
     except (WireError, ValueError, RecursionError) as error:
         raise _Broken(
-            f"{endpoint.name} answered something that is no result ({error}): {_said(response)}; is it a retrieval "
-            "server?"
+            f"{endpoint.name} returned an invalid result ({error}): {_said(response)}; is it a retrieval server?"
         ) from error
     if len(found) != len(queries):
         raise _Broken(f"{endpoint.name} answered {len(found)} results to {len(queries)} queries")
@@ -266,7 +266,7 @@ def _body(response: httpx.Response) -> Any:
 
 
 def _said(response: httpx.Response) -> str:
-    """The server's own words about an error: from the field that frameworks use, else the beginning of the body."""
+    """The server's error message: from the field that frameworks use, else the beginning of the body."""
     body = _body(response)
     if isinstance(body, dict):
         body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
@@ -275,7 +275,7 @@ def _said(response: httpx.Response) -> str:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds, or a date; `None` where it is neither."""
+    """Parses seconds or a date; `None` if it is neither."""
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:6])

@@ -1,19 +1,19 @@
-"""The wire protocol that search agents' trainers speak: `POST /retrieve`, as pure functions for server and client.
+"""The wire protocol of trainers for search agents, `POST /retrieve`, as pure functions for server and client.
 
     -> {"queries": ["who founded Orlune?", "..."], "topk": 3, "return_scores": true}
     <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nA town ...", "url": ""}, "score": .9}, ...]]}
 
-Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, which are all read and written:
+Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, all of which are supported:
 
-- `{"query": "one string"}` in place of the list, as SkyRL's client and server have it; the result is a list of one;
+- `{"query": "one string"}` instead of the list, as in SkyRL; the result is a list of one;
 - `{"queries": []}`, which Search-R1 sends in a turn without searches; the result is an empty list;
 - `return_scores` false or absent: the inner items are the bare documents;
 - `topk` absent or null: the server's default;
-- a document of ours always has a `url`, "" where the passage has none: ASearcher's client fails without it;
+- our documents always have a `url`, "" if the passage has none: ASearcher's client fails without it;
 - in a response, documents with `title`, `text` and `url`, and documents without an id.
 
-What cannot be read is a `WireError` with an HTTP status that names the field: 400 for what is not JSON, 413 for more
-than the limits allow, 422 for a field that is missing or wrong, 502 for an answer that is not of this protocol.
+Invalid messages raise a `WireError` that names the field and has an HTTP status: 400 if it is not JSON, 413 if it
+exceeds the limits, 422 if a field is missing or wrong, 502 if an answer is not of this protocol.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _LONE_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 class WireError(ValueError):
-    """A request or a response is not of the protocol.
+    """A request or a response does not follow the protocol.
 
     Args:
         status (`int`): The HTTP status to answer with.
-        message (`str`): What is wrong and what would be right, the field first.
-        field (`str`, *optional*): The field at fault: `"topk"`, `"queries[3]"`; `None` where it is the body itself.
+        message (`str`): What is wrong and what is expected.
+        field (`str`, *optional*): The field at fault: `"topk"`, `"queries[3]"`; `None` if it is the body itself.
     """
 
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
@@ -81,7 +81,7 @@ class RetrieveRequest:
 
 
 def format_request(queries: Sequence[str], k: int, *, return_scores: bool = True) -> dict[str, Any]:
-    """The body of a request. Halves of surrogate pairs, which no server can read, become U+FFFD."""
+    """The body of a request. Lone surrogates, which no server can read, become U+FFFD."""
     return {
         "queries": [query.translate(_LONE_SURROGATES) for query in queries],
         "topk": k,
@@ -90,12 +90,12 @@ def format_request(queries: Sequence[str], k: int, *, return_scores: bool = True
 
 
 def format_single_request(query: str, k: int) -> dict[str, Any]:
-    """The body of a request to a server that takes one query and no list."""
+    """The body of a request to a server that accepts one query but no list."""
     return {"query": query.translate(_LONE_SURROGATES), "topk": k, "return_scores": True}
 
 
 def wants_one_query(data: Any) -> bool:
-    """Whether the body of a 422 says that `query` is missing, as FastAPI does where a server takes one query.
+    """Whether the body of a 422 says that `query` is missing, as FastAPI does if a server accepts one query.
 
     Example:
         >>> wants_one_query({"detail": [{"type": "missing", "loc": ["body", "query"], "msg": "Field required"}]})
@@ -140,7 +140,7 @@ def too_large(limits: Limits) -> WireError:
 
 
 def format_response(results: Sequence[Sequence[Passage]], return_scores: bool) -> dict[str, Any]:
-    """The body of a response: a list per query, in the order of the request, of an item per passage."""
+    """The body of a response: for each query, in the order of the request, a list with one item per passage."""
     return {"result": [format_passages(passages, return_scores) for passages in results]}
 
 
@@ -230,7 +230,7 @@ def _return_scores(request: dict[str, Any]) -> bool:
 
 
 def _document(passage: Passage) -> dict[str, Any]:
-    # Always with the quoted first line: without it, a reader takes the first line of the text for the title.
+    # Always with the quoted first line: without it, a client would take the first line of the text as the title.
     contents = f'"{" ".join(passage.title.splitlines())}"\n{passage.text}'
     return {"id": passage.id, "contents": contents, "url": passage.url or ""}
 

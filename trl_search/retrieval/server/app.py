@@ -1,18 +1,18 @@
-"""The routes of a server, and the order in which a request is refused: token, size, form, queue.
+"""The routes of a server. A request is checked in this order: token, size, form, queue.
 
 | route | answers |
 |---|---|
 | `POST /retrieve` | the wire protocol (`trl_search/retrieval/remote/wire.py`) |
-| `GET /health` | 200 as long as the process runs: what is served |
-| `GET /ready` | 200 when the index is loaded, 503 before |
-| `GET /metrics` | Prometheus (`trl_search/retrieval/server/metrics.py`) |
+| `GET /health` | 200 while the process runs; describes what is served | | `GET /ready` | 200 when the index is loaded,
+503 before | | `GET /metrics` | Prometheus (`trl_search/retrieval/server/metrics.py`) |
 
-With a token, `/retrieve` and `/metrics` ask for it; `/health` and `/ready` do not, so that a balancer can look.
+If a token is set, `/retrieve` and `/metrics` require it; `/health` and `/ready` do not, so that a load balancer can
+use them.
 
-Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 the token; 408, 413, 400 and 422 the request
-itself; 422 without a field a query that cannot be searched; 503 the index loads, the queue is full (both with
-`Retry-After`) or the retriever is down or hangs; 500 the retriever crashed. A bug of ours is a 500 with an incident
-number that the log explains.
+Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 for the token; 408, 413, 400 and 422 for the
+request itself; 422 without a field for a query that cannot be searched; 503 if the index is loading, the queue is full
+(both with `Retry-After`) or the retriever is down or hangs; 500 if the retriever crashed. A bug in the server is a 500
+with an incident number, which the log explains.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def make_app(
     """Makes the ASGI application (a `Starlette`) that serves a retriever.
 
     Args:
-        retriever (`Retriever`, *optional*): The retriever to search, which the caller closes. `None` if it loads while
-            the server is already up: `/ready` is 503 until `app.state.service.open(retriever)`.
+        retriever (`Retriever`, *optional*): The retriever, which the caller closes. `None` if it is still loading:
+            `/ready` is 503 until `app.state.service.open(retriever)`.
         config (`ServerConfig`): Limits, queue, cache, token.
-        scrape (`Callable`, *optional*): Makes the page at `/metrics` if one process answers for several; by default
-            the numbers of this one, `app.state.metrics.text()`.
+        scrape (`Callable`, *optional*): Makes the page at `/metrics` if one process reports for several; the default
+            reports this process, `app.state.metrics.text()`.
 
     Example:
         >>> app = make_app(load_retriever("bm25", index="indexes/wiki"), ServerConfig())
@@ -77,7 +77,7 @@ def make_app(
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        # An object, not a function: Starlette calls it as ASGI, without reading the request first.
+        # An object, not a function, so that Starlette calls it as ASGI without reading the request first.
         Route("/retrieve", _Retrieve(service, config), methods=["POST"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
@@ -113,7 +113,7 @@ class _Retrieve:
             return
         except WireError as error:
             facts["error"] = str(error)
-            # After a 408 or a 413 the rest of the body may still be on its way.
+            # After a 408 or a 413 the rest of the body may still arrive.
             unread = [_CLOSE] if error.status in (408, 413) else []
             await _refuse(send, error.status, str(error), error.field, unread)
         except Refused as error:

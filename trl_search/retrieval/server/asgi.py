@@ -1,4 +1,4 @@
-"""The two things done with ASGI by hand on the way of every request: reading a body within limits, sending JSON."""
+"""Reads request bodies within limits, and sends JSON, directly over ASGI."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-# Times the limit. A client that is sending reads no answer: so much is thrown away, so that it gets to read its 413;
-# then the connection is closed.
+# In multiples of the limit: this much of a too large body is discarded before the connection is closed, because a
+# client reads its 413 only after it has sent the body.
 _DISCARDED = 4
 
 
 class ClientGone(Exception):
-    """The client hung up before its request was whole. Nobody is left to answer."""
+    """The client closed the connection before its request was complete."""
 
 
 async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes:
@@ -29,7 +29,7 @@ async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes
 
     Raises:
         WireError: 413 for a body that is too large, 408 for one that does not arrive.
-        ClientGone: where the connection was closed.
+        ClientGone: if the connection was closed.
     """
     chunks: list[bytes] = []
     size, more = 0, True

@@ -1,7 +1,6 @@
-"""Results by (query, k), in memory, the least recently used out first.
+"""An in-memory LRU cache of results by (query, k).
 
-The cache keeps the bytes of the JSON that was sent. So a hit needs no formatting, and the limit is one of memory, not
-of entries.
+The cache stores the bytes of the JSON that was sent, so that a hit needs no formatting and the limit can be in bytes.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-_ENTRY_BYTES = 300  # for the key of an entry and its place in dictionaries
+_ENTRY_BYTES = 300  # for an entry's key and its dictionary slots
 
 
 class _Entry(NamedTuple):
     result: bytes
-    size: int  # with the query, which is in the key: cachetools sees only the entry
+    size: int  # including the query in the key, because cachetools sees only the entry
 
 
 class ResultCache:
-    """At most `max_bytes` of results; with 0 it keeps nothing."""
+    """Stores at most `max_bytes` of results; with 0, nothing."""
 
     def __init__(self, max_bytes: int) -> None:
         from cachetools import LRUCache

@@ -15,18 +15,18 @@ _PACKAGES = ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client",
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How one worker process serves one index.
+    """The settings of one server process for one index.
 
     Args:
         limits (`Limits`): Limits of one request.
-        max_queued (`int`): Queries that may be under way, over all requests; a request beyond it is answered 503.
-        max_batch (`int`): Queries that one call of the retriever may hold.
-        search_timeout_s (`float`): How long one call of the retriever may take.
-        body_timeout_s (`float`): How long a client may take to send a request.
-        shutdown_timeout_s (`float`): How long requests under way are waited for when the server is told to stop.
-        cache_bytes (`int`): Memory for results; 0 keeps none, for a retriever whose answers change.
+        max_queued (`int`): The most queries in progress, over all requests; a request that exceeds it is answered 503.
+        max_batch (`int`): Most queries per call of the retriever.
+        search_timeout_s (`float`): Time limit of one call of the retriever.
+        body_timeout_s (`float`): Time limit for a client to send a request.
+        shutdown_timeout_s (`float`): How long a stopping server waits for requests in progress.
+        cache_bytes (`int`): Memory of the result cache; use 0 for a retriever whose answers change.
         fingerprint (`str`): Identifies the index; `/health` shows it.
-        name (`str`): What is served, in words, for `/health`.
+        name (`str`): A description of what is served, for `/health`.
         token (`str`, *optional*): What clients must send as `Authorization: Bearer ...`; never shown or logged.
         access_log (`bool`): Writes one line of JSON per request.
     """
@@ -60,10 +60,10 @@ class ServerConfig:
 
 
 def need_packages(*, on_ray: bool = False) -> None:
-    """Fails with the extra that is missing, before anything is started.
+    """Raises if a package is missing, before anything is started.
 
     Raises:
-        UserError: names the packages, and the extra that brings them.
+        UserError: the message names the packages and the extra to install.
     """
     wanted, extra = (("ray", *_PACKAGES), "ray") if on_ray else (_PACKAGES, "server")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]

@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 connection, with limits for clients that have not authenticated yet.
 
-The head of a request may have `MAX_HEAD_BYTES` (and one more read of the socket), and must arrive within the time of
-an idle connection. Bodies have limits of their own (`asgi.py`).
+The head of a request may have `MAX_HEAD_BYTES` (plus one read of the socket), and must arrive within the timeout of an
+idle connection. `asgi.py` limits bodies.
 
 It needs the server extra. Use it as `uvicorn.run(app, http=LimitedConnection)`.
 """
@@ -12,13 +12,13 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 << 10  # request line and headers; a token and what proxies add are a few hundred
+MAX_HEAD_BYTES = 64 << 10  # request line and headers; with a token and proxy headers they have a few hundred
 
 
 class LimitedConnection(HttpToolsProtocol):
     """The connection of one client, made by uvicorn."""
 
-    _unread_bytes = 0  # bytes that belong to no body: a head, or the trailers after a body
+    _unread_bytes = 0  # bytes outside bodies: a head, or the trailers after a body
     _deadline: asyncio.TimerHandle | None = None  # for the head of the next request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -37,7 +37,7 @@ class LimitedConnection(HttpToolsProtocol):
         if self._unread_bytes > MAX_HEAD_BYTES:
             self.send_400_response(f"The head of the request is larger than {MAX_HEAD_BYTES:,} bytes.")
         elif self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-            # The next head has begun, which ended uvicorn's own timer. Bytes that drip in must not renew ours.
+            # The next head has begun, which ended uvicorn's timer. Further bytes must not renew this one.
             self._set_deadline()
 
     def on_headers_complete(self) -> None:

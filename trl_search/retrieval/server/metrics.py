@@ -3,17 +3,14 @@
 | metric | what it is |
 |---|---|
 | `trl_search_requests_total{path,status}` | requests answered |
-| `trl_search_request_seconds{path}` | how long they took, a histogram |
-| `trl_search_queries_total` | queries searched, after the cache |
-| `trl_search_query_failures_total` | of these, how many failed |
-| `trl_search_queries_refused_total` | queries refused because the queue was full |
-| `trl_search_batches_total` | calls of the retriever; queries / batches is the mean batch |
-| `trl_search_search_seconds_total` | time in these calls |
-| `trl_search_queued_queries` | queries waiting or being searched now |
-| `trl_search_cache_hits_total`, `trl_search_cache_misses_total` | queries found in the cache, and not |
-| `trl_search_cache_entries`, `trl_search_cache_bytes` | what the cache holds |
-| `trl_search_ready` | 1 when the index is loaded |
-| `process_resident_memory_bytes`, `process_cpu_seconds_total`, ... | of the process (Linux) |
+| `trl_search_request_seconds{path}` | duration of requests, a histogram | | `trl_search_queries_total` | queries
+searched, after the cache | | `trl_search_query_failures_total` | of these, how many failed | |
+`trl_search_queries_refused_total` | queries refused because the queue was full | | `trl_search_batches_total` | calls
+of the retriever; queries / batches is the mean batch | | `trl_search_search_seconds_total` | time in these calls | |
+`trl_search_queued_queries` | queries waiting or being searched now | | `trl_search_cache_hits_total`,
+`trl_search_cache_misses_total` | queries found and not found in the cache | | `trl_search_cache_entries`,
+`trl_search_cache_bytes` | size of the cache | | `trl_search_ready` | 1 when the index is loaded | |
+`process_resident_memory_bytes`, `process_cpu_seconds_total`, ... | of the process (Linux) |
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class ServerMetrics:
-    """The numbers of one server, in a registry of its own: a process may have several servers."""
+    """The metrics of one server, in a separate registry because a process may have several servers."""
 
     def __init__(self, service: SearchService) -> None:
         from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -48,7 +45,7 @@ class ServerMetrics:
         ProcessCollector(registry=self._registry)
 
     def count(self, path: str, status: int, seconds: float) -> None:
-        path = path if path in PATHS else "other"  # scanners try endless paths, and each would become a label
+        path = path if path in PATHS else "other"  # else every path that a scanner tries would become a label
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -59,7 +56,7 @@ class ServerMetrics:
 
 
 class _ServiceCollector:
-    """Reads the counts that the service keeps anyway."""
+    """Reads the existing counters of the service."""
 
     def __init__(self, service: SearchService) -> None:
         self._service = service
@@ -90,7 +87,7 @@ class _ServiceCollector:
 
 
 def join_replicas(texts: Mapping[str, bytes]) -> bytes:
-    """The numbers of several processes on one page, with the label `replica`."""
+    """Joins the metrics of several processes on one page, with the label `replica`."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 

@@ -1,9 +1,9 @@
-"""Around every request: one log line of JSON, one measurement, and a 500 for any exception.
+"""Wraps every request: one log line of JSON, one measurement, and a 500 for any exception.
 
     {"time":"2026-11-22T10:00:00.123Z","client":"127.0.0.1","method":"POST","path":"/retrieve","status":200,"ms":4.1,
      "queries":3,"k":3,"cached":1}
 
-Neither headers nor queries nor the query string are in it: they may hold a token, or a user's words.
+Headers, queries and the query string are not logged: they may hold a token or a user's text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("trl_search.retrieval.server")
 
 
 class Observed:
-    """ASGI middleware: our outermost, so that it sees every answer."""
+    """The outermost ASGI middleware, so that it sees every response."""
 
     def __init__(self, app: App, metrics: ServerMetrics, log: bool) -> None:
         self._app, self._metrics, self._log = app, metrics, log
@@ -46,7 +46,7 @@ class Observed:
         try:
             await self._app(scope, receive, seen)
         except Exception:
-            # A bug of ours: bad requests and failing retrievers never get here. Details stay in the log.
+            # A bug in the server: bad requests and failing retrievers never get here. Details stay in the log.
             incident = facts["incident"] = uuid.uuid4().hex[:12]
             logger.exception("incident %s: %s %r", incident, scope["method"], scope["path"][:200])
             if status == CLIENT_GONE:

@@ -1,15 +1,15 @@
-"""Several gateways behind one address, on Ray Serve: `trl-search serve --ray`.
+"""Runs several gateways behind one address, on Ray Serve: `trl-search serve --ray`.
 
     http retriever ──► Ray's proxy, on each machine ──► replica 1: app.py over its own retriever
                                                  └──► replica 2: ...
 
-Each replica is a process that runs the app of `make_app`, with batches, a cache and a queue of its own. Ray starts the
-replicas, restarts those that die, and spreads requests over them. Every replica has the whole index. If a replica
-dies, its requests fail with a lost connection or a 500, and our `http` retriever repeats them: a search changes
-nothing.
+Each replica is a process that runs the app of `make_app`, with its own batches, cache and queue. Ray starts the
+replicas, restarts those that die, and distributes requests over them. Every replica has the whole index. If a replica
+dies, its requests fail with a lost connection or a 500, and the `http` retriever repeats them, which is safe because a
+search changes nothing.
 
-`host` and `port` say where the proxy listens. Ray itself opens other ports to the network, and whoever reaches them
-can run code on the machines. Since 2.60 Ray asks for a token; still, run a cluster in a network of your own.
+The proxy listens on `host` and `port`. Ray itself opens other ports to the network, and whoever reaches them can run
+code on the machines. Since 2.60 Ray requires a token; still, run a cluster in a private network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trl_search.retrieval.server.service import SearchService
 APP, DEPLOYMENT = "trl-search", "gateway"
 HEALTH_PERIOD_S = 5.0  # until Ray notices a dead replica and starts another; requests avoid it at once
 SCRAPE_S = 5.0
-PROXY_S = 0.3  # that the last answer needs to pass through the proxy
+PROXY_S = 0.3  # time for the last answer to pass through the proxy
 OBJECT_STORE_BYTES = 128 << 20  # requests do not use it, and Ray would take a third of the memory
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def serve_on_ray(
     """Serves until SIGTERM or Ctrl-C, and answers the requests under way before it ends.
 
     Args:
-        kind (`str`): Of the retriever that every replica loads, with `options`, as for `load_retriever`.
+        kind (`str`): The retriever that every replica loads with `options`, as for `load_retriever`.
         options (`dict`): Must mean the same on every machine: addresses, or folders on a shared disk.
         config (`ServerConfig`): Limits, queue, cache and token of each replica.
         settings (`RayConfig`): How many replicas, and where.
@@ -108,10 +108,10 @@ def gateways(
     host: str,
     port: int,
 ) -> Iterator[str]:
-    """Starts the replicas and yields their address. At the end it drains them and leaves the cluster as it was.
+    """Starts the replicas and yields their address. On exit it drains and removes them.
 
     Raises:
-        UserError: if Ray Serve runs already, or the replicas do not start.
+        UserError: if Ray Serve is already running, or the replicas do not start.
     """
     need_packages()
     ray, serve = _import_ray()
@@ -157,7 +157,7 @@ class Gateway:
             log_to(sys.stderr)  # Ray shows it on the terminal of the server, and keeps it in its log files
 
     def __serve_build_asgi_app__(self) -> Any:
-        # The proxy sends a request for /metrics to any replica, so that replica asks all of them.
+        # The proxy sends a request for /metrics to one replica, which collects the metrics of all.
         app = make_app(self._retriever, self._config, scrape=self._scrape_all)
         self._numbers: Callable[[], bytes] = app.state.metrics.text
         self._service: SearchService = app.state.service
@@ -174,7 +174,7 @@ class Gateway:
         from ray import serve
 
         asked = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("numbers")
-        # A replica that has just died is left out.
+        # A replica that has just died is omitted.
         answers = await asked.results_async(timeout_s=SCRAPE_S, return_exceptions=True)
         return join_replicas(dict(answer for answer in answers if not isinstance(answer, BaseException)))
 
@@ -187,9 +187,9 @@ def _deployment(serve: Any, kind: str, options: dict[str, Any], config: ServerCo
         name=DEPLOYMENT,
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
-        # With Ray's default, 5, there would be no batches. A replica refuses what is too much by itself.
+        # Ray's default of 5 would prevent batches. A replica rejects excess requests itself.
         max_ongoing_requests=config.max_queued,
-        max_queued_requests=config.max_queued,  # for the time without any replica
+        max_queued_requests=config.max_queued,  # applies while there is no replica
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=config.search_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
@@ -201,10 +201,10 @@ def _deployment(serve: Any, kind: str, options: dict[str, Any], config: ServerCo
 
 
 def _drain(serve: Any, config: ServerConfig) -> None:
-    """Lets the replicas refuse new requests with 503 and finish the others.
+    """Makes the replicas refuse new requests with 503 and finish the others.
 
-    Ray cannot: a shutdown cuts off requests under way, and deleting the app answers 404, for which clients give up.
-    After a 503, they ask another server."""
+    Ray cannot do this: a shutdown cuts off open requests, and deleting the app answers 404, after which clients give
+    up. After a 503, they try another server."""
     try:
         serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("drain").results(
             timeout_s=config.shutdown_timeout_s + SCRAPE_S, return_exceptions=True
@@ -228,7 +228,8 @@ def _join(ray: Any, settings: RayConfig) -> None:
 
 
 def _need_room(ray: Any, settings: RayConfig) -> None:
-    """Refuses more replicas than the cluster has room for. Ray would wait for machines that may never come."""
+    """Raises if the cluster has too few resources for the replicas: Ray would wait, perhaps forever, for more
+    machines."""
     there = ray.cluster_resources()
     for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
         if settings.replicas * each > there.get(name, 0):
@@ -239,7 +240,7 @@ def _need_room(ray: Any, settings: RayConfig) -> None:
 
 
 def _cause(error: RuntimeError, serve: Any) -> str:
-    """The last line of the error in a replica's constructor. Ray wraps it in a traceback of its own."""
+    """The last line of the error in a replica's constructor, which Ray wraps in its own traceback."""
     application = serve.status().applications.get(APP)
     said = [one.message for one in application.deployments.values()] if application else []
     lines = [line.strip() for line in "\n".join(said or [str(error)]).splitlines() if line.strip()]
@@ -247,7 +248,7 @@ def _cause(error: RuntimeError, serve: Any) -> str:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Fails now if the port is taken, and finds a free one for 0. Ray's proxy opens it later, in another process."""
+    """Raises if the port is taken, and finds a free one for 0. Ray's proxy opens it later, in another process."""
     with contextlib.closing(listen(host, port)) as found:
         return int(found.getsockname()[1])
 

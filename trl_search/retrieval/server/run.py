@@ -1,6 +1,6 @@
-"""A server process: its socket, loading the index while `/ready` already answers, and the signals that end it.
+"""Runs a server process: opens the socket, loads the index while `/ready` already answers, and handles signals.
 
-After SIGTERM or Ctrl-C it accepts no connection, answers the requests under way and exits with status 0. A second
+After SIGTERM or Ctrl-C the server accepts no new connections, answers open requests and exits with status 0. A second
 Ctrl-C ends it at once.
 """
 
@@ -28,13 +28,13 @@ from trl_search.retrieval.threads import on_daemon_thread
 def serve(
     load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[], None]
 ) -> None:
-    """Serves until a signal says stop.
+    """Serves until a signal stops it.
 
     Args:
         load (`Callable[[], Retriever]`): Loads the retriever, on a thread; its exception ends the server.
         config (`ServerConfig`): Limits, queue, cache, token.
         listening (`socket.socket`): From `listen`.
-        loaded (`Callable[[], None]`): Called when requests begin to be answered.
+        loaded (`Callable[[], None]`): Called when the server starts to answer requests.
     """
     need_packages()
     import uvicorn
@@ -49,7 +49,7 @@ def serve(
         access_log=False,
         server_header=False,
         backlog=2048,
-        # Longer than most pauses of a trainer: a connection that closes as a request leaves costs a repetition.
+        # Longer than most pauses of a trainer: if the connection closes as a request is sent, the client must retry.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
     )
@@ -68,7 +68,7 @@ def serve(
     async def main() -> None:
         server = Server(settings)
         serving = asyncio.create_task(server.serve(sockets=[listening]))
-        loading, _ = on_daemon_thread(load)  # Ctrl-C while a large index loads does not wait for it
+        loading, _ = on_daemon_thread(load)  # a daemon thread, so that Ctrl-C does not wait for a large index
         retriever: Retriever | None = None
         try:
             either: tuple[asyncio.Future[Any], ...] = (serving, loading)
@@ -94,7 +94,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket before anything is loaded, so that a port in use is an error at once.
+    """Opens the socket before anything is loaded, so that a used port is an error at once.
 
     Raises:
         UserError: if the port cannot be taken.

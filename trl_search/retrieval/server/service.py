@@ -1,12 +1,12 @@
-"""One request from its queries to the bytes of its answer: cache, bounded queue, batches across requests.
+"""Answers one request, from its queries to the bytes of the response: cache, bounded queue, batches across requests.
 
     queries ──► in the cache? ──► bytes ─────────────────────────────┐
                     └─ no ──► room in the queue? ──► SearchBatcher ──┴─► {"result":[ , , ]}
                                   └─ no ──► Refused(503)
 
-A search that fails is a `Refused` with its cause, never an empty result: a trainer must be able to tell "found
-nothing" from "could not look". The status tells a client what to do: 503, this server has a problem, so ask another;
-422, the query has one, so leave it out; 500, unknown.
+A search that fails raises a `Refused` with its cause, and never returns an empty result: a trainer must distinguish
+"found nothing" from "search failed". The status tells the client what to do: 503, the server has a problem, so try
+another; 422, the query has one, so drop it; 500, unknown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RETRY_AFTER_S = 1
 
 
 class Refused(Exception):
-    """A valid request that cannot be answered. With `retry_after_s` it may be sent again."""
+    """A valid request cannot be answered. With `retry_after_s` it may be sent again."""
 
     def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The body of a response, and how many of its queries came out of the cache."""
+    """The body of a response, and how many of its queries were answered from the cache."""
 
     body: bytes
     cached: int
@@ -53,7 +53,7 @@ class SearchService:
     def __init__(self, config: ServerConfig) -> None:
         self.cache = ResultCache(config.cache_bytes)
         self.queued = 0  # queries that are waiting or being searched
-        self.refused = 0  # queries that found no room
+        self.refused = 0  # queries refused because the queue was full
         self._config = config
         self._batcher: SearchBatcher | None = None
         self._draining = False
@@ -67,13 +67,13 @@ class SearchService:
         return self._batcher.stats if self._batcher is not None else SearchStats()
 
     def open(self, retriever: Retriever) -> None:
-        """Begins to answer requests. The caller closes the retriever."""
+        """Starts answering requests. The caller closes the retriever."""
         self._batcher = SearchBatcher(
             retriever, timeout_s=self._config.search_timeout_s, max_batch=self._config.max_batch
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests; returns when those under way are searched, or after `timeout_s`."""
+        """Refuses new requests; returns when the open ones are done, or after `timeout_s`."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -88,8 +88,7 @@ class SearchService:
         """Searches the queries of one request.
 
         Raises:
-            Refused: while the index loads, once the server is being stopped, when the queue is full, and when a search
-                failed.
+            Refused: if the index is loading, the server is stopping, the queue is full, or a search failed.
         """
         if self._batcher is None:
             raise Refused(503, "the index is still loading; /ready says when it is there", RETRY_AFTER_S)
@@ -112,7 +111,7 @@ class SearchService:
         return Answered(_joined(whole), cached)
 
     async def _search(self, batcher: SearchBatcher, queries: list[str], k: int) -> list[list[Passage]]:
-        # All queries of a request or none: the answers to half of them would be thrown away.
+        # All queries of a request or none: partial answers would be discarded.
         if self.queued + len(queries) > self._config.max_queued:
             self.refused += len(queries)
             raise Refused(
@@ -124,7 +123,7 @@ class SearchService:
         try:
             if len(queries) == 1:
                 return [await batcher.search(queries[0], k)]
-            # Waits for every search, even when one has failed: `queued` counts all that are under way.
+            # Waits for every search, even after one has failed, because `queued` counts all open ones.
             return await all_of(batcher.search(query, k) for query in queries)
         except RetrievalError as error:
             status = 503 if isinstance(error, Unavailable) else 500 if isinstance(error, Crashed) else 422
@@ -141,7 +140,7 @@ def _dumps(passages: Sequence[Passage], return_scores: bool) -> bytes:
     items = format_passages(passages, return_scores)
     try:
         return orjson.dumps(items)
-    except orjson.JSONEncodeError:  # half of a surrogate pair in a web page, which JSON can escape
+    except orjson.JSONEncodeError:  # a lone surrogate in a web page, which JSON can escape
         return json.dumps(items).encode()
 
 

@@ -1,9 +1,9 @@
-"""In which encoding a page was written: its byte-order mark, its `Content-Type`, its `<meta>`, in this order.
+"""Detects the encoding of a page from its byte-order mark, its `Content-Type` or its `<meta>`, in this order.
 
     decode("你好".encode("gbk"), "text/html; charset=gb2312")  ->  "你好"
 
-The order and the wider encodings in place of the narrow ones are those of browsers (https://encoding.spec.whatwg.org):
-a page that calls itself gb2312 or iso-8859-1 is often written in a superset of it.
+As in browsers (https://encoding.spec.whatwg.org), some encodings are replaced by a superset: a page that declares
+gb2312 or iso-8859-1 often uses more characters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 _HEADER = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _META = re.compile(rb"<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
-# The names are Python's.
+# The values are Python's names.
 _SUPERSETS = {
     "iso8859-1": "cp1252",
     "ascii": "cp1252",
@@ -28,18 +28,18 @@ _SUPERSETS = {
 
 
 def decode(body: bytes, content_type: str) -> str | None:
-    """The text of a page, bytes that are no text replaced; `None` where nothing names an encoding that Python has."""
+    """The text of a page, with invalid bytes replaced; `None` if no encoding is declared that Python supports."""
     named = [encoding for mark, encoding in _MARKS if body.startswith(mark)]
     if header := _HEADER.search(content_type):
         named.append(header.group(1))
     if meta := _META.search(body[:_SNIFFED_BYTES]):
         label = meta.group(1).decode("ascii", "replace")
-        # A <meta> that was read as ASCII is in no UTF-16, whatever it says.
+        # A <meta> that could be read as ASCII rules out UTF-16, whatever it declares.
         named.append("utf-8" if label.lower().startswith("utf-16") else label)
     for label in named:
         try:
             name = codecs.lookup(label).name
             return body.decode(_SUPERSETS.get(name, name), "replace")
-        except (LookupError, ValueError):  # no codec, or one like rot13 that is none of text
+        except (LookupError, ValueError):  # unknown, or not a text encoding (rot13)
             continue
     return None

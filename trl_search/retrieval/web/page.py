@@ -1,13 +1,15 @@
-"""The text of a web page, fetched as if every page were hostile: a policy chooses what to search, strangers write it.
+"""Fetches the text of web pages. Every page is treated as hostile: a policy chooses the query, strangers write the
+page.
 
 - Only `http` and `https`, on ports 80 and 443, and only public addresses. A host name is looked up once,
   all of its addresses are checked, and the connection goes to one of them, with the name in `Host` and in the TLS
-  check. So a name that points elsewhere a moment later (DNS rebinding) gains nothing. Each redirect is checked alike.
-- At most `max_bytes` of text are read, compressed or not, and at most `timeout_s` pass from the first request to the
-  extracted text.
-- The text is taken from the HTML by trafilatura, in a child process (`page_text.py`).
+  check. So DNS rebinding, where a name later resolves to a different address, has no effect. Each redirect is checked
+  in the same way.
+- At most `max_bytes` are read, compressed or not, within at most `timeout_s` from the first request to the extracted
+  text.
+- trafilatura extracts the text from the HTML in a child process (`page_text.py`).
 
-The proxies of the environment are not used: a proxy would look the name up again.
+Proxies of the environment are ignored: a proxy would resolve the name again.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ _RESERVED_LATELY = [ipaddress.ip_network(one) for one in ("3fff::/20", "5f00::/1
 
 
 class PageError(RuntimeError):
-    """A page was not fetched, or has no text. The message says why.
+    """A page could not be fetched, or has no text. The message says why.
 
     Args:
-        passing (`bool`): Whether another attempt may succeed: the network, the site or this machine was the reason,
-            and not the page.
+        passing (`bool`): Whether another attempt may succeed, because the reason was the network, the site or this
+            machine, not the page.
     """
 
     def __init__(self, message: str, *, passing: bool = False) -> None:
@@ -59,10 +61,10 @@ class PageError(RuntimeError):
 
 @dataclass(frozen=True)
 class PageLimits:
-    """What a page may cost.
+    """Limits for fetching one page.
 
     Args:
-        max_bytes (`int`): Of the page, decompressed; what comes after is not read.
+        max_bytes (`int`): Decompressed bytes of the page; the rest is not read.
         timeout_s (`float`): From the first lookup to the extracted text.
         max_redirects (`int`): Redirects in a row.
         ports (`frozenset[int]`): Ports that may be connected to.
@@ -77,7 +79,7 @@ class PageLimits:
 def is_public(address: Address) -> bool:
     """Whether an address belongs to the open internet: not private, loopback, link-local, multicast, reserved, ...
 
-    An IPv6 address that carries an IPv4 one (mapped, 6to4, Teredo, NAT64) is as public as both are.
+    An IPv6 address that embeds an IPv4 address (mapped, 6to4, Teredo, NAT64) is public only if both are.
     """
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
@@ -100,17 +102,17 @@ def is_public(address: Address) -> bool:
 
 
 async def look_up(host: str, port: int) -> list[str]:
-    """The addresses of a host, as the operating system knows them."""
+    """The addresses of a host, from the operating system."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
-    """Connects to public addresses only, and to the very address that was checked.
+    """Connects only to public addresses, and to exactly the address that was checked.
 
     Args:
         ports (`frozenset[int]`): Ports that may be connected to.
-        resolve (`Callable`): `await resolve(host, port)` gives the addresses of a host.
+        resolve (`Callable`): `await resolve(host, port)` returns the addresses of a host.
         allowed (`Callable`): Whether an address may be connected to.
     """
 
@@ -118,7 +120,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self, ports: frozenset[int], *, resolve: Resolve = look_up, allowed: Callable[[Address], bool] = is_public
     ) -> None:
         self._ports, self._resolve, self._allowed = ports, resolve, allowed
-        # A kept connection would be found again by its address, under another host's name.
+        # No kept connections: the pool would reuse one by its address for a different host name.
         self._inner = httpx.AsyncHTTPTransport(
             verify=tls_context(), trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
         )
@@ -183,7 +185,7 @@ async def fetch_page(url: str, limits: PageLimits = PageLimits(), *, transport: 
         raise PageError(f"{url[:200]}: {type(error).__name__}: {error}", passing=True) from error
     except page_text.TextError as error:
         raise PageError(f"{url[:200]}: {error}") from error
-    except UnicodeError as error:  # httpx decodes a host such as xn--a whenever it is read
+    except UnicodeError as error:  # httpx decodes a host such as xn--a on access
         raise PageError(f"{url[:200]}: its host is malformed ({error})") from error
     if not text:
         raise PageError(f"{url[:200]}: no text in it")
@@ -196,7 +198,7 @@ async def _text(content_type: str, body: bytes, within_s: float) -> str:
         return (body.decode("utf-8", "replace") if decoded is None else decoded).strip()
     if decoded is not None:  # else trafilatura guesses
         body = decoded.encode("utf-8", "replace")
-    # Not on the loop's own threads: those look up hosts and read the store for every other search.
+    # Not on the loop's default threads, which resolve hosts and read the store for all other searches.
     text, _ = on_daemon_thread(lambda: page_text.extract(body, within_s))
     try:
         return await text
@@ -205,7 +207,7 @@ async def _text(content_type: str, body: bytes, within_s: float) -> str:
 
 
 async def _read(client: httpx.AsyncClient, url: str, limits: PageLimits) -> tuple[str, bytes]:
-    """Content type and body, behind the redirects. They are followed here, so that each is a request of its own."""
+    """Returns content type and body. Redirects are followed here, so that each is checked as a separate request."""
     request = client.build_request("GET", url)
     for _ in range(limits.max_redirects + 1):
         if request.url.userinfo:
@@ -231,12 +233,12 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> tuple[str, byt
     if kind not in READABLE:
         raise PageError(f"{url}: is {kind[:80]}, which is not read")
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip"):  # of several, one on the other, a kilobyte unpacks to gigabytes
+    if encoding not in ("", "identity", "gzip"):  # with nested encodings, a kilobyte can unpack to gigabytes
         raise PageError(f"{url}: its Content-Encoding is {encoding[:80]!r}, and only gzip is read")
     unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding == "gzip" else None
     body = bytearray()
     try:
-        # httpx would unpack all of a chunk before it shows how long that is.
+        # httpx would unpack a whole chunk before its size is known.
         async for chunk in response.aiter_raw():
             left = max_bytes - len(body)
             body += chunk[:left] if unpacker is None else unpacker.decompress(chunk, left)

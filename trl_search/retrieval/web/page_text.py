@@ -1,13 +1,13 @@
-"""The text of HTML, extracted by trafilatura in child processes, which a signal ends when they take too long.
+"""Extracts the text of HTML with trafilatura in child processes, which a signal ends if they take too long.
 
-A page of short lists can keep trafilatura busy for a minute, and a thread cannot be stopped. A child reads one page
-after the other; if a page ends it, a new child is started.
+A page of short lists can keep trafilatura busy for a minute, and a thread cannot be stopped. A child reads one page at
+a time; if a page kills it, a new child is started.
 
     extract(body, within_s) ─► idle child, or a new one ─► text
-                                         └─ out of time: its own alarm ends it, also where the parent is gone
+                                         └─ out of time: its own alarm ends it, even if the parent is gone
 
-The children run this file too, by its path. It imports nothing of the package, so that a child starts in half a second
-and works wherever trafilatura can be imported.
+The children run this file by its path. It imports nothing from the package, so that a child starts in half a second
+and needs only trafilatura.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import sys
 import time
 from multiprocessing.connection import Connection, Pipe
 
-CHILDREN = 4  # of one process at most, about 100 MB each
+CHILDREN = 4  # at most, per process; about 100 MB each
 _SECONDS = struct.Struct("<d")
 
 
 class TextError(RuntimeError):
-    """Trafilatura failed on a page, and would again."""
+    """Trafilatura failed on a page, and would fail again."""
 
 
 class _Child:
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
         with theirs:
-            # -P: beside this file are modules with the names of others.
+            # -P: modules in this folder have the names of other modules.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -47,9 +47,10 @@ class _Child:
             )
 
     def ask(self, body: bytes, within_s: float) -> dict[str, str]:
-        """Raises `TimeoutError` or `ChildProcessError` where the child has ended; no other may be asked after that."""
+        """Extracts one page. After a `TimeoutError` or `ChildProcessError` the child has ended and must not be used
+        again."""
         try:
-            self._pipe.send_bytes(_SECONDS.pack(max(within_s, 0.001)) + body)  # zero would be no alarm
+            self._pipe.send_bytes(_SECONDS.pack(max(within_s, 0.001)) + body)  # zero would mean no alarm
             answer: dict[str, str] = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             self._pipe.close()
@@ -62,7 +63,7 @@ class _Child:
 
 @functools.cache
 def _places(pid: int) -> queue.LifoQueue[_Child | None]:
-    """The children of a process; `None` where one may be started. The last that was used is the next one."""
+    """The children of a process, last used first; `None` for one that may still be started."""
     places: queue.LifoQueue[_Child | None] = queue.LifoQueue()
     for _ in range(CHILDREN):
         places.put(None)
@@ -70,16 +71,16 @@ def _places(pid: int) -> queue.LifoQueue[_Child | None]:
 
 
 def extract(body: bytes, within_s: float) -> str:
-    """The main text of a page, `""` where there is none. Blocks, `within_s` at most.
+    """The main text of a page, or `""`. Blocks for at most `within_s`.
 
     Raises:
-        TimeoutError: if it takes longer, waiting for a child included.
-        ChildProcessError: if the child did not survive the page.
+        TimeoutError: if it takes longer, including the wait for a child.
+        ChildProcessError: if the child died while it read the page.
         TextError: if trafilatura failed.
         ImportError: if trafilatura cannot be imported.
     """
     deadline = time.monotonic() + within_s
-    places = _places(os.getpid())  # those of a forked process are its own
+    places = _places(os.getpid())  # a forked process needs its own children
     try:
         child = places.get(timeout=max(within_s, 0))
     except queue.Empty:
@@ -103,16 +104,16 @@ def _answer(body: bytes) -> dict[str, str]:
         import trafilatura
     except ImportError as error:
         return {"missing": str(error)}
-    # Its complaints about pages that are none are of no use: there is an error that names the page.
+    # Silence its complaints about invalid pages: an error already names the page.
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     try:
         return {"text": (trafilatura.extract(body, include_comments=False, include_tables=True) or "").strip()}
-    except Exception as error:  # of a stranger's page, anything
+    except Exception as error:  # a stranger's page can raise anything
         return {"error": f"trafilatura: {type(error).__name__}: {str(error)[:200]}"}
 
 
 def _serve(pipe: Connection) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, also inside of C
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default ends the process, even inside C code
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:

@@ -1,4 +1,4 @@
-"""The search engines of the `web` retriever, each a request and how its answer is read.
+"""The search engines of the `web` retriever: how to send a request to each, and how to read its answer.
 
 | provider  | key                        | where                                              |
 |-----------|----------------------------|----------------------------------------------------|
@@ -6,9 +6,9 @@
 | `serper`  | `SERPER_API_KEY`           | https://google.serper.dev                          |
 | `tavily`  | `TAVILY_API_KEY`           | https://api.tavily.com                             |
 | `brave`   | `BRAVE_API_KEY`            | https://api.search.brave.com                       |
-| `searxng` | none; `SEARXNG_URL`        | an instance that has `json` among its formats      |
+| `searxng` | none; `SEARXNG_URL`        | an instance with `json` among its formats      |
 
-Keys travel in headers, which nothing here logs, and are cut out of what a server says before it enters an error.
+Keys are sent in headers, which are not logged, and are removed from a server's message before it enters an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TAG = re.compile(r"</?\w[^<>]*>")
 
 @dataclass(frozen=True, slots=True)
 class WebHit:
-    """One line of a page of results."""
+    """One search result."""
 
     title: str
     url: str
@@ -40,7 +40,7 @@ class WebHit:
 
 
 class ProviderBusy(RetrievalError):
-    """The provider refused a search or was not reached; it may answer the same search later."""
+    """The provider refused a search or could not be reached; the same search may succeed later."""
 
     def __init__(self, message: str, *, wait_s: float | None = None) -> None:
         super().__init__(message)
@@ -48,24 +48,24 @@ class ProviderBusy(RetrievalError):
 
 
 class Provider(Protocol):
-    """A search engine. `identity` tells its answers from those of others in the cache."""
+    """A search engine. `identity` distinguishes its answers in the cache."""
 
     name: str
     identity: str
     rate_per_s: float
 
     async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
-        """The first `count` results. Raises `ProviderBusy`, or `RetrievalError` for what would fail again."""
+        """Returns the first `count` results. Raises `ProviderBusy`, or `RetrievalError` for a lasting failure."""
 
 
 @dataclass(frozen=True)
 class Api:
-    """How one provider is asked over HTTP and read.
+    """How to query one provider over HTTP and read its answers.
 
     Args:
-        key_variable (`str`, *optional*): The environment variable of the key; `None` where it needs none.
-        base_url (`str`): Where it is; `""` where the user says.
-        rate_per_s (`float`): Searches per second that its smallest plan allows.
+        key_variable (`str`, *optional*): The environment variable of the key; `None` if it needs none.
+        base_url (`str`): Its address; `""` if the user must give it.
+        rate_per_s (`float`): Searches per second allowed by its smallest plan.
         ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.request`.
         read (`Callable`): Reads hits from the decoded answer; raises `LookupError` or `TypeError` for another shape.
     """
@@ -83,7 +83,7 @@ def _ask_serper(base_url: str, key: str, query: str, count: int) -> dict[str, An
 
 
 def _read_serper(answer: Any) -> list[WebHit]:
-    if "searchParameters" in answer and not answer.get("organic"):  # an answer box alone, or nothing was found
+    if "searchParameters" in answer and not answer.get("organic"):  # only an answer box, or nothing was found
         return []
     return _hits(answer["organic"], "link", "snippet")
 
@@ -100,7 +100,7 @@ def _read_tavily(answer: Any) -> list[WebHit]:
 
 def _ask_brave(base_url: str, key: str, query: str, count: int) -> dict[str, Any]:
     headers = {"X-Subscription-Token": key, "Accept": "application/json"}
-    # It refuses queries above 50 words.
+    # It rejects queries of more than 50 words.
     asked = {"q": " ".join(query.split()[:50]), "count": min(count, 20), "text_decorations": "false"}
     return {"method": "GET", "url": f"{base_url}/res/v1/web/search", "headers": headers, "params": asked}
 
@@ -131,7 +131,7 @@ APIS = {
 
 
 class HttpProvider:
-    """A provider that is asked over HTTP."""
+    """A provider that is queried over HTTP."""
 
     def __init__(self, name: str, api: Api, base_url: str, key: str) -> None:
         self.name, self.rate_per_s = name, api.rate_per_s
@@ -159,7 +159,7 @@ class HttpProvider:
         try:
             return self._api.read(response.json())[:count]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise RetrievalError(f"{self.name} answered in a shape that is not its own ({error!r}): {said}") from error
+            raise RetrievalError(f"{self.name} answered in an unexpected shape ({error!r}): {said}") from error
 
     def _clean(self, text: str) -> str:
         return " ".join((text.replace(self._key, "[key]") if self._key else text).split())
@@ -180,13 +180,13 @@ class DdgsProvider:
         try:
             rows = await asyncio.to_thread(self._text, query, count)
         except DDGSException as error:
-            if str(error) == "No results found.":  # what it says where no engine failed and none found anything
+            if str(error) == "No results found.":  # no engine failed, and none found anything
                 return []
             raise ProviderBusy(f"ddgs: {type(error).__name__}: {str(error)[:300]}") from error
         try:
             return _hits(rows, "href", "body")[:count]
         except TypeError as error:
-            raise RetrievalError(f"ddgs answered in a shape that is not its own: {error!r}") from error
+            raise RetrievalError(f"ddgs answered in an unexpected shape: {error!r}") from error
 
 
 def ddgs_text(query: str, count: int) -> list[dict[str, str]]:
@@ -197,14 +197,14 @@ def ddgs_text(query: str, count: int) -> list[dict[str, str]]:
 
 
 def load_provider(name: str, base_url: str | None = None) -> Provider:
-    """The provider of that name, with its key from the environment.
+    """The named provider, with its key from the environment.
 
     Raises:
-        UserError: for an unknown name, and for a missing key, address or package.
+        UserError: for an unknown name, or a missing key, address or package.
     """
     if name == "ddgs":
         if base_url is not None:
-            raise UserError("ddgs has no base_url: it asks several engines")
+            raise UserError("ddgs has no base_url, because it queries several engines: leave it out")
         try:
             import ddgs  # noqa: F401
         except ImportError:
@@ -226,10 +226,10 @@ def load_provider(name: str, base_url: str | None = None) -> Provider:
 
 
 def _hits(rows: Any, url: str, snippet: str) -> list[WebHit]:
-    """The results that have a title and an address; engines put others among them. A missing snippet is an empty one.
+    """The results that have a title and an address; engines mix in others. A missing snippet becomes "".
 
     Raises:
-        TypeError: if none has: that is another shape, and not nothing found.
+        TypeError: if there are results but none qualifies, which means an unexpected shape.
     """
     if not isinstance(rows, list):
         raise TypeError(f"a list of results was expected, not {str(rows)[:200]}")

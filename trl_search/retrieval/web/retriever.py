@@ -1,19 +1,18 @@
-"""Passages from the live web.
+"""Searches the live web.
 
-    load_retriever("web")                                   # ddgs: no key, slow, for trying out
+    load_retriever("web")                                   # ddgs: no key, slow, for trials
     load_retriever("web", provider="serper", pages=True)    # SERPER_API_KEY; the text of the pages, not the snippets
 
     query ─► stored answer? ─► wait for a turn ─► provider ─► store ─► [pages: stored text? fetch, extract, store]
 
 - A result becomes a passage: its id and `url` are the address, its text is the engine's snippet or the beginning of
-  the page. If a page cannot be read (a PDF, a 403, too slow, not public), the snippet stays and the failure is
-  counted.
-- Results are stored in one file (`store.py`), so that a re-run trains on the same ones. Failed searches are not
-  stored, nor are searches without results: engines answer so when they block a client. A page that cannot be read is
-  stored as such, unless the reason may pass: an outage or a slow site must not cost all later runs the page.
-- A query fails if the engine has not answered within `patience_s`, including the wait for its turn and repetitions. It
-  fails at once if its turn would come later. 64 trajectories at one search per second need a minute: raise
-  `rate_per_s` as your plan allows, or `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
+  the page. If a page cannot be read (a PDF, a 403, too slow, not public), the snippet is used and the failure counted.
+- Results are stored in one file (`store.py`), so that a re-run trains on the same results. Failed searches and empty
+  results are not stored: engines return empty results when they block a client. An unreadable page is stored as such,
+  unless the reason is temporary: an outage or a slow site must not hide the page from all later runs.
+- A query fails if the engine has not answered within `patience_s`, including the rate limit's wait and retries, and at
+  once if that wait would be longer. At one search per second, 64 trajectories need a minute: raise `rate_per_s` as
+  your plan allows, or `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, l
 from trl_search.retrieval.web.store import WebStore
 from trl_search.types import Passage
 
-RESULTS = 10  # asked of a provider at least: a page of them costs what one costs, and serves every k
-MAX_QUERY_CHARS = 400  # engines read no more, or refuse it
+RESULTS = 10  # requested at least: ten results cost as much as one, and serve every k up to ten
+MAX_QUERY_CHARS = 400  # engines ignore more, or reject it
 PAGES_AT_ONCE = 16
 _GROWING = tenacity.wait_random_exponential(multiplier=1, max=10)
 
@@ -49,10 +48,9 @@ class WebRetriever(AsyncRetriever):
 
     Args:
         provider (`Provider`): The search engine.
-        store (`WebStore`): Where answers and turns are kept.
-        rate_per_s, pages, page_chars, patience_s: As for [`load`]; the rate is that of all processes that share the
-            store.
-        tries (`int`): Times a search is asked of a provider that is busy.
+        store (`WebStore`): Stores answers and the times of searches.
+        rate_per_s, pages, page_chars, patience_s: As for [`load`]; all processes that share the store share the rate.
+        tries (`int`): Tries per search while the provider is busy.
         fetch (`Callable`): `await fetch(url)` gives a page's text, or raises `PageError`.
         sleep (`Callable`): `await sleep(seconds)`.
 
@@ -91,7 +89,7 @@ class WebRetriever(AsyncRetriever):
         return httpx.AsyncClient(timeout=10.0, verify=tls_context())
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """[`search`] for coroutines. All queries are asked for, also where one fails: what was found is stored."""
+        """[`search`] for coroutines. All queries are searched even if one fails, so that their results are stored."""
         self._begin(queries, k)
         gate = asyncio.Semaphore(PAGES_AT_ONCE)
         asked = dict.fromkeys(_tidy(query) for query in queries)
@@ -165,8 +163,8 @@ class WebRetriever(AsyncRetriever):
         if turn_s is None:
             self._count("failures")
             raise RetrievalError(
-                f"{self._provider.name}: more searches wait than {self._rate_per_s:g} a second let through in "
-                f"{self._patience_s:g} s; raise rate_per_s (as your plan allows) or patience_s"
+                f"{self._provider.name}: more searches are waiting than {self._rate_per_s:g} per second can serve "
+                f"in {self._patience_s:g} s; raise rate_per_s (as your plan allows) or patience_s"
             )
         await self._sleep(turn_s)
         self._count("requests")
@@ -176,8 +174,8 @@ class WebRetriever(AsyncRetriever):
         except TimeoutError:
             self._count("failures")
             raise Unavailable(
-                f"{self._provider.name}: no answer within {self._patience_s:g} s, its turn and repetitions included; "
-                "is it up, and is patience_s long enough for it?"
+                f"{self._provider.name}: no answer within {self._patience_s:g} s, including the wait and retries; "
+                "is it up, and is patience_s long enough?"
             ) from None
         except RetrievalError:
             self._count("failures")
@@ -194,7 +192,7 @@ class WebRetriever(AsyncRetriever):
                 self._count("page_failures")
                 if error.passing:
                     return hit.snippet
-                stored = []  # stored too: a page that changes its mind would change what a re-run trains on
+                stored = []  # stored too: otherwise a page that becomes readable would change a re-run
             stored = await asyncio.to_thread(self._store.put, key, stored)
         return stored[0] if stored else hit.snippet
 
@@ -208,7 +206,7 @@ def _left_s(deadline: float) -> float:
 
 
 def _tidy(query: str) -> str:
-    """One line of valid text, no longer than an engine reads."""
+    """One line of valid text, cut to what engines accept."""
     return " ".join(query.encode("utf-8", "replace").decode().split())[:MAX_QUERY_CHARS].strip()
 
 
@@ -226,13 +224,13 @@ def load(
 
     Args:
         provider (`str`): "ddgs", "serper", "tavily", "brave" or "searxng".
-        base_url (`str`, *optional*): Where the provider is; searxng needs it, or `SEARXNG_URL`.
-        cache (`str | Path`, *optional*): The file of answers; by default `~/.cache/trl-search/web.sqlite3`. The same
-            file gives the same results.
-        rate_per_s (`float`, *optional*): Searches per second; by default what the provider's smallest plan allows.
-        pages (`bool`): Passages hold the text of the pages in place of the engine's snippets.
-        page_chars (`int`): Characters of a page's text.
-        patience_s (`float`): Seconds the engine may take, waiting for one's turn and repetitions included.
+        base_url (`str`, *optional*): The address of the provider; searxng needs it, or `SEARXNG_URL`.
+        cache (`str | Path`, *optional*): The file of stored answers; by default `~/.cache/trl-search/web.sqlite3`. The
+            same file gives the same results.
+        rate_per_s (`float`, *optional*): Searches per second; by default the limit of the provider's smallest plan.
+        pages (`bool`): Passages hold the text of the pages instead of the engine's snippets.
+        page_chars (`int`): Characters of a page's text that are used.
+        patience_s (`float`): Time limit of a search in seconds, including the rate limit's wait and retries.
     """
     engine = load_provider(provider, base_url)
     return WebRetriever(

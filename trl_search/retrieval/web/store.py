@@ -1,7 +1,7 @@
-"""One sqlite file that the threads and processes of a run share: what the web answered, and when it may be asked next.
+"""A SQLite file that the threads and processes of a run share: the web's answers, and the time of the next search.
 
-A re-run with the same file trains on the same results. The pace is kept here too, because a limit of one search per
-second holds for all ranks of a run together.
+A re-run with the same file trains on the same results. The pace is stored here too, because a rate limit applies to
+all ranks of a run together.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ CREATE TABLE IF NOT EXISTS pace (provider TEXT PRIMARY KEY, next_at REAL NOT NUL
 
 
 class WebStore:
-    """Answers by key, and turns by provider. Every call opens the file: connections survive neither forks nor threads.
+    """Answers by key, and search times by provider. Every call opens the file, because connections work across neither
+    forks nor threads.
 
     Args:
-        path (`Path`): The file; made where there is none.
+        path (`Path`): The file; created if missing.
         clock (`Callable`): Seconds that all processes agree on.
 
     Raises:
-        UserError: if the file cannot be a cache.
+        UserError: if the file cannot be used as a cache.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -49,7 +50,7 @@ class WebStore:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: Sequence[Any], answer: Any) -> Any:
-        """Stores an answer, and returns what is stored: if another process was first, its answer stays."""
+        """Stores an answer and returns the stored one: if another process was first, its answer stays."""
         with self._open() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (json.dumps(key), json.dumps(answer), self._clock())
@@ -57,7 +58,8 @@ class WebStore:
         return self.get(key)
 
     def take_turn(self, provider: str, *, rate_per_s: float, within_s: float) -> float | None:
-        """Seconds to wait before asking; `None`, without taking a turn, if they are more than `within_s`."""
+        """Reserves the next search and returns the seconds to wait; `None`, without a reservation, if over
+        `within_s`."""
         with self._open() as connection:
             row = connection.execute("SELECT next_at FROM pace WHERE provider = ?", (provider,)).fetchone()
             now = self._clock()
@@ -69,7 +71,7 @@ class WebStore:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that others wait for."""
+        """Opens an exclusive transaction."""
         with contextlib.closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
