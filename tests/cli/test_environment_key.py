@@ -88,7 +88,7 @@ def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixt
         ({"environment_options": "max_calls=2"}, "environment_options is not JSON"),
         ({"environment_options": '{"max_cals": 2}'}, "unexpected keyword argument 'max_cals'"),
         ({"warm_start_steps": 2, "questions": "world"}, "warm_start_steps shows searches"),
-        ({"protocol": "search_r1"}, "'search_r1' has tags for a search, and none for .* 'add'"),
+        ({"protocol": "search_r1"}, "'search_r1' has tags for search only, not for .* 'add'"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -43,7 +43,7 @@ def test_an_evaluation_is_told_everything_at_once(
     said = problems(capsys)
     for number, (name, words) in enumerate(
         (
-            ("output", "holds something else than an evaluation"),
+            ("output", "holds other files than an evaluation"),
             ("model", "there is no model at"),
             ("packages", "--backend vllm needs vllm: pip install 'trl-search[vllm]'"),
             ("questions", "unknown dataset 'natural_questions'"),
@@ -76,7 +76,7 @@ def test_an_index_that_was_cut_short_is_refused_before_it_is_loaded(
     (tmp_path / "wiki/corpus.jsonl").write_text("")
     assert main(["serve", str(tmp_path / "wiki"), "--port", "0"]) == 2
     (said,) = problems(capsys)
-    assert "corpus.jsonl should have 58 bytes and has 0" in said
+    assert "corpus.jsonl should have 58 bytes, but has 0" in said
 
 
 def test_weights_and_template() -> None:

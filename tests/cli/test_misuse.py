@@ -83,13 +83,13 @@ def test_any_model_and_anything_to_serve(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval", "tiny", "--temperature", "nan"], "--temperature and --top_k are at least 0"),
+        (["eval", "tiny", "--temperature", "nan"], "--temperature and --top_k must be at least 0"),
         (["eval", "tiny", "--search_timeout_s", "inf"], "search_timeout_s=inf must be a number of seconds"),
         (["eval", "tiny", "--dtype", "float8"], "there is no dtype 'float8'"),
         (["eval", "tiny", "--device", "gpu"], "there is no device 'gpu'"),
         (["serve", "wiki", "--search_timeout_s", "nan"], "timeouts must be above 0"),
         (["serve", "bm25", "--retriever_options", '{"index": 3}'], "index must be a string, not 3"),
-        (["serve", "wiki", "--replicas", "2"], "--replicas is for several processes: give --ray"),
+        (["serve", "wiki", "--replicas", "2"], "--replicas needs --ray"),
         (["serve", "wiki", "--ray", "--replica_cpus", "nan"], "cpus above 0"),
         (["serve", "wiki", "--ray", "--ray_address", ""], "the address of the Ray cluster is empty"),
     ],
@@ -111,4 +111,4 @@ def test_a_search_for_no_passages_is_refused_before_the_index_is_opened(capsys: 
 def test_a_name_that_no_hub_would_take_is_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", f"--model_name_or_path={name}"]) == USER_ERROR
     said = capsys.readouterr().err
-    assert "is neither a folder nor the name of a model" in said or "model_name_or_path is missing" in said
+    assert "names no model: give a folder" in said or "model_name_or_path is missing" in said

@@ -19,7 +19,7 @@ def test_the_shipped_model_is_exact_in_every_protocol():
 def test_each_line_says_what_was_found():
     gemma, smollm = FAMILIES["Gemma 4"].tokenizer(), FAMILIES["SmolLM2"].tokenizer()
     assert (
-        "calls: gemma, read back exactly; a turn ends with <turn|>, <|tool_response>"
+        "calls: gemma, parsed back exactly; a turn ends with <turn|>, <|tool_response>"
         in check_protocol("qwen_tools", gemma).said
     )
     refused = check_protocol("qwen_tools", smollm)

@@ -77,12 +77,12 @@ def test_a_damaged_archive_is_one_line(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.csv", b"a,b\n1,2\n3\n", r"q\.csv, line 3: 1 fields, and the header has 2"),
-        ("q.csv", b"a,b\n1,2,3\n", r"q\.csv, line 2: 3 fields, and the header has 2"),
+        ("q.csv", b"a,b\n1,2\n3\n", r"q\.csv, line 3: 1 fields, but the header has 2"),
+        ("q.csv", b"a,b\n1,2,3\n", r"q\.csv, line 2: 3 fields, but the header has 2"),
         ("q.tsv", b'a\tb\n"open\t2\n3\t4\n', r"q\.tsv, after line 0: unexpected end of data"),
         ("q.tsv", b'a\tb\n"x" y\t2\n', r"q\.tsv, after line 0: .* expected after"),
         ("q.json", b'[{"a": 1},\n{"a"}]', r"q\.json: not JSON \(.* at line 2, column"),
-        ("q.json", b'[{"a": 1}, 2]', r"q\.json, row 2: a JSON object is needed, not int"),
+        ("q.json", b'[{"a": 1}, 2]', r"q\.json, row 2: expected a JSON object, got int"),
         ("q.jsonl", b'{"a": 1}\n{"a": \xff}\n', r"q\.jsonl, line 2: not UTF-8"),
         ("q.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", r"q\.jsonl, line 1: not JSON that can be read"),
     ],

@@ -243,7 +243,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
         (b"", r"q\.jsonl is empty"),
         (b"\n\n", r"q\.jsonl is empty"),
         (b'{"question": "a", "golden_answers": ["b"]}\n{"question": \n', r"q\.jsonl, line 2: not JSON"),
-        (b'["a"]\n', r"q\.jsonl, line 1: a JSON object is needed, not list"),
+        (b'["a"]\n', r"q\.jsonl, line 1: expected a JSON object, got list"),
         (b'{"query": "a", "golden_answers": ["b"]}\n', r"no column 'question' .* are: query, golden_answers\."),
         (b'{"question": "a", "answers": ["b"]}\n', r"no column 'golden_answers' .* are: question, answers\."),
         (b'{"question": "a", "golden_answers": []}\n', r"line 1: the question 'a' has no golden answer"),
@@ -262,7 +262,7 @@ def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> No
 
 def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match=r"cut\.parquet, after row 0: not a whole parquet file"):
+    with pytest.raises(UserError, match=r"cut\.parquet, after row 0: incomplete parquet file"):
         load_questions(tmp_path / "cut.parquet")
     path = write_parquet(tmp_path / "q.parquet", {"question": "a", "answer": "b", "metadata": "c"})
     with pytest.raises(UserError, match=r"'golden_answers' .* are: question, answer, metadata"):
@@ -280,7 +280,7 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file data/nq"):
         load_questions("data/nq")
     (tmp_path / "q.xlsx").touch()
-    with pytest.raises(UserError, match=r"in none of the formats that are read: \.jsonl, \.ndjson, \.json, \.csv"):
+    with pytest.raises(UserError, match=r"has an unknown format: give a file that ends in \.jsonl, \.ndjson, \.json"):
         load_questions(tmp_path / "q.xlsx")
 
 

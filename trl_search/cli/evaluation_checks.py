@@ -1,4 +1,4 @@
-"""What `trl-search eval` needs of this machine, found out before anything is loaded."""
+"""Checks, before anything is loaded, whether this machine can run an evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTES = {"float32": 4, "auto": 2, None: 2}
 
 
 def refuse_evaluation(plan: Plan) -> None:
-    """Refuses an evaluation that cannot run here. Of several processes only the first one checks."""
+    """Raises `UserError` if the evaluation cannot run here. Only the first process checks."""
     if int(os.environ.get("RANK", "0")):
         return
     found = StartChecks()
@@ -53,19 +53,19 @@ def checkpoint_checks(plan: Plan, devices: list[Device]) -> Iterator[Check]:
 
 
 def check_weights(model: str, dtype: str | None, devices: list[Device]) -> Check:
-    """Whether the weights fit on a GPU; what is generated needs memory beside them."""
+    """Whether the weights fit on a GPU. Generation needs more memory, which is not counted."""
     parameters = count_parameters(model)
     if parameters is None:
-        return Check("gpu memory", Status.NOTE, "the size of the model is not known before it is loaded")
+        return Check("gpu memory", Status.NOTE, "the size of the model is unknown until it is loaded")
     need, total = parameters * _BYTES.get(dtype, 2), min(device.total for device in devices)
-    said = f"{need / GIB:.1f} GiB of weights, and a GPU here has {total / GIB:.1f} GiB"
+    said = f"the weights need {need / GIB:.1f} GiB, and a GPU here has {total / GIB:.1f} GiB"
     if need > total:
         return Check("gpu memory", Status.PROBLEM, said, "--dtype bfloat16, or --backend vllm_server on several GPUs")
     return Check("gpu memory", Status.OK, said)
 
 
 def check_server(url: str, served: str | None) -> Check:
-    """Whether a `vllm serve` answers, and serves the model."""
+    """Whether a vLLM server answers and serves the model."""
     try:
         listed = httpx.get(f"{url.rstrip('/')}/v1/models", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
         names = [str(model["id"]) for model in listed.json()["data"]]
@@ -73,5 +73,6 @@ def check_server(url: str, served: str | None) -> Check:
         said = f"no vLLM server answers at {url} ({error or type(error).__name__})"
         return Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")
     if served is not None and served not in names:
-        return Check("server", Status.PROBLEM, f"{url} serves {', '.join(names)} and not {served}", "--served_model")
+        said = f"{url} serves {', '.join(names)}, not {served}"
+        return Check("server", Status.PROBLEM, said, "give one of these names as --served_model")
     return Check("server", Status.OK, f"{url} serves {', '.join(names)}")

@@ -1,6 +1,6 @@
-"""`trl-search COMMAND …`: finds the command's module, runs it, and says in one line what the user can put right.
+"""`trl-search COMMAND …`: finds the command's module, runs it, and prints mistakes of the user in one line.
 
-Nothing heavy is imported before the command is known: the overview reads docstrings without running their modules.
+Nothing heavy is imported before the command is known: the overview reads docstrings without importing the modules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import trl_search.cli.commands
 from trl_search.common.errors import Explained, unknown_name
 from trl_search.common.files import home_expanded
 
-# The order of a first day; commands not named here follow by name.
+# The order in which a new user needs them; other commands follow alphabetically.
 ORDER = (
     *("recipes", "train", "sft", "eval", "index", "serve", "search", "eval-retriever"),
     *("data", "chat", "report", "push", "doctor"),
@@ -27,7 +27,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns the exit status: the command's own, or 2 for what the user can put right.
+    """Runs one command line. Returns the command's exit status, or 2 for a mistake of the user.
 
     Example:
         >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--passages_per_query", "3"])
@@ -35,24 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
-    # Only in front of the command: behind it, `--debug` is a key of transformers' TrainingArguments.
+    # Only before the command's name: after it, `--debug` is a key of transformers' TrainingArguments.
     while arguments[:1] == ["--debug"]:
         debug, arguments = True, arguments[1:]
     name, *rest = arguments or ["help"]
     try:
         try:
             return run_command(name, [with_underscores(word) for word in rest])
-        finally:  # argparse leaves by SystemExit, with its help still in the buffer
+        finally:  # argparse exits with its help still in the buffer
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         if debug:
             raise
-        said = f"; {interrupt}" if str(interrupt) else ""  # a command may say how to go on
+        said = f"; {interrupt}" if str(interrupt) else ""  # a command may say how to resume
         print(f"trl-search {name}: interrupted{said}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (`trl-search search … | head -1`). What is still buffered goes nowhere, or the
-        # interpreter would complain of it while it exits.
+        # The reader has closed the pipe (`trl-search search … | head -1`). Buffered output must go to /dev/null, or
+        # the interpreter prints an error while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -88,8 +88,7 @@ def run_command(name: str, argv: list[str]) -> int:
 
 
 def with_underscores(word: str) -> str:
-    """An option as it is declared: `--top-k` and `--top_k` are the same one, and `~` is the home folder after `=` too,
-    where shells leave it.
+    """Writes an option as it is declared, with underscores, and expands `~` after `=`, which shells do not.
 
     Example:
         >>> with_underscores("--retriever-options={}"), with_underscores("--no-evaluate"), with_underscores("a-b")
@@ -114,24 +113,20 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`trl-search COMMAND --help` has the details. Errors that you can fix are one line;",
+            "`trl-search COMMAND --help` describes a command. Errors in your input print one line;",
             "--debug, or TRL_SEARCH_DEBUG=1, shows the traceback.",
         ]
     )
 
 
 def command_names() -> list[str]:
-    """The modules of `trl_search.cli.commands`, in the order that they are needed: `eval_retriever.py` is
-    `eval-retriever`."""
+    """The names of the commands, in the order of `ORDER`; the module `eval_retriever.py` is `eval-retriever`."""
     found = [module.name.replace("_", "-") for module in pkgutil.iter_modules(trl_search.cli.commands.__path__)]
     return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone helps: an error that explains itself, or a path that cannot be opened.
-
-    Anything else is a bug, and its traceback is needed.
-    """
+    """Whether the message is enough: an `Explained` error, or a path that cannot be opened. Other errors are bugs."""
     paths = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, (Explained, *paths))
 

@@ -1,4 +1,4 @@
-"""What `trl-search doctor MODEL` checks: which protocols are exact for the tokenizer. No GPU and no weights needed."""
+"""Checks which protocols are exact for a model's tokenizer (`trl-search doctor MODEL`), without GPU and weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ANSWER = Answer("Mira Talvane")
 
 
 def is_model(name: str) -> bool:
-    """Whether a word on the command line names a model and not a recipe: a folder, or `owner/name`."""
+    """Whether a word on the command line names a model (a folder or `owner/name`), not a recipe."""
     return name == "tiny" or Path(name).is_dir() or ("/" in name and not name.endswith((".yaml", ".yml")))
 
 
@@ -30,7 +30,7 @@ def model_checks(name: str) -> list[Check]:
     """One line per protocol, and one for the control tokens.
 
     Raises:
-        UserError: if there is no such tokenizer, or if it is another model's.
+        UserError: if there is no such tokenizer, or it belongs to another model.
     """
     path = tiny_policy_path() if name == "tiny" else name
     tokenizer = load_tokenizer(path)
@@ -40,7 +40,7 @@ def model_checks(name: str) -> list[Check]:
 
 
 def check_protocol(name: str, tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Loads a protocol, writes a call and an answer as the template would, and reads both back."""
+    """Writes a call and an answer with the protocol and checks that both are parsed back unchanged."""
     try:
         protocol = load_protocol(name, tokenizer)
     except ValueError as error:
@@ -50,16 +50,16 @@ def check_protocol(name: str, tokenizer: PreTrainedTokenizerBase) -> Check:
     for action in (_QUERY, _ANSWER):
         read = protocol.parse(protocol.read_turn(protocol.encode(protocol.write("hm", action)), context=prompt))
         if read != action:
-            return Check(name, Status.PROBLEM, f"{action} is read back as {read}", "choose another protocol")
+            return Check(name, Status.PROBLEM, f"{action} is parsed back as {read}", "choose another protocol")
     return Check(name, Status.OK, "; ".join(_facts(protocol, prompt)))
 
 
 def check_template(model: str, protocol: str, eos_token: str | None = None) -> Check:
-    """Whether the tokenizer is the model's, and its chat template and the protocol read back what they write. Nothing
-    is downloaded for this."""
+    """Whether the tokenizer fits the model, and the protocol parses back what it writes with the chat template.
+    Downloads nothing."""
     path = tiny_policy_path() if model == "tiny" else model
     if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str):
-        return Check("template", Status.NOTE, "read back once the tokenizer is here")
+        return Check("template", Status.NOTE, "checked once the tokenizer is downloaded")
     try:
         tokenizer = load_tokenizer(path, eos_token=eos_token)
         check_vocabulary(path, tokenizer)
@@ -71,7 +71,7 @@ def check_template(model: str, protocol: str, eos_token: str | None = None) -> C
 
 
 def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Whether text from the world can hold a control token: each of them is put into a passage."""
+    """Whether a passage can smuggle in a control token: writes each of them into one and encodes it."""
     protocol = load_protocol("search_r1", tokenizer)
     control = protocol.control.ids
     text = " ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(control))
@@ -82,12 +82,13 @@ def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:
     )
     held = [sum(index in control for index in written[0]) for written in (frame, passage) if written is not None]
     if len(held) < 2 or held[0] != held[1] or not control.isdisjoint(protocol.encode(protocol.escape(text))):
-        return Check("control tokens", Status.PROBLEM, "a passage can hold control tokens", "report this tokenizer")
-    return Check("control tokens", Status.OK, f"{len(control)}, none of which a passage can hold")
+        said = "a passage can produce control tokens"
+        return Check("control tokens", Status.PROBLEM, said, "choose another model, and report this tokenizer")
+    return Check("control tokens", Status.OK, f"{len(control)}; a passage can produce none of them")
 
 
 def _facts(protocol: Protocol, prompt: tuple[int, ...]) -> list[str]:
     form = protocol.call_format.name if protocol.call_format is not None else "plain tags"
     ends = ", ".join(str(protocol.tokenizer.convert_ids_to_tokens(index)) for index in protocol.stop_token_ids)
-    facts = [f"calls: {form}, read back exactly", f"a turn ends with {ends}"]
+    facts = [f"calls: {form}, parsed back exactly", f"a turn ends with {ends}"]
     return [*facts, "the prompt opens a thought"] if protocol.opened_thought(prompt) else facts

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that one thing has one name."""
+"""Options that several commands share, so that they have the same name and meaning everywhere."""
 
 from __future__ import annotations
 
@@ -17,25 +17,32 @@ if TYPE_CHECKING:
     from trl_search.retrieval.corpus.fields import Fields
     from trl_search.types import Sampling
 
-# What `serve`, `search`, `eval` and `chat` take as something to search (`config/searched.py`).
-SEARCHED = "an index folder, a server's address, a run's folder, a kind (bm25, dense, web ...), or world"
+# What `serve`, `search`, `eval` and `chat` can search (`config/searched.py`).
+SEARCHED = "an index folder, a server's address, a run's folder, a kind of retriever (bm25, dense, web ...), or world"
 
 
 def add_retriever_options(parser: Any) -> None:
-    """Adds the further options of what is searched; `parser` may be a group."""
+    """Adds `--retriever_options`; `parser` may be a group."""
     parser.add_argument(
-        "--retriever_options", default="{}", metavar="JSON", help="""further options: '{"index": "indexes/wiki"}'"""
+        "--retriever_options",
+        default="{}",
+        metavar="JSON",
+        help="""options of the retriever: '{"index": "indexes/wiki"}'""",
     )
 
 
 def add_world_options(parser: Any) -> None:
     """Adds the size and the seed of the embedded world."""
-    parser.add_argument("--world_passages", type=int, default=2000, metavar="N", help="its size (default: 2000)")
-    parser.add_argument("--world_seed", type=int, default=0, metavar="N", help="its seed (default: 0)")
+    parser.add_argument(
+        "--world_passages", type=int, default=2000, metavar="N", help="passages of the embedded world (default: 2000)"
+    )
+    parser.add_argument(
+        "--world_seed", type=int, default=0, metavar="N", help="seed of the embedded world (default: 0)"
+    )
 
 
 def searched_of(args: argparse.Namespace, word: str) -> Searched:
-    """What a word means as something to search, with `--retriever_options` and the size of the world."""
+    """Resolves what a word tells a command to search, with `--retriever_options` and the size of the world."""
     from trl_search.config.searched import resolve_searched
 
     options = parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}')
@@ -44,7 +51,7 @@ def searched_of(args: argparse.Namespace, word: str) -> Searched:
 
 @contextlib.contextmanager
 def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C inside says how to go on: the message of the interrupt, which `trl-search` prints."""
+    """Gives a `KeyboardInterrupt` inside a message that says how to resume; `trl-search` prints it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -52,19 +59,21 @@ def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
 
 def add_sampling_options(parser: Any, temperature: float, note: str = "0 is greedy") -> None:
-    """Adds how tokens are sampled, as [`sampling_of`] reads it; `parser` may be a group."""
+    """Adds the sampling options that [`sampling_of`] reads; `parser` may be a group."""
     parser.add_argument("--temperature", type=float, default=temperature, help=f"{note} (default: %(default)g)")
     parser.add_argument("--top_p", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--top_k", type=int, default=0, help="tokens sampled from, 0: all (default: 0)")
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="number of most likely tokens that are sampled from; 0: all (default: 0)"
+    )
 
 
 def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
-    """How tokens are sampled, by `--temperature`, `--top_p` and `--top_k`."""
+    """The sampling settings of `--temperature`, `--top_p` and `--top_k`."""
     from trl_search.types import Sampling
 
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError(
-            "--temperature and --top_k are at least 0 and --top_p in (0, 1]; got "
+            "--temperature and --top_k must be at least 0 and --top_p in (0, 1]; got "
             f"{args.temperature}, {args.top_k} and {args.top_p}"
         )
     return Sampling(args.temperature, args.top_p, args.top_k, seed=seed)
@@ -73,13 +82,15 @@ def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
 def add_question_fields(parser: argparse.ArgumentParser) -> None:
     """Adds the options that name the columns of a question file."""
     columns = parser.add_argument_group(
-        "columns of a question file", "Those of FlashRAG, Search-R1 and verl are known and need no option."
+        "columns of a question file", "The columns of FlashRAG, Search-R1 and verl are found without these options."
     )
-    columns.add_argument("--question_field", metavar="COLUMN", help="holds the question")
+    columns.add_argument("--question_field", metavar="COLUMN", help="column of the question")
     columns.add_argument(
-        "--answers_field", metavar="COLUMN", help="holds the golden answers: a string, a list, TriviaQA's or SQuAD's"
+        "--answers_field",
+        metavar="COLUMN",
+        help="column of the golden answers: a string, a list, or an object as in TriviaQA or SQuAD",
     )
-    columns.add_argument("--id_field", metavar="COLUMN", help="holds the id")
+    columns.add_argument("--id_field", metavar="COLUMN", help="column of the id")
 
 
 def question_fields(args: argparse.Namespace) -> QuestionFields:

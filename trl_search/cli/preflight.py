@@ -1,7 +1,7 @@
-"""What `trl-search doctor` checks: versions, devices and extras here; settings and behaviour of a `vllm serve` there.
+"""The checks of `trl-search doctor`: versions, devices and extras of this machine; behaviour of a vLLM server.
 
-Facts are gathered first (`environment_checks`, `ask_server`); each check is a pure function of them. What the server's
-settings do is found out by asking it: a flag that it was started with is not yet what it does.
+The facts are gathered first (`environment_checks`, `ask_server`); each check is a pure function of them. The server is
+tested with requests, because its start-up flags do not prove how it behaves.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from trl_search.policies.vllm_server import version_problem
 from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.types import Sampling
 
-# What an extra is good for, said where it is missing.
+# What each extra is for; the report says so if it is missing.
 EXTRAS = {
     "bm25": "compiled BM25, ten times the queries per second",
     "vllm": "rollouts by vLLM (use_vllm)",
     "faiss": "vector indexes of dense retrieval",
-    "faiss-gpu": "dense retrieval by FAISS on GPUs (CUDA 12); torch does it without",
+    "faiss-gpu": "dense retrieval by FAISS on GPUs (CUDA 12); not needed for torch's search",
     "server": "trl-search serve",
     "measures": "nDCG, recall and MRR of retrievers (trl-search eval-retriever)",
-    "web": "search of the web",
+    "web": "web search",
     "tensorboard": "logs to TensorBoard",
     "trackio": "logs to trackio",
     "wandb": "logs to Weights & Biases",
-    "flash-attn": "the flash_attention_2 kernel (PyTorch's own needs nothing)",
-    "ray": "trl-search serve --ray: several processes and machines",
+    "flash-attn": "the flash_attention_2 kernel (PyTorch's own kernels need no extra)",
+    "ray": "trl-search serve --ray (several processes and machines)",
     "qdrant": "an index on a Qdrant cluster",
     "opensearch": "an index on an OpenSearch cluster",
 }
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 WEIGHT_TRANSFER = """start it with --weight-transfer-config '{"backend": "nccl"}'"""
 LOGPROBS_MODE = "start it with --logprobs-mode processed_logprobs"
-# Any vocabulary has these ids.
+# Token ids that every vocabulary has.
 _PROMPT = (10, 11, 12)
 _TOP = 5
 _TIMEOUT_S = 60.0
 
 
 class Status(enum.StrEnum):
-    """A note is neither good nor bad. A problem makes the command fail."""
+    """The result of a check. Only a problem makes the command fail."""
 
     OK = "ok"
     NOTE = "note"
@@ -77,7 +77,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a vLLM server said. `cold` and `hot` are the most probable next tokens at temperature 1 and 2."""
+    """The replies of a vLLM server. `cold` and `hot` are the most probable next tokens at temperature 1 and 2."""
 
     version: str
     models: Sequence[Mapping[str, Any]]
@@ -108,7 +108,7 @@ def environment_checks() -> list[Check]:
 
 
 def check_package(requirement: Requirement, installed: str | None) -> Check:
-    """A package that everything stands on."""
+    """Checks a required package."""
     wanted = f"{requirement.name}{requirement.specifier}"
     if installed is None:
         return Check(requirement.name, Status.PROBLEM, "not installed", f"pip install '{wanted}'")
@@ -118,7 +118,7 @@ def check_package(requirement: Requirement, installed: str | None) -> Check:
 
 
 def check_extra(extra: str, parts: Sequence[tuple[Requirement, str | None]]) -> Check:
-    """An extra: all of it, none of it, or a part that is missing or of another version."""
+    """Checks whether all packages of an extra are installed, in the right versions."""
     name, install = f"extra {extra}", f"pip install 'trl-search[{extra}]'"
     missing = [requirement.name for requirement, installed in parts if installed is None]
     others = [
@@ -163,7 +163,7 @@ def cuda_devices() -> list[Device]:
 
 
 def recipe_servers(recipe: Mapping[str, Any]) -> list[str]:
-    """The addresses of the servers that a recipe samples from, if it does."""
+    """The addresses of the vLLM servers that a recipe samples from; empty if it uses none."""
     if not recipe.get("use_vllm") or recipe["vllm_mode"] != "server":
         return []
     given = recipe["vllm_server_base_url"] or f"http://{recipe['vllm_server_host']}:{recipe['vllm_server_port']}"
@@ -171,16 +171,16 @@ def recipe_servers(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def check_sampling(recipe: Mapping[str, Any]) -> Check:
-    """What cuts the distribution makes the engine's logprobs another distribution's than the trainer's."""
+    """With top_p, top_k or min_p, the engine's logprobs belong to another distribution than the trainer's."""
     cuts = [
         f"{key}={recipe[key]}"
         for key, whole in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
         if recipe.get(key) and recipe[key] != whole
     ]
     if cuts:
-        said = f"{', '.join(cuts)}: the sampled tokens' logprobs are of the cut distribution, the trainer's are not"
+        said = f"{', '.join(cuts)}: the engine's logprobs are of the truncated distribution, the trainer's are not"
         return Check("sampling", Status.WARNING, said, "train with top_p 1, top_k 0 and min_p 0")
-    return Check("sampling", Status.OK, f"temperature {recipe['temperature']}, nothing cut")
+    return Check("sampling", Status.OK, f"temperature {recipe['temperature']}, distribution not truncated")
 
 
 # A server
@@ -194,8 +194,8 @@ def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_t
         said = f"nothing answers at {url} ({error or type(error).__name__})"
         return [Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")]
     except (httpx.HTTPStatusError, KeyError, IndexError, TypeError, ValueError) as error:
-        said = f"what answers at {url} is not a vLLM server that works ({error})"
-        return [Check("server", Status.PROBLEM, said, "read its log; docs/vllm.md shows how it is started")]
+        said = f"the server at {url} is not a working vLLM server ({error})"
+        return [Check("server", Status.PROBLEM, said, "read its log; docs/vllm.md shows how to start one")]
     return [
         Check("server", Status.OK, f"{url} answers"),
         check_server_version(facts.version, installed_version("vllm")),
@@ -209,7 +209,7 @@ def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_t
 
 
 def ask_server(url: str) -> ServerFacts:
-    """Asks everything that the checks want to know: four short generations among it."""
+    """Sends the requests for all checks, among them four short generations."""
     with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_S, trust_env=False) as client:
         version = client.get("/version").raise_for_status().json()["version"]
         models = client.get("/v1/models").raise_for_status().json()["data"]
@@ -241,14 +241,14 @@ def ask_server(url: str) -> ServerFacts:
 
 
 def check_server_version(version: str, here: str | None) -> Check:
-    """TRL takes some versions; and the trainer's end of a weight sync is its own vLLM's."""
+    """TRL supports certain versions, and the trainer sends weights with the code of its own vLLM."""
     if problem := version_problem(version):
         return Check("server version", Status.WARNING, problem, "pip install 'trl-search[vllm]' where it runs")
     if here is None:
         said = f"{version}, and no vLLM here: TRL's client sends the weights with vLLM's own code"
         return Check("server version", Status.PROBLEM, said, "pip install 'trl-search[vllm]'")
     if Version(here).base_version != Version(version).base_version:
-        said = f"{version} there, {here} here: the two ends of the weight sync may not fit"
+        said = f"{version} on the server, {here} here: the weight sync may fail between different versions"
         return Check("server version", Status.WARNING, said, "install the same version on both sides")
     return Check("server version", Status.OK, version)
 
@@ -257,7 +257,7 @@ def check_model(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] |
     served = [str(model["id"]) for model in models]
     wanted = recipe.get("model_name_or_path") if recipe else None
     if wanted and wanted not in {*served, *(str(model.get("root")) for model in models)}:
-        said = f"{', '.join(served)}, and the recipe trains {wanted}"
+        said = f"the server has {', '.join(served)}, but the recipe trains {wanted}"
         return Check("model", Status.WARNING, said, "serve the model that is trained: the shapes must be the same")
     return Check("model", Status.OK, ", ".join(served))
 
@@ -265,10 +265,10 @@ def check_model(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] |
 def check_room(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] | None, prompt_tokens: int) -> Check:
     room = max(int(model.get("max_model_len") or 0) for model in models)
     if recipe is None:
-        return Check("max_model_len", Status.OK, f"{room}; give a recipe to compare it with")
+        return Check("max_model_len", Status.OK, f"{room}; give a recipe to compare it")
     completion = int(recipe["max_completion_length"])
     needed = prompt_tokens + completion
-    said = f"{room}, for prompts of {prompt_tokens} tokens and max_completion_length {completion}: {needed}"
+    said = f"{room}; prompts of {prompt_tokens} tokens and max_completion_length {completion} need {needed}"
     if room < needed:
         remedy = f"start it with --max-model-len {needed} or more"
         return Check("max_model_len", Status.PROBLEM, said, remedy)
@@ -278,61 +278,62 @@ def check_room(models: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any] | 
 def check_token_ids(turn: Mapping[str, Any]) -> Check:
     ids, logprobs = turn.get("token_ids"), turn["logprobs"]["token_logprobs"]
     if not ids or len(ids) != len(logprobs):
-        said = f"{len(ids or ())} ids came with {len(logprobs)} logprobs"
-        return Check("token ids", Status.PROBLEM, said, "use a vLLM that knows return_token_ids")
+        said = f"the server returned {len(ids or ())} ids with {len(logprobs)} logprobs"
+        return Check("token ids", Status.PROBLEM, said, "use a vLLM that supports return_token_ids")
     return Check("token ids", Status.OK, "returned, each with its logprob")
 
 
 def check_logprobs_mode(cold: Mapping[str, float], hot: Mapping[str, float]) -> Check:
-    """Twice the temperature halves the distance of two logprobs, unless they are those of before it."""
+    """Doubling the temperature halves the distance of two logprobs, unless they are computed without temperature."""
     name = "logprobs mode"
     both = sorted(cold.keys() & hot.keys(), key=lambda token: cold[token])
     if any(value > 0 for value in (*cold.values(), *hot.values())):
         return Check(name, Status.PROBLEM, "the server returns logits", LOGPROBS_MODE)
     distance = cold[both[-1]] - cold[both[0]] if both else 0.0
     if distance < 0.01:
-        return Check(name, Status.WARNING, "all tokens are equally probable: it cannot be told", LOGPROBS_MODE)
+        return Check(name, Status.WARNING, "unknown: all tokens are equally probable", LOGPROBS_MODE)
     share = (hot[both[-1]] - hot[both[0]]) / distance
     if abs(share - 0.5) > 0.1:
-        return Check(name, Status.PROBLEM, "logprobs leave the temperature out", LOGPROBS_MODE)
-    return Check(name, Status.OK, "processed_logprobs: at the temperature of sampling")
+        return Check(name, Status.PROBLEM, "the server's logprobs ignore the temperature", LOGPROBS_MODE)
+    return Check(name, Status.OK, "processed_logprobs, at the sampling temperature")
 
 
 def check_stop(stop: str, stopped: Mapping[str, Any]) -> Check:
-    """A stop string that ends inside a token leaves the whole token in the ids."""
+    """Checks that a stop string which ends inside a token leaves the whole token in the ids."""
     name = "stop strings"
     if not stop:
-        return Check(name, Status.WARNING, "not tried: the model said nothing to stop at")
+        return Check(name, Status.WARNING, "not tested: the model wrote no text to stop at")
     tokens, ids = stopped["logprobs"]["tokens"], stopped.get("token_ids") or []
     said = "".join(tokens)
     if stopped.get("stop_reason") != stop or len(ids) != len(tokens) or said.find(stop) < 0 or said.endswith(stop):
-        return Check(name, Status.PROBLEM, f"at {stop!r} came {said!r}", "use a vLLM that keeps the sampled ids")
-    return Check(name, Status.OK, "end a turn, and the sampled ids stay whole")
+        said = f"with stop {stop!r}, the server returned {said!r}"
+        return Check(name, Status.PROBLEM, said, "use a vLLM that keeps the sampled ids")
+    return Check(name, Status.OK, "they end a turn, and the sampled ids stay whole")
 
 
 def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
-    """What TRL's client needs to send the weights of every step."""
+    """Checks what TRL's client needs to send the weights in every step."""
     name = "weight sync"
     if info is None:
-        return Check(name, Status.PROBLEM, "the server hides its development endpoints", DEV_MODE)
+        return Check(name, Status.PROBLEM, "the server's development endpoints are off", DEV_MODE)
     transfer = info.get("weight_transfer_config")
     if not transfer or transfer.get("backend") != "nccl":
         return Check(name, Status.PROBLEM, f"the server's weight-transfer engine is {transfer}", WEIGHT_TRANSFER)
     if (info.get("device_config") or {}).get("device") == "cpu":
-        return Check(name, Status.WARNING, "the server runs on a CPU, which NCCL cannot reach: it only generates")
+        return Check(name, Status.WARNING, "the server runs on a CPU: NCCL cannot send weights to it")
     if (info.get("parallel_config") or {}).get("worker_extension_cls") != EXTENSION:
-        said = "the server does not read its weights back, so a sync that goes wrong would not be noticed"
+        said = "the server cannot check the weights that it receives, so a faulty sync would go unnoticed"
         return Check(name, Status.NOTE, said, f"start it with --worker-extension-cls {EXTENSION}")
-    return Check(name, Status.OK, "development endpoints, an NCCL engine and checksums are there")
+    return Check(name, Status.OK, "development endpoints, an NCCL engine and checksums are available")
 
 
 def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) -> Check:
-    """What `vllm_lora_sync=adapter` needs: a server that takes adapters while it runs, and tells TRL its settings."""
+    """Checks what `vllm_lora_sync=adapter` needs: adapters loaded at run time, and settings that TRL can read."""
     if "/v1/load_lora_adapter" not in paths:
         remedy = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-        return Check("weight sync", Status.PROBLEM, "the server takes no adapters while it runs", remedy)
+        return Check("weight sync", Status.PROBLEM, "the server cannot load adapters at run time", remedy)
     if info is None:
-        return Check("weight sync", Status.PROBLEM, "the server hides its settings, which TRL asks for", DEV_MODE)
+        return Check("weight sync", Status.PROBLEM, "the server hides its settings, which TRL reads", DEV_MODE)
     return Check("weight sync", Status.OK, "adapters can be loaded")
 
 
@@ -343,7 +344,7 @@ def _check_sync(facts: ServerFacts, recipe: Mapping[str, Any]) -> Check:
 
 
 def _stop_inside_a_token(tokens: Sequence[str]) -> str:
-    """A stop string that ends before the end of the token that completes it; empty where there is none."""
+    """A stop string that ends inside a token; empty if there is none."""
     for index in range(1, len(tokens)):
         for end in range(1, len(tokens[index])):
             stop = tokens[index - 1][-1:] + tokens[index][:end]

@@ -1,7 +1,7 @@
-"""What a recipe needs of this machine, found out in a second and before anything is loaded.
+"""Checks in about a second, before anything is loaded, whether this machine can run a recipe.
 
-Each check looks at the recipe's values and at one fact. None needs a GPU to say that one is missing, and none stops at
-the first problem: `train` and `sft` refuse to start with the whole list, and `trl-search doctor RECIPE` prints it.
+Each check compares the recipe's values with one fact about the machine. All problems are collected: `train` and `sft`
+raise one error with the whole list, and `trl-search doctor RECIPE` prints it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
-    """Refuses to start a run that this machine cannot finish; the message lists every problem with its remedy.
+    """Raises if this machine cannot run the recipe. Only the first process checks.
 
     Raises:
-        UserError: if there is a problem. Of several processes only the first one checks.
+        UserError: with every problem and its remedy, if there is a problem.
     """
     if int(os.environ.get("RANK", "0")):
         return
@@ -48,11 +48,11 @@ def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
 
 
 def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Check]:
-    """Every check of a recipe.
+    """Runs every check of a recipe.
 
     Args:
         values (`Mapping`): The value of every key, from `config.recipe.recipe_values`.
-        classes (`Sequence[type]`): The dataclasses that have the keys.
+        classes (`Sequence[type]`): The dataclasses that define the keys.
     """
     devices, model = gpus(), check_model_is_there(values.get("model_name_or_path"))
     checks = [
@@ -84,7 +84,7 @@ def gpus() -> list[Device]:
 
 
 def check_configuration(values: Mapping[str, Any], classes: Sequence[Any]) -> Check:
-    """TRL's and our own checks of the keys: batch sizes that do not divide, names that do not exist."""
+    """Runs TRL's and our own checks of the keys, for example of batch sizes and names."""
     anywhere = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "report_to": "none"}
 
     def fit() -> str:
@@ -116,18 +116,18 @@ def check_precision(values: Mapping[str, Any], devices: Sequence[Device]) -> Che
         return Check("precision", Status.OK, wanted[0] if wanted else "float32")
     if not devices:
         said = f"{wanted[0]}: true needs a GPU, and there is none here"
-        return Check("precision", Status.PROBLEM, said, "run it where one is; a tiny model runs with --bf16 false")
+        return Check("precision", Status.PROBLEM, said, "use a machine with a GPU, or --bf16 false for a tiny model")
     import torch
 
     if wanted == ["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
-        said = f"bf16: true, and {devices[0].name} has no bfloat16"
+        said = f"bf16: true, but {devices[0].name} does not support bfloat16"
         return Check("precision", Status.PROBLEM, said, "--bf16 false --fp16 true")
     return Check("precision", Status.OK, f"{wanted[0]} on {devices[0].name}")
 
 
 def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
-    """The packages behind the keys."""
-    wanted: dict[str, tuple[str, str]] = {}  # by key: the module, and the extra that brings it
+    """Checks the packages that the recipe's keys need."""
+    wanted: dict[str, tuple[str, str]] = {}  # by key: the module, and the extra that installs it
     if values.get("use_vllm"):
         wanted["use_vllm: true"] = ("vllm", "vllm")
     if str(values.get("attn_implementation") or "").startswith("flash_attention"):
@@ -146,7 +146,7 @@ def check_model_is_there(name: str | None) -> Check:
     if not name:
         return Check("model", Status.PROBLEM, "model_name_or_path is missing", "--model_name_or_path owner/name")
     if name == "tiny":
-        return Check("model", Status.OK, "the policy that ships")
+        return Check("model", Status.OK, "the shipped policy")
     try:
         source = model_source(name)
     except UserError as error:
@@ -161,7 +161,7 @@ def check_model_is_there(name: str | None) -> Check:
 
 
 def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
-    """Each set of questions: a file that is there, or a set of the hub that can be reached."""
+    """Checks each question set: a file must exist, a hub set must be cached or reachable."""
     for name in set_names([values.get("questions") or "world", *(values.get("eval_questions") or [])]):
         if name == "world":
             yield Check("questions", Status.OK, "the embedded world")
@@ -188,15 +188,15 @@ def _hub_set(name: str) -> Check:
 def on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:
     try:
         ask()
-    except Exception as error:  # the hub's client raises the errors of half a dozen libraries
+    except Exception as error:  # the hub's client raises errors of many libraries
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        said = f"{name} is not on this machine, and the hub does not give it ({reason})"
-        return Check(what, Status.PROBLEM, said, "log in or connect (hf auth login), or give a path on this machine")
+        said = f"{name} is not on this machine, and cannot be read from the hub ({reason})"
+        return Check(what, Status.PROBLEM, said, "connect and log in (hf auth login), or give a path on this machine")
     return Check(what, Status.OK, f"{name}, on the hub")
 
 
 def check_environment(values: Mapping[str, Any]) -> Iterator[Check]:
-    """The environment of the user's own, with its tools, and the script that shows them."""
+    """Checks that a custom environment and a script can be loaded."""
     name, script = values.get("environment") or SEARCH, values.get("script")
 
     def tools() -> str:
@@ -214,7 +214,7 @@ def _loaded(script: str) -> str:
 
 
 def check_retriever(values: Mapping[str, Any]) -> list[Check]:
-    """What the recipe's environment searches, by the meaning that every command gives the word."""
+    """Checks what the recipe's environment searches."""
     word, environment = values.get("retriever"), values.get("environment") or SEARCH
     try:
         if word is None or not takes_retriever(environment):
@@ -227,7 +227,7 @@ def check_retriever(values: Mapping[str, Any]) -> list[Check]:
 
 
 def count_parameters(name: str) -> int | None:
-    """How many parameters a model has, from its configuration alone; `None` where that cannot be read here."""
+    """The number of parameters of a model, from its configuration alone; `None` if that cannot be read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -237,16 +237,16 @@ def count_parameters(name: str) -> int | None:
         config = AutoConfig.from_pretrained(tiny_policy_path() if name == "tiny" else model_source(name))
         with torch.device("meta"):
             return int(AutoModelForCausalLM.from_config(config).num_parameters())
-    except Exception:  # whatever is wrong with the model is said when it is loaded
+    except Exception:  # loading the model will report the cause
         return None
 
 
 def check_memory(values: Mapping[str, Any], parameters: int, devices: Sequence[Device]) -> Check:
-    """Weights, gradients, Adam's two moments and the reference model; activations and buffers come on top."""
+    """Counts weights, gradients, Adam's two moments and the reference model, but no activations and buffers."""
     weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
     shares = 1 if values.get("use_peft") else 4 + bool(values.get("beta"))
     need = shares * weights
-    said = f"{need / GIB:.1f} GiB for {parameters / 1e9:.2f} B parameters ({shares} x weights), activations beside"
+    said = f"{need / GIB:.1f} GiB for {parameters / 1e9:.2f} B parameters ({shares} x weights) without activations"
     sharded = values.get("deepspeed") or values.get("fsdp") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     if sharded or os.environ.get("ACCELERATE_USE_FSDP"):
         return Check("gpu memory", Status.NOTE, f"{said}; sharded over the processes")
@@ -265,7 +265,7 @@ def check_memory(values: Mapping[str, Any], parameters: int, devices: Sequence[D
 
 
 def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
-    """Checkpoints hold the weights and Adam's moments: three times the weights, a little of an adapter."""
+    """A checkpoint holds the weights and Adam's moments, three times the weights; that of an adapter is small."""
     if values.get("use_peft") or str(values.get("save_strategy")) == "no":
         return Check("disk", Status.OK, "checkpoints are small")
     weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
@@ -280,12 +280,12 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
 
 
 def check_output(values: Mapping[str, Any]) -> Check:
-    """A run that was finished is not written over by running it again."""
+    """Checks that the run would not overwrite a finished one."""
     folder = Path(values.get("output_dir") or "runs/train")
     results = folder / RESULTS_FILE
     asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
     trained = results.is_file() and read_object(results, "move it away").get("history")
     if not asked and (trained or (folder / SETTINGS_FILE).is_file()):  # `sft` writes the second one last
-        remedy = "--output_dir another, --resume_from_checkpoint last to go on, or --overwrite true"
+        remedy = "give another --output_dir, --resume_from_checkpoint last to continue it, or --overwrite true"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
     return Check("output", Status.OK, str(folder))

@@ -1,4 +1,4 @@
-"""What `train` and `sft` have in common: help, the values of a recipe, the checks before it, then the run."""
+"""The steps that `train` and `sft` share: print help, read the recipe, check the machine, run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def recipe_classes(command: str) -> tuple[Any, ...]:
-    """The dataclasses of the keys of a command's recipes, ours first: of `train` or of `sft`."""
+    """The dataclasses that define the recipe keys of `train` or `sft`; ours come first."""
     from trl import ModelConfig
 
     if command == "train":
@@ -28,8 +28,8 @@ def run_recipe(
 
     Args:
         description (`str`): The docstring of the command, which is its help.
-        run (`Callable`): Takes one value of each of its [`recipe_classes`].
-        go_on (`Callable`): Says, of the training's configuration, how to go on after Ctrl-C.
+        run (`Callable`): Takes one instance of each of the command's [`recipe_classes`].
+        go_on (`Callable`): Takes the training's configuration and returns how to resume after Ctrl-C.
     """
     from trl_search.cli.options import explained_interrupt
     from trl_search.cli.recipe_checks import refuse_problems

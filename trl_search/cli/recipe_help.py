@@ -1,5 +1,5 @@
-"""The help of `train` and `sft`: what the command does, the recipes, and our keys in groups. TRL's 200 keys have the
-same meaning as in TRL, and are listed by `--help_all`."""
+"""The help of `train` and `sft`: what the command does, the recipes, and our keys in groups. `--help_all` also lists
+TRL's 200 keys, which have the same meaning as in TRL."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def recipe_title(name: str) -> str:
 
 
 def print_help(argv: Sequence[str], command: str, description: str, classes: Sequence[Any]) -> bool:
-    """Prints the help that was asked for, if any was; says whether.
+    """Prints the help if `argv` asks for it. Returns whether it did.
 
     Args:
         description (`str`): The docstring of the command.
-        classes (`Sequence[type]`): The dataclasses that have the command's keys; the first are ours.
+        classes (`Sequence[type]`): The dataclasses of the command's keys; ours come first.
     """
     if "--help_all" in argv:
         usage = f"trl-search {command} RECIPE [--key value ...]"
@@ -52,15 +52,19 @@ def print_help(argv: Sequence[str], command: str, description: str, classes: Seq
     lines += recipe_lines(command)
     agent = dataclasses.fields(AgentSettings)
     names = {field.name for field in agent}
-    own = inspect.get_annotations(classes[1])  # without what it inherits from TRL
+    own = inspect.get_annotations(classes[1])  # without the keys inherited from TRL
     for heading, fields in (
         ("The task", [field for field in dataclasses.fields(classes[0]) if field.name not in names]),
         ("The agent", agent),
-        ("The training, beside TRL's keys", [field for field in dataclasses.fields(classes[1]) if field.name in own]),
+        ("The training (TRL's keys not listed)", [f for f in dataclasses.fields(classes[1]) if f.name in own]),
     ):
         lines += ["", f"{heading}:"]
         lines += [line for field in fields for line in _described(field)]
-    lines += ["", f"`trl-search {command} --help_all` lists TRL's keys too; `trl-search recipes show NAME` a recipe."]
+    lines += [
+        "",
+        f"`trl-search {command} --help_all` also lists TRL's keys.",
+        "`trl-search recipes show NAME` prints a recipe.",
+    ]
     print("\n".join(lines))
     return True
 

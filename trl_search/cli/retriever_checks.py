@@ -1,6 +1,6 @@
-"""Whether what is to be searched can be searched here: packages, the index's files, one query to a server.
+"""Checks whether a retriever can be used here: packages, files of the index, one query to a server.
 
-An index is not loaded for this. `train`, `sft`, `eval` and `serve` ask in their first second.
+No index is loaded. `train`, `sft`, `eval` and `serve` run these checks first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl_search.retrieval.index.folder import read_manifest
 
 _TIMEOUT_S = 5.0
 _SERVERS = ("http", "qdrant", "opensearch")
-# The modules whose absence is a problem, each with the extra that brings it.
+# The modules that each kind needs, with the extra that installs them.
 _MODULES = {
     "dense": (("sentence_transformers", "dense"),),
     "qdrant": (("qdrant_client", "qdrant"),),
@@ -30,7 +30,7 @@ _MODULES = {
 
 
 def retriever_checks(searched: Searched) -> Iterator[Check]:
-    """Every check of what a word means as something to search. The parts of a hybrid are looked at one by one."""
+    """Runs every check of a retriever and of the retrievers that it combines."""
     yield from (
         check for kind, options in _parts(searched.kind, searched.options) for check in _packages(kind, options)
     )
@@ -54,13 +54,13 @@ def package_problem(what: str, module: str, extra: str) -> Check:
 
 
 def _check_reach(searched: Searched) -> Check:
-    """The index is whole, the server answers a query."""
+    """Checks that the index is complete and that the server answers a query."""
     kind, said = searched.kind, searched.kind
     try:
         for part, options in _parts(kind, searched.options):
             if part in _SERVERS:
                 for url in filter(None, [options.get("url"), *(options.get("urls") or [])]):
-                    _connect(url)  # a retriever would wait for its server to come back
+                    _connect(url)  # fails at once; a retriever would wait for the server
             if "index" in options:
                 _check_files(Path(options["index"]).expanduser())
         if kind in _SERVERS:
@@ -69,7 +69,7 @@ def _check_reach(searched: Searched) -> Check:
             said = f"{searched.options.get('url', kind)} answers"
     except UserError as error:
         return Check("retriever", Status.PROBLEM, str(error))
-    except Exception as error:  # the clients of three kinds of server have errors of their own
+    except Exception as error:  # each server's client raises other errors
         where = searched.options.get("url") or kind
         said = " ".join(str(error).split()) or type(error).__name__
         return Check("retriever", Status.PROBLEM, f"{where}: {said}", "start its server: `trl-search serve`")
@@ -83,19 +83,19 @@ def _connect(url: str) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """The files of an index have the sizes that its manifest names; their content is checked when it is opened."""
+    """Checks that the files of an index have the sizes in its manifest. Their content is checked on opening."""
     resolve_retriever(folder)
     for name, size in read_manifest(folder).files.items():
         there = (folder / name).stat().st_size if (folder / name).exists() else None
         if there != size:
             raise UserError(
-                f"{folder / name} should have {size} bytes and "
+                f"{folder / name} should have {size} bytes, but "
                 f"{'is missing' if there is None else f'has {there}'}: copy or build it again"
             )
 
 
 def _parts(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The retriever itself, and those that it combines."""
+    """Yields the retriever and those that it combines."""
     yield kind, options
     inner = [options.get("retriever"), *(options.get("retrievers") or [])]
     for part in inner:

@@ -1,4 +1,4 @@
-"""What a command checks before it starts: all problems are found first, then told at once, each with its remedy."""
+"""Collects all problems before a command starts, and reports them in one error, each with its remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class StartChecks:
-    """Collects problems, and refuses to go on with all of them.
+    """Collects problems, and raises one error with all of them.
 
     Example:
         >>> found = StartChecks()
@@ -25,7 +25,7 @@ class StartChecks:
         self.checks: list[Check] = []
 
     def see(self, name: str, work: Callable[[], Value]) -> Value | None:
-        """What `work` gives; `None` if it explains why it cannot, which is a problem of that name."""
+        """Returns the result of `work`; if it raises an `Explained` error, records a problem and returns `None`."""
         try:
             return work()
         except Explained as error:
@@ -36,12 +36,12 @@ class StartChecks:
         self.checks += checks
 
     def refuse(self) -> None:
-        """Raises `UserError` with every problem, if there is one."""
+        """Raises `UserError` with every problem if there is any."""
         refuse(self.checks)
 
 
 def refuse(checks: Sequence[Check]) -> None:
-    """Raises `UserError` with every problem among the checks: one alone, or a list with what mends each."""
+    """Raises `UserError` with every problem among the checks and its remedy, if there is any."""
     problems = [check for check in checks if check.status is Status.PROBLEM]
     if len(problems) == 1:
         raise UserError(f"{problems[0].said}{f': {problems[0].remedy}' if problems[0].remedy else ''}")

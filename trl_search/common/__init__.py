@@ -1,1 +1,1 @@
-"""Shared by all other folders: errors for users, files that are written whole, credentials, provenance."""
+"""Code that all other folders share: errors for users, atomic file writes, credentials, provenance."""

@@ -1,4 +1,4 @@
-"""Reads large files block by block, under a bar on a terminal."""
+"""Reads large files block by block, with a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BLOCK_BYTES = 1 << 24
 
 
 def read_blocks(file: SupportsRead[bytes], doing: str, total: int | None, *, done: int = 0) -> Iterator[bytes]:
-    """The bytes of a file from where it stands.
+    """Yields the bytes of a file from its current position.
 
     Args:
-        doing (`str`): What is done with them, for the bar: "hashing wiki.jsonl".
-        total (`int`, *optional*): No more are read. By default all.
+        doing (`str`): Label of the progress bar: "hashing wiki.jsonl".
+        total (`int`, *optional*): Read at most this many bytes. By default all.
         done (`int`, *optional*, defaults to `0`): How many of `total` were read before.
     """
     with tqdm(desc=doing, total=total, initial=done, unit="B", unit_scale=True, disable=None) as bar:

@@ -1,4 +1,4 @@
-"""Tokens and keys: read from the environment, and checked for use in a header. No message contains one."""
+"""Reads tokens and keys from the environment and checks that a header can hold them. No message contains one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trl_search.common.errors import UserError
 
 
 def from_environment(variable: str) -> str | None:
-    """The key in a variable, without a trailing newline as mounted files have it; `None` if there is none."""
+    """The key in an environment variable, without surrounding white space; `None` if it is unset or empty."""
     return os.environ.get(variable, "").strip() or None
 
 
@@ -16,24 +16,24 @@ def bearer_token(token: str, source: str) -> str:
     """The token for `Authorization: Bearer ...`.
 
     Args:
-        source (`str`): Where it comes from, for the message: a variable, a file.
+        source (`str`): Where the token comes from, for the message: a variable, a file.
 
     Raises:
-        UserError: if no header can hold it. An HTTP client's own error would print the token.
+        UserError: if no header can hold the token. The error of an HTTP client would print it.
     """
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable():
-        raise UserError(f"the token from {source} must be printable ASCII and not empty: it travels in an HTTP header")
+        raise UserError(f"the token from {source} must be printable ASCII and not empty: it is sent in an HTTP header")
     return token
 
 
 def required_token(variable: str) -> str:
-    """The bearer token in a variable that `token_env` names.
+    """The bearer token in the environment variable that `token_env` names.
 
     Raises:
-        UserError: if it is not set, or no header can hold it.
+        UserError: if the variable is not set, or no header can hold the token.
     """
     token = from_environment(variable)
     if token is None:
-        raise UserError(f"the environment variable {variable}, named by token_env, is not set")
+        raise UserError(f"the environment variable {variable}, named by token_env, is not set: set it to the token")
     return bearer_token(token, variable)

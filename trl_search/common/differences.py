@@ -1,4 +1,4 @@
-"""Where two records of settings differ: the names of what has changed, with both values."""
+"""Compares two records of settings: the names of the changed settings, with both values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each difference with its place: dicts are compared by key, lists of the same length by position.
+    """Yields each difference with its path. Dicts are compared by key, lists of the same length by position.
 
     Example:
         >>> list(differences({"k": 3, "part": [{"k1": 1.5}]}, {"k": 3, "part": [{"k1": 1.2}]}))

@@ -1,4 +1,4 @@
-"""Errors that explain themselves. The command line prints only their message; any other error keeps its traceback.
+"""Errors with a message for users. The command line prints only that message; other errors keep their traceback.
 
 Explained                   the message names the cause and the remedy
   UserError                 a mistake in the user's input: a file, a recipe, a dataset, a name
@@ -10,12 +10,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-# Names that fit into two lines of a terminal.
-_FEW = 30
+_FEW = 30  # names that fit into two lines of a terminal
 
 
 class Explained(Exception):
-    """An error whose message is enough to put it right."""
+    """An error whose message tells the user how to fix it."""
 
 
 class UserError(Explained, ValueError):
@@ -23,7 +22,7 @@ class UserError(Explained, ValueError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for an unknown name. It names the nearest ones, and all if they are few.
+    """The error for an unknown name. It lists the nearest names, and all names if they are few.
 
     Example:
         >>> raise unknown_name("reward", "fromat", ["em", "f1", "format"])
@@ -36,12 +35,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
 
 
 def nearest_names(name: str, names: Sequence[str], most: int) -> list[str]:
-    """The names that `name` may be a slip of, the nearest first."""
+    """The names that `name` may be a misspelling of, nearest first."""
     return difflib.get_close_matches(name, names, n=most, cutoff=0.5)
 
 
 def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:
-    """All names if they are few; of hundreds of keys, the nearest are enough."""
+    """The list of all names if they are few, else of three examples if there is no near name."""
     if len(names) <= _FEW:
         return f" There are: {', '.join(names)}."
     return "" if nearest else f" There are {len(names)}, such as {', '.join(names[:3])}."

@@ -1,4 +1,4 @@
-"""Coroutines: run for a caller without an event loop, or in a notebook, which has a running one; awaited together."""
+"""Runs coroutines from synchronous code, also in a notebook, where an event loop runs; awaits several together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 
 def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Runs a coroutine to its end on a fresh event loop, in a thread of its own where a loop is running already."""
-    if not _loop_is_running():  # outside of an `except`: errors would name the one that it handles
+    """Runs a coroutine to its end on a new event loop; if a loop is running already, in a separate thread."""
+    if not _loop_is_running():  # not in an `except` block, which would be chained to errors of the coroutine
         return asyncio.run(coroutine)
     outcome: Future[Result] = Future()
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
@@ -25,7 +25,7 @@ def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
     def target() -> None:
         try:
             outcome.set_result(asyncio.run(main()))
-        except BaseException as error:  # carried over to the calling thread
+        except BaseException as error:  # raised again in the calling thread
             outcome.set_exception(error)
 
     thread = threading.Thread(target=target, name="rollout")
@@ -33,7 +33,7 @@ def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
         thread.start()
         return outcome.result()
     finally:
-        if not outcome.done():  # Ctrl-C reaches the calling thread alone: without this, the rollout would sample on
+        if not outcome.done():  # Ctrl-C reaches only the calling thread, so the rollout must be cancelled
             loop, task = running.result()
             loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
             wait([outcome])
@@ -41,7 +41,7 @@ def run_sync(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def all_of(asked: Iterable[Awaitable[Result]]) -> list[Result]:
-    """The results of all, in order, once all have ended; raises the first failure where there is one."""
+    """Waits for all and returns their results in order; raises the first failure if there is one."""
     found = await asyncio.gather(*asked, return_exceptions=True)
     for outcome in found:
         if isinstance(outcome, BaseException):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON objects and lines whose mistakes are located, `~` in paths."""
+"""Atomic file writes, reading of JSON with errors that name the place, `~` in paths."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 
-# A file's name that is no UTF-8 has lone surrogates in Python. They are written as JSON's \udce9, and so read back.
+# In Python, a file name that is not UTF-8 holds lone surrogates. They are written as \udce9, which JSON reads back.
 _ESCAPED = "backslashreplace"
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write to, which replaces `path` at the end: a reader of `path` sees all of it or nothing.
+    """A temporary file that replaces `path` at the end, so a reader of `path` never sees half a file.
 
     Example:
         >>> with written_whole(folder / "results.json") as temporary:
@@ -35,25 +35,25 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all. A NaN raises, because JSON has none: see `finite_or_none`."""
+    """Writes a value as JSON, atomically. NaN raises, because JSON has no NaN: see `finite_or_none`."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with written_whole(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8", errors=_ESCAPED)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object per line, all of them or nothing."""
+    """Writes one JSON object per line, atomically."""
     with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", errors=_ESCAPED) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a file is a finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value with `None` for every float that is not finite, in dicts and lists too."""
+    """The value with `None` in place of every float that is not finite, also inside dicts and lists."""
     if isinstance(value, dict):
         return {name: finite_or_none(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -62,7 +62,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is appended to. What a kill left of the last line is cut off the file."""
+    """The lines of a file that is appended to. An unfinished last line, left by a kill, is removed from the file."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -72,13 +72,13 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """The JSON object in a file.
 
     Args:
-        remedy (`str`): What to do about a file that holds none: the end of the message.
+        remedy (`str`): The end of the error message: what to do if the file holds no object.
 
     Raises:
-        UserError: where it is not JSON, was cut off, or is another value than an object.
+        UserError: if the file is not JSON, was cut off, or does not hold an object.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -90,10 +90,10 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def parse_object(text: str | Mapping[str, Any], option: str, example: str) -> dict[str, Any]:
-    """The JSON object that stands in an option or in a recipe's key.
+    """The JSON object in an option or in a recipe's key.
 
     Raises:
-        UserError: if it is not JSON, or JSON of something else.
+        UserError: if the text is not JSON, or not an object.
 
     Example:
         >>> parse_object('["wiki"]', "--retriever_options", '{"index": "indexes/wiki"}')
@@ -111,7 +111,7 @@ def parse_object(text: str | Mapping[str, Any], option: str, example: str) -> di
 
 
 def home_expanded(value: Any) -> Any:
-    """A path, or a string that begins with `~`, with the user's folder in place of the `~`; any other value as it is.
+    """Expands `~` in a path or in a string that begins with it; returns any other value unchanged.
 
     Example:
         >>> home_expanded("~/wiki.jsonl"), home_expanded("bm25"), home_expanded(3)
@@ -123,6 +123,6 @@ def home_expanded(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """`~/.cache/trl-search`, or below `XDG_CACHE_HOME`; in a container without a home, below the temporary folder."""
+    """`~/.cache/trl-search`, or below `XDG_CACHE_HOME`, or below the temporary folder if there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(tempfile.gettempdir() if base.startswith("~") else base, "trl-search")

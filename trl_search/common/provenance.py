@@ -1,7 +1,7 @@
-"""What a run was started with: its command, the versions, the git state and the machine, without secrets.
+"""Records how a run was started: command, versions, git state and machine, without secrets.
 
-Environment variables are not recorded at all. Elsewhere secrets are left out by name (`hub_token`, `api_key`,
-`Authorization`, ...), in the user part of a URL, and where a word looks like a token of a well-known service.
+Environment variables are never recorded. Secrets are recognized by their name (`hub_token`, `api_key`,
+`Authorization`, ...), as the user part of a URL, and by the form of well-known services' tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on; those not installed are left out."""
+    """The versions of Python and of the installed packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -48,10 +48,10 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch (`None` when detached) and whether anything is uncommitted, in the working directory.
+    """Commit, branch (`None` when detached) and whether there are uncommitted changes, in the working directory.
 
     Returns:
-        `dict`, or `None` without git, outside of a repository or before its first commit.
+        `dict`; `None` without git, outside a repository or before its first commit.
     """
     try:
         commit = _git("rev-parse", "HEAD")
@@ -74,7 +74,7 @@ def hardware(processes: int) -> dict[str, Any]:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """The value as JSON can hold it, with its secrets replaced.
+    """The value in a form that JSON can hold, with its secrets replaced.
 
     Example:
         >>> without_secrets({"hub_token": "hf_x", "retriever_options": '{"url": "http://me:pw@host", "api_key": "x"}'})
@@ -98,14 +98,14 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def command_without_secrets(arguments: Sequence[str]) -> str:
-    """A command line that can be typed again, without its secrets.
+    """A command line, quoted for the shell, with its secrets replaced.
 
     Example:
         >>> command_without_secrets(["trl-search", "train", "recipe.yaml", "--hub_token", "hf_x"])
         "trl-search train recipe.yaml --hub_token '<redacted>'"
     """
     words: list[str] = []
-    option = ""  # the last word, if it was an option without its value
+    option = ""  # the previous word, if it is an option that still needs its value
     for word in arguments:
         name, equals, value = word.partition("=")
         if word.startswith("-") and not equals:
@@ -125,7 +125,7 @@ def _text_without_secrets(text: str) -> str:
         try:
             return json.dumps(without_secrets(json.loads(text)))
         except ValueError:
-            pass  # prose that begins with a bracket
+            pass  # text that only begins with a bracket
     return _URL_USER.sub(f"{REDACTED}@", _SECRET_WORD.sub(REDACTED, text))
 
 

@@ -1,6 +1,6 @@
-"""`Registry`: things chosen by name, from this package and from installed ones.
+"""`Registry`: objects that are chosen by name, from this package and from other installed packages.
 
-| what               | entry-point group        | where our own names stand                            |
+| what               | entry-point group        | where the built-in names are                         |
 |--------------------|--------------------------|------------------------------------------------------|
 | a retriever        | `trl_search.retrievers`  | `RETRIEVERS` in `retrieval/registry.py`              |
 | a kind of index    | `trl_search.index_kinds` | `INDEX_KINDS` in `retrieval/registry.py`             |
@@ -8,7 +8,7 @@
 | a protocol         | `trl_search.protocols`   | `PROTOCOLS` in `protocols/registry.py`               |
 | an environment     | `trl_search.environments`| `ENVIRONMENTS` in `environment/registry.py`          |
 
-A package adds a name through the entry-point group, in its own pyproject.toml; docs/extending.md shows each:
+A package adds a name through the entry-point group in its own pyproject.toml (docs/extending.md has examples):
 
     [project.entry-points."trl_search.retrievers"]
     elastic = "my_package.elastic:load"
@@ -30,12 +30,13 @@ from trl_search.common.errors import UserError, unknown_name
 
 @dataclass(frozen=True)
 class Registry:
-    """Names and the objects they stand for, imported on first use.
+    """Maps names to objects, which are imported on first use.
 
     Args:
         noun (`str`): The word for messages: `"retriever"`.
         group (`str`): The entry-point group of other packages.
-        built_in (`Mapping[str, str]`): Our own names, each with its `"module:attribute"`. No package replaces them.
+        built_in (`Mapping[str, str]`): Our own names, each with its `"module:attribute"`. Packages cannot replace
+            them.
 
     Example:
         >>> Registry("retriever", "trl_search.retrievers", {"bm25": "trl_search.retrieval.bm25.retriever:load"})
@@ -54,10 +55,10 @@ class Registry:
         return name in self.built_in or name in self.names()
 
     def get(self, name: str) -> Any:
-        """Imports what `name` stands for.
+        """Imports the object called `name`.
 
         Raises:
-            UserError: for an unknown name, and for an entry of an installed package that cannot be imported.
+            UserError: for an unknown name, or an entry of an installed package that cannot be imported.
         """
         if not isinstance(name, str):
             raise unknown_name(self.noun, name, self.names())
@@ -75,10 +76,10 @@ class Registry:
         raise unknown_name(self.noun, name, self.names())
 
     def find(self, name: str) -> Any:
-        """Imports what a name or an import path stands for: `my_package.module:attribute`, also with a dot.
+        """Imports the object of a registered name or of an import path (see [`import_object`]).
 
         Raises:
-            UserError: where neither can be imported.
+            UserError: if it cannot be imported.
         """
         if not isinstance(name, str) or name in self or not is_import_path(name):
             return self.get(name)
@@ -86,16 +87,16 @@ class Registry:
 
 
 def import_object(noun: str, path: str) -> Any:
-    """Imports what an import path stands for: `my_package.module:attribute`, also with a dot.
+    """Imports the object of an import path, `my_package.module:attribute` or `my_package.module.attribute`.
 
     Args:
         noun (`str`): The word for messages.
 
     Raises:
-        UserError: where it cannot be imported.
+        UserError: if it cannot be imported.
     """
     module, _, attribute = path.replace(":", ".").rpartition(".")
-    # A console script does not look in the folder that it is started from; `python script.py` looks beside itself.
+    # Python does not put the working directory into the path of a console script.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -106,10 +107,10 @@ def import_object(noun: str, path: str) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
-    """The entry points of a group. Finding them reads every installed package, so it is done once per `sys.path`."""
+    """The entry points of a group, cached per `sys.path`, because finding them reads every installed package."""
     return entry_points(group=group)
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a word names code by its place, `my_package.module:attribute`, and not by a registered name."""
+    """Whether a word is an import path such as `my_package.module:attribute`, not a registered name."""
     return "." in name or ":" in name

@@ -13,7 +13,7 @@ GROWING_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # second
 
 
 def repeated(ask: Callable[[], Result], on: type[Exception]) -> Result:
-    """The result of `ask()`, tried three times while it raises `on`. Raises the last error if all tries fail.
+    """The result of `ask()`, which is tried up to three times while it raises `on`. Then raises the last error.
 
     Example:
         >>> repeated(lambda: client.get(url), on=httpx.TransportError)
@@ -22,7 +22,7 @@ def repeated(ask: Callable[[], Result], on: type[Exception]) -> Result:
 
 
 def attempts(on: type[Exception], *, patience_s: float) -> tenacity.Retrying:
-    """Repeats a block while it raises `on`, until `patience_s` have passed. Then it raises the last error.
+    """Repeats a block while it raises `on`, for `patience_s` seconds at most. Then raises the last error.
 
     Example:
         >>> for attempt in attempts(httpx.HTTPError, patience_s=60):

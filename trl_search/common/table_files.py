@@ -1,13 +1,13 @@
-"""Reads the rows of table files one at a time, each with its place for error messages.
+"""Reads the rows of table files one at a time, each with its line for error messages.
 
     .jsonl .ndjson         one JSON object per line
     .json                  an array of objects, or one object per line
     .csv   .tsv            a header, then one row per line; every value is a string
     .parquet
 
-The text formats may be compressed: `questions.jsonl.gz`, `.bz2`, `.xz` or `.zst`. Quotes in .csv and .tsv are those of
-the standard, as in DPR's `psgs_w100.tsv`. A file whose quotes mean something else is refused, because a quote that is
-never closed would swallow the rows that follow it.
+The text formats may be compressed: `questions.jsonl.gz`, `.bz2`, `.xz` or `.zst`. .csv and .tsv use standard quoting,
+as DPR's `psgs_w100.tsv` does. Other uses of quotes raise an error, because a quote that is never closed would swallow
+the rows after it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from trl_search.common.errors import UserError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-# "questions.jsonl, line 3", and the row.
+# The place, such as "questions.jsonl, line 3", and the row.
 Row = tuple[str, Mapping[str, Any]]
-# Gets the columns of a file that has a header, and the file's name; returns those to read, or refuses them.
+# Takes the columns of a file with a header, and the file's name; returns the columns to read, or raises.
 Choose = Callable[[Sequence[str], str], Sequence[str]]
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 _LONGEST_FIELD = 1 << 30  # characters of a csv field; Python's own limit is 131,072
 
 
 def table_format(path: Path) -> str | None:
-    """Returns the format of a file by its name, without its compression; `None` for any other file.
+    """Returns the format of a file by its name, without its compression; `None` if the format is not known.
 
     Example:
         >>> table_format(Path("data/questions.jsonl.gz"))
         '.jsonl'
     """
     inner = Path(path.stem) if path.suffix in COMPRESSIONS else path
-    if inner.suffix == ".parquet" and inner != path:  # it compresses its own columns
+    if inner.suffix == ".parquet" and inner != path:  # parquet compresses its columns itself
         return None
     return inner.suffix if inner.suffix in FORMATS else None
 
@@ -58,12 +58,12 @@ def read_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
     """Reads the rows of a file.
 
     Args:
-        path (`Path`): The file; its name says the format.
+        path (`Path`): The file; its name determines the format.
         choose (`Callable`, *optional*):
-            Gets the columns of a file that has a header, and its name; returns those to read, or refuses them.
+            Takes the columns of a file with a header, and its name; returns the columns to read, or raises.
 
     Raises:
-        UserError: for a file of no known format, and for content that its format does not allow; names the line.
+        UserError: for an unknown format, or for content that breaks the format; the message names the line.
     """
     kind = table_format(path)
     if kind == ".parquet":
@@ -75,16 +75,16 @@ def read_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
     if kind is not None:
         return _json_lines(path)
     raise UserError(
-        f"{path} is in none of the formats that are read: {', '.join(FORMATS)}, "
-        f"all but parquet also with {', '.join(COMPRESSIONS)}"
+        f"{path} has an unknown format: give a file that ends in {', '.join(FORMATS)}; "
+        f"all but parquet may also end in {', '.join(COMPRESSIONS)}"
     )
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """Reads one JSON object; `where` ("corpus.jsonl, line 7") begins every error message.
+    """Parses one JSON object; `where` ("corpus.jsonl, line 7") begins every error message.
 
     Raises:
-        UserError: if it is no JSON object, with the place of the mistake.
+        UserError: if the line is not a JSON object; the message names the place of the mistake.
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -98,7 +98,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The file, unpacked while it is read."""
+    """Opens a file; decompresses it while it is read."""
     if path.suffix == ".zst":
         import pyarrow
 
@@ -108,7 +108,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _broken(path: Path, line: int, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission, a failing disk
+    if isinstance(error, OSError) and error.errno is not None:  # missing file, no permission, failing disk
         return error
     return UserError(f"{path}, after line {line}: cut off or damaged ({error}): fetch the file again")
 
@@ -120,9 +120,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-                    if b"\0" in line[:512]:  # the header of a tar, in front of its first line
+                    if b"\0" in line[:512]:  # a tar archive: its header comes before the first line
                         raise UserError(
-                            f"{path}, line 1: holds zero bytes, so it is no text; a tar archive, such as the hub's "
+                            f"{path}, line 1: holds zero bytes, so it is not text; a tar archive, such as the hub's "
                             "wiki-18.jsonl.gz, must be unpacked first (`trl-search data wiki18` does that)"
                         )
                 if line := line.strip():
@@ -133,7 +133,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _first_byte(path: Path) -> bytes:
-    """The first that is no white space; none where the file cannot be read, which reading it will say."""
+    """The first byte that is not white space; empty if the file cannot be read (reading it raises the error later)."""
     try:
         with _open(path) as file:
             return file.read(1024).removeprefix(b"\xef\xbb\xbf").strip()[:1]
@@ -170,7 +170,7 @@ def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row
                 number = rows.line_num
                 if cells and len(cells) != len(header):
                     raise UserError(
-                        f"{path}, line {number}: {len(cells)} fields, and the header has {len(header)} "
+                        f"{path}, line {number}: {len(cells)} fields, but the header has {len(header)} "
                         f"({', '.join(header)[:200]}): put double quotes around a value that holds the separator"
                     )
                 if cells:
@@ -179,7 +179,7 @@ def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row
     except csv.Error as error:
         raise UserError(
             f"{path}, after line {number}: {error}. A field that begins with a quote must end with one, and quotes "
-            "inside it must be doubled: write the file so, or as .jsonl"
+            "inside it must be doubled: correct the file, or write it as .jsonl"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}): convert the file") from None
@@ -201,12 +201,12 @@ def _parquet_rows(path: Path, choose: Choose | None) -> Iterator[Row]:
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}, after row {number}: not a whole parquet file ({error}): fetch it again") from error
+        raise UserError(f"{path}, after row {number}: incomplete parquet file ({error}): fetch it again") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
+        raise UserError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-# The inside of a regular expression's character class. Vowel signs and tones are marks and not in it: they follow a
-# letter. Half-width and presentation forms are not in it either: NFKC turns them into these.
+# The inside of a regular expression's character class. It omits vowel signs and tones, which are marks after a letter,
+# and half-width and presentation forms, which NFKC maps to these letters.
 UNSPACED_LETTERS = (
     "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7a3\ud7b0-\ud7fb"  # Hangul
     "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # kana

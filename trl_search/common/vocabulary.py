@@ -1,4 +1,4 @@
-"""Refuses a tokenizer without a vocabulary, which transformers makes of a folder that holds none."""
+"""Rejects a tokenizer without a vocabulary, which transformers builds from a folder without tokenizer files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from trl_search.common.errors import UserError
 
 
 def refuse_empty_tokenizer(tokenizer: Any, name: str) -> None:
-    """Checks a tokenizer of transformers; others are taken as they are.
+    """Checks a tokenizer of transformers; other tokenizers pass.
 
     Raises:
-        UserError: if it has special tokens alone: it would read every text as unknown, or as nothing.
+        UserError: if the tokenizer has only special tokens, so that it would encode every text as unknown or empty.
     """
     if hasattr(tokenizer, "all_special_ids") and len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(
-            f"{name} holds no tokenizer: beside special tokens it has no vocabulary. Copy tokenizer.json and "
-            "tokenizer_config.json there from the model's base"
+            f"{name} holds no tokenizer: it has special tokens but no vocabulary. Copy tokenizer.json and "
+            "tokenizer_config.json there from the base model"
         )

@@ -125,10 +125,10 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         (["tiny", "q", "--passages_per_query", "0"], "passages_per_query=0 must be at least 1"),
         (
             [str(tiny_policy_path()), "q", "--environment", "trl_search:SearchEnvironment"],
-            "SearchEnvironment searches is recorded nowhere: say it with --retriever",
+            "no record says what trl_search:SearchEnvironment searches: give --retriever",
         ),
-        (["tiny", "q", "--temperature", "-1"], "--temperature and --top_k are at least 0"),
-        (["tiny", "q", "--world", "--retriever", "web"], "give one of them"),
+        (["tiny", "q", "--temperature", "-1"], "--temperature and --top_k must be at least 0"),
+        (["tiny", "q", "--world", "--retriever", "web"], "give only one of them"),
         (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
         (["tiny", "q", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),
         (["tiny", "q", "--retriever", "bm52"], "did you mean 'bm25'?"),

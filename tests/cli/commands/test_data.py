@@ -89,7 +89,7 @@ def test_a_sample_without_the_evaluation_sets_is_written_and_read_back(
     argv = ["data", "questions", train, "--dedupe_against", held_out, "--limit", 5, "--seed", 1, "--output", output]
     assert main(list(map(str, argv))) == 0
     out = capsys.readouterr().out
-    assert "left out            2 of 10, as they stand in\n  nq                2\n" in out
+    assert "dropped             2 of 10, which also occur in\n  nq                2\n" in out
     assert f"{output}: 5 rows" in out
     written = load_questions(output)
     assert written.to_list() == load_questions(train, limit=5, seed=1, exclude=[held_out]).to_list()
@@ -98,7 +98,7 @@ def test_a_sample_without_the_evaluation_sets_is_written_and_read_back(
 
 def test_nothing_is_overwritten_unless_it_is_said(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = train.read_bytes()
-    assert "mine.jsonl is there already: give --overwrite" in refused(
+    assert "mine.jsonl exists already: give --overwrite" in refused(
         capsys, "questions", train, "--limit", 2, "--output", train
     )
     assert train.read_bytes() == before
@@ -111,11 +111,11 @@ def test_what_cannot_be_done_is_said_in_a_line(train: Path, capsys: pytest.Captu
         (("questions", "bambogle"), "unknown dataset 'bambogle': did you mean 'bamboogle'?"),
         (("questions", train, "--dedupe_against", "nqq"), "unknown dataset 'nqq': did you mean 'nq'?"),
         (("questions", train, "--dedupe_against", train), "every question of"),
-        (("questions", train, "--limit", 0), "--limit is how many rows to draw"),
+        (("questions", train, "--limit", 0), "--limit is the number of rows to draw"),
         (("questions", train, "--output", "x.csv"), "give a file that ends in .parquet or .jsonl"),
         (("questions", train, "--output", "no/such/x.jsonl"), "there is no folder no/such"),
         (("wiki18", "--what", "bm25"), "unknown part of wiki-18 'bm25'"),
-        (("wiki18", "--what", ","), "--what names nothing"),
+        (("wiki18", "--what", ","), "--what is empty"),
         (("wiki18", "--check", "--output", train.parent), "there is no"),
     ]:
         assert message in refused(capsys, *argv)
@@ -223,7 +223,7 @@ def test_it_asks_before_it_downloads(
     argv = ["data", "wiki18", "--what", "corpus", "--output", str(tmp_path / "new")]
     assert main(argv) == USER_ERROR  # pytest's stdin is no terminal
     told = capsys.readouterr()
-    assert "give --yes to download" in told.err
+    assert "stdin is not a terminal: give --yes" in told.err
     assert "wiki-18.jsonl.gz" in told.out and "free      " in told.out
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer, status in (("", 1), ("n", 1), ("y", 0)):

@@ -106,7 +106,7 @@ def test_answers_of_another_filtering_are_named_with_their_folder(source, monkey
     output = source.with_name("out.jsonl")
     assert main(["data", "filter", str(source), "--model", "tiny", "--output", str(output)]) == USER_ERROR
     said = capsys.readouterr().err
-    assert f"{output}.asked holds the answers of another filtering (dataset asked, asked: 36 there, 15 now)" in said
+    assert f"{output}.asked holds answers from other settings (dataset asked, asked: 36 there, 15 now)" in said
     assert "remove that folder, or give another --output" in said
 
 

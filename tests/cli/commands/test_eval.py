@@ -219,13 +219,13 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_on_it(tmp_path):
         (["tiny", "--datasets", "nqq"], "unknown dataset 'nqq': did you mean 'nq'? There are: 2wiki"),
         (["tiny", "--datasets", "gone.jsonl"], "there is no file gone.jsonl"),
         (["tiny", "--datasets", "EMPTY"], "has no golden answer"),
-        (["tiny", "--datasets", "world,FILE"], "evaluate on it alone"),
+        (["tiny", "--datasets", "world,FILE"], "without other sets"),
         (
             ["tiny", "--datasets", "FILE", "--modes", "agent"],
             "unknown mode 'agent': did you mean 'rag'? There are: cot",
         ),
         (["tiny", "--datasets", "FILE", "--modes", "direct,search"], "mode search searches: give --retriever"),
-        (["tiny", "--datasets", "FILE", "--limit", "0"], "--limit is how many"),
+        (["tiny", "--datasets", "FILE", "--limit", "0"], "--limit is the number of"),
         (["tiny", "--datasets", "FILE", "--backend", "vlm"], "unknown backend 'vlm': did you mean 'vllm'"),
         (["tiny", "--datasets", "FILE", "--temperature", "-1"], "--temperature"),
         (["tiny", "--datasets", "FILE", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),
@@ -253,4 +253,4 @@ def test_the_help_is_documentation(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for option in ("--modes", "--datasets", "--retriever", "--backend", "--max_failed_share", "--published"):
         assert option in shown
-    assert "finished questions are not paid for twice" in shown and Path("docs/evaluation.md").name in shown
+    assert "does not repeat finished questions" in shown and Path("docs/evaluation.md").name in shown

@@ -79,7 +79,7 @@ def test_a_dry_run_needs_no_network_and_overwrites_nothing(run, capsys, monkeypa
     assert push(run, "me/agent", "--dry_run") == 0
     out = capsys.readouterr().out
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
-    assert listed == GOES and "The card names no licence" in out and "Would go to me/agent, private:" in out
+    assert listed == GOES and "The card names no licence" in out and "Would upload to me/agent, private:" in out
     card = (run / "README.md").read_text()
     assert push(run, "me/agent", "--dry_run") == 0 and not (run / "README.new.md").exists()
     (run / "README.md").write_text("my own words")
@@ -174,7 +174,7 @@ def damage(run: Path, name: str) -> None:
         ("config.json", "has weights but no config.json"),
         ("tokenizer", "has no tokenizer"),
         ("cut", "is damaged or incomplete"),
-        ("shards", "names model-00002-of-00002.safetensors, which is missing"),
+        ("shards", "model-00002-of-00002.safetensors, listed in"),
         ("run.json", "run.json is not JSON .*: move it away"),
     ],
 )
@@ -215,7 +215,7 @@ def test_an_adapter_of_a_local_model_names_the_base_on_the_hub(lora, hub, capsys
     mine = name_base(lora, base)
     assert push(lora, "me/lora") == 2 and push(lora, "me/lora", "--dry_run", "--base_model", "/scratch/alice/x") == 2
     error = capsys.readouterr().err
-    assert error.count(f"the base model of the adapter is {base}, which nobody else has") == 2
+    assert error.count(f"the base model of the adapter is {base}, which is only on this machine") == 2
     assert error.count("--base_model owner/name") == 2
     assert "me/lora" not in hub.models
     assert push(lora, "me/lora", "--license", "mit", "--base_model", "Qwen/Base") == 0

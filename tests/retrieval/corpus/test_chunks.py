@@ -124,8 +124,8 @@ def test_the_command_cuts_by_words_and_by_tokens(tmp_path: Path, capsys: pytest.
         ("a#0", "T", "one two-three"),
         ("a#1", "T", "two-three four"),
     ]
-    assert main([*command, str(tmp_path / "words.jsonl"), "--size", "2"]) == 2  # it is there already
-    assert "is there already" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "words.jsonl"), "--size", "2"]) == 2  # the file exists
+    assert "exists already" in capsys.readouterr().err
 
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "two": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]

@@ -67,7 +67,7 @@ def test_what_is_written_is_read_by_row(tmp_path_factory: pytest.TempPathFactory
     [
         (b"{oops", "not JSON .*oops"),
         (b"\xff\xfe{}", "not UTF-8"),
-        (b"[1]", "a JSON object is needed, not list"),
+        (b"[1]", "expected a JSON object, got list"),
         (b'{"text": "x"}', "'id' is missing"),
         (b'{"id": "", "text": "x"}', "'id' is \"\""),
         (b'{"id": true, "text": "x"}', "'id' is true"),

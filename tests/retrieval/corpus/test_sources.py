@@ -90,7 +90,7 @@ def test_a_row_that_is_wrong_is_named(
 
 def test_a_file_that_is_no_parquet_and_a_dataset_that_is_nowhere_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match=r"x\.parquet, after row 0: not a whole parquet file"):
+    with pytest.raises(UserError, match=r"x\.parquet, after row 0: incomplete parquet file"):
         list(read_corpus(tmp_path / "x.parquet"))
     with pytest.raises(UserError, match=r"no corpus file nobody/nothing, and no dataset [^\n]*$"):
         list(read_corpus("nobody/nothing"))
@@ -202,7 +202,7 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     [
         (b'id\ttext\n1\t"Never closed\n2\tx\n', r"corpus\.tsv, after line 0: .*quote"),
         (b'id\ttext\n1\t"Heroes" is a song\n', r"corpus\.tsv, after line 0: .*quotes inside it must be doubled"),
-        (b"id\ttext\n1\tone\n2\ta\tb\n", "line 3: 3 fields, and the header has 2"),
+        (b"id\ttext\n1\tone\n2\ta\tb\n", "line 3: 3 fields, but the header has 2"),
         (b"1\tA town.\n2\tx\n", "'id' is missing .*the fields are: 1, A town"),
         (b"id\tbody\n1\tx\n", "neither 'contents' nor 'text'.*id, body; name yours with --text_field"),
         (b"id\ttext\n1\t\xff\n", "after line 0: not UTF-8"),

@@ -1,5 +1,5 @@
-"""The commands of `trl-search`, a module each: its docstring is the help, its first line the summary in the overview.
+"""The commands of `trl-search`, one module per command. The docstring is the help; its first line is the summary.
 
-A module either defines `add_arguments(parser)` and `run(args) -> int`, or, where it parses its own arguments (TRL's
-parser reads recipes), `main(argv: list[str]) -> int`. It is imported when its command is called and not before.
+A module defines `add_arguments(parser)` and `run(args) -> int`. One that parses its own arguments (TRL's parser reads
+recipes) defines `main(argv: list[str]) -> int` instead. A module is imported only when its command is called.
 """

@@ -1,15 +1,15 @@
-"""Chats with a search agent, and shows how it thinks, searches and answers.
+"""Asks a search agent questions and shows it think, search and answer.
 
-    trl-search chat tiny                                              a session offline: the shipped policy, its world
+    trl-search chat tiny                                              offline session: the shipped policy and its world
     trl-search chat owner/model "How is the weather in Seoul?"        one question; searches the web (ddgs)
-    trl-search chat runs/qwen3b                                       a run: it searches what it was trained with
-    trl-search chat runs/qwen3b --retriever indexes/wiki              or another index folder
-    trl-search chat runs/qwen3b --retriever http://localhost:8000     over a server
+    trl-search chat runs/qwen3b                                       a run; searches what it was trained with
+    trl-search chat runs/qwen3b --retriever indexes/wiki              searches another index folder
+    trl-search chat runs/qwen3b --retriever http://localhost:8000     searches a retrieval server
     trl-search chat runs/qwen3b --json < questions.txt         one question per line in, one JSON object per line out
 
-A run's folder and a model published by `trl-search push` know how they were trained to be asked; options overrule it.
-Each question is a conversation of its own. In a session, Ctrl-C ends the answer, Ctrl-D the session; /help says more.
-The exit status is 1 if a question got no answer.
+A run's folder and a model published by `trl-search push` record the agent settings of their training (protocol,
+instruction, budgets). Options override them. The agent does not remember earlier questions. In a session, Ctrl-C stops
+the answer, Ctrl-D ends the session, and /help lists the commands. The exit status is 1 if a question got no answer.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ if TYPE_CHECKING:
     from trl_search.data.world import World
     from trl_search.retrieval import Retriever
 
-WEB_HITS = 5  # passages per query, unless --passages_per_query says otherwise
+WEB_HITS = 5  # passages per query, unless --passages_per_query is given
 HELP = """\
-  /k N      passages per query{k}
-  /help     this
-  /quit     ends the session, as Ctrl-D does; Ctrl-C ends the answer only
-Anything else is a question. Each is a conversation of its own: the agent remembers none before it."""
+  /k N      set the passages per query{k}
+  /help     show this list
+  /quit     end the session, like Ctrl-D; Ctrl-C stops only the answer
+Anything else is a question. The agent does not remember earlier questions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from trl_search.config.agent import add_agent_options
 
-    parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes; none: from stdin, or a session")
+    parser.add_argument("model", metavar="MODEL", help="a model on the hub, a folder (model or adapter), or 'tiny'")
+    parser.add_argument(
+        "questions", nargs="*", metavar="QUESTION", help="in quotes (default: read stdin, or start a session)"
+    )
     searched = parser.add_argument_group("what is searched")
     searched.add_argument(
         "--retriever", metavar="WHAT", help=f"{SEARCHED} (default: what the run searched; world for tiny; else web)"
@@ -60,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_agent_options(parser)
     run = parser.add_argument_group("how it runs")
     add_sampling_options(run, temperature=0.7)
-    run.add_argument("--seed", type=int, help="of the first question, one more for each after it (default: drawn)")
+    run.add_argument(
+        "--seed", type=int, help="seed of the first question; each later question adds 1 (default: random)"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
-    run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns then come whole")
-    run.add_argument("--json", action="store_true", help="print one JSON object per question, and nothing else")
+    run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns are then not streamed")
+    run.add_argument("--json", action="store_true", help="print only one JSON object per question")
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +76,7 @@ def main(argv: list[str]) -> int:
         prog="trl-search chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    # Questions may stand behind the options, which `parse_args` does not take from a list that may be empty.
+    # `parse_args` cannot read an optional list of questions after the options.
     return run(parser.parse_intermixed_args(argv))
 
 
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = sampling_of(args)
     if args.world and args.retriever not in (None, "world"):
-        raise UserError(f"--world and --retriever {args.retriever} are two things to search: give one of them")
+        raise UserError(f"--world and --retriever {args.retriever} exclude each other: give only one of them")
     what = args.retriever or _default_retriever(args)
     if not args.questions and not sys.stdin.isatty():
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
@@ -97,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if not searches and (args.retriever or args.world):
         raise UserError(f"the environment {settings.environment} takes no retriever: leave --retriever out")
     if searches and what == "web" and not args.retriever and settings.environment != SEARCH:
-        # Its queries may be anything, and the web would see them.
-        raise UserError(f"what {settings.environment} searches is recorded nowhere: say it with --retriever")
+        # Its queries may hold private text, so they must not go to the web by default.
+        raise UserError(f"no record says what {settings.environment} searches: give --retriever")
 
     searched = searched_of(args, what) if searches else None
 
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         where = {"device": args.device, "dtype": args.dtype, "server": args.server}
         return retriever, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
 
-    # stdout holds the answers and nothing else; DeepSpeed, where it is installed, writes to it as it is imported.
+    # stdout holds only the answers, but DeepSpeed prints to it on import.
     with contextlib.redirect_stdout(sys.stderr):
         retriever, chat = beside_main(load)
     seed = random.getrandbits(32) if args.seed is None else args.seed
@@ -120,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer(chat: Chat, question: str, args: argparse.Namespace, seed: int) -> bool:
-    """Asks, and prints what comes. Whether there was an answer."""
+    """Asks one question and prints the reply. Returns whether there was an answer."""
     from rich.console import Console
 
     from trl_search.chat.terminal import Screen, visible
@@ -144,15 +148,15 @@ def _answer(chat: Chat, question: str, args: argparse.Namespace, seed: int) -> b
 
 
 def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | None) -> None:
-    """Questions from a terminal, until Ctrl-D."""
+    """Answers questions from a terminal until Ctrl-D."""
     from trl_search.environment import SearchEnvironment
 
     inner = chat.environment.inner
     searched = inner if isinstance(inner, SearchEnvironment) else None
-    with contextlib.suppress(ImportError):  # lines can be edited where Python was built with it
+    with contextlib.suppress(ImportError):  # line editing; some Python builds lack it
         import readline  # noqa: F401
     if not args.json:
-        print("Ask. /help lists what else there is.")
+        print("Ask a question. /help lists the commands.")
         for question in world.questions("test", limit=3) if world else ():
             print(f"  {question.question}")
     for line in _lines("" if args.json else "> "):
@@ -163,13 +167,13 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
             print(HELP.format(k=f" (now {searched.passages_per_query})" if searched else ""))
         elif command == "/k":
             if searched is None:
-                print("this environment searches nothing", file=sys.stderr)
+                print("this environment has no search, so /k does nothing", file=sys.stderr)
             elif rest.strip().isdigit() and int(rest) > 0:
                 searched.passages_per_query = int(rest)
             else:
                 print("write it as /k 5", file=sys.stderr)
         elif command.startswith("/"):
-            print(f"there is no {command}: /help lists what there is", file=sys.stderr)
+            print(f"unknown command {command}: /help lists the commands", file=sys.stderr)
         else:
             try:
                 _answer(chat, line, args, seed)
@@ -193,7 +197,7 @@ def _lines(prompt: str) -> Iterator[str]:
 
 
 def _default_retriever(args: argparse.Namespace) -> str:
-    """The default retriever. The public web is searched only for a model that was not trained by a run here."""
+    """The default retriever: what the run searched; the web only if MODEL is not the folder of a run."""
     from trl_search.config.searched import run_record
 
     if args.world or args.model == "tiny":

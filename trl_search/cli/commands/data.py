@@ -1,14 +1,14 @@
 """Inspects and filters question sets; downloads, chunks and audits corpora.
 
-    trl-search data list                                            the named question sets
-    trl-search data questions nq_hotpotqa                           how many, how long, a few rows
+    trl-search data list                                            list the named question sets
+    trl-search data questions nq_hotpotqa                           count the rows, show lengths and samples
     trl-search data questions train.parquet --dedupe_against nq,hotpotqa --limit 10000 --output small.parquet
     trl-search data filter train.parquet --model runs/sft --retriever indexes/wiki --output useful.parquet
     trl-search data chunk documents.jsonl --size 100 --output corpus.jsonl
     trl-search data audit nq --corpus indexes/wiki                  can this corpus answer these questions?
-    trl-search data wiki18 --output data/wiki18                     the corpus and its e5 index, after asking
+    trl-search data wiki18 --output data/wiki18                     download the corpus and its e5 index (asks first)
 
-`trl-search data questions --help` and the like say more; docs/data.md says what the sets are.
+`trl-search data ACTION --help` describes one action. docs/data.md describes the sets.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Checks this machine, a recipe, a model or a vLLM server, and says how to fix problems.
+"""Checks this environment, a recipe, a model or a vLLM server, and prints what to change.
 
     trl-search doctor                                       versions, extras, devices
-    trl-search doctor --server http://localhost:8000        also a vLLM server, with test requests
-    trl-search doctor qwen3b --use_vllm false               whether this machine can run a recipe, with overrides
-    trl-search doctor Qwen/Qwen3-4B                         which protocols are exact for a model (docs/models.md)
+    trl-search doctor --server http://localhost:8000        also how that server answers test requests
+    trl-search doctor qwen3b --use_vllm false               also whether this machine can run a recipe, with overrides
+    trl-search doctor Qwen/Qwen3-4B                         also which protocols are exact for a model (docs/models.md)
 
-One line per check: ok, note, warning or problem, and what helps. The exit code is 1 if there is a problem. `train` and
-`sft` look at the same first, and do not start with a problem.
+Each check prints one line: ok, note, warning or problem, and the remedy. The exit status is 1 if there is a problem.
+`train` and `sft` run the checks of a recipe first and do not start if there is a problem.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from trl_search.cli.recipe_checks import recipe_checks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a model: its protocols")
-    parser.add_argument("--server", nargs="+", metavar="URL", help="vLLM servers, http://localhost:8000")
     parser.add_argument(
-        "--prompt_tokens", type=int, default=512, metavar="N", help="tokens of the longest prompt (default: 512)"
+        "recipe", nargs="?", metavar="RECIPE|MODEL", help="a recipe to check, or a model whose protocols are checked"
+    )
+    parser.add_argument("--server", nargs="+", metavar="URL", help="vLLM servers, such as http://localhost:8000")
+    parser.add_argument(
+        "--prompt_tokens", type=int, default=512, metavar="N", help="length of the longest prompt (default: 512)"
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
 
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The values of a recipe of `train`, or of `sft` where its name says so."""
+    """The values of a recipe for `train`, or for `sft` if the recipe's name says so."""
     from trl_search.cli.recipe_command import recipe_classes
     from trl_search.config.recipe import find_recipe, recipe_command, recipe_values
 

@@ -1,19 +1,20 @@
-"""Evaluates a policy on question sets: exact match with intervals, next to published results.
+"""Evaluates a policy on question sets: exact match with intervals, beside published numbers.
 
     trl-search eval tiny --datasets world --modes search,direct,rag --limit 200 --output runs/eval-tiny      offline
     trl-search eval runs/qwen3b --datasets nq,hotpotqa,bamboogle --retriever http://127.0.0.1:8000 --output runs/eval
     trl-search eval runs/qwen3b --datasets data/mine.jsonl --retriever indexes/mine --output runs/eval-mine
-    accelerate launch --num_processes 8 -m trl_search eval runs/qwen3b ...           the processes share the questions
+    accelerate launch --num_processes 8 -m trl_search eval runs/qwen3b ...           8 processes share the questions
 
-Modes: `search` is the agent; `direct` answers without search; `cot` reasons first; `rag` reads the passages of one
-search. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of published
-numbers), `world` (the embedded world, without network), and files and folders (docs/data.md). A file with several
-`data_source`s counts as several sets, as does nq_hotpotqa, whose test split is used.
+Modes: `search` runs the agent; `direct` answers without a search; `cot` reasons before it answers; `rag` reads the
+passages of one search. Datasets: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle (in the splits of
+published numbers), `world` (embedded; needs no network), and files and folders (docs/data.md). A file with several
+values of `data_source` counts as several sets. So does nq_hotpotqa, whose test split is used.
 
-The output folder gets results.md, results.json (with every setting that defines the numbers) and one line per
-question. If the command is killed, repeat it to resume: finished questions are not asked again. Other settings in the
-same folder are an error, but datasets and modes may be added or left out. Protocol, instruction and budgets default to
-those of the model's training; options override them. docs/evaluation.md has the details."""
+DIR then holds results.md, results.json (with every setting that affects the numbers) and one line per question. The
+same command resumes an interrupted evaluation and does not repeat finished questions. Other settings are an error, but
+datasets and modes may be added or left out. A run's folder records the agent settings of its training (protocol,
+instruction, budgets). Options override them. docs/evaluation.md explains how each number is computed.
+"""
 
 from __future__ import annotations
 
@@ -39,26 +40,28 @@ _SIZES = ("auto", "3B", "7B", "all", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model of the hub, a folder (model or adapter), or 'tiny'")
+    parser.add_argument("model", metavar="MODEL", help="a model on the hub, a folder (model or adapter), or 'tiny'")
     parser.add_argument(
         "--datasets", required=True, nargs="+", metavar="SET", help="names and files, separated by commas or spaces"
     )
     parser.add_argument("--modes", default="search", metavar="MODES", help="search,direct,cot,rag (default: search)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder of its own, new or to go on with")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions of each set")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample and of sampling (default: 0)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder, or an evaluation to resume")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions per set")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of that sample and of generation (default: 0)"
+    )
     parser.add_argument(
         "--published",
         default="auto",
         choices=_SIZES,
-        help="published rows beside ours: of models of the same size, of that size, all or none (default: auto)",
+        help="published results to show: auto (of the model's size), 3B, 7B, all or none (default: auto)",
     )
     add_policy_options(parser)
     add_sampling_options(parser.add_argument_group("how it samples"), temperature=0.0)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what is searched, how the policy is asked, and where it runs: `trl-search data filter` has the same."""
+    """Adds the options of retriever, agent and backend, which `trl-search data filter` shares."""
     from trl_search.config.agent import add_agent_options
 
     add_question_fields(parser)
@@ -74,8 +77,8 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop when the searches of more questions fail; those that failed are counted, named, left out of the "
-        "means, and asked again by the same command (default: 0.05)",
+        help="stop with an error if searches fail in more than this share of the questions; failed questions are left "
+        "out of the means, listed, and asked again by the same command (default: 0.05)",
     )
     add_world_options(searched)
     add_agent_options(parser)
@@ -87,13 +90,21 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         help="transformers, vllm (an engine in this process) or vllm_server (default: transformers)",
     )
     run.add_argument(
-        "--server", metavar="URL", help="the `vllm serve` of --backend vllm_server; MODEL is its tokenizer"
+        "--server",
+        metavar="URL",
+        help="address of the `vllm serve` for --backend vllm_server; MODEL then names the tokenizer",
     )
-    run.add_argument("--served_model", metavar="NAME", help="what it serves the policy as (default: its first)")
-    run.add_argument("--engine_options", default="{}", metavar="JSON", help="""of vllm: '{"max_model_len": 8192}'""")
+    run.add_argument(
+        "--served_model", metavar="NAME", help="name of the policy on the server (default: the first model it lists)"
+    )
+    run.add_argument(
+        "--engine_options", default="{}", metavar="JSON", help="""for --backend vllm: '{"max_model_len": 8192}'"""
+    )
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
-    run.add_argument("--device", help="of transformers: cpu, cuda, cuda:1 (default: cuda if there is one)")
-    run.add_argument("--concurrency", type=int, default=64, metavar="N", help="questions at once (default: 64)")
+    run.add_argument("--device", help="for --backend transformers: cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument(
+        "--concurrency", type=int, default=64, metavar="N", help="questions in flight at once (default: 64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,13 +157,13 @@ def run(args: argparse.Namespace) -> int:
     )
     plan.backend.check(int(os.environ.get("WORLD_SIZE", "1")))
     refuse_evaluation(plan)
-    with explained_interrupt(lambda: "the same command goes on: finished questions are not asked again"):
+    with explained_interrupt(lambda: "the same command resumes it and does not repeat finished questions"):
         run_evaluation(plan)
     return 0
 
 
 def _datasets(words: list[str]) -> list[str]:
-    """Names and files: `nq,hotpotqa data/a,b.jsonl`, where a file may have a comma in its name."""
+    """Names and files from `nq,hotpotqa data/a,b.jsonl`. The name of an existing file may hold a comma."""
     names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
     if not names:
         raise UserError("--datasets is empty: give names or files")

@@ -1,13 +1,14 @@
-"""Measures retrievers: nDCG, recall and MRR on BEIR folders, golden answers in the top k on question sets.
+"""Evaluates retrievers: nDCG, recall and MRR on BEIR folders, golden answers in the top k on question sets.
 
     trl-search eval-retriever indexes/bm25 indexes/dense --datasets data/scifact data/nfcorpus
     trl-search eval-retriever http://127.0.0.1:8000 --datasets nq,hotpotqa --limit 500 --passages_per_query 5
 
-Several retrievers stand side by side: index folders, addresses of servers, kinds. A BEIR folder holds queries.jsonl
-and qrels/test.tsv; its corpus is what was indexed. A question set has golden answers, and answer@3 is the share of
-questions with one in the first three passages: an upper bound of what an agent can read after one search.
+Several retrievers (index folders, server addresses, kinds) are compared in one table. A BEIR folder holds
+queries.jsonl and qrels/test.tsv; build the index from its corpus. For a question set with golden answers, answer@3 is
+the share of questions with a golden answer in the first three passages: an upper bound on what an agent can read after
+one search.
 
-What to expect, nDCG@10 (docs/evaluation.md has the commands):
+Measured nDCG@10 (docs/evaluation.md has the commands):
 
                 bm25    all-MiniLM-L6-v2    hybrid of both
     NFCorpus    .327    .317                .354
@@ -36,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("retrievers", nargs="+", metavar="RETRIEVER", help=f"each {SEARCHED}")
     parser.add_argument("--datasets", required=True, nargs="+", metavar="SET", help="BEIR folders and question sets")
     parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
-    parser.add_argument("--split", default="test", help="of the qrels of BEIR folders (default: test)")
-    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N queries of each set")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
-    parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON, too")
+    parser.add_argument("--split", default="test", help="split of the qrels in BEIR folders (default: test)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use a random sample of N queries per set")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default: 0)")
+    parser.add_argument("--output", metavar="FILE", help="also write the numbers as JSON")
     add_retriever_options(parser)
     add_world_options(parser)
     add_question_fields(parser)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.evaluation.retriever_quality import load_judged, measure, quality_table
 
     if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is how many queries of a set are searched, at least 1; got {args.limit}")
+        raise UserError(f"--limit is the number of queries per set, at least 1; got {args.limit}")
     names = [name for word in args.datasets for name in ([word] if Path(word).exists() else set_names(word))]
     sets = [
         one

@@ -1,43 +1,45 @@
-"""Builds the index of a corpus that training and search use.
+"""Builds an index of a corpus, so that training and search open it in a second.
 
     trl-search index --corpus corpus.jsonl --kind bm25 --output indexes/corpus
     trl-search index --corpus corpus.parquet --kind dense --encoder intfloat/e5-base-v2 --output indexes/dense
     accelerate launch -m trl_search index --corpus org/dataset --kind dense ...        encodes on every GPU
 
 The corpus is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, each also as `.gz`, `.bz2`, `.xz` or `.zst`; `.parquet`), a
-BEIR folder, or a dataset of the hub (`name`, `name:config`, `name:config:split`). Its rows have either shape:
+BEIR folder, or a dataset on the hub (`name`, `name:config`, `name:config:split`). Its rows have one of two forms:
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ..."}
 
 The id may also be called `_id`, `doc_id` or `docid`; give other names with --id_field, --title_field and --text_field.
-A line that is not JSON, lacks a field or repeats an id is an error that names it. The output folder holds everything
-that a search needs, including the passages, and appears only when it is complete. After a killed build, repeat the
-command: it resumes from what was already encoded.
+A line that is not JSON, lacks a field or repeats an id ends the build with an error that names the line. The output
+folder holds everything a search needs, including the passages, and appears only when it is complete. After an
+interrupted build, the same command reuses the passages that were already encoded.
 
-Before a dense index is built, its estimated memory, disk space, build time and recall are printed; afterwards, its
-measured recall@3 against exact search. Values of --index_type:
+For a dense index, the expected memory, disk space, time and recall are printed before the build, and the measured
+recall@3 (against exact search) after it. --index_type is one of:
 
-    flat         exact; 3 GB for a million passages of 768 dimensions
-    fp16         exact to the third digit; half the memory
-    int8         a quarter of the memory; recall .99
-    small        a thirtieth of the memory, a quarter of the disk space; recall .95 and more
-    small-ivf    as small, but faster from ten million passages on
-    hnsw         fastest, 3.4 GB in memory; recall .87 and more
+    flat         exact; 3 GB per million passages of 768 dimensions
+    fp16         exact to the third digit; half the size of flat
+    int8         a quarter of flat; recall .99
+    small        a thirtieth of flat in memory, a quarter on disk; recall at least .95
+    small-ivf    the size of small, but faster from ten million passages on
+    hnsw         fastest; 3.4 GB in memory; recall at least .87
 
-An index that is too large for one host goes into Qdrant or OpenSearch (docs/scaling.md); the folder then holds the
-passages and the address:
+An index that is too large for one host can be kept in Qdrant or OpenSearch (docs/scaling.md). The folder then holds
+the passages and the server's address:
 
     trl-search index --corpus corpus.jsonl --kind qdrant --url http://qdrant:6333 --collection wiki --output out
     trl-search index --corpus corpus.jsonl --kind opensearch --url http://search:9200 --collection wiki --output out
 
-Try it with `trl-search search indexes/corpus "where was Mira Talvane born?"`, train on it with
+Try the index with `trl-search search indexes/corpus "where was Mira Talvane born?"`. To train with it, add to the
+recipe:
 
     retriever: bm25
     retriever_options: '{"index": "indexes/corpus"}'
 
-Up to two million passages, bm25 uses the bm25s engine, which needs 5 GB of memory per million passages while it
-builds; above, it uses tantivy."""
+Up to two million passages, --kind bm25 uses the bm25s engine, which needs 5 GB of memory per million passages while it
+builds. Above, it uses tantivy.
+"""
 
 from __future__ import annotations
 
@@ -59,20 +61,22 @@ OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", "id_field", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, metavar="FILE", help="the passages: a file, or a dataset's name")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to make")
-    parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="how to search (default: bm25)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the index in DIR when the new one is whole")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to write")
+    parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="kind of index (default: bm25)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the index in DIR once the new one is complete"
+    )
     add_passage_fields(parser)
-    parser.add_argument("--skip_duplicates", action="store_true", help="keep the first passage of a repeated id")
+    parser.add_argument(
+        "--skip_duplicates", action="store_true", help="if ids repeat, keep the first passage instead of stopping"
+    )
     added: set[str] = set()
     for kind in INDEX_KINDS.names():
         make = INDEX_KINDS.get(kind)
-        group = parser.add_argument_group(kind, "Recorded in the index; queries are treated as passages were.")
+        group = parser.add_argument_group(kind, "Recorded in the index and applied to queries, too.")
         helps, hints = _documented(make), get_type_hints(make)
         for option in fields(make):
-            if (
-                option.name not in added
-            ):  # kinds share an option of one name; which of them know it, their builder says
+            if option.name not in added:  # several kinds may share an option
                 added.add(option.name)
                 _add_option(group, option, hints[option.name], helps.get(option.name, ""))
 
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if workers.rank > 0:
         join_build(args.output, args.kind, workers, **options)
         return 0
-    with explained_interrupt(lambda: "the same command goes on with what is done"):
+    with explained_interrupt(lambda: "the same command resumes the build"):
         manifest = build_index(
             args.corpus,
             args.output,
@@ -103,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _documented(make: Any) -> dict[str, str]:
-    """What the `Args:` of a builder, and of what it is made from, say of each option."""
+    """The text about each option in the `Args:` of a builder and of its base classes."""
     documents = "\n".join(cls.__doc__ or "" for cls in reversed(make.__mro__))
     entries = re.findall(r"^ {8}(\w+) \([^)]*\): (.*(?:\n {12}.*)*)", documents, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _add_option(group: Any, option: Field[Any], hint: Any, text: str) -> None:
-    """One field of a builder as `--name`. Not given, it is not passed on, and the builder's own default holds."""
+    """Adds one field of a builder as `--name`. If it is not given, the builder's own default applies."""
     said = text.rstrip(".").replace("%", "%%")
     default = "" if option.default is None else f" (default: {option.default})"
     common = {"dest": option.name, "default": argparse.SUPPRESS, "help": f"{said}{default}"}
@@ -122,7 +126,7 @@ def _add_option(group: Any, option: Field[Any], hint: Any, text: str) -> None:
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
-    """How a value of this type is read; `none` is None where that is allowed."""
+    """The function that parses a value of this type; the word `none` is `None` if the type allows it."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     (read,) = [kind for kind in get_args(hint) if kind is not type(None)]

@@ -1,11 +1,11 @@
 """Uploads the model of a run to the Hugging Face hub, with a model card.
 
-    trl-search push runs/qwen3b owner/name --dry_run                  writes the card, lists what would go; no network
-    trl-search push runs/qwen3b owner/name --eval runs/qwen3b-eval    to a private repository, evaluation in the card
-    trl-search push runs/qwen3b/best owner/name --public              a checkpoint; for everybody to see
+    trl-search push runs/qwen3b owner/name --dry_run                  writes the card and lists the files; no network
+    trl-search push runs/qwen3b owner/name --eval runs/qwen3b-eval    private repository; evaluation in the card
+    trl-search push runs/qwen3b/best owner/name --public              a checkpoint; public repository
 
-What goes: weights, tokenizer, card, trl_search.json (how the agent wants to be asked), curves. Never optimizer states,
-checkpoints or logs. The token is that of `hf auth login` or HF_TOKEN. `trl-search chat owner/name` then asks it.
+It uploads weights, tokenizer, card, trl_search.json (the agent settings) and curves; never optimizer states,
+checkpoints or logs. The token comes from `hf auth login` or HF_TOKEN. Then try it: `trl-search chat owner/name`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of a run, or a checkpoint in it")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the hub")
     parser.add_argument(
-        "--eval", action="append", default=[], metavar="DIR", type=Path, help="made by `trl-search eval`; repeatable"
+        "--eval",
+        action="append",
+        default=[],
+        metavar="DIR",
+        type=Path,
+        help="an output of `trl-search eval` to put into the card; repeatable",
     )
-    parser.add_argument("--license", metavar="ID", help="of the weights, as the hub names it (default: the base's)")
-    parser.add_argument("--base_model", metavar="NAME", help="what was trained, on the hub (default: as recorded)")
-    parser.add_argument("--card", metavar="FILE", type=Path, help="your own card in place of the one that is written")
-    parser.add_argument("--with_trajectories", action="store_true", help="trajectories too: they hold training data")
-    parser.add_argument("--public", action="store_true", help="a repository that everybody sees (default: private)")
-    parser.add_argument("--dry_run", action="store_true", help="write the card into RUN_DIR, and push nothing")
+    parser.add_argument(
+        "--license", metavar="ID", help="the hub's id of the weights' licence (default: the base model's)"
+    )
+    parser.add_argument("--base_model", metavar="NAME", help="the base model on the hub (default: as recorded)")
+    parser.add_argument("--card", metavar="FILE", type=Path, help="upload this card instead of a generated one")
+    parser.add_argument(
+        "--with_trajectories", action="store_true", help="also upload the trajectories, which contain training data"
+    )
+    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    parser.add_argument("--dry_run", action="store_true", help="write the card into RUN_DIR and upload nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
     if args.repo_id.count("/") != 1 or not all(args.repo_id.split("/")):
-        raise UserError(f"{args.repo_id!r} is no name of a repository: write it as owner/name")
+        raise UserError(f"{args.repo_id!r} is not a repository name: write it as owner/name")
     token = get_token()
     if token is None and not args.dry_run:
         raise UserError("no token: log in (`hf auth login`), set HF_TOKEN, or use --dry_run")
@@ -55,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     texts |= {CARD: card, **(settings_text(facts.settings.as_json()) if facts.settings else {})}
     upload = plan_upload(args.run_dir, texts, with_trajectories=args.with_trajectories)
     if facts.license is None:
-        print("The card names no licence: --license ID")
+        print("The card names no licence: give --license ID")
     if facts.settings is None:
-        print("There is neither run.json nor trl_search.json: the card cannot say how it was trained to be asked.")
+        print("There is neither run.json nor trl_search.json: the card cannot list the agent settings.")
     if args.dry_run:
-        print(f"Would go to {args.repo_id}, {'public' if args.public else 'private'}:")
+        print(f"Would upload to {args.repo_id}, {'public' if args.public else 'private'}:")
         print("\n".join(upload.lines()))
         if not args.card:
             print(f"The card is in {_write_beside(args.run_dir / CARD, card)}.")
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _own_card(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"there is no card {path}")
+        raise UserError(f"there is no card {path}: give the path of a Markdown file")
     text = path.read_text("utf-8")
     if not text.startswith("---\n"):
         raise UserError(f"{path} has no metadata: a card begins with YAML between two lines of ---")
@@ -79,7 +88,7 @@ def _own_card(path: Path) -> str:
 
 
 def _write_beside(path: Path, text: str) -> Path:
-    """Writes a file, or another beside it where one of other content is there: that one may be somebody's work."""
+    """Writes a file, or `.new.md` beside it if it exists with other content: the user may have edited it."""
     if path.is_file() and path.read_text("utf-8", errors="replace") != text:
         path = path.with_suffix(".new.md")
     path.write_text(text, "utf-8")

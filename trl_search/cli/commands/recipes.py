@@ -1,8 +1,8 @@
 """Lists, shows and copies the recipes that ship.
 
-trl-search recipes                         one line each
-trl-search recipes show qwen3b             the file, with what it says of memory, time and results
-trl-search recipes copy qwen3b mine.yaml   a copy to change; `trl-search train mine.yaml` runs it
+trl-search recipes                         list them, one line per recipe
+trl-search recipes show qwen3b             print the file, with notes on memory, time and results
+trl-search recipes copy qwen3b mine.yaml   make a copy to edit; `trl-search train mine.yaml` runs it
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from trl_search.common.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", default="list", choices=("list", "show", "copy"), metavar="ACTION")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a recipe")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="the copy (default: NAME.yaml, here)")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of a recipe")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="path of the copy (default: NAME.yaml)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> int:
         print("\ntrl-search sft:\n\n" + "\n".join(recipe_lines("sft")))
         return 0
     if args.name is None:
-        raise UserError(f"which recipe? trl-search recipes {args.action} NAME; `trl-search recipes` lists them")
+        raise UserError(f"no recipe given: `trl-search recipes {args.action} NAME`; `trl-search recipes` lists them")
     recipe = find_recipe(args.name)
     if args.action == "show":
         print(recipe.read_text(encoding="utf-8"), end="")
         return 0
     copy = Path(args.file or f"{recipe.stem}.yaml")
     if copy.exists():
-        raise UserError(f"{copy} is there already: give the copy another name")
+        raise UserError(f"{copy} exists already: give the copy another name")
     shutil.copyfile(recipe, copy)
-    print(f"{copy}: change it, then trl-search train {copy}" if "sft" not in recipe.stem.split("_") else f"{copy}")
+    print(f"{copy}: edit it, then run trl-search train {copy}" if "sft" not in recipe.stem.split("_") else f"{copy}")
     return 0

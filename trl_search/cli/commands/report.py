@@ -1,11 +1,11 @@
 """Writes an HTML report of one or several runs: results, charts, and every token of the trajectories.
 
-    trl-search report runs/quickstart                                       runs/quickstart/report.html
-    trl-search report runs/seed_0 runs/seed_1 runs/seed_2 -o compared.html  several runs in the same charts
-    trl-search report runs/quickstart --figures figures                     and the charts as PNG
+    trl-search report runs/quickstart                                       writes runs/quickstart/report.html
+    trl-search report runs/seed_0 runs/seed_1 runs/seed_2 -o compared.html  shows several runs in the same charts
+    trl-search report runs/quickstart --figures figures                     also writes the charts as PNG
 
 The page is one file. It works offline, in any browser of 2024 or later, and loads nothing from other machines. A run
-may still be going on, or have been killed: what is half-written is left out and named at the top of the page.
+may still be in progress or may have been killed: half-written files are left out and named at the top of the page.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2000,
         metavar="N",
-        help="trajectories on the page; if there are more, whole steps are taken evenly (default: 2000)",
+        help="most trajectories on the page; if there are more, evenly spaced steps are shown (default: 2000)",
     )
     parser.add_argument("--figures", metavar="DIR", help="also write the charts and the reflection figure as PNG")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is not a report")

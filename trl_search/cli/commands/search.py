@@ -1,12 +1,12 @@
-"""Runs a query by hand: shows the passages that the policy would read.
+"""Searches with a retriever and prints the passages that a policy would read.
 
     trl-search search indexes/corpus "where was Mira Talvane born?" --passages_per_query 3
     trl-search search http://localhost:8000 "where was Mira Talvane born?"
     trl-search search web "where was Marie Curie born?"
     trl-search search runs/quickstart "where was Mira Talvane born?"          what that run searched
 
-Several questions are searched together. Each is answered with its passages, best first, with id and score; none
-where no passage shares a word with the question.
+Several questions are searched in one batch. The passages of each are printed best first, with id and score. BM25 finds
+none if no passage shares a word with the question.
 """
 
 from __future__ import annotations

@@ -3,17 +3,17 @@
     trl-search serve indexes/wiki --port 8000
     trl-search serve dense --retriever_options '{"faiss_file": "e5_Flat.index", "corpus": "wiki-18.jsonl"}'
 
-One process holds one index; --ray serves several processes behind one address. Trainers that expect a retrieval server
-of Search-R1 or verl can use http://127.0.0.1:8000/retrieve; in our recipes, set
+One process holds one index; --ray puts several processes behind one address. Trainers that expect the retrieval server
+of Search-R1 or verl use http://127.0.0.1:8000/retrieve. A recipe of trl-search needs
 
     retriever: http://127.0.0.1:8000
 
-Queries of different requests are searched in one batch, results are cached in memory, and requests beyond the queue
-limit get 503. `GET /ready` returns 200 once the index is loaded, `GET /metrics` is for Prometheus, and every request
-is logged as one line of JSON on stderr. On SIGTERM or Ctrl-C, running requests are answered before the server ends.
+Queries of concurrent requests are searched in one batch, results are cached in memory, and requests get status 503
+when the queue is full. `GET /ready` is 200 once the index is loaded, `GET /metrics` is for Prometheus, and stderr gets
+one line of JSON per request. On SIGTERM or Ctrl-C the server answers the requests in progress, then exits.
 
-It listens on this machine alone. For others to reach it, give it a token (the environment variable TRL_SEARCH_TOKEN,
-or --token_file) and --host 0.0.0.0; behind a proxy with TLS where the network is not yours.
+By default, only this machine can connect. To admit others, set a token (the environment variable TRL_SEARCH_TOKEN, or
+--token_file) and --host 0.0.0.0. In a network that you do not control, put the server behind a proxy with TLS.
 """
 
 from __future__ import annotations
@@ -48,25 +48,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_retriever_options(parser)
     add_world_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--token_file", metavar="FILE", help=f"holds the token clients must send (or set {TOKEN})")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one (default: 8000)")
+    parser.add_argument(
+        "--token_file", metavar="FILE", help=f"file with the token that clients must send (or set {TOKEN})"
+    )
     parser.add_argument("--allow_anonymous", action="store_true", help="serve other machines without a token")
-    parser.add_argument("--no_access_log", action="store_true", help="do not write a line for each request")
+    parser.add_argument("--no_access_log", action="store_true", help="do not log requests")
     several = parser.add_argument_group("several processes, on Ray Serve (docs/scaling.md)")
     several.add_argument("--ray", action="store_true", help="serve from several processes, behind one address")
-    several.add_argument("--replicas", type=int, help="of them (default: 2)")
-    several.add_argument("--replica_cpus", type=float, help="CPUs of each (default: 1)")
-    several.add_argument("--replica_gpus", type=float, help="GPUs of each; 0.25 puts four on one (default: 0)")
-    several.add_argument("--ray_address", metavar="HOST:PORT", help="a cluster that runs; by default one is started")
+    several.add_argument("--replicas", type=int, help="number of replicas (default: 2)")
+    several.add_argument("--replica_cpus", type=float, help="CPUs per replica (default: 1)")
+    several.add_argument(
+        "--replica_gpus", type=float, help="GPUs per replica; with 0.25, four share one GPU (default: 0)"
+    )
+    several.add_argument(
+        "--ray_address", metavar="HOST:PORT", help="address of a running cluster (default: start one)"
+    )
     size = parser.add_argument_group("limits")
     for name, default, said in (
-        ("passages_per_query", limits.default_topk, "passages where a request does not say how many"),
-        ("max_passages_per_query", limits.max_topk, "a request that wants more is refused"),
-        ("max_queries", limits.max_queries, "queries per request"),
-        ("max_queued", config.max_queued, "queries under way at once"),
-        ("max_batch", config.max_batch, "queries searched together"),
-        ("cache_mb", config.cache_bytes >> 20, "for results, 0: none"),
-        ("search_timeout_s", config.search_timeout_s, "of one search"),
+        ("passages_per_query", limits.default_topk, "passages per query if a request does not say"),
+        ("max_passages_per_query", limits.max_topk, "most passages per query that a request may ask for"),
+        ("max_queries", limits.max_queries, "most queries per request"),
+        ("max_queued", config.max_queued, "most queries waiting or being searched"),
+        ("max_batch", config.max_batch, "most queries per search batch"),
+        ("cache_mb", config.cache_bytes >> 20, "MB of memory for cached results; 0: no cache"),
+        ("search_timeout_s", config.search_timeout_s, "timeout of one search, in seconds"),
     ):
         told = f"{said} (default: %(default)s)"
         size.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=told)
@@ -118,7 +124,7 @@ def _ray_config(args: argparse.Namespace) -> RayConfig | None:
     options = {"replicas": "replicas", "cpus": "replica_cpus", "gpus": "replica_gpus", "address": "ray_address"}
     given = {name: value for name, option in options.items() if (value := getattr(args, option)) is not None}
     if given and not args.ray:
-        raise UserError(f"--{options[next(iter(given))]} is for several processes: give --ray, or leave it out")
+        raise UserError(f"--{options[next(iter(given))]} needs --ray: add --ray, or leave the option out")
     return RayConfig(**given) if args.ray else None
 
 
@@ -145,28 +151,28 @@ def _say_ready(url: str, config: ServerConfig, started: float) -> None:
     request = '{"queries": ["who founded Orlune?"], "topk": 3, "return_scores": true}'
     token = "with" if config.token is not None else "without"
     print(f"serving {config.name} at {url}, {token} a token", flush=True)
-    print(f"ready after {time.monotonic() - started:.1f} s; try\n", flush=True)
+    print(f"ready after {time.monotonic() - started:.1f} s; try:\n", flush=True)
     print(f"  curl -s {url}/retrieve{secret} -d '{request}'\n", flush=True)
 
 
 def _token(args: argparse.Namespace) -> str | None:
-    """From the file, else from the environment; never from the command line, which every user of a machine sees."""
+    """The token from the file, else from the environment. Every user of a machine can see its command lines."""
     file: str | None = args.token_file
     if file is not None:
         if not Path(file).is_file():
-            raise UserError(f"there is no file {file}: --token_file holds the token")
+            raise UserError(f"there is no file {file}: give --token_file a file that holds the token")
         return bearer_token(Path(file).read_text(encoding="utf-8"), f"the file {file}")
-    # A variable that is set and empty is a mistake, and not a server without a token.
+    # An empty variable is a mistake of the user, not a request for a server without a token.
     if TOKEN in os.environ:
         return bearer_token(os.environ[TOKEN], TOKEN)
     if not is_loopback(args.host) and not args.allow_anonymous:
         raise UserError(
-            f"--host {args.host} lets other machines in, and there is no token: set {TOKEN} or give --token_file; "
-            "or say --allow_anonymous where everybody who can connect may search"
+            f"--host {args.host} admits other machines, but there is no token: set {TOKEN} or give --token_file, "
+            "or give --allow_anonymous if everybody who can connect may search"
         )
     return None
 
 
 def fingerprint_of(searched: Searched) -> str:
-    """A short name for what is searched: indexes by what they hold, anything else by its options."""
+    """A short hash of what is searched: of an index's content, else of the options."""
     return hashlib.sha256(json.dumps(searched.content(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,13 +1,14 @@
-"""Fine-tunes a policy (SFT) on correct trajectories: its own, a teacher's, or those of scripted players.
+"""Fine-tunes a policy on trajectories: correct ones sampled from itself or a teacher, or scripted ones.
 
-    trl-search sft sft_cold_start                                      real questions; keeps correct trajectories
-    trl-search sft sft_cold_start --teacher http://localhost:8000      a teacher behind `vllm serve`
-    trl-search sft sft_cold_start --collect_only true                  collect and select; train later
-    trl-search sft sft_world --output_dir runs/good --quality good=1.0 scripted: it searches as it should
+    trl-search sft sft_cold_start                                      samples answers and keeps the correct ones
+    trl-search sft sft_cold_start --teacher http://localhost:8000      samples from a teacher behind `vllm serve`
+    trl-search sft sft_cold_start --collect_only true                  collects and selects, but does not train
+    trl-search sft sft_world --output_dir runs/good --quality good=1.0 scripted trajectories with good searches
 
-The loss covers only the policy's own tokens (thoughts, calls and answers), never the passages. An interrupted
-collection resumes. A recipe is a flat YAML file with the keys of TRL's SFTConfig and ModelConfig, and ours. The model
-is saved in output_dir: `trl-search train RECIPE --model_name_or_path OUTPUT_DIR` starts from it."""
+The loss covers only the tokens that the policy writes (thoughts, calls, answers), never the passages. An interrupted
+collection resumes. A recipe is a flat YAML file with keys of TRL's SFTConfig and ModelConfig and the keys below.
+The trained model is in output_dir; `trl-search train RECIPE --model_name_or_path OUTPUT_DIR` trains it further.
+"""
 
 from __future__ import annotations
 
@@ -16,5 +17,5 @@ def main(argv: list[str]) -> int:
     from trl_search.cli.recipe_command import run_recipe
     from trl_search.trainer.cold_start.run import run_sft
 
-    how = "the same command goes on; --resume_from_checkpoint last keeps the trained steps, too"
+    how = "the same command resumes the collection; --resume_from_checkpoint last also keeps the trained steps"
     return run_recipe(argv, "sft", __doc__, run_sft, lambda _: how)

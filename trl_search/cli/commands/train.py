@@ -1,12 +1,13 @@
 """Trains a policy to search with GRPO, from a recipe.
 
-    trl-search train quickstart                                   a recipe that ships, by name
+    trl-search train quickstart                                   a shipped recipe, by name
     trl-search train recipes/qwen3b.yaml --learning_rate 5e-7     a file; every key can be overridden
     accelerate launch -m trl_search train qwen3b                  several processes
 
-A recipe is a flat YAML file with the keys of TRL's GRPOConfig and ModelConfig, and ours. The run writes the model,
-results.json, curves.png and checkpoints to output_dir. Before the first expensive step, everything that this machine
-lacks is listed; `trl-search doctor RECIPE` runs the same checks without training."""
+A recipe is a flat YAML file with keys of TRL's GRPOConfig and ModelConfig and the keys below. The model, checkpoints,
+results.json and curves.png are written to output_dir. Before anything is loaded, the command checks whether this
+machine can run the recipe and lists all problems at once. `trl-search doctor RECIPE` prints the same checks.
+"""
 
 from __future__ import annotations
 

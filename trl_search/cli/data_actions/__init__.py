@@ -1,1 +1,1 @@
-"""What `trl-search data` does: one module per action. Its docstring is the help, as that of a command is."""
+"""The actions of `trl-search data`, one module per action. The docstring is the help."""

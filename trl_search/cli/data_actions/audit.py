@@ -1,15 +1,15 @@
-"""Says how many questions a corpus can answer, and where an agent loses the others.
+"""Measures how many questions a corpus can answer, and at which step an agent fails on the others.
 
-    trl-search data audit data/mine.jsonl --corpus corpus.jsonl.gz     a corpus: answers that stand in some passage
+    trl-search data audit data/mine.jsonl --corpus corpus.jsonl.gz     a corpus: answers that occur in some passage
     trl-search data audit nq --limit 500 --corpus indexes/wiki         an index: also in the first K passages found
     trl-search data audit nq --corpus indexes/wiki --run runs/eval     an evaluation: also read, and answered
 
-"in the corpus" is the share of questions with a golden answer in some passage: what no passage holds, no agent can
-read. "in the first K" is the share of those that one search by the question itself brings. With the folder of
-`trl-search eval --modes search`, "read" is the share with a golden answer in something that the agent's own searches
-found, and "answered" its exact match; all four then count the questions that it was asked.
+"in the corpus" is the share of questions with a golden answer in some passage. "in the first K" is the share with a
+golden answer in the first K passages of one search with the question as query. With the folder of
+`trl-search eval --modes search`, "read" is the share with a golden answer in a passage that the agent found, and
+"answered" is the agent's exact match. All four shares then cover the questions that the agent was asked.
 
-An answer may stand in a passage by chance, so all but the last are upper bounds: short answers ("2", "yes") are found
+An answer may occur in a passage by chance, so all but the last are upper bounds: short answers ("2", "yes") are found
 nearly everywhere. Every passage of the corpus is read once per question set.
 """
 
@@ -25,11 +25,13 @@ from trl_search.common.files import write_jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="NAME_OR_PATH", help="questions: a name of `trl-search data list`, a file")
-    parser.add_argument("--corpus", required=True, metavar="CORPUS", help="an index folder, or a corpus's file")
+    parser.add_argument(
+        "source", metavar="NAME_OR_PATH", help="questions: a name from `trl-search data list`, or a file"
+    )
+    parser.add_argument("--corpus", required=True, metavar="CORPUS", help="an index folder or a corpus file")
     parser.add_argument("--run", metavar="DIR", dest="evaluated", help="an evaluation that asked these questions")
-    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N questions of each set")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use a random sample of N questions per set")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default: 0)")
     parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
     parser.add_argument("--missing", metavar="FILE", help="write the questions that no passage answers, as .jsonl")
     add_question_fields(parser)
@@ -44,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.corpus).expanduser()
     if is_index := folder.is_dir() and not (folder / "queries.jsonl").exists():
-        read_manifest(folder)  # refuses a folder that is no finished index
+        read_manifest(folder)  # raises if the folder is not a finished index
     sets = load_judged(args.source, split="test", limit=args.limit, seed=args.seed, fields=question_fields(args))
     if any(not one.golden_answers for one in sets):
-        raise UserError(f"{args.source} has no golden answers: `trl-search eval-retriever` measures such sets")
+        raise UserError(f"{args.source} has no golden answers: use `trl-search eval-retriever` for such sets")
     judged = [(one, None) if args.evaluated is None else asked_in(one, Path(args.evaluated)) for one in sets]
     missing: list[dict[str, object]] = []
     for one, outcomes in judged:

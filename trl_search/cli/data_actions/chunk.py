@@ -1,12 +1,13 @@
 """Cuts documents into passages of N words or tokens.
 
     trl-search data chunk documents.jsonl --size 100 --output corpus.jsonl                    words, as in wiki-18
-    trl-search data chunk docs.parquet --size 200 --overlap 40 --output corpus.jsonl          40 words shared
+    trl-search data chunk docs.parquet --size 200 --overlap 40 --output corpus.jsonl          overlap of 40 words
     trl-search data chunk docs.tsv --size 254 --tokenizer intfloat/e5-base-v2 --output ...    tokens of an encoder
 
-DOCUMENTS is whatever `trl-search index --corpus` takes. A passage is a verbatim piece of its document, with the same
-title and url. Its id is that of the document, `#` and a number: "17#0", "17#1". In scripts without spaces between
-words, as Chinese, a letter counts as a word. An encoder reads its prompt and special tokens too: leave room for them.
+DOCUMENTS has the formats of `trl-search index --corpus`. A passage is a verbatim piece of its document, with the same
+title and url. Its id is the document's id, `#` and a number: "17#0", "17#1". In scripts without spaces between words,
+such as Chinese, each character counts as a word. With --tokenizer, leave room for the encoder's prompt and special
+tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=100, metavar="N", help="words or tokens per passage (default: 100)"
     )
-    parser.add_argument("--overlap", type=int, default=0, metavar="N", help="of them shared with the one before")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="count the tokens of this model in place of words")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
+    parser.add_argument(
+        "--overlap", type=int, default=0, metavar="N", help="words or tokens shared with the previous passage"
+    )
+    parser.add_argument("--tokenizer", metavar="MODEL", help="count this model's tokens instead of words")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     add_passage_fields(parser)
 
 
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output}: give a file that ends in .jsonl")
     if output.exists() and not args.overwrite:
-        raise UserError(f"{output} is there already: give --overwrite to replace it, or another name")
+        raise UserError(f"{output} exists already: give --overwrite to replace it, or another name")
     split: Split = split_words
     if args.tokenizer is not None:
         from trl_search.policies.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""Asks a policy every question several times, and writes those that it solves sometimes, with their pass rates.
+"""Asks a policy every question several times and writes the questions that it sometimes solves, with pass rates.
 
     trl-search data filter nq_hotpotqa --model runs/sft --retriever indexes/wiki --pass_at 8 --output train.parquet
     trl-search data filter train.jsonl --model Qwen/Qwen2.5-3B-Instruct --retriever http://127.0.0.1:8000 \\
@@ -6,11 +6,12 @@
     trl-search data filter train.jsonl --model runs/sft --retriever indexes/wiki --keep all --output rated.parquet
 
 A question that the policy always or never solves gives GRPO no gradient. `pass_rate` is the share of the N samples
-whose answer is an exact match; questions between 0 and 1 are kept. --keep all keeps every question, for a training
-with `curriculum: pass_rate`, which begins with what the column says. A question whose searches all failed is left out.
+whose answer is an exact match; questions with a rate strictly between 0 and 1 are kept. --keep all keeps every
+question, for training with `curriculum: pass_rate`, which starts from this column. A question is left out if the
+searches failed in all of its samples.
 
-The answers are kept in FILE.asked/answers, an evaluation of the repeated questions. Killed and started again, the
-same command goes on there. Several processes (`accelerate launch -m trl_search data filter ...`) share the questions.
+The answers are kept in FILE.asked/answers, in the format of `trl-search eval`. The same command resumes an interrupted
+filtering. Several processes (`accelerate launch -m trl_search data filter ...`) share the questions.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ _SET = "asked"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model of the hub, a folder, or 'tiny'")
+    parser.add_argument("source", metavar="NAME_OR_PATH", help="a name from `trl-search data list`, a file, a folder")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a model on the hub, a folder, or 'tiny'")
     parser.add_argument("--pass_at", type=int, default=8, metavar="N", help="samples per question (default: 8)")
     parser.add_argument(
-        "--keep", default="useful", choices=("useful", "all"), help="which questions to write (default: useful)"
+        "--keep",
+        default="useful",
+        choices=("useful", "all"),
+        help="useful: only questions that are sometimes solved (default: useful)",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write them: .parquet or .jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
-    parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: train)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write, .parquet or .jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument("--split", help="split of a hub set, or name of the file in a folder (default: train)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions")
-    parser.add_argument("--seed", type=int, default=0, help="of that sample and of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of that sample and of generation (default: 0)")
     evaluation.add_policy_options(parser)
     add_sampling_options(parser.add_argument_group("how it samples"), temperature=1.0, note="as in training")
 
@@ -56,29 +60,29 @@ def run(args: argparse.Namespace) -> int:
     if args.pass_at < 2:
         raise UserError(f"--pass_at {args.pass_at}: a pass rate needs at least 2 samples per question")
     if args.temperature <= 0:
-        raise UserError("--temperature 0 gives the same answer each time: sample as the training will")
+        raise UserError("--temperature 0 gives the same answer each time: use the temperature of the training")
     output = writable(Path(args.output).expanduser(), args.overwrite)
     questions = load_questions(
         args.source, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args)
     )
 
-    # 1. Every question as often as it is asked, as a set that `trl-search eval` takes.
+    # 1. Repeat every question `pass_at` times, in a file for `trl-search eval`.
     folder = output.with_name(f"{output.name}.asked")
     asked, answers = folder / f"{_SET}.jsonl", folder / "answers"
-    write_jsonl(asked, _repeated(questions, args.pass_at))  # every process the same rows, so none waits for another
+    write_jsonl(asked, _repeated(questions, args.pass_at))  # every process writes the same rows, so none waits
     options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
     fields = {"question_field": None, "answers_field": None, "id_field": None}
     try:
         evaluation.run(argparse.Namespace(**{**vars(args), **options, **fields}))
     except OtherSettings as error:
         raise UserError(
-            f"{folder} holds the answers of another filtering ({error.differences}): remove that folder, or give "
+            f"{folder} holds answers from other settings ({error.differences}): remove that folder, or give "
             "another --output"
         ) from error
     if int(os.environ.get("RANK", "0")):
         return 0
 
-    # 2. The share of samples that solved each.
+    # 2. Compute the pass rate of each question.
     outcomes = Records(answers, "search", _SET).read()
     solved: dict[int, list[bool]] = defaultdict(list)
     for place, outcome in outcomes.items():
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     rates = {number: sum(answers) / len(answers) for number, answers in sorted(solved.items())}
     kept = [number for number, rate in rates.items() if args.keep == "all" or 0 < rate < 1]
 
-    # 3. The questions, with their rates.
+    # 3. Write the questions with their pass rates.
     never, always = (sum(rate == bound for rate in rates.values()) for bound in (0, 1))
     print(f"asked               {len(questions):,} questions, {args.pass_at} times each")
     print(f"  never solved      {never:,}")
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  sometimes         {len(rates) - never - always:,}")
     print(f"  searches failed   {len(questions) - len(rates):,}")
     if not kept:
-        raise UserError("no question is solved sometimes: take a better policy, or --keep all")
+        raise UserError("the policy solves no question sometimes: use a better policy, or --keep all")
     if PASS_RATE in questions.column_names:
         questions = questions.remove_columns(PASS_RATE)
     write_questions(questions.select(kept).add_column(PASS_RATE, [rates[number] for number in kept]), output)
@@ -104,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repeated(questions: Iterable[Mapping[str, Any]], times: int) -> Iterator[dict[str, Any]]:
-    """Each question several times in a row, with ids of their own, because sampling depends on the id."""
+    """Yields each question several times in a row, each time with another id, because the seed depends on the id."""
     for number, row in enumerate(questions):
         for sample in range(times):
             asked = {"id": f"{number}-{sample}", "question": row["question"], "golden_answers": row["golden_answers"]}

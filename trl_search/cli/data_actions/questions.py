@@ -1,20 +1,21 @@
-"""Prints what a set of questions holds: rows, sources, answers per question, lengths, repeated questions, a few rows.
+"""Summarizes a question set: rows, sources, answers per question, lengths, repeated questions, sample rows.
 Writes nothing without --output.
 
-    trl-search data questions bamboogle                                    a set of the hub, by name
+    trl-search data questions bamboogle                                    a set on the hub, by name
     trl-search data questions data/nq --split test                         data/nq/test.jsonl, .csv, ...
-    trl-search data questions train.parquet --limit 1000 --seed 1          a sample; the same seed, the same rows
+    trl-search data questions train.parquet --limit 1000 --seed 1          a sample; the seed determines the rows
     trl-search data questions nq_hotpotqa --dedupe_against all --output train.parquet
-                                                                           what stands in none of the seven sets
-    trl-search data questions world --split test --output test.jsonl       the embedded world's, train or test
+                                                                           without the seven evaluation sets
+    trl-search data questions world --split test --output test.jsonl       the embedded world, split train or test
 
 Files are .jsonl, .json, .csv, .tsv (or any of these as .gz, .bz2, .xz, .zst) or .parquet, with the columns of FlashRAG
 (id, question, golden_answers), of Search-R1 (the same, or the answers in reward_model.ground_truth.target) or of verl
-(the question in extra_info); --question_field and --answers_field name any others. --output has the columns id,
-question, golden_answers, data_source, and is read by every command that takes questions.
+(the question in extra_info); for other columns, give --question_field and --answers_field. The output file has the
+columns id, question, golden_answers and data_source. Every command that takes questions reads it.
 
---dedupe_against compares whole questions without case, punctuation, articles and spacing. The same question in other
-words is not found. It comes before --limit, so the sample is full. `all` are the seven evaluation sets.
+--dedupe_against drops the questions that also occur in other sets. It compares whole questions and ignores case,
+punctuation, articles and spacing; it does not find paraphrases. It is applied before --limit. `all` means the seven
+evaluation sets.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="NAME_OR_PATH", help="a name of `trl-search data list`, a file, a folder, or world"
+        "source", metavar="NAME_OR_PATH", help="a name from `trl-search data list`, a file, a folder, or world"
     )
-    parser.add_argument("--split", help="of a hub set, or the file's name in a folder (default: the published one)")
-    parser.add_argument("--limit", type=int, metavar="N", help="a random sample of N rows, in their order")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--dedupe_against", default="", metavar="SETS", help="names and files, with commas between")
+    parser.add_argument(
+        "--split",
+        help="split of a hub set, or name of the file in a folder (default: the split of published numbers)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take a random sample of N rows, in their order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument(
+        "--dedupe_against", default="", metavar="SETS", help="drop questions of these sets (names or files, by commas)"
+    )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
-    parser.add_argument("--output", metavar="FILE", help="write the rows: .parquet or .jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is there")
+    parser.add_argument("--output", metavar="FILE", help="write the rows to FILE, .parquet or .jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     add_question_fields(parser)
     add_world_options(parser)
 
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     output = writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
     if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is how many rows to draw, at least 1; got {args.limit}")
+        raise UserError(f"--limit is the number of rows to draw, at least 1; got {args.limit}")
     if args.source == WORLD:
         questions = _world_questions(args)
     else:
@@ -69,11 +75,13 @@ def run(args: argparse.Namespace) -> int:
         against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]
     if against:
         kept, dropped = without_overlap(questions, *map(load_evaluation_questions, against))
-        print(f"left out            {len(questions) - len(kept):,} of {len(questions):,}, as they stand in")
+        print(f"dropped             {len(questions) - len(kept):,} of {len(questions):,}, which also occur in")
         for source, count in dropped.items():
             print(f"  {source:<17} {count:,}")
         if not len(kept):
-            raise UserError(f"every question of {args.source} stands in {', '.join(against)}: none is left")
+            raise UserError(
+                f"every question of {args.source} also occurs in {', '.join(against)}: give fewer --dedupe_against"
+            )
         questions = kept
     if args.limit is not None:
         questions = sample_questions(questions, args.limit, args.seed)
@@ -95,18 +103,18 @@ def _world_questions(args: argparse.Namespace) -> datasets.Dataset:
 
 
 def writable(path: Path, overwrite: bool) -> Path:
-    """Refuses a file of questions that could not be written."""
+    """Returns the path of a question file, or raises `UserError` if it cannot be written."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {path}: give a file that ends in .parquet or .jsonl")
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already: give --overwrite to replace it, or another name")
+        raise UserError(f"{path} exists already: give --overwrite to replace it, or another name")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write {path.name} into")
+        raise UserError(f"there is no folder {path.parent}: create it, or give another --output")
     return path
 
 
 def write_questions(questions: datasets.Dataset, path: Path) -> None:
-    """Whole, and under another name first: the rows may have been read from the very file that is replaced."""
+    """Writes to a temporary file first, because the rows may be read from the file that is replaced."""
     with written_whole(path) as unfinished:
         if path.suffix == ".parquet":
             questions.to_parquet(unfinished)

@@ -1,4 +1,4 @@
-"""Prints the sets that have a name."""
+"""Lists the question sets that can be given by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """This action takes no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> int:
         rows = [f"{held.splits[split]:,}" if split in held.splits else "" for split in splits]
         marked = [f"{n:>10}{'*' if split == held.split else ' '}" for n, split in zip(rows, splits, strict=True)]
         print(f"{name:<17}{held.repository:<30}{held.config or '':<17}{''.join(marked)}".rstrip())
-    print("* what is loaded when no split is named: the one that published numbers are of")
+    print("* the default split: the one that published numbers use")
     return 0
