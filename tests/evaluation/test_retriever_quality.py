@@ -64,10 +64,10 @@ def test_golden_answers_are_looked_for_in_the_first_k() -> None:
 
 def test_what_a_beir_folder_lacks_is_named(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "tiny")
-    with pytest.raises(UserError, match=r"qrels holds 0 files called dev, .* there are: test\.tsv"):
+    with pytest.raises(UserError, match=r"qrels needs one file called dev, .* its files are: test\.tsv"):
         load_judged(str(folder), split="dev", limit=None, seed=0)
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq9\ta\t1\n")
-    with pytest.raises(UserError, match="judge the query 'q9', which queries do not hold"):
+    with pytest.raises(UserError, match="name the query 'q9', which is not in queries"):
         load_judged(str(folder), split="test", limit=None, seed=0)
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\thigh\n")
     with pytest.raises(UserError, match=r"test\.tsv, line 2: columns query-id, corpus-id and score"):

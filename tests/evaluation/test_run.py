@@ -78,7 +78,7 @@ def test_a_question_asked_again_replaces_its_failure(tmp_path):
 def test_a_line_that_is_no_record_is_named(tmp_path):
     records = Records(tmp_path, "rag", "nq")
     records.path.write_text('{"index": 0}\n')
-    with pytest.raises(UserError, match=r"rag-nq\.jsonl, line 1 is no record"):
+    with pytest.raises(UserError, match=r"rag-nq\.jsonl, line 1 is not a record"):
         records.read()
 
 
@@ -139,7 +139,7 @@ def test_sets_that_cannot_be_are_named(tmp_path):
     one = QuestionSet("nq", "a.jsonl", 0, [])
     with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl are both called 'nq'"):
         check_names([one, dataclasses.replace(one, source="b.jsonl")])
-    with pytest.raises(UserError, match="cannot be called 'macro'"):
+    with pytest.raises(UserError, match="is called 'macro'"):
         check_names([dataclasses.replace(one, name=MACRO)])
 
 
@@ -214,7 +214,7 @@ def test_modes_and_sets_may_be_added(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert read_settings_file(tmp_path / "new") is None and read_settings_file(tmp_path) is None
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="holds something else than an evaluation"):
+    with pytest.raises(UserError, match="holds other files than an evaluation"):
         read_settings_file(tmp_path)
     write_json(tmp_path / SETTINGS, make_settings())
     assert read_settings_file(tmp_path) == make_settings()
@@ -305,10 +305,10 @@ def test_a_prompt_is_what_the_policy_reads(tokenizer, retriever):
 
 def test_what_a_backend_would_ignore_is_refused():
     for backend, processes, said in (
-        (Backend("vllm_server"), 1, "needs its address"),
+        (Backend("vllm_server"), 1, "needs an address"),
         (Backend("transformers", server="http://x"), 1, "are for --backend vllm_server"),
         (Backend("transformers", engine_options={"a": 1}), 1, "are of --backend vllm"),
-        (Backend("vllm"), 2, "is one engine in one process, and there are 2"),
+        (Backend("vllm"), 2, "runs in one process, but there are 2"),
     ):
         with pytest.raises(UserError, match=said):
             backend.check(processes)
@@ -382,9 +382,9 @@ def test_the_table_of_all_seven():
     assert re.fullmatch(r"0\.500 ± 0\.500", ours[0]) and ours[5].startswith("1.000")  # one failed: in no mean
     assert cells(markdown, "3B RAG [2°]") == ".348 .544 .387 .255 .226 .047 .080 .270".replace(".", "0.").split()
     assert cells(markdown, "3B base GRPO [2°]")[-2:] == ["", "0.312"] and "7B" not in markdown
-    assert "The macro average is that of the seven sets." in markdown
+    assert "The macro average is over the seven sets." in markdown
     assert "**Bamboogle is a sample: 10 of 125 questions.**" in markdown
-    assert "**NQ has 10 questions here, and 3,610 in published numbers.**" in markdown
+    assert "**NQ has 10 questions here, but 3,610 in published numbers.**" in markdown
     assert "the search of 1 of 14 questions failed (1 x down)" in markdown
 
 

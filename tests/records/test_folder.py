@@ -112,7 +112,7 @@ def test_rows_that_are_no_logs_and_numbers_that_are_none(folder):
 
 def test_a_format_of_the_future_is_said(folder):
     (folder / "run.json").write_text('{"format": 2}')
-    assert read(folder).problems == ["run.json has format 2, and this version reads 1"]
+    assert read(folder).problems == ["run.json has format 2, but this version reads format 1"]
 
 
 def test_a_reward_that_some_steps_do_not_have_is_null_there(folder):

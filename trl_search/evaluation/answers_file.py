@@ -1,7 +1,7 @@
-"""Finished questions on disk, one line each as they finish, so that a killed evaluation goes on where it was.
+"""Writes one line per question as soon as it finishes, so that a killed evaluation can resume.
 
     search-nq.jsonl            {"index": 12, "id": "test_12", "question": ..., "answer": ..., "em": 1.0, ...}
-    search-nq.rank1.jsonl      those of the second process
+    search-nq.rank1.jsonl      the questions of the second process
 
 A line that a kill cut off is dropped. A question whose search failed is recorded, and asked again the next time.
 """
@@ -21,10 +21,10 @@ from trl_search.evaluation.outcomes import Outcome
 
 
 class Records:
-    """The outcomes of one mode on one set, by the question's place in it.
+    """The outcomes of one mode on one set, by the index of the question in the set.
 
     Args:
-        rank (`int`, *optional*): Of this process. Each writes a file of its own, and reads those of all.
+        rank (`int`, *optional*): The rank of this process. Each process writes its own file and reads all files.
     """
 
     def __init__(self, folder: Path, mode: str, name: str, rank: int = 0) -> None:
@@ -33,7 +33,7 @@ class Records:
         self._file: Any = None
 
     def read(self) -> dict[int, Outcome]:
-        """All outcomes so far, of all processes; where a question was asked again, the one that did not fail."""
+        """All outcomes of all processes; of a question that was asked again, the outcome that did not fail."""
         found: dict[int, Outcome] = {}
         others = sorted(self.folder.glob(f"{glob.escape(self.stem)}.rank*.jsonl"))
         for path in (self.folder / f"{self.stem}.jsonl", *others):
@@ -43,14 +43,14 @@ class Records:
         return found
 
     def append(self, index: int, outcome: Outcome) -> None:
-        """Writes one finished question; the operating system has it when this returns."""
+        """Writes one finished question, without a buffer in this process."""
         if self._file is None:
-            whole_lines(self.path)  # cuts what a kill left of a line: the next one would be added to it
+            whole_lines(self.path)  # removes a cut-off last line, or the next line would be appended to it
             self._file = self.path.open("ab", buffering=0)
         self._file.write(json.dumps(_row(index, outcome), ensure_ascii=False).encode() + b"\n")
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
-        """Writes all questions at once, and replaces what the file held."""
+        """Writes all questions at once, and replaces the content of the file."""
         write_jsonl(self.path, (_row(index, outcome) for index, outcome in enumerate(outcomes)))
 
     def close(self) -> None:
@@ -66,14 +66,14 @@ def _row(index: int, outcome: Outcome) -> dict[str, Any]:
 def _read(path: Path) -> list[tuple[int, Outcome]]:
     content = path.read_bytes() if path.exists() else b""
     found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # the rest is a line being written, or nothing
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # without a line that is still being written
         try:
             record = json.loads(line)
             index, golden = record.pop("index"), record.pop("golden_answers")
             found.append((index, Outcome(golden_answers=tuple(golden), **record)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{path}, line {number} is no record of this version ({error}): remove that line, and its question is "
-                "asked again, or give another --output"
+                f"{path}, line {number} is not a record of this version ({error}): remove that line, so that its "
+                "question is asked again, or give another --output"
             ) from error
     return found

@@ -1,10 +1,10 @@
-"""The policy of an evaluation, by the name of its engine.
+"""The backends that run the policy of an evaluation.
 
-| backend        | the model runs                                       | several processes            |
+| backend        | the model runs                                       | with several processes       |
 |----------------|------------------------------------------------------|------------------------------|
 | `transformers` | in this process, on its GPU or on the CPU            | each has a copy              |
-| `vllm`         | in an engine of this process                         | no: start a server for them  |
-| `vllm_server`  | behind a `vllm serve` that runs already (`--server`) | all ask the same server      |
+| `vllm`         | in a vLLM engine in this process                     | not possible: use a server   |
+| `vllm_server`  | in a `vllm serve` that runs already (`--server`)     | all use the same server      |
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ BACKENDS = ("transformers", "vllm", "vllm_server")
 
 @dataclass(frozen=True)
 class Backend:
-    """Which engine, and how.
+    """The engine of an evaluation and its options.
 
     Args:
         name (`str`): One of `BACKENDS`.
-        dtype, device (`str`, *optional*): Of the weights; as `load_model` chooses them.
+        dtype, device (`str`, *optional*): Dtype and device of the weights. By default, `load_model` chooses them.
         server (`str`, *optional*): The address of the server.
-        served_model (`str`, *optional*): The name it serves the policy under. Default: its first.
+        served_model (`str`, *optional*): The policy's name on the server. By default the first model it lists.
         engine_options (`Mapping`): More arguments of `vllm.LLM`.
-        concurrency (`int`): Questions under way at once, in one process.
+        concurrency (`int`): Questions in flight at once per process.
     """
 
     name: str = "transformers"
@@ -45,27 +45,27 @@ class Backend:
     concurrency: int = 64
 
     def check(self, processes: int) -> None:
-        """Refuses what would be ignored or could not work, before anything is loaded.
+        """Rejects options that would be ignored or cannot work, before anything is loaded.
 
         Raises:
-            UserError: for options that do not go together.
+            UserError: for options that exclude each other.
         """
         if self.name == "vllm_server" and self.server is None:
-            raise UserError("--backend vllm_server needs its address: --server http://127.0.0.1:8000")
+            raise UserError("--backend vllm_server needs an address: --server http://127.0.0.1:8000")
         if self.name != "vllm_server" and (self.server or self.served_model):
             raise UserError(f"--server and --served_model are for --backend vllm_server, not {self.name}")
         if self.name != "vllm" and self.engine_options:
-            raise UserError(f"--engine_options are of --backend vllm, not of {self.name}")
+            raise UserError(f"--engine_options are for --backend vllm, not {self.name}")
         if self.name == "vllm" and processes > 1:
             raise UserError(
-                f"--backend vllm is one engine in one process, and there are {processes}: start `vllm serve` and give "
-                "all of them --backend vllm_server --server URL, or use --backend transformers"
+                f"--backend vllm runs in one process, but there are {processes}: start `vllm serve` and use "
+                "--backend vllm_server --server URL, or use --backend transformers"
             )
 
 
 @contextmanager
 def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[Policy, dict[str, Any]]]:
-    """The policy, and facts about it: its dtype and its size, where they are known."""
+    """Opens the policy, and returns it with its dtype and its number of parameters, if they are known."""
     if backend.name == "transformers":
         from trl_search.policies.loading import check_vocabulary, load_model
         from trl_search.policies.transformers_policy import TransformersPolicy
@@ -84,7 +84,7 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
 
 
 def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
-    # The policy steps the engine itself, so the engine must run in this process. vLLM reads this when it is imported.
+    # The policy steps the engine itself, so the engine must run in this process. vLLM reads the variable on import.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         import vllm
@@ -96,7 +96,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     from trl_search.policies.vllm_server import version_problem
 
     if problem := version_problem(str(vllm.__version__)):
-        raise UserError(f"{problem}: install one of those")
+        raise UserError(f"{problem}: install a version in that range")
     options: dict[str, Any] = {
         "dtype": backend.dtype or "auto",
         "max_num_seqs": backend.concurrency,
@@ -121,10 +121,10 @@ def _rank(adapter: Mapping[str, Any], folder: Path) -> int:
     """The rank of an adapter. vLLM applies one rank to all modules."""
     if adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
         raise UserError(
-            f"the adapter in {folder} has modules of other ranks or scales, and vLLM applies one to all: merge it "
-            "into its base, or use --backend transformers"
+            f"the adapter in {folder} has modules with different ranks or scales, but vLLM applies one to all: merge "
+            "it into its base model, or use --backend transformers"
         )
     try:
         return int(adapter["r"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} is not one of LoRA ({error!r}): save it anew") from None
+        raise UserError(f"the adapter in {folder} is not a LoRA adapter ({error!r}): save it again") from None

@@ -1,9 +1,9 @@
-"""Can a corpus answer a question set at all? The share of questions whose golden answer stands in some passage.
+"""Measures whether a corpus can answer a question set: the share of questions with a golden answer in some passage.
 
     in the corpus  ─►  in the first k passages (`retriever_quality.py`)  ─►  read by the agent  ─►  answered
 
-No retriever can find an answer that no passage holds, so the first share is the upper bound of what search can add.
-Each of the others says how many questions one more step loses.
+No retriever can find an answer that is in no passage, so the first share is an upper bound for every search. Each
+later share shows how many questions one more step loses.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trl_search.types import Passage
 def answerable(passages: Iterable[Passage], golden_answers: Sequence[Sequence[str]]) -> set[int]:
     """Returns the positions of the questions that have a golden answer in a passage or its title.
 
-    Every passage is read once. It is compared with a question only if it has the first word of one of its answers, so
-    a corpus of millions takes minutes and not days.
+    Every passage is read once, and compared only with the questions that have an answer whose first word it contains.
+    So a corpus of millions takes minutes, not days.
 
     Example:
         >>> answerable([Passage("1", "Orlune", "A harbour.")], [["Orlune"], ["Vesk"]])
@@ -46,15 +46,15 @@ def answerable(passages: Iterable[Passage], golden_answers: Sequence[Sequence[st
 
 
 def asked_in(judged: JudgedQueries, folder: Path) -> tuple[JudgedQueries, list[Outcome]]:
-    """The questions of a set that an evaluation asked its agent, and what came of each, in the same order.
+    """The questions of a set that an evaluation asked, and their outcomes, in the same order.
 
-    A question whose search failed was not answered, and is left out.
+    Questions whose search failed are left out.
 
     Args:
         folder (`Path`): The `--output` of `trl-search eval`, with the mode `search`.
 
     Raises:
-        UserError: if the evaluation asked none of them.
+        UserError: if the evaluation asked none of the questions.
     """
     outcomes = {one.question: one for one in Records(folder, "search", judged.name).read().values() if not one.failed}
     kept = {query: text for query, text in judged.queries.items() if text in outcomes}
@@ -62,7 +62,7 @@ def asked_in(judged: JudgedQueries, folder: Path) -> tuple[JudgedQueries, list[O
         there = ", ".join(sorted(path.stem for path in folder.glob("search-*.jsonl"))) or "none"
         raise UserError(
             f"{folder} has no answers to the questions of {judged.name}: give the --output of a `trl-search eval "
-            f"--modes search` that asked them; its files of answers are: {there}"
+            f"--modes search` that asked them; the folder has the answer files: {there}"
         )
     golden = judged.golden_answers or {}
     judged = replace(judged, queries=kept, golden_answers={query: golden[query] for query in kept})
@@ -70,7 +70,7 @@ def asked_in(judged: JudgedQueries, folder: Path) -> tuple[JudgedQueries, list[O
 
 
 def lost_after_reading(outcomes: Sequence[Outcome]) -> str:
-    """The shares of questions whose answer was read, and that were answered, as lines of a report.
+    """The shares of questions whose answer the agent read, and that it answered, as lines of a report.
 
     Example:
         >>> print(lost_after_reading(outcomes))

@@ -1,18 +1,17 @@
-"""Measures how well a policy answers questions: as a search agent, from what it knows, or from one search (RAG).
+"""Evaluates how well a policy answers questions: as a search agent, without search, or from one search (RAG).
 
-| mode     | the prompt holds                                  | turns                                     |
-|----------|---------------------------------------------------|-------------------------------------------|
-| `search` | the question                                      | until it answers or its budget is spent   |
-| `direct` | the question, no tool                             | one                                       |
-| `cot`    | the question and the request to reason, no tool   | one                                       |
-| `rag`    | the question and the passages it finds, no tool   | one                                       |
+| mode     | the prompt holds                                       | turns                                   |
+|----------|--------------------------------------------------------|-----------------------------------------|
+| `search` | the question                                           | until it answers or its budget is spent |
+| `direct` | the question, no tool                                  | one                                     |
+| `cot`    | the question and the request to reason, no tool        | one                                     |
+| `rag`    | the question and the passages found for it, no tool    | one                                     |
 
-In steps, each of which can be used alone:
+The steps, which can also be used alone:
 
     rows ─► answer_questions ─► Outcome, one per question ─► summarize          ─► Evaluation   of one set
                                                          └─► by_dataset ─► macro ─► Evaluation   averaged over sets
 
-Outcomes and means are in outcomes.py.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ REASON_INSTRUCTION = (
     "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
     "</answer>. Question: "
 )
-# The policy was trained with the instruction of the search agent; the other modes have their own.
+# The mode `search` uses the agent's own instruction.
 INSTRUCTIONS = {"direct": ANSWER_INSTRUCTION, "cot": REASON_INSTRUCTION, "rag": ANSWER_INSTRUCTION}
 
 
@@ -63,28 +62,27 @@ def answer_questions(
     on_outcome: Callable[[int, Outcome], None] | None = None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Asks the policy every question once, and scores what it answers.
+    """Asks the policy every question once, and scores its answers.
 
     Args:
         mode (`str`): One of `MODES`.
-        rows (`Sequence[Mapping]`): Questions: `question`, `golden_answers`, and where they have them `id` and
-            `data_source`.
-        environment (`Environment`): What the agent acts in; `rag` needs a `SearchEnvironment`, and uses its retriever,
-            `k`, timeout and passage template.
+        rows (`Sequence[Mapping]`): Questions with `question` and `golden_answers`, optionally `id` and `data_source`.
+        environment (`Environment`): The environment of the agent. `rag` needs a `SearchEnvironment`, and uses its
+            retriever, `passages_per_query`, timeout and passage template.
         agent (`AgentSettings`): Protocol, prompts and token budgets. Its instruction is for `search`; the other modes
-            have their own. How the agent searches is set in the environment.
-        sampling (`Sampling`, *optional*): With its seed, an answer is repeatable whatever other questions are asked.
-        concurrency (`int`, *optional*): Questions under way at once. Default: all.
-        on_outcome (`Callable`, *optional*): Called with a row's place and its outcome as each question ends.
-        progress (`bool`, *optional*): Shows a bar on a terminal.
+            have their own. Settings of the search belong to the environment.
+        sampling (`Sampling`, *optional*): Its seed makes each answer independent of the other questions.
+        concurrency (`int`, *optional*): Questions in flight at once. By default all.
+        on_outcome (`Callable`, *optional*): Called with the row's index and its outcome when a question finishes.
+        progress (`bool`, *optional*): Shows a progress bar on a terminal.
 
     Returns:
-        `list[Outcome]`: One per row, in their order.
+        `list[Outcome]`: One per row, in the order of the rows.
     """
     protocol = mode_protocol(mode, tokenizer, environment, agent)
     world = environment if mode == "search" else AnswerOnly()
     if mode == "rag":
-        assert isinstance(environment, SearchEnvironment)  # mode_protocol has refused others
+        assert isinstance(environment, SearchEnvironment)  # mode_protocol has rejected others
         world = SearchedOnce(environment)
     outcomes: dict[int, Outcome] = {}
 
@@ -92,7 +90,7 @@ def answer_questions(
         question, key = row["question"], f"{row.get('id', index)}/{row['question']}"
         if isinstance(world, SearchedOnce):
             return Job(partial(world.prompt, protocol, question), row, key)
-        # The baselines ask in words of their own.
+        # A dataset's own prompt is for the agent; the baselines use their own instruction.
         asked = protocol.conversation(row) if mode == "search" else protocol.messages(question)
         return Job(protocol.prompt_ids(asked), row, key)
 
@@ -121,16 +119,16 @@ def answer_questions(
 def mode_protocol(
     mode: str, tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
 ) -> Protocol:
-    """The protocol of a mode, with its instruction. Refuses a mode that does not exist or cannot be run.
+    """The protocol of a mode, with its instruction.
 
     Raises:
-        UserError: for an unknown mode, and for `rag` without a retriever.
+        UserError: for an unknown mode, or for `rag` without a retriever.
     """
     if mode not in MODES:
         raise UserError(f"unknown evaluation mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "rag" and not isinstance(environment, SearchEnvironment):
         raise UserError(
-            f"mode 'rag' searches once before it asks, and {type(environment).__name__} has no retriever: give a "
+            f"mode 'rag' searches once before it asks, but {type(environment).__name__} has no retriever: give a "
             "SearchEnvironment"
         )
     if mode == "search":
@@ -139,7 +137,7 @@ def mode_protocol(
 
 
 class SearchedOnce(AnswerOnly):
-    """The world of one-shot RAG: it searches for the prompt, and the policy has one turn to answer."""
+    """The environment of one-shot RAG: it searches for the prompt, and the policy has one turn to answer."""
 
     def __init__(self, environment: SearchEnvironment) -> None:
         self.environment = environment
@@ -151,10 +149,10 @@ class SearchedOnce(AnswerOnly):
         await self.environment.close()
 
     async def prompt(self, protocol: Protocol, question: str) -> tuple[int, ...]:
-        """The ids of a prompt that holds the passages found for the question."""
+        """The token ids of a prompt with the passages found for the question."""
         assert self.environment.batcher is not None, "the environment is open while a batch runs"
         passages = await self.environment.batcher.search(question, self.environment.passages_per_query)
-        # On a thread: the other trajectories do not wait while passages are tokenized.
+        # In a thread, so that other trajectories do not wait for the tokenizer.
         messages = await asyncio.to_thread(rag_messages, protocol, self.environment, question, passages)
         return protocol.prompt_ids(messages)
 

@@ -1,6 +1,6 @@
 """The results of an evaluation: one `Outcome` per question, and their means with bootstrap intervals.
 
-A question whose search failed cannot be scored. It is counted and reported, and enters no mean.
+A question whose search failed cannot be scored. It is counted and reported, but left out of the means.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Outcome:
     """One question, answered and scored.
 
     Attributes:
-        answer (`str`, *optional*): The last `<answer>` that the policy closed. `None` if there is none: EM 0.
+        answer (`str`, *optional*): The text of the last closed `<answer>`. `None` if there is none; EM is then 0.
         em, f1, contains (`float`): Whether the answer equals a golden one, the overlap of their words, and whether the
             answer contains a golden one.
-        read (`float`): Whether a golden answer stands in a passage that its searches found.
+        read (`float`): Whether a passage that the policy found contains a golden answer.
         searches (`int`): Calls of the environment's tools. The search of `rag` is not a call, so it is not counted.
         malformed (`int`): Calls that could not be run.
         latency_s (`float`): Time of generation and search, including the wait for concurrent questions.
         reflections (`int`): Reflective phrases that the policy wrote.
-        stop_reason (`str`): A `StopReason`. With `retrieval_failed` or `environment_failed` the scores mean nothing;
-            `error` says why.
+        stop_reason (`str`): A `StopReason`. With `retrieval_failed` or `environment_failed`, the scores are
+            meaningless and `error` has the cause.
     """
 
     id: str
@@ -68,20 +68,20 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether its search or its environment failed. Failed questions enter no mean."""
+        """Whether the search or the environment failed. Failed questions are left out of the means."""
         return self.stop_reason in FAILURES
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over the questions that did not fail; NaN where all did.
+    """Means over the questions that did not fail; NaN if all failed.
 
     Attributes:
-        questions (`int`): All questions, failed ones included.
+        questions (`int`): All questions, including failed ones.
         failed (`int`): Questions whose search failed; `errors` counts each reason.
         em_ci95 (`float`): Half the width of `em_interval`.
         em_interval (`tuple[float, float]`): The 95 % bootstrap interval of `em`.
-        reflective_ratio (`float`): The share in which the policy wrote a reflective phrase.
+        reflective_ratio (`float`): The share of questions for which the policy wrote a reflective phrase.
     """
 
     mode: str
@@ -107,19 +107,19 @@ class Evaluation:
         return math.isfinite(self.em) and self.failed <= MAX_FAILED * self.questions
 
     def as_json(self) -> dict[str, Any]:
-        """As a file holds it: JSON has no NaN, so what is not a number is null. Read back by [`evaluation_of`]."""
+        """The values for a JSON file, with null in place of NaN. [`evaluation_of`] reads them back."""
         values: dict[str, Any] = finite_or_none(asdict(self))
         return values
 
 
 def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:
-    """The evaluation that a file holds.
+    """The evaluation in a file.
 
     Args:
         source (`str`): The file, for the message.
 
     Raises:
-        UserError: where it is none, or that of another version.
+        UserError: if the values are not an evaluation of this version.
     """
     try:
         numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
@@ -130,7 +130,7 @@ def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:
 
 
 def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Outcome:
-    """What one trajectory is worth. Only what the policy wrote is read: a passage can hold an answer too."""
+    """Scores one trajectory. Only the policy's turns are read, because a passage can hold an answer, too."""
     answer, golden = last_answer(trajectory.spoken), tuple(row["golden_answers"])
     return Outcome(
         id=identifier,
@@ -155,7 +155,7 @@ def score(trajectory: Trajectory, row: Mapping[str, Any], identifier: str) -> Ou
 
 
 def by_dataset(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """The outcomes of each `data_source`, in the order in which they first come."""
+    """The outcomes of each `data_source`, in order of first appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.data_source, []).append(outcome)
@@ -168,9 +168,9 @@ def summarize(mode: str, outcomes: Sequence[Outcome]) -> Evaluation:
 
 
 def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
-    """The averages over data sets. Each set has the same weight, however many questions it has.
+    """The averages over sets. Each set has the same weight, regardless of its size.
 
-    The interval is a stratified bootstrap: the sets are fixed, questions are resampled within each.
+    The interval is a stratified bootstrap: the sets are fixed, and questions are resampled within each set.
 
     Example:
         >>> macro("search", by_dataset(outcomes)).em
@@ -198,9 +198,9 @@ def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
 
 
 def bootstrap_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN where a group is empty.
+    """The 95 % percentile-bootstrap interval of the average of the groups' means; NaN if a group is empty.
 
-    Where a group's values are all 0 or all 1, resampling shows no spread, so Wilson's interval of a share is used.
+    If a group's values are all 0 or all 1, resampling shows no spread, so Wilson's interval of a share is used.
     The counts of the distinct values in a resample follow a multinomial distribution, so one draw makes a resample.
 
     Example:
@@ -216,7 +216,7 @@ def bootstrap_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]
         drawn = draw.multinomial(len(values), counts / len(values), size=RESAMPLES)
         means += drawn @ distinct / len(values) / len(groups)
     low, high = map(float, np.quantile(means, (0.025, 0.975)))
-    # Zou and Donner's MOVER (2008): distances of independent parts to their bounds add up in squares.
+    # Zou and Donner's MOVER (2008): the squared distances of independent parts to their bounds add up.
     middle = sum(sum(values) / len(values) for values in groups) / len(groups)
     missing = [_wilson_width(len(values)) / len(groups) for values in groups if set(values) == {1.0}]
     possible = [_wilson_width(len(values)) / len(groups) for values in groups if set(values) == {0.0}]

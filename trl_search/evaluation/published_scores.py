@@ -1,8 +1,8 @@
 """Published exact match of Qwen2.5 models on the seven sets, for comparison.
 
-None of it was measured here. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it
+We measured none of these numbers. Sources: the Search-R1 paper (arXiv:2503.09516), Seungyoun Shin's reproduction of it
 (June 2025), and the public repositories of verl-tool and SearchAgent-Zero. `secondary` rows were read in a copy, not
-at the source; `[2°]` marks them wherever they are shown.
+at the source; tables mark them with `[2°]`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 TITLES = dict(zip(SETS, ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"), strict=True))
-# Parameters of what is called 3B and 7B, in billions: Qwen2.5's have 3.1 and 7.6.
+# Billions of parameters of models that are called 3B and 7B; those of Qwen2.5 have 3.1 and 7.6.
 _RANGES = {"3B": (2.5, 4.5), "7B": (6.0, 9.0)}
 
 
 @dataclass(frozen=True)
 class Published:
-    """One row. `em` is in the order of `SETS`, and empty where only the average was published."""
+    """One row. `em` is in the order of `SETS`, and empty if only the average was published."""
 
     label: str
     size: str
@@ -32,7 +32,7 @@ class Published:
         return f"{self.label} [2°]" if self.secondary else self.label
 
     def macro(self, names: Sequence[str]) -> float | None:
-        """The average over these sets; as published where they are all seven, `None` where it is not known."""
+        """The average over these sets: the published one for all seven; `None` if it is unknown."""
         if set(names) == set(SETS):
             return self.average
         return sum(self.em[SETS.index(name)] for name in names) / len(names) if self.em else None
@@ -40,7 +40,7 @@ class Published:
 
 PUBLISHED = (
     Published("Search-R1, 3B-it GRPO", "3B", (0.397, 0.565, 0.391, 0.331, 0.310, 0.124, 0.232), 0.336, False),
-    # Seungyoun Shin's reproduction of Search-R1 (June 2025): the average of its table; its text says .349.
+    # The average is that of the table in Shin's reproduction; its text says .349.
     Published(
         "Search-R1 by Shin (2025), 3B-it", "3B", (0.406, 0.582, 0.420, 0.338, 0.332, 0.111, 0.296), 0.355, False
     ),
@@ -59,7 +59,7 @@ PUBLISHED = (
 
 
 def size_class(name: str, parameters: int | None = None) -> str | None:
-    """`3B`, `7B` or `None`, from the number of parameters, or where that is not known from the name.
+    """`3B`, `7B` or `None`, from the number of parameters or, if that is unknown, from the name.
 
     Example:
         >>> size_class("Qwen/Qwen2.5-3B-Instruct"), size_class("runs/a", 7_600_000_000), size_class("tiny")
@@ -74,7 +74,7 @@ def size_class(name: str, parameters: int | None = None) -> str | None:
 
 
 def rows_beside(names: Sequence[str], size: str | None) -> list[Published]:
-    """The rows of that size (`"all"`: of every size) that say something about these sets."""
+    """The published rows of that size (`"all"`: of every size) that have a number for these sets."""
     shown = [name for name in SETS if name in names]
     if not shown:
         return []

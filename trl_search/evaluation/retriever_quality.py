@@ -1,9 +1,9 @@
-"""How well a retriever finds: nDCG, recall and MRR against relevance judgements, or golden answers in what it finds.
+"""Measures a retriever: nDCG, recall and MRR against relevance judgements, or golden answers in the passages found.
 
-    data/scifact/                a BEIR folder: queries.jsonl and qrels/test.tsv name the passages that answer a query
-    nq, data/mine.jsonl          a question set: it has golden answers, and a passage with one of them counts as right
+    data/scifact/                a BEIR folder: queries.jsonl, and qrels/test.tsv with the relevant passages per query
+    nq, data/mine.jsonl          a question set: a passage that contains a golden answer counts as relevant
 
-A passage can hold the golden answer and still not answer the question, so the second kind is an upper bound.
+A passage can contain the golden answer without answering the question, so the second measure is an upper bound.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CUTS = (1, 3, 5, 10, 20, 100)
 
 @dataclass(frozen=True)
 class JudgedQueries:
-    """Queries, and the judgements or golden answers that say whether a passage is right.
+    """Queries, with the judgements or golden answers that determine which passages are relevant.
 
     Attributes:
-        queries (`Mapping[str, str]`): Text by id.
-        judgements (`Mapping`, *optional*): For each query, the relevance of passages by their ids (qrels).
-        golden_answers (`Mapping`, *optional*): For each query, its golden answers.
+        queries (`Mapping[str, str]`): Text of each query, by id.
+        judgements (`Mapping`, *optional*): Relevance of passages, by query id and passage id (qrels).
+        golden_answers (`Mapping`, *optional*): Golden answers, by query id.
     """
 
     name: str
@@ -49,8 +49,8 @@ def load_judged(
     """Loads a BEIR folder, or the question sets of a name, a file or a folder.
 
     Args:
-        split (`str`): Of a BEIR folder: the file in `qrels/`.
-        limit (`int`, *optional*): Takes a random sample of this many queries.
+        split (`str`): The file in `qrels/` of a BEIR folder.
+        limit (`int`, *optional*): Size of a random sample of queries. By default all.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / "qrels").is_dir():
@@ -72,14 +72,14 @@ def measure(retriever: Retriever, judged: JudgedQueries, k: int) -> dict[str, fl
         k (`int`): Passages per query.
 
     Raises:
-        UserError: without the library that computes nDCG and its kin.
+        UserError: if `ir-measures`, which computes nDCG, recall and MRR, is not installed.
     """
     found: dict[str, list[Passage]] = {}
     with tqdm(total=len(judged.queries), desc=judged.name, unit=" queries", disable=None) as bar:
         asked = list(judged.queries.items())
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]
-            # As in BEIR's own evaluation, a passage with the id of its query is the query itself.
+            # As in BEIR's own evaluation, a passage with the id of the query is the query itself, and is dropped.
             results = retriever.search([text for _, text in batch], k + (judged.judgements is not None))
             for (identity, _), passages in zip(batch, results, strict=True):
                 kept = [one for one in passages if judged.judgements is None or one.id != identity]
@@ -92,7 +92,7 @@ def measure(retriever: Retriever, judged: JudgedQueries, k: int) -> dict[str, fl
 
 
 def answer_rank(passages: Sequence[Passage], golden_answers: Sequence[str]) -> int | None:
-    """The rank, from 1, of the first passage that holds a golden answer; `None` where none does."""
+    """The rank, from 1, of the first passage that contains a golden answer; `None` if there is none."""
     return next(
         (
             rank
@@ -104,7 +104,7 @@ def answer_rank(passages: Sequence[Passage], golden_answers: Sequence[str]) -> i
 
 
 def quality_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Retrievers below each other, measures beside each other, in Markdown."""
+    """A Markdown table with one row per retriever and one column per measure."""
     measures = list(dict.fromkeys(name for values in rows.values() for name in values))
     lines = [f"| retriever | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
     lines += [f"| {name} | {' | '.join(f'{values[one]:.3f}' for one in measures)} |" for name, values in rows.items()]
@@ -118,14 +118,14 @@ def _beir(folder: Path, split: str, limit: int | None, seed: int) -> JudgedQueri
             query, passage, relevance = (str(row[name]) for name in ("query-id", "corpus-id", "score"))
             judgements.setdefault(query, {})[passage] = int(relevance)
         except (KeyError, ValueError):
-            raise UserError(f"{where}: columns query-id, corpus-id and score (a whole number) are needed") from None
+            raise UserError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
     texts: dict[str, str] = {}
     for where, row in read_rows(_file(folder, "queries")):
         if not {"_id", "text"} <= row.keys():
-            raise UserError(f"{where}: a query has the fields _id and text; here are {', '.join(row)}")
+            raise UserError(f"{where}: a query needs the fields _id and text; this one has {', '.join(row)}")
         texts[str(row["_id"])] = str(row["text"])
     if unknown := judgements.keys() - texts.keys():
-        raise UserError(f"{folder}: qrels judge the query {min(unknown)!r}, which queries do not hold")
+        raise UserError(f"{folder}: qrels name the query {min(unknown)!r}, which is not in queries: fetch both again")
     known = [query for query in texts if query in judgements]
     chosen = [known[index] for index in sampled_rows(len(known), limit, seed)]
     return JudgedQueries(folder.name, {query: texts[query] for query in chosen}, {q: judgements[q] for q in chosen})
@@ -135,7 +135,7 @@ def _file(folder: Path, name: str) -> Path:
     found = [file for file in folder.iterdir() if table_name(file) == name and table_format(file)]
     if len(found) != 1:
         there = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise UserError(f"{folder} holds {len(found)} files called {name}, and one is needed; there are: {there}")
+        raise UserError(f"{folder} needs one file called {name}, but has {len(found)}; its files are: {there}")
     return found[0]
 
 
@@ -146,7 +146,7 @@ def _against_judgements(
         import ir_measures
     except ImportError:
         raise UserError("nDCG, recall and MRR need ir-measures: pip install 'trl-search[measures]'") from None
-    # Scores of ranks keep the retriever's own order where it gave the same score twice.
+    # Ranks as scores keep the retriever's order if it gave the same score twice.
     run = {query: {one.id: float(-rank) for rank, one in enumerate(found[query])} for query in judgements}
     cut = min(k, 10)
     wanted = [ir_measures.nDCG @ cut, ir_measures.R @ cut, ir_measures.RR @ cut]

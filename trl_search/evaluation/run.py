@@ -1,10 +1,10 @@
-"""One evaluation: every mode on every set, each finished question written down, then `results.json` and `results.md`.
+"""Runs an evaluation: asks every question in every mode, records each outcome, and writes the results.
 
-    DIR/settings.json            everything that defines the number, and the sessions that worked on it
+    DIR/settings.json            every setting that defines the result, and the sessions of the evaluation
     DIR/search-nq.jsonl          one line per finished question (`answers_file.py`)
     DIR/results.json, results.md
 
-Started again, it asks only the questions without a record. Several processes (`accelerate launch`) share them.
+A resumed evaluation asks only the questions without a record. Several processes (`accelerate launch`) share them.
 """
 
 from __future__ import annotations
@@ -57,18 +57,17 @@ from trl_search.types import Sampling
 FORMAT = 1
 RESULTS_MD = "results.md"
 SEARCHING = ("search", "rag")
-# The share of failed questions is not judged before this many questions.
-_FEW = 100
+_FEW = 100  # questions before the share of failed ones is checked
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated, on what, and how; the command's options under their names there.
+    """The options of `trl-search eval`.
 
     Attributes:
-        retriever (`str`, *optional*): A kind, an index folder, or the address of a server.
+        retriever (`str`, *optional*): A kind of retriever, an index folder, or the address of a server.
         seed (`int`): Seed of the sample of questions.
-        fields (`QuestionFields`, *optional*): The columns of question files that have a schema of their own.
+        fields (`QuestionFields`, *optional*): The columns of question files with an unknown schema.
         published (`str`): Published rows to show: `auto`, `3B`, `7B`, `all`, `none`.
         command (`str`): The command line, without its secrets.
     """
@@ -93,16 +92,16 @@ class Plan:
 
     @property
     def acts(self) -> bool:
-        """Whether some mode meets the environment."""
+        """Whether some mode uses the environment."""
         return bool(set(self.modes) & set(SEARCHING))
 
 
 def run_evaluation(plan: Plan) -> dict[str, Any]:
-    """Runs what is left of an evaluation, and writes its results. Returns the content of `results.json`."""
+    """Runs the rest of an evaluation and writes its results. Returns the content of `results.json`."""
     import torch
 
     # 1. The questions and the retriever.
-    # Without an accelerator, accelerate sees the other processes only when it is told to use CPUs.
+    # Without a GPU, accelerate finds the other processes only if it is told to use CPUs.
     processes = PartialState(cpu=not torch.accelerator.is_available())
     plan.backend.check(processes.num_processes)
     world = _world(plan)
@@ -113,7 +112,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any]:
     environment = build_environment(plan.agent, retriever) if plan.acts else AnswerOnly()
     calls = call_word(plan.agent.environment)
 
-    # 2. The settings, which must be those that the folder was begun with.
+    # 2. The settings, which must equal those in the folder.
     folder = plan.output
     settings = compared_settings(
         model=describe_model(model),
@@ -135,7 +134,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any]:
         # 3. The policy.
         backend = plan.backend
         if backend.device is None and processes.num_processes > 1:
-            device = processes.device  # on CPUs its number has no meaning
+            device = processes.device  # a CPU device has a meaningless index
             backend = dataclasses.replace(backend, device="cpu" if device.type == "cpu" else str(device))
         with open_policy(backend, model, tokenizer) as (policy, facts):
             settings["dtype"] = facts.get("dtype")
@@ -146,7 +145,7 @@ def run_evaluation(plan: Plan) -> dict[str, Any]:
                 write_json(folder / SETTINGS, with_left_out(before, settings))
             processes.wait_for_everyone()
 
-            # 4. Every question that has no record yet.
+            # 4. The questions without a record.
             results: dict[str, dict[str, Evaluation]] = {}
             for mode in plan.modes:
                 groups: dict[str, list[Outcome]] = {}
@@ -183,10 +182,10 @@ def _measure(
     environment: Environment,
     processes: PartialState,
 ) -> list[Outcome]:
-    """Asks this process's share of the open questions. Returns the outcomes of all processes and sessions."""
+    """Asks this process's share of the remaining questions. Returns the outcomes of all processes and sessions."""
     records = Records(plan.output, mode, asked.name, processes.process_index)
     done = records.read()
-    processes.wait_for_everyone()  # all share out what is left from the same records
+    processes.wait_for_everyone()  # all processes must divide the same list, so none may write before all have read
     left = [index for index in range(len(asked.rows)) if index not in done or done[index].failed]
     mine = left[processes.process_index :: processes.num_processes]
     watch = _FailureWatch(f"{mode}, {asked.name}", len(mine), plan.max_failed_share)
@@ -235,8 +234,8 @@ class _FailureWatch:
         if self.failed > self.share * max(self.finished, self.least):
             raise UserError(
                 f"{self.what}: the search of {self.failed} of {self.finished} questions failed, more than "
-                f"--max_failed_share {self.share} allows. The last said: {outcome.error}. Put the retriever right and "
-                "give the same command again: what is finished is not asked again."
+                f"--max_failed_share {self.share} allows. The last error: {outcome.error}. Repair the retriever and "
+                "run the same command again: it does not repeat finished questions."
             )
 
 
@@ -244,13 +243,13 @@ def _world(plan: Plan) -> World | None:
     if WORLD not in plan.datasets:
         return None
     if len(plan.datasets) > 1:
-        raise UserError("the embedded world has passages of its own: evaluate on it alone, --datasets world")
+        raise UserError("the embedded world has its own passages: give --datasets world without other sets")
     return generate_world(passages=plan.world_passages, seed=plan.world_seed)
 
 
 def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
     if plan.limit is not None and plan.limit < 1:
-        raise UserError(f"--limit is how many questions of a set are asked, at least 1; got {plan.limit}")
+        raise UserError(f"--limit is the number of questions per set, at least 1; got {plan.limit}")
     if world is not None:
         return [load_world_set(world, limit=plan.limit, seed=plan.seed)]
     sets = [
@@ -269,10 +268,10 @@ def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
 
 
 def what_is_searched(plan: Plan) -> Searched:
-    """What the modes of a plan search: what it says, else the world of its questions, else what the run searched.
+    """What the modes of a plan search: its `retriever`, else the world of its questions, else what the run searched.
 
     Raises:
-        UserError: where nothing says what to search.
+        UserError: if none of these is known.
     """
     in_world, size = WORLD in plan.datasets, (plan.world_passages, plan.world_seed)
     word = plan.retriever or ("bm25" if in_world else None)
@@ -281,7 +280,7 @@ def what_is_searched(plan: Plan) -> Searched:
     if word is None:
         raise UserError(
             f"mode {next(mode for mode in plan.modes if mode in SEARCHING)} searches: give --retriever, an index "
-            "folder, the address of a server, or a kind with its --retriever_options"
+            "folder, the address of a server, or a kind of retriever with its --retriever_options"
         )
     return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
 
@@ -290,11 +289,14 @@ def searches(plan: Plan) -> bool:
     """Whether the environment of the plan's agent takes a retriever.
 
     Raises:
-        UserError: where there is no such environment, and for `rag` where it searches nothing.
+        UserError: if there is no such environment, or if the mode `rag` has no retriever.
     """
     takes = takes_retriever(plan.agent.environment)
     if "rag" in plan.modes and not takes:
-        raise UserError(f"mode 'rag' searches, and the environment {plan.agent.environment} takes no retriever")
+        raise UserError(
+            f"mode 'rag' searches, but the environment {plan.agent.environment} takes no retriever: leave rag out of "
+            "--modes"
+        )
     return takes
 
 
@@ -309,7 +311,9 @@ def _alone(folder: Path, processes: PartialState) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another evaluation writes into {folder} at this moment: wait for it") from None
+        raise UserError(
+            f"another evaluation is writing into {folder}: wait for it, or give another --output"
+        ) from None
 
 
 def _session(plan: Plan, processes: PartialState) -> dict[str, Any]:
@@ -343,4 +347,4 @@ def _write(
     write_json(folder / RESULTS_FILE, report)
     with written_whole(folder / RESULTS_MD) as path:
         path.write_text(markdown, encoding="utf-8")
-    print(f"\n{markdown}\n{folder / RESULTS_MD} and {folder / RESULTS_FILE} are written.")
+    print(f"\n{markdown}\nWrote {folder / RESULTS_MD} and {folder / RESULTS_FILE}.")

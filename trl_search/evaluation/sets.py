@@ -1,4 +1,4 @@
-"""The questions of an evaluation, by name or file, with a fingerprint of those that are asked."""
+"""Loads the question sets of an evaluation, by name or file, and fingerprints the questions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MACRO = "macro"  # the average over the sets
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions that are measured together.
+    """Questions that are evaluated together.
 
     Attributes:
-        name (`str`): The heading of its column, and part of a file's name: `nq`.
-        source (`str`): A dataset of the hub and its split, a file, or the world.
+        name (`str`): The heading of the set's column, and part of its file's name: `nq`.
+        source (`str`): A dataset on the hub and its split, a file, or the world.
         total (`int`): The number of questions in the source; `rows` holds those that are asked.
     """
 
@@ -36,7 +36,7 @@ class QuestionSet:
 
     @property
     def fingerprint(self) -> str:
-        """Of ids, questions and golden answers, in their order."""
+        """A hash of ids, questions and golden answers, in order."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps([row["id"], row["question"], list(row["golden_answers"])]).encode())
@@ -50,15 +50,15 @@ class QuestionSet:
 def load_sets(
     name_or_path: str, *, limit: int | None, seed: int, fields: QuestionFields | None = None
 ) -> list[QuestionSet]:
-    """Loads a set of the hub in the split of the published numbers, or a file or folder in any known schema.
+    """Loads a hub set in the split of published numbers, or a file or folder in any known schema.
 
-    A source with several sets (`nq_hotpotqa`, a file with more than one `data_source`) gives one set for each, because
-    an average over all questions would weight the sets by their size.
+    A source with several values of `data_source` (such as `nq_hotpotqa`) gives one set per value, because an average
+    over all questions would weight the sets by their size.
 
     Args:
-        limit (`int`, *optional*): Asks a random sample of this many questions per set, in their order.
-        seed (`int`): Of that sample.
-        fields (`QuestionFields`, *optional*): The columns of a file in a schema of its own.
+        limit (`int`, *optional*): Size of a random sample of questions per set, in their order. By default all.
+        seed (`int`): Seed of that sample.
+        fields (`QuestionFields`, *optional*): The columns of a file with an unknown schema.
 
     Raises:
         UserError: for an unknown name.
@@ -88,19 +88,19 @@ def load_world_set(world: World, *, limit: int | None, seed: int) -> QuestionSet
 
 
 def check_names(sets: Sequence[QuestionSet]) -> None:
-    """Refuses two sets of one name: the files and the column of a set carry its name.
+    """Checks that names are unique, because a set's files and column are named after it.
 
     Raises:
-        UserError: if two sets have the same name, or one that the table uses.
+        UserError: if two sets have the same name, or one has the name of the average.
     """
     for i, one in enumerate(sets):
         if one.name == MACRO:
-            raise UserError(f"{one.source} cannot be called {MACRO!r}, as the average is: give it another data_source")
+            raise UserError(f"{one.source} is called {MACRO!r}, like the average: give it another data_source")
         for other in sets[:i]:
             if one.name == other.name:
                 raise UserError(
-                    f"{other.source} and {one.source} are both called {one.name!r}: evaluate them into folders of "
-                    "their own, or give them another data_source"
+                    f"{other.source} and {one.source} are both called {one.name!r}: give each its own --output, or "
+                    "give one another data_source"
                 )
 
 

@@ -1,9 +1,8 @@
-"""`settings.json` records everything that defines the result. An evaluation resumes only with the same settings.
+"""`settings.json` records every setting that defines the result. An evaluation resumes only with the same settings.
 
-Everything that an answer depends on is compared: weights by their hash and not by the folder's name, the prompt as the
-policy reads it, an index by what it holds and questions by their text, wherever both lie. Versions, machine and
-concurrency may change between sessions, because they should change no answer; they are recorded per session. Sets and
-modes may be added and left out.
+It compares what an answer depends on: the hash of the weights, the prompt that the policy reads, the content of the
+index and the text of the questions, but not their paths. Versions, machine and concurrency are recorded per session
+and may change, because they should not change an answer. Sets and modes may be added or left out.
 """
 
 from __future__ import annotations
@@ -32,20 +31,19 @@ from trl_search.types import Passage
 
 FORMAT = 1
 SETTINGS = "settings.json"
-# A change in one of these changes the result.
+# Settings that affect the result.
 _COMPARED = ("format", "model", "backend", "dtype", "sampling", "agent", "prompts", "retriever")
-# The files that a model is loaded from. The same folder holds logs, results and optimizer states.
+# The files of a model. Its folder may also hold logs, results and optimizer states.
 _MODEL_FILES = re.compile(
     r".*\.safetensors|(pytorch|adapter)_model.*\.bin|.*\.index\.json|.*\.model|(adapter_|generation_)?config\.json"
     r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
 )
-# Characters of a value that are shown where settings differ.
-_SHOWN = 60
+_SHOWN = 60  # characters of a value in a message about different settings
 _PLACEHOLDER = Passage("0", "{title}", "{text}")
 
 
 def describe_model(name: str) -> dict[str, Any]:
-    """A model by what is in it: the hash of a folder's files, or name and revision of a repository of the hub."""
+    """Identifies a model by its content: the hash of a folder's files, or name and revision of a hub repository."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return {"name": name, "revision": getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)}
@@ -60,14 +58,14 @@ def describe_model(name: str) -> dict[str, Any]:
 
 
 def describe_retriever(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A retriever by its kind, its options without their secrets, and the manifest of every index that they name."""
+    """Describes a retriever: its kind, its options without secrets, and the manifest of every index in them."""
     return {"kind": kind, "options": without_secrets(options), "indexes": [*_indexes(options)]}
 
 
 def prompts_of(
     modes: Sequence[str], tokenizer: PreTrainedTokenizerBase, environment: Environment, agent: AgentSettings
 ) -> dict[str, str]:
-    """What the policy reads in each mode, from the first token to the first of its own; `{question}` in its place."""
+    """The prompt of each mode as the policy reads it, with `{question}` in place of the question."""
     prompts = {}
     for mode in modes:
         written = mode_protocol(mode, tokenizer, environment, agent)
@@ -80,7 +78,7 @@ def prompts_of(
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings that define the result."""
+    """A hash of the settings that define the result."""
     compared = {key: settings.get(key) for key in _COMPARED}
     compared["retriever"] = _searched(settings["retriever"])
     compared["sets"] = {name: _asked(one) for name, one in settings["sets"].items()}
@@ -88,37 +86,37 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings_file(folder: Path) -> dict[str, Any] | None:
-    """The settings that the folder was begun with; `None` for a new folder.
+    """The settings recorded in a folder; `None` for a new folder.
 
     Raises:
-        UserError: if it holds anything else than an evaluation.
+        UserError: if the folder holds anything but an evaluation.
     """
     path = folder / SETTINGS
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(not one.name.startswith(".") for one in folder.iterdir())):
-            raise UserError(f"{folder} holds something else than an evaluation: give --output a folder of its own")
+            raise UserError(f"{folder} holds other files than an evaluation: give --output a new folder")
         return None
     settings = read_object(path, "give another --output, or remove this folder")
     if "sets" not in settings:
-        raise UserError(f"{path} is not that of an evaluation: give another --output")
+        raise UserError(f"{path} is not the settings file of an evaluation: give another --output")
     return settings
 
 
 class OtherSettings(UserError):
-    """A folder holds an evaluation with other settings; `differences` says which, in words."""
+    """The folder holds an evaluation with other settings; `differences` lists them in words."""
 
     def __init__(self, folder: Path, differences: str) -> None:
         self.differences = differences
         super().__init__(
-            f"{folder} holds an evaluation with other settings ({differences}): go on with its own, or "
+            f"{folder} holds an evaluation with other settings ({differences}): use the same settings, or "
             "give --output a new folder"
         )
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to resume with other settings than those that the folder was begun with, and names each difference.
+    """Checks that an evaluation is resumed with the settings recorded in its folder.
 
-    Modes and sets may be added or left out; those that were there and are asked again must be the same.
+    Modes and sets may be added or left out; those that are evaluated again must be the same.
 
     Raises:
         OtherSettings: with the settings that differ.
@@ -126,7 +124,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     told: list[str] = []
     both = set(before["modes"]) & set(now.get("modes", before["modes"]))
     for key in _COMPARED:
-        # Where no mode searched before, or none does now, there is no retriever to compare.
+        # A retriever is compared only if some mode searched before and some mode searches now.
         if key in now and not (key == "retriever" and None in (before[key], now[key])):
             old_and_new = (before.get(key), now[key])
             if key == "retriever":
@@ -146,7 +144,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to keep: those of this session, and those of earlier modes and sets that it leaves out."""
+    """The settings of this session, with the earlier modes and sets that it leaves out."""
     if before is None:
         return dict(now)
     return {
@@ -159,13 +157,13 @@ def with_left_out(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> d
 
 
 def compared_settings(**values: Any) -> dict[str, Any]:
-    """The settings as JSON holds them, so that they equal the ones that are read back."""
+    """The settings after a round trip through JSON, so that they equal settings read from a file."""
     settings: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **values}))
     return settings
 
 
 def _indexes(options: Any) -> Iterator[dict[str, Any]]:
-    """Every index in the options, at any depth: hybrid and rerank hold retrievers of their own."""
+    """Yields every index in the options, at any depth: hybrid and rerank contain other retrievers."""
     if isinstance(options, Mapping):
         for key, value in options.items():
             if (folder := index_folder(key, value)) is not None:
@@ -187,18 +185,18 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
 
 
 def _asked(described: Mapping[str, Any]) -> dict[str, Any]:
-    """A set by its questions, without the place of the file that they were read from."""
+    """The description of a set without its source, which may move."""
     return {key: value for key, value in described.items() if key != "source"}
 
 
 def _searched(described: Mapping[str, Any] | None) -> Any:
-    """A retriever as `describe_retriever` has it, with what each index holds in place of its path."""
+    """The description of a retriever, with the content of each index in place of its path."""
     if described is None:
         return None
     held = {
         one["path"]: {
             **{fact: one[fact] for fact in ("kind", "options", "encoder", "passages")},
-            "corpus": one["corpus"]["sha256"],  # the rest of it is the time of a copy
+            "corpus": one["corpus"]["sha256"],  # its other facts change when the file is copied
         }
         for one in described["indexes"]
     }
@@ -215,7 +213,7 @@ def _searched(described: Mapping[str, Any] | None) -> Any:
 
 
 def _told_apart(old: Any, new: Any) -> str:
-    """Two values in a line each, cut to the place where they differ."""
+    """Two values in one line, each cut to the part where they differ."""
     texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0

@@ -12,15 +12,15 @@ from trl_search.evaluation.outcomes import Evaluation
 from trl_search.evaluation.published_scores import SETS, TITLES, rows_beside
 from trl_search.evaluation.sets import MACRO
 
-# results[mode][set], and under MACRO the average over sets.
+# results[mode][set]; the key MACRO has the average over sets.
 Results = Mapping[str, Mapping[str, Evaluation]]
 
 
 def results_markdown(settings: Mapping[str, Any], results: Results, *, size: str | None) -> str:
-    """The whole of `results.md`.
+    """The content of `results.md`.
 
     Args:
-        settings (`Mapping`): What `settings.json` holds.
+        settings (`Mapping`): The content of `settings.json`.
         size (`str`, *optional*): Published rows to show: `3B`, `7B`, `all`; none by default.
     """
     names = ordered(settings["sets"])
@@ -48,7 +48,7 @@ def ordered(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
 def exact_match_table(
     settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None
 ) -> list[str]:
-    """EM with its 95 % interval: one row per mode, one column per set, the average last; published rows below ours."""
+    """EM with its 95 % interval: one row per mode, one column per set and the average; published rows below."""
     columns = _columns(names)
     lines = [
         f"| exact match | {' | '.join(TITLES.get(name, name) for name in columns)} |",
@@ -69,11 +69,11 @@ def exact_match_table(
 
 
 def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None) -> list[str]:
-    """What a reader must know before comparing."""
-    said = ["± is half of the 95 % bootstrap interval; that of a macro average draws within each set."]
+    """The notes that a reader needs before comparing numbers."""
+    said = ["± is half of the 95 % bootstrap interval; for a macro average, questions are resampled within each set."]
     shared = [name for name in names if name in SETS]
     if set(names) == set(SETS):
-        said.append("The macro average is that of the seven sets.")
+        said.append("The macro average is over the seven sets.")
     elif len(names) > 1:
         said.append(f"**The macro average is over these {len(names)} sets, not over the seven.**")
     for name in names:
@@ -82,7 +82,7 @@ def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], s
             said.append(f"**{TITLES.get(name, name)} is a sample: {one['asked']:,} of {one['total']:,} questions.**")
         if published is not None and published.rows not in (None, one["total"]):
             said.append(
-                f"**{TITLES.get(name, name)} has {one['total']:,} questions here, and {published.rows:,} in published "
+                f"**{TITLES.get(name, name)} has {one['total']:,} questions here, but {published.rows:,} in published "
                 "numbers.**"
             )
     for mode, by_set in results.items():
@@ -91,18 +91,18 @@ def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], s
             reasons = "; ".join(f"{count} x {error}" for error, count in list(macro.errors.items())[:3])
             said.append(
                 f"**{mode}: the search of {macro.failed:,} of {macro.questions:,} questions failed ({reasons}). They "
-                "are in no mean; the same command asks them again.**"
+                "are left out of the means; the same command asks them again.**"
             )
     if rows_beside(shared, size):
         said.append(
-            "Rows without *measured here* are published, with the retriever and the prompts of their authors. [2°]: "
-            "read in a secondary copy."
+            "Rows without *measured here* are published numbers, with the retriever and the prompts of their authors. "
+            "[2°]: read in a secondary copy."
         )
     return [f"- {line}" for line in said]
 
 
 def others_table(results: Results, names: Sequence[str], calls: str) -> list[str]:
-    """All other metrics, one row per mode and set. `calls` is the word for the calls of the environment's tools."""
+    """All other metrics, one row per mode and set. `calls` is the heading for calls of the environment's tools."""
     lines = [
         f"| mode | set | questions | failed | F1 | contains | {calls} | turns | tokens | retrieved | s | reflective |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -127,20 +127,20 @@ def _how(settings: Mapping[str, Any]) -> list[str]:
     how = "greedy" if sampling["temperature"] == 0 else f"temperature {sampling['temperature']}"
     searched = "nothing" if retriever is None else retriever["kind"]
     world = f"k = {agent['passages_per_query']}, at most {agent['max_searches']} searches"
-    if "environment" in agent:  # written down only where it is not the search
+    if "environment" in agent:  # recorded only if it is not the search environment
         world = f"environment {agent['environment']}"
     return [
-        "*contains*: a golden answer stands in the answer. *tokens* are those the policy wrote, *retrieved* those it "
-        "was shown while it answered. *s*: seconds from question to answer, with others asked at the same time.",
+        "*contains*: the answer contains a golden answer. *tokens*: tokens that the policy wrote. *retrieved*: tokens "
+        "that it read from its tools. *s*: seconds from question to answer, with concurrent questions.",
         "",
         f"One answer per question, {how}, top_p {sampling['top_p']}; protocol {agent['protocol']}, "
         f"{world}; retriever {searched}. "
-        "results.json has the prompts, the hashes and the versions.",
+        "results.json has prompts, hashes and versions.",
     ]
 
 
 def _columns(names: Sequence[str]) -> list[str]:
-    """The sets and their average; a single set needs none."""
+    """The sets, and the average if there are several."""
     return [*names, MACRO] if len(names) > 1 else list(names)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its logs, its trajectories with their mask, what made it (`docs/logging.md`)."""
+"""The records of a run: logs, trajectories with their loss mask, provenance (`docs/logging.md`)."""
 
 from trl_search.records.folder import Run, read_run, read_trajectories
 

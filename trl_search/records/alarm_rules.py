@@ -1,4 +1,4 @@
-"""The rules of the alarms: which metric each watches, when it fires, and what to do then."""
+"""The alarm rules: which metric each rule watches, when it fires, and what it advises."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from trl_search.common.files import is_number
 
 WINDOW = 5  # logs whose median is compared
 SETTLED = 3  # logs whose median is the first baseline
-ALARM_PREFIX = "alarm/"  # of the metric that says whether a rule fires
-EM_BEFORE = "eval/em_before"  # held-out EM before the first step, beside that of the evaluations
+ALARM_PREFIX = "alarm/"  # prefix of the metric that is 1 while a rule fires
+EM_BEFORE = "eval/em_before"  # held-out EM before the first step
 
 
 @dataclass
 class Level:
-    """The level of a metric: now, and its lowest and highest in this run. All are medians of recent logs."""
+    """The current, lowest and highest level of a metric in this run. All are medians of recent logs."""
 
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     low: float = math.inf
     high: float = -math.inf
-    highest: float = -math.inf  # of all logs, and no median
+    highest: float = -math.inf  # the highest single log, not a median
     logs: int = 0
     always_zero: bool = True
 
@@ -47,18 +47,18 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that goes wrong.
+    """One kind of failure.
 
     Attributes:
         name (`str`): Logged as `alarm/<name>`.
-        metric (`str`): The metric it watches; a run that does not log it has no such alarm.
+        metric (`str`): The metric that the rule watches. The rule is inactive if the run does not log it.
         means (`str`), advice (`str`): The text of the warning.
         rises (`float`, *optional*): Fires above this many times the metric's lowest level and above `beyond`.
-        falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, once
-            that level has been at least `worth`.
-        unless_solved (`bool`): Silent while the reward is at its best: then there is nothing left to learn.
-        drift (`bool`): A change that precedes a collapse and may also be wanted: it warns and never ends a run.
-        at_once (`bool`): `on_collapse` acts on its first log, and does not wait for ten.
+        falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, if the
+            highest level is at least `worth`.
+        unless_solved (`bool`): Silent while the reward is at its best, because there is nothing left to learn.
+        drift (`bool`): The change may precede a collapse but may also be wanted: the rule warns and never ends a run.
+        at_once (`bool`): `on_collapse` acts on the first log instead of waiting for ten.
     """
 
     name: str
@@ -75,17 +75,17 @@ class Rule:
 
     @property
     def condition(self) -> str:
-        """When it fires, in words."""
+        """When the rule fires, in words."""
         if self.rises is not None:
             said = f"above {self.beyond:g}" + (f" and {self.rises:g}× its lowest" if self.rises else "")
         else:
             said = f"below {self.falls:g}× its highest"
             said += f" and {self.beyond:g}" if math.isfinite(self.beyond) else ""
-            said += f", once that was {self.worth:g}" if self.worth else ""
+            said += f", if its highest is at least {self.worth:g}" if self.worth else ""
         return said + (", unless the reward is at its best" if self.unless_solved else "")
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        """What happened, in words; empty if nothing did."""
+        """What happened, in words; empty if the rule does not fire."""
         level = levels.get(self.metric)
         if level is None or not level.known or (self.unless_solved and _solved(levels.get("reward"))):
             return ""
@@ -98,7 +98,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class NotFinite(Rule):
-    """Fires on a single log: one number that is not finite is enough."""
+    """Fires on a single log in which a metric is not finite."""
 
     metrics: tuple[str, ...] = ()
 
@@ -107,18 +107,18 @@ class NotFinite(Rule):
         return "not a finite number, in one log"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        # TRL logs `None` for a metric that was NaN throughout.
+        # TRL logs `None` for a metric of which all values were NaN.
         broken = [name for name in self.metrics if name in row and not is_number(row[name])]
         return f"{', '.join(broken)}: not a finite number" if broken else ""
 
 
 @dataclass(frozen=True)
 class NeverScored(Rule):
-    """Fires from the third log on, until a rollout scores: a run that has nothing to learn from, and no collapse."""
+    """Fires from the third log on until a rollout scores. Such a run has no signal, but has not collapsed."""
 
     @property
     def condition(self) -> str:
-        return f"0 in each of the first {SETTLED} logs, until it is not"
+        return f"0 in the first {SETTLED} logs, until a rollout scores"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         level, spread = levels.get(self.metric), levels.get(f"{self.metric}_std")
@@ -129,14 +129,14 @@ class NeverScored(Rule):
 
 @dataclass(frozen=True)
 class Halved(Rule):
-    """Fires on a single evaluation that lies below half of the best one, by more than chance."""
+    """Fires on a single evaluation that is significantly below half of the best one."""
 
     upper: str = ""  # the metric with the upper end of the 95 % interval
 
     @property
     def condition(self) -> str:
-        highest = "its highest, before training included,"
-        return f"below 0.5× {highest} with its whole 95 % interval, in one log, once that was {self.worth:g}"
+        highest = "its highest (or its value before training)"
+        return f"whole 95 % interval below 0.5× {highest}, in one log, if that is at least {self.worth:g}"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         if self.upper not in row or not is_number(row[self.upper]):
@@ -154,7 +154,7 @@ _BEGIN = (
 RULES: tuple[Rule, ...] = (
     NotFinite(
         "not_finite", "loss, grad_norm, entropy, kl",
-        "an update overflowed and was skipped (three in a row stop the run)",
+        "an update was not finite and was skipped (three in a row stop the run)",
         "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
         metrics=("loss", "grad_norm", "entropy", "kl"),
     ),
@@ -167,7 +167,7 @@ RULES: tuple[Rule, ...] = (
         f"{_BEGIN}, and check that golden_answers have the form of a right answer", drift=True,
     ),
     Rule(
-        "reward", "reward", "the policy gets worse at what it is trained on",
+        "reward", "reward", "the policy gets worse on its training reward",
         "go back to the best checkpoint; lower learning_rate, take fewer optimizer steps per batch",
         falls=0.4, worth=0.1,
     ),
@@ -207,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "no_answer", "search/no_answer", "more and more trajectories end without an answer",
-        "look at stop/* for how they end; lower learning_rate, go back to the best checkpoint",
+        "stop/* shows how they end; lower learning_rate, go back to the best checkpoint",
         rises=3.0, beyond=0.2,
     ),
     Rule(
@@ -248,7 +248,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "entropy_rise", "entropy", "the policy loses its language",
-        "lower learning_rate, raise beta; make sure that mask_observations is on",
+        "lower learning_rate, raise beta; check that mask_observations is on",
         rises=2.0, beyond=0.3,
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""The end of a training: curves, report and model card in its folder, results and report in the trackers."""
+"""Finishes a training: writes curves, report and model card, and sends results and report to the trackers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finish_run(folder: Path, args: TrainingArguments) -> None:
     run, report = read_run(folder), None
     try:
         report = write_report([run], folder / REPORT)
-    except UserError as error:  # the file belongs to the user
-        logger.warning("the report is not written: %s", error)
+    except UserError as error:  # report.html exists and is a file of the user
+        logger.warning("the report was not written: %s", error)
     (folder / CARD).write_text(str(write_card(read_facts(folder, args.hub_model_id or str(folder)))), encoding="utf-8")
     log_results(args, run, report)

@@ -1,13 +1,13 @@
-"""The folder of a run: which files record it, and how they are read. Nothing here writes.
+"""Reads the folder of a run. Other modules write it.
 
     runs/qwen3b/
-        run.json                          when, with what and how it was started (`run_log.py` writes it)
+        run.json                          when and how the run was started, its settings (`run_log.py` writes it)
         metrics.jsonl                     {"step": 12, "reward": 0.41, ...}, one log per line
         trajectories/step_000012.parquet  one row per trajectory, with its mask (`trajectory_log.py` writes it)
         results.json                      the evaluations of `trl-search train`, before and after training
 
 A run may have been killed at any point. A half-written file is left out and named in `Run.problems`. It is never
-repaired in place, because the run may still be going on.
+repaired, because the run may still be in progress.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FORMAT = 1
 METRICS_FILE, TRAJECTORY_FOLDER = "metrics.jsonl", "trajectories"
 ROLLBACKS_FILE = "rollbacks.json"  # `on_collapse: rollback` (`records/rollbacks.py` writes it)
 GRPO, SFT = "GRPO", "SFT"  # how a run trained: `trl-search train`, or a cold start of `trl-search sft`
-# The rows of results.json that hold the agent, before and after GRPO. The other rows are baselines.
+# The rows of results.json about the agent before and after GRPO. The other rows are baselines.
 BEFORE_ROWS = ("search, warm-started", "search, before GRPO")
 AFTER_ROW, BEST_ROW = "search, after GRPO", "search, best checkpoint"
-REWARD_PREFIX = "rewards/"  # of the columns with the single rewards, which differ from run to run
+REWARD_PREFIX = "rewards/"  # prefix of the columns with single rewards, which differ between runs
 
 _TEXT, _COUNT, _SECONDS, _SCORE = pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
 _TURN = pyarrow.struct([("role", _TEXT), ("start", _COUNT), ("end", _COUNT)])
@@ -55,19 +55,19 @@ TRAJECTORY_SCHEMA = pyarrow.schema(
 @dataclass(frozen=True)
 class Run:
     """
-    What a run has recorded.
+    The records of a run.
 
     Args:
         folder (`Path`): The folder.
         info (`dict`): `run.json`; empty if there is none.
         history (`list[dict]`): The logged rows, oldest first, each with its `step`. A number that was not finite is
             `None`.
-        trajectory_files (`list[Path]`): The readable ones, by step.
-        problems (`list[str]`): What is left out, and why. `read_trajectories` adds what it cannot read.
+        trajectory_files (`list[Path]`): The readable trajectory files, by step.
+        problems (`list[str]`): What is left out, and why. `read_trajectories` adds the files that it cannot read.
         results (`dict[str, dict]`): The evaluations of `results.json` by the name of their row, such as
             `{"search, after GRPO": {"em": 0.935, ...}}`.
-        seconds (`float`, *optional*): How long the whole training took, once it has ended.
-        rollbacks (`list[dict]`): `{"step": 60, "to": 40}` for each time that it went back after a collapse.
+        seconds (`float`, *optional*): The duration of the whole training, once it has ended.
+        rollbacks (`list[dict]`): `{"step": 60, "to": 40}` per rollback after a collapse.
     """
 
     folder: Path
@@ -81,12 +81,12 @@ class Run:
 
     @property
     def task(self) -> dict[str, Any]:
-        """What `run.json` says of questions, retriever and rewards."""
+        """The part of `run.json` about questions, retriever and rewards."""
         return section(self.info, "task")
 
     @property
     def method(self) -> str:
-        """How it was trained: `GRPO` also where `run.json` is missing."""
+        """How it was trained: `GRPO` or `SFT`; `GRPO` if `run.json` is missing."""
         return str(self.info.get("method", GRPO))
 
     @property
@@ -101,13 +101,13 @@ class Run:
 
     @property
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """What was measured once, before training, in other ways of asking: `direct answer, no search`, ..."""
+        """The evaluations in other modes before training, such as `direct answer, no search`."""
         others = {name: row for name, row in self.results.items() if name not in (*BEFORE_ROWS, AFTER_ROW)}
         return {name: row for name, row in others.items() if not name.startswith(BEST_ROW)}
 
 
 def section(info: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object within `run.json`, such as its `task` or `config`; empty if it is missing."""
+    """An object inside `run.json`, such as `task` or `config`; empty if it is missing."""
     value = info.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -124,7 +124,7 @@ def step_of(path: Path) -> int:
 
 def read_run(folder: str | Path) -> Run:
     """
-    Reads what a run has recorded. The run may still be going on, or have been killed.
+    Reads the records of a run, which may still be in progress or may have been killed.
 
     Raises:
         UserError: if the folder does not belong to a run.
@@ -151,7 +151,7 @@ def read_run(folder: str | Path) -> Run:
     files = [path for step, path in sorted(steps.items()) if step >= 0 and _readable(path, problems)]
     results = {name: row for name, row in section(recorded, "rows").items() if isinstance(row, dict)}
     seconds = recorded.get("seconds")
-    # Before training ends, the file holds the evaluations so far, and a time that is not the run's.
+    # Before training ends, `seconds` in the file is not the duration of the whole run.
     ended = AFTER_ROW in results or bool(recorded.get("history"))
     seconds = seconds if ended and isinstance(seconds, int | float) else None
     path = folder / ROLLBACKS_FILE
@@ -161,13 +161,13 @@ def read_run(folder: str | Path) -> Run:
 
 def read_trajectories(run: Run | str | Path, steps: Collection[int] | None = None) -> pyarrow.Table:
     """
-    The trajectories of some steps, or of all, as one table; see `TRAJECTORY_SCHEMA` for its columns.
+    Reads the trajectories of some or all steps as one table; see `TRAJECTORY_SCHEMA` for its columns.
 
-    A reward that only some of the files have is null elsewhere.
+    A reward that only some of the files have is null in the rows of the others.
 
     Args:
-        run ([`Run`] or `str` or `Path`): From [`read_run`], or the folder itself.
-        steps (`Collection[int]`, *optional*): Default: all.
+        run ([`Run`] or `str` or `Path`): The result of [`read_run`], or the folder.
+        steps (`Collection[int]`, *optional*): The steps to read. By default all.
 
     Raises:
         UserError: if the folder does not belong to a run.
@@ -191,7 +191,7 @@ def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     info = _read_object(path, problems)
     if info.get("format", FORMAT) != FORMAT:
-        problems.append(f"{path.name} has format {info['format']}, and this version reads {FORMAT}")
+        problems.append(f"{path.name} has format {info['format']}, but this version reads format {FORMAT}")
     return info
 
 
@@ -209,7 +209,7 @@ def _read_history(folder: Path, recorded: Mapping[str, Any], problems: list[str]
                     cut = " and was cut off" if number == len(lines) else ""
                     problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
     else:
-        # A finished run has its history in its results, too.
+        # The results of a finished run hold its history, too.
         history = recorded.get("history")
         rows = [(f"history[{i}]", row) for i, row in enumerate(history if isinstance(history, list) else [])]
         if not rows:

@@ -1,7 +1,7 @@
 """Writes `run.json` and `metrics.jsonl` into the folder of a run (see `folder.py`), on rank 0.
 
-A resumed run goes on in the same files. What was logged after its checkpoint is dropped: those steps run again.
-A run that starts from step 0 in the folder of another run moves the older records to `earlier/1`, `earlier/2`, ...
+A resumed run appends to the same files. Logs after its checkpoint are dropped, because those steps run again. A run
+that starts from step 0 in the folder of another run moves the older records to `earlier/1`, `earlier/2`, ...
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class RunLog(TrainerCallback):
     The callback that records a run.
 
     Args:
-        model (`str`): The name of the model that is trained.
+        model (`str`): The name of the trained model.
         protocol (`str`, *optional*): The name of its protocol.
-        method (`str`, *optional*, defaults to `"GRPO"`): How it is trained.
+        method (`str`, *optional*, defaults to `"GRPO"`): How the model is trained.
 
     Attributes:
-        prompt (`str`): The first training prompt, from the first token to the first of the policy's.
-        task (`dict`): What `run.json` says about questions, retriever and rewards. Set it before training starts.
-        environment (`dict`): What it says about the environment: its tools and its own budgets.
-        agent (`dict`): The keys of the agent, where the trainer's configuration has none.
+        prompt (`str`): The first training prompt, up to the policy's first token.
+        task (`dict`): The part of `run.json` about questions, retriever and rewards. Set it before training starts.
+        environment (`dict`): The part about the environment: its tools and its own budgets.
+        agent (`dict`): The agent settings, if the trainer's configuration lacks them.
         info (`dict`): `run.json`, once training has started; on rank 0.
     """
 
@@ -93,7 +93,7 @@ class RunLog(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Without `info` no training has begun: this is an evaluation, and the folder may belong to another run.
+        # Without `info`, this is an evaluation before any training, and the folder may belong to another run.
         if not (logs and self.info and state.is_world_process_zero):
             return
         with (Path(args.output_dir or ".") / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -101,10 +101,10 @@ class RunLog(TrainerCallback):
 
 
 def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) -> None:
-    """Names project and run of W&B and trackio after this run, where the configuration does not.
+    """Names the project and run of W&B and trackio, unless the configuration does.
 
-    The defaults of transformers are a project `huggingface` and no name. The time tells runs in the same folder apart,
-    and a resumed run keeps its name, so trackio goes on with it.
+    transformers' defaults are the project `huggingface` and no name. The start time distinguishes runs in the same
+    folder. A resumed run keeps its name, so that trackio continues it.
 
     Example:
         >>> name_for_trackers(args, Path("runs/qwen3b"), "2026-11-26T15:31:14+00:00")
@@ -118,12 +118,12 @@ def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) ->
     if "wandb" in (args.report_to or []):
         import wandb
 
-        if wandb.run is None:  # transformers takes a run that has begun, and would call its project huggingface
+        if wandb.run is None:  # otherwise transformers would start one in the project huggingface
             wandb.init(project=os.environ.get("WANDB_PROJECT", args.project), name=args.run_name)
 
 
 def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Drops what a run recorded after `step`. If the metrics file is missing, it is made from `logged`."""
+    """Drops the records after `step`. If the metrics file is missing, writes it from `logged`."""
     metrics = folder / METRICS_FILE
     rows: Iterable[Mapping[str, Any]] = logged
     if metrics.is_file():
@@ -137,7 +137,7 @@ def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) 
 
 
 def put_aside(folder: Path) -> None:
-    """Moves the records of an earlier run in this folder to `earlier/<n>`, and overwrites nothing."""
+    """Moves the records of an earlier run in this folder to a new folder `earlier/<n>`."""
     if not any((folder / name).exists() for name in (RUN_FILE, METRICS_FILE)):
         return
     number = 1
@@ -147,11 +147,11 @@ def put_aside(folder: Path) -> None:
     for name in (RUN_FILE, METRICS_FILE, RESULTS_FILE, ROLLBACKS_FILE, TRAJECTORY_FOLDER):
         if (folder / name).exists():
             (folder / name).rename(target / name)
-    logger.warning("%s held the records of another run, which are in %s now", folder, target)
+    logger.warning("%s held the records of another run: they were moved to %s", folder, target)
 
 
 def _config(args: TrainingArguments) -> dict[str, Any]:
-    # `to_dict` writes a placeholder for every token, even if none was given.
+    # `to_dict` writes a placeholder for every secret token, even if it is unset.
     values = {name: None if getattr(args, name, 0) is None else value for name, value in args.to_dict().items()}
     return {name: without_secrets(value, name) for name, value in values.items()}
 
@@ -164,14 +164,14 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     try:
-        number = float(value)  # numbers of numpy and torch, too
+        number = float(value)  # also numbers of numpy and torch
     except (TypeError, ValueError):
         return str(value)
     return number if math.isfinite(number) else None
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """The object on a line; empty if the line is blank, cut off or no object."""
+    """The object on a line; empty if the line is blank, cut off or not an object."""
     try:
         row = json.loads(line)
     except ValueError:

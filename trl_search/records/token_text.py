@@ -1,10 +1,10 @@
-"""What each token of a trajectory shows, so that a mask over tokens can be drawn over text.
+"""Splits the decoded text of a trajectory into one text per token, so that a token mask can be drawn over it.
 
     ids      [ 77,    4711,   148, 237, 9 ]
     texts    [ "Mira", " was", "", "é", "." ]         joined: the decoded text, always
 
-If a character is split over several tokens, the last of them shows it. The same holds for characters that a tokenizer
-does not decode token by token.
+A character that is split over several tokens belongs to the last of them. The same applies to characters that a
+tokenizer does not decode token by token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 class TokenTexts:
     """
-    The texts of tokens. It keeps the text of each id it has seen, because decoding ids one by one is slow.
+    Maps token ids to texts. It caches the text of each id, because decoding ids one by one is slow.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
@@ -32,19 +32,19 @@ class TokenTexts:
         return text
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
-        """One text per id; joined they are `decode(ids)`."""
+        """One text per id; joined, they equal `decode(ids)`."""
         text = self.decode(ids)
         for token in set(ids) - self._alone.keys():
             self._alone[token] = self.decode([token])
         texts = [self._alone[token] for token in ids]
         if "".join(texts) == text:
             return texts
-        # A character is split, or tokens depend on their neighbours (a space at the start of a word, and only there).
+        # A character is split, or texts depend on neighbours (some tokenizers write a space only inside a sentence).
         return _laid_along(text, self._decoded_in_turn(ids))
 
     def _decoded_in_turn(self, ids: Sequence[int]) -> Iterable[str]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:  # one of the few tokenizers in Python alone
+        if backend is None:  # one of the few pure-Python tokenizers
             return (self._alone[token] for token in ids)
         return self._streamed(ids, backend)
 
@@ -55,14 +55,14 @@ class TokenTexts:
         for token in ids:
             try:
                 yield stream.step(backend, token) or ""
-            # For bytes that are no character, the library raises nothing narrower.
+            # The library raises a plain `Exception` for bytes that are not a character.
             except Exception:
                 stream = DecodeStream(skip_special_tokens=False)
                 yield stream.step(backend, token) or ""
 
 
 def _laid_along(text: str, pieces: Iterable[str]) -> list[str]:
-    """`text`, cut where the pieces end. Text between two pieces belongs to the second, the rest to the last."""
+    """Cuts `text` where the pieces end. Text between two pieces goes to the second one, the rest to the last."""
     laid: list[str] = []
     at = 0
     for piece in pieces:

@@ -1,8 +1,8 @@
-"""What W&B and trackio get in addition to TRL's metrics: how the run was started, tables of trajectories with their
+"""Sends to W&B and trackio, beside TRL's metrics: how the run was started, tables of trajectories with their loss
 mask, and at the end the evaluations and the report.
 
-The `log_completions` table of TRL shows messages. Here every stretch of text has the colour of its mask: trained on
-(green), or masked (grey). Text of models and web pages is escaped.
+TRL's `log_completions` table shows messages. These tables colour each piece of text by its mask: trained on (green) or
+masked (grey). Text of models and web pages is escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG_KEY, TABLE_KEY, PAGE_KEY = "trl_search", "trajectories", "trajectories_pa
 RESULTS_KEY, REPORT_KEY = "results", "report"
 _NUMBERS = ("step", "group", "index", "reward", "advantage", "searches", "malformed", "model_tokens")
 
-# Half-transparent, so that it reads on a light and on a dark page.
+# Half-transparent, to be readable on light and dark pages.
 _STYLES = {True: "background:rgba(46,160,67,.28)", False: "color:#888"}
 _LEGEND = (
     f'<p style="font:12px sans-serif;color:#888"><span style="{_STYLES[True]};color:initial">trained on</span> '
@@ -35,23 +35,23 @@ _LEGEND = (
 
 class TrackerTables(TrainerCallback):
     """
-    The callback that sends the start of the run and the tables, on rank 0, to the trackers of `report_to`.
+    The callback that sends the run's record and the tables to the trackers of `report_to`, on rank 0.
 
     Args:
-        run_log (`RunLog`): Its record goes into the config of the tracker. It must be called before this callback.
+        run_log (`RunLog`): Its record goes into the tracker's config. This callback must come before ours.
         trajectory_log (`TrajectoryLog`): Its trajectories go into the tables.
     """
 
     def __init__(self, run_log: RunLog, trajectory_log: TrajectoryLog) -> None:
         self.run_log, self.trajectory_log = run_log, trajectory_log
-        self.sent = -1  # the last interval whose table was sent
+        self.sent = -1  # the last interval (step // trajectory_table_steps) whose table was sent
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sent = -1
         self.trajectory_log.begin()
         if not state.is_world_process_zero:
             return
-        # transformers has sent every key of `args`, ours among them.
+        # transformers has already sent all keys of `args`.
         record = {name: value for name, value in self.run_log.info.items() if name not in ("config", "format")}
         record["run_folder"] = str(Path(args.output_dir or ".").resolve())
         for tracker in running_trackers(args):
@@ -60,7 +60,7 @@ class TrackerTables(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert isinstance(args, SearchGRPOConfig)
         every, table = args.trajectory_table_steps, self.trajectory_log.table
-        # A step that reuses earlier rollouts has no new trajectories: those of the next rollout are sent.
+        # A step that reuses earlier rollouts has no new trajectories: wait for the next rollout.
         if table is None or not every or self.trajectory_log.step != state.global_step:
             return
         if state.global_step // every <= self.sent:
@@ -73,10 +73,10 @@ class TrackerTables(TrainerCallback):
 
 def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
     """
-    Sends the evaluations of a finished training, and its report, to the trackers of `report_to`.
+    Sends the evaluations and the report of a finished training to the trackers of `report_to`.
 
     Args:
-        run (`Run`): With the evaluations: a table `results`, and `results/em_before`, `results/em_after` and so on.
+        run (`Run`): Its evaluations are sent as a table `results` and as `results/em_before`, `results/em_after`, ...
         report (`Path`, *optional*): The HTML page of the run.
     """
     if "trackio" in (args.report_to or []):
@@ -103,7 +103,7 @@ def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
 
 def mask_html(tokens: Sequence[str], mask: Sequence[int]) -> str:
     """
-    A trajectory as HTML, with its trained stretches in colour.
+    A trajectory as HTML, with the text that is trained on in colour.
 
     Example:
         >>> mask_html(["<b>", " Mira"], [1, 0])
@@ -116,21 +116,21 @@ def mask_html(tokens: Sequence[str], mask: Sequence[int]) -> str:
 
 
 def mask_text(tokens: Sequence[str], mask: Sequence[int]) -> str:
-    """A trajectory as plain text, with its masked stretches in `⟦ ⟧`."""
+    """A trajectory as plain text, with masked text in `⟦ ⟧`."""
     return "".join(text if trained else f"⟦{text}⟧" for trained, text in stretches(tokens, mask))
 
 
 def stretches(tokens: Sequence[str], mask: Sequence[int]) -> Iterable[tuple[bool, str]]:
-    """Neighbouring tokens with the same mask as one text: `(trained, text)`."""
+    """Joins neighbouring tokens with the same mask: yields `(trained, text)`."""
     for trained, pairs in itertools.groupby(zip(tokens, mask, strict=True), key=lambda pair: bool(pair[1])):
         yield trained, "".join(text for text, _ in pairs)
 
 
 def _resume_trackio(args: TrainingArguments) -> None:
-    """Goes on with the run of trackio, which transformers has ended with the training."""
+    """Reopens the trackio run, which transformers closed at the end of the training."""
     import trackio
 
-    # A run that is resumed gets a new config: it is given the one that it had.
+    # trackio replaces the config of a resumed run, so its old config is passed again.
     config = next((run.config for run in trackio.Api().runs(args.project) if run.name == args.run_name), None)
     trackio.init(
         project=args.project,
@@ -159,19 +159,19 @@ def running_trackers(args: TrainingArguments) -> list[Any]:
 
 
 def _options(tracker: Any) -> dict[str, Any]:
-    """Options of `Html`. W&B would otherwise replace a text that is the name of a file by that file."""
+    """Options of `Html`. Without them, W&B replaces a text that is the name of a file by the file."""
     return {"inject": False, "data_is_not_path": True} if tracker.__name__ == "wandb" else {}
 
 
 def _tables(tracker: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table of the rows, and the same as a page with the mask in colours."""
+    """The rows as a table, and as a page with the mask in colour."""
     options = _options(tracker)
     shown = []
     for row in rows:
         cells = _cells(row)
         if tracker.__name__ == "wandb":
             cells["trajectory"] = tracker.Html(_LEGEND + mask_html(row["tokens"], row["mask"]), **options)
-        else:  # trackio's tables show text alone
+        else:  # trackio's tables show only text
             cells["trajectory"] = mask_text(row["tokens"], row["mask"])
         shown.append(cells)
     table = tracker.Table(columns=list(shown[0]), data=[list(cells.values()) for cells in shown])

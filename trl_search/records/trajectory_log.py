@@ -3,8 +3,8 @@
     from datasets import load_dataset
     load_dataset("parquet", data_files="runs/qwen3b/trajectories/*.parquet")
 
-`folder.py` lists the columns. The mask is read from the batch that TRL trains on, not from the trajectory, so it
-includes whatever TRL or a setting has changed.
+`folder.py` lists the columns. The mask is that of the batch which TRL trains on, not of the trajectory, so it includes
+all changes by TRL or a setting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# What a trajectory has under the name of its column.
+# Columns that are attributes of `Trajectory` with the same name.
 _AS_THEY_ARE = (
     "searches", "calls", "malformed", "model_tokens", "observation_tokens", "error", "generation_s", "search_s",
 )  # fmt: skip
@@ -39,10 +39,10 @@ _AS_THEY_ARE = (
 
 @dataclass(frozen=True)
 class Scored:
-    """What TRL made of a rollout batch. B: trajectories of this rank; R: of all ranks; C: tokens; F: rewards."""
+    """TRL's tensors for a rollout batch. B: trajectories of this rank; R: of all ranks; C: tokens; F: rewards."""
 
     loss_mask_BC: torch.Tensor
-    advantages_B: torch.Tensor  # (B, C) where there is one per token
+    advantages_B: torch.Tensor  # (B, C) if there is one per token
     rewards_RF: torch.Tensor  # NaN: not rewarded
     weights_F: torch.Tensor
     names: Sequence[str]
@@ -50,7 +50,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A trajectory of this rank whose group gave no gradient, and was replaced at `index`: it is in no loss."""
+    """A trajectory of this rank that was replaced at `index`, because its group gave no gradient. No loss uses it."""
 
     index: int
     row: Mapping[str, Any]
@@ -60,16 +60,16 @@ class Replaced:
 
 class TrajectoryLog:
     """
-    Keeps the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
+    Writes the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
 
     Args:
         args (`SearchGRPOConfig`): The configuration of the run.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the policy.
-        accelerator ([`~accelerate.Accelerator`]): It knows the rank. Rank 0 writes.
+        accelerator ([`~accelerate.Accelerator`]): The accelerator of the trainer. Rank 0 writes.
 
     Attributes:
         step (`int`): The last step that was written.
-        table (`pyarrow.Table`, *optional*): Its trajectories; on rank 0.
+        table (`pyarrow.Table`, *optional*): The trajectories of that step; on rank 0.
     """
 
     def __init__(self, args: SearchGRPOConfig, tokenizer: Any, accelerator: Accelerator) -> None:
@@ -79,11 +79,11 @@ class TrajectoryLog:
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.step = 0
         self.table: pyarrow.Table | None = None
-        self._seen = 0  # trajectories of this step so far: a step may take several rollouts
+        self._seen = 0  # trajectories of this step so far; a step may have several rollout batches
         self._texts = TokenTexts(tokenizer)
 
     def begin(self) -> None:
-        """A training begins, or goes back: the steps to come may have been written before."""
+        """Resets the step when training begins or rolls back, because later steps may have been written before."""
         self.step, self.table, self._seen = 0, None, 0
 
     def add(
@@ -94,9 +94,9 @@ class TrajectoryLog:
         scored: Scored,
         replaced: Sequence[Replaced] = (),
     ) -> None:
-        """Adds a rollout batch to the step, and writes the step. Every rank must call it.
+        """Adds a rollout batch to the step and writes the step. Every rank must call it.
 
-        What was replaced stands behind the others, with the index of what took its place and `replaced` true.
+        Replaced trajectories come after the others, with the index of their replacement and `replaced` true.
         """
         if step != self.step:
             self.step, self.table, self._seen = step, None, 0
@@ -130,7 +130,7 @@ class TrajectoryLog:
         rewards_F: torch.Tensor,
         local: int | None,
     ) -> dict[str, Any]:
-        """A row of the table for rank 0, with token ids in place of texts. `local` is its row in `scored`, if any."""
+        """One row of the table, still with token ids instead of texts. `local` is its row in `scored`, if any."""
         mask = [0] * len(trajectory.ids)
         if local is not None:
             mask = scored.loss_mask_BC[local, : len(mask)].tolist()
@@ -181,7 +181,7 @@ def _table(step: int, records: Sequence[Mapping[str, Any]], names: Sequence[str]
 
 
 def question_text(row: Mapping[str, Any]) -> str:
-    """The question of a dataset's row: its column, or the last thing that the user says in its prompt."""
+    """The question of a dataset's row: its column, or the last user message of its prompt."""
     if row.get("question") is not None:
         return str(row["question"])
     messages = row.get("prompt") or []  # a dataset of conversations

@@ -1,6 +1,6 @@
-"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over all ranks.
+"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over the trajectories of all ranks.
 
-| metric                              | mean over trajectories of                                                     |
+| metric                              | value per trajectory                                                          |
 |-------------------------------------|-------------------------------------------------------------------------------|
 | `search/searches`, `search/turns`   | searches made, turns of the policy                                            |
 | `search/malformed_calls`            | malformed calls, which could not be run                                       |
@@ -21,13 +21,13 @@
 | `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
 | `stop/<reason>`                     | 1 if it ended for that reason: `answer`, `search_budget`, ...                 |
 
-Where the environment has no search, or no other tool, the metrics of searches or of other calls are left out.
+Metrics of searches are left out if the environment has no search, metrics of other calls if it has no other tool.
 
-`retrieval/<name>` counts what the retriever did in a rollout batch, over all ranks: `queries`, `failed_queries`,
+`retrieval/<name>` counts the retriever's work for a rollout batch, over all ranks: `queries`, `failed_queries`,
 `batches` and `search_s` for every retriever; for `http` and `web` also `requests`, `failures`, `retries`,
 `failures/<endpoint>` and more.
 
-TRL logs the rest beside them: `rewards/<name>/mean`, `entropy`, `kl`, `frac_reward_zero_std` (groups without signal).
+TRL logs further metrics: `rewards/<name>/mean`, `entropy`, `kl`, `frac_reward_zero_std` (groups without signal).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _OF_SEARCHES = ("search/searches", "search/quoted_queries", "search/repeated_que
 
 
 def idle_metrics(tools: Collection[str]) -> set[str]:
-    """The metrics that say nothing where the policy has these tools: they would be 0 in every step.
+    """The metrics that would be 0 in every step, because the policy lacks the tools that they count.
 
     Example:
         >>> idle_metrics(["search"])

@@ -253,7 +253,7 @@ def test_lines_of_an_evaluation(tmp_path):
     ("content", "message"),
     [
         (None, "has no results.json"),
-        ('{"rows": {}}', "is not of an evaluation"),
+        ('{"rows": {}}', "is not the result of an evaluation"),
         ('{"resu', "results.json is not JSON .*: run the evaluation again"),
     ],
 )

@@ -91,7 +91,7 @@ def test_alarms_are_one_strip_and_a_band_on_their_chart(browser: Any, report: Pa
     assert page.page.evaluate(band, "Reward") == [False, True]
     assert page.page.evaluate(band, "Entropy") == [False, False]
     page.complaints.clear()  # the browser would rather not have its canvas read
-    assert "the policy gets worse at what it is trained on: go back to" in chart(page, "Reward").inner_text()
+    assert "the policy gets worse on its training reward: go back to" in chart(page, "Reward").inner_text()
     page.page.click(".alarms button")
     page.page.click("#tab-trajectories")
     assert not page.page.locator(".alarms").is_visible(), "the strip is on the overview alone"

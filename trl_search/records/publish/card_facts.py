@@ -1,4 +1,4 @@
-"""What a model card is written from: the files of a run, or a trainer that saves a checkpoint."""
+"""The facts for a model card, read from the files of a run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from trl_search.records.rollbacks import rollbacks_of
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a card is written from.
+    The facts for a model card.
 
     Args:
-        repo_id (`str`): Where it is published, `owner/name`; a folder serves as well.
-        settings (`AgentSettings`, *optional*): The prompt and the budgets it was trained with, if they are recorded.
-        protocol (`Protocol`): Its protocol, with its tokenizer.
-        base_model (`str`, *optional*): The model that training began with, as it was named.
+        repo_id (`str`): The repository, `owner/name`, or a folder.
+        settings (`AgentSettings`, *optional*): The agent settings of the training, if they are recorded.
+        protocol (`Protocol`): The agent's protocol, with its tokenizer.
+        base_model (`str`, *optional*): The name of the model that training began with.
         adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
         info (`dict`): `run.json`; empty if there is none.
-        results (`Sequence[Result]`): Measured lines.
-        license (`str`, *optional*): Of the weights, as the hub names it.
-        curves (`bool`): Whether `curves.png` is published beside the card.
+        results (`Sequence[Result]`): The lines of the results table.
+        license (`str`, *optional*): The licence of the weights, by the hub's id.
+        curves (`bool`): Whether `curves.png` is published with the card.
         tools (`tuple[str, ...]`): The names of the tools that the agent calls.
         rollbacks (`Sequence[dict]`): The times that the training went back after a collapse.
     """
@@ -62,7 +62,7 @@ class CardFacts:
 
     @property
     def is_cold_start(self) -> bool:
-        """Whether `trl-search sft` trained it, and nothing after that."""
+        """Whether the model was trained by `trl-search sft` only."""
         return self.info.get("method") == SFT
 
     @property
@@ -71,17 +71,17 @@ class CardFacts:
 
     @property
     def hub_base(self) -> str | None:
-        """The name of the base model on the hub, if it has one."""
+        """The name of the base model on the hub, if it is there."""
         return self.base_model if self.base_model and on_hub(self.base_model) else None
 
     @property
     def in_world(self) -> bool:
-        """Whether it was trained in the embedded world."""
+        """Whether the agent was trained in the embedded world."""
         return self.task.get("questions") == "world"
 
     @property
     def is_search_agent(self) -> bool:
-        """Whether it has no other tool than the search, so that the example conversation and the snippet apply."""
+        """Whether search is the agent's only tool, so that the example conversation and the snippet apply."""
         searches = self.settings is None or self.settings.environment == SEARCH
         return searches and set(self.tools) <= {"search"}
 
@@ -97,7 +97,7 @@ def read_facts(
     """Reads the facts from the folder of a run or of a checkpoint, and from evaluations of `trl-search eval`."""
     run_file = find_run_file(str(folder))
     run_folder = folder if run_file is None else run_file.parent
-    remedy = "move it away, and the card says less about the training"
+    remedy = "move it away; the card then says less about the training"
     info = {} if run_file is None else read_object(run_file, remedy)
     settings = read_settings(str(folder))
     asked = settings or AgentSettings()
@@ -123,6 +123,6 @@ def read_facts(
 
 
 def base_of(info: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> str | None:
-    """The model that a training began with. The folder that a warm start writes is not a base model."""
+    """The model that training began with. The folder that a warm start writes is not a base model."""
     recorded = section(info, "task").get("base_model")
     return recorded or (adapter or {}).get("base_model_name_or_path") or info.get("model")

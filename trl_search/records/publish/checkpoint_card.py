@@ -1,4 +1,4 @@
-"""The card that a training writes beside its weights. The cards of TRL and PEFT know nothing of the run."""
+"""Writes our model card beside the weights, because the cards of TRL and PEFT say nothing about the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CheckpointCards(TrainerCallback):
 
     Args:
         tools (`Sequence[dict]`): The tools of the agent's environment.
-        run_log (`RunLog`): Knows how the run was started.
+        run_log (`RunLog`): The record of how the run was started.
     """
 
     def __init__(

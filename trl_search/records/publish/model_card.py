@@ -1,8 +1,8 @@
-"""The card of an agent: what it is, how to run it, how well it does, how it was made.
+"""The model card of an agent: what it is, how to run it, its results, how it was trained.
 
-Everything on it comes from the records of a run: the files of the model, `run.json`, `results.json` of the training
-and of `trl-search eval`. What was not recorded is not on it. Of the configuration, it shows only the keys that say
-how the policy was trained, and of files only their names: paths, addresses and keys of a machine are not published.
+All facts come from the records of a run: the files of the model, `run.json`, and `results.json` of the training and of
+`trl-search eval`. The card shows only configuration keys that say how the policy was trained, and only the names of
+files: paths, addresses and keys of a machine are not published.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXAMPLE_PASSAGES = (
     Passage("1", "Dracula", "Dracula is a novel by Bram Stoker, published in 1897."),
     Passage("2", "Bram Stoker", "Bram Stoker was born in Dublin in 1847."),
 )
-# Keys of run.json that say how a policy was trained, and nothing about where.
+# Keys of run.json that say how a policy was trained, not on which machine.
 TASK_KEYS = (
     "questions", "eval_questions", "max_train_questions", "world_passages", "world_seed", "retriever", "reward_funcs",
     "warm_start_steps", "warm_start_learning_rate", "teacher", "demonstrations", "samples_per_question", "min_f1",
@@ -57,7 +57,7 @@ CONFIG_KEYS = (
 
 
 def write_card(facts: CardFacts) -> ModelCard:
-    """The card: metadata, and `model_card.md.jinja` filled in."""
+    """Writes the card: metadata, and the text of `model_card.md.jinja`."""
     name, settings = facts.repo_id.rstrip("/").rsplit("/", 1)[-1], facts.settings or AgentSettings()
     asked = facts.is_search_agent
     agent = "a search agent: it reasons, calls a search tool, reads what was found, searches again, and answers."
@@ -82,7 +82,7 @@ def write_card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{_metadata(facts, name).to_yaml()}\n---\n\n{body.rstrip()}\n")
 
 
-# A training writes a card at each of its checkpoints; what all of them share is made once.
+# A training writes one card per checkpoint, so the parts that all cards share are cached.
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def _question_of_the_world(passages: int, seed: int) -> str:
 
 
 def snippet(facts: CardFacts) -> str:
-    """Python that asks the agent one question. It runs as it stands."""
+    """Runnable Python code that asks the agent one question."""
     imports = ["from trl_search import load_retriever", "from trl_search.chat import load_chat"]
     retriever = 'load_retriever("web")  # or "http", "bm25", "dense", ...'
     if facts.in_world:
@@ -122,14 +122,14 @@ def snippet(facts: CardFacts) -> str:
 
 
 def question_for(facts: CardFacts) -> str:
-    """A question that the agent can answer in the world it was trained for."""
+    """A question that the agent can answer with its retriever."""
     if not facts.in_world:
         return EXAMPLE_QUESTION
     return _question_of_the_world(facts.task.get("world_passages", 2000), facts.task.get("world_seed", 0))
 
 
 def example_conversation(protocol: Protocol, settings: AgentSettings) -> str:
-    """A conversation as the model reads it, token by token: the rollout of training plays a script."""
+    """A conversation exactly as the model reads it, made by the rollout loop of training with a scripted policy."""
     return _played(protocol, settings.max_searches, settings.passage_template)
 
 
@@ -153,7 +153,7 @@ def _played(protocol: Protocol, max_searches: int, passage_template: str) -> str
 
 
 def _command(facts: CardFacts) -> str:
-    """Shell commands that install what it needs and ask it a question."""
+    """Shell commands that install trl-search and ask the agent a question."""
     extra, world = ("", f" --retriever world {_world(facts, '--world_passages {} --world_seed {}')}")
     if not facts.in_world:
         extra, world = "[web]", ""
@@ -235,12 +235,12 @@ def _base_link(facts: CardFacts) -> str:
 
 
 def _world(facts: CardFacts, form: str) -> str:
-    """The size and the seed of the embedded world, written in a form."""
+    """Fills the size and the seed of the embedded world into a format string."""
     return form.format(facts.task.get("world_passages", 2000), facts.task.get("world_seed", 0))
 
 
 def _published(value: Any) -> Any:
-    """A name without what it tells about a machine: only the last part of a path, no address."""
+    """A name without details of the machine: only the last part of a path, no address."""
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         return "http://your-server"
     if isinstance(value, str) and ("/" in value or "\\" in value) and not on_hub(value):

@@ -1,4 +1,4 @@
-"""The measured lines of a model card: from a run's own results, and from evaluations made by `trl-search eval`."""
+"""The results table of a model card: from the run's own results, and from evaluations of `trl-search eval`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_search.records.folder import AFTER_ROW, BEST_ROW
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the results: which policy, on which questions, how well."""
+    """One line of the results table: a policy, its questions, its scores."""
 
     policy: str
     dataset: str
@@ -25,42 +25,42 @@ class Result:
     em_ci95: float | None = None
     f1: float | None = None
     searches: float | None = None
-    final: bool = False  # a result of the published model, for the metadata of the card
+    final: bool = False  # a result of the published model, which also goes into the card's metadata
 
 
 def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> list[Result]:
-    """What `trl-search train` measured: before and after training, and on its best checkpoint.
+    """The results of `trl-search train`: before and after training, and of the best checkpoint.
 
     Args:
         folder (`Path`): The folder of the run.
-        task (`Mapping`): `task` of its `run.json`.
-        published (`Path`): The folder of the model, of the run or of a checkpoint: it says which line is final.
+        task (`Mapping`): `task` in the run's `run.json`.
+        published (`Path`): The folder of the published model, a run or a checkpoint: determines which line is final.
 
     Raises:
-        UserError: if the folder holds no results of a training.
+        UserError: if the folder holds results that are not of a training.
     """
     if not (folder / RESULTS_FILE).is_file():
         return []
-    rows = read_object(folder / RESULTS_FILE, "move it away, and the card is without these results").get("rows")
+    rows = read_object(folder / RESULTS_FILE, "move it away; the card then lacks these results").get("rows")
     if not isinstance(rows, dict):
         raise UserError(
-            f"{folder / RESULTS_FILE} holds no results of a training: is {folder} the folder of an evaluation?"
+            f"{folder / RESULTS_FILE} holds no results of a training: give the folder of a run, not of an evaluation"
         )
     dataset = dataset_names(task)
-    own = AFTER_ROW if AFTER_ROW in rows else None  # a run that was killed has only the rows before
+    own = AFTER_ROW if AFTER_ROW in rows else None  # a killed run has only the rows before training
     best = next((name for name in rows if name.startswith(BEST_ROW)), own)
     final = own if published.resolve() == folder.resolve() else best if published.name == "best" else None
     return [line for name, row in rows.items() for line in _line(name, dataset, row, final=name == final)]
 
 
 def dataset_names(task: Mapping[str, Any]) -> str:
-    """The held-out sets of a training, from `task` of its `run.json`."""
+    """The held-out sets of a training, from `task` in the run's `run.json`."""
     sets = task.get("held_out_questions")
     return ", ".join(sets) if isinstance(sets, dict) and sets else "held-out questions"
 
 
 def evaluation_results(folder: Path) -> list[Result]:
-    """What `trl-search eval` measured: one line per mode and set, and their average. Those of `search` are final.
+    """The results of `trl-search eval`: one line per mode and set, and the average. Lines of mode `search` are final.
 
     Raises:
         UserError: if the folder holds no results of an evaluation.
@@ -70,7 +70,7 @@ def evaluation_results(folder: Path) -> list[Result]:
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
     modes = read_object(path, "run the evaluation again").get("results")
     if not isinstance(modes, dict):
-        raise UserError(f"{path} is not of an evaluation: give the --output of a `trl-search eval`")
+        raise UserError(f"{path} is not the result of an evaluation: give the --output of a `trl-search eval`")
     lines: list[Result] = []
     for mode, sets in modes.items():
         for name, row in sets.items():
@@ -82,7 +82,7 @@ def evaluation_results(folder: Path) -> list[Result]:
 
 
 def _line(policy: str, dataset: str, row: Any, *, final: bool) -> list[Result]:
-    """One line; none if the mean is not a number, as when every search failed."""
+    """One line, or none if the mean is not a number (if every search failed)."""
     em = _finite(row.get("em")) if isinstance(row, dict) else None
     if em is None:
         return []

@@ -1,8 +1,8 @@
-"""Publishes the model of a run on the Hugging Face hub: which files are uploaded, and the commit.
+"""Publishes the model of a run on the Hugging Face hub: selects the files and commits them.
 
-Only named files are uploaded: the weights, the tokenizer, the card, `trl_search.json`, the curves. Optimizer states,
-checkpoints, logs and pickled arguments stay. Trajectories hold questions and passages of the training, so they stay as
-well unless they are asked for.
+Only listed files are uploaded: weights, tokenizer, card, `trl_search.json`, curves. Optimizer states, checkpoints,
+logs and pickled arguments are not. Trajectories hold questions and passages of the training, so they are uploaded only
+on request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl_search.common.files import read_object
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.policies.loading import ADAPTER_CONFIG
 
-HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # neither ./warm nor runs/warm, which are folders
+HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # not ./warm or runs/warm, which are folders
 CARD = "README.md"
 CURVES = "curves.png"
 MODEL_FILES = (
@@ -36,24 +36,24 @@ TRAJECTORIES = "trajectories/*.parquet"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes into a repository: files of a folder under their own names, and texts that are written for it."""
+    """The content of a commit: files of a folder under their own names, and texts written for the repository."""
 
     folder: Path
     files: tuple[str, ...]
     texts: Mapping[str, str]
 
     def lines(self) -> list[str]:
-        """Every file with its size, for people."""
+        """One readable line per file, with its size."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         return [f"  {name}  {_size(size)}" for name, size in sorted(sizes.items())]
 
 
 def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bool = False) -> Upload:
-    """Which files of a run are uploaded, after all checks that need no network.
+    """Selects the files of a run to upload, after all checks that need no network.
 
     Raises:
-        UserError: if the folder holds no model, or half of one.
+        UserError: if the folder holds no model, or an incomplete one.
     """
     patterns = [*MODEL_FILES, CURVES, *([TRAJECTORIES] if with_trajectories else [])]
     names = {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
@@ -62,10 +62,10 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
     weights = {name for name in names if name.endswith(".safetensors")}
     if not weights:
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        hint = f"; the run was not finished? Push its last checkpoint: {checkpoints[-1]}" if checkpoints else ""
-        raise UserError(f"{folder} holds no weights (*.safetensors){hint}")
+        hint = f"push the run's last checkpoint, {checkpoints[-1]}" if checkpoints else "give the output_dir of a run"
+        raise UserError(f"{folder} holds no weights (*.safetensors): {hint}")
     if "adapter_model.safetensors" not in names and "config.json" not in names:
-        raise UserError(f"{folder} has weights but no config.json: the model is not complete")
+        raise UserError(f"{folder} has weights but no config.json: save the model again with model.save_pretrained")
     if not any(name.startswith("tokenizer") for name in names):
         raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained")
     for name in names:
@@ -74,7 +74,8 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
             missing = set(index["weight_map"].values()) - weights
             if missing:
                 raise UserError(
-                    f"{folder} is not complete: {name} names {', '.join(sorted(missing))}, which is missing"
+                    f"{folder} is incomplete: {', '.join(sorted(missing))}, listed in {name}, is missing: save the "
+                    "model again, or push another checkpoint"
                 )
     for name in weights:
         _check_weights(folder / name)
@@ -82,13 +83,14 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
 
 
 def publish(upload: Upload, repo_id: str, *, api: HfApi, public: bool = False) -> str:
-    """Creates the repository if needed, and commits everything at once. Returns the address of the commit.
+    """Creates the repository if needed, and makes one commit. Returns the address of the commit.
 
     Args:
-        public (`bool`): Whether everybody may see it. If not, a new repository is private and a public one refused.
+        public (`bool`): Whether the repository may be public. If not, a new one is private and a public one is an
+            error.
 
     Raises:
-        UserError: if the hub does not answer, or refuses the upload.
+        UserError: if the hub does not answer or rejects the upload, or the repository is public and must not be.
     """
     operations = [CommitOperationAdd(name, upload.folder / name) for name in upload.files]
     operations += [CommitOperationAdd(name, text.encode()) for name, text in upload.texts.items()]
@@ -96,24 +98,24 @@ def publish(upload: Upload, repo_id: str, *, api: HfApi, public: bool = False) -
     def commit() -> str:
         api.create_repo(repo_id, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo_id).private:
-            raise UserError(f"{repo_id} is public: everybody would see this. Add --public if that is meant")
+            raise UserError(f"{repo_id} is public, so everybody could see the upload: add --public to allow that")
         return str(api.create_commit(repo_id, operations, commit_message="Upload by trl-search push").commit_url)
 
     return ask_hub(commit, repo_id)
 
 
 def license_of(base_model: str, api: HfApi) -> str | None:
-    """The licence on the card of the base model, which binds models made from it; `None` if there is none."""
+    """The licence on the base model's card, which also binds the fine-tuned model; `None` if there is none."""
     card = ask_hub(lambda: api.model_info(base_model).card_data, base_model)
     found = card.get("license") if card is not None else None
     return found if isinstance(found, str) else None
 
 
 def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
-    """Asks the hub. If it refuses or does not answer, the error names the remedy.
+    """Calls the hub and turns its errors into ones that name the remedy.
 
     Raises:
-        UserError: if the hub is out of reach or refuses, or the name is none.
+        UserError: if the hub cannot be reached, rejects the request, or the name is not a repository name.
     """
     try:
         return ask()
@@ -125,8 +127,8 @@ def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
         status = error.response.status_code
         remedy = {
             401: "log in (`hf auth login`, or HF_TOKEN in the environment)",
-            403: "the token may not write there: it needs the role 'write', and the owner must be you or yours",
-            404: "check the name and that your token sees it",
+            403: "use a token with the role 'write', and your own name or organization as the owner",
+            404: "check the name, and that your token may see it",
         }.get(status, "try again later")
         said = (error.server_message or error.response.reason_phrase)[:300]
         raise UserError(f"the hub answered {status} for {repo_id} ({said}): {remedy}") from error
@@ -135,27 +137,27 @@ def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
 
 
 def settings_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`trl_search.json`, by its name."""
+    """The text of `trl_search.json`, keyed by the file's name."""
     return {SETTINGS_FILE: json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
 
 
 def on_hub(name: str) -> bool:
-    """Whether it reads as the name of a model on the hub, and is no folder on this machine."""
+    """Whether a name has the form of a hub model's name and is not a folder on this machine."""
     return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def adapter_text(adapter: Mapping[str, Any], hub_base: str | None) -> dict[str, str]:
-    """A new `adapter_config.json`, by its name, if the run's names a base model that only this machine has.
+    """A new `adapter_config.json`, keyed by its name, if the run's base model is only on this machine.
 
     Raises:
-        UserError: if the name of the base model on the hub is unknown: nobody else could load the adapter.
+        UserError: if the base model's name on the hub is unknown, so that others could not load the adapter.
     """
     if on_hub(base := adapter["base_model_name_or_path"]):
         return {}
     if hub_base is None:
         raise UserError(
-            f"the base model of the adapter is {base}, which nobody else has: name the same model on the hub with "
-            "--base_model owner/name"
+            f"the base model of the adapter is {base}, which is only on this machine: name the same model on the hub "
+            "with --base_model owner/name"
         )
     config = {**adapter, "base_model_name_or_path": hub_base}
     return {ADAPTER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
@@ -165,7 +167,7 @@ def _check_weights(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np"):  # reads the header, which says how long the file must be
+        with safe_open(path, "np"):  # reads the header and checks the file's length against it
             pass
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or incomplete ({error}): save the model again") from None
