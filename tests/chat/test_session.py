@@ -339,7 +339,7 @@ def test_half_a_record_is_not_guessed_at(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"r": 4', "adapter_config.json is not JSON.*save the adapter anew"), ('{"r": 4}', "no base model")],
+    [('{"r": 4', "adapter_config.json is not JSON.*save the adapter again"), ('{"r": 4}', "no base model")],
 )
 def test_a_damaged_adapter_is_named(tmp_path, retriever, text, message):
     (tmp_path / "adapter_config.json").write_text(text)

@@ -96,7 +96,7 @@ def test_what_an_environment_gets_wrong_is_named(wrong: dict, message: str) -> N
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ({"name": "add"}, "tools is a list of JSON schemas, and this is dict"),
+        ({"name": "add"}, "tools must be a list of JSON schemas; got dict"),
         ([{"name": "add"}], "a tool is a JSON schema"),
         (["add"], "a tool is a JSON schema"),
         (None, "tools is a list"),
@@ -121,7 +121,7 @@ def test_the_instruction_names_the_tools_and_no_other(tokenizer) -> None:
     assert "search" not in instruction("search_r1", ())
     for protocol in ("qwen_tools", "qwen_inline", "search_r1"):
         assert instruction(protocol, SearchEnvironment.tools) == load_protocol(protocol, tokenizer).instruction
-    with pytest.raises(UserError, match=r"'search_r1' has tags for a search, and none for .* tool 'add'"):
+    with pytest.raises(UserError, match=r"'search_r1' has tags for search only, not for .* tool 'add'"):
         load_protocol("search_r1", tokenizer, tools=Calculator.tools)
 
 

@@ -26,7 +26,7 @@ def test_the_end_of_a_turn_can_be_set():
     """A base model with a ChatML template: its tokenizer names the end of a text, and its template another token."""
     plain = load_tokenizer(tiny_policy_path())
     assert load_tokenizer(tiny_policy_path(), eos_token=plain.pad_token).eos_token_id == plain.pad_token_id
-    with pytest.raises(UserError, match=r"eos_token='<\|nope\|>' is no token of .*give the one that ends a turn"):
+    with pytest.raises(UserError, match=r"eos_token='<\|nope\|>' is not a token of .*give the token that ends a turn"):
         load_tokenizer(tiny_policy_path(), eos_token="<|nope|>")
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):
         lambda: load_model(str(tmp_path / "t5")),
         lambda: load_base(str(tmp_path / "t5"), ModelConfig(str(tmp_path / "t5")), config(tmp_path)),
     ):
-        with pytest.raises(UserError, match=r"t5 is no causal language model .*give a text-only model"):
+        with pytest.raises(UserError, match=r"t5 is not a causal language model .*give a text-only model"):
             load()
 
 
@@ -80,12 +80,12 @@ def test_weights_that_are_missing_are_not_made_up(broken):
 
 
 def test_weights_of_another_shape_are_named(broken):
-    with pytest.raises(UserError, match=r"have other shapes than its config\.json says"):
+    with pytest.raises(UserError, match=r"do not have the shapes in its config\.json"):
         load_model(broken(lambda weights: weights.update({BIAS: weights[BIAS][:-1].clone()})))
 
 
 def test_weights_that_are_not_finite_are_refused(broken):
-    with pytest.raises(UserError, match=rf"not finite \({BIAS}\): the run that saved it had overflowed"):
+    with pytest.raises(UserError, match=rf"not finite \({BIAS}\), because its training overflowed"):
         load_model(broken(lambda weights: weights[BIAS].fill_(torch.nan)))
 
 

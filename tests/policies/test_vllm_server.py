@@ -221,11 +221,11 @@ def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(server):
 
 def test_what_the_server_refuses_names_the_remedy(server):
     policy = VLLMServerPolicy(server.url)
-    with pytest.raises(UserError, match=rf"{server.url} refused.*maximum context length.*--max-model-len 1100"):
+    with pytest.raises(UserError, match=rf"{server.url} rejected.*maximum context length.*--max-model-len 1100"):
         generate(policy, ([300] * 1000, {"max_tokens": 100, "sampling": GREEDY}))
     with pytest.raises(UserError, match=r"out of vocabulary.*another tokenizer"):
         generate(policy, ([1_000_000], {"max_tokens": 10, "sampling": GREEDY}))
-    with pytest.raises(UserError, match=r"serves tiny, and not large"):
+    with pytest.raises(UserError, match=r"serves tiny, not large"):
         generate(VLLMServerPolicy(server.url, model="large"))
     with pytest.raises(UserError, match=rf"need 5000 tokens.*has room for {MAX_MODEL_LEN}.*--max-model-len 5000"):
         generate(VLLMServerPolicy(server.url, context_length=5000))
@@ -351,7 +351,7 @@ def test_trouble_of_the_server_is_asked_again(answering, trouble):
     assert completion.logprobs[0] == -0.5 and completion.logprobs[1] != completion.logprobs[1]
     answers[:] = [trouble]
     started = time.monotonic()
-    with pytest.raises(UserError, match=rf"{url} is up, and yet failed a request [3-9] times in \d s"):
+    with pytest.raises(UserError, match=rf"{url} is up, but failed a request [3-9] times in \d s"):
         generate(VLLMServerPolicy(url, patience_s=1.5), ASK)
     assert 1.5 < time.monotonic() - started < 60
 
@@ -409,7 +409,7 @@ def test_what_tells_a_restart(caplog):
 def test_answers_that_lack_what_is_needed(answering):
     url, answers = answering
     answers.append((200, (CHOICE % "stop").replace('"token_ids": [5, 6],', "")))
-    with pytest.raises(UserError, match="without token ids"):
+    with pytest.raises(UserError, match="returned no token ids"):
         generate(VLLMServerPolicy(url), ASK)
     answers[:] = [(200, CHOICE % "length")]
     with pytest.raises(UserError, match="after 2 of 9 tokens"):

@@ -1,4 +1,4 @@
-"""Asking an agent, and hearing it think, search and answer (`trl-search chat`)."""
+"""Asks an agent questions, and shows it think, search and answer (`trl-search chat`)."""
 
 from trl_search.chat.session import Chat, Reply, load_chat
 

@@ -1,11 +1,11 @@
-"""The events of a chat: a policy and an environment that tell a listener what they do.
+"""The events of a chat: wrappers of policy and environment that report to a listener.
 
     HeardPolicy         Said, Said, Said ...                    token by token
     HeardEnvironment    Searching ─► Found | SearchFailed       a search
                         Calling ─► Returned                     a call of another tool
                         Corrected                               a call that could not be run
 
-Both wrap what training uses, so `rollout.py` knows nothing of them.
+They wrap the policy and the environment of training, so `rollout.py` needs no code for chats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEARCH_FAILED = "The search failed: nothing could be looked up. Search again, or
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A piece of what the model writes."""
+    """A piece of text that the model writes."""
 
     text: str
 
@@ -37,7 +37,7 @@ class Searching:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search found, possibly nothing. `notice` is what the model is told beside the passages."""
+    """The passages that a search found, possibly none. `notice` is a further message to the model."""
 
     passages: tuple[Passage, ...]
     notice: str = ""
@@ -50,14 +50,14 @@ class SearchFailed:
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """A call could not be run, and the model was told why."""
+    """A call could not be run, and the model was told the reason."""
 
     notice: str
 
 
 @dataclass(frozen=True, slots=True)
 class Calling:
-    """A call of another tool than the search."""
+    """A call of a tool other than search."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -65,7 +65,7 @@ class Calling:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """What such a call gave: texts, and the environment's own words."""
+    """The result of such a call: documents, and the environment's notice."""
 
     documents: tuple[str, ...]
     notice: str = ""
@@ -76,11 +76,11 @@ Listener = Callable[[Event], None]
 
 
 def unheard(event: Event) -> None:
-    """A listener that does not listen."""
+    """A listener that ignores all events."""
 
 
 class HeardEnvironment(Environment):
-    """Tells a listener what another environment does, and tells the model when a search failed."""
+    """Reports to a listener what another environment does, and tells the model if a search failed."""
 
     listener: Listener = staticmethod(unheard)
     searched: list[tuple[str, ...]]  # the queries of each search that was run
@@ -131,7 +131,7 @@ class HeardEnvironment(Environment):
 
 @dataclass
 class HeardPolicy(Policy):
-    """Tells a listener what an engine writes: token by token if the engine can, else turn by turn."""
+    """Reports to a listener what an engine writes: token by token if the engine supports it, else turn by turn."""
 
     engine: Policy
     protocol: Protocol

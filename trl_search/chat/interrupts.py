@@ -1,8 +1,8 @@
 """Makes Ctrl-C reach the main thread of a chat, which has many threads.
 
-The kernel gives the signal to any thread that does not block it. If another one gets it, the main thread goes on
-waiting for the next line or an answer. So every other thread blocks the signal from its start on, and so do the
-threads that libraries start in it.
+The kernel delivers the signal to any thread that does not block it. If that is not the main thread, the main thread
+keeps waiting for the next line or an answer. So all other threads, including those that libraries start, block the
+signal.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-# How long a Ctrl-C may go unseen while the main thread waits: some thread of a library may still have taken it.
+# How often the waiting main thread checks for a Ctrl-C that some thread of a library has taken.
 INTERRUPT_S = 0.2
 
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """A thread that starts in here, and every thread that it starts, leaves Ctrl-C to others."""
+    """Threads that start inside this context, and all threads that they start, do not receive Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -34,14 +34,14 @@ def interrupts_blocked() -> Iterator[None]:
 
 
 def wait_for(future: Future[Result]) -> Result:
-    """The result of a future; Ctrl-C is seen while it is waited for."""
+    """Waits for the result of a future; Ctrl-C can interrupt the wait."""
     while not wait([future], timeout=INTERRUPT_S).done:
         continue
     return future.result()
 
 
 def beside_main(work: Callable[[], Result]) -> Result:
-    """Runs work on a thread that leaves Ctrl-C to this one, and returns its result.
+    """Runs `work` in a thread that does not receive Ctrl-C, and returns its result.
 
     Example:
         >>> chat = beside_main(lambda: load_chat("runs/qwen3b", retriever))
@@ -51,7 +51,7 @@ def beside_main(work: Callable[[], Result]) -> Result:
     def run() -> None:
         try:
             done.set_result(work())
-        except BaseException as error:  # carried over to the thread that waits
+        except BaseException as error:  # raised again in the waiting thread
             done.set_exception(error)
 
     with interrupts_blocked():

@@ -1,11 +1,11 @@
-"""An agent that answers one question after another, and can be watched while it thinks, searches and answers.
+"""An agent that answers one question after another and reports each token, search and result to a listener.
 
     with load_chat("runs/qwen3b", load_retriever("web")) as chat:
         print(chat.ask("Who founded Orlune?").answer)
 
-Each answer is a rollout of one trajectory, with the loop, environment and protocol of training, so the agent meets
-what it was trained on. Two things differ (`events.py`): a listener hears it token by token, and it is told when a
-search failed, while training would discard the trajectory. Each question is a conversation of its own, as in training.
+Each answer is a rollout of one trajectory, with the loop, environment and protocol of training. Two things differ
+(`events.py`): a listener gets the text token by token, and the model is told if a search failed, while training would
+discard the trajectory. As in training, the model does not see earlier questions.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from trl_search.types import Passage, Sampling, StopReason, Trajectory
 
 Result = TypeVar("Result")
 
-# As in the inference script of Seungyoun Shin's reproduction of Search-R1 (June 2025).
+# The temperature in the inference script of Seungyoun Shin's reproduction of Search-R1 (June 2025).
 SAMPLING = Sampling(temperature=0.7)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """How a question was answered. `calls` are those of all tools, searches among them.
+    """The answer to a question and how it was found. `calls` counts the calls of all tools, including searches.
 
-    `error` says why the environment failed, if it did; `failed_searches` says it of each search.
+    `error` is the reason if the environment failed; `failed_searches` has the reason of each failed search.
     """
 
     question: str
@@ -88,14 +88,14 @@ class Reply:
 
 
 class Chat:
-    """A policy and its environment, kept open between questions. [`load_chat`] makes one; `close` it, or use `with`.
+    """A policy and its environment, kept open between questions. Created by [`load_chat`]; `close` it, or use `with`.
 
     Args:
         policy (`Policy`): The engine.
-        protocol (`Protocol`): How the policy was trained to search.
-        environment (`HeardEnvironment`): What it acts in.
+        protocol (`Protocol`): The protocol with which the policy was trained.
+        environment (`HeardEnvironment`): The environment of the agent.
         limits (`Limits`): Token budgets of an answer.
-        sampling (`Sampling`, *optional*): How it samples; each question has its own seed.
+        sampling (`Sampling`, *optional*): The sampling settings; each question has its own seed.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Chat:
     ) -> None:
         self.policy, self.protocol = HeardPolicy(policy, protocol), protocol
         self.environment, self.limits, self.sampling = environment, limits, sampling
-        # The chat has its own loop, on a thread: engine and connections stay warm, and the running loop of a notebook
-        # is not in the way. An interrupt reaches the thread that asks, which cancels its question.
+        # The chat has its own event loop in a thread: engine and connections stay open between questions, and the
+        # running loop of a notebook does not interfere. Ctrl-C reaches the asking thread, which cancels the question.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
         with interrupts_blocked():
@@ -117,17 +117,17 @@ class Chat:
         self._opened = False
 
     def ask(self, question: str, listener: Listener = unheard, *, seed: int | None = None) -> Reply:
-        """Answers one question. The listener is told meanwhile, from other threads, one event at a time.
+        """Answers one question. The listener is called from other threads, with one event at a time.
 
         Args:
-            seed (`int`, *optional*): The same seed gives the same answer, as long as searches find the same. By
-                default one is drawn; the reply names it.
+            seed (`int`, *optional*): The same seed gives the same answer if searches find the same passages. By
+                default it is random; the reply contains it.
 
         Raises:
             UserError: for an empty question.
         """
         if not question.strip():
-            raise UserError("the question is empty")
+            raise UserError("the question is empty: give a text")
         heard = _Switch(listener)
         try:
             return self._run(self._answer(question, heard, random.getrandbits(32) if seed is None else seed))
@@ -139,7 +139,7 @@ class Chat:
             heard.on = False
 
     def close(self) -> None:
-        """Ends the engine and the searches. Safe to call twice."""
+        """Stops the engine and the searches. Safe to call twice."""
         if self._loop.is_closed():
             return
         if self._opened:
@@ -193,7 +193,7 @@ class Chat:
 
 @dataclass
 class _Switch:
-    """A listener that can be switched off: an engine may sample one more token after an interrupt."""
+    """A listener that can be switched off, because an engine may sample one more token after an interrupt."""
 
     listener: Listener
     on: bool = True
@@ -233,19 +233,19 @@ def load_chat(
     dtype: str | None = None,
     server: str | None = None,
 ) -> Chat:
-    """Loads a model for questions.
+    """Loads a model for a chat.
 
     Args:
-        model (`str` or `Path`): A model of the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
-        retriever (`Retriever`, *optional*): What it searches, if its environment does. The caller closes it.
-        settings (`AgentSettings`, *optional*): How it is asked; by default as in training (`config/agent.py`).
-        sampling (`Sampling`, *optional*): Temperature 0.7 by default; `Sampling(temperature=0)` is greedy.
-        device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
-        dtype (`str`, *optional*): bfloat16 on a GPU and float32 on a CPU by default.
-        server (`str`, *optional*): The address of a `vllm serve` that serves the model; only the tokenizer is loaded.
+        model (`str` or `Path`): A model on the hub, a folder (of a model or of a PEFT adapter), or `"tiny"`.
+        retriever (`Retriever`, *optional*): The retriever, if the environment needs one. The caller must close it.
+        settings (`AgentSettings`, *optional*): The agent settings. By default those of training (`config/agent.py`).
+        sampling (`Sampling`, *optional*): By default temperature 0.7; `Sampling(temperature=0)` is greedy.
+        device (`str`, *optional*): By default `"cuda"` if there is a GPU, else `"cpu"`.
+        dtype (`str`, *optional*): By default bfloat16 on a GPU and float32 on a CPU.
+        server (`str`, *optional*): The address of a `vllm serve` with the model; then only the tokenizer is loaded.
 
     Raises:
-        UserError: if the model is a loaded one, or cannot be found or loaded.
+        UserError: if `model` is not a name, or the model cannot be found or loaded.
 
     Example:
         >>> with load_chat("runs/qwen3b", load_retriever("web")) as chat:
@@ -257,7 +257,7 @@ def load_chat(
     from trl_search.policies.vllm_server import VLLMServerPolicy
 
     if not isinstance(model, str | Path):
-        raise UserError(f"model is a folder, a model of the hub or 'tiny', and this is {model!r:.60}")
+        raise UserError(f"model must be a folder, a model on the hub or 'tiny'; got {model!r:.60}")
     model = str(model)
     if settings is None:
         settings = trained_settings(model)

@@ -1,8 +1,7 @@
-"""A chat on a terminal: thoughts, calls, passages and the answer each have a colour.
+"""Shows a chat on a terminal: thoughts, calls, passages and the answer each have a colour.
 
-Colours are for terminals, and off if `NO_COLOR` is set; a pipe gets the same text without them. Text of a model or a
-search is untrusted: its control characters could move the cursor, ring, retitle the window or reverse the text. So
-they are written out (`\\x1b`) and not sent.
+There are no colours in a pipe or if `NO_COLOR` is set. Text of a model or a search is untrusted. Its control
+characters, which could move the cursor, rename the window or reverse the text, are printed as escapes (`\\x1b`).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ STYLES = {"think": "dim italic", "tool_call": "cyan", "search": "cyan", "answer"
 _TAG = re.compile(rf"<(/?)({'|'.join(STYLES)})>")
 _TAGS = [f"<{slash}{name}>" for name in STYLES for slash in ("", "/")]
 _TAG_BEGUN = re.compile(r"<[^<>]{0,11}$")
-# C0 and C1 without tab and newline, characters that change the direction of text, and halves of surrogate pairs.
+# C0 and C1 except tab and newline, characters that change the direction of text, and halves of surrogate pairs.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text with every control character written out.
+    """The text with every control character as an escape.
 
     Example:
         >>> visible("\\x1b[2Jgone")
@@ -38,13 +37,13 @@ def visible(text: str) -> str:
 
 
 class Painter:
-    """Gives each piece of a turn the style of the tags around it. A tag may arrive in several pieces."""
+    """Styles each piece of a turn by the tags around it. A tag may arrive in several pieces."""
 
     def __init__(self) -> None:
         self._held, self._style = "", ""
 
     def feed(self, text: str) -> Iterator[tuple[str, str]]:
-        """Pieces of text with their styles. An end that may be the beginning of a tag is held back."""
+        """Yields pieces of text with their styles. An end that may be the start of a tag is held back."""
         text = self._held + text
         begun = _TAG_BEGUN.search(text)
         held = begun[0] if begun and any(tag.startswith(begun[0]) for tag in _TAGS) else ""
@@ -52,7 +51,7 @@ class Painter:
         yield from self._paint(text[: len(text) - len(held)])
 
     def flush(self) -> Iterator[tuple[str, str]]:
-        """Ends a turn: the text held back is not a tag, and styles end with the turn."""
+        """Ends a turn: yields the text held back, and resets the style."""
         yield from self._paint(self._held)
         self._held, self._style = "", ""
 
@@ -105,7 +104,7 @@ class Screen:
             self._write([("\n", "")])
 
     def finish(self, reply: Reply) -> None:
-        """The last lines: the outcome of the question."""
+        """Prints the last lines: the outcome of the question."""
         self.end_turn()
         if reply.answer is None:
             self._line(f"no answer (stopped by {reply.stop_reason.value})", "bold red")
@@ -142,6 +141,6 @@ class Screen:
         self._block(visible(text), 5, "bright_black")
 
     def _block(self, text: str, indent: int, style: str) -> None:
-        """Lines no wider than the console, which knows how wide a character is."""
+        """Prints lines that fit the console, which knows the width of each character."""
         for line in Text(text).wrap(self._console, max(20, self._console.width - indent)):
             self._line(" " * indent + line.plain.rstrip(), style)

@@ -1,4 +1,4 @@
-"""`Policy`: what the rollout loop asks for a turn. Implementations differ in the engine, not in what they return."""
+"""`Policy`: generates the turns of a rollout. Implementations differ in the engine, not in what they return."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_search.types import Completion, Sampling
 
 
 class Turn(TypedDict, total=False):
-    """The keywords of [`Policy.generate`], for a policy that passes them on, or needs few: `**turn: Unpack[Turn]`."""
+    """The keywords of [`Policy.generate`], for policies that pass them on: `**turn: Unpack[Turn]`."""
 
     max_tokens: Required[int]
     sampling: Required[Sampling]
@@ -19,10 +19,10 @@ class Turn(TypedDict, total=False):
 
 
 class Policy(abc.ABC):
-    """Generates turns for many trajectories at once; a call is one request to an engine that batches continuously.
+    """Generates turns for many trajectories at once. Each call is one request to an engine with continuous batching.
 
     Attributes:
-        slots (`int`, *optional*): Requests that the engine runs at once; others queue. None: not known.
+        slots (`int`, *optional*): Requests that the engine runs at once; others queue. `None`: unknown.
     """
 
     slots: int | None = None
@@ -40,30 +40,29 @@ class Policy(abc.ABC):
         """Samples one turn after `prompt_ids` (the whole conversation so far).
 
         Args:
-            max_tokens (`int`): What is left of the trajectory's budget; at least 1 token is always sampled.
-            stop (`Sequence[str]`): Ends the turn once the sampled text contains one of these strings. A stop string
-                can end inside a token. The ids and logprobs of all sampled tokens are kept, so the text may go on for
-                a character.
-            stop_token_ids (`Sequence[int]`): Tokens that end the turn, beside the model's own EOS: those with which
-                the chat template closes the assistant's turn. They are sampled, so they are part of the completion.
+            max_tokens (`int`): The rest of the trajectory's token budget. At least 1 token is always sampled.
+            stop (`Sequence[str]`): Ends the turn once the sampled text contains one of these strings. If a stop
+                string ends inside a token, the whole token is kept, so the text may be a few characters longer.
+            stop_token_ids (`Sequence[int]`): Tokens that end the turn besides EOS, with which the chat template closes
+                the assistant's turn. They are sampled, so they are part of the completion.
 
         Returns:
-            `Completion`: The sampled ids, EOS included, and their logprobs under the temperature-scaled distribution
-                before top-p, top-k and min-p: what TRL computes in training.
+            `Completion`: The sampled ids, including EOS, and their logprobs under the temperature-scaled distribution
+                before top-p, top-k and min-p, as TRL computes them in training.
         """
 
     async def interrupt(self) -> None:
-        """Ends all requests under way: each returns what it has sampled, with `FinishReason.INTERRUPTED`.
+        """Ends all requests in flight: each returns its tokens so far, possibly none, with `FinishReason.INTERRUPTED`.
 
-        Called on the event loop, by those who let no new request through meanwhile. Its tokens may be none.
+        Called on the event loop. The caller must not send new requests until it returns.
 
         Raises:
-            NotImplementedError: if the engine cannot.
+            NotImplementedError: if the engine cannot interrupt requests.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot interrupt its requests")
 
     async def open(self) -> None:
-        """Called on the event loop before a rollout batch: start or wake the engine."""
+        """Starts or wakes the engine. Called on the event loop before a rollout batch."""
 
     async def close(self) -> None:
-        """Called on the event loop after it, also when it failed: put the engine to sleep. Safe to call twice."""
+        """Puts the engine to sleep. Called on the event loop after a rollout batch, also a failed one, maybe twice."""

@@ -1,11 +1,11 @@
-"""`EngineThread`: a policy whose engine runs on one thread of its own. Requests come in and go out between two steps.
+"""`EngineThread`: a policy whose engine runs in its own thread. Requests enter and leave between two engine steps.
 
     event loop                           engine thread
     generate() ── request ─► inbox ──►   add(request)
                                          step() ─► [(request, completion), ...]
     await future ◄── completion ──────   request.finish(completion)
     (cancelled) ── request ─► inbox ──►  drop(request)
-    interrupt() ── future ──► inbox ──►  drop(request) ─► what it has sampled, for each
+    interrupt() ── future ──► inbox ──►  drop(request) ─► the tokens so far, for each request
 
 The two engines of this process, `transformers_policy.py` and `vllm_colocate.py`, implement `add`, `step` and `drop`.
 """
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """One turn to generate. `number` is unique in the process of rank `owner`, whose trajectory it is."""
+    """One turn to generate. `number` is unique within the process of rank `owner`, which runs the trajectory."""
 
     prompt_ids: list[int]
     max_tokens: int
@@ -55,10 +55,10 @@ class Request:
 
 
 class EngineThread(Policy):
-    """Owns the thread, its inbox and the requests under way. Everything below `start_engine` runs on that thread."""
+    """Owns the thread, its inbox and the requests in flight. All methods from `start_engine` on run in the thread."""
 
     def __init__(self) -> None:
-        # What comes in: requests, the futures of interruptions, and None at the end.
+        # Requests, futures of interruptions, and None to stop.
         self._inbox: queue.SimpleQueue[Request | Future[None] | None] = queue.SimpleQueue()
         self._unfinished: set[Request] = set()
         self._thread: threading.Thread | None = None
@@ -92,7 +92,7 @@ class EngineThread(Policy):
         try:
             return await asyncio.wrap_future(request.future)
         except asyncio.CancelledError:
-            self._inbox.put(request)  # a request that comes in cancelled is dropped
+            self._inbox.put(request)  # the engine drops a cancelled request
             raise
 
     async def interrupt(self) -> None:
@@ -106,19 +106,19 @@ class EngineThread(Policy):
         """Called once, before the first step."""
 
     def stop_engine(self, unfinished: Sequence[Request]) -> None:
-        """Called once, after the last step. Nobody waits for `unfinished` any more."""
+        """Called once, after the last step. No coroutine waits for `unfinished` any more."""
 
     @abc.abstractmethod
     def add(self, request: Request) -> None:
-        """Takes a request in. An exception fails this request alone."""
+        """Adds a request. An exception fails only this request."""
 
     @abc.abstractmethod
     def drop(self, request: Request) -> Completion:
-        """Forgets a request before it has finished, and returns what it has sampled: cancelled, or interrupted."""
+        """Removes an unfinished request (cancelled or interrupted), and returns its tokens so far."""
 
     @abc.abstractmethod
     def step(self) -> list[tuple[Request, Completion]]:
-        """Computes one more token for the requests that run, and returns those that it finished."""
+        """Computes one more token for the running requests, and returns the requests that finished."""
 
     # The thread
 
@@ -129,7 +129,7 @@ class EngineThread(Policy):
                 for request, completion in self.step():
                     self._unfinished.discard(request)
                     request.finish(completion)
-        # Whatever breaks the engine must reach every coroutine that waits for it, or the rollout hangs.
+        # Every waiting coroutine must get an engine's error, or the rollout hangs.
         except BaseException as error:
             for request in self._unfinished:
                 request.fail(error)
@@ -144,7 +144,7 @@ class EngineThread(Policy):
             self.stop_engine(unfinished)
 
     def _receive(self) -> bool:
-        """Takes in what has come, and waits for it if there is nothing to do. False once the policy is closed."""
+        """Empties the inbox; waits for an entry if no request is running. Returns False once the policy is closed."""
         while True:
             try:
                 request = self._inbox.get(block=not self._unfinished)
@@ -172,7 +172,7 @@ class EngineThread(Policy):
         self._unfinished.add(request)
         try:
             self.add(request)
-        # This request asks for something that the engine cannot do. The others go on.
+        # The engine cannot run this request. The others continue.
         except Exception as error:
             self._unfinished.discard(request)
             request.fail(error)

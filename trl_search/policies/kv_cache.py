@@ -1,8 +1,8 @@
-"""A key-value cache of slots, one per running conversation, for continuous batching on any `transformers` decoder.
+"""A key-value cache with one slot per running conversation, for continuous batching on any `transformers` decoder.
 
-`transformers`' own continuous batching attends over all sequences of a batch at once where no paged kernel is
-installed, so its cost on a CPU grows much faster with the batch (`benchmarks/engine.py` measures it). Here a slot is
-one row of a plain (slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
+Without a paged kernel, `transformers`' own continuous batching attends over all sequences of a batch at once, so its
+cost on a CPU grows much faster with the batch (`benchmarks/engine.py` measures it). Here a slot is one row of a
+(slots, heads, capacity, head_dim) tensor per layer, and one padded SDPA call serves the batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _CAPACITY_STEP = 256
 
 
 class SlotCache(Cache):
-    """Keys and values of up to `slots` conversations. `select` names the rows and positions the next forward writes.
+    """Keys and values of up to `slots` conversations. `select` sets the rows and positions of the next forward.
 
-    The last position of every row is scratch: padding is written there and never read.
+    The last position of every row is scratch space: padding is written there and never read.
     """
 
     def __init__(self, slots: int) -> None:
@@ -36,8 +36,8 @@ class SlotCache(Cache):
         self.values: list[torch.Tensor] = []
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` tokens per row, keeping what is there."""
-        if tokens < self.capacity:  # one position is scratch
+        """Makes room for `tokens` tokens per row and keeps the content."""
+        if tokens < self.capacity:  # the last position is scratch space
             return
         self.capacity = (tokens // _CAPACITY_STEP + 1) * _CAPACITY_STEP
         for store in (self.keys, self.values):
@@ -52,14 +52,14 @@ class SlotCache(Cache):
         Args:
             rows_B: The slots of the batch.
             positions_BT: The position of each new token; -1 for padding.
-            length: Positions of the cache that are read: one more than the highest of `positions_BT`.
+            length: Number of positions that are read: one more than the highest of `positions_BT`.
 
         Returns:
-            (B, 1, T, length) booleans: each token sees its row up to and including itself.
+            (B, 1, T, length) booleans: each token attends to its row up to and including itself.
         """
         self.rows_B, self.length = rows_B, length
         self.write_BT = positions_BT.where(positions_BT >= 0, self.capacity - 1)
-        # Rows 0, 1, 2, ... can be read in place; any others are gathered into a copy.
+        # Rows 0, 1, 2, ... can be read in place; other rows must be copied.
         self.in_place = bool((rows_B == torch.arange(len(rows_B), device=rows_B.device)).all())
         visible = torch.arange(length, device=rows_B.device) <= positions_BT.clamp(min=0).unsqueeze(-1)
         return visible.unsqueeze(1)
@@ -67,19 +67,19 @@ class SlotCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new keys and values, (B, heads, T, head_dim), and returns those of the rows' whole history."""
+        """Stores the new keys and values, (B, heads, T, head_dim), and returns the rows' whole history."""
         if layer_idx == len(self.keys):
             for states, kept in ((key_states, self.keys), (value_states, self.values)):
                 kept.append(states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3]))
         history = []
         for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             store[self.rows_B.unsqueeze(1), :, self.write_BT] = new.transpose(1, 2)
-            used = store[:, :, : self.length]  # cut before rows are gathered: a copy costs what it copies
+            used = store[:, :, : self.length]  # cut first, so that less is copied
             history.append(used[: len(self.rows_B)] if self.in_place else used.index_select(0, self.rows_B))
         return history[0], history[1]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Gives `target` the first `length` positions of `source`: a prompt shared by a group is computed once."""
+        """Copies the first `length` positions of `source` to `target`, so that a group's prompt is computed once."""
         for store in (*self.keys, *self.values):
             store[target, :, :length] = store[source, :, :length]
 
@@ -97,17 +97,17 @@ def slot_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA that reads grouped keys and values where they lie. transformers' own repeats them for every query head once
-    a mask is given, a copy of the whole cache at every step: on a CPU, six times the attention itself.
+    """SDPA that reads grouped keys and values in place. With a mask, transformers' own SDPA repeats them for every
+    query head, which copies the whole cache in every step: on a CPU, six times the cost of the attention itself.
 
     Args:
         query: (B, heads, T, head_dim).
         key, value: (B, key-value heads, length, head_dim).
-        attention_mask: (B, 1, T, length), True where a token is seen: its row from position 0 up to itself.
-        sliding_window: The layer's window: a token sees itself and the `sliding_window - 1` tokens before it.
+        attention_mask: (B, 1, T, length), True where a token attends: its row from position 0 up to itself.
+        sliding_window: The layer's window: a token attends to itself and the `sliding_window - 1` tokens before it.
 
     Raises:
-        NotImplementedError: if the model's attention uses what this cache does not know.
+        NotImplementedError: if the model's attention uses a feature that this cache does not support.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"its attention uses {', '.join(unknown)}")

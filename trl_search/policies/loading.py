@@ -1,8 +1,8 @@
-"""Loads models and tokenizers from a name that a user typed, and says what is wrong with it.
+"""Loads models and tokenizers by the name that a user gives, with errors that name the cause and the remedy.
 
-- `load_tokenizer`: every tokenizer of the package comes from here;
-- `load_model`: a model that answers questions (evaluation, chat), an adapter's folder included;
-- `load_base`: a model that is trained, by the keys of TRL's `ModelConfig`.
+- `load_tokenizer`: loads every tokenizer of the package;
+- `load_model`: loads a model or an adapter's folder for inference (evaluation, chat);
+- `load_base`: loads a model for training, with the keys of TRL's `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def base_name(model_config: ModelConfig) -> str:
-    """What `from_pretrained` takes: `tiny` is a folder of this package.
+    """The model's name for `from_pretrained`; `tiny` is a folder of this package.
 
     Raises:
         UserError: if no model is named.
     """
     if not model_config.model_name_or_path:
-        raise UserError("model_name_or_path is missing: give a model of the hub, a folder, or 'tiny'")
+        raise UserError("model_name_or_path is missing: give a model on the hub, a folder, or 'tiny'")
     return tiny_policy_path() if model_config.model_name_or_path == "tiny" else model_config.model_name_or_path
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, eos_token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model on the hub or in a folder; an adapter's folder without one has its base model's.
+    """The tokenizer of a model on the hub or in a folder. For an adapter without one, that of its base model.
 
     Args:
-        revision (`str`, *optional*): That of the model: a branch, a tag or a commit.
-        eos_token (`str`, *optional*): The token that ends the assistant's turn, where the tokenizer names another: the
-            `<|im_end|>` of a base model with a ChatML template.
+        revision (`str`, *optional*): A branch, tag or commit of the model.
+        eos_token (`str`, *optional*): The token that ends the assistant's turn, if the tokenizer's EOS is another one:
+            `<|im_end|>` for a base model with a ChatML template.
 
     Raises:
-        UserError: if there is no tokenizer of that name, or no such token in it.
+        UserError: if there is no such tokenizer, or it has no such token.
     """
     folder = Path(name).expanduser()
-    if (folder / "tokenizer_config.json").is_file():  # a tokenizer may lie there alone
+    if (folder / "tokenizer_config.json").is_file():  # also a folder without a model
         name = str(folder)
     elif adapter := read_adapter(Path(name := model_source(name))):
         name = adapter["base_model_name_or_path"]
@@ -70,16 +70,16 @@ def load_tokenizer(
     refuse_empty_tokenizer(tokenizer, name)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(f"eos_token={eos_token!r} is no token of {name}: give the one that ends a turn")
+            raise UserError(f"eos_token={eos_token!r} is not a token of {name}: give the token that ends a turn")
         tokenizer.eos_token = eos_token
     return tokenizer
 
 
 def load_base(name: str, model_config: ModelConfig, config: Any) -> PreTrainedModel:
-    """Loads the model that is trained, or another in its place and in its manner: a teacher, a warm start.
+    """Loads the model to train, or another one with the same options: a teacher, a warm start.
 
     Args:
-        config ([`~trl.GRPOConfig`] or [`~trl.SFTConfig`]): `model_init_kwargs` and `trust_remote_code` are read.
+        config ([`~trl.GRPOConfig`] or [`~trl.SFTConfig`]): Provides `model_init_kwargs` and `trust_remote_code`.
     """
     options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
     if isinstance(config.model_init_kwargs, dict):
@@ -92,12 +92,12 @@ def load_base(name: str, model_config: ModelConfig, config: Any) -> PreTrainedMo
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> PreTrainedModel:
-    """A decoder on its device; the folder or repository of a PEFT adapter gives its base model with the adapter on it.
+    """Loads a decoder onto a device. For a PEFT adapter, loads the base model and applies the adapter.
 
     Args:
-        device (`str`, *optional*): `"cuda"` if there is one, else `"cpu"`.
-        dtype (`str`, *optional*): A dtype of torch, or `"auto"` for the checkpoint's own. Default: bfloat16 on a GPU,
-            float32 on a CPU, where bfloat16 is slow.
+        device (`str`, *optional*): By default `"cuda"` if there is a GPU, else `"cpu"`.
+        dtype (`str`, *optional*): A dtype of torch, or `"auto"` for the checkpoint's own. By default bfloat16 on a
+            GPU, float32 on a CPU, where bfloat16 is slow.
     """
     name = model_source(name)
     target, dtype = placement(device, dtype)
@@ -105,10 +105,10 @@ def load_model(name: str, *, device: str | None = None, dtype: str | None = None
 
 
 def placement(device: str | None, dtype: str | None) -> tuple[torch.device, str]:
-    """Where a model goes and in what dtype, as [`load_model`] takes them.
+    """The device and dtype of a model, with the defaults of [`load_model`].
 
     Raises:
-        UserError: for a device or a dtype that does not exist here.
+        UserError: for a device or a dtype that does not exist on this machine.
     """
     import torch
 
@@ -123,12 +123,12 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, str]
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"there is no dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{device} was asked for, and torch finds no GPU here: use cpu")
+        raise UserError(f"device {device} was given, but torch finds no GPU here: use cpu")
     return target, dtype
 
 
 def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
-    """The adapter that is trained, on every linear layer unless it says otherwise; `None` if all weights are."""
+    """The configuration of the adapter to train, by default on every linear layer; `None` for full fine-tuning."""
     adapter: Any = get_peft_config(model_config)
     if adapter is not None and not adapter.target_modules:
         adapter.target_modules = "all-linear"
@@ -136,7 +136,7 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the PEFT adapter in a folder, which names its base model; `None` where there is none.
+    """The configuration of the PEFT adapter in a folder, which names its base model; `None` if there is no adapter.
 
     Raises:
         UserError: if the adapter names no base model.
@@ -144,43 +144,43 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    config = read_object(path, "save the adapter anew")
+    config = read_object(path, "save the adapter again")
     if not isinstance(config.get("base_model_name_or_path"), str):
-        raise UserError(f"{path} names no base model (base_model_name_or_path): save the adapter anew")
+        raise UserError(f"{path} names no base model (base_model_name_or_path): save the adapter again")
     return config
 
 
 def model_source(name: str) -> str:
-    """The name as `from_pretrained` takes it; a folder without a model, or one that is not there, is an error.
+    """The name in the form that `from_pretrained` takes.
 
     Raises:
-        UserError: if it is neither a folder with a model nor a name of the hub.
+        UserError: if it is neither a folder with a model nor a name on the hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             found = sorted((folder for folder in path.glob("*/") if (folder / "config.json").is_file()), key=_number)
-            hint = f"; one lies in {found[-1]}" if found else ""
-            raise UserError(f"{path} holds no model: it has neither config.json nor {ADAPTER_CONFIG}{hint}")
+            hint = f": give {found[-1]}, which has a model" if found else ": give the folder of a model"
+            raise UserError(f"{path} holds no model (neither config.json nor {ADAPTER_CONFIG}){hint}")
         return str(path)
     if path.exists():
-        raise UserError(f"{path} is a file: give the folder that it lies in")
+        raise UserError(f"{path} is a file: give the folder that contains it")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("runs/"):
-        raise UserError(f"there is no model at {path}: give a folder, a model of the hub (owner/name), or 'tiny'")
+        raise UserError(f"there is no model at {path}: give a folder, a model on the hub (owner/name), or 'tiny'")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(
-            f"{name!r} is neither a folder nor the name of a model of the hub (owner/name), nor 'tiny'"
+            f"{name!r} names no model: give a folder, a model on the hub (owner/name), or 'tiny'"
         ) from error
     return name
 
 
 def check_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Refuses a model that cannot be loaded, by its configuration alone.
+    """Checks, from its configuration alone, whether a model can be loaded.
 
     Raises:
-        UserError: says what transformers says, in one line.
+        UserError: with transformers' message in one line.
     """
     try:
         AutoConfig.from_pretrained(model_source(name), revision=revision, trust_remote_code=trust_remote_code)
@@ -189,20 +189,20 @@ def check_model(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def check_vocabulary(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer of another model.
+    """Checks that a tokenizer fits a model.
 
     Args:
-        model (`PreTrainedModel` or `str`): The model; or its name, whose configuration alone is read.
+        model (`PreTrainedModel` or `str`): The model, or its name, of which only the configuration is read.
 
     Raises:
-        UserError: where the tokenizer has ids that the model has no row for.
+        UserError: if the tokenizer has ids without an embedding in the model.
     """
     rows, highest = _embedding_rows(model), max(tokenizer.get_vocab().values())
-    if 0 < rows <= highest:  # 0: ZeRO-3 holds the rows elsewhere
+    if 0 < rows <= highest:  # with ZeRO-3, rows may be 0 here
         raise UserError(
-            f"the tokenizer has ids up to {highest}, and the model has rows for {rows} tokens: they do not belong "
-            "together. Give the model's own tokenizer, or resize its embeddings (model.resize_token_embeddings) and "
-            "save both"
+            f"the tokenizer has ids up to {highest}, but the model has embeddings for {rows} tokens: they do not "
+            "belong together. Give the model's own tokenizer, or resize the model's embeddings "
+            "(model.resize_token_embeddings) and save both"
         )
 
 
@@ -210,7 +210,7 @@ def _embedding_rows(model: PreTrainedModel | str) -> int:
     if isinstance(model, str):
         try:
             return int(AutoConfig.from_pretrained(model_source(model)).get_text_config().vocab_size)
-        except (OSError, ValueError, AttributeError):  # an adapter; what else is wrong is said when it is loaded
+        except (OSError, ValueError, AttributeError):  # an adapter, or an error that loading the model will report
             return 0
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
@@ -225,8 +225,8 @@ def _pretrained(name: str, **options: Any) -> PreTrainedModel:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
-            f"the weights of {name} have other shapes than its config.json says; the report above names them: the "
-            "files of two models lie in one folder. Fetch it again"
+            f"the weights of {name} do not have the shapes in its config.json (see the report above): the folder "
+            "probably mixes files of two models. Fetch it again"
         ) from error
     model: PreTrainedModel
     model, loaded = read
@@ -234,13 +234,13 @@ def _pretrained(name: str, **options: Any) -> PreTrainedModel:
         missing = sorted(loaded["missing_keys"])
         raise UserError(
             f"{name} lacks {len(missing)} of its weights, which would be random: {', '.join(missing[:3])}. Fetch or "
-            "save it again"
+            "save the model again"
         )
     for weight, tensor in model.named_parameters():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise UserError(
-                f"{name} holds numbers that are not finite ({weight}): the run that saved it had overflowed. Go back "
-                "to a checkpoint of before"
+                f"{name} holds weights that are not finite ({weight}), because its training overflowed: go back to an "
+                "earlier checkpoint"
             )
     return model
 
@@ -254,10 +254,10 @@ def _unusable(name: str, what: str, error: Exception) -> UserError:
     said = " ".join(str(error).split())[:400]
     if said.startswith("Unrecognized configuration class"):
         return UserError(
-            f"{name} is no causal language model ({said[:120]} ...): vision-language and encoder-decoder checkpoints "
-            "cannot be trained here; give a text-only model of the family"
+            f"{name} is not a causal language model ({said[:120]} ...): vision-language and encoder-decoder "
+            "checkpoints cannot be trained here; give a text-only model of the family"
         )
     return UserError(
-        f"the {what} of {name} cannot be loaded: give a folder, a model of the hub (owner/name), or 'tiny'. "
+        f"the {what} of {name} cannot be loaded: give a folder, a model on the hub (owner/name), or 'tiny'. "
         f"transformers says: {said}"
     )

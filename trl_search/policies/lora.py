@@ -1,4 +1,4 @@
-"""What vLLM needs of a LoRA adapter: arguments of its engine, a rank that it takes, tensors in place of files."""
+"""LoRA adapters in vLLM: engine arguments, a supported rank, and loading from tensors instead of files."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from accelerate.utils import is_peft_model
 
 from trl_search.common.errors import UserError
 
-# The ranks that vLLM makes room for.
+# The values of max_lora_rank that vLLM accepts.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def lora_options(rank: int) -> dict[str, Any]:
-    """Arguments of a `vllm.LLM` that applies one adapter of that rank."""
+    """Arguments for a `vllm.LLM` that applies one adapter of that rank."""
     room = next((size for size in _LORA_RANKS if size >= rank), rank)
     return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1}
 
 
 def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
-    """In place of vLLM's `LoRAModel` where it reads a file: these tensors, which stay on their device."""
+    """A replacement for vLLM's `LoRAModel` that loads these tensors from their device instead of a file."""
     from vllm.lora.lora_model import LoRAModel
 
     def from_local_checkpoint(folder: str, expected_modules: set[str], **options: Any) -> Any:
-        # Options for adapters in files are left out. Which those are differs between versions of vLLM.
+        # Drop options for adapters in files, which differ between versions of vLLM.
         known = inspect.signature(LoRAModel.from_lora_tensors).parameters
         options = {name: value for name, value in options.items() if name in known}
         device = next(iter(tensors.values())).device
         lora = LoRAModel.from_lora_tensors(**{**options, "tensors": tensors, "device": device})
-        # As vLLM does with a file: it would leave out what it has no place for, and say nothing.
+        # The check that vLLM makes for files: otherwise it silently ignores modules that it does not support.
         last = {name.rsplit(".", 1)[-1] for name in lora.loras if ".experts" not in name}
         if unknown := sorted(last - expected_modules):
             raise UserError(
-                f"vLLM applies no adapter to {', '.join(unknown)} of this model: leave it out of target_modules, or "
-                "use vllm_lora_sync='merged'"
+                f"vLLM cannot apply an adapter to {', '.join(unknown)} of this model: leave it out of target_modules, "
+                "or use vllm_lora_sync='merged'"
             )
         return lora
 
@@ -44,7 +44,7 @@ def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
 
 
 def adapter_rank(model: Any) -> int:
-    """The rank of the adapter, which must be one that vLLM can apply to the base model as it is on disk.
+    """The rank of the adapter, if vLLM can apply it to the base model as saved on disk.
 
     Raises:
         UserError: if vLLM cannot apply the adapter.
@@ -57,14 +57,14 @@ def adapter_rank(model: Any) -> int:
         "modules_to_save": bool(getattr(config, "modules_to_save", None)),
         "bias": getattr(config, "bias", "none") != "none",
         "lora_bias": bool(getattr(config, "lora_bias", False)),
-        # vLLM has one scale for all modules.
+        # vLLM uses one scale for all modules.
         "rank_pattern": bool(getattr(config, "rank_pattern", None)),
         "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
-        # PiSSA, OLoRA, LoftQ and the like change the base weights, and vLLM loads the original ones.
+        # PiSSA, OLoRA, LoftQ and similar methods change the base weights, but vLLM loads the original ones.
         "init_lora_weights": getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"),
         "peft_type": config.peft_type != "LORA",
     }
     found = [name for name, is_set in unsupported.items() if is_set]
     if found:
-        raise UserError(f"vLLM cannot apply an adapter with this {', '.join(found)}: use vllm_lora_sync='merged'")
+        raise UserError(f"vLLM does not support this adapter's {', '.join(found)}: use vllm_lora_sync='merged'")
     return int(config.r)

@@ -1,10 +1,10 @@
-"""`MeteredPolicy`: another policy, and the share of the rollout in which most of its slots were idle (the bubble).
+"""`MeteredPolicy`: wraps a policy and measures the bubble, the share of rollout time with most slots idle.
 
-    requests under way   64 64 63 … 17 | 15 9 3 1 1 1
-                                       └── bubble: a few trajectories hold the batch while the engine idles
+    requests in flight   64 64 63 … 17 | 15 9 3 1 1 1
+                                       └── bubble: a few long trajectories delay the batch while the engine idles
 
-A bubble of 0.05 says that the engine is nearly always busy. At 0.5, half of the rollout waits for its last
-trajectories, and carrying those over to the next batch pays (docs/grpo.md).
+With a bubble of 0.05, the engine is nearly always busy. With 0.5, half of the rollout waits for the last
+trajectories, and carrying them over to the next batch saves time (docs/grpo.md).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Unpack
 from trl_search.policies.base import Policy, Turn
 from trl_search.types import Completion
 
-# Below this share of its slots an engine counts as idle.
+# An engine counts as idle if a smaller share of its slots is busy.
 BUSY_SHARE = 0.25
 
 
 class MeteredPolicy(Policy):
-    """Passes every request on to `policy`, and measures how many are under way.
+    """Passes every request on to `policy`, and counts the requests in flight.
 
     Args:
-        policy (`Policy`): What generates.
-        slots (`int`): Requests that can be under way at once.
-        clock (`Callable`, *optional*): Seconds; only differences count.
+        policy (`Policy`): The policy that generates.
+        slots (`int`): Requests that can be in flight at once.
+        clock (`Callable`, *optional*): Returns seconds; only differences are used.
 
     Attributes:
-        bubble (`float`): From `open` to `close`, the share of the time with fewer than a quarter of the slots busy.
+        bubble (`float`): The share of the time from `open` to `close` with fewer than a quarter of the slots busy.
     """
 
     def __init__(self, policy: Policy, *, slots: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -61,7 +61,7 @@ class MeteredPolicy(Policy):
         return self._idle_s / self._total_s if self._total_s else 0.0
 
     def _change(self, more: int) -> None:
-        """Counts the time since the last change, then the requests that came or went."""
+        """Adds up the time since the last change, then updates the number of requests."""
         now = self._clock()
         self._total_s += now - self._since
         if self._under_way < self._needed:

@@ -1,8 +1,8 @@
-"""Does an engine compute the model that it was given? A few random tokens tell, before anything is trained.
+"""Checks before training, with a few random tokens, that an engine computes the model that it was given.
 
-Engines and kernels replace parts of a model: its cache, its attention, its positions. Most architectures permit that;
-some do not, and then an engine samples from another distribution without an error. So a few tokens are computed both
-ways, past the sliding window if there is one, and the log-probs must be those of one plain forward.
+Engines and kernels replace parts of a model: its cache, its attention, its positions. If an architecture does not
+permit that, an engine may sample from another distribution without an error. So the log-probs of a few tokens, past
+the sliding window if there is one, are compared with those of one plain forward.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens of the longest probe. A window longer than this is not crossed: it would take minutes on a CPU.
+# Tokens of the longest probe. A longer window is not crossed, because that would take minutes on a CPU.
 _MAX_TOKENS = {"cpu": 1024}
 _MAX_TOKENS_GPU = 8192
 _SHORT, _PAST_WINDOW = 9, 12
-# The mean difference that rounding explains. In bfloat16, two right computations of a real 0.5B model differed by 0.10
-# on average over such tokens, and in float32 by 2e-5. Wrong positions or windows differ by 1 and more.
+# The largest mean difference that rounding explains. Two correct computations of a real 0.5B model differed by 0.10 on
+# average over such tokens in bfloat16, and by 2e-5 in float32. Wrong positions or windows differ by 1 and more.
 _TOLERANCE_FLOAT32, _TOLERANCE_HALF = 5e-3, 0.4
 
 
@@ -31,7 +31,7 @@ def bare_model(model: Any) -> PreTrainedModel:
 
 
 def window_of(model: Any) -> int | None:
-    """The sliding window of a model's layers, in tokens. Some families have one without naming it in `layer_types`."""
+    """The sliding window of a model's layers, in tokens. Some families have one but no `layer_types`."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
@@ -39,7 +39,7 @@ def window_of(model: Any) -> int | None:
 
 
 def probe_length(model: Any, device: torch.device) -> int:
-    """Tokens of a probe that goes past the model's window, if that is affordable here."""
+    """The number of tokens of a probe, past the model's window unless that takes too long on this device."""
     window = window_of(model) or 0
     length = window + _PAST_WINDOW if window < _MAX_TOKENS.get(device.type, _MAX_TOKENS_GPU) else 2 * _PAST_WINDOW
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + _SHORT
@@ -47,7 +47,7 @@ def probe_length(model: Any, device: torch.device) -> int:
 
 
 def random_ids(tokenizer: PreTrainedTokenizerBase | None, model: Any, count: int, *, seed: int) -> list[int]:
-    """Ordinary tokens, without image and control tokens."""
+    """Random ordinary tokens, without image and control tokens."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     special: set[int] = set()
     if tokenizer is not None:
@@ -62,11 +62,11 @@ def random_ids(tokenizer: PreTrainedTokenizerBase | None, model: Any, count: int
 def plain_logprobs(
     called: Any, prompt_ids: Sequence[int], ids: Sequence[int], *, model: Any = None, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probs of `ids` after `prompt_ids` by one forward: no cache, no padding, no other sequence. (len(ids))
+    """Log-probs of `ids` after `prompt_ids` by one forward without cache, padding or other sequences. (len(ids))
 
     Args:
-        called: What computes the forward: the model, or what wraps it.
-        model (*optional*): The model inside a wrapper.
+        called: The callable that computes the forward: the model or its wrapper.
+        model (*optional*): The model inside the wrapper.
     """
     model = called if model is None else model
     ids_BT = torch.tensor([[*prompt_ids, *ids]], device=next(model.parameters()).device)
@@ -77,12 +77,12 @@ def plain_logprobs(
 
 
 def has_router_logits(model: Any) -> bool:
-    """Whether a forward may compute a mixture's load-balancing loss, which reads the mask as one of (B, T)."""
+    """Whether a forward may compute a load-balancing loss of experts, which expects a mask of shape (B, T)."""
     return hasattr(model.config.get_text_config(), "output_router_logits")
 
 
 def differ(found_N: torch.Tensor, expected_N: torch.Tensor, *, float32: bool) -> str:
-    """How two computations of the same log-probs differ, in words. Empty if rounding explains it."""
+    """How two computations of the same log-probs differ, in words; empty if rounding explains the difference."""
     gaps_N = (found_N - expected_N).abs()
     mean = float(gaps_N.mean())
     if mean <= (_TOLERANCE_FLOAT32 if float32 else _TOLERANCE_HALF):
@@ -91,5 +91,5 @@ def differ(found_N: torch.Tensor, expected_N: torch.Tensor, *, float32: bool) ->
 
 
 def computes_in_float32(model: Any) -> bool:
-    # accelerate keeps the forward that it wraps in autocast.
+    # accelerate sets `_original_forward` when it wraps the forward in autocast.
     return bare_model(model).dtype == torch.float32 and not hasattr(model, "_original_forward")

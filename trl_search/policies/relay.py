@@ -1,12 +1,12 @@
-"""`RelayPolicy`: one policy for trajectories that outlive the engine they began with.
+"""`RelayPolicy`: one policy for trajectories that continue over several rollout batches and weight updates.
 
     batch 7   attach(engine, version=7)     "<think> the author of"            version 7 7 7 7
               detach() ─► interrupts the engine; new requests wait
-              … the trainer takes a step, and the weights move …
+              … the trainer takes a step, and the weights change …
     batch 8   attach(engine, version=8)     "<think> the author of Quiet …"    version 7 7 7 7 8 8 …
 
-A turn that was interrupted is asked for the rest by `rollout.py`, from the tokens that it has. Each token keeps the
-log-prob it was sampled with, and the version of the weights that sampled it.
+`rollout.py` continues an interrupted turn from its tokens so far. Each token keeps the log-prob and the version of the
+weights with which it was sampled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl_search.types import Completion
 
 
 class RelayPolicy(Policy):
-    """Passes requests on to the policy that is attached. While none is, requests wait. For one event loop."""
+    """Passes requests on to the attached policy. While none is attached, requests wait. For use in one event loop."""
 
     def __init__(self) -> None:
         self._policy: Policy | None = None
@@ -31,13 +31,13 @@ class RelayPolicy(Policy):
         self._proved = False
 
     async def attach(self, policy: Policy, version: int) -> None:
-        """Opens `policy` and lets requests through to it.
+        """Opens `policy` and passes requests on to it.
 
         Args:
-            version (`int`): The optimizer step of its weights.
+            version (`int`): The optimizer step of the policy's weights.
 
         Raises:
-            UserError: if it cannot be interrupted. The first one is asked before it has any work to lose.
+            UserError: if the policy cannot be interrupted. The first one is tested before it has any requests.
         """
         await policy.open()
         self._policy, self._version = policy, version
@@ -47,12 +47,12 @@ class RelayPolicy(Policy):
         self._attached.set()
 
     async def detach(self) -> None:
-        """Lets no request through any more, takes back those under way, and closes the policy. Safe to call twice."""
+        """Stops passing requests on, interrupts those in flight, and closes the policy. Safe to call twice."""
         self._attached.clear()
         if self._policy is None:
             return
         try:
-            while self._under_way:  # a request that was on its way to a server comes in after the first interruption
+            while self._under_way:  # a request may reach the server after the first interruption
                 await self._policy.interrupt()
         finally:
             policy, self._policy = self._policy, None

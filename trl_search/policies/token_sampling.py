@@ -1,4 +1,4 @@
-"""Draws tokens from logits: temperature, top-k, top-p and min-p, one uniform number per token."""
+"""Samples tokens from logits: temperature, top-k, top-p and min-p, with one uniform number per token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from trl_search.types import Sampling
 
 
 def sample(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token per row by inverting the cumulative distribution at `uniforms_B` (in [0, 1)).
+    """Samples one token per row by inverting the cumulative distribution at `uniforms_B` (in [0, 1)).
 
-    Each request draws one number per token from its own generator, so it samples the same tokens whatever it is
-    batched with.
+    Each request draws one number per token from its own generator, so its samples do not depend on the batch.
 
     Returns:
-        The ids (B) and their logprobs (B) at that temperature, before top-p, top-k and min-p.
+        The ids (B) and their logprobs (B) at this temperature, before top-p, top-k and min-p.
     """
     greedy = sampling.temperature == 0
     scaled_BV = logits_BV if greedy else logits_BV / sampling.temperature
@@ -35,7 +34,7 @@ def sample(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: torch.Tensor
             filters.append(TopPLogitsWarper(sampling.top_p))
         if sampling.min_p > 0:
             filters.append(MinPLogitsWarper(sampling.min_p))
-        # None of these filters reads the ids so far.
+        # These filters do not read their first argument, the ids so far.
         kept_BV = filters(None, scaled_BV).softmax(dim=-1) if filters else logprobs_BV.exp()  # type: ignore[arg-type]
         cumulative_BV = kept_BV.cumsum(dim=-1)
         total_B1 = cumulative_BV[:, -1:]

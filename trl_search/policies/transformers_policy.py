@@ -1,8 +1,8 @@
-"""The policy as a plain `transformers` model, on CPU or GPU: continuous batching, stop strings, warm conversations.
+"""A policy that runs a plain `transformers` model on CPU or GPU, with continuous batching and a prefix cache.
 
-The engine's thread (`engine_thread.py`) owns the model. Between two forwards it takes in new requests, so a trajectory
-never waits for another's turn to end. A finished turn leaves its keys and values in its slot: when the conversation
-comes back with an observation appended, only the observation is computed.
+The engine's thread (`engine_thread.py`) owns the model. It adds new requests between two forwards, so a trajectory
+never waits for another's turn to end. A finished turn leaves its keys and values in its slot. When the conversation
+continues with an observation, only the observation is computed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from trl_search.policies.kv_cache import SLOT_ATTENTION, SlotCache
 from trl_search.policies.token_sampling import sample
 from trl_search.types import Completion, FinishReason, Sampling
 
-# Padded tokens of one prefill forward; bounds its activations.
+# Tokens of one prefill forward, padding included; bounds its activations.
 _MAX_PREFILL_TOKENS = 16_384
-# Padding that one more prefill forward must save: about what starting a forward costs.
+# An extra prefill forward must save this many padding tokens, about the cost of starting a forward.
 _WORTH_A_FORWARD = 256
-# A stop string can begin this many tokens before the one that completes it, at one character per token or more.
+# A stop string begins at most this many tokens before the token that completes it.
 _STOP_TAIL_TOKENS = 32
 _REMEDY = "sample with vLLM instead (use_vllm: true in training, --backend vllm in an evaluation)"
-# Models whose samples were found to be their own.
+# Models that have passed the probe.
 _probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 @dataclass
 class _Turn:
-    """A request and what was sampled for it so far."""
+    """A request and the tokens sampled for it so far."""
 
     request: Request
     ids: list[int] = field(default_factory=list)
@@ -53,7 +53,7 @@ class _Turn:
 
 @dataclass
 class _Slot:
-    """One row of the cache: the ids whose keys and values it holds, and the turn that runs in it, if any."""
+    """One row of the cache: the ids whose keys and values it holds, and the running turn, if any."""
 
     row: int
     ids: list[int] = field(default_factory=list)
@@ -65,17 +65,17 @@ class TransformersPolicy(EngineThread):
     """Samples from a `transformers` decoder with full or sliding-window attention (Qwen2/3, Llama, Mistral, ...).
 
     Args:
-        model (`PreTrainedModel`): Put into eval mode, and its attention set to ours, while open.
-        tokenizer (`PreTrainedTokenizerBase`): Used to look for stop strings, and for the EOS.
+        model (`PreTrainedModel`): The model. While the policy is open, it is in eval mode and uses our attention.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, for stop strings and the EOS.
         max_sequences (`int`, *optional*, defaults to `64`): Conversations that run at once; others queue.
 
     Attributes:
-        on_token (`Callable[[Sequence[int]], None]`, *optional*): Called on the engine's thread with the ids of a turn
-            so far, after each that was sampled. It does not say whose turn: for chats, of one sequence.
+        on_token (`Callable[[Sequence[int]], None]`, *optional*): Called on the engine's thread after each sampled
+            token, with the ids of the turn so far. It does not identify the turn, so use it with one sequence only.
 
     Raises:
         UserError: if the model's attention or positions cannot be replaced. `open` raises it if a probe shows that
-            the engine would sample another model than the one given.
+            the engine does not compute the given model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_sequences: int = 64) -> None:
@@ -91,7 +91,7 @@ class TransformersPolicy(EngineThread):
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._stop_tokens: dict[tuple[str, ...], set[int]] = {}
         self._options = {"output_router_logits": False} if probe.has_router_logits(model) else {}
-        # From transformers 5.24 on, models take it as `cache`.
+        # From transformers 5.24 on, the argument is called `cache`.
         names = inspect.signature(type(probe.bare_model(model)).forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
 
@@ -117,7 +117,7 @@ class TransformersPolicy(EngineThread):
         self.model.set_attn_implementation(self._attention)
 
     async def _probe(self) -> None:
-        """Two conversations of different lengths, two turns each: padding, warm slots and the window are all in it."""
+        """Samples two conversations of different lengths, two turns each, to cover padding, warm slots and window."""
         listener, self.on_token = self.on_token, None
         long = probe.random_ids(self.tokenizer, self.model, probe.probe_length(self.model, self.model.device), seed=0)
         asked, found = [long, probe.random_ids(self.tokenizer, self.model, 3, seed=1)], []
@@ -130,7 +130,7 @@ class TransformersPolicy(EngineThread):
                 )
                 found += list(zip(asked, turns, strict=True))
                 asked = [[*ids, *completion.ids, *more] for ids, completion in zip(asked, turns, strict=True)]
-        # Whatever an architecture raises when it meets our cache.
+        # An architecture may raise anything when it gets our cache.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
@@ -147,7 +147,7 @@ class TransformersPolicy(EngineThread):
         difference = probe.differ(sampled, expected, float32=probe.computes_in_float32(self.model))
         if difference:
             raise UserError(
-                f"the transformers policy would sample another model than {_name(self.model)}: {difference}; {_REMEDY}"
+                f"the transformers policy does not compute {_name(self.model)} correctly: {difference}; {_REMEDY}"
             )
 
     # On the engine's thread
@@ -183,7 +183,7 @@ class TransformersPolicy(EngineThread):
         return finished
 
     def _admit(self) -> list[_Slot]:
-        """Gives waiting turns a slot: the one that holds the conversation so far, or the longest unused one."""
+        """Gives waiting turns a slot: the one that holds their conversation, or the least recently used one."""
         admitted: list[_Slot] = []
         free = [slot for slot in self._slots if slot.turn is None]
         while self._waiting and free:
@@ -199,21 +199,21 @@ class TransformersPolicy(EngineThread):
         return admitted
 
     def _prefill(self, admitted: list[_Slot]) -> None:
-        """Computes the prompts of new requests, each distinct one once, and samples their first tokens.
+        """Computes each distinct prompt of the new requests once, and samples their first tokens.
 
-        Prompts of similar length share a forward: half a conversation that comes back after a weight update is several
-        times as long as a new question, and would pad all of those.
+        Only prompts of similar length share a forward. A conversation that continues after a weight update is several
+        times as long as a new question, which would need much padding.
         """
         groups: dict[tuple[int, ...], list[_Slot]] = {}
         for slot in admitted:
             assert slot.turn is not None
-            # A warm slot has its own history to continue; cold ones with the same prompt share one computation.
+            # A warm slot continues its own history; cold slots with the same prompt share one computation.
             key = (slot.row, -1) if slot.ids else tuple(slot.turn.prompt_ids)
             groups.setdefault(key, []).append(slot)
         batch: list[list[_Slot]] = []
         width = 0
         for group in sorted(groups.values(), key=lambda group: _missing(group[0])):
-            padding = len(batch) * (_missing(group[0]) - width)  # they come in the order of their length
+            padding = len(batch) * (_missing(group[0]) - width)  # groups are sorted by length
             width = _missing(group[0])
             if batch and (padding > _WORTH_A_FORWARD or (len(batch) + 1) * width > _MAX_PREFILL_TOKENS):
                 self._prefill_batch(batch)
@@ -237,7 +237,7 @@ class TransformersPolicy(EngineThread):
         self._sample([slot for slot, _ in followers], logits_BV[[i for _, i in followers]])
 
     def _decode(self, running: list[_Slot]) -> None:
-        """One more token for every running turn."""
+        """Samples one more token for every running turn."""
         if not running:
             return
         logits_BV = self._forward([(slot, [slot.turn.ids[-1]]) for slot in running if slot.turn])
@@ -272,7 +272,7 @@ class TransformersPolicy(EngineThread):
         return logits
 
     def _sample(self, slots: list[_Slot], logits_BV: torch.Tensor) -> None:
-        """Samples one token for each slot, and ends the turns that it completes."""
+        """Samples one token per slot, and ends the turns that are complete."""
         by_sampling: dict[tuple[float, float, int, float], list[int]] = {}
         turns = [slot.turn for slot in slots if slot.turn]
         for i, turn in enumerate(turns):
@@ -302,10 +302,10 @@ class TransformersPolicy(EngineThread):
         self._finished.append((turn.request, Completion(tuple(turn.ids), tuple(turn.logprobs), reason)))
 
     def _at_stop(self, turn: _Turn) -> bool:
-        """Whether the token just sampled completed a stop string."""
+        """Whether the last token completes a stop string."""
         stop = turn.request.stop
         if stop not in self._stop_tokens:
-            # Byte-level vocabularies write ASCII as it is: only a token with a stop's last character can complete it.
+            # Byte-level vocabularies keep ASCII, so only a token with a stop's last character can complete it.
             ends = {text[-1] for text in stop}
             tokens = self.tokenizer.get_vocab().items() if all(end.isascii() for end in ends) else ()
             self._stop_tokens[stop] = {i for token, i in tokens if ends & set(token)}
@@ -317,11 +317,11 @@ class TransformersPolicy(EngineThread):
 
 
 def why_not(model: PreTrainedModel) -> str:
-    """What of the model's architecture the slots cannot compute. Empty if nothing is known; `open` probes the rest."""
+    """Why the model's architecture is not supported; empty if no reason is known. `open` probes the rest."""
     bare = probe.bare_model(model)
     kinds = set(getattr(bare.config.get_text_config(), "layer_types", None) or [])
     if others := kinds - {"full_attention", "sliding_attention"}:
-        return f"it has layers of the kind {', '.join(sorted(others))}"
+        return f"it has layers of type {', '.join(sorted(others))}"
     if not bare._can_set_attn_implementation():
         return f"the attention of {type(bare).__name__} cannot be replaced"
     if "position_ids" not in inspect.signature(type(bare).forward).parameters:

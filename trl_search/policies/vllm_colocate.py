@@ -1,11 +1,11 @@
-"""The policy as the trainer's own vLLM engine, in this process: `use_vllm=True, vllm_mode="colocate"`.
+"""A policy that runs the trainer's own vLLM engine in this process: `use_vllm=True, vllm_mode="colocate"`.
 
-TRL makes the engine and syncs its weights; this file drives it. One thread owns the engine and steps it as long as
-anything is unfinished (`engine_thread.py`), so hundreds of trajectories generate while others search.
+TRL creates the engine and syncs its weights; this file drives it. One thread owns the engine and steps it while any
+request is unfinished (`engine_thread.py`), so hundreds of trajectories generate while others search.
 
-Whatever the engine does for a request, it does in Python on that thread, and every trajectory waits for it. So a
-request asks for little: one output at its end instead of one per token, logprobs in flat lists, and no text unless a
-stop string has to be found in it.
+The engine handles requests in Python on that thread, and every trajectory waits for it. To keep that short, a request
+asks for one output at its end instead of one per token, for logprobs in flat lists, and for text only if it has stop
+strings.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 from trl_search.policies.engine_thread import EngineThread, Request
 from trl_search.types import Completion, FinishReason
 
-# The engine releases the interpreter at each of the hundred operations of a step, and gets it back after this long if
-# the trajectories' thread wants it too. With Python's own 5 ms, a burst of observations delays a step for long.
+# The engine releases the GIL at each of the hundred operations of a step. If the event loop wants it too, the engine
+# gets it back after this interval. With Python's default of 5 ms, a burst of observations delays a step for long.
 SWITCH_INTERVAL_S = 1e-4
 
 
 class VLLMColocatePolicy(EngineThread):
-    """Samples from a `vllm.LLM` of this process.
+    """Samples from a `vllm.LLM` in this process.
 
-    Logprobs are those of the engine's `logprobs_mode`. TRL starts it with `processed_logprobs`: the distribution after
-    temperature, and after top-p, top-k and min-p where those are set. Leave these off in training.
+    Logprobs follow the engine's `logprobs_mode`. TRL sets `processed_logprobs`: the distribution after temperature,
+    top-p, top-k and min-p. Leave the last three off in training.
 
     Args:
-        llm (`vllm.LLM`): The engine, awake, in this process (`external_launcher`, or without multiprocessing), and not
-            shared with other processes: `vllm_tensor_parallel.py` is for those that are.
-        lora_request (`vllm.lora.request.LoRARequest`, *optional*): The adapter that every request goes through.
+        llm (`vllm.LLM`): The engine, awake and in this process (`external_launcher`, or without multiprocessing). For
+            an engine that several processes share, use `vllm_tensor_parallel.py`.
+        lora_request (`vllm.lora.request.LoRARequest`, *optional*): The adapter that is applied to every request.
 
     Example:
         ```python
@@ -64,19 +64,19 @@ class VLLMColocatePolicy(EngineThread):
     # On the engine's thread
 
     def start_engine(self) -> None:
-        """Selects the GPU and the stream that vLLM chose on the thread that made the engine.
+        """Selects the GPU and the stream that vLLM chose in the thread that created the engine.
 
-        A new thread begins on device 0 and on the default stream. Where several GPUs share an engine, vLLM looks for a
-        stream of its own in the middle of the first forward, at the first all-reduce, and makes one if the thread has
-        none: what runs on it from then on does not wait for what came before.
+        A new thread starts on device 0 and the default stream. With several GPUs per engine, vLLM then creates a new
+        stream in the middle of the first forward, at the first all-reduce, and the work on it does not wait for the
+        work before.
         """
         import torch
 
         if self._stream is not None:
-            torch.cuda.set_stream(self._stream)  # and its device
+            torch.cuda.set_stream(self._stream)  # also sets its device
 
     def stop_engine(self, unfinished: Sequence[Request]) -> None:
-        # An engine that broke may refuse this too; every request has its error by then.
+        # On a broken engine, this may raise, too. Every request already has its error.
         self._abort(unfinished)
 
     def add(self, request: Request) -> None:
@@ -93,7 +93,7 @@ class VLLMColocatePolicy(EngineThread):
             raise
 
     def drop(self, request: Request) -> Completion:
-        # An engine without a server tells nobody what an aborted request has sampled, unless the request has a queue.
+        # Without a server, the engine returns the tokens of an aborted request only through a queue.
         outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for state in self._engine.output_processor.request_states.values():
             if state.external_req_id == request.name:
@@ -115,10 +115,10 @@ class VLLMColocatePolicy(EngineThread):
 
 
 def stream_of(engine: Any) -> Any:
-    """The CUDA stream that an engine of this process computes on, if it computes on a GPU: this thread's own."""
+    """The current thread's CUDA stream on the device of an engine in this process; `None` without a GPU."""
     import torch
 
-    # There is no driver worker here if the workers are processes of their own.
+    # If the workers are other processes, there is no driver worker here.
     worker = getattr(engine.model_executor, "driver_worker", None)
     if worker is None or worker.device.type != "cuda":
         return None
@@ -135,9 +135,9 @@ def _params(request: Request) -> Any:
         max_tokens=request.max_tokens,
         stop=list(request.stop),
         stop_token_ids=sorted(request.stop_token_ids),
-        # Only stop strings need text: the ids are what comes back.
+        # Only stop strings need text.
         detokenize=bool(request.stop),
-        # A stop string may be a special token, so the text keeps these.
+        # A stop string may be a special token.
         skip_special_tokens=False,
         spaces_between_special_tokens=False,
         logprobs=0,
@@ -147,13 +147,13 @@ def _params(request: Request) -> Any:
 
 
 def _completion(output: Any) -> Completion:
-    """A `vllm.CompletionOutput` as ours. Its ids are all that were sampled, a stop string's tail included."""
+    """Converts a `vllm.CompletionOutput`. Its ids are all sampled ids, also those after a stop string."""
     if output.finish_reason == "length":
         reason = FinishReason.LENGTH
     elif output.finish_reason == "abort":
         reason = FinishReason.INTERRUPTED
     else:
         reason = FinishReason.STOP if isinstance(output.stop_reason, str) else FinishReason.EOS
-    # Flat lists hold one or two entries per token: the sampled one first, then the likeliest if that is another.
+    # Flat lists have one or two entries per token: the sampled token, then the most likely one if it differs.
     logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
     return Completion(tuple(output.token_ids), tuple(logprobs), reason)

@@ -1,15 +1,15 @@
-"""What goes over the wire to a vLLM server: the body of `POST /v1/completions` for one turn, and its answer.
+"""The requests to a vLLM server: the body of `POST /v1/completions` for one turn, and its response.
 
-A request holds
+A request contains
 
-1. everything that shapes the distribution, `repetition_penalty` too: the server fills what is left out from the
-   model's own generation_config.json, and Qwen2.5-Instruct's has a repetition penalty and a top-p;
-2. `include_stop_str_in_output` and `skip_special_tokens: false`, so that stop strings are looked for in the text as it
-   is; the ids are those of all sampled tokens, also where the stop string ends inside the last;
-3. a seed of its own, which makes it repeatable.
+1. every sampling parameter, including `repetition_penalty`: the server takes missing ones from the model's
+   generation_config.json, and that of Qwen2.5-Instruct sets a repetition penalty and a top-p;
+2. `include_stop_str_in_output` and `skip_special_tokens: false`, so that stop strings are found in the raw text. The
+   response has the ids of all sampled tokens, even if a stop string ends inside the last one;
+3. its own seed, so that it is repeatable.
 
-`processed_logprobs` are taken after temperature *and* after top-p, top-k and min-p. They are what `Policy` promises as
-long as these cut nothing: keep top_p=1, top_k=0, min_p=0 in training. vLLM's default, raw_logprobs, ignores the
+`processed_logprobs` are computed after temperature *and* after top-p, top-k and min-p. `Policy` promises logprobs
+before the last three, so keep top_p=1, top_k=0, min_p=0 in training. vLLM's default, raw_logprobs, ignores the
 temperature.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from trl_search.common.errors import UserError
 from trl_search.types import Completion, FinishReason, Sampling
 
-# vLLM writes -inf so, because JSON cannot.
+# vLLM's value for -inf, which JSON cannot hold.
 _MINUS_INFINITY = -9999.0
 _MAX_SEED = 2**63 - 1
 
@@ -41,33 +41,33 @@ def format_request(
         "model": model,
         "prompt": list(prompt_ids),
         "max_tokens": max_tokens,
-        **asdict(sampling),  # under the same names
+        **asdict(sampling),  # vLLM uses the same names
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "seed": sampling.seed & _MAX_SEED,  # 64 bits with a sign; -1 would mean no seed
+        "seed": sampling.seed & _MAX_SEED,  # vLLM's seeds are signed 64-bit integers, and -1 means no seed
         "stop": list(stop),
         "stop_token_ids": list(stop_token_ids),
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
-        "logprobs": 0,  # those of the sampled tokens alone
+        "logprobs": 0,  # only those of the sampled tokens
         "return_token_ids": True,
     }
 
 
 def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str) -> Completion:
-    """What the server answered to `body`.
+    """Reads the server's response to `body`.
 
     Raises:
-        UserError: for an answer without ids, or shorter than was asked for.
+        UserError: if the response has no token ids, or fewer than `max_tokens` although no stop was reached.
     """
     choice = answer["choices"][0]
     ids, reason = choice.get("token_ids"), choice["finish_reason"]
     if reason == "abort" and not ids:
         return Completion((), (), FinishReason.INTERRUPTED)
     if not ids or choice.get("logprobs") is None:
-        raise UserError(f"the vLLM server at {base_url} answered without token ids and logprobs: vLLM is too old")
+        raise UserError(f"the vLLM server at {base_url} returned no token ids or logprobs: install a newer vLLM there")
     if reason == "length" and len(ids) < body["max_tokens"]:
         raise UserError(
             f"the vLLM server at {base_url} ended a turn after {len(ids)} of {body['max_tokens']} tokens: start it "
@@ -90,15 +90,15 @@ def _finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
 
 
 def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
-    """The error for a request that the server will refuse again: what it said, and what helps."""
+    """The error for a request that the server would reject again, with the server's message and the remedy."""
     if "context length" in said or "max_model_len" in said:
         remedy = f"start it with --max-model-len {needed} or more, or lower max_completion_length"
     elif "does not exist" in said:
-        remedy = f"start it with {model}, or under that name (--served-model-name)"
+        remedy = f"start it with {model}, or with --served-model-name {model}"
     elif "logprobs" in said:
         remedy = "start it with --max-logprobs -1"
     elif "vocabulary" in said:
-        remedy = "it serves a model of another tokenizer: start it with the model that is trained"
+        remedy = "it serves a model with another tokenizer: start it with the model that is trained"
     else:
-        remedy = "`trl-search doctor --server` checks its settings"
-    return UserError(f"the vLLM server at {base_url} refused a request ({said}): {remedy}")
+        remedy = "check its settings with `trl-search doctor --server`"
+    return UserError(f"the vLLM server at {base_url} rejected a request ({said}): {remedy}")

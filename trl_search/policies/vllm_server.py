@@ -1,14 +1,14 @@
-"""The policy behind a stock `vllm serve`: token ids out, sampled ids and their logprobs back, one request per turn.
+"""A policy behind a standard `vllm serve`: sends token ids, receives sampled ids and logprobs, one request per turn.
 
     CUDA_VISIBLE_DEVICES=0 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --weight-transfer-config '{"backend": "nccl"}'            (docs/vllm.md has both terminals)
 
-Each rank posts its own trajectories, as many and as often as they need: no rank waits for another. What a request
-holds is written in `vllm_completions.py`. A request is repeatable, so one that is asked again, after its connection
-broke, does no harm. Closing the connection makes vLLM abort the request; that is how a cancelled coroutine ends.
+Each rank sends the requests of its own trajectories and never waits for another rank (`vllm_completions.py` has the
+format). Requests are repeatable, so they can be sent again after a broken connection. When a coroutine is cancelled,
+its connection closes, and vLLM aborts the request.
 
-A server that is lost is waited for, by one probe for all requests of the process; then all are asked again. A server
-that was restarted meanwhile serves the weights it was started with, until the next sync: `restarted` says so.
+If the server is lost, one probe per process waits for it, and then all requests are sent again. A server that was
+restarted meanwhile serves the weights that it was started with until the next sync: see `restarted`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 
-# The first version of vLLM that TRL 1.16 takes, and the last one that was tested (TRL warns above 0.31).
+# The first version of vLLM that TRL 1.16 supports, and the last one that was tested (TRL warns above 0.31).
 VLLM_VERSIONS = ("0.22.0", "0.32.0")
-# Requests under way at once, in one process; others queue here and not at the server's file descriptors.
+# Requests in flight at once per process. Others queue here, to save file descriptors of the server.
 MAX_CONNECTIONS = 512
 # Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
 _KEEP_ALIVE_S = 4.0
@@ -45,22 +45,22 @@ class VLLMServerPolicy(Policy):
     """Samples from a `vllm serve` process over HTTP.
 
     Args:
-        base_url (`str`): Its address: `http://localhost:8000`.
-        model (`str`, *optional*): The name it serves the policy under, an adapter's for one. Default: the first one.
-        context_length (`int`, *optional*, defaults to `0`): Tokens of the longest prompt and its completion together;
-            a server with less room is refused by `open`. 0: found out by the first request that is too long.
-        patience_s (`float`, *optional*, defaults to `300.0`): How long a lost server is waited for, and how long one
-            that is up is asked again for what it fails to answer.
-        request_timeout_s (`float`, *optional*, defaults to `600.0`): After so long without an answer a request counts
-            as lost; the time it waits in the server's queue included.
-        weights_since (`float`, *optional*): When the process was started that was sent weights. A server that was
-            started anew has lost them, and every request to it raises `ServerLost`.
+        base_url (`str`): The server's address: `http://localhost:8000`.
+        model (`str`, *optional*): The name of the model or adapter on the server. By default the first one it lists.
+        context_length (`int`, *optional*, defaults to `0`): Tokens of the longest prompt with its completion. `open`
+            raises if the server allows less. 0: the first request that is too long raises.
+        patience_s (`float`, *optional*, defaults to `300.0`): How long to wait for a lost server, and how long to
+            repeat a request that a running server fails to answer.
+        request_timeout_s (`float`, *optional*, defaults to `600.0`): A request without a response for this long counts
+            as lost. This includes its time in the server's queue.
+        weights_since (`float`, *optional*): The start time of the server process that received the weights. If the
+            server was restarted since, it has lost them, and every request raises `ServerLost`.
 
     Attributes:
-        max_model_len (`int`): The room of the server, once open.
-        restarted (`bool`): Whether the server was started anew since this policy first met it. It then has lost the
-            weights that training gave it, and its end of the NCCL group: synchronize, or start the run again, before
-            what it samples is trained on.
+        max_model_len (`int`): The context length of the server, once open.
+        restarted (`bool`): Whether the server was restarted since this policy first connected. It then has lost the
+            weights of the training and its connection to the NCCL group: sync the weights, or restart the run, before
+            training on its samples.
 
     Raises:
         UserError: if the address does not begin with http:// or https://.
@@ -78,12 +78,12 @@ class VLLMServerPolicy(Policy):
     ) -> None:
         if not re.match(r"https?://[^/]", base_url):
             raise UserError(
-                f"the address of the vLLM server must begin with http://, as http://localhost:8000: {base_url!r}"
+                f"the address of the vLLM server must begin with http://, like http://localhost:8000; got {base_url!r}"
             )
         self.base_url = base_url.rstrip("/")
         self.model, self.context_length = model, context_length
         self.patience_s, self.request_timeout_s = patience_s, request_timeout_s
-        self.max_model_len = 0  # 0: never met
+        self.max_model_len = 0  # 0: never connected
         self.restarted = False
         self.weights_since = self._started_at = weights_since
         self._client: httpx.AsyncClient | None = None
@@ -91,15 +91,15 @@ class VLLMServerPolicy(Policy):
         self._recovery: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Connects, on the running event loop. A server never met must be there; one met before is waited for.
+        """Connects, on the running event loop. On the first call, the server must be up; later calls wait for it.
 
         Raises:
-            ServerLost: if it is not there.
-            UserError: if it is not a vLLM server, does not serve the model, or has too little room.
+            ServerLost: if the server does not answer.
+            UserError: if it is not a vLLM server, does not serve the model, or has too short a context length.
         """
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
-        # No proxies of the environment: they do not know the hosts of a cluster.
+        # `trust_env=False`: proxies of the environment cannot reach the hosts of a cluster.
         self._client = httpx.AsyncClient(base_url=self.base_url, timeout=timeout, limits=limits, trust_env=False)
         if self.max_model_len or self.weights_since is not None:
             await self._wait_for_server()
@@ -117,7 +117,8 @@ class VLLMServerPolicy(Policy):
         except (KeyError, TypeError, ValueError) as error:
             await self.close()
             raise UserError(
-                f"what answers at {self.base_url} is not a vLLM server: its /v1/models and /version do not read so"
+                f"the server at {self.base_url} is not a vLLM server (see its /v1/models and /version): give the "
+                "address of a `vllm serve`"
             ) from error
         self._interrupted = False
         self._require_weights()
@@ -126,25 +127,25 @@ class VLLMServerPolicy(Policy):
         self._choose(models)
 
     async def interrupt(self) -> None:
-        """Pauses the server, which aborts the requests of all its clients, and lets it go on. Its cache stays warm.
+        """Pauses and resumes the server, which aborts the requests of all its clients but keeps its cache.
 
-        The requests of other clients come back with what they have sampled, too, and are asked for the rest.
+        The requests of other clients also return their tokens so far; their rollouts then continue them.
 
         Raises:
             UserError: if the server cannot be paused.
-            ServerLost: if it does not answer.
+            ServerLost: if the server does not answer.
         """
         self._interrupted = True
         started = time.monotonic()
         try:
-            # A client of its own: the requests under way may hold all connections of the other.
+            # A separate client, because the requests in flight may use all connections of the other one.
             async with httpx.AsyncClient(base_url=self.base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
                 for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
                     response = await client.post(path)
                     if response.status_code == httpx.codes.NOT_FOUND:
                         raise UserError(
-                            f"the vLLM server at {self.base_url} cannot be paused, which carry_over and max_staleness "
-                            "need: start it with VLLM_SERVER_DEV_MODE=1"
+                            f"carry_over and max_staleness must pause the vLLM server, but the one at {self.base_url} "
+                            "cannot be paused: start it with VLLM_SERVER_DEV_MODE=1"
                         )
                     response.raise_for_status()
         except httpx.HTTPError as error:
@@ -173,7 +174,7 @@ class VLLMServerPolicy(Policy):
             raise ValueError("prompt_ids is empty")
         body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop, stop_token_ids)
         needed = len(prompt_ids) + body["max_tokens"]
-        if 0 < self.max_model_len < needed:  # vLLM would refuse it, and from 0.32 on end the turn early
+        if 0 < self.max_model_len < needed:  # vLLM rejects such a request; from 0.32 on, it ends the turn early
             said = f"its maximum context length is {self.max_model_len} tokens"
             raise refusal(self.base_url, said, needed=max(self.context_length, needed), model=body["model"])
         failing_since: float | None = None
@@ -184,7 +185,7 @@ class VLLMServerPolicy(Policy):
                 completion = read_completion(await self._post(self._client, body), body, self.base_url)
                 if completion.ids or self._interrupted:
                     return completion
-                raise _Trouble("it aborted the request")  # it is shutting down, or paused
+                raise _Trouble("it aborted the request")  # the server is shutting down or paused
             except _Trouble as error:
                 await self._recover(error)
                 self._require_weights()
@@ -192,8 +193,8 @@ class VLLMServerPolicy(Policy):
                 seconds = time.monotonic() - failing_since
                 if seconds > self.patience_s:
                     raise ServerLost(
-                        f"the vLLM server at {self.base_url} is up, and yet failed a request {tries} times in "
-                        f"{seconds:.0f} s; the last time: {error}. Its log says more"
+                        f"the vLLM server at {self.base_url} is up, but failed a request {tries} times in "
+                        f"{seconds:.0f} s, the last time with: {error}. Read its log"
                     ) from error
             await asyncio.sleep(min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
 
@@ -214,7 +215,7 @@ class VLLMServerPolicy(Policy):
         raise refusal(self.base_url, said, needed=needed, model=body["model"])
 
     async def _recover(self, trouble: _Trouble) -> None:
-        """Returns when the server is well again. One probe serves all requests that were lost with it."""
+        """Waits until the server answers again. All lost requests share one probe."""
         if self._recovery is None or self._recovery.done():
             logger.warning("vLLM server at %s: %s. Trying again.", self.base_url, trouble)
             self._recovery = asyncio.create_task(self._wait_for_server())
@@ -223,7 +224,7 @@ class VLLMServerPolicy(Policy):
     async def _wait_for_server(self) -> None:
         assert self._client is not None
         started, gone = time.monotonic(), False
-        # Ranks that lost the server together do not come back together.
+        # Spreads the ranks, which lost the server at the same time.
         await asyncio.sleep(0.2 * random.random())
         try:
             async for attempt in attempts_async(httpx.HTTPError, patience_s=self.patience_s):
@@ -241,11 +242,11 @@ class VLLMServerPolicy(Policy):
         if self.restarted and self.weights_since is not None:
             raise ServerLost(
                 f"the vLLM server at {self.base_url} was restarted during training and has lost the policy's weights: "
-                "resume this run from its last checkpoint, so that it meets the server anew"
+                "resume this run from its last checkpoint, which sends them again"
             )
 
     def see(self, started_at: float | None, gone: bool = False) -> None:
-        """Notes when the server was started. If it does not say, it was restarted where nobody listened (`gone`)."""
+        """Records the server's start time. If that is unknown, a refused connection (`gone`) counts as a restart."""
         if gone if started_at is None else self._started_at not in (None, started_at):
             self.restarted = True
             logger.warning(
@@ -260,41 +261,41 @@ class VLLMServerPolicy(Policy):
         self.model = self.model or next(iter(served), None)
         if self.model not in served:
             raise UserError(
-                f"the vLLM server at {self.base_url} serves {', '.join(served) or 'nothing'}, and not {self.model}: "
+                f"the vLLM server at {self.base_url} serves {', '.join(served) or 'nothing'}, not {self.model}: "
                 "start it with that model"
             )
-        # An adapter has no room of its own.
+        # The entry of an adapter has no context length.
         self.max_model_len = max(int(model.get("max_model_len") or 0) for model in models)
         if self.context_length > self.max_model_len:
             raise UserError(
-                f"the longest prompt and max_completion_length need {self.context_length} tokens, and the vLLM server "
+                f"the longest prompt and max_completion_length need {self.context_length} tokens, but the vLLM server "
                 f"at {self.base_url} has room for {self.max_model_len}: start it with --max-model-len "
                 f"{self.context_length}, or lower max_completion_length"
             )
 
 
 def version_problem(version: str) -> str:
-    """Why a version of vLLM may not work with this TRL; empty where it does."""
+    """Why a version of vLLM may not work with this TRL; empty if it does."""
     first, last = VLLM_VERSIONS
-    # A build for the CPU is 0.32.0+cpu.
+    # CPU builds have versions such as 0.32.0+cpu.
     if Version(first) <= Version(Version(version).base_version) <= Version(last):
         return ""
     return f"vLLM {version} is outside {first} to {last}, the versions that were tested with TRL 1.16"
 
 
 class ServerLost(UserError):
-    """A server does not answer any more, or came back without the weights that it was sent."""
+    """A server no longer answers, or was restarted and has lost the weights that it was sent."""
 
 
 class _Trouble(Exception):
-    """The server's trouble, not the request's: ask again."""
+    """A failure of the server, not of the request: send it again."""
 
 
 def server_start_time(base_url: str, patience_s: float) -> float | None:
-    """When the server's process was started; None where it does not say (several API servers). Waits for a lost one.
+    """The start time of the server's process; `None` if unknown (several API servers). Waits for a lost server.
 
     Raises:
-        ServerLost: if it does not come back within `patience_s`.
+        ServerLost: if the server does not answer within `patience_s`.
     """
     started = time.monotonic()
     with httpx.Client(base_url=base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:

@@ -1,10 +1,10 @@
-"""Several vLLM servers as one policy. A trajectory stays with the server that has its tokens in the prefix cache.
+"""Several vLLM servers as one policy. A trajectory stays on the server that has its tokens in the prefix cache.
 
     trajectory 1, turn 1 ─► server A ── turn 2 ─► server A ── A is lost ─► server B, from the trajectory's tokens
     trajectory 2, turn 1 ─► server B (which has fewer trajectories) ...
 
-A request carries all tokens of its trajectory, so any server can go on where another one stopped. A server that was
-lost gets no more trajectories until the policy is opened again.
+A request carries all tokens of its trajectory, so any server can continue it. A lost server gets no more trajectories
+until the policy is opened again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class VLLMServersPolicy(Policy):
-    """Spreads trajectories over several servers, and outlives all but the last of them.
+    """Spreads trajectories over several servers. It works as long as one of them answers.
 
     Args:
-        servers (`Sequence[VLLMServerPolicy]`): One policy per server; their patience is how long a lost server holds
-            up its trajectories before the others take them over.
+        servers (`Sequence[VLLMServerPolicy]`): One policy per server. Their `patience_s` is how long the trajectories
+            of a lost server wait before they move to another one.
 
     Example:
         ```python
@@ -39,7 +39,7 @@ class VLLMServersPolicy(Policy):
     def __init__(self, servers: Sequence[VLLMServerPolicy]) -> None:
         self._servers = list(servers)
         self._well: list[VLLMServerPolicy] = []
-        # One coroutine is one trajectory.
+        # Each trajectory runs in its own task.
         self._homes: weakref.WeakKeyDictionary[asyncio.Task[object], VLLMServerPolicy] = weakref.WeakKeyDictionary()
 
     async def open(self) -> None:
@@ -49,7 +49,7 @@ class VLLMServersPolicy(Policy):
             if error is None:
                 self._well.append(server)
             elif isinstance(error, ServerLost):
-                logger.warning("Going on without a server: %s", error)
+                logger.warning("Continuing without one server: %s", error)
             else:
                 await self.close()
                 raise error
@@ -79,12 +79,12 @@ class VLLMServersPolicy(Policy):
     def _leave_out(self, server: VLLMServerPolicy, error: ServerLost) -> None:
         if server in self._well:
             self._well.remove(server)
-            logger.warning("%d servers go on without one: %s", len(self._well), error)
+            logger.warning("Continuing with %d servers, because one is lost: %s", len(self._well), error)
         if not self._well:
             raise error
 
     def _home(self) -> VLLMServerPolicy:
-        """The server of the running trajectory; for a new one, and for one that lost its own, the least loaded."""
+        """The server of the running trajectory; for a new one, or if its server is lost, the least loaded server."""
         task = asyncio.current_task()
         assert task is not None
         home = self._homes.get(task)

@@ -1,13 +1,14 @@
 """One colocated vLLM engine for several ranks: `vllm_mode="colocate"` with `vllm_tensor_parallel_size` above 1.
 
-Each rank holds a share of the weights and of the KV cache, and runs a scheduler of its own. The schedulers decide
-alike as long as they are told the same in the same order, so before each step the ranks exchange what came in:
+Each rank holds a share of the weights and of the KV cache, and runs its own scheduler. The schedulers make the same
+decisions if they get the same requests in the same order. So before each step, the ranks exchange their new requests:
 
     rank 0: trajectories ── requests ─► news ┐                ┌─► add all, in the order of the ranks ─► step()
                                              ├─ all to all ───┤
     rank 1: trajectories ── requests ─► news ┘                └─► add all, in the order of the ranks ─► step()
 
-Every rank computes all requests and answers its own. The engine stops when all ranks have closed the policy.
+Every rank computes all requests and returns the completions of its own. The engine stops when all ranks have closed
+the policy.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ from trl_search.policies.engine_thread import Request
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.types import Completion
 
-# How long a rank waits for a request of its own before it asks the others, while nothing is being generated.
+# While no request runs, a rank waits this long for its own requests before it exchanges news.
 IDLE_S = 0.002
 
 
 @dataclass
 class News:
-    """What has happened on one rank since the last step."""
+    """The changes on one rank since the last step."""
 
     requests: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: `Request` without its future
     dropped: list[str] = field(default_factory=list)
     is_closed: bool = False
 
 
-# Gives what every rank says, in the order of the ranks. All ranks call it equally often.
+# Returns the news of every rank, in the order of the ranks. All ranks must call it equally often.
 Exchange = Callable[[News], list[News]]
 
 
 class VLLMTensorParallelPolicy(VLLMColocatePolicy):
-    """Samples from an engine that several ranks share. All of them open it and close it.
+    """Samples from an engine that several ranks share. All ranks must open and close it.
 
     Args:
         llm (`vllm.LLM`): This rank's part of the engine, started with `external_launcher`.
-        rank (`int`): The place of this process among those of the engine.
-        exchange (`Callable`): How these processes tell each other their news.
-        lora_request (`vllm.lora.request.LoRARequest`, *optional*): The adapter that every request goes through.
+        rank (`int`): The rank of this process within the engine.
+        exchange (`Callable`): Exchanges the news of all ranks.
+        lora_request (`vllm.lora.request.LoRARequest`, *optional*): The adapter that is applied to every request.
 
     Example:
         ```python
@@ -62,7 +63,7 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
         super().__init__(llm, lora_request=lora_request)
         self._rank, self._exchange = rank, exchange
         self._is_closed = False
-        self._announced: dict[str, Request] = {}  # requests of this rank that the others were told of
+        self._announced: dict[str, Request] = {}  # requests of this rank that were sent to the others
         self._interruptions: list[Future[None]] = []
 
     async def open(self) -> None:
@@ -72,7 +73,7 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
     # On the engine's thread
 
     def _receive(self) -> bool:
-        """Meets the other ranks. True when there is something to compute, False once all have closed."""
+        """Exchanges news with the other ranks. Returns True if a request is running, False once all have closed."""
         while True:
             everyone = self._exchange(self._news())
             for rank, news in enumerate(everyone):
@@ -88,7 +89,7 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
                 return False
 
     def _news(self) -> News:
-        """Empties the inbox. While nothing is computed, it waits a moment for the first entry."""
+        """Empties the inbox. While no request runs, waits a moment for the first entry."""
         news = News()
         waits = not self._unfinished
         with contextlib.suppress(queue.Empty):
@@ -115,11 +116,11 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
 
     def _add(self, request: Request) -> None:
         super()._add(request)
-        if request not in self._unfinished:  # the engine has refused it, on every rank
+        if request not in self._unfinished:  # the engine has rejected it, on every rank
             self._announced.pop(request.name, None)
 
     def _give_back(self, name: str) -> None:
-        """Drops one request, cancelled or interrupted: in the same order on all ranks, as blocks become free by it."""
+        """Drops a cancelled or interrupted request, in the same order on all ranks, because it frees cache blocks."""
         self._announced.pop(name, None)
         if request := self._running.get(name):
             self._unfinished.discard(request)
@@ -133,7 +134,7 @@ class VLLMTensorParallelPolicy(VLLMColocatePolicy):
 
 
 def over_gloo(group: Any) -> Exchange:
-    """The exchange over a group of processes: two numbers before each step, and the news where there are any.
+    """An exchange over a process group: two numbers before each step, and the news if there are any.
 
     Args:
         group (`torch.distributed.ProcessGroup`): The processes of one engine, with the gloo backend.

@@ -1,10 +1,10 @@
-"""Checksums of weights, which a vLLM server reads back after a sync. vLLM imports this file into its workers:
+"""Checksums of a vLLM server's weights, to verify a weight sync. vLLM imports this file into its workers:
 
     vllm serve MODEL --worker-extension-cls trl_search.policies.weight_checksums.WeightChecksums ...
 
-A checksum is the sum of a tensor's bit patterns: one changed element changes it, and under tensor parallelism the sums
-of the shards add up to that of the whole. Only matrices that vLLM keeps under their own names are summed: it fuses q,
-k and v, and gate and up.
+A checksum is the sum of a tensor's bit patterns: one changed element changes it, and with tensor parallelism the sums
+of the shards add up to that of the whole. Only matrices that vLLM keeps under their own names are compared, because it
+fuses q, k and v, and gate and up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SUMMED = ("o_proj.weight", "down_proj.weight")
 
 
 class WeightChecksums:
-    """What `--worker-extension-cls` adds to vLLM's worker; `/collective_rpc` calls it by the method's name."""
+    """The methods that `--worker-extension-cls` adds to vLLM's worker; `/collective_rpc` calls them by name."""
 
     model_runner: Any
 
@@ -30,7 +30,7 @@ class WeightChecksums:
 
 
 def has_checksum(name: str) -> bool:
-    """Whether the tensor of that name is compared."""
+    """Whether the tensor with this name is compared."""
     return name.endswith(_SUMMED)
 
 

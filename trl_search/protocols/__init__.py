@@ -1,12 +1,12 @@
-"""How a conversation is written and read: the tags of a search call, and those of the reply.
+"""Protocols: how the policy writes a search call, and how the environment writes the reply.
 
-| protocol      | the policy writes                                | the world replies                             |
+| protocol      | the policy writes                                | the environment replies                       |
 |---------------|--------------------------------------------------|-----------------------------------------------|
 | `qwen_tools`  | `<tool_call>{"name": "search", ...}</tool_call>` | a tool message, rendered by the chat template |
 | `qwen_inline` | the same, or a bare query inside `<tool_call>`   | `<tool_response>` in the same assistant turn  |
 | `search_r1`   | `<search> query </search>`                       | `<information>` in the same assistant turn    |
 
-All of them end with `<answer> ... </answer>`.
+In each of them, the policy answers with `<answer> ... </answer>`.
 """
 
 from __future__ import annotations

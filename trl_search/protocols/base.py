@@ -1,8 +1,8 @@
-"""`Protocol`: how a conversation is written and read, for one tokenizer.
+"""`Protocol`: writes and reads a conversation, for one tokenizer.
 
-A protocol encodes text only once, when the environment replies. Sampled ids are decoded for reading and never encoded
-again. Text from the environment is untrusted: tags in it are escaped, and its ids are checked for control tokens, so
-that a passage cannot answer, call a tool, or end a turn.
+Sampled ids are decoded for reading and never encoded again; only prompts and replies of the environment are encoded.
+Text from the environment is untrusted: its tags are escaped, and its ids are checked for control tokens, so that a
+passage cannot answer, call a tool, or end a turn.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ SEARCH_TOOL: dict[str, Any] = {
 }
 
 MIN_DOCUMENT_TOKENS = 16
-# The date for templates that write one: the default of Llama 3's template.
+# The date for templates that write today's date; it is the default of Llama 3's template.
 PROMPT_DATE = datetime.date(2024, 7, 26)
-# The number of ids before a turn that show whether the prompt opened a thought.
+# How many ids before a turn are read to see whether the prompt opened a thought.
 _CONTEXT = 16
 _ANSWER = "TRLSEARCHANSWER"
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
-# Characters of a document that are tokenized, per token of room: some searches return whole books.
+# Before tokenization, documents are cut to this many characters per available token, because some are whole books.
 _CHARS_PER_TOKEN = 32
-# A SentencePiece tokenizer puts a space before its input. These absorb it, and no piece merges with them.
+# A SentencePiece tokenizer puts a space before its input. These absorb the space, and no piece merges with them.
 _ANCHORS = ("\n", "=")
 
 
 class Protocol(abc.ABC):
-    """Writes prompts and observations for one tokenizer, and reads what the policy wrote.
+    """Writes prompts and observations for one tokenizer, and parses the policy's turns.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The policy's own.
-        instruction (`str`, *optional*): Put before the question, `""` for none. By default the protocol's own where
-            the search is the only tool, else one that names the tools.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the policy.
+        instruction (`str`, *optional*): Text before the question; `""` for none. By default the protocol's own if
+            search is the only tool, else one that names the tools.
         system_prompt (`str`, *optional*): The system message; `None` leaves it to the chat template.
         tools (`Sequence[dict]`, *optional*, defaults to the search tool): JSON schemas shown to the policy.
         chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`, e.g. `{"enable_thinking": False}`.
 
     Raises:
-        UserError: for a tokenizer that is none or lacks an EOS token, and an instruction that is no text.
+        UserError: if `tokenizer` is not a tokenizer or has no EOS token, or `instruction` is not a string.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Protocol(abc.ABC):
     # The tag of a call, and the correction for a policy that writes something else.
     call_tag: str
     correction: str
-    # The protocol's own tags, each with the built-in tag that it is read as: {"lookup": "search"}.
+    # Tags of a subclass, each with the built-in tag that it is read as: {"lookup": "search"}.
     own_tags: Mapping[str, str] = {}
     # Whether the chat template shows the tools to the policy.
     shows_tools = True
-    # How the chat template's own calls are read; `None` where the policy writes plain tags.
+    # The format of the chat template's calls; `None` if the policy writes plain tags.
     call_format: CallFormat | None = None
 
     def __init__(
@@ -97,10 +97,10 @@ class Protocol(abc.ABC):
     ) -> None:
         if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "encode"):
             raise UserError(
-                f"a protocol needs a tokenizer, AutoTokenizer.from_pretrained(...), and this is {tokenizer!r:.60}"
+                f"a protocol needs a tokenizer, such as AutoTokenizer.from_pretrained(...); got {tokenizer!r:.60}"
             )
         if instruction is not None and not isinstance(instruction, str):
-            raise UserError(f"the instruction is a text, and this is {instruction!r:.60}")
+            raise UserError(f"the instruction must be a string; got {instruction!r:.60}")
         if tokenizer.eos_token_id is None:
             raise UserError(f"protocol {self.name!r} needs a tokenizer with an EOS token: set tokenizer.eos_token")
         self.tokenizer = tokenizer
@@ -111,12 +111,12 @@ class Protocol(abc.ABC):
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        # A prompt must be the same tomorrow.
+        # With a fixed date, a prompt is the same every day.
         self._template_options = {"strftime_now": PROMPT_DATE.strftime, **self.chat_template_kwargs}
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         self._think_markers = thought_markers(tokenizer.chat_template)
         self._anchor = self._find_anchor()
-        self._tokenizing = threading.RLock()  # a fast tokenizer may not be used by two threads at once
+        self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe
         if system_prompt:
             self._check_system_prompt()
         self._frame = self._observation_frame()
@@ -141,19 +141,19 @@ class Protocol(abc.ABC):
         return self.messages(prompt or row["question"])
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """`messages` through the chat template, ready for the policy's first token."""
+        """The ids of `messages` in the chat template, up to the policy's first token."""
         return tuple(self._encode_start(self.render_messages(messages, add_generation_prompt=True)))
 
     # The policy's turns
 
     def read(self, ids: Sequence[int]) -> str:
-        """Decodes a turn as it was sampled, without the token that ended it."""
+        """Decodes a sampled turn, without the token that ended it."""
         ids = ids[:-1] if ids and ids[-1] in self.stop_token_ids else ids
         return self.decode(ids)
 
     def read_turn(self, ids: Sequence[int], *, context: Sequence[int] = ()) -> str:
-        """A turn in the common form: thoughts in `<think>`, calls in `<tool_call>`, whatever the markers of the
-        model's family are. If the prompt opened a thought, its tag is put at the start.
+        """Decodes a turn into the common form: thoughts in `<think>`, calls in `<tool_call>`, for every model family.
+        If the prompt opened a thought, its tag is put at the start.
 
         Args:
             context (`Sequence[int]`): The ids before the turn; the last few are enough.
@@ -163,7 +163,7 @@ class Protocol(abc.ABC):
         return text if self.call_format is None else self.call_format.canonical(text)
 
     def opened_thought(self, context: Sequence[int]) -> str:
-        """The end of a prompt that opens a thought, such as `"<think>\\n"`, else `""`."""
+        """The end of a prompt if it opens a thought, such as `"<think>\\n"`, else `""`."""
         return opened_thought(self.decode(context[-_CONTEXT:])) if context else ""
 
     def parse(self, text: str) -> Action:
@@ -180,7 +180,7 @@ class Protocol(abc.ABC):
             return Answer(str(turn.answer))
         if act.tag != self.call_tag:
             return Invalid(self.correction, near=True)
-        # One message may hold several calls: the queries of all searches in it go out together.
+        # A turn may hold several calls: the queries of all its searches are searched together.
         calls = [block for block in turn.blocks if block.tag == self.call_tag]
         if not calls[-1].closed:
             return Invalid(f"the call is not closed by </{self.call_tag}>")
@@ -199,14 +199,14 @@ class Protocol(abc.ABC):
 
     @abc.abstractmethod
     def _read_call(self, content: str) -> Action:
-        """The action that the content of one call asks for."""
+        """The action in the content of one call."""
 
     @abc.abstractmethod
     def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
-        """The text of a turn that follows the protocol, with its tags: the inverse of `parse`. For scripts and tests.
+        """The text of a turn that follows the protocol: the inverse of `parse`. For scripts and tests.
 
         Args:
-            thought (`str`): Plain words; the protocol puts its tags around them, where it has some for thoughts.
+            thought (`str`): Plain text, which gets the protocol's tags for thoughts.
         """
 
     # The environment's replies
@@ -214,15 +214,14 @@ class Protocol(abc.ABC):
     def observation_ids(
         self, observation: Observation, *, max_tokens: int, turn_closed: bool, turn_ids: Sequence[int] = ()
     ) -> tuple[tuple[int, ...], str] | None:
-        """Writes an observation in at most `max_tokens` tokens; None if not even its frame fits.
+        """Writes an observation in at most `max_tokens` tokens; returns None if not even its frame fits.
 
-        Documents are cut one by one, in tokens: all get the same limit, and the last ones are dropped if that limit
-        would be below `MIN_DOCUMENT_TOKENS`. The frame and the notice are never cut.
+        Every document gets the same limit in tokens. If that would be below `MIN_DOCUMENT_TOKENS`, the last documents
+        are dropped. The frame and the notice are never cut.
 
         Args:
-            turn_closed (`bool`): Whether the policy sampled the token that ends its turn; else it is written here.
-            turn_ids (`Sequence[int]`, *optional*): The turn that is answered: some templates repeat the id of its
-            call.
+            turn_closed (`bool`): Whether the policy sampled the token that ends its turn; otherwise it is added here.
+            turn_ids (`Sequence[int]`, *optional*): The policy's turn, because some templates repeat its call's id.
 
         Returns:
             `tuple[tuple[int, ...], str]`: The ids to append, and the text inside the frame.
@@ -244,14 +243,14 @@ class Protocol(abc.ABC):
             return (*opening, *content, *closing), self.decode(content)
 
     def read_observation(self, ids: Sequence[int], turn_ids: Sequence[int]) -> str:
-        """The text inside the frame of the observation that follows a turn, as `observation_ids` returned it."""
+        """The text inside the frame of an observation after a turn, as `observation_ids` returned it."""
         opening, closing = self._frame_ids(turn_ids)
         if turn_ids[-1:] != (self.turn_end_id,):
             opening = [*self._turn_end_ids(), *opening]
         return self.decode(ids[len(opening) : len(ids) - len(closing)])
 
     def escape(self, text: str) -> str:
-        """Makes tags and control tokens in untrusted text inert: `</answer>` becomes `&lt;/answer>`.
+        """Neutralizes tags and control tokens in untrusted text: `</answer>` becomes `&lt;/answer>`.
 
         The result encodes to no control token, so it is safe in a message (a one-shot RAG prompt).
         """
@@ -263,7 +262,7 @@ class Protocol(abc.ABC):
         return self.control.encode(self.quote(self._tag.sub("&lt;", document)))
 
     def quote(self, text: str) -> str:
-        """The text, escaped for the frame if it needs that."""
+        """The text, escaped for the frame if necessary."""
         return text
 
     @abc.abstractmethod
@@ -271,11 +270,11 @@ class Protocol(abc.ABC):
         """The text before and after an observation, from the end of the policy's turn to the start of its next."""
 
     def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The ids around the answer to a turn."""
+        """The ids before and after the reply to a turn."""
         return self.opening_ids, self.closing_ids
 
     def _turn_end_ids(self) -> list[int]:
-        """The ids that close a turn if the policy did not."""
+        """The ids that close a turn which the policy did not close."""
         return []
 
     @property
@@ -286,7 +285,7 @@ class Protocol(abc.ABC):
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """The tokens that end a turn. Every engine gets them, because a checkpoint may name another EOS."""
         ends = {int(self.tokenizer.eos_token_id): None, self.turn_end_id: None}
-        if self.call_format is HARMONY:  # there, messages end inside a turn too
+        if self.call_format is HARMONY:  # a turn consists of several messages, so the end of a message is not its end
             return tuple(ends)
         _, _, after = self._turn_frame().partition(_ANSWER)
         if (following := self.encode(after.lstrip())) and following[0] in self.control.ids:
@@ -294,22 +293,22 @@ class Protocol(abc.ABC):
         return tuple(ends)
 
     def _turn_frame(self) -> str:
-        """A conversation that continues after an answer, as the template writes it; `""` if it cannot."""
+        """A conversation that continues after an answer, in the chat template; `""` if the template fails."""
         if not self.tokenizer.chat_template:
             return ""
         roles = {"user": "x", "assistant": _ANSWER}
         messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "x"))]
         try:
             return self.render_messages(messages, add_generation_prompt=False)
-        except Exception:  # whatever a template raises: the end of its turns is then unknown
+        except Exception:  # a template may raise anything; the end of its turns is then unknown
             return ""
 
     def _check_system_prompt(self) -> None:
         try:
             shown = self.render_messages(self.messages("x"), add_generation_prompt=True)
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # a template may raise anything
             raise UserError(
-                f"the chat template refuses a system message ({error}): put the text of system_prompt into instruction"
+                f"the chat template rejects a system message ({error}): put the text of system_prompt into instruction"
             ) from error
         if self.system_prompt and self.system_prompt.strip() not in shown:
             raise UserError(
@@ -319,18 +318,18 @@ class Protocol(abc.ABC):
     # Text and ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a piece from the middle of a conversation: no BOS, no extra leading space."""
+        """The ids of text in the middle of a conversation, without BOS and without an extra leading space."""
         if not text:
             return []
         ids = self.tokenizer.encode(self._anchor + text, add_special_tokens=False)
         return ids[len(self.tokenizer.encode(self._anchor, add_special_tokens=False)) :] if self._anchor else ids
 
     def _encode_start(self, text: str) -> list[int]:
-        """The ids of a whole conversation, as the chat template has written it."""
+        """The ids of a whole conversation that the chat template has rendered."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _find_anchor(self) -> str:
-        """The text to put before a piece so that a SentencePiece tokenizer adds no space to the piece."""
+        """The text to put before a piece, so that a SentencePiece tokenizer adds no space to the piece."""
         first = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode("x", add_special_tokens=False)[:1])
         if not first or not str(first[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}"):
             return ""
@@ -341,7 +340,7 @@ class Protocol(abc.ABC):
                 for piece in ("\n", "<", "x", " x")
             ):
                 return anchor
-        raise UserError("the tokenizer puts a space before every piece of text: set add_prefix_space to False in it")
+        raise UserError("the tokenizer puts a space before every piece of text: set its add_prefix_space to False")
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -363,7 +362,7 @@ class Protocol(abc.ABC):
 def fair_limit(lengths: Sequence[int], room: int) -> tuple[int, int]:
     """The largest limit L and number n such that the first n lengths, each cut to L, sum to at most `room`.
 
-    n is all of them unless that would make L smaller than `MIN_DOCUMENT_TOKENS` and cut something.
+    n counts all lengths unless L would then be below `MIN_DOCUMENT_TOKENS` and cut something.
 
     Example:
         >>> fair_limit([50, 200, 300], 450)
@@ -375,7 +374,7 @@ def fair_limit(lengths: Sequence[int], room: int) -> tuple[int, int]:
             limit = remaining // (kept - i)
             if length > limit:
                 break
-            # A document shorter than its share leaves the rest to the longer ones.
+            # A document shorter than its share leaves room for the longer ones.
             remaining -= length
         else:
             return max(lengths[:kept]), kept

@@ -1,4 +1,4 @@
-r"""How model families write a tool call, and the translation into one common form.
+r"""The tool-call formats of model families, and their translation into one common form.
 
     hermes     <tool_call>\n{"name": "search", "arguments": {…}}\n</tool_call>      Qwen2.5, Qwen3, SmolLM3
     xml        <tool_call>\n<function=search>\n<parameter=query_list>\n[…]\n…       Qwen3-Coder, Qwen3.5, Nemotron 3
@@ -11,10 +11,10 @@ r"""How model families write a tool call, and the translation into one common fo
     harmony    <|channel|>commentary to=functions.search <|message|>{…}<|call|>    gpt-oss
     deepseek   <|tool_calls_begin|>…function<|tool_sep|>search\n```json\n{…}\n```…  DeepSeek V3
 
-`CallFormat.canonical` rewrites a turn in any of these forms into the first. transformers' `parse_response` reads most
-of them too, and the tests check that both agree. It is not used here because it raises on malformed calls, and because
-TRL recognises a template by its exact text only. A call that cannot be read is kept between `<tool_call>` tags, where
-it counts as malformed.
+`CallFormat.canonical` rewrites a turn from any of these formats into the first. transformers' `parse_response` also
+reads most of them, and the tests check that both agree. It is not used here, because it raises on malformed calls and
+because TRL recognizes a template only by its exact text. A call that cannot be parsed is put between `<tool_call>`
+tags, where it counts as malformed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>")
 
 @dataclass(frozen=True)
 class CallFormat:
-    """How one family writes calls: `opening`, something that `read` takes, `closing` or the end of the turn.
+    """The format in which a family writes calls: `opening`, text that `read` parses, `closing` or the end of the turn.
 
     Args:
-        opening (`str`): What starts a block of calls. `""` where a turn that starts with `{` is a call.
-        closing (`str`): What ends it; `""` where the turn's end does.
-        read (`Callable`): The calls of a block, from the text between. Raises for what it cannot read.
+        opening (`str`): The start of a block of calls. `""` if a turn that starts with `{` is a call.
+        closing (`str`): The end of a block; `""` if it ends with the turn.
+        read (`Callable`): Returns the calls in the text of a block, or raises if it cannot parse it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class CallFormat:
     read: Callable[[str], list[Call]]
 
     def canonical(self, text: str) -> str:
-        """The turn with its calls as `<tool_call>` JSON. Linear; thoughts are left as they are."""
+        """The turn with its calls as JSON in `<tool_call>`. Takes linear time and does not change thoughts."""
         if self.name == "hermes":
             return text
         if self.name == "harmony":
@@ -71,7 +71,7 @@ class CallFormat:
 
     def _rewrite(self, text: str) -> str:
         if not self.opening:
-            # If the prompt opened a thought, the text closes it and does not open it.
+            # If the prompt opened a thought, the text contains only its closing tag.
             thought, closed, rest = text.rpartition("</think>")
             body = rest.strip().removeprefix("<|python_tag|>").lstrip()
             return thought + closed + _tagged(self.read, body) if body.startswith("{") else text
@@ -81,7 +81,7 @@ class CallFormat:
             inside = start + len(self.opening)
             end = text.find(self.closing, inside) if self.closing else len(text)
             if end < 0:
-                # It stays open, as it was written.
+                # The policy did not close the call.
                 return "".join([*pieces, text[position:start], "<tool_call>", text[inside:]])
             pieces += [text[position:start], _tagged(self.read, text[inside:end])]
             position = end + len(self.closing)
@@ -164,7 +164,7 @@ def _deepseek_calls(body: str) -> list[Call]:
 
 
 def _value(raw: str) -> Any:
-    """An argument that is written without quotes: JSON where it is a list or an object, else the text itself."""
+    """An argument that is written without quotes: JSON if it is a list or an object, else the text itself."""
     raw = raw.strip()
     return json.loads(raw) if raw.startswith(("[", "{")) else raw
 

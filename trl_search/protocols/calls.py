@@ -1,10 +1,10 @@
-"""Reads the content of one call: the text between `<tool_call>` and `</tool_call>`, or `<search>` and `</search>`.
+"""Parses the content of one call: the text between `<tool_call>` and `</tool_call>`, or `<search>` and `</search>`.
 
     {"name": "search", "arguments": {"query_list": ["birthplace of Mira Talvane"]}}     JSON
-    birthplace of Mira Talvane                                                          a bare query, as a courtesy
+    birthplace of Mira Talvane                                                          a bare query, also accepted
 
-A near-call was meant as a call but is not one: a code fence, `search(query="x")`, markup, `null`. It is never searched
-for as literal text. It is refused with a correction and counted as `search/near_calls`.
+A near-call is text that was meant as a call but is none: a code fence, `search(query="x")`, markup, `null`. It is
+never searched as literal text. The policy gets a correction, and `search/near_calls` counts it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trl_search.types import Action, Invalid, Search, ToolCall
 
 MAX_QUERY_CHARS = 1000
 NO_SUCH_TOOL = Invalid("there is no tool of that name")
-# Every repetition is bounded, so that reading stays linear.
+# Every repetition is bounded, so that matching takes linear time.
 _NOT_A_QUERY = re.compile(
     r"""```|</?[a-z_|]|\[/?[A-Z_]{2,20}\]|^\w{0,20}search\s{0,3}(?:\(|:\s{0,3}[{\["'])|^"[\[{]|^(?:null|none|undefined)$""",
     re.IGNORECASE,
 )
-# The JSON types that a bare text may stand for.
+# The JSON types that bare text is converted to.
 _TYPES: dict[str, tuple[type, ...]] = {"number": (int, float), "integer": (int,), "boolean": (bool,)}
 _UNTAGGED = re.compile(
     r"""["'](?:name|function)["']\s{0,9}:\s{0,9}["']search["']|["']query(?:_list)?["']\s{0,9}:"""
@@ -33,7 +33,7 @@ _UNTAGGED = re.compile(
 
 
 def read_call(content: str, tools: Collection[str] = ("search",)) -> Action:
-    """The action that a call asks for; `Invalid` says what is wrong with it.
+    """The action of a call, or `Invalid` with the reason.
 
     Args:
         tools (`Collection[str]`): The names of the tools.
@@ -63,7 +63,7 @@ def read_call(content: str, tools: Collection[str] = ("search",)) -> Action:
 
 
 def read_query(raw: str) -> Action:
-    """A search for a query that is written as plain text; `Invalid` where the text is markup, JSON or code."""
+    """A search for a query in plain text; `Invalid` if the text is markup, JSON or code."""
     raw = raw.strip()
     if raw.startswith(("{", "[")) or _NOT_A_QUERY.search(raw):
         return Invalid("the query must be plain words, without JSON, code or markup", near=True)
@@ -71,7 +71,7 @@ def read_query(raw: str) -> Action:
 
 
 def search_for(queries: Any) -> Action:
-    """A search for `queries`, which is untrusted model output of any type."""
+    """A search for `queries`, untrusted model output of any type."""
     if isinstance(queries, str) and queries.lstrip().startswith("["):  # a stringified list
         queries = decoded if isinstance(decoded := _json(queries), list) else queries
     queries = [queries] if isinstance(queries, str) else queries
@@ -86,11 +86,11 @@ def search_for(queries: Any) -> Action:
 
 
 def with_types(call: ToolCall, schema: Any) -> ToolCall:
-    """The call with arguments of the types of its tool's schema: some families write all of them as bare text.
+    """Converts a call's arguments to the types in the tool's schema, because some families write only bare text.
 
     Args:
-        schema (`Mapping`, *optional*): The JSON schema of the tool's parameters. A text that is not of the type in it
-            stays as it is, for the environment to judge.
+        schema (`Mapping`, *optional*): The JSON schema of the tool's parameters. Text that cannot be converted stays
+            unchanged, and the environment handles it.
 
     Example:
         >>> with_types(ToolCall("add", {"a": "1"}), {"properties": {"a": {"type": "number"}}})
@@ -109,7 +109,7 @@ def with_types(call: ToolCall, schema: Any) -> ToolCall:
 
 
 def call_of(action: Search | ToolCall) -> ToolCall:
-    """The call that asks for an action: the inverse of `read_call`.
+    """The call for an action: the inverse of `read_call`.
 
     Example:
         >>> call_of(Search(("a", "b")))
@@ -119,7 +119,7 @@ def call_of(action: Search | ToolCall) -> ToolCall:
 
 
 def looks_like_a_call(text: str) -> bool:
-    """Whether a turn without a call holds a near-call.
+    """Whether a turn without a call contains a near-call.
 
     Example:
         >>> looks_like_a_call('```json\\n{"name": "search", "arguments": {"query": "x"}}\\n```')
@@ -129,7 +129,7 @@ def looks_like_a_call(text: str) -> bool:
 
 
 def _json(text: str) -> Any:
-    """The value, or `None` if the text is not JSON, or too deeply nested."""
+    """The value, or `None` if the text is not JSON or too deeply nested."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,8 +1,7 @@
 """Control tokens: the ids that only a policy and its chat template may write.
 
-Text from the environment is checked after tokenization, on its ids: a tokenizer may normalise its input, so that
-`</s>` in full-width letters becomes EOS, which the text does not show. All such text goes through
-`ControlTokens.encode`.
+`ControlTokens.encode` checks the ids of text from the environment, not the text itself: a tokenizer may normalize its
+input, so that `</s>` in full-width letters becomes EOS.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# `<|im_end|>`, `</s>`, `[INST]`, `<|User|>`: between brackets and without inner spaces. Years and digits are text.
+# `<|im_end|>`, `</s>`, `[INST]`, `<|User|>`: between brackets and without inner spaces.
 _LOOKS_LIKE_CONTROL = re.compile(r"\s*[<\[{\uff1c]\S{0,80}[>\]}\uff1e]\s*")
-# Markers between the messages of a template that are not tokens of their own: `<<SYS>>`, `[INST]`.
+# Markers between the messages of a template that are not single tokens: `<<SYS>>`, `[INST]`.
 _MARKER = re.compile(r"<{1,2}/?\|?[A-Za-z_][\w ./-]{0,40}\|?>{1,2}|\[/?[A-Z_]{2,30}\]")
 
 
@@ -24,9 +23,9 @@ class ControlTokens:
     """The control tokens of a tokenizer and its chat template.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Its added tokens that are special or look so are control.
+        tokenizer (`PreTrainedTokenizerBase`): Its added tokens are control tokens if they are special or look so.
         encode (`Callable[[str], list[int]]`): Encodes a piece of a conversation.
-        frames (`Sequence[str]`): Text that the template writes around messages. Markers in it are control too.
+        frames (`Sequence[str]`): Text that the template writes around messages. Its markers are neutralized, too.
 
     Example:
         >>> control = ControlTokens(tokenizer, encode)
@@ -50,20 +49,20 @@ class ControlTokens:
         self._inert: dict[int, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Encodes text that is not the policy's; no id of the result is a control token."""
+        """Encodes text that the policy did not write, without control tokens."""
         ids = self._encode(self._without_markers(text))
         if self.ids.isdisjoint(ids):
             return ids
         return [part for index in ids for part in (self._spelled(index) if index in self.ids else (index,))]
 
     def escape(self, text: str) -> str:
-        """The same for text that goes into a message: returns text that encodes to no control token."""
+        """Returns the text in a form that encodes to no control token, for use in a message."""
         text = self._without_markers(text)
         for _ in range(3):
             if self.ids.isdisjoint(self._encode(text)):
                 return text
             text = str(self._tokenizer.decode(self.encode(text), clean_up_tokenization_spaces=False))
-        # The last resort, for a tokenizer that makes control tokens of any punctuation: keep the words.
+        # Last resort, for a tokenizer that turns any punctuation into control tokens: keep only the words.
         return re.sub(r"[^\w\s.,;:!?'\"-]", " ", text)
 
     def _without_markers(self, text: str) -> str:
@@ -71,7 +70,7 @@ class ControlTokens:
         return text if self._markers is None else self._markers.sub(lambda marker: _defused(marker[0]), text)
 
     def _spelled(self, index: int) -> tuple[int, ...]:
-        """A control token as inert text; empty if even its letters make control tokens."""
+        """The ids of a control token as plain text; empty if even its letters give control tokens."""
         if index not in self._inert:
             spelled = self._encode(_defused(str(self._tokenizer.convert_ids_to_tokens(index))))
             self._inert[index] = tuple(part for part in spelled if part not in self.ids)
@@ -79,7 +78,7 @@ class ControlTokens:
 
 
 def well_formed(text: str) -> str:
-    """The text with the halves of broken surrogate pairs replaced: no tokenizer takes them.
+    """Replaces the halves of broken surrogate pairs, which no tokenizer accepts.
 
     Example:
         >>> well_formed("half a pair: \\ud800")

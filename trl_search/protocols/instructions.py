@@ -1,6 +1,6 @@
-"""The instruction before a question where the policy has other tools than the search, or none.
+"""The instruction before a question if the policy has tools other than search, or none.
 
-Where the search is its only tool, each protocol has an instruction of its own: published results depend on the words.
+If search is its only tool, each protocol uses its own instruction, because published results depend on the wording.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 
-# Left out where a chat template writes results in another way.
+# Left out if a chat template writes results in another way.
 REPLY_TAGS = "; its results come between <tool_response> and </tool_response>"
 _ANSWER = (
     "the final answer inside <answer> and </answer>, without explanation. For example, <answer> Beijing </answer>. "
@@ -19,32 +19,32 @@ _ANSWER = (
 
 
 def tool_names(tools: Any) -> list[str]:
-    """The names in the JSON schemas of some tools.
+    """The names in the JSON schemas of tools.
 
     Raises:
-        UserError: for what is no list of JSON schemas.
+        UserError: if `tools` is not a list of JSON schemas.
 
     Example:
         >>> tool_names([{"type": "function", "function": {"name": "add", "parameters": {...}}}])
         ['add']
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise UserError(f"tools is a list of JSON schemas, and this is {type(tools).__name__}: {tools!r:.80}")
+        raise UserError(f"tools must be a list of JSON schemas; got {type(tools).__name__}: {tools!r:.80}")
     names = []
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
             raise UserError(
-                'a tool is a JSON schema, {"type": "function", "function": {"name": ..., "description": ..., '
-                f'"parameters": {{...}}}}}}, and this is {tool!r:.80}'
+                'a tool must be a JSON schema, {"type": "function", "function": {"name": ..., "description": ..., '
+                f'"parameters": {{...}}}}}}; got {tool!r:.80}'
             )
         names.append(name)
     return names
 
 
 def instruction_for(names: Sequence[str]) -> str:
-    """What a policy with these tools is told before each question.
+    """The instruction for a policy with these tools.
 
     Example:
         >>> instruction_for(["add", "multiply"])

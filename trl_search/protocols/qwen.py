@@ -1,4 +1,4 @@
-"""The chat template's own tool calling, answered by a tool message or in the same turn. Qwen's was the first."""
+"""Tool calling in the chat template's own format, answered by a tool message or in the same turn."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _CALL_ID = re.compile(r'"id":\s{0,3}"([A-Za-z0-9]{9})"|\[CALL_ID\]([A-Za-z0-9]{9
 
 
 class QwenTools(Protocol):
-    """The chat template's own tool calling, of any family: a call ends the turn, the reply is a tool message.
+    """Tool calling in the chat template's own format, for any model family: a call ends the turn, and the reply is a
+    tool message.
 
     Raises:
-        TemplateProblem: if the template's calls cannot be read back, or its replies do not extend the prompt exactly.
+        TemplateProblem: if the template's calls cannot be parsed back, or its replies do not extend the prompt.
     """
 
     name = "qwen_tools"
@@ -57,21 +58,21 @@ class QwenTools(Protocol):
         if self.call_format is HERMES:
             call = write_call(asked.name, asked.arguments)
         else:
-            # Where the prompt opens a thought, the template closes it first; here the thought does.
+            # If the prompt opens a thought, the template first closes it; here `thought` closes it.
             call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self.show, asked))
         return f"<think> {thought} </think>\n{call}"
 
     def _observation_frame(self) -> tuple[str, str]:
         if not self.tokenizer.chat_template:
             raise TemplateProblem(
-                f"protocol {self.name!r} needs a chat template that takes tools; this has none: {REMEDY}"
+                f"protocol {self.name!r} needs a chat template with tools, but the tokenizer has no template: {REMEDY}"
             )
         self.template = probe_template(self.show, self.tools)
         self.call_format = self.template.format
         end, *opening = self.encode(self.template.opening)
         if end not in ControlTokens(self.tokenizer, self.encode).ids:
             raise TemplateProblem(
-                f"the chat template does not end the assistant's turn with a token of its own "
+                f"the chat template does not end the assistant's turn with a control token "
                 f"({self.template.opening[:40]!r} follows a call): {REMEDY}"
             )
         self._end_id = end
@@ -95,7 +96,7 @@ class QwenTools(Protocol):
 
     def _frame_ids(self, turn_ids: Sequence[int]) -> tuple[list[int], list[int]]:
         opening, closing = self._frame
-        if opening_of("", opening) != opening:  # it names the tool that replies
+        if opening_of("", opening) != opening:  # the opening names the tool
             called = self.parse(self.read_turn(turn_ids))
             opening = opening_of(called.name, opening) if isinstance(called, ToolCall) else opening
         if any(CALL_ID in frame for frame in self._frame):
@@ -108,7 +109,7 @@ class QwenTools(Protocol):
 
 
 class QwenInline(QwenTools):
-    """The same calls, but the reply is in the same assistant turn, as in Search-R1."""
+    """Calls as JSON in `<tool_call>`, with the reply in the same assistant turn, as in Search-R1."""
 
     name = "qwen_inline"
     stop = ("</tool_call>", "</answer>")
@@ -123,11 +124,11 @@ class QwenInline(QwenTools):
         self.call_format = HERMES
         try:
             taught = probe_template(self.show, self.tools).format
-        except TemplateProblem:  # a template without tools teaches no form: the instruction does
+        except TemplateProblem:  # the template shows no tools, so only the instruction teaches a format
             taught = HERMES
         if self.tools and self.tokenizer.chat_template and taught is not HERMES:
             raise TemplateProblem(
-                f"protocol 'qwen_inline' reads JSON in <tool_call>, and this chat template teaches calls in the form "
+                f"protocol 'qwen_inline' reads JSON in <tool_call>, but this chat template teaches the call format "
                 f"{taught.name!r}: use protocol='qwen_tools', or 'search_r1'"
             )
         return "\n<tool_response>\n", "\n</tool_response>\n"

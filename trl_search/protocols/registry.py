@@ -1,4 +1,4 @@
-"""Every protocol, by name. A new one is registered here, by a script, or by an installed package:
+"""All protocols, by name. A new one is registered here, by a script, or by an installed package:
 
 [project.entry-points."trl_search.protocols"]
 lookup = "my_package.lookup:Lookup"
@@ -17,18 +17,18 @@ from trl_search.protocols.search_r1 import SearchR1
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A script may add a class of its own here; an installed package adds one through the entry-point group.
+# A script may add its own class here; an installed package adds one through the entry-point group.
 PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (QwenTools, QwenInline, SearchR1)}
 _INSTALLED = Registry("protocol", "trl_search.protocols", {})
 
 
 def protocol_names() -> list[str]:
-    """All protocols: ours, those that a script added, and those of installed packages."""
+    """The names of all protocols: built-in ones, those that a script added, and those of installed packages."""
     return [*PROTOCOLS, *(name for name in _INSTALLED.names() if name not in PROTOCOLS)]
 
 
 def load_protocol(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Protocol:
-    """The protocol of that name for that tokenizer; `options` are those of [`Protocol`].
+    """Creates the protocol with this name for a tokenizer; `options` are those of [`Protocol`].
 
     Raises:
         UserError: for an unknown name.

@@ -1,4 +1,4 @@
-"""Search-R1's protocol: plain-text tags, for base models and for tokenizers without tools."""
+"""Search-R1's protocol: plain-text tags, for base models and for chat templates without tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SearchR1(Protocol):
     name = "search_r1"
     stop = ("</search>", "</answer>")
     call_tag = "search"
-    shows_tools = False  # the instruction explains the tags; tools in the prompt would teach a second way to call
+    shows_tools = False  # the instruction explains the tags; tools in the prompt would teach a second format
     correction = "write the query in plain words between the search tags"
     default_instruction = (
         "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
@@ -38,7 +38,7 @@ class SearchR1(Protocol):
     def _encode_start(self, text: str) -> list[int]:
         if self.tokenizer.chat_template:
             return super()._encode_start(text)
-        # Without a template the tokenizer itself knows whether its model wants a BOS. An EOS would end the prompt.
+        # Without a template, the tokenizer adds a BOS if the model needs one. An EOS would end the prompt.
         ids: list[int] = self.tokenizer.encode(text)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
@@ -47,7 +47,10 @@ class SearchR1(Protocol):
 
     def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
         if isinstance(action, ToolCall):
-            raise UserError(f"protocol {self.name!r} has tags for a search, and none for a call of {action.name}")
+            raise UserError(
+                f"protocol {self.name!r} has tags for search only, not for a call of {action.name}: use "
+                "protocol='qwen_tools'"
+            )
         if isinstance(action, Answer):
             return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
         return f"<think> {thought} </think>\n<search> {' '.join(action.queries)} </search>"
@@ -55,9 +58,9 @@ class SearchR1(Protocol):
     def _observation_frame(self) -> tuple[str, str]:
         if others := [name for name in tool_names(self.tools) if name != "search"]:
             raise UserError(
-                f"protocol {self.name!r} has tags for a search, and none for the environment's tool {others[0]!r}: "
+                f"protocol {self.name!r} has tags for search only, not for the environment's tool {others[0]!r}: "
                 "use protocol='qwen_tools'"
             )
         if "<|channel|>" in (self.tokenizer.chat_template or ""):
-            self.call_format = HARMONY  # its thoughts stand in a channel of their own
+            self.call_format = HARMONY  # such a model writes its thoughts in a separate channel
         return "\n\n<information>", "</information>\n\n"

@@ -1,4 +1,4 @@
-"""How models mark their thoughts, and the translation into `<think>…</think>`."""
+"""The markers of thoughts in model families, and their translation into `<think>…</think>`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _OTHERS = (
 )
 _OPENED = re.compile(r"(?:<think>|\[THINK\]|<\|channel>thought\n|<seed:think>)\s*\Z")
 _WRITTEN = re.compile(rf"{_OPENED.pattern[:-2]}(?:(?:</think>|\[/THINK\]|<channel\|>|</seed:think>)\s*)?\Z")
-# No prompt ends in more white space than this after it opened a thought.
+# Characters at the end of a prompt in which an opened thought is searched.
 _TAIL = 64
 
 
 def thought_markers(chat_template: str | None) -> tuple[tuple[str, str], ...]:
-    """The markers other than `<think>` that a chat template names."""
+    """The markers other than `<think>` in a chat template."""
     return tuple(pair for pair in _OTHERS if pair[0].strip() in (chat_template or ""))
 
 
 def with_think_tags(text: str, markers: tuple[tuple[str, str], ...]) -> str:
-    """The text with each of the `markers` as `<think>` and `</think>`."""
+    """The text with the `markers` replaced by `<think>` and `</think>`."""
     for pair in markers:
         for marker, tag in zip(pair, THINK, strict=True):
             text = text.replace(marker, tag)
@@ -31,7 +31,7 @@ def with_think_tags(text: str, markers: tuple[tuple[str, str], ...]) -> str:
 
 
 def opened_thought(prompt: str) -> str:
-    """The end of a prompt that opens a thought, else `""`.
+    """The end of a prompt if it opens a thought, else `""`.
 
     Example:
         >>> opened_thought("<|im_start|>assistant\\n<think>\\n")
@@ -42,7 +42,7 @@ def opened_thought(prompt: str) -> str:
 
 
 def written_thought(prompt: str) -> str:
-    """The end of a prompt that opens a thought, or opens and closes an empty one, else `""`.
+    """The end of a prompt if it opens a thought, or opens and closes an empty one, else `""`.
 
     Example:
         >>> written_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")

@@ -1,14 +1,14 @@
-r"""Finds out how a chat template writes a search and its reply, by rendering both and reading the call back.
+r"""Detects how a chat template writes a search and its reply, by rendering both and parsing the call back.
 
     prompt  ……<|im_start|>assistant\n
-    call    <tool_call>\n{"name": "search", …}\n</tool_call>                 the policy's
-    end     <|im_end|>                                                       the policy's, or written for it
-    opening \n<|im_start|>user\n<tool_response>\n                            the world's
+    call    <tool_call>\n{"name": "search", …}\n</tool_call>                 by the policy
+    end     <|im_end|>                                                       by the policy, or added for it
+    opening \n<|im_start|>user\n<tool_response>\n                            by the environment
     reply   Doc 1 …
-    closing \n</tool_response><|im_end|>\n<|im_start|>assistant\n           up to where the policy goes on
+    closing \n</tool_response><|im_end|>\n<|im_start|>assistant\n           up to the policy's next turn
 
 The call is rendered inside a conversation, because some templates write the last turn differently. A template that
-cannot be used exactly is refused here, before the first rollout.
+cannot be used exactly raises here, before the first rollout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trl_search.protocols.thoughts import written_thought
 from trl_search.protocols.turn import read_turn
 from trl_search.types import Search, ToolCall
 
-Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether the policy goes on
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, and whether to add a generation prompt
 
 _QUERIES = ("TRLSEARCHQUERY", 'of "it\'s" [here], {there}')
 _CALL = call_of(Search(_QUERIES))
@@ -38,11 +38,11 @@ REMEDY = "use protocol='search_r1', which needs no tools in the template, or set
 
 
 class TemplateProblem(UserError):
-    """The chat template cannot be used exactly. The message says why, and what to do."""
+    """The chat template cannot be used exactly. The message names the cause and the remedy."""
 
 
 class CallMessage(NamedTuple):
-    """The form of a call's message that a template takes: its content, and its arguments as an object or as JSON."""
+    """The form in which a template takes a message with a call: its content, its arguments as an object or as JSON."""
 
     content: str | None
     json_arguments: bool
@@ -56,11 +56,11 @@ class ToolTemplate:
     """The text that a chat template writes around a search and its reply.
 
     Args:
-        format (`CallFormat`): How the call is written.
+        format (`CallFormat`): The format of the call.
         message (`CallMessage`): The form of message that the template takes.
         opening (`str`): The text from the call to the reply, including the end of the policy's turn.
         closing (`str`): The text from the reply to the policy's next turn.
-        json_reply (`bool`): The reply stands inside a JSON string.
+        json_reply (`bool`): Whether the reply is inside a JSON string.
     """
 
     format: CallFormat
@@ -71,19 +71,19 @@ class ToolTemplate:
 
 
 def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:
-    """Renders a call and its reply, and finds the format that reads the call back.
+    """Renders a call and its reply, and finds the format that parses the call back.
 
     Args:
-        render (`Callable`): Renders messages through the chat template, with the tools.
+        render (`Callable`): Renders messages with the chat template and the tools.
 
     Raises:
-        TemplateProblem: if the template shows no tools, fails, or writes calls that nothing here reads back exactly.
+        TemplateProblem: if the template shows no tools, fails, or writes calls that no known format parses back.
     """
     problem: Exception | None = None
     for message in _CALL_MESSAGES:
         try:
             return _probe(render, tools, message)
-        except Exception as error:  # jinja2's errors, and whatever a template raises itself
+        except Exception as error:  # a template may raise anything
             problem = problem or error
     if isinstance(problem, TemplateProblem):
         raise problem
@@ -106,16 +106,14 @@ def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMess
     for form in CALL_FORMATS:
         if (end := _end_of_call(form, written)) is None:
             continue
-        opening = written[end:].lstrip()  # white space before the end of the turn is the policy's
+        opening = written[end:].lstrip()  # the policy writes the white space before the end of its turn
         if _reads_back(form, written.removesuffix(opening)):
             return ToolTemplate(form, message, opening, closing, json_reply)
-    raise TemplateProblem(
-        f"the chat template writes calls in a form that is not known here ({written[:160]!r}): {REMEDY}"
-    )
+    raise TemplateProblem(f"the chat template writes calls in an unknown format ({written[:160]!r}): {REMEDY}")
 
 
 def opening_of(tool: str, opening: str) -> str:
-    """The opening of another tool's reply, from that of the search.
+    """The opening of another tool's reply, made from that of a search.
 
     Example:
         >>> opening_of("add", "<|start|>functions.search to=assistant<|channel|>commentary<|message|>")
@@ -125,7 +123,7 @@ def opening_of(tool: str, opening: str) -> str:
 
 
 def write_turn(template: ToolTemplate, render: Render, call: ToolCall) -> str:
-    """The call as the template writes it, without thoughts and without the end of the turn."""
+    """The call in the template's format, without thoughts and without the end of the turn."""
     history = call_history(call, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
     before = render(history, True).split(opening_of(call.name, template.opening) + reply)[0]
@@ -143,14 +141,14 @@ def call_history(call: ToolCall, message: CallMessage) -> list[dict[str, Any]]:
 
 
 def _end_of_call(form: CallFormat, written: str) -> int | None:
-    """The end of the policy's own text, or `None` if the call is not in this form."""
+    """The position after the call, or `None` if the call is not in this format."""
     if form.opening not in written:
         return None
     last_query = written.find(_QUERIES[1][-8:])
     if form.closing:
         end = written.find(form.closing, last_query)
         return None if end < 0 else end + len(form.closing)
-    # The call runs to the token that ends the turn.
+    # The call ends at the token that ends the turn.
     end_of_turn = _END_OF_TURN.search(written, last_query)
     return None if end_of_turn is None else end_of_turn.start()
 
@@ -161,7 +159,7 @@ def _reads_back(form: CallFormat, call: str) -> bool:
 
 
 def _policys_part(prompt: str, conversation: str) -> str:
-    """The part of a conversation after its prompt. The template may leave out a thought that the prompt wrote."""
+    """The part of a conversation after its prompt. The template may drop a thought that the prompt contains."""
     bare = prompt.removesuffix(written_thought(prompt))
     if not conversation.startswith(bare):
         raise TemplateProblem(f"the chat template rewrites the prompt once a tool was called: {REMEDY}")

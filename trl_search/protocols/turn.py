@@ -1,11 +1,11 @@
-r"""Splits one turn of the policy into thoughts, calls and answers. Every reader of turns starts here.
+r"""Splits one turn of the policy into thoughts, calls and answers. All code that parses turns uses this module.
 
     <think> I could use <answer> … </think> <tool_call> … </tool_call>
     └────────────── thought ──────────────┘ └───────── act ──────────┘
 
-A thought is not an act: tags inside `<think>…</think>` are words, and a thought that is never closed has no acts after
-it. A call is opaque up to its own closing tag, so a query may mention any tag. Reading takes one pass and linear time,
-whatever the policy wrote.
+Tags inside `<think>…</think>` are plain text, and there are no acts after a thought that is never closed. A call
+extends to its own closing tag, so a query may mention any other tag. Parsing takes one pass and linear time for any
+text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WORLD = frozenset({"tool_response", "information"})
 
 
 class Block(NamedTuple):
-    """`text[start:end]`, which is `<tag>content</tag>`. An unclosed call or thought runs to the end of its turn."""
+    """`text[start:end]`, which is `<tag>content</tag>`. An unclosed call or thought extends to the end of its turn."""
 
     tag: str
     content: str
@@ -29,12 +29,12 @@ class Block(NamedTuple):
 
 
 class TurnText(NamedTuple):
-    """A turn, read.
+    """A parsed turn.
 
     Args:
         blocks (`tuple[Block, ...]`): Thoughts, calls and answers in order.
-        tidy (`bool`): Every tag outside the blocks is paired, and no answer or call holds another tag.
-        speaks_for_world (`bool`): The policy wrote `<tool_response>` or `<information>` outside its thoughts.
+        tidy (`bool`): Whether every tag outside the blocks is paired, and no answer or call contains another tag.
+        speaks_for_world (`bool`): Whether the policy wrote `<tool_response>` or `<information>` outside its thoughts.
     """
 
     blocks: tuple[Block, ...]
@@ -57,7 +57,7 @@ class TurnText(NamedTuple):
 
 
 def read_turn(text: str) -> TurnText:
-    """Reads what the policy wrote in one turn.
+    """Parses one turn of the policy.
 
     A `</think>` before any other tag closes a thought that the prompt opened.
 
@@ -79,7 +79,7 @@ def read_turn(text: str) -> TurnText:
             tidy = False
         elif last_close[name] < position:
             tidy = False
-            # An unclosed answer is prose; an unclosed call or thought runs to the end of the turn.
+            # An unclosed answer is plain text; an unclosed call or thought extends to the end of the turn.
             if name != "answer":
                 blocks.append(Block(name, text[position:], tag.start(), len(text), closed=False))
                 speaks_for_world |= name != "think" and not _WORLD.isdisjoint(_tags(text, position, len(text)))
@@ -98,7 +98,7 @@ def read_turn(text: str) -> TurnText:
 
 
 def in_thought(text: str) -> bool:
-    """Whether the turn so far ends inside a thought, where a stop string stops nothing."""
+    """Whether the turn so far ends inside a thought, where a stop string does not end it."""
     blocks = read_turn(text).blocks
     return bool(blocks) and blocks[-1].tag == "think" and not blocks[-1].closed
 

@@ -106,14 +106,14 @@ def test_the_rank_of_an_adapter(random_model):
     ],
 )
 def test_adapters_that_vllm_cannot_apply(random_model, options, named):
-    with pytest.raises(UserError, match=rf"adapter with this {named}: use vllm_lora_sync='merged'"):
+    with pytest.raises(UserError, match=rf"support this adapter's {named}: use vllm_lora_sync='merged'"):
         adapter_rank(adapter(random_model, **options))
 
 
 def test_what_is_no_lora_adapter(random_model):
     with pytest.raises(UserError, match="needs a LoRA adapter: give a peft_config"):
         adapter_rank(random_model)
-    with pytest.raises(UserError, match="adapter with this peft_type"):
+    with pytest.raises(UserError, match="support this adapter's peft_type"):
         adapter_rank(get_peft_model(random_model, VeraConfig(r=4, target_modules=["q_proj"])))
 
 
