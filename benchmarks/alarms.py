@@ -2,12 +2,12 @@
 
     python benchmarks/alarms.py --output runs/alarms               # two CPU cores, nothing else on them: half an hour
     python benchmarks/alarms.py --output runs/alarms --only healthy --steps 60
-    python benchmarks/alarms.py --replay                           # of the recorded ones, in a second
+    python benchmarks/alarms.py --replay                           # show the recorded runs, in a second
 
-Every run is the quickstart with half its batch (4 questions x 8), so that its numbers are noisier than a user's, and a
-small `beta`, so that there is a KL to watch. What the alarms read of each is added to
-tests/support/data/histories.json, which tests/trainer/callbacks/test_alarms.py holds them to. A run that was recorded
-before is replaced.
+Every run is the quickstart with half the batch (4 questions x 8), so that its numbers are noisier than a user's, and
+with a small `beta`, so that there is a KL to watch. The metrics that the alarms read are written to
+tests/support/data/histories.json, against which tests/trainer/callbacks/test_alarms.py tests the rules. An earlier
+record of the same run is replaced.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def table(histories: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/alarms"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=Path("runs/alarms"), help="folder for the runs")
     parser.add_argument("--steps", type=int, default=40, help="GRPO steps of every run (default 40)")
-    parser.add_argument("--only", help="runs whose name begins so")
+    parser.add_argument("--only", help="only runs whose name begins with this")
     parser.add_argument("--replay", action="store_true", help="train nothing: show the recorded runs")
     arguments = parser.parse_args()
     histories = json.loads(HISTORIES.read_text()) if HISTORIES.is_file() else {}

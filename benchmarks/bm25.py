@@ -4,12 +4,12 @@
     python benchmarks/bm25.py --passages 1000000 --engines tantivy --folder /data/bm25
 
 A passage is 100 words drawn from 500,000 by rank (1 / (rank + 2.7) ** 1.07, about that of English text); a query is 6
-words of one passage, so that rare and common ones are in it. Every build and every search runs in a process of its
-own. The build is `build_index`, which reads, checks and copies the corpus too; its memory is the peak of the process;
-its disk is that of the engine's own files. "open" is `load_retriever` from a warm disk, with numba's compilation.
-"bm25s's own search" is the baseline: the library's compiled search over the same scores, in memory, without passages.
+words of one passage, so that it has rare and common ones. Every build and every search runs in a separate process. The
+build is `build_index`, which also reads, checks and copies the corpus; its memory is the peak of the process, and its
+disk space that of the engine's files. "open" is `load_retriever` from a warm disk, with numba's compilation. The
+baseline "bm25s's own search" is the library's compiled search over the same scores, in memory, without passages.
 
-With `--folder` the corpus and the indexes are kept there and used again.
+With `--folder`, the corpus and the indexes are kept there and reused.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=200_000)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--folder", type=Path, help="where to keep the corpus and the indexes (default: nowhere)")
+    parser.add_argument("--folder", type=Path, help="folder to keep corpus and indexes in (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run(args.passages, args.engines, args.folder or Path(temporary))

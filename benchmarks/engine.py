@@ -1,16 +1,16 @@
-"""Generation alone: our continuous batching against transformers' own two ways, on CPU, two turns of a conversation.
+"""Generation only, on CPU, two turns per conversation: our continuous batching against two ways of transformers.
 
     python benchmarks/engine.py                       # 64 conversations of the shipped tiny policy
     python benchmarks/engine.py --conversations 16 --repeats 1
 
 - `TransformersPolicy`: ours; a conversation's second turn starts as soon as its first has ended;
-- `model.generate`: one padded batch per turn, and its second turn starts from nothing, as in stock TRL;
-- `model.generate_batch`: transformers' continuous batching manager, a call a turn (stock TRL's
+- `model.generate`: one padded batch per turn; the second turn recomputes the first, as in stock TRL;
+- `model.generate_batch`: transformers' continuous batching manager, one call per turn (stock TRL's
   `use_transformers_continuous_batching`), with a cache of the size it needs.
 
-The prompts are ragged (a question after 0 to 7 passages), and so are the three passages that stand between the turns.
-Decoding is greedy, so that all three have the same tokens to compute; the last column says how many conversations came
-out token for token as with `model.generate`. The three take turns; times are medians of the repeats.
+The prompts have different lengths (a question after 0 to 7 passages), as have the three passages between the turns.
+Decoding is greedy, so that all three compute the same tokens; the last column is the number of conversations with the
+same tokens as `model.generate`. The three run alternately; times are medians of the repeats.
 """
 
 from __future__ import annotations

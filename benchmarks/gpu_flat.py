@@ -1,12 +1,12 @@
-"""Exact fp16 search on one GPU against the time that reading the rows once takes.
+"""Exact fp16 search on one GPU, compared with the time to read all rows once.
 
     python benchmarks/gpu_flat.py                                     # 21,000,000 x 768 random vectors on an H200
     python benchmarks/gpu_flat.py --count 20000 --batches 1 16        # a smoke run on CPU tensors, no GPU needed
 
-Rows are made on the GPU, normal and scaled to length 1, and are the same for every engine. "bound" is their bytes over
-`--bandwidth_tb_s`; "products" is what the multiplications take at `--tflops`, which is the higher bound from a batch
-of about 250 on. Times are medians of `--repeats` calls of the public `search`, from queries in host memory to results
-there, after two to warm up. "recall@3" is against fp32 scores of all rows for 16 of the queries.
+The rows are normal vectors scaled to length 1, made on the GPU, and the same for every engine. "bound" is their bytes
+divided by `--bandwidth_tb_s`; "products" is the time of the multiplications at `--tflops`, the higher bound from a
+batch of about 250 on. Times are medians of `--repeats` calls of the public `search` after two warm-up calls, with
+queries and results in host memory. "recall@3" is against fp32 scores of all rows for 16 of the queries.
 
 Engines: torch with the fused kernels, torch without them, and `--engines faiss` where faiss-gpu is installed.
 """
@@ -98,8 +98,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--engines", nargs="+", choices=("torch", "faiss"), default=["torch"])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--bandwidth_tb_s", type=float, default=4.3, help="of the GPU's memory (default: an H200)")
-    parser.add_argument("--tflops", type=float, default=989, help="fp16 with fp32 sums (default: an H200)")
+    parser.add_argument(
+        "--bandwidth_tb_s", type=float, default=4.3, help="bandwidth of the GPU's memory (default: an H200's)"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=989, help="rate of fp16 products with fp32 sums (default: an H200's)"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a smoke run"

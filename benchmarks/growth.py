@@ -1,4 +1,4 @@
-"""How tantivy and `small` vectors grow with the corpus: build time, disk, memory and queries per second, up to 21 M.
+"""How tantivy and `small` vectors scale with the corpus, up to 21 M passages: build time, disk, memory, queries/s.
 
     python benchmarks/growth.py --sizes 500000 1000000 2000000 5000000
     python benchmarks/growth.py --parts tantivy --sizes 20000 40000          # a smoke run
@@ -8,11 +8,11 @@ Passages have 100 words, as those of wiki-18, drawn by rank (1 / (rank + 2.7) **
 stop words; the others are made of letters, the rarer the longer. Queries are 6 words of a passage. Vectors are those
 of `vector_index.py`, with 768 dimensions.
 
-Each build and each search runs in a process of its own. Times of the processor stand beside those of the clock, which
-say little on a machine that does other work too: "one by one" and "in batches" (of 64) are queries per second of work.
-"build GB" is the peak resident memory of the build, with the pages of the files that it maps. "own GB" is anonymous
-memory after the searches, "mapped GB" the pages of files that the searches touched. The last line of each part extends
-the figures to wiki-18: rates by a power law that is fitted to the sizes measured, the others by a straight line.
+Each build and each search runs in a separate process. CPU times are given beside wall-clock times, because the latter
+depend on other work of the machine: "one by one" and "in batches" (of 64) are queries per CPU second. "build GB" is
+the peak resident memory of the build, including mapped files. "own GB" is anonymous memory after the searches, "mapped
+GB" the pages of files that the searches read. The last line of each part extrapolates to wiki-18: rates by a power law
+fitted to the measured sizes, the other figures linearly.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[500_000, 1_000_000, 2_000_000, 5_000_000])
     parser.add_argument("--parts", nargs="+", choices=("tantivy", "small"), default=["tantivy", "small"])
-    parser.add_argument("--folder", type=Path, help="where to work; nothing is left there")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files")
     args = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, k={K}\n", flush=True)
     for part in args.parts:

@@ -1,12 +1,12 @@
-"""Does a run that would collapse end well with the guards on, and does a healthy run lose nothing by them?
+"""Do the guards against collapse save runs that collapse without them, and do they cost healthy runs anything?
 
     nice -n 5 python benchmarks/guards.py --output runs/guards          # one CPU core: 5 minutes per run, 12 runs
     python benchmarks/guards.py --output runs/guards --seeds 0 --rates healthy --guards none llds
     python benchmarks/guards.py --output runs/guards --steps 60 --guards none rollback llds clip_higher …
 
-The quickstart in worlds nobody has seen, at its learning rate and at five times that. Runs of a seed begin with the
-same warmed-up policy. EM is on held-out questions, greedily. A run has collapsed if its last policy has less than half
-the EM of its best one. Runs that are in OUTPUT already are not repeated.
+Runs the quickstart in unseen worlds, at its learning rate and at five times that. All runs of a seed begin with the
+same warmed-up policy. EM is on held-out questions, with greedy decoding. A run has collapsed if its last policy has
+less than half the EM of its best one. Runs that are in OUTPUT already are not repeated.
 
 | guard              | what differs                                                                                   |
 |--------------------|------------------------------------------------------------------------------------------------|

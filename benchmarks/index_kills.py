@@ -1,14 +1,14 @@
-"""Index builds killed by SIGKILL at random moments and started again: is the result that of an uninterrupted build?
+"""Kills index builds with SIGKILL at random moments and restarts them: is the result that of an uninterrupted build?
 
     python benchmarks/index_kills.py                                  # 30 kills per kind of build
     python benchmarks/index_kills.py --kills 5 --kinds bm25s small
 
-Each round starts a build in a process of its own, kills it after a random share of the time that a whole build takes,
-and gives the same call again until one ends. Then every file of the index is compared with that of a build that nobody
-killed, byte for byte, except for times in `manifest.json` and `vectors.json`. A build that is killed between its last
-two steps leaves `build.json` and `build.lock` in the finished folder; they belong to no index. `tantivy` and `hnsw`
-order their files by the timing of threads, so two builds that nobody kills differ too; there, the answers to 50
-queries are compared.
+Each round starts a build in a separate process, kills it after a random share of the time of a whole build, and
+repeats the call until one finishes. Then every file of the index is compared byte for byte with that of an
+uninterrupted build, except for times in `manifest.json` and `vectors.json`. A build that is killed between its last
+two steps leaves `build.json` and `build.lock` in the finished folder; they are not part of the index. The files of
+`tantivy` and `hnsw` depend on the timing of threads, so even two uninterrupted builds differ; for them, the results of
+50 queries are compared.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def rounds(name: str, corpus: Path, folder: Path, kills: int, draw: random.Rando
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="per kind (default: 30)")
+    parser.add_argument("--kills", type=int, default=30, help="kills per kind of build (default: 30)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

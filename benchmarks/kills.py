@@ -1,15 +1,15 @@
-"""Training runs in which something is killed again and again, with SIGKILL: does every trajectory come once?
+"""Kills parts of training runs repeatedly with SIGKILL: is every trajectory recorded exactly once?
 
     python benchmarks/kills.py --kills 20                          # the trainer and one of two ranks, on CPUs
     python benchmarks/kills.py --kills 10 --runs retriever         # its retrieval server, which a loop restarts
     python benchmarks/kills.py --kills 10 --runs servers           # one of two vLLM servers, which a loop restarts
 
-Each run trains the tiny policy for four steps. Somebody is killed in one phase of a random step: a rollout that is
-half done, the weights on their way to vLLM, the loss, the writing of a checkpoint, or any moment. A run that ends by
-it is resumed from its last whole checkpoint. Checked at the end of each run: the recorded trajectories of every step
-are there once, and every step was logged once. Printed too: how many trajectories the journal saved.
+Each run trains the tiny policy for four steps. A process is killed in one phase of a random step: in the middle of a
+rollout, of the weight sync, of the loss or of writing a checkpoint, or at any moment. If that ends the run, it is
+resumed from its last complete checkpoint. At the end, the benchmark checks that the trajectories of every step were
+recorded once and that every step was logged once, and prints how many trajectories the journal saved.
 
-Where vLLM is not installed, its CPU build is taken from where `make test` puts it.
+If vLLM is not installed, the CPU build that `make test` installs is used.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Learning curves of the quickstart on worlds nobody has seen: three seeds, and ablations with the same budget.
+"""Learning curves of the quickstart on unseen worlds: three seeds, and ablations with the same budget.
 
-    python benchmarks/learning.py --output runs/learning --jobs 1          # two CPU cores: about 5 minutes a run
+    python benchmarks/learning.py --output runs/learning --jobs 1          # two CPU cores: about 5 minutes per run
     python benchmarks/learning.py --output runs/learning --jobs 8 --steps 60 --ablation_seeds 3
 
-Every run is `trl-search train recipes/quickstart.yaml` with the options of `ABLATIONS`; the seed is that of the world,
-of the warm start and of GRPO. Prints one Markdown table, and writes it with all numbers to OUTPUT.
+Every run is `trl-search train recipes/quickstart.yaml` with the options of `ABLATIONS`. One seed sets the world, the
+warm start and GRPO. Prints a Markdown table, and writes it with all numbers to OUTPUT.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the main run (default 3)")
     parser.add_argument("--ablation_seeds", type=int, default=1, help="seeds of each ablation (default 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
-    parser.add_argument("--only", nargs="*", choices=list(ABLATIONS), help="these runs alone")
+    parser.add_argument("--only", nargs="*", choices=list(ABLATIONS), help="run only these")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options for every run")
     arguments = parser.parse_args()
     runs = [

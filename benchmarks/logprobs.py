@@ -1,16 +1,16 @@
-"""Forward and backward over 64 ragged trajectories, padded as stock TRL has it and packed as ours: seconds and memory.
+"""Time and memory of forward and backward over 64 trajectories of unequal length: padded (stock TRL), packed (ours).
 
     python benchmarks/logprobs.py            # Qwen2.5-3B's shape, random weights, bf16; one GPU of 80 GiB or more
-    python benchmarks/logprobs.py --tiny     # two layers on a CPU, to see that it runs
+    python benchmarks/logprobs.py --tiny     # two layers on a CPU, a smoke run
 
-The trajectories have the shape of gpu/README.md's: a prompt of about 150 tokens, 1 to 4 turns of the policy with an
-observation between each two, 105,706 tokens in all, 26,069 of them the policy's; padded to the longest, 181,568.
-Their tokens are random, which changes no time. "stock TRL" is its own `_get_per_token_logps_and_entropies`, padded,
-with micro-batches of so many rows; ours is what `SearchGRPOTrainer` puts in its place. Both end in the gradient of
-sum(logps x weights) over the policy's tokens, with entropies beside it, as a step of GRPO does; each micro-batch
-has its own backward. Gradients must agree: the last column is the norm of each variant's.
+A trajectory has a prompt of about 150 tokens and 1 to 4 turns of the policy with an observation between each two. In
+all, there are 105,706 tokens, 26,069 of them the policy's; padded to the longest, 181,568. The tokens are random,
+which does not affect the times. "stock TRL" is its own `_get_per_token_logps_and_entropies`, padded, with
+micro-batches of the given number of rows; ours is its replacement in `SearchGRPOTrainer`. Both compute the gradient of
+sum(logps x weights) over the policy's tokens, and the entropies, as a step of GRPO does; each micro-batch has its own
+backward. Gradients must agree: the last column is the norm of each variant's gradient.
 
-A row's "recomputed" says what runs twice: layers (gradient checkpointing), whole packs (ours without it), or nothing.
+"recomputed" is what runs twice: layers (gradient checkpointing), whole packs (ours without it), or nothing.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="two layers, short trajectories, on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="a smoke run: two layers, short trajectories, on a CPU")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="variants whose name this regular expression finds")
+    parser.add_argument("--only", default="", help="only variants whose name matches this regular expression")
     arguments = parser.parse_args()
     accelerator = Accelerator(cpu=arguments.tiny)
     device = accelerator.device

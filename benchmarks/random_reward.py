@@ -1,4 +1,4 @@
-"""A reward that knows nothing: what GRPO does with it is not learning (arXiv:2506.10947).
+"""A random reward, as a control: if EM rises with it, the gain is not learning from the reward (arXiv:2506.10947).
 
 PYTHONPATH=benchmarks trl-search train quickstart --reward_funcs random_reward.coin
 """

@@ -1,20 +1,20 @@
 """A real language model learns to search real Wikipedia: one chain per GPU, then one table of all chains.
 
-    python benchmarks/real_model.py run base_1.5b --model MODEL --kit KIT --output runs/real        the model as it is
+    python benchmarks/real_model.py run base_1.5b --model MODEL --kit KIT --output runs/real        the untrained model
     python benchmarks/real_model.py run em_0 --model MODEL --kit KIT --output runs/real --seed 0 --steps 50
-    python benchmarks/real_model.py run nomask_0 ... -- --mask_observations false      what differs from the recipe
+    python benchmarks/real_model.py run nomask_0 ... -- --mask_observations false      changes to the recipe
     python benchmarks/real_model.py report runs/real --json docs/data/real_model.json  the table, and its raw numbers
 
-A chain is what a user would type: `trl-search sft` on the collection of the kit, then `trl-search train` from there,
-which asks all held-out questions before its first step and every ten steps. A chain whose name begins with `base`
-evaluates the model as it is, in all four modes. Finished steps are not run again. Chains share only the kit, so they
-run side by side, one per GPU.
+A chain runs `trl-search sft` on the collection of the kit, then `trl-search train` from the result, which asks all
+held-out questions before its first step and every ten steps. A chain whose name begins with `base` evaluates the
+untrained model in all four modes. Finished steps are not run again. Chains share only the kit, so they can run in
+parallel, one per GPU.
 
 KIT is a folder with `train.jsonl`, `eval/*.jsonl` (FlashRAG rows), `index/` (`trl-search index`) and `collection/`
-(`trl-search sft --collect_only true`). OUTPUT/NAME/{sft,grpo} or OUTPUT/NAME/eval_base is what a chain leaves. A name
-ends in its seed (`em_0`, `em_1`): the report averages over the chains that differ in nothing else.
+(`trl-search sft --collect_only true`). A chain writes OUTPUT/NAME/{sft,grpo} or OUTPUT/NAME/eval_base. A name ends in
+the seed (`em_0`, `em_1`): the report averages over chains that differ only in the seed.
 
-Every interval is a 95 % bootstrap over questions within each set; over several seeds, of the mean over the seeds. Two
+Every interval is a 95 % bootstrap over questions within each set, of the mean over seeds if there are several. Two
 policies are compared question by question.
 """
 
@@ -301,16 +301,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     chain = commands.add_parser("run", help="one chain on one GPU")
-    chain.add_argument("name", help="of the chain; base... evaluates the model as it is")
-    chain.add_argument("--model", required=True, help="a folder or a model of the hub")
-    chain.add_argument("--kit", required=True, help="questions, index and collection")
-    chain.add_argument("--output", required=True, help="the folder of all chains")
+    chain.add_argument("name", help="name of the chain; base... evaluates the untrained model")
+    chain.add_argument("--model", required=True, help="a folder, or a model on the hub")
+    chain.add_argument("--kit", required=True, help="folder with questions, index and collection")
+    chain.add_argument("--output", required=True, help="folder of all chains")
     chain.add_argument("--seed", type=int, default=0)
-    chain.add_argument("--steps", type=int, default=80, help="of GRPO")
+    chain.add_argument("--steps", type=int, default=80, help="GRPO steps")
     chain.add_argument("--sft_recipe", default="qwen1.5b_kit_sft")
     chain.add_argument("--recipe", default="qwen1.5b_kit")
-    chain.add_argument("--sft_model", help="a policy that has had its cold start: none is trained")
-    chain.add_argument("--protocol", default="search_r1", help="of the model as it is")
+    chain.add_argument("--sft_model", help="a policy after its cold start; skips the cold start")
+    chain.add_argument("--protocol", default="search_r1", help="protocol of the untrained model")
     chain.add_argument("--backend", default="vllm")
     chain.add_argument("--sft_options", nargs="*", default=[], help="more options of trl-search sft: NAME=VALUE")
     chain.set_defaults(do=run_chain)
@@ -319,9 +319,9 @@ def main() -> None:
     table.add_argument(
         "--compare", nargs="*", default=[], help="pairs of kinds, such as nomask:em: second less first, seed by seed"
     )
-    table.add_argument("--json", help="where the raw numbers go")
-    table.add_argument("--figure", help="where the curves go, as PNG")
-    table.add_argument("--note", default="", help="hardware and versions, kept with the numbers")
+    table.add_argument("--json", help="file to write the raw numbers to")
+    table.add_argument("--figure", help="PNG file to draw the curves to")
+    table.add_argument("--note", default="", help="hardware and versions, stored with the numbers")
     table.set_defaults(do=report)
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)

@@ -1,16 +1,16 @@
-"""Throughput of a retrieval server under 64 clients of one query each, against a server in the field's style.
+"""Throughput of a retrieval server with 64 clients that send one query each, against a server in Search-R1's style.
 
     python benchmarks/retrieval.py                           # BM25 and dense, 200,000 passages, 3 rounds
     python benchmarks/retrieval.py --backends bm25 --rounds 1 --seconds 5
 
-The clients are one process (`benchmarks/retrieval_load.py`), the server is another one (`retrieval_servers.py` beside
-it), on the same cores. Each client sends its next query when it has the answer; no query is asked twice, so that the
-cache is not what is measured. The servers take turns; a figure is the median of the rounds.
+The clients (`benchmarks/retrieval_load.py`) and the server (`retrieval_servers.py`) are two processes on the same
+cores. Each client sends its next query when it has the response. No query is sent twice, so the cache does not help.
+The servers run alternately; each figure is the median of the rounds.
 
-- bm25: Zipf-distributed words, 100 a passage; queries are six words of a passage, none of them among the hundred most
-  common, which in English are stop words that no index is asked for; bm25s compiled by numba.
-- dense: queries go through the real all-MiniLM-L6-v2, then an exact search over random unit vectors of its width: the
-  time is that of real ones.
+- bm25: Zipf-distributed words, 100 per passage; queries are six words of a passage without the hundred most common
+  words, which stand for stop words; bm25s compiled by numba.
+- dense: the real all-MiniLM-L6-v2 encodes the queries, then an exact search over random unit vectors of its width,
+  which takes as long as over real ones.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--folder", type=Path, help="keeps corpus and index for the next run (default: a new one)")
+    parser.add_argument("--folder", type=Path, help="folder to keep corpus and index in (default: a new one)")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,9 +1,9 @@
-"""Clients that ask a retrieval server one query after the other, each over its own connection: a process of its own.
+"""Clients of a retrieval server, each with its own connection, that send one query after the other.
 
     python benchmarks/retrieval_load.py http://127.0.0.1:8000 queries.txt --clients 64 --seconds 10
 
-HTTP is written by hand on asyncio's streams: httpx spends more on a request than the servers that are measured. What
-the client itself can do is measured against `/health` (`--method GET --path /health`). Prints one line of JSON.
+It writes HTTP by hand on asyncio's streams, because httpx spends more time on a request than the measured servers.
+`--method GET --path /health` measures the limit of the clients themselves. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ async def load(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
-    parser.add_argument("queries", type=Path, help="one per line")
+    parser.add_argument("queries", type=Path, help="file with one query per line")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--first", type=int, default=0, help="the query to begin with")
+    parser.add_argument("--first", type=int, default=0, help="index of the first query")
     parser.add_argument("--method", default="POST")
     parser.add_argument("--path", default="/retrieve")
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""The servers that `benchmarks/retrieval.py` compares, each started by it as a process of its own.
+"""The servers that `benchmarks/retrieval.py` compares; it starts each in a separate process.
 
-    python benchmarks/retrieval_servers.py field bm25 FOLDER       a server in the field's style
-    python benchmarks/retrieval_servers.py ours bm25 FOLDER        what `trl-search serve` runs
+    python benchmarks/retrieval_servers.py field bm25 FOLDER       a server in Search-R1's style
+    python benchmarks/retrieval_servers.py ours bm25 FOLDER        the server of `trl-search serve`
 
-`field` is written as Search-R1's retrieval server is, and those that copied it: FastAPI, a pydantic model, a sync
-endpoint in the framework's thread pool, so that each request searches alone and up to forty at once, without a lock,
-a queue or a cache. It has the same data and libraries as ours, and nothing that slows it down beyond that.
+`field` has the design of Search-R1's retrieval server and its copies: FastAPI, a pydantic model, and a sync endpoint
+in the framework's thread pool, so that each request searches alone and up to forty search at once, without a lock, a
+queue or a cache. It uses the same data and libraries as ours.
 
-FOLDER has what `benchmarks/retrieval.py` made: an index folder `bm25`, `vectors.npy`, and a vector index `dense`.
+FOLDER is written by `benchmarks/retrieval.py`: an index folder `bm25`, `vectors.npy`, and a vector index `dense`.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("backend", choices=["bm25", "dense"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--cache_mb", type=int, default=256, help="of ours")
+    parser.add_argument("--cache_mb", type=int, default=256, help="cache of our server")
     args = parser.parse_args()
     if args.style == "field":
         serve_field(args.backend, args.folder, args.port)

@@ -4,13 +4,13 @@
     python benchmarks/rollout.py --repeats 3 --delays_ms 20
 
 Both trainers get the shipped tiny policy, the same rows (groups of 8), the same sampling and budgets, and one BM25
-retriever over the embedded world, to which a sleep is added for each *call*, whatever the number of queries in it.
-Stock TRL gets it as a tool, `search(query_list)`, which shows passages as ours does. A batch is one
+retriever over the embedded world, with a sleep per *call*, independent of the number of queries in it. Stock TRL gets
+it as a tool, `search(query_list)`, which formats passages like ours. A batch is one
 `_generate_and_score_completions(rows)`: the rollout and its rewards, as in a training step up to the loss (with these
-settings it runs no forward for log-probs). The two take turns after a warm-up of each; times are medians.
+settings it runs no forward for log-probs). The two run alternately after a warm-up of each; times are medians.
 
-"only searching" is the share of the batch in which a search was running and the policy was not: the time a rollout
-loses to its retriever. The policy runs while `generate` (stock), or the engine's prefill or decode (ours), does.
+"only searching" is the share of the batch in which a search was running but not the policy: the time that a rollout
+loses to its retriever. The policy runs during `generate` (stock), or during the engine's prefill or decode (ours).
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--trajectories", type=int, default=64, help=f"trajectories of a batch, a multiple of {GROUP} (default 64)"
+        "--trajectories", type=int, default=64, help=f"trajectories per batch, a multiple of {GROUP} (default 64)"
     )
     parser.add_argument(
         "--delays_ms", type=int, nargs="+", default=[0, 20, 200], help="delays of a retriever call (default 0 20 200)"

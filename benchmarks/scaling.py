@@ -3,15 +3,16 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --passages 500000000 --cores 64 --ram-gb 512 --target 2000
 
-Nothing is run: it is arithmetic on what was measured with one shard, each figure with its source in `ENGINES`.
+It measures nothing, but extrapolates from measurements of one shard; `ENGINES` has the source of each figure.
 
-- `dense` and `bm25` hold a whole index on a host; more hosts are copies of it, behind Ray Serve. Qdrant and OpenSearch
-  cut it into shards; a query goes to all at the same time, so they answer as many a second as one host its share.
-- Scanning (`small`) takes time in proportion to the passages of a host, and BM25 too; lists (`small-ivf`), with nprobe
-  kept and as many lists as the root of the passages, to that root; a graph, to the logarithm.
-- Cores of a host add up (measured on two). Three quarters of its memory are for the index, the rest for the system and
-  for passages that were read.
-- There is one copy of every shard. A second one doubles hosts and queries per second, and survives a host.
+- `dense` and `bm25` hold a whole index on each host; more hosts are copies behind Ray Serve. Qdrant and OpenSearch
+  split the index into shards. A query goes to all shards at once, so the rate is that of one host with its shard.
+- The time of a query is proportional to the passages of a host for scanning (`small`) and BM25, to the square root of
+  the passages for lists (`small-ivf`, with constant nprobe and as many lists as that root), to their logarithm for
+  graphs.
+- Throughput is proportional to the cores of a host (measured on two). Three quarters of its memory hold the index, the
+  rest the system and the passages that were read.
+- There is one copy of every shard. A second copy doubles hosts and queries per second, and tolerates the loss of one.
 """
 
 from __future__ import annotations
@@ -177,8 +178,10 @@ def _short(number: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, nargs="+", default=PASSAGES)
-    parser.add_argument("--cores", type=int, default=Host().cores, help="of a host (default: %(default)s)")
-    parser.add_argument("--ram-gb", type=int, default=Host().ram_gb, help="of a host (default: %(default)s)")
+    parser.add_argument("--cores", type=int, default=Host().cores, help="cores per host (default: %(default)s)")
+    parser.add_argument(
+        "--ram-gb", type=int, default=Host().ram_gb, help="memory in GB per host (default: %(default)s)"
+    )
     parser.add_argument("--target", type=float, default=500, help="queries per second (default: %(default)s)")
     args = parser.parse_args()
     print(table(args.passages, Host(args.cores, args.ram_gb), args.target))

@@ -3,23 +3,23 @@
     python benchmarks/scaling_gpus.py ddp:1+lora:1 ddp:2 fsdp2:2 server:2 --out scaling.jsonl   # prints the table
     CUDA_VISIBLE_DEVICES=2,3 python benchmarks/scaling_gpus.py ddp:2        # on these two GPUs
     python benchmarks/scaling_gpus.py --table scaling.jsonl
-    python benchmarks/scaling_gpus.py tiny-tp:2 --engine '{"disable_custom_all_reduce": true}'      # what works?
+    python benchmarks/scaling_gpus.py tiny-tp:2 --engine '{"disable_custom_all_reduce": true}'      # engine options
 
 A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to try the script. Methods:
 
-    ddp, zero2, zero3, fsdp2    an engine in every rank
-    lora                        DDP, and the adapter alone goes to the engines
-    merged                      DDP with LoRA, and all weights go to the engines, the adapter merged into them
-    tp                          DDP, and all ranks share one engine (vllm_tensor_parallel_size)
-    server                      the first half of the GPUs trains under DDP, the second half serves (data parallel)
+    ddp, zero2, zero3, fsdp2    one engine per rank
+    lora                        DDP with LoRA; only the adapter is sent to the engines
+    merged                      DDP with LoRA; all weights are sent to the engines, with the adapter merged
+    tp                          DDP; all ranks share one engine (vllm_tensor_parallel_size)
+    server                      the first half of the GPUs trains with DDP, the second half serves (data parallel)
 
-`long` takes trajectories of 30k tokens. Cases joined by + run at the same time, each on GPUs of its own. DeepSpeed
-must be installed for zero2 and zero3.
+`long` uses trajectories of 30k tokens. Cases joined by + run at the same time, each on its own GPUs. zero2 and zero3
+need DeepSpeed.
 
 Every case measures two steps after a warm-up: weak scaling (`--weak` trajectories per GPU) and strong scaling
 (`--strong` trajectories in all). Weights are random, and each trajectory follows a plan (`vllm_shape.py`), so every
-case samples, reads and trains on the same kind of tokens. A step is: weights to the engine, rollout, log-probs of the
-old policy, loss and backward, optimizer. Times are those of the slowest rank.
+case samples, reads and trains on the same numbers of tokens. A step consists of weight sync, rollout, log-probs of the
+old policy, loss and backward, and optimizer. Times are those of the slowest rank.
 """
 
 from __future__ import annotations
@@ -396,13 +396,15 @@ def write_rows(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="METHOD:GPUS[+METHOD:GPUS...]")
-    parser.add_argument("--out", type=Path, default=Path("scaling.jsonl"), help="results are added, a line per step")
+    parser.add_argument(
+        "--out", type=Path, default=Path("scaling.jsonl"), help="file to append results to, one line per step"
+    )
     parser.add_argument("--weak", type=int, default=128, help="trajectories per GPU")
-    parser.add_argument("--strong", type=int, default=512, help="trajectories in all")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--strong", type=int, default=512, help="total number of trajectories")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--engine", type=json.loads, default={}, help="more options of a colocated engine, as JSON")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that cases which run together may take")
-    parser.add_argument("--table", type=Path, help="print the table of a file, and measure nothing")
+    parser.add_argument("--timeout", type=float, default=300.0, help="timeout in seconds for cases that run together")
+    parser.add_argument("--table", type=Path, help="print the table of this file and measure nothing")
     parser.add_argument("--worker", metavar="METHOD:GPUS", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

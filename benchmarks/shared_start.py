@@ -1,7 +1,7 @@
 """Runs of the quickstart that begin with the same warmed-up policy, so that they can be compared seed by seed.
 
-The seed is that of the world, of the warm start and of GRPO. The first run of a seed makes its policy, in
-OUTPUT/seed_<seed>/warm_start, and the others load it. What a run measured is kept in OUTPUT, and not measured again.
+One seed sets the world, the warm start and GRPO. The first run of a seed trains the policy in
+OUTPUT/seed_<seed>/warm_start, and the others load it. Results in OUTPUT are not measured again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_parser(description: str | None, *, steps: int, every: int) -> argparse.
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps, help=f"GRPO steps of every run (default: {steps})")
     parser.add_argument("--every", type=int, default=every, help=f"steps between two evaluations (default: {every})")
-    parser.add_argument("--questions", type=int, default=100, help="to measure on (default: 100)")
+    parser.add_argument("--questions", type=int, default=100, help="held-out questions (default: 100)")
     return parser
 
 

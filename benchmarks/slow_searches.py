@@ -1,25 +1,24 @@
-"""What carry-over saves where searches have a long tail, and what it costs where they have none; on a CPU.
+"""The time that carry-over saves if search times have a long tail, and its cost if they have none; on a CPU.
 
     nice -n 15 python benchmarks/slow_searches.py                        # a few minutes on two idle cores
     nice -n 15 python benchmarks/slow_searches.py --steps 12 --repeats 3 --scale 0.1
 
 Whole training steps of `SearchGRPOTrainer` with the shipped tiny policy in the embedded world: 8 groups of 4 per step,
-one optimizer step each. Each search of a trajectory takes its own time, beside the others:
+one optimizer step each. Searches run concurrently, and each takes its own time:
 
 | searches | seconds                                                                      |
 |----------|------------------------------------------------------------------------------|
 | tail     | log-normal around 1 s (sigma 1.5), 60 s at most; both times `--scale`        |
 | no tail  | 1 s, times `--scale`                                                         |
-| 20 ms    | 0.02 s, whatever the scale                                                   |
+| 20 ms    | 0.02 s, at every scale                                                       |
 
-What the tail costs depends on how long the rest of a step takes. On two idle cores a step is some seconds, so
+The cost of the tail depends on the time of the rest of a step. On two idle cores, a step takes some seconds, so
 `--scale 0.1` has about the ratio of a 60 s tail to the step of a large model.
 
-The variants take turns, `--repeats` times, so that a busy machine is busy for all of them. The first two steps of each
-run are not counted. Seconds per step are medians; with carry-over the mean is given too, because a step that waits
-for its tail pays for several that did not. CPU seconds are those of the process. What the engine computes in a step is
-counted: its forwards, and the tokens of prompts and replies in them, with their padding. The counts do not depend on
-how busy the machine is.
+The variants run alternately, `--repeats` times, so that other load affects all of them. The first two steps of each
+run are not counted. Seconds per step are medians; with carry-over the mean is also given, because one step that waits
+for its tail pays for several that did not. CPU seconds are those of the process. The engine's work per step is also
+counted, independently of the machine's load: its forwards, and their tokens of prompts and replies, with padding.
 """
 
 from __future__ import annotations
@@ -184,11 +183,11 @@ def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="Steps of each run that are counted.")
-    parser.add_argument("--repeats", type=int, default=1, help="Runs of each variant, in turns.")
-    parser.add_argument("--scale", type=float, default=1.0, help="Of the times of `tail` and `no tail`.")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per run")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per variant")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the times of `tail` and `no tail`")
     kinds = list(dict.fromkeys(searches for searches, _ in VARIANTS))
-    parser.add_argument("--only", nargs="*", choices=kinds, default=kinds, help="These searches alone.")
+    parser.add_argument("--only", nargs="*", choices=kinds, default=kinds, help="only these kinds of searches")
     args = parser.parse_args()
     world = generate_world(passages=2000, seed=7)
     questions = Dataset.from_list([question.row() for question in world.questions("train")[:400]])

@@ -1,19 +1,19 @@
-"""A server under everything that clients do to it, for ten minutes: does it fail, does it grow?
+"""Stress test of a retrieval server with well-behaved and misbehaving clients, for ten minutes: does it fail or leak?
 
     python benchmarks/soak.py                               # bm25, 200,000 passages
     python benchmarks/soak.py --minutes 3 --passages 20000
 
-Forty clients of one process, each doing one of these again and again, with a random pause of up to 20 ms:
+Forty clients in one process repeat one of these actions, with a random pause of up to 20 ms:
 
-- asks 1, 3, 20 or 500 queries, with and without scores; a third of the queries were asked before;
-- vanishes while its request is searched, or in the middle of sending it;
-- sends bad JSON, wrong fields, bytes that are no text, half of a surrogate pair;
-- sends one query of 1 MB, or 20 MB of body;
-- reads `/metrics`, `/ready`.
+- send 1, 3, 20 or 500 queries, with and without scores; a third of the queries were sent before;
+- disconnect while the request is searched, or in the middle of sending it;
+- send bad JSON, wrong fields, bytes that are not text, half of a surrogate pair;
+- send one query of 1 MB, or a body of 20 MB;
+- read `/metrics`, `/ready`.
 
-Every answer is checked: the status that the request deserves, and for a good one as many results as queries. Whatever
-else comes back is an error, and there must be none. Memory is the server's resident set, sampled each second; its
-growth is that after the first third, in which the cache, kept small (32 MB), and the allocators fill.
+Every response must have the right status, and for a valid request as many results as queries. Any other response is an
+error, and there must be none. Memory is the server's resident set, sampled each second. Growth is measured after the
+first third, in which the cache, kept small (32 MB), and the allocators fill.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--passages", type=int, default=200_000)
-    parser.add_argument("--folder", type=Path, help="that of benchmarks/retrieval.py, or where to make one")
+    parser.add_argument("--folder", type=Path, help="folder of benchmarks/retrieval.py (created if needed)")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,13 +1,13 @@
-"""What it costs to train on groups that began one or two batches ago: held-out EM at `max_staleness` 0, 1 and 2.
+"""The effect of training on groups that began one or two batches ago: held-out EM at `max_staleness` 0, 1 and 2.
 
     nice -n 5 python benchmarks/staleness.py --output runs/staleness         # one CPU core: 1 minute per run, 9 runs
     nice -n 5 python benchmarks/staleness.py --output runs/with_vllm --engine vllm          # two cores: 10 times that
 
-The quickstart. With `max_staleness: s`, s + 1 batches are under way, the oldest groups make the batch, and each token
-is weighed towards the policy that sampled it. All runs of a seed start from the same warmed-up policy. EM is on
-held-out questions, greedily. Runs that are in OUTPUT already are not repeated.
+Runs the quickstart. With `max_staleness: s`, s + 1 batches are in flight, the oldest groups form the batch, and each
+token gets an importance weight for the policy that sampled it. All runs of a seed start from the same warmed-up
+policy. EM is on held-out questions, with greedy decoding. Runs that are in OUTPUT already are not repeated.
 
-| engine | what generates while the trainer computes                                                                |
+| engine | the engine that generates while the trainer computes                                                     |
 |--------|----------------------------------------------------------------------------------------------------------|
 | copy   | our own engine on a thread, with a second copy of the model that gets the weights where a server would   |
 | vllm   | a `vllm serve` process, the real server mode; vLLM's build for CPUs takes no whole weights, so an adapter |

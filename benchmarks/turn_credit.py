@@ -1,9 +1,9 @@
-"""Does credit for single turns help? The quickstart with each kind of `turn_credit`, and without.
+"""Does credit for single turns help? The quickstart with each kind of `turn_credit`, and without it.
 
     nice -n 5 python benchmarks/turn_credit.py --output runs/credit        # one CPU core: 1 minute per run, 9 runs
 
-All runs of a seed start from the same warmed-up policy, in a world that it has not seen. EM is on held-out questions,
-greedily; "seconds" are CPU seconds of the training, its evaluations included. Runs that are in OUTPUT already are not
+All runs of a seed start from the same warmed-up policy, in an unseen world. EM is on held-out questions, with greedy
+decoding; "seconds" are CPU seconds of the training with its evaluations. Runs that are in OUTPUT already are not
 repeated.
 """
 

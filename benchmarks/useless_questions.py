@@ -1,9 +1,9 @@
-"""Half of the training questions teach nothing: what refilling, the curriculum and a filter make of it.
+"""Half of the training questions give no signal: the effect of refilling, of the curriculum and of a filter.
 
     nice -n 15 python benchmarks/useless_questions.py --output runs/useless          # two quiet CPU cores: 10 minutes
 
 The quickstart's world and policy. A quarter of the training questions accept any name or number of the world as their
-answer, and a quarter accept nothing that stands in it. Every run starts from the same warmed-up policy of its seed.
+answer, and a quarter accept nothing from it. All runs of a seed start from the same warmed-up policy.
 
 | run         | questions      | options                                                    | trajectories       |
 |-------------|----------------|------------------------------------------------------------|--------------------|
@@ -12,8 +12,8 @@ answer, and a quarter accept nothing that stands in it. Every run starts from th
 | both        | half useless   | refill_groups, curriculum: pass_rate                       | at most 60 % of it |
 | filtered    | the useful half, as a perfect `trl-search data filter` would leave it       | at most 60 % of it |
 
-Trajectories that a refill replaced count; those of the filter (8 per question, once) do not. EM is on held-out
-questions, none of them useless. Prints one Markdown table, and writes it with all numbers to OUTPUT.
+The trajectories that a refill replaced are counted, those of the filter (8 per question, once) are not. EM is on
+useful held-out questions. Prints a Markdown table, and writes it with all numbers to OUTPUT.
 """
 
 from __future__ import annotations
@@ -74,10 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=12, help="of the plain run (default: 12)")
-    parser.add_argument("--questions", type=int, default=128, help="to train on, half of them useless (default: 128)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the plain run (default: 12)")
+    parser.add_argument(
+        "--questions", type=int, default=128, help="training questions, half of them useless (default: 128)"
+    )
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="keys of the recipe, for every run")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="recipe keys for every run")
     arguments = parser.parse_args()
     rows = []
     for seed in arguments.seeds:

@@ -1,4 +1,4 @@
-"""Every index word over the same vectors: memory, disk, build time, recall@3 against exact search, queries per second.
+"""Every --index_type on the same vectors: memory, disk, build time, recall@3 against exact search, queries per second.
 
     python benchmarks/vector_index.py                                   # 200,000 x 768
     python benchmarks/vector_index.py --count 1000000 --words flat small small-ivf int8 fp16
@@ -9,10 +9,10 @@ isotropic noise and scaled to length 1. Queries are other draws from the mixture
 vector of the index. An index is calibrated as users get it: on 256 queries made from the vectors, which is "recall@3,
 at build"; "recall@3" is that of 256 queries of the mixture, against exact fp32 search.
 
-Each word is built, and searched, in a fresh process. "RAM" is the growth of anonymous memory, from before the index
-was opened to after all searches: what the search cannot do without. "mapped" is the growth of file pages: what the
-kernel may take back. "first 64" are 64 queries after the file was dropped from the page cache, the others are the best
-of three. `flat` is the baseline: fp32 in the field's servers is read into memory, so its mapped pages are their RAM.
+Each index is built and searched in a fresh process. "RAM" is the growth of anonymous memory from before the index was
+opened to after all searches, which the search needs. "mapped" is the growth of file pages, which the kernel may
+reclaim. "first 64" are 64 queries after the file was dropped from the page cache; the others are the best of three.
+`flat` is the baseline: common servers read fp32 vectors into memory, so its mapped pages are their RAM.
 """
 
 from __future__ import annotations
@@ -149,12 +149,10 @@ def line(row: Row, recall: float, count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--count", type=int, default=200_000, help="vectors (default 200,000; the issue's row 1,000,000)"
-    )
+    parser.add_argument("--count", type=int, default=200_000, help="number of vectors (default: 200,000)")
     parser.add_argument("--words", nargs="+", default=list(VECTOR_INDEXES), choices=VECTOR_INDEXES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to work, on a disk with room (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for files, on a large disk (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         path = Path(temporary) / "vectors.npy"

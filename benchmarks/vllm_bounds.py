@@ -1,19 +1,19 @@
-"""What a training step of `vllm_step.py` cannot be faster than: the arithmetic of its parts, and nothing else.
+"""A lower bound on the time of a training step of `vllm_step.py`, from the arithmetic of its parts.
 
     python benchmarks/vllm_bounds.py                                      # H200: 989 bf16 TFLOP/s, 4.8 TB/s
     python benchmarks/vllm_bounds.py --tflops 989 --tb_per_s 3.35         # H100
     python benchmarks/vllm_bounds.py --efficiency .65 --silent_groups .4  # the rate that cuBLAS reached there
 
-The plan of `vllm_shape.py` says which tokens there are. Each part takes as long as its products at the rate of the
-tensor cores, or as its bytes at the rate of the memory, whichever is more:
+The plan of `vllm_shape.py` gives the numbers of tokens. The time of each part is that of its products at the rate of
+the tensor cores, or of its bytes at the memory bandwidth, whichever is longer:
 
     prefill     prompts once per group, observations once: 2 operations per weight and token
     decode      each sampled token reads its keys and values; each step of the longest trajectory reads all weights
     training    forward and backward of every token once, 6 operations per weight; the output layer for sampled ones
     optimizer   AdamW reads weight, gradient and two moments, and writes all but the gradient, in bfloat16
 
-Attention's own products are counted, causally. Norms, softmax, sampling, Python, searches, the template's tokens
-around an observation, and the second forward of gradient checkpointing are not.
+The products of causal attention are counted. Norms, softmax, sampling, Python, searches, the template's tokens around
+an observation, and the second forward of gradient checkpointing are not.
 """
 
 from __future__ import annotations
@@ -91,10 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="3b")
     parser.add_argument("--trajectories", type=int, default=512)
-    parser.add_argument("--silent_groups", type=float, default=0.0, help="share of groups that are not trained on (0)")
-    parser.add_argument("--tflops", type=float, default=989.0, help="of the tensor cores in bfloat16 (989)")
-    parser.add_argument("--tb_per_s", type=float, default=4.8, help="of the memory (4.8)")
-    parser.add_argument("--efficiency", type=float, default=1.0, help="share of --tflops that products reach (1)")
+    parser.add_argument(
+        "--silent_groups", type=float, default=0.0, help="share of groups that are not trained on (default: 0)"
+    )
+    parser.add_argument("--tflops", type=float, default=989.0, help="bfloat16 rate of the tensor cores (default: 989)")
+    parser.add_argument("--tb_per_s", type=float, default=4.8, help="memory bandwidth (default: 4.8)")
+    parser.add_argument("--efficiency", type=float, default=1.0, help="share of --tflops that is reached (default: 1)")
     arguments = parser.parse_args()
     plans = vllm_shape.make_plans(arguments.trajectories)
     prompt = prompt_tokens()

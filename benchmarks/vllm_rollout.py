@@ -1,14 +1,14 @@
-"""A rollout batch through colocated vLLM: stock TRL's tool loop, trl-search, and the bound that no search can beat.
+"""A rollout batch with colocated vLLM: stock TRL's tool loop, trl-search, and the lower bound of the engine alone.
 
-    python benchmarks/vllm_rollout.py                     # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms a search
-    python benchmarks/vllm_rollout.py --shape tiny --trajectories 32 --scale 0.1     # CPU, to see it run
+    python benchmarks/vllm_rollout.py                   # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms per search
+    python benchmarks/vllm_rollout.py --shape tiny --trajectories 32 --scale 0.1     # CPU, a smoke run
 
 All rows follow one plan of turns and observations (`vllm_shape.py`) on one engine with random weights:
 
-- stock TRL: `GRPOTrainer._generate` with `tools=`; its engine is told the planned length of each turn, and its parser
-  which call that turn holds. Its search tool takes `--search_ms` a call, and it calls one after another;
-- trl-search: `SearchGRPOTrainer._generate`; a call of the retriever takes `--search_ms`, however many queries it has;
-- the bound: the engine alone, given the same prompts, turns and observations, with no search, protocol or environment.
+- stock TRL: `GRPOTrainer._generate` with `tools=`; the engine gets the planned length of each turn, and the parser the
+  planned call. A call of its search tool takes `--search_ms`, and calls run one after another;
+- trl-search: `SearchGRPOTrainer._generate`; a call of the retriever takes `--search_ms` for any number of queries;
+- the bound: the engine alone, with the same prompts, turns and observations, without search, protocol or environment.
 """
 
 from __future__ import annotations
@@ -283,11 +283,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(vllm_shape.SHAPES), default="3b")
     parser.add_argument("--trajectories", type=int, default=512)
-    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--search_ms", type=float, default=20.0)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--stock_repeats", type=int, default=1)
-    parser.add_argument("--ablate", action="store_true", help="also without what the policy does about its Python")
+    parser.add_argument(
+        "--ablate", action="store_true", help="also measure without the policy's optimizations of Python time"
+    )
     parser.add_argument("--profile", action="store_true", help="also profile the engine thread")
     arguments = parser.parse_args()
     PLANS.extend(vllm_shape.make_plans(arguments.trajectories, arguments.scale))

@@ -1,8 +1,8 @@
-"""What the vLLM benchmarks share: a model of Qwen2.5-3B's shape without weights, trajectories of a planned shape.
+"""Shared by the vLLM benchmarks: a model of Qwen2.5-3B's shape with random weights, and planned trajectories.
 
-There is no hub on the measuring host, so weights are random and nobody knows what the policy would say. The plan says
-it instead: how many turns a trajectory has, how many tokens each turn and each observation takes. Stock TRL and
-trl-search follow the same plan, so they sample the same number of tokens and read the same number, whatever these are.
+The measuring host has no access to the hub, so weights are random and the policy's text is meaningless. A plan sets
+the number of turns of each trajectory, and the tokens of each turn and observation. Stock TRL and trl-search follow
+the same plan, so they sample and read the same numbers of tokens.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """A whole training step with colocated vLLM, stock TRL's and ours: rollout, log-probs, loss, optimizer, weight sync.
 
     python benchmarks/vllm_step.py                    # one GPU: 512 trajectories, Qwen2.5-3B shape, 20 ms per search
-    python benchmarks/vllm_step.py --no_checkpointing # ours alone, with nothing computed twice
+    python benchmarks/vllm_step.py --no_checkpointing # only ours, without gradient checkpointing
     python benchmarks/vllm_step.py --silent_groups .4 # in two of five groups all rewards are equal
     python benchmarks/vllm_step.py --shape tiny --trajectories 32 --scale 0.1      # CPU (without the weight sync)
 
-Both follow the plan of `vllm_rollout.py` and have TRL's defaults, gradient checkpointing among them; stock TRL takes
-micro-batches of 8 rows, of which each is padded to the longest of the batch, ours of 64. A step is a call of `train()`
-for one step, on an engine that has run before, and the sync after it.
+Both follow the plan of `vllm_rollout.py` and use TRL's defaults, including gradient checkpointing. Stock TRL uses
+micro-batches of 8 rows, padded to the longest row of the batch, ours of 64. A step is a call of `train()` for one step
+on a warm engine, and the weight sync after it.
 
-Without checkpointing the engine sleeps between rollouts, which gives the activations its memory; its weights come as
-it wakes, so the sync is a part of the rollout there. Ours takes micro-batches of 8 rows then, of one pack each.
+Without checkpointing, the engine sleeps between rollouts, so that the activations can use its memory. It gets its
+weights when it wakes, so the sync is then part of the rollout. Ours then uses micro-batches of 8 rows, one pack each.
 """
 
 from __future__ import annotations
@@ -90,12 +90,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(vllm_shape.SHAPES), default="3b")
     parser.add_argument("--trajectories", type=int, default=512)
-    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--search_ms", type=float, default=20.0)
-    parser.add_argument("--rows", type=int, nargs=2, help="of a micro-batch: stock TRL's (8), ours (64, or 8)")
-    parser.add_argument("--silent_groups", type=float, default=0.0, help="share of groups with equal rewards (0)")
-    parser.add_argument("--packed_tokens", type=int, default=16384, help="of ours; 0: by the free memory (16384)")
-    parser.add_argument("--no_checkpointing", action="store_true", help="ours alone, its engine asleep meanwhile")
+    parser.add_argument("--rows", type=int, nargs=2, help="rows per micro-batch: stock TRL's (8), ours (64, or 8)")
+    parser.add_argument(
+        "--silent_groups", type=float, default=0.0, help="share of groups with equal rewards (default: 0)"
+    )
+    parser.add_argument(
+        "--packed_tokens",
+        type=int,
+        default=16384,
+        help="max_packed_tokens of ours; 0: set by the free memory (default: 16384)",
+    )
+    parser.add_argument(
+        "--no_checkpointing",
+        action="store_true",
+        help="only ours, without gradient checkpointing, the engine asleep during training",
+    )
     arguments = parser.parse_args()
     unchecked: dict[str, Any] = {}
     if arguments.no_checkpointing:

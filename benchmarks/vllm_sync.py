@@ -1,10 +1,10 @@
-"""Weights into a colocated engine after an optimizer step: stock TRL's way, all at once, and the adapter alone.
+"""Weight sync to a colocated engine after an optimizer step: as in stock TRL, all weights at once, only the adapter.
 
     python benchmarks/vllm_sync.py                  # one GPU, Qwen2.5-3B shape, LoRA of rank 32 on all linear layers
-    python benchmarks/vllm_sync.py --shape tiny     # CPU, adapter only: vLLM's CPU build cannot load weights anew
+    python benchmarks/vllm_sync.py --shape tiny     # CPU, adapter only: vLLM's CPU build cannot reload weights
 
-After each sync the engine samples, and its logprobs are compared with the trainer's own for the same tokens, so a row
-says that the weights arrived, and not only how fast.
+After each sync, the engine samples, and its logprobs are compared with the trainer's for the same tokens, to verify
+that the weights arrived.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(vllm_shape.SHAPES), default="3b")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", choices=["full", "merged", "adapter"], help="default: all that run here")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["full", "merged", "adapter"], help="ways to sync (default: all that run here)"
+    )
     arguments = parser.parse_args()
     lines = [
         "| what is trained | sync | MB | seconds (median) | logprob difference before → after |",

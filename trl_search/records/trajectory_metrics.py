@@ -1,6 +1,6 @@
-"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over the trajectories of all ranks.
+"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over all ranks.
 
-| metric                              | value per trajectory                                                          |
+| metric                              | mean over trajectories of                                                     |
 |-------------------------------------|-------------------------------------------------------------------------------|
 | `search/searches`, `search/turns`   | searches made, turns of the policy                                            |
 | `search/malformed_calls`            | malformed calls, which could not be run                                       |

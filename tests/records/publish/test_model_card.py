@@ -173,14 +173,14 @@ def test_an_adapter_says_that_it_is_one(facts):
     card = write_card(dataclasses.replace(facts, adapter=config, base_model=config["base_model_name_or_path"]))
     assert card.data.library_name == "peft" and card.data.base_model_relation == "adapter"
     assert "A LoRA adapter that makes [Qwen/Qwen2.5-3B-Instruct](https://" in card.text
-    assert "The base model is not in this repository" in card.text
+    assert "This repository holds only the adapter" in card.text
     recipe = yaml.safe_load(block(card, "yaml"))
     assert recipe["use_peft"] is True and recipe["lora_r"] == 32 and recipe["lora_alpha"] == 64
 
 
 def test_what_was_not_recorded_is_not_made_up(facts):
     text = write_card(dataclasses.replace(facts, settings=None, info={}, results=[], base_model=None)).content
-    assert "how it was trained is not recorded" in text and "How it was trained to be asked is not recorded" in text
+    assert "its training is not recorded" in text and "agent settings of the training are not recorded" in text
     assert "No results are recorded" in text and "trl_search.json" not in text and "## Versions" not in text
 
 

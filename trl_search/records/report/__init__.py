@@ -1,1 +1,1 @@
-"""What a run looks like: figures as PNG, the reflection figure, and one HTML page that opens offline."""
+"""The report of a run: one HTML page that works offline, charts as PNG, and the reflection figure."""

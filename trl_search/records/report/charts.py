@@ -1,5 +1,4 @@
-"""The charts of a report: which metrics of which runs are drawn together, and where. The page and the PNG figures draw
-the same `Chart` values.
+"""The charts of a report. The page and the PNG figures draw the same `Chart` values.
 
     metrics.jsonl, results.json ─► history_of ─► charts_of ─► [Chart, ...] ─► static/charts.js (page)
                                                                         └──► figures.py (PNG)
@@ -23,7 +22,7 @@ from trl_search.records.report.panels import PANELS, Panel
 History = Sequence[Mapping[str, Any]]
 
 MAX_RUNS = 16
-# A line with more points than this is drawn pale, with its running mean on top.
+# A line with more points is drawn pale, with its running mean on top.
 SMOOTH_ABOVE = 80
 
 
@@ -33,12 +32,13 @@ class Line:
     One line of a chart.
 
     Args:
-        label (`str`): Its name in the legend.
-        run (`int`): Which run it belongs to.
-        colour (`int`): Which colour it has, counted from 0.
-        steps (`list[int]`), values (`list[float | None]`): Its points. `None` is a gap: the log held no finite number.
+        label (`str`): The name in the legend.
+        run (`int`): The index of the run.
+        colour (`int`): The index of the colour.
+        steps (`list[int]`), values (`list[float | None]`): The points. `None` is a gap, where no finite number was
+            logged.
         mean (`list[float | None]`): The running mean of a long line; empty for a short one.
-        level (`bool`): A dotted horizontal line, for what was measured once.
+        level (`bool`): Whether it is a dotted horizontal line, for a value that was measured once.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """An alarm of one run, with the steps at which it rang, what it means and what to do about it."""
+    """An alarm of one run: the steps at which it fired, its meaning and its advice."""
 
     name: str
     run: int
@@ -63,7 +63,7 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What is drawn together; see `Panel`. `last` is the last step of all runs, where the x axis ends."""
+    """Lines that are drawn together; see `Panel`. `last` is the last step of all runs, where the x axis ends."""
 
     section: str
     title: str
@@ -75,11 +75,11 @@ class Chart:
 
 def charts_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """
-    The charts for one run, or for several that are compared; a chart without data is left out.
+    The charts of one run, or of several runs to compare. Charts without data are left out.
 
     Args:
-        runs (`Sequence[Run]`): As `read_run` gives them.
-        names (`Sequence[str]`): Their names, as `run_names` gives them.
+        runs (`Sequence[Run]`): The runs, from `read_run`.
+        names (`Sequence[str]`): Their names, from `run_names`.
 
     Example:
         >>> [chart.title for chart in charts_of([read_run("runs/quickstart")], ["quickstart"])]
@@ -103,13 +103,13 @@ def charts_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
             title = panel.title if len(metrics) == 1 else f"{panel.title}: {label}"
             lines = [line for line in lines if line.steps]
             charts.append(Chart(panel.section, title, panel.note, lines, alarms, last))
-            alarms = []  # once per panel, on its first chart
+            alarms = []  # only the first chart of a panel shows its alarms
     return charts
 
 
 def history_of(run: Run) -> list[Mapping[str, Any]]:
-    """The logged rows of a run, with the held-out evaluations before and after training as rows of their own, where
-    the log does not hold them: they are in `results.json`."""
+    """The logged rows of a run, and rows for evaluations in `results.json` (before and after training) that were not
+    logged."""
     logged = {row["step"] for row in run.history if is_number(row.get("eval/em"))}
     rows = [row for row in run.history if "step" in row]
     last = max((row["step"] for row in rows), default=0)
@@ -137,7 +137,7 @@ def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, st
         >>> metrics_of(Panel("", "EM", "", (("eval/*/em", "*"),)), [[{"step": 1, "eval/nq/em": 0.3}]])
         [('eval/nq/em', 'nq')]
     """
-    logged: dict[str, bool] = {}  # metric -> whether it is ever not zero
+    logged: dict[str, bool] = {}  # by metric: whether it is ever nonzero
     for history in histories:
         for row in history:
             for metric, value in row.items():
@@ -155,7 +155,7 @@ def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, st
 
 
 def alarms_of(history: History, run: int, names: Iterable[str] | None = None) -> list[Alarm]:
-    """The alarms that rang; `names` for some of them only."""
+    """The alarms that fired, optionally only those in `names`."""
     if names is None:
         logged = {name for row in history for name in row if name.startswith(ALARM_PREFIX)}
         names = sorted(name.removeprefix(ALARM_PREFIX) for name in logged)
@@ -166,33 +166,33 @@ def alarms_of(history: History, run: int, names: Iterable[str] | None = None) ->
 
 def run_names(runs: Sequence[Run]) -> list[str]:
     """
-    The runs by their folders: the last part of the path, or as many parts as tell all runs apart.
+    Names the runs by the last part of their folders' paths, or by as many parts as distinguish all runs.
 
     Raises:
-        UserError: for no run, for more than `MAX_RUNS`, and for a run that is given twice.
+        UserError: for no run, more than `MAX_RUNS`, or a run that is given twice.
 
     Example:
         >>> run_names([read_run("runs/seed_0/a"), read_run("runs/seed_1/a")])
         ['seed_0/a', 'seed_1/a']
     """
     if not 1 <= len(runs) <= MAX_RUNS:
-        raise UserError(f"a report shows 1 to {MAX_RUNS} runs, and {len(runs)} were given")
+        raise UserError(f"a report shows 1 to {MAX_RUNS} runs, but {len(runs)} were given")
     paths = [run.folder.resolve().parts for run in runs]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            raise UserError(f"{runs[i].folder} is given twice: there is nothing to compare")
+            raise UserError(f"{runs[i].folder} is given twice: give each run once")
     length = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
     return ["/".join(path[-length:]) for path in paths]
 
 
 def points(history: History, metric: str) -> dict[int, float]:
-    """The numbers of a metric by step, in order; where a step was logged twice, the last."""
+    """The numbers of a metric by step, in order. If a step was logged twice, the last number counts."""
     return {step: value for step, value in curve(history, metric).items() if value is not None}
 
 
 def curve(history: History, metric: str) -> dict[int, float | None]:
     """
-    As `points`, with `None` where the log holds no finite number: a gap in the line, and no bridge over it.
+    Like `points`, but with `None` for numbers that are not finite, which become gaps in the line.
 
     Example:
         >>> curve([{"step": 1, "kl": 0.5}, {"step": 2}, {"step": 3, "kl": None}], "kl")
@@ -203,7 +203,7 @@ def curve(history: History, metric: str) -> dict[int, float | None]:
 
 
 def smoothing_window(points: int) -> int:
-    """Over how many points the running mean is taken: an odd number, 1 for no smoothing.
+    """The number of points in the running mean: odd, 1 for no smoothing.
 
     Example:
         >>> smoothing_window(40), smoothing_window(331)
@@ -213,7 +213,7 @@ def smoothing_window(points: int) -> int:
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """The centred mean of `window` values, of fewer at both ends. A gap stays a gap and enters no mean.
+    """The centred mean of `window` values, of fewer at both ends. Gaps stay gaps and are left out of the means.
 
     Example:
         >>> running_mean([1.0, 2.0, 6.0], 3)

@@ -1,6 +1,6 @@
-"""The charts of `charts.py` as PNG: one picture per chart, all of them on one sheet, and the reflection figure.
+"""The charts of `charts.py` as PNG: one picture per chart, one sheet with all charts, and the reflection figure.
 
-A figure is built on its own canvas: drawing needs no screen, and changes nobody's matplotlib backend or style.
+Each figure has its own canvas, so drawing needs no screen and does not change the matplotlib backend or style.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that colour-blind readers can tell apart; the first two are used most.
+# Colours that colour-blind readers can distinguish; the first two are used most.
 COLOURS = ("#2f6db3", "#d9752b", "#3b9a78", "#b8476b", "#7a64b0", "#8c8c8c", "#c2a02c", "#4aa5c4")
 INK, FAINT, GRID, ALARM = "#2b2f36", "#6b7280", "#e4e7eb", "#d9a520"
 DOTS, DASHES, SOLID = (0, (1, 1.2)), (0, (4, 2)), "solid"
@@ -37,11 +37,11 @@ LEGEND_ROW = 12.5  # points
 
 def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     """
-    Draws the charts of one run, or of several that are compared.
+    Draws the charts of one run, or of several runs to compare.
 
     Args:
-        runs (`Sequence[Run]`): As `read_run` gives them.
-        folder (`Path`): Created if it is missing. Pictures with the same names are overwritten.
+        runs (`Sequence[Run]`): The runs, from `read_run`.
+        folder (`Path`): The target folder, which is created if needed. Pictures with the same names are overwritten.
 
     Returns:
         `list[Path]`: `overview.png`, one PNG per chart, and `reflection_and_em.png` if the policy ever reflected.
@@ -65,7 +65,7 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def draw_curves(folder: Path, path: Path) -> Path:
-    """Draws all charts of the run in `folder` on one sheet: `curves.png` of a training that has ended."""
+    """Draws all charts of a finished run in `folder` on one sheet, `curves.png`."""
     return _save(sheet(charts_of([read_run(folder)], [""])), path)
 
 
@@ -89,8 +89,8 @@ def sheet(charts: Sequence[Chart], *, title: str = "") -> Figure:
 
 
 def reflection_figure(found: Sequence[ReflectionPoint], correlation: Correlation, *, title: str = "") -> Figure:
-    """The reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025): each checkpoint is a point, its
-    share of reflective trajectories against its average EM. The correlation stands below."""
+    """The reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025): one point per checkpoint, with
+    its average EM over its share of reflective trajectories, and the correlation below."""
     ratio, em = [point.ratio for point in found], [point.em for point in found]
     figure = _new_figure(6.4, 4.6)
     text = "\n".join(textwrap.fill(line, 92) for line in words(found, correlation))
@@ -101,7 +101,7 @@ def reflection_figure(found: Sequence[ReflectionPoint], correlation: Correlation
     steps = [point.step for point in found]
     dots = axis.scatter(ratio, em, c=steps, cmap="viridis_r", s=36, edgecolor="white", linewidth=0.6, zorder=3)
     low, high = axis.get_xlim()
-    axis.set_xlim(max(low, -0.03 * high), high)  # there is no share below 0
+    axis.set_xlim(max(low, -0.03 * high), high)  # a share is never negative
     levels, note = correlation.levels, "one point per checkpoint"
     if levels.slope is not None and levels.intercept is not None:
         ends = [min(ratio), max(ratio)]
@@ -133,7 +133,7 @@ def _draw_chart(axis: Axes, chart: Chart) -> None:
     axis.set_xlim(0, max(1, chart.last) * 1.02)
     _whole_steps(axis.xaxis)
     low, high = axis.dataLim.ymin, axis.dataLim.ymax
-    if low >= 0:  # so that small changes look small
+    if low >= 0:  # an axis from 0 makes small changes look small
         axis.set_ylim(0, high * 1.06 if high > 0 else 1)
 
 
@@ -144,22 +144,22 @@ def _draw_line(axis: Axes, line: Line) -> None:
     if line.mean:
         axis.plot(line.steps, values, color=colour, linestyle=dash, linewidth=0.7, alpha=0.28)
         values = [math.nan if value is None else value for value in line.mean]
-    # A point between two gaps has no line, so short lines have markers.
+    # Short lines have markers, because a point between two gaps has no line.
     marker, size = ("o", 3.0) if len(line.steps) <= 45 and not line.level else ("", 0.0)
     [drawn] = axis.plot(
         line.steps, values, color=colour, linestyle=dash, linewidth=1.6, marker=marker, markersize=size
     )
-    drawn.set_clip_on(False)  # a line at 0 lies over the axis, as thick as any other
+    drawn.set_clip_on(False)  # otherwise the axis would cut a line at 0 in half
     drawn.set_zorder(3)
     drawn.set_label(line.label or "_")
 
 
 def _dress(axis: Axes, title: str, note: str, *, x: str, legend: bool = False) -> None:
-    """Title, note, legend and labels. The legend stands between title and data, where it hides nothing."""
+    """Adds title, note, legend and labels. The legend is between title and data, so it hides no data."""
     named = [line for line in axis.get_lines() if legend and not str(line.get_label()).startswith("_")]
     longest = max((len(str(line.get_label())) for line in named), default=0)
     columns = 4 if longest <= 9 else 3 if longest <= 18 else 2 if longest <= 26 else 1
-    # One row without a legend, too, so that the titles of neighbours are level.
+    # Reserve one row even without a legend, so that the titles of neighbours align.
     room = LEGEND_ROW * max(1, math.ceil(len(named) / columns))
     axis.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold", pad=21 + room)
     axis.annotate(

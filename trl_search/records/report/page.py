@@ -1,8 +1,8 @@
-"""The report of one run, or of several that are compared, as one HTML file that works offline.
+"""The report of one run, or of several runs to compare, as one HTML file that works offline.
 
-A model and the web wrote what a run holds, so none of it ever becomes markup. It travels as gzip in base64, which has
-no `<`, and the scripts of the page show it as text nodes. A Content-Security-Policy allows the scripts and styles that
-are in the file, by their hashes, and nothing else. Even these scripts cannot write HTML.
+The records of a run contain text of models and web pages, so they must never become markup. They are embedded as gzip
+in base64, which has no `<`, and the page's scripts show them as text nodes. A Content-Security-Policy allows only the
+scripts and styles in the file, by their hashes, and even these scripts cannot write HTML.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trl_search.records.report.summary import call_words, facts_of, headline
 from trl_search.records.report.trajectories import PageTrajectories, page_trajectories
 
 MAX_TRAJECTORIES = 2000
-# Every page has it in its head: only pages that have it are overwritten.
+# Every page has this mark in its head. Only files with the mark are overwritten.
 MARK = b'<meta name="generator" content="trl-search report'
 STYLES = ("uplot/uPlot.min.css", "report.css")
 # theme.js runs before anything is drawn.
@@ -43,13 +43,13 @@ def write_report(
     runs: Sequence[Run], output: str | Path, *, max_trajectories: int = MAX_TRAJECTORIES, overwrite: bool = False
 ) -> Path:
     """
-    Writes the report of a run, or of several that are compared, as one HTML file.
+    Writes the report of a run, or of several runs to compare, as one HTML file.
 
     Args:
-        runs (`Sequence[Run]`): What they left half-written is named at the top of the page.
-        output (`str` or `Path`): The file. An older report in its place is replaced, any other file is not.
-        max_trajectories (`int`, *optional*, defaults to 2000): How many the page carries, of all runs together.
-        overwrite (`bool`, *optional*, defaults to `False`): Replaces whatever is there.
+        runs (`Sequence[Run]`): The runs. The top of the page names their half-written files.
+        output (`str` or `Path`): The file. An older report is replaced, any other file is not.
+        max_trajectories (`int`, *optional*, defaults to 2000): Most trajectories on the page, of all runs together.
+        overwrite (`bool`, *optional*, defaults to `False`): Replaces any file.
 
     Returns:
         `Path`: the file.
@@ -145,7 +145,7 @@ def _rounded(chart: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reflection(run: Run) -> dict[str, Any] | None:
-    """The reflection figure, and the text beside it; `None` if the policy never reflected."""
+    """The data and the text of the reflection figure; `None` if the policy never reflected."""
     found = reflection_points(run)
     if not any_reflection(found):
         return None
@@ -169,7 +169,7 @@ def _content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> s
             f"style-src {' '.join(map(_source_hash, styles))}",
             "base-uri 'none'",
             "form-action 'none'",
-            # A string never becomes markup, in our code or in the library's.
+            # Neither our scripts nor the library's can turn a string into markup.
             "require-trusted-types-for 'script'",
             "trusted-types 'none'",
         ]

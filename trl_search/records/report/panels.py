@@ -1,6 +1,6 @@
-"""Which metrics are drawn together, under which names.
+"""The panels of a report: which metrics are drawn together, with which labels.
 
-A metric is a name or a pattern (`eval/*/em`): the text that the star stands for is then the label of the line.
+A metric is a name or a pattern such as `eval/*/em`; the text that matches the star is the label of the line.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class Panel:
     One entry of `PANELS`.
 
     Args:
-        section (`str`): The heading that the chart stands under.
-        title (`str`): What it shows.
-        note (`str`): How to read it, in one line.
-        lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; the label of a pattern holds a star.
+        section (`str`): The heading above the chart.
+        title (`str`): The title of the chart.
+        note (`str`): How to read the chart, in one line.
+        lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; the label of a pattern contains a star.
         alarms (`tuple[str, ...]`): The alarms that watch these metrics (`trl_search/records/alarm_rules.py`).
-        rare (`bool`): Leaves out lines that are always 0: what never happened.
-        several (`bool`): Leaves the chart out if it has a single line, which another chart shows.
+        rare (`bool`): Leaves out lines that are always 0.
+        several (`bool`): Leaves out a chart with a single line, which another chart already shows.
     """
 
     section: str

@@ -1,13 +1,12 @@
-"""Reflection against exact match: the share of trajectories with a reflective phrase and the average EM, over the
-checkpoints of a run, with their correlation.
+"""Correlates the share of trajectories with a reflective phrase with the average EM, over the checkpoints of a run.
 
     a run's log ─► reflection_points ─► [(step, ratio, em), ...] ─► correlate ─► Correlation ─► words
 
-It is the reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025).
+This is the reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025).
 
-Both numbers tend to rise while a policy learns, so over the checkpoints of one run they correlate as any two things do
-that training changes. The correlation of their first differences asks for more: does the EM rise between two
-checkpoints when the ratio rises between them? Neither number says that reflecting is why the answers got better.
+Both numbers tend to rise in training, so they correlate over the checkpoints of one run like any two numbers that
+training changes. The correlation of their first differences is a stricter test: does the EM rise between two
+checkpoints when the ratio rises? Neither correlation shows that reflection improves the answers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True, slots=True)
 class ReflectionPoint:
-    """One checkpoint: how many of its trajectories reflect, and its average EM."""
+    """One checkpoint: its share of reflective trajectories, and its average EM."""
 
     step: int
     ratio: float
@@ -41,7 +40,7 @@ class ReflectionPoint:
 
 @dataclass(frozen=True, slots=True)
 class Coefficient:
-    """A correlation and its 95 % interval. Complete agreement has no interval, because no formula gives one."""
+    """A correlation and its 95 % interval. A correlation of ±1 has none, because Fisher's formula fails there."""
 
     value: float
     low: float | None
@@ -51,12 +50,12 @@ class Coefficient:
 @dataclass(frozen=True, slots=True)
 class Association:
     """
-    How two series go together.
+    The association of two series.
 
     Args:
         n (`int`): The number of pairs.
-        problem (`str`): Why there are no numbers; empty if there are.
-        slope, intercept (`float`, *optional*): The line of least squares.
+        problem (`str`): Why there are no coefficients; empty if there are.
+        slope, intercept (`float`, *optional*): The least-squares line.
     """
 
     n: int
@@ -69,21 +68,21 @@ class Association:
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """Between ratio and EM over the checkpoints, and between their changes from one checkpoint to the next."""
+    """The association of ratio and EM over the checkpoints, and of their changes between checkpoints."""
 
     levels: Association
     differences: Association
 
 
 def reflection_points(run: Run) -> list[ReflectionPoint]:
-    """The checkpoints whose evaluation logged an EM and a ratio, by step."""
+    """The checkpoints whose evaluation logged both an EM and a ratio, by step."""
     history = history_of(run)
     em, ratio = points(history, EM), points(history, RATIO)
     return [ReflectionPoint(step, ratio[step], em[step]) for step in em if step in ratio]
 
 
 def any_reflection(found: Sequence[ReflectionPoint]) -> bool:
-    """Whether a single trajectory reflected. Without one there is nothing to draw."""
+    """Whether any trajectory reflected. If none did, there is nothing to draw."""
     return any(point.ratio > 0 for point in found)
 
 
@@ -91,7 +90,7 @@ def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
     """
     Pearson's r and Spearman's rho of ratio and EM, and of their first differences.
 
-    The intervals treat checkpoints as independent draws. Those of one run are not, so the intervals are too narrow.
+    The intervals treat checkpoints as independent. Those of one run are not, so the intervals are too narrow.
 
     Example:
         >>> rising = [ReflectionPoint(step, ratio, em) for step, ratio, em in ...]
@@ -106,7 +105,7 @@ def correlate(found: Sequence[ReflectionPoint]) -> Correlation:
 
 
 def words(found: Sequence[ReflectionPoint], correlation: Correlation) -> list[str]:
-    """The lines of text under the figure: the numbers, and what to bear in mind."""
+    """The lines of text under the figure: the coefficients and caveats."""
     if not found:
         return [
             "No evaluation of this run logged an EM together with a reflective-phrase ratio, so there is nothing to "
@@ -142,8 +141,8 @@ def _associate(x: Sequence[float], y: Sequence[float], *, of: str) -> Associatio
 
 
 def _coefficient(value: float, n: int, *, widening: float) -> Coefficient:
-    """With Fisher's interval: tanh(atanh(r) ± 1.96 · √((1 + widening · r²) / (n − 3)))."""
-    # The interval of r = 1 would be [1, 1] for any n: that four points lie on a line does not make it certain.
+    """A coefficient with Fisher's interval: tanh(atanh(r) ± 1.96 · √((1 + widening · r²) / (n − 3)))."""
+    # For r = 1, the interval would be [1, 1] for any n, but four points on a line are no proof.
     if abs(value) > 1 - 1e-9:
         return Coefficient(value, None, None)
     half = Z95 * math.sqrt((1 + widening * value**2) / (n - 3))
@@ -151,13 +150,13 @@ def _coefficient(value: float, n: int, *, widening: float) -> Coefficient:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs. `[0.2, 0.1, 0.2]` gives `[2.5, 1.0, 2.5]`."""
+    """Ranks from 1; equal values get the mean of their ranks. `[0.2, 0.1, 0.2]` gives `[2.5, 1.0, 2.5]`."""
     ordered = sorted(values)
     return [(bisect_left(ordered, value) + bisect_right(ordered, value) + 1) / 2 for value in values]
 
 
 def _constant(values: Sequence[float]) -> bool:
-    # Below 1e-50 the squares that a correlation is made of would vanish.
+    # Below 1e-50, the squares in a correlation would underflow.
     return max(values) - min(values) <= max(1e-12 * max(map(abs, values)), 1e-50)
 
 

@@ -1,4 +1,4 @@
-"""What a run achieved, for the top of its report: one sentence, and a row of numbers.
+"""The summary at the top of a report: one sentence, and a row of numbers.
 
 "Held-out exact match rose from 0.140 to 0.935 on 200 questions, 2.4 times one-shot RAG (0.390)."
 """
@@ -17,9 +17,9 @@ from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import BEST_ROW, SFT, Run, section
 from trl_search.records.report.charts import history_of, points
 
-# A reward of one step is noisy: the first and the last are means over so many logs.
+# The reward of one step is noisy, so the first and last reward are means over this many logs.
 REWARD_LOGS = 3
-# Calls per question: held out, else in training; of a run without a search the calls of its other tools.
+# Calls per question: on held-out questions, else in training; without a search, calls of other tools.
 _CALLS = ("eval/searches", "search/searches", "tools/calls")
 
 
@@ -33,7 +33,7 @@ class Fact:
 
 
 def headline(run: Run) -> str:
-    """The answer to "what did this run achieve?", as far as it was measured."""
+    """The main result of a run in one sentence, as far as it was measured."""
     if run.method == SFT:
         return _cold_start(run)
     em = points(history_of(run), "eval/em")
@@ -64,7 +64,7 @@ def _cold_start(run: Run) -> str:
 
 
 def facts_of(run: Run) -> list[Fact]:
-    """The row of numbers; what the run did not record is left out."""
+    """The row of numbers; numbers that were not recorded are left out."""
     history = history_of(run)
     found = [_em_fact(run)]
     for name, row in run.baselines.items():
@@ -85,7 +85,7 @@ def facts_of(run: Run) -> list[Fact]:
 
 
 def call_words(run: Run) -> tuple[str, str]:
-    """What one call is named, and what several are: a search, or a call of the only tool that the environment has.
+    """The words for one call and for several: "search", or "call of ..." if the environment has one other tool.
 
     Example:
         >>> call_words(read_run("runs/my_agent"))
@@ -94,7 +94,7 @@ def call_words(run: Run) -> tuple[str, str]:
     tools = section(run.info, "environment").get("tools")
     try:
         names = tool_names(tools) if tools else ["search"]
-    except UserError:  # the file is damaged, which the page says
+    except UserError:  # run.json is damaged
         names = ["search"]
     if names == ["search"]:
         return "search", "searches"
@@ -135,7 +135,7 @@ def _rollbacks_fact(run: Run) -> Fact | None:
 
 
 def _model_fact(run: Run) -> Fact | None:
-    # A warm start trains on from a folder of the run; the task names the model that it began with.
+    # After a warm start, `model` is a folder of the run; the task names the original model.
     model = run.task.get("base_model") or run.info.get("model")
     if not isinstance(model, str):
         return None

@@ -1,11 +1,12 @@
-"""The trajectories of a run as the page carries them: columns for the list, and blocks of tokens that the page unpacks
-when a reader opens them.
+"""The trajectories in the form that the page embeds: columns for the list, and blocks of tokens that the page unpacks
+when a reader opens a trajectory.
 
     rows     {"step": [1, 1, ...], "question": [...], "reward": [...], "text": ["<think> ...", ...], ...}
     blocks   [[{"lengths": [7, 1, 5], "mask": [0, 2, 1], "logprobs": [-12, -310, 0], "turns": [...]}, ...], ...]
 
-A token is a length in the text of its trajectory, in UTF-16 units, as a browser counts. A mask is a list of lengths
-that begins with masked tokens: [0, 2, 1] is two trained tokens and then a masked one. Log-probs are in thousandths.
+A token is stored as its length in the trajectory's text, in UTF-16 units, as browsers count. A mask is a run-length
+encoding that begins with masked tokens: [0, 2, 1] is two trained tokens and then a masked one. Log-probs are in
+thousandths.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ TEXTS = ("id", "data_source", "question", "stop_reason", "error")
 @dataclass
 class PageTrajectories:
     """
-    What the page carries of all runs.
+    The trajectories of all runs on the page.
 
     Args:
         rows (`dict[str, list]`): Columns of the same length. `correct` and `gold` are 1, 0 or `None`: whether the
-            answer is an exact match, and whether a golden answer stands in a tool result.
-        prompts (`list[str]`): Each prompt once; `rows["prompt"]` holds its number.
+            answer is an exact match, and whether a tool result contains a golden answer.
+        prompts (`list[str]`): Each distinct prompt; `rows["prompt"]` holds its index.
         rewards (`list[str]`): Names of the single rewards; `rows["rewards"]` holds a list of numbers per row.
         blocks (`list[list[dict]]`): The tokens of `BLOCK_TRAJECTORIES` rows each, in the order of the rows.
         notes (`list[str]`): Per run: what was left out, or "".
@@ -54,7 +55,7 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
     """
     Reads at most `max_trajectories` trajectories of all runs together.
 
-    If a run has more than its share, whole steps are taken, spread evenly from its oldest to its newest.
+    If a run has more than its share, only some steps are read, evenly spaced from the oldest to the newest.
     """
     others = ("golden", "answer", "correct", "gold", "trained", "masked", "prompt", "rewards", "text")
     rows: dict[str, list[Any]] = {name: [] for name in ("run", *NUMBERS, *TEXTS, *others)}
@@ -91,8 +92,8 @@ def page_trajectories(runs: Sequence[Run], max_trajectories: int) -> PageTraject
 
 def choose_steps(counts: Mapping[int, int], limit: int) -> list[int]:
     """
-    As many steps as hold at most `limit` trajectories: the oldest, the newest, and others spread evenly between. Only
-    the newest if two steps hold too many.
+    Chooses as many steps as hold at most `limit` trajectories: the oldest, the newest, and evenly spaced ones between.
+    Only the newest if two steps hold too many.
 
     Example:
         >>> choose_steps({step: 64 for step in range(1, 101)}, 320)
@@ -142,7 +143,7 @@ def _add(
     for name in TEXTS:
         rows[name].append(row[name] or "")
     golden = [answer for answer in row["golden_answers"] or [] if answer is not None]
-    # A failed retrieval says nothing about the policy.
+    # After a failed retrieval, the answer says nothing about the policy.
     failed = bool(row["error"]) and row["reward"] is None
     rows["golden"].append(golden)
     rows["answer"].append(row["answer"])

@@ -1,4 +1,5 @@
-// What is on the screen, as the page's address: #trajectories?step=12&outcome=wrong&open=0.12.5 can be sent as a link.
+// Keeps the state of the screen in the page's address, so that it can be shared as a link:
+// #trajectories?step=12&outcome=wrong&open=0.12.5
 const address = {
   read() {
     const [tab, query = ""] = location.hash.slice(1).split("?");
@@ -12,7 +13,7 @@ const address = {
     try {
       history[remember ? "pushState" : "replaceState"](null, "", wanted);
     } catch {
-      // A page inside another one, as W&B shows it, may have no address of its own.
+      // A page in a frame, as in W&B, may be unable to change its address.
     }
   },
 };

@@ -1,5 +1,5 @@
-// The charts: one card each. A line has the colour of its metric, or of its run where runs are compared.
-const ALARM_HALF = 0.5; // an alarm's band reaches half a step to both sides
+// The charts, one card each. A line has the colour of its metric, or of its run if runs are compared.
+const ALARM_HALF = 0.5; // an alarm's band extends half a step to both sides
 
 function drawCharts(box, meta, onstep) {
   const cards = [];
@@ -34,7 +34,7 @@ function drawCharts(box, meta, onstep) {
   return { redraw, drawn: () => cards.every((card) => card.plot) };
 }
 
-// What each alarm on a chart means, and what to do about it.
+// The meaning and the advice of each alarm on a chart.
 function advice(alarms) {
   const named = new Map(alarms.filter((alarm) => alarm.means).map((alarm) => [alarm.name, alarm]));
   return [...named.values()].map((alarm) => element("p.advice", {}, element("b", {}, words(alarm.name)), ` ${alarm.means}: ${alarm.advice}.`));
@@ -53,7 +53,7 @@ function drawChart(chart, box, meta, onstep) {
   const steps = [...new Set([0, chart.last, ...chart.lines.flatMap((line) => line.steps)])].sort((a, b) => a - b);
   const place = new Map(steps.map((step, i) => [step, i]));
   const data = [steps];
-  // Away from the pointer, the legend shows the last value of each line.
+  // Without a pointer on the chart, the legend shows the last value of each line.
   const series = [{ label: "step", value: (_, step) => count(step ?? chart.last) }];
   const add = (line, values, options) => {
     const column = Array(steps.length).fill(undefined); // undefined is bridged: not logged at that step; null is a gap
@@ -100,7 +100,7 @@ function valueAt(line, step) {
   return at < 0 ? null : line.values[at];
 }
 
-// A click opens the trajectories of the step. It waits for a second click, which zooms out.
+// A click opens the trajectories of the step, after a delay, because a double click zooms out.
 function openOnClick(plot, onstep) {
   let waiting = 0;
   plot.over.addEventListener("click", (event) => {
@@ -110,7 +110,7 @@ function openOnClick(plot, onstep) {
   });
 }
 
-// A band where an alarm rang, with its name where it rang first.
+// A band at each step where an alarm fired, with its name at the first one.
 function drawAlarms(plot, alarms, meta) {
   const { ctx, bbox } = plot;
   ctx.save();
@@ -152,7 +152,7 @@ function nameLevels(plot, lines) {
   ctx.restore();
 }
 
-// Steps as stretches from the first to the last of neighbours: [3, 4, 5, 9] is [[3, 5], [9, 9]].
+// Joins neighbouring steps into ranges: [3, 4, 5, 9] is [[3, 5], [9, 9]].
 function stretches(steps) {
   const found = [];
   for (const step of steps) {
@@ -204,7 +204,7 @@ function fromZero(_, low, high) {
   return uPlot.rangeNum(low, high, { min: { pad: 0.08, soft: 0, mode: 1 }, max: { pad: 0.08, soft: 0, mode: 1 } });
 }
 
-// A canvas knows no CSS variables.
+// A canvas cannot use CSS variables.
 function paint(name) {
   const probe = element("i");
   probe.style.color = `var(${name})`;

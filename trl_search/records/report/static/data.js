@@ -1,4 +1,4 @@
-// What the page carries: gzip in base64, unpacked when it is needed.
+// The embedded data: gzip in base64, unpacked when needed.
 async function unpack(name) {
   const packed = atob(byId(`data-${name}`).textContent);
   const bytes = new Uint8Array(packed.length);
@@ -7,7 +7,7 @@ async function unpack(name) {
   return new Response(stream).json();
 }
 
-const opened = new Map(); // number of a block -> its tokens, the last few
+const opened = new Map(); // the tokens of the last few blocks, by the block's index
 
 async function tokensOf(row, perBlock) {
   const number = Math.floor(row / perBlock);

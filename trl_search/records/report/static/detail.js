@@ -56,7 +56,7 @@ function numbers(rows, meta, row) {
     element("div", {}, element("dt", {}, name), element("dd", {}, value))));
 }
 
-// The trajectories that were sampled for the same question: an advantage is a comparison with them.
+// The group: the trajectories that were sampled for the same question, with which the advantage compares.
 function groupOf(rows, row) {
   const members = [];
   for (let i = 0; i < rows.step.length; i++) {
@@ -78,7 +78,7 @@ function rewardButton({ rows, open }, i, current) {
     title: `advantage ${signed(rows.advantage[i])}`, onclick: () => open(i) }, decimal(rows.reward[i]));
 }
 
-// The same question wherever else it was asked: at other steps, and in other runs.
+// The same question at other steps and in other runs.
 function otherSteps(context, row) {
   const { rows, meta } = context;
   if (!rows.question[row]) return null;
@@ -112,7 +112,7 @@ function heatLegend() {
     ...names.map((name, i) => element("span", {}, element("i.swatch", { "data-heat": i, "aria-hidden": "true" }), name)));
 }
 
-// Whether tokens have the colour of their probability instead of that of their mask.
+// Whether tokens are coloured by probability instead of mask.
 const heat = {
   on: false,
   label: () => (heat.on ? "Show the mask" : "Show probabilities"),

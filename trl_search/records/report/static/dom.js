@@ -1,4 +1,4 @@
-// Elements and numbers. Text from a run only ever becomes a text node or an attribute's value.
+// Helpers for elements and numbers. Text from a run becomes only text nodes or attribute values, never markup.
 const byId = (id) => document.getElementById(id);
 
 // element("p.note", {title: "…"}, "text", child, …)
@@ -35,6 +35,6 @@ function signed(value, digits = 2) {
 const decimal = (value, digits = 2) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
 const plural = (n, word, words = `${word}s`) => `${count(n)} ${n === 1 ? word : words}`;
-// "2 searches", or the tool's own words: "2 calls of open".
+// "2 searches", or with another tool "2 calls of open".
 const callsOf = (rows, i) => plural(rows.calls[i], ...rows.callWords[rows.run[i]]);
 const words = (name) => name.replaceAll("_", " ");

@@ -1,4 +1,4 @@
-// Which trajectories are listed, and in what order.
+// The filters and the order of the list.
 const SORTS = {
   step: ["Step", (rows, i) => rows.step[i]],
   reward: ["Reward", (rows, i) => rows.reward[i]],
@@ -18,7 +18,7 @@ class Filtering {
     this.haystacks = null;
   }
 
-  // Numbers of the rows that are left, in order.
+  // Indices of the matching rows, in order.
   apply(wanted) {
     const { rows } = this;
     const query = wanted.query.trim().toLowerCase();
@@ -45,12 +45,12 @@ class Filtering {
 
 function compare(a, b, sign) {
   if (a === b) return 0;
-  if (a === null) return 1; // what has no number comes last, either way
+  if (a === null) return 1; // missing numbers come last in both orders
   if (b === null) return -1;
   return a < b ? -sign : sign;
 }
 
-// The form above the list. `wanted` holds its values, and `apply` is called when one has changed.
+// The form above the list. `wanted` holds its values; `apply` is called when one changes.
 function filterForm(meta, rows, wanted, apply) {
   const inputs = {};
   const change = (name) => (event) => {
@@ -78,7 +78,7 @@ function filterForm(meta, rows, wanted, apply) {
     show();
     apply();
   } });
-  // Puts the values into the inputs, as after a link was followed.
+  // Copies the values into the inputs, for example after a link was followed.
   const show = () => {
     for (const [name, input] of Object.entries(inputs)) input.value = wanted[name];
     direction.textContent = wanted.order === "down" ? "↓" : "↑";

@@ -1,4 +1,4 @@
-// One question, and all that was sampled for it, side by side: rewards, answers, and where the texts part.
+// One question and its group side by side: rewards, answers, and where the texts diverge.
 function drawGroup(box, context, row, members, tokensOfMembers) {
   const { rows } = context;
   const parts = partings(members.map((i) => rows.text[i]));
@@ -39,7 +39,7 @@ function groupColumn(context, { i, tokens, parting }, current, members) {
     ...pieces);
 }
 
-// The text from `from` to `to`: what it shares with another trajectory is faint, and a mark stands where they part.
+// The text from `from` to `to`: the part shared with another trajectory is faint, with a mark where they diverge.
 function forked({ whole, marks }, from, to, parting, others) {
   const until = parting.with.length ? Math.min(Math.max(parting.at, from), to) : from;
   const shared = until > from ? [element("span.shared", {}, ...decorated(whole, marks, from, until))] : [];
@@ -49,7 +49,7 @@ function forked({ whole, marks }, from, to, parting, others) {
   return [...shared, ...parts, ...decorated(whole, marks, until, to)];
 }
 
-// For each text: how far it is the same as the one that it stays with longest, and which these are.
+// For each text: the length of the longest prefix that it shares with another text, and the texts that share it.
 function partings(texts) {
   return texts.map((text, i) => {
     const shared = texts.map((other, j) => (i === j ? -1 : commonLength(text, other)));

@@ -1,4 +1,4 @@
-// The list of trajectories: only the rows in sight are on the screen.
+// The list of trajectories. Only visible rows are in the document.
 const ROW_HEIGHT = 62;
 
 class TrajectoryList {
@@ -21,7 +21,7 @@ class TrajectoryList {
     this.draw();
   }
 
-  // `chosen`: by the reader, and not because it is the first that is left.
+  // `chosen`: whether the reader selected the row, or it is only the first match.
   select(row, chosen = false) {
     this.selected = row;
     const at = this.shown.indexOf(row);

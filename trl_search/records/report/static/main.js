@@ -1,4 +1,4 @@
-// Puts the page together: head, tabs, overview, trajectories, setup.
+// Builds the page: head, tabs, overview, trajectories, setup.
 const TABS = ["overview", "trajectories", "setup"];
 
 async function main() {

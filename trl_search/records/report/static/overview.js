@@ -1,4 +1,4 @@
-// The overview: what the run achieved, in a sentence and a row of numbers; which alarms rang; then the charts.
+// The overview: the main result, a row of numbers, the alarms that fired, and the charts.
 function drawOverview(section, meta, onstep) {
   const compared = meta.runs.length > 1;
   section.append(compared ? comparison(meta.runs) : achieved(meta.runs[0]));

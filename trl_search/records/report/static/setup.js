@@ -1,4 +1,4 @@
-// How each run was started; of several runs, what differs first.
+// The settings of each run; for several runs, the differences come first.
 function drawSetup(section, meta) {
   const sides = meta.runs.map((run) => ({ folder: run.folder, ...flat(run.info) }));
   const names = [...new Set(sides.flatMap((side) => Object.keys(side)))];

@@ -1,11 +1,11 @@
-// Light or dark: the system's, or what the reader last chose. Runs in the head, before anything is drawn.
+// Light or dark theme: the reader's last choice, else the system's. Runs in the head, before anything is drawn.
 const theme = {
   key: "trl-search-report-theme",
   chosen() {
     try {
       return localStorage.getItem(this.key);
     } catch {
-      return null; // storage may be off for files
+      return null; // browsers may disable storage for local files
     }
   },
   isDark() {
@@ -17,7 +17,7 @@ const theme = {
     try {
       localStorage.setItem(this.key, name);
     } catch {
-      // then the choice holds for this visit
+      // without storage, the choice lasts for this visit
     }
     document.dispatchEvent(new Event("themechange"));
   },

@@ -1,10 +1,10 @@
-// The text of a trajectory, token by token: tags, golden answers and found words marked; the mask or the log-prob as colour.
+// The text of a trajectory, token by token: marks for tags, golden answers and found words; colours for mask or log-prob.
 const TAG = /<\/?(think|tool_call|tool_response|search|information|answer)>|<\|[^<>|\s]{1,40}\|>/g;
 const FAMILIES = { think: "think", tool_call: "call", search: "call", tool_response: "tool", information: "tool", answer: "answer" };
-// A token's heat is the number of these probabilities that it stays below.
+// A token's heat is the number of these probabilities that exceed its own.
 const HEAT = [0.9, 0.5, 0.2, 0.05];
 
-// The turns of a trajectory, each as one block. What belongs to no turn is shown all the same.
+// The turns of a trajectory, one block each, and the tokens between turns.
 function turnBlocks(text, tokens, golden, query) {
   const starts = startsOf(tokens);
   const marks = { all: marked(text, tokens, golden, query), next: 0 };
@@ -27,7 +27,7 @@ function turnBlocks(text, tokens, golden, query) {
   return blocks;
 }
 
-// Where each token begins in the text, and where the last one ends.
+// The start of each token in the text, and the end of the last one.
 function startsOf(tokens) {
   const starts = [0];
   for (const length of tokens.lengths) starts.push(starts.at(-1) + length);
@@ -76,7 +76,7 @@ function tokenSpan(text, start, end, i, tokens, policy, marks) {
   return token;
 }
 
-// Where tags, golden answers in tool results, and found words stand; the first of them wins where two overlap.
+// The positions of tags, golden answers in tool results, and found words. If two overlap, the first wins.
 function marked(text, tokens, golden, query) {
   const starts = startsOf(tokens);
   const toolTexts = tokens.turns.filter(([role]) => role !== "assistant").map(([, start, end]) => [starts[start], starts[end]]);
@@ -117,7 +117,7 @@ function decorated(text, marks, from = 0, to = text.length) {
   return [...parts, text.slice(at, to)];
 }
 
-// What a token is, beside the pointer.
+// The tooltip of a token.
 function followTokens(box, tip) {
   box.addEventListener("pointerover", (event) => {
     const token = event.target.closest?.(".t");

@@ -1,4 +1,4 @@
-// The tab of trajectories: filters and list on one side, one trajectory or its group on the other.
+// The trajectories tab: filters and list on one side, one trajectory or its group on the other.
 function drawTrajectories(section, meta, rows) {
   if (!rows.step.length) {
     section.append(element("p.empty", {}, "This run keeps no trajectories: set log_trajectories to keep some of each step."));
@@ -46,11 +46,11 @@ function drawTrajectories(section, meta, rows) {
       pane.replaceChildren(element("p.empty", {}, "No trajectory fits these filters."));
       list.selected = latest = null;
       remember();
-    } else if (left.includes(list.selected)) draw(list.selected); // found words are marked anew; the list stays at its top
+    } else if (left.includes(list.selected)) draw(list.selected); // found words change; the list stays at its top
     else show(left[0], false, inGroup);
   }
 
-  // The trajectory that is open, by its place in the run: numbers of rows change when the report is written again.
+  // The open trajectory, by its place in the run, because row indices change when the report is written again.
   const nameOf = (row) => (row === null ? "" : [rows.run[row], rows.step[row], rows.index[row]].join("."));
   const named = (name) => {
     const [run, step, index] = name.split(".").map(Number);
@@ -86,7 +86,7 @@ function drawTrajectories(section, meta, rows) {
 
   let begun = false;
   return {
-    // What an address says: filters, and the trajectory that is open.
+    // The part of the address: filters and the open trajectory.
     follow(values) {
       for (const name of Object.keys(NO_FILTER)) wanted[name] = values[name] ?? NO_FILTER[name];
       if (!SORTS[wanted.sort]) wanted.sort = NO_FILTER.sort;
@@ -97,7 +97,7 @@ function drawTrajectories(section, meta, rows) {
       apply();
       if (row >= 0) show(row, true, values.view === "group");
     },
-    // The trajectories of a step, or of the step nearest to it that has some.
+    // The trajectories of a step, or of the nearest step that has some.
     atStep(step) {
       const nearest = rows.step.reduce((best, at) => (Math.abs(at - step) < Math.abs(best - step) ? at : best), rows.step[0]);
       inGroup = false;
