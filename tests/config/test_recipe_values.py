@@ -129,4 +129,4 @@ def test_recipes_are_listed_shown_and_copied(
     assert (tmp_path / "mine.yaml").read_bytes() == shipped_recipes()["quickstart"].read_bytes()
     assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 2
     assert main(["recipes", "show"]) == 2
-    assert "which recipe?" in capsys.readouterr().err
+    assert "no recipe given" in capsys.readouterr().err

@@ -97,9 +97,9 @@ def test_what_an_environment_gets_wrong_is_named(wrong: dict, message: str) -> N
     ("tools", "message"),
     [
         ({"name": "add"}, "tools must be a list of JSON schemas; got dict"),
-        ([{"name": "add"}], "a tool is a JSON schema"),
-        (["add"], "a tool is a JSON schema"),
-        (None, "tools is a list"),
+        ([{"name": "add"}], "a tool must be a JSON schema"),
+        (["add"], "a tool must be a JSON schema"),
+        (None, "tools must be a list"),
     ],
 )
 def test_tools_that_no_policy_could_be_shown_are_refused(tools: object, message: str) -> None:
@@ -129,7 +129,7 @@ def test_the_instruction_names_the_tools_and_no_other(tokenizer) -> None:
 def test_a_call_of_any_tool_is_written_and_read(tokenizer, protocol: str) -> None:
     made = load_protocol(protocol, tokenizer, tools=Calculator.tools)
     assert made.parse(made.write("I add.", SUM)) == SUM
-    with pytest.raises(UserError, match="none for a call of add"):
+    with pytest.raises(UserError, match="not for a call of add"):
         load_protocol("search_r1", tokenizer).write("I add.", SUM)
 
 

@@ -70,7 +70,7 @@ def test_what_a_beir_folder_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name the query 'q9', which is not in queries"):
         load_judged(str(folder), split="test", limit=None, seed=0)
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\thigh\n")
-    with pytest.raises(UserError, match=r"test\.tsv, line 2: columns query-id, corpus-id and score"):
+    with pytest.raises(UserError, match=r"test\.tsv, line 2: needs the columns query-id, corpus-id and score"):
         load_judged(str(folder), split="test", limit=None, seed=0)
 
 

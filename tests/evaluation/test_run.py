@@ -307,7 +307,7 @@ def test_what_a_backend_would_ignore_is_refused():
     for backend, processes, said in (
         (Backend("vllm_server"), 1, "needs an address"),
         (Backend("transformers", server="http://x"), 1, "are for --backend vllm_server"),
-        (Backend("transformers", engine_options={"a": 1}), 1, "are of --backend vllm"),
+        (Backend("transformers", engine_options={"a": 1}), 1, "are for --backend vllm"),
         (Backend("vllm"), 2, "runs in one process, but there are 2"),
     ):
         with pytest.raises(UserError, match=said):

@@ -100,7 +100,7 @@ def test_a_tokenizer_without_tool_calls_under_qwen_tools(tmp_path, random_model)
 
     base = make_tokenizer()
     base.chat_template = None
-    with pytest.raises(ValueError, match=r"needs a chat template that takes tools.*protocol='search_r1'"):
+    with pytest.raises(ValueError, match=r"needs a chat template with tools.*protocol='search_r1'"):
         real_trainer(tmp_path, random_model, base)
     # ... which is as good as its word.
     assert real_trainer(tmp_path, random_model, base, protocol="search_r1").protocol.name == "search_r1"
