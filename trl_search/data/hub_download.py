@@ -200,10 +200,7 @@ def _download(files: HubFiles, part: HubFile, file: BinaryIO, have: int, endpoin
 
     # The URL of the commit: parts of two commits would not match.
     url = hf_hub_url(files.repository, part.name, repo_type="dataset", revision=files.commit, endpoint=endpoint)
-    headers = {
-        **build_hf_headers(),
-        "Accept-Encoding": "identity",
-    }  # so that a range counts bytes of the file, not of a gzip
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a range counts bytes of the file
     window = cast(BinaryIO, _Part(file, file.tell() - have))
     with _hub_errors(files.repository):
         http_get(

@@ -109,8 +109,8 @@ def load(*, retrievers: Sequence[Part], weights: Sequence[float] | None = None, 
     """`load_retriever("hybrid", ...)`.
 
     Args:
-        retrievers (`Sequence`): Two or more retrievers, each an instance or its kind with its options: `{"kind":
-            "bm25", "index": "indexes/wiki"}`.
+        retrievers (`Sequence`): Two or more retrievers, each an instance or its kind with its options, such as
+            `{"kind": "bm25", "index": "indexes/wiki"}`.
         weights (`Sequence[float]`, *optional*): The weight of each retriever, above 0; by default all equal.
         depth (`int`): Passages requested from each retriever, or k if that is larger.
 

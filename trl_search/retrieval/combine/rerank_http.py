@@ -93,9 +93,7 @@ class HttpScorer:
             try:
                 answers = [future.result() for future in futures]
             except BaseException:
-                pool.shutdown(
-                    cancel_futures=True
-                )  # else each remaining request would be tried three times, which takes hours
+                pool.shutdown(cancel_futures=True)  # else each remaining request would be tried three times
                 raise
         scores: list[list[float]] = [[] for _ in candidates]
         for (row, _, _), answer in zip(requests, answers, strict=True):

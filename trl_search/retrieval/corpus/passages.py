@@ -168,9 +168,7 @@ def write_corpus(
         identity = corpus[second].id
         corpus.close()
         places = [f"passage {first + 1}", f"passage {second + 1}"]
-        if (
-            source.fingerprint is not None
-        ):  # the source can be read again; skipped blank lines shift rows against lines
+        if source.fingerprint is not None:  # can be read again; row and line numbers differ after blank lines
             places = [where for row, (where, _) in enumerate(source.rows()) if row in (first, second)]
         raise UserError(
             f"{' and '.join(places)}: the same id {identity!r}; ids must be unique (--skip_duplicates keeps the "

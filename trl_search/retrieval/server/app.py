@@ -3,8 +3,9 @@
 | route | answers |
 |---|---|
 | `POST /retrieve` | the wire protocol (`trl_search/retrieval/remote/wire.py`) |
-| `GET /health` | 200 while the process runs; describes what is served | | `GET /ready` | 200 when the index is loaded,
-503 before | | `GET /metrics` | Prometheus (`trl_search/retrieval/server/metrics.py`) |
+| `GET /health` | 200 while the process runs; describes what is served |
+| `GET /ready` | 200 when the index is loaded, 503 before |
+| `GET /metrics` | Prometheus (`trl_search/retrieval/server/metrics.py`) |
 
 If a token is set, `/retrieve` and `/metrics` require it; `/health` and `/ready` do not, so that a load balancer can
 use them.

@@ -94,7 +94,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket before anything is loaded, so that a used port is an error at once.
+    """Opens the socket before anything is loaded, so that a port in use is an error at once.
 
     Raises:
         UserError: if the port cannot be taken.
