@@ -326,8 +326,8 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
         ('{"format": 1, "config": {"proto', "run.json is not JSON"),
         ('{"format": 1}', "run.json has no config"),
         ("[]", "holds no JSON object"),
-        ('{"config": {"max_searches": "four"}}', "max_searches is 'four', and must be a whole number"),
-        ('{"config": {"instruction": [4]}}', r"instruction is \[4\], and must be a string"),
+        ('{"config": {"max_searches": "four"}}', "max_searches is 'four', but must be a whole number"),
+        ('{"config": {"instruction": [4]}}', r"instruction is \[4\], but must be a string"),
         ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs is not JSON"),
     ],
 )

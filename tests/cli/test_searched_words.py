@@ -149,6 +149,6 @@ def test_a_run_that_does_not_know_what_it_searched_says_so_and_never_asks_the_we
     run_folder(place / "runs/object")
     run_folder(place / "runs/secret", retriever="web", retriever_options='{"api_key": "<redacted>"}')
     assert main(["chat", "runs/object", "who?"]) == 2
-    assert "has not recorded what it searched" in capsys.readouterr().err
+    assert "has not recorded its retriever" in capsys.readouterr().err
     assert main(["chat", "runs/secret", "who?"]) == 2
-    assert "with a secret that no run records" in capsys.readouterr().err and not loaded
+    assert "with a secret, which runs do not record" in capsys.readouterr().err and not loaded

@@ -109,7 +109,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     ],
 )
 def test_a_recipe_of_the_other_command_says_which(read: Callable[..., Any], recipe: str, command: str) -> None:
-    with pytest.raises(UserError, match=f"of another command: {command}$"):
+    with pytest.raises(UserError, match=f"for another command: run {command}$"):
         read(recipe)
 
 
@@ -128,7 +128,9 @@ def test_an_unknown_option_names_the_nearest(option: list[str]) -> None:
         parse("quickstart", *option)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1\n", "is not YAML"), ("- a\n", "must be `key: value` lines")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1\n", "is not YAML"), ("- a\n", "must consist of `key: value` lines")]
+)
 def test_what_is_not_a_recipe(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message):

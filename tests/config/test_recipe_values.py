@@ -48,15 +48,15 @@ def test_what_has_one_meaning_is_converted(key: str, given: Any, expected: Any) 
 @pytest.mark.parametrize(
     ("key", "given", "message"),
     [
-        ("learning_rate", "fast", "learning_rate is 'fast', and must be a number"),
-        ("learning_rate", None, "learning_rate is empty, and must be a number"),
-        ("max_searches", 2.5, "max_searches is 2.5, and must be a whole number"),
-        ("max_searches", True, "max_searches is True, and must be a whole number"),
-        ("bf16", "maybe", "bf16 is 'maybe', and must be true or false"),
-        ("reward_funcs", {"em": 1}, r"reward_funcs is {'em': 1}, and must be a list \(a string each\)"),
+        ("learning_rate", "fast", "learning_rate is 'fast', but must be a number"),
+        ("learning_rate", None, "learning_rate is empty, but must be a number"),
+        ("max_searches", 2.5, "max_searches is 2.5, but must be a whole number"),
+        ("max_searches", True, "max_searches is True, but must be a whole number"),
+        ("bf16", "maybe", "bf16 is 'maybe', but must be true or false"),
+        ("reward_funcs", {"em": 1}, r"reward_funcs is {'em': 1}, but must be a list \(a string each\)"),
         ("reward_weights", ["one"], r"must be a list \(a number each\)"),
-        ("system_prompt", True, "system_prompt is True, and must be a string"),
-        ("save_strategy", 3, "save_strategy is 3, and must be one of no, steps, epoch, best"),
+        ("system_prompt", True, "system_prompt is True, but must be a string"),
+        ("save_strategy", 3, "save_strategy is 3, but must be one of no, steps, epoch, best"),
     ],
 )
 def test_what_has_none_is_refused(key: str, given: Any, message: str) -> None:
@@ -91,7 +91,7 @@ def test_any_value_of_any_key_gives_a_configuration_or_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is no recipe: write trl-search train RECIPE, a file or one of quickstart, qwen"),
+        ([], "no recipe is given: run trl-search train RECIPE, where RECIPE is a file or one of quickstart, qwen"),
         (["quickstart", "--learning_rate", "fast"], "--learning_rate"),
         (["quickstart", "--learning_rate"], "--learning_rate"),
         (["quickstart", "--num_generations", "7"], "num_generations"),

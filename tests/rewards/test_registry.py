@@ -167,7 +167,7 @@ def test_reflection_is_capped_and_off() -> None:
 def test_columns_are_checked_up_front_and_in_the_call() -> None:
     assert [required_columns(reward) for reward in (em, format, brevity)] == [("golden_answers",), (), ()]
     check_columns([em, format, brevity], ["prompt", "golden_answers"])
-    with pytest.raises(UserError, match=r"'f1' needs the dataset column 'golden_answers', .* are: answer, prompt\."):
+    with pytest.raises(UserError, match=r"'f1' needs the dataset column 'golden_answers'; .* are: answer, prompt\."):
         check_columns([format, f1], ["prompt", "answer"])
     with pytest.raises(UserError, match=r"'em' needs .* are: answer\. Add the column"):
         em(prompts=["a"], completions=["b"], answer=["c"], log_metric=print)
@@ -189,7 +189,7 @@ def test_rewards_resolve_in_order() -> None:
         (["em", "f1", "em"], "'em' is named twice"),
         ([3], "a name or a function, not int"),
         (3, "a name or a function, not int"),
-        ({"em": 1.0, "format": 0.1}, r"give reward_funcs=\['em', 'format'\], .*reward_weights=\[1.0, 0.1\]"),
+        ({"em": 1.0, "format": 0.1}, r"set reward_funcs=\['em', 'format'\], .*reward_weights=\[1.0, 0.1\]"),
         (".em", "'.em' cannot be imported"),
         ("no_such_module.reward", "'no_such_module.reward' cannot be imported: No module named"),
         ("trl_search.rewards:nothing", "cannot be imported: .*has no attribute 'nothing'"),

@@ -190,7 +190,7 @@ def test_a_training_with_credit_and_accumulation(tmp_path, random_model, tokeniz
     ("options", "message"),
     [
         ({"turn_credit": "gain"}, "unknown turn_credit 'gain'"),
-        ({"turn_credit": "retrieval", "loss_type": "vespo"}, "loss_type=vespo weighs a trajectory as a whole"),
+        ({"turn_credit": "retrieval", "loss_type": "vespo"}, "loss_type=vespo, which weights whole trajectories"),
         ({"turn_credit": "retrieval", "max_searches": 0}, "max_searches=0 permits none"),
         ({"turn_credit": "retrieval", "turn_credit_coef": 0.0}, "turn_credit_coef=0.0 must be more than 0"),
     ],
@@ -202,5 +202,5 @@ def test_what_cannot_work_is_refused(tmp_path, options, message):
 
 def test_questions_without_golden_answers_are_refused(tmp_path, random_model, tokenizer):
     questions = DATA.remove_columns("golden_answers")
-    with pytest.raises(UserError, match="turn_credit=retrieval measures turns by the column golden_answers"):
+    with pytest.raises(UserError, match="turn_credit=retrieval needs the column golden_answers"):
         credited(tmp_path, random_model, tokenizer, "retrieval", rewards="format", data=questions)

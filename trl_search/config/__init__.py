@@ -1,1 +1,1 @@
-"""Every setting, declared once with its help: the agent's, GRPO's, the task's, and the recipes that hold them."""
+"""The settings of the agent, of GRPO and of the task, each declared once with its help, and the recipes."""

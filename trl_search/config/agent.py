@@ -1,9 +1,9 @@
-"""How an agent is asked: its protocol, its instruction, its budgets, and the environment that it acts in.
+"""The settings of an agent: protocol, instruction, budgets and environment.
 
-A policy that was trained on bare questions answers worse with an instruction before them, and the other way round. So
-what it was trained with travels with it: in the folder of a run as `run.json`, in a published model as
-`trl_search.json`, which `trl-search push` writes. Such a file may come from a stranger. It can name an environment
-that is registered on this machine; code that it names by its place runs only if the user names that place, too.
+A policy that was trained without an instruction answers worse with one, and the other way round. The settings are
+therefore stored with the policy: in a run folder as `run.json`, in a published model as `trl_search.json`, which
+`trl-search push` writes. Such a file is untrusted. It may name an environment that is registered on this machine; code
+that it names by import path runs only if the user names the same path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trl_search.rollout import Limits
 
 FORMAT = 1
 SETTINGS_FILE = "trl_search.json"
-# The budgets of a search environment: its parameter -> the key here.
+# The budgets of a search environment: its parameter -> our key.
 _BUDGETS = {
     "passages_per_query": "passages_per_query",
     "max_searches": "max_searches",
@@ -44,10 +44,10 @@ _BUDGETS = {
 @with_documented_keys
 @dataclass
 class AgentSettings:
-    """The keys that shape a conversation. They stand here alone, each with its help.
+    """The keys that shape a conversation, each with its help.
 
-    [`SearchGRPOConfig`] and the arguments of `trl-search sft` inherit them, and [`add_agent_options`] makes options of
-    them for `trl-search eval` and `chat`. Treat an instance as a value: change it with `dataclasses.replace`.
+    [`SearchGRPOConfig`] and the arguments of `trl-search sft` inherit them, and [`add_agent_options`] adds them as
+    options to `trl-search eval` and `chat`. Treat an instance as immutable: change it with `dataclasses.replace`.
 
     Raises:
         UserError: for a value that is out of range.
@@ -94,7 +94,7 @@ class AgentSettings:
         },
     )
     passages_per_query: int = field(
-        default=3, metadata={"help": "Passages retrieved for each query (top_k is TRL's sampling parameter)."}
+        default=3, metadata={"help": "Passages retrieved per query (top_k is TRL's sampling parameter)."}
     )
     max_queries_per_search: int = field(
         default=4, metadata={"help": "Queries per tool call; further ones are not run."}
@@ -124,7 +124,7 @@ class AgentSettings:
 
     @property
     def agent(self) -> AgentSettings:
-        """These keys alone, out of a configuration that has more."""
+        """Only the agent's keys, from a configuration that has more."""
         return AgentSettings(**{key.name: getattr(self, key.name) for key in dataclasses.fields(AgentSettings)})
 
     @property
@@ -132,11 +132,11 @@ class AgentSettings:
         return Limits(self.max_completion_length, self.max_turn_length, self.max_observation_length)
 
     def as_json(self) -> dict[str, Any]:
-        """What `trl_search.json` holds."""
+        """The content of `trl_search.json`."""
         return {"format": FORMAT, **self.described()}
 
     def described(self) -> dict[str, Any]:
-        """The keys as files hold them: without the environment where it is the search."""
+        """The keys as files store them; the environment is left out if it is `search`."""
         values = dataclasses.asdict(self)
         if (self.environment, self.environment_options) == (SEARCH, None):
             del values["environment"], values["environment_options"]
@@ -144,10 +144,10 @@ class AgentSettings:
 
 
 def check_agent(settings: AgentSettings) -> None:
-    """Refuses values of another type or out of range, and reads what is still JSON. Nothing is imported for it.
+    """Checks the types and ranges of the values, and parses JSON strings. Imports no user code.
 
     Raises:
-        UserError: names the key.
+        UserError: for the first wrong value; the message names its key.
     """
     given = {key.name: getattr(settings, key.name) for key in dataclasses.fields(AgentSettings)}
     for name, value in checked_values(given, [AgentSettings], "the configuration").items():
@@ -163,7 +163,7 @@ def check_agent(settings: AgentSettings) -> None:
         if isinstance(getattr(settings, name), str):
             setattr(settings, name, parse_object(getattr(settings, name), name, example))
     if not 0 < settings.search_timeout_s < math.inf:
-        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be a number of seconds, more than 0")
+        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be a finite number of seconds above 0")
     for key in dataclasses.fields(AgentSettings):
         value, least = getattr(settings, key.name), 0 if key.name == "max_searches" else 1
         if isinstance(key.default, int) and (value is None or value < least):
@@ -171,13 +171,13 @@ def check_agent(settings: AgentSettings) -> None:
 
 
 def add_agent_options(parser: Any) -> None:
-    """Adds an option to a command for each key of the agent. One that is not given leaves the key as in training.
+    """Adds one option per key of the agent to a command. A key without its option keeps its value from training.
 
     Args:
-        parser (`argparse.ArgumentParser` or a group of one): The command's.
+        parser (`argparse.ArgumentParser` or a group of one): The parser of the command.
     """
     hints = get_type_hints(AgentSettings)
-    group = parser.add_argument_group("how it is asked (default: as it was trained, if the model says so)")
+    group = parser.add_argument_group("settings of the agent (default: those of its training, if the model has them)")
     for key in dataclasses.fields(AgentSettings):
         kind = hints[key.name] if hints[key.name] in (int, float) else str
         text = key.metadata["help"] + (f" ({key.default})" if kind is not str or key.name == "protocol" else "")
@@ -186,7 +186,7 @@ def add_agent_options(parser: Any) -> None:
         group.add_argument(f"--{key.name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
-# The policy that ships reads the question alone, and has read no conversation longer than those of the quickstart.
+# The shipped tiny policy takes bare questions, and was trained on conversations no longer than the quickstart's.
 TINY = AgentSettings(
     instruction="", max_searches=3, max_turn_length=96, max_observation_length=192, max_completion_length=512
 )
@@ -198,10 +198,10 @@ def protocol_of(
     tools: Sequence[dict[str, Any]],
     instruction: str | None = None,
 ) -> Protocol:
-    """What writes the agent's prompts and reads its turns.
+    """The protocol that writes the agent's prompts and parses its turns.
 
     Args:
-        tools (`Sequence[dict]`), instruction (`str`, *optional*): Those of the environment that it acts in.
+        tools (`Sequence[dict]`), instruction (`str`, *optional*): The environment's tools and instruction.
     """
     return load_protocol(
         agent.protocol,
@@ -214,12 +214,12 @@ def protocol_of(
 
 
 def build_environment(agent: AgentSettings, retriever: Retriever | None) -> Environment:
-    """The world of the agent: the same in training, in a cold start, in evaluation and in a chat.
+    """The environment of the agent, for training, cold start, evaluation and chat.
 
     Raises:
-        UserError: for an unknown environment or option, and for a retriever that it lacks or does not take.
+        UserError: for an unknown environment or option, and for a retriever that is missing or not accepted.
     """
-    assert not isinstance(agent.environment_options, str)  # read by `check_agent`
+    assert not isinstance(agent.environment_options, str)  # `check_agent` has parsed it
     budgets = {name: getattr(agent, key) for name, key in _BUDGETS.items()}
     return load_environment(
         agent.environment, retriever=retriever, budgets=budgets, **(agent.environment_options or {})
@@ -227,7 +227,7 @@ def build_environment(agent: AgentSettings, retriever: Retriever | None) -> Envi
 
 
 def settings_in(environment: Environment, agent: AgentSettings) -> AgentSettings:
-    """The settings as an environment that was made elsewhere has them: its name, and its own budgets.
+    """The settings with the name, options and budgets of an existing environment.
 
     Example:
         >>> settings_in(SearchEnvironment(retriever, max_searches=2), AgentSettings()).max_searches
@@ -241,20 +241,20 @@ def settings_in(environment: Environment, agent: AgentSettings) -> AgentSettings
 
 
 def trained_settings(model: str) -> AgentSettings:
-    """How the model was trained to be asked, as far as that is known."""
+    """The settings that the model was trained with; the defaults if they are unknown."""
     return TINY if model == "tiny" else read_settings(model) or AgentSettings()
 
 
 def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
-    """The settings of training, changed by those of a command's options that are the agent's and were given.
+    """The settings of training, overridden by the agent's options that were given to a command.
 
     Raises:
-        UserError: for a value that is out of range, and for code that only the model names.
+        UserError: for a value that is out of range, and for an import path that only the model's file names.
     """
     keys = {key.name for key in dataclasses.fields(AgentSettings)}
     given = {name: value for name, value in options.items() if name in keys and value is not None}
     if given.get("environment", trained.environment) != trained.environment:
-        given = {"environment_options": None, **given}  # those of training were another's
+        given = {"environment_options": None, **given}  # the recorded options belong to the other environment
     settings = dataclasses.replace(trained, **given)
     if "environment" not in given:
         refuse_unnamed_code(settings)
@@ -262,23 +262,23 @@ def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
 
 
 def refuse_unnamed_code(recorded: AgentSettings) -> None:
-    """Refuses settings of a model that name an environment by its place: whoever published it would choose what runs.
+    """Refuses a model's settings that name an environment by import path: its publisher would choose what code runs.
 
     Raises:
-        UserError: says which option runs it.
+        UserError: names the option with which the user can allow it.
     """
     if recorded.environment not in ENVIRONMENTS:
         raise UserError(
-            f"the model was trained in the environment {recorded.environment}, which is code and not a registered "
-            f"name. If you trust that code, name it: --environment {recorded.environment}"
+            f"the model was trained in the environment {recorded.environment}, which is an import path, not a "
+            f"registered name. If you trust that code, name it: --environment {recorded.environment}"
         )
 
 
 def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
-    """The settings among the keys of a configuration; what is not there keeps its default.
+    """The agent's settings from the keys of a configuration; missing keys keep their defaults.
 
     Raises:
-        UserError: if a value has not the type of its key, naming `source`.
+        UserError: if a value has the wrong type; the message names `source`.
     """
     given = {key.name: values[key.name] for key in dataclasses.fields(AgentSettings) if key.name in values}
     try:
@@ -288,11 +288,11 @@ def settings_of(values: Mapping[str, Any], source: str) -> AgentSettings:
 
 
 def read_settings(model: str) -> AgentSettings | None:
-    """What the model was trained with: from its folder, from the run that a checkpoint lies in, or from the hub;
-    `None` where nothing is known.
+    """The settings that the model was trained with, from its folder, from the run of a checkpoint, or from the hub;
+    `None` if there are none.
 
     Raises:
-        UserError: if the file is half-written.
+        UserError: if the file is incomplete.
 
     Example:
         >>> read_settings("runs/quickstart").instruction
@@ -308,12 +308,12 @@ def read_settings(model: str) -> AgentSettings | None:
         return None
     config = read_object(path, REMEDY).get("config")
     if not isinstance(config, dict):
-        raise UserError(f"{path} has no config: it is half-written; {REMEDY}")
+        raise UserError(f"{path} has no config, so it is incomplete: {REMEDY}")
     return settings_of(config, str(path))
 
 
 def _cached(model: str) -> str | None:
-    """The file of a model of the hub. A model that is not there, or no hub, is said where the weights are loaded."""
+    """The settings file of a model on the hub. If the model or the hub is missing, loading the weights reports it."""
     from transformers.utils import cached_file
 
     from trl_search.policies.loading import model_source

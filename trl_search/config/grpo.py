@@ -1,4 +1,4 @@
-"""`SearchGRPOConfig`: TRL's `GRPOConfig` and, beside it, what a search agent needs. Flat keys, as in TRL's YAML."""
+"""`SearchGRPOConfig`: TRL's `GRPOConfig` plus the keys of a search agent. The keys are flat, as in TRL's YAML."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values
 
 TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
-# How the ratio between the trainer and vLLM becomes a weight in the loss (`trainer/loss/importance.py`).
+# How the ratio of the trainer's to vLLM's probabilities becomes a weight in the loss (`trainer/loss/importance.py`).
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
-# What computes attention within each trajectory of a pack (`trainer/loss/attention.py`).
+# The kernel for attention within each trajectory of a pack (`trainer/loss/attention.py`).
 PACKED_ATTENTION = ("auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "padded")
 
 
 @with_documented_keys
 @dataclass
-class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narrower: max_completion_length is set
+class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_completion_length is never None
     r"""
-    Configuration of [`SearchGRPOTrainer`]. All parameters of [`~trl.GRPOConfig`] and of [`AgentSettings`] apply; these
-    are added or changed:
+    Configuration of [`SearchGRPOTrainer`]. It accepts all parameters of [`~trl.GRPOConfig`] and of [`AgentSettings`],
+    and adds or changes these:
 
     Parameters:
         max_completion_length (`int`, *optional*, defaults to `3072`):
-            Tokens after the prompt, with the retrieved ones. (TRL's own default, 512, is one turn of a search agent.)
+            Tokens after the prompt, including retrieved ones. (TRL's default, 512, is one turn of a search agent.)
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
             TRL's default sums log-ratios over a sequence, which zeroes the loss of long trajectories.
     """
@@ -228,8 +228,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
         steps_per_batch = (self.steps_per_generation or 1) * self.num_iterations / self.gradient_accumulation_steps
         if self.llds_coef and steps_per_batch <= 1:
             raise UserError(
-                f"llds_coef={self.llds_coef} has no effect with one optimizer step per batch, as nothing can have "
-                "fallen yet: set num_iterations or steps_per_generation higher, or leave it out"
+                f"llds_coef={self.llds_coef} has no effect with one optimizer step per batch, as the likelihood has "
+                "not changed yet: set num_iterations or steps_per_generation higher, or leave it out"
             )
         if self.on_collapse == "rollback" and self.save_only_model:
             raise UserError(
@@ -242,25 +242,32 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # narr
                 "checkpoint holds that: leave one of them out"
             )
         if not 0 <= self.max_failed_share <= 1:
-            raise UserError(f"max_failed_share={self.max_failed_share} is a share: give a number from 0 to 1")
+            raise UserError(f"max_failed_share={self.max_failed_share} must be a number from 0 to 1")
         if self.turn_credit != "none":
             if self.loss_type == "vespo":
-                raise UserError("turn_credit: loss_type=vespo weighs a trajectory as a whole; take another loss_type")
+                raise UserError(
+                    "turn_credit does not work with loss_type=vespo, which weights whole trajectories: set another "
+                    "loss_type"
+                )
             if not self.max_searches:
-                raise UserError(f"turn_credit={self.turn_credit} credits searches, and max_searches=0 permits none")
+                raise UserError(
+                    f"turn_credit={self.turn_credit} credits searches, but max_searches=0 permits none: change one of "
+                    "them"
+                )
             if self.turn_credit_coef <= 0:
                 raise UserError(f"turn_credit_coef={self.turn_credit_coef} must be more than 0")
         if self.search_floor_steps and not self.max_searches:
             raise UserError(
-                f"search_floor_steps={self.search_floor_steps} rewards nothing without a search, and max_searches=0 "
+                f"search_floor_steps={self.search_floor_steps} gives no reward without a search, but max_searches=0 "
                 "permits none: leave one of them out"
             )
         rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
         if (self.refill_groups > 0 or self.curriculum != "none") and rows % (self.num_generations or 1):
             asked = f"refill_groups={self.refill_groups}" if self.refill_groups else f"curriculum={self.curriculum}"
             raise UserError(
-                f"{asked} changes whole groups, and num_generations={self.num_generations} does not divide the {rows} "
-                "trajectories of a process (per_device_train_batch_size × steps_per_generation): make it divide them"
+                f"{asked} replaces whole groups, but num_generations={self.num_generations} does not divide the "
+                f"{rows} trajectories per process (per_device_train_batch_size × steps_per_generation): change one of "
+                "them"
             )
         counts = ("refill_groups", "search_floor_steps", "log_trajectories", "trajectory_table_steps")
         for name in (*counts, "max_packed_tokens", "rollout_batch_size"):

@@ -1,4 +1,4 @@
-"""Writes the keys of a configuration into its docstring, from the help that each key has where it is declared."""
+"""Adds the keys of a configuration to its docstring, from the help of each key."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _WIDTH = 115
 
 
 def with_documented_keys(cls: Config) -> Config:
-    """Adds every key that is declared with a help of ours to the docstring of a dataclass, in the form of TRL's.
+    """Adds every key that trl-search declares with a help to the docstring of a dataclass, in TRL's form.
 
     Example:
         >>> help(SearchGRPOConfig)
         ...
         max_searches (`int`, *optional*, defaults to `4`):
-            Searches a trajectory may make. ...
+            Maximum searches per trajectory. ...
     """
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Keys:"]
     declared = {

@@ -1,4 +1,4 @@
-"""Recipes: flat YAML files of TRL's keys and ours, by path or by the name of one that ships with the package."""
+"""Recipes: flat YAML files of TRL's keys and ours, given as a path or as the name of a shipped recipe."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from trl_search.config.recipe_values import checked_values
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes inside the package: name -> file."""
+    """The shipped recipes: name -> file."""
     folder = importlib.resources.files("trl_search.recipes")
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: `recipes/quickstart.yaml` is a path, `quickstart` one of those that ship.
+    """The file of a recipe: `recipes/quickstart.yaml` is a path, `quickstart` the name of a shipped recipe.
 
     Raises:
-        UserError: if there is no such file or name; says which names there are.
+        UserError: if there is no such file or name; the message lists the names.
     """
     if Path(name).is_file():
         return Path(name)
     if name.endswith((".yaml", ".yml")):
-        # A path from the README, used away from a checkout, still means the recipe of that name.
+        # A path from the README also works outside a checkout.
         if Path(name).parent.name == "recipes" and Path(name).stem in shipped_recipes():
             return shipped_recipes()[Path(name).stem]
-        raise UserError(f"there is no recipe {name}; shipped ones go by name: {', '.join(sorted(shipped_recipes()))}")
+        raise UserError(f"there is no recipe {name}; the shipped recipes are {', '.join(sorted(shipped_recipes()))}")
     if name not in shipped_recipes():
         raise unknown_name("recipe", name, shipped_recipes())
     return shipped_recipes()[name]
 
 
 def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
-    """The value of every key: the command line's, else the recipe's, else the default. Nothing is built of them yet.
+    """The value of every key: from the command line, else from the recipe, else the default. Builds no dataclass.
 
-    A dataclass whose keys make keys of the others moot has a static method `settled`, which takes and returns values.
+    A dataclass may have a static method `settled(values) -> values`, which changes keys that others make irrelevant.
 
     Args:
         arguments (`Sequence[type]`): The dataclasses.
         command (`str`): The command: `train` or `sft`.
 
     Raises:
-        UserError: for a key that no dataclass has, in the recipe or on the command line (the nearest are named), and
-            for a value of another type than its key's.
+        UserError: for an unknown key in the recipe or on the command line (the message names the nearest valid keys),
+            and for a value of the wrong type.
     """
     known = {field.name for cls in arguments for field in dataclasses.fields(cls) if field.init}
     path, options = _split(argv, known, command)
@@ -65,10 +65,10 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
 
 
 def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Builds the dataclasses, whose own checks run now; some of them look for devices.
+    """Builds the dataclasses. Their own checks run here, and some look for devices.
 
     Raises:
-        UserError: if the configuration classes refuse a value.
+        UserError: if a configuration class rejects a value.
     """
     try:
         return tuple(
@@ -77,21 +77,21 @@ def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tupl
         )
     except UserError:
         raise
-    except Exception as error:  # the checks of TRL and transformers raise a dozen types, and with many lines
+    except Exception as error:  # TRL and transformers raise a dozen types of exceptions, with long messages
         raise UserError(
-            f"the configuration is refused: {' '.join(str(error).split()) or type(error).__name__}"
+            f"the configuration is invalid: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
 
 
 class _Parser(TrlParser):
-    """TRL's parser, which reads words into the types of the dataclasses. What it cannot read is one line."""
+    """TRL's parser, with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 
 
 def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | None, list[str]]:
-    """The recipe's file, if one is named, and the options behind it."""
+    """The recipe's file, if one is named, and the options after it."""
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--config", *words]
@@ -108,25 +108,25 @@ def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | N
         options.append(word)
     if path is None and not any(option.startswith("--model_name_or_path") for option in options):
         raise UserError(
-            f"there is no recipe: write trl-search {command} RECIPE, a file or one of "
+            f"no recipe is given: run trl-search {command} RECIPE, where RECIPE is a file or one of "
             f"{', '.join(name for name in sorted(shipped_recipes()) if recipe_command(name) == command)}"
         )
     return path, options
 
 
 def _read(path: Path, arguments: Sequence[Any], known: set[str], command: str) -> dict[str, Any]:
-    """The keys and values of a recipe. Its `env` goes into the environment, as TRL's own commands do with it."""
+    """The keys and values of a recipe. Its `env` sets environment variables, as in TRL's commands."""
     shipped = shipped_recipes().get(path.stem)
     if shipped is not None and shipped.samefile(path) and command != recipe_command(path.stem):
         raise UserError(
-            f"{path.stem} is a recipe of another command: trl-search {recipe_command(path.stem)} {path.stem}"
+            f"{path.stem} is a recipe for another command: run trl-search {recipe_command(path.stem)} {path.stem}"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} must be `key: value` lines")
+        raise UserError(f"{path} must consist of `key: value` lines")
     environment = values.pop("env", {})
     if not isinstance(environment, dict):
         raise UserError(f"{path}: env must be a mapping of names to values")
@@ -139,5 +139,5 @@ def _read(path: Path, arguments: Sequence[Any], known: set[str], command: str) -
 
 
 def recipe_command(name: str) -> str:
-    """The command that a recipe which ships is for; its keys would be unknown to the other."""
+    """The command for a shipped recipe."""
     return "sft" if "sft" in name.split("_") else "train"

@@ -1,7 +1,7 @@
-"""The values of a recipe, checked against the types of their keys before any of TRL's classes is built.
+"""Checks the values of a recipe against the types of their keys before any of TRL's classes is built.
 
-YAML gives a key whatever type its value looks like: `save_strategy: no` is false, `learning_rate: 1e-6` is a string,
-`reward_funcs: em` is one string where a list is meant. What has one meaning is converted; everything else is refused.
+YAML guesses types: `save_strategy: no` is false, `learning_rate: 1e-6` is a string, and `reward_funcs: em` is a string
+instead of a list. A value with only one possible meaning is converted; any other is an error.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 
 
 class _Mismatch(Exception):
-    """The value is of another type."""
+    """The value has the wrong type."""
 
 
 def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source: str) -> dict[str, Any]:
-    """Returns the values of a recipe, each in the type of its key.
+    """Returns the values of a recipe, each converted to the type of its key.
 
     Args:
-        arguments (`Sequence[type]`): The dataclasses that have the keys.
-        source (`str`): The recipe, for the message.
+        arguments (`Sequence[type]`): The dataclasses that define the keys.
+        source (`str`): The name of the recipe, for the error message.
 
     Raises:
-        UserError: names every key whose value is of another type, and the type that it needs.
+        UserError: for values of the wrong type; the message names all their keys and the types that they need.
 
     Example:
         >>> checked_values({"save_strategy": False, "learning_rate": "1e-6"}, [SearchGRPOConfig], "mine.yaml")
@@ -43,10 +43,10 @@ def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source:
     for key, value in values.items():
         try:
             if key.endswith("_options") and isinstance(value, Mapping) and hints.get(key) is str:
-                value = json.dumps(value)  # what the command line takes as JSON
+                value = json.dumps(value)  # the command line takes it as JSON
             checked[key] = _convert(value, hints[key]) if key in hints else value
         except _Mismatch:
-            wrong.append(f"{key} is {_shown(value)}, and must be {_described(hints[key])}")
+            wrong.append(f"{key} is {_shown(value)}, but must be {_described(hints[key])}")
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong)}")
     return checked
@@ -59,8 +59,8 @@ def _convert(value: Any, hint: Any) -> Any:
             return None
         raise _Mismatch
     if value is False and any(map(_is_enum, kinds)):
-        return "no"  # as YAML reads `save_strategy: no`
-    # The type that the value has comes first: `int | str` keeps a number, and makes no string of it.
+        return "no"  # YAML reads `save_strategy: no` as false
+    # Try the value's own type first, so that `int | str` keeps a number.
     for kind in sorted(kinds, key=lambda kind: type(value) is not (get_origin(kind) or kind)):
         try:
             return _as(value, kind)
@@ -70,7 +70,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types of a union. transformers writes `SaveStrategy | str` where the names of the enumeration are meant."""
+    """The types of a union. `SaveStrategy | str` means the names of the enumeration, so `str` is dropped."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(kind for kind in kinds if kind is not str) if any(map(_is_enum, kinds)) else tuple(kinds)
 
@@ -101,7 +101,7 @@ def _as(value: Any, kind: Any) -> Any:
 def _scalar(value: Any, kind: type) -> Any:
     if _is_enum(kind):
         if isinstance(value, str):
-            return value  # transformers names those that exist
+            return value  # transformers checks the name
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -121,7 +121,7 @@ def _scalar(value: Any, kind: type) -> Any:
 def _number(value: int | float | str, kind: type) -> int | float:
     try:
         number = kind(value)
-    except (ValueError, OverflowError):  # "three", infinity as a whole number
+    except (ValueError, OverflowError):  # "three"; infinity for an int
         raise _Mismatch from None
     if kind is int and isinstance(value, float) and number != value:
         raise _Mismatch

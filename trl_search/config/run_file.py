@@ -1,4 +1,4 @@
-"""`run.json` in the folder of a run, which says how the run was started: found from its folder or a checkpoint's."""
+"""Finds `run.json`, which records how a run was started, from the folder of the run or of one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from trl_search.common.files import read_object
 
 RUN_FILE = "run.json"
-REMEDY = "remove it, and say how to ask by options"
+REMEDY = "remove the file, and give the agent's settings as options"
 
 
 def find_run_file(word: str) -> Path | None:
-    """The `run.json` of the run whose folder, or the folder of whose checkpoint, the word names; else `None`.
+    """The `run.json` of a run, if `word` is its folder or the folder of one of its checkpoints; else `None`.
 
     Example:
         >>> find_run_file("runs/qwen3b/best")
@@ -25,6 +25,6 @@ def find_run_file(word: str) -> Path | None:
 
 
 def read_run_file(word: str) -> dict[str, Any] | None:
-    """What that file holds; `None` where the word names no run."""
+    """The content of that file; `None` if `word` is not a run."""
     path = find_run_file(word)
     return None if path is None else read_object(path, REMEDY)

@@ -1,8 +1,8 @@
-"""What a word on a command line means as something to search. `serve`, `search`, `eval` and `chat` all ask here.
+"""Resolves a word on the command line to a retriever, for `serve`, `search`, `eval` and `chat`.
 
 indexes/wiki             an index folder                 bm25, dense, web ...   a kind, with its options
 http://localhost:8000    a server                        world                  the embedded encyclopedia
-runs/qwen3b              what that run searched, by its run.json
+runs/qwen3b              the retriever of that run, from its run.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trl_search.data.world import World
 
 WORLD = "world"
-WORLD_SIZE = (2000, 0)  # its passages, and its seed
+WORLD_SIZE = (2000, 0)  # passages, seed
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Searched:
     """A kind of retriever with its options.
 
     Attributes:
-        world_size (`tuple[int, int]`, *optional*): The passages and the seed of the embedded world, where that is
-            what is searched.
+        world_size (`tuple[int, int]`, *optional*): Passages and seed of the embedded world, if it is the corpus.
     """
 
     kind: str
@@ -50,21 +49,21 @@ class Searched:
         return None if self.world_size is None else generate_world(*self.world_size)
 
     def load(self) -> Retriever:
-        """Opens it. An index is read now, a server is asked later."""
+        """Opens the retriever. An index is read now; a server is contacted at the first search."""
         return load_retriever(self.kind, **self.load_options())
 
     def load_options(self) -> dict[str, Any]:
-        """The options of the kind, with the world's passages among them."""
+        """The options of the kind, including the world's passages."""
         return self.options if self.world is None else {**self.options, "passages": self.world.passages}
 
     def described(self) -> dict[str, Any]:
-        """The options as a record of settings holds them: the world by its size."""
+        """The options for a record of settings, which gives the world by its size."""
         if self.world_size is None:
             return self.options
         return {**self.options, "passages": f"of the world: {self.world_size[0]}, seed {self.world_size[1]}"}
 
     def content(self) -> dict[str, Any]:
-        """The same by what is in it: an index folder by its corpus and options, wherever it lies; no secrets."""
+        """An identity that depends on content: an index folder is given by its corpus and options, not its path."""
         return {"kind": self.kind, "options": with_contents(without_secrets(self.described()))}
 
 
@@ -75,15 +74,15 @@ def resolve_searched(
     world_size: tuple[int, int] = WORLD_SIZE,
     in_world: bool = False,
 ) -> Searched:
-    """What a word means as something to search. Nothing is opened yet.
+    """Resolves a word to a retriever. Nothing is opened yet.
 
     Args:
-        options (`Mapping`, *optional*): Further options of the kind. They overrule those that a run has recorded.
+        options (`Mapping`, *optional*): Further options of the kind. They override those recorded by a run.
         world_size (`tuple[int, int]`): Passages and seed of the embedded world.
-        in_world (`bool`): The questions are the world's. A kind without a corpus of its own then searches the world.
+        in_world (`bool`): Whether the questions are the world's. A kind without a corpus then searches the world.
 
     Raises:
-        UserError: where the word means nothing, or names a run that has not recorded what it searched.
+        UserError: if the word is unknown, or is a run that has not recorded its retriever.
 
     Example:
         >>> resolve_searched("runs/quickstart")
@@ -91,7 +90,7 @@ def resolve_searched(
     """
     if word == WORLD:
         return Searched("bm25", dict(options or {}), world_size)
-    # An index may lie in the folder of a run, where a checkpoint lies, too.
+    # An index folder may lie within a run folder, as checkpoints do.
     is_index = (Path(word).expanduser() / MANIFEST).is_file()
     if not is_index and (record := run_record(word)) is not None:
         return _recorded(word, record, options or {})
@@ -102,7 +101,7 @@ def resolve_searched(
 
 
 def run_record(word: str) -> dict[str, Any] | None:
-    """What the run that a word names recorded of its questions and retriever; `None` where the word names no run."""
+    """The questions and retriever that a run recorded; `None` if `word` is not a run."""
     info = read_run_file(word)
     if info is None:
         return None
@@ -110,18 +109,18 @@ def run_record(word: str) -> dict[str, Any] | None:
 
 
 def _recorded(word: str, task: Mapping[str, Any], options: Mapping[str, Any]) -> Searched:
-    """What the run searched, by the keys of its recipe."""
+    """The retriever of a run, from the recorded keys of its recipe."""
     kind = task.get("retriever")
     if not isinstance(kind, str) or kind == word:
         raise UserError(
-            f"{word} has not recorded what it searched: its trainer was given a retriever object; say what to search "
-            "with --retriever, an index folder, the address of a server or a kind"
+            f"{word} has not recorded its retriever, because its trainer was given a retriever object: give "
+            "--retriever, an index folder, the address of a server or a kind"
         )
     recorded = parse_object(task.get("retriever_options") or "{}", f"{word}: retriever_options", "{}")
     merged = {**recorded, **options}
     if secret := [name for name, value in merged.items() if REDACTED in str(value)]:
         raise UserError(
-            f"{word} searched {kind} with a secret that no run records: give it again, "
+            f"{word} searched {kind} with a secret, which runs do not record: give it again with "
             f"--retriever_options '{{\"{secret[0]}\": ...}}'"
         )
     size = (int(task.get("world_passages", WORLD_SIZE[0])), int(task.get("world_seed", WORLD_SIZE[1])))

@@ -1,4 +1,4 @@
-"""The task of a run: what is asked, what is searched, and what is measured. Loaded from a recipe's flat keys."""
+"""The task of a run: its questions, retriever and evaluations, from the flat keys of a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trl_search.rewards import resolve_rewards
 
 @dataclass
 class QuestionArguments:
-    """What is asked, and what is searched: the keys that training and cold start have in common."""
+    """Questions and retriever: the keys that training and cold start share."""
 
     questions: str = field(
         default="world",
@@ -59,14 +59,14 @@ class QuestionArguments:
     )
 
 
-# What can be measured before training, under the name of its row in the table of results.
+# The evaluations before training, with the names of their rows in the table of results.
 BASELINES = {"direct": "direct answer, no search", "cot": "chain of thought, no search", "rag": "one-shot RAG"}
 
 
 @with_documented_keys
 @dataclass
 class TaskArguments(QuestionArguments):
-    """What is asked, what is searched, and what is measured."""
+    """Questions, retriever and evaluations."""
 
     eval_questions: list[str] | None = field(
         default=None,
@@ -76,7 +76,7 @@ class TaskArguments(QuestionArguments):
         },
     )
     max_eval_questions: int | None = field(
-        default=200, metadata={"help": "Evaluate on a random sample of this many questions per set."}
+        default=200, metadata={"help": "Evaluate on a random sample of this many questions of each set."}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["em"], metadata={"help": "Names of rewards; their weights are in reward_weights."}
@@ -120,13 +120,13 @@ class TaskArguments(QuestionArguments):
             raise UserError(f"warm_start_learning_rate={self.warm_start_learning_rate} must be more than 0")
         if self.warm_start_steps and self.questions != WORLD:
             raise UserError(
-                "warm_start_steps needs questions: world; for your own, set it to 0, and begin with `trl-search sft` "
-                "(--teacher scripts needs no other model)"
+                "warm_start_steps needs questions: world. For other questions, set it to 0 and start with `trl-search "
+                "sft` (--teacher scripts needs no other model)"
             )
         for mode in self.baselines:
             if mode not in BASELINES:
                 raise unknown_name("baseline", mode, BASELINES)
-        named = [name for name in self.reward_funcs if "/" not in name]  # one with a slash is a reward model
+        named = [name for name in self.reward_funcs if "/" not in name]  # a slash marks a reward model
         if named or not self.reward_funcs:
             resolve_rewards(named)
 
@@ -137,31 +137,31 @@ class TaskArguments(QuestionArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to train and to be measured on, and what to search."""
+    """Training and held-out questions, and the retriever."""
 
     train: Dataset
     held_out: Dataset | None
-    retriever: Retriever | None  # None where nothing is searched
+    retriever: Retriever | None  # None if the environment takes none
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `run.json` says of it, beside the keys of the recipe."""
+        """The entries of `run.json` about the task, besides the keys of the recipe."""
         held_out = [] if self.held_out is None else self.held_out["data_source"]
         return {"train_questions": len(self.train), "held_out_questions": dict(Counter(held_out))}
 
 
 def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, searches: bool = True) -> Task:
-    """Loads questions and retriever; everything that can be wrong with a recipe's data is said here.
+    """Loads questions and retriever, and reports every mistake in a recipe's data.
 
     Args:
-        searches (`bool`): Whether the environment takes a retriever; without one, none is opened.
-        evidence (`bool`): The training questions also say which passages hold their answers, as far as that is known.
+        searches (`bool`): Whether the environment takes a retriever; if not, none is opened.
+        evidence (`bool`): Whether training questions include the passages with their answers, if these are known.
     """
     searched = searched_of(arguments)
     if arguments.questions == WORLD:
         world = searched.world or generate_world(arguments.world_passages, arguments.world_seed)
         train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
-        # Its three types of question are one set: they are not weighed against each other.
+        # The world's three types of questions count as one set, so that averages do not weight them equally.
         tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
         held_out = _sample(tested, arguments.max_eval_questions, seed)
         return Task(train, held_out, searched.load() if searches else None)
@@ -180,7 +180,7 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, se
 
 
 def searched_of(arguments: QuestionArguments) -> Searched:
-    """What the keys of a recipe say to search. Nothing is opened."""
+    """The retriever that a recipe names. Nothing is opened."""
     options = parse_object(arguments.retriever_options, "retriever_options", '{"index": "indexes/wiki"}')
     in_world, size = arguments.questions == WORLD, (arguments.world_passages, arguments.world_seed)
     return resolve_searched(arguments.retriever, options, world_size=size, in_world=in_world)
@@ -189,13 +189,13 @@ def searched_of(arguments: QuestionArguments) -> Searched:
 def load_held_out(
     names: Sequence[str], *, limit: int | None, seed: int, fields: QuestionFields | None = None
 ) -> Dataset:
-    """The questions of all sets, a sample of `limit` of each: the same ones for the same seed."""
+    """A sample of `limit` questions of each set; the same seed gives the same sample."""
     sets = [load_evaluation_questions(name, limit=limit, seed=seed, fields=fields) for name in names]
     return concatenate_datasets(sets) if len(sets) > 1 else sets[0]
 
 
 def set_names(given: str | Sequence[str] | None) -> list[str]:
-    """The sets that are named: `"nq,hotpotqa"` and `["nq", "hotpotqa"]` are the same two, each is there once."""
+    """The names of the sets, without duplicates, from `"nq,hotpotqa"` or `["nq", "hotpotqa"]`."""
     parts = [given] if isinstance(given, str) else given or []
     return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
 

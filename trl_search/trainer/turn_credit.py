@@ -1,22 +1,21 @@
-"""Credit for single turns: a search that found something earns more than one that did not, in the same trajectory.
+"""Per-turn credit: within a trajectory, a search that found something gets more credit than one that did not.
 
-    turn            observation            p(golden answer)   gain      in its group   summed from the end
-    search "…"      names the author             0.02 → 0.10    0.08           -0.5                  0.7
-    search "…"      tells the birthplace         0.10 → 0.90    0.80            1.2                  1.2
+    turn            observation            p(golden answer)   gain      normalised   summed from the end
+    search "…"      names the author             0.02 → 0.10    0.08         -0.5                    0.7
+    search "…"      tells the birthplace         0.10 → 0.90    0.80          1.2                    1.2
     answer                                                                                           0
 
-The gain of a turn is what its observation adds (`turn_credit`):
+The gain of a turn depends on its observation (`turn_credit`):
 
-- `information_gain`: to the policy's probability of the golden answer, the geometric mean over its tokens, if the
-  policy had to answer at once (IGPO, arXiv:2510.14967). One forward pass without gradients over every prefix that ends
-  where the policy speaks next; a prefix that several trajectories share runs once.
-- `retrieval`: 1 for the first observation in which a golden answer occurs. It costs nothing.
+- `information_gain`: the increase of the policy's probability of the golden answer (the geometric mean over its
+  tokens) if it had to answer at once (IGPO, arXiv:2510.14967). It takes one forward pass without gradients over every
+  prefix that ends before a turn of the policy; a prefix that several trajectories share runs once.
+- `retrieval`: 1 for the first observation that contains a golden answer. It costs nothing.
 
-Gains are normalised over all turns of the group, and each turn is credited with its own and all later ones, so that a
-first search is paid for what it made possible. `turn_credit_coef` times that is added to the trajectory's advantage,
-for the tokens of the turn. Deviations from IGPO: the outcome keeps TRL's advantage for all tokens, nothing is
-discounted, and of several golden answers the first is asked for. A trajectory that no reward function scored has no
-credit.
+Gains are normalised over all turns of the group. A turn's credit is the sum of its own gain and all later ones, so the
+first search gets credit for what it made possible. `turn_credit_coef` times the credit is added to the trajectory's
+advantage, for the tokens of the turn. Deviations from IGPO: the outcome keeps TRL's advantage for all tokens, nothing
+is discounted, and only the first of several golden answers is used. A trajectory without a reward gets no credit.
 
 Suffixes: B trajectories of this rank, C completion tokens, P prefixes, R trajectories of all ranks.
 """
@@ -37,22 +36,27 @@ from trl_search.trainer.batch import positions_of
 from trl_search.types import Trajectory, Turn
 
 ANSWER = "<answer>"
-SAME = 1e-6  # gains that differ less are equal
+SAME = 1e-6  # gains with a smaller spread count as equal
 
 
 def refuse_turn_credit(trainer: Any) -> None:
-    """Raises `UserError` where turns cannot be credited. The trainer is complete, before its training."""
+    """Raises `UserError` if turns cannot be credited. Call it on a complete trainer, before its training."""
     kind = trainer.args.turn_credit
     if kind == "none":
         return
     if "golden_answers" not in next(iter(trainer.train_dataset), {}):
-        raise UserError(f"turn_credit={kind} measures turns by the column golden_answers, which the dataset lacks")
+        raise UserError(
+            f"turn_credit={kind} needs the column golden_answers: add it to the dataset, or set turn_credit=none"
+        )
     if kind == "information_gain" and trainer.logprobs is None:
-        raise UserError("turn_credit=information_gain needs log-probs of our own: take turn_credit=retrieval")
+        raise UserError(
+            "turn_credit=information_gain needs trl-search's own log-probs, which this model does not support: set "
+            "turn_credit=retrieval"
+        )
 
 
 def credited_advantages(trainer: Any, rows: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> torch.Tensor:
-    """The advantages (B, C) of a scored batch: those of its trajectories (B,), and the credit of each turn."""
+    """The per-token advantages (B, C) of a scored batch: the trajectory's advantage plus the credit of the turn."""
     trajectories, args = trainer.last_rollout.trajectories, trainer.args
     golden = [golden_list(row.get("golden_answers")) for row in rows]
     if args.turn_credit == "retrieval":
@@ -63,7 +67,7 @@ def credited_advantages(trainer: Any, rows: Sequence[Mapping[str, Any]], output:
         gains = information_gains(trainer, trajectories, golden)
     start = trainer.accelerator.process_index * len(gains)
     rewards_BF = trainer.last_rollout.rewards_RF[start : start + len(gains)]
-    unrewarded_B = rewards_BF.isnan().all(dim=1).tolist()  # TRL leaves them out of the baseline, too
+    unrewarded_B = rewards_BF.isnan().all(dim=1).tolist()  # TRL also leaves them out of the baseline
     gains = [[] if unrewarded else row for row, unrewarded in zip(gains, unrewarded_B, strict=True)]
     found = [gain for row in gains for gain in row]
     sums = torch.tensor([sum(found), len(found)], dtype=torch.float32, device=trainer.accelerator.device)
@@ -80,7 +84,7 @@ def credited_advantages(trainer: Any, rows: Sequence[Mapping[str, Any]], output:
 
 
 def observed_turns(trajectory: Trajectory) -> list[tuple[Turn, Turn]]:
-    """The turns of the policy that the world replied to, each with its reply; none where retrieval failed."""
+    """The turns of the policy that got an observation, each with it; none if the trajectory failed."""
     if trajectory.failed:
         return []
     return [
@@ -91,7 +95,7 @@ def observed_turns(trajectory: Trajectory) -> list[tuple[Turn, Turn]]:
 
 
 def retrieval_gains(trajectory: Trajectory, golden: Sequence[str]) -> list[float]:
-    """1.0 for the first reply that holds a golden answer, 0.0 for the others."""
+    """1.0 for the first observation that contains a golden answer, 0.0 for the others."""
     holds = [bool(golden) and contains_answer(reply.text, list(golden)) for _, reply in observed_turns(trajectory)]
     return [float(held and not any(holds[:index])) for index, held in enumerate(holds)]
 
@@ -99,10 +103,10 @@ def retrieval_gains(trajectory: Trajectory, golden: Sequence[str]) -> list[float
 def information_gains(
     trainer: Any, trajectories: Sequence[Trajectory], golden: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """What each reply adds to the probability of the golden answer; 0 where there is none, or no room to answer."""
+    """How much each observation adds to the probability of the golden answer; 0 without one or without room for it."""
     tokenizer, room = trainer._tokenizer, positions_of(trainer.model, trainer.args)
     opening = tokenizer.encode(ANSWER, add_special_tokens=False)
-    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # (prefix, answer) -> its row
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # (prefix, answer) -> row
     wanted: list[list[int | None]] = []
     for trajectory, answers in zip(trajectories, golden, strict=True):
         answer = tuple(tokenizer.encode(f" {answers[0]}", add_special_tokens=False)) if answers else ()
@@ -123,14 +127,14 @@ def information_gains(
 def answer_probabilities(trainer: Any, asked: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
     """For each (prefix, answer), the geometric mean of the policy's probabilities of the answer's tokens.
 
-    Ranks run the same number of rows: those that have fewer add rows of one token.
+    All ranks must run the same number of rows, so ranks with fewer add dummy rows.
     """
     accelerator = trainer.accelerator
     most = int(accelerator.gather(torch.tensor([len(asked)], device=accelerator.device)).max())
     if not most:
         return []
     rows = [*asked, *[((0,), (0,))] * (most - len(asked))]
-    # Prompts padded on the left and answers on the right, as TRL pads a batch.
+    # Prompts are padded on the left and answers on the right, as in TRL's batches.
     prefix_PT = pad_sequence(
         [torch.tensor(p) for p, _ in rows], batch_first=True, padding_value=-1, padding_side="left"
     )
@@ -161,9 +165,9 @@ def group_credit(
     """Gains, normalised over all turns of their group and summed from the last turn to the first.
 
     Args:
-        gains: Of each trajectory of this rank, those of its turns.
-        gather (`Callable`): From a tensor (B, ...) of this rank to that of all ranks (R, ...).
-        start (`int`): The place of this rank's first trajectory among those of all ranks.
+        gains: The gains of the turns of each trajectory of this rank.
+        gather (`Callable`): Maps a tensor (B, ...) of this rank to that of all ranks (R, ...).
+        start (`int`): The index of this rank's first trajectory among those of all ranks.
     """
     moments = [[len(row), sum(row), sum(gain * gain for gain in row)] for row in gains]
     moments_R3 = gather(torch.tensor(moments, dtype=torch.float64, device=device))

@@ -183,16 +183,16 @@ def test_num_iterations_reuses_a_batch_with_the_correction_of_its_sampling(folde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"carry_over": 0.5}, "carry_over=0.5 is in batches"),
-        ({"carry_over": 1.2}, "starts no group more than the 2 of a batch: set it to 1.5"),
-        ({"carry_over": 2, "vllm_importance_sampling_correction": False}, "leaves them uncorrected"),
+        ({"carry_over": 0.5}, "carry_over=0.5 counts batches"),
+        ({"carry_over": 1.2}, "starts only the 2 groups of a batch: set it to 1.5"),
+        ({"carry_over": 2, "vllm_importance_sampling_correction": False}, "leaves uncorrected"),
         ({"carry_over": 2, "refill_groups": 1}, "carry_over=2 and refill_groups=1 both choose"),
-        ({"max_staleness": -1}, "max_staleness=-1 is in batches"),
-        ({"max_staleness": 1}, "vllm_mode: server, or take carry_over"),
-        ({"max_staleness": 1, "use_vllm": True, "vllm_mode": "colocate"}, "vllm_mode: server, or take carry_over"),
+        ({"max_staleness": -1}, "max_staleness=-1 counts batches"),
+        ({"max_staleness": 1}, "vllm_mode: server, or use carry_over"),
+        ({"max_staleness": 1, "use_vllm": True, "vllm_mode": "colocate"}, "vllm_mode: server, or use carry_over"),
         (
             {"max_staleness": 1, "use_vllm": True, "vllm_mode": "server", "carry_over": 3.0},
-            "set carry_over to 2 at most",
+            "set carry_over to at most 2",
         ),
         (
             {"carry_over": 2, "loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"},
@@ -208,7 +208,7 @@ def test_what_would_be_wrong_is_refused_by_name(tmp_path, options, message):
 def test_groups_that_lie_across_processes_are_refused(tmp_path):
     args = config(tmp_path, num_generations=2, carry_over=2)
     args.per_device_train_batch_size = 3  # of each of two processes, which TRL would take
-    with pytest.raises(UserError, match="num_generations=2 does not divide the 3 trajectories of a process"):
+    with pytest.raises(UserError, match="num_generations=2 does not divide the 3 trajectories per process"):
         check_carry_over(args)
 
 

@@ -48,4 +48,4 @@ def test_resumed_ranks_ask_what_the_whole_run_asked(ranks):
 
 def test_groups_that_straddle_ranks_are_refused(ranks):
     for rank in ranks:
-        assert "num_generations=2 does not divide the 3 trajectories of a process" in rank["refused"]
+        assert "num_generations=2 does not divide the 3 trajectories per process" in rank["refused"]

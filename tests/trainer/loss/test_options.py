@@ -105,7 +105,7 @@ def test_the_floor_leaves_penalties_and_evaluations_alone(tmp_path, random_model
 
 
 def test_a_floor_without_a_search_tool_is_refused(tmp_path):
-    with pytest.raises(UserError, match="search_floor_steps=5 rewards nothing without a search, and max_searches=0"):
+    with pytest.raises(UserError, match="search_floor_steps=5 gives no reward without a search, but max_searches=0"):
         SearchGRPOConfig(str(tmp_path), bf16=False, search_floor_steps=5, max_searches=0)
     with pytest.raises(UserError, match="search_floor_steps=-1 must be at least 0"):
         SearchGRPOConfig(str(tmp_path), bf16=False, search_floor_steps=-1)
