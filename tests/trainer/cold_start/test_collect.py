@@ -163,7 +163,7 @@ def test_other_settings_or_questions_are_refused_and_nothing_is_touched(
     with pytest.raises(UserError, match=r"other settings \(format was 1, and is 2\): give another `collection`"):
         run(tmp_path, tokenizer, samples=1)
     (tmp_path / SETTINGS).unlink()
-    with pytest.raises(UserError, match="nobody knows how they were made"):
+    with pytest.raises(UserError, match="so the settings of its attempts are unknown"):
         run(tmp_path, tokenizer)
 
 
@@ -239,7 +239,7 @@ def test_a_line_that_is_no_attempt_is_named(tmp_path: Path, tokenizer: PreTraine
     run(tmp_path, tokenizer, samples=1)
     with (tmp_path / ATTEMPTS).open("a") as file:
         file.write('{"question": "of another file"}\n')
-    with pytest.raises(UserError, match=r"attempts.jsonl, line 7, is no attempt"):
+    with pytest.raises(UserError, match=r"attempts.jsonl, line 7, is not an attempt"):
         read_attempts(tmp_path)
 
 
@@ -282,7 +282,7 @@ def test_every_reason(changed: dict[str, Any], reason: str) -> None:
     rules = Rules(max_tokens=8)
     kept, outcomes = select([attempt(0), attempt(1, **changed)], rules)
     assert [one.index for one in kept] == [0] and outcomes == {"kept": 1, reason: 1}
-    with pytest.raises(UserError, match=rf"none of 2 attempts is kept \({reason} 2\)\. Most: {reason}: \w+"):
+    with pytest.raises(UserError, match=rf"none of 2 attempts is kept \({reason} 2\)\. Most frequent, {reason}: \w+"):
         select([attempt(0, **changed), attempt(1, **changed)], rules)
 
 

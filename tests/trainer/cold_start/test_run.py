@@ -236,13 +236,13 @@ def test_a_teacher_is_shown_demonstrations_that_nobody_is_trained_on(
 def test_demonstrations_that_cannot_be_played_are_named(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     (tmp_path / "odd.jsonl").write_text(json.dumps({"question": "Who?", "golden_answers": ["nobody there"]}))
     odd = {**files, "questions": str(tmp_path / "odd.jsonl")}
-    with pytest.raises(UserError, match="answered none of 1 questions, so there is nothing to demonstrate"):
+    with pytest.raises(UserError, match="answered none of 1 questions, so there are no demonstrations"):
         sft(tmp_path / "run", **odd, teacher=served.url, demonstrations=2, collect_only="true")
 
 
 def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     theirs = Server(lambda asked: Said({"tokens": [1, 2, 3]}))
-    with pytest.raises(UserError, match="has another tokenizer than the model that is trained"):
+    with pytest.raises(UserError, match="differs from that of the model that is trained"):
         sft(tmp_path, **files, teacher=theirs.url)
     theirs.kill()
     with pytest.raises(UserError, match=rf"no vLLM server answers at {theirs.url}/tokenize"):
@@ -314,7 +314,7 @@ def guesses(row: Any) -> Iterator[Any]:
 def test_a_quantized_base_is_refused_before_anyone_is_asked(
     tmp_path: Path, files: dict[str, Any], served: Server, key: str
 ) -> None:
-    with pytest.raises(UserError, match=f"{key}: the command line loads no quantized models"):
+    with pytest.raises(UserError, match=f"{key}: the command line does not load quantized models"):
         sft(tmp_path, **files, teacher=served.url, use_peft="true", **{key: "true"})
     assert not served.asked and not list(tmp_path.iterdir())
 
@@ -325,13 +325,25 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
         ({"chat_template_kwargs": "think"}, "chat_template_kwargs is not JSON"),
         ({"teacher": "scripts", "questions": "q.jsonl", "max_searches": 0}, "set max_searches to at least 1"),
         ({"teacher": "scripts", "max_steps": -1}, "set max_steps"),
-        ({"teacher": "scripts", "quality": "good"}, "write it as guess=0.5,good=0.5, not 'good'"),
-        ({"teacher": "scripts", "demonstrations": 2}, "demonstrations are shown to a model"),
-        ({"teacher": "scripts", "environment": CALCULATOR}, "only search, and the environment is .*: give a script"),
-        ({"script": f"{__name__}:adds"}, "script: .*:adds is played with teacher: scripts"),
+        (
+            {"teacher": "scripts", "quality": "good"},
+            "quality='good' is not a list of shares: write it as guess=0.5,good=0.5",
+        ),
+        (
+            {"teacher": "scripts", "demonstrations": 2},
+            "demonstrations=2 must be at least 0, and 0 with teacher: scripts",
+        ),
+        (
+            {"teacher": "scripts", "environment": CALCULATOR},
+            "only search, but the environment is .*: give your own script",
+        ),
+        ({"script": f"{__name__}:adds"}, "script: .*:adds needs teacher: scripts or demonstrations"),
         ({"teacher": "scripts", "script": "my_script"}, "script 'my_script' cannot be imported"),
         ({"teacher": "scripts", "script": f"{__name__}:GOLD"}, "script .*:GOLD must be a function"),
-        ({"teacher": "scripts", "collect_only": "true"}, "scripts are not collected: leave collect_only out"),
+        (
+            {"teacher": "scripts", "collect_only": "true"},
+            "scripts of the embedded world are not collected: leave collect_only out",
+        ),
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
         ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),

@@ -229,8 +229,11 @@ def test_the_same_questions_are_drawn_after_a_resume(tmp_path, random_model, tok
     ("options", "cause"),
     [
         ({"refill_groups": -1}, "at least 0"),
-        ({"data": IterableDataset.from_generator(lambda: iter(DATA))}, "gives them in one order"),
-        ({"data": DATA.select(range(4))}, "needs other questions than the 4"),
+        (
+            {"data": IterableDataset.from_generator(lambda: iter(DATA))},
+            "draws questions at random, which IterableDataset",
+        ),
+        ({"data": DATA.select(range(4))}, "needs more questions than the 4"),
         ({"trainer": {"retriever": None}}, "needs our rollouts"),
     ],
 )

@@ -1,1 +1,2 @@
-"""A cold start for GRPO: attempts collected, the good ones chosen, a policy fine-tuned on them (`trl-search sft`)."""
+"""Cold start for GRPO (`trl-search sft`): collects attempts, selects the good ones, and fine-tunes a policy on
+them."""

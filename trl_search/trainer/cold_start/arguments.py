@@ -1,4 +1,4 @@
-"""The keys of `trl-search sft` beside those of the agent and of the questions: who plays, and what is kept."""
+"""The keys of `trl-search sft`, besides those of the agent and the questions: teacher, sampling and selection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_search.environment.script import load_script
 
 @dataclass
 class ColdStartArguments(AgentSettings, QuestionArguments):
-    """Where the attempts come from, and which are kept."""
+    """The source of the attempts, and the rules for keeping them."""
 
     max_failed_share: float = field(
         default=0.5,
@@ -45,9 +45,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     )
     quality: str = field(
         default=",".join(f"{name}={share}" for name, share in WEAK.items()),
-        metadata={
-            "help": f"With teacher: scripts and questions: world, the shares of the players {', '.join(PLAYERS)}."
-        },
+        metadata={"help": f"With teacher: scripts and questions: world, the mix of the players {', '.join(PLAYERS)}."},
     )
     demonstrations: int = field(
         default=0,
@@ -92,34 +90,37 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         played = self.teacher == "scripts" or self.demonstrations > 0
         if self.script is not None:
             if not played:
-                raise UserError(f"script: {self.script} is played with teacher: scripts: set it, or leave script out")
+                raise UserError(
+                    f"script: {self.script} needs teacher: scripts or demonstrations: set one, or leave script out"
+                )
             load_script(self.script)
         elif played and self.environment != SEARCH:
             raise UserError(
-                f"the scripted players that ship only search, and the environment is {self.environment}: give a "
-                "script of your own (script: my_agent:open_page; docs/own-agent.md), or take a model as the teacher "
-                "and set demonstrations: 0"
+                f"the shipped scripted players only search, but the environment is {self.environment}: give your own "
+                "script (script: my_agent:open_page; docs/own-agent.md), or use a model as the teacher and set "
+                "demonstrations: 0"
             )
         elif self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
         if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
             raise UserError(
-                "demonstrations are shown to a model: set them to 0 with teacher: scripts, or take another"
+                f"demonstrations={self.demonstrations} must be at least 0, and 0 with teacher: scripts: set it to 0, "
+                "or use a model as the teacher"
             )
         if self.collect_only and self.plays_the_world:
-            raise UserError("the trajectories of the world's scripts are not collected: leave collect_only out")
+            raise UserError("scripts of the embedded world are not collected: leave collect_only out")
 
     @property
     def plays_the_world(self) -> bool:
-        """Whether the shipped scripts write right trajectories of the world: nothing is collected or chosen."""
+        """Whether the shipped scripts play the embedded world; their trajectories are not collected or selected."""
         return self.teacher == "scripts" and self.questions == "world" and self.script is None
 
     @property
     def teacher_is_served(self) -> bool:
-        """Whether the teacher answers at an address, and is not loaded here."""
+        """Whether the teacher is a server, so that no model is loaded for it."""
         return self.teacher.startswith(("http://", "https://"))
 
     @staticmethod
     def settled(values: dict[str, Any]) -> dict[str, Any]:
-        """With `collect_only` nothing is trained, so the precision of the training asks for no GPU."""
+        """With `collect_only`, turns off bf16 and fp16, which would require a GPU although nothing is trained."""
         return {**values, "bf16": False, "fp16": False} if values["collect_only"] else values

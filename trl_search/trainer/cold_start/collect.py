@@ -1,10 +1,10 @@
-"""Collects data for a cold start: a policy answers training questions with real searches, and good attempts are kept.
+"""Collects attempts for a cold start: a policy answers training questions with real searches.
 
     questions ─► n samples each, by the policy itself or a teacher   ─► attempts.jsonl   one line per finished attempt
               ─► right, well-formed, searched; at most m per question ─► kept.parquet    `trainer/sft.py` trains on it
 
-This is rejection sampling: the environment and the golden answers choose among the samples, and nobody writes
-demonstrations. The ids and the mask in both files are those of the rollout; nothing is encoded again.
+This is rejection sampling: the environment and the golden answers select among the samples, without demonstrations by
+humans. The ids and the mask in both files are those of the rollout; nothing is re-encoded.
 
 A line of attempts.jsonl (ids shortened):
 
@@ -13,9 +13,10 @@ A line of attempts.jsonl (ids shortened):
      "answer": "Mira Talvane", "em": 1.0, "f1": 1.0, "format": 1.0, "searches": 1, "malformed": 0,
      "stop_reason": "answer", "prompt_ids": [5, 9], "ids": [2, 7, 31], "mask": [1, 1, 0]}
 
-A stopped collection resumes. A folder belongs to the settings that it was begun with (settings.json): other settings
-are refused, and nothing is overwritten. They name files and folders by what is in them, so a collection may go on, or
-be trained on, on another machine. The rules for keeping attempts may change at any time (`select.py`).
+A stopped collection resumes. A folder belongs to the settings with which it was started (settings.json); other
+settings are an error, and nothing is overwritten. The settings identify files and folders by content, so a collection
+may be continued, or trained on, on another machine. The rules for keeping attempts may change at any time
+(`select.py`).
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from trl_search.rollout import Job, Limits, run_batch
 from trl_search.types import Sampling, Trajectory
 
 ATTEMPTS, SETTINGS, FORMAT = "attempts.jsonl", "settings.json", 2
-# The share of failed searches is not judged before this many attempts.
+# The share of failed attempts is computed as if there were at least this many attempts.
 _MIN_JUDGED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One finished trajectory with its scores. `index` is the position of its question, `searches` counts the calls of
-    every tool."""
+    """One finished trajectory with its scores. `index` is the position of its question; `searches` counts the calls of
+    all tools."""
 
     index: int
     sample: int
@@ -72,7 +73,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The counts of one call of [`collect`]: new attempts, earlier ones, and those whose search failed."""
+    """The counts of one call of [`collect`]: new attempts, earlier ones, and failed ones."""
 
     new: int
     before: int
@@ -101,20 +102,20 @@ def collect(
 
     Args:
         rows (`Sequence[Mapping]`): Questions with `question`, `golden_answers` and, optionally, `id`, `data_source`.
-        policy (`Callable`): Makes the policy; not called if no attempt is missing.
-        sampling (`Sampling`): Each attempt's seed is made from its seed, the question and the sample number.
+        policy (`Callable`): Builds the policy; not called if no attempt is missing.
+        sampling (`Sampling`): The seed of an attempt depends on its seed, the question and the sample number.
         concurrency (`int`): Concurrent trajectories.
-        settings (`Mapping`): What defines an attempt besides the questions and the tokenizer. Must equal the settings
-            that the folder was begun with.
-        max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of searches fails. A failed
+        settings (`Mapping`): Everything that defines an attempt besides the questions and the tokenizer. Must equal
+            the settings with which the folder was started.
+        max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of attempts fails. A failed
             attempt is not written, so the next call tries it again.
-        player (`Callable`, *optional*): Makes the policy of one attempt from the policy, the row and the attempt's
+        player (`Callable`, *optional*): Builds the policy of one attempt from the policy, the row and the attempt's
             seed: a script that knows the row, or a policy with demonstrations. By default the policy itself.
 
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.
     """
-    # A file without a data_source has that of its folder's name.
+    # Without data_source, which by default is the folder's name.
     unnamed = [{key: value for key, value in row.items() if key != "data_source"} for row in rows]
     hashes = {"questions_hash": _hash(unnamed), "tokenizer_hash": _hash(protocol.encode(PROBE))}
     claim(folder, {"format": FORMAT, **settings, **hashes})
@@ -136,8 +137,8 @@ def collect(
             written += 1
         if len(failures) > max_failed_share * max(_MIN_JUDGED, written + len(failures)):
             raise UserError(
-                f"{len(failures)} of {written + len(failures)} attempts failed because a search or the environment "
-                f"did; the first: {failures[0]}. Put that right and start again: {written + before} attempts are kept"
+                f"a search or the environment failed in {len(failures)} of {written + len(failures)} attempts; the "
+                f"first error: {failures[0]}. Fix it and start again: {written + before} attempts are kept"
             )
 
     def job(index: int, sample: int) -> Job:
@@ -165,8 +166,8 @@ def collect(
 
 
 def missing(folder: Path, questions: int, samples: int) -> list[tuple[int, int]]:
-    """Question and sample number of each missing attempt, sample by sample, so that a collection that is stopped early
-    has about equally many attempts at each question."""
+    """Question and sample number of each missing attempt, ordered by sample, so that a collection that is stopped
+    early has about the same number of attempts for each question."""
     done = {(attempt.index, attempt.sample) for attempt in read_attempts(folder)}
     return [(index, sample) for sample in range(samples) for index in range(questions) if (index, sample) not in done]
 
@@ -176,15 +177,15 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     written nor compared.
 
     Raises:
-        UserError: if the folder was begun with other settings; names the differences.
+        UserError: if the folder was started with other settings; the message names the differences.
     """
     path = folder / SETTINGS
-    settings = json.loads(json.dumps(without_secrets(settings)))  # as they are read
+    settings = json.loads(json.dumps(without_secrets(settings)))  # in the form in which they are read back
     if not path.exists():
         if (folder / ATTEMPTS).exists():
             raise UserError(
-                f"{folder} holds {ATTEMPTS} and no {SETTINGS}, so nobody knows how they were made: give another "
-                "`collection` folder"
+                f"{folder} has {ATTEMPTS} but no {SETTINGS}, so the settings of its attempts are unknown: give "
+                "another `collection` folder"
             )
         write_json(path, settings)
         return
@@ -193,12 +194,12 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         told = "; ".join(f"{name} was {before!r}, and is {now!r}" for name, before, now in changed)
         raise UserError(
             f"the collection in {folder} was made with other settings ({told}): give another `collection` folder, or "
-            "the settings it was begun with"
+            "the original settings"
         )
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts of a collection. A last line that a kill cut off is removed from the file.
+    """The attempts of a collection. An incomplete last line, left by a kill, is removed from the file.
 
     Raises:
         UserError: if a line is not an attempt.
@@ -208,7 +209,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
         try:
             attempts.append(Attempt(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number}, is no attempt ({error}): remove the line") from error
+            raise UserError(f"{path}, line {number}, is not an attempt ({error}): remove the line") from error
     return attempts
 
 
@@ -226,7 +227,7 @@ def _attempt(index: int, sample: int, row: Mapping[str, Any], trajectory: Trajec
     )
 
 
-# Tokenizers that encode this text identically are taken to be the same.
+# Tokenizers that encode this text identically count as the same.
 PROBE = '<|im_start|>assistant\n<think> Wer schrieb „Die Mühle“? 東京 3.14 </think>\n<tool_call> {"a": [1]}<|im_end|>'
 
 

@@ -1,11 +1,11 @@
-"""Demonstrations for a teacher: finished trajectories in its prompt, which the student is not trained on.
+"""Demonstrations for a teacher: finished trajectories in its prompt, without which the student is trained.
 
     the teacher's prompt    [question A, its trajectory] [question B, its trajectory] [question C]
     what is recorded                                                                  [question C] attempt
 
-The student learns to do without the demonstrations: context distillation (Askell et al., arXiv:2112.00861). Scripted
-players (`data/question_players.py`), or a script of the user's own (`data/user_script.py`), play training questions in
-the environment, and the right trajectories are shown. Their ids are prepended: nothing is encoded again.
+The student learns to work without demonstrations: context distillation (Askell et al., arXiv:2112.00861). Scripted
+players (`data/question_players.py`) or a user's script (`data/user_script.py`) play training questions in the
+environment, and trajectories with a right answer become demonstrations. Their ids are prepended without re-encoding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trl_search.rewards.answers import exact_match, last_answer
 from trl_search.rollout import Limits, rollout
 from trl_search.types import Completion, Sampling
 
-# Enough that rows get different ones, few enough to be played in seconds.
+# The number of questions played: enough for variety, few enough to take seconds.
 _POOL = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A question and the ids of prompt and trajectory."""
+    """A question, and the ids of its prompt and trajectory."""
 
     question: str
     ids: tuple[int, ...]
@@ -46,10 +46,10 @@ def play_demonstrations(
     *,
     seed: int,
 ) -> list[Demonstration]:
-    """Plays some of the questions and returns the right trajectories.
+    """Plays some of the questions and returns the trajectories with a right answer.
 
     Raises:
-        UserError: if the players answer none of them.
+        UserError: if there is none.
     """
     rng = random.Random(f"{seed}/demonstrations")
     drawn = rng.sample(list(rows), min(_POOL, len(rows)))
@@ -73,14 +73,15 @@ def play_demonstrations(
     ]
     if not right:
         raise UserError(
-            f"scripted players answered none of {len(drawn)} questions, so there is nothing to demonstrate: set "
-            "demonstrations: 0, or give the questions their gold passages"
+            f"scripted players answered none of {len(drawn)} questions, so there are no demonstrations: set "
+            "demonstrations: 0, or add gold passages to the questions"
         )
     return right
 
 
 class Demonstrating(Policy):
-    """A policy with demonstrations (`shown`, ids) before every prompt. The owner of `policy` opens and closes it."""
+    """A policy that prepends demonstrations (`shown`, ids) to every prompt. The owner of `policy` opens and closes
+    it."""
 
     def __init__(self, policy: Policy, shown: Sequence[int]) -> None:
         self._policy, self._shown = policy, tuple(shown)

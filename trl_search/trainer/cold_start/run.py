@@ -1,9 +1,13 @@
 """`trl-search sft`: collects attempts at questions, keeps the good ones, and fine-tunes on them.
 
-The attempts come from scripts of the embedded world (`questions: world`), which play it at the asked quality; from
-scripted players of any other questions (`teacher: scripts`), which know the golden answers, or from a script of the
-user's own (`script`); or from a policy that answers with real searches. Of all but the first, the right attempts are
-kept (`collect.py`, `select.py`).
+The attempts come from one of
+
+- scripts of the embedded world (`teacher: scripts`, `questions: world`), with the mix of players in `quality`;
+- scripted players of other questions (`teacher: scripts`), which know the golden answers, or a user's script
+(`script`);
+- a policy that answers with real searches.
+
+All attempts of the first are trained on; of the others, only the right ones (`collect.py`, `select.py`).
 """
 
 from __future__ import annotations
@@ -53,9 +57,9 @@ logger = logging.getLogger(__name__)
 
 
 _TASK_KEYS = tuple(key.name for key in dataclasses.fields(QuestionArguments))
-# These keys, the agent's keys, the questions, what is searched and the teacher define an attempt. A collection stays
-# valid when other keys change, or when the questions, an index or the teacher's folder move.
-_DESCRIBED = ("questions", "retriever", "retriever_options")  # by what they hold
+# `_DEFINING`, the agent's keys, the questions, the retriever and the teacher define an attempt. A collection stays
+# valid if other keys change, or if the questions, an index or the teacher's folder move.
+_DESCRIBED = ("questions", "retriever", "retriever_options")  # described by content instead
 _DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature", "top_p")
 
 
@@ -77,7 +81,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
         check_vocabulary(model, tokenizer)
         return model
 
-    # A model that cannot be trained is refused before anything is collected, unless a teacher needs the memory first.
+    # Load the model first, to report its problems before anything is collected, unless a teacher needs the memory.
     teacher_is_loaded = arguments.teacher != "scripts" and not arguments.teacher_is_served
     model = None if arguments.collect_only or teacher_is_loaded else load_model()
     if arguments.plays_the_world:
@@ -108,7 +112,7 @@ def _scripted(
     arguments: ColdStartArguments, config: SearchSFTConfig, tokenizer: PreTrainedTokenizerBase, log: RunLog
 ) -> Dataset:
     if config.max_steps < 1:
-        raise UserError("teacher: scripts writes as many trajectories as are asked for: set max_steps")
+        raise UserError("teacher: scripts needs max_steps, which sets the number of trajectories: set max_steps")
     world = generate_world(arguments.world_passages, arguments.world_seed)
     retriever = load_retriever("bm25", passages=world.passages)
     environment = build_environment(arguments.agent, retriever)
@@ -145,8 +149,8 @@ def _collect_and_choose(
     left = missing(folder, len(rows), arguments.samples_per_question)
     if left and state.num_processes > 1:
         raise UserError(
-            f"{len(left)} attempts are missing in {folder}, and one process collects: run this recipe with "
-            "--collect_only true first, without accelerate launch"
+            f"{len(left)} attempts are missing in {folder}, but only a single process can collect: run this recipe "
+            "with --collect_only true first, without accelerate launch"
         )
     teacher = base_name(model_config) if arguments.teacher == "self" else arguments.teacher
     environment = build_environment(arguments.agent, task.retriever)
@@ -155,7 +159,7 @@ def _collect_and_choose(
     limits = arguments.agent.limits
 
     def find(queries: Sequence[str], k: int) -> list[list[Passage]]:
-        assert task.retriever is not None  # only scripted players search, in a search environment
+        assert task.retriever is not None  # only scripted players call this, in a search environment
         return task.retriever.search(queries, k)
 
     players: QuestionPlayers | UserScript
@@ -229,8 +233,8 @@ def _tell_of_evidence(rows: Sequence[Mapping[str, Any]]) -> None:
     without = sum(not row.get("gold_ids") and not row.get("gold_titles") for row in rows)
     if without:
         logger.warning(
-            "%s of %s questions name no gold passages: players try queries until one finds a golden answer, and leave "
-            "yes/no questions out",
+            "%s of %s questions have no gold passages: players try queries until one finds a golden answer, and skip "
+            "yes/no questions",
             f"{without:,}",
             f"{len(rows):,}",
         )
@@ -249,8 +253,8 @@ def _policy(
     theirs = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{teacher} has another tokenizer than the model that is trained, so its tokens mean something else: take "
-            "a teacher of the same family"
+            f"the tokenizer of {teacher} differs from that of the model that is trained: use a teacher of the same "
+            "family"
         )
     model = load_base(teacher, model_config, config).to(config.device)  # type: ignore[arg-type]
     return TransformersPolicy(model, tokenizer, max_sequences=arguments.rollout_batch_size)
@@ -263,12 +267,12 @@ def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None
         ids = answer.raise_for_status().json()["tokens"]
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise UserError(
-            f"no vLLM server answers at {url}/tokenize ({error}): start it first (`vllm serve`)"
+            f"no vLLM server answers at {url}/tokenize ({error}): start one first (`vllm serve`)"
         ) from error
     if ids != tokenizer.encode(PROBE, add_special_tokens=False):
         raise UserError(
-            f"the server at {url} has another tokenizer than the model that is trained, so its tokens mean something "
-            "else: serve a teacher of the same family"
+            f"the tokenizer of the server at {url} differs from that of the model that is trained: serve a teacher of "
+            "the same family"
         )
 
 
@@ -276,4 +280,4 @@ def _shares(text: str) -> dict[str, float]:
     try:
         return {name.strip(): float(share) for name, share in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        raise UserError(f"quality: write it as guess=0.5,good=0.5, not {text!r}") from error
+        raise UserError(f"quality={text!r} is not a list of shares: write it as guess=0.5,good=0.5") from error

@@ -1,8 +1,8 @@
-"""Chooses the attempts of a collection (`collect.py`) to train on.
+"""Selects the attempts of a collection (`collect.py`) to train on.
 
-An attempt is kept if it is right, keeps to the structure of its protocol, and searched; per question, the first few
-such attempts. The others are counted by the first reason against them. Choosing again is cheap: the attempts stay, and
-kept.parquet is rewritten.
+An attempt qualifies if its answer is right, it follows the structure of its protocol, and it searched. The first few
+qualifying attempts of each question are kept. The others are counted by the first reason against them. Selecting again
+is cheap: the attempts stay, and kept.parquet is rewritten.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Rules:
     """The rules for keeping attempts.
 
     Args:
-        min_f1 (`float`, *optional*): The least F1 of the answer; by default it must be an exact match.
-        well_formed (`bool`): No malformed call, no tag left open, nothing after a call or an answer.
-        min_searches (`int`): The least number of searches.
-        keep_per_question (`int`): The most attempts per question; the first samples are kept.
-        max_tokens (`int`, *optional*): The most tokens of prompt and trajectory. Longer attempts are left out:
-            half an attempt teaches no ending.
+        min_f1 (`float`, *optional*): Minimum F1 of the answer; by default it must be an exact match.
+        well_formed (`bool`): Whether to exclude malformed calls, open tags, and text after a call or an answer.
+        min_searches (`int`): Minimum number of searches.
+        keep_per_question (`int`): Maximum attempts per question; the first samples are kept.
+        max_tokens (`int`, *optional*): Maximum tokens of prompt and trajectory. Longer attempts are left out, because
+            a cut one teaches no ending.
     """
 
     min_f1: float | None = None
@@ -58,7 +58,7 @@ def select(attempts: Sequence[Attempt], rules: Rules) -> tuple[list[Attempt], Co
     """The attempts to keep, in the order of the questions, and the count of each outcome: `kept`, or a reason.
 
     Raises:
-        UserError: if nothing is kept; names the counts, and a remedy for the most frequent reason.
+        UserError: if nothing is kept; the message has the counts, and a remedy for the most frequent reason.
     """
     kept: list[Attempt] = []
     outcomes: Counter[str] = Counter()
@@ -82,22 +82,22 @@ def select(attempts: Sequence[Attempt], rules: Rules) -> tuple[list[Attempt], Co
 
 
 _ADVICE = {
-    "no answer": "it runs out of tokens, or does not know the format: raise max_turn_length or max_completion_length, "
-    "say the format in `instruction`, or ask a larger teacher; a script gave up",
-    "wrong answer": "sample more (samples_per_question), take what is nearly right (min_f1: 0.5), or ask a larger "
-    "teacher; correct the script if one played",
-    "malformed": "ask a teacher that knows the format, or take them as they are (well_formed: false)",
-    "too few calls": "it answers from memory: ask another teacher, or take that too (min_searches: 0)",
+    "no answer": "the teacher runs out of tokens, does not know the format, or is a script that gave up: raise "
+    "max_turn_length or max_completion_length, explain the format in `instruction`, or use a larger teacher",
+    "wrong answer": "sample more (samples_per_question), accept nearly right answers (min_f1: 0.5), use a larger "
+    "teacher, or correct the script",
+    "malformed": "use a teacher that knows the format, or accept malformed attempts (well_formed: false)",
+    "too few calls": "the teacher answers from memory: use another one, or accept such attempts (min_searches: 0)",
     "too long": "raise max_length",
 }
 
 
 def _nothing_kept(outcomes: Mapping[str, int], rules: Rules) -> str:
     if not outcomes:
-        return "there are no attempts to choose from: every search failed, or there are no questions"
+        return "there are no attempts to select from: every search failed, or there are no questions"
     most = max(outcomes, key=lambda name: outcomes[name])
     counted = ", ".join(f"{name} {count}" for name, count in Counter(outcomes).most_common())
-    return f"none of {sum(outcomes.values())} attempts is kept ({counted}). Most: {most}: {_ADVICE[most]}"
+    return f"none of {sum(outcomes.values())} attempts is kept ({counted}). Most frequent, {most}: {_ADVICE[most]}"
 
 
 def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
@@ -118,7 +118,7 @@ def write_kept(folder: Path, kept: Sequence[Attempt]) -> Path:
 def describe(
     attempts: Sequence[Attempt], kept: Sequence[Attempt], outcomes: Mapping[str, int], calls: str = "searches"
 ) -> str:
-    """The statistics of a collection, one per line. `calls` is the word for the calls of the environment's tools."""
+    """The statistics of a collection, one per line. `calls` is the word for calls of the environment's tools."""
     total = sum(outcomes.values())
     questions = len({attempt.index for attempt in attempts})
     lines = [
@@ -127,7 +127,7 @@ def describe(
         *(f"  {name:<24}{count:>8,}  {count / total:6.1%}" for name, count in Counter(outcomes).most_common()),
         *_by_source(attempts, kept),
         f"kept: {len({attempt.index for attempt in kept}):,} questions, {_mean(kept, 'searches'):.2f} {calls}, "
-        f"{sum(sum(attempt.mask) for attempt in kept):,} tokens of the policy's own",
+        f"{sum(sum(attempt.mask) for attempt in kept):,} tokens of the policy",
     ]
     return "\n".join(lines)
 

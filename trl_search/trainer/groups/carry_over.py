@@ -1,14 +1,14 @@
-"""`CarriesOver`: a batch closes when enough groups are whole, and the unfinished trajectories go on in later ones.
+"""`CarriesOver`: a batch closes when enough groups are complete; unfinished trajectories continue in later batches.
 
-    carry_over: 1.5     one process: the engine is taken away while the trainer computes; searches go on
-    max_staleness: 1    a server: it goes on generating while the trainer computes
+    carry_over: 1.5     one process: generation pauses while the trainer computes; searches continue
+    max_staleness: 1    a server: generation continues while the trainer computes
 
-What a token was sampled with stays with it: its log-prob, and the version of the weights. The loss corrects each token
-towards the weights that sampled it (`loss/importance.py`), and runs over whole groups, so that advantages are those of
-all members of a group. docs/grpo.md says what this does to the estimator.
+Each token keeps its log-prob at sampling time and the version of the weights that sampled it. The loss applies an
+importance ratio per token (`loss/importance.py`). A batch has only complete groups, so advantages are relative to all
+members of a group. docs/grpo.md describes the effect on the estimator.
 
-A checkpoint keeps the questions of the groups that are under way, and a resumed run asks them again from their start:
-half a trajectory would need the state of the user's environment, and its tokens are those of older weights.
+A checkpoint stores the questions of the groups in progress, and a resumed run starts them again: continuing a partial
+trajectory would need the state of the user's environment, and its tokens come from older weights.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Sampling
 
 FILE = "unfinished_questions.parquet"
-# Ages of tokens that are told apart in the metrics; the last one is this old or older.
+# The metrics distinguish token ages up to this one; it includes older tokens.
 OLDEST_AGE = 3
 
 
 class CarriesOver(Trainer):
-    """A trainer whose trajectories may outlive their batch. Stands before TRL's trainer."""
+    """A mixin whose trajectories may continue after their batch. List it before TRL's trainer."""
 
     args: SearchGRPOConfig
     environment: Environment | None
@@ -50,8 +50,8 @@ class CarriesOver(Trainer):
     model: Any
     train_dataset: Any
     pool: TrajectoryPool | None = None
-    _asked_again: Sequence[Row] = ()  # what the checkpoint that is resumed had under way
-    _engine: contextlib.ExitStack | None = None  # generates while the trainer computes
+    _asked_again: Sequence[Row] = ()  # the questions in progress in the checkpoint that is resumed
+    _engine: contextlib.ExitStack | None = None  # set while an engine serves the pool
 
     @property
     def carries_over(self) -> bool:
@@ -70,9 +70,9 @@ class CarriesOver(Trainer):
             self.end_pool()
 
     def carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
-        """Fills the batch with whole groups: `batch.rows` becomes their rows, in place, `batch.trajectories` theirs.
+        """Fills the batch with complete groups: replaces `batch.rows` in place, and sets `batch.trajectories`.
 
-        Every rank calls it. What it finds in `batch.rows` are the groups that begin now.
+        Every rank must call it. The groups in `batch.rows` start now.
         """
         try:
             self._carry_over_rollout(batch, sampling)
@@ -111,17 +111,17 @@ class CarriesOver(Trainer):
         batch.metrics |= {"rollout/bubble": metered.bubble, **carry_over_metrics(taken, pool, step)}
 
     def release_engine(self) -> None:
-        """Takes the engine from the trajectories before its weights move, or others use it. Every rank calls it."""
+        """Detaches the engine from the pool before its weights change or others use it. Every rank must call it."""
         if self._engine is None:
             return
         assert self.pool is not None
         self.pool.detach()
-        self.accelerator.wait_for_everyone()  # no weight moves while another rank generates
+        self.accelerator.wait_for_everyone()  # no weight may change while another rank generates
         engine, self._engine = self._engine, None
         engine.close()
 
     def _drawn(self, count: int) -> list[Row]:
-        """Questions that fill the pool at the start, beyond those of the first batch: drawn at random."""
+        """Random questions that fill the pool beyond those of the batch."""
         name = f"{self.args.seed}/carry-over/{self.state.global_step}/{self.accelerator.process_index}"
         draw, questions = random.Random(name), len(self.train_dataset)
         return [self.train_dataset[draw.randrange(questions)] for _ in range(count)]
@@ -136,7 +136,7 @@ class CarriesOver(Trainer):
             if engine is not None:
                 engine.close()
 
-    # With the checkpoints
+    # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.pool is not None:
@@ -157,11 +157,11 @@ class CarriesOver(Trainer):
 
 
 def carry_over_metrics(taken: Sequence[Group], pool: TrajectoryPool, step: int) -> dict[str, float]:
-    """What is logged of a batch on this rank.
+    """The metrics of a batch on this rank.
 
     Args:
-        taken (`Sequence[Group]`): The groups of the batch, of the rollout before `pool.rollout`.
-        step (`int`): The optimizer step of the weights that are trained next.
+        taken (`Sequence[Group]`): The groups of the batch, taken in rollout `pool.rollout - 1`.
+        step (`int`): The optimizer step of the current weights.
     """
     ages = [
         min(step - version, OLDEST_AGE)
@@ -178,9 +178,9 @@ def carry_over_metrics(taken: Sequence[Group], pool: TrajectoryPool, step: int) 
 
 
 def refuse_streams(dataset: Any) -> None:
-    """Raises `UserError` for a dataset that carry-over cannot draw more questions from."""
+    """Raises `UserError` for a streamed dataset, from which carry-over cannot draw further questions."""
     if isinstance(dataset, IterableDataset):
         raise UserError(
-            "carry_over and max_staleness draw more questions than a batch has, and train_dataset is a stream: load "
+            "carry_over and max_staleness draw more questions than a batch has, but train_dataset is a stream: load "
             "it without streaming"
         )

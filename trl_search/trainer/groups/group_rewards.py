@@ -1,10 +1,10 @@
-"""Rewards of one group, as soon as its trajectories have ended, and whether they give a gradient.
+"""Computes the rewards of a group as soon as its trajectories have ended, and whether they give a gradient.
 
     rows, trajectories of a group ─► score_group ─► Group ─► has_gradient: keep it, or draw another question
-    groups that were kept         ─► rewards_of ─► what TRL would have computed over the whole batch
+    groups that were kept         ─► rewards_of ─► the rewards that TRL would compute over the whole batch
 
-TRL's own code calls the reward functions, so a function sees the same arguments, with the rows of one group in
-place of those of the batch. What it logs is kept with its group, and reaches TRL in the order of the rows.
+TRL's code calls the reward functions, so a function gets the usual arguments, but for the rows of one group instead of
+the whole batch. What a function logs is stored with the group, and passed to TRL in the order of the rows.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Group:
 
     rows: Sequence[Mapping[str, Any]]
     trajectories: Sequence[Trajectory]
-    rewards_GF: torch.Tensor  # NaN: not rewarded
+    rewards_GF: torch.Tensor  # NaN: no reward
     has_gradient: bool
-    columns: Mapping[str, list[Any]]  # what the functions gave to `log_extra`
-    metrics: Mapping[str, list[float]]  # and to `log_metric`
+    columns: Mapping[str, list[Any]]  # from the functions' calls of `log_extra`
+    metrics: Mapping[str, list[float]]  # from their calls of `log_metric`
 
 
 def score_group(
     trainer: Any, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], trained: Sequence[bool]
 ) -> Group:
-    """Calls the reward functions of a [`SearchGRPOTrainer`] on one group of this rank; no other rank takes part.
+    """Calls the reward functions of a [`SearchGRPOTrainer`] on one group of this rank, without other ranks.
 
     Args:
         trained (`Sequence[bool]`): Whether any token of each trajectory is in the loss.
@@ -64,12 +64,13 @@ def score_group(
 
 
 def exceptions(trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    """(B, 2) booleans: whether the world failed a trajectory, and whether it called no tool."""
+    """(B, 2) booleans: whether a trajectory failed, and whether it called no tool."""
     return torch.tensor([[trajectory.failed, trajectory.calls == 0] for trajectory in trajectories])
 
 
 def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, trainer: Any) -> None:
-    """In place: no reward where the world failed, and during `search_floor_steps` none above 0 without a call."""
+    """Removes, in place, the rewards of failed trajectories and, during `search_floor_steps`, those above 0 without a
+    tool call."""
     failed_R, unsearched_R = exceptions_R2.to(rewards_RF.device).T
     rewards_RF[failed_R] = torch.nan
     if trainer.model.training and trainer.state.global_step < trainer.args.search_floor_steps:
@@ -77,7 +78,7 @@ def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, traine
 
 
 def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation: str, trained: Sequence[bool]) -> bool:
-    """Whether some trajectory in the loss has an advantage, as TRL will compute it from these rewards.
+    """Whether any trajectory in the loss has a non-zero advantage, computed as TRL does.
 
     Args:
         aggregation (`str`): TRL's `multi_objective_aggregation`.
@@ -90,7 +91,7 @@ def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation:
         False
     """
     size = len(rewards_GF)
-    if aggregation == "normalize_then_sum":  # each function by itself, so two that cancel still have a gradient
+    if aggregation == "normalize_then_sum":  # normalised per function, so two that cancel still have a gradient
         one_by_one = deviations(rewards_GF.T.reshape(-1, 1), torch.ones(1), size)
         deviations_GF = one_by_one.view(-1, size).T
         rewards_GF = deviations_GF / (nanstd(deviations_GF, dim=0) + 1e-4)
@@ -101,7 +102,7 @@ def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation:
 def rewards_of(trainer: Any, groups: Sequence[Group]) -> torch.Tensor:
     """The rewards (R, F) of the kept groups of all ranks, as TRL's `_calculate_rewards` returns them.
 
-    Every rank calls it. What the reward functions logged for these groups goes to TRL.
+    Every rank must call it. It also passes to TRL what the reward functions logged for these groups.
     """
     for name in sorted({name for group in groups for name in group.columns}):
         for group in groups:

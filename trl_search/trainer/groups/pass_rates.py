@@ -1,12 +1,12 @@
-"""What a run knows of each question's difficulty, kept with its checkpoints (`curriculum: pass_rate`).
+"""Tracks how often each question was solved, and stores it with the checkpoints (`curriculum: pass_rate`).
 
     checkpoint-40/pass_rates.jsonl
         {"question": "Who wrote Quiet Raven?", "solved": 8, "tried": 8, "silent": 2}
 
-`solved` and `tried` count the trajectories of the last visit: those whose answer is an exact match of a golden one,
-and those whose retrieval did not fail. `silent` counts the visits in a row that solved all or none. Each of them
-halves the question's weight, down to 1/16; a visit that solved some sets it to 1 again. A question that was never
-visited has weight 1, or 1/2 where its `pass_rate` column says 0 or 1 (`trl-search data filter` writes one).
+`solved` and `tried` count the trajectories of the last visit: those whose answer exactly matches a golden one, and
+those that did not fail. `silent` counts consecutive visits in which all or none were solved. Each such visit halves
+the question's weight, down to 1/16; a visit with some solved resets it to 1. A question that was never visited has
+weight 1, or 1/2 if its `pass_rate` column is 0 or 1 (`trl-search data filter` writes this column).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEAST_WEIGHT = 1 / 16
 
 @dataclass(frozen=True)
 class Visit:
-    """What the last group of a question came to."""
+    """The outcome of the last group of a question."""
 
     solved: int
     tried: int
@@ -50,23 +50,23 @@ class Visit:
 
 class PassRates:
     """
-    The last visit of every question that a run has asked, the same on every rank.
+    The last visit of every question that a run has asked, identical on all ranks.
 
     Args:
-        dataset ([`~datasets.Dataset`]): The training questions, with `golden_answers`, and a `pass_rate` where known.
+        dataset ([`~datasets.Dataset`]): The training questions, with `golden_answers` and, if known, a `pass_rate`.
 
     Attributes:
-        weights_N (`numpy.ndarray`): How often each question of the dataset is drawn, relative to the others.
+        weights_N (`numpy.ndarray`): The relative frequency with which each question of the dataset is drawn.
 
     Raises:
-        UserError: if there are no golden answers to judge by.
+        UserError: if the dataset has no golden answers.
     """
 
     def __init__(self, dataset: Dataset) -> None:
         if "golden_answers" not in dataset.column_names:
             raise UserError(
-                "curriculum=pass_rate counts exact matches of a column 'golden_answers', and train_dataset has none: "
-                "add it, or leave curriculum out"
+                "curriculum=pass_rate needs the column 'golden_answers', which train_dataset lacks: add it, or leave "
+                "curriculum out"
             )
         columns = [name for name in ("question", "prompt", "pass_rate") if name in dataset.column_names]
         self._numbers: dict[str, list[int]] = {}  # by question: its rows
@@ -85,10 +85,11 @@ class PassRates:
         return 1.0 if visit is None else visit.weight
 
     def learn(self, groups: Iterable[tuple[Mapping[str, Any], Sequence[Trajectory]]]) -> dict[str, float]:
-        """Takes in the groups that ended on every rank, each as its row and its trajectories. Every rank calls it.
+        """Updates the pass rates with the finished groups of all ranks, each as row and trajectories. Every rank must
+        call it.
 
         Returns:
-            `dict[str, float]`: What is known now, to be logged.
+            `dict[str, float]`: Metrics to log.
         """
         mine = [(question_text(row), *_counted(row, trajectories)) for row, trajectories in groups]
         for question, solved, tried in gather_object(mine):
@@ -106,21 +107,22 @@ class PassRates:
         write_jsonl(folder / FILE, ({"question": question, **asdict(one)} for question, one in self.visits.items()))
 
     def load(self, folder: Path) -> None:
-        """Takes the place of what is known. A checkpoint without the file was saved without the curriculum.
+        """Replaces the pass rates with those of a checkpoint. A checkpoint without the file was saved without the
+        curriculum.
 
         Raises:
-            UserError: if the file holds no pass rates.
+            UserError: if the file has no pass rates.
         """
         path = folder / FILE
         if not path.is_file():
-            logger.warning("%s has no %s: the pass rates of its questions are unknown", folder, FILE)
+            logger.warning("%s has no %s, so the pass rates of the questions are unknown", folder, FILE)
             self._start(self._before)
             return
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self._start({row["question"]: Visit(row["solved"], row["tried"], row["silent"]) for row in rows})
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} holds no pass rates ({error!r}): resume from another checkpoint") from error
+            raise UserError(f"{path} has no valid pass rates ({error!r}): resume from another checkpoint") from error
 
     def _start(self, visits: Mapping[str, Visit]) -> None:
         self.visits: dict[str, Visit] = {}
@@ -134,7 +136,7 @@ class PassRates:
 
 
 def _counted(row: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> tuple[int, int]:
-    """How many trajectories of a question solved it, of how many that did not fail."""
+    """The number of trajectories that solved the question, and of those that did not fail."""
     golden = golden_list(row["golden_answers"])
     answers = [last_answer(trajectory.spoken) for trajectory in trajectories if not trajectory.failed]
     return sum(answer is not None and bool(exact_match(answer, golden)) for answer in answers), len(answers)

@@ -1,12 +1,12 @@
-"""Which questions a batch asks beyond those that TRL's sampler gave it: for a curriculum, and for refilling.
+"""Draws questions beyond those of TRL's sampler, for the curriculum and for refill.
 
     TRL's sampler             q1 q2 q3 q4                      in the order of the epoch
-    curriculum: pass_rate     q1 d0 q3 q4                      q2 was never solved: put back, for the first draw
-    spare, refill_groups: 2   d4 d5 d6 d7 | d8 d9 d10 d11      what replaces each place in rounds 1 and 2
+    curriculum: pass_rate     q1 d1 q3 q4                      q2 was never solved: d1 replaces it
+    spare, refill_groups: 2   d4 d5 d6 d7 | d8 d9 d10 d11      the replacements of each group in rounds 1 and 2
 
 The draws d0, d1, … are all questions in a random order that depends on the seed, the step and the pass rates. Every
-rank computes the same order and takes the draws of its own places, so ranks exchange nothing, and a resumed run draws
-what the first one drew.
+rank computes the same order and takes the draws of its own groups, so ranks need not communicate, and a resumed run
+draws the same questions.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class QuestionChoice:
     Chooses the questions of each generation batch.
 
     Args:
-        args ([`SearchGRPOConfig`]): With `refill_groups` and `curriculum`.
+        args ([`SearchGRPOConfig`]): `refill_groups` and `curriculum` are read.
         dataset ([`~datasets.Dataset`]): The questions, with their prompts.
         protocol ([`Protocol`]): Encodes the prompts of spare questions.
-        accelerator ([`~accelerate.Accelerator`]): It knows the rank.
+        accelerator ([`~accelerate.Accelerator`]): Provides the rank.
 
     Attributes:
-        pass_rates ([`PassRates`], *optional*): What is known of each question. None: all are drawn alike.
+        pass_rates ([`PassRates`], *optional*): The pass rates of the questions. None: all are drawn equally often.
 
     Raises:
         UserError: if there are no other questions to draw, or they cannot be drawn.
@@ -63,10 +63,10 @@ class QuestionChoice:
         self.pass_rates = PassRates(dataset) if args.curriculum == "pass_rate" else None
 
     def choose(self, batch: Rollout, step: int) -> None:
-        """Puts back what is drawn less often, and sets the spare questions of the batch. Every rank calls it."""
+        """Replaces some questions by the curriculum, and sets the spare questions. Every rank must call it."""
         size = self.size
         self._batches[step] += 1
-        name = f"{self.args.seed}/questions/{step}/{self._batches[step]}"  # the same when a resumed run repeats it
+        name = f"{self.args.seed}/questions/{step}/{self._batches[step]}"  # a resumed run repeats it
         here = len(batch.rows) // size
         first, groups = here * self.accelerator.process_index, here * self.accelerator.num_processes
         random = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()))
@@ -92,8 +92,8 @@ class QuestionChoice:
 
 
 def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """All questions in a random order, those of a higher weight sooner: drawn without replacement, in proportion to
-    their weights (Efraimidis and Spirakis, doi:10.1016/j.ipl.2005.11.003).
+    """All questions, drawn without replacement with probability proportional to their weights (Efraimidis and
+    Spirakis, doi:10.1016/j.ipl.2005.11.003).
 
     Example:
         >>> draw_order(np.array([1.0, 1.0, 1e-9]), np.random.default_rng(0))
@@ -104,10 +104,10 @@ def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray
 
 
 class EpochOrder(Sampler[int]):
-    """The order of TRL's sampler in the epoch that the trainer is in.
+    """The order of TRL's sampler for the trainer's current epoch.
 
-    TRL's sampler counts the epochs that this process has seen, so a run that is resumed in its second epoch would get
-    the order of the first.
+    TRL's sampler counts the epochs of this process, so a run that resumes in its second epoch would get the order of
+    the first.
     """
 
     def __init__(self, sampler: Any, trainer: Trainer) -> None:
@@ -125,7 +125,7 @@ class EpochOrder(Sampler[int]):
 
 
 class ChoosesQuestions(Trainer):
-    """A trainer that replaces questions, and remembers in its checkpoints what came of them. Stands before TRL's."""
+    """A mixin that replaces questions, and saves pass rates with checkpoints. List it before TRL's trainer."""
 
     args: SearchGRPOConfig
     model: PreTrainedModel
@@ -136,12 +136,12 @@ class ChoosesQuestions(Trainer):
         return EpochOrder(super()._get_train_sampler(dataset), self)
 
     def choose_questions(self, batch: Rollout) -> None:
-        """Before the rollout of a training batch. Every rank calls it."""
+        """Chooses the questions of a training batch before its rollout. Every rank must call it."""
         if self.question_choice is not None and self.model.training:
             self.question_choice.choose(batch, self.state.global_step)
 
     def refill_of(self, batch: Rollout, finished: Mapping[int, Trajectory]) -> Refill | None:
-        """What replaces groups while the batch runs; `finished` are trajectories of an earlier process."""
+        """The refill of a batch, or `None`; `finished` are trajectories of an earlier process."""
         if not batch.spare or self.question_choice is None:
             return None
 
@@ -152,8 +152,7 @@ class ChoosesQuestions(Trainer):
         return Refill(batch, group_size=self.question_choice.size, score=score, finished=finished)
 
     def settle_questions(self, batch: Rollout, refill: Refill | None) -> None:
-        """After the rollout, sets the batch that is trained on, and takes in what came of the questions. Every rank
-        calls it."""
+        """Sets the groups to train on after the rollout, and updates the pass rates. Every rank must call it."""
         if refill is not None:
             refill.settle()
             batch.metrics |= refill.metrics(self.accelerator, self.reward_weights)
@@ -181,10 +180,10 @@ class ChoosesQuestions(Trainer):
 
 
 def question_choice_of(trainer: Any) -> QuestionChoice | None:
-    """The choice of questions that the configuration of a [`SearchGRPOTrainer`] asks for, if any.
+    """The [`QuestionChoice`] of a [`SearchGRPOTrainer`], if `refill_groups` or `curriculum` is set.
 
     Raises:
-        UserError: for what it cannot be used with.
+        UserError: for settings that are incompatible with it.
     """
     args = trainer.args
     if not getattr(args, "refill_groups", 0) and getattr(args, "curriculum", "none") == "none":
@@ -195,38 +194,38 @@ def question_choice_of(trainer: Any) -> QuestionChoice | None:
     models = [function for function in trainer.reward_funcs if isinstance(function, torch.nn.Module)]
     if args.refill_groups and models and sharded:
         raise UserError(
-            f"{asked_for(args)} scores other numbers of groups on each rank, and the forward pass of a sharded reward "
-            "model waits for all ranks: serve the reward model and call it from a function, or leave "
+            f"{asked_for(args)} scores a different number of groups on each rank, but the forward pass of a sharded "
+            "reward model waits for all ranks: serve the reward model and call it from a function, or leave "
             "refill_groups out"
         )
     return QuestionChoice(args, trainer.train_dataset, trainer.protocol, trainer.accelerator)
 
 
 def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
-    """Raises `UserError` where the dataset cannot fill a batch, or cannot give the other questions that are asked for.
+    """Raises `UserError` if the dataset cannot fill a batch, or has no further questions to draw.
 
-    TRL's sampler leaves out a batch that is not full: a training without a full one would end before its first step.
+    TRL's sampler skips incomplete batches, so a training without a full batch would end before its first step.
     """
     groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
     if isinstance(dataset, Dataset) and len(dataset) < groups:
         raise UserError(
-            f"a batch asks {groups} questions (trajectories of all processes / num_generations), and there are only "
+            f"a batch has {groups} questions (trajectories of all processes / num_generations), but there are only "
             f"{len(dataset)}: give more questions, or make per_device_train_batch_size × steps_per_generation smaller"
         )
     if not args.refill_groups and args.curriculum == "none":
         return
     if not isinstance(dataset, Dataset):
         raise UserError(
-            f"{asked_for(args)} draws questions of its own, and a {type(dataset).__name__} gives them in one order: "
-            "load the questions whole (streaming=False), or leave it out"
+            f"{asked_for(args)} draws questions at random, which {type(dataset).__name__} does not allow: load the "
+            "questions with streaming=False, or leave it out"
         )
     if len(dataset) <= groups:
         raise UserError(
-            f"{asked_for(args)} needs other questions than the {groups} of a batch, and there are {len(dataset)}: "
+            f"{asked_for(args)} needs more questions than the {groups} of a batch, but there are {len(dataset)}: "
             "give more, or leave it out"
         )
 
 
 def asked_for(args: SearchGRPOConfig) -> str:
-    """The key that asks for it, as a message names it."""
+    """The key and value that enable it, for messages."""
     return f"refill_groups={args.refill_groups}" if args.refill_groups else f"curriculum={args.curriculum}"

@@ -1,14 +1,14 @@
-"""Groups without a gradient are replaced by other questions while the batch runs (`refill_groups`).
+"""Replaces groups without a gradient by other questions while the batch runs (`refill_groups`).
 
-    place   group 0          group 1                         refill_groups: 2
+    index   group 0          group 1                         refill_groups: 2
             1 0 0 1  keep    0 0 0 0  no gradient
                              └─► round 1: 1 1 1 1  no gradient
                                           └─► round 2: 0 1 1 0  keep
 
-This is the dynamic sampling of DAPO (arXiv:2503.14476), with two differences. Each place in the batch draws for itself
-as soon as its group has ended, while other groups still run, so no rank waits for another. And the number of rounds is
-bounded: after the last one the group stays, whatever its rewards are. Which question a place draws in a round is
-settled before the batch begins (`question_choice.py`), so a resumed run draws the same ones.
+This is DAPO's dynamic sampling (arXiv:2503.14476), with two differences. A group is replaced as soon as it has ended,
+while other groups still run, so no rank waits for another. The number of rounds is bounded: after the last one, the
+group is kept whatever its rewards. The replacement of each group in each round is drawn before the batch begins
+(`question_choice.py`), so a resumed run uses the same ones.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ Score = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Group]
 
 class Refill:
     """
-    The groups of one batch on this rank, each in its place, replaced until one has a gradient.
+    Replaces each group of one batch on this rank until it has a gradient.
 
-    The trajectory at place `p` of round `r` is number `r * len(batch.rows) + p` of the rollout.
+    The trajectory at index `p` in round `r` has the number `r * len(batch.rows) + p`.
 
     Args:
-        batch ([`Rollout`]): With its rows and prompts, and the spare ones that replace them.
+        batch ([`Rollout`]): The batch, with rows, prompts and spare questions.
         group_size (`int`): Trajectories per group.
-        score (`Callable`): Makes a [`Group`] of the rows and trajectories of one that has ended; runs on a thread.
-        finished (`Mapping[int, Trajectory]`): By number, what an earlier process finished.
+        score (`Callable`): Builds a [`Group`] from the rows and trajectories of a finished group; runs in a thread.
+        finished (`Mapping[int, Trajectory]`): Trajectories of an earlier process, by number.
     """
 
     def __init__(self, batch: Rollout, *, group_size: int, score: Score, finished: Mapping[int, Trajectory]) -> None:
         self.batch, self.group_size, self._score, self._finished = batch, group_size, score, finished
         places = range(len(batch.rows) // group_size)
-        self.rounds: list[list[Group]] = [[] for _ in places]  # by place: the groups that were tried
-        self._ended: list[dict[int, Trajectory]] = [{} for _ in places]  # by place, of the group that runs
-        self._scoring = asyncio.Lock()  # reward functions are not asked to be safe on several threads
+        self.rounds: list[list[Group]] = [[] for _ in places]  # per place: the groups that were tried
+        self._ended: list[dict[int, Trajectory]] = [{} for _ in places]  # per place: of the group that runs
+        self._scoring = asyncio.Lock()  # reward functions need not be thread-safe
 
     async def more(self, number: int, trajectory: Trajectory) -> dict[int, Job]:
-        """`more` of [`run_batch`]: the trajectories that replace the group that this one has completed."""
+        """`more` of [`run_batch`]: if this trajectory completes a group without a gradient, the group's
+        replacement."""
         size, total = self.group_size, len(self.batch.rows)
         tried, place = number // total, number % total // size
         ended = self._ended[place]
@@ -74,7 +75,7 @@ class Refill:
         }
 
     def settle(self) -> None:
-        """Once the rollout is over, puts the groups that are trained on into the batch, and sets the others aside."""
+        """After the rollout, puts the kept groups into the batch and the others into `batch.replaced`."""
         batch, size = self.batch, self.group_size
         for place, groups in enumerate(self.rounds):
             here = slice(place * size, (place + 1) * size)
@@ -86,10 +87,9 @@ class Refill:
             batch.asked_first.extend(groups[0].trajectories)
 
     def metrics(self, accelerator: Accelerator, weights_F: torch.Tensor) -> dict[str, float]:
-        """What refilling did, over the groups of all ranks. Every rank calls it.
+        """The metrics of refill, over the groups of all ranks. Every rank must call it.
 
-        `reward_before` is the mean reward of the questions that were drawn first: the reward of the batch is that of
-        groups chosen for their rewards.
+        `reward_before` is the mean reward before replacement; the reward of the batch is biased by the selection.
         """
         rows = []
         for groups in self.rounds:

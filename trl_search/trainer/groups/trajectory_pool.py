@@ -1,11 +1,11 @@
-"""The trajectories under way, which outlive the batch they began in: on an event loop of their own, group by group.
+"""Runs groups of trajectories on an event loop, across batches.
 
-    rollout 7   under way: groups 1 2 3 4 5 6      whole first: 1 2 4 6  ─► the batch
-                3 5 are parked: their searches go on while the trainer computes, their turns wait for the next weights
-    rollout 8   under way: 3 5 and, new, 7 8 9 10  whole first: 3 7 8 10 ─► the batch
+    rollout 7   in progress: groups 1 2 3 4 5 6      complete first: 1 2 4 6  ─► the batch
+                3 5 are parked: their searches continue while the trainer computes; their turns wait for new weights
+    rollout 8   in progress: 3 5 and, new, 7 8 9 10  complete first: 3 7 8 10 ─► the batch
 
-A batch takes the oldest of the groups that are whole. As many groups begin as are taken, so the pool keeps its size,
-and a long trajectory that is passed over once is among the oldest the next time: none is crowded out.
+A batch takes the oldest complete groups. Each group taken is replaced by a new one, so the pool keeps its size. A slow
+group becomes one of the oldest, so it is taken as soon as it is complete; none is starved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 @dataclass(eq=False)
 class Group:
-    """The trajectories of one question, which began together in rollout number `born`."""
+    """The trajectories of one question, which started together in rollout number `born`."""
 
     row: Row
     born: int
@@ -49,17 +49,18 @@ class Group:
 
 
 class TrajectoryPool:
-    """Runs groups of trajectories across rollouts. Its methods are called from the trainer's thread, one at a time.
+    """Runs groups of trajectories across rollouts. Call its methods from the trainer's thread, one at a time.
 
     Args:
-        environment (`Environment`): The world. The pool opens a copy of it, and closes that at its end: evaluations
-            between two rollouts open and close the original.
+        environment (`Environment`): The environment. The pool opens and closes a copy of it, because evaluations
+            between rollouts open and close the original.
         group_size (`int`): Trajectories per group.
-        max_staleness (`int`, *optional*): A group is taken at most so many rollouts after it began. Default: no bound.
+        max_staleness (`int`, *optional*): Maximum rollouts between the start of a group and its use. Default: no
+            bound.
 
     Attributes:
-        groups (`list[Group]`): Those under way, and those that are whole but were not taken yet; oldest first.
-        rollout (`int`): The number of this rollout.
+        groups (`list[Group]`): Groups in progress, and complete ones not yet taken; oldest first.
+        rollout (`int`): The number of the current rollout.
     """
 
     def __init__(
@@ -78,34 +79,34 @@ class TrajectoryPool:
         self._group_size, self._max_staleness = group_size, max_staleness
         self._loop = BackgroundLoop()
         self._relay = RelayPolicy()
-        self._ended = asyncio.Event()  # a trajectory has, since somebody looked
+        self._ended = asyncio.Event()  # a trajectory has ended since `_take` last checked
         self._failure: BaseException | None = None
         self._started = 0
         self._open = False
 
     def attach(self, policy: Policy, version: int) -> None:
-        """Lets trajectories generate with `policy`, whose weights are those of optimizer step `version`."""
+        """Lets trajectories generate with `policy`, which has the weights of optimizer step `version`."""
         self._loop.run(self._attach(policy, version))
 
     def detach(self) -> None:
-        """Interrupts what is being generated, and closes the policy. Searches go on. Safe to call twice."""
+        """Interrupts generation and closes the policy. Searches continue. Safe to call twice."""
         self._loop.run(self._relay.detach())
 
     def start(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> None:
-        """Begins one group for each row."""
+        """Starts one group per row."""
         self._loop.run(self._start(rows, prompts, sampling))
 
     def take(self, count: int, progress: str | None = None) -> list[Group]:
-        """Waits until a batch of `count` whole groups can be taken, and takes it out of the pool.
+        """Waits until a batch of `count` complete groups can be taken, and removes it from the pool.
 
         Raises:
-            Exception: what ended a trajectory that should not have ended, such as an engine that broke.
+            Exception: the exception that ended a trajectory, such as that of a broken engine.
         """
         return self._loop.run(self._take(count, progress))
 
     def close(self) -> None:
-        """Ends everything that is under way. Safe to call twice."""
-        with contextlib.suppress(RetrievalError):  # the loop is closed
+        """Cancels all trajectories. Safe to call twice."""
+        with contextlib.suppress(RetrievalError):  # raised if the loop is already closed
             self._loop.run(self._end())
         self._loop.close()
 
@@ -150,14 +151,14 @@ class TrajectoryPool:
         return taken
 
     def takeable(self, count: int) -> list[Group] | None:
-        """The oldest `count` whole groups; None where there are fewer, or where an old group must be waited for."""
+        """The oldest `count` complete groups; None if there are fewer, or if an old group must be waited for."""
         taken = [group for group in self.groups if group.whole][:count]
         if len(taken) < count:
             return None
         if self._max_staleness is not None:
             left = [group for group in self.groups if group not in taken]
             for later in range(self._max_staleness):
-                # What is due `later` rollouts from now must find room until then.
+                # The groups due within `later` rollouts must fit into those rollouts' batches.
                 due = sum(group.born + self._max_staleness <= self.rollout + later for group in left)
                 if due > later * count:
                     return None
