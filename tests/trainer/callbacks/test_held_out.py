@@ -258,7 +258,7 @@ def test_a_run_that_is_resumed_with_other_questions_is_refused(tmp_path, tokeniz
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, max_steps=1)
     trainer.train()
     other, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, questions=QUESTIONS.select([0, 1]), max_steps=2)
-    with pytest.raises(UserError, match="measured on other questions so far"):
+    with pytest.raises(UserError, match="evaluated on other questions so far"):
         other.train(resume_from_checkpoint=str(tmp_path / "best"))
     assert len(json.loads((tmp_path / HELD_OUT_FILE).read_text())["ids"]["large"]) == 3
 
@@ -272,11 +272,11 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, random_model, token
     with pytest.raises(UserError, match="evaluate_every=-1 must be at least 1"):
         EvaluateEvery(-1, HeldOut(trainer, QUESTIONS))
     trainer.args.metric_for_best_model = "reward"
-    with pytest.raises(UserError, match="both say which checkpoint is the best"):
+    with pytest.raises(UserError, match="both choose the best checkpoint"):
         BestCheckpoint(HeldOut(trainer, QUESTIONS))
     (tmp_path / "best").mkdir()
     other, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1)
-    with pytest.raises(UserError, match="best is in the way"):
+    with pytest.raises(UserError, match="best exists, but the link"):
         other.train()
 
 

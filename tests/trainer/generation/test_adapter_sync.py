@@ -30,12 +30,12 @@ def ask(path, url="http://gpu-1:8000", patience_s=0.3):
 def test_a_server_without_adapters_is_told_how_to_start(monkeypatch):
     """The answer of a server that was started without --enable-lora: it has no such path."""
     answer(monkeypatch, 404, '{"detail": "Not Found"}')
-    with pytest.raises(UserError, match="takes no adapters: start it with --enable-lora --max-lora-rank 4"):
+    with pytest.raises(UserError, match="does not accept adapters: start it with --enable-lora --max-lora-rank 4"):
         ask(LOAD)
 
 
 def test_a_server_that_is_gone_gets_no_adapter_and_is_named():
-    with pytest.raises(ServerLost, match=r"http://127.0.0.1:1 did not take the adapter.*start it again"):
+    with pytest.raises(ServerLost, match=r"http://127.0.0.1:1 did not load the adapter.*restart it"):
         ask(LOAD, url="http://127.0.0.1:1")
 
 

@@ -138,7 +138,7 @@ def test_a_server_that_dies_after_it_received_the_weights_is_left_out(servers):
 def test_a_server_that_dies_while_it_receives_the_weights_ends_the_run_in_one_line(servers):
     members = join([A, B])
     servers[B].dies = "before"
-    with pytest.raises(ServerLost, match=r"died while it received weights \(refused\): start it again"):
+    with pytest.raises(ServerLost, match=r"died while it received weights \(refused\): restart it"):
         members.send(iter(WEIGHTS))
 
 

@@ -71,12 +71,12 @@ def test_versions(monkeypatch, vllm, tmp_path, version, taken):
 
 def test_an_engine_over_several_ranks(vllm, tmp_path):
     refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2))
-    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=2 processes share an engine, and there are 1"):
+    with pytest.raises(UserError, match=r"vllm_tensor_parallel_size=2 does not divide the 1 processes"):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
 
 
 def test_structured_outputs(vllm, tmp_path):
-    with pytest.raises(UserError, match="vllm_structured_outputs_regex does not reach our policy"):
+    with pytest.raises(UserError, match="vllm_structured_outputs_regex has no effect on our rollouts"):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_lora_adapter(random_model):
 
 def test_a_quantized_model_is_refused_before_an_engine_is_made(random_model):
     random_model.is_quantized = True  # as transformers marks what it loads with a quantization_config
-    with pytest.raises(UserError, match=r"quantized, and vLLM cannot be given its weights.*use_vllm: false"):
+    with pytest.raises(UserError, match=r"quantized, so its weights cannot be sent to vLLM.*use_vllm: false"):
         SearchVLLM(lora_sync="merged", adapter_dir=None, engine_options={}, model=random_model)
     adapted = get_peft_model(random_model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="quantized"):

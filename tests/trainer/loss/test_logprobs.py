@@ -219,7 +219,7 @@ def test_on_a_cpu_nothing_packs_by_itself_and_the_log_says_why(tmp_path, random_
     with caplog.at_level("INFO", logger="trl_search.trainer.loss.logprobs"):
         trainer = real_trainer(tmp_path, random_model, tokenizer)
     assert trainer.logprobs.attention == "padded"
-    assert "padded attention (no varlen: it needs CUDA, and the model is on cpu; no flash_attention_2" in caplog.text
+    assert "padded attention (no varlen: it needs CUDA, but the model is on cpu; no flash_attention_2" in caplog.text
     with pytest.raises(UserError, match="packed_attention='varlen' does not work here: it needs CUDA"):
         real_trainer(tmp_path, random_model, tokenizer, packed_attention="varlen")
     with pytest.raises(ValueError, match="unknown packed_attention 'fast'"):

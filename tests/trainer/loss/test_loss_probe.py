@@ -61,7 +61,7 @@ def test_packs_that_mix_trajectories_are_found_out(tokenizer, tmp_path, monkeypa
     model, logprobs, args = prepared("llama", tmp_path, "auto")
     with caplog.at_level(logging.WARNING):
         assert probed(logprobs, model, model, tokenizer, args).attention == "padded"
-    assert "padded in place of sdpa" in caplog.text
+    assert "padded instead of sdpa" in caplog.text
 
 
 def test_absolute_positions_do_not_count_padding(tokenizer, tmp_path):

@@ -1,1 +1,1 @@
-"""Callbacks of a training: alarms, held-out evaluation, the best checkpoint, the lines on the terminal."""
+"""Callbacks of the trainer: alarms, held-out evaluation, the best checkpoint, progress on the terminal."""

@@ -1,13 +1,13 @@
-"""Alarms on collapse: they warn early when a run stops searching, stops being rewarded or loses its language.
+"""Alarms that warn early of a collapse: the policy stops searching, gets no reward, or degenerates to garbled text.
 
-    logs of a run ─► Watch: the median of the last 5, against the lowest and highest such median so far ─► RULES
-                 ─► CollapseAlarm: `alarm/<name>` 0 or 1 in every log and tracker, a warning once, a stop on request
+    logs of a run ─► Watch: the median of the last 5 against the lowest and highest such median so far ─► RULES
+                 ─► CollapseAlarm: `alarm/<name>` 0 or 1 in every log and tracker, one warning, optionally a stop
 
-Each rule compares a run with its own past, so no rule needs to know the task. Rules of `drift` fire long before a
-collapse, on changes that may also be intended; they warn and never end a run. All rules are silent on recorded healthy
-runs and fire on recorded collapses (`tests/support/data/histories.json`, made by `benchmarks/alarms.py`;
-docs/monitoring.md says what fired when). Medians are compared because a single log of a healthy run may show anything,
-such as a KL of 1e3 from one token.
+Each rule compares a run with its own past, so it is independent of the task. `drift` rules fire long before a
+collapse, on changes that may be intended; they warn but never end a run. All rules are silent on recorded healthy runs
+and fire on recorded collapses (`tests/support/data/histories.json`, made by `benchmarks/alarms.py`; docs/monitoring.md
+lists them). Rules compare medians because a single log of a healthy run can be an outlier, such as a KL of 1e3 from
+one token.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, EM_BEFO
 
 logger = logging.getLogger(__name__)
 
-AS_DRAWN = "refill/reward_before"  # the reward of the questions drawn first, where a refill replaces some
+AS_DRAWN = "refill/reward_before"  # with refill: the reward before questions are replaced
 STOP_AFTER = 10  # logs in a row that an alarm lasts before `on_collapse` acts, unless its rule is `at_once`
 
 
 class Watch:
-    """The levels of one run. Add its training logs, oldest first.
+    """Tracks the levels of the metrics of one run. Add its training logs, oldest first.
 
     Example:
         >>> watch = Watch()
@@ -44,8 +44,8 @@ class Watch:
         self.levels: dict[str, Level] = {}
 
     def add(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """The finding of every rule after this log, `""` for none. A rule is left out until its metric is logged."""
-        if AS_DRAWN in row:  # the groups that are trained on were chosen for their rewards
+        """The finding of each rule after this log, `""` for none. A rule is left out until its metric is logged."""
+        if AS_DRAWN in row:  # `reward` is biased: refill selected the groups by reward
             row = {**row, "reward": row[AS_DRAWN]}
         if is_number(row.get("eval/failed")) and row["eval/failed"] > MAX_FAILED:  # a search server was away
             row = {name: value for name, value in row.items() if name not in ("eval/em", "eval/em_upper")}
@@ -57,32 +57,33 @@ class Watch:
 
 
 def is_training_log(row: Mapping[str, Any]) -> bool:
-    """Whether a row is the log of a step, and not an evaluation or the summary at the end."""
+    """Whether a row is the log of a step, not an evaluation or the final summary."""
     return "loss" in row
 
 
 class CollapseAlarm(TrainerCallback):
-    """Puts the alarms into every log, and warns once for each until it has been quiet for a while.
+    """Adds the alarms to every log. It warns once per alarm, and again only after `WINDOW` logs without the alarm.
 
-    It writes `alarm/<name>` into the logs, so it must be called before the callbacks that report them.
+    It must run before the callbacks that report the logs, because it adds `alarm/<name>` to them.
 
     Args:
-        stop (`bool`): Ends the training when an alarm has lasted `STOP_AFTER` logs, or one log if its rule says so.
+        stop (`bool`): Whether to end the training when an alarm has lasted `STOP_AFTER` logs (one log, if its rule is
+            `at_once`).
     """
 
     def __init__(self, *, stop: bool) -> None:
         self.stop = stop
-        self.counts_after = 0  # the step that a rollback went back to: how long an alarm lasts is counted from there
+        self.counts_after = 0  # the step of the last rollback; the duration of alarms is counted from there
         self._restart()
 
     def _restart(self) -> None:
         self.collapsed: tuple[str, ...] = ()  # the alarms that ended the training
         self.watch = Watch()
         self.lasting: Counter[str] = Counter()  # alarm -> logs in a row in which it fired
-        self.quiet: dict[str, int] = {}  # alarm that was reported -> logs in a row since without it
+        self.quiet: dict[str, int] = {}  # reported alarm -> logs in a row without it since then
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run is compared with its logs before the checkpoint."""
+        """Replays the logs before the checkpoint, so that a resumed run is compared with them."""
         self._restart()
         for row in filter(is_training_log, state.log_history):
             self._update(row)
@@ -102,7 +103,7 @@ class CollapseAlarm(TrainerCallback):
         found, new = self._update(logs)
         flags = {f"{ALARM_PREFIX}{name}": float(bool(what)) for name, what in found.items()}
         logs.update(flags)
-        if state.log_history:  # made from the logs just before this call
+        if state.log_history:  # its last row was copied from `logs` just before this call
             state.log_history[-1].update(flags)
         if state.is_world_process_zero:
             for rule in RULES:
@@ -113,7 +114,7 @@ class CollapseAlarm(TrainerCallback):
             self._stop(state, control)
 
     def _update(self, row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-        """The finding of every rule, and the names of those that were quiet before."""
+        """The finding of each rule, and the names of the alarms that are new."""
         found, new = self.watch.add(row), set()
         for name, what in found.items():
             if what:
@@ -136,7 +137,7 @@ class CollapseAlarm(TrainerCallback):
             if name not in DRIFT and logs >= (1 if name in AT_ONCE else STOP_AFTER)
         ]
         if PartialState().num_processes > 1:
-            # Ranks that disagree because of rounding would wait for each other forever.
+            # If ranks disagreed because of rounding, they would wait for each other forever.
             lasting = broadcast_object_list([lasting])[0]
         at_its_end = state.global_step >= state.max_steps > 0
         if lasting and (at_its_end or not control.should_training_stop):

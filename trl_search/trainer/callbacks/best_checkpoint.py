@@ -3,10 +3,10 @@
     step 20: eval/em 0.81, the highest so far ─► checkpoint-20 is saved, whatever save_strategy says
                                               ─► once it is complete: best -> checkpoint-20, atomically
 
-It is a whole checkpoint: it loads as a model and training resumes from it. `best` is a symbolic link that moves once
-every rank has written its part, so it never names a half-written checkpoint. `state.best_model_checkpoint` tells
-transformers, so `save_total_limit` does not delete it. A checkpoint that was saved only because it was the best is
-deleted when a better one comes.
+It is a complete checkpoint: it loads as a model, and training can resume from it. `best` is a symbolic link that moves
+after every rank has written its part, so it never points to an incomplete checkpoint. `state.best_model_checkpoint`
+keeps `save_total_limit` from deleting it. A checkpoint that was saved only because it was the best is deleted when a
+better one is saved.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class BestCheckpoint(TrainerCallback):
     Saves a checkpoint whenever a held-out evaluation is the best so far. Add it after [`EvaluateEvery`].
 
     Args:
-        held_out ([`HeldOut`]): The evaluation, whose last result is read.
+        held_out ([`HeldOut`]): The evaluation that provides the results.
 
     Raises:
-        UserError: if the trainer has another rule for the best checkpoint.
+        UserError: if the trainer has another criterion for the best checkpoint.
     """
 
     def __init__(self, held_out: HeldOut) -> None:
@@ -50,8 +50,8 @@ class BestCheckpoint(TrainerCallback):
         args = held_out.trainer.args
         if args.metric_for_best_model is not None or args.load_best_model_at_end:
             raise UserError(
-                "evaluate_every and metric_for_best_model (or load_best_model_at_end) both say which checkpoint is "
-                "the best: leave the latter out; the one with the highest eval/em is kept as output_dir/best"
+                "evaluate_every and metric_for_best_model (or load_best_model_at_end) both choose the best "
+                "checkpoint: leave the latter out; output_dir/best is the one with the highest eval/em"
             )
         self._asked: int | None = None  # the step whose checkpoint is saved only because it is the best
         self._beaten: Path | None = None
@@ -60,12 +60,12 @@ class BestCheckpoint(TrainerCallback):
         """Restores the best checkpoint of a resumed run, and removes a link that another run left in this folder.
 
         Raises:
-            UserError: if something else lies where the link goes.
+            UserError: if the path of the link is taken by a file or folder.
         """
         folder = Path(args.output_dir or ".")
         link = folder / LINK
         if link.exists() and not link.is_symlink():
-            raise UserError(f"{link} is in the way: it is where the best checkpoint will be. Move it")
+            raise UserError(f"{link} exists, but the link to the best checkpoint has this name: move it away")
         best: Path | None = None
         if state.is_world_process_zero:
             best = _recorded(folder, state)
@@ -73,7 +73,7 @@ class BestCheckpoint(TrainerCallback):
                 _point(link, best)
             elif link.is_symlink():
                 logger.warning(
-                    "%s named the best checkpoint of another run, %s; it is taken away", link, link.readlink()
+                    "%s is removed, because it points to the best checkpoint of another run, %s", link, link.readlink()
                 )
                 link.unlink()
         if self.held_out.trainer.accelerator.num_processes > 1:
@@ -105,12 +105,12 @@ class BestCheckpoint(TrainerCallback):
             _point(best.parent / LINK, best)
             if self._beaten is not None and self._beaten != best and _only_best(self._beaten):
                 shutil.rmtree(self._beaten)
-        # If it is saved again at this step, as at the end of an epoch, it is a regular checkpoint too.
+        # If it is saved again at this step, as at the end of an epoch, it becomes a regular checkpoint.
         self._asked = self._beaten = None
 
 
 def write_record(checkpoint: Path, result: HeldOutResult, *, only_best: bool) -> None:
-    """Writes the evaluation into the checkpoint. `only_best`: it was saved only because it is the best."""
+    """Writes the evaluation to the checkpoint. `only_best`: the checkpoint was saved only because it is the best."""
     record = {
         "step": result.step,
         "average": result.average.as_json(),

@@ -1,12 +1,12 @@
-"""Held-out evaluation of a policy that is being trained: every N steps, on a subset that stays the same.
+"""Held-out evaluation during training: every N steps, on a fixed sample of questions.
 
-    step 50 ─► the questions, shared out over the ranks ─► the trainer's own generation (vLLM or the model), greedily
+    step 50 ─► the questions, divided among the ranks ─► the trainer's engine (vLLM or the model), greedy sampling
             ─► outcomes of all ranks ─► eval/em, eval/<dataset>/em, ... in the log of step 50
 
-Prompts, environment and limits are those of the training. The evaluation has its own random numbers, so a run takes
-the same steps with and without it. The subset is drawn once, from the seed, and its ids are kept in the run's folder.
-Resuming with other questions is refused, because the results could not be compared. Every answer is kept too, so two
-steps can be compared question by question:
+It uses the prompts, environment and limits of the training. It has its own random numbers, so a run takes the same
+steps with and without it. The sample depends on the seed only, and its ids are stored in the run folder. Resuming with
+other questions is an error, because the results would not be comparable. Every answer is stored, so that two steps can
+be compared question by question:
 
     runs/mine/held_out/search-step_50.jsonl      one line per question, as `trl-search eval` writes them
 """
@@ -46,7 +46,7 @@ ANSWERS_FOLDER = "held_out"
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """One evaluation: the average over all sets, each with the same weight, and each set."""
+    """One evaluation: the average over all sets, with equal weights, and the result of each set."""
 
     step: int
     average: Evaluation
@@ -70,10 +70,10 @@ class HeldOutResult:
 
 class HeldOut:
     """
-    Asks the policy of a trainer the same questions each time.
+    Evaluates the policy of a trainer on a fixed list of questions.
 
     Args:
-        trainer ([`SearchGRPOTrainer`]): Its model, generation, environment, protocol and limits are used.
+        trainer ([`SearchGRPOTrainer`]): Provides model, engine, environment, protocol and limits.
         questions ([`~datasets.Dataset`]): Rows with `question`, `golden_answers`, `id` and `data_source`.
 
     Raises:
@@ -86,32 +86,32 @@ class HeldOut:
 
     def __init__(self, trainer: SearchGRPOTrainer, questions: Dataset) -> None:
         if trainer.environment is None:
-            raise UserError("held-out evaluation needs a retriever or an environment: a plain GRPOTrainer has none")
+            raise UserError("held-out evaluation needs an environment: give the trainer a retriever or an environment")
         self.trainer = trainer
         self.rows: list[dict[str, Any]] = list(questions)
         if missing := {"question", "golden_answers", "id", "data_source"} - set(questions.column_names):
             raise UserError(f"held-out questions lack the columns {', '.join(sorted(missing))}: see load_questions")
         if not self.rows:
-            raise UserError("there are no held-out questions to evaluate on")
+            raise UserError("there are no held-out questions to evaluate on: give at least one")
         self.last: HeldOutResult | None = None
 
     @property
     def ids(self) -> dict[str, list[str]]:
-        """The ids of the questions, by data set."""
+        """The ids of the questions, by dataset."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
             found.setdefault(row["data_source"], []).append(row["id"])
         return found
 
     def measure(self, mode: str | None = None) -> HeldOutResult:
-        """Evaluates the current policy. All ranks call it together, and each gets the result of all.
+        """Evaluates the current policy. All ranks must call it together; each gets the result over all ranks.
 
         Args:
-            mode (`str`, *optional*): A baseline, `direct`, `cot` or `rag`. Default: the agent as it is trained.
+            mode (`str`, *optional*): A baseline, `direct`, `cot` or `rag`. Default: the agent that is trained.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
         if mode is None and self.last is not None and self.last.step == step:
-            return self.last  # the same weights, greedily: the same answers
+            return self.last  # greedy sampling from the same weights gives the same answers
         assert trainer.environment is not None
         questions = [trainer.protocol.conversation(row) for row in self.rows]
         result = measure(
@@ -168,12 +168,12 @@ def measure(
     step: int = 0,
     folder: Path,
 ) -> HeldOutResult:
-    """Asks each rank's share of the questions, greedily. All ranks call it together, and each gets the result of all.
+    """Evaluates on this rank's share of the questions. All ranks must call it together; each gets the overall result.
 
     Args:
         mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
         policy (`AbstractContextManager`): Provides the policy during the evaluation.
-        folder (`Path`): The folder of the run, in which the main process writes every answer.
+        folder (`Path`): The run folder, in which the main process writes every answer.
     """
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
@@ -186,7 +186,7 @@ def measure(
             agent=agent,
             progress=state.is_main_process,
         )
-    environment.take_metrics()  # otherwise the next rollout would count them
+    environment.take_metrics()  # clears them, so that the next rollout does not count them
     groups = by_dataset(sorted(gather_object(outcomes), key=lambda one: one.data_source))
     name = "direct" if mode == "search" and not environment.tools else mode
     if state.is_main_process:
@@ -201,25 +201,25 @@ def measure(
     if result.average.failed and state.is_main_process:
         said = "; ".join(f"{times} × {error}" for error, times in result.average.errors.items())
         logger.warning(
-            "step %d: the search of %d of %d held-out questions failed, which are in no mean: %s",
+            "step %d: the search failed for %d of %d held-out questions, which are left out of the means: %s",
             step, result.average.failed, result.average.questions, said,
         )  # fmt: skip
     return result
 
 
 def keep_ids(folder: Path, ids: dict[str, list[str]], state: TrainerState) -> None:
-    """Records the questions that a run is evaluated on or, if it is resumed, checks that they are the same.
+    """Records the evaluation questions of a new run; for a resumed run, checks that they are the same.
 
     Raises:
         UserError: if they differ.
     """
     path = folder / HELD_OUT_FILE
     if state.global_step and path.is_file():
-        if read_object(path, "remove it to go on without comparing").get("ids") != ids:
+        if read_object(path, "remove it to continue without comparing").get("ids") != ids:
             raise UserError(
-                f"this run was measured on other questions so far ({path}), and its numbers and its best checkpoint "
-                "could not be compared: resume with the same eval_questions, max_eval_questions and seed, or remove "
-                "that file to go on all the same"
+                f"this run was evaluated on other questions so far ({path}), so its results and its best checkpoint "
+                "are not comparable: resume with the same eval_questions, max_eval_questions and seed, or remove "
+                "that file to continue anyway"
             )
     elif state.is_world_process_zero:
         write_json(path, {"ids": ids})

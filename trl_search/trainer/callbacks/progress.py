@@ -1,10 +1,10 @@
-"""What a person sees of a training: headings of its phases, a bar, and per step the numbers that tell if it learns.
+"""The output of a training on the terminal: headings of its phases, a progress bar, and one line of metrics per step.
 
     ── GRPO: 12 steps, 64 trajectories per step
     step  3/12  reward 0.500  searches 0.720  seconds 5.10
 
-The same in `trl-search train` and `trl-search sft`, in a script with `SearchGRPOTrainer`, and, as a table, in a
-notebook. The bar is for a terminal; a file gets the headings and the lines.
+`trl-search train`, `trl-search sft` and scripts with `SearchGRPOTrainer` print the same; a notebook shows a table. The
+bar appears only in a terminal; a file gets the headings and the lines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.utils import is_in_notebook
 
 from trl_search.records.alarm_rules import ALARM_PREFIX
 
-# Metric -> its name in the line. Metrics that a step did not log are left out.
+# Metric -> name in the line. Metrics that a step did not log are left out.
 SHOWN = {
     "reward": "reward",
     "eval/em": "held-out EM",
@@ -42,25 +42,25 @@ SHOWN = {
 
 
 def heading(phase: str, said: str) -> None:
-    """Says which phase of a run begins."""
+    """Prints the heading of a phase of the run."""
     Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
 
 
 def announce(phase: str, said: str) -> None:
-    """[`heading`] in one process of several."""
+    """[`heading`] on the main process only."""
     if PartialState().is_main_process:
         heading(phase, said)
 
 
 def show_steps(trainer: Trainer) -> None:
-    """Has a trainer show our numbers per step in place of every metric; with `disable_tqdm` it is left as it is."""
+    """Makes a trainer print our metrics per step instead of all. With `disable_tqdm`, nothing is changed."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         trainer.add_callback(step_table() if is_in_notebook() else StepLines())
 
 
 def shown(logs: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of a step under the names that a person reads, and the alarms that it raised."""
+    """The metrics of a step under their short names, and the alarms that fired."""
     numbers = {name: f"{logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None}
     fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
     alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
@@ -79,7 +79,7 @@ def step_line(step: int, max_steps: int, logs: Mapping[str, Any]) -> str:
 
 
 class StepLines(ProgressCallback):
-    """transformers' bar, hidden without a terminal, with our line in place of a dump of every metric."""
+    """transformers' progress bar, hidden without a terminal, with our line instead of all metrics."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -94,22 +94,22 @@ class StepLines(ProgressCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Without `loss` it is an evaluation or the summary at the end.
+        # Logs without `loss` are evaluations or the final summary.
         if state.is_world_process_zero and logs and "loss" in logs:
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
 
 
 def _bar_size() -> dict[str, Any]:
-    """tqdm's options for its size. In a terminal that does not know its own, as that of `script`, it draws nothing."""
+    """tqdm's options for its size. In a terminal of unknown size, such as `script`'s, tqdm needs a fixed size."""
     try:
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
-    except (OSError, ValueError, AttributeError):  # no terminal, or an object of a script that only writes
+    except (OSError, ValueError, AttributeError):  # no terminal, or a user's object with `write` only
         known = True
     return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def step_table() -> TrainerCallback:
-    """transformers' table in a notebook, with our columns. It needs IPython, which a notebook has."""
+    """transformers' table for notebooks, with our columns. It needs IPython, which a notebook has."""
     from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
     class StepTable(NotebookProgressCallback):

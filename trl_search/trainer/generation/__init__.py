@@ -1,8 +1,8 @@
-"""What generates for the trainer, and how the weights of a step reach it.
+"""The trainer's engines, and how they get the weights of each step.
 
-policy.py          vLLM or the model itself, as the configuration asks
+policy.py          chooses vLLM or the model itself, by the configuration
 vllm_backend.py    TRL's vLLM engine, or one or several servers
-model_weights.py   the policy's weights, one whole tensor after the other
-server_sync.py     these weights on their way to servers
-adapter_sync.py    a LoRA adapter on its way, without the base weights
+model_weights.py   iterates over the policy's weights, one full tensor at a time
+server_sync.py     sends these weights to servers
+adapter_sync.py    sends a LoRA adapter without the base weights
 """

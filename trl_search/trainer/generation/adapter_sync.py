@@ -1,7 +1,7 @@
-"""A LoRA adapter on its way to vLLM, without the base weights: `vllm_lora_sync="adapter"`.
+"""Sends a LoRA adapter to vLLM without the base weights: `vllm_lora_sync="adapter"`.
 
-Each version goes under a name of its own, because vLLM's prefix cache tells adapters apart by their names. A colocated
-engine takes the tensors from memory; a server reads them from a folder that both sides see under the same path.
+Each version has its own name, because vLLM's prefix cache distinguishes adapters by name. A colocated engine takes the
+tensors from memory; a server reads them from a folder that both sides see under the same path.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from trl_search.trainer.replaced import replaced
 
 
 def adapter_tensors(model: Any, backend: DistributedBackend, device: torch.device) -> dict[str, torch.Tensor]:
-    """The whole tensors of the active adapter, as PEFT saves them. Every rank calls it: sharded ones are gathered."""
-    # "auto" would ask the hub whether the embeddings have grown.
+    """The full tensors of the active adapter, as PEFT saves them. Every rank must call it, to gather sharded ones."""
+    # "auto" would ask the hub whether the embeddings were resized.
     options: dict[str, Any] = {"adapter_name": model.active_adapter, "save_embedding_layers": False}
     with backend.gather_params([p for name, p in model.named_parameters() if model.prefix in name]):
         tensors = get_peft_model_state_dict(model, **options)
-        # Copies, as vLLM multiplies what it is given by the adapter's scale, in place.
+        # Copies, because vLLM multiplies the tensors by the adapter's scale in place.
         return {name: gathered(tensor, device).clone() for name, tensor in tensors.items()}
 
 
 def give_to_engine(engine: Any, request: Any, tensors: dict[str, torch.Tensor], model: Any, folder: Path) -> None:
-    """Adds the adapter to a colocated engine in the place of the version before."""
+    """Replaces the previous version of the adapter in a colocated engine."""
     model.peft_config[model.active_adapter].save_pretrained(folder)
     manager = engine.model_executor.driver_worker.model_runner.lora_manager
     with replaced(manager, "_lora_model_cls", adapter_from(tensors)):
@@ -45,7 +45,7 @@ def give_to_engine(engine: Any, request: Any, tensors: dict[str, torch.Tensor], 
 
 
 def save_adapter(tensors: dict[str, torch.Tensor], model: Any, folder: Path) -> None:
-    """Writes what a server reads: the tensors and the adapter's configuration."""
+    """Writes the adapter's tensors and configuration for a server."""
     folder.mkdir(parents=True, exist_ok=True)
     cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(cpu, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -53,11 +53,11 @@ def save_adapter(tensors: dict[str, torch.Tensor], model: Any, folder: Path) -> 
 
 
 def give_to_server(url: str, name: str, old: str | None, folder: Path, rank: int, patience_s: float) -> None:
-    """Loads the adapter that is in `folder` into a server as `name`, and unloads the version before.
+    """Loads the adapter in `folder` into a server as `name`, and unloads the previous version.
 
     Raises:
         ServerLost: if the server does not answer within `patience_s`.
-        UserError: if it refuses.
+        UserError: if the server rejects it.
     """
     post(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, rank, patience_s)
     if old is not None:
@@ -65,11 +65,11 @@ def give_to_server(url: str, name: str, old: str | None, folder: Path, rank: int
 
 
 def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float) -> None:
-    """Asks a server to load or unload an adapter of that rank; one that does not answer is asked again.
+    """Posts a request to load or unload an adapter, with retries. `rank` is the adapter's, for the error message.
 
     Raises:
-        UserError: if the server refuses it.
-        ServerLost: if it does not answer.
+        UserError: if the server rejects the request.
+        ServerLost: if the server does not answer.
     """
     try:
         for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
@@ -79,16 +79,16 @@ def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float
                     response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerLost(
-            f"the vLLM server at {url} did not take the adapter ({path}: {error}): start it again, then resume from "
-            "the last checkpoint"
+            f"the vLLM server at {url} did not load the adapter ({path}: {error}): restart it, then resume from the "
+            "last checkpoint"
         ) from error
-    # A server that took it and whose answer was lost has it already; one that was restarted has lost the old one.
+    # On a retry, the adapter may already be loaded; after a restart, the old one cannot be unloaded. Both are fine.
     if response.is_success or "already been loaded" in response.text or "unload" in path:
         return
     if response.status_code == 404 and "lora" not in response.text.lower():
         raise UserError(
-            f"the vLLM server at {url} takes no adapters: start it with --enable-lora --max-lora-rank {rank} and "
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+            f"the vLLM server at {url} does not accept adapters: start it with --enable-lora --max-lora-rank {rank} "
+            "and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
         )
     raise UserError(
         f"the vLLM server at {url} refused {path} ({response.status_code}: {response.text}): `trl-search doctor "

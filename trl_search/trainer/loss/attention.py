@@ -1,18 +1,18 @@
-"""Attention within each trajectory of a pack, and none across: which kernel computes it, and how a model is given it.
+"""Chooses and installs the kernel that computes attention within each trajectory of a pack, but not across them.
 
 | name                | what it is                                                  | where                        |
 |---------------------|-------------------------------------------------------------|------------------------------|
-| `varlen`            | PyTorch's own `torch.nn.attention.varlen.varlen_attn`       | CUDA from 8.0 on, bf16, fp16 |
+| `varlen`            | PyTorch's `torch.nn.attention.varlen.varlen_attn`           | CUDA from 8.0 on, bf16, fp16 |
 | `flash_attention_2` | the flash-attn package                                      | CUDA, bf16, fp16             |
 | `flex_attention`    | PyTorch's compiled block mask                               | CUDA                         |
-| `sdpa`              | one (T, T) mask: the reference that tests hold others to    | everywhere                   |
-| `padded`            | no packs: rows of like length together (`logprobs.py`)      | everywhere                   |
+| `sdpa`              | one dense (T, T) mask: the reference in tests               | everywhere                   |
+| `padded`            | no packs: rows of similar length together (`logprobs.py`)   | everywhere                   |
 
 `auto` takes the first of `varlen`, `flash_attention_2`, `flex_attention` that works here, else `padded`.
 
-A model keeps its kernel after the forward, because gradient checkpointing runs layers again in the backward. Calls
-without packs (generation, padded forwards) reach the implementation that the model had before, or `sdpa` where that
-was eager or flash attention. A packed call has `cu_seq_lens_q` or a block mask.
+A model keeps its kernel after the forward, because gradient checkpointing reruns layers in the backward. Calls without
+packs (generation, padded forwards) use the model's previous implementation, or `sdpa` if that was eager or flash
+attention. A call counts as packed if it has `cu_seq_lens_q` or a block mask.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _MAX_HEAD_DIM = 256
 def choose_attention(
     requested: str, model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """The kernel that packs of this model run on, here.
+    """Chooses the kernel for packs of this model on this device.
 
     Args:
         requested (`str`): One of `PACKED_ATTENTION`.
         model ([`~transformers.PreTrainedModel`]): The causal language model, without wrappers.
-        device, dtype: Where it runs and what attention computes in (autocast's type, where there is autocast).
+        device, dtype: The device, and the type in which attention computes (with autocast: autocast's type).
 
     Returns:
-        Its name, and why it was chosen, for the log.
+        The name of the kernel, and the reason for the log.
 
     Raises:
-        UserError: if the one asked for does not work here.
+        UserError: if the requested kernel does not work here.
     """
     if requested == "auto":
         refused = {name: _why_not(name, model, device, dtype) for name in _PREFERRED}
@@ -58,11 +58,11 @@ def choose_attention(
     reason = _why_not(requested, model, device, dtype)
     if reason is not None:
         raise UserError(f"packed_attention={requested!r} does not work here: {reason}. Set it to 'auto'")
-    return requested, "as packed_attention says"
+    return requested, "set by packed_attention"
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Has `model` run packs on the kernel `name`, and all other calls as before."""
+    """Makes `model` run packs on the kernel `name`, and all other calls as before."""
     if name in ("sdpa", "flash_attention_2"):
         model.set_attn_implementation(name)
     elif name in ("varlen", "flex_attention"):
@@ -71,21 +71,21 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 def _only_under_its_own_name(implementation: str) -> bool:
-    """Whether another name cannot stand for it; then the same numbers come from sdpa.
+    """Whether the implementation cannot be wrapped under another name; sdpa, which computes the same, replaces it.
 
-    Eager attention belongs to no registry, and transformers loads flash attention by the name in the configuration.
+    Eager attention is not in the registry, and transformers loads flash attention by the name in the configuration.
     """
     return implementation == "eager" or "flash" in implementation
 
 
 def attention_inputs(name: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """What a forward over one pack of trajectories of these lengths is given, beside its tokens and positions."""
+    """The further arguments of a forward over one pack, besides tokens and positions."""
     if name in ("sdpa", "flex_attention"):
         document_T = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
         return {"attention_mask": _block_mask(document_T) if name == "flex_attention" else _full_mask(document_T)}
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     return {
-        # A mask of four dimensions is passed through as it is: without one, transformers would make one of (T, T).
+        # transformers passes a mask of four dimensions through unchanged; without one, it would build a (T, T) mask.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device) if name == "varlen" else None,
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
@@ -107,22 +107,22 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`varlen_attn` in the form of a transformers attention function.
+    """`varlen_attn` with the signature of a transformers attention function.
 
     Args:
         query: (1, heads, T, head_dim).
         key, value: (1, key-value heads, T, head_dim).
-        cu_seq_lens_q: (trajectories + 1,) int32, where each begins and the last one ends.
-        max_length_q: Tokens of the longest.
+        cu_seq_lens_q: (trajectories + 1,) int32, the start of each trajectory and the end of the last one.
+        max_length_q: Tokens of the longest trajectory.
 
     Raises:
-        UserError: for soft-capping, or attention sinks.
+        UserError: for soft-capping or attention sinks.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UserError("varlen_attn has neither soft-capping nor attention sinks: set packed_attention='padded'")
-    # Rotary embeddings promote queries and keys to float32 where the weights are float32 and autocast is on.
+        raise UserError("varlen_attn supports neither soft-capping nor attention sinks: set packed_attention='padded'")
+    # With float32 weights and autocast, rotary embeddings promote queries and keys to float32.
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -142,7 +142,7 @@ def varlen_attention(
         max_length_q,
         max_length_q,
         scale=scaling,
-        # Causal. A window of W holds the token itself and W - 1 before it.
+        # Causal. A window of W contains the token itself and the W - 1 tokens before it.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **options,
     )
@@ -169,7 +169,7 @@ _KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
 
 @functools.cache
 def _register(name: str, otherwise: str) -> str:
-    """Registers, with transformers, kernel `name` for packs and implementation `otherwise` for everything else."""
+    """Registers with transformers a function that runs `name` for packs and `otherwise` for all other calls."""
     is_packed, packed = _KERNELS[name]
     plain = AttentionInterface()[otherwise]
 
@@ -191,7 +191,7 @@ def _register(name: str, otherwise: str) -> str:
 
 
 def _full_mask(document_T: torch.Tensor) -> torch.Tensor:
-    """(1, 1, T, T), True where a token is seen: its own trajectory, up to and including itself."""
+    """(1, 1, T, T), True where the query attends to the key: the same trajectory, causally."""
     same_TT = document_T.unsqueeze(0) == document_T.unsqueeze(1)
     return same_TT.tril().unsqueeze(0).unsqueeze(0)
 
@@ -202,7 +202,7 @@ def _block_mask(document_T: torch.Tensor) -> Any:
     def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query >= key) & (document_T[query] == document_T[key])
 
-    # Compiled, so that no (T, T) tensor is made on the way.
+    # Compiled, so that no (T, T) tensor is materialised.
     compiled = document_T.device.type == "cuda"
     tokens = len(document_T)
     return create_block_mask(seen, None, None, tokens, tokens, device=document_T.device, _compile=compiled)
@@ -218,25 +218,26 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why no kernel can keep the trajectories of a pack of this model apart; None if one may."""
+    """Why no kernel can separate the trajectories of a pack of this model; None if one may."""
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"layers of the kind {', '.join(sorted(others))} would mix the trajectories of a pack"
     if config is not model.config:
-        return "a vision-language model has positions of its own making"
+        return "a vision-language model computes its own positions"
     if not model._can_set_attn_implementation():
         return f"the attention of {type(model).__name__} cannot be replaced"
     return None
 
 
 def why_not_padding_free(model: PreTrainedModel) -> str | None:
-    """Why TRL's `padding_free` would mix the trajectories of a batch of this model; None if it keeps them apart.
+    """Why TRL's `padding_free` would mix the trajectories of a batch of this model; None if it separates them.
 
-    It tells the model nothing but positions that begin anew. transformers makes a mask of them for plain attention.
+    It passes the model only positions, which restart with each trajectory. From them, transformers builds a mask for
+    full attention only.
     """
     if window_of(model) is not None:
-        return "a mask made of positions does not serve its sliding-window layers"
+        return "the mask that is built from positions does not fit its sliding-window layers"
     return why_not_packed(model)
 
 
@@ -248,18 +249,18 @@ def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: tor
         return reason
     if name in ("sdpa", "flex_attention"):
         if window_of(model) is not None:
-            return "its one mask would serve sliding-window layers too"
+            return "it has only one mask, which does not fit sliding-window layers"
         if name == "sdpa":
             return None
         if device.type != "cuda":
             return f"it has no backward on {device.type}"
         if _caps_or_sinks(model) and _only_under_its_own_name(model.config._attn_implementation):
-            return "calls that are not of packs would go to sdpa, which has neither soft-capping nor attention sinks"
+            return "calls without packs would use sdpa, which supports neither soft-capping nor attention sinks"
         return None
     if device.type != "cuda":
-        return f"it needs CUDA, and the model is on {device.type}"
+        return f"it needs CUDA, but the model is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs bf16 or fp16, and training runs in {dtype}"
+        return f"it needs bf16 or fp16, but training runs in {dtype}"
     if name == "flash_attention_2":
         return None if is_flash_attn_2_available() else "the package flash-attn is not installed"
     return _why_not_varlen(model, device)
@@ -269,12 +270,12 @@ def _why_not_varlen(model: PreTrainedModel, device: torch.device) -> str | None:
     if not {"window_size", "scale"} <= _varlen_parameters():
         return f"torch {torch.__version__} has no varlen_attn with a window and a scale"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+        return f"it needs compute capability 8.0, but {torch.cuda.get_device_name(device)} has less"
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % 8 or head_dim > _MAX_HEAD_DIM or hasattr(config, "v_head_dim"):
-        return f"it needs heads of one size, a multiple of 8 up to {_MAX_HEAD_DIM}, and these are {head_dim} wide"
-    return "it has neither soft-capping nor attention sinks" if _caps_or_sinks(model) else None
+        return f"it needs heads of one size, a multiple of 8 up to {_MAX_HEAD_DIM}, but these are {head_dim} wide"
+    return "it supports neither soft-capping nor attention sinks" if _caps_or_sinks(model) else None
 
 
 def _caps_or_sinks(model: PreTrainedModel) -> bool:

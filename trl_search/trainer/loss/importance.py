@@ -1,9 +1,9 @@
-"""The correction between the engine that samples (vLLM) and the trainer, computed from the training forward itself.
+"""Importance-sampling correction between the sampling engine (vLLM) and the trainer, from the training forward.
 
-TRL corrects with the ratio p_trainer / p_vLLM at sampling time, and runs a forward pass of its own for p_trainer. When
-each batch gets one optimizer step, no weight moves between that pass and the training forward, whose log-probs are
-then the same. Where several steps are taken, the old log-probs come from TRL's pass as before. Loss and gradients are
-the same either way (`tests/trainer/loss/test_importance.py`).
+TRL corrects with the ratio p_trainer / p_vLLM at sampling time, and runs an extra forward pass for p_trainer. With one
+optimizer step per batch, the weights do not change between that pass and the training forward, so the training
+log-probs are used instead. With several steps, the old log-probs come from TRL's pass. Loss and gradients are the same
+either way (`tests/trainer/loss/test_importance.py`).
 
 | mode                | weight of a token                                         | source               |
 |---------------------|-----------------------------------------------------------|----------------------|
@@ -29,11 +29,10 @@ from trl_search.trainer.batch import MicroBatch
 def correct_towards_engine(
     micro_batch: MicroBatch, mode: str, bounds: tuple[float | None, float | None], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Puts `importance_sampling_ratio` into the micro-batch, where TRL's loss reads it.
+    """Adds `importance_sampling_ratio` to the micro-batch for TRL's loss.
 
     Returns:
-        `dict[str, float]`: Metrics under TRL's names, over what ran in the micro-batches of all ranks; NaN if nothing
-        did.
+        `dict[str, float]`: Metrics under TRL's names, over the tokens that ran on all ranks; NaN if none did.
     """
     mask_BC = micro_batch.runs_BC
     log_ratios_BC = log_ratios(micro_batch.old_logps_BC, micro_batch.inputs["sampling_per_token_logps"], mask_BC)
@@ -54,7 +53,8 @@ def correct_towards_engine(
 
 
 def effective_sample_size(weights: torch.Tensor, accelerator: Accelerator) -> float:
-    """Kish's (Σw)² / Σw² over all ranks, as a share of their number: 1 where all weigh the same; NaN without any."""
+    """Kish's (Σw)² / Σw² over all ranks, as a share of the number of weights: 1 if all are equal; NaN if there are
+    none."""
     weights = weights.detach().float()
     sums = torch.stack([weights.sum(), weights.square().sum(), torch.ones_like(weights).sum()])
     total, squares, count = accelerator.reduce(sums, "sum").tolist()
@@ -62,7 +62,7 @@ def effective_sample_size(weights: torch.Tensor, accelerator: Accelerator) -> fl
 
 
 def _spread(values: torch.Tensor, accelerator: Accelerator) -> tuple[float, float, float]:
-    """Lowest, mean and highest over all ranks; NaN where there is nothing."""
+    """Minimum, mean and maximum over all ranks; NaN if there are no values."""
     values = values.detach() if values.numel() else values.new_full((1,), math.nan)
     lows_R, means_R, highs_R = (
         accelerator.gather(torch.stack([values.min(), values.mean(), values.max()])).view(-1, 3).T
@@ -74,7 +74,7 @@ def _spread(values: torch.Tensor, accelerator: Accelerator) -> tuple[float, floa
 
 
 def log_ratios(old_logps_BC: torch.Tensor, sampling_logps_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
-    """log(p_trainer / p_vLLM) (B, C); 0, no correction, outside the loss and where vLLM gave no log-prob (NaN)."""
+    """log(p_trainer / p_vLLM) (B, C); 0 (no correction) outside the loss and where vLLM's log-prob is NaN."""
     return torch.nan_to_num((old_logps_BC - sampling_logps_BC) * mask_BC, nan=0.0)
 
 
@@ -100,8 +100,8 @@ def geometric_mask(
 ) -> torch.Tensor:
     """(B, 1): 1 for sequences whose mean log-ratio is within the bounds, 0 for the others.
 
-    The mean does not grow with the length, so long trajectories are not dropped for being long. With bounds near 1,
-    such as 0.999 and 1.001, it drops the sequences on which engine and trainer disagree most (huggingface/trl#4891).
+    The mean does not grow with the length, so a trajectory is not dropped because it is long. With bounds near 1, such
+    as 0.999 and 1.001, the mask drops the sequences on which engine and trainer disagree most (huggingface/trl#4891).
     """
     mean_B1 = log_ratios_BC.sum(dim=-1, keepdim=True) / mask_BC.sum(dim=-1, keepdim=True).clamp(min=1)
     return 1.0 - _outside(mean_B1.exp(), low, high).to(log_ratios_BC.dtype)

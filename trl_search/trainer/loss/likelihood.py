@@ -1,8 +1,8 @@
-"""LLDS: a penalty where the likelihood of good actions falls while the policy is trained (arXiv:2512.04220).
+"""LLDS: a penalty on good actions whose likelihood falls during training (arXiv:2512.04220).
 
 GRPO can lower the likelihood of right and wrong trajectories alike, because they share most of their tokens. Then the
-policy gets unsure, gradients grow, and training collapses. The penalty acts on actions (turns between observations)
-whose advantage is not negative and whose likelihood fell, and within them on the tokens that fell.
+policy becomes uncertain, gradients grow, and training collapses. The penalty applies to actions (turns between
+observations) with a non-negative advantage whose likelihood fell, and within them to the tokens whose likelihood fell.
 
     action          old log-probs      new log-probs      fell as a whole?   penalty
     search          -0.2 -0.1          -0.3 -0.1          yes                0.1 + 0
@@ -19,7 +19,7 @@ from trl_search.trainer.batch import MicroBatch
 
 
 def llds_of(micro_batch: MicroBatch) -> torch.Tensor:
-    """[`llds_penalty`] of a micro-batch whose log-probs are known."""
+    """[`llds_penalty`] of a micro-batch after its training forward."""
     assert micro_batch.logps_BC is not None
     inputs, mask_BC = micro_batch.inputs, micro_batch.loss_mask_BC
     return llds_penalty(micro_batch.logps_BC, micro_batch.old_logps_BC, mask_BC, inputs["advantages"])
@@ -28,12 +28,12 @@ def llds_of(micro_batch: MicroBatch) -> torch.Tensor:
 def llds_penalty(
     logps_BC: torch.Tensor, old_logps_BC: torch.Tensor, mask_BC: torch.Tensor, advantages_B: torch.Tensor
 ) -> torch.Tensor:
-    """The mean fall of log-likelihood per token in the loss; a scalar with gradients towards `logps_BC`.
+    """The mean decrease of log-likelihood per token in the loss; a scalar with gradients to `logps_BC`.
 
     Args:
-        logps_BC, old_logps_BC: Log-probs of the policy in training, and of the policy at sampling time.
-        mask_BC: 1 for tokens in the loss. What stands between two of its gaps is one action.
-        advantages_B: Trajectories with a negative advantage are left alone.
+        logps_BC, old_logps_BC: Log-probs of the policy in training, and at sampling time.
+        mask_BC: 1 for tokens in the loss. Each run of ones is an action.
+        advantages_B: Trajectories with a negative advantage get no penalty.
     """
     advantages_B1 = advantages_B.unsqueeze(1) if advantages_B.dim() == 1 else advantages_B
     mask_BC = mask_BC.to(logps_BC.dtype)
@@ -46,6 +46,6 @@ def llds_penalty(
 
 
 def action_numbers(mask_BC: torch.Tensor) -> torch.Tensor:
-    """(B, C): which action of its trajectory a token belongs to; a gap has the number of the action before it."""
+    """(B, C): the number of the action that each token belongs to; masked tokens have that of the action before."""
     before_BC = torch.nn.functional.pad(mask_BC[:, :-1], (1, 0))
     return ((mask_BC > 0) & (before_BC == 0)).cumsum(dim=1)

@@ -1,18 +1,19 @@
-"""Per-token log-probs of ragged trajectories, without padding, and for the tokens of the loss alone.
+"""Per-token log-probs of ragged trajectories, without padding, for the tokens in the loss only.
 
 TRL pads a whole generation batch to its longest trajectory, runs every micro-batch at that width, and projects every
-completion token onto the vocabulary, the retrieved ones too. A search agent's trajectories are ragged, and most of
-their tokens are not the policy's. Here (`benchmarks/logprobs.py` measures it):
+completion token onto the vocabulary, including retrieved ones. A search agent's trajectories are ragged, and most of
+their tokens are retrieved. Here (`benchmarks/logprobs.py` measures it):
 
-1. real tokens run, packed one trajectory after the other up to `max_packed_tokens` (`packing.py`), each attending to
-   its own trajectory (`attention.py`); where no kernel for it works, rows of like length run together, padded;
-2. of the hidden states, those whose next token is in the loss are kept, and TRL's fused LM head turns them into
-   log-probs and entropies in tiles. Everywhere else both are 0, and TRL uses neither there (test_logprobs.py).
+1. only real tokens run, in packs of trajectories of up to `max_packed_tokens` tokens (`packing.py`); each token
+   attends to its own trajectory (`attention.py`). If no kernel supports this, rows of similar length run together,
+   padded;
+2. only hidden states whose next token is in the loss are kept, and TRL's fused LM head turns them into log-probs and
+   entropies in tiles. For all other tokens both are 0, and TRL uses neither (test_logprobs.py).
 
-Memory of the backward: all packs of a micro-batch wait for its one backward. With `gradient_checkpointing`, what waits
-is each layer's input, and layers run again one by one. Without, every pack but the last runs again as a whole when its
-turn comes, so that the activations of one pack live at a time; a micro-batch of one pack never runs twice. So
-`max_packed_tokens` bounds the peak, and `per_device_train_batch_size` may be large.
+Memory of the backward: all packs of a micro-batch share one backward. With `gradient_checkpointing`, only the layers'
+inputs are kept, and layers rerun one by one. Without it, every pack except the last reruns as a whole in the backward,
+so that the activations of one pack exist at a time; a micro-batch of one pack never runs twice. `max_packed_tokens`
+therefore bounds the peak, and `per_device_train_batch_size` may be large.
 """
 
 from __future__ import annotations
@@ -39,25 +40,25 @@ from trl_search.trainer.loss.packing import Pack, idle_pack, make_packs, needed_
 
 logger = logging.getLogger(__name__)
 
-# A padded chunk has at least this many rows, and a micro-batch at most so many chunks (more only where TRL asks for
-# smaller ones). The number of chunks depends on the number of rows alone: ranks that shard a model, or broadcast its
-# buffers, must all run the same number of forwards.
+# The minimum rows of a padded chunk, and the maximum chunks of a micro-batch (more only if TRL's batch_size requires
+# it). The number of chunks depends only on the number of rows, because ranks that shard a model, or broadcast its
+# buffers, must run the same number of forwards.
 MIN_ROWS, MAX_CHUNKS = 4, 4
 
-# Log-probs and entropies, one per scored token, and where in the flattened (B, T) batch those tokens are.
+# Log-probs and entropies, one per scored token, and the indices of these tokens in the flattened (B, T) batch.
 Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) -> LogProbs | None:
-    """Chooses, once, how the log-probs of a trainer's models are computed, says so in the log, and prepares them.
+    """Chooses how the log-probs of a trainer's models are computed, logs the choice, and prepares the models.
 
     Args:
-        models: The policy and, after it, the reference model or None; wrapped or not.
+        models: The policy, then the reference model or None; wrapped or not.
         args ([`SearchGRPOConfig`]): `packed_attention`, `max_packed_tokens`, `bf16` and `fp16` are read.
-        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+        accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.
 
     Returns:
-        None where only TRL's own forward can compute them.
+        None if only TRL's own forward can compute them.
     """
     policy = models[0]
     if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
@@ -80,27 +81,27 @@ def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) ->
         attention,
         args.max_packed_tokens or RoomForPacks(policy, bare[0].config.get_text_config(), dtype.itemsize),
         agree=most_of_all_ranks,
-        # Absolute positions would count a row's padding. Vision-language models make positions of their own.
+        # Otherwise a model with absolute positions counts padding. Vision-language models compute their own positions.
         takes_positions=takes_positions(bare[0]),
         options={"output_router_logits": False} if has_router_logits(bare[0]) else {},
     )
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether a forward of this model is told the position of each token."""
+    """Whether the forward of this model takes the position of each token."""
     text_only = model.config.get_text_config() is model.config
     return text_only and "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def enable_scoring(model: PreTrainedModel, attention: str) -> None:
-    """Teaches `model`, which has TRL's fused LM head, to run packs and to project chosen hidden states only.
+    """Patches `model`, which has TRL's fused LM head, to run packs and to project only chosen hidden states.
 
-    Everything a packed call needs travels in its keywords, through whatever wraps the model: nothing is held aside
-    that gradient checkpointing, DDP or DeepSpeed could miss.
+    A packed call passes everything as keyword arguments through all wrappers of the model, so that gradient
+    checkpointing, DDP and DeepSpeed see it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The causal language model itself, not its PEFT or DDP wrapper.
-        attention (`str`): What `choose_attention` chose.
+        attention (`str`): The kernel that `choose_attention` chose.
     """
     fused_forward = model.forward
 
@@ -112,13 +113,13 @@ def enable_scoring(model: PreTrainedModel, attention: str) -> None:
         return fused_forward(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
-    if _keep_scored not in model.base_model._forward_hooks.values():  # it may have had a trainer before
+    if _keep_scored not in model.base_model._forward_hooks.values():  # an earlier trainer may have added it
         model.base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     set_attention(model, attention)
 
 
 def _keep_scored(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook on the backbone: only the scored hidden states go on to the LM head."""
+    """A forward hook on the backbone that passes only the scored hidden states to the LM head."""
     scored_N = kwargs.get("scored_positions")
     if scored_N is not None:
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[scored_N].unsqueeze(0)  # (1, N, hidden)
@@ -130,11 +131,11 @@ class LogProbs:
     """TRL's `_get_per_token_logps_and_entropies` over real tokens only.
 
     Args:
-        attention (`str`): What `choose_attention` chose, and `enable_scoring` was given.
-        max_packed_tokens (`int` or [`RoomForPacks`]): Tokens of a pack; a longer trajectory has one of its own.
-        agree (`Callable`): From this rank's number of packs to that of the rank that has most.
-        takes_positions (`bool`): Whether a padded forward is given `position_ids`.
-        options (`Mapping`): More keywords of every forward.
+        attention (`str`): The kernel that `choose_attention` chose and `enable_scoring` installed.
+        max_packed_tokens (`int` or [`RoomForPacks`]): Maximum tokens per pack; a longer trajectory gets its own pack.
+        agree (`Callable`): Maps this rank's number of packs to the maximum over all ranks.
+        takes_positions (`bool`): Whether a padded forward gets `position_ids`.
+        options (`Mapping`): Further keyword arguments of every forward.
     """
 
     attention: str
@@ -157,15 +158,15 @@ class LogProbs:
         """Runs `model`, which may be wrapped, on a padded batch.
 
         Args:
-            model: A model that has been through `enable_scoring`, or what wraps it.
+            model: A model prepared by `enable_scoring`, or its wrapper.
             input_ids_BT, attention_mask_BT: Prompts padded on the left, completions on the right.
-            logits_to_keep (`int`): Columns of the completion, C; more than the mask's where TRL pads to a multiple.
-            loss_mask_BC: Completion tokens whose log-probs are wanted; None for all.
-            batch_size (`int`, *optional*): Rows of a padded forward, at most; packs are cut by tokens instead.
-            gradient_checkpointing (`bool`): Whether the model's layers run again in the backward anyhow.
+            logits_to_keep (`int`): Columns of the completion, C; more than the mask's if TRL pads to a multiple.
+            loss_mask_BC: Completion tokens whose log-probs are needed; None for all.
+            batch_size (`int`, *optional*): Maximum rows of a padded forward; packs are limited by tokens instead.
+            gradient_checkpointing (`bool`): Whether the model's layers already rerun in the backward.
 
         Returns:
-            Log-probs (B, C) and entropies (B, C), 0 outside the mask; no entropies from a model whose head has none.
+            Log-probs (B, C) and entropies (B, C), 0 outside the mask; None for entropies that the head lacks.
         """
         completion_BC = attention_mask_BT[:, -logits_to_keep:]
         if loss_mask_BC is not None:
@@ -180,7 +181,7 @@ class LogProbs:
                 tokens = int(needed_tokens(attention_mask_BT, scored_BT).sum())
                 most = most(tokens, checkpointing=gradient_checkpointing)
             packs = make_packs(attention_mask_BT, scored_BT, most)
-            # A rank with nothing to score still runs a forward: the backward of its wrapper waits for one.
+            # A rank with nothing to score still runs a forward, which the backward of a wrapper such as DDP needs.
             packs += [idle_pack()] * (max(1, self.agree(len(packs))) - len(packs))
             again = torch.is_grad_enabled() and not gradient_checkpointing
             scores = [
@@ -221,7 +222,7 @@ class LogProbs:
         scored_BT: torch.Tensor,
         batch_size: int | None,
     ) -> list[Scores]:
-        """Rows sorted by length, in a few chunks, each cut to the columns that its scored tokens depend on."""
+        """Runs rows sorted by length in a few chunks, each cut to the columns that its scored tokens depend on."""
         rows, width = input_ids_BT.shape
         needed_BT = needed_tokens(attention_mask_BT, scored_BT)
         count = max(1, min(MAX_CHUNKS, rows // MIN_ROWS), -(-rows // (batch_size or rows)))
@@ -234,7 +235,7 @@ class LogProbs:
         scores = []
         for chunk in order_B.tensor_split(count):
             used = needed_BT[chunk].any(dim=0).nonzero().flatten()
-            # One column always stays, and its row's attention with it: a chunk may have nothing to score.
+            # Keep at least one column, because a chunk may have nothing to score.
             start, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
             scored_N = scored_BT[chunk, start + 1 : end + 1].flatten().nonzero().squeeze(1)
             targets_N = where_BT[chunk, start + 1 : end + 1].flatten()[scored_N]

@@ -1,9 +1,9 @@
-"""Which tokens of a batch the loss is made of, on their way from trajectories to TRL and back.
+"""Which tokens of a batch are in the loss.
 
-    Trajectory.mask  ──►  loss_mask: none of a failed trajectory  ──►  TRL's env_mask  ──►  loss_mask_of a scored batch
-    1 sampled, 0 read     (or of a truncated one, where asked for)
+    Trajectory.mask  ──►  loss_mask: 0 for a failed trajectory  ──►  TRL's env_mask  ──►  loss_mask_of a scored batch
+    1 sampled, 0 read     (mask_truncated_completions: also for a truncated one)
 
-The mask of a single token is written with the token, by `Trajectory.act` and `Trajectory.observe` in `types.py`.
+`Trajectory.act` and `Trajectory.observe` in `types.py` set the mask of each token when they write it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def loss_mask(trajectory: Trajectory, args: SearchGRPOConfig) -> list[int]:
     """1 for each token that is trained on: the sampled ones, unless the trajectory failed."""
-    # TRL takes a completion for truncated if it does not end in EOS. Where the last observation found no room, a
-    # sampled EOS comes last, so TRL would take that trajectory for a finished one.
+    # TRL treats a completion without a final EOS as truncated. It misses trajectories whose last observation did not
+    # fit, because these end in a sampled EOS.
     truncated = args.mask_truncated_completions and trajectory.stop_reason is StopReason.TOKEN_BUDGET
     if trajectory.failed or truncated:
         return [0] * len(trajectory.ids)
@@ -30,7 +30,7 @@ def loss_mask(trajectory: Trajectory, args: SearchGRPOConfig) -> list[int]:
 
 
 def sampling_logprobs(trajectory: Trajectory, args: SearchGRPOConfig) -> list[float]:
-    """The log-probs at sampling time, which TRL compares with the trainer's."""
+    """The log-probs at sampling time, for TRL's importance ratio."""
     if args.mask_observations:
         return trajectory.logprobs
     # Observation tokens were never sampled. NaN gives them importance weight 1; the stored 0.0 would give p(token).
@@ -39,5 +39,5 @@ def sampling_logprobs(trajectory: Trajectory, args: SearchGRPOConfig) -> list[fl
 
 
 def loss_mask_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The loss mask (B, C) of a batch that TRL has scored: there it is the product of two masks."""
+    """The loss mask (B, C) of a batch that TRL has scored, where it is the product of two masks."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)

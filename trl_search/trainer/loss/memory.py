@@ -1,17 +1,17 @@
-"""How many tokens a pack may have, from the free memory of the GPU and the model's shape (`max_packed_tokens: 0`).
+"""Estimates how many tokens fit in a pack, from the GPU's free memory and the model's shape (`max_packed_tokens: 0`).
 
-    free memory, without what the optimizer and the gradients are still to take    48.0 GB
-    × 0.8, since kernels and fragments need some                                   38.4 GB
+    free memory, minus what optimizer and gradients will still allocate            48.0 GB
+    × 0.8, for kernels and fragmentation                                           38.4 GB
     activations of one token of a 3B model, all 36 layers: 36 × 146 kB              5.3 MB
     tokens of a pack                                                                  7,284
 
-What a layer keeps for its backward, in numbers per token (h hidden, i intermediate, q and k the widths of the queries
-and of the keys): 12 h for two norms, which compute in float32, 2 q + 2 k for attention, 4 i for the MLP. With gradient
-checkpointing every layer keeps only its input, of all packs of the micro-batch, and one layer at a time has the rest
-twice, values and gradients.
+A layer keeps for its backward, in numbers per token (h hidden, i intermediate, q and k the widths of queries and
+keys): 12 h for two norms, which compute in float32, 2 q + 2 k for attention, 4 i for the MLP. With gradient
+checkpointing, every layer keeps only its input, for all packs of the micro-batch, and one layer at a time keeps the
+rest twice, as values and gradients.
 
-With `gradient_checkpointing: false`, a micro-batch that fits is one pack, and nothing is computed twice. Where it does
-not fit, all packs but the last run again.
+With `gradient_checkpointing: false`, a micro-batch that fits is one pack, and nothing is computed twice. If it does
+not fit, all packs except the last run twice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-FALLBACK = 16384  # where no memory is known: on a CPU, and without a backward
-MOST = 65536  # more tokens make no kernel faster
+FALLBACK = 16384  # if memory is unknown: on a CPU, and without a backward
+MOST = 65536  # kernels do not get faster with more tokens
 USABLE = 0.8
 
 
 class RoomForPacks:
-    """The tokens of a pack. Memory is measured once, at the first forward that a backward follows.
+    """The maximum tokens per pack. Memory is measured once, at the first forward with gradients.
 
     Args:
-        model (`torch.nn.Module`): The model that is trained, on its device; its shards where it is sharded.
-        config: Its text config, of which `hidden_size`, `intermediate_size`, ... are read.
-        number_bytes (`int`): Bytes of an activation: 2 in bf16 and fp16.
+        model (`torch.nn.Module`): The model that is trained, on its device; its shards if it is sharded.
+        config: Its text config, from which `hidden_size`, `intermediate_size`, ... are read.
+        number_bytes (`int`): Bytes per activation: 2 in bf16 and fp16.
     """
 
     def __init__(self, model: torch.nn.Module, config: Any, number_bytes: int) -> None:
@@ -42,7 +42,7 @@ class RoomForPacks:
         self._usable: float | None = None
 
     def __call__(self, micro_batch_tokens: int, *, checkpointing: bool) -> int:
-        """Tokens of a pack in a micro-batch of this many tokens."""
+        """The maximum tokens per pack, for a micro-batch of this many tokens."""
         device = next(self.model.parameters()).device
         if device.type != "cuda" or not torch.is_grad_enabled():
             return FALLBACK
@@ -60,7 +60,7 @@ class RoomForPacks:
 
 
 def tokens_that_fit(usable_bytes: float, config: Any, number_bytes: int, checkpointed_tokens: int | None) -> int:
-    """Tokens whose activations fit into memory, from 1 to `MOST`.
+    """The number of tokens whose activations fit in memory, from 1 to `MOST`.
 
     Args:
         checkpointed_tokens (`int`, *optional*): Tokens of the micro-batch, with gradient checkpointing.
@@ -73,7 +73,7 @@ def tokens_that_fit(usable_bytes: float, config: Any, number_bytes: int, checkpo
 
 
 def numbers_per_token(config: Any) -> int:
-    """What one layer keeps of one token for its backward."""
+    """How many numbers one layer keeps per token for its backward."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     head = getattr(config, "head_dim", None) or hidden // heads
     keys = head * (getattr(config, "num_key_value_heads", None) or heads)
@@ -83,13 +83,13 @@ def numbers_per_token(config: Any) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free, and what PyTorch holds without using it."""
+    """Free memory, including what PyTorch has reserved but does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def bytes_to_come(model: torch.nn.Module) -> int:
-    """Gradients that are not there yet, and AdamW's two numbers per weight, which the first step allocates."""
+    """Bytes of gradients not yet allocated, and of AdamW's two numbers per weight, allocated in the first step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = [(p.to_local() if hasattr(p, "to_local") else p).nbytes for p in trained]
     return 2 * sum(sizes) + sum(size for p, size in zip(trained, sizes, strict=True) if p.grad is None)

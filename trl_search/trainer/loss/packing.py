@@ -1,13 +1,13 @@
 """Which tokens of a batch run, in which pack, and which of them are scored.
 
-TRL gives a padded batch: prompts on the right of their columns, completions on the left of theirs. Here two
-trajectories, P prompt and C completion tokens, w the world's:
+TRL's batch is padded on the left of the prompts and on the right of the completions. An example with two trajectories
+(P prompt, C completion, w observation):
 
     . P P C C w w C .        pack    P P C C w w P C C C     no padding; positions restart with each trajectory
     . . P C C C w w w        scored    * *     *   * * *     hidden states whose next token the policy wrote
 
-Only what a scored token depends on runs: neither a trajectory's last token, which nothing follows, nor what comes
-after the last scored one (an observation that the budget cut off), nor a trajectory that has none (a failed search).
+Only tokens that a scored token depends on run. This leaves out the last token of a trajectory, all tokens after the
+last scored one (an observation that the budget cut off), and trajectories without a scored token (a failed search).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 
 @dataclass(frozen=True)
 class Pack:
-    """Trajectories one after the other, T tokens, N of whose hidden states are scored. Indices, on the CPU.
+    """Concatenated trajectories of T tokens, with N scored hidden states. All tensors are indices, on the CPU.
 
     Args:
-        tokens_T: The tokens, as indices of the flattened (B, P + C) batch.
+        tokens_T: The tokens, as indices into the flattened (B, P + C) batch.
         positions_T: The position of each token in its own trajectory.
-        lengths (`list[int]`): Tokens of each trajectory.
-        scored_N: The hidden states that are projected, as indices of T.
-        targets_N: The tokens they predict, as indices of the flattened (B, P + C) batch.
+        lengths (`list[int]`): Tokens per trajectory.
+        scored_N: The hidden states that are projected, as indices into T.
+        targets_N: The tokens that they predict, as indices into the flattened (B, P + C) batch.
     """
 
     tokens_T: torch.Tensor
@@ -37,7 +37,7 @@ class Pack:
 
 
 def scored_tokens(attention_mask_BT: torch.Tensor, loss_mask_BC: torch.Tensor) -> torch.Tensor:
-    """(B, T) booleans: completion tokens that are in the loss and have a token before them to be predicted from."""
+    """(B, T) booleans: completion tokens that are in the loss and have a token before them."""
     attended_BT = attention_mask_BT.bool()
     scored_BT = torch.zeros_like(attended_BT)
     columns = loss_mask_BC.shape[1]
@@ -48,15 +48,15 @@ def scored_tokens(attention_mask_BT: torch.Tensor, loss_mask_BC: torch.Tensor) -
 
 
 def needed_tokens(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T) booleans: tokens that stand before a scored token of their row."""
+    """(B, T) booleans: tokens before a scored token of their row."""
     later_BT = scored_BT.flip(1).cumsum(1).flip(1) - scored_BT.long()  # scored tokens after each column
     return attention_mask_BT.bool() & (later_BT > 0)
 
 
 def assign(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """As few packs of at most `max_tokens` as possible, of similar size. A longer trajectory gets a pack of its own.
+    """Divides trajectories into few packs of at most `max_tokens`, of similar size. A longer one gets its own pack.
 
-    Trajectories are assigned longest first, each to the emptiest pack, with one more pack until all fit.
+    Trajectories are assigned longest first, each to the emptiest pack; the number of packs grows until all fit.
     """
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
     alone = [[i] for i in order if lengths[i] >= max_tokens]
@@ -75,7 +75,8 @@ def assign(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def make_packs(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor, max_tokens: int) -> list[Pack]:
-    """Packs of at most `max_tokens` tokens that hold every needed token once, and every scored token as a target."""
+    """Packs of at most `max_tokens` tokens that contain every needed token once, and every scored token as a
+    target."""
     scored_BT = scored_BT.cpu()
     needed_BT = needed_tokens(attention_mask_BT.cpu(), scored_BT)
     rows = [row.nonzero().squeeze(1) for row in needed_BT]  # columns of each row's tokens
@@ -83,7 +84,7 @@ def make_packs(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor, max_tok
     packs = []
     for members in assign([len(columns) for columns in rows], max_tokens):
         tokens_T = torch.cat([row * width + rows[row] for row in members])
-        followed_T = scored_BT.flatten()[tokens_T + 1]  # a row's last column is never needed: + 1 stays within the row
+        followed_T = scored_BT.flatten()[tokens_T + 1]  # within the row, because the last column is never needed
         scored_N = followed_T.nonzero().squeeze(1)
         packs.append(
             Pack(
@@ -98,7 +99,7 @@ def make_packs(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor, max_tok
 
 
 def idle_pack() -> Pack:
-    """One token, nothing scored: for a rank that has nothing (more) to run while others do."""
+    """A pack of one token with nothing scored, for a rank with fewer packs than the others."""
     none = torch.zeros(0, dtype=torch.long)
     one = torch.zeros(1, dtype=torch.long)
     return Pack(tokens_T=one, positions_T=one, lengths=[1], scored_N=none, targets_N=none)

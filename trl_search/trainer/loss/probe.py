@@ -1,6 +1,6 @@
-"""Are the log-probs of the loss those of the model itself? Two random trajectories tell, before the first step.
+"""Checks before the first step, on two random trajectories, that the log-probs of the loss equal those of the model.
 
-The same question is asked of the engine that samples (`policies/probe.py`): both are held to one plain forward.
+`policies/probe.py` checks the sampling engine in the same way, against a plain forward.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def probed(
     """Compares the log-probs of two trajectories, one of them longer than the model's window, with a plain forward.
 
     Args:
-        logprobs ([`LogProbs`]): As `make_logprobs` made it.
+        logprobs ([`LogProbs`]): The result of `make_logprobs`.
         wrapped: The policy as the loss calls it.
-        model: The policy without wrappers of distribution.
+        model: The policy without its distributed wrappers.
         args ([`SearchGRPOConfig`]): `packed_attention` and `temperature` are read.
 
     Returns:
-        `LogProbs`: The one given; with `packed_attention="auto"` that of the padded path if only packs are wrong.
+        `LogProbs`: The given one; with `packed_attention="auto"`, the padded one if only packs are wrong.
 
     Raises:
-        UserError: if they differ by more than rounding explains.
+        UserError: if the log-probs differ by more than rounding.
     """
     was_training = model.training
     model.eval()
@@ -48,7 +48,7 @@ def probed(
         if problem and args.packed_attention == "auto" and logprobs.attention != "padded":
             padded = dataclasses.replace(logprobs, attention="padded")
             if not _difference(padded, wrapped, model, tokenizer, args):
-                logger.warning("log-probs: padded in place of %s, whose %s", logprobs.attention, problem)
+                logger.warning("log-probs: padded instead of %s, whose %s", logprobs.attention, problem)
                 return padded
     finally:
         model.train(was_training)
@@ -56,9 +56,10 @@ def probed(
         name = type(probe.bare_model(model)).__name__
         remedy = "set packed_attention: padded"
         if logprobs.attention == "padded":
-            remedy = "this model cannot be trained with padding; set per_device_train_batch_size: 1, or take another"
+            remedy = "padding does not work with this model: set per_device_train_batch_size: 1, or use another model"
         raise UserError(
-            f"packed_attention={logprobs.attention!r} computes other log-probs than {name} itself: {problem}; {remedy}"
+            f"packed_attention={logprobs.attention!r} computes log-probs that differ from {name}'s: {problem}; "
+            f"{remedy}"
         )
     return logprobs
 
@@ -84,7 +85,7 @@ def _difference(
     ]
     try:
         found_BC = logprobs(wrapped, ids_BT, mask_BT, _COMPLETION, None)[0].float().cpu()
-    # Whatever an architecture raises when it is run in packs, or padded.
+    # An architecture may raise any exception when it runs packed or padded.
     except Exception as error:
         return f"forward raises {type(error).__name__}: {error}"
     found = [found_BC[row, : len(completion)] for row, completion in enumerate(completions)]
@@ -93,10 +94,10 @@ def _difference(
 
 
 def _alone(logprobs: LogProbs, wrapped: Any, prompt: list[int], completion: list[int], device: Any) -> torch.Tensor:
-    """Log-probs of a completion in a batch of its own, so without padding, but by TRL's fused head.
+    """Log-probs of a completion in a batch of one, so without padding, but from TRL's fused head.
 
-    Under ZeRO-3 a plain forward teaches DeepSpeed to fetch the head's weights ahead of time. The fused head, which
-    comes next, fetches them itself, and fails when they are on their way already.
+    Under ZeRO-3, a plain forward makes DeepSpeed prefetch the head's weights from then on. The fused head, which runs
+    next, fetches them itself, and fails if the prefetch has begun.
     """
     ids_BT = torch.tensor([[*prompt, *completion]], device=device)
     padded = dataclasses.replace(logprobs, attention="padded")

@@ -1,11 +1,11 @@
-"""`SearchLoss`: the seams of TRL's `GRPOTrainer` at which the loss is computed over trajectories.
+"""`SearchLoss`: the seams of TRL's `GRPOTrainer` that compute the loss.
 
 | seam                                 | what we do there                                                            |
 |--------------------------------------|-----------------------------------------------------------------------------|
-| `_compute_loss`                      | leave out what cannot change the weights (`without_gradient.py`); add LLDS  |
-|                                      | (`likelihood.py`)                                                           |
-| `_get_per_token_logps_and_entropies` | run real tokens only, and score those in the loss (`logprobs.py`); correct  |
-|                                      | towards vLLM (`importance.py`)                                              |
+| `_compute_loss`                      | skip trajectories that cannot change the weights (`without_gradient.py`);   |
+|                                      | add LLDS (`likelihood.py`)                                                  |
+| `_get_per_token_logps_and_entropies` | run only real tokens, and score those in the loss (`logprobs.py`); add the  |
+|                                      | importance ratios to vLLM (`importance.py`)                                 |
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from trl_search.trainer.replaced import replaced
 
 
 class SearchLoss(GRPOTrainer):
-    """A `GRPOTrainer` whose loss runs over the tokens that need it. Without an `environment` it is TRL's."""
+    """A `GRPOTrainer` whose loss runs only the tokens that it needs. Without an `environment`, the loss is TRL's."""
 
     args: SearchGRPOConfig
     model: PreTrainedModel
     environment: Environment | None
     last_rollout: Rollout
-    # A trainer that was constructed in part is a plain GRPOTrainer.
+    # A class attribute, so that a partly constructed trainer acts as a plain GRPOTrainer.
     logprobs: LogProbs | None = None
-    _micro_batch: MicroBatch | None = None  # while its loss is computed
-    all_run = True  # also trajectories that cannot change the weights
+    _micro_batch: MicroBatch | None = None  # set while its loss is computed
+    all_run = True  # whether to run trajectories that cannot change the weights
     _probed = False
 
     @property
     def corrects_sampling(self) -> bool:
-        """Whether tokens may come from another policy than the batch's first: from vLLM, or from older weights."""
+        """Whether the loss corrects for tokens that were sampled by vLLM or from older weights."""
         other = self.use_vllm or (self.environment is not None and carries_over(self.args))
         return bool(other and self.vllm_importance_sampling_correction)
 
     def prepare_loss(self) -> None:
-        """Chooses how log-probs are computed, and for which trajectories, and logs both."""
+        """Chooses how log-probs are computed and which trajectories run, and logs both."""
         self.logprobs = make_logprobs([self.model, self.ref_model], self.args, self.accelerator)
         self.all_run = must_all_run(self)
 
     def probe_logprobs(self) -> None:
-        """Before the first rollout, when the model is where it is trained: does the loss see the model's log-probs?"""
+        """Checks the loss's log-probs once, before the first rollout, when the model is on its device."""
         if self.logprobs is None or self._probed:
             return
         self._probed = True
@@ -74,7 +74,7 @@ class SearchLoss(GRPOTrainer):
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if self.logprobs is None or compute_aux_loss or any(value is not None for value in multimodal.values()):
-            # The load-balancing loss of a mixture of experts is a mean over all tokens: TRL's forward has them all.
+            # The load-balancing loss of a mixture of experts is a mean over all tokens, so TRL's forward computes it.
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             scores: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
             scores = super()._get_per_token_logps_and_entropies(
@@ -85,7 +85,7 @@ class SearchLoss(GRPOTrainer):
         with self.accelerator.autocast():
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             again = self.args.gradient_checkpointing or bool(plugin and plugin.activation_checkpointing)
-            # Outside of the loss, the old and the reference policy score the whole generation batch.
+            # Outside the loss, the old and the reference policy score the whole generation batch.
             mask_BC = self.last_rollout.loss_mask_BC if self._micro_batch is None else self._micro_batch.runs_BC
             logps, entropies = self.logprobs(
                 model,
@@ -105,7 +105,7 @@ class SearchLoss(GRPOTrainer):
         all_run = self.all_run or not self.model.training
         micro_batch = self._micro_batch = micro_batch_of(inputs, all_run=all_run)
         try:
-            # TRL reads the ratios only where vLLM samples.
+            # TRL reads the ratios only if `use_vllm` is set.
             with replaced(self, "use_vllm", self.use_vllm or self.corrects_sampling):
                 loss: torch.Tensor = super()._compute_loss(model, micro_batch.inputs)
         finally:
@@ -119,7 +119,7 @@ class SearchLoss(GRPOTrainer):
         return loss + self.args.llds_coef * penalty / self.current_gradient_accumulation_steps
 
     def _see_logps(self, logps_BC: torch.Tensor) -> None:
-        """Completes the micro-batch, once its log-probs are known and before TRL makes a loss of them."""
+        """Stores the log-probs in the micro-batch, before TRL computes the loss from them."""
         if self._micro_batch is None or self.environment is None:
             return
         self._micro_batch.logps_BC = logps_BC
@@ -128,6 +128,6 @@ class SearchLoss(GRPOTrainer):
             found = correct_towards_engine(
                 self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
             )
-            # A log in which nothing ran has no such metric: reports take a NaN for a broken run.
+            # NaN is not logged if nothing ran, because reports read it as a broken run.
             for name, value in ((name, value) for name, value in found.items() if not math.isnan(value)):
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
