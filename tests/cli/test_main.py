@@ -293,9 +293,9 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("trl_search.cli.commands.search.run", interrupted)
     assert main(["search", "runs/index", "who?"]) == 130
-    assert "interrupted; no checkpoint is written yet" in capsys.readouterr().err
+    assert "interrupted; no checkpoint was written yet" in capsys.readouterr().err
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "trainer_state.json").touch()
     monkeypatch.setattr(resume, "is_whole", lambda path: True)
     assert main(["search", "runs/index", "who?"]) == 130
-    assert f"--resume_from_checkpoint last goes on from {tmp_path / 'checkpoint-4'}" in capsys.readouterr().err
+    assert f"--resume_from_checkpoint last continues from {tmp_path / 'checkpoint-4'}" in capsys.readouterr().err

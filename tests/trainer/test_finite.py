@@ -130,4 +130,4 @@ def test_cudnn_attention_is_switched_off_where_there_is_a_gpu(
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
     avoid_cudnn_attention()
     avoid_cudnn_attention()
-    assert switched == [False] and caplog.text.count("switched off") == 1
+    assert switched == [False] and caplog.text.count("is disabled") == 1

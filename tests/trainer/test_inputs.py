@@ -38,20 +38,20 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"trainer": {"eval_dataset": DATA.remove_columns("golden_answers")}, "rewards": ["f1"]}, "'f1' needs"),
         ({"trainer": {"environment": AnswerOnly()}}, "a retriever or an environment, not both"),
         ({"trainer": {"environment": AnswerOnly(), "retriever": None}, "search_floor_steps": 1}, "Only has no tools"),
-        ({"trainer": {"tools": [print]}}, "^tools is TRL's way"),
-        ({"trainer": {"environment_factory": object}}, "^environment_factory is TRL's way"),
-        ({"trainer": {"rollout_func": print}}, "^rollout_func is TRL's way"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs do not reach"),
+        ({"trainer": {"tools": [print]}}, "^tools configures TRL's multi-turn rollouts"),
+        ({"trainer": {"environment_factory": object}}, "^environment_factory configures TRL's multi-turn rollouts"),
+        ({"trainer": {"rollout_func": print}}, "^rollout_func configures TRL's multi-turn rollouts"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs have no effect"),
         ({"rewards": "exact_mach"}, "unknown reward 'exact_mach'.*em, f1, format"),
         ({"rewards": []}, "reward_funcs is empty"),
-        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations is of TRL's own .*max_searches"),
-        ({"cache_implementation": "static"}, "cache_implementation is of TRL's own generation"),
-        ({"use_transformers_continuous_batching": True}, "continuous_batching is of TRL's own .*rollout_batch_size"),
-        ({"remove_unused_columns": True}, "remove_unused_columns=True takes the columns"),
+        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations configures TRL's .*max_searches"),
+        ({"cache_implementation": "static"}, "cache_implementation configures TRL's generation"),
+        ({"use_transformers_continuous_batching": True}, "continuous_batching configures TRL's .*rollout_batch_size"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True removes columns"),
         ({"trainer": {"peft_config": PROMPT_TUNING}}, "^prompt_tuning puts tokens before every prompt.*LoRA"),
         ({"trainer": {"peft_config": PREFIX_TUNING}}, "^prefix_tuning puts tokens before every prompt.*LoRA"),
         ({"data": DATA.add_column("image", [None] * len(DATA))}, "train_dataset has the column 'image'"),
-        ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): give one"),
+        ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )  # fmt: skip
@@ -62,7 +62,7 @@ def test_what_cannot_be_done_is_said_at_start(tmp_path, random_model, tokenizer,
 
 def test_a_plain_grpo_config_lacks_what_a_search_needs(tmp_path, random_model, tokenizer):
     arguments = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False)
-    with pytest.raises(UserError, match="must be a SearchGRPOConfig, and it is a GRPOConfig"):
+    with pytest.raises(UserError, match="must be a SearchGRPOConfig, not a GRPOConfig"):
         SearchGRPOTrainer(random_model, later_is_better, arguments, DATA, retriever=FixedRetriever(PASSAGES))
 
 
@@ -91,7 +91,7 @@ def test_a_prompt_that_is_streamed_is_checked_as_it_comes(tmp_path, random_model
     trainer = real_trainer(
         tmp_path, random_model, tokenizer, data=LONG.to_iterable_dataset(), max_completion_length=1000
     )
-    with pytest.raises(UserError, match=r"length=1000 need \d+ positions, and the model has 2048: lower .* or leave"):
+    with pytest.raises(UserError, match=r"length=1000 need \d+ positions, but the model has 2048: lower .* or leave"):
         trainer.train()
 
 
@@ -110,12 +110,12 @@ def test_a_tokenizer_without_tool_calls_under_qwen_tools(tmp_path, random_model)
     ("options", "message"),
     [
         ({"protocol": "qwen_tool"}, "unknown protocol 'qwen_tool': did you mean 'qwen_tools'"),
-        ({"max_failed_share": 1.5}, "max_failed_share=1.5 is a share"),
+        ({"max_failed_share": 1.5}, "max_failed_share=1.5 must be a number from 0 to 1"),
         ({"passages_per_query": 0}, "passages_per_query=0 must be at least 1"),
         ({"max_turn_length": 0}, "max_turn_length=0 must be at least 1"),
-        ({"max_completion_length": None}, "max_completion_length is empty, and must be a whole number"),
+        ({"max_completion_length": None}, "max_completion_length is empty, but must be a whole number"),
         ({"max_searches": -1}, "max_searches=-1 must be at least 0"),
-        ({"search_timeout_s": 0}, "search_timeout_s=0.0 must be a number of seconds, more than 0"),
+        ({"search_timeout_s": 0}, "search_timeout_s=0.0 must be a finite number of seconds above 0"),
         ({"rollout_batch_size": 0}, "rollout_batch_size=0 must be at least 1"),
         ({"max_queries_per_search": 0}, "max_queries_per_search=0 must be at least 1"),
     ],
@@ -144,7 +144,7 @@ def test_a_processor_is_as_good_as_its_tokenizer(tmp_path, random_model, tokeniz
 def test_rewards_that_read_the_first_message_are_named(tmp_path, random_model, tokenizer, caplog):
     with caplog.at_level("WARNING"):
         real_trainer(tmp_path, random_model, tokenizer, rewards=[think_format_reward, later_is_better])
-    assert "think_format_reward reads the first message" in caplog.text and "later_is_better" not in caplog.text
+    assert "think_format_reward reads only the first message" in caplog.text and "later_is_better" not in caplog.text
     caplog.clear()
     last = of_last_message(think_format_reward)
     real_trainer(tmp_path, random_model, tokenizer, rewards=last)
@@ -213,5 +213,5 @@ def test_prompts_on_disk_are_those_of_the_protocol_that_asks(tmp_path, tokenizer
 
 def test_fewer_questions_than_a_batch_asks_do_not_end_as_a_training_of_no_steps(tmp_path, random_model, tokenizer):
     trainer = real_trainer(tmp_path, random_model, tokenizer, data=DATA.select([0]), per_device_train_batch_size=8)
-    with pytest.raises(UserError, match=r"a batch asks 2 questions .* there are only 1: give more questions"):
+    with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
         trainer.train()

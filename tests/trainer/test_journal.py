@@ -94,7 +94,7 @@ def test_what_would_come_back_changed_is_not_kept(tmp_path, caplog):
     write(tmp_path / "rank0.jsonl", "a", _0=own, _1=scored, _2=own)
     found = Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished
     assert list(found) == [1] and same(found[1], scored)
-    assert caplog.text.count("Page is no class of trl_search.types") == 1
+    assert caplog.text.count("Page is not a class of trl_search.types") == 1
 
 
 def test_one_weight_or_setting_makes_another_batch():

@@ -79,7 +79,9 @@ def test_an_interrupted_run_goes_on(run, capsys):
     assert list(results["rows"]) == [*kept, *after]
     said = capsys.readouterr().out
     assert "checkpoint-7 is older than the run" in said
-    assert "checkpoint-9 was not written to its end" in said and f"The best checkpoint, of step {best}" in said
+    assert (
+        "checkpoint-9 is skipped, because it is incomplete" in said and f"The best checkpoint, of step {best}" in said
+    )
     assert (run / "warm_start" / "model.safetensors").stat().st_mtime_ns == warm
 
 
@@ -153,7 +155,7 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch,
     shutil.rmtree(tmp_path / "run" / "warm_start")
     monkeypatch.chdir(tmp_path)
     assert main([*options, "--max_steps", "3", "--resume_from_checkpoint", "last"]) == 2
-    assert f"{tmp_path / 'run' / 'warm_start'} holds no model: copy" in capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'warm_start'} has no model: copy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -166,9 +168,12 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch,
         (["--retriever", "bm52"], "bm25"),
         (["--reward_funcs", "fromat"], "format"),
         (["--world_passages", "10"], "at least"),
-        (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "true"], "true is no checkpoint"),
-        (["--load_in_4bit", "true", "--use_peft", "true"], "the command line loads no quantized models; leave it out"),
+        (["--resume_from_checkpoint", "last"], "has no complete checkpoint"),
+        (["--resume_from_checkpoint", "true"], "true is not a complete checkpoint"),
+        (
+            ["--load_in_4bit", "true", "--use_peft", "true"],
+            "the command line does not load quantized models; leave it out",
+        ),
         (["--load_in_8bit", "true"], "load_in_8bit: the command line"),
         (["--learnin_rate", "1"], "--learning_rate"),
     ],
@@ -248,7 +253,7 @@ def test_evaluate_every_needs_something_to_measure_on(tmp_path):
         evaluate_every=5,
     )
     rollback = SearchGRPOConfig(str(tmp_path), bf16=False, on_collapse="rollback")
-    with pytest.raises(UserError, match="on_collapse=rollback goes back to the best checkpoint: set evaluate_every"):
+    with pytest.raises(UserError, match="on_collapse=rollback needs a best checkpoint: set evaluate_every"):
         run_training(TaskArguments(), rollback, ModelConfig(model_name_or_path="tiny"))
     with pytest.raises(UserError, match="evaluate_every=5 needs eval_questions"):
         run_training(arguments, SearchGRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path="tiny"))

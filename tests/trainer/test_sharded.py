@@ -135,9 +135,13 @@ def test_merging_for_vllm_leaves_the_base_weights_as_they_were(random_model):
 @pytest.mark.parametrize(
     ("environment", "options", "reason"),
     [
-        ({"FSDP_VERSION": "2"}, {}, "each token of a rollout would gather the whole model.*use_vllm: true"),
+        ({"FSDP_VERSION": "2"}, {}, "each token of a rollout gathers the whole model.*use_vllm: true"),
         ({}, {"use_vllm": True}, "FSDP version 1 is not supported: set fsdp_version: 2"),
-        ({"FSDP_VERSION": "2"}, {"use_vllm": True}, "fsdp_state_dict_type: SHARDED_STATE_DICT would save no model"),
+        (
+            {"FSDP_VERSION": "2"},
+            {"use_vllm": True},
+            "fsdp_state_dict_type: SHARDED_STATE_DICT saves a model that transformers cannot load",
+        ),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused(monkeypatch, tmp_path, environment, options, reason):

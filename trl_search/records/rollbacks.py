@@ -1,7 +1,6 @@
-"""What was rolled back: `rollbacks.json` in the folder of a run.
+"""Records rollbacks in `rollbacks.json` in the run folder.
 
-A killed run goes on with its learning rate and with the rollbacks that it has left, and not from a checkpoint that was
-given up:
+With it, a resumed run keeps its learning rate and its remaining rollbacks, and skips abandoned checkpoints:
 
     {"rollbacks": [{"step": 60, "to": 40, "at": "2026-11-27T07:02:11.408113+00:00"}]}
 """
@@ -18,7 +17,7 @@ from trl_search.records.folder import ROLLBACKS_FILE
 
 
 def record_rollback(folder: Path, *, step: int, to: int) -> None:
-    """Adds a rollback from one step to another to the record of the run."""
+    """Adds a rollback from `step` to step `to` to the record of the run."""
     at = datetime.datetime.now(datetime.UTC).isoformat()
     rollbacks = [*rollbacks_of(folder), {"step": step, "to": to, "at": at}]
     write_json(folder / ROLLBACKS_FILE, {"rollbacks": rollbacks})
@@ -31,7 +30,8 @@ def rollbacks_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_given_up(step: int, written_at: float, rollbacks: Sequence[dict[str, Any]]) -> bool:
-    """Whether the run has gone back behind a checkpoint of that step, since it was written (a file's time)."""
+    """Whether the run was rolled back past the checkpoint of `step` after it was written (`written_at`, a
+    timestamp)."""
     return any(
         step > one["to"] and written_at < datetime.datetime.fromisoformat(one["at"]).timestamp() for one in rollbacks
     )

@@ -1,7 +1,7 @@
-"""`Rollout`: everything known about one generation batch, in one value that the trainer's seams hand on.
+"""`Rollout`: the state of one generation batch, passed from one seam of the trainer to the next.
 
-TRL calls the seams one after the other and gives each only a part of the batch. What a later seam needs is set here by
-an earlier one; nothing else is kept between them. `trainer.last_rollout` is the latest batch, for callers to read.
+TRL calls the seams in turn and gives each only a part of the batch. An earlier seam stores here what a later one
+needs; nothing else is kept between them. `trainer.last_rollout` is the latest batch, for callers to read.
 
 Suffixes of tensors: B trajectories of this rank, C completion tokens, R trajectories of all ranks, F reward functions.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of the dataset, and its prompt."""
+    """A row of the dataset and its prompt."""
 
     row: Mapping[str, Any]
     prompt_ids: tuple[int, ...]
@@ -43,7 +43,7 @@ class Question:
 @dataclass
 class Rollout:
     """
-    One generation batch on this rank; lists run over its trajectories, in the order of the rows.
+    One generation batch on this rank. Lists have one entry per trajectory, in the order of the rows.
 
     | field          | set by                            | read by                                                    |
     |----------------|-----------------------------------|------------------------------------------------------------|
@@ -51,17 +51,17 @@ class Rollout:
     | `prompt_ids`   | `_rollout`                        | TRL                                                        |
     | `trajectories` | `_rollout`                        | TRL, `_generate`, `_calculate_rewards`, the trajectory log |
     | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
-    | `logprobs`     | `_rollout`                        | TRL, as those of the policy that sampled                   |
+    | `logprobs`     | `_rollout`                        | TRL, as the log-probs at sampling time                     |
     | `metrics`      | `_rollout`                        | `_generate`, which logs their means over all ranks         |
     | `laps`         | every seam, at its end            | `_generate_and_score_completions`, which logs them         |
     | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
-    | `spare`        | `_generate_and_score_completions` | `_rollout`: by round and group, what refills the batch     |
-    | `groups`       | `_rollout`, where it refills      | `_calculate_rewards`                                       |
-    | `replaced`     | `_rollout`, where it refills      | pass rates, the trajectory log                             |
-    | `asked_first`  | `_rollout`, where it refills      | `_generate`: metrics say what the policy does, and not     |
-    |                |                                   | what was chosen for its rewards                            |
+    | `spare`        | `_generate_and_score_completions` | `_rollout`: questions for refill, by round and group       |
+    | `groups`       | `_rollout`, with refill           | `_calculate_rewards`                                       |
+    | `replaced`     | `_rollout`, with refill           | pass rates, the trajectory log                             |
+    | `asked_first`  | `_rollout`, with refill           | `_generate`: metrics describe the policy, so they use the  |
+    |                |                                   | trajectories before the selection by reward                |
 
-    Where a refill replaces questions, `rows` and what follows from them are the new ones from then on.
+    When refill replaces questions, it also replaces `rows` and the fields that depend on them.
 
     Example:
         >>> trainer.train()
@@ -76,20 +76,20 @@ class Rollout:
     logprobs: list[list[float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     laps: Laps = field(default_factory=Laps)
-    rewards_RF: torch.Tensor | None = None  # NaN: not rewarded
+    rewards_RF: torch.Tensor | None = None  # NaN: no reward
     spare: list[list[Question]] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    replaced: dict[int, list[Group]] = field(default_factory=dict)  # by the place of their group
+    replaced: dict[int, list[Group]] = field(default_factory=dict)  # by the index of their group
     asked_first: list[Trajectory] = field(default_factory=list)
 
     @property
     def possible_prompts(self) -> list[tuple[int, ...]]:
-        """The prompts of the batch, and of what may replace them."""
+        """The prompts of the batch and of the spare questions."""
         return [*self.prompt_ids, *(question.prompt_ids for questions in self.spare for question in questions)]
 
     @property
     def replaced_trajectories(self) -> list[Replaced]:
-        """Those that a refill set aside: counted, recorded, and in no loss."""
+        """The trajectories that refill replaced: logged, but not in the loss."""
         return [
             Replaced(
                 place * len(group.trajectories) + member, group.rows[member], trajectory, group.rewards_GF[member]
@@ -101,11 +101,11 @@ class Rollout:
 
     @property
     def loss_mask_BC(self) -> torch.Tensor:
-        """The loss masks as one tensor, 0 where a trajectory has ended."""
+        """The loss masks as one tensor, padded with 0."""
         return pad_sequence([torch.tensor(mask) for mask in self.loss_masks], batch_first=True)
 
     def for_trl(self) -> dict[str, list[Any]]:
-        """What `rollout_func` returns. TRL's name for the loss mask is `env_mask` here, and `tool_mask` afterwards."""
+        """The result of `rollout_func`. TRL calls the loss mask `env_mask` here and `tool_mask` afterwards."""
         return {
             "prompt_ids": [list(ids) for ids in self.prompt_ids],
             "completion_ids": [trajectory.ids for trajectory in self.trajectories],
@@ -116,32 +116,33 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """What one call of the loss works on, between the seams that TRL calls in it.
+    """The state of one call of the loss, shared by the seams that TRL calls in it.
 
-    `inputs` is TRL's own dictionary, copied, so that a seam may add to it what TRL then reads. `runs_BC` is the loss
-    mask without the trajectories that are not run, because they cannot change the weights.
+    `inputs` is a copy of TRL's dictionary, to which a seam may add entries that TRL then reads. `runs_BC` is the loss
+    mask with 0 for trajectories that are not run, because they cannot change the weights.
     """
 
     inputs: dict[str, Any]
     loss_mask_BC: torch.Tensor
     runs_BC: torch.Tensor
-    logps_BC: torch.Tensor | None = None  # of the policy in training, once they are known
+    logps_BC: torch.Tensor | None = None  # of the policy in training; None before the training forward
 
     @property
     def old_logps_BC(self) -> torch.Tensor:
-        """Log-probs at sampling time. With one optimizer step per batch they are those in training, detached."""
+        """Log-probs at sampling time. With one optimizer step per batch: the training log-probs, detached."""
         assert self.logps_BC is not None, "the training forward has not run"
         old_BC: torch.Tensor = self.inputs.get("old_per_token_logps", self.logps_BC.detach())
         return old_BC
 
     def with_old_logps(self, logps_BC: torch.Tensor) -> torch.Tensor:
-        """`logps_BC` with the old ones, where there are any, in trajectories that were not run: their ratio is 1."""
+        """`logps_BC`, with the old log-probs, if there are any, for trajectories that were not run: their ratio is
+        1."""
         old_BC = self.inputs.get("old_per_token_logps")
         return logps_BC if old_BC is None else torch.where(self.runs_BC.any(dim=1, keepdim=True), logps_BC, old_BC)
 
 
 def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
-    """How the policy samples in the generation of that name: its own random numbers, the same ones when repeated."""
+    """The sampling parameters of one generation; its seed depends on `args.seed` and `name` only."""
     return Sampling(
         temperature=args.temperature,
         top_p=args.top_p,
@@ -152,14 +153,14 @@ def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
 
 
 def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
-    """The ids of each prompt. The prompt of a group is rendered once."""
+    """The ids of each prompt. Equal prompts (those of a group) are rendered once."""
     keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
     rendered = {key: protocol.prompt_ids(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
     return [rendered[key] for key in keys]
 
 
 def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
-    """Tokens that the model, and vLLM where its room is known, have room for. None: any number."""
+    """The context length of the model, or of vLLM if it is known and smaller. None: no limit."""
     rooms = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
     if args.use_vllm and args.vllm_mode == "colocate":
         rooms.append(args.vllm_max_model_length)
@@ -167,10 +168,10 @@ def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
 
 
 def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: SearchGRPOConfig) -> int:
-    """Tokens of the longest prompt with a full completion.
+    """The length of the longest prompt plus a full completion, in tokens.
 
     Raises:
-        UserError: if there is no room for it.
+        UserError: if it exceeds the context length.
     """
     longest = max(map(len, prompt_ids))
     needed = longest + args.max_completion_length
@@ -178,7 +179,7 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
     if positions is not None and needed > positions:
         if args.use_vllm and positions == args.vllm_max_model_length:
             raise UserError(
-                f"the longest prompt and max_completion_length need {needed} tokens, and the vLLM engine has room for "
+                f"the longest prompt and max_completion_length need {needed} tokens, but the vLLM engine has room for "
                 f"{positions}: set vllm_max_model_length={needed} or more, or lower max_completion_length"
             )
         remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
@@ -186,18 +187,18 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
             remedy = "leave such questions out"
         raise UserError(
             f"a prompt of {longest} tokens and max_completion_length={args.max_completion_length} need {needed} "
-            f"positions, and the model has {positions}: {remedy}"
+            f"positions, but the model has {positions}: {remedy}"
         )
     return needed
 
 
 def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) -> None:
-    """Stops the run when too many trajectories fail. Every rank calls it, so all stop at the same step.
+    """Stops the run if too many trajectories failed. Every rank calls it, so all stop at the same step.
 
     Raises:
-        RetrievalError: if more than `max_failed_share` of the trajectories of all ranks have failed, and retrieval
-            failed for most of them.
-        UserError: if the environment did.
+        RetrievalError: if more than `max_failed_share` of the trajectories of all ranks failed, most of them because
+            of retrieval.
+        UserError: the same, if most failed because of the environment.
     """
     local = [(trajectory.stop_reason, trajectory.error) if trajectory.failed else None for trajectory in trajectories]
     outcomes = gather_object(local)
@@ -217,7 +218,7 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
 
 
 def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) -> dict[str, float]:
-    """What is logged of a batch: means over the trajectories of all ranks, and what retrieval counted on them."""
+    """The metrics of a batch: means over the trajectories of all ranks, and the merged metrics of retrieval."""
     rows = [
         {**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.asked_first or batch.trajectories
     ]

@@ -1,11 +1,11 @@
-"""Nothing that is not finite is trained on, or saved.
+"""Skips steps with a NaN or infinite loss or gradient, and never saves such weights.
 
     loss or gradient NaN or infinite ─► the step changes no weight, and is counted (`skipped_steps` in the log)
     three such steps in a row        ─► the run stops, with the step and the text of the batch
-    a weight NaN or infinite         ─► nothing is written over the model that lies in the folder
+    a weight NaN or infinite         ─► the model in the folder is not overwritten
 
-One cause is known: on H100 with torch 2.11 and cuDNN 9.19, the backward pass of cuDNN's attention gives NaN gradients
-for some padded batches. So that kernel is switched off; the memory-efficient and the plain one stay.
+One known cause: on H100 with torch 2.11 and cuDNN 9.19, the backward pass of cuDNN's attention gives NaN gradients for
+some padded batches. That kernel is therefore disabled; the memory-efficient and the math kernels remain.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _SHOWN_CHARS = 300
 
 
 def avoid_cudnn_attention() -> None:
-    """Keeps PyTorch's sdpa away from cuDNN's attention in this process, and says so once."""
+    """Disables cuDNN's attention for PyTorch's sdpa in this process, and logs that once."""
     if torch.cuda.is_available() and torch.backends.cuda.cudnn_sdp_enabled():
         torch.backends.cuda.enable_cudnn_sdp(False)
-        logger.warning("cuDNN's attention is switched off for training: its gradients can be NaN (docs/monitoring.md)")
+        logger.warning("cuDNN's attention is disabled for training: its gradients can be NaN (docs/monitoring.md)")
 
 
 def refuse_nonfinite_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | None) -> None:
-    """Raises `UserError` where a weight is NaN or infinite, before anything is written to `folder`."""
+    """Raises `UserError` if a weight is NaN or infinite, before anything is written to `folder`."""
     for name, tensor in weights:
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"{name} holds numbers that are not finite, so nothing was written to {folder}: what lies there is as "
-                "it was. Go back to a checkpoint, and lower learning_rate or max_grad_norm"
+                f"{name} contains NaN or infinite values, so nothing was written to {folder}. Resume from a "
+                "checkpoint, with a lower learning_rate or max_grad_norm"
             )
 
 
 class FiniteSteps(Trainer):
-    """A trainer that skips the steps whose loss or gradient is not finite. Stands before TRL's trainer."""
+    """A mixin that skips steps with a loss or gradient that is not finite. List it before TRL's trainer."""
 
     _batch: Mapping[str, Any] | None = None
     _broken: bool = False  # a loss of the current step was not finite
@@ -64,11 +64,11 @@ class FiniteSteps(Trainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """TRL's parent asks for it after the backward pass and before the optimizer: the place to skip a step."""
+        """transformers calls this after the backward pass and before the optimizer, so a step is skipped here."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         broken = torch.tensor(float(self._broken), device=self.accelerator.device)
         self._broken = False
-        # A gradient scaler (fp16) skips the infinite gradients that it causes itself, and finds its scale by them.
+        # With fp16, the gradient scaler causes infinite gradients, skips those steps itself, and lowers its scale.
         scaled = self.accelerator.scaler is not None
         if norm is not None and not scaled:
             norm_here = gathered(torch.as_tensor(norm, device=broken.device, dtype=torch.float32), broken.device)
@@ -86,9 +86,9 @@ class FiniteSteps(Trainer):
         self._in_a_row += 1
         step = self.state.global_step + 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # DeepSpeed has taken its step within the backward pass.
+            # DeepSpeed has already stepped in the backward pass, so the step cannot be skipped.
             raise UserError(f"step {step}: the loss or a gradient is not finite; {self._advice()}")
-        model.zero_grad(set_to_none=True)  # the optimizer leaves a weight without a gradient as it is
+        model.zero_grad(set_to_none=True)  # the optimizer ignores weights without a gradient
         logger.warning("step %d: the loss or a gradient is not finite; the step is skipped", step)
         if self._in_a_row >= MAX_IN_A_ROW:
             raise UserError(
@@ -98,8 +98,8 @@ class FiniteSteps(Trainer):
 
     def _advice(self) -> str:
         return (
-            f"the run stops. The last batch begins: {self._shown()!r}. Look at that row; lower learning_rate or "
-            "max_grad_norm; train in bf16 instead of fp16"
+            f"the run stops. The last batch begins with {self._shown()!r}. Check that row, lower learning_rate or "
+            "max_grad_norm, or train in bf16 instead of fp16"
         )
 
     def _shown(self) -> str:

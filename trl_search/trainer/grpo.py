@@ -1,20 +1,20 @@
 """`SearchGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that act in an environment.
 
-TRL owns groups, advantages, the loss, checkpoints, logging and distribution. This file holds the seams between TRL and
-our rollout, and nothing else. `tests/trainer/test_contract_trl.py` pins each seam, so a new TRL breaks a named test:
+TRL owns groups, advantages, the loss, checkpoints, logging and distribution. This file contains only the seams between
+TRL and our rollout. `tests/trainer/test_contract_trl.py` has one test per seam, which fails if a new TRL moves it:
 
 | seam of `GRPOTrainer`                | what we do there                                                             |
 |--------------------------------------|------------------------------------------------------------------------------|
 | `_generate_and_score_completions`    | start a `Rollout` with the dataset's rows; record the scored trajectories    |
-| `_generate`                          | replace TRL's decoded strings by the turns as chat messages; log metrics     |
+| `_generate`                          | replace TRL's decoded strings with the turns as chat messages; log metrics   |
 | `rollout_func` (`_rollout`)          | run the trajectories, refill (`groups/`); return ids, log-probs and masks    |
-| `_calculate_rewards`                 | give no reward where the world failed, so such rows enter no baseline        |
-| `_compute_loss`,                     | run only tokens that the loss needs; correct towards vLLM: `SearchLoss`      |
+| `_calculate_rewards`                 | give no reward to failed trajectories, so that no baseline counts them       |
+| `_compute_loss`,                     | run only the tokens of the loss; importance-sample vLLM's: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
 | `create_model_card`                  | write our model card                                                         |
 
-One value, `Rollout` (`batch.py`), carries a generation batch from seam to seam. The loss mask begins as
-`Trajectory.mask`; TRL's loss, KL, entropy, ratios, clip metrics and token count all run over it.
+A `Rollout` (`batch.py`) carries a generation batch from seam to seam. The loss mask starts as `Trajectory.mask`; TRL's
+loss, KL, entropy, ratios, clip metrics and token count all use it.
 """
 
 from __future__ import annotations
@@ -94,10 +94,9 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, as for [`~trl.GRPOTrainer`].
         reward_funcs (`str`, `Callable` or a list of both, *optional*):
-            Names (`"em"`, `"f1"`, `"format"`, `"reflection"`, `"retrieval"`, or one an installed package adds),
-            callables in TRL's signature, reward models as for [`~trl.GRPOTrainer`], or several of them. Defaults to
-            `"em"` where there is a retriever or an environment. Weights come from `args.reward_weights`, else from
-            each reward.
+            One or several of: names (`"em"`, `"f1"`, `"format"`, `"reflection"`, `"retrieval"`, or one of an installed
+            package), callables with TRL's signature, and reward models as for [`~trl.GRPOTrainer`]. Defaults to `"em"`
+            with a retriever or an environment. Weights come from `args.reward_weights`, else from each reward.
         args ([`SearchGRPOConfig`], *optional*):
             The configuration.
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*):
@@ -106,17 +105,17 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; loaded from the model's folder by default.
         retriever ([`Retriever`] or `str`, *optional*):
-            What the environment searches: an instance, or a word as [`open_retriever`] reads it (an index folder, the
+            The retriever of the environment: an instance, or a string for [`open_retriever`] (an index folder, the
             address of a server).
         environment ([`Environment`], *optional*):
-            A world of your own, an instance. By default `args.environment` is made, which is a [`SearchEnvironment`].
-            The budgets of an instance are its own: they replace those of `args`.
+            An instance of your own environment. By default `args.environment` is built, a [`SearchEnvironment`]. The
+            budgets of an instance replace those of `args`.
         **kwargs:
-            Everything else goes to [`~trl.GRPOTrainer`]: `peft_config`, `callbacks`, `optimizers`, ...
+            Further arguments of [`~trl.GRPOTrainer`]: `peft_config`, `callbacks`, `optimizers`, ...
 
     Raises:
-        UserError: for missing columns, an empty dataset, a model or a template that cannot do what is asked, an
-            environment or a retriever that is none.
+        UserError: for missing columns, an empty dataset, an unsuitable model or chat template, or an object that is
+            not an environment or not a retriever.
 
     Example:
         ```python
@@ -137,7 +136,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
     _name = "GRPO with search"
     args: SearchGRPOConfig
     model: PreTrainedModel
-    # A trainer that was constructed in part is a plain GRPOTrainer.
+    # A class attribute, so that a partly constructed trainer acts as a plain GRPOTrainer.
     environment: Environment | None = None
 
     def __init__(
@@ -190,7 +189,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.run_log.environment = described(self.environment)
             self.trajectory_log = TrajectoryLog(args, self._tokenizer, self.accelerator)
-            # Before the trackers: the alarm writes into the logs that they report, the run log names their run.
+            # Before the trackers: the alarm adds to the logs that they report, and the run log names their run.
             self.collapse_alarm = CollapseAlarm(stop=args.on_collapse != "warn")
             self.callback_handler.callbacks[:0] = [self.collapse_alarm, self.run_log]
             show_steps(self)
@@ -203,7 +202,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         self.question_choice = question_choice_of(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; when one rank dies all ranks end, with the reason."""
+        """Trains as TRL does. If one rank dies, all ranks end and print the reason."""
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
         load_onto_numbered_cpus()
@@ -213,13 +212,13 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
                 stack.enter_context(sparing_what_is_loaded())
             return super().train(*args, **kwargs)
 
-    # The seams, in the order in which TRL passes through them
+    # The seams, in the order in which TRL calls them
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.last_rollout = Rollout(rows=inputs)
         self.choose_questions(batch)
         theirs = self.vllm_importance_sampling_correction and self.environment is None
-        # TRL needs a forward pass to correct towards vLLM; `SearchLoss` corrects in the loss.
+        # TRL's importance correction needs an extra forward pass; `SearchLoss` corrects in the loss instead.
         with replaced(self, "vllm_importance_sampling_correction", theirs):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.environment is not None and self.model.training:
@@ -237,16 +236,17 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if self.environment is None:
             return super()._generate(prompts)
-        self.release_engine()  # TRL syncs the weights first of all
+        self.release_engine()  # because TRL syncs the weights first
         unread = UnreadTokenizer(self._tokenizer)
         with replaced(self, "processing_class", unread), replaced(self, "_tokenizer", unread):
             output: tuple[Any, ...] = super()._generate(prompts)
-        prompts[:] = [row["prompt"] for row in self.last_rollout.rows]  # TRL goes on with this list
+        prompts[:] = [row["prompt"] for row in self.last_rollout.rows]  # TRL reads this list afterwards
         self._log_rollout()
         return (*output[:3], [trajectory.messages for trajectory in self.last_rollout.trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """TRL's `rollout_func`: one trajectory for each prompt, in order; prompts come already repeated for groups."""
+        """TRL's `rollout_func`: one trajectory per prompt, in order. TRL has already repeated the prompts for
+        groups."""
         assert self.environment is not None
         batch = self.last_rollout
         batch.laps.end("time/weights_s")
@@ -277,7 +277,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         return self._settled(batch, refill)
 
     def _settled(self, batch: Rollout, refill: Refill | None = None) -> dict[str, list[Any]]:
-        """What TRL gets of a batch whose trajectories have ended."""
+        """The result for TRL, once all trajectories of the batch have ended."""
         self.settle_questions(batch, refill)
         check_failures(
             [*batch.trajectories, *(one.trajectory for one in batch.replaced_trajectories)], self.args.max_failed_share
@@ -292,7 +292,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
     ) -> torch.Tensor:
         batch = self.last_rollout
         batch.laps.end("time/logprobs_s")
-        if batch.groups:  # a refill has called the reward functions
+        if batch.groups:  # refill has already called the reward functions
             rewards_RF = rewards_of(self, batch.groups)
         else:
             rewards_RF = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
@@ -307,10 +307,10 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
 
     @contextlib.contextmanager
     def generation_policy(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[Policy]:
-        """What generates, with the weights of this step: vLLM, or the model itself. All ranks enter together.
+        """The engine with the weights of this step: vLLM, or the model itself. All ranks must enter together.
 
         Args:
-            prompt_ids (`Sequence[Sequence[int]]`): The prompts of the trajectories to come.
+            prompt_ids (`Sequence[Sequence[int]]`): The prompts to be rolled out.
 
         Raises:
             UserError: if the model has too few positions for the longest prompt and a full completion.
@@ -320,21 +320,21 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             yield policy
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes `README.md` into `output_dir`; its name and its tags come from the run."""
+        """Writes `README.md` into `output_dir`. Its name and tags come from the run."""
         if self.environment is None:
             super().create_model_card(*args, **kwargs)
         elif self.args.should_save:
             self.checkpoint_cards.write(Path(self.args.output_dir or "."), self.args, self.state, self.model)
 
     def add_to_log(self, metrics: Mapping[str, float]) -> None:
-        """Adds numbers to the next log of the training; those of several calls are averaged, as TRL does."""
+        """Adds metrics to the next training log. TRL averages the values of several calls."""
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
 
-    # What the seams are made of
+    # Helpers of the seams
 
     def _sampling(self, mode: str) -> Sampling:
-        # Generations are counted within their optimizer step: TRL's own count, `_step`, starts at 0 after a resume.
+        # Generations are counted per optimizer step, because TRL's count, `_step`, restarts at 0 after a resume.
         step = self.state.global_step
         self._rollouts[mode, step] += 1
         return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")

@@ -1,4 +1,4 @@
-"""What a user gives the trainer, checked and completed before TRL sees it: rewards, tokenizer, prompts, settings."""
+"""Checks and completes the trainer's arguments before TRL sees them: rewards, tokenizer, environment, settings."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ from trl_search.trainer.generation.vllm_backend import refuse_what_vllm_cannot_d
 logger = logging.getLogger(__name__)
 
 RewardSpec = str | Callable[..., Any]
-# Keys of TRL that only its own generation reads, and what is used here in their place.
+# Keys of TRL that only its own generation reads, and what to do instead.
 _NOT_OURS = {
-    "max_tool_calling_iterations": "max_searches bounds the calls of a trajectory",
-    "cache_implementation": "rollouts have a cache of their own; leave it out",
-    "use_transformers_continuous_batching": "rollouts always are (rollout_batch_size); leave it out",
-    "transformers_continuous_batching_config": "rollout_batch_size says how many trajectories run at once",
+    "max_tool_calling_iterations": "use max_searches, which bounds the calls of a trajectory",
+    "cache_implementation": "leave it out; rollouts have their own cache",
+    "use_transformers_continuous_batching": "leave it out; rollouts always batch continuously (rollout_batch_size)",
+    "transformers_continuous_batching_config": "use rollout_batch_size, the number of concurrent trajectories",
 }
 
 
 def environment_of(args: Any, retriever: Any, environment: Any) -> Environment | None:
-    """The environment of a run; `None` for a plain GRPOTrainer. `args` take over the budgets of an instance.
+    """The environment of a run; `None` for a plain GRPOTrainer. Copies the budgets of an instance to `args`.
 
     Raises:
-        UserError: if one is not a retriever or not an environment, or if both are given.
+        UserError: if an argument is not a retriever or not an environment, or if both are given.
     """
     if retriever is None and environment is None and getattr(args, "environment", SEARCH) == SEARCH:
         return None
     if not isinstance(args, SearchGRPOConfig):
-        raise UserError(f"args must be a SearchGRPOConfig, and it is a {type(args).__name__}")
+        raise UserError(f"args must be a SearchGRPOConfig, not a {type(args).__name__}")
     if environment is None:
         return build_environment(args.agent, None if retriever is None else as_retriever(retriever))
     if retriever is not None:
-        raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) is one")
+        raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) combines them")
     made = check_environment(environment)
     if args.environment not in (SEARCH, name_of(made)):
-        raise UserError(f"environment is given twice, as an instance and as args.environment={args.environment!r}")
+        raise UserError(
+            f"environment is given twice, as an instance and as args.environment={args.environment!r}: leave one out"
+        )
     for name, value in dataclasses.asdict(settings_in(made, args.agent)).items():
         setattr(args, name, value)
     return made
 
 
 def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConfig) -> list[Any]:
-    """Functions, with the settings they declare, in place of names. A hub id or a folder, told by its slash, is a
-    reward model: TRL loads it."""
+    """Replaces names with functions, which get the settings they declare. A name with a slash, a hub id or a folder,
+    is a reward model, which TRL loads."""
     listed = listed_rewards(specs)
     is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
     others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
@@ -72,8 +74,8 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
             check_model(spec, trust_remote_code=args.trust_remote_code)
     for reward in filter(reads_first_message, functions):
         logger.warning(
-            "%s reads the first message of a completion, which is the first call of a search agent. For its last "
-            "message, give trl_search.rewards.of_last_message(%s)",
+            "%s reads only the first message of a completion, which is a search agent's first call. To score the last "
+            "message, use trl_search.rewards.of_last_message(%s)",
             reward.__name__,
             reward.__name__,
         )
@@ -82,17 +84,17 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
 
 
 def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: Any = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, or the one in the model's folder or repository, of the same revision.
+    """The given tokenizer, or the one in the model's folder or repository, at the same revision.
 
     Args:
-        given (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Of a processor only the tokenizer is needed,
-            as nothing but text is shown.
+        given (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Only the tokenizer of a processor is used,
+            because rollouts are text only.
 
     Raises:
-        UserError: if it is not a model or not a tokenizer, or if there is none to load.
+        UserError: if an argument is not a model or not a tokenizer, or if there is no tokenizer to load.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise UserError(f"model is a name, a folder or a PreTrainedModel, and this is {type(model).__name__}")
+        raise UserError(f"model must be a name, a folder or a PreTrainedModel, not {type(model).__name__}")
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if isinstance(model, str):
         check_model(model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code)
@@ -101,11 +103,11 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
         return tokenizer
     if tokenizer is not None:
         raise UserError(
-            f"processing_class is a tokenizer, AutoTokenizer.from_pretrained(...), and this is {tokenizer!r:.60}"
+            f"processing_class must be a tokenizer, AutoTokenizer.from_pretrained(...), not {tokenizer!r:.60}"
         )
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
-        raise UserError("the model has no name to load a tokenizer by: give processing_class=tokenizer")
+        raise UserError("the model has no name from which to load a tokenizer: give processing_class=tokenizer")
     return load_tokenizer(
         name, revision=options.get("revision"), trust_remote_code=args.trust_remote_code, eos_token=args.eos_token
     )
@@ -114,44 +116,44 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
 def refuse_what_rollouts_cannot_do(
     args: SearchGRPOConfig, model: Any, environment: Environment, kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuses at the start what would otherwise be ignored, or fail in the first rollout.
+    """Refuses options that would have no effect or would fail in the first rollout.
 
     Raises:
-        UserError: with the option to change.
+        UserError: names the option to change.
     """
     if args.search_floor_steps and not environment.tools:
         raise UserError(
-            f"search_floor_steps={args.search_floor_steps} rewards nothing without a call of a tool, and "
+            f"search_floor_steps={args.search_floor_steps} gives no reward without a tool call, but "
             f"{type(environment).__name__} has no tools: leave it out"
         )
     taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
     if taken:
-        raise UserError(f"{taken[0]} is TRL's way to multi-turn rollouts and does not go with ours: leave it out")
+        raise UserError(f"{taken[0]} configures TRL's multi-turn rollouts, which trl-search replaces: leave it out")
     if args.use_vllm:
         refuse_what_vllm_cannot_do(args)
     refuse_what_fsdp_cannot_do(args)
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
-        raise UserError("repetition_penalty and generation_kwargs do not reach our policy: leave them out")
+        raise UserError("repetition_penalty and generation_kwargs have no effect on our rollouts: leave them out")
     for name, instead in _NOT_OURS.items():
         if getattr(args, name, None):
-            raise UserError(f"{name} is of TRL's own generation, which is not used here: {instead}")
+            raise UserError(f"{name} configures TRL's generation, which is not used here: {instead}")
     if args.remove_unused_columns:
         raise UserError(
-            "remove_unused_columns=True takes the columns that environment and rewards read: set it to false"
+            "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
         )
     adapter = kwargs.get("peft_config") or (model.active_peft_config if isinstance(model, PeftModel) else None)
     if adapter is not None and adapter.is_prompt_learning:
         raise UserError(
-            f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no engine of rollouts does: "
-            "take LoRA (LoraConfig), or another adapter of the weights"
+            f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no rollout engine supports: "
+            "use LoRA (LoraConfig), or another adapter of the weights"
         )
 
 
 def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
-    """FSDP comes from `accelerate launch`, which names its settings in the environment, or from `args.fsdp`.
+    """Checks FSDP's settings, from the environment variables of `accelerate launch` or from `args.fsdp`.
 
     Raises:
-        UserError: with the option to change.
+        UserError: names the option to change.
     """
     if args.fsdp_plugin_args is not None:
         version, saved = args.fsdp_plugin_args["fsdp_version"], args.fsdp_plugin_args["state_dict_type"]
@@ -164,26 +166,26 @@ def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
         raise UserError("FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)")
     if not args.use_vllm:
         raise UserError(
-            "FSDP without vLLM: each token of a rollout would gather the whole model, and the ranks, whose rollouts "
-            "differ, would wait for each other's gathers without end. Set use_vllm: true, or use DDP or DeepSpeed ZeRO"
+            "FSDP needs vLLM: without it, each token of a rollout gathers the whole model, and ranks with rollouts of "
+            "different lengths wait for each other forever. Set use_vllm: true, or use DDP or DeepSpeed ZeRO"
         )
     if str(saved) != "FULL_STATE_DICT":
         raise UserError(
-            f"fsdp_state_dict_type: {saved} would save no model that transformers can load: set it to FULL_STATE_DICT "
+            f"fsdp_state_dict_type: {saved} saves a model that transformers cannot load: set it to FULL_STATE_DICT "
             "(recipes/accelerate/fsdp2.yaml)"
         )
 
 
 def refuse_quantization(model_config: ModelConfig) -> None:
-    """TRL's `ModelConfig` has keys for a quantized base, which the command line does not load.
+    """Refuses the keys of TRL's `ModelConfig` for a quantized base model, which the command line does not support.
 
     Raises:
-        UserError: if one is asked for.
+        UserError: if one of them is set.
     """
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_config, key):
             raise UserError(
-                f"{key}: the command line loads no quantized models; leave it out. In Python, give a model "
-                "that was loaded with a quantization_config, and a peft_config. What saves memory here is LoRA on a "
-                "bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true"
+                f"{key}: the command line does not load quantized models; leave it out. To save memory, use LoRA on a "
+                "bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true. In Python, pass a "
+                "model loaded with a quantization_config, and a peft_config"
             )

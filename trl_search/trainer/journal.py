@@ -1,13 +1,13 @@
-"""The finished trajectories of the batch that is being rolled out, on disk, so that a killed run need not repeat them.
+"""Writes the finished trajectories of the current batch to disk, so that a killed run need not repeat them.
 
     output_dir/journal/rank0.jsonl
-        {"batch": "3f1c…"}                                          which batch: weights, prompts, settings, seed
+        {"batch": "3f1c…"}                                          a digest of weights, prompts, settings, seed
         {"index": 17, "trajectory": {"class": "Trajectory", …}}     one line per trajectory, as each one ends
 
-A run that is resumed from a checkpoint takes from the journal what was finished, and rolls out the rest. It takes
-nothing when anything that shapes a trajectory differs, the weights first of all: a run that was killed several steps
-after its checkpoint repeats those steps from the start. Trajectories whose retrieval failed are not kept, and neither
-is one that could not be read back as it was, such as one with passages of the user's own class.
+A run that resumes from a checkpoint reads the finished trajectories from the journal and rolls out only the others. It
+ignores the journal if the digest differs, so a run that was killed several steps after its checkpoint repeats those
+steps. The journal does not keep failed trajectories, nor those that cannot be restored exactly, such as ones with
+passages of a user's class.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trl_search.types import Sampling, Trajectory
 logger = logging.getLogger(__name__)
 
 FOLDER = "journal"
-# Fields of a trajectory with a number per token, and how `array` stores them.
+# Fields of a trajectory with one number per token, and their type codes for `array`.
 _PER_TOKEN = {"prompt_ids": "q", "ids": "q", "mask": "b", "logprobs": "d", "versions": "q"}
 
 
@@ -40,18 +40,18 @@ class Journal:
     """The journal of one batch on one rank.
 
     Args:
-        path (`Path`, *optional*): The file; what an earlier batch wrote there is replaced. None: nothing is kept.
+        path (`Path`, *optional*): The file, which replaces that of an earlier batch. None: nothing is kept.
         batch (`str`): A digest of everything that shapes the batch ([`batch_digest`]).
-        resumed (`bool`): Whether to take what the file holds of this very batch.
+        resumed (`bool`): Whether to read the trajectories that the file has of this batch.
 
     Attributes:
-        finished (`dict[int, Trajectory]`): By index, what an earlier process finished.
+        finished (`dict[int, Trajectory]`): Trajectories of an earlier process, by index.
     """
 
     def __init__(self, path: Path | None, batch: str = "", *, resumed: bool = False) -> None:
         self.finished: dict[int, Trajectory] = {}
         self._file: TextIO | None = None
-        self._told = False  # that some trajectories cannot be kept
+        self._told = False  # whether the warning about trajectories that cannot be kept was logged
         if path is None:
             return
         if resumed and path.is_file():
@@ -63,7 +63,7 @@ class Journal:
             self._keep(index, trajectory)
 
     def add(self, index: int, trajectory: Trajectory) -> None:
-        """Keeps a trajectory that has ended now. A kill during the write loses this one alone."""
+        """Writes a trajectory that has just ended. A kill during the write loses only this one."""
         if index not in self.finished and not trajectory.failed:
             self._keep(index, trajectory)
 
@@ -72,9 +72,7 @@ class Journal:
             encoded = _encoded(trajectory)
         except TypeError as error:
             if not self._told:
-                logger.warning(
-                    "a trajectory is not kept, and will be rolled out again if the run is killed: %s", error
-                )
+                logger.warning("a trajectory cannot be kept, and is rolled out again if the run is killed: %s", error)
             self._told = True
             return
         self._write({"index": index, "trajectory": encoded})
@@ -91,7 +89,7 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
-    """The journal of the batch that a [`SearchGRPOTrainer`] is about to roll out; evaluations are not kept."""
+    """The journal of the batch that a [`SearchGRPOTrainer`] is about to roll out. Evaluations keep no journal."""
     journal = Journal(None)
     if trainer.model.training:
         args, batch = trainer.args, trainer.last_rollout
@@ -100,7 +98,7 @@ def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
             trained, trainer.run_log.model, args.agent, sampling, batch.prompt_ids, batch.rows, *batch.spare
         )
         path = Path(args.output_dir or ".") / FOLDER / f"rank{trainer.accelerator.process_index}.jsonl"
-        # A run that starts anew rolls everything out: its retriever may be another one.
+        # A run that was not resumed ignores the journal: its retriever may be another one.
         journal = Journal(path, digest, resumed=trainer.state.global_step > 0)
     try:
         yield journal
@@ -109,10 +107,10 @@ def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
 
 
 def batch_digest(parameters: Iterable[torch.Tensor], *settings: Any) -> str:
-    """A digest of the weights on this rank, its shards where they are sharded, and of `settings` as they print."""
+    """A digest of the weights on this rank (its shards, if they are sharded) and of the `repr` of `settings`."""
     sums = []
     for parameter in parameters:
-        tensor = getattr(parameter, "ds_tensor", parameter).detach()  # DeepSpeed ZeRO-3 keeps its shard there
+        tensor = getattr(parameter, "ds_tensor", parameter).detach()  # the shard under DeepSpeed ZeRO-3
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
         sums.append(local.contiguous().view(bits).sum(dtype=torch.int64).cpu())
@@ -131,15 +129,15 @@ def _read(path: Path, batch: str) -> Iterator[tuple[int, Trajectory]]:
 
 
 def _encoded(value: Any) -> Any:
-    """JSON of the values in `types.py`, from which `_decoded` makes equal ones.
+    """JSON for the types in `types.py`; `_decoded` restores equal values.
 
     Raises:
-        TypeError: for a value that would not come back as it is.
+        TypeError: for a value that cannot be restored exactly.
     """
     if isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
         name = type(value).__name__
         if type(value) is not getattr(trl_search.types, name, None):
-            raise TypeError(f"{name} is no class of trl_search.types")
+            raise TypeError(f"{name} is not a class of trl_search.types")
         if isinstance(value, enum.Enum):
             return {"class": name, "value": value.value}
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -180,6 +178,6 @@ def _decoded(value: Any) -> Any:
 
 
 def _packed(type_code: str, numbers: Sequence[Any]) -> dict[str, Any]:
-    """Numbers as base64, exact and many times faster than their digits."""
+    """Numbers as base64, which is exact and many times faster than decimal digits."""
     coded = base64.b64encode(array.array(type_code, numbers).tobytes()).decode()
     return {"type": type_code, "packed": coded, "immutable": isinstance(numbers, tuple)}

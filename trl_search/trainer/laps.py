@@ -1,4 +1,4 @@
-"""How long the parts of a step take, on the clock of this process."""
+"""Measures how long the parts of a step take in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Laps:
-    """Seconds by part; each part begins where the one before it ended.
+    """Seconds per part; each part begins when the one before it ends.
 
     Example:
         >>> laps = Laps()
@@ -21,7 +21,7 @@ class Laps:
     _began: float = field(default_factory=time.perf_counter)
 
     def end(self, part: str) -> None:
-        """The part that runs now is over; where it has ended before, its seconds are added up."""
+        """Ends the current part under the name `part`; repeated parts are summed."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._began
         self._began = now

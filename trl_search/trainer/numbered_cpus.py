@@ -1,4 +1,4 @@
-"""Lets several ranks on CPUs resume: accelerate calls the CPU of rank 1 `cpu:1`, onto which torch loads nothing."""
+"""Lets several ranks on CPUs resume: accelerate calls the CPU of rank 1 `cpu:1`, and torch cannot load onto that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @functools.cache
 def load_onto_numbered_cpus() -> None:
-    """From now on `torch.load(..., map_location="cpu:1")` works in this process: all numbers mean the one CPU.
+    """Makes `torch.load(..., map_location="cpu:1")` work in this process: every number means the same CPU.
 
     Example:
         >>> load_onto_numbered_cpus()

@@ -1,6 +1,6 @@
 """`trl-search train`, one function per step: load, warm up, build, measure, train, report.
 
-Read `run_training` first. What a resumed run takes over is in `resume.py`.
+Start at `run_training`. `resume.py` finds what a resumed run continues from.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ from trl_search.trainer.inputs import refuse_quantization
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
-WARM_START = "warm_start"  # the folder of the warmed-up model, within that of the run
-# Added to the seed of the world: the seed of the other world, in which the policy is warmed up.
+WARM_START = "warm_start"  # the folder of the warmed-up model, in the run folder
+# Added to the seed of the world to get the seed of the world for the warm start.
 _ELSEWHERE = 1_000_003
 
 
 @dataclass
 class Run:
-    """The state of a run of `trl-search train`: its settings, what is loaded, and what has been measured."""
+    """The state of a run of `trl-search train`: settings, loaded objects and evaluations."""
 
     arguments: TaskArguments
     config: SearchGRPOConfig
     model_config: ModelConfig
     folder: Path
     task: Task
-    checkpoint: str | None  # resumed from it
+    checkpoint: str | None  # to resume from
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    measured: dict[str, Evaluation]  # by the name of the table's row
+    measured: dict[str, Evaluation]  # by row of the table of results
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -83,11 +83,11 @@ def run_training(
     """Runs a recipe.
 
     Returns:
-        `dict[str, Evaluation]`: By the name of the table's row. Several sets are averaged with equal weights.
+        `dict[str, Evaluation]`: By row of the table of results. Several sets are averaged with equal weights.
     """
     run = load(arguments, config, model_config)
     if arguments.warm_start_steps and run.checkpoint is None:
-        measure_untrained(run)  # what the model can do before the warm start
+        measure_untrained(run)
         warm_up(run.model, run.tokenizer, arguments, config, run.folder / WARM_START)
     trainer = build(run)
     held_out = add_measurements(run, trainer)
@@ -106,15 +106,15 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     refuse_quantization(model_config)
     if config.environment != SEARCH and arguments.warm_start_steps:
         raise UserError(
-            f"warm_start_steps shows searches, and the environment is {config.environment}: set warm_start_steps: 0"
+            f"warm_start_steps shows searches, but the environment is {config.environment}: set warm_start_steps: 0"
         )
     task = load_task(arguments, seed=config.seed, searches=takes_retriever(config.environment))
-    build_environment(config.agent, task.retriever)  # what is wrong with its options is said before a model is loaded
+    build_environment(config.agent, task.retriever)  # reports mistakes in its options before a model is loaded
     check_dataset(config, task.train)
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     if config.on_collapse == "rollback" and not arguments.evaluate_every:
-        raise UserError("on_collapse=rollback goes back to the best checkpoint: set evaluate_every, which keeps one")
+        raise UserError("on_collapse=rollback needs a best checkpoint: set evaluate_every, which keeps one")
     folder = Path(config.output_dir or "runs/train").absolute()
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     name = base_name(model_config)
@@ -144,7 +144,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
 
 
 def measure_untrained(run: Run) -> None:
-    """Measures the baselines with a model that no trainer has yet."""
+    """Measures the baselines before the warm start, without a trainer."""
     if not run.baselines:
         return
     announce("Baselines", f"{', '.join(run.baselines)}, on {len(run.task.held_out or []):,} held-out questions")
@@ -171,7 +171,7 @@ def warm_up(
     config: SearchGRPOConfig,
     folder: Path,
 ) -> None:
-    """Fine-tunes the model on weak play in a world of its own, so that it knows the format before GRPO."""
+    """Fine-tunes the model on weak scripted play in another world, so that it knows the format before GRPO."""
     announce("Warm start", f"{arguments.warm_start_steps} supervised steps, in another world")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
@@ -182,7 +182,7 @@ def warm_up(
         world,
         retriever,
         environment=environment,
-        # Without a tool there are no searches to show.
+        # Without a tool, the scripts can only guess.
         quality=WEAK if config.max_searches else {"guess": 1.0},
         output_dir=str(folder),
         steps=arguments.warm_start_steps,
@@ -190,8 +190,8 @@ def warm_up(
         seed=config.seed,
         use_cpu=config.use_cpu,
     )
-    # From here on the policy's name is this folder: the reference model is loaded from it, an adapter names it as its
-    # base, and vLLM loads it.
+    # From now on this folder is the policy's name: the reference model and vLLM load it, and an adapter names it as
+    # its base.
     model.name_or_path = model.config._name_or_path = str(folder)
 
 
@@ -213,7 +213,7 @@ def build(run: Run) -> SearchGRPOTrainer:
 
 
 def add_measurements(run: Run, trainer: SearchGRPOTrainer) -> HeldOut | None:
-    """Adds the evaluations of held-out questions: before the first step, and every `evaluate_every` steps."""
+    """Adds the evaluations on held-out questions: before the first step, and every `evaluate_every` steps."""
     if run.task.held_out is None:
         return None
     held_out = HeldOut(trainer, run.task.held_out)
@@ -226,13 +226,13 @@ def add_measurements(run: Run, trainer: SearchGRPOTrainer) -> HeldOut | None:
 
 
 class MeasureBefore(TrainerCallback):
-    """Measures the policy before its first step, once the trainer has put it where it generates."""
+    """Measures the policy before the first step, when the trainer has moved it to its device."""
 
     def __init__(self, run: Run, held_out: HeldOut) -> None:
         self.run, self.held_out = run, held_out
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step:  # a resumed run has this behind it
+        if state.global_step:  # resumed: already measured
             return
         run, warmed_up = self.run, bool(self.run.arguments.warm_start_steps)
         announce("Evaluation", f"before GRPO, on {len(self.held_out.rows):,} held-out questions")
@@ -240,7 +240,7 @@ class MeasureBefore(TrainerCallback):
             run.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
         row = "search, warm-started" if warmed_up else "search, before GRPO"
         run.measured[row] = self.held_out.measure().average
-        if state.is_world_process_zero:  # now, as the run may be killed and resumed
+        if state.is_world_process_zero:  # written now, in case the run is killed and resumed
             write_results(run, [])
         announce("GRPO", f"{state.max_steps:,} steps on {len(run.task.train):,} questions")
 
@@ -264,7 +264,7 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
     quoted = shlex.quote(str(folder))
     print(f"  trl-search report {quoted}    curves, alarms, and every token of its trajectories")
     environment = run.config.environment
-    # Code that only the model's folder names is refused (`refuse_unnamed_code`), so the command has to name it.
+    # `refuse_unnamed_code` refuses an import path that only the model's folder names, so the command names it.
     named = "" if environment in ENVIRONMENTS else f" --environment {environment}"
     print(f"  trl-search chat {quoted}{named}      asks it a question")
     if best is not None:
@@ -272,10 +272,10 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
 
 
 def results_table(measured: Mapping[str, Evaluation], calls: str) -> str:
-    """The before/after table: aligned for a terminal, and Markdown.
+    """The before/after table, in Markdown that is aligned for a terminal.
 
     Args:
-        calls (`str`): How the calls of the environment's tools are named.
+        calls (`str`): The word for calls of the environment's tools.
     """
     table = Table(box=box.MARKDOWN)
     table.add_column("policy")

@@ -1,8 +1,8 @@
-"""Datasets as the trainer takes them: every row with a conversational `prompt` that leaves room for a completion.
+"""Prepares datasets for the trainer: every row gets a conversational `prompt` that leaves room for a completion.
 
     {"question": "Who?", ...}  ─►  {"prompt": [{"role": "user", "content": "<instruction> Who?"}], "question": ...}
 
-The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all come through here.
+The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all use it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IMAGES = {"image", "images"}
 
 
 def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name: str) -> Any:
-    """The dataset, or each of a dict of datasets, with the `prompt` of each row, as `Protocol.conversation` writes it.
+    """Adds `prompt`, as `Protocol.conversation` writes it, to each row of a dataset or of a dict of datasets.
 
     Raises:
         UserError: if it is not a dataset, is empty, lacks a needed column or golden answers, or has images.
@@ -39,11 +39,11 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
         return None
     if isinstance(dataset, Mapping):
         if name == "train_dataset":
-            raise UserError(f"train_dataset has several splits ({', '.join(dataset)}): give one of them")
+            raise UserError(f"train_dataset has several splits ({', '.join(dataset)}): pass one of them")
         return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
     if not isinstance(dataset, Dataset | IterableDataset):
         raise UserError(
-            f"{name} is a Dataset, and this is {type(dataset).__name__}: Dataset.from_list(rows) makes one of a list"
+            f"{name} must be a Dataset, not {type(dataset).__name__}: convert a list with Dataset.from_list(rows)"
         )
     first = next(iter(dataset), None)
     if first is None:
@@ -51,7 +51,7 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     columns = list(first)
     check_columns(rewards, columns)
     if images := _IMAGES & set(columns):
-        raise UserError(f"{name} has the column {min(images)!r}, and no rollout shows images: remove that column")
+        raise UserError(f"{name} has the column {min(images)!r}, but rollouts are text only: remove that column")
     if not {"prompt", "question"} & set(columns):
         raise UserError(f"{name} needs a column 'question' (or 'prompt'); it has: {', '.join(columns)}")
     if any("golden_answers" in required_columns(reward) for reward in rewards) and isinstance(dataset, Dataset):
@@ -60,7 +60,7 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     def with_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
         asked = row.get("prompt") or row.get("question")
         if not asked or not isinstance(asked, str | list):
-            raise UserError(f"{name}[{index}] has no question: it is {asked!r:.60}, and must be a text")
+            raise UserError(f"{name}[{index}] has no question: it is {asked!r:.60}, but must be a string")
         return {"prompt": protocol.conversation(row)}
 
     options = {"new_fingerprint": fingerprint} if (fingerprint := _fingerprint(dataset, protocol)) else {}
@@ -68,18 +68,18 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
 
 
 def _check_golden(dataset: Dataset, name: str) -> None:
-    """Refuses a dataset without any golden answer, and says how many rows have none: they get no reward."""
+    """Refuses a dataset without any golden answer, and warns how many rows have none and so get no reward."""
     without = sum(not golden_list(golden) for golden in dataset["golden_answers"])
     if without == len(dataset):
-        raise UserError(f"{name} has a column 'golden_answers' and no golden answer in it: no row could be rewarded")
+        raise UserError(f"the column 'golden_answers' of {name} is empty in every row: add golden answers to reward")
     if without:
         logger.warning("%d of %d rows of %s have no golden answers and get no reward", without, len(dataset), name)
 
 
 def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
-    """The name under which `map` keeps the prompts: a hash of everything they depend on.
+    """The cache key of the prompts for `map`: a hash of everything they depend on.
 
-    By default `map` hashes the tokenizer too, which takes longer than most of a trainer's start. `None` for a protocol
+    By default `map` also hashes the tokenizer, which takes most of the trainer's start-up time. `None` for a protocol
     of another package, whose prompts may depend on more.
     """
     if not isinstance(dataset, Dataset) or not type(protocol).__module__.startswith("trl_search.protocols."):
@@ -90,17 +90,17 @@ def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
 def with_room(
     dataset: Any, protocol: Protocol, name: str, *, positions: int | None, completion: int, skip: bool = False
 ) -> Any:
-    """The dataset, or each of a dict of datasets, after all its prompts were found to leave room for a completion.
+    """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
 
-    A streamed dataset is not read ahead: `longest_context` checks its prompts as they come.
+    A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
 
     Args:
-        positions (`int`, *optional*): Tokens that the model and the engine have room for. None: any number.
+        positions (`int`, *optional*): The context length of the model and the engine. None: no limit.
         completion (`int`): Tokens of a full completion.
-        skip (`bool`): Leave out the rows that do not fit.
+        skip (`bool`): Whether to leave out rows that do not fit.
 
     Raises:
-        UserError: if some prompts leave too little room, by their rows.
+        UserError: if some prompts leave too little room; the message names their rows.
     """
     if isinstance(dataset, Mapping):
         options: dict[str, Any] = {"positions": positions, "completion": completion, "skip": skip}
@@ -111,7 +111,7 @@ def with_room(
     if not too_long:
         return dataset
     if skip and len(too_long) < len(dataset):
-        logger.warning("%s: left out %d of %d rows, whose prompts are too long", name, len(too_long), len(dataset))
+        logger.warning("%s: left out %d of %d rows with prompts that are too long", name, len(too_long), len(dataset))
         return dataset.select([row for row in range(len(dataset)) if row not in too_long])
     rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
     remedies = []
@@ -120,19 +120,20 @@ def with_room(
     if len(too_long) < len(dataset):
         remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
     raise UserError(
-        f"{len(too_long)} of {len(dataset)} prompts of {name} are too long ({rows}). There is room for {positions} "
-        f"tokens, of which max_completion_length={completion} leaves {max(0, positions - completion)} to a prompt: "
+        f"{len(too_long)} of {len(dataset)} prompts of {name} are too long ({rows}). The context has {positions} "
+        f"tokens, so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
         f"{', or '.join(remedies) or 'shorten the prompts'}"
     )
 
 
 def first_prompt(dataset: Any, protocol: Protocol) -> str:
-    """What the policy reads first of all, as text."""
+    """The first prompt of the dataset, as text."""
     return protocol.decode(protocol.prompt_ids(next(iter(dataset))["prompt"]))
 
 
 class TakesRows(Trainer):
-    """A trainer whose `evaluate` and `predict` take what its constructor takes. Stands before TRL's trainer."""
+    """A mixin whose `evaluate` and `predict` accept the same datasets as the constructor. List it before TRL's
+    trainer."""
 
     environment: Environment | None
     protocol: Protocol
@@ -151,17 +152,17 @@ class TakesRows(Trainer):
         return with_room(dataset, self.protocol, name, positions=positions, completion=completion, skip=skip)
 
     def _prepared(self, dataset: Any, name: str) -> Any:
-        if self.environment is None or dataset is None or isinstance(dataset, str):  # one of those given before
+        if self.environment is None or dataset is None or isinstance(dataset, str):  # a string names a prepared one
             return dataset
         return self.with_room(with_prompts(dataset, self.protocol, self.reward_funcs, name), name)
 
 
 def _too_long(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:
-    """Tokens of each prompt that has more than `room`, by its row."""
+    """The lengths in tokens of the prompts that are longer than `room`, by row."""
     frame = len(protocol.prompt_ids(protocol.messages("")))
     found: dict[int, int] = {}
     for row, prompt in enumerate(prompts):
-        # A token has at least one byte, so only prompts that are long in bytes need be tokenized.
+        # A token has at least one byte, so a prompt with few bytes need not be tokenized.
         if frame + len(json.dumps(prompt, ensure_ascii=False).encode(errors="replace")) > room:
             length = len(protocol.prompt_ids(prompt))
             if length > room:

@@ -1,12 +1,12 @@
-"""When one rank dies, all ranks end within a minute, and each says which one died and why.
+"""Ends all ranks within a minute when one rank dies; each prints which one died and why.
 
-Otherwise the others would wait inside a collective operation for the rank that is gone, until NCCL's timeout (half an
-hour by default) or, between hosts, without end. Every rank writes a heartbeat into the store through which the ranks
-met, on a thread of its own, and reads those of the others:
+Otherwise the others would wait in a collective operation until NCCL's timeout (half an hour by default) or, between
+hosts, forever. On every rank, a thread writes a heartbeat to the ranks' rendezvous store and reads those of the
+others:
 
     beat/3    "17"                        grows every two seconds
     failed/3  "OutOfMemoryError: …"       the exception that ended rank 3
-    done/3    "1"                         rank 3 has left the training loop in order
+    done/3    "1"                         rank 3 has left the training loop without an error
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch.distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT_S = 2.0
-# After so long without a heartbeat a rank counts as dead. C code that holds Python's lock is far shorter.
+# After this long without a heartbeat a rank counts as dead. No C code holds Python's GIL nearly as long.
 SILENCE_S = 45.0
-# What fails on one rank often fails on all: so long each may report its own error.
+# An error on one rank often occurs on all, so each rank gets this long to report its own.
 GRACE_S = 10.0
 
 
@@ -33,11 +33,11 @@ GRACE_S = 10.0
 def ending_together(
     rank: int, ranks: int, *, silence_s: float = SILENCE_S, grace_s: float = GRACE_S, beat_s: float = BEAT_S
 ) -> Iterator[None]:
-    """As long as the context lasts, the death of another rank ends this process.
+    """Within the context, the death of another rank ends this process.
 
     Args:
-        rank (`int`), ranks (`int`): This process and how many there are; alone it is not watched.
-        silence_s (`float`, *optional*, defaults to `45.0`): A rank without a heartbeat for so long is dead.
+        rank (`int`), ranks (`int`): The rank of this process, and the number of ranks; a single rank is not watched.
+        silence_s (`float`, *optional*, defaults to `45.0`): A rank without a heartbeat for this long counts as dead.
         grace_s (`float`, *optional*, defaults to `10.0`): How long this rank may still report an error of its own.
         beat_s (`float`, *optional*, defaults to `2.0`): Seconds between two heartbeats.
 
@@ -65,10 +65,10 @@ class _Watch:
     def __init__(self, rank: int, ranks: int, silence_s: float, grace_s: float, beat_s: float) -> None:
         self.rank, self.silence_s, self.grace_s, self.beat_s = rank, silence_s, grace_s, beat_s
         self.others = [other for other in range(ranks) if other != rank]
-        # A connection of its own: a main thread that waits on the store must not hold up the heartbeat.
+        # A separate connection, because a main thread that waits on the store would block the heartbeat.
         met: Any = _get_default_store()
         self.store: Any = torch.distributed.PrefixStore("trl-search/ranks", met.clone())
-        for name in ("failed", "done"):  # of an earlier training in this process
+        for name in ("failed", "done"):  # left by an earlier training in this process
             self.store.delete_key(f"{name}/{rank}")
         self.left = threading.Event()
         self.thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
@@ -84,7 +84,7 @@ class _Watch:
             self.store.set(f"{name}/{self.rank}", text)
 
     def wait_for_the_others(self) -> None:
-        """The store ends with the process that hosts it, and the others still read it."""
+        """Keeps this process alive until the other ranks have left, because it may host the store."""
         deadline = time.monotonic() + self.silence_s
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline and not all(
@@ -101,7 +101,7 @@ class _Watch:
                 self.store.set(f"beat/{self.rank}", str(beats))
                 problem = self._problem(heard)
             except RuntimeError as error:
-                problem = f"the process through which the ranks met has died ({error})"
+                problem = f"the process that hosts the rendezvous store has died ({error})"
             if problem:
                 self._end(problem)
                 return
@@ -118,11 +118,12 @@ class _Watch:
             if other not in heard or heard[other][0] != beat:
                 heard[other] = (beat, now)
             elif now - heard[other][1] > self.silence_s:
-                return f"rank {other} has given no sign for {self.silence_s:.0f} s: it was killed, or its host is gone"
+                return f"rank {other} has sent no heartbeat for {self.silence_s:.0f} s: it was killed, or its host is "
+                "gone"
         return ""
 
     def _end(self, problem: str) -> None:
         if self.left.wait(self.grace_s):
             return
         print(f"rank {self.rank} ends: {problem}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread waits in a collective, where no exception reaches it
+        os._exit(1)  # no exception can reach the main thread, which waits in a collective operation

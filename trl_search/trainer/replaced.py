@@ -1,4 +1,4 @@
-"""Puts another value under a library's name for a while, where the library offers no way to pass ours."""
+"""Temporarily replaces an attribute of a library that offers no way to pass our value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside the context, and what it was before again afterwards.
+    """Sets `owner.name` to `value` within the context, and restores it afterwards.
 
     Example:
         >>> with replaced(grpo_trainer, "VLLMGeneration", SearchVLLM):

@@ -1,4 +1,4 @@
-"""What a resumed run takes over: its checkpoint, its warmed-up model, and its earlier evaluations."""
+"""Finds what a resumed run continues from: its checkpoint, its warmed-up model, and its earlier evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trl_search.records.rollbacks import is_given_up, rollbacks_of
 
 
 def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
-    """The checkpoint to resume from: `last`, or `True`, takes the newest whole one of the folder's run.
+    """The checkpoint to resume from: `last` or `True` means the newest complete one of the run in `folder`.
 
     Raises:
         UserError: if there is none.
@@ -32,8 +32,8 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
     if asked != "last" and asked is not True:
         if not is_whole(Path(asked)):
             raise UserError(
-                f"resume_from_checkpoint: {asked} is no checkpoint that was written to its end, as it holds no "
-                f"{TRAINER_STATE_NAME} that can be read: give the path of one, or last, the newest of output_dir"
+                f"resume_from_checkpoint: {asked} is not a complete checkpoint, as it has no readable "
+                f"{TRAINER_STATE_NAME}: give the path of another, or last for the newest in output_dir"
             )
         return asked
     name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -41,26 +41,26 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
     started, rollbacks = _started_at(folder), rollbacks_of(folder)
     for step, path in sorted(found.items(), reverse=True):
         if not is_whole(path):
-            print(f"{path} was not written to its end: it is skipped")
+            print(f"{path} is skipped, because it is incomplete")
         elif is_given_up(step, (path / TRAINER_STATE_NAME).stat().st_mtime, rollbacks):
-            print(f"{path} is of the training that collapsed ({folder / ROLLBACKS_FILE}): it is skipped")
+            print(f"{path} is skipped, because the training was rolled back past it ({folder / ROLLBACKS_FILE})")
         elif (path / TRAINER_STATE_NAME).stat().st_mtime < started:
-            print(f"{path} is older than the run of {folder / RUN_FILE}, so it belongs to another run: it is skipped")
+            print(f"{path} is skipped, because it is older than {folder / RUN_FILE} and so belongs to another run")
         else:
             return str(path)
     raise UserError(
-        f"resume_from_checkpoint={asked}, and {folder} holds no checkpoint of its run that was written to its end: "
-        "give the path of one, or leave resume_from_checkpoint out"
+        f"resume_from_checkpoint={asked}, but {folder} has no complete checkpoint of its run: give the path of one, "
+        "or leave resume_from_checkpoint out"
     )
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:
-    """The folder that a trainer is about to write its checkpoint into."""
+    """The folder into which a trainer is about to write its checkpoint."""
     return Path(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    """Whether a checkpoint is complete: the trainer's state is written last."""
     try:
         return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
     except (OSError, ValueError):
@@ -68,24 +68,24 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def how_to_resume(folder: Path) -> str:
-    """What to do after an interrupt: a checkpoint of this run is resumed, else the run begins anew."""
+    """How to continue after an interrupt: from a checkpoint of this run, else from the start."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             checkpoint = checkpoint_to_resume("last", folder.absolute())
     except UserError:
-        return "no checkpoint is written yet (save_steps): the same command begins anew"
-    return f"the same command with --resume_from_checkpoint last goes on from {checkpoint}"
+        return "no checkpoint was written yet (save_steps), so the same command starts from the beginning"
+    return f"the same command with --resume_from_checkpoint last continues from {checkpoint}"
 
 
 def _started_at(folder: Path) -> float:
-    """When the run of a folder began, as a file's time; resuming does not change it. 0 where that is unknown."""
+    """The start of the run in `folder` as a timestamp, which resuming does not change; 0 if it is unknown."""
     path = folder / RUN_FILE
     text = read_object(path, "move it away").get("started_at") if path.is_file() else None
     return datetime.datetime.fromisoformat(text).timestamp() if text else 0.0
 
 
 def measured_before(folder: Path) -> dict[str, Evaluation]:
-    """The evaluations that a resumed run made before its training. Later ones are made again."""
+    """The evaluations that a run made before its training. A resumed run repeats only later ones."""
     path = folder / RESULTS_FILE
     rows = read_object(path, "move it away").get("rows", {}) if path.is_file() else {}
     return {
@@ -99,8 +99,8 @@ def warmed_up_model(warm_folder: Path, name: str, checkpoint: str, *, needed: bo
     """The model that a resumed run starts from: the warmed-up one if it still exists, else `name`.
 
     Args:
-        needed (`bool`): Whether the run needs it. The checkpoint of a full fine-tuning has all weights; that of an
-            adapter lacks its base model, and no checkpoint has the reference model.
+        needed (`bool`): Whether the run needs the warmed-up model. A checkpoint of full fine-tuning has all weights;
+            that of an adapter lacks its base model, and no checkpoint has the reference model.
 
     Raises:
         UserError: if it is needed and missing.
@@ -109,7 +109,7 @@ def warmed_up_model(warm_folder: Path, name: str, checkpoint: str, *, needed: bo
         return str(warm_folder)
     if needed:
         raise UserError(
-            f"the run to resume was warmed up, and {warm_folder} holds no model: copy warm_start there from the "
-            f"folder of the run that {checkpoint} is of, or start anew without resume_from_checkpoint"
+            f"the run to resume had a warm start, but {warm_folder} has no model: copy warm_start there from the run "
+            f"folder of {checkpoint}, or start again without resume_from_checkpoint"
         )
     return name

@@ -1,4 +1,4 @@
-"""After a collapse, training resumes from the best checkpoint with half the learning rate (`on_collapse: rollback`).
+"""Resumes from the best checkpoint with half the learning rate after a collapse (`on_collapse: rollback`).
 
     step 60: an alarm has lasted ten logs, or held-out EM has halved ─► the training stops
              best checkpoint: step 40     ─► back to it: weights, optimizer, data order; learning rate × 0.5
@@ -33,14 +33,14 @@ FACTOR = 0.5
 
 
 class RollsBack(Trainer):
-    """A trainer that goes back after a collapse. Stands before TRL's trainer."""
+    """A mixin that rolls back after a collapse. List it before TRL's trainer."""
 
     _buffered_inputs: Any
     _step: int
     _peak_rates: Sequence[float] = ()  # of each parameter group, as the training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as [`~transformers.Trainer.train`] does, and again from the best checkpoint after a collapse."""
+        """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint."""
         folder = Path(self.args.output_dir or ".")
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
@@ -52,7 +52,7 @@ class RollsBack(Trainer):
             if not self._collapsed():
                 break
             if best is None:
-                logger.warning("there is no best checkpoint to go back to, so the training ends here")
+                logger.warning("the training ends here, because there is no best checkpoint to roll back to")
                 break
             if self._has_collapsed(self.state.best_metric):
                 logger.warning(
@@ -74,7 +74,7 @@ class RollsBack(Trainer):
         return output
 
     def _train_after(self, rollbacks: int, to: int, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        """Trains with the learning rate that so many rollbacks leave; the last one went back to step `to`."""
+        """Trains with the learning rate after `rollbacks` rollbacks; the last one went back to step `to`."""
         if not rollbacks:
             return super().train(checkpoint, *args, **kwargs)
         if alarm := self._alarm():
@@ -102,10 +102,10 @@ class RollsBack(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _rollbacks_before(self, folder: Path) -> tuple[int, int]:
-        """How many rollbacks the run has behind it, and the step to which the last one went back."""
+        """The number of rollbacks so far, and the step to which the last one went back."""
         rollbacks = rollbacks_of(folder)
         before = len(rollbacks), rollbacks[-1]["to"] if rollbacks else 0
-        # Hosts that share no folder would train with different learning rates.
+        # Without the broadcast, hosts that share no folder would train with different learning rates.
         return broadcast_object_list([before])[0] if self.accelerator.num_processes > 1 else before
 
     def _alarm(self) -> CollapseAlarm | None:
@@ -123,7 +123,7 @@ class RollsBack(Trainer):
 
 
 class _LearningRate(TrainerCallback):
-    """Replaces the learning rate that a checkpoint brought back."""
+    """Replaces the learning rate that was loaded from a checkpoint."""
 
     def __init__(self, trainer: RollsBack, rollbacks: int) -> None:
         self.trainer, self.rollbacks = trainer, rollbacks

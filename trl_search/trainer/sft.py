@@ -1,10 +1,10 @@
 """Supervised fine-tuning on trajectories: TRL's SFTTrainer, with the loss on the policy's own tokens.
 
-The trajectories come from the rollout engine, so their ids and masks are like those of GRPO's rollouts. They are
+The trajectories come from the rollout loop, so their ids and masks have the same form as GRPO's. They are either
 
-- the right attempts of a policy or a teacher, with real searches: a cold start (`trainer/cold_start`), or
+- right attempts of a policy or a teacher, with real searches: a cold start (`trainer/cold_start`), or
 - scripts of the embedded world (`data/scripted_players.py`): a warm start. By default their quality is mixed: the
-  policy learns the format and often answers without a search, or stops after one hop. GRPO has to correct that.
+  policy learns the format, but often answers without a search or stops after one hop. GRPO has to correct that.
 """
 
 from __future__ import annotations
@@ -41,37 +41,38 @@ logger = logging.getLogger(__name__)
 @dataclass
 class SearchSFTConfig(SFTConfig):
     r"""
-    Configuration of [`train`]. All parameters of [`~trl.SFTConfig`] apply; these are added or changed:
+    Configuration of [`train`]. It accepts all parameters of [`~trl.SFTConfig`], and adds or changes these:
 
     Parameters:
         max_length (`int`, *optional*):
-            Longer trajectories are left out, where TRL cuts them at 1,024 tokens: half of one teaches no ending.
+            Longer trajectories are left out. (TRL cuts them at 1,024 tokens, but a cut trajectory teaches no ending.)
         padding_free (`bool`, *optional*, defaults to `True`):
-            Most trajectories are far shorter than the longest: padded, they would cost three times as much. Models
-            that would mix the trajectories of such a batch (sliding windows, hybrid layers) are padded all the same.
+            Concatenate the trajectories of a batch. Padding costs three times as much, because most trajectories are
+            far shorter than the longest. Models that would mix them (sliding windows, hybrid layers) are padded
+            anyway.
         initialise_tags (`bool`, *optional*, defaults to `False`):
-            Give the protocol's tags embeddings where the checkpoint's were never trained.
+            Initialise the embeddings of the protocol's tags if the checkpoint's were never trained.
         merge_adapter (`bool`, *optional*, defaults to `True`): Save a LoRA adapter merged into the model.
     """
 
     max_length: int | None = field(
-        default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: none is too long."}
+        default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: no limit."}
     )
     padding_free: bool = field(
-        default=True, metadata={"help": "Concatenate the trajectories of a batch in place of padding them."}
+        default=True, metadata={"help": "Concatenate the trajectories of a batch instead of padding them."}
     )
     initialise_tags: bool = field(
         default=False,
         metadata={
-            "help": "Give tags such as <tool_call> the mean embedding of their text if the checkpoint's were never "
-            "trained; the start of a run says so."
+            "help": "Initialise the embeddings of tags such as <tool_call> with the mean of their text's, if the "
+            "checkpoint's were never trained. A run warns about such tags at its start."
         },
     )
     merge_adapter: bool = field(
         default=True,
         metadata={
-            "help": "With use_peft, save the model with the adapter merged into it, which GRPO and vLLM start from. "
-            "false: the adapter alone."
+            "help": "With use_peft, save the model with the adapter merged into it, as a start for GRPO and vLLM. "
+            "false: save only the adapter."
         },
     )
 
@@ -92,13 +93,13 @@ def train(
     """Trains the model in place on `rows` (`input_ids`, `assistant_masks`), and saves it with its tokenizer.
 
     Args:
-        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` says what is saved.
+        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` sets what is saved.
         run_log ([`RunLog`], *optional*): Records the run in its folder.
 
     Raises:
-        UserError: if an adapter is to be merged that cannot be.
+        UserError: if the adapter cannot be merged as configured.
     """
-    # Rows that are too long have been left out. TRL would cut them, or warn that it does not cut without padding.
+    # Rows that are too long have been left out; otherwise TRL would cut them, or warn that it cannot.
     config = copy.copy(config)
     config.max_length = None
     if config.padding_free and (reason := why_not_padding_free(model)):
@@ -111,7 +112,7 @@ def train(
     rows = rows.select_columns(["input_ids", "assistant_masks"])
     if peft_config is not None and config.merge_adapter and is_deepspeed_zero3_enabled():
         raise UserError(
-            "under ZeRO-3 no process has the whole model to merge the adapter into: set merge_adapter: false, or take "
+            "under ZeRO-3 no process has the whole model to merge the adapter into: set merge_adapter: false, or use "
             "ZeRO-2"
         )
     avoid_cudnn_attention()
@@ -120,7 +121,7 @@ def train(
     )
     show_steps(trainer)
     if run_log is not None:
-        trainer.callback_handler.callbacks.insert(0, run_log)  # it names the run for the trackers
+        trainer.callback_handler.callbacks.insert(0, run_log)  # first, because it names the run for the trackers
     trainer.train(checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir or ".")))
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:
@@ -154,11 +155,11 @@ def warm_start(
     Args:
         steps (`int`): Optimizer steps of `batch_size` trajectories, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
-        environment (`Environment`, *optional*): What the scripts search. Default: the retriever.
-        use_cpu (`bool`): The same as in the run it belongs to: otherwise each process trains alone.
+        environment (`Environment`, *optional*): The environment of the scripts. Default: a search with the retriever.
+        use_cpu (`bool`): Must equal that of the run it belongs to; otherwise each process trains alone.
 
     Returns:
-        `list[Trajectory]`: What was trained on.
+        `list[Trajectory]`: The trajectories that were trained on.
     """
     trajectories = scripted_trajectories(
         world, retriever, protocol, n=steps * batch_size, quality=quality, seed=seed, environment=environment
@@ -185,10 +186,10 @@ def warm_start(
 
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
-    """Trajectories as SFTTrainer reads them: `input_ids`, and `assistant_masks`, 1 for the policy's tokens.
+    """Trajectories in SFTTrainer's format: `input_ids`, and `assistant_masks`, 1 for the policy's tokens.
 
     Args:
-        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: half of one teaches no ending.
+        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: a cut one teaches no ending.
 
     Raises:
         UserError: if no trajectory can be trained on.
@@ -196,7 +197,7 @@ def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = 
     kept = [
         (trajectory.prompt_ids, trajectory.ids, trajectory.mask)
         for trajectory in trajectories
-        # A trajectory that the environment failed teaches nothing.
+        # Trajectories whose environment failed are left out.
         if trajectory.model_tokens
         and not trajectory.error
         and (max_tokens is None or len(trajectory.prompt_ids) + len(trajectory.ids) <= max_tokens)
@@ -206,13 +207,13 @@ def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = 
     if not kept:
         raise UserError(
             f"none of {len(trajectories)} trajectories can be trained on: each is empty, failed, or longer than "
-            f"max_tokens={max_tokens}"
+            f"max_tokens={max_tokens}, which max_length sets"
         )
     return sft_rows(kept)
 
 
 def sft_rows(tokens: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> Dataset:
-    """The same from prompt ids, ids and mask alone."""
+    """The same from tuples of prompt ids, ids and mask."""
     rows = [
         {"input_ids": [*prompt_ids, *ids], "assistant_masks": [*[0] * len(prompt_ids), *mask]}
         for prompt_ids, ids, mask in tokens

@@ -1,4 +1,4 @@
-"""A tokenizer that TRL can hold while our rollouts run, and that decodes nothing for it."""
+"""A tokenizer for TRL that does not decode, for use during our rollouts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class UnreadTokenizer:
-    """A tokenizer that keeps TRL from decoding and parsing completions.
+    """Keeps TRL from decoding and parsing completions.
 
-    TRL would decode a trajectory into one string with the policy's words and the world's. Nobody reads that string, it
-    takes a second in a step of 700k tokens, and it may not parse.
+    TRL would decode each trajectory, observations included, into one string. The string is not used, takes a second
+    in a step of 700k tokens, and may not parse.
     """
 
     response_template = response_schema = None
