@@ -233,13 +233,13 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
             )
         if self.on_collapse == "rollback" and self.save_only_model:
             raise UserError(
-                "on_collapse=rollback goes back to the optimizer and the learning rate of a checkpoint, and with "
-                "save_only_model it has none: leave one of them out"
+                "on_collapse=rollback restores the optimizer and the learning rate from a checkpoint, but with "
+                "save_only_model a checkpoint has neither: leave one of them out"
             )
         if self.on_collapse == "rollback" and self.sync_ref_model:
             raise UserError(
-                "on_collapse=rollback cannot take back what sync_ref_model has moved into the reference model, as no "
-                "checkpoint holds that: leave one of them out"
+                "on_collapse=rollback cannot restore the reference model, which sync_ref_model changes and no "
+                "checkpoint contains: leave one of them out"
             )
         if not 0 <= self.max_failed_share <= 1:
             raise UserError(f"max_failed_share={self.max_failed_share} must be a number from 0 to 1")
@@ -251,8 +251,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 )
             if not self.max_searches:
                 raise UserError(
-                    f"turn_credit={self.turn_credit} credits searches, but max_searches=0 permits none: change one of "
-                    "them"
+                    f"turn_credit={self.turn_credit} credits searches, but max_searches=0 permits none: leave one out"
                 )
             if self.turn_credit_coef <= 0:
                 raise UserError(f"turn_credit_coef={self.turn_credit_coef} must be more than 0")

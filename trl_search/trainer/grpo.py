@@ -245,8 +245,7 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         return (*output[:3], [trajectory.messages for trajectory in self.last_rollout.trajectories], *output[4:])
 
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """TRL's `rollout_func`: one trajectory per prompt, in order. TRL has already repeated the prompts for
-        groups."""
+        """TRL's `rollout_func`: one trajectory per prompt, in order. The prompts are already repeated for groups."""
         assert self.environment is not None
         batch = self.last_rollout
         batch.laps.end("time/weights_s")

@@ -132,8 +132,7 @@ def first_prompt(dataset: Any, protocol: Protocol) -> str:
 
 
 class TakesRows(Trainer):
-    """A mixin whose `evaluate` and `predict` accept the same datasets as the constructor. List it before TRL's
-    trainer."""
+    """A mixin whose `evaluate` and `predict` accept the constructor's datasets. List it before TRL's trainer."""
 
     environment: Environment | None
     protocol: Protocol

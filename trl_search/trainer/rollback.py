@@ -37,7 +37,7 @@ class RollsBack(Trainer):
 
     _buffered_inputs: Any
     _step: int
-    _peak_rates: Sequence[float] = ()  # of each parameter group, as the training began
+    _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint."""
@@ -62,13 +62,13 @@ class RollsBack(Trainer):
                 break
             to = self.state.best_global_step or 0
             if to >= self.state.max_steps:
-                logger.warning("the best checkpoint is that of the last step, so the training ends here")
+                logger.warning("the training ends here, because the best checkpoint is that of the last step")
                 break
             rate = self._rates_after(number)[0]
             logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
             if self.is_world_process_zero():
                 record_rollback(folder, step=self.state.global_step, to=to)
-            # TRL's batches of the policy that is given up, and its count of their parts: as in a resumed process.
+            # Reset TRL's batches from the abandoned policy and its position in them, as in a resumed process.
             self._buffered_inputs, self._step = None, 0
             output = self._train_after(number, to, best, *args, **kwargs)
         return output
@@ -87,9 +87,9 @@ class RollsBack(Trainer):
             self.remove_callback(callback)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Notes the learning rates, which an optimizer of the user has of its own, before a checkpoint is loaded."""
+        """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's stand-in has none
+        groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's dummy optimizer has none
         self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
         return optimizer
 
@@ -97,7 +97,7 @@ class RollsBack(Trainer):
         return [rate * FACTOR**rollbacks for rate in self._peak_rates or [self.args.learning_rate]]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """A run that is resumed after its last step has none to take; transformers would take one more."""
+        """Skips the epoch if the last step is done; otherwise transformers would take an extra step after a resume."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -133,7 +133,8 @@ class _LearningRate(TrainerCallback):
 
 
 def set_learning_rates(optimizer: Any, scheduler: Any, rates: Sequence[float]) -> None:
-    """Sets the peak learning rate of each parameter group; where the schedule is at is kept. One rate is for all."""
+    """Sets the peak learning rate of each parameter group, and keeps the position in the schedule. A single rate
+    applies to all groups."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
     rates = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -48,8 +48,7 @@ class SearchSFTConfig(SFTConfig):
             Longer trajectories are left out. (TRL cuts them at 1,024 tokens, but a cut trajectory teaches no ending.)
         padding_free (`bool`, *optional*, defaults to `True`):
             Concatenate the trajectories of a batch. Padding costs three times as much, because most trajectories are
-            far shorter than the longest. Models that would mix them (sliding windows, hybrid layers) are padded
-            anyway.
+            far shorter than the longest. Models that would mix them (sliding windows, hybrid layers) are padded.
         initialise_tags (`bool`, *optional*, defaults to `False`):
             Initialise the embeddings of the protocol's tags if the checkpoint's were never trained.
         merge_adapter (`bool`, *optional*, defaults to `True`): Save a LoRA adapter merged into the model.

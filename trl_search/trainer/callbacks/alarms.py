@@ -6,8 +6,7 @@
 Each rule compares a run with its own past, so it is independent of the task. `drift` rules fire long before a
 collapse, on changes that may be intended; they warn but never end a run. All rules are silent on recorded healthy runs
 and fire on recorded collapses (`tests/support/data/histories.json`, made by `benchmarks/alarms.py`; docs/monitoring.md
-lists them). Rules compare medians because a single log of a healthy run can be an outlier, such as a KL of 1e3 from
-one token.
+lists them). Rules compare medians because a single log can be an outlier, such as a KL of 1e3 from one token.
 """
 
 from __future__ import annotations

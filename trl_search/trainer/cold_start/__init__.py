@@ -1,2 +1,1 @@
-"""Cold start for GRPO (`trl-search sft`): collects attempts, selects the good ones, and fine-tunes a policy on
-them."""
+"""Cold start for GRPO (`trl-search sft`): collects attempts and fine-tunes a policy on the good ones."""

@@ -49,8 +49,8 @@ _MIN_JUDGED = 20
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One finished trajectory with its scores. `index` is the position of its question; `searches` counts the calls of
-    all tools."""
+    """One finished trajectory with its scores. `index` is the position of its question; `searches` counts calls of any
+    tool."""
 
     index: int
     sample: int

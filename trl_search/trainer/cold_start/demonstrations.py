@@ -80,8 +80,7 @@ def play_demonstrations(
 
 
 class Demonstrating(Policy):
-    """A policy that prepends demonstrations (`shown`, ids) to every prompt. The owner of `policy` opens and closes
-    it."""
+    """Prepends demonstrations (`shown`, ids) to every prompt. The owner of `policy` opens and closes it."""
 
     def __init__(self, policy: Policy, shown: Sequence[int]) -> None:
         self._policy, self._shown = policy, tuple(shown)

@@ -72,8 +72,7 @@ class SearchVLLM(VLLMGeneration):
                 self._engine_options = {**lora_options(rank), **engine_options}
         super().__init__(**kwargs)
         if self.mode == "server":
-            # The name of an adapter includes the run, because a server keeps adapters of earlier runs and their
-            # caches.
+            # Adapter names include the run, because a server keeps adapters of earlier runs and their caches.
             self._run_id = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
             self._share_serving({url: server_start_time(url, self.server_timeout) for url in self.urls})
 

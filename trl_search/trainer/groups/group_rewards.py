@@ -69,8 +69,7 @@ def exceptions(trajectories: Sequence[Trajectory]) -> torch.Tensor:
 
 
 def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, trainer: Any) -> None:
-    """Removes, in place, the rewards of failed trajectories and, during `search_floor_steps`, those above 0 without a
-    tool call."""
+    """In place: sets failed trajectories to NaN and, during `search_floor_steps`, caps those without a call at 0."""
     failed_R, unsearched_R = exceptions_R2.to(rewards_RF.device).T
     rewards_RF[failed_R] = torch.nan
     if trainer.model.training and trainer.state.global_step < trainer.args.search_floor_steps:

@@ -85,8 +85,7 @@ class PassRates:
         return 1.0 if visit is None else visit.weight
 
     def learn(self, groups: Iterable[tuple[Mapping[str, Any], Sequence[Trajectory]]]) -> dict[str, float]:
-        """Updates the pass rates with the finished groups of all ranks, each as row and trajectories. Every rank must
-        call it.
+        """Updates the pass rates with the finished groups of all ranks. Every rank must call it.
 
         Returns:
             `dict[str, float]`: Metrics to log.
@@ -107,8 +106,7 @@ class PassRates:
         write_jsonl(folder / FILE, ({"question": question, **asdict(one)} for question, one in self.visits.items()))
 
     def load(self, folder: Path) -> None:
-        """Replaces the pass rates with those of a checkpoint. A checkpoint without the file was saved without the
-        curriculum.
+        """Loads the pass rates of a checkpoint. One that was saved without the curriculum has no file.
 
         Raises:
             UserError: if the file has no pass rates.

@@ -50,8 +50,7 @@ class Refill:
         self._scoring = asyncio.Lock()  # reward functions need not be thread-safe
 
     async def more(self, number: int, trajectory: Trajectory) -> dict[int, Job]:
-        """`more` of [`run_batch`]: if this trajectory completes a group without a gradient, the group's
-        replacement."""
+        """`more` of [`run_batch`]: the replacement, if this trajectory completes a group without a gradient."""
         size, total = self.group_size, len(self.batch.rows)
         tried, place = number // total, number % total // size
         ended = self._ended[place]

@@ -55,8 +55,7 @@ class TrajectoryPool:
         environment (`Environment`): The environment. The pool opens and closes a copy of it, because evaluations
             between rollouts open and close the original.
         group_size (`int`): Trajectories per group.
-        max_staleness (`int`, *optional*): Maximum rollouts between the start of a group and its use. Default: no
-            bound.
+        max_staleness (`int`, *optional*): Maximum rollouts from the start of a group to its use. Default: no limit.
 
     Attributes:
         groups (`list[Group]`): Groups in progress, and complete ones not yet taken; oldest first.

@@ -53,7 +53,7 @@ def correct_towards_engine(
 
 
 def effective_sample_size(weights: torch.Tensor, accelerator: Accelerator) -> float:
-    """Kish's (Σw)² / Σw² over all ranks, as a share of the number of weights: 1 if all are equal; NaN if there are
+    """Kish's (Σw)² / Σw² over all ranks, divided by the number of weights: 1 if all are equal; NaN if there are
     none."""
     weights = weights.detach().float()
     sums = torch.stack([weights.sum(), weights.square().sum(), torch.ones_like(weights).sum()])

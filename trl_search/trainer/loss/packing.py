@@ -75,8 +75,7 @@ def assign(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def make_packs(attention_mask_BT: torch.Tensor, scored_BT: torch.Tensor, max_tokens: int) -> list[Pack]:
-    """Packs of at most `max_tokens` tokens that contain every needed token once, and every scored token as a
-    target."""
+    """Packs of at most `max_tokens` tokens, with every needed token once and every scored token as a target."""
     scored_BT = scored_BT.cpu()
     needed_BT = needed_tokens(attention_mask_BT.cpu(), scored_BT)
     rows = [row.nonzero().squeeze(1) for row in needed_BT]  # columns of each row's tokens
