@@ -63,7 +63,7 @@ class Searched:
         return {**self.options, "passages": f"of the world: {self.world_size[0]}, seed {self.world_size[1]}"}
 
     def content(self) -> dict[str, Any]:
-        """Identifies the retriever by content, without secrets: an index folder by its corpus and options, not its path."""
+        """Identifies the retriever by content, without secrets: an index by its corpus and options, not its path."""
         return {"kind": self.kind, "options": with_contents(without_secrets(self.described()))}
 
 

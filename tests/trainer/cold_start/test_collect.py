@@ -304,7 +304,7 @@ def test_the_first_of_a_question_are_kept_and_none_twice() -> None:
 
 
 def test_no_attempts_at_all() -> None:
-    with pytest.raises(UserError, match="no attempts to choose from"):
+    with pytest.raises(UserError, match="no attempts to select from"):
         select([], Rules())
 
 
