@@ -227,7 +227,7 @@ def test_questions_are_known_by_their_text_and_not_by_their_folder(
 
 def test_a_failed_search_is_not_written_and_tried_again(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     broken = FixedRetriever(PASSAGES, poison="author")
-    with pytest.raises(UserError, match=r"11 of 11 attempts failed .* the index is on fire.* 0 attempts are kept"):
+    with pytest.raises(UserError, match=r"failed in 11 of 11 attempts.* the index is on fire.* 0 attempts are kept"):
         run(tmp_path, tokenizer, retriever=broken)
     assert not read_attempts(tmp_path)
     # Fewer failures than are judged: they are counted, and left to the next call.
