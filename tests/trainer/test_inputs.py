@@ -72,14 +72,14 @@ LONG = Dataset.from_list([{"question": "who " * words, "golden_answers": ["x"]} 
 def test_prompts_that_are_too_long_are_found_when_the_dataset_is_loaded(tmp_path, random_model, tokenizer):
     """By their rows, before anything is generated; and the advice is one that helps."""
     said = (
-        r"2 of 4 prompts of train_dataset are too long \(row 1 has \d+ tokens, row 3 .*length=1000 leaves 1048 to a "
+        r"2 of 4 prompts of train_dataset are too long \(row 1 has \d+ tokens, row 3 .*length=1000 leaves 1048 for a "
     )
     with pytest.raises(UserError, match=said + r"prompt: lower max_completion_length to \d+, or leave these rows out"):
         real_trainer(tmp_path, random_model, tokenizer, data=LONG, max_completion_length=1000)
     with pytest.raises(UserError, match=r"2 of 4 prompts of eval_dataset\['near'\] are too long"):
         evaluated = {"eval_dataset": {"near": LONG}}
         real_trainer(tmp_path, random_model, tokenizer, trainer=evaluated, max_completion_length=1000)
-    with pytest.raises(UserError, match=r"to a prompt: lower max_completion_length to \d+$"):
+    with pytest.raises(UserError, match=r"for a prompt: lower max_completion_length to \d+$"):
         real_trainer(tmp_path, random_model, tokenizer, max_completion_length=2040)
     kept = real_trainer(
         tmp_path, random_model, tokenizer, data=LONG, max_completion_length=1000, skip_long_prompts=True
