@@ -224,7 +224,7 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is not as in a run that nobody killed."""
+    """The differences from an uninterrupted run."""
     run = read_run(folder)
     rows = read_trajectories(run).select(["step", "index"]).to_pylist()
     counts = Counter((row["step"], row["index"]) for row in rows)
@@ -242,7 +242,7 @@ def has_whole_checkpoint(folder: Path) -> bool:
 
 
 def one_run(kind: Kind, folder: Path, most: int, draw: random.Random, kills: Counter[str]) -> tuple[list[str], int]:
-    """Trains to the end, whatever is killed meanwhile. What is wrong then, and how many trajectories were kept."""
+    """Trains to the end despite the kills. Returns what is wrong then, and how many trajectories were kept."""
     process, kept, done = start(kind, folder, resume=False), 0, 0
     for _ in range(LIVES):
         while done < most and process.poll() is None:
@@ -303,7 +303,7 @@ def main() -> None:
                 print((Path(scratch) / "log.txt").read_text(errors="replace")[-4000:], flush=True)
             if sum(kills.values()) == before:
                 break  # it never came to a kill: something is wrong with the run itself
-        print(f"{sum(kills.values())} kills in {runs} runs, {bad} of them not as if nobody had killed them")
+        print(f"{sum(kills.values())} kills in {runs} runs; {bad} runs differ from an uninterrupted one")
         print(f"{saved} finished trajectories were in the journal at a kill during a rollout")
     sys.exit(bad > 0)
 

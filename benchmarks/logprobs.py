@@ -146,7 +146,7 @@ def ours(attention: str, max_packed_tokens: int, accelerator: Accelerator) -> Fo
 
 @contextlib.contextmanager
 def loaded(shape: dict[str, Any], device: torch.device, attention: str | None, checkpointing: bool) -> Iterator[Any]:
-    """A model of its own for each variant: what prepares it for one kernel must not touch another's."""
+    """A separate model per variant, because preparing it for one kernel must not affect another variant."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:

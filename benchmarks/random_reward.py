@@ -10,5 +10,5 @@ from typing import Any
 
 
 def coin(completions: list[Any], **columns: Any) -> list[float]:
-    """0 or 1 with equal chances, whatever was written."""
+    """0 or 1 with equal probability, independent of the completion."""
     return [float(random.random() < 0.5) for _ in completions]

@@ -105,7 +105,7 @@ def train(run: Run, prepare: Callable[[Any], None] = lambda trainer: None) -> tu
 
 
 def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row in the file; where there is none, what is measured now."""
+    """The row in the file; if there is none, measures it now."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(measure(), indent=1) + "\n")

@@ -53,7 +53,7 @@ VARIANTS = [("no tail", 1.0), ("tail", 1.0), ("tail", 1.5), ("20 ms", 1.0), ("20
 
 
 def seconds_of(searches: str, scale: float) -> Callable[[random.Random], float]:
-    """How long a search takes, drawn anew for each."""
+    """The time of a search, drawn independently for each."""
     return {
         "tail": lambda draw: scale * min(LONGEST_S, MEDIAN_S * math.exp(draw.gauss(0.0, SIGMA))),
         "no tail": lambda draw: scale * MEDIAN_S,

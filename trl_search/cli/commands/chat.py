@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "questions", nargs="*", metavar="QUESTION", help="in quotes (default: read stdin, or start a session)"
     )
-    searched = parser.add_argument_group("what is searched")
+    searched = parser.add_argument_group("retriever")
     searched.add_argument(
         "--retriever", metavar="WHAT", help=f"{SEARCHED} (default: what the run searched; world for tiny; else web)"
     )
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searched.add_argument("--world", action="store_true", help="the same as --retriever world")
     add_world_options(searched)
     add_agent_options(parser)
-    run = parser.add_argument_group("how it runs")
+    run = parser.add_argument_group("inference")
     add_sampling_options(run, temperature=0.7)
     run.add_argument(
         "--seed", type=int, help="seed of the first question; each later question adds 1 (default: random)"

@@ -21,7 +21,7 @@ ACTIONS = {"list": sets, "questions": questions, "filter": filter, "chunk": chun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="what to do", dest="action", required=True, metavar="ACTION")
+    commands = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
     for name, action in ACTIONS.items():
         assert action.__doc__ is not None
         added = commands.add_parser(

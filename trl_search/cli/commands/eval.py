@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published results to show: auto (of the model's size), 3B, 7B, all or none (default: auto)",
     )
     add_policy_options(parser)
-    add_sampling_options(parser.add_argument_group("how it samples"), temperature=0.0)
+    add_sampling_options(parser.add_argument_group("sampling"), temperature=0.0)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     from trl_search.config.agent import add_agent_options
 
     add_question_fields(parser)
-    searched = parser.add_argument_group("what is searched")
+    searched = parser.add_argument_group("retriever")
     searched.add_argument(
         "--retriever",
         metavar="WHAT",
@@ -82,7 +82,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     add_world_options(searched)
     add_agent_options(parser)
-    run = parser.add_argument_group("where it runs")
+    run = parser.add_argument_group("backend")
     run.add_argument(
         "--backend",
         default="transformers",

@@ -36,7 +36,9 @@ from trl_search.common.files import write_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("retrievers", nargs="+", metavar="RETRIEVER", help=f"each {SEARCHED}")
     parser.add_argument("--datasets", required=True, nargs="+", metavar="SET", help="BEIR folders and question sets")
-    parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
+    parser.add_argument(
+        "--passages_per_query", type=int, default=10, metavar="N", help="passages per query (default: 10)"
+    )
     parser.add_argument("--split", default="test", help="split of the qrels in BEIR folders (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="use a random sample of N queries per set")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default: 0)")

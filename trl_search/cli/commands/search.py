@@ -24,7 +24,9 @@ from trl_search.types import Passage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("retriever", metavar="WHAT", help=SEARCHED)
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="what to search for, each in quotes")
-    parser.add_argument("--passages_per_query", type=int, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument(
+        "--passages_per_query", type=int, default=3, metavar="N", help="passages per query (default: 3)"
+    )
     add_retriever_options(parser)
     add_world_options(parser)
 

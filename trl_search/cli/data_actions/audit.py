@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", dest="evaluated", help="an evaluation that asked these questions")
     parser.add_argument("--limit", type=int, metavar="N", help="use a random sample of N questions per set")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default: 0)")
-    parser.add_argument("--passages_per_query", type=int, default=10, metavar="N", help="(default: 10)")
+    parser.add_argument(
+        "--passages_per_query", type=int, default=10, metavar="N", help="passages per query (default: 10)"
+    )
     parser.add_argument("--missing", metavar="FILE", help="write the questions that no passage answers, as .jsonl")
     add_question_fields(parser)
 

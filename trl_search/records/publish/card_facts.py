@@ -37,7 +37,7 @@ class CardFacts:
         license (`str`, *optional*): The licence of the weights, by the hub's id.
         curves (`bool`): Whether `curves.png` is published with the card.
         tools (`tuple[str, ...]`): The names of the tools that the agent calls.
-        rollbacks (`Sequence[dict]`): The times that the training went back after a collapse.
+        rollbacks (`Sequence[dict]`): The rollbacks of the training after a collapse.
     """
 
     repo_id: str
