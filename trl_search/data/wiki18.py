@@ -230,7 +230,7 @@ def unpack_corpus(archive: Path, target: Path) -> None:
                 pass
     except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"{archive} is damaged ({error}): delete it and run this again to fetch it anew") from error
+        raise UserError(f"{archive} is damaged ({error}): delete it and run this again to fetch it again") from error
     os.replace(unfinished, target)
 
 

@@ -38,7 +38,7 @@ def best_rows(
         queries (`int`): The number of queries.
         k (`int`): Rows wanted per query.
         most (`int`): Most rows to fetch. In a longer tie, the rows that came first are taken.
-        tie (`float`): Scores whose relative difference is at most this are equal.
+        tie (`float`): Scores are equal if they differ by at most this, times the larger score if that exceeds 1.
         decimals (`int`, *optional*): Decimals that scores are rounded to; the default hides what batching changes.
     """
     ranked: list[list[tuple[int, float]]] = [[] for _ in range(queries)]

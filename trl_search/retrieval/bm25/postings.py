@@ -3,8 +3,9 @@
     term 17 -> rows  3  8 40        totals   row 3: 1.2   row 8: 0.4 + 0.9   row 40: 0.1
     term  4 -> rows  8 91                    row 91: 0.7                  ──► [(8, 1.3), (3, 1.2), ...]
 
-The compiled search reads only the rows of the query's terms, so its cost does not depend on the size of the corpus.
-Both backends add the same float32 numbers in the same order, so their results are bit-identical.
+The compiled search reads only the rows of the query's terms, so its cost does not depend on the size of the corpus;
+only for very common words does it scan all rows. Both backends add the same float32 numbers in the same order, so
+their results are bit-identical.
 """
 
 from __future__ import annotations

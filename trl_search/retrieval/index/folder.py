@@ -234,7 +234,7 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     if check_source and source is not None and source.changed():
         raise IndexFolderError(
             f"{source.name} has changed since {folder} was built from it; {rebuild}; "
-            "or keep the index as it is: load_retriever(..., check_source=False)"
+            "or use the index unchanged: load_retriever(..., check_source=False)"
         )
     return Index(folder, manifest, Corpus(folder))
 

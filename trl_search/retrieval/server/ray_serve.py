@@ -8,8 +8,8 @@ replicas, restarts those that die, and distributes requests over them. Every rep
 dies, its requests fail with a lost connection or a 500, and the `http` retriever repeats them, which is safe because a
 search changes nothing.
 
-The proxy listens on `host` and `port`. Ray itself opens other ports to the network, and whoever reaches them can run
-code on the machines. Since 2.60 Ray requires a token; still, run a cluster in a private network.
+The proxy listens on `host` and `port`. Ray itself opens other ports to the network, and anyone who can reach them can
+run code on the machines. Since 2.60 Ray requires a token; still, run a cluster in a private network.
 """
 
 from __future__ import annotations
