@@ -70,7 +70,7 @@ def test_mistakes_are_one_line(index: Path, capsys: pytest.CaptureFixture[str]) 
     assert "default_topk" in refusal(capsys, *served, "--passages_per_query", "0")
     assert "could never be answered" in refusal(capsys, *served, "--max-queued", "5")
     assert "choose another" in refusal(capsys, str(index), "--port", "70000")
-    assert "'bm52' is no retriever" in refusal(capsys, "bm52", "--port", "0")
+    assert "'bm52' is not a retriever" in refusal(capsys, "bm52", "--port", "0")
     assert "--retriever_options is not JSON" in refusal(capsys, *served, "--retriever_options", "backend=numpy")
     assert capsys.readouterr().out == ""  # nothing says that it serves before it does
 
