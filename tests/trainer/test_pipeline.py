@@ -78,7 +78,7 @@ def test_an_interrupted_run_goes_on(run, capsys):
     after = ["search, after GRPO", *[f"search, best checkpoint (step {best})"] * (best != 3)]
     assert list(results["rows"]) == [*kept, *after]
     said = capsys.readouterr().out
-    assert "checkpoint-7 is older than the run" in said
+    assert "checkpoint-7 is skipped, because it is older" in said
     assert (
         "checkpoint-9 is skipped, because it is incomplete" in said and f"The best checkpoint, of step {best}" in said
     )
