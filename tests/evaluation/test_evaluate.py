@@ -21,6 +21,8 @@ from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.protocols import load_protocol
 from trl_search.types import Answer, Passage, Sampling, Search
 
+pytestmark = pytest.mark.slow
+
 AGENT = replace(TINY, instruction=None)
 ROWS = [{"question": f"Who wrote Novel {i}?", "golden_answers": ["Mira Talvane"]} for i in range(6)]
 

@@ -19,6 +19,8 @@ from trl_search.records.folder import Run, read_run
 from trl_search.records.trackers import log_results, mask_html, mask_text, stretches
 from trl_search.types import Passage
 
+pytestmark = pytest.mark.slow
+
 EVIL = "<script>alert(1)</script> & \"quoted\" 'so'"
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 

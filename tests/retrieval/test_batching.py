@@ -21,6 +21,8 @@ from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.threads import MAX_HUNG
 from trl_search.types import Passage
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 0.9  # where a call hangs; whatever does not hang takes a hundredth of that
 
 

@@ -15,6 +15,8 @@ from trl_search.retrieval import load_retriever
 from trl_search.retrieval.base import merge_metrics
 from trl_search.types import StopReason
 
+pytestmark = pytest.mark.slow
+
 ITEM_9 = {
     "search/searches", "search/turns", "search/malformed_calls", "search/empty_retrievals", "search/failed_rollouts",
     "tokens/model", "tokens/observation", "tokens/nonfinite_logprobs", "time/generation_s", "time/search_s",

@@ -16,6 +16,8 @@ from trl import GRPOTrainer
 from tests.conftest import make_random_model
 from tests.support.scripted_trainer import ScriptedTrainer, config, later_is_better, scripted_trainer, steps
 
+pytestmark = pytest.mark.slow
+
 LORA = {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")}
 CASES = {
     "dapo": {},

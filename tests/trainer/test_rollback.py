@@ -20,6 +20,8 @@ from trl_search.trainer.callbacks.alarms import RULES
 from trl_search.trainer.resume import checkpoint_to_resume
 from trl_search.trainer.rollback import set_learning_rates
 
+pytestmark = pytest.mark.slow
+
 COLLAPSES_AT = 6  # five logs make a level, and the alarm below ends the training when it has lasted two
 
 

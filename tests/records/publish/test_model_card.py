@@ -28,6 +28,8 @@ from trl_search.records.publish.model_card import (
 from trl_search.records.publish.results import Result, evaluation_results, training_results
 from trl_search.types import Answer, Search
 
+pytestmark = pytest.mark.slow
+
 INFO = {
     "format": 1,
     "command": "trl-search train /home/me/secret/recipe.yaml",

@@ -30,6 +30,8 @@ from trl_search.retrieval.remote.http_retriever import HttpRetriever
 from trl_search.retrieval.remote.wire import Limits
 from trl_search.types import Passage, Search, StopReason
 
+pytestmark = pytest.mark.slow
+
 
 class Echo(Retriever):
     """Finds the query itself, `k` times, after a delay."""

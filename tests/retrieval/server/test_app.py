@@ -37,6 +37,8 @@ from trl_search.retrieval.server.cache import ResultCache
 from trl_search.retrieval.server.run import is_loopback, listen
 from trl_search.types import Passage
 
+pytestmark = pytest.mark.slow
+
 CLIENT = httpx.Client(timeout=200)  # a new one for each request would make a TLS context each
 SMALL = Limits(max_queries=8, max_query_chars=1000, max_topk=10, max_body_bytes=10_000)
 

@@ -21,6 +21,8 @@ from trl_search.retrieval.server.connection import MAX_HEAD_BYTES, LimitedConnec
 from trl_search.retrieval.server.run import listen
 from trl_search.types import Passage
 
+pytestmark = pytest.mark.slow
+
 IDLE_S = 0.5  # uvicorn's wait for an idle connection
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = GET + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n"

@@ -20,6 +20,8 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval.web import page_text
 from trl_search.retrieval.web.page import GuardedTransport, PageError, PageLimits, fetch_page
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trafilatura")
 
 HERE = "127.0.0.2"

@@ -32,6 +32,8 @@ from trl_search.trainer.cold_start.select import KEPT
 from trl_search.trainer.tag_rows import tag_ids, untrained_tags
 from trl_search.types import Answer, ToolCall
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 GOLD = "Mira Talvane"
 CALCULATOR = "tests.support.calculator:Calculator"

@@ -18,6 +18,8 @@ from trl_search.trainer.groups.group_rewards import Group
 from trl_search.trainer.groups.refill import Refill
 from trl_search.types import StopReason, Trajectory
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = 120
 DATA = Dataset.from_list(
     [{"question": f"Who wrote book {i}?", "golden_answers": [GOLD], "id": str(i)} for i in range(QUESTIONS)]
