@@ -67,7 +67,7 @@ test: setup $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint and the whole tes
 	{ $(LINT); } || { kill $$tests; exit 1; }; \
 	wait $$tests
 
-test-fast: setup  ## the fast tests: no vLLM, no browser, no wheel, no pairs of processes
+test-fast: setup  ## the fast tests: no vLLM, browser, wheel, server or whole run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'
 
 lint: setup  ## ruff and mypy
