@@ -2,11 +2,11 @@
 
     the files that need vLLM      one worker, so that one process imports vLLM and forks all engines
     the files that need a browser one worker, which starts one
-    the files that wait           one worker: two others keep both cores busy meanwhile
+    the files that wait           one worker, while the two others keep both cores busy
     every other file              the next worker that is free; the files with slow tests first
 
 Left to itself, xdist begins with the files of the most tests, and the longest ones, which have few, are left for the
-end, where one worker waits for the other. Those that wait come one after the other by name, so all workers would wait.
+end, where one worker waits for the other. Files that wait are neighbours by name, so all workers would wait at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 SHARED = ("vllm", "browser")
-# Their tests talk with servers and wait for them: of two minutes on their worker a third is its own work.
+# The tests in these folders talk to servers: they compute for a third of their two minutes and wait for the rest.
 WAITING = ("retrieval/remote", "retrieval/server", "retrieval/web")
 
 

@@ -15,6 +15,7 @@ WINDOW = 5  # logs whose median is compared
 SETTLED = 3  # logs whose median is the first baseline
 ALARM_PREFIX = "alarm/"  # prefix of the metric that is 1 while a rule fires
 EM_BEFORE = "eval/em_before"  # held-out EM before the first step
+HALF = 0.5  # held-out EM below this share of the best, or of that before training, is a collapse
 
 
 @dataclass
@@ -136,13 +137,13 @@ class Halved(Rule):
     @property
     def condition(self) -> str:
         highest = "its highest (or its value before training)"
-        return f"whole 95 % interval below 0.5× {highest}, in one log, if that is at least {self.worth:g}"
+        return f"whole 95 % interval below {HALF:g}× {highest}, in one log, if that is at least {self.worth:g}"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         if self.upper not in row or not is_number(row[self.upper]):
             return ""
         highest = max(levels[name].highest for name in (self.metric, EM_BEFORE) if name in levels)
-        if highest < self.worth or row[self.upper] >= 0.5 * highest:
+        if highest < self.worth or row[self.upper] >= HALF * highest:
             return ""
         return f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"
 

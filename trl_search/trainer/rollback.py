@@ -21,7 +21,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_search.records.alarm_rules import EM_BEFORE
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume
@@ -48,22 +47,13 @@ class RollsBack(Trainer):
         rollbacks, to = self._rollbacks_before(folder) if checkpoint else (0, 0)
         output = self._train_after(rollbacks, to, checkpoint, *args, **kwargs)
         for number in range(rollbacks + 1, MAX_ROLLBACKS + 1):
-            best = self.state.best_model_checkpoint
-            if not self._collapsed():
+            alarm = self._alarm()
+            if alarm is None or not alarm.collapsed:
                 break
-            if best is None:
-                logger.warning("the training ends here, because there is no best checkpoint to roll back to")
+            if reason := _no_way_back(self.state, alarm):
+                logger.warning("the training ends here, because %s", reason)
                 break
-            if self._has_collapsed(self.state.best_metric):
-                logger.warning(
-                    "held-out EM was more than twice as high before training as in the best checkpoint, so there is "
-                    "nothing to go back to, and the training ends here: begin anew with a lower learning_rate"
-                )
-                break
-            to = self.state.best_global_step or 0
-            if to >= self.state.max_steps:
-                logger.warning("the training ends here, because the best checkpoint is that of the last step")
-                break
+            best, to = self.state.best_model_checkpoint, self.state.best_global_step or 0
             rate = self._rates_after(number)[0]
             logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
             if self.is_world_process_zero():
@@ -111,15 +101,19 @@ class RollsBack(Trainer):
     def _alarm(self) -> CollapseAlarm | None:
         return getattr(self, "collapse_alarm", None)
 
-    def _collapsed(self) -> bool:
-        alarm = self._alarm()
-        return alarm is not None and bool(alarm.collapsed)
 
-    def _has_collapsed(self, best_em: float | None) -> bool:
-        """Whether a held-out EM is less than half of that before training."""
-        alarm = self._alarm()
-        before = alarm.watch.levels.get(EM_BEFORE) if alarm is not None else None
-        return before is not None and best_em is not None and best_em < 0.5 * before.highest
+def _no_way_back(state: TrainerState, alarm: CollapseAlarm) -> str:
+    """Why the best checkpoint is nothing to roll back to; empty if it is."""
+    if state.best_model_checkpoint is None:
+        return "there is no best checkpoint to roll back to"
+    if state.best_metric is not None and alarm.watch.is_halved_since_start(state.best_metric):
+        return (
+            "held-out EM was more than twice as high before training as in the best checkpoint: start again with a "
+            "lower learning_rate"
+        )
+    if (state.best_global_step or 0) >= state.max_steps:
+        return "the best checkpoint is that of the last step"
+    return ""
 
 
 class _LearningRate(TrainerCallback):

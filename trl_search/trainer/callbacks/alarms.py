@@ -22,7 +22,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_search.common.files import is_number
 from trl_search.evaluation.outcomes import MAX_FAILED
-from trl_search.records.alarm_rules import ALARM_PREFIX, AT_ONCE, DRIFT, EM_BEFORE, RULES, WINDOW, Level, NotFinite
+from trl_search.records.alarm_rules import (
+    ALARM_PREFIX,
+    AT_ONCE,
+    DRIFT,
+    EM_BEFORE,
+    HALF,
+    RULES,
+    WINDOW,
+    Level,
+    NotFinite,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +63,11 @@ class Watch:
                 self.levels.setdefault(metric, Level()).add(row[metric])
         rules = [rule for rule in RULES if rule.metric in self.levels or isinstance(rule, NotFinite)]
         return {rule.name: rule.look(self.levels, row) for rule in rules}
+
+    def is_halved_since_start(self, em: float) -> bool:
+        """Whether a held-out EM is below half of that before training."""
+        start = self.levels.get(EM_BEFORE)
+        return start is not None and em < HALF * start.highest
 
 
 def is_training_log(row: Mapping[str, Any]) -> bool:
