@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kills import free_port, vllm_environment, wait_for
+from kills import ON_GPUS, free_port, vllm_environment, wait_for
 from shared_start import make_parser, options_of, start, train, write_table
 
 from trl_search.policies.base import Policy
@@ -46,6 +46,8 @@ SERVING = [
     "--max-model-len", "1024", "--enforce-eager", "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
     "--enable-lora", "--max-lora-rank", str(RANK), "--no-enable-chunked-prefill",
     "--distributed-executor-backend", "uni",
+    # A small share of a GPU, so that other work fits beside it.
+    *(("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30)) if ON_GPUS else ()),
 ]  # fmt: skip
 LOGGED = ("carry_over/batches_waited", "sampling/effective_sample_size", "loss/without_gradient", "reward")
 
