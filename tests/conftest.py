@@ -1,4 +1,4 @@
-"""What many tests share: the tiny policy's tokenizer, a small world, its retriever, a model of random weights."""
+"""Shared fixtures: the tiny policy's tokenizer, a small world, its retriever, a model with random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what it runs in the background so, and every process from there on inherits it.
+    # A shell ignores SIGINT in its background processes, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# Heavy imports stand inside: xdist's controller reads this file, too, and runs no test.
+# Heavy imports are inside functions: xdist's controller also reads this file, but runs no tests.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """In the controller: one process imports torch and TRL for all workers, and for what their tests fork."""
+    """In the controller: one process imports torch and TRL for all workers and for the processes that tests fork."""
     from tests.support.forked import fork_workers
 
     folder = tempfile.TemporaryDirectory(prefix="trl-search-")
@@ -44,9 +44,9 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Examples of property tests take as long as a busy machine needs."""
+    """Property tests have no deadline, because the machine may be busy."""
     if session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput"):
-        return  # xdist's controller runs no test
+        return  # xdist's controller runs no tests
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,16 +61,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Every trainer calls `gc.collect()`, which need not look at a million imported objects each time."""
+    """Every trainer calls `gc.collect()`, which then skips a million imported objects."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def visible_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test marked `gpu` sees one device, one marked `multi_gpu` two, and so do the processes that they start.
+    """A test marked `gpu` sees one device, a test marked `multi_gpu` two, and so do the processes that they start.
 
-    Left with several, transformers' Trainer would wrap the model in `nn.DataParallel`, which TRL refuses.
+    With several devices, transformers' Trainer would wrap the model in `nn.DataParallel`, which TRL refuses.
     """
     needed = next(
         (count for mark, count in {"gpu": 1, "multi_gpu": 2}.items() if request.node.get_closest_marker(mark)), 0
@@ -80,7 +80,7 @@ def visible_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     import torch
 
     if torch.cuda.device_count() > needed:
-        torch.cuda.init()  # first, with all devices: this process reads the environment once
+        torch.cuda.init()  # initialise CUDA with all devices first: this process reads the environment once
         monkeypatch.setattr(torch.cuda, "device_count", lambda: needed)
         all_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(all_devices.split(",")[:needed]))
@@ -108,7 +108,7 @@ def retriever(world: World) -> Retriever:
 
 
 def make_random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Two layers of random weights: the real architecture, and no behaviour."""
+    """The real architecture with two layers of random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -130,7 +130,7 @@ def make_random_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def save_random_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The random model with its tokenizer, for processes of their own."""
+    """Saves the random model with its tokenizer, for separate processes."""
     make_random_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""A chat is a rollout that is heard: the tokens of training, told as they come, and failures told as failures."""
+"""A chat samples the tokens that a training rollout samples, and reports them, and every failure, as they come."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PASSAGES = [Passage("7", "Orlune", "Orlune is a harbour town.", 2.5, "https://or
 
 
 def write(tokenizer, *actions: Search | Answer) -> list[str]:
-    """What a policy writes, turn by turn; no turn holds another, so that the fake policy knows where it is."""
+    """The turns of a policy. No turn contains another, so the fake policy can tell which turn is next."""
     protocol = load_protocol("qwen_tools", tokenizer)
     return [protocol.write(f"turn {n}", action) for n, action in enumerate(actions)]
 
@@ -71,7 +71,7 @@ def ask(chat: Chat, question: str = "Where is Orlune?", **options):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_chat_writes_the_tokens_of_a_rollout_and_tells_them_as_they_come(world, retriever, name):
+def test_a_chat_samples_the_tokens_of_a_rollout_and_streams_them(world, retriever, name):
     questions = [question for question in world.questions("test", limit=30) if question.type == "two_hop"][:3]
     settings = dataclasses.replace(TINY, protocol=name)
     right = 0
@@ -91,12 +91,12 @@ def test_a_chat_writes_the_tokens_of_a_rollout_and_tells_them_as_they_come(world
             )[0]
             assert list(reply.turns) == trajectory.messages
             assert reply.model_tokens == trajectory.model_tokens and reply.searches == trajectory.searches >= 2
-            # Told in the order in which it happened: the turn, the search, what it found, the next turn.
+            # Events come in order: the turn, the search, its passages, the next turn.
             kinds = [type(event) for i, event in enumerate(events) if i == 0 or type(event) is not type(events[i - 1])]
             assert kinds == [*[Said, Searching, Found] * reply.searches, Said]
             said = "".join(event.text for event in events if isinstance(event, Said))
             assert said == "".join(turn["content"] for turn in reply.turns if turn["role"] == "assistant")
-            # Token by token; the EOS is not text.
+            # The text comes token by token; the EOS is not text.
             pieces = [event for event in events if isinstance(event, Said)]
             assert len(pieces) > 0.8 * reply.model_tokens
             assert reply.passages == tuple(p for event in events if isinstance(event, Found) for p in event.passages)
@@ -105,13 +105,13 @@ def test_a_chat_writes_the_tokens_of_a_rollout_and_tells_them_as_they_come(world
     assert right >= 2
 
 
-def test_it_is_asked_as_it_was_trained(retriever):
+def test_a_chat_uses_the_settings_of_the_training(retriever):
     settings = dataclasses.replace(TINY, max_searches=0, chat_template_kwargs={"enable_thinking": False})
     with load_chat("tiny", retriever, settings=settings, device="cpu") as chat:
         assert chat.protocol.tools == [] and chat.protocol.chat_template_kwargs == {"enable_thinking": False}
 
 
-def test_a_seed_repeats_an_answer_and_is_named(world, retriever):
+def test_a_seed_repeats_an_answer_and_is_reported(world, retriever):
     question = world.questions("test", limit=1)[0].question
     with load_chat("tiny", retriever, sampling=Sampling(temperature=2.0), device="cpu") as chat:
         first = chat.ask(question)
@@ -119,7 +119,7 @@ def test_a_seed_repeats_an_answer_and_is_named(world, retriever):
     assert first.turns == again.turns != other.turns
 
 
-def test_an_adapter_is_asked_with_its_base_model(tmp_path, world, retriever):
+def test_an_adapter_is_loaded_on_its_base_model(tmp_path, world, retriever):
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -128,7 +128,7 @@ def test_an_adapter_is_asked_with_its_base_model(tmp_path, world, retriever):
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
-                weight.normal_(std=0.5)  # another policy, which hears nothing any more
+                weight.normal_(std=0.5)  # large enough to change the answers
     adapted.save_pretrained(tmp_path)
     question = world.questions("test", limit=1)[0].question
     replies = []
@@ -138,10 +138,10 @@ def test_an_adapter_is_asked_with_its_base_model(tmp_path, world, retriever):
     assert replies[0].answer is not None and replies[0].turns != replies[1].turns
 
 
-# What goes wrong
+# Failures
 
 
-def test_a_failed_search_is_told_as_one_to_the_user_and_to_the_model(tokenizer):
+def test_a_failed_search_is_reported_to_the_user_and_to_the_model(tokenizer):
     turns = write(tokenizer, Search(("poison",)), Search(("orlune",)), Search(("poison 2",)), Answer("a town"))
     chat = scripted(tokenizer, turns, FixedRetriever(PASSAGES, poison="poison"), max_searches=3)
     reply, events = ask(chat)
@@ -162,12 +162,12 @@ def test_a_failed_search_is_told_as_one_to_the_user_and_to_the_model(tokenizer):
     assert set(record["tokens"]) == {"model", "observation"} and record["stop_reason"] == "answer"
 
 
-def test_nothing_found_is_not_a_failure(tokenizer):
+def test_an_empty_result_is_not_a_failure(tokenizer):
     reply, events = ask(scripted(tokenizer, write(tokenizer, Search(("x",)), Answer("?")), FixedRetriever([])))
     assert Found((), "Nothing was found.") in events and reply.failed_searches == ()
 
 
-def test_several_queries_a_call_and_no_more_than_the_budgets(tokenizer):
+def test_a_call_runs_several_queries_within_the_budgets(tokenizer):
     turns = write(tokenizer, Search(("a", "b", "c")), Search(("d",)), Search(("e",)))
     reply, events = ask(scripted(tokenizer, turns, max_searches=2, max_queries=2, passages_per_query=1))
     assert [event for event in events if isinstance(event, Searching)] == [Searching(("a", "b")), Searching(("d",))]
@@ -175,11 +175,11 @@ def test_several_queries_a_call_and_no_more_than_the_budgets(tokenizer):
     assert len(found[0].passages) == 2 and "Only the first 2 queries were run." in found[0].notice
     assert found[1].notice == NO_SEARCHES_LEFT
     assert reply.answer is None and reply.stop_reason is StopReason.SEARCH_BUDGET
-    # What was asked beyond the budgets was not searched.
+    # Queries beyond the budgets were not run.
     assert reply.queries == ("a", "b", "d") and reply.searches == 2
 
 
-def test_a_malformed_call_is_told(tokenizer):
+def test_a_malformed_call_is_reported(tokenizer):
     turns = ["<tool_call>{nonsense}</tool_call>", *write(tokenizer, Answer("so"))]
     reply, events = ask(scripted(tokenizer, turns))
     corrected = next(event for event in events if isinstance(event, Corrected))
@@ -195,7 +195,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     def listen(event: Event) -> None:
         events.append(event)
         if isinstance(event, Searching):
-            # As a terminal's: to the process, in which any thread that does not block the signal may take it.
+            # As from a terminal: the signal goes to the process, and any thread that does not block it may receive it.
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
     with scripted(tokenizer, turns, retriever) as chat:
@@ -209,7 +209,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
     assert time.monotonic() - started < 60, "the second question waited for the search of the first"
 
 
-def test_it_works_where_a_loop_is_running(tokenizer):
+def test_a_chat_works_inside_a_running_event_loop(tokenizer):
     async def notebook():
         with scripted(tokenizer, write(tokenizer, Answer("yes"))) as chat:
             return chat.ask("one").answer, chat.ask("two").answer
@@ -217,7 +217,7 @@ def test_it_works_where_a_loop_is_running(tokenizer):
     assert asyncio.run(notebook()) == ("yes", "yes")
 
 
-def test_what_breaks_reaches_the_one_who_asks(tokenizer):
+def test_an_exception_of_the_listener_reaches_the_caller(tokenizer):
     def breaks(event: Event) -> None:
         raise BrokenPipeError
 
@@ -226,10 +226,10 @@ def test_what_breaks_reaches_the_one_who_asks(tokenizer):
             chat.ask("one", breaks)
         with pytest.raises(UserError, match="empty"):
             chat.ask("  ")
-    chat.close()  # twice is once
+    chat.close()  # closing twice is allowed
 
 
-def test_characters_of_several_tokens_come_whole(tokenizer):
+def test_a_character_of_several_tokens_is_not_split(tokenizer):
     protocol = load_protocol("qwen_tools", tokenizer)
     text = "né à Zürich 🚀 東京"
     ids = protocol.encode(text)
@@ -275,7 +275,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path, name, message):
         ({"server": "localhost:8000"}, "must begin with http://"),
     ],
 )
-def test_options_that_cannot_be(option, message):
+def test_impossible_options_are_refused(option, message):
     import torch
 
     if "cuda" in str(option) and torch.cuda.is_available():
@@ -284,7 +284,7 @@ def test_options_that_cannot_be(option, message):
         load_chat("tiny", FixedRetriever([]), **option)
 
 
-def test_a_model_without_chat_template_names_the_way_out(tmp_path, world, retriever):
+def test_a_model_without_chat_template_names_the_remedy(tmp_path, world, retriever):
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
@@ -296,16 +296,16 @@ def test_a_model_without_chat_template_names_the_way_out(tmp_path, world, retrie
         assert chat.ask("Who?").turns
 
 
-# How a model was trained to be asked
+# The settings that a model was trained with
 
 
-def test_the_defaults_are_those_of_training():
+def test_the_defaults_are_those_of_the_training():
     defaults = {field.name: field.default for field in dataclasses.fields(SearchGRPOConfig)}
     for name, value in dataclasses.asdict(AgentSettings()).items():
         assert value == defaults[name], name
 
 
-def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
+def test_the_settings_of_a_training_are_read_from_the_folder_of_the_model(tmp_path):
     assert read_settings(str(tmp_path)) is None
     config = {"protocol": "search_r1", "instruction": "", "max_searches": 2, "learning_rate": 1e-6}
     (tmp_path / "run.json").write_text(json.dumps({"format": 1, "config": config}))
@@ -331,7 +331,7 @@ def test_what_a_model_was_trained_with_comes_with_it(tmp_path):
         ('{"config": {"chat_template_kwargs": "x"}}', "chat_template_kwargs is not JSON"),
     ],
 )
-def test_half_a_record_is_not_guessed_at(tmp_path, text, message):
+def test_an_incomplete_record_is_refused(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read_settings(str(tmp_path))
@@ -351,7 +351,7 @@ def test_a_damaged_adapter_is_named(tmp_path, retriever, text, message):
 
 
 @given(st.text(st.characters(codec=None, categories=["Cc", "Cf", "Cs", "Lu", "Lo", "Zs", "Zl", "Zp"]), max_size=60))
-def test_nothing_that_a_model_writes_moves_the_cursor(text):
+def test_no_text_of_a_model_moves_the_cursor(text):
     shown = visible(text)
     assert not any((ord(char) < 32 and char not in "\t\n") or 127 <= ord(char) < 160 for char in shown)
     assert not any("\u202a" <= char <= "\u202e" or "\ud800" <= char <= "\udfff" for char in shown)
@@ -367,7 +367,7 @@ TAGGED = st.lists(
 
 
 @given(TAGGED, st.lists(st.integers(1, 5), min_size=1))
-def test_styles_do_not_depend_on_how_the_text_was_cut(text, sizes):
+def test_styles_do_not_depend_on_how_the_text_is_split(text, sizes):
     def styled(pieces: Sequence[str]) -> list[tuple[str, str]]:
         painter = Painter()
         painted = [part for piece in pieces for part in painter.feed(piece)] + list(painter.flush())
@@ -412,7 +412,7 @@ def test_a_terminal_gets_colours_and_a_pipe_gets_the_text(tmp_path, monkeypatch)
     assert "\x1b[36m" not in shown(tmp_path, events, **terminal)
 
 
-def test_threads_that_start_beside_main_leave_the_interrupt_to_it():
+def test_threads_beside_the_main_thread_leave_interrupts_to_it():
     masks = []
 
     def work():

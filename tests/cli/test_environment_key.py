@@ -1,4 +1,4 @@
-"""`environment:` in a recipe: a run without a search is trained, measured, asked and published by the same key."""
+"""`environment:` in a recipe: one key for training, evaluation, chat and publishing, here without a search."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixt
     (step,) = (row for row in logged if "loss" in row)
     assert "tools/calls" in step and "search/searches" not in step
 
-    # What a folder names is not run unless the command names it.
+    # Code that only a folder names is not run; the command must name it.
     asked = ["eval", "run", "--datasets", "held_out.jsonl", "--output", "measured", "--device", "cpu"]
     assert main(asked) == 2
     assert f"name it: --environment {CALCULATOR}" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_one_key_from_training_to_the_hub(sums: Path, capsys: pytest.CaptureFixt
         ({"protocol": "search_r1"}, "'search_r1' has tags for search only, not for .* 'add'"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_mistakes_are_reported_in_one_line(
     sums: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, object], message: str
 ) -> None:
     import re

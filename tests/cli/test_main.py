@@ -1,4 +1,4 @@
-"""The command line: finds commands by what lies in the folder, stays light, and keeps tracebacks for bugs."""
+"""The command line: finds commands in their folder, imports little, and prints tracebacks only for bugs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(trl_search.__path__[0]).parent
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules are commands, in place of the package's own."""
+    """A folder whose modules are commands; it replaces the package's own."""
     monkeypatch.setattr(trl_search.cli.commands, "__path__", [str(tmp_path)])
     monkeypatch.delenv("TRL_SEARCH_DEBUG", raising=False)
     for name in [name for name in sys.modules if name.startswith("trl_search.cli.commands.")]:
@@ -60,10 +60,10 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", command_names())
-def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main([name, "--help"])
-    except SystemExit as stop:  # argparse's way to end
+    except SystemExit as stop:  # how argparse ends
         status = int(stop.code or 0)
     assert status == 0
     assert f"usage: trl-search {name}" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
     )
     write(commands, "broken", '"""Is never imported for the overview."""\nraise RuntimeError')
     assert main(["plain", "--number", "4"]) == 5
-    # --debug behind the command is the command's own: transformers has a key of that name.
+    # --debug after the command belongs to the command: transformers has an argument of that name.
     assert main(["--debug", "raw", "recipe.yaml", "--debug", "underflow"]) == 3
     assert "['recipe.yaml', '--debug', 'underflow']" in capsys.readouterr().out
     assert main([]) == main(["help"]) == main(["--help"]) == 0
@@ -104,13 +104,13 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
     assert stop.value.code == 2
 
 
-def test_commands_come_in_the_order_of_a_first_day(commands: Path) -> None:
+def test_commands_are_listed_in_the_order_of_first_use(commands: Path) -> None:
     for name in ("zebra", "index", "ant", "train"):
         write(commands, name, '"""A command."""')
     assert command_names() == ["train", "index", "ant", "zebra"]
 
 
-def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("trl-search: error: unknown command 'trian': did you mean 'train'? There are: ")
@@ -131,7 +131,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
         ('from trl_search.retrieval.base import Unavailable; raise Unavailable("it is down")', "it is down"),
     ],
 )
-def test_what_the_user_can_put_right_is_one_line(
+def test_user_errors_are_reported_in_one_line(
     commands: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, statement: str, message: str
 ) -> None:
     write(commands, "fails", f'"""Fails."""\ndef main(argv):\n    {statement}\n')
@@ -150,7 +150,7 @@ def test_what_the_user_can_put_right_is_one_line(
     "statement",
     [
         'import textwrap; textwrap.fill("text", 0)',
-        'raise ValueError("2 ids came with 3 logprobs")',  # by whom it is raised makes no difference
+        'raise ValueError("2 ids came with 3 logprobs")',  # it does not matter who raises it
         "import no_such_module",
         'raise KeyError("ids")',
         'raise RuntimeError("shape mismatch")',
@@ -162,15 +162,15 @@ def test_a_bug_keeps_its_traceback(commands: Path, statement: str) -> None:
         main(["fails"])
 
 
-def test_an_interrupt_is_not_a_traceback(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_prints_no_traceback(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(commands, "waits", '"""Waits."""\ndef main(argv):\n    raise KeyboardInterrupt\n')
     assert main(["waits"]) == 130
     assert capsys.readouterr().err == "trl-search waits: interrupted\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_leaves_is_no_error(commands: Path, lines: int) -> None:
-    # The one line waits in the buffer until the command is over; the many break off while it prints.
+def test_a_closed_pipe_is_not_an_error(commands: Path, lines: int) -> None:
+    # One line stays in the buffer until the command ends; many lines fail while it prints.
     write(
         commands,
         "talks",
@@ -199,14 +199,14 @@ def test_a_reader_that_leaves_is_no_error(commands: Path, lines: int) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["index", "--help"]])
-def test_a_reader_that_leaves_the_help_is_no_error(words: list[str]) -> None:
+def test_a_pipe_closed_during_help_is_not_an_error(words: list[str]) -> None:
     shell = f"({sys.executable} -m trl_search {' '.join(words)}; echo $? >&2) | true"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stderr == "0\n"
 
 
-def test_a_reader_that_leaves_the_help_of_the_longest_command_is_no_error(tmp_path: Path) -> None:
-    """That of TRL's parser, forked: it imports TRL."""
+def test_a_pipe_closed_during_the_longest_help_is_not_an_error(tmp_path: Path) -> None:
+    """The help of TRL's parser, in a forked process because it imports TRL."""
     read, written = os.pipe()
     os.close(read)
     with open(os.devnull) as nothing:
@@ -223,7 +223,7 @@ def test_a_reader_that_leaves_the_help_of_the_longest_command_is_no_error(tmp_pa
 
 @pytest.mark.parametrize("option", ["--passages_per_query", "--passages-per-query"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_options_are_written_with_either_line(commands: Path, option: str, joined: bool) -> None:
+def test_options_accept_hyphens_and_underscores(commands: Path, option: str, joined: bool) -> None:
     write(
         commands,
         "plain",
@@ -255,13 +255,13 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
                 yield from _options(below)
 
 
-def test_user_errors_are_known_by_their_type() -> None:
+def test_user_errors_are_recognized_by_their_type() -> None:
     assert is_user_error(UserError("x")) and is_user_error(RetrievalError("x")) and is_user_error(UserError("x"))
     assert not is_user_error(ValueError("x")) and not is_user_error(OSError("x"))
 
 
-def test_what_is_raised_on_purpose_explains_itself() -> None:
-    """A plain `ValueError` is an invariant of the code, or caught where it is raised: no user reads it."""
+def test_every_deliberate_error_has_a_message() -> None:
+    """A plain `ValueError` is an invariant of the code, or is caught again: no user reads it."""
     invariants = {
         "types.py",
         "vllm_server.py",
@@ -283,7 +283,7 @@ def test_the_package_lists_its_public_names() -> None:
     assert all(getattr(trl_search, name) is not None for name in dir(trl_search))
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
     from trl_search.cli.options import explained_interrupt
     from trl_search.trainer import resume
 

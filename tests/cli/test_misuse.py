@@ -1,4 +1,4 @@
-"""Any value of any option of `eval` and `serve` is accepted, or refused in one line before anything is loaded."""
+"""Every value of every option of `eval` and `serve` is accepted, or refused in one line before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_search.cli.main import USER_ERROR, main
 from trl_search.retrieval.index.folder import build_index
 from trl_search.types import Passage
 
-# `None` leaves the value out.
+# `None`: the option without a value.
 ABSURD = (
     None, "", " ", "nonsense", "-1", "0", "nan", "inf", "1" + "0" * 30, "[]", '{"a": {"b": [1]}}', "no/such/folder",
 )  # fmt: skip
@@ -31,7 +31,7 @@ def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl_search.evaluation.run.run_evaluation", lambda plan: None)
     monkeypatch.setattr(serve_command, "serve", lambda load, config, listening, loaded: listening.close())
     monkeypatch.setattr("trl_search.retrieval.server.ray_serve.serve_on_ray", lambda *given, **options: None)
-    # Templates and weights of the tiny policy are the same each time.
+    # The templates and weights of the tiny policy do not change.
     monkeypatch.setattr("trl_search.cli.evaluation_checks.checkpoint_checks", lambda plan, devices: [])
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "wiki")
 
@@ -43,7 +43,7 @@ def options_of(command: Any) -> Iterator[argparse.Action]:
 
 
 def outcome(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
-    """The status of a command that ends without a traceback: 0, or 2 with one line that says what is wrong."""
+    """The exit status of a command, which prints no traceback: 0, or 2 with one line that says what is wrong."""
     try:
         status = main(argv)
     except SystemExit as stop:  # argparse's own
@@ -94,7 +94,7 @@ def test_any_model_and_anything_to_serve(
         (["serve", "wiki", "--ray", "--ray_address", ""], "the address of the Ray cluster is empty"),
     ],
 )
-def test_what_was_accepted_once_and_broke_later(
+def test_values_that_were_once_accepted_and_failed_later_are_refused(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = EVERYTHING if words[0] == "eval" else ["--port", "0"]
@@ -108,7 +108,7 @@ def test_a_search_for_no_passages_is_refused_before_the_index_is_opened(capsys: 
 
 
 @pytest.mark.parametrize("name", ["-1", "[]", "{}", "a b", ""])
-def test_a_name_that_no_hub_would_take_is_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_the_hub_would_refuse_is_not_a_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart", f"--model_name_or_path={name}"]) == USER_ERROR
     said = capsys.readouterr().err
     assert "names no model: give a folder" in said or "model_name_or_path is missing" in said

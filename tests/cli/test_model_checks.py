@@ -7,7 +7,7 @@ from trl_search.cli.model_checks import check_control, check_protocol, is_model,
 from trl_search.cli.preflight import Status
 
 
-def test_a_model_is_told_from_a_recipe(tmp_path):
+def test_a_model_is_distinguished_from_a_recipe(tmp_path):
     assert is_model("tiny") and is_model("Qwen/Qwen3-4B") and is_model(str(tmp_path))
     assert not is_model("quickstart") and not is_model("recipes/qwen3b.yaml")
 

@@ -1,4 +1,4 @@
-"""The doctor: each check on facts that are as they should be, and on others. (A real server's: test_vllm_server.)"""
+"""The doctor: each check on good and on bad values. (A real server is checked in test_vllm_server.py.)"""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_server_that_is_not_there_is_a_problem(capsys):
     assert asdict(check) in json.loads(capsys.readouterr().out)
 
 
-def test_one_line_a_check(capsys):
+def test_each_check_prints_one_line(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(environment_checks())

@@ -1,4 +1,4 @@
-"""What stops a run is found before it starts, all of it at once, each with what mends it."""
+"""Every problem that would stop a run is reported before it starts, all at once, each with its remedy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GPU = Device("NVIDIA L4", 24 << 30, 24 << 30)
 QWEN_3B = 3_090_000_000
 
 
-def test_a_laptop_is_told_everything_that_qwen3b_lacks(
+def test_on_a_laptop_everything_that_qwen3b_lacks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def test_the_doctor_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert checks["configuration"]["status"] == "problem" and "num_generations" in checks["configuration"]["said"]
 
 
-def test_the_doctor_knows_that_a_collection_alone_trains_nothing(
+def test_the_doctor_knows_that_collect_only_needs_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recipe_checks, "gpus", lambda: [])
@@ -151,7 +151,7 @@ def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_memory_is_reckoned_from_the_model(values: dict[str, Any], devices: list[Device], status: str) -> None:
+def test_memory_is_computed_from_the_model(values: dict[str, Any], devices: list[Device], status: str) -> None:
     assert check_memory(values, QWEN_3B, devices).status == status
 
 
@@ -204,7 +204,7 @@ def test_rewards_and_weights() -> None:
     assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": None}).status is Status.OK
 
 
-def test_the_environment_and_the_script_of_ones_own() -> None:
+def test_the_users_environment_and_script() -> None:
     def said(**values: str) -> list[tuple[str, Status]]:
         return [(check.name, check.status) for check in check_environment(values)]
 

@@ -1,4 +1,4 @@
-"""A folder, an address, a kind, a run and the world mean the same to `serve`, `search`, `eval`, `chat` and recipes."""
+"""A folder, address, kind, run or `world` means the same in `serve`, `search`, `eval`, `chat` and recipes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PASSAGES = [Passage("1", "Orlune", "A harbour town.")]
 
 
 class Stopped(UserError):
-    """Nothing is loaded here: what would be is looked at."""
+    """Raised instead of loading: the tests look at what would be loaded."""
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Searched]:
-    """Everything that a command would load."""
+    """Records everything that a command would load."""
     seen: list[Searched] = []
 
     def load(self: Searched) -> Retriever:
@@ -100,7 +100,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_word_means_the_same_to_every_command(
+def test_a_word_means_the_same_in_every_command(
     command: str, place: Path, loaded: list[Searched], capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = (place / "address").read_text()
@@ -116,12 +116,12 @@ def test_a_word_means_the_same_to_every_command(
         assert (loaded[-1].kind, loaded[-1].options, loaded[-1].world_size) == (
             expected.kind, wanted, expected.world_size,
         ), word  # fmt: skip
-    assert "serving" not in capsys.readouterr().out  # nothing says that it serves before it does
+    assert "serving" not in capsys.readouterr().out  # it does not claim to serve before it does
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("word", ["bm52", "./nowhere", "runs/world/none", "http://127.0.0.1:9"])
-def test_a_word_that_means_nothing_is_refused_before_it_is_loaded(
+def test_an_unknown_word_is_refused_before_anything_is_loaded(
     command: str, word: str, place: Path, loaded: list[Searched], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if word.startswith("http") and command not in ("serve", "eval"):
@@ -143,7 +143,7 @@ def test_chat_and_eval_of_a_run_search_what_it_searched(
     assert main(["eval", run, "--datasets", "q.jsonl", "--output", "out"]) == 2 and loaded.pop().world_size == size
 
 
-def test_a_run_that_does_not_know_what_it_searched_says_so_and_never_asks_the_web(
+def test_a_run_without_a_recorded_retriever_is_refused_and_never_searches_the_web(
     place: Path, loaded: list[Searched], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder(place / "runs/object")

@@ -1,4 +1,4 @@
-"""One vocabulary: every command's parser is walked over, and one thing has one name in all of them."""
+"""All commands and recipes use the same name for the same thing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from trl_search.cli import commands
 from trl_search.cli.main import command_names, main, with_underscores
 
-# Other names that people give to the same things; each with the one that we use.
+# Other common names for the same things -> the name that we use.
 FOREIGN = {
     "topk": "passages_per_query", "k": "passages_per_query", "num_passages": "passages_per_query",
     "retriever_args": "retriever_options", "retriever_kwargs": "retriever_options", "options": "retriever_options",
@@ -25,7 +25,7 @@ FOREIGN = {
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Each command with its parser, those of `data` one by one; `train` and `sft` have recipes in place of one."""
+    """Each command and `data` action with its parser, except `train` and `sft`, which take recipes."""
     for name in command_names():
         module = importlib.import_module(f"{commands.__name__}.{name.replace('-', '_')}")
         if not hasattr(module, "add_arguments"):
@@ -64,12 +64,12 @@ def options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     }
 
 
-def test_every_command_is_walked_over() -> None:
+def test_every_command_is_covered() -> None:
     assert {name.split()[0] for name in PARSERS} == set(command_names()) - {"train", "sft"}
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_no_command_has_a_name_of_its_own_for_a_known_thing(name: str) -> None:
+def test_no_command_has_another_name_for_a_known_thing(name: str) -> None:
     given = options(PARSERS[name])
     assert not given.keys() & FOREIGN.keys()
     assert all(option == option.lower() and "-" not in option for option in given)
@@ -77,17 +77,17 @@ def test_no_command_has_a_name_of_its_own_for_a_known_thing(name: str) -> None:
         assert {"retriever_options", "world_passages", "world_seed"} <= given.keys()
 
 
-def test_an_option_is_of_one_kind_in_all_commands() -> None:
+def test_an_option_has_the_same_type_in_all_commands() -> None:
     kinds: dict[str, dict[tuple[Any, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, parser in PARSERS.items():
         for option, action in options(parser).items():
-            # --output names a file here and a folder there, and --server several addresses for the doctor.
+            # --output is a file or a folder, depending on the command; --server of the doctor takes several addresses.
             if option not in ("output", "server", "device"):
                 kinds[option][(action.type or str, type(action).__name__, action.nargs)].append(name)
     assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
 
 
-def test_a_key_of_a_recipe_is_the_same_option_of_a_command() -> None:
+def test_a_recipe_key_and_an_option_of_the_same_name_agree() -> None:
     keys = recipe_fields()
     for parser in PARSERS.values():
         for option, action in options(parser).items():
@@ -97,13 +97,13 @@ def test_a_key_of_a_recipe_is_the_same_option_of_a_command() -> None:
 
 
 @pytest.mark.parametrize("name", ["chat", "eval"])
-def test_top_k_is_sampling_and_passages_have_their_own_name(name: str) -> None:
+def test_top_k_is_a_sampling_option_and_passages_have_another_name(name: str) -> None:
     given = options(PARSERS[name])
     assert "sampled" in str(given["top_k"].help) and "retrieved" in str(given["passages_per_query"].help)
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_hyphens_and_underscores_are_the_same(name: str) -> None:
+def test_hyphens_and_underscores_are_equivalent(name: str) -> None:
     for option in options(PARSERS[name]):
         assert with_underscores(f"--{option.replace('_', '-')}") == f"--{option}"
 

@@ -1,4 +1,4 @@
-"""Tokens and keys: cleaned of what files add to them, refused where no header can hold them, and never shown."""
+"""Tokens and keys: stripped of newlines, refused if a header cannot hold them, and never shown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trl_search.common.credentials import bearer_token, from_environment, requir
 from trl_search.common.errors import UserError
 
 
-def test_the_newline_of_a_mounted_file_is_no_part_of_it(monkeypatch):
+def test_the_newline_of_a_mounted_file_is_stripped(monkeypatch):
     monkeypatch.setenv("KEY", "s3cret\n")
     assert from_environment("KEY") == required_token("KEY") == bearer_token(" s3cret\r\n", "KEY") == "s3cret"
     monkeypatch.setenv("KEY", " ")
@@ -18,7 +18,7 @@ def test_the_newline_of_a_mounted_file_is_no_part_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["", "\n", "s3 cr\net", "s3crét", "s3\x00cret"])
-def test_what_no_header_can_hold_is_refused_and_not_shown(token):
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(token):
     with pytest.raises(UserError, match="the token from KEY must be printable ASCII") as raised:
         bearer_token(token, "KEY")
     assert "s3" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""A file that is written is there as a whole or not at all."""
+"""A file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from trl_search.common.files import cache_folder, write_json, write_jsonl, written_whole
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     with pytest.raises(KeyError), written_whole(path) as temporary:
@@ -21,8 +21,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_name_that_is_no_utf8_is_written_and_read_back(tmp_path: Path) -> None:
-    """An index of a corpus with such a name was built to its end, and lost at its manifest."""
+def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    """The index of a corpus with such a name used to be built completely, and then lost at its manifest."""
     name = os.fsdecode(b"caf\xe9\\.jsonl")
     write_json(tmp_path / "one.json", {"name": name})
     write_jsonl(tmp_path / "rows.jsonl", [{"name": name}])
@@ -32,5 +32,7 @@ def test_a_name_that_is_no_utf8_is_written_and_read_back(tmp_path: Path) -> None
 
 def test_a_container_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Python does for a user that is not listed
+    monkeypatch.setattr(
+        "os.path.expanduser", lambda path: path
+    )  # what Python does for a user without an entry in the password database
     assert cache_folder() == Path(tempfile.gettempdir(), "trl-search")

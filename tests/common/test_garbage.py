@@ -1,4 +1,4 @@
-"""Garbage collection passes over what was there before: the collector sees only what was made since."""
+"""The garbage collector skips objects that existed before: it sees only newer ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from trl_search.common.garbage import sparing_what_is_loaded
 
 
-def test_what_is_loaded_is_spared_as_long_as_the_context_lasts() -> None:
+def test_loaded_objects_are_skipped_inside_the_context() -> None:
     loaded = [["made before"]]
     before = gc.get_freeze_count()
     with sparing_what_is_loaded():
@@ -20,7 +20,7 @@ def test_what_is_loaded_is_spared_as_long_as_the_context_lasts() -> None:
     assert id(loaded) in {id(held) for held in gc.get_objects()}
 
 
-def test_it_ends_with_an_error_too() -> None:
+def test_the_context_ends_after_an_exception_too() -> None:
     with pytest.raises(RuntimeError), sparing_what_is_loaded():
         raise RuntimeError
     assert id(sys.modules) in map(id, gc.get_objects())

@@ -1,4 +1,4 @@
-"""JSON objects from outside: what is none is said with its place and its remedy."""
+"""JSON objects from users: anything else is refused, with its place and the remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_object_is_read(tmp_path):
         (b"[1]", r"run\.json holds no JSON object: remove it"),
     ],
 )
-def test_a_file_that_holds_none(tmp_path, content, message):
+def test_a_file_without_an_object_is_refused(tmp_path, content, message):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -36,6 +36,6 @@ def test_a_file_that_holds_none(tmp_path, content, message):
         ("[]", r"^--options must be a JSON object such as \{\"k\": 3\}, not \[\]$"),
     ],
 )
-def test_an_option_that_holds_none(text, message):
+def test_an_option_without_an_object_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse_object(text, "--options", '{"k": 3}')

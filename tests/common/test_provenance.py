@@ -1,4 +1,4 @@
-"""What a run was started with is recorded; secrets never are."""
+"""A run records its versions, git state and command, but never secrets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_git_there_is_no_git_state(monkeypatch, tmp_path):
     assert git_state() is None
 
 
-def test_a_git_that_hangs_is_not_waited_for(monkeypatch, tmp_path):
+def test_a_hanging_git_is_given_up(monkeypatch, tmp_path):
     (tmp_path / "git").write_text("#!/bin/sh\nexec /bin/sleep 5\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -49,7 +49,7 @@ def test_a_git_that_hangs_is_not_waited_for(monkeypatch, tmp_path):
     assert git_state() is None
 
 
-def test_versions_are_of_what_is_installed():
+def test_versions_are_those_of_the_installed_packages():
     found = versions()
     assert {"python", "trl", "torch", "transformers", "trl-search"} <= set(found) and "faiss-gpu" not in found
 
@@ -59,22 +59,22 @@ def test_versions_are_of_what_is_installed():
     ["hub_token", "push_to_hub_token", "api_key", "X-Api-Key", "apikey", "Authorization", "OPENAI_API_KEY", "password",
      "client_secret", "aws_secret_access_key", "auth-key", "cookie"],
 )  # fmt: skip
-def test_secrets_are_known_by_name(name):
+def test_secrets_are_recognized_by_name(name):
     assert without_secrets({name: "s3cr3t"}) == {name: "<redacted>"}
     assert without_secrets({"outer": [{name: {"inner": "s3cr3t"}}]}) == {"outer": [{name: "<redacted>"}]}
     assert "s3cr3t" not in command_without_secrets(["train", f"--{name}", "s3cr3t", f"--{name}=s3cr3t"])
-    assert without_secrets({name: None}) == {name: None}  # not given is not a secret
+    assert without_secrets({name: None}) == {name: None}  # a value that was not given is not a secret
 
 
 @pytest.mark.parametrize(
     "name", ["max_completion_length", "max_packed_tokens", "include_num_input_tokens_seen", "key"]
 )
-def test_what_only_sounds_like_a_secret_stays(name):
+def test_values_that_only_sound_like_secrets_are_kept(name):
     assert without_secrets({name: 7}) == {name: 7}
     assert command_without_secrets(["train", f"--{name}", "7"]) == f"train --{name} 7"
 
 
-def test_secrets_inside_of_texts():
+def test_secrets_inside_texts_are_redacted():
     options = '{"url": "https://me:pw@host/x", "headers": {"Authorization": "Bearer s3cr3t"}, "k": 3}'
     assert json.loads(without_secrets({"retriever_options": options})["retriever_options"]) == {
         "url": "https://<redacted>@host/x", "headers": {"Authorization": "<redacted>"}, "k": 3,
@@ -94,5 +94,5 @@ VALUES = st.recursive(
 
 @settings(max_examples=60)
 @given(VALUES)
-def test_whatever_is_given_json_can_hold_it(value):
+def test_any_value_becomes_valid_json(value):
     json.dumps(without_secrets(value), allow_nan=False)

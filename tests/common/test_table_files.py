@@ -1,4 +1,4 @@
-"""Rows from every file format, each with its place; damage of any kind is one line that names it."""
+"""Rows from every file format, each with its place; any damage is reported in one line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_only_the_chosen_columns_of_a_parquet_file_are_read(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "damage", [lambda content: content[: len(content) // 2], lambda content: b"not packed at all"]
 )
-def test_a_damaged_archive_is_one_line(
+def test_a_damaged_archive_is_reported_in_one_line(
     tmp_path: Path, compress: Callable[[bytes], bytes], damage: Callable[[bytes], bytes]
 ) -> None:
     suffix = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz", zstd: "zst"}[compress]
@@ -94,7 +94,7 @@ def test_a_bad_line_is_named(tmp_path: Path, name: str, content: bytes, message:
         list(read_rows(path))
 
 
-def test_names_say_the_format() -> None:
+def test_the_format_follows_from_the_file_name() -> None:
     assert table_format(Path("a/my.set.jsonl.gz")) == ".jsonl" and table_name(Path("a/my.set.jsonl.gz")) == "my.set"
     assert table_format(Path("a.parquet")) == ".parquet" and table_format(Path("a.parquet.gz")) is None
     assert table_format(Path("a.gz")) is None and table_format(Path("a.txt")) is None

@@ -1,4 +1,4 @@
-"""The recipes that ship: each parses, each takes a step; mistakes in keys and names say what was meant."""
+"""The shipped recipes: each parses and takes a step; errors in keys and names suggest what was meant."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SFT = [path for path in RECIPES if "sft" in path.stem.split("_")]
 GRPO = [path for path in RECIPES if path not in SFT]
 ACCELERATE = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
-# What lets a recipe for GPUs be read on a machine without one.
+# Options with which a recipe for GPUs can be parsed on a machine without one.
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
-# Parameters, layers, width of keys and values, of the models that the headers reckon with.
+# Parameters, layers, and width of keys and values of the models that the headers name.
 QWEN_3B, QWEN_7B = (3.09e9, 36, 256), (7.62e9, 28, 512)
 
 each_recipe = pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
@@ -74,13 +74,13 @@ def test_every_recipe_ships() -> None:
 def test_a_path_and_a_bare_name_mean_the_same(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     by_path = parse(str(path))
     monkeypatch.chdir(tmp_path)
-    for name in (path.stem, f"recipes/{path.name}"):  # neither is a file here
+    for name in (path.stem, f"recipes/{path.name}"):  # neither is a file in this folder
         task, config, model = parse(name)
         assert task == by_path[0] and model == by_path[2]
         assert config.to_dict() == by_path[1].to_dict()
 
 
-def test_a_path_away_from_the_checkout_is_the_shipped_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_path_outside_the_checkout_finds_the_shipped_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe("recipes/qwen3b.yaml").read_bytes() == (ROOT / "recipes/qwen3b.yaml").read_bytes()
     for missing in ("recipes/qwen4b.yaml", "elsewhere/qwen3b.yaml"):
@@ -88,14 +88,16 @@ def test_a_path_away_from_the_checkout_is_the_shipped_recipe(monkeypatch: pytest
             find_recipe(missing)
 
 
-def test_a_file_of_that_name_comes_before_the_shipped_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_of_that_name_takes_precedence_over_the_shipped_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/qwen3b.yaml").write_text("max_searches: 7\n")
     monkeypatch.chdir(tmp_path)
     assert parse("recipes/qwen3b.yaml")[1].max_searches == 7
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown recipe 'quickstrat': did you mean 'quickstart'"):
         parse("quickstrat")
 
@@ -108,12 +110,12 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         (parse_sft, "qwen3b", "trl-search train qwen3b"),
     ],
 )
-def test_a_recipe_of_the_other_command_says_which(read: Callable[..., Any], recipe: str, command: str) -> None:
+def test_a_recipe_of_another_command_names_that_command(read: Callable[..., Any], recipe: str, command: str) -> None:
     with pytest.raises(UserError, match=f"for another command: run {command}$"):
         read(recipe)
 
 
-def test_an_unknown_key_of_a_recipe_names_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_key_of_a_recipe_suggests_the_nearest(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("max_serches: 3\n")
     with pytest.raises(UserError, match=r"unknown key of .*mine\.yaml 'max_serches': did you mean 'max_searches'"):
@@ -123,7 +125,7 @@ def test_an_unknown_key_of_a_recipe_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "option", [["--learning_rat", "1e-5"], ["--learning_rat=1e-5"], ["--learning-rat", "1e-5"]], ids=str
 )
-def test_an_unknown_option_names_the_nearest(option: list[str]) -> None:
+def test_an_unknown_option_suggests_the_nearest(option: list[str]) -> None:
     with pytest.raises(UserError, match="unknown option '--learning_rat': did you mean '--learning_rate'"):
         parse("quickstart", *option)
 
@@ -131,7 +133,7 @@ def test_an_unknown_option_names_the_nearest(option: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [1\n", "is not YAML"), ("- a\n", "must consist of `key: value` lines")]
 )
-def test_what_is_not_a_recipe(tmp_path: Path, text: str, message: str) -> None:
+def test_other_files_are_not_recipes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse(str(tmp_path / "mine.yaml"))
@@ -147,7 +149,7 @@ def test_the_command_line_overrides_the_recipe(path: Path) -> None:
 
 
 @each_recipe
-def test_the_commands_in_its_header_parse(path: Path) -> None:
+def test_the_commands_in_the_header_of_a_recipe_parse(path: Path) -> None:
     trained = commands(path, "trl-search train", "-m trl_search train")
     assert trained and any(path.stem in command[0] for command in trained)
     for command in trained:
@@ -162,7 +164,7 @@ def test_the_commands_in_the_header_of_an_sft_recipe_parse(path: Path) -> None:
         parse_sft(*command)
     for command in commands(path, "trl-search train"):
         task, config, model = parse(*command)
-        # GRPO asks the policy as it was taught to be asked.
+        # GRPO prompts the policy as SFT did.
         taught = parse_sft(str(path))[0]
         for key in dataclasses.fields(taught.agent):
             if key.name not in (
@@ -177,17 +179,17 @@ def test_the_commands_in_the_header_of_an_sft_recipe_parse(path: Path) -> None:
 
 
 def commands(path: Path, *names: str) -> list[list[str]]:
-    """The arguments of these commands in the header of a recipe."""
+    """The arguments of these commands in a recipe's header."""
     header = path.read_text("utf-8").split("\n\n")[0].replace("\\\n#  ", "")
     lines = [line[1:].strip() for line in header.splitlines() if line.startswith("#   ")]
     found = [(line, name) for line in lines for name in names if name in line]
-    # What the command is for stands behind it, after several spaces.
+    # Several spaces separate a command from its explanation.
     return [shlex.split(re.split(r" {2,}(?=[^-\s])", line.partition(name)[2].strip())[0]) for line, name in found]
 
 
 @each_recipe
-def test_its_batch_is_within_what_is_known_to_be_stable(path: Path) -> None:
-    """Ten optimizer steps per batch collapse (Search-R1); top_p below 1 makes log-probs wrong."""
+def test_the_batch_is_in_the_range_known_to_be_stable(path: Path) -> None:
+    """Ten optimizer steps per batch lead to collapse (Search-R1); top_p below 1 makes the log-probs wrong."""
     task, config, model = parse(str(path))
     assert config.steps_per_generation * config.num_iterations <= 2 * config.gradient_accumulation_steps
     assert (config.temperature, config.top_p, config.top_k or 0, config.min_p or 0) == (1.0, 1.0, 0, 0)
@@ -208,14 +210,14 @@ def test_vllm_has_room_for_a_prompt_and_a_completion(path: Path) -> None:
     if config.use_vllm:
         assert room is not None and room - config.max_completion_length >= 512
         assert bool(served) == (config.vllm_mode == "server")
-        # Both names are TRL's or ours: a key that neither has would have been refused above. vLLM's own choices:
+        # Parsing has already refused keys that neither TRL nor we have. Values that vLLM restricts:
         assert config.vllm_mode in ("server", "colocate") and 0 < config.vllm_gpu_memory_utilization < 1
         assert config.vllm_tensor_parallel_size == 1
 
 
 @pytest.mark.parametrize("name", ["qwen3b", "qwen3b_lora", "qwen7b"])
 def test_the_arithmetic_of_the_headers(name: str) -> None:
-    """The figures that a header gives are those of the model's shape."""
+    """The figures in a header follow from the shape of the model."""
     header = find_recipe(name).read_text("utf-8").split("\n\n")[0].replace("\n# ", " ")
     parameters, layers, width = QWEN_7B if name == "qwen7b" else QWEN_3B
     assert f"{parameters / 1e9:.2f} B parameters" in header
@@ -226,7 +228,7 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
         assert "20 x 3.09 / 4 = 15.5 GB" in header and 20 * parameters / 4e9 == pytest.approx(15.45)
         assert round(77 / 512 * 2560 / 8) == 48 and round(331 * 77 / 512 * 2560 / 8 / 3600, 1) == 4.4  # seconds, hours
     if name == "qwen3b_lora":
-        # Inputs and outputs of q, k, v, o, gate, up and down of a layer, times the rank.
+        # Inputs plus outputs of q, k, v, o, gate, up and down of a layer; the rank multiplies them.
         sizes = 2 * 4096 + 2 * (2048 + 256) + 3 * (2048 + 11008)
         rank = parse(name)[2].lora_r
         assert f"rank {rank} adds {rank * sizes * layers / 1e6:.1f} M" in header
@@ -239,26 +241,26 @@ def test_the_arithmetic_of_the_headers(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
-def test_the_accelerate_files_are_read_by_accelerate(path: Path) -> None:
+def test_accelerate_reads_the_accelerate_files(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "bf16"
     if path.stem == "fsdp2":
         assert config.distributed_type.value == "FSDP" and config.fsdp_config["fsdp_version"] == 2
-        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"  # or it would be refused
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"  # other types are refused
         return
     assert config.distributed_type.value == "DEEPSPEED"
     assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
     recipe = "qwen7b" if path.stem == "zero3" else "qwen3b"
-    # The recipe's batch is 512 questions with as many processes as the file starts.
+    # With the number of processes in the file, the recipe's batch has 512 questions.
     _, grpo, _ = parse(recipe)
     trajectories = config.num_processes * grpo.per_device_train_batch_size * grpo.steps_per_generation
     assert trajectories == 512 * grpo.num_generations
     assert f"recipes/accelerate/{path.name}" in find_recipe(recipe).read_text("utf-8")
 
 
-def test_qwen3b_is_the_seeds_run() -> None:
+def test_qwen3b_has_the_published_settings() -> None:
     task, config, model = parse("qwen3b")
     assert (model.model_name_or_path, config.protocol) == ("Qwen/Qwen2.5-3B-Instruct", "qwen_tools")
     assert (task.questions, config.passages_per_query, config.max_searches) == ("nq_hotpotqa", 3, 4)
@@ -282,8 +284,8 @@ def test_qwen3b_opens_the_index_that_its_header_builds(world, monkeypatch, tmp_p
 
 @pytest.mark.slow
 @each_recipe
-def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tmp_path: Path) -> None:
-    """Everything of the recipe but its model, its data, its sizes, and vLLM, which the stand-in's CPU does without."""
+def test_a_training_step_of_the_recipe_with_the_tiny_policy(path: Path, world, retriever, tmp_path: Path) -> None:
+    """Everything in the recipe except its model, its data, its sizes and vLLM, which is not used on a CPU."""
     _, recipe, _ = parse(str(path))
     sizes = {
         "output_dir": tmp_path,
@@ -298,7 +300,7 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
         "save_strategy": "no",
         "disable_tqdm": "true",
         "use_vllm": "false",
-        "lr_scheduler_type": "constant",  # a warm-up's first step has a learning rate of 0
+        "lr_scheduler_type": "constant",  # the first step of a warm-up has a learning rate of 0
         "warmup_steps": 0,
     }
     options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
@@ -321,7 +323,7 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
     assert trainer.state.global_step == 1 and math.isfinite(logged["loss"]) and logged["tokens/model"] > 0
     assert {f"rewards/{name}/mean" for name in task.reward_funcs} <= set(logged)
     assert ("kl" in logged) == (config.beta > 0)
-    # What the recipe says is trained is what has changed: the adapter on every linear layer, or all weights.
+    # Exactly the weights that the recipe trains have changed: the adapter on every linear layer, or all weights.
     moved = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
     assert moved and model_config.use_peft == all("lora_" in name for name in moved)
     if model_config.use_peft:
@@ -335,13 +337,13 @@ def test_a_step_from_the_recipe_with_a_stand_in(path: Path, world, retriever, tm
 
 
 def spread(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Differs within every group, so that there is always something to learn."""
+    """A reward that differs within every group, so that there is always a gradient."""
     return [float(i % 2) for i in range(len(completions))]
 
 
 @each_sft_recipe
-def test_fine_tuning_from_the_recipe_with_a_stand_in(path: Path, tmp_path: Path) -> None:
-    """Its rules, its adapter and its training; the tiny policy answers questions of the embedded world."""
+def test_fine_tuning_with_the_recipe_and_the_tiny_policy(path: Path, tmp_path: Path) -> None:
+    """The recipe's rules, adapter and training; the tiny policy answers questions of the embedded world."""
     recipe = parse_sft(str(path))[0]
     sizes = {
         "model_name_or_path": "tiny",
@@ -358,7 +360,7 @@ def test_fine_tuning_from_the_recipe_with_a_stand_in(path: Path, tmp_path: Path)
         "disable_tqdm": "true",
     }
     if recipe.teacher != "scripts":
-        # The stand-in is seldom right and never well-formed in so few tokens.
+        # With so few tokens the tiny policy is seldom right and never well-formed.
         sizes |= {"teacher": "self", "collection": tmp_path / "collection", "max_train_questions": 8}
         sizes |= {"min_f1": 0.01, "well_formed": "false", "min_searches": 0, "max_completion_length": 160}
         sizes |= {"max_turn_length": 48, "max_observation_length": 60, "system_prompt": ""}

@@ -1,4 +1,4 @@
-"""A recipe runs or is refused in one line, whatever stands behind its keys."""
+"""A recipe runs or is refused in one line, whatever values its keys have."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEYS = sorted({field.name for cls in CLASSES for field in dataclasses.fields(cls
         ("max_train_questions", None, None),
     ],
 )
-def test_what_has_one_meaning_is_converted(key: str, given: Any, expected: Any) -> None:
+def test_a_value_with_one_meaning_is_converted(key: str, given: Any, expected: Any) -> None:
     value = checked_values({key: given}, CLASSES, "mine.yaml")[key]
     assert value == expected and type(value) is type(expected)
 
@@ -59,7 +59,7 @@ def test_what_has_one_meaning_is_converted(key: str, given: Any, expected: Any) 
         ("save_strategy", 3, "save_strategy is 3, but must be one of no, steps, epoch, best"),
     ],
 )
-def test_what_has_none_is_refused(key: str, given: Any, message: str) -> None:
+def test_a_value_without_a_meaning_is_refused(key: str, given: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^mine.yaml: .*{message}"):
         checked_values({key: given}, CLASSES, "mine.yaml")
 
@@ -72,7 +72,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
 def test_any_value_of_any_key_gives_a_configuration_or_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our keys with everything, TRL's with two values each: a whole round takes minutes."""
+    """Our keys with every value, TRL's keys with two each: all combinations would take minutes."""
     monkeypatch.chdir(tmp_path)
     ours = {field.name for field in dataclasses.fields(TaskArguments)} | set(SearchGRPOConfig.__annotations__)
     draw = random.Random(0)
@@ -98,10 +98,10 @@ def test_any_value_of_any_key_gives_a_configuration_or_one_line(
         (["quickstart", "--save_strategy", "sometimes"], "invalid choice: 'sometimes'"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line(
+def test_mistakes_on_the_command_line_are_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where no run of the quickstart is a second mistake
+    monkeypatch.chdir(tmp_path)  # an existing quickstart run would be a second mistake
     assert main(["train", *words]) == 2
     said = capsys.readouterr().err
     assert "trl-search: error: " in said and message in said.splitlines()[-1] and "Traceback" not in said
@@ -116,7 +116,7 @@ def test_the_help_is_short_and_lists_recipes_and_our_keys(capsys: pytest.Capture
     assert "--num_generations" in capsys.readouterr().out
 
 
-def test_recipes_are_listed_shown_and_copied(
+def test_recipes_can_be_listed_shown_and_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

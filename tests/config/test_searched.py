@@ -1,4 +1,4 @@
-"""What a word means as something to search: an index, a run, a checkpoint of one."""
+"""Which retriever a word stands for: an index, a run, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_search.types import Passage
 
 
 def test_an_index_in_the_folder_of_a_run_is_searched_itself(tmp_path: Path) -> None:
-    """It was taken for a checkpoint, and what the run had searched was searched in its place."""
+    """It used to be taken for a checkpoint, so the run's own retriever was searched instead."""
     build_index([Passage("1", "Orlune", "Orlune is a city.")], tmp_path / "index")
     (tmp_path / "checkpoint-3").mkdir()
     task = {"questions": "world", "retriever": "bm25", "world_passages": 300, "world_seed": 1}

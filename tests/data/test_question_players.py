@@ -1,4 +1,4 @@
-"""Scripted players of any questions find the way, say what they read, and answer only from what they were shown."""
+"""Scripted players find a path to the answer, quote what they read, and answer only from what they were shown."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_player_follows_what_it_reads_in_every_protocol(
         assert trajectory.actions[-1] == Answer(row["golden_answers"][0])
         found = {passage.id for passages in trajectory.passages for passage in passages}
         assert found >= set(row["gold_ids"])
-        # Each thought but the first quotes what has been shown by then, or says that it searches again.
+        # Each thought after the first quotes an observation, or says that the player searches again.
         for before, turn in zip(trajectory.turns, trajectory.turns[1:], strict=False):
             if turn.role == "assistant":
                 assert (
@@ -109,7 +109,7 @@ def test_a_player_follows_what_it_reads_in_every_protocol(
                 assert before.role == "tool"
 
 
-def test_the_years_that_a_comparison_turns_on_are_those_of_what_was_looked_up(corpus: Retriever) -> None:
+def test_a_comparison_quotes_the_years_of_the_two_works(corpus: Retriever) -> None:
     steps = plan(
         COMPARISON["question"], COMPARISON["golden_answers"], Gold(frozenset(COMPARISON["gold_ids"])),
         lambda queries: corpus.search(queries, 1), max_searches=8, rng=random.Random(1),
@@ -123,7 +123,7 @@ def test_the_years_that_a_comparison_turns_on_are_those_of_what_was_looked_up(co
 
 
 @pytest.mark.parametrize("golden, searches", [("Borgvik", 2), ("1702", 2)])
-def test_without_gold_passages_it_tries_queries_until_an_answer_is_in_what_they_find(
+def test_without_gold_passages_it_tries_queries_until_one_finds_an_answer(
     golden: str, searches: int, corpus: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     question = (
@@ -134,7 +134,7 @@ def test_without_gold_passages_it_tries_queries_until_an_answer_is_in_what_they_
     assert trajectory.actions[-1] == Answer(golden) and 1 <= trajectory.searches <= searches + 1
 
 
-def test_yes_proves_nothing_without_gold_passages(corpus: Retriever) -> None:
+def test_a_yes_no_question_without_gold_passages_has_no_plan(corpus: Retriever) -> None:
     def search(queries: Any) -> Any:
         raise AssertionError("nothing is worth a search")
 
@@ -151,7 +151,7 @@ def test_it_answers_only_from_what_it_was_shown(corpus: Retriever) -> None:
     assert script.send("an observation that was cut before its evidence")[1] == Answer(UNKNOWN)
 
 
-def test_it_says_so_when_no_way_is_found(corpus: Retriever, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_it_gives_up_when_no_path_is_found(corpus: Retriever, tokenizer: PreTrainedTokenizerBase) -> None:
     row = {"question": "Who is Xyzzy Plugh?", "golden_answers": ["a wizard"], "gold_ids": ["nowhere"]}
     assert attempt(row, corpus, tokenizer, "search_r1").actions[-1] == Answer(UNKNOWN)
 
@@ -165,7 +165,7 @@ def test_a_retriever_that_fails_while_the_player_plans_is_named(tokenizer: PreTr
         attempt(BRIDGE, Broken(), tokenizer, "search_r1")
 
 
-def test_what_is_read_without_a_model() -> None:
+def test_names_key_words_sentences_and_quotes_are_extracted() -> None:
     assert names("Who directed the film Rogues' Regiment and Duke of Borg?") == ["Rogues' Regiment", "Duke of Borg"]
     assert names("It is by A. R. Rahman. The film of 4 May 1931 is Indian.") == ["A. R. Rahman"]
     assert key_words("Where was the director of Hatari! born?") == "director Hatari born"
@@ -179,7 +179,7 @@ def test_what_is_read_without_a_model() -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_the_loader_tells_the_evidence_where_it_is_asked_for(kind: str, tmp_path: Path) -> None:
+def test_the_loader_returns_evidence_on_request(kind: str, tmp_path: Path) -> None:
     row = {"question": "q?", "golden_answers": ["a"], "metadata": {"gold_ids": ["p1", "p2"], "dataset": "musique"}}
     path = tmp_path / f"train.{kind}"
     if kind == "jsonl":
@@ -194,7 +194,7 @@ def test_the_loader_tells_the_evidence_where_it_is_asked_for(kind: str, tmp_path
     assert "gold_ids" not in load_questions(path)[0]
 
 
-def test_evidence_is_read_as_the_sets_write_it() -> None:
+def test_evidence_is_read_in_the_format_of_each_set() -> None:
     facts = {"title": ["Lyon", "Lyon", "Rhône"], "sent_id": [0, 1, 0]}
     assert evidence_of({"metadata": {"supporting_facts": facts}}, "")["gold_titles"] == ["Lyon", "Rhône"]
     assert evidence_of({"supporting_facts": [["Lyon", 0], ["Rhône", 1]]}, "")["gold_titles"] == ["Lyon", "Rhône"]
@@ -206,12 +206,12 @@ def test_evidence_is_read_as_the_sets_write_it() -> None:
 @pytest.mark.parametrize(
     "row", [{"gold_ids": "p1"}, {"metadata": {"gold_ids": [None]}}, {"supporting_facts": ["Lyon"]}], ids=str
 )
-def test_evidence_that_cannot_be_read_is_named_with_its_place(row: dict[str, Any]) -> None:
+def test_unreadable_evidence_is_named_with_its_place(row: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"q\.jsonl, line 3: .* correct the row"):
         evidence_of(row, "q.jsonl, line 3")
 
 
-def test_a_corpus_that_is_not_that_of_the_gold_passages_is_refused(corpus: Retriever) -> None:
+def test_a_corpus_without_the_gold_passages_is_refused(corpus: Retriever) -> None:
     def search(queries: Sequence[str]) -> list[list[Passage]]:
         return corpus.search(queries, 10)
 
@@ -220,13 +220,11 @@ def test_a_corpus_that_is_not_that_of_the_gold_passages_is_refused(corpus: Retri
     elsewhere = [{**row, "gold_ids": [f"wiki-{i}"]} for i, row in enumerate(rows)]
     with pytest.raises(UserError, match="finds no gold passage of 6 questions, such as 'wiki-0'; it has ids like 'x"):
         check_corpus(elsewhere, search)
-    check_corpus(elsewhere[:4], search)  # too few to tell
+    check_corpus(elsewhere[:4], search)  # too few to judge
     check_corpus([{**row, "gold_ids": [], "gold_titles": ["Jon Askel"]} for row in rows], search)
 
 
-def test_a_corpus_with_few_of_the_gold_passages_is_warned_of(
-    corpus: Retriever, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_corpus_with_few_gold_passages_gives_a_warning(corpus: Retriever, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"question": f"What is other {i}?", "gold_ids": [f"x{i}"], "gold_titles": []} for i in range(6)]
     mixed = [*rows[:1], *({**row, "gold_ids": [f"wiki-{i}"]} for i, row in enumerate(rows[1:]))]
     check_corpus(rows, lambda queries: corpus.search(queries, 10))

@@ -1,4 +1,4 @@
-"""Questions out of files in the schemas that people arrive with (FlashRAG, Search-R1, verl), errors for bad ones."""
+"""Questions from files in common schemas (FlashRAG, Search-R1, verl), and the errors for bad files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def asked(question: Any, source: str = "nq", **more: Any) -> dict[str, Any]:
     ],
     ids=["flashrag", "search-r1", "verl"],
 )
-def test_every_schema_comes_out_the_same(
+def test_every_schema_gives_the_same_rows(
     tmp_path: Path, kind: str, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     write = write_jsonl if kind == "jsonl" else write_parquet
@@ -157,7 +157,7 @@ def test_the_reward_model_may_be_json_in_a_string(tmp_path: Path) -> None:
     ],
     ids=["triviaqa", "squad", "popqa", "nq", "bytes", "float"],
 )
-def test_public_datasets_are_read_as_they_come(
+def test_public_datasets_are_read_unchanged(
     tmp_path: Path, row: dict[str, Any], fields: QuestionFields, question: str, golden: list[str]
 ) -> None:
     loaded = load_questions(write_parquet(tmp_path / "q.parquet", row), fields=fields)[0]
@@ -181,7 +181,9 @@ def test_public_datasets_are_read_as_they_come(
         (asked("a", golden_answers=None, reward_model=["b"]), r"line 2: reward_model is of type list"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_line_and_type(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_question_that_is_not_text_is_refused_with_its_line_and_type(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=rf"q\.jsonl, {message}"):
         load_questions(write_jsonl(tmp_path / "q.jsonl", asked("first"), row))
 
@@ -196,12 +198,12 @@ def test_a_missing_column_names_the_option(tmp_path: Path) -> None:
         load_questions(path, fields=QuestionFields(answers="answer", id="number"))
 
 
-def test_golden_answers_go_before_the_reward_model(tmp_path: Path) -> None:
+def test_golden_answers_take_precedence_over_the_reward_model(tmp_path: Path) -> None:
     row = {**SEARCH_R1, "golden_answers": ["this one"]}
     assert load_questions(write_jsonl(tmp_path / "q.jsonl", row))[0]["golden_answers"] == ["this one"]
 
 
-def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
+def test_a_folder_contains_a_file_for_each_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "nq" / "test.parquet", FLASHRAG)
     assert load_questions(tmp_path / "nq", split="test")[0]["data_source"] == "nq"
     with pytest.raises(UserError, match=r"holds no train\{\.jsonl,.*\}, but: test\.parquet"):
@@ -231,7 +233,7 @@ def test_a_limit_is_a_seeded_sample_in_order(tmp_path: Path) -> None:
         load_questions(path, limit=0)
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+def test_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("\ufeff" + json.dumps(FLASHRAG) + "\n\n" + json.dumps(FLASHRAG), "utf-8")
     assert len(load_questions(path)) == 2
@@ -285,7 +287,7 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
 
 
 def test_hub_sets_are_the_published_ones() -> None:
-    """As their repositories on the hub count them."""
+    """The counts are those of their repositories on the hub."""
     flashrag = {
         name: (held.split, held.rows) for name, held in HUB_SETS.items() if held.repository == FLASHRAG_REPOSITORY
     }
@@ -313,7 +315,7 @@ def hub_row(name: str, split: str) -> dict[str, Any]:
 
 
 def published(tmp_path: Path) -> dict[str, dict[str, bytes]]:
-    """The two repositories of questions as they are laid out, one row a split: FlashRAG's jsonl with configs in the
+    """The two question repositories in their real layout, with one row per split: FlashRAG's jsonl with configs in the
     README, Search-R1's parquet without."""
     card, flashrag = "---\nconfigs:\n", {}
     for name in EVALUATION_SETS:
@@ -333,7 +335,7 @@ def published(tmp_path: Path) -> dict[str, dict[str, bytes]]:
 
 
 def test_every_hub_set_comes_from_its_repository_over_http(tmp_path: Path) -> None:
-    """Nothing of ours or of `datasets` is replaced: only the address of the hub is another."""
+    """Only the address of the hub is replaced; our code and `datasets` are the real ones."""
     program = """
         import json
         from trl_search.data import HUB_SETS, load_questions
@@ -395,10 +397,10 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert "bring its files here and give their path" in done.stderr
 
 
-# Train questions that stand in an evaluation set
+# Training questions that are also in an evaluation set
 
 
-def test_questions_of_evaluation_sets_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_questions_of_evaluation_sets_are_dropped_and_counted(tmp_path: Path) -> None:
     train = write_jsonl(
         tmp_path / "train.jsonl",
         asked("Who wrote The Amber Mill?"),
@@ -420,11 +422,11 @@ def test_questions_of_evaluation_sets_are_left_out_and_counted(tmp_path: Path) -
     assert load_questions(train, exclude=[str(nq), hotpot])["question"] == kept["question"]
 
 
-def test_what_is_left_out_comes_before_the_sample_and_is_logged(
+def test_questions_are_dropped_before_the_sample_is_drawn_and_this_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", *(asked(f"question {number}") for number in range(20)))
-    held_out = tmp_path / "nq"  # a folder: its test file, not the train file beside it
+    held_out = tmp_path / "nq"  # for a folder, its test file counts, not the train file beside it
     write_parquet(held_out / "test.parquet", *(asked(f"Question {number}?") for number in range(15)))
     write_parquet(held_out / "train.parquet", asked("question 19"))
     with caplog.at_level(logging.INFO, "trl_search.data"):
@@ -439,12 +441,12 @@ def test_what_is_left_out_comes_before_the_sample_and_is_logged(
 
 
 @given(st.text(st.characters(codec="ascii", categories=("L", "N", "Z")), min_size=1))
-def test_a_question_is_itself_in_other_letters(text: str) -> None:
+def test_questions_are_compared_without_case_and_punctuation(text: str) -> None:
     assume(normalize_answer(text))
     assert question_key(f" The {text.upper()} ?") == question_key(text)
 
 
-def test_a_sample_of_more_than_there_is(tmp_path: Path) -> None:
+def test_a_limit_above_the_number_of_rows_gives_all_rows(tmp_path: Path) -> None:
     questions = load_questions(write_jsonl(tmp_path / "q.jsonl", FLASHRAG, FLASHRAG))
     assert len(sample_questions(questions, 3)) == 2 and len(sample_questions(questions, 1)) == 1
 

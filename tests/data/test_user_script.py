@@ -1,4 +1,4 @@
-"""A user's script is played like a policy: its words are recorded in tokens, and it reads what the policy reads."""
+"""A user's script is played like a policy: its text is recorded as tokens, and it reads what a policy would read."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_calls_of_any_tool_are_recorded_as_if_they_were_sampled(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_it_reads_what_the_policy_is_shown(protocol: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_script_reads_what_a_policy_would_read(protocol: str, tokenizer: PreTrainedTokenizerBase) -> None:
     trajectory = play(searches, SearchEnvironment(FixedRetriever(PASSAGES)), tokenizer, protocol)
     assert shown == [turn.text for turn in trajectory.turns if turn.role == "tool" and turn.text]
     assert shown == ['Doc 1(Title: "Dracula") A novel by &lt;/answer> Bram Stoker.']
@@ -92,8 +92,8 @@ def test_it_reads_what_the_policy_is_shown(protocol: str, tokenizer: PreTrainedT
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].form], ids=str)
-def test_every_family_of_models_calls_another_tool_than_the_search(family: str) -> None:
-    """Some write numbers as bare text, and some name the tool in its reply."""
+def test_every_model_family_can_call_other_tools_than_search(family: str) -> None:
+    """Some families write numbers as plain text, and some name the tool in its reply."""
     tokenizer = FAMILIES[family].tokenizer()
     trajectory = play(adds, Calculator(), tokenizer)
     assert trajectory.actions[-1] == Answer("3") and format_score(trajectory.spoken) == 1.0
@@ -101,11 +101,11 @@ def test_every_family_of_models_calls_another_tool_than_the_search(family: str) 
     assert "search" not in tokenizer.decode(world)
 
 
-def test_a_turn_may_be_a_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_turn_may_be_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert play(writes_text, Calculator(), tokenizer).actions == [ToolCall("add", {"a": 1, "b": 2}), Answer("3")]
 
 
-def test_one_that_gives_up_or_talks_too_long_is_a_trajectory_without_an_answer(
+def test_a_script_that_gives_up_or_runs_too_long_gives_no_answer(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     assert play(gives_up, Calculator(), tokenizer).stop_reason is StopReason.END_OF_TURN
@@ -113,7 +113,7 @@ def test_one_that_gives_up_or_talks_too_long_is_a_trajectory_without_an_answer(
     assert long.stop_reason is StopReason.TOKEN_BUDGET and len(long.ids) == 512
 
 
-def test_an_error_in_it_names_the_question_and_the_line(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_error_in_a_script_names_the_question_and_the_line(tokenizer: PreTrainedTokenizerBase) -> None:
     said = r"breaks failed at the question '1 \+ 2': KeyError: 'first' \(.*script.py, line"
     with pytest.raises(UserError, match=said):
         play(breaks, Calculator(), tokenizer)

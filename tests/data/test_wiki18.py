@@ -1,4 +1,4 @@
-"""wiki-18 from a small hub on loopback: real transfers, cut and gone on with; real FAISS files; a real tar."""
+"""wiki-18 from a small hub on loopback: real downloads, cut off and resumed; real FAISS files; a real tar."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from trl_search.retrieval.corpus.published import open_jsonl
 from trl_search.retrieval.dense.vectors import open_faiss_file
 
 COUNT = 20
-# The path inside of the published archive.
+# The path inside the published archive.
 MEMBER = "data00/jiajie_jin/flashrag_indexes/wiki_dpr_100w/wiki_dump.jsonl"
 BOTH = ["corpus", "e5-flat"]
 INDEX = PIECES["e5-flat"].made
@@ -71,7 +71,7 @@ def hnsw_index() -> bytes:
 
 
 FLAT, HNSW = flat_index(), hnsw_index()
-CUT = 40_000  # where the published file is cut in two, here
+CUT = 40_000  # where the index is split into two parts
 PUBLISHED = {
     PIECES["corpus"].repository: {"README.md": b"wiki-18", ARCHIVE: tar_gz(corpus_lines())},
     PIECES["e5-flat"].repository: {"part_aa": FLAT[:CUT], "part_ab": FLAT[CUT:], ".gitattributes": b"part_*"},
@@ -81,14 +81,14 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The corpus that is published here has `COUNT` passages."""
+    """The published corpus of these tests has `COUNT` passages."""
     monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", COUNT)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # What has come is written in pieces of 10 MB otherwise, more than these files have.
+    # The default is to write 10 MB at a time, more than these files have.
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     with fake_hub({repository: dict(files) for repository, files in PUBLISHED.items()}) as hub:
         yield hub
@@ -112,7 +112,7 @@ def test_corpus_and_indexes_are_fetched_joined_unpacked_and_checked(hub: FakeHub
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "e5_Flat.index", "e5_HNSW64.index", CORPUS, ARCHIVE, f"{CORPUS}.offsets.npy",
     ]  # fmt: skip
-    # As the dense retriever opens them.
+    # as the dense retriever opens them
     rows, vectors = open_jsonl(tmp_path / CORPUS), open_faiss_file(tmp_path / INDEX, device="cpu")
     assert len(rows) == vectors.count == COUNT and rows[7].title == "Title 7"
     assert open_faiss_file(tmp_path / "e5_HNSW64.index").count == COUNT
@@ -123,7 +123,7 @@ def test_corpus_and_indexes_are_fetched_joined_unpacked_and_checked(hub: FakeHub
     assert "e5_Flat.index is there" in again.describe()
 
 
-def test_a_connection_that_is_cut_goes_on_at_the_byte(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_cut_connection_is_resumed_at_the_same_byte(hub: FakeHub, tmp_path: Path) -> None:
     hub.cut_after = [10_500]
     get(hub, tmp_path, ["e5-flat"])
     assert (tmp_path / INDEX).read_bytes() == FLAT
@@ -134,7 +134,7 @@ def test_a_connection_that_is_cut_goes_on_at_the_byte(hub: FakeHub, tmp_path: Pa
     ([10_500], 10_000, [("part_aa", "bytes=10000-"), ("part_ab", "")]),
     ([CUT, 5_500], CUT + 5_000, [("part_ab", "bytes=5000-")]),
 ])  # fmt: skip
-def test_a_download_that_failed_goes_on_in_another_process(
+def test_a_failed_download_is_resumed_in_another_process(
     hub: FakeHub, tmp_path: Path, cuts: list[int], kept: int, on: list[tuple[str, str]]
 ) -> None:
     hub.cut_after, hub.broken = list(cuts), True
@@ -150,14 +150,14 @@ def test_a_download_that_failed_goes_on_in_another_process(
     assert (tmp_path / INDEX).read_bytes() == FLAT and not unfinished(tmp_path)
 
 
-def test_a_server_that_ignores_the_range_does_not_harm_the_part_before(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_server_that_ignores_the_range_does_not_damage_the_first_part(hub: FakeHub, tmp_path: Path) -> None:
     hub.cut_after, hub.ignores_ranges = [CUT, 5_500], True
     get(hub, tmp_path, ["e5-flat"])
     assert [name for name, _ in hub.ranges] == ["part_aa", "part_ab", "part_ab"]
     assert (tmp_path / INDEX).read_bytes() == FLAT
 
 
-def test_content_that_is_not_the_hubs_is_dropped_and_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+def test_content_that_differs_from_the_hubs_is_downloaded_again(hub: FakeHub, tmp_path: Path) -> None:
     hub.wrong_bytes = {"part_ab"}
     with pytest.raises(
         UserError, match=r"part_ab of PeterJinGo/wiki-18-e5-index differs from the hub's file .by its SHA-256"
@@ -170,9 +170,9 @@ def test_content_that_is_not_the_hubs_is_dropped_and_fetched_again(hub: FakeHub,
     assert [name for name, _ in hub.ranges] == ["part_aa", "part_ab", "part_ab"]
 
 
-def test_parts_that_lie_there_are_not_fetched(hub: FakeHub, tmp_path: Path) -> None:
+def test_existing_parts_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "part_aa").write_bytes(FLAT[:CUT])
-    (tmp_path / "part_ab").write_bytes(FLAT[CUT:-1])  # cut short: not used
+    (tmp_path / "part_ab").write_bytes(FLAT[CUT:-1])  # truncated, so not used
     (tmp_path / ARCHIVE).write_bytes(PUBLISHED[PIECES["corpus"].repository][ARCHIVE])
     planned = get(hub, tmp_path, BOTH)
     assert hub.ranges == [("part_ab", "")]
@@ -191,7 +191,7 @@ def test_a_file_of_another_size_is_not_overwritten(hub: FakeHub, tmp_path: Path)
     with pytest.raises(UserError, match=r"wiki-18\.jsonl\.gz has 4 bytes"):
         get(hub, tmp_path, ["corpus"])
     assert (tmp_path / INDEX).read_bytes() == FLAT[:-4] and (tmp_path / ARCHIVE).read_bytes() == b"mine"
-    (tmp_path / "e5_HNSW64.index").write_bytes(HNSW[:-4])  # its head does not say how long it is; the hub does
+    (tmp_path / "e5_HNSW64.index").write_bytes(HNSW[:-4])  # its header does not give its length; the hub does
     with pytest.raises(
         UserError, match=r"e5_HNSW64\.index has [\d,]+ bytes and the published file [\d,]+: .* Move it"
     ):
@@ -199,7 +199,9 @@ def test_a_file_of_another_size_is_not_overwritten(hub: FakeHub, tmp_path: Path)
     assert hub.ranges == []
 
 
-def test_a_repository_that_changed_begins_anew(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_starts_again_if_the_repository_changed(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.cut_after, hub.broken = [10_500], True
     with pytest.raises(UserError):
         get(hub, tmp_path, ["e5-flat"])
@@ -211,7 +213,7 @@ def test_a_repository_that_changed_begins_anew(hub: FakeHub, tmp_path: Path, mon
     assert (tmp_path / INDEX).read_bytes() == changed
 
 
-def test_two_processes_do_not_write_one_file(hub: FakeHub, tmp_path: Path) -> None:
+def test_two_processes_do_not_write_the_same_file(hub: FakeHub, tmp_path: Path) -> None:
     files = list_files(PIECES["e5-flat"].repository, "part_*", endpoint=hub.url)
     assert files.commit == COMMIT and [file.name for file in files.files] == ["part_aa", "part_ab"]
     target = tmp_path / INDEX
@@ -222,7 +224,7 @@ def test_two_processes_do_not_write_one_file(hub: FakeHub, tmp_path: Path) -> No
         fetch(files, target, endpoint=hub.url)
 
 
-def test_a_full_disk_is_refused_before_anything_is_fetched(hub: FakeHub, tmp_path: Path) -> None:
+def test_too_little_disk_is_refused_before_any_download(hub: FakeHub, tmp_path: Path) -> None:
     planned = plan_wiki18(BOTH, tmp_path / "new", endpoint=hub.url)
     archive = len(PUBLISHED[PIECES["corpus"].repository][ARCHIVE])
     assert planned.download_bytes == len(FLAT) + archive
@@ -233,7 +235,7 @@ def test_a_full_disk_is_refused_before_anything_is_fetched(hub: FakeHub, tmp_pat
     assert free_bytes(tmp_path / "new" / "deep") > 0
 
 
-def test_a_disk_that_fills_up_is_named(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"the disk of .*x is full: make room and run this again"),
         naming_full_disk(tmp_path / "x"),
@@ -244,8 +246,8 @@ def test_a_disk_that_fills_up_is_named(tmp_path: Path) -> None:
         (tmp_path / "x").read_bytes()
 
 
-def test_what_the_published_files_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of docs/data.md and of the help."""
+def test_the_sizes_of_the_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers in docs/data.md and in the help."""
     monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", PASSAGES)
     part_aa, part_ab = HubFile("part_aa", 42_949_672_960, "a"), HubFile("part_ab", 21_609_402_413, "b")
     flat = HubFiles(PIECES["e5-flat"].repository, COMMIT, (part_aa, part_ab))
@@ -264,14 +266,14 @@ def test_what_the_published_files_take(tmp_path: Path, monkeypatch: pytest.Monke
 # The archive
 
 
-def test_a_plain_gzip_is_unpacked_too(tmp_path: Path) -> None:
+def test_a_plain_gzip_file_is_unpacked_too(tmp_path: Path) -> None:
     (tmp_path / ARCHIVE).write_bytes(gzip.compress(corpus_lines()))
     unpack_corpus(tmp_path / ARCHIVE, tmp_path / CORPUS)
     assert (tmp_path / CORPUS).read_bytes() == corpus_lines()
 
 
 def damaged(content: bytes) -> bytes:
-    return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]  # the checksum at its end
+    return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]  # the checksum at the end of the file
 
 
 @pytest.mark.parametrize("pack", [tar_gz, gzip.compress], ids=["tar", "gzip"])
@@ -283,7 +285,7 @@ def test_a_damaged_archive_leaves_no_corpus(tmp_path: Path, pack, harm) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [ARCHIVE]
 
 
-def test_a_tar_without_a_corpus_and_an_archive_that_is_none(tmp_path: Path) -> None:
+def test_a_tar_without_a_corpus_and_a_file_that_is_not_an_archive(tmp_path: Path) -> None:
     (tmp_path / ARCHIVE).write_bytes(tar_gz(b"hello", "readme.txt"))
     with pytest.raises(UserError, match=r"is a tar without a \.jsonl file"):
         unpack_corpus(tmp_path / ARCHIVE, tmp_path / CORPUS)
@@ -293,7 +295,7 @@ def test_a_tar_without_a_corpus_and_an_archive_that_is_none(tmp_path: Path) -> N
     assert not (tmp_path / CORPUS).exists()
 
 
-def test_an_unpacking_that_was_killed_begins_again(tmp_path: Path) -> None:
+def test_a_killed_unpacking_starts_again(tmp_path: Path) -> None:
     (tmp_path / ARCHIVE).write_bytes(tar_gz(corpus_lines()))
     (tmp_path / f"{CORPUS}.incomplete").write_bytes(b"x" * 100_000)
     unpack_corpus(tmp_path / ARCHIVE, tmp_path / CORPUS)
@@ -332,14 +334,14 @@ ROWS = [str(row) for row in range(COUNT)]
     ],
     ids=["fewer", "sorted", "other-id", "tar", "dimensions", "metric", "kind", "head", "vectors", "length"],
 )
-def test_a_corpus_and_an_index_that_are_no_pair(tmp_path: Path, corpus: bytes, index: bytes, message: str) -> None:
+def test_a_corpus_and_an_index_that_do_not_match(tmp_path: Path, corpus: bytes, index: bytes, message: str) -> None:
     lay(tmp_path, corpus, index)
     with pytest.raises(UserError, match=message):
         check_wiki18(BOTH, tmp_path)
     assert (tmp_path / CORPUS).read_bytes() == corpus and (tmp_path / INDEX).read_bytes() == index
 
 
-def test_an_index_is_compared_with_the_corpus_beside_it(tmp_path: Path) -> None:
+def test_an_index_is_compared_with_the_corpus_in_its_folder(tmp_path: Path) -> None:
     check_wiki18(["e5-flat"], lay(tmp_path, corpus_lines()))
     lay(tmp_path, corpus_lines(ROWS[:-1]))
     (tmp_path / f"{CORPUS}.offsets.npy").unlink()
@@ -364,8 +366,8 @@ def test_a_corpus_alone_is_compared_with_the_published_one(tmp_path: Path) -> No
     assert said(corpus_lines()) == "20 passages, and the ids of 20 of them; not compared with the hub"
 
 
-def test_what_was_not_checked_is_not_said(hub: FakeHub, tmp_path: Path) -> None:
-    """The head of an HNSW file does not say how long the file is."""
+def test_only_real_checks_are_reported(hub: FakeHub, tmp_path: Path) -> None:
+    """The header of an HNSW file does not give the length of the file."""
     index = tmp_path / "e5_HNSW64.index"
     index.write_bytes(HNSW[:100])
     with pytest.raises(UserError, match=r"has 100 bytes and its vectors alone take 61,440: it was cut short"):
@@ -384,7 +386,7 @@ def test_what_was_not_checked_is_not_said(hub: FakeHub, tmp_path: Path) -> None:
     }
 
 
-def test_the_commands_that_come_next(tmp_path: Path) -> None:
+def test_the_next_commands_are_printed(tmp_path: Path) -> None:
     assert next_commands(tmp_path)[0].startswith("trl-search data wiki18 --what corpus --output ")
     (tmp_path / CORPUS).write_bytes(corpus_lines())
     assert next_commands(tmp_path)[0].startswith(f"trl-search index --corpus {tmp_path / CORPUS} --kind bm25")
@@ -395,7 +397,7 @@ def test_the_commands_that_come_next(tmp_path: Path) -> None:
 # The hub
 
 
-def test_a_hub_that_has_something_else(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_changed_hub_is_reported(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown part of wiki-18 'bm25'.* There are: corpus, e5-flat, e5-hnsw"):
         plan_wiki18(["bm25"], tmp_path, endpoint=hub.url)
     hub.repositories[PIECES["e5-flat"].repository] = {"index.bin": b"1"}
@@ -409,12 +411,14 @@ def test_a_hub_that_has_something_else(hub: FakeHub, tmp_path: Path) -> None:
         plan_wiki18(["corpus"], tmp_path / "file", endpoint=hub.url)
 
 
-def test_without_a_network(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_says_so(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"(?s)the hub did not answer.*downloads are: corpus 5\.1 GB, e5-flat 64\.6"):
         plan_wiki18(BOTH, tmp_path, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub is not used"):
         plan_wiki18(BOTH, tmp_path, endpoint=hub.url)
-    planned = plan_wiki18(BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url)  # all is there: the hub may be away
+    planned = plan_wiki18(
+        BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url
+    )  # all files exist, so the hub is not needed
     checked = fetch_wiki18(planned, endpoint=hub.url)
     assert all(said.endswith("; not compared with the hub") for said in checked.values())

@@ -1,4 +1,4 @@
-"""The embedded world: sizes, names, facts that stand in one passage, a split that no fact crosses, and questions."""
+"""The embedded world: sizes, names, facts that occur in one passage only, splits without shared facts, questions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trl_search.retrieval import Retriever
 
 
 @pytest.mark.parametrize("passages", [50, 333, 2000, 20_000])
-def test_has_exactly_so_many_passages_with_unique_names(passages: int) -> None:
+def test_the_world_has_the_given_number_of_passages_with_unique_names(passages: int) -> None:
     world = generate_world(passages=passages, seed=5)
     assert [passage.id for passage in world.iter_passages()] == [str(index) for index in range(passages)]
     assert len({entity.name for entity in world.entities}) == passages
 
 
-def test_the_same_seed_gives_the_same_world_and_questions_and_another_seed_does_not(world: World) -> None:
+def test_the_seed_determines_the_world_and_its_questions(world: World) -> None:
     again, other = generate_world(passages=1000, seed=3), generate_world(passages=1000, seed=4)
     assert again == world and again.passages == world.passages
     assert again.questions("train", limit=50) == world.questions("train", limit=50)
@@ -39,7 +39,7 @@ def test_names_share_words(world: World) -> None:
     assert sum(surnames.values()) / len(surnames) > 4
 
 
-def test_pools_of_words_are_disjoint() -> None:
+def test_word_pools_are_disjoint() -> None:
     words = [word for pool in WORDS.values() for word in pool]
     assert len(words) == len(set(words))
     prose = {word.strip(".,?:") for kind in KINDS.values() for text in kind.sentences for word in text.split()}
@@ -76,7 +76,7 @@ def test_capitals_lie_in_their_country(world: World) -> None:
             assert isinstance(entity.facts[0], int) and world.entities[entity.facts[0]].facts[0] == index
 
 
-def test_hops_lead_to_the_answer(world: World) -> None:
+def test_the_hops_of_a_question_lead_to_its_answer(world: World) -> None:
     for question in world.questions("test"):
         for hop in question.hops:
             passage = world.passage(int(hop.passage_id))
@@ -95,12 +95,12 @@ def test_hops_lead_to_the_answer(world: World) -> None:
             assert question.hops[0].value == bridge and bridge not in question.question
 
 
-def test_questions_are_of_three_types_in_their_shares() -> None:
+def test_the_three_types_of_questions_have_the_right_shares() -> None:
     counts = Counter(question.type for question in generate_world(passages=4000).questions("train", limit=2000))
     assert [round(counts[name] / 2000, 1) for name in ("one_hop", "two_hop", "comparison")] == [0.3, 0.5, 0.2]
 
 
-def test_bm25_finds_the_passage_of_a_hop_and_not_the_second_hop_at_once(world: World, retriever: Retriever) -> None:
+def test_bm25_finds_the_passage_of_the_first_hop_but_not_of_the_second(world: World, retriever: Retriever) -> None:
     questions = [question for question in world.questions("test") if question.type == "two_hop"]
     hops = [hop for question in questions for hop in question.hops]
     found = retriever.search([hop.query for hop in hops], 3)
@@ -114,7 +114,7 @@ def test_bm25_finds_the_passage_of_a_hop_and_not_the_second_hop_at_once(world: W
     assert sum(both) < 0.15 * len(both)
 
 
-def test_write_gives_jsonl_in_the_schemas_of_corpora_and_question_sets(tmp_path: Path) -> None:
+def test_a_world_is_written_as_a_corpus_and_question_sets(tmp_path: Path) -> None:
     world = generate_world(passages=60, seed=1)
     world.write(tmp_path / "world")
     corpus, train, test = (
@@ -130,8 +130,8 @@ def test_write_gives_jsonl_in_the_schemas_of_corpora_and_question_sets(tmp_path:
     assert set(train[0]) == {"id", "question", "golden_answers", "data_source", "split"}
 
 
-def test_a_world_too_small_for_comparisons_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a few there may be no two that are far enough apart in time; with 90 years, in about half of the worlds."""
+def test_a_world_too_small_for_comparisons_has_no_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few works may include no two that are far enough apart in time: in about half of the worlds with 90 years."""
     monkeypatch.setattr("trl_search.data.world.MIN_YEARS_APART", 90)
     compared = []
     for seed in range(10):
@@ -143,7 +143,7 @@ def test_a_world_too_small_for_comparisons_has_none(monkeypatch: pytest.MonkeyPa
     assert 0 < sum(compared) < len(compared)
 
 
-def test_bad_requests_are_said_clearly(world: World) -> None:
+def test_bad_arguments_are_refused_clearly(world: World) -> None:
     with pytest.raises(UserError, match="at least 50 and at most"):
         generate_world(passages=49)
     with pytest.raises(UserError, match="no split 'dev'"):

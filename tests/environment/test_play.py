@@ -1,4 +1,4 @@
-"""`play` tries an environment without a model; what is wrong with an environment is said at once."""
+"""`play` runs an environment without a model, and reports mistakes in the environment at once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_texts_are_read_by_the_protocol() -> None:
     assert found.documents == ('Doc 1(Title: "Dracula") by Bram Stoker',)
 
 
-def test_it_runs_where_a_loop_is_running() -> None:
+def test_play_works_inside_a_running_event_loop() -> None:
     async def notebook() -> list[Observation]:
         return play(Calculator(), [SUM])
 
     assert asyncio.run(notebook())[0].documents == ("3",)
 
 
-def test_what_the_environment_raises_keeps_its_traceback() -> None:
+def test_an_exception_of_the_environment_keeps_its_traceback() -> None:
     with pytest.raises(KeyError) as raised:
         play(Calculator(), [ToolCall("add", {"a": 1})])
     assert raised.traceback[-1].path.name == "calculator.py"
@@ -54,13 +54,13 @@ def test_what_the_environment_raises_keeps_its_traceback() -> None:
         (Calculator(), [SUM, None], "a turn must be an action"),
     ],
 )
-def test_what_cannot_be_played_is_explained(environment: object, turns: list, message: str) -> None:
+def test_invalid_arguments_of_play_are_explained(environment: object, turns: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         play(environment, turns)
 
 
 class World(Calculator):
-    """A calculator of which one thing is wrong."""
+    """A calculator with one mistake."""
 
     def __init__(self, **wrong: object) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class World(Calculator):
         ({"step": lambda: Observation(done=True)}, r"Observation\(done=...\) takes a StopReason"),
     ],
 )
-def test_what_an_environment_gets_wrong_is_named(wrong: dict, message: str) -> None:
+def test_mistakes_in_an_environment_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         play(World(**wrong), [SUM])
 
@@ -102,14 +102,14 @@ def test_what_an_environment_gets_wrong_is_named(wrong: dict, message: str) -> N
         (None, "tools must be a list"),
     ],
 )
-def test_tools_that_no_policy_could_be_shown_are_refused(tools: object, message: str) -> None:
+def test_invalid_tools_are_refused(tools: object, message: str) -> None:
     world = Calculator()
     world.tools = tools
     with pytest.raises(UserError, match=f"^Calculator.tools: .*{message}"):
         check_environment(world)
 
 
-def test_the_instruction_names_the_tools_and_no_other(tokenizer) -> None:
+def test_the_instruction_names_exactly_the_tools_of_the_environment(tokenizer) -> None:
     def instruction(protocol: str, tools) -> str:
         return load_protocol(protocol, tokenizer, tools=tools).instruction
 
@@ -133,7 +133,7 @@ def test_a_call_of_any_tool_is_written_and_read(tokenizer, protocol: str) -> Non
         load_protocol("search_r1", tokenizer).write("I add.", SUM)
 
 
-def test_a_search_and_a_page_are_two_tools() -> None:
+def test_an_environment_may_have_a_search_tool_and_a_page_tool() -> None:
     class Both(Environment):
         async def step(self, action):
             return Observation(notice=type(action).__name__)

@@ -1,4 +1,4 @@
-"""Environments come by name, from installed packages and by import path, with their options and their own budgets."""
+"""Environments by name, from installed packages and by import path, with their options and budgets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RETRIEVER = FixedRetriever([])
 
 
 class Library(SearchEnvironment):
-    """Passes its options on."""
+    """Stores its options."""
 
     def __init__(self, retriever, pages=3, **options):
         super().__init__(retriever, **options)
@@ -69,12 +69,12 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
         ("no_such_module:World", {}, "cannot be imported: No module named"),
     ],
 )
-def test_what_cannot_be_made_is_explained(name: str, options: dict, message: str) -> None:
+def test_an_environment_that_cannot_be_made_is_explained(name: str, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_environment(name, **options)
 
 
-def test_a_retriever_is_wanted_where_there_is_a_parameter_for_it() -> None:
+def test_an_environment_gets_a_retriever_if_it_has_the_parameter() -> None:
     assert takes_retriever("search") and takes_retriever(LIBRARY) and not takes_retriever(CALCULATOR)
     assert needs_retriever(LIBRARY)
 
@@ -86,7 +86,7 @@ def test_the_budgets_of_a_configuration_reach_a_search_environment_and_no_other(
     assert build_environment(AgentSettings(environment=CALCULATOR, max_searches=2), None).max_calls == 3
 
 
-def test_an_instance_brings_its_own_budgets() -> None:
+def test_an_instance_has_its_own_budgets() -> None:
     agent = settings_in(Library(RETRIEVER, pages=9, max_searches=1, max_invalid=0), AgentSettings())
     assert (agent.environment, agent.max_searches) == (LIBRARY, 1)
     assert agent.environment_options == {"pages": 9, "max_invalid": 0}
@@ -96,7 +96,7 @@ def test_an_instance_brings_its_own_budgets() -> None:
     assert told["options"]["max_calls"] == 4 and told["tools"] == [ADD] and told["name"] == CALCULATOR
 
 
-def test_a_model_cannot_choose_code_that_runs() -> None:
+def test_a_models_settings_alone_do_not_run_code() -> None:
     trained = AgentSettings(environment=CALCULATOR, environment_options={"max_calls": 1})
     with pytest.raises(UserError, match=f"If you trust that code, name it: --environment {CALCULATOR}"):
         asked(trained, {"max_turn_length": 9})
@@ -104,12 +104,12 @@ def test_a_model_cannot_choose_code_that_runs() -> None:
     assert asked(trained, {"environment": "search"}).environment_options is None
 
 
-def test_what_is_written_down_of_a_search_agent_has_no_new_keys() -> None:
+def test_the_record_of_a_search_agent_has_no_environment_key() -> None:
     assert "environment" not in AgentSettings().as_json()
     assert AgentSettings(environment=CALCULATOR).as_json()["environment"] == CALCULATOR
 
 
-def test_options_are_json_or_a_mapping() -> None:
+def test_options_may_be_json_or_a_mapping() -> None:
     assert AgentSettings(environment_options='{"max_calls": 3}').environment_options == {"max_calls": 3}
     with pytest.raises(UserError, match="environment_options is not JSON"):
         AgentSettings(environment_options="max_calls=3")

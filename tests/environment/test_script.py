@@ -1,4 +1,4 @@
-"""A script plays a question turn by turn: it is sent what the environment says, and what it says wrong is named."""
+"""A script plays a question turn by turn: it receives the observations, and its mistakes are named."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ NOT_A_SCRIPT = 3
 
 
 @pytest.mark.parametrize("script", [adds, adds_turn_by_turn, adds_in_text])
-def test_it_is_sent_what_the_environment_says(script: Any) -> None:
+def test_a_script_receives_the_observations(script: Any) -> None:
     said, end = play(Calculator(), script, ROW)
     assert said.documents == ("3",) and end.done is StopReason.ANSWER
 
 
-def test_it_may_give_up() -> None:
+def test_a_script_may_give_up() -> None:
     (said,) = play(Calculator(), gives_up, ROW)
     assert said.documents == ("2",)
 
@@ -64,7 +64,7 @@ def test_it_may_give_up() -> None:
         (3, "turns must be a list of actions or texts, or a script, not 3"),
     ],
 )
-def test_what_it_gets_wrong_is_named(script: Any, message: str) -> None:
+def test_mistakes_in_a_script_are_named(script: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         play(Calculator(), script, ROW)
 
@@ -87,7 +87,7 @@ def test_each_turn_is_checked_once() -> None:
     assert looked_up_for(4) - looked_up_for(3) == 1
 
 
-def test_it_comes_by_its_import_path() -> None:
+def test_a_script_is_loaded_by_import_path() -> None:
     assert load_script(f"{__name__}:adds") is adds
     for path, message in (
         (f"{__name__}:subtracts", "script '.*:subtracts' cannot be imported"),

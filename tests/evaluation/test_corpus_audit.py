@@ -1,4 +1,4 @@
-"""Which questions a corpus can answer, found in one pass over its passages."""
+"""Which questions a corpus can answer, in one pass over its passages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ PASSAGES = [
 GOLDEN = [["talvane"], ["Orlune"], ["Mira of Vesk", "1998"], ["北京"], ["Vesk"], ["harbour was"], ["The"]]
 
 
-def test_it_is_what_comparing_every_passage_with_every_question_gives() -> None:
+def test_the_audit_equals_comparing_every_passage_with_every_question() -> None:
     texts = [f"{passage.title}\n{passage.text}" for passage in PASSAGES]
     slowly = {index for index, golden in enumerate(GOLDEN) if any(contains_answer(text, golden) for text in texts)}
     assert answerable(PASSAGES, GOLDEN) == slowly == {0, 1, 2, 3, 5}
 
 
-def test_an_index_is_audited_and_what_is_missing_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_is_audited_and_unanswerable_questions_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build_index(PASSAGES, tmp_path / "index")
     rows = [{"question": "harbour?", "golden_answers": ["Talvane"]}, {"question": "Vesk?", "golden_answers": ["Vesk"]}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,7 +48,7 @@ def test_an_index_is_audited_and_what_is_missing_written(tmp_path: Path, capsys:
     assert "in the corpus      0.500" in said and "in the first" not in said
 
 
-def test_an_evaluation_says_what_was_read_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_gives_the_shares_read_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_index(PASSAGES, tmp_path / "index")
     golden = ["Talvane", "Orlune", "Vesk"]
     rows = [{"question": f"q{number}?", "golden_answers": [answer]} for number, answer in enumerate(golden)]
@@ -60,7 +62,9 @@ def test_an_evaluation_says_what_was_read_and_answered(tmp_path: Path, capsys: p
     command = ["data", "audit", str(tmp_path / "mine.jsonl"), "--corpus", str(tmp_path / "index"), "--run"]
     assert main([*command, str(tmp_path / "eval")]) == 0
     said = capsys.readouterr().out
-    assert "2 questions" in said and "in the corpus      1.000" in said  # the third was asked, and not answered
+    assert (
+        "2 questions" in said and "in the corpus      1.000" in said
+    )  # the third question was asked but not answered
     assert "read               1.000\n  answered           0.500, of those read 0.500\n" in said
     assert main([*command, str(tmp_path)]) == 2
     assert "has no answers to the questions of mine" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Evaluation: four modes on the shipped policy, what counts and what does not, questions that failed, all ranks."""
+"""Evaluation: four modes with the shipped policy, what is scored, failed questions, and several ranks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def ask(mode, policy, tokenizer, rows=ROWS, *, retriever=None, **options):
 
 
 def says(tokenizer, *turns):
-    """A policy that makes these turns, whatever it is asked."""
+    """A policy that makes these turns for every question."""
     protocol = load_protocol("qwen_tools", tokenizer)
     written = [turn if isinstance(turn, str) else protocol.write("hm", turn) for turn in turns]
     return ScriptedPolicy(tokenizer, lambda _: written)
 
 
 def test_the_shipped_policy_in_every_mode(tiny, world, retriever):
-    """Facts stand only in the passages: without a search it guesses, with one it answers one-hop questions."""
+    """Facts are only in the passages: without searches the policy guesses; with them it answers one-hop questions."""
     policy, tokenizer = tiny
     rows = [question.row() for question in world.questions("test", limit=40)]
     environment = SearchEnvironment(retriever)
@@ -58,14 +58,14 @@ def test_the_shipped_policy_in_every_mode(tiny, world, retriever):
     search = summarize("search", answer_questions("search", rows, **options))
     rag, direct, cot = (summarize(mode, answer_questions(mode, rows, **options)) for mode in ("rag", "direct", "cot"))
     assert search.em > 0.8 > 0.7 > rag.em > direct.em
-    assert direct.em < 0.35  # a guess at a comparison is right half of the time
+    assert direct.em < 0.35  # half of the guesses at comparisons are right
     assert 1.2 < search.searches < 2.2 and rag.searches == direct.searches == cot.searches == 0
     assert search.questions == 40 and search.failed == 0 and search.f1 >= search.contains >= search.em
     low, high = search.em_interval
     assert low < search.em < high and search.em_ci95 == pytest.approx((high - low) / 2) and search.em_ci95 < 0.2
 
 
-def test_an_outcome_says_what_happened(tokenizer):
+def test_an_outcome_records_the_trajectory(tokenizer):
     row = {"id": "7", "data_source": "nq", "question": "Who wrote it?", "golden_answers": ["the Mira Talvane", "MT"]}
     policy = says(
         tokenizer, Search(("it",)), "<tool_call>{</tool_call>", "Wait, let me re-check. <answer> Mira X. </answer>"
@@ -79,12 +79,12 @@ def test_an_outcome_says_what_happened(tokenizer):
     assert one.model_tokens > 30 and one.observation_tokens > 20 and 0 < one.latency_s < 60
 
 
-def test_without_an_answer_it_is_wrong(tokenizer):
+def test_a_trajectory_without_an_answer_is_wrong(tokenizer):
     (one,) = ask("direct", says(tokenizer, "Mira Talvane"), tokenizer, ROWS[:1])
     assert (one.answer, one.em, one.f1, one.contains, one.stop_reason) == (None, 0, 0, 0, "end_of_turn")
 
 
-def test_only_what_the_policy_wrote_is_scored(tokenizer):
+def test_only_the_policys_text_is_scored(tokenizer):
     passages = [Passage("0", "Novel", "<answer>Mira Talvane</answer> wrote it. Let me think again.")]
     for mode in MODES:
         policy = says(tokenizer, Answer("somebody else"))
@@ -101,7 +101,7 @@ def test_only_what_the_policy_wrote_is_scored(tokenizer):
         ("rag", ['Doc 1(Title: "Novel") Deep.\n\nAnswer the given question.'], ["<think>", "<tools>"]),
     ],
 )
-def test_a_mode_is_its_prompt(tokenizer, mode, shown, hidden):
+def test_each_mode_has_its_prompt(tokenizer, mode, shown, hidden):
     policy = says(tokenizer, Answer("x"))
     ask(mode, policy, tokenizer, ROWS[:1], retriever=FixedRetriever([Passage("0", "Novel", "Deep.")]))
     prompt = tokenizer.decode(policy.prompts[0])
@@ -109,7 +109,7 @@ def test_a_mode_is_its_prompt(tokenizer, mode, shown, hidden):
     assert all(text in prompt for text in shown) and not any(text in prompt for text in hidden)
 
 
-def test_who_may_not_search_is_told_of_no_tool_and_ends_with_its_turn(tokenizer):
+def test_without_searches_the_policy_sees_no_tool_and_has_one_turn(tokenizer):
     policy = says(tokenizer, Search(("Novel",)), Answer("x"))
     options = {"tokenizer": tokenizer, "agent": AGENT}
     never = SearchEnvironment(FixedRetriever([]), max_searches=0)
@@ -130,7 +130,7 @@ def test_options_of_the_chat_template_reach_the_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("mode", ["search", "rag"])
-def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
+def test_a_failed_search_is_counted_and_named_and_left_out_of_means(tokenizer, mode):
     turns = {i: [load_protocol("qwen_tools", tokenizer).write("hm", Search((f"Novel {i}",)))] for i in range(6)}
     answer = load_protocol("qwen_tools", tokenizer).write("hm", Answer("Mira Talvane"))
 
@@ -153,7 +153,7 @@ def test_a_failed_search_is_counted_and_named_and_in_no_mean(tokenizer, mode):
     assert result.errors == {"the index is on fire": 1}
 
 
-def test_where_all_failed_there_is_no_score(tokenizer):
+def test_without_successful_questions_there_is_no_score(tokenizer):
     policy, retriever = says(tokenizer, Answer("x")), FixedRetriever([], poison="Novel")
     result = summarize(
         "rag",
@@ -164,7 +164,7 @@ def test_where_all_failed_there_is_no_score(tokenizer):
     assert result.failed == 6 and math.isnan(result.em) and math.isnan(result.em_ci95)
 
 
-def test_outcomes_are_told_as_they_end_and_few_run_at_once(tokenizer):
+def test_outcomes_are_reported_as_they_end_and_concurrency_is_limited(tokenizer):
     running, most, told = 0, 0, []
 
     class Counting(ScriptedPolicy):
@@ -182,7 +182,7 @@ def test_outcomes_are_told_as_they_end_and_few_run_at_once(tokenizer):
     assert most == 2 and told == list(enumerate(outcomes)) and [one.id for one in outcomes] == list("012345")
 
 
-def test_a_question_samples_the_same_whatever_is_beside_it(tiny, world, retriever):
+def test_the_samples_of_a_question_do_not_depend_on_other_questions(tiny, world, retriever):
     policy, tokenizer = tiny
     rows = [question.row() for question in world.questions("test", limit=8)]
     options = {"retriever": retriever, "agent": TINY}
@@ -196,7 +196,7 @@ def test_a_question_samples_the_same_whatever_is_beside_it(tiny, world, retrieve
     assert seen(half) == seen(hot)[5:] and seen(other) != seen(hot)
 
 
-def test_a_mode_that_cannot_be_is_refused(tokenizer):
+def test_an_impossible_mode_is_refused(tokenizer):
     with pytest.raises(UserError, match="search, direct, cot, rag"):
         ask("agentic", None, tokenizer)
     with pytest.raises(UserError, match="AnswerOnly has no retriever"):

@@ -1,4 +1,4 @@
-"""Means and intervals: of one set, and averaged over sets; against the textbook and against a plain bootstrap."""
+"""Means and intervals, for one set and averaged over sets, against textbook values and a plain bootstrap."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_means_of_one_set():
     assert (result.turns, result.model_tokens, result.observation_tokens, result.latency_s) == (2, 10, 5, 0.5)
 
 
-def test_the_macro_average_weighs_sets_and_not_questions():
+def test_the_macro_average_weights_sets_not_questions():
     outcomes = [outcome(1.0)] + [outcome(0.0, source="bamboogle")] * 9
     groups = by_dataset(outcomes)
     assert {name: len(group) for name, group in groups.items()} == {"nq": 1, "bamboogle": 9}
@@ -55,14 +55,14 @@ def test_the_macro_average_weighs_sets_and_not_questions():
     assert macro("search", groups).questions == 10
 
 
-def test_a_set_without_a_single_answer_leaves_no_average():
+def test_with_a_set_without_answers_there_is_no_average():
     groups = {"nq": [outcome(1.0)], "popqa": [outcome(failed="down"), outcome(failed="up"), outcome(failed="down")]}
     result = macro("search", groups)
     assert math.isnan(result.em) and result.errors == {"down": 2, "up": 1}
     assert math.isnan(summarize("search", []).em)
 
 
-def test_an_evaluation_comes_back_from_a_file_as_it_was():
+def test_an_evaluation_is_read_back_unchanged_from_a_file():
     measured = summarize("search", [outcome(1.0), outcome(0.0), outcome(failed="down")])
     nothing = summarize("search", [outcome(failed="down")])
     for result in (measured, nothing):
@@ -72,12 +72,12 @@ def test_an_evaluation_comes_back_from_a_file_as_it_was():
 
 
 @pytest.mark.parametrize("values", [{}, {"em": 1.0, "em_interval": [0.0, 1.0]}, {"em_interval": None}, "0.5", None])
-def test_what_is_no_evaluation_of_this_version_is_named(values):
+def test_other_files_and_versions_are_refused_by_name(values):
     with pytest.raises(UserError, match=r"x\.json holds no evaluation of this version .*: move it away"):
         evaluation_of(values, "x.json")
 
 
-def test_the_interval_is_that_of_a_share():
+def test_the_interval_of_a_share_is_wilsons():
     draw = random.Random(0)
     values = [float(draw.random() < 0.3) for _ in range(400)]
     share = sum(values) / 400
@@ -88,7 +88,7 @@ def test_the_interval_is_that_of_a_share():
 
 
 def test_all_right_and_all_wrong_are_not_certain():
-    """20 of 20 is Wilson's .839 to 1, and not ± 0."""
+    """20 of 20 gives Wilson's .839 to 1, not ± 0."""
     assert bootstrap_interval([[1.0] * 20]) == (pytest.approx(0.8389, abs=1e-4), 1.0)
     assert bootstrap_interval([[0.0] * 20]) == (0.0, pytest.approx(0.1611, abs=1e-4))
     mixed = [1.0, 0.0] * 50
@@ -97,8 +97,8 @@ def test_all_right_and_all_wrong_are_not_certain():
     assert beside[1] - 0.75 == pytest.approx((alone[1] - 0.5) / 2, rel=0.05)
 
 
-def test_the_interval_is_that_of_drawing_one_by_one():
-    """A lopsided sample of many distinct values, and two sets: what the textbook's formula does not give."""
+def test_the_interval_equals_that_of_a_plain_bootstrap():
+    """A skewed sample of many distinct values, and two sets: cases without a textbook formula."""
     draw = random.Random(1)
     groups = [[draw.random() ** 4 for _ in range(25)], [draw.random() for _ in range(40)]]
     means = sorted(
@@ -108,8 +108,8 @@ def test_the_interval_is_that_of_drawing_one_by_one():
     assert low == pytest.approx(means[100], abs=0.008) and high == pytest.approx(means[3900], abs=0.008)
 
 
-def test_the_average_over_sets_is_surer_than_a_set():
+def test_the_average_over_sets_has_a_narrower_interval_than_one_set():
     groups = [[1.0, 0.0] * 50] * 7
     one, seven = bootstrap_interval(groups[:1]), bootstrap_interval(groups)
     assert (seven[1] - seven[0]) == pytest.approx((one[1] - one[0]) / 7**0.5, rel=0.05)
-    assert bootstrap_interval(groups) == seven  # the same numbers give the same interval
+    assert bootstrap_interval(groups) == seven  # the bootstrap is deterministic

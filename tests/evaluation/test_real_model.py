@@ -1,4 +1,4 @@
-"""benchmarks/real_model.py: which chains are compared, and what is kept of their logs."""
+"""benchmarks/real_model.py: which chains are compared, and what is kept from their logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def outcome(em: float) -> Outcome:
 
 
 def chain(folder: Path, name: str, em: dict[int, float], mode: str = "search") -> Path:
-    """A chain with one held-out question, and the scores that it had at some steps."""
+    """A chain with one held-out question and its scores at some steps."""
     held_out = folder / name / "grpo" / "held_out"
     held_out.mkdir(parents=True)
     for step, score in em.items():
@@ -29,7 +29,7 @@ def chain(folder: Path, name: str, em: dict[int, float], mode: str = "search") -
     return folder / name
 
 
-def test_chains_are_compared_seed_by_seed_at_the_last_step_of_both(tmp_path: Path) -> None:
+def test_chains_are_compared_per_seed_at_their_last_common_step(tmp_path: Path) -> None:
     first = [chain(tmp_path, "em_0", {0: 0.0, 10: 1.0, 20: 0.0}), chain(tmp_path, "em_1", {0: 0.0, 10: 0.0})]
     second = [chain(tmp_path, "nosearch_0", {0: 0.0, 10: 0.0}, "direct")]
     steps, ones, others = compare(first, second)

@@ -1,4 +1,4 @@
-"""Measures of retrievers, by hand on tiny sets: judged queries of BEIR's layout, and golden answers."""
+"""Metrics of retrievers, computed by hand on tiny sets: judged queries in BEIR's layout, and golden answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_search.types import Passage
 
 
 class Fixed(Retriever):
-    """Finds the passages that it was given for a query, all with the same score."""
+    """Returns fixed passages for each query, all with the same score."""
 
     def __init__(self, found: dict[str, list[str]]) -> None:
         self.found = found
@@ -40,19 +40,22 @@ def write_beir(folder: Path) -> Path:
     return folder
 
 
-def test_judged_queries_are_measured_as_by_hand(tmp_path: Path) -> None:
+def test_metrics_of_judged_queries_equal_those_by_hand(tmp_path: Path) -> None:
     (judged,) = load_judged(str(write_beir(tmp_path / "tiny")), split="test", limit=None, seed=0)
-    assert judged.name == "tiny" and judged.queries == {"q1": "first", "q2": "second"}  # the third has no judgement
-    # q1 itself stands in the corpus: BEIR does not count a query as its own answer.
+    assert judged.name == "tiny" and judged.queries == {
+        "q1": "first",
+        "q2": "second",
+    }  # the third query has no judgement
+    # q1 is itself in the corpus: BEIR does not count a query as its own result.
     retriever = Fixed({"first": ["q1", "b", "x", "a"], "second": ["x", "y", "z", "c"]})
     measured = measure(retriever, judged, 3)
     gain = (1 + 2 / math.log2(4)) / (2 + 1 / math.log2(3))
-    assert measured["nDCG@3"] == pytest.approx(gain / 2, abs=1e-4)  # the second query finds nothing in three
+    assert measured["nDCG@3"] == pytest.approx(gain / 2, abs=1e-4)  # the second query has no hit in the first three
     assert measured["R@3"] == pytest.approx(0.5) and measured["RR@3"] == pytest.approx(0.5)
     assert measure(retriever, judged, 4)["RR@4"] == pytest.approx((1 + 1 / 4) / 2)
 
 
-def test_golden_answers_are_looked_for_in_the_first_k() -> None:
+def test_golden_answers_are_searched_in_the_first_k_passages() -> None:
     judged = JudgedQueries(
         "mine", {"0": "first", "1": "second"}, golden_answers={"0": ["Text of B"], "1": ["nothing"]}
     )
@@ -62,7 +65,7 @@ def test_golden_answers_are_looked_for_in_the_first_k() -> None:
     assert answer_rank([], ["Orlune"]) is None
 
 
-def test_what_a_beir_folder_lacks_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_a_beir_folder_is_named(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "tiny")
     with pytest.raises(UserError, match=r"qrels needs one file called dev, .* its files are: test\.tsv"):
         load_judged(str(folder), split="dev", limit=None, seed=0)
@@ -74,7 +77,7 @@ def test_what_a_beir_folder_lacks_is_named(tmp_path: Path) -> None:
         load_judged(str(folder), split="test", limit=None, seed=0)
 
 
-def test_retrievers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_retrievers_are_compared_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     passages = [Passage("a", "Orlune", "The first harbour."), Passage("c", "Vesk", "The second country.")]
     build_index(passages, tmp_path / "one")
     build_index(passages[:1], tmp_path / "other")

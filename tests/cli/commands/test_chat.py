@@ -1,4 +1,4 @@
-"""`trl-search chat`: one question, a pipe, and a session on a real terminal with its interrupts."""
+"""`trl-search chat`: one question, questions from a pipe, and a session on a real terminal, with interrupts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trl_search.retrieval.index.folder import build_index
 from trl_search.types import Answer, Search
 
 WORLD = generate_world(300, 0)
-# Of one hop, which the tiny policy gets right.
+# A one-hop question, which the tiny policy answers correctly.
 QUESTIONS = [question for question in WORLD.questions("test") if question.type == "one_hop"][:2]
 ASKED = [question.question for question in QUESTIONS]
 TINY = ("chat", "tiny", "--world_passages", "300", "--temperature", "0", "--device", "cpu")
@@ -49,7 +49,7 @@ def test_one_question(capsys, monkeypatch):
     assert f"<answer> {QUESTIONS[0].golden_answers[0]} </answer>" in lines
 
 
-def test_a_pipe_of_questions_and_one_object_a_line(capsys, monkeypatch):
+def test_a_pipe_of_questions_gives_one_json_object_per_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\n\n  {ASKED[1]}  \n"))
     assert main([*TINY, "--json", "--seed", "7", "--passages_per_query", "2"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -62,13 +62,13 @@ def test_a_pipe_of_questions_and_one_object_a_line(capsys, monkeypatch):
         assert record["tokens"]["model"] > 10 and record["seconds"] > 0
 
 
-def test_who_may_not_search_answers_from_what_it_knows(capsys):
+def test_without_searches_the_policy_answers_from_memory(capsys):
     main([*TINY, ASKED[0], "--json", "--max_searches", "0"])
     record = json.loads(capsys.readouterr().out)
     assert record["searches"] == 0 and [turn["role"] for turn in record["turns"]] == ["assistant"]
 
 
-def test_an_index_folder_and_a_server_are_searched_by_their_names(tmp_path, capsys):
+def test_an_index_folder_or_a_server_can_be_searched(tmp_path, capsys):
     build_index(WORLD.passages, tmp_path / "index")
     with serving(retrieve_from(load_retriever("bm25", passages=WORLD.passages))) as server:
         for what in (str(tmp_path / "index"), server.url):
@@ -78,7 +78,7 @@ def test_an_index_folder_and_a_server_are_searched_by_their_names(tmp_path, caps
     assert records[0]["passages"] == records[1]["passages"] and records[0]["answer"] == records[1]["answer"]
 
 
-def test_a_web_without_network_is_a_failed_search_and_not_an_empty_one(tmp_path, capsys):
+def test_a_web_search_without_network_fails_and_is_not_empty(tmp_path, capsys):
     options = {
         "provider": "searxng",
         "base_url": "http://127.0.0.1:9",
@@ -92,8 +92,8 @@ def test_a_web_without_network_is_a_failed_search_and_not_an_empty_one(tmp_path,
     assert "Nothing was found" not in out and status in (0, 1)
 
 
-def test_a_server_answers_in_the_model_s_place_and_its_turns_come_whole(capsys):
-    """The routes of `vllm serve` that are asked, over a script: the tokenizer alone is loaded here."""
+def test_a_vllm_server_generates_whole_turns(capsys):
+    """A scripted server with the routes of `vllm serve` that a chat uses; only the tokenizer is loaded here."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
     protocol = load_protocol("qwen_tools", tokenizer)
     turns = [protocol.write("a", Search(("town",))), protocol.write("b", Answer("Orlune"))]
@@ -139,7 +139,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         (["tiny", " ", "--world"], "the question is empty"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(capsys, monkeypatch, arguments, message):
+def test_impossible_calls_are_refused_in_one_line(capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "stdin", Pipe("\n"))
     assert main(["chat", *arguments]) == 2
     captured = capsys.readouterr()
@@ -148,9 +148,9 @@ def test_what_cannot_be_done_is_said_in_one_line(capsys, monkeypatch, arguments,
 
 
 class Terminal:
-    """A session with the tiny policy on a pseudo-terminal. `until(pattern)` reads on until the pattern has come.
+    """A session with the tiny policy on a pseudo-terminal. `until(pattern)` reads until the pattern appears.
 
-    While there is a file `slow` in the folder, its searches take two minutes.
+    While the folder contains a file `slow`, searches take two minutes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def until(self, pattern: str, seconds: float = 600) -> str:
-        """What is shown from where the last call ended to the end of the pattern."""
+        """The output from the end of the last call to the end of the pattern."""
         deadline = time.monotonic() + seconds
         while not (found := re.compile(pattern).search(self.seen, self.at)):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
@@ -206,11 +206,11 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 @pytest.mark.slow
 def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     prompt = r"(?:\n|\^C)> $"
-    # 1. It says what can be asked in this world.
+    # 1. It shows questions that can be asked in this world.
     shown = terminal.until(prompt)
     assert all(question.question in shown for question in WORLD.questions("test", 3))
 
-    # 2. An answer streams in its order, in colours.
+    # 2. An answer streams in order, in colours.
     terminal.type(f"{ASKED[0]}\n")
     shown = terminal.until(r"seed \d+\]")
     marks = ["\x1b[2;3m<think>", "\x1b[36m<tool_call>", "searching: ", "1. ", "\x1b[1;32m<answer>", "[1 search, "]
@@ -218,7 +218,7 @@ def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     assert f"<answer> {QUESTIONS[0].golden_answers[0]} </answer>" in plain(shown)
     terminal.until(prompt)
 
-    # 3. Ctrl-C during a search gives the prompt back at once, and the next question is answered.
+    # 3. Ctrl-C during a search returns to the prompt at once, and the next question is answered.
     (tmp_path / "slow").touch()
     terminal.type(f"{ASKED[0]}\n")
     terminal.until("searching: ")
@@ -231,7 +231,7 @@ def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     assert f"<answer> {QUESTIONS[1].golden_answers[0]} </answer>" in plain(terminal.until(r"seed \d+\]"))
     terminal.until(prompt)
 
-    # 4. Ctrl-C at the prompt ends the line and not the session; commands work.
+    # 4. Ctrl-C at the prompt ends the line, not the session; commands work.
     terminal.type("half a quest")
     terminal.until("quest")
     terminal.interrupt(prompt)
@@ -244,6 +244,6 @@ def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     assert "1. " in shown and "2. " not in shown
     terminal.until(prompt)
 
-    # 5. Ctrl-D ends it.
+    # 5. Ctrl-D ends the session.
     terminal.type("\x04")
     assert terminal.process.wait(timeout=600) == 0

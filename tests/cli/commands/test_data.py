@@ -1,4 +1,4 @@
-"""`trl-search data …`: what it prints, what it writes and does not overwrite, and a download that is killed."""
+"""`trl-search data …`: what it prints, what it writes, what it does not overwrite, and a download that is killed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return capsys.readouterr().err
 
 
-def test_the_questions_of_the_world_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_of_the_world_are_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "test.jsonl"
     options = ["--split", "test", "--world_passages", "200", "--world_seed", "7"]
     assert main(["data", "questions", "world", *options, "--output", str(file)]) == 0
@@ -58,7 +58,7 @@ def test_the_questions_of_the_world_go_into_a_file(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("action", ["questions", "list", "wiki18"])
-def test_every_action_explains_itself(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_action_has_a_help(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["data", action, "--help"])
     assert stop.value.code == 0 and f"usage: trl-search data {action}" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_the_list_names_every_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[4].split() == ["hotpotqa", "RUC-NLPIR/FlashRAG_datasets", "hotpotqa", "90,447", "7,405*"]
 
 
-def test_questions_are_looked_at_and_nothing_is_written(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_are_summarized_and_nothing_is_written(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "questions", str(train), "--samples", "1"]) == 0
     out = capsys.readouterr().out
     assert "rows                10\n  mine              10\n" in out
@@ -96,7 +96,7 @@ def test_a_sample_without_the_evaluation_sets_is_written_and_read_back(
     assert written.unique("data_source") == ["mine"]
 
 
-def test_nothing_is_overwritten_unless_it_is_said(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_without_overwrite(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = train.read_bytes()
     assert "mine.jsonl exists already: give --overwrite" in refused(
         capsys, "questions", train, "--limit", 2, "--output", train
@@ -106,7 +106,7 @@ def test_nothing_is_overwritten_unless_it_is_said(train: Path, capsys: pytest.Ca
     assert len(load_questions(train)) == 2 and list(train.parent.iterdir()) == [train]
 
 
-def test_what_cannot_be_done_is_said_in_a_line(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_calls_are_refused_in_one_line(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in [
         (("questions", "bambogle"), "unknown dataset 'bambogle': did you mean 'bamboogle'?"),
         (("questions", train, "--dedupe_against", "nqq"), "unknown dataset 'nqq': did you mean 'nq'?"),
@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_said_in_a_line(train: Path, capsys: pytest.Captu
     assert list(train.parent.iterdir()) == [train]
 
 
-def test_all_stands_for_the_seven_sets(train: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_all_means_the_seven_sets(train: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     asked: list[Any] = []
 
     def load(name: Any) -> Any:
@@ -138,7 +138,7 @@ def test_all_stands_for_the_seven_sets(train: Path, capsys: pytest.CaptureFixtur
 
 
 def run(hub: FakeHub, folder: Path, count: int, *more: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, where the published corpus has `count` passages."""
+    """The command in a separate process, where the published corpus has `count` passages."""
     program = "import sys, trl_search.data.wiki18 as wiki18; from trl_search.cli.main import main; "
     program += f"wiki18.PASSAGES = {count}; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
@@ -151,10 +151,10 @@ def run(hub: FakeHub, folder: Path, count: int, *more: str) -> subprocess.Popen[
     )
 
 
-def test_a_download_is_killed_and_gone_on_with(
+def test_a_killed_download_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = 8000  # 24.6 MB: huggingface_hub writes in pieces of 10
+    count = 8000  # 24.6 MB, because huggingface_hub writes 10 MB at a time
     index = faiss.IndexFlatIP(DIM)
     index.add(np.random.default_rng(0).random((count, DIM), dtype=np.float32))
     flat = bytes(faiss.serialize_index(index).tobytes())
@@ -186,7 +186,7 @@ def test_a_download_is_killed_and_gone_on_with(
         "corpus    checked: 8,000 passages, and the ids of 1,001 of them; not compared" in out
         and f"rm {folder / ARCHIVE}" in out
     )
-    # What is printed as the next command opens what was fetched.
+    # The command that is printed as the next one opens the downloaded files.
     options = json.loads(out.split("trl-search serve dense --retriever_options '")[1].split("'")[0])
     assert options["encoder"] == "intfloat/e5-base-v2" and Path(options["faiss_file"]).read_bytes() == flat
 
@@ -198,7 +198,7 @@ def test_a_download_is_killed_and_gone_on_with(
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The corpus alone, on the hub of this very process."""
+    """Only the corpus, on a hub in this process."""
     monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", 20)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with fake_hub({PIECES["corpus"].repository: {ARCHIVE: tar_gz(corpus_lines())}}) as hub:

@@ -1,4 +1,4 @@
-"""`trl-search data filter`: which questions it keeps, with which pass rates, and that a training reads them."""
+"""`trl-search data filter`: which questions it keeps, with which pass rates, and that training reads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """In place of an evaluation: question i is solved by i of its 3 samples; of the last one every search failed."""
+    """Replaces the evaluation: question i is solved in i of its 3 samples; all searches of the last question failed."""
     calls = []
 
     def evaluate(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def filtered(source: Path, *options: str) -> Path:
     return output
 
 
-def test_questions_that_are_sometimes_solved_are_written_with_their_rates(source, answered, capsys):
+def test_questions_that_are_sometimes_solved_are_written_with_pass_rates(source, answered, capsys):
     written = load_questions(filtered(source))
     assert written.to_list() == [
         {**QUESTIONS[number], "data_source": "mine", "pass_rate": number / 3} for number in (1, 2)
@@ -77,7 +77,7 @@ def test_questions_that_are_sometimes_solved_are_written_with_their_rates(source
     assert len(asked) == 12 and len(set(asked["id"])) == 12
 
 
-def test_all_can_be_kept_for_a_curriculum_and_an_evaluation_sees_no_rates(source, answered):
+def test_keep_all_keeps_all_questions_and_an_evaluation_ignores_the_rates(source, answered):
     output = filtered(source, "--keep", "all")
     rated = load_questions(output)
     assert rated["pass_rate"] == [0, 1 / 3, 2 / 3]
@@ -93,7 +93,7 @@ def test_all_can_be_kept_for_a_curriculum_and_an_evaluation_sees_no_rates(source
         (["--output", "out.txt"], "ends in .parquet or .jsonl"),
     ],
 )
-def test_what_gives_no_rates_is_refused_before_anything_is_asked(source, answered, capsys, options, cause):
+def test_options_that_give_no_rates_are_refused_before_anything_is_asked(source, answered, capsys, options, cause):
     argv = ["data", "filter", str(source), "--model", "tiny", "--output", str(source.with_name("out.jsonl")), *options]
     assert main(argv) == USER_ERROR and cause in capsys.readouterr().err and not answered
 
@@ -111,7 +111,7 @@ def test_answers_of_another_filtering_are_named_with_their_folder(source, monkey
 
 
 @pytest.mark.parametrize("rate", ['"half"', "1.5", "true"])
-def test_a_rate_that_is_none_is_refused_with_its_line(source, rate):
+def test_an_invalid_rate_is_refused_with_its_line(source, rate):
     source.write_text(json.dumps(QUESTIONS[0])[:-1] + f', "pass_rate": {rate}}}\n')
     with pytest.raises(UserError, match="line 1: pass_rate must be a number from 0 to 1"):
         load_questions(source)

@@ -1,4 +1,4 @@
-"""`trl-search eval` with the shipped policy: killed and gone on with, on two processes, and what it refuses."""
+"""`trl-search eval` with the shipped policy: killed and resumed, on two processes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTIONS = 10
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory, world):
-    """Ten questions as FlashRAG keeps them: nq/test.jsonl."""
+    """Ten questions in FlashRAG's layout: nq/test.jsonl."""
     path = tmp_path_factory.mktemp("questions") / "nq" / "test.jsonl"
     path.parent.mkdir()
     rows = [question.row() for question in world.questions("test", limit=QUESTIONS)]
@@ -57,8 +57,8 @@ def records(path):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questions, retriever, capsys):
-    """In `rag` the server sees each question that is asked; greedy answers are the same in one go and in two."""
+def test_a_killed_evaluation_asks_no_question_twice(tmp_path, questions, retriever, capsys):
+    """In `rag` mode the server sees every question; greedy answers are the same with and without the kill."""
     answer, held, asked = retrieve_from(retriever), threading.Event(), []
 
     def answer_some(request):
@@ -83,7 +83,7 @@ def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questi
         finished = records(path)
         assert 4 <= len(finished) < QUESTIONS and not (tmp_path / "killed" / "results.json").exists()
         with path.open("ab") as file:
-            file.write(b'{"index": 9, "id": "test-9", "quest')  # as a machine that loses its power leaves it
+            file.write(b'{"index": 9, "id": "test-9", "quest')  # as after a power failure
         held.set()
         asked.clear()
         assert main(["eval", *command, str(tmp_path / "killed")]) == 0
@@ -94,7 +94,7 @@ def test_killed_and_started_again_it_pays_for_no_question_twice(tmp_path, questi
         capsys.readouterr()
         assert results(tmp_path / "killed") == results(tmp_path / "whole")
         before = len(asked)
-        assert main(["eval", *command, str(tmp_path / "killed")]) == 0  # nothing is left to ask
+        assert main(["eval", *command, str(tmp_path / "killed")]) == 0  # no question is left
         assert len(asked) == before and "| **rag**, measured here |" in capsys.readouterr().out
     for mode in ("rag", "search"):
         lines = records(tmp_path / "killed" / f"{mode}-nq.jsonl")
@@ -111,12 +111,12 @@ def test_two_processes_share_the_questions(tmp_path, questions, capsys):
     assert [text.count("# Evaluation of tiny") for text in said] == [1, 0]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
     assert results(tmp_path / "two") == results(tmp_path / "one")
-    # One process goes on where two were: everything is there.
+    # One process resumes what two processes began: all answers are there.
     assert main(["eval", *command, str(tmp_path / "two")]) == 0
     assert len(records(tmp_path / "two" / "direct-nq.jsonl")) == 5
 
 
-def test_everything_that_defines_the_number_is_written_down(tmp_path, questions, index, capsys):
+def test_everything_that_determines_the_scores_is_recorded(tmp_path, questions, index, capsys):
     command = ["eval", "tiny", "--datasets", str(questions), "--retriever", str(index), "--limit", "4"]
     command += ["--published", "3B", "--output", str(tmp_path / "out")]
     assert main([*command, "--modes", "direct"]) == 0
@@ -161,9 +161,9 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(tmp_path, questio
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_broken_retriever_stops_it_and_is_named(tmp_path, questions, capsys):
+def test_a_broken_retriever_stops_the_evaluation_and_is_named(tmp_path, questions, capsys):
     def answer(request):
-        if request.json["queries"] == ["probe"]:  # the fire breaks out after the first second
+        if request.json["queries"] == ["probe"]:  # the check before the run succeeds
             return Said({"result": [[]]})
         return Said({"error": "the index is on fire"}, 422)
 
@@ -174,14 +174,14 @@ def test_a_broken_retriever_stops_it_and_is_named(tmp_path, questions, capsys):
         assert "rag, nq: the search of 1 of 1 questions failed" in said and "on fire" in said
         assert not (tmp_path / "out" / "results.json").exists()
         assert main([*command, "--output", str(tmp_path / "all"), "--max_failed_share", "1"]) == 0
-    report = json.loads((tmp_path / "all" / "results.json").read_text())  # NaN is no JSON
+    report = json.loads((tmp_path / "all" / "results.json").read_text())  # NaN is not JSON
     rag = report["results"]["rag"]["nq"]
     assert rag["em"] is None and rag["failed"] == QUESTIONS and "on fire" in next(iter(rag["errors"]))
     assert "no answers" in (tmp_path / "all" / "results.md").read_text()
 
 
-def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path, questions, monkeypatch, capsys):
-    """The cache of the hub's client, as a download leaves it; the real code finds it there without a network."""
+def test_a_model_on_the_hub_is_identified_by_its_revision(tmp_path, questions, monkeypatch, capsys):
+    """The cache of the hub's client, as after a download; the real code finds the model there without a network."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--acme--tiny-3b"
     shutil.copytree(tiny_policy_path(), repository / "snapshots" / commit)
@@ -196,7 +196,7 @@ def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path, questions, monkey
     assert "[2°]" not in (tmp_path / "out" / "results.md").read_text()  # 3.5 million parameters, whatever its name
 
 
-def test_an_adapter_folder_is_its_base_with_the_adapter_on_it(tmp_path):
+def test_an_adapter_folder_is_evaluated_as_base_model_with_adapter(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(base, config)
@@ -235,7 +235,7 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_on_it(tmp_path):
         (["tiny", "--datasets", "FILE", "--protocol", "qwen"], "unknown protocol 'qwen'"),
     ],
 )
-def test_mistakes_are_said_in_one_line_and_nothing_is_written(tmp_path, questions, capsys, arguments, said):
+def test_mistakes_are_reported_in_one_line_and_nothing_is_written(tmp_path, questions, capsys, arguments, said):
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"question": "who?", "golden_answers": []}\n')
     words = [word.replace("FILE", str(questions)).replace("EMPTY", str(empty)) for word in arguments]
@@ -247,7 +247,7 @@ def test_mistakes_are_said_in_one_line_and_nothing_is_written(tmp_path, question
     assert not (tmp_path / "out").exists()
 
 
-def test_the_help_is_documentation(capsys):
+def test_the_help_describes_the_options(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""`trl-search push`: what goes and what never goes, the hub's refusals, and the way there and back."""
+"""`trl-search push`: which files are uploaded and which never, what the hub refuses, and push followed by chat."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOES = {*MODEL, "chat_template.jinja", "README.md", "trl_search.json", "curves.p
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run's folder with everything that a training leaves behind."""
+    """A run's folder with everything that a training writes."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_policy_path(), folder)
     config = {**INFO["config"], "max_searches": 3, "max_turn_length": 96, "max_completion_length": 512}
@@ -42,7 +42,7 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch) -> ModelHub:
-    """A hub in this process: huggingface_hub reads these when it is imported."""
+    """A hub in this process. The constants are patched because huggingface_hub reads the environment on import."""
     with model_hub() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
@@ -55,7 +55,7 @@ def push(*arguments: str | Path) -> int:
     return main(["push", *map(str, arguments)])
 
 
-def test_what_goes_and_what_stays(run, hub, capsys):
+def test_which_files_are_uploaded(run, hub, capsys):
     assert push(run, "me/agent", "--license", "mit") == 0
     out = capsys.readouterr().out
     assert set(hub.models["me/agent"]) == GOES and hub.private["me/agent"] is True
@@ -87,7 +87,7 @@ def test_a_dry_run_needs_no_network_and_overwrites_nothing(run, capsys, monkeypa
     assert (run / "README.md").read_text() == "my own words" and (run / "README.new.md").read_text() == card
 
 
-def test_the_card_of_an_agent_that_may_not_search_shows_no_tool(run):
+def test_the_card_of_an_agent_without_searches_shows_no_tool(run):
     info = json.loads((run / "run.json").read_text())
     for max_searches in (3, 0):
         (run / "run.json").write_text(json.dumps({**info, "config": {**info["config"], "max_searches": max_searches}}))
@@ -96,7 +96,7 @@ def test_the_card_of_an_agent_that_may_not_search_shows_no_tool(run):
         (run / "README.md").unlink()
 
 
-def test_an_own_card_goes_as_it_is(run, hub, tmp_path, capsys):
+def test_a_card_of_the_user_is_uploaded_unchanged(run, hub, tmp_path, capsys):
     mine = tmp_path / "mine.md"
     mine.write_text("---\nlicense: mit\n---\n\nMy own words.\n")
     assert push(run, "me/agent", "--card", mine) == 0
@@ -105,7 +105,7 @@ def test_an_own_card_goes_as_it_is(run, hub, tmp_path, capsys):
     assert push(run, "me/agent", "--card", mine) == 2 and "has no metadata" in capsys.readouterr().err
 
 
-def test_a_checkpoint_knows_its_run_and_an_evaluation_joins_the_card(run, hub, tmp_path):
+def test_the_card_of_a_checkpoint_describes_its_run_and_evaluation(run, hub, tmp_path):
     best = run / "best"
     shutil.copytree(tiny_policy_path(), best)
     one = {"questions": 3610, "em": 0.41, "em_ci95": 0.02, "f1": 0.5, "searches": 2.0}
@@ -117,14 +117,14 @@ def test_a_checkpoint_knows_its_run_and_an_evaluation_joins_the_card(run, hub, t
     assert json.loads(hub.models["me/best"]["trl_search.json"])["instruction"] == ""
 
 
-def test_the_licence_of_the_base_model_binds(run, hub):
+def test_the_card_names_the_licence_of_the_base_model(run, hub):
     hub.models["Qwen/Base"], hub.cards["Qwen/Base"] = {}, {"license": "other"}
     assert push(run, "me/agent", "--base_model", "Qwen/Base") == 0
     card = hub.models["me/agent"]["README.md"].decode()
     assert "license: other" in card and "base_model: Qwen/Base" in card
 
 
-def test_a_repository_that_is_public_already_takes_more_than_an_oversight(run, hub, capsys):
+def test_a_repository_that_is_already_public_needs_the_option_public(run, hub, capsys):
     hub.models["me/agent"], hub.private["me/agent"] = {}, False
     assert push(run, "me/agent") == 2
     assert "me/agent is public" in capsys.readouterr().err and hub.models["me/agent"] == {}
@@ -178,7 +178,7 @@ def damage(run: Path, name: str) -> None:
         ("run.json", "run.json is not JSON .*: move it away"),
     ],
 )
-def test_half_a_model_does_not_go(run, hub, capsys, name, message):
+def test_an_incomplete_model_is_not_uploaded(run, hub, capsys, name, message):
     import re
 
     damage(run, name)
@@ -187,13 +187,13 @@ def test_half_a_model_does_not_go(run, hub, capsys, name, message):
 
 
 @pytest.mark.parametrize("repo_id", ["agent", "me/my/agent", "/agent", "me/"])
-def test_a_name_is_owner_and_name(run, capsys, repo_id):
+def test_a_repository_name_is_owner_and_name(run, capsys, repo_id):
     assert push(run, repo_id) == 2 and "write it as owner/name" in capsys.readouterr().err
 
 
 @pytest.fixture
 def lora(tmp_path) -> Path:
-    """An adapter of a model that lies on this machine."""
+    """An adapter of a model on this machine."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,14 +204,14 @@ def lora(tmp_path) -> Path:
 
 
 def name_base(lora: Path, base: str) -> bytes:
-    """Writes another base model into the adapter's configuration, and returns the file."""
+    """Changes the base model in the adapter's configuration, and returns the file."""
     file = lora / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
     return file.read_bytes()
 
 
 @pytest.mark.parametrize("base", [tiny_policy_path(), "/scratch/alice/warm", "./warm", "runs/warm", "warm", "a/b/c"])
-def test_an_adapter_of_a_local_model_names_the_base_on_the_hub(lora, hub, capsys, base):
+def test_an_adapter_of_a_local_model_names_the_base_model_on_the_hub(lora, hub, capsys, base):
     mine = name_base(lora, base)
     assert push(lora, "me/lora") == 2 and push(lora, "me/lora", "--dry_run", "--base_model", "/scratch/alice/x") == 2
     error = capsys.readouterr().err
@@ -225,13 +225,13 @@ def test_an_adapter_of_a_local_model_names_the_base_on_the_hub(lora, hub, capsys
     assert (lora / "adapter_config.json").read_bytes() == mine, "a push writes nothing into the run"
 
 
-def test_an_adapter_of_a_model_of_the_hub_goes_as_it_is(lora, hub):
+def test_an_adapter_of_a_model_on_the_hub_is_uploaded_unchanged(lora, hub):
     mine = name_base(lora, "Qwen/Base")
     assert push(lora, "me/lora", "--license", "mit") == 0
     assert hub.models["me/lora"]["adapter_config.json"] == mine
 
 
-def test_an_adapter_goes_without_its_base(lora, hub):
+def test_an_adapter_is_uploaded_without_its_base_model(lora, hub):
     assert push(lora, "me/lora", "--license", "mit", "--base_model", "Qwen/Base") == 0
     assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.models["me/lora"])
     assert "model.safetensors" not in hub.models["me/lora"] and "config.json" not in hub.models["me/lora"]
@@ -239,7 +239,7 @@ def test_an_adapter_goes_without_its_base(lora, hub):
     assert "A LoRA adapter" in card and "library_name: peft" in card and str(Path.cwd()) not in card
 
 
-def test_plan_names_every_shard(tmp_path):
+def test_the_plan_names_every_shard(tmp_path):
     import numpy
     from safetensors.numpy import save_file
 
@@ -256,8 +256,8 @@ def test_plan_names_every_shard(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_pushed_and_asked_from_the_hub(run, tmp_path):
-    """In a process of its own, by nothing but the environment: push, then chat by the repository's name."""
+def test_a_pushed_model_answers_from_the_hub(run, tmp_path):
+    """In a separate process, configured only by the environment: push, then chat by the repository's name."""
     question = generate_world(300, 4).questions("test", 1)[0]
     program = f"""
 import sys

@@ -1,4 +1,4 @@
-"""`trl-search serve`: what it says, what it refuses before it starts, and that it serves an index and ends well."""
+"""`trl-search serve`: its messages, what it refuses before it starts, and that it serves an index and ends cleanly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
-def test_it_serves_an_index_says_how_to_ask_and_ends_well(index: Path, tmp_path: Path) -> None:
+def test_it_serves_an_index_prints_example_requests_and_ends_cleanly(index: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret\n")
     command = [sys.executable, "-m", "trl_search", "serve", str(index), "--port", "0"]
     command += ["--retriever-options", '{"backend": "numpy"}', "--token_file", str(tmp_path / "token")]
@@ -51,7 +51,7 @@ def test_it_serves_an_index_says_how_to_ask_and_ends_well(index: Path, tmp_path:
     assert '"status":200' in logged and "s3cret" not in first + curl + written + logged
 
 
-def test_other_machines_are_let_in_on_purpose_only(
+def test_it_listens_to_other_machines_only_on_request(
     index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("TRL_SEARCH_TOKEN", raising=False)
@@ -64,7 +64,7 @@ def test_other_machines_are_let_in_on_purpose_only(
     assert "not empty" in refusal(capsys, str(index), "--host", "0.0.0.0")
 
 
-def test_mistakes_are_one_line(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in refusal(capsys, "./nowhere")
     served = [str(index), "--port", "0"]
     assert "default_topk" in refusal(capsys, *served, "--passages_per_query", "0")
@@ -72,10 +72,10 @@ def test_mistakes_are_one_line(index: Path, capsys: pytest.CaptureFixture[str]) 
     assert "choose another" in refusal(capsys, str(index), "--port", "70000")
     assert "'bm52' is not a retriever" in refusal(capsys, "bm52", "--port", "0")
     assert "--retriever_options is not JSON" in refusal(capsys, *served, "--retriever_options", "backend=numpy")
-    assert capsys.readouterr().out == ""  # nothing says that it serves before it does
+    assert capsys.readouterr().out == ""  # it does not claim to serve before it does
 
 
-def test_an_index_built_anew_has_another_fingerprint(index: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_rebuilt_index_has_another_fingerprint(index: Path, tmp_path: Path, monkeypatch) -> None:
     from trl_search.cli.commands.serve import fingerprint_of
 
     build_index([Passage("1", "Orlune", "Orlune has burnt down.")], tmp_path / "index")

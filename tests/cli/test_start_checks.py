@@ -1,4 +1,4 @@
-"""The first second of `eval` and `serve`: every problem at once, each with what mends it, and nothing is loaded."""
+"""`eval` and `serve` report every problem at once, each with its remedy, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def problems(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.strip() for line in lines] or [first]
 
 
-def test_an_evaluation_is_told_everything_at_once(
+def test_an_evaluation_reports_every_problem_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], without_extras: None
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -55,7 +55,7 @@ def test_an_evaluation_is_told_everything_at_once(
         assert said[number].startswith(f"{name}: ") and words in said[number], said
 
 
-def test_a_server_is_told_everything_at_once(
+def test_a_server_reports_every_problem_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], without_extras: None
 ) -> None:
     monkeypatch.delenv("TRL_SEARCH_TOKEN", raising=False)
@@ -69,9 +69,7 @@ def test_a_server_is_told_everything_at_once(
     assert [line.partition(":")[0] for line in problems(capsys)] == ["token", "retriever", "packages"]
 
 
-def test_an_index_that_was_cut_short_is_refused_before_it_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_truncated_index_is_refused_before_it_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "wiki")
     (tmp_path / "wiki/corpus.jsonl").write_text("")
     assert main(["serve", str(tmp_path / "wiki"), "--port", "0"]) == 2
@@ -87,7 +85,7 @@ def test_weights_and_template() -> None:
     assert check_template("tiny", "qwen_tools", "<|no_such_token|>").status is Status.PROBLEM
 
 
-def test_a_vllm_server_is_asked_what_it_serves() -> None:
+def test_a_vllm_server_is_checked_for_the_model_it_serves() -> None:
     assert check_server("http://127.0.0.1:9", None).status is Status.PROBLEM
     with serving(lambda asked: Said({"data": [{"id": "policy"}]})) as server:
         assert check_server(server.url, None).status is Status.OK
