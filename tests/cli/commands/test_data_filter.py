@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """Replaces the evaluation: question i is solved in i of its 3 samples; all searches of the last question failed."""
+    """Replaces the evaluation: question i is solved in i of its 3 samples; for the last one all searches failed."""
     calls = []
 
     def evaluate(args: argparse.Namespace) -> int:
