@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl import ModelConfig
 
 from trl_search.cli import recipe_checks
@@ -98,6 +99,16 @@ def test_batches_that_do_not_divide() -> None:
     values = recipe_values(["quickstart"], CLASSES, command="train")
     assert check_configuration(values, CLASSES).status is Status.OK
     assert check_configuration({**values, "num_generations": 7}, CLASSES).status is Status.PROBLEM
+
+
+def test_under_a_launcher_the_checks_do_not_connect_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank checks. Built for any machine, its arguments would connect it over gloo, not NCCL."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    values = recipe_values(["quickstart"], CLASSES, command="train")
+    assert check_configuration({**values, "num_generations": 7}, CLASSES).status is Status.OK
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_warm_start_on_own_questions_is_refused_before_the_baselines() -> None:
