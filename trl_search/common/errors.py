@@ -39,6 +39,11 @@ def nearest_names(name: str, names: Sequence[str], most: int) -> list[str]:
     return difflib.get_close_matches(name, names, n=most, cutoff=0.5)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the error's type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _listed(names: Sequence[str], nearest: Sequence[str]) -> str:
     """The list of all names if they are few, else of three examples if there is no near name."""
     if len(names) <= _FEW:

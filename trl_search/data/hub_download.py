@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from trl_search.common.blocks import read_blocks
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,17 +256,13 @@ def _hub_errors(repository: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(
-            f"{repository}: the hub did not answer as expected ({_first_line(error)}). The bytes so far are kept: run "
+            f"{repository}: the hub did not answer as expected ({first_line(error)}). The bytes so far are kept: run "
             "this again to resume, with HF_ENDPOINT for a mirror; without a network, bring the files here"
         ) from error
     except OSError as error:
         if error.errno is not None:  # an error of the disk, not of the transfer
             raise
-        raise UserError(f"{repository}: {_first_line(error)} Run this again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{repository}: {first_line(error)} Run this again") from error
 
 
 def free_bytes(folder: Path) -> int:

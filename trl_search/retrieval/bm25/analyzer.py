@@ -151,12 +151,8 @@ def _script(word: str) -> str:
 
 
 def _snowball(algorithm: str) -> Callable[[list[str]], list[str]]:
-    try:
-        import Stemmer
-    except ImportError as error:
-        raise UserError(
-            f"the {algorithm!r} stemmer needs PyStemmer: pip install PyStemmer; or index with stemmer=None"
-        ) from error
+    import Stemmer
+
     if algorithm not in Stemmer.algorithms():
         raise unknown_name("stemmer", algorithm, Stemmer.algorithms())
     snowball = Stemmer.Stemmer(algorithm, 200_000)  # stems in its cache; with 10,000 most lookups miss
@@ -179,16 +175,9 @@ def _stop_words(language: str) -> frozenset[str]:
 
 def import_bm25s() -> Any:
     """Imports bm25s, with jax hidden and debug messages off: bm25s imports jax if it is installed, and jax claims most
-    of the GPU's memory.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        with _hidden("jax"):
-            import bm25s
-    except ImportError as error:
-        raise UserError("BM25 needs bm25s: pip install bm25s") from error
+    of the GPU's memory."""
+    with _hidden("jax"):
+        import bm25s
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
 

@@ -111,10 +111,7 @@ class BM25Builder:
                 f"got k1={self.k1} and b={self.b}: "
                 f"leave them out, or index with engine='bm25s', which serves up to about {BM25S_LIMIT:,} passages"
             )
-        try:
-            tantivy_engine.import_tantivy()
-        except UserError as error:
-            raise UserError(f"{error}; bm25s serves up to about {BM25S_LIMIT:,} passages: engine='bm25s'") from None
+        tantivy_engine.import_tantivy()
 
 
 class BM25Retriever(Retriever):

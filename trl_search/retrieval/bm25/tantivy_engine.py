@@ -27,6 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.retrieval.bm25.analyzer import STOP_MARK, Analyzer
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.ranking import Hits, best_rows
@@ -38,11 +39,7 @@ TERMS, STOPS, ROW = "terms", "stops", "row"
 
 
 def import_tantivy() -> Any:
-    try:
-        import tantivy
-    except ImportError as error:
-        raise UserError("BM25's tantivy engine needs tantivy: pip install 'trl-search[tantivy]'") from error
-    return tantivy
+    return import_extra("tantivy", "BM25's tantivy engine", "tantivy", "; engine='bm25s' needs none")
 
 
 def schema() -> Any:

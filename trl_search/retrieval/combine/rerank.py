@@ -18,11 +18,12 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.combine.parts import Part, load_parts
 from trl_search.retrieval.combine.rerank_http import HttpScorer
-from trl_search.retrieval.dense.encoder import code_in_checkpoint
+from trl_search.retrieval.dense.encoder import loading_model
 from trl_search.types import Passage
 
 DEPTH = 20
@@ -105,18 +106,11 @@ class CrossEncoderScorer:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is the number of pairs per forward pass, at least 1; got {batch_size}")
-        try:
-            from sentence_transformers import CrossEncoder
-        except ImportError as error:
-            raise UserError(
-                "a local reranker needs sentence-transformers: pip install 'trl-search[dense]'; or name a server: url="
-            ) from error
-        try:
-            self.model = CrossEncoder(model, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise code_in_checkpoint(f"the reranker {model!r}") from error
-            raise UserError(f"the reranker {model!r} cannot be loaded: {error}") from error
+        library = import_extra("sentence_transformers", "a local reranker", "dense", "; or name a server: url=")
+        with loading_model(f"the reranker {model!r}"):
+            self.model = library.CrossEncoder(
+                model, device=device, max_length=max_length, trust_remote_code=trust_remote_code
+            )
         refuse_empty_tokenizer(self.model.tokenizer, model)
         if self.model.num_labels != 1:
             raise UserError(

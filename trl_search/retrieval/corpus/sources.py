@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from trl_search.common.blocks import read_blocks
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
@@ -106,8 +106,7 @@ def _dataset_source(name: str, fields: Fields) -> Source:
         dataset = load_dataset(path, config or None, split=split or "train")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no corpus file {name}, and no dataset of this name could be loaded: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"there is no corpus file {name}, and no dataset of this name could be loaded: {first_line(error)}"
         ) from None
     dataset = dataset.select_columns(fields.choose(dataset.column_names, name))
     # `datasets` derives it from the files (their hashes on the hub, their times on disk) and from what was selected.

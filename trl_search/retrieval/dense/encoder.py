@@ -13,17 +13,19 @@ Code from a checkpoint runs only with `trust_remote_code=True`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.errors import UserError, first_line, unknown_name
+from trl_search.common.extras import import_extra
 from trl_search.common.files import home_expanded
 from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights, refuse_other_encoder
@@ -253,19 +255,16 @@ def _load_model(
     name: str, device: str | None, pooling: str | None, family: Family | None, trust_remote_code: bool
 ) -> tuple[Any, str | None]:
     """The model in its checkpoint's precision, and the pooling that was added: `None` if the model has its own."""
-    try:
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-        from sentence_transformers.util import is_sentence_transformer_model
-    except ImportError:
-        raise UserError(
-            "a dense retriever encodes with sentence-transformers: pip install 'trl-search[dense]'"
-        ) from None
+    import_extra("sentence_transformers", "a dense retriever", "dense")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from sentence_transformers.util import is_sentence_transformer_model
+
     if _looks_like_path(name) and not Path(name).is_dir():
         raise UserError(f"there is no encoder folder {name}")
     # Always passed: without it, transformers asks on the terminal, and runs the code on a "y".
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
+    with loading_model(f"encoder {name!r}"):
         if is_sentence_transformer_model(name):
             if pooling is not None:
                 raise UserError(f"pooling={pooling!r}: encoder {name!r} defines its own pooling (its modules.json)")
@@ -287,20 +286,22 @@ def _load_model(
             )
         modules = [body, Pooling(body.get_embedding_dimension(), pooling)]
         return SentenceTransformer(modules=modules, device=device), pooling
+
+
+@contextlib.contextmanager
+def loading_model(model: str) -> Iterator[None]:
+    """Turns what a library raises while it loads a checkpoint into a `UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise code_in_checkpoint(f"encoder {name!r}") from error
-        raise UserError(f"encoder {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def code_in_checkpoint(model: str) -> UserError:
-    """The error for a checkpoint that needs its own code."""
-    return UserError(
-        f"{model} needs Python code from its checkpoint, which is not run by default. Read that code, and if you "
-        "trust it, pass trust_remote_code=True (--trust_remote_code)"
-    )
+            raise UserError(
+                f"{model} needs Python code from its checkpoint, which is not run by default. Read that code, and if "
+                "you trust it, pass trust_remote_code=True (--trust_remote_code)"
+            ) from error
+        raise UserError(f"{model} cannot be loaded: {first_line(error)}") from error
 
 
 def _positions(model: Any) -> float:

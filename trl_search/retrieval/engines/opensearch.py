@@ -21,6 +21,7 @@ from typing import Any
 
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.common.unspaced import UNSPACED_LETTERS
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
@@ -143,16 +144,13 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
     Raises:
         UserError: for a missing client or address, or an address that holds a password.
     """
-    try:
-        from opensearchpy import OpenSearch
-    except ImportError:
-        raise UserError("OpenSearch needs its client: pip install 'trl-search[opensearch]'") from None
+    client = import_extra("opensearchpy", "OpenSearch", "opensearch")
     if url is None or not url.startswith(("http://", "https://")):
         raise UserError(f"opensearch needs the address of a node or balancer, url='http://host:9200'; got {url!r}")
     if "@" in url:
         raise UserError(f"the url would be written into files: put user and password in {USER} and {PASSWORD}")
     user, password = from_environment(USER), from_environment(PASSWORD)
-    return OpenSearch(
+    return client.OpenSearch(
         hosts=[url],
         http_auth=(user, password) if user and password else None,
         ca_certs=None if ca_certs is None else str(ca_certs),

@@ -23,6 +23,7 @@ import numpy as np
 
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
@@ -187,21 +188,18 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
     Raises:
         UserError: for a missing client or address, or an address that holds a key.
     """
-    try:
-        from qdrant_client import QdrantClient
-    except ImportError:
-        raise UserError("Qdrant needs its client: pip install 'trl-search[qdrant]'") from None
+    make = import_extra("qdrant_client", "Qdrant", "qdrant").QdrantClient
     if (url is None) == (path is None):
         raise UserError('qdrant needs url="http://host:6333", or path=DIR to try it out without a server')
     if url is not None and "@" in url:
         raise UserError(f"the url would be written into files: put the API key in {api_key_env}")
     if path is not None:
         try:
-            return QdrantClient(path=str(path), force_disable_check_same_thread=True)
+            return make(path=str(path), force_disable_check_same_thread=True)
         except RuntimeError as error:
             raise UserError(f"{path} cannot be opened: {error}") from error
     # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
-    return QdrantClient(
+    return make(
         url=url, api_key=from_environment(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
     )
 

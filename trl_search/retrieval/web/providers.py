@@ -25,6 +25,7 @@ import httpx
 
 from trl_search.common.credentials import bearer_token, from_environment
 from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.extras import import_extra
 from trl_search.retrieval.base import RetrievalError
 
 _TAG = re.compile(r"</?\w[^<>]*>")
@@ -205,10 +206,7 @@ def load_provider(name: str, base_url: str | None = None) -> Provider:
     if name == "ddgs":
         if base_url is not None:
             raise UserError("ddgs has no base_url, because it queries several engines: leave it out")
-        try:
-            import ddgs  # noqa: F401
-        except ImportError:
-            raise UserError("the provider ddgs needs its package: pip install 'trl-search[web]'") from None
+        import_extra("ddgs", "the default provider", "web")
         return DdgsProvider(ddgs_text)
     if name not in APIS:
         raise unknown_name("web provider", name, ["ddgs", *APIS])

@@ -17,7 +17,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 
 CORETYPE = "OPENBLAS_CORETYPE"
 BLAS_THRESHOLD = 20
@@ -39,9 +39,7 @@ def faiss_module() -> Any:
         if chosen:
             os.environ[CORETYPE] = str(name)
         try:
-            import faiss
-        except ImportError as error:
-            raise UserError(f"vector indexes need FAISS ({error}): pip install 'trl-search[faiss]'") from None
+            faiss = import_extra("faiss", "a vector index", "faiss")
         finally:
             if chosen:
                 del os.environ[CORETYPE]
