@@ -10,9 +10,7 @@ discard the trajectory. As in training, the model does not see earlier questions
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from typing import Any, TypeVar
 from trl_search.chat.events import Event, HeardEnvironment, HeardPolicy, Listener, unheard
 from trl_search.chat.interrupts import interrupts_blocked, wait_for
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import BackgroundLoop
 from trl_search.config.agent import (
     AgentSettings,
     build_environment,
@@ -110,10 +109,7 @@ class Chat:
         self.environment, self.limits, self.sampling = environment, limits, sampling
         # The chat has its own event loop in a thread: engine and connections stay open between questions, and the
         # running loop of a notebook does not interfere. Ctrl-C reaches the asking thread, which cancels the question.
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
-        with interrupts_blocked():
-            self._thread.start()
+        self._loop = BackgroundLoop("chat")
         self._opened = False
 
     def ask(self, question: str, listener: Listener = unheard, *, seed: int | None = None) -> Reply:
@@ -140,14 +136,10 @@ class Chat:
 
     def close(self) -> None:
         """Stops the engine and the searches. Safe to call twice."""
-        if self._loop.is_closed():
-            return
         if self._opened:
             self._run(self.environment.close())
             self._run(self.policy.close())
-        self._run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            self._opened = False
         self._loop.close()
 
     def __enter__(self) -> Chat:
@@ -183,7 +175,8 @@ class Chat:
         await self.environment.open()
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with interrupts_blocked():  # the first coroutine starts the loop's thread
+            future = self._loop.submit(coroutine)
         try:
             return wait_for(future)
         except KeyboardInterrupt:

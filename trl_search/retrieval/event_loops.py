@@ -1,81 +1,31 @@
 """Shared by all HTTP retrievers: an event loop for blocking callers, and one HTTP client per event loop.
 
-A `BackgroundLoop` runs from the first call to `close`, so that connections stay open between calls. `ClientPerLoop`
-keeps one `httpx.AsyncClient` per loop, because a client works only on the loop it was first used on, and each rollout
-batch makes a new loop. Neither survives a fork. `AsyncRetriever` has one of each, and replaces them in a child
-process.
+A `BackgroundLoop` keeps connections open between calls. `ClientPerLoop` keeps one `httpx.AsyncClient` per loop,
+because a client works only on the loop it was first used on, and each rollout batch makes a new loop. Neither survives
+a fork. `AsyncRetriever` has one of each, and replaces them in a child process.
 """
 
 from __future__ import annotations
 
 import abc
 import asyncio
-import concurrent.futures
 import functools
 import os
 import ssl
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import httpx
 
+from trl_search.common.event_loop import BackgroundLoop, LoopClosed
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.types import Passage
-
-Result = TypeVar("Result")
 
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
     """The default certificates, read once: reading them for each client would take 0.1 s."""
     return httpx.create_ssl_context()
-
-
-class BackgroundLoop:
-    """Runs coroutines for blocking callers: `loop.run(coroutine)`, from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Waits for the coroutine's result. Raises `RetrievalError` if the loop is or gets closed."""
-        with self._lock:  # a coroutine submitted after the stop would never run
-            if self._closed:
-                coroutine.close()
-                raise RetrievalError("this retriever is closed")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise RetrievalError("the retriever was closed before this search was done") from None
-
-    def close(self) -> None:
-        """Cancels running coroutines and ends the thread. Safe to call twice."""
-        with self._lock:
-            if self._loop is not None and not self._closed:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-            self._closed = True
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            loop = runner.get_loop()
-
-            def live() -> None:
-                with runner:  # on exit, cancels the remaining tasks
-                    loop.run_forever()
-
-            thread = threading.Thread(target=live, daemon=True)
-            thread.start()  # before the assignment: if it fails, the next call retries
-            self._loop, self._thread = loop, thread
-        return self._loop
 
 
 class ClientPerLoop:
@@ -121,7 +71,7 @@ class AsyncRetriever(Retriever):
     def _start(self) -> None:
         """Creates the state of one process; a forked child calls it again."""
         self._pid = os.getpid()
-        self._background = BackgroundLoop()
+        self._background = BackgroundLoop("searches")
         self.clients = ClientPerLoop(self._make_client)
 
     @abc.abstractmethod
@@ -134,7 +84,10 @@ class AsyncRetriever(Retriever):
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         self._restart_after_fork()
-        return self._background.run(self.search_async(queries, k))
+        try:
+            return self._background.run(self.search_async(queries, k))
+        except LoopClosed as error:
+            raise RetrievalError(f"this retriever is closed ({error})") from None
 
     def close(self) -> None:
         super().close()

@@ -19,12 +19,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from trl_search.common.event_loop import BackgroundLoop, LoopClosed
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.policies.relay import RelayPolicy
 from trl_search.protocols import Protocol
-from trl_search.retrieval.base import RetrievalError
-from trl_search.retrieval.event_loops import BackgroundLoop
 from trl_search.rollout import Job, Limits, run_job
 from trl_search.types import Sampling, Trajectory
 
@@ -76,7 +75,7 @@ class TrajectoryPool:
         self.rollout = 0
         self._protocol, self._limits = protocol, limits
         self._group_size, self._max_staleness = group_size, max_staleness
-        self._loop = BackgroundLoop()
+        self._loop = BackgroundLoop("carried-over trajectories")
         self._relay = RelayPolicy()
         self._ended = asyncio.Event()  # a trajectory has ended since `_take` last checked
         self._failure: BaseException | None = None
@@ -105,7 +104,7 @@ class TrajectoryPool:
 
     def close(self) -> None:
         """Cancels all trajectories. Safe to call twice."""
-        with contextlib.suppress(RetrievalError):  # raised if the loop is already closed
+        with contextlib.suppress(LoopClosed):
             self._loop.run(self._end())
         self._loop.close()
 

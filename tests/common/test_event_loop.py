@@ -1,4 +1,4 @@
-"""The event loop behind retrievers over HTTP: it runs on a thread of its own."""
+"""An event loop on a thread of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from trl_search.retrieval.event_loops import BackgroundLoop
+from trl_search.common.event_loop import BackgroundLoop
 
 
 async def said(word: str) -> str:
@@ -20,7 +20,7 @@ def test_where_no_thread_can_be_started_the_next_call_tries_again(monkeypatch: p
     def full(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    loop = BackgroundLoop()
+    loop = BackgroundLoop("test")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
         patch.setattr(threading.Thread, "start", full)
         loop.run(said("first"))
