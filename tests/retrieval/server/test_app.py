@@ -32,7 +32,7 @@ from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.remote.wire import Limits, WireError, parse_response
 from trl_search.retrieval.server import ServerConfig, make_app
-from trl_search.retrieval.server.asgi import read_body
+from trl_search.retrieval.server.body import read_body
 from trl_search.retrieval.server.cache import ResultCache
 from trl_search.retrieval.server.run import is_loopback, listen
 from trl_search.types import Passage

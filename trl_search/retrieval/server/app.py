@@ -20,16 +20,21 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_search.retrieval.base import Retriever
 from trl_search.retrieval.remote.wire import WireError, parse_request
-from trl_search.retrieval.server.asgi import ClientGone, Header, Receive, Scope, Send, header, read_body, send_json
+from trl_search.retrieval.server.body import read_body
 from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.metrics import ServerMetrics
-from trl_search.retrieval.server.observe import FACTS, Observed
+from trl_search.retrieval.server.observe import CLIENT_GONE, FACTS, Observed
 from trl_search.retrieval.server.service import Refused, SearchService
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 
 def make_app(
@@ -51,7 +56,7 @@ def make_app(
     need_packages()
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -72,14 +77,36 @@ def make_app(
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
     async def numbers(request: Request) -> Response:
-        if not _allowed(request.scope, config.token):
-            return JSONResponse({"error": _NO_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
+        if not _allowed(request, config.token):
+            return _refusal(401, _NO_TOKEN, **{"WWW-Authenticate": "Bearer"})
         text = metrics.text() if scrape is None else await scrape()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def retrieve(request: Request) -> Response:
+        facts: dict[str, Any] = request.scope[FACTS]
+        if not _allowed(request, config.token):
+            return _refusal(401, _NO_TOKEN, **{"WWW-Authenticate": "Bearer"}, **_CLOSE)
+        try:
+            asked = parse_request(
+                await read_body(request.receive, config.limits, config.body_timeout_s), config.limits
+            )
+            facts["queries"], facts["k"] = len(asked.queries), asked.k
+            answered = await service.answer(asked)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except WireError as error:
+            facts["error"] = str(error)
+            # After a 408 or a 413 the rest of the body may still arrive.
+            return _refusal(error.status, str(error), error.field, **(_CLOSE if error.status in (408, 413) else {}))
+        except Refused as error:
+            facts["error"] = str(error)
+            after = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
+            return _refusal(error.status, str(error), **after)
+        facts["cached"] = answered.cached
+        return Response(answered.body, media_type="application/json")
+
     routes = [
-        # An object, not a function, so that Starlette calls it as ASGI without reading the request first.
-        Route("/retrieve", _Retrieve(service, config), methods=["POST"]),
+        Route("/retrieve", retrieve, methods=["POST"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", numbers, methods=["GET"]),
@@ -91,51 +118,17 @@ def make_app(
 
 
 _NO_TOKEN = "send the server's token: Authorization: Bearer ..."
-_CLOSE: Header = (b"connection", b"close")
+_CLOSE = {"Connection": "close"}
 
 
-class _Retrieve:
-    """`POST /retrieve` as plain ASGI."""
-
-    def __init__(self, service: SearchService, config: ServerConfig) -> None:
-        self._service, self._config = service, config
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        facts: dict[str, Any] = scope[FACTS]
-        if not _allowed(scope, self._config.token):
-            await _refuse(send, 401, _NO_TOKEN, headers=[(b"www-authenticate", b"Bearer"), _CLOSE])
-            return
-        try:
-            body = await read_body(receive, self._config.limits, self._config.body_timeout_s)
-            request = parse_request(body, self._config.limits)
-            facts["queries"], facts["k"] = len(request.queries), request.k
-            answered = await self._service.answer(request)
-        except ClientGone:
-            return
-        except WireError as error:
-            facts["error"] = str(error)
-            # After a 408 or a 413 the rest of the body may still arrive.
-            unread = [_CLOSE] if error.status in (408, 413) else []
-            await _refuse(send, error.status, str(error), error.field, unread)
-        except Refused as error:
-            facts["error"] = str(error)
-            after = error.retry_after_s
-            await _refuse(send, error.status, str(error), headers=[(b"retry-after", b"%d" % after)] if after else [])
-        else:
-            facts["cached"] = answered.cached
-            await send_json(send, 200, answered.body)
+def _allowed(request: Request, token: str | None) -> bool:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    bearer = scheme.lower() == "bearer"
+    return token is None or (bearer and hmac.compare_digest(given.strip().encode("latin-1"), token.encode()))
 
 
-def _allowed(scope: Scope, token: str | None) -> bool:
-    if token is None:
-        return True
-    scheme, _, given = (header(scope, b"authorization") or b"").partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
+def _refusal(status: int, message: str, field: str | None = None, **headers: str) -> Response:
+    from starlette.responses import Response
 
-
-async def _refuse(
-    send: Send, status: int, message: str, field: str | None = None, headers: list[Header] | None = None
-) -> None:
-    import json
-
-    await send_json(send, status, json.dumps({"error": message, "field": field}).encode(), headers or [])
+    # Not a JSONResponse, which cannot hold a lone surrogate.
+    return Response(json.dumps({"error": message, "field": field}), status, headers, "application/json")

@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 connection, with limits for clients that have not authenticated yet.
 
 The head of a request may have `MAX_HEAD_BYTES` (plus one read of the socket), and must arrive within the timeout of an
-idle connection. `asgi.py` limits bodies.
+idle connection. `body.py` limits bodies.
 
 It needs the server extra. Use it as `uvicorn.run(app, http=LimitedConnection)`.
 """

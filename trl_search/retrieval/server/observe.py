@@ -12,10 +12,12 @@ import logging
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_search.retrieval.server.asgi import App, Message, Receive, Scope, Send, send_json
 from trl_search.retrieval.server.metrics import ServerMetrics
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FACTS = "trl_search.facts"  # the key of the scope under which a route leaves facts for the log line
 CLIENT_GONE = 499  # as in nginx: the client left before the answer
@@ -26,13 +28,15 @@ logger = logging.getLogger("trl_search.retrieval.server")
 class Observed:
     """The outermost ASGI middleware, so that it sees every response."""
 
-    def __init__(self, app: App, metrics: ServerMetrics, log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, log: bool) -> None:
         self._app, self._metrics, self._log = app, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        from starlette.responses import JSONResponse
+
         started, status = time.perf_counter(), CLIENT_GONE
         facts: dict[str, Any] = {}
         scope[FACTS] = facts
@@ -50,9 +54,8 @@ class Observed:
             incident = facts["incident"] = uuid.uuid4().hex[:12]
             logger.exception("incident %s: %s %r", incident, scope["method"], scope["path"][:200])
             if status == CLIENT_GONE:
-                await send_json(
-                    seen, 500, b'{"error":"a bug in the server; its log has incident %s"}' % incident.encode()
-                )
+                told = JSONResponse({"error": f"a bug in the server; its log has incident {incident}"}, 500)
+                await told(scope, receive, seen)
         finally:
             seconds = time.perf_counter() - started
             self._metrics.count(scope["path"], status, seconds)

@@ -1,27 +1,18 @@
-"""Reads request bodies within limits, and sends JSON, directly over ASGI."""
+"""Reads the body of a request within limits of size and time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trl_search.retrieval.remote.wire import Limits, WireError, too_large
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Header = tuple[bytes, bytes]
+if TYPE_CHECKING:
+    from starlette.types import Receive
 
 # In multiples of the limit: this much of a too large body is discarded before the connection is closed, because a
 # client reads its 413 only after it has sent the body.
 _DISCARDED = 4
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its request was complete."""
 
 
 async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes:
@@ -29,8 +20,10 @@ async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes
 
     Raises:
         WireError: 413 for a body that is too large, 408 for one that does not arrive.
-        ClientGone: if the connection was closed.
+        ClientDisconnect: if the connection was closed.
     """
+    from starlette.requests import ClientDisconnect
+
     chunks: list[bytes] = []
     size, more = 0, True
     try:
@@ -38,7 +31,7 @@ async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes
             while more and size <= _DISCARDED * limits.max_body_bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise ClientDisconnect
                 chunk: bytes = message.get("body", b"")
                 more = message.get("more_body", False)
                 size += len(chunk)
@@ -51,23 +44,3 @@ async def read_body(receive: Receive, limits: Limits, timeout_s: float) -> bytes
     if size > limits.max_body_bytes:
         raise too_large(limits)
     return b"".join(chunks)
-
-
-async def send_json(send: Send, status: int, body: bytes, headers: Iterable[Header] = ()) -> None:
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                *headers,
-            ],
-        }
-    )
-    await send({"type": "http.response.body", "body": body})
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """The value of a request header; `name` in lower case, as ASGI gives them."""
-    return next((value for key, value in scope["headers"] if key == name), None)
