@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -66,24 +66,9 @@ class Reply:
 
     def as_json(self) -> dict[str, Any]:
         """The line that `trl-search chat --json` prints."""
-        passages = [
-            {"id": p.id, "title": p.title, "url": p.url, "score": p.score, "text": p.text} for p in self.passages
-        ]
-        return {
-            "question": self.question,
-            "answer": self.answer,
-            "turns": list(self.turns),
-            "queries": list(self.queries),
-            "passages": passages,
-            "failed_searches": list(self.failed_searches),
-            "error": self.error,
-            "stop_reason": self.stop_reason.value,
-            "searches": self.searches,
-            "calls": self.calls,
-            "tokens": {"model": self.model_tokens, "observation": self.observation_tokens},
-            "seconds": round(self.seconds, 3),
-            "seed": self.seed,
-        }
+        told = asdict(self)
+        tokens = {"model": told.pop("model_tokens"), "observation": told.pop("observation_tokens")}
+        return {**told, "tokens": tokens, "seconds": round(self.seconds, 3)}
 
 
 class Chat:

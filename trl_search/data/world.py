@@ -29,6 +29,7 @@ from typing import Any, Literal
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
 from trl_search.data.world_language import KINDS, LITERALS, RELATIONS, WORDS, Kind, Relation
+from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.types import Passage
 
 Split = Literal["train", "test"]
@@ -158,8 +159,7 @@ class World:
     def write(self, folder: str | Path) -> None:
         """Writes `corpus.jsonl` (rows `id, title, text`), `train.jsonl` and `test.jsonl` (rows as `Question.row`)."""
         folder = Path(folder)
-        passages = ({"id": p.id, "title": p.title, "text": p.text} for p in self.iter_passages())
-        write_jsonl(folder / "corpus.jsonl", passages)
+        write_jsonl(folder / "corpus.jsonl", map(passage_row, self.iter_passages()))
         for split in SPLITS:
             write_jsonl(folder / f"{split}.jsonl", (question.row() for question in self.questions(split)))
 

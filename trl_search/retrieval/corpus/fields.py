@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.types import Passage
 
 # In search order: wiki-18's and ours; BEIR's; those of ir_datasets, Pyserini and Tevatron.
 ID_NAMES = ("id", "_id", "doc_id", "docid")
@@ -82,3 +83,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 USUAL_FIELDS = Fields()
+
+
+def passage_row(passage: Passage) -> dict[str, str]:
+    """A passage as a row with the usual fields, without its score."""
+    row = {"id": passage.id, "title": passage.title, "text": passage.text}
+    return row if passage.url is None else {**row, URL: passage.url}

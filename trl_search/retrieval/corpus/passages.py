@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.table_files import parse_row
-from trl_search.retrieval.corpus.fields import TITLE, URL, USUAL_FIELDS, Fields
+from trl_search.retrieval.corpus.fields import TITLE, URL, USUAL_FIELDS, Fields, passage_row
 from trl_search.retrieval.corpus.sources import Source, open_source
 from trl_search.types import Passage
 
@@ -214,10 +214,7 @@ def _drop_rows(folder: Path, dropped: np.ndarray) -> None:
 
 def passage_line(passage: Passage) -> bytes:
     """A passage as a line of a corpus, without the newline."""
-    row = {"id": passage.id, "title": passage.title, "text": passage.text}
-    if passage.url is not None:
-        row["url"] = passage.url
-    return json.dumps(row, ensure_ascii=False).encode()
+    return json.dumps(passage_row(passage), ensure_ascii=False).encode()
 
 
 def join_contents(passage: Passage) -> str:

@@ -20,7 +20,7 @@ from trl_search.common.blocks import read_blocks
 from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
-from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
+from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields, passage_row
 from trl_search.types import Passage
 
 BEIR_CORPUS = [f"corpus.jsonl{packed}" for packed in ("", *COMPRESSIONS)]
@@ -89,11 +89,7 @@ def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_F
 
 
 def _passage_rows(passages: Iterable[Passage]) -> Iterator[Row]:
-    for number, passage in enumerate(passages, start=1):
-        yield (
-            f"passage {number}",
-            {"id": passage.id, "title": passage.title, "text": passage.text, "url": passage.url},
-        )
+    return ((f"passage {number}", passage_row(passage)) for number, passage in enumerate(passages, start=1))
 
 
 def _dataset_source(name: str, fields: Fields) -> Source:

@@ -22,7 +22,7 @@ from trl_search.retrieval.index.build_folder import SCRATCH
 
 # Bytes per request: the default limits are 32 MB for Qdrant, 100 MB for OpenSearch, and 10 MB for hosted services.
 MAX_BYTES = 8 << 20
-_JOURNAL = "loaded.json"
+_JOURNAL = "sent.json"
 
 
 class Engine(Protocol):
@@ -66,18 +66,21 @@ def load_engine(
     Raises:
         UserError: if there is already a collection of that name, or another program wrote to it during the build.
     """
-    journal = Journal(folder)
-    if not journal.made:
+    journal = folder / SCRATCH / _JOURNAL  # the number of passages sent, once the collection is ours
+    journal.parent.mkdir(exist_ok=True)
+    if not journal.exists():
         if engine.exists():
             if not replace:
                 raise UserError(f"{engine.name} exists already; choose another name, or --replace it")
             engine.delete()
         engine.make()
-        journal.note(0)
-    with tqdm(total=len(corpus), initial=journal.rows, desc="loading", unit=" passages", disable=None) as bar:
-        for items in _batches(engine, range(journal.rows, len(corpus)), max_rows):
-            _send(engine, items, journal.rows)
-            journal.note(journal.rows + len(items))
+        write_json(journal, 0)
+    sent = json.loads(journal.read_bytes())
+    with tqdm(total=len(corpus), initial=sent, desc="loading", unit=" passages", disable=None) as bar:
+        for items in _batches(engine, range(sent, len(corpus)), max_rows):
+            _send(engine, items, sent)
+            sent += len(items)
+            write_json(journal, sent)
             bar.update(len(items))
     stored = engine.count()
     if stored != len(corpus):
@@ -116,18 +119,3 @@ def _send(engine: Engine, items: list[Any], first: int) -> None:
         half = len(items) // 2
         _send(engine, items[:half], first)
         _send(engine, items[half:], first + half)
-
-
-class Journal:
-    """The number of passages sent, stored in the scratch folder of the build so that a killed build can resume."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / SCRATCH / _JOURNAL
-        self._path.parent.mkdir(exist_ok=True)
-        there = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        self.made: bool = there.get("made", False)  # the collection is ours, and empty or half full
-        self.rows: int = there.get("rows", 0)
-
-    def note(self, rows: int) -> None:
-        self.made, self.rows = True, rows
-        write_json(self._path, {"made": True, "rows": rows})

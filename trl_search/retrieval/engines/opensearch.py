@@ -80,7 +80,7 @@ class OpenSearchRetriever(Retriever):
         answers = call(self._client.msearch, body=body, index=self._collection)["responses"]
         if len(answers) != len(texts):
             raise RetrievalError(f"OpenSearch answered {len(answers)} results to {len(texts)} queries")
-        return [[_passage(hit) for hit in _hits(answer)] for answer in answers]
+        return [[Passage(**hit["_source"], score=hit["_score"]) for hit in _hits(answer)] for answer in answers]
 
     def close(self) -> None:
         super().close()
@@ -111,11 +111,6 @@ def _hits(answer: dict[str, Any]) -> list[dict[str, Any]]:
         raise Unavailable(f"OpenSearch searched {shards['successful']} of {shards['total']} shards in time")
     hits: list[dict[str, Any]] = answer["hits"]["hits"]
     return hits
-
-
-def _passage(hit: dict[str, Any]) -> Passage:
-    source = hit["_source"]
-    return Passage(source["id"], source["title"], source["text"], float(hit["_score"]), source.get("url"))
 
 
 def call(method: Callable[..., Any], **options: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, failure
+from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
 from trl_search.retrieval.engines.build import load_engine
@@ -97,10 +98,7 @@ class _Index:
         self._call(self._client.indices.create, body=body)
 
     def item(self, row: int) -> tuple[str, int]:
-        passage = self._corpus[row]
-        document = {"row": row, "id": passage.id, "title": passage.title, "text": passage.text}
-        if passage.url is not None:
-            document["url"] = passage.url
+        document = {"row": row, **passage_row(self._corpus[row])}
         lines = f"{json.dumps({'index': {'_id': str(row)}})}\n{json.dumps(document, ensure_ascii=False)}"
         return lines, len(lines.encode())
 

@@ -96,7 +96,7 @@ class QdrantRetriever(Retriever):
         passages = self._read({row for rows in ranked for row, _ in rows})
         found: list[list[Passage]] = [[] for _ in queries]
         for number, rows in zip(asked, ranked, strict=True):
-            found[number] = [_passage(passages[row], score) for row, score in rows]
+            found[number] = [Passage(**passages[row], score=score) for row, score in rows]
         return found
 
     def _dense(self, queries: Sequence[str]) -> list[Any]:
@@ -271,7 +271,3 @@ def load(
     except BaseException:
         client.close()
         raise
-
-
-def _passage(payload: dict[str, Any], score: float) -> Passage:
-    return Passage(payload["id"], payload["title"], payload["text"], score, payload.get("url"))

@@ -15,6 +15,7 @@ import numpy as np
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.sparse_vectors import mean_length, weigh
+from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.dense.corpus_vectors import VECTORS, EncodingOptions
 from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
@@ -165,10 +166,7 @@ class _Collection:
     def item(self, row: int) -> tuple[Any, int]:
         from qdrant_client import models
 
-        passage = self._corpus[row]
-        payload = {"id": passage.id, "title": passage.title, "text": passage.text}
-        if passage.url is not None:
-            payload["url"] = passage.url
+        payload = passage_row(self._corpus[row])
         vector, numbers = self._vector(row)
         size = NUMBER_BYTES * numbers + len(json.dumps(payload, ensure_ascii=False).encode())
         return models.PointStruct(id=row, vector={self._options.vectors: vector}, payload=payload), size
