@@ -11,11 +11,12 @@ flag, a letter with accents); the passage, and its overlap, then has a few token
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import regex
 
 from trl_search.common.errors import UserError
 from trl_search.common.unspaced import UNSPACED_LETTERS
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
 # A word ends at a space. In scripts without spaces, each letter with its marks counts as one word.
 _WORD = re.compile(rf"[{UNSPACED_LETTERS}][^\s\w]*|[^\s{UNSPACED_LETTERS}]+")
-_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]{2}")
-_JOINER = "\u200d"
-# The joiner, the skin tones, and the tags that tell England's flag from Scotland's.
-_JOINED = frozenset(map(chr, (0x200D, *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))))
+_LETTER = regex.compile(r"\X")  # a letter with its marks, a flag, an emoji of several characters
 
 Span = tuple[int, int]  # the start and end of a word or token in the text
 Split = Callable[[str], list[Span]]
@@ -123,17 +121,5 @@ def _cuts(spans: list[Span]) -> list[int]:
 
 def _to_whole_letters(text: str, spans: list[Span]) -> list[Span]:
     """The spans; a span that ends within a letter of several characters is extended to the letter's end."""
-    within_flags = {flag.start() + 1 for flag in _FLAG.finditer(text)}
-    begun, reached, whole = 0, 0, []
-    for start, end in spans:
-        if not begun <= end <= reached:  # else in the same letter as the span before
-            begun, reached = end, end
-            while reached < len(text) and (reached in within_flags or _goes_on(text, reached)):
-                reached += 1
-        whole.append((start, reached))
-    return whole
-
-
-def _goes_on(text: str, at: int) -> bool:
-    """Whether the character belongs to the letter before it: a mark, or something joined to it."""
-    return text[at] in _JOINED or text[at - 1] == _JOINER or unicodedata.category(text[at]).startswith("M")
+    ends = [letter.end() for letter in _LETTER.finditer(text)]
+    return [(start, ends[bisect_left(ends, end)]) for start, end in spans]
