@@ -164,14 +164,16 @@ class HttpRetriever(AsyncRetriever):
                 return error.wait_s + min(1.0, error.wait_s) * random.random()
             return 0.05 + GROWING_WAIT(state)
 
+        async def ask() -> list[list[Passage]]:
+            endpoint = self.endpoints.take(tried, retry=bool(tried))
+            tried.append(endpoint)
+            return await self._request(endpoint, queries, k, deadline)
+
+        repeating = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(is_worth_another), wait=wait_s, reraise=True
+        )
         try:
-            async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(is_worth_another), wait=wait_s, reraise=True
-            ):
-                with attempt:
-                    endpoint = self.endpoints.take(tried, retry=bool(tried))
-                    tried.append(endpoint)
-                    return await self._request(endpoint, queries, k, deadline)
+            return await repeating(ask)
         except TooLarge as error:
             if len(queries) == 1:
                 raise RetrievalError(str(error)) from error.__cause__
@@ -179,8 +181,8 @@ class HttpRetriever(AsyncRetriever):
             return await self._ask(queries[:half], k, deadline) + await self._ask(queries[half:], k, deadline)
         except _Repeatable as error:
             kind = RetrievalError if error.tries else Unavailable
-            raise kind(f"{error}; gave up after {_times(len(tried))}") from error.__cause__
-        raise AssertionError("a retry loop ends by a result or an error")
+            tries = f"{len(tried)} tries" if len(tried) > 1 else "one try"
+            raise kind(f"{error}; gave up after {tries}") from error.__cause__
 
     async def _request(
         self, endpoint: Endpoint, queries: Sequence[str], k: int, deadline: float
@@ -283,7 +285,3 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return None
-
-
-def _times(tries: int) -> str:
-    return "one try" if tries == 1 else f"{tries} tries"

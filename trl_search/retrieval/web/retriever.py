@@ -140,21 +140,18 @@ class WebRetriever(AsyncRetriever):
             named_s = error.wait_s if isinstance(error, ProviderBusy) else None
             return _GROWING(state) if named_s is None else named_s + _GROWING(state) / 10
 
+        ask = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(ProviderBusy),
+            stop=tenacity.stop_after_attempt(self._tries) | tenacity.stop_before_delay(self._patience_s),
+            wait=wait_s,
+            sleep=self._sleep,
+            before_sleep=lambda _: self._count("retries"),
+            reraise=True,
+        )
         try:
-            async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception_type(ProviderBusy),
-                stop=tenacity.stop_after_attempt(self._tries) | tenacity.stop_before_delay(self._patience_s),
-                wait=wait_s,
-                sleep=self._sleep,
-                reraise=True,
-            ):
-                with attempt:
-                    if attempt.retry_state.attempt_number > 1:
-                        self._count("retries")
-                    return await self._ask_once(query, count, deadline)
+            return await ask(self._ask_once, query, count, deadline)
         except ProviderBusy as error:
-            raise Unavailable(f"{error}; gave up after {attempt.retry_state.attempt_number} tries") from error
-        raise AssertionError("a retry loop ends by a result or an error")
+            raise Unavailable(f"{error}; gave up after {ask.statistics['attempt_number']} tries") from error
 
     async def _ask_once(self, query: str, count: int, deadline: float) -> list[WebHit]:
         turn_s = await asyncio.to_thread(
