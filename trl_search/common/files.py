@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -47,6 +48,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the disk is full. Libraries in C++ and Rust give the system's message without its number."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -69,6 +76,27 @@ def whole_lines(path: Path) -> list[bytes]:
     if (whole := content.rfind(b"\n") + 1) < len(content):
         os.truncate(path, whole)
     return content[:whole].splitlines()
+
+
+class NotJSON(ValueError):
+    """Bytes cannot be read as JSON. The message is to follow the name of their source."""
+
+
+def parse_json(content: bytes) -> Any:
+    """The value in UTF-8 text of JSON from elsewhere.
+
+    Raises:
+        NotJSON: "not UTF-8 (...)", "not JSON (...)".
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise NotJSON(f"not UTF-8 ({error.reason} at byte {error.start}): convert it to UTF-8") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise NotJSON(f"not JSON ({error.msg} at {line}column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
+        raise NotJSON(f"not JSON that can be read ({error})") from None
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import NotJSON, parse_json
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -87,14 +87,10 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         UserError: if the line is not a JSON object; the message names the place of the mistake.
     """
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}): {_excerpt(line)}") from None
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
-        raise UserError(f"{where}: not JSON that can be read ({error}): {_excerpt(line)}") from None
-    return _object(row, where)
+        return _object(parse_json(line), where)
+    except NotJSON as error:
+        excerpt = repr(line[:80].decode("utf-8", "replace")) + ("..." if len(line) > 80 else "")
+        raise UserError(f"{where}: {error}: {excerpt}") from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -144,13 +140,9 @@ def _first_byte(path: Path) -> bytes:
 def _array_items(path: Path) -> Iterator[Row]:
     try:
         with _open(path) as file:
-            items = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON that can be read ({error})") from None
+            items = parse_json(file.read())
+    except NotJSON as error:
+        raise UserError(f"{path}: {error}") from None
     except _BROKEN as error:
         raise _broken(path, 0, error) from error
     for number, item in enumerate(items, start=1):
@@ -208,7 +200,3 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _excerpt(line: bytes) -> str:
-    return repr(line[:80].decode("utf-8", "replace")) + ("..." if len(line) > 80 else "")

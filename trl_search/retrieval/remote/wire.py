@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import NotJSON, parse_json
 from trl_search.retrieval.corpus.passages import split_contents
 from trl_search.types import Passage
 
@@ -120,13 +121,9 @@ def parse_request(body: bytes, limits: Limits) -> RetrieveRequest:
     if len(body) > limits.max_body_bytes:
         raise too_large(limits)
     try:
-        request = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise WireError(400, f"the request is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise WireError(400, f"the request is not JSON ({error.msg} at character {error.pos})") from None
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets 100,000 deep
-        raise WireError(400, f"the request is not JSON that can be read ({error})") from None
+        request = parse_json(body)
+    except NotJSON as error:
+        raise WireError(400, f"the request is {error}") from None
     if not isinstance(request, dict):
         raise WireError(
             422, f'the request must be an object such as {{"queries": ["..."]}}, not {_type_name(request)}'
