@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,3 +27,11 @@ def read_blocks(file: SupportsRead[bytes], doing: str, total: int | None, *, don
             yield block
             done += len(block)
             bar.update(len(block))
+
+
+def read_sha256(file: SupportsRead[bytes], doing: str, total: int) -> str:
+    """The SHA-256 of `total` bytes from the current position."""
+    digest = hashlib.sha256()
+    for block in read_blocks(file, doing, total):
+        digest.update(block)
+    return digest.hexdigest()

@@ -12,7 +12,6 @@ appended to one file, so no second copy is needed to join them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import hashlib
 import os
@@ -22,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from trl_search.common.blocks import read_blocks
+from trl_search.common.blocks import read_blocks, read_sha256
 from trl_search.common.errors import UserError, first_line
+from trl_search.common.files import disk_is_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not disk_is_full(error):
             raise
         raise UserError(f"the disk of {path} is full: make room and run this again, it goes on from here") from error
 
@@ -220,21 +220,13 @@ def _check_hashes(files: HubFiles, path: Path) -> None:
     begins = 0
     with path.open("r+b") as file:
         for part in files.files:
-            if part.sha256 is not None and _sha256(file, part) != part.sha256:
+            if part.sha256 and read_sha256(file, f"checking {part.name}", part.bytes) != part.sha256:
                 file.truncate(begins)
                 raise UserError(
                     f"{part.name} of {files.repository} differs from the hub's file (by its SHA-256), and was "
                     "dropped. Run this again to fetch it again; remove a local copy of that name first"
                 )
             file.seek(begins := begins + part.bytes)
-
-
-def _sha256(file: BinaryIO, part: HubFile) -> str:
-    """The digest of the part, which begins at the current position of `file`."""
-    digest = hashlib.sha256()
-    for block in read_blocks(file, f"checking {part.name}", part.bytes):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from trl_search.common.blocks import read_blocks
+from trl_search.common.blocks import read_sha256
 from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
@@ -129,8 +129,5 @@ def _remembered_sha256(path: Path) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in read_blocks(file, f"hashing {path.name}", path.stat().st_size):
-            digest.update(block)
-    return digest.hexdigest()
+        return read_sha256(file, f"hashing {path.name}", path.stat().st_size)

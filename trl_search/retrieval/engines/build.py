@@ -6,7 +6,6 @@ loaded is written into the engine last; until then, opening the collection fails
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 from trl_search.retrieval.base import RetrievalError, TooLarge
 from trl_search.retrieval.corpus.passages import ROWS, Corpus
+from trl_search.retrieval.corpus.sources import Fingerprint
 from trl_search.retrieval.index.build_folder import SCRATCH
 
 # Bytes per request: the default limits are 32 MB for Qdrant, 100 MB for OpenSearch, and 10 MB for hosted services.
@@ -88,8 +88,8 @@ def load_engine(
             f"{engine.name} has {stored:,} passages, not {len(corpus):,}: another program wrote to it or deleted it; "
             "load it again with --replace"
         )
-    with open(folder / ROWS, "rb") as file:  # `manifest.json` has the same hash under `corpus`
-        about = {"corpus": hashlib.file_digest(file, "sha256").hexdigest(), "passages": len(corpus), **about}
+    # `manifest.json` has the same hash under `corpus`.
+    about = {"corpus": Fingerprint.of(folder / ROWS, ROWS).sha256, "passages": len(corpus), **about}
     engine.describe(about)
     return about
 

@@ -19,7 +19,6 @@ files stay: the scratch folder, and a complete index.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trl_search.common.errors import UserError
+from trl_search.common.files import disk_is_full
 
 MANIFEST, STATE, LOCK, SCRATCH = "manifest.json", "build.json", "build.lock", "scratch"
 INSIDE = ".building"
@@ -55,12 +55,6 @@ def may_be_built(output: Path) -> bool:
 
 def _replaceable(folder: Path) -> bool:
     return not os.path.ismount(folder) and folder != Path.cwd() and os.access(folder.parent, os.W_OK)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether the disk is full. Libraries in C++ and Rust give the system's message without its number."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 class BuildFolder:
@@ -119,7 +113,7 @@ class BuildFolder:
         elif self._inputs is None or not (self.path / SCRATCH).exists():
             shutil.rmtree(self.path, ignore_errors=True)
             kept = ""
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise UserError(f"the disk of {self.path} is full; {kept or 'nothing of the build is kept'}") from error
         if kept:
             self._announce(kept)
