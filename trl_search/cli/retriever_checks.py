@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 from trl_search.cli.preflight import Check, Status
 from trl_search.common.errors import UserError
 from trl_search.config.searched import Searched
-from trl_search.retrieval import resolve_retriever
-from trl_search.retrieval.index.folder import read_manifest
+from trl_search.retrieval.index.folder import check_sizes, read_manifest
 
 _TIMEOUT_S = 5.0
 _SERVERS = ("http", "qdrant", "opensearch")
@@ -62,7 +61,8 @@ def _check_reach(searched: Searched) -> Check:
                 for url in filter(None, [options.get("url"), *(options.get("urls") or [])]):
                     _connect(url)  # fails at once; a retriever would wait for the server
             if "index" in options:
-                _check_files(Path(options["index"]).expanduser())
+                folder = Path(options["index"]).expanduser()
+                check_sizes(folder, read_manifest(folder))  # their content is checked on opening
         if kind in _SERVERS:
             with contextlib.closing(searched.load()) as retriever:
                 retriever.search(["probe"], 1)
@@ -80,18 +80,6 @@ def _connect(url: str) -> None:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     socket.create_connection((parts.hostname or url, port), timeout=_TIMEOUT_S).close()
-
-
-def _check_files(folder: Path) -> None:
-    """Checks that the files of an index have the sizes in its manifest. Their content is checked on opening."""
-    resolve_retriever(folder)
-    for name, size in read_manifest(folder).files.items():
-        there = (folder / name).stat().st_size if (folder / name).exists() else None
-        if there != size:
-            raise UserError(
-                f"{folder / name} should have {size} bytes, but "
-                f"{'is missing' if there is None else f'has {there}'}: copy or build it again"
-            )
 
 
 def _parts(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -127,7 +127,7 @@ def test_a_file_cut_short_or_lost_is_refused(index: Path, name: str) -> None:
     (index / name).write_bytes(content[:-1])
     refused(index, name, f"should have {len(content)} bytes", "--overwrite")
     (index / name).unlink()
-    refused(index, name, "nothing")
+    refused(index, name, "but is missing")
 
 
 @pytest.mark.parametrize("written", [0, 2, None])

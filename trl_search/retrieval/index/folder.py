@@ -223,11 +223,7 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
     rebuild = rebuild_hint(folder)
     if manifest.kind != kind:
         raise IndexFolderError(f"{folder} is an index of kind {manifest.kind!r}, not {kind!r}; load it as such")
-    for name, size in manifest.files.items():
-        file = folder / name
-        if not file.exists() or file.stat().st_size != size:
-            there = f"{file.stat().st_size} bytes" if file.exists() else "nothing"
-            raise IndexFolderError(f"{file} should have {size} bytes and there is {there}; {rebuild}")
+    check_sizes(folder, manifest)
     if not manifest.corpus.matches(folder / ROWS):
         raise IndexFolderError(f"{folder / ROWS} was changed after the index was built from it; {rebuild}")
     source = manifest.source
@@ -237,6 +233,21 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
             "or use the index unchanged: load_retriever(..., check_source=False)"
         )
     return Index(folder, manifest, Corpus(folder))
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Checks that the files of an index have the sizes in its manifest.
+
+    Raises:
+        IndexFolderError: if a file is missing or has another size.
+    """
+    for name, size in manifest.files.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != size:
+            there = f"has {file.stat().st_size}" if file.exists() else "is missing"
+            raise IndexFolderError(
+                f"{file} should have {size} bytes, but {there}: copy it again, or {rebuild_hint(folder)}"
+            )
 
 
 def rebuild_hint(folder: str | Path) -> str:
