@@ -27,8 +27,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trl_search.common.errors import UserError
+from trl_search.common.event_loop import run_sync
 from trl_search.retrieval.base import Retriever, check_search, merge_metrics
-from trl_search.retrieval.combine.parts import Part, load_parts, search_together, search_together_async
+from trl_search.retrieval.combine.parts import Part, load_parts, search_together
 from trl_search.retrieval.threads import DaemonCalls
 from trl_search.types import Passage
 
@@ -54,19 +55,19 @@ class HybridRetriever(Retriever):
         self.max_concurrent_batches = min(part.max_concurrent_batches for part in retrievers)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        if not self._begin(queries, k):
-            return []
-        return self._fuse(search_together(self._parts, queries, max(k, self._depth)), k)
+        return run_sync(self.search_async(queries, k))
 
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines; it awaits the retrievers that have `search_async`."""
-        if not self._begin(queries, k):
+        check_search(queries, k)
+        self._check_open()
+        if not queries:
             return []
         try:
-            found = await search_together_async(self._parts, self._on_threads, queries, max(k, self._depth))
+            found = await search_together(self._parts, self._on_threads, queries, max(k, self._depth))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
-        return self._fuse(found, k)
+        return [fuse(rankings, self._weights)[:k] for rankings in zip(*found, strict=True)]
 
     def take_metrics(self) -> dict[str, float]:
         return merge_metrics([part.take_metrics() for part in self._parts])
@@ -75,15 +76,6 @@ class HybridRetriever(Retriever):
         super().close()
         for part in self._parts:
             part.close()
-
-    def _begin(self, queries: Sequence[str], k: int) -> bool:
-        """Checks the arguments; returns whether there are queries."""
-        check_search(queries, k)
-        self._check_open()
-        return bool(queries)
-
-    def _fuse(self, found: list[list[list[Passage]]], k: int) -> list[list[Passage]]:
-        return [fuse(rankings, self._weights)[:k] for rankings in zip(*found, strict=True)]
 
 
 def fuse(rankings: Sequence[Sequence[Passage]], weights: Sequence[float]) -> list[Passage]:

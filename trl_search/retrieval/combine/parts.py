@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trl_search.common.errors import UserError
@@ -44,31 +43,21 @@ def load_parts(parts: Sequence[Part], of: str) -> list[Retriever]:
     return loaded
 
 
-def search_together(parts: Sequence[Retriever], queries: Sequence[str], k: int) -> list[list[list[Passage]]]:
-    """Searches all parts in parallel. The first failure fails the search."""
-    with ThreadPoolExecutor(len(parts)) as pool:  # a new pool each time: threads do not survive a fork
-        futures = [pool.submit(part.search, queries, k) for part in parts]
-    return [_checked(part, queries, future.result()) for part, future in zip(parts, futures, strict=True)]
-
-
-async def search_together_async(
+async def search_together(
     parts: Sequence[Retriever], on_threads: Sequence[DaemonCalls], queries: Sequence[str], k: int
 ) -> list[list[list[Passage]]]:
-    """[`search_together`] for coroutines. Parts with `search_async` are awaited; each other part runs on a thread of
-    its entry in `on_threads`. If a part fails or the caller is cancelled, the tasks are cancelled and the threads run
+    """Searches all parts in parallel. Parts with `search_async` are awaited; each other part runs on a thread of its
+    entry in `on_threads`. If a part fails or the caller is cancelled, the tasks are cancelled and the threads run
     on."""
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(_outcome(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)
+            group.create_task(_search(part, calls, queries, k)) for part, calls in zip(parts, on_threads, strict=True)
         ]
-    return [_checked(part, queries, task.result()) for part, task in zip(parts, tasks, strict=True)]
+    return [task.result() for task in tasks]
 
 
-async def _outcome(part: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int) -> list[list[Passage]]:
-    return await start_search(part, calls, queries, k)
-
-
-def _checked(part: Retriever, queries: Sequence[str], found: list[list[Passage]]) -> list[list[Passage]]:
+async def _search(part: Retriever, calls: DaemonCalls, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    found = await start_search(part, calls, queries, k)
     if len(found) != len(queries):
         raise RetrievalError(f"{type(part).__name__} returned {len(found)} results for {len(queries)} queries")
     return found
