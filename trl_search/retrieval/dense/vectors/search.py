@@ -8,11 +8,11 @@ places. For the same rows every time, fetch more rows and rank them with `rankin
 from __future__ import annotations
 
 import abc
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
@@ -148,12 +148,7 @@ class SlicedSearch(FaissSearch):
 
 def available_ram_bytes() -> int:
     """Memory that is available without swapping; page cache counts as free."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+    return int(psutil.virtual_memory().available)
 
 
 def gb(size: float) -> str:
