@@ -91,14 +91,7 @@ def is_public(address: Address) -> bool:
             return False
         if not all(is_public(one) for one in inner if one is not None):
             return False
-    return address.is_global and not (
-        address.is_private
-        or address.is_loopback
-        or address.is_link_local
-        or address.is_multicast
-        or address.is_reserved
-        or address.is_unspecified
-    )
+    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 async def look_up(host: str, port: int) -> list[str]:
