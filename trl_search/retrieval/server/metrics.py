@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_search.retrieval.server.service import SearchService
@@ -91,28 +91,19 @@ class _ServiceCollector:
 
 def join_replicas(texts: Mapping[str, bytes]) -> bytes:
     """Joins the metrics of several processes on one page, with the label `replica`."""
-    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client import CollectorRegistry, Metric, generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
-    families: dict[str, Any] = {}
+    families: dict[str, Metric] = {}
     for replica, text in sorted(texts.items()):
         for family in text_string_to_metric_families(text.decode()):
-            labelled = [sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples]
-            if family.name in families:
-                families[family.name].samples += labelled
-            else:
-                family.samples = labelled
-                families[family.name] = family
+            joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            joined.samples += [one._replace(labels={**one.labels, "replica": replica}) for one in family.samples]
+
+    class Joined:
+        def collect(self) -> Iterable[Metric]:
+            return families.values()
+
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Given(list(families.values())))
+    registry.register(Joined())
     return generate_latest(registry)
-
-
-class _Given:
-    """Wraps finished families as a collector of prometheus_client."""
-
-    def __init__(self, families: list[Any]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Any]:
-        yield from self._families

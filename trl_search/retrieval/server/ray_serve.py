@@ -15,7 +15,6 @@ run code on the machines. Since 2.60 Ray requires a token; still, run a cluster 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.common.garbage import spare_what_is_loaded
 from trl_search.retrieval import load_retriever
 from trl_search.retrieval.server.app import make_app
@@ -113,8 +113,10 @@ def gateways(
     Raises:
         UserError: if Ray Serve is already running, or the replicas do not start.
     """
-    need_packages()
-    ray, serve = _import_ray()
+    need_packages(on_ray=True)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send usage statistics
+    ray = import_extra("ray", "serving on Ray", "ray")
+    serve = import_extra("ray.serve", "serving on Ray", "ray")
     port = _free_port(host, port)
     _join(ray, settings)
     try:
@@ -255,15 +257,3 @@ def _free_port(host: str, port: int) -> int:
 
 def _quiet() -> dict[str, Any]:
     return {"log_level": "WARNING", "enable_access_log": False}
-
-
-def _import_ray() -> tuple[Any, Any]:
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("serving on Ray needs Ray Serve: pip install 'trl-search[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send usage statistics
-    try:
-        import ray
-        from ray import serve
-    except ImportError as error:
-        raise UserError(f"this Ray lacks its Serve ({error}): pip install 'trl-search[ray]'") from None
-    return ray, serve
