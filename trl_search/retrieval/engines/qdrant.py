@@ -73,9 +73,7 @@ class QdrantRetriever(Retriever):
         self._params = models.SearchParams(**search_params)
         self._lock = threading.Lock() if local else None
         self.max_concurrent_batches = 1 if local else 4
-        if about["vectors"] == DENSE:
-            assert encoder is not None
-        else:
+        if encoder is None:
             if about.get("analyzer") != ANALYZER_VERSION:
                 raise UserError(
                     f"the collection {collection!r} was loaded by a version of trl-search that splits text "
@@ -87,37 +85,35 @@ class QdrantRetriever(Retriever):
         check_search(queries, k)
         self._check_open()
         vectors = self._dense(queries) if self._encoder is not None else self._sparse(queries)
-        asked = [number for number, vector in enumerate(vectors) if vector is not None]
+        asked = list(vectors.values())
 
         def fetch(numbers: list[int], count: int) -> list[Hits]:
-            return self._fetch([vectors[asked[number]] for number in numbers], count)
+            return self._fetch([asked[number] for number in numbers], count)
 
         ranked = best_rows(fetch, len(asked), k, min(self._passages, max(MOST_FETCHED, k)))
         passages = self._read({row for rows in ranked for row, _ in rows})
         found: list[list[Passage]] = [[] for _ in queries]
-        for number, rows in zip(asked, ranked, strict=True):
+        for number, rows in zip(vectors, ranked, strict=True):
             found[number] = [Passage(**passages[row], score=score) for row, score in rows]
         return found
 
-    def _dense(self, queries: Sequence[str]) -> list[Any]:
+    def _dense(self, queries: Sequence[str]) -> dict[int, Any]:
+        """The vectors of the queries that can be searched, by the query's number."""
         assert self._encoder is not None
         # A query without letters or digits would still get a vector, and match meaningless passages.
         asked = [number for number, query in enumerate(queries) if any(map(str.isalnum, query))]
-        vectors: list[Any] = [None] * len(queries)
         encoded_QD = self._encoder.encode_queries([queries[number] for number in asked])
-        for number, vector_D in zip(asked, encoded_QD, strict=True):
-            vectors[number] = vector_D.tolist()
-        return vectors
+        return dict(zip(asked, encoded_QD.tolist(), strict=True))
 
-    def _sparse(self, queries: Sequence[str]) -> list[Any]:
+    def _sparse(self, queries: Sequence[str]) -> dict[int, Any]:
         from qdrant_client import models
 
-        vectors: list[Any] = []
-        for query in queries:
-            counts = term_counts(self._analyzer.query_terms(query)[:MAX_QUERY_TERMS])
-            weights = [float(count) for count in counts.values()]
-            vectors.append(models.SparseVector(indices=list(counts), values=weights) if counts else None)
-        return vectors
+        terms = (term_counts(self._analyzer.query_terms(query)[:MAX_QUERY_TERMS]) for query in queries)
+        return {
+            number: models.SparseVector(indices=list(counts), values=list(map(float, counts.values())))
+            for number, counts in enumerate(terms)
+            if counts
+        }
 
     def _fetch(self, vectors: list[Any], count: int) -> list[Hits]:
         from qdrant_client import models
@@ -182,7 +178,7 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
 
 
-def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_s: int) -> Any:
+def connect(url: str | None, path: str | Path | None, timeout_s: int) -> Any:
     """Makes a client. The API key comes from the environment only.
 
     Raises:
@@ -192,7 +188,7 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
     if (url is None) == (path is None):
         raise UserError('qdrant needs url="http://host:6333", or path=DIR to try it out without a server')
     if url is not None and "@" in url:
-        raise UserError(f"the url would be written into files: put the API key in {api_key_env}")
+        raise UserError(f"the url would be written into files: put the API key in {API_KEY}")
     if path is not None:
         try:
             return make(path=str(path), force_disable_check_same_thread=True)
@@ -200,7 +196,7 @@ def connect(url: str | None, path: str | Path | None, api_key_env: str, timeout_
             raise UserError(f"{path} cannot be opened: {error}") from error
     # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
     return make(
-        url=url, api_key=from_environment(api_key_env), timeout=timeout_s, check_compatibility=False, trust_env=False
+        url=url, api_key=from_environment(API_KEY), timeout=timeout_s, check_compatibility=False, trust_env=False
     )
 
 
@@ -226,11 +222,12 @@ def load(
     exact: bool = False,
     hnsw_ef: int | None = None,
     oversampling: float | None = None,
-    api_key_env: str = API_KEY,
     timeout_s: int = 30,
     trust_remote_code: bool = False,
 ) -> QdrantRetriever:
     """`load_retriever("qdrant", ...)`: give `url` and `collection`, or the `index` folder that names them.
+
+    The API key, if there is one, comes from the environment variable `QDRANT_API_KEY`.
 
     Args:
         url (`str`, *optional*): The address of any node of the cluster, or of its load balancer.
@@ -246,7 +243,6 @@ def load(
         hnsw_ef (`int`, *optional*): Candidates of the approximate search; more raise recall.
         oversampling (`float`, *optional*): With quantised vectors: this many times k candidates are rescored with full
             vectors.
-        api_key_env (`str`): The environment variable that holds the API key, if there is one.
         timeout_s (`int`): Seconds until one request counts as failed.
         trust_remote_code (`bool`): Runs Python code from the encoder's checkpoint.
 
@@ -256,7 +252,7 @@ def load(
     url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:
         raise UserError("qdrant needs the name of a collection")
-    client = connect(url, path, api_key_env, timeout_s)
+    client = connect(url, path, timeout_s)
     try:
         about = read_about(client, collection)
         refuse_another_corpus(about, expected, f"the collection {collection!r}", index)

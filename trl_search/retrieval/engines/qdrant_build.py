@@ -20,7 +20,7 @@ from trl_search.retrieval.corpus.passages import Corpus
 from trl_search.retrieval.dense.corpus_vectors import VECTORS, EncodingOptions
 from trl_search.retrieval.engines.base import ABOUT, repeat_trouble
 from trl_search.retrieval.engines.build import load_engine
-from trl_search.retrieval.engines.qdrant import API_KEY, DENSE, SPARSE, call, connect
+from trl_search.retrieval.engines.qdrant import DENSE, SPARSE, call, connect
 from trl_search.retrieval.index.build_folder import SCRATCH
 from trl_search.retrieval.index.workers import Workers
 
@@ -47,7 +47,6 @@ class QdrantBuilder(EncodingOptions):
         on_disk (`bool`): Full vectors stay on disk, memory-mapped; with quantization, the quantized vectors are in
             memory.
         replace (`bool`): Deletes a collection or index of that name first.
-        api_key_env (`str`): The environment variable that holds Qdrant's API key, if there is one.
         timeout_s (`int`): Seconds until one request to an engine counts as failed.
     """
 
@@ -62,7 +61,6 @@ class QdrantBuilder(EncodingOptions):
     quantization: str = "none"
     on_disk: bool = False
     replace: bool = False
-    api_key_env: str = API_KEY
     timeout_s: int = 120
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ class QdrantBuilder(EncodingOptions):
         if self.path is not None and self.url is None:
             object.__setattr__(self, "path", str(Path(self.path).resolve()))
         else:
-            connect(self.url, self.path, self.api_key_env, self.timeout_s).close()
+            connect(self.url, self.path, self.timeout_s).close()
 
     @cached_property
     def analyzer(self) -> Analyzer:
@@ -97,7 +95,7 @@ class QdrantBuilder(EncodingOptions):
             about["encoder"] = asdict(self.loaded.fingerprint)
         else:
             about |= {"analyzer": ANALYZER_VERSION, "stemmer": self.stemmer, "stopwords": self.stopwords}
-        with contextlib.closing(connect(self.url, self.path, self.api_key_env, self.timeout_s)) as client:
+        with contextlib.closing(connect(self.url, self.path, self.timeout_s)) as client:
             engine = _Collection(client, self, corpus, folder)
             return load_engine(engine, corpus, folder, about, replace=self.replace, max_rows=MAX_UPSERT)
 
