@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -195,9 +196,11 @@ def load_held_out(
 
 
 def set_names(given: str | Sequence[str] | None) -> list[str]:
-    """The names of the sets, without duplicates, from `"nq,hotpotqa"` or `["nq", "hotpotqa"]`."""
+    """The names of the sets, without duplicates, from `"nq,hotpotqa"` or `["nq", "hotpotqa"]`. The name of an existing
+    file may hold a comma."""
     parts = [given] if isinstance(given, str) else given or []
-    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",") if name.strip()))
+    names = (name for part in parts for name in ([part] if Path(part).exists() else part.split(",")))
+    return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _sample(dataset: Dataset, limit: int | None, seed: int) -> Dataset:

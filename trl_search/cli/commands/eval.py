@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.common.provenance import command_without_secrets
     from trl_search.config.agent import asked, trained_settings
+    from trl_search.config.task import set_names
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.evaluate import MODES
     from trl_search.evaluation.run import Plan, run_evaluation
@@ -121,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
             raise unknown_name("mode", mode, MODES)
     if not modes:
         raise UserError(f"--modes is empty: give some of {','.join(MODES)}")
+    datasets = set_names(args.datasets)
+    if not datasets:
+        raise UserError("--datasets is empty: give names or files")
     if args.backend not in BACKENDS:
         raise unknown_name("backend", args.backend, BACKENDS)
     sampling = sampling_of(args, seed=args.seed)
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(
         model=args.model,
         modes=modes,
-        datasets=_datasets(args.datasets),
+        datasets=datasets,
         output=Path(args.output),
         agent=asked(trained_settings(args.model), vars(args)),
         backend=Backend(
@@ -160,11 +164,3 @@ def run(args: argparse.Namespace) -> int:
     with explained_interrupt(lambda: "the same command resumes it and does not repeat finished questions"):
         run_evaluation(plan)
     return 0
-
-
-def _datasets(words: list[str]) -> list[str]:
-    """Names and files from `nq,hotpotqa data/a,b.jsonl`. The name of an existing file may hold a comma."""
-    names = [name for word in words for name in ([word] if Path(word).exists() else word.split(",")) if name]
-    if not names:
-        raise UserError("--datasets is empty: give names or files")
-    return list(dict.fromkeys(names))

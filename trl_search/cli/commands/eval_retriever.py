@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is the number of queries per set, at least 1; got {args.limit}")
-    names = [name for word in args.datasets for name in ([word] if Path(word).exists() else set_names(word))]
     sets = [
         one
-        for name in names
+        for name in set_names(args.datasets)
         for one in load_judged(name, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args))
     ]
     measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from trl_search.config.searched import WORLD
+    from trl_search.config.task import set_names
     from trl_search.data import (
         EVALUATION_SETS,
         load_evaluation_questions,
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         questions = _world_questions(args)
     else:
         questions = load_questions(args.source, split=args.split, fields=question_fields(args))
-    against = [name.strip() for name in args.dedupe_against.split(",") if name.strip()]
+    against = set_names(args.dedupe_against)
     if "all" in against:
         against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]
     if against:
