@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from trl_search.common.credentials import bearer_token, from_environment, required_token
+from trl_search.common.credentials import authorization, bearer_token, from_environment
 from trl_search.common.errors import UserError
 
 
 def test_the_newline_of_a_mounted_file_is_stripped(monkeypatch):
     monkeypatch.setenv("KEY", "s3cret\n")
-    assert from_environment("KEY") == required_token("KEY") == bearer_token(" s3cret\r\n", "KEY") == "s3cret"
+    assert from_environment("KEY") == bearer_token(" s3cret\r\n", "KEY") == "s3cret"
+    assert authorization("KEY") == {"Authorization": "Bearer s3cret"} and authorization(None) == {}
     monkeypatch.setenv("KEY", " ")
     assert from_environment("KEY") is None
     with pytest.raises(UserError, match="KEY, named by token_env, is not set"):
-        required_token("KEY")
+        authorization("KEY")
 
 
 @pytest.mark.parametrize("token", ["", "\n", "s3 cr\net", "s3crét", "s3\x00cret"])

@@ -27,13 +27,15 @@ def bearer_token(token: str, source: str) -> str:
     return token
 
 
-def required_token(variable: str) -> str:
-    """The bearer token in the environment variable that `token_env` names.
+def authorization(variable: str | None) -> dict[str, str]:
+    """The header with the bearer token in the environment variable that `token_env` names; empty without a name.
 
     Raises:
         UserError: if the variable is not set, or no header can hold the token.
     """
+    if variable is None:
+        return {}
     token = from_environment(variable)
     if token is None:
         raise UserError(f"the environment variable {variable}, named by token_env, is not set: set it to the token")
-    return bearer_token(token, variable)
+    return {"Authorization": f"Bearer {bearer_token(token, variable)}"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import email.utils
+import time
 from collections.abc import Mapping, Sequence
 
 from trl_search.common.errors import Explained, UserError
@@ -30,6 +32,17 @@ def failure(status: int | str, said: str) -> RetrievalError:
     if status == 413:
         return TooLarge(said)
     return Unavailable(said) if status in TROUBLE else RetrievalError(said)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The wait that a server asks for, in seconds or as a date; `None` if it asks for none."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:6])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 class Retriever(abc.ABC):

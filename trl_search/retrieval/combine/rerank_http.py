@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from trl_search.common.credentials import required_token
+from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
 from trl_search.retrieval.base import RetrievalError, Unavailable, failure
@@ -63,7 +63,7 @@ class HttpScorer:
         self._request, self._read, most = _WIRES[api]
         self._batch_size = batch_size or most
         self._concurrency, self._timeout_s = concurrency, timeout_s
-        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
+        self._headers = authorization(token_env)
         self._start()
 
     def _start(self) -> None:

@@ -23,23 +23,22 @@ Proxies of the environment (`HTTP_PROXY`) are ignored: they cannot resolve the h
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import math
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import httpx
 import tenacity
 
-from trl_search.common.credentials import required_token
+from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
 from trl_search.common.retrying import GROWING_WAIT
-from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable
+from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable, retry_after_s
 from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.remote.wire import (
@@ -97,7 +96,7 @@ class HttpRetriever(AsyncRetriever):
             raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
         self._urls = (url,) if url is not None else tuple(urls or ())
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
-        self._headers = {} if token_env is None else {"Authorization": f"Bearer {required_token(token_env)}"}
+        self._headers = authorization(token_env)
         super().__init__()
         self.max_concurrent_batches = max_concurrent_batches or 2 * len(self.endpoints)
 
@@ -241,7 +240,7 @@ def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], 
     if status != 200:
         message = f"{endpoint.name} answered {status} {response.reason_phrase}: {_said(response)}"
         if status in TROUBLE:
-            raise _Repeatable(message, wait_s=_retry_after_s(response.headers))
+            raise _Repeatable(message, wait_s=retry_after_s(response.headers))
         if status >= 500:
             raise _Repeatable(message, tries=TRIES_OF_AN_ERROR)
         if status == 413:
@@ -274,14 +273,3 @@ def _said(response: httpx.Response) -> str:
         body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
     said = body if isinstance(body, str) else str(body)
     return " ".join(said[:1000].split())[:300] or "(an empty body)"
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Parses seconds or a date; `None` if it is neither."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value[:6])
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None

@@ -26,7 +26,7 @@ import httpx
 from trl_search.common.credentials import bearer_token, from_environment
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.extras import import_extra
-from trl_search.retrieval.base import RetrievalError
+from trl_search.retrieval.base import RetrievalError, retry_after_s
 
 _TAG = re.compile(r"</?\w[^<>]*>")
 
@@ -151,10 +151,7 @@ class HttpProvider:
             )
             raise RetrievalError(f"{self.name} answered {status}: {said}; {remedy}")
         if status == 429 or status >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise ProviderBusy(
-                f"{self.name} answered {status}: {said}", wait_s=float(wait) if wait.isdigit() else None
-            )
+            raise ProviderBusy(f"{self.name} answered {status}: {said}", wait_s=retry_after_s(response.headers))
         if status != 200:
             raise RetrievalError(f"{self.name} answered {status}: {said}")
         try:
