@@ -46,7 +46,7 @@ def bm25s_as_it_comes(index: Path) -> Search:
 
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         vocabulary = scores.vocab_dict
-        ids = [[vocabulary[term] for term in analyzer.terms(query) if term in vocabulary] for query in queries]
+        ids = [[vocabulary[term] for term in analyzer.split(query)[0] if term in vocabulary] for query in queries]
         rows, found = scores.retrieve(ids, k=k, show_progress=False, backend_selection="numba")
         return rows, found
 

@@ -69,10 +69,6 @@ class Analyzer:
         object.__setattr__(self, "_stem", _snowball(self.stemmer) if self.stemmer else list)
         object.__setattr__(self, "_dropped", _stop_words(self.stopwords) if self.stopwords else frozenset())
 
-    def terms(self, text: str) -> list[str]:
-        """The terms of a text, without stop words."""
-        return self.split(text)[0]
-
     def query_terms(self, query: str) -> list[str]:
         """The terms to search for: the query's terms or, if all its words are stop words, the terms of those."""
         terms, stops = self.split(query)
