@@ -171,10 +171,7 @@ def _prepare(folder: Path, about: dict[str, Any]) -> None:
             f"encoding needs {size / 1e9:,.1f} GB of disk, and {folder} has {free / 1e9:,.1f} GB free; "
             "dtype float16 needs half as much as float32"
         )
-    with open(folder / VECTORS, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + size)
+    np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype, shape=shape)
     (folder / DONE).write_bytes(bytes(shards))
     write_json(folder / ABOUT, about)  # last: its presence means that the other files exist
 
