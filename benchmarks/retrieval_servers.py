@@ -115,7 +115,7 @@ def serve_ours(backend: str, folder: Path, port: int, cache_mb: int) -> None:
         return load_retriever("bm25", index=folder / "bm25") if backend == "bm25" else ours_dense(folder)
 
     config = ServerConfig(access_log=False, cache_bytes=cache_mb << 20)
-    serve(load, config, listen("127.0.0.1", port), lambda: None)
+    serve(load, config, listen("127.0.0.1", port), lambda url: None)
 
 
 def main() -> None:

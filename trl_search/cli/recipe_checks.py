@@ -31,7 +31,7 @@ from trl_search.policies.loading import model_source
 from trl_search.protocols.instructions import tool_names
 
 GIB = 2**30
-_TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
+_TRACKERS = ("wandb", "trackio", "tensorboard")
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -137,7 +137,7 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
         wanted["attn_implementation"] = ("flash_attn", "flash-attn")
     for tracker in set_names(values.get("report_to") or []):
         if tracker in _TRACKERS:
-            wanted[f"report_to: {tracker}"] = (_TRACKERS[tracker], tracker)
+            wanted[f"report_to: {tracker}"] = (tracker, tracker)
     for key, (module, extra) in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield package_problem(key, module, extra)

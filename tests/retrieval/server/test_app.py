@@ -502,7 +502,7 @@ SLOW = """
 
     listening = listen("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
-    serve(load, ServerConfig(max_batch=2), listening, lambda: print("loaded", flush=True))
+    serve(load, ServerConfig(max_batch=2), listening, lambda url: print("loaded", flush=True))
     print("ended", flush=True)
 """
 

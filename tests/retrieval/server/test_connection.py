@@ -143,7 +143,7 @@ SERVE = """
 
     listening = listen("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
-    serve(Slow, ServerConfig(), listening, lambda: None)
+    serve(Slow, ServerConfig(), listening, lambda url: None)
 """
 
 

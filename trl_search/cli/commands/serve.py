@@ -89,14 +89,19 @@ def run(args: argparse.Namespace) -> int:
     found.see("address", lambda: listen(args.host, args.port).close())
     found.refuse()
     assert searched is not None and config is not None
-    if ray is not None:
-        return _run_on_ray(args, searched, config, ray)
-    listening = listen(args.host, args.port)
-    host, port = listening.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     started = time.monotonic()
-    print(f"loading {config.name} ...", flush=True)
-    serve(searched.load, config, listening, lambda: _say_ready(url, config, started))
+    print(f"starting {ray.replicas} replicas ..." if ray else f"loading {config.name} ...", flush=True)
+
+    def loaded(url: str) -> None:
+        _say_ready(url, config, started)
+
+    if ray is None:
+        serve(searched.load, config, listen(args.host, args.port), loaded)
+    else:
+        from trl_search.retrieval.server.ray_serve import serve_on_ray
+
+        options = searched.load_options()
+        serve_on_ray(searched.kind, options, config, ray, host=args.host, port=args.port, loaded=loaded)
     print("stopped; what was under way is answered", flush=True)
     return 0
 
@@ -126,24 +131,6 @@ def _ray_config(args: argparse.Namespace) -> RayConfig | None:
     if given and not args.ray:
         raise UserError(f"--{options[next(iter(given))]} needs --ray: add --ray, or leave the option out")
     return RayConfig(**given) if args.ray else None
-
-
-def _run_on_ray(args: argparse.Namespace, searched: Searched, config: ServerConfig, settings: RayConfig) -> int:
-    from trl_search.retrieval.server.ray_serve import serve_on_ray
-
-    started = time.monotonic()
-    print(f"starting {settings.replicas} replicas ...", flush=True)
-    serve_on_ray(
-        searched.kind,
-        searched.load_options(),
-        config,
-        settings,
-        host=args.host,
-        port=args.port,
-        loaded=lambda url: _say_ready(url, config, started),
-    )
-    print("stopped; what was under way is answered", flush=True)
-    return 0
 
 
 def _say_ready(url: str, config: ServerConfig, started: float) -> None:

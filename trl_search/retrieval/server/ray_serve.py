@@ -33,7 +33,7 @@ from trl_search.retrieval import load_retriever
 from trl_search.retrieval.server.app import make_app
 from trl_search.retrieval.server.config import ServerConfig, need_packages
 from trl_search.retrieval.server.metrics import join_replicas
-from trl_search.retrieval.server.run import is_loopback, listen, log_to
+from trl_search.retrieval.server.run import is_loopback, listen, log_to, url_of
 from trl_search.retrieval.server.service import SearchService
 
 APP, DEPLOYMENT = "trl-search", "gateway"
@@ -138,7 +138,7 @@ def gateways(
             except RuntimeError as error:
                 raise UserError(f"the replicas did not start: {_cause(error, serve)}") from error
             reachable = ray.util.get_node_ip_address() if everywhere and not is_loopback(host) else host
-            yield f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
+            yield url_of(reachable, port)
         finally:
             _drain(serve, config)
             serve.shutdown()

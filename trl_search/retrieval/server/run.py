@@ -26,7 +26,7 @@ from trl_search.retrieval.threads import on_daemon_thread
 
 
 def serve(
-    load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[], None]
+    load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[str], None]
 ) -> None:
     """Serves until a signal stops it.
 
@@ -34,7 +34,7 @@ def serve(
         load (`Callable[[], Retriever]`): Loads the retriever, on a thread; its exception ends the server.
         config (`ServerConfig`): Limits, queue, cache, token.
         listening (`socket.socket`): From `listen`.
-        loaded (`Callable[[], None]`): Called when the server starts to answer requests.
+        loaded (`Callable[[str], None]`): Called with the address when the server starts to answer requests.
     """
     need_packages()
     import uvicorn
@@ -77,7 +77,7 @@ def serve(
                 retriever = loading.result()
                 spare_what_is_loaded()
                 app.state.service.open(retriever)
-                loaded()
+                loaded(url_of(*listening.getsockname()[:2]))
             else:
                 loading.cancel()
             await serving
@@ -104,6 +104,11 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from None
+
+
+def url_of(host: str, port: int) -> str:
+    """The address of a server."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
