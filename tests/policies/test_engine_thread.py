@@ -1,4 +1,4 @@
-"""The engine's thread: requests come in, finish, fail and are cancelled between two steps."""
+"""The engine's thread: requests arrive, finish, fail and are cancelled between steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_search.types import Completion, FinishReason, Sampling
 
 
 class CountingEngine(EngineThread):
-    """Answers a prompt (n, ...) after n steps. It refuses prompts of 0, and breaks at prompts of -1."""
+    """Answers a prompt (n, ...) after n steps. It refuses prompts that begin with 0, and breaks at those with -1."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def ask(engine, steps):
     return asyncio.create_task(engine.generate([steps], max_tokens=1, sampling=Sampling()))
 
 
-def test_a_request_that_cannot_be_taken_in_fails_alone():
+def test_a_request_that_the_engine_refuses_fails_alone():
     async def scenario(engine):
         return await asyncio.gather(ask(engine, 3), ask(engine, 0), ask(engine, 1), return_exceptions=True)
 
@@ -82,7 +82,7 @@ def test_a_cancelled_request_is_dropped_and_the_others_go_on():
     assert completion.ids == (1,) and len(engine.dropped) == 1 and not engine.left
 
 
-def test_a_broken_engine_reaches_everybody_who_waits_or_comes_late():
+def test_a_broken_engine_fails_waiting_and_later_requests():
     async def scenario(engine):
         early = await asyncio.gather(ask(engine, 10**12), ask(engine, -1), return_exceptions=True)
         return [*early, *await asyncio.gather(ask(engine, 1), return_exceptions=True)]
@@ -92,7 +92,7 @@ def test_a_broken_engine_reaches_everybody_who_waits_or_comes_late():
     assert len(engine.stopped_with) == 2
 
 
-def test_closing_ends_what_is_unfinished():
+def test_closing_ends_unfinished_requests():
     async def scenario(engine):
         endless = ask(engine, 10**12)
         await ask(engine, 1)
@@ -105,12 +105,12 @@ def test_closing_ends_what_is_unfinished():
         asyncio.run(engine.generate([1], max_tokens=1, sampling=Sampling()))
 
 
-def test_interrupted_requests_return_what_they_have_and_the_engine_takes_more():
+def test_interrupted_requests_return_their_tokens_and_the_engine_continues():
     async def scenario(engine):
         endless = [ask(engine, 10**12), ask(engine, 10**12)]
         await ask(engine, 1)
         await engine.interrupt()
-        await engine.interrupt()  # of nothing
+        await engine.interrupt()  # interrupts nothing
         return [*await asyncio.gather(*endless), await ask(engine, 1)]
 
     engine, (*cut, whole) = run(scenario)
@@ -118,7 +118,7 @@ def test_interrupted_requests_return_what_they_have_and_the_engine_takes_more():
     assert whole.finish_reason is FinishReason.EOS and engine.stopped_with == [] and not engine.left
 
 
-def test_a_broken_engine_reaches_whoever_interrupts_it():
+def test_interrupting_a_broken_engine_raises_its_error():
     async def scenario(engine):
         broken = await asyncio.gather(ask(engine, -1), return_exceptions=True)
         return [*broken, *await asyncio.gather(engine.interrupt(), return_exceptions=True)]

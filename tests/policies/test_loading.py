@@ -1,4 +1,4 @@
-"""Tokenizers and models by name: revisions and end tokens are passed on, what cannot be loaded is named."""
+"""Tokenizers and models by name: revisions and end tokens are used, and what cannot be loaded is named."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trl_search.trainer.inputs import tokenizer_of
 
 
 def test_the_end_of_a_turn_can_be_set():
-    """A base model with a ChatML template: its tokenizer names the end of a text, and its template another token."""
+    """A base model with a ChatML template: the EOS of its tokenizer differs from the template's end of turn."""
     plain = load_tokenizer(tiny_policy_path())
     assert load_tokenizer(tiny_policy_path(), eos_token=plain.pad_token).eos_token_id == plain.pad_token_id
     with pytest.raises(UserError, match=r"eos_token='<\|nope\|>' is not a token of .*give the token that ends a turn"):
         load_tokenizer(tiny_policy_path(), eos_token="<|nope|>")
 
 
-def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch, tmp_path):
+def test_the_tokenizer_is_loaded_at_the_models_revision(monkeypatch, tmp_path):
     asked, checked, tokenizer = [], [], load_tokenizer(tiny_policy_path())
 
     def load(name, **options):
@@ -45,7 +45,7 @@ def test_a_tokenizer_is_of_the_revision_of_its_model(monkeypatch, tmp_path):
     assert checked == ["v2", None]
 
 
-def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):
+def test_a_checkpoint_that_is_not_a_decoder_is_refused(tmp_path):
     small = T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(small).save_pretrained(tmp_path / "t5")
     for load in (
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_is_no_decoder_is_named(tmp_path):
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], str]:
-    """The folder of the tiny policy, with its weights changed."""
+    """A folder of the tiny policy with changed weights."""
 
     def make(change: Callable[[dict[str, torch.Tensor]], None]) -> str:
         folder = tmp_path / "model"
@@ -74,12 +74,12 @@ def broken(tmp_path: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
-def test_weights_that_are_missing_are_not_made_up(broken):
+def test_missing_weights_are_refused(broken):
     with pytest.raises(UserError, match=f"lacks 1 of its weights, which would be random: {BIAS}"):
         load_model(broken(lambda weights: weights.pop(BIAS)))
 
 
-def test_weights_of_another_shape_are_named(broken):
+def test_weights_of_another_shape_are_refused(broken):
     with pytest.raises(UserError, match=r"do not have the shapes in its config\.json"):
         load_model(broken(lambda weights: weights.update({BIAS: weights[BIAS][:-1].clone()})))
 
@@ -97,7 +97,7 @@ def test_a_tokenizer_of_another_model_is_refused():
         check_vocabulary(model, tokenizer)
 
 
-def test_a_tokenizer_of_another_model_is_refused_by_the_configuration_alone(tmp_path):
+def test_a_tokenizer_of_another_model_is_refused_from_the_configuration(tmp_path):
     shutil.copytree(tiny_policy_path(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     folder, tokenizer = str(tmp_path / "model"), load_tokenizer(tiny_policy_path())
     check_vocabulary(folder, tokenizer)

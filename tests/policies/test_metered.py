@@ -1,4 +1,4 @@
-"""The bubble is the share of the rollout in which under a quarter of the slots are busy; the clock is the test's."""
+"""The bubble is the share of the rollout with fewer than a quarter of the slots busy; the tests set the clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_search.types import Completion, FinishReason, Sampling
 
 
 class Held(Policy):
-    """Answers a request when the test says so."""
+    """Answers a request when the test tells it to."""
 
     def __init__(self, slots=None):
         self.slots = slots
@@ -32,7 +32,7 @@ class Held(Policy):
 
 # 8 requests for 6 s, then 2 for 3 s, then 1 for 1 s.
 @pytest.mark.parametrize(("slots", "bubble"), [(8, 0.1), (9, 0.4), (64, 1.0)])
-def test_under_a_quarter_of_the_slots(slots, bubble):
+def test_the_bubble_counts_time_with_under_a_quarter_of_the_slots_busy(slots, bubble):
     assert measured(slots=slots, policy=Held()) == pytest.approx(bubble)
 
 

@@ -1,4 +1,4 @@
-"""Every family is sampled as one plain forward computes it, past its window, or is refused with the name of vLLM."""
+"""Every family is sampled correctly, also past its window, or is refused with the advice to use vLLM."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def open_and_close(policy):
 
 
 @pytest.mark.parametrize("family", SAMPLED)
-def test_samples_are_the_models_own_past_its_window(family, tokenizer):
+def test_samples_past_the_window_are_correct(family, tokenizer):
     model = miniature(family)
     policy = TransformersPolicy(model, tokenizer)
     policy.eos_token_ids = set()
@@ -70,12 +70,12 @@ def test_samples_are_the_models_own_past_its_window(family, tokenizer):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_family_that_the_slots_cannot_compute_is_refused(family, tokenizer):
+def test_an_unsupported_family_is_refused(family, tokenizer):
     with pytest.raises(UserError, match=rf"{REFUSED[family]}.*vLLM"):
         open_and_close(TransformersPolicy(miniature(family), tokenizer))
 
 
-def test_an_engine_that_samples_another_model_is_found_out(tokenizer, monkeypatch):
+def test_wrong_log_probs_of_the_engine_are_detected(tokenizer, monkeypatch):
     def blind(module, query, key, value, attention_mask, sliding_window=None, **kwargs):
         return kv_cache.slot_attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -102,7 +102,7 @@ def test_a_model_is_probed_once(tokenizer, monkeypatch):
     assert len(counted) == 4 and model.training and not heard
 
 
-def test_the_probe_crosses_a_window_only_where_that_is_cheap():
+def test_the_probe_goes_past_a_window_only_where_that_is_cheap():
     window = miniature("mistral", sliding_window=4096, max_position_embeddings=32768)
     assert probe.probe_length(window, torch.device("cuda")) > 4096 > probe.probe_length(window, torch.device("cpu"))
     short = miniature("llama", max_position_embeddings=16)

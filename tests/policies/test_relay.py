@@ -1,4 +1,4 @@
-"""The relay: requests wait while no engine is attached, and every token knows which weights sampled it."""
+"""The relay: requests wait while no engine is attached, and every token has the version of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASK = {"max_tokens": 9, "sampling": Sampling()}
 
 
 class Endless(Policy):
-    """Answers when it is interrupted, and with two tokens."""
+    """Answers only when it is interrupted, with two tokens."""
 
     def __init__(self, deaf_to: int = 0) -> None:
         self.requests, self.log, self.deaf_to = [], [], deaf_to
@@ -60,7 +60,7 @@ def test_requests_wait_for_an_engine_and_carry_its_version():
 
     early, late, first, second = asyncio.run(go())
     assert (early.versions, late.versions) == ((7, 7), (8, 8))
-    # The first engine of all is asked for an interruption while it has nothing to lose.
+    # The first engine is interrupted once before it has any work.
     assert first == ["open", "interrupt", "interrupt", "close"] and second == ["open", "interrupt", "close"]
 
 
@@ -77,7 +77,7 @@ def test_a_request_that_reaches_the_server_after_the_interruption_is_interrupted
     assert completion.versions == (1, 1) and interruptions == 4
 
 
-def test_an_engine_that_cannot_be_interrupted_is_refused_before_it_has_work():
+def test_an_engine_that_cannot_be_interrupted_is_refused_at_the_start():
     class Deaf(Endless):
         async def interrupt(self):
             raise UserError("start it with VLLM_SERVER_DEV_MODE=1")
@@ -95,8 +95,8 @@ def test_an_engine_that_cannot_be_interrupted_is_refused_before_it_has_work():
     assert engine.log == ["open", "close"] and not engine.requests
 
 
-def test_a_turn_goes_on_as_if_it_had_never_been_interrupted(random_model, tokenizer):
-    """With the same weights, a greedy turn in three parts is the turn in one part, log-probs included."""
+def test_an_interrupted_turn_equals_an_uninterrupted_one(random_model, tokenizer):
+    """With the same weights, a greedy turn in three parts equals the turn in one part, including log-probs."""
     greedy, prompt = Sampling(temperature=0.0), [300, 400, 500]
 
     async def whole():

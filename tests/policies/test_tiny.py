@@ -1,4 +1,4 @@
-"""The shipped model: its tokenizer is reversible and cheap on the world's language; its data and files are sound."""
+"""The shipped model: a reversible tokenizer with few tokens for the world's language, its training data, its files."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ needs_weights = pytest.mark.skipif(
 
 
 @given(st.text())
-def test_any_text_comes_back_exactly(text: str) -> None:
-    text = unicodedata.normalize("NFC", text)  # as the tokenizer of Qwen2 does first
+def test_any_text_is_decoded_exactly(text: str) -> None:
+    text = unicodedata.normalize("NFC", text)  # the tokenizer of Qwen2 normalises first
     assert TOKENIZER.decode(TOKENIZER.encode(text), clean_up_tokenization_spaces=False) == text
 
 
 @given(st.lists(st.sampled_from(list(TOKENIZER.get_added_vocab())) | st.text(max_size=5), max_size=8))
-def test_text_with_tags_comes_back_exactly(pieces: list[str]) -> None:
+def test_text_with_tags_is_decoded_exactly(pieces: list[str]) -> None:
     text = unicodedata.normalize("NFC", "".join(pieces))
     assert TOKENIZER.decode(TOKENIZER.encode(text), clean_up_tokenization_spaces=False) == text
 
@@ -67,7 +67,7 @@ def test_passages_questions_and_calls_are_short(world: World) -> None:
     assert len(TOKENIZER.encode(call)) <= 17
 
 
-def test_a_prompt_with_the_tool_costs_nine_tokens_more_than_its_question() -> None:
+def test_a_prompt_with_the_tool_has_at_most_twelve_tokens_more_than_its_question() -> None:
     question = "Who wrote Silent Harbor?"
     with_tool = load_protocol("qwen_tools", TOKENIZER, instruction="")
     prompt = with_tool.prompt_ids(with_tool.messages(question))
@@ -102,7 +102,7 @@ def test_tool_messages_are_rendered_as_qwen_renders_them() -> None:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_works_under_every_protocol(name: str) -> None:
+def test_the_tokenizer_works_with_every_protocol(name: str) -> None:
     protocol = load_protocol(name, TOKENIZER, instruction="")
     for action in (Search(("Who wrote Silent Harbor?",)), Answer("Mira Talvane")):
         text = protocol.write("I need the author.", action)
@@ -138,10 +138,10 @@ def test_saved_files_load_as_the_same_tokenizer(tmp_path: Path, random_model: Qw
     torch.testing.assert_close(model(ids).logits, random_model(ids).logits, atol=2e-2, rtol=0)
 
 
-# What it is trained on
+# Its training data
 
 
-def test_samples_hold_every_kind_and_end_in_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_include_every_kind_and_end_in_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     samples = samples_of_world(5, tokenizer, n=48)
     assert {sample.kind for sample in samples} == set(KINDS)
     for sample in samples:
@@ -150,14 +150,14 @@ def test_samples_hold_every_kind_and_end_in_an_answer(tokenizer: PreTrainedToken
         assert (sample.roles >= POLICY).sum() < len(sample.ids)
 
 
-def test_packing_keeps_samples_whole_and_apart(
+def test_packing_keeps_samples_whole_and_separate(
     tokenizer: PreTrainedTokenizerBase, random_model: Qwen2ForCausalLM
 ) -> None:
     samples = samples_of_world(5, tokenizer, n=24)
     rows = pack(samples)
     assert int((rows.roles != PADDING).sum()) == sum(len(sample.ids) for sample in samples)
     assert int((rows.positions == 0).sum()) == len(samples)
-    # What a packed sample computes is what it computes alone.
+    # A packed sample gives the same result as alone.
     ids_BT, positions_BT = (torch.from_numpy(part[:1].astype(np.int64)) for part in (rows.ids, rows.positions))
     sample_BT = (positions_BT == 0).cumsum(1)
     visible = (sample_BT.unsqueeze(2) == sample_BT.unsqueeze(1)).tril().unsqueeze(1)
@@ -173,7 +173,7 @@ def test_packing_keeps_samples_whole_and_apart(
 
 
 @needs_weights
-def test_shipped_folder_is_small_and_holds_this_tokenizer() -> None:
+def test_the_shipped_folder_is_small_and_contains_this_tokenizer() -> None:
     folder = Path(tiny_policy_path())
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000
     shipped = AutoTokenizer.from_pretrained(folder)
@@ -182,7 +182,7 @@ def test_shipped_folder_is_small_and_holds_this_tokenizer() -> None:
 
 @needs_weights
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_shipped_model_searches_reads_and_answers(protocol: str, world: World, retriever: Retriever) -> None:
+def test_the_shipped_model_searches_reads_and_answers(protocol: str, world: World, retriever: Retriever) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path())
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_path())
     result = summarize(

@@ -1,4 +1,4 @@
-"""The transformers policy: what it samples is what the model says, however requests come and go."""
+"""The transformers policy samples from the model's distribution, whatever requests run at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture
 def probed_model(random_model, tokenizer):
-    """A model whose first forwards, those of the probe, are behind it."""
+    """A model that the probe has already checked, so its forwards can be counted."""
     generate(TransformersPolicy(random_model, tokenizer), [])
     return random_model
 
@@ -61,7 +61,7 @@ def test_greedy_equals_generate(random_model, tokenizer):
         assert list(completion.ids) == out[0, len(prompt) :].tolist()
 
 
-def test_logprobs_are_the_models_own(random_model, tokenizer):
+def test_logprobs_are_those_of_the_model(random_model, tokenizer):
     policy = TransformersPolicy(random_model, tokenizer, max_sequences=4)
     asked = prompts(9, seed=1)
     how = [Sampling(temperature=0.7, top_p=0.9, top_k=50, seed=i) for i in range(9)]
@@ -72,7 +72,7 @@ def test_logprobs_are_the_models_own(random_model, tokenizer):
         torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-4, rtol=1e-4)
 
 
-def test_a_request_is_repeatable_whatever_it_is_batched_with(random_model, tokenizer):
+def test_a_request_gives_the_same_tokens_in_any_batch(random_model, tokenizer):
     asked = prompts(12, seed=2)
     options = {"max_tokens": 15, "sampling": Sampling(seed=7)}
     alone = generate(TransformersPolicy(random_model, tokenizer), [(asked[0], options)])[0]
@@ -97,7 +97,7 @@ def test_a_group_shares_its_prompt_and_draws_different_samples(random_model, tok
         torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, atol=1e-4, rtol=1e-4)
 
 
-def test_a_conversation_that_comes_back_computes_only_what_is_new(probed_model, tokenizer):
+def test_a_later_turn_computes_only_its_new_tokens(probed_model, tokenizer):
     policy = TransformersPolicy(probed_model, tokenizer, max_sequences=4)
     policy.eos_token_ids = set()
     widths = []
@@ -116,13 +116,13 @@ def test_a_conversation_that_comes_back_computes_only_what_is_new(probed_model, 
 
     again, second = asyncio.run(conversation())
     hook.remove()
-    assert widths[0] == 39 and widths[6] == 11  # the last sampled token and the ten of the observation
+    assert widths[0] == 39 and widths[6] == 11  # the last sampled token and the ten tokens of the observation
     expected = reference_logprobs(probed_model, again, second.ids)
     assert list(second.ids) == expected.argmax(-1).tolist()
 
 
 def test_a_long_prompt_does_not_pad_short_ones(probed_model, tokenizer):
-    """Half a conversation comes back beside new questions, all while the engine is busy with another."""
+    """A second turn and new questions wait together while the engine is busy with another request."""
     policy = TransformersPolicy(probed_model, tokenizer, max_sequences=8)
     policy.eos_token_ids = set()
     shapes, all_asked = [], threading.Event()
@@ -153,7 +153,7 @@ def test_a_long_prompt_does_not_pad_short_ones(probed_model, tokenizer):
 
 
 def test_more_conversations_than_slots(random_model, tokenizer):
-    """Slots are taken over by others between two turns; nothing of the former owner shows."""
+    """Other conversations use the slots between two turns, and nothing of them is left."""
     policy = TransformersPolicy(random_model, tokenizer, max_sequences=3)
     policy.eos_token_ids = set()
 
@@ -215,7 +215,7 @@ def test_a_cancelled_request_frees_its_slot(random_model, tokenizer):
     assert len(asyncio.run(go()).ids) == 2
 
 
-def test_a_broken_engine_reaches_every_waiting_coroutine(probed_model, tokenizer):
+def test_a_broken_engine_fails_every_waiting_coroutine(probed_model, tokenizer):
     policy = TransformersPolicy(probed_model, tokenizer, max_sequences=2)
     calls = []
 
@@ -236,15 +236,15 @@ def test_a_broken_engine_reaches_every_waiting_coroutine(probed_model, tokenizer
     assert all("device lost" in str(outcome) for outcome in asyncio.run(go()))
 
 
-def test_the_model_is_left_as_it_was(random_model, tokenizer):
+def test_the_model_is_not_changed(random_model, tokenizer):
     random_model.train()
     random_model.set_attn_implementation("eager")
     generate(TransformersPolicy(random_model, tokenizer), [([5], {"max_tokens": 2, "sampling": GREEDY})])
     assert random_model.training and random_model.config._attn_implementation == "eager"
 
 
-def test_the_turn_ends_at_the_stop_ids_that_only_the_protocol_knows(random_model, tokenizer):
-    """A base model with a chat template: its checkpoint names another EOS than the template's end of turn."""
+def test_a_turn_ends_at_the_stop_ids_of_the_protocol(random_model, tokenizer):
+    """A base model with a chat template: the EOS of its checkpoint differs from the template's end of turn."""
     policy = TransformersPolicy(random_model, tokenizer)
     policy.eos_token_ids = set()
     (prompt,) = prompts(1)
@@ -254,7 +254,7 @@ def test_the_turn_ends_at_the_stop_ids_that_only_the_protocol_knows(random_model
     assert ended.finish_reason is FinishReason.EOS and ended.ids == endless.ids[: endless.ids.index(end) + 1]
 
 
-def test_sample_follows_the_distribution():
+def test_samples_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     uniforms = (torch.arange(20_000) + 0.5) / 20_000
     ids, logprobs = sample(logits.expand(20_000, -1), Sampling(temperature=2.0), uniforms)
@@ -267,7 +267,7 @@ def test_sample_follows_the_distribution():
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.5)])
-def test_what_has_no_probability_is_never_sampled(how):
+def test_tokens_without_probability_are_never_sampled(how):
     logits = torch.tensor([[9.0, 8.0] + [-200.0] * 998])
     nearly_one = torch.tensor([1 - 2**-26])  # 1 in float32
     ids, _ = sample(logits, how, nearly_one)

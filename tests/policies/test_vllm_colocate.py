@@ -1,7 +1,7 @@
-"""The policy that drives a real engine in the trainer's process, and the trainer with it; vLLM's build for CPUs.
+"""The policy with a real vLLM engine (CPU build) in the trainer's process, and the trainer that uses it.
 
-tests/support/vllm_colocate_run.py runs once, in a process that has vLLM on its path; the tests below read what it
-wrote down, and compare it with the transformers policy.
+tests/support/vllm_colocate_run.py runs once, in a process with vLLM on its path. The tests below read what it wrote
+and compare it with the transformers policy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def prompts(world, tokenizer):
 
 @pytest.fixture(scope="module")
 def seen(folder, prompts):
-    """What the process wrote down."""
+    """What the process wrote."""
     require_vllm()
     (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     run_with_vllm(folder, "tests.support.vllm_colocate_run", str(folder))
@@ -56,7 +56,7 @@ def seen(folder, prompts):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_trajectories_search_and_carry_the_models_own_logprobs(seen, model, tokenizer, name):
+def test_trajectories_search_and_have_the_models_logprobs(seen, model, tokenizer, name):
     found = seen["rollouts"][name]
     assert len(found) == 48
     assert sum(trajectory["searches"] for trajectory in found) > 16
@@ -70,7 +70,9 @@ def test_trajectories_search_and_carry_the_models_own_logprobs(seen, model, toke
         sampled = torch.tensor(trajectory["mask"], dtype=torch.bool)
         torch.testing.assert_close(torch.tensor(trajectory["logprobs"])[sampled], own[sampled], atol=2e-4, rtol=1e-4)
     closed_by_model = [t for t in found if t["mask"][-1] == 1 and t["ids"][-1] == tokenizer.eos_token_id]
-    assert bool(closed_by_model) == (name == "qwen_tools")  # a sampled EOS is the model's; one behind a tag is not
+    assert bool(closed_by_model) == (
+        name == "qwen_tools"
+    )  # a sampled EOS is the model's; one after a tag is synthetic
 
 
 def test_greedy_turns_are_those_of_the_transformers_policy(seen, model, tokenizer, prompts):
@@ -107,18 +109,18 @@ def test_a_stop_string_keeps_all_of_its_last_token(seen, where):
     assert turns[where]["logprobs"] == pytest.approx(turns["whole"]["logprobs"][:end], abs=2e-4)
 
 
-def test_a_seed_repeats_its_completion_and_another_does_not(seen):
+def test_the_seed_determines_the_completion(seen):
     seeds = seen["seeds"]
     assert seeds["alone"]["ids"] == seeds["again"]["ids"] != seeds["another"]["ids"]
     assert seeds["again"]["logprobs"] == pytest.approx(seeds["alone"]["logprobs"], abs=2e-4)
 
 
-def test_a_cancelled_coroutine_leaves_nothing_in_the_engine(seen):
+def test_a_cancelled_coroutine_leaves_no_request_in_the_engine(seen):
     cancelled = seen["faults"]["cancelled"]
     assert cancelled["cancelled"] and cancelled["left"] == [0, 0] and len(cancelled["after"]["ids"]) == 4
 
 
-def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(seen):
+def test_an_interrupted_turn_continues_from_its_tokens(seen):
     interrupted = seen["faults"]["interrupted"]
     cut, rest, whole = interrupted["cut"][0], interrupted["rest"], interrupted["whole"]
     assert [part["finish_reason"] for part in interrupted["cut"]] == ["interrupted"] * 2 and len(cut["ids"]) > 0
@@ -126,11 +128,11 @@ def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(seen):
     assert [*cut["logprobs"], *rest["logprobs"]] == pytest.approx(whole["logprobs"], abs=2e-4)
 
 
-def test_closing_cancels_what_is_under_way(seen):
+def test_closing_cancels_running_requests(seen):
     assert seen["faults"]["closed"] == {"cancelled": [True] * 3, "left": [0, 0]}
 
 
-def test_an_engine_that_raises_fails_all_who_wait_and_who_come_later(seen):
+def test_an_engine_that_raises_fails_waiting_and_later_requests(seen):
     broken = seen["faults"]["broken"]
     assert [*broken["waiting"], broken["late"]] == ["RuntimeError: the engine is on fire"] * 9
     assert broken["left"] == [0, 0] and len(seen["faults"]["after"][0]["ids"]) == 4
@@ -142,18 +144,18 @@ def test_a_prompt_that_is_too_long_fails_alone(seen):
     assert seen["faults"]["left"] == [0, 0]
 
 
-def test_too_small_an_engine_is_refused_with_the_number_needed(seen):
+def test_an_engine_with_too_little_room_is_refused_with_the_number_needed(seen):
     assert f"has room for {ROOM}: set vllm_max_model_length=" in seen["too_little_room"]
     needed = int(seen["too_little_room"].split("vllm_max_model_length=")[1].split()[0])
     assert ROOM < needed < ROOM + 200
 
 
 def test_the_adapter_reaches_the_engine_after_every_step(seen):
-    """Each step samples from the weights of the one before: where they had not arrived, the difference would show."""
+    """Each step samples with the weights of the step before; if they had not arrived, the log-probs would differ."""
     training = seen["training"]
     assert len(training["logged"]) == 2 and max(training["logged"]) < 1e-3
     assert training["stale"] > 0.05 and training["synced"] < 1e-3
 
 
-def test_an_evaluation_during_training_is_by_the_engine_with_the_last_weights(seen):
+def test_evaluation_during_training_uses_the_engine_with_the_latest_weights(seen):
     check_held_out(seen["training"]["held_out"], len(ROWS))

@@ -1,6 +1,6 @@
-"""The policy behind a real `vllm serve` process: what comes back is what was sampled, and a lost server is survived.
+"""The policy with a real `vllm serve` process: it returns what was sampled, and survives the loss of the server.
 
-The last tests kill the server and start it again; they stand in the order in which they run.
+The last tests kill the server and restart it; the order of the tests matters.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def logprobs_of(model, trajectory, temperature=1.0):
 
 
 @pytest.mark.parametrize("name", ["qwen_tools", "search_r1"])
-def test_trajectories_search_and_carry_the_models_own_logprobs(server, model, tokenizer, world, retriever, name):
-    """Whatever is in the model's generation config: its penalty and its top-p would show in every logprob."""
+def test_trajectories_search_and_have_the_models_logprobs(server, model, tokenizer, world, retriever, name):
+    """The model's generation config must not matter: its penalty and its top-p would change every logprob."""
     protocol = load_protocol(name, tokenizer, instruction="")
     sampling = Sampling(temperature=0.8, seed=3)
     found = search(VLLMServerPolicy(server.url), protocol, world, retriever, 24, sampling=sampling)
@@ -124,7 +124,9 @@ def test_trajectories_search_and_carry_the_models_own_logprobs(server, model, to
         expected = logprobs_of(model, trajectory, 0.8)[mask]
         torch.testing.assert_close(torch.tensor(trajectory.logprobs)[mask], expected, atol=2e-4, rtol=1e-4)
     closed_by_model = [t for t in found if t.mask[-1] == 1 and t.ids[-1] == tokenizer.eos_token_id]
-    assert bool(closed_by_model) == (name == "qwen_tools")  # a sampled EOS is the model's; one behind a tag is not
+    assert bool(closed_by_model) == (
+        name == "qwen_tools"
+    )  # a sampled EOS is the model's; one after a tag is synthetic
 
 
 def test_greedy_turns_are_those_of_the_transformers_policy(server, model, tokenizer, world):
@@ -138,7 +140,7 @@ def test_greedy_turns_are_those_of_the_transformers_policy(server, model, tokeni
         assert other.logprobs == pytest.approx(one.logprobs, abs=2e-4)
 
 
-def test_a_seed_repeats_its_completion_and_another_does_not(server):
+def test_the_seed_determines_the_completion(server):
     options = {"max_tokens": 24, "sampling": Sampling(temperature=1.5, seed=2**200 + 7)}  # vLLM takes 64 bits
     other = {**options, "sampling": replace(options["sampling"], seed=8)}
     prompt = [300, 400, 500]
@@ -149,7 +151,7 @@ def test_a_seed_repeats_its_completion_and_another_does_not(server):
     assert crowd[-2] == alone and crowd[-1].ids != alone.ids
 
 
-def test_turns_end_at_a_stop_string_at_eos_and_at_the_budget(server, tokenizer, world):
+def test_a_turn_ends_at_a_stop_string_at_eos_or_at_the_budget(server, tokenizer, world):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     (prompt,), _ = questions(world, protocol, 1)
     whole, cut = generate(
@@ -159,7 +161,7 @@ def test_turns_end_at_a_stop_string_at_eos_and_at_the_budget(server, tokenizer, 
     )
     assert whole.finish_reason is FinishReason.EOS and whole.ids[-1] == tokenizer.eos_token_id
     assert cut.finish_reason is FinishReason.LENGTH and cut.ids == whole.ids[:7]
-    # Stop strings that end inside a token, and over the border of two: the ids hold the sampled tokens whole.
+    # Stop strings that end inside a token or span two tokens: the ids contain the whole sampled tokens.
     words = [tokenizer.decode([token]) for token in whole.ids]
     index = next(i for i in range(4, len(words)) if len(words[i].strip()) > 3 and words[i] not in words[:i])
     for stop in (words[index][:-1], words[index - 1][-1] + words[index][:2]):
@@ -190,8 +192,8 @@ def test_a_cancelled_coroutine_ends_its_request_in_the_engine(server):
     assert asyncio.run(go()) - before < 900
 
 
-def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(server):
-    """Two clients: the one that does not interrupt gets its tokens back too, and asks for the rest."""
+def test_an_interrupted_turn_continues_from_its_tokens(server):
+    """Two clients: the one that did not interrupt also gets its tokens back, and requests the rest."""
     prompt, ask = [300, 400, 500], {"max_tokens": 600, "sampling": GREEDY}
 
     async def go():
@@ -219,7 +221,7 @@ def test_an_interrupted_turn_goes_on_from_the_tokens_it_has(server):
         assert both.logprobs == pytest.approx(whole.logprobs[: len(both.ids)], abs=2e-4)
 
 
-def test_what_the_server_refuses_names_the_remedy(server):
+def test_a_refused_request_names_the_remedy(server):
     policy = VLLMServerPolicy(server.url)
     with pytest.raises(UserError, match=rf"{server.url} rejected.*maximum context length.*--max-model-len 1100"):
         generate(policy, ([300] * 1000, {"max_tokens": 100, "sampling": GREEDY}))
@@ -231,9 +233,9 @@ def test_what_the_server_refuses_names_the_remedy(server):
         generate(VLLMServerPolicy(server.url, context_length=5000))
 
 
-def test_doctor_finds_this_server_well_but_for_its_cpu(server):
+def test_the_doctor_finds_no_problem_with_this_server_except_its_cpu(server):
     checks = {check.name: check for check in server_checks(server.url)}
-    # Whether this process has a vLLM of its own, to send weights with, is not what is asked here.
+    # Whether this process has vLLM, which it needs to send weights, is not tested here.
     unwell = {check.name for check in checks.values() if check.status is not Status.OK} - {"server version"}
     assert unwell == {"weight sync"}
     assert "CPU" in checks["weight sync"].said and checks["weight sync"].status is Status.WARNING
@@ -243,19 +245,19 @@ def test_doctor_finds_this_server_well_but_for_its_cpu(server):
     assert "--max-model-len 1100" in checks["max_model_len"].remedy
 
 
-def test_a_trainers_adapter_reaches_the_server_after_every_step(server, folder):
-    """Each step samples from the weights of the one before: where they had not arrived, the difference would show."""
+def test_the_adapter_reaches_the_server_after_every_step(server, folder):
+    """Each step samples with the weights of the step before; if they had not arrived, the log-probs would differ."""
     run_with_vllm(folder.parent, "tests.support.vllm_server_run", str(folder.parent), server.url)
     seen = json.loads((folder.parent / "server.json").read_text(encoding="utf-8"))
     assert len(seen["logged"]) == 2 and max(seen["logged"]) < 1e-3
     assert seen["stale"] > 0.05 and seen["synced"] < 1e-3
-    base, adapter = seen["served"]  # the ones before were unloaded
+    base, adapter = seen["served"]  # earlier adapters were unloaded
     assert base == "tiny" and re.fullmatch("policy-[0-9a-f]{8}-3", adapter)
-    check_held_out(seen["held_out"], len(ROWS))  # an evaluation during training, by the server
+    check_held_out(seen["held_out"], len(ROWS))  # an evaluation during training, on the server
 
 
-def test_an_evaluation_asks_it(server, folder, world, retriever, capsys):
-    """All answers but one or two are those of the model itself: two tokens may be as likely as each other."""
+def test_an_evaluation_uses_the_server(server, folder, world, retriever, capsys):
+    """All answers but one or two equal those of the model itself: two tokens may be equally likely."""
     write_questions(folder.parent, world)
     with serving(retrieve_from(retriever)) as searched:
         asked = partial(command, folder.parent, "model", searched.url)
@@ -270,7 +272,7 @@ def test_an_evaluation_asks_it(server, folder, world, retriever, capsys):
 
 
 def kill_in_the_middle(server, rollout):
-    """Starts the rollout, and kills the server once a completion of it is done."""
+    """Starts the rollout, and kills the server after its first completion."""
     before = server.metric("vllm:request_success_total")
     thread = ThreadPoolExecutor(1)
     running = thread.submit(rollout)
@@ -281,7 +283,7 @@ def kill_in_the_middle(server, rollout):
     return running
 
 
-def test_killed_and_restarted_in_the_middle_of_a_rollout(server, tokenizer, world, retriever):
+def test_the_server_is_killed_and_restarted_during_a_rollout(server, tokenizer, world, retriever):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     policy = VLLMServerPolicy(server.url, patience_s=600)
     undisturbed = search(policy, protocol, world, retriever, 16)
@@ -289,11 +291,11 @@ def test_killed_and_restarted_in_the_middle_of_a_rollout(server, tokenizer, worl
     server.start()
     disturbed = running.result()
     assert policy.restarted
-    # Seeds make the second try the first one again; and the weights of this server never change.
+    # The second try has the same seeds, and the weights of this server never change.
     assert [t.ids for t in disturbed] == [t.ids for t in undisturbed]
 
 
-def test_gone_for_good(server, tokenizer, world, retriever):
+def test_a_server_that_stays_away_ends_the_rollout(server, tokenizer, world, retriever):
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     policy = VLLMServerPolicy(server.url, patience_s=1)
     running = kill_in_the_middle(server, lambda: search(policy, protocol, world, retriever, 16))
@@ -303,12 +305,12 @@ def test_gone_for_good(server, tokenizer, world, retriever):
         generate(VLLMServerPolicy(server.url))
 
 
-# Without the engine
+# Without an engine
 
 
 @pytest.fixture
 def answering():
-    """A server that gives to `POST /v1/completions` what a test puts into `answers`, one after the other."""
+    """A server that answers `POST /v1/completions` with the `answers` of a test, one after the other."""
     answers = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -343,7 +345,7 @@ ASK = ([1], {"max_tokens": 2, "sampling": GREEDY})
 
 
 @pytest.mark.parametrize("trouble", [(503, "busy"), (429, "slow down"), (500, "oops"), (200, ABORTED)])
-def test_trouble_of_the_server_is_asked_again(answering, trouble):
+def test_temporary_server_errors_are_retried(answering, trouble):
     url, answers = answering
     answers += [trouble, trouble, (200, CHOICE % "length")]
     completion = generate(VLLMServerPolicy(url), ASK)[0]
@@ -356,7 +358,7 @@ def test_trouble_of_the_server_is_asked_again(answering, trouble):
     assert 1.5 < time.monotonic() - started < 60
 
 
-def test_what_an_aborted_request_has_sampled_is_kept(answering):
+def test_the_tokens_of_an_aborted_request_are_kept(answering):
     url, answers = answering
     answers.append((200, CHOICE % "abort"))
     (completion,) = generate(VLLMServerPolicy(url), ASK)
@@ -379,9 +381,9 @@ def test_a_server_that_cannot_be_paused_names_the_remedy(answering):
         asyncio.run(interrupt())
 
 
-def test_when_a_server_was_started(answering, monkeypatch):
+def test_the_start_time_of_a_server_is_read(answering, monkeypatch):
     url, _ = answering
-    assert server_start_time(url, 5.0) is None  # as behind several API servers
+    assert server_start_time(url, 5.0) is None  # as with several API servers
     metrics = httpx.Response(200, text="# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n")
     assert read_start_time(metrics) == 1.5e9
     with socket.socket() as free:
@@ -391,10 +393,10 @@ def test_when_a_server_was_started(answering, monkeypatch):
         server_start_time(gone, 0.3)
 
 
-def test_what_tells_a_restart(caplog):
+def test_a_restart_is_detected(caplog):
     policy = VLLMServerPolicy("http://localhost:1")
     policy.see(5.0)
-    policy.see(None)  # an answer of /metrics that was no answer
+    policy.see(None)  # /metrics gave no start time
     policy.see(5.0)
     assert not policy.restarted
     policy.see(6.0)
@@ -406,7 +408,7 @@ def test_what_tells_a_restart(caplog):
     assert silent.restarted and "was restarted" in caplog.text
 
 
-def test_answers_that_lack_what_is_needed(answering):
+def test_incomplete_answers_are_refused(answering):
     url, answers = answering
     answers.append((200, (CHOICE % "stop").replace('"token_ids": [5, 6],', "")))
     with pytest.raises(UserError, match="returned no token ids"):
@@ -416,7 +418,7 @@ def test_answers_that_lack_what_is_needed(answering):
         generate(VLLMServerPolicy(url), ([1], {"max_tokens": 9, "sampling": GREEDY}))
 
 
-def test_the_first_version_is_the_first_that_trl_takes():
+def test_the_lowest_vllm_version_is_the_lowest_that_trl_accepts():
     import inspect
 
     from trl.import_utils import is_vllm_available
@@ -425,6 +427,6 @@ def test_the_first_version_is_the_first_that_trl_takes():
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://", ""])
-def test_an_address_is_an_address(url):
+def test_invalid_addresses_are_refused(url):
     with pytest.raises(UserError, match="must begin with http://"):
         VLLMServerPolicy(url)

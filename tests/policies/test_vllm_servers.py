@@ -1,4 +1,4 @@
-"""Several servers as one policy, against stand-ins on loopback that answer as `vllm serve` does."""
+"""Several servers as one policy, with fake `vllm serve` servers on loopback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLING = Sampling(temperature=1.0, seed=1)
 
 
 class VLLM:
-    """A stand-in whose completion is the sum of the prompt, so that any server gives the same one."""
+    """A fake server whose completion is the sum of the prompt, so that every server gives the same one."""
 
     def __init__(self, started_at=1.0):
         self.started_at = started_at
@@ -64,7 +64,7 @@ def policy_of(servers, **options):
 
 
 def roll_out(policy, trajectories=8, turns=4):
-    """Each trajectory's tokens after its turns. Turns are taken together, so that all are under way at once."""
+    """The tokens of each trajectory after its turns. All trajectories run at the same time."""
 
     async def trajectory(number, gate):
         ids = [number]
@@ -95,26 +95,26 @@ def expected(trajectories=8, turns=4):
     return found
 
 
-def test_a_trajectory_stays_with_its_server_and_the_load_is_balanced(servers):
+def test_a_trajectory_stays_on_its_server_and_the_load_is_balanced(servers):
     assert roll_out(policy_of(servers)) == expected()
     homes = [{prompt[0] for prompt in one.prompts} for one in servers]
     assert homes[0].isdisjoint(homes[1]) and [len(home) for home in homes] == [4, 4]
     assert all(count == 4 for one in servers for count in Counter(prompt[0] for prompt in one.prompts).values())
 
 
-def test_a_server_that_dies_leaves_its_trajectories_to_the_other(servers):
+def test_the_trajectories_of_a_dead_server_move_to_the_other(servers):
     servers[0].dies_after = 6
     assert roll_out(policy_of(servers)) == expected()
     assert {prompt[0] for prompt in servers[1].prompts} == set(range(1, 9))
 
 
-def test_a_server_that_was_restarted_has_lost_the_weights_and_gets_nothing(servers):
+def test_a_restarted_server_has_lost_the_weights_and_gets_no_requests(servers):
     servers[0].started_at = 2.0
     assert roll_out(policy_of(servers)) == expected()
     assert servers[0].prompts == []
 
 
-def test_one_of_two_is_enough_to_open(servers):
+def test_one_of_two_servers_is_enough_to_start(servers):
     servers[1].server.kill()
     assert roll_out(policy_of(servers)) == expected()
 
@@ -133,6 +133,6 @@ def test_when_the_last_server_dies_the_rollout_ends(servers):
         roll_out(policy_of(servers))
 
 
-def test_what_all_servers_would_refuse_is_not_tried_on_the_next(servers):
+def test_a_request_that_every_server_would_refuse_is_not_retried(servers):
     with pytest.raises(ValueError, match="need 600 tokens"):
         roll_out(policy_of(servers, context_length=600))

@@ -1,4 +1,4 @@
-"""An engine that two ranks share: two policies in one process, each with a stand-in for its part of the engine."""
+"""An engine that two ranks share: two policies in one process, each with a fake of its half of the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_search.types import Completion, FinishReason, Sampling
 
 
 class HalfAnEngine:
-    """Writes down what it is told and when. A request takes `max_tokens` steps; prompts of token 13 are refused."""
+    """Records its calls. A request takes `max_tokens` steps; prompts with token 13 are refused."""
 
     def __init__(self) -> None:
         self.told: list[object] = []
@@ -49,7 +49,7 @@ class HalfAnEngine:
 
 
 class Meeting:
-    """The exchange of two threads."""
+    """An exchange between two threads, in place of one between ranks."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2, timeout=600)
@@ -73,7 +73,7 @@ def completion_of(name):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Two policies on one engine, and its halves."""
+    """Two policies on one engine, and the halves of the engine."""
     monkeypatch.setattr(vllm_colocate, "_params", lambda request: request)
     monkeypatch.setattr(vllm_colocate, "_completion", completion_of)
     meeting, halves = Meeting(), [HalfAnEngine(), HalfAnEngine()]
@@ -81,13 +81,13 @@ def ranks(monkeypatch):
 
 
 def together(*coroutines):
-    """Each rank on a thread and an event loop of its own."""
+    """Runs each rank on its own thread and event loop."""
     with ThreadPoolExecutor() as threads:
         return [future.result() for future in [threads.submit(asyncio.run, each) for each in coroutines]]
 
 
 async def generate(policy, *lengths):
-    """One trajectory: a turn of each length, one after the other."""
+    """One trajectory with turns of these lengths."""
     return [(await policy.generate([7], max_tokens=length, sampling=Sampling())).ids[0] for length in lengths]
 
 
@@ -99,7 +99,7 @@ async def rank(policy, *trajectories):
         await policy.close()
 
 
-def test_both_halves_are_told_the_same_and_each_rank_gets_its_own(ranks):
+def test_both_halves_get_the_same_requests_and_each_rank_its_own_results(ranks):
     policies, halves = ranks
     first, second = together(
         rank(policies[0], [3, 1], [2]), rank(policies[1], [1] * 9, [4, 4], [2, 8])
@@ -112,7 +112,7 @@ def test_both_halves_are_told_the_same_and_each_rank_gets_its_own(ranks):
     assert sorted(name.split("-")[1] for name in added) == ["0"] * 3 + ["1"] * 13
 
 
-def test_the_engine_is_used_again(ranks):
+def test_the_engine_can_be_used_again(ranks):
     policies, halves = ranks
     for _ in range(2):
         assert together(rank(policies[0], [1]), rank(policies[1], [2])) == [[[0]], [[1]]]
@@ -153,7 +153,7 @@ async def interrupted(policy, half):
     return (await task).finish_reason
 
 
-def test_an_interruption_gives_back_the_requests_of_its_rank(ranks):
+def test_an_interruption_returns_the_requests_of_its_rank(ranks):
     policies, halves = ranks
     assert together(interrupted(policies[0], halves[0]), rank(policies[1], [40])) == [
         FinishReason.INTERRUPTED,
@@ -163,7 +163,7 @@ def test_an_interruption_gives_back_the_requests_of_its_rank(ranks):
 
 
 async def left_behind(policy, half):
-    """Closes the policy while a request runs."""
+    """Closes the policy while a request is running."""
     await policy.open()
     task = asyncio.create_task(policy.generate([7], max_tokens=10**9, sampling=Sampling()))
     while not half.left:
@@ -173,7 +173,7 @@ async def left_behind(policy, half):
     return task.cancelled()
 
 
-def test_what_a_rank_leaves_behind_ends_too(ranks):
+def test_requests_that_a_rank_leaves_behind_are_ended(ranks):
     policies, halves = ranks
     assert together(left_behind(policies[0], halves[0]), rank(policies[1], [3])) == [True, [[1]]]
     assert halves[0].told == halves[1].told and halves[0].left == {}
@@ -196,7 +196,7 @@ def test_a_request_that_the_engine_refuses_fails_alone(ranks):
 
 @pytest.mark.slow
 def test_two_processes_share_a_real_engine(tmp_path):
-    """vLLM's CPU build, half of it in each process: greedy completions are those of an engine of one process."""
+    """vLLM's CPU build over two processes: greedy completions equal those of an engine in one process."""
     require_vllm()
     make_model_folder(tmp_path / "model")
     run_ranks(

@@ -1,4 +1,4 @@
-"""Conformance: each family of models with each protocol, on tokenizers in miniature (`tests/support/families.py`)."""
+"""Each model family with each protocol, with miniature tokenizers (`tests/support/families.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trl_search.types import Answer, Observation, Passage, Search, StopReason
 
 QUERIES = ('who wrote "Quiet Raven" [1], {it\'s} here?', "Zürich\nLausanne")
 NATIVE = [name for name, family in FAMILIES.items() if family.form]
-# In these, an answer ends with another token than a call.
+# In these families an answer ends with another token than a call.
 TWO_ENDS = {
     "Gemma 4": ("<turn|>", "<|tool_response>"),
     "gpt-oss": ("<|return|>", "<|call|>"),
@@ -39,7 +39,7 @@ def protocol_of(family: str, name: str = "") -> Protocol:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_template_is_read_in_its_own_form_or_refused_by_name(family):
+def test_each_template_has_its_call_format_or_is_refused(family):
     form = FAMILIES[family].form
     if form is None:
         with pytest.raises(ValueError, match="search_r1"):
@@ -50,7 +50,7 @@ def test_a_template_is_read_in_its_own_form_or_refused_by_name(family):
 
 
 @pytest.mark.parametrize("family", NATIVE)
-def test_a_rendered_call_is_read_back(family):
+def test_a_rendered_call_is_parsed(family):
     protocol = protocol_of(family)
     context = protocol.prompt_ids(protocol.messages("Who?"))
     for action in (Search(QUERIES), Answer("Lyon, 1899")):
@@ -63,7 +63,7 @@ def test_a_rendered_call_is_read_back(family):
 
 
 @pytest.mark.parametrize("family", NATIVE)
-def test_our_reader_agrees_with_the_response_parser_of_transformers(family):
+def test_our_parser_agrees_with_the_response_parser_of_transformers(family):
     protocol = protocol_of(family)
     try:
         tokenizer = add_response_schema(FAMILIES[family].tokenizer())
@@ -80,7 +80,7 @@ def test_our_reader_agrees_with_the_response_parser_of_transformers(family):
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("closed", [True, False])
 def test_an_observation_extends_the_prompt_exactly(family, closed):
-    """Prompt, call and observation, put together id by id, spell what the template renders for the whole."""
+    """The concatenated ids of prompt, call and observation spell what the template renders for the conversation."""
     protocol = protocol_of(family)
     history = call_history(call_of(Search(QUERIES)), protocol.template.message)
     prompt = protocol.prompt_ids(history[:1])
@@ -92,16 +92,16 @@ def test_an_observation_extends_the_prompt_exactly(family, closed):
     assert said == protocol.quote(history[2]["content"])
     spelled = protocol.decode([*prompt, *call, *ids])
     rendered = protocol.render_messages(history, add_generation_prompt=True)
-    if FAMILIES[family].pieces == "sentencepiece":  # it puts a space after each control token of a text
+    if FAMILIES[family].pieces == "sentencepiece":  # this tokenizer puts a space after each control token
         spelled, rendered = spelled.replace(" ", ""), rendered.replace(" ", "")
-    # Nemotron's template drops the newline of a thought that the prompt opened.
+    # Nemotron's template drops the newline of a thought that the prompt began.
     assert spelled.replace("<think>\n<think>", "<think>") == rendered
 
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3.5, thinking", "Qwen3.5, not thinking"])
 def test_qwen3_works_with_thinking_on_and_off(family, thinking):
-    """With thinking off the prompt writes an empty thought, which the template leaves out of earlier turns."""
+    """With thinking off, the prompt contains an empty thought, which the template leaves out of earlier turns."""
     tokenizer = FAMILIES[family].tokenizer()
     protocol = load_protocol("qwen_tools", tokenizer, chat_template_kwargs={"enable_thinking": thinking})
     prompt = protocol.prompt_ids(protocol.messages("Who?"))
@@ -115,7 +115,7 @@ def test_qwen3_works_with_thinking_on_and_off(family, thinking):
     assert protocol.decode(ids).endswith(protocol.decode(prompt).rpartition("<|im_start|>")[2])
 
 
-def test_a_reply_repeats_the_id_that_the_policy_gave_its_call():
+def test_a_reply_repeats_the_id_of_the_call():
     protocol = protocol_of("Mistral 7B")
     call = '[TOOL_CALLS] [{"name": "search", "arguments": {"query_list": ["x"]}, "id": "aB3dE6gH9"}]'
     assert protocol.parse(protocol.read_turn(protocol.encode(call))) == Search(("x",))
@@ -131,11 +131,11 @@ def test_every_token_that_ends_a_turn_is_a_stop_token(family):
     ends = [protocol.tokenizer.convert_ids_to_tokens(index) for index in protocol.stop_token_ids]
     assert FAMILIES[family].eos in ends
     assert set(TWO_ENDS.get(family, ())) <= set(ends)
-    if family == "gpt-oss":  # its thoughts end with <|end|>, and the turn goes on
+    if family == "gpt-oss":  # its thoughts end with <|end|>, but the turn continues
         assert "<|end|>" not in ends
 
 
-# What the world says
+# Untrusted text
 
 
 def hostile_texts(family: str) -> st.SearchStrategy[str]:
@@ -148,7 +148,7 @@ def hostile_texts(family: str) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_the_world_says_is_control(family):
+def test_untrusted_text_contains_no_control_tokens(family):
     protocol = protocol_of(family)
     frame, _ = protocol.observation_ids(Observation(), max_tokens=9999, turn_closed=True)
     control = protocol.control.ids
@@ -171,17 +171,17 @@ def test_nothing_the_world_says_is_control(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_added_token_that_looks_like_control_is(family):
+def test_every_added_token_that_looks_like_control_counts_as_control(family):
     protocol = protocol_of(family)
     contents = [protocol.tokenizer.convert_ids_to_tokens(index) for index in protocol.control.ids]
     expected = {FAMILIES[family].eos, *FAMILIES[family].special, *FAMILIES[family].words}
     assert expected <= set(contents)
-    # Years and runs of spaces are text, even where they are tokens of their own.
+    # Years and runs of spaces are text, even if they are added tokens.
     year = protocol.tokenizer.convert_tokens_to_ids("2024")
     assert year not in protocol.control.ids and year in protocol.control.encode("in 2024")
 
 
-def test_a_tokenizer_that_normalises_makes_no_control_token_of_full_width_letters():
+def test_full_width_letters_do_not_become_control_tokens():
     tokenizer = Family(SMOLLM2, None, "</s>", ("[INST]",), pieces="normalising").tokenizer()
     eos = tokenizer.eos_token_id
     assert eos in tokenizer.encode("\uff1c/s\uff1e")
@@ -216,7 +216,7 @@ def test_a_base_model_without_a_template_gets_its_bos():
     assert tokenizer.bos_token_id not in protocol.encode("Who?")
 
 
-def test_a_template_that_refuses_a_system_message_says_so_at_the_start():
+def test_a_template_that_refuses_a_system_message_is_reported_at_the_start():
     refusing = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
     )
@@ -230,7 +230,7 @@ def test_a_template_that_refuses_a_system_message_says_so_at_the_start():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scripted_rollout_is_well_formed(family):
-    """A prompt that opens a thought costs no format score, and a scripted player does not open the thought twice."""
+    """A prompt that begins a thought does not lower the format score, and scripted players do not begin it again."""
     protocol = protocol_of(family)
 
     def script():
@@ -251,7 +251,7 @@ def test_a_scripted_rollout_is_well_formed(family):
 @pytest.mark.parametrize("family", NATIVE)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_reading_never_raises(family, data):
+def test_parsing_never_raises(family, data):
     protocol = protocol_of(family)
     form = protocol.call_format
     pieces = ("<think>", "</think>", *'{}[]"=x\n', "call:search{", "search(", "<function=search>", "</function>")
@@ -261,16 +261,16 @@ def test_reading_never_raises(family, data):
 
 
 @pytest.mark.parametrize("form", CALL_FORMATS, ids=lambda form: form.name)
-def test_every_form_is_read_in_linear_time(form):
+def test_every_call_format_is_parsed_in_linear_time(form):
     pieces = ["<tool_call>", "<function=a></function>", "<parameter=a>", "<arg_key>a</arg_key>", '<|"|>', "[", "a(b=",
               "-", "<|channel|>analysis<|message|>", "<|end|>", "[TOOL_CALLS]", "<think>", " ", "{,a:"]  # fmt: skip
     started = time.process_time()
     for piece in pieces:
         form.canonical((form.opening or "{") + piece * (200_000 // len(piece)) + form.closing)
-    assert time.process_time() - started < 4  # a quadratic reader needs minutes
+    assert time.process_time() - started < 4  # a quadratic parser needs minutes
 
 
-def test_the_table_of_models_says_what_the_code_does():
+def test_the_table_of_models_agrees_with_the_code():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line]
     table = {row[0]: row[1:] for row in rows}

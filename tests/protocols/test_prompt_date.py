@@ -1,4 +1,4 @@
-"""Templates that write today's date write the same one every day: a prompt is a part of what was trained."""
+"""Templates that contain today's date get a fixed date, so that the prompt is the same as in training."""
 
 from __future__ import annotations
 

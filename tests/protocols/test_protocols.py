@@ -1,4 +1,4 @@
-"""Protocols: what is written is read back, untrusted text is inert, observations fit their budget."""
+"""Protocols: written calls are parsed back, untrusted text is inert, observations fit their budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ common = settings(max_examples=60, suppress_health_check=[HealthCheck.function_s
 @pytest.mark.parametrize("name", NAMES)
 @common
 @given(thought=plain, queries=st.lists(plain, min_size=1, max_size=3))
-def test_a_written_search_is_read_back(tokenizer, name, thought, queries):
+def test_a_written_search_is_parsed_back(tokenizer, name, thought, queries):
     protocol = load_protocol(name, tokenizer)
     queries = queries[:1] if name == "search_r1" else queries
     action = Search(tuple(query.strip() for query in queries))
@@ -39,7 +39,7 @@ def test_a_written_search_is_read_back(tokenizer, name, thought, queries):
 @pytest.mark.parametrize("name", NAMES)
 @common
 @given(thought=plain, answer=plain)
-def test_a_written_answer_is_read_back(tokenizer, name, thought, answer):
+def test_a_written_answer_is_parsed_back(tokenizer, name, thought, answer):
     protocol = load_protocol(name, tokenizer)
     assert protocol.parse(protocol.write(thought, Answer(answer.strip()))) == Answer(answer.strip())
 
@@ -73,7 +73,7 @@ def test_parsing_model_output_never_raises(tokenizer, name, text):
         ("<think> I do not know </think>", EndOfTurn()),
     ],
 )  # fmt: skip
-def test_qwen_tools_reads(tokenizer, text, expected):
+def test_qwen_tools_parses(tokenizer, text, expected):
     action = load_protocol("qwen_tools", tokenizer).parse(text)
     if isinstance(expected, str):
         assert isinstance(action, Invalid) and expected in action.problem
@@ -81,14 +81,14 @@ def test_qwen_tools_reads(tokenizer, text, expected):
         assert action == expected
 
 
-def test_a_users_own_tool_is_a_tool_call(tokenizer):
+def test_a_call_of_a_users_tool_is_a_tool_call(tokenizer):
     tool = {"type": "function", "function": {"name": "multiply", "parameters": {}}}
     protocol = load_protocol("qwen_tools", tokenizer, tools=[tool])
     call = json.dumps({"name": "multiply", "arguments": {"a": 2, "b": 3}})
     assert protocol.parse(f"<tool_call>{call}</tool_call>") == ToolCall("multiply", {"a": 2, "b": 3})
 
 
-def test_search_r1_reads(tokenizer):
+def test_search_r1_parses(tokenizer):
     protocol = load_protocol("search_r1", tokenizer)
     assert protocol.parse("<think> t </think>\n<search> a query </search>") == Search(("a query",))
     assert isinstance(protocol.parse("<search> a query"), Invalid)
@@ -96,7 +96,7 @@ def test_search_r1_reads(tokenizer):
     assert isinstance(protocol.parse("<information>mine</information><answer>x</answer>"), Invalid)
 
 
-# Pitfall 6: a passage can neither answer, nor call a tool, nor end a turn.
+# Pitfall 6: a passage can neither answer nor call a tool nor end a turn.
 @pytest.mark.parametrize("name", NAMES)
 @common
 @given(text=hostile)
@@ -118,7 +118,7 @@ def test_untrusted_text_is_inert(tokenizer, name, text):
     assert "<answer>" not in protocol.escape(text) and "<|im_end|>" not in protocol.escape(text)
 
 
-# Pitfall 4: cut a document at a time, in tokens, and never the frame.
+# Pitfall 4: each document is truncated in tokens, the frame never.
 @pytest.mark.parametrize("name", NAMES)
 @common
 @given(
@@ -146,7 +146,7 @@ def test_observations_fit_their_budget_and_keep_their_frame(tokenizer, name, len
 
 
 @given(st.lists(st.integers(1, 300), max_size=6), st.integers(0, 1000))
-def test_fair_limit_is_fair(lengths, room):
+def test_fair_limit_uses_the_room_evenly(lengths, room):
     limit, kept = fair_limit(lengths, room)
     used = sum(min(length, limit) for length in lengths[:kept])
     assert used <= room
@@ -154,12 +154,12 @@ def test_fair_limit_is_fair(lengths, room):
         assert kept == len(lengths) and (not lengths or limit >= max(lengths))
     elif kept:
         assert limit >= MIN_DOCUMENT_TOKENS or used == sum(lengths[:kept])
-        # One token more for each would not fit.
+        # One more token for each would not fit.
         assert sum(min(length, limit + 1) for length in lengths[:kept]) > room or used == sum(lengths[:kept])
 
 
 def test_qwen_tools_agrees_with_the_chat_template(tokenizer):
-    """Prompt, turn and observation, put together id by id, spell what the template renders for the whole."""
+    """The concatenated ids of prompt, turn and observation spell what the template renders for the conversation."""
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     messages = protocol.messages("Who wrote Quiet Raven?")
     call = '<tool_call>\n{"name": "search", "arguments": {"query_list": ["x"]}}\n</tool_call>'
@@ -174,8 +174,8 @@ def test_qwen_tools_agrees_with_the_chat_template(tokenizer):
     assert spelled == rendered
 
 
-# Pitfall 3: what closes a turn for the policy is part of the observation.
-def test_a_turn_the_policy_did_not_close_is_closed_in_the_observation(tokenizer):
+# Pitfall 3: tokens that close a turn for the policy belong to the observation.
+def test_an_open_turn_is_closed_in_the_observation(tokenizer):
     protocol = load_protocol("qwen_tools", tokenizer)
     closed, _ = protocol.observation_ids(Observation(documents=("x",)), max_tokens=500, turn_closed=True)
     open_, _ = protocol.observation_ids(Observation(documents=("x",)), max_tokens=500, turn_closed=False)
@@ -196,7 +196,7 @@ def test_a_template_without_tools_is_refused(tokenizer):
     assert tokenizer.decode(list(prompt)) == "Q<|im_end|>"
 
 
-def test_an_unknown_protocol_names_those_that_exist(tokenizer):
+def test_an_unknown_protocol_lists_the_known_ones(tokenizer):
     with pytest.raises(ValueError, match="qwen_inline, qwen_tools, search_r1"):
         load_protocol("react", tokenizer)
 

@@ -1,4 +1,4 @@
-"""A turn is read once for everybody: thoughts are no acts, and reading takes linear time."""
+"""A turn is parsed once for environment, rewards and metrics: thoughts are not actions; parsing takes linear time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAGS = [
 turns = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from([" ", "a", "<", "{", '"', "```"])), max_size=12).map(
     "".join
 )
-# What made a reader quadratic or worse, or would.
+# Texts that once made a parser quadratic or worse, or could.
 HOSTILE = [
     "<answer>", "<think>", "<tool_call>", "</think>", "<search>", "</answer>", "<tool_response>", "<answer></answer>",
     "<think></think>", "<tool_call></tool_call>", "<tool_call>{</tool_call>", " ", "\n", "<", "< ", "[", '{"a":', "a",
@@ -47,11 +47,11 @@ HOSTILE = [
         ("<search> x <answer>y</answer>", [("search", " x <answer>y</answer>")]),
     ],
 )
-def test_acts_are_read_from_what_follows_the_thoughts(text, acts):
+def test_actions_are_parsed_from_the_text_after_the_thoughts(text, acts):
     assert [(block.tag, block.content) for block in read_turn(text).acts] == acts
 
 
-def test_a_thought_that_is_open_can_be_told_from_one_that_is_closed():
+def test_open_and_closed_thoughts_are_distinguished():
     assert in_thought("<think> I could <search> x </search>") and not in_thought(
         "<think> a </think> <search>x</search>"
     )
@@ -59,7 +59,7 @@ def test_a_thought_that_is_open_can_be_told_from_one_that_is_closed():
 
 
 @given(text=turns)
-def test_environment_reward_and_format_read_the_same_act(tokenizer, text):
+def test_environment_and_rewards_parse_the_same_action(tokenizer, text):
     for name in PROTOCOLS:
         action = load_protocol(name, tokenizer).parse(text)
         assert (last_answer([text]) is not None) == isinstance(action, Answer)
@@ -69,7 +69,7 @@ def test_environment_reward_and_format_read_the_same_act(tokenizer, text):
 
 
 @given(text=turns, thought=turns.filter(lambda text: "</think>" not in text))
-def test_what_a_thought_says_changes_nothing(tokenizer, text, thought):
+def test_the_text_of_a_thought_does_not_matter(tokenizer, text, thought):
     for name in PROTOCOLS:
         protocol = load_protocol(name, tokenizer)
         plain, thoughtful = f"<think> a </think>{text}", f"<think>{thought}</think>{text}"
@@ -78,8 +78,8 @@ def test_what_a_thought_says_changes_nothing(tokenizer, text, thought):
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_reading_is_linear(tokenizer, piece):
-    """200,000 characters of anything take under 0.2 s on a quiet machine, and minutes if reading is quadratic."""
+def test_parsing_takes_linear_time(tokenizer, piece):
+    """200,000 characters take under 0.2 s on a quiet machine, but minutes if parsing is quadratic."""
     protocol = load_protocol("qwen_tools", tokenizer)
     for text in (piece * (200_000 // len(piece)), "<tool_call>" + piece * (200_000 // len(piece)) + "</tool_call>"):
         for read in (
@@ -100,7 +100,7 @@ def test_reading_is_linear(tokenizer, piece):
         "<function=search><parameter=query_list>x</parameter></function>", "null", '"[\\"a\\", \\"b\\"]"',
     ],
 )  # fmt: skip
-def test_a_near_call_is_no_query(tokenizer, call):
+def test_a_near_call_is_not_a_query(tokenizer, call):
     for name, tag in (("qwen_tools", "tool_call"), ("qwen_inline", "tool_call"), ("search_r1", "search")):
         protocol = load_protocol(name, tokenizer)
         action = protocol.parse(f"<{tag}>{call}</{tag}>")
@@ -129,14 +129,14 @@ def test_a_call_without_its_tags_is_a_near_call(tokenizer):
         ("search engines: history", ("search engines: history",)),
     ],
 )
-def test_what_is_written_as_a_string_is_read_as_what_it_is(tokenizer, call, queries):
+def test_arguments_written_as_strings_are_parsed(tokenizer, call, queries):
     assert load_protocol("qwen_tools", tokenizer).parse(f"<tool_call>{call}</tool_call>") == Search(queries)
 
 
 @pytest.mark.parametrize("text", ["<" + " " * 200_000, "< " * 100_000, "</" * 100_000, "<answer " * 25_000])
-def test_escaping_is_linear(tokenizer, text):
+def test_escaping_takes_linear_time(tokenizer, text):
     protocol = load_protocol("search_r1", tokenizer)
     started = time.process_time()
     protocol.escape(text)
     protocol.observation_ids(Observation(documents=(text,), notice="x"), max_tokens=500, turn_closed=True)
-    assert time.process_time() - started < 3  # the pattern that was quadratic took 40 s for a tenth of this
+    assert time.process_time() - started < 3  # a quadratic pattern took 40 s for a tenth of this

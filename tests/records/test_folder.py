@@ -1,4 +1,4 @@
-"""A run's folder is read whatever state it is in, and reading changes nothing."""
+"""A run's folder can be read in any state, and reading does not change it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read(folder: Path) -> Run:
     return run
 
 
-def test_a_whole_run(folder):
+def test_a_complete_run_is_read(folder):
     run = read(folder)
     assert run.info == {"format": 1, "model": "m"} and run.history == ROWS and run.problems == []
     assert [step_of(path) for path in run.trajectory_files] == [1, 2, 3]
@@ -60,7 +60,7 @@ def test_a_whole_run(folder):
     assert read_trajectories(run, steps=[9]).schema == TRAJECTORY_SCHEMA
 
 
-def test_no_run_at_all(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         read_run(tmp_path / "nothing")
     (tmp_path / "run.json").mkdir()
@@ -68,7 +68,7 @@ def test_no_run_at_all(tmp_path):
         read_run(tmp_path)
 
 
-def test_an_older_run_has_results_alone(tmp_path):
+def test_an_older_run_has_only_results(tmp_path):
     history = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": float("nan")}]
     (tmp_path / "results.json").write_text(json.dumps({"seconds": 1, "rows": {}, "history": history}))
     run = read(tmp_path)
@@ -100,7 +100,7 @@ def test_half_written_files_are_left_out_and_named(folder):
     assert all(problem.find(start) >= 0 for problem, start in zip(run.problems, named, strict=True))
 
 
-def test_rows_that_are_no_logs_and_numbers_that_are_none(folder):
+def test_invalid_rows_and_numbers_are_left_out(folder):
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "loss": NaN, "kl": null, "x": Infinity}\n{"loss": 1}\n[1]\n\n\xff\xfe{\n')
         file.write(b'{"step": 5, "kl": 0.1}\n')
@@ -110,21 +110,21 @@ def test_rows_that_are_no_logs_and_numbers_that_are_none(folder):
         assert sum(problem in said for said in run.problems) == 1
 
 
-def test_a_format_of_the_future_is_said(folder):
+def test_a_newer_format_is_named(folder):
     (folder / "run.json").write_text('{"format": 2}')
     assert read(folder).problems == ["run.json has format 2, but this version reads format 1"]
 
 
-def test_a_reward_that_some_steps_do_not_have_is_null_there(folder):
+def test_a_reward_is_null_at_steps_without_it(folder):
     write_trajectories(folder, 4, rewards=("em", "format"))
     table = read_trajectories(read(folder))
     assert table["rewards/format"].to_pylist() == [None] * 6 + [0.5] * 2
 
 
-def test_damage_that_only_reading_shows_is_named(folder):
+def test_damage_that_appears_only_when_reading_is_named(folder):
     path = write_trajectories(folder, 4, count=500)
     data = bytearray(path.read_bytes())
-    data[4:400] = bytes(396)  # the pages, not the footer
+    data[4:400] = bytes(396)  # damages the pages, not the footer
     path.write_bytes(bytes(data))
     run = read(folder)
     assert len(run.trajectory_files) == 4
@@ -134,11 +134,11 @@ def test_damage_that_only_reading_shows_is_named(folder):
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_metrics_file_cut_anywhere_gives_the_whole_lines(data):
+def test_a_truncated_metrics_file_gives_its_complete_lines(data):
     text = "".join(json.dumps({**row, "note": "é日"}, ensure_ascii=False) + "\n" for row in ROWS).encode()
     cut = text[: data.draw(st.integers(0, len(text)))]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "metrics.jsonl").write_bytes(cut)
         run = read(Path(folder))
-    # A line cut just before its end mark is whole.
+    # A line that lacks only its newline is complete.
     assert [row["step"] for row in run.history] == [1, 2, 3][: (cut + b"\n").count(b"}\n")]

@@ -1,4 +1,4 @@
-"""run.json and metrics.jsonl of real trainings: what is in them, what a resume does to them, what never gets in."""
+"""run.json and metrics.jsonl of real trainings: their content, what a resume does, and what they never contain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_recorded_without_being_asked(tmp_path, random_model, tokenizer, monkeypatch):
+def test_a_run_is_recorded_by_default(tmp_path, random_model, tokenizer, monkeypatch):
     secret = "hf_abcdefghijklmnopqrstuvwxyz"
     monkeypatch.setattr("sys.argv", ["/bin/trl-search", "train", "r.yaml", "--hub_token", secret])
     monkeypatch.setenv("HF_TOKEN", secret)
@@ -50,18 +50,18 @@ def test_a_run_is_recorded_without_being_asked(tmp_path, random_model, tokenizer
     assert info["config"]["push_to_hub_token" if "push_to_hub_token" in names else "hub_model_id"] is None
     for path in tmp_path.rglob("*.json*"):
         assert secret not in path.read_text()
-    # Every log, the summary at the end included, with the numbers that the trainer itself keeps.
+    # Every log, including the final summary, with the same numbers as the trainer's own log.
     assert [row["step"] for row in run.history] == [1, 2, 2]
     for row, logged in zip(run.history, trainer.state.log_history, strict=True):
         assert {name: row[name] for name in logged} == logged
 
 
-def test_a_resumed_run_goes_on_in_the_same_files(tmp_path, tokenizer):
+def test_a_resumed_run_continues_in_the_same_files(tmp_path, tokenizer):
     scripted_trainer(tmp_path, make_random_model(tokenizer), tokenizer, max_steps=3, **SAVING).train()
     first = rows(tmp_path)
     started_at = read_run(tmp_path).info["started_at"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 0.')  # killed as it wrote
+        file.write('{"step": 3, "loss": 0.')  # killed while writing
     resumed = scripted_trainer(tmp_path, make_random_model(tokenizer), tokenizer, max_steps=4, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     run = read_run(tmp_path)
@@ -86,7 +86,7 @@ def test_a_run_resumed_elsewhere_takes_its_rows_from_the_checkpoint(tmp_path, to
     assert [row["step"] for row in ours] == [1, 2, 2] and ours[0]["reward"] == theirs[0]["reward"]
 
 
-def test_a_second_run_in_the_folder_puts_the_first_aside(tmp_path, tokenizer, caplog):
+def test_a_second_run_in_the_folder_keeps_the_files_of_the_first(tmp_path, tokenizer, caplog):
     scripted_trainer(tmp_path, make_random_model(tokenizer), tokenizer).train()
     (tmp_path / "results.json").write_text("{}")
     kept = {name: (tmp_path / name).read_bytes() for name in ("run.json", "metrics.jsonl", "results.json")}
@@ -101,7 +101,7 @@ def test_a_second_run_in_the_folder_puts_the_first_aside(tmp_path, tokenizer, ca
     assert (tmp_path / "earlier" / "2" / "run.json").is_file()
 
 
-def test_an_evaluation_alone_leaves_the_folder_as_it_is(tmp_path, tokenizer, random_model):
+def test_an_evaluation_alone_does_not_change_the_folder(tmp_path, tokenizer, random_model):
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, trainer={"eval_dataset": DATA.select(range(1))},
         per_device_eval_batch_size=4, num_generations_eval=1,
@@ -114,7 +114,7 @@ def test_an_evaluation_alone_leaves_the_folder_as_it_is(tmp_path, tokenizer, ran
     assert len(read_run(tmp_path).trajectory_files) == 2
 
 
-def test_a_plain_grpo_trainer_writes_none_of_it(tmp_path, tokenizer, random_model):
+def test_a_plain_grpo_trainer_writes_no_records(tmp_path, tokenizer, random_model):
     from trl_search.trainer.grpo import SearchGRPOTrainer
 
     options = {"per_device_train_batch_size": 2, "num_generations": 2, "max_steps": 1, "max_completion_length": 4,
@@ -127,7 +127,7 @@ def test_a_plain_grpo_trainer_writes_none_of_it(tmp_path, tokenizer, random_mode
         assert not [name for name in ("run.json", "metrics.jsonl", "trajectories") if (folder / name).exists()]
 
 
-def test_numbers_are_written_as_json_has_them(tmp_path, random_model, tokenizer):
+def test_numbers_are_written_as_valid_json(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, max_steps=1)
     trainer.train()
     logs = {"nan": float("nan"), "inf": numpy.float32("inf"), "tensor": torch.tensor(0.5), "n": numpy.int64(3),
@@ -146,7 +146,7 @@ def test_other_ranks_write_nothing(tmp_path, random_model, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
-def test_cutting_back_keeps_what_is_no_trajectory_file(tmp_path):
+def test_removing_later_steps_keeps_other_files(tmp_path):
     (tmp_path / "trajectories").mkdir()
     for name in ("step_000009.parquet", "step_best.parquet", "notes.txt"):
         (tmp_path / "trajectories" / name).write_text("x")

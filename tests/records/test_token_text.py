@@ -1,4 +1,4 @@
-"""Texts of tokens, joined, are the decoded text, on byte-level, sentencepiece-like and WordPiece tokenizers."""
+"""Joined token texts equal the decoded text, with byte-level, sentencepiece-like and WordPiece tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROSE = ["Mira Talvane wrote it in 1847.", "Where was the author of Quiet Raven 
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Llama 2's and Gemma's way: ▁ for spaces, bytes for what the vocabulary lacks, no space before the first word."""
+    """As in Llama 2 and Gemma: ▁ for spaces, bytes for unknown characters, no space before the first word."""
     model = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True))
     model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     replace = decoders.Replace("▁", " ")
@@ -42,7 +42,7 @@ KINDS = st.sampled_from(["byte-level", "sentencepiece-like"])
 @given(KINDS, st.text(max_size=40))
 @example("byte-level", "Mira 🎉 日本語 é")
 @example("sentencepiece-like", "Mira 🎉 日本語  two spaces")
-def test_texts_of_a_real_text_join_to_it(kind, text):
+def test_joined_token_texts_equal_a_real_text(kind, text):
     one = tokenizer(kind)
     ids = one.encode(text, add_special_tokens=False)
     texts = TokenTexts(one)(ids)
@@ -53,9 +53,9 @@ def test_texts_of_a_real_text_join_to_it(kind, text):
 # Most ids below 270 are single bytes.
 @settings(max_examples=100)
 @given(KINDS, st.lists(st.one_of(st.integers(0, 419), st.integers(0, 269)), max_size=30))
-@example("sentencepiece-like", [3, 131, 0])  # at which tokenizers' own stream gives up
-def test_texts_of_any_ids_join_to_their_decoding(kind, ids):
-    """What an untrained policy says: bytes in any order, mostly no characters."""
+@example("sentencepiece-like", [3, 131, 0])  # the decode stream of tokenizers fails here
+def test_joined_token_texts_of_any_ids_equal_their_decoding(kind, ids):
+    """An untrained policy samples bytes in any order, most of which are not characters."""
     one = tokenizer(kind)
     ids = [token % len(one) for token in ids]
     texts = TokenTexts(one)(ids)
@@ -63,7 +63,7 @@ def test_texts_of_any_ids_join_to_their_decoding(kind, ids):
     assert "".join(texts) == one.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def test_a_split_character_is_on_its_last_token_and_its_neighbours_keep_theirs():
+def test_a_split_character_is_shown_at_its_last_token():
     one = tokenizer("byte-level")
     ids = one.encode(" Mira🎉 was", add_special_tokens=False)
     texts = TokenTexts(one)(ids)
@@ -76,7 +76,7 @@ def test_special_tokens_are_shown():
     assert TokenTexts(one)(one.encode("<think> a</think><|im_end|>"))[-1] == "<|im_end|>"
 
 
-def test_no_ids_no_texts():
+def test_no_ids_give_no_texts():
     assert TokenTexts(tokenizer("byte-level"))([]) == []
 
 
@@ -92,7 +92,7 @@ def test_wordpiece_joins_words():
     assert sum(text != "" for text in texts) > 3
 
 
-def test_a_tokenizer_in_python_alone():
+def test_a_tokenizer_without_a_fast_backend():
     class Words:
         def decode(self, ids: list[int], **options: Any) -> str:
             return " ".join("abcdef"[token] for token in ids)

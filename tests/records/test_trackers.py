@@ -1,4 +1,4 @@
-"""W&B and trackio, offline and for real: what is in their files after a run."""
+"""The real W&B and trackio, offline: the content of their files after a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORT = "<!doctype html><title>a report</title>"
 
 
 def finished(folder: Path) -> Run:
-    """The run of the folder, with evaluations from before and after its training."""
+    """Adds evaluations before and after the training to the run in the folder."""
     before = {"em": 0.1, "f1": 0.2, "searches": 0.5, "questions": 20}
     return replace(read_run(folder), results={"search, before GRPO": before, "search, after GRPO": {"em": 0.9}})
 
@@ -41,7 +41,7 @@ def report_file(folder: Path) -> Path:
 
 
 def evil_ways(number: int, prompt: str) -> list[str]:
-    """A model and a web page that try to write HTML into the page."""
+    """A model and a web page that try to inject HTML into the page."""
     return [search("the book"), answer(GOLD if number % 2 else EVIL)]
 
 
@@ -58,7 +58,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
@@ -78,12 +78,12 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     trainer.train()
     log_results(trainer.args, finished(tmp_path), report_file(tmp_path))
     wandb.finish()
-    wandb.teardown()  # it would go on with the folders of this run
+    wandb.teardown()  # it would reuse the folders of this run
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
-    artifacts: list[dict[str, Path]] = []  # what `wandb sync` would send: path -> where it lies
+    artifacts: list[dict[str, Path]] = []  # what `wandb sync` would upload: path -> file
     for record in wandb_records(file):
         if record.WhichOneof("record_type") == "run":
             names = (record.run.project, record.run.display_name)
@@ -94,7 +94,7 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
             history.append(values)
         if record.WhichOneof("record_type") == "artifact":
             artifacts.append({entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents})
-    # The config, ours included, and how the run was started.
+    # The config, including ours, and how the run was started.
     assert config["protocol"] == "qwen_tools" and config["max_observation_length"] == 200
     ours = config["trl_search"]
     assert ours["git"] == trainer.run_log.info["git"] and ours["run_folder"] == str(tmp_path)
@@ -106,7 +106,7 @@ def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, r
     tables = [row for row in history if row.get("trajectories._type") == "table-file"]
     assert [row["train/global_step"] for row in tables] == [1, 2]
     assert len(artifacts) == 3
-    # The results at the end, and the report; project and run have the names of the run.
+    # The final results and the report; project and run are named after the run.
     last = next(row for row in history if "results/em_after" in row)
     assert (last["results/em_before"], last["results/em_after"], last["train/global_step"]) == (0.1, 0.9, 3)
     results = json.loads(artifacts[2]["results.table.json"].read_text())
@@ -133,7 +133,11 @@ def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     storage, media = trackio.sqlite_storage, trackio.media
     folder = tmp_path / "trackio"
-    for module in (trackio, trackio.utils, storage):  # TRL has imported it: TRACKIO_DIR is no longer read
+    for module in (
+        trackio,
+        trackio.utils,
+        storage,
+    ):  # TRL has already imported it, so TRACKIO_DIR is not read any more
         monkeypatch.setattr(module, "TRACKIO_DIR", folder)
     for module in (trackio.utils, media.utils, trackio.table, media.media):
         if hasattr(module, "MEDIA_DIR"):
@@ -174,9 +178,7 @@ def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_
 
 
 @pytest.mark.parametrize("every", [0, 4])
-def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
-    tmp_path, random_model, tokenizer, monkeypatch, every
-):
+def test_tables_are_sent_on_request_and_with_the_next_rollout(tmp_path, random_model, tokenizer, monkeypatch, every):
     """Rollouts are made at steps 1, 3, 5: the table due at step 4 is sent at step 5."""
     from trl_search.records import trackers
 
@@ -207,7 +209,7 @@ def test_tables_come_when_asked_for_and_late_where_steps_share_a_rollout(
     assert tracker.sent == ([1, 5] if every else [])
 
 
-def test_nothing_is_imported_that_is_not_reported_to(tmp_path, random_model, tokenizer, monkeypatch):
+def test_only_trackers_in_report_to_are_imported(tmp_path, random_model, tokenizer, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "trackio", None)
@@ -223,7 +225,7 @@ TEXTS = st.lists(st.tuples(st.text(max_size=5), st.integers(0, 1)), max_size=12)
 
 @settings(max_examples=100)
 @given(TEXTS)
-def test_nothing_is_lost_and_nothing_gets_out_of_its_span(pairs):
+def test_the_html_keeps_all_text_and_escapes_it(pairs):
     import html
     import re
 

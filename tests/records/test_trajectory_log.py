@@ -1,4 +1,4 @@
-"""The parquet of trajectories: what the loss was taken over, token by token, as `datasets` and pandas read it."""
+"""The parquet files of trajectories: every token with its loss mask, as `datasets` and pandas read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def written(folder, **options):
     return read_trajectories(read_run(folder), **options).to_pylist()
 
 
-def test_a_row_holds_the_whole_trajectory(tmp_path, random_model, tokenizer):
+def test_a_row_contains_the_whole_trajectory(tmp_path, random_model, tokenizer):
     data = DATA.add_column("id", [f"book-{i}" for i in range(8)]).add_column("data_source", ["world"] * 8)
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, rewards=["em", "format"], data=data, reward_weights=[1.0, 0.5],
@@ -58,14 +58,14 @@ def test_a_row_holds_the_whole_trajectory(tmp_path, random_model, tokenizer):
         assert row["model_tokens"] == trajectory.model_tokens and row["searches"] == trajectory.searches
         assert row["calls"] == trajectory.calls
         assert row["stop_reason"] == "answer" and row["error"] == "" and row["search_s"] >= 0
-    # Four ways: right after a search, wrong after two, wrong at once, right after a malformed call.
+    # Four cases: correct after a search, wrong after two, wrong at once, correct after a malformed call.
     assert [row["rewards/em"] for row in rows] == [1, 0, 0, 1]
     assert [row["answer"] for row in rows] == [GOLD, "Nobody", "Nobody", GOLD]
     assert [row["malformed"] for row in rows] == [0, 0, 0, 1] and [row["searches"] for row in rows] == [1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("mask_observations", [True, False])
-def test_the_mask_is_where_the_loss_has_gradients(tmp_path, random_model, tokenizer, mask_observations):
+def test_the_mask_equals_where_the_loss_has_gradients(tmp_path, random_model, tokenizer, mask_observations):
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, rewards=later_is_better, mask_observations=mask_observations
     )
@@ -79,7 +79,7 @@ def test_the_mask_is_where_the_loss_has_gradients(tmp_path, random_model, tokeni
 
 
 class CutOff(Actor):
-    """The first trajectory of a rollout is cut off at its budget."""
+    """Truncates the first trajectory of a rollout at its budget."""
 
     async def generate(self, prompt_ids, **options):
         said = await super().generate(prompt_ids, **options)
@@ -88,7 +88,7 @@ class CutOff(Actor):
         return Completion(said.ids[:-1], said.logprobs[:-1], FinishReason.LENGTH)
 
 
-def test_truncated_trajectories_that_trl_masks_are_masked(tmp_path, random_model, tokenizer):
+def test_truncated_trajectories_are_masked_if_trl_masks_them(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, mask_truncated_completions=True)
     trainer.actor = CutOff(tokenizer, lambda number, prompt: ["on and on" if number == 0 else answer(GOLD)])
     trainer.score()
@@ -97,7 +97,7 @@ def test_truncated_trajectories_that_trl_masks_are_masked(tmp_path, random_model
     assert all(sum(row["mask"]) == row["model_tokens"] for row in others)
 
 
-def test_a_failed_retrieval_has_no_reward_and_nothing_trained(tmp_path, random_model, tokenizer):
+def test_a_failed_retrieval_has_no_reward_and_no_trained_tokens(tmp_path, random_model, tokenizer):
     def script(number, prompt):
         return [[search("poison"), answer("x")], [answer(GOLD)], [answer("x")], [answer(GOLD)]][number]
 
@@ -141,13 +141,13 @@ def test_whole_groups_are_kept_up_to_the_limit(tmp_path, random_model, tokenizer
     assert [row["question"] for row in rows] == [f"Who wrote book {i // 2}?" for i in range(kept)]
 
 
-def test_a_step_of_several_rollouts_has_them_all(tmp_path, random_model, tokenizer):
+def test_a_step_with_several_rollouts_records_all_of_them(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, gradient_accumulation_steps=2, steps_per_generation=1, log_trajectories=6,
     )  # fmt: skip
     trainer.train()
     rows = written(tmp_path, steps=[2])
-    assert [row["index"] for row in rows] == [0, 1, 2, 3]  # the limit is one group of four, of the first rollout
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]  # the limit is one group of four, from the first rollout
     trainer.trajectory_log.kept = 8
     trainer.state.global_step = 5
     trainer.score([trainer.train_dataset[1]] * 4)
@@ -157,7 +157,7 @@ def test_a_step_of_several_rollouts_has_them_all(tmp_path, random_model, tokeniz
     assert [row["question"] for row in rows] == ["Who wrote book 1?"] * 4 + ["Who wrote book 2?"] * 4
 
 
-def test_a_logprob_that_is_no_number_is_null(tmp_path, random_model, tokenizer):
+def test_a_logprob_that_is_not_a_number_is_null(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, logprob=float("nan"))
     trainer.score()
     row = written(tmp_path)[0]
@@ -172,7 +172,7 @@ def test_conversations_and_other_shapes_of_answers(tmp_path, random_model, token
     assert [(row["question"], row["golden_answers"]) for row in written(tmp_path)] == [("asked", [GOLD])] * 4
 
 
-def test_rewards_that_trl_leaves_out_are_null(tmp_path, random_model, tokenizer):
+def test_rewards_that_return_none_are_null(tmp_path, random_model, tokenizer):
     def sometimes(completions, **kwargs):
         return [None, 1.0, None, 3.0]
 

@@ -1,4 +1,4 @@
-"""What a trajectory's queries and its end say about drift."""
+"""Metrics of drift, from a trajectory's queries and how it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def metrics(*actions, reason=StopReason.ANSWER, tokens=6):
     return trajectory_metrics(trajectory)
 
 
-def test_queries_that_quote_a_phrase_or_repeat_another_are_shares():
+def test_shares_of_quoted_and_repeated_queries():
     seen = metrics(
         Search(('born "Mira Talvane"', "Quiet Raven")), Search((" quiet raven", "author's «name»")), Answer("x")
     )
@@ -35,7 +35,7 @@ def test_a_trajectory_without_an_answer_is_counted_unless_its_retrieval_failed(r
     assert metrics(Search(("a",)), reason=reason)["search/no_answer"] == counted
 
 
-def test_metrics_of_what_an_environment_has_not_are_left_out():
+def test_metrics_without_meaning_for_the_environment_are_left_out():
     assert idle_metrics(["search"]) == {"tools/calls"} and idle_metrics(["search", "open"]) == set()
     assert "search/searches" in idle_metrics(["add"]) and "tools/calls" not in idle_metrics(["add"])
     assert {"search/searches", "tools/calls"} <= idle_metrics([])

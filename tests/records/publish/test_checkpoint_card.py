@@ -1,4 +1,4 @@
-"""The card in the folder of a run and of each of its checkpoints is ours, with and without an adapter."""
+"""The folder of a run and each of its checkpoints contain our model card, with and without an adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def protocol():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_checkpoint_has_our_card(tmp_path, random_model, tokenizer, lora):
+def test_a_checkpoint_has_our_model_card(tmp_path, random_model, tokenizer, lora):
     adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if lora else {}
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, trainer=adapter, **saving)
@@ -49,7 +49,7 @@ def card(folder: Path, protocol: Protocol, *, tools: Sequence[dict] = (), **valu
     return (folder / "README.md").read_text()
 
 
-def test_an_evaluation_at_the_checkpoint_is_on_its_card(tmp_path: Path, protocol):
+def test_the_card_of_a_checkpoint_shows_its_evaluation(tmp_path: Path, protocol):
     info = {"task": {"held_out_questions": {"nq": 30, "hotpotqa": 20}}}
     history = [{"step": 4, "eval/em": 0.5, "eval/f1": 0.6, "eval/searches": 1.5}, {"step": 5, "loss": 0.1}]
     line = "| search, step 4 | nq, hotpotqa | 50 | 0.500 |  | 0.600 | 1.50 |"
@@ -57,6 +57,6 @@ def test_an_evaluation_at_the_checkpoint_is_on_its_card(tmp_path: Path, protocol
     assert "No results are recorded" in card(tmp_path, protocol, info=info, history=history)
 
 
-def test_an_agent_with_other_tools_is_not_shown_as_a_search_agent(tmp_path: Path, protocol):
+def test_an_agent_with_other_tools_is_not_described_as_a_search_agent(tmp_path: Path, protocol):
     text = card(tmp_path, protocol, tools=[{"type": "function", "function": {"name": "calculator"}}])
     assert "calls tools (calculator)" in text and "search tool" not in text and "load_retriever" not in text

@@ -1,4 +1,4 @@
-"""The card of a published agent: metadata that the hub reads, numbers of the run, a snippet that runs."""
+"""The model card: metadata that the hub reads, the numbers of the run, and a snippet that runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ INFO = {
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Where no seed is given, one is drawn."""
+    """A seed for the cases without one."""
     random.seed(0)
 
 
@@ -74,7 +74,7 @@ def block(card: ModelCard, language: str) -> str:
 
 
 def test_the_snippet_runs_and_answers(facts, capsys):
-    """As it stands on the card, with a folder in the repository's place."""
+    """The snippet of the card, with a folder in place of the repository."""
     here = dataclasses.replace(facts, repo_id=tiny_policy_path())
     code = block(write_card(here), "python")
     assert code == snippet(here)
@@ -86,7 +86,7 @@ def test_the_snippet_runs_and_answers(facts, capsys):
 
 
 def test_the_snippet_of_an_agent_of_the_web_runs(facts, monkeypatch, tmp_path, capsys):
-    """The web is a function here; everything else is as on the card."""
+    """The web is replaced by a function; everything else is as on the card."""
     from trl_search.retrieval.web import providers as web_providers
     from trl_search.retrieval.web import retriever as web
 
@@ -101,7 +101,7 @@ def test_the_snippet_of_an_agent_of_the_web_runs(facts, monkeypatch, tmp_path, c
     real = dataclasses.replace(facts, repo_id=tiny_policy_path(), info={})
     monkeypatch.setattr("trl_search.chat.session.trained_settings", lambda model: TINY)
     space: dict[str, object] = {}
-    for seed in range(10):  # it samples, and has never read of Dracula: now and then it answers without a search
+    for seed in range(10):  # it samples, and Dracula is not in its world: sometimes it answers without a search
         random.seed(seed)
         exec(snippet(real), space)
         if space["reply"].queries:
@@ -114,7 +114,7 @@ def test_the_hub_reads_its_metadata(facts):
     card = ModelCard(str(write_card(facts)))
     data = card.data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
-    assert "trl-search" in data.tags and data.base_model is None  # tiny is not on the hub
+    assert "trl-search" in data.tags and data.base_model is None  # the tiny policy is not on the hub
     assert [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results] == [
         ("world", "exact_match", 0.85)
     ]
@@ -135,7 +135,7 @@ def test_the_hub_reads_its_metadata(facts):
     assert bare.data.eval_results is None and bare.data.license is None
 
 
-def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
+def test_the_card_contains_the_record_of_the_run_but_nothing_about_the_machine(facts):
     text = write_card(facts).content
     assert "| search, after GRPO | world | 40 | 0.850 | 0.110 |" in text and "| guess \\| 1 | world |" in text
     assert "trl 1.16.0" in text and "Trained on 2 CPU cores, 1 process." in text
@@ -164,13 +164,13 @@ def test_it_says_what_the_run_recorded_and_nothing_of_the_machine(facts):
     assert "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text
 
 
-def test_it_says_that_the_training_went_back(facts):
+def test_the_card_names_rollbacks(facts):
     assert "went back" not in write_card(facts).text
     told = write_card(dataclasses.replace(facts, rollbacks=[{"step": 44, "to": 24}])).text
     assert "went back to its best checkpoint once: from step 44 to step 24. Each time, the learning rate" in told
 
 
-def test_an_adapter_says_that_it_is_one(facts):
+def test_the_card_of_an_adapter_says_so(facts):
     config = {"base_model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "r": 32, "lora_alpha": 64}
     card = write_card(dataclasses.replace(facts, adapter=config, base_model=config["base_model_name_or_path"]))
     assert card.data.library_name == "peft" and card.data.base_model_relation == "adapter"
@@ -180,15 +180,15 @@ def test_an_adapter_says_that_it_is_one(facts):
     assert recipe["use_peft"] is True and recipe["lora_r"] == 32 and recipe["lora_alpha"] == 64
 
 
-def test_what_was_not_recorded_is_not_made_up(facts):
+def test_what_was_not_recorded_is_left_out(facts):
     text = write_card(dataclasses.replace(facts, settings=None, info={}, results=[], base_model=None)).content
     assert "its training is not recorded" in text and "agent settings of the training are not recorded" in text
     assert "No results are recorded" in text and "trl_search.json" not in text and "## Versions" not in text
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_the_conversation_on_the_card_is_one_that_the_protocol_reads(name, facts):
-    """Its turns, cut at the marks of the chat template, parse to the actions that the script took."""
+def test_the_protocol_parses_the_conversation_on_the_card(name, facts):
+    """Its turns, split at the marks of the chat template, parse to the actions of the script."""
     tokenizer = facts.protocol.tokenizer
     protocol = load_protocol(name, tokenizer, instruction="")
     text = example_conversation(protocol, AgentSettings(protocol=name))
@@ -202,13 +202,13 @@ def test_the_conversation_on_the_card_is_one_that_the_protocol_reads(name, facts
     assert "`" * 3 not in text
 
 
-def test_a_fence_is_longer_than_what_it_holds(facts):
+def test_a_code_fence_is_longer_than_any_fence_inside(facts):
     info = {**INFO, "config": {"system_prompt": "Use ```code``` and ````more````."}}
     text = write_card(dataclasses.replace(facts, info=info)).content
     assert "`````yaml\n" in text
 
 
-# Where numbers come from
+# The sources of the numbers
 
 
 def results(folder: Path, value: object) -> Path:
@@ -217,7 +217,7 @@ def results(folder: Path, value: object) -> Path:
     return folder
 
 
-def test_lines_of_a_training(tmp_path):
+def test_table_rows_of_a_training(tmp_path):
     row = {"questions": 40, "em": 0.5, "em_ci95": 0.1, "f1": 0.6, "searches": 1.5}
     rows = {
         "direct": row,
@@ -236,7 +236,7 @@ def test_lines_of_a_training(tmp_path):
     assert training_results(tmp_path / "best", {}, tmp_path / "best") == []
 
 
-def test_lines_of_an_evaluation(tmp_path):
+def test_table_rows_of_an_evaluation(tmp_path):
     one = {"questions": 100, "em": 0.4, "em_ci95": 0.1, "f1": 0.5, "searches": 2.0}
     sets = {"nq": one, "popqa": {**one, "em": 0.6}, "macro": {**one, "em": 0.5}}
     folder = results(
@@ -259,15 +259,15 @@ def test_lines_of_an_evaluation(tmp_path):
         ('{"resu', "results.json is not JSON .*: run the evaluation again"),
     ],
 )
-def test_a_folder_that_is_no_evaluation(tmp_path, content, message):
+def test_a_folder_that_is_not_an_evaluation(tmp_path, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=message):
         evaluation_results(tmp_path)
 
 
-def test_settings_of_a_published_model_are_found_where_push_puts_them(tmp_path, world, retriever):
-    """The card's promise: what is in trl_search.json is what chat asks by."""
+def test_the_settings_of_a_published_model_are_read_back(tmp_path, world, retriever):
+    """As the card says, `chat` uses the settings in trl_search.json."""
     for file in Path(tiny_policy_path()).iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "trl_search.json").write_text(json.dumps(dataclasses.replace(TINY, max_searches=2).as_json()))

@@ -1,4 +1,4 @@
-"""The browser, started once for all tests of the report."""
+"""One browser for all tests of the report."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The report in a real browser, from a file, without a network: what it shows, what it does when it is used, and that
-what a model wrote stays text."""
+"""The report in a real browser, from a file, without a network: what it shows, how it reacts, and that the text of a
+model stays text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose last step is one trajectory of everything: two searches, hostile text, wide characters."""
+    """A run whose last step has one trajectory with two searches, hostile text and wide characters."""
     folder = write_run(tmp_path_factory.mktemp("runs") / "first", steps=6, a_step=8)
     turns = [
         ("assistant", "<think> let me verify the naïve 🧭 reading </think>\n<tool_call> who </tool_call><|im_end|>"),
@@ -51,7 +51,7 @@ def shared(browser: Any, report: Path) -> Iterator[Page]:
 
 @pytest.fixture
 def opened(shared: Page) -> Page:
-    """The report as it is when its trajectories have just been opened; one page, as opening it is what takes time."""
+    """The report with the trajectories tab open. All tests share one page, because opening it takes time."""
     shared.page.click("[name=reset]")
     shared.found("49 trajectories")
     shared.page.evaluate("document.querySelector('.list').scrollTo(0, 0)")
@@ -88,7 +88,7 @@ def test_turns_and_tags_are_marked(opened: Page) -> None:
     assert opened.listed(".facts")[0].startswith("step 1")
     headers = opened.page.locator(".turn header b").all_inner_texts()
     assert headers == ["Turn 1 · policy", "Tool result", "Turn 2 · policy"]
-    # A tag is cut into tokens wherever the tokenizer cuts it: its pieces are marked one by one.
+    # A tag may be split into several tokens: each piece is marked.
     for family, tag in (
         ("think", "<think>"),
         ("call", "<tool_call>"),
@@ -98,7 +98,7 @@ def test_turns_and_tags_are_marked(opened: Page) -> None:
         assert tag in "".join(opened.page.locator(f".text .tag.{family}").all_text_contents())
 
 
-def test_what_a_model_wrote_stays_text(opened: Page, folder: Path) -> None:
+def test_the_text_of_a_model_stays_text(opened: Page, folder: Path) -> None:
     opened.page.fill("[name=query]", "onerror")
     opened.found("1 of 49")
     opened.detail(f"who wrote {HOSTILE}?")
@@ -113,7 +113,7 @@ def test_what_a_model_wrote_stays_text(opened: Page, folder: Path) -> None:
     opened.complaints.clear()
 
 
-def test_a_token_says_what_it_is(opened: Page, folder: Path) -> None:
+def test_a_token_shows_its_details(opened: Page, folder: Path) -> None:
     row = read_trajectories(read_run(folder)).to_pylist()[-1]
     opened.page.fill("[name=query]", "onerror")
     opened.detail(row["question"])
@@ -185,7 +185,7 @@ def test_the_keyboard(opened: Page) -> None:
     assert opened.page.evaluate("document.activeElement === document.body")
 
 
-def test_the_group_of_a_trajectory(opened: Page, folder: Path) -> None:
+def test_the_group_of_a_trajectory_is_shown(opened: Page, folder: Path) -> None:
     rows = read_trajectories(read_run(folder)).to_pylist()
     assert opened.page.locator(".group button[aria-pressed]").all_inner_texts() == [
         f"{row['reward']:.2f}" for row in rows[:4]
@@ -208,7 +208,7 @@ def test_themes(browser: Any, report: Path) -> None:
     page.close()
 
 
-def test_what_could_not_be_read_is_said_first(browser: Any, tmp_path: Path) -> None:
+def test_unreadable_files_are_named_first(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "killed", steps=2)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
@@ -217,7 +217,7 @@ def test_what_could_not_be_read_is_said_first(browser: Any, tmp_path: Path) -> N
     page.close()
 
 
-def test_a_link_opens_what_its_sender_saw(browser: Any, opened: Page, report: Path) -> None:
+def test_a_link_opens_the_same_view(browser: Any, opened: Page, report: Path) -> None:
     opened.page.select_option("[name=outcome]", "correct")
     opened.page.fill("[name=from]", "2")
     opened.page.click(".row >> nth=2")
@@ -232,7 +232,7 @@ def test_a_link_opens_what_its_sender_saw(browser: Any, opened: Page, report: Pa
     opened.page.click(".heat-switch")
 
 
-def test_a_link_to_what_is_not_there_opens_the_first_trajectory(browser: Any, report: Path) -> None:
+def test_a_link_to_a_missing_trajectory_opens_the_first_one(browser: Any, report: Path) -> None:
     page = Page(browser, report, tab="trajectories?open=0.99.99&sort=nonsense")
     page.found("49 trajectories")
     page.page.wait_for_selector("#row-0.selected")
@@ -257,7 +257,7 @@ def test_golden_answers_are_marked_in_tool_results_and_can_be_filtered(browser: 
     page.close()
 
 
-def test_probabilities_as_colour(opened: Page, folder: Path) -> None:
+def test_probabilities_are_shown_as_colour(opened: Page, folder: Path) -> None:
     rows = read_trajectories(read_run(folder)).to_pylist()
     number = min(range(len(rows)), key=lambda i: min(rows[i]["logprobs"]))
     row = rows[number]
@@ -274,7 +274,7 @@ def test_probabilities_as_colour(opened: Page, folder: Path) -> None:
     assert opened.style(".text .t.trained", "backgroundColor") == "rgb(211, 231, 253)"
 
 
-def test_a_group_side_by_side_shows_where_its_members_part(browser: Any, tmp_path: Path) -> None:
+def test_the_side_by_side_view_shows_where_the_members_of_a_group_differ(browser: Any, tmp_path: Path) -> None:
     texts = ["I need the founder of A", "I need the founder of B", "I guess C", "I guess C"]
     folder = write_run(tmp_path / "run", steps=1, a_step=4)
     rows = [trajectory(2, i, [("assistant", text)], reward=i / 4, answer=text[-1]) for i, text in enumerate(texts)]
@@ -296,7 +296,7 @@ def test_a_group_side_by_side_shows_where_its_members_part(browser: Any, tmp_pat
     page.close()
 
 
-def test_the_same_question_at_other_steps(browser: Any, tmp_path: Path) -> None:
+def test_a_trajectory_links_to_the_same_question_at_other_steps(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1, a_step=4)
     for step in (2, 5):
         write_trajectories(

@@ -1,4 +1,4 @@
-"""The overview in a real browser: what the run achieved, charts and their alarms, comparisons, every screen size."""
+"""The overview in a real browser: the results of the run, charts with alarms, comparisons, every screen size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was measured before and after, with an alarm at steps 3 and 4."""
+    """A run that was evaluated before and after training, with an alarm at steps 3 and 4."""
     folder = write_run(tmp_path_factory.mktemp("runs") / "first", steps=6)
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (3, 4):
@@ -47,7 +47,7 @@ def chart(page: Page, title: str) -> Any:
     return page.page.locator(f".card[aria-label='{title}']")
 
 
-def test_it_says_first_what_the_run_achieved(browser: Any, report: Path) -> None:
+def test_the_overview_begins_with_the_results_of_the_run(browser: Any, report: Path) -> None:
     page = Page(browser, report, tab="overview")
     assert page.text(".headline").startswith(
         "Held-out exact match rose from 0.100 to 0.700 on 200 questions, 2.3 times"
@@ -60,7 +60,7 @@ def test_it_says_first_what_the_run_achieved(browser: Any, report: Path) -> None
     page.close()
 
 
-def test_charts_and_their_values(browser: Any, report: Path, folder: Path) -> None:
+def test_charts_show_their_values(browser: Any, report: Path, folder: Path) -> None:
     page = Page(browser, report, tab="overview")
     history = read_run(folder).history
     card = chart(page, "Reward")
@@ -72,7 +72,7 @@ def test_charts_and_their_values(browser: Any, report: Path, folder: Path) -> No
         "() => document.querySelector(\".card[aria-label='Reward'] .u-legend .u-value\").textContent === '2'"
     )
     assert card.locator(".u-value").all_inner_texts()[:2] == ["2", f"{history[1]['reward']:.3g}"]
-    # The same step in all charts.
+    # All charts show the same step.
     assert chart(page, "Entropy").locator(".u-value").all_inner_texts() == ["2", f"{history[1]['entropy']:.3g}"]
     assert chart(page, "Reflection and exact match").locator("canvas").count() == 1
     page.page.click("#tab-setup")
@@ -80,7 +80,7 @@ def test_charts_and_their_values(browser: Any, report: Path, folder: Path) -> No
     page.close()
 
 
-def test_alarms_are_one_strip_and_a_band_on_their_chart(browser: Any, report: Path) -> None:
+def test_alarms_are_shown_above_the_charts_and_as_a_band_on_their_chart(browser: Any, report: Path) -> None:
     page = Page(browser, report, tab="overview")
     assert page.text(".alarms").split("\n") == ["1 alarm", "reward at 2 steps from 3"]
     band = """title => { const canvas = document.querySelector(`.card[aria-label='${title}'] canvas`);
@@ -90,7 +90,7 @@ def test_alarms_are_one_strip_and_a_band_on_their_chart(browser: Any, report: Pa
         return [1.7, 3.3].map(step => at(left + over.width / canvas.clientWidth * step / 6)[3] > 0) }"""
     assert page.page.evaluate(band, "Reward") == [False, True]
     assert page.page.evaluate(band, "Entropy") == [False, False]
-    page.complaints.clear()  # the browser would rather not have its canvas read
+    page.complaints.clear()  # the browser warns when its canvas is read
     assert "the policy gets worse on its training reward: go back to" in chart(page, "Reward").inner_text()
     page.page.click(".alarms button")
     page.page.click("#tab-trajectories")
@@ -110,7 +110,7 @@ def test_a_click_on_a_point_opens_the_trajectories_of_its_step(browser: Any, rep
     page.close()
 
 
-def test_a_run_that_never_reflected_has_no_reflection_figure(browser: Any, tmp_path: Path) -> None:
+def test_a_run_without_reflection_has_no_reflection_figure(browser: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "silent", steps=2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     silent = [{name: 0.0 if "reflect" in name else value for name, value in row.items()} for row in lines]
@@ -120,7 +120,7 @@ def test_a_run_that_never_reflected_has_no_reflection_figure(browser: Any, tmp_p
     page.close()
 
 
-def test_three_runs_have_a_colour_each(browser: Any, several: Path) -> None:
+def test_three_runs_have_different_colours(browser: Any, several: Path) -> None:
     page = Page(browser, several, tab="overview")
     names = page.page.locator(".compared tbody th").all_inner_texts()
     assert [name.strip() for name in names] == ["first", "second", "third"]
@@ -146,7 +146,9 @@ def test_three_runs_have_a_colour_each(browser: Any, several: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", list(SIZES))
-def test_every_size_scrolls_one_way_only_and_can_be_read(browser: Any, several: Path, size: str, scheme: str) -> None:
+def test_every_screen_size_scrolls_only_vertically_and_is_readable(
+    browser: Any, several: Path, size: str, scheme: str
+) -> None:
     page = Page(browser, several, tab="overview", scheme=scheme, size=size)
     paper = {"light": "rgb(247, 247, 245)", "dark": "rgb(19, 21, 24)"}[scheme]
     assert page.style("body", "backgroundColor") == paper

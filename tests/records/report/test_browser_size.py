@@ -1,4 +1,4 @@
-"""A report of 2,000 trajectories of 4,000 tokens in a real browser: what a reader does with it stays quick."""
+"""A report with 2,000 trajectories of 4,000 tokens in a real browser stays fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_search.records.report.page import write_report
 
 
 def patience_s() -> float:
-    """A reader's, on cores of their own: times the processes that wait for each core now."""
+    """The seconds that a reader would wait on idle cores, times the processes that now wait for each core."""
     return 2.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 

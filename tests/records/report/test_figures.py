@@ -1,4 +1,4 @@
-"""Charts hold the data of the runs, and figures hold the charts: both are read back, and pictures are opened."""
+"""Charts contain the data of the runs, and figures contain the charts; both are read back, and images are opened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETS = ("nq", "hotpotqa")
 
 
 def history(steps: int = 6, *, shift: float = 0.0, kl: bool = True) -> list[dict]:
-    """Of a run with two held-out sets, evaluated at every second step."""
+    """The log of a run with two held-out sets, evaluated at every second step."""
     rows = []
     for step in range(1, steps + 1):
         row = {"step": step, "reward": 0.1 * step + shift, "reward_std": 0.2, "entropy": 1 / step, "loss": -0.1}
@@ -54,7 +54,7 @@ def run_of(rows: list[dict], folder: str = "/runs/seed_0", **results: dict) -> R
 
 
 def charts(*histories: list[dict], **results: dict) -> dict[str, Chart]:
-    """The charts by their titles, of runs named a, b, ..."""
+    """The charts of runs named a, b, ... by title."""
     runs = [run_of(rows, **results) for rows in histories]
     return {chart.title: chart for chart in charts_of(runs, "abcdefghijklmnop"[: len(runs)])}
 
@@ -69,7 +69,7 @@ def axes_of(figure) -> dict:
 
 
 def drawn(axis) -> list[tuple[str, str, list, list]]:
-    """Colour, dash, steps and values of each line."""
+    """Colour, dashes, steps and values of each line."""
     return [
         (line.get_color(), line.get_linestyle(), list(line.get_xdata()), list(line.get_ydata()))
         for line in axis.get_lines()
@@ -79,7 +79,7 @@ def drawn(axis) -> list[tuple[str, str, list, list]]:
 # The data of a chart
 
 
-def test_a_number_that_is_none_is_a_gap_and_the_last_log_of_a_step_wins() -> None:
+def test_a_missing_number_is_a_gap_and_the_last_log_of_a_step_counts() -> None:
     rows = [
         {"step": 3, "kl": 0.3},
         {"step": 1, "kl": 0.1},
@@ -92,25 +92,25 @@ def test_a_number_that_is_none_is_a_gap_and_the_last_log_of_a_step_wins() -> Non
     assert points(rows, "kl") == {1: 0.1, 3: 0.5}
 
 
-def test_a_star_is_spelt_out_and_an_end_that_never_happens_left_out() -> None:
+def test_a_star_matches_all_datasets_and_unused_stop_reasons_are_left_out() -> None:
     named = {panel.title: metrics_of(panel, [history()]) for panel in PANELS}
     assert named["Exact match per dataset"] == [("eval/hotpotqa/em", "hotpotqa"), ("eval/nq/em", "nq")]
     assert [label for _, label in named["How trajectories end"]] == ["answer", "search budget"]
     assert named["Gradient norm"] == []
 
 
-def test_one_dataset_needs_no_chart_of_its_own() -> None:
+def test_a_single_dataset_has_no_chart_per_dataset() -> None:
     rows = [{"step": 1, "eval/em": 0.1, "eval/nq/em": 0.1}]
     assert list(charts(rows)) == ["Held-out answers"]
 
 
-def test_panels_have_titles_of_their_own_and_no_metric_twice() -> None:
+def test_panels_have_different_titles_and_no_metric_twice() -> None:
     assert len({panel.title for panel in PANELS}) == len(PANELS)
     metrics = [metric for panel in PANELS for metric, _ in panel.lines]
     assert len(set(metrics)) == len(metrics)
 
 
-def test_each_alarm_stands_on_the_chart_of_the_metric_that_it_watches() -> None:
+def test_each_alarm_is_on_the_chart_of_its_metric() -> None:
     drawn = {alarm: [metric for metric, _ in panel.lines] for panel in PANELS for alarm in panel.alarms}
     assert drawn.keys() == {rule.name for rule in RULES}
     for rule in RULES:
@@ -118,7 +118,7 @@ def test_each_alarm_stands_on_the_chart_of_the_metric_that_it_watches() -> None:
         assert any(fnmatch(metric, line) for metric in watched for line in drawn[rule.name]), rule.name
 
 
-def test_alarms_that_rang_are_on_their_chart_with_their_steps() -> None:
+def test_alarms_that_fired_are_on_their_chart_with_their_steps() -> None:
     rows = history()
     for row in rows:
         row |= {"alarm/reward": float(row["step"] in (3, 4)), "alarm/entropy_rise": 0.0}
@@ -132,12 +132,16 @@ def test_alarms_that_rang_are_on_their_chart_with_their_steps() -> None:
     assert "alarm: reward" in [text.get_text() for text in axis.get_legend().get_texts()]
 
 
-def test_held_out_answers_begin_before_the_training_and_end_after_it() -> None:
+def test_the_held_out_chart_includes_the_evaluations_before_and_after_training() -> None:
     before, after, rag = {"em": 0.1, "f1": 0.2}, {"em": 0.9, "f1": 0.95}, {"em": 0.4}
     results = {"search, before GRPO": before, "search, after GRPO": after, "one-shot RAG": rag}
     for rows, steps, values in (
         ([{"step": 1, "reward": 0.5}, {"step": 5, "reward": 0.5}], [0, 5], [0.1, 0.9]),
-        ([{"step": 2, "eval/em": 0.3}, {"step": 4, "eval/em": 0.8}], [0, 2, 4], [0.1, 0.3, 0.8]),  # logged at the end
+        (
+            [{"step": 2, "eval/em": 0.3}, {"step": 4, "eval/em": 0.8}],
+            [0, 2, 4],
+            [0.1, 0.3, 0.8],
+        ),  # the last evaluation is already logged
     ):
         run = Run(Path("/a"), {}, rows, [], [], results)
         chart = next(chart for chart in charts_of([run], ["a"]) if chart.title == "Held-out answers")
@@ -151,7 +155,7 @@ def test_held_out_answers_begin_before_the_training_and_end_after_it() -> None:
 # A chart
 
 
-def test_runs_that_are_compared_have_a_colour_each_and_a_chart_per_metric() -> None:
+def test_compared_runs_have_different_colours_and_a_chart_per_metric() -> None:
     first, second, third = history(), history(shift=0.5), history(shift=0.7, kl=False)
     found = charts(first, second, third)
     assert "Reward" not in found and "Reward: mean" in found
@@ -162,7 +166,7 @@ def test_runs_that_are_compared_have_a_colour_each_and_a_chart_per_metric() -> N
     ]
     assert drawn(axis) == expected
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "c"]
-    # What one run lacks is drawn of the others, in their colours.
+    # A metric that one run lacks is drawn for the others, in their colours.
     assert [line.run for line in found["KL"].lines] == [0, 1]
 
 
@@ -172,11 +176,11 @@ def test_the_ninth_run_has_the_first_colour_and_is_dashed() -> None:
     assert first[0] == ninth[0] and (first[1], ninth[1]) == ("-", "--")
 
 
-def test_a_single_line_is_named_by_its_title() -> None:
+def test_a_single_line_has_the_title_as_its_name() -> None:
     assert axis_of(charts(history())["KL"]).get_legend() is None
 
 
-def test_gaps_of_the_log_are_gaps_of_the_line() -> None:
+def test_gaps_in_the_log_are_gaps_in_the_line() -> None:
     rows = history()
     rows[2]["entropy"] = None
     [(_, _, steps, values)] = drawn(axis_of(charts(rows)["Entropy"]))
@@ -184,7 +188,7 @@ def test_gaps_of_the_log_are_gaps_of_the_line() -> None:
     assert [math.isnan(value) for value in values] == [False, False, True, False, False, False]
 
 
-def test_a_long_run_is_smoothed_and_shown_as_it_is_behind() -> None:
+def test_a_long_run_is_smoothed_with_the_raw_line_behind() -> None:
     steps = SMOOTH_ABOVE + 20
     rows = [{"step": step, "entropy": float(step % 2)} for step in range(1, steps + 1)]
     axis = axis_of(charts(rows)["Entropy"])
@@ -195,13 +199,13 @@ def test_a_long_run_is_smoothed_and_shown_as_it_is_behind() -> None:
     assert smoothing_window(SMOOTH_ABOVE) == 1 and smoothing_window(331) % 2 == 1
 
 
-def test_the_running_mean_is_centred_and_passes_over_gaps() -> None:
+def test_the_running_mean_is_centred_and_skips_gaps() -> None:
     assert running_mean([1.0, 2.0, 6.0], 3) == [1.5, 3.0, 4.0]
     assert running_mean([1.0, None, 3.0], 3) == [1.0, None, 3.0] and running_mean([None], 3) == [None]
 
 
 @pytest.mark.parametrize(("value", "bottom"), [(0.2, 0.0), (0.0, 0.0), (-0.3, None)])
-def test_axes_begin_at_zero_unless_something_lies_below(value: float, bottom: float | None) -> None:
+def test_axes_begin_at_zero_unless_values_are_negative(value: float, bottom: float | None) -> None:
     axis = axis_of(charts([{"step": 1, "loss": value}, {"step": 2, "loss": value}])["Loss"])
     low, high = axis.get_ylim()
     assert (low == bottom if bottom is not None else low < value) and low <= value < high
@@ -210,7 +214,7 @@ def test_axes_begin_at_zero_unless_something_lies_below(value: float, bottom: fl
 # The sheet
 
 
-def test_the_sheet_holds_the_charts_with_data_and_no_empty_ones() -> None:
+def test_the_sheet_contains_only_charts_with_data() -> None:
     found = charts(history(kl=False))
     figure = sheet(list(found.values()), title="seed_0")
     assert list(axes_of(figure)) == list(found)
@@ -218,7 +222,7 @@ def test_the_sheet_holds_the_charts_with_data_and_no_empty_ones() -> None:
 
 
 def test_labels_do_not_overlap() -> None:
-    """As drawn: no text of the sheet lies over another, with seven data sets, baselines, and runs with long names."""
+    """No text on the drawn sheet overlaps another, with seven datasets, baselines, and long run names."""
     rows = history()
     for row in rows[1::2]:
         row |= {f"eval/{name}/em": 0.5 for name in ("2wikimultihopqa", "bamboogle", "musique", "popqa", "triviaqa")}
@@ -248,10 +252,10 @@ def test_an_empty_log_gives_a_sheet_that_says_so(rows: list[dict], tmp_path: Pat
     assert draw_curves(tmp_path, tmp_path / "curves.png").stat().st_size > 0
 
 
-# The pictures
+# The images
 
 
-def test_every_chart_becomes_a_picture_and_nothing_global_changes(tmp_path: Path) -> None:
+def test_every_chart_becomes_an_image_and_global_settings_stay(tmp_path: Path) -> None:
     import matplotlib
 
     before, loaded = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
@@ -273,7 +277,7 @@ def test_every_chart_becomes_a_picture_and_nothing_global_changes(tmp_path: Path
         assert picture.width >= 900 and (0x2F, 0x6D, 0xB3) in colours and (255, 255, 255) in colours
 
 
-def test_two_runs_get_a_reflection_figure_each_if_they_reflect(tmp_path: Path) -> None:
+def test_each_run_that_reflects_gets_a_reflection_figure(tmp_path: Path) -> None:
     rows = [{"step": 2, "eval/em": 0.1, "eval/reflection_ratio": 0.2}]
     silent = [{"step": 2, "eval/em": 0.1, "eval/reflection_ratio": 0.0}]
     runs = [run_of(rows, "/runs/a/qwen"), run_of(rows, "/runs/b/qwen"), run_of(silent, "/runs/c/qwen")]
@@ -284,7 +288,7 @@ def test_two_runs_get_a_reflection_figure_each_if_they_reflect(tmp_path: Path) -
     }
 
 
-def test_runs_are_named_by_what_tells_them_apart() -> None:
+def test_runs_are_named_by_the_part_of_the_path_that_differs() -> None:
     assert run_names([run_of([], "/runs/seed_0")]) == ["seed_0"]
     assert run_names([run_of([], "/runs/seed_0/qwen"), run_of([], "/runs/seed_1/qwen")]) == [
         "seed_0/qwen",

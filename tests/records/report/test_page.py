@@ -1,4 +1,4 @@
-"""The report: the page holds what the run holds, says what it left out, and is made of nothing that could act."""
+"""The report page contains the data of the run, says what it left out, and runs no code from the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=al
 
 
 def unpack(page: str, name: str) -> Any:
-    """What the browser unpacks."""
+    """The data as the browser unpacks it."""
     found = re.search(rf'<script type="application/json" id="data-{name}">([A-Za-z0-9+/=]*)</script>', page)
     assert found is not None, name
     return json.loads(gzip.decompress(base64.b64decode(found[1])))
@@ -52,7 +52,7 @@ class Elements(html.parser.HTMLParser):
             self.inline.append((tag, data))
 
 
-def test_the_page_holds_the_run(tmp_path: Path) -> None:
+def test_the_page_contains_the_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     page = build_page([run])
     rows, meta = unpack(page, "rows"), unpack(page, "meta")
@@ -75,7 +75,7 @@ def test_the_page_holds_the_run(tmp_path: Path) -> None:
     assert meta["runs"][0]["headline"].startswith("Held-out exact match rose from")
 
 
-def test_a_golden_answer_counts_as_retrieved_where_a_tool_result_holds_it(tmp_path: Path) -> None:
+def test_a_golden_answer_in_a_tool_result_counts_as_retrieved(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     said = ("assistant", "<think> Mira Talvane </think>")
     texts = ["who knows", "by MIRA  talvane!", "Miranda Talvane"]
@@ -84,7 +84,7 @@ def test_a_golden_answer_counts_as_retrieved_where_a_tool_result_holds_it(tmp_pa
     assert unpack(build_page([read_run(folder)]), "rows")["gold"][-4:] == [0, 1, 0, None]
 
 
-def test_alarms_that_rang_are_said(tmp_path: Path) -> None:
+def test_alarms_that_fired_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=2)
     with (folder / METRICS_FILE).open("a") as file:
         for step, rings in ((3, 0.0), (4, 1.0), (5, 1.0)):
@@ -96,7 +96,7 @@ def test_alarms_that_rang_are_said(tmp_path: Path) -> None:
     assert {chart["title"]: chart["alarms"] for chart in meta["charts"] if chart["alarms"]} == {"Entropy": [rang]}
 
 
-def test_every_token_is_there_with_its_mask(tmp_path: Path) -> None:
+def test_the_page_contains_every_token_with_its_mask(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=9, a_step=8))
     page = build_page([run])
     rows, meta = unpack(page, "rows"), unpack(page, "meta")
@@ -124,7 +124,7 @@ def unrolled(mask: list[int]) -> list[int]:
 
 
 @given(st.lists(st.tuples(st.text(max_size=5), st.integers(0, 1), st.floats(-50, 0)), max_size=30))
-def test_tokens_come_back_as_they_were(drawn: list[tuple[str, int, float]]) -> None:
+def test_tokens_are_unpacked_unchanged(drawn: list[tuple[str, int, float]]) -> None:
     tokens, mask, logprobs = ([item[i] for item in drawn] for i in range(3))
     packed = json.loads(json.dumps(encode_tokens({"tokens": tokens, "mask": mask, "logprobs": logprobs, "turns": []})))
     assert slices("".join(tokens), packed["lengths"]) == tokens
@@ -132,7 +132,7 @@ def test_tokens_come_back_as_they_were(drawn: list[tuple[str, int, float]]) -> N
     assert sum(packed["lengths"]) == utf16_length("".join(tokens))
 
 
-def test_what_a_model_wrote_is_never_markup(tmp_path: Path) -> None:
+def test_the_text_of_a_model_is_never_markup(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1, note=HOSTILE)
     row = trajectory(2, 0, [("assistant", HOSTILE)], question=HOSTILE, answer=HOSTILE, error=HOSTILE, prompt=HOSTILE)
     write_trajectories(folder, 2, [row | {"golden_answers": [HOSTILE], "stop_reason": HOSTILE, "id": HOSTILE}])
@@ -151,7 +151,7 @@ def test_a_folder_with_a_hostile_name(tmp_path: Path) -> None:
     assert "img" not in {tag for tag, _ in elements.found}
 
 
-def test_only_the_scripts_and_styles_of_the_file_may_run(tmp_path: Path) -> None:
+def test_only_the_pages_own_scripts_and_styles_may_run(tmp_path: Path) -> None:
     page = build_page([read_run(write_run(tmp_path / "run", steps=1))])
     elements = Elements(page)
     policy = next(a["content"] or "" for _, a in elements.found if a.get("http-equiv") == "Content-Security-Policy")
@@ -170,7 +170,7 @@ def test_only_the_scripts_and_styles_of_the_file_may_run(tmp_path: Path) -> None
     assert not re.search(
         r"url\(|@import|innerHTML|document\.write|eval\(|fetch\(", "".join(t for _, t in elements.inline)
     )
-    assert "Permission is hereby granted" in page  # uPlot's licence travels with it
+    assert "Permission is hereby granted" in page  # uPlot's licence is included
 
 
 def test_two_runs_share_the_charts(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_two_runs_share_the_charts(tmp_path: Path) -> None:
         build_page([read_run(first), read_run(first)])
 
 
-def test_of_many_trajectories_whole_steps_are_taken(tmp_path: Path) -> None:
+def test_a_limited_page_shows_whole_steps(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=20, a_step=8)
     kept = page_trajectories([read_run(folder)], 41)
     assert sorted(set(kept.rows["step"])) == [1, 6, 11, 15, 20] and len(kept) == 40
@@ -198,7 +198,7 @@ def test_of_many_trajectories_whole_steps_are_taken(tmp_path: Path) -> None:
 
 
 @given(st.dictionaries(st.integers(0, 500), st.integers(1, 9), min_size=1), st.integers(0, 300))
-def test_the_steps_that_are_chosen(counts: dict[int, int], limit: int) -> None:
+def test_which_steps_are_shown(counts: dict[int, int], limit: int) -> None:
     chosen = choose_steps(counts, limit)
     assert chosen == sorted(set(chosen)) and set(chosen) <= set(counts) and max(counts) in chosen
     if len(chosen) > 1:
@@ -207,7 +207,7 @@ def test_the_steps_that_are_chosen(counts: dict[int, int], limit: int) -> None:
         assert chosen == sorted(counts)
 
 
-def test_a_half_written_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_half_written_files_of_a_run_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / METRICS_FILE).open("a") as file:
         file.write('{"step": 7, "reward": NaN}\n{"step": 8, "rew')
@@ -228,13 +228,13 @@ def test_a_half_written_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (reward["steps"][-1], reward["values"][-1]) == (7, None)
 
 
-def test_a_run_of_which_little_is_there(tmp_path: Path) -> None:
+def test_a_run_with_few_files_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"history": [{"step": 1, "reward": 0.5}]}))
     page = build_page([read_run(tmp_path)])
     assert unpack(page, "rows")["step"] == [] and unpack(page, "meta")["charts"][0]["title"] == "Reward"
 
 
-def test_a_failed_retrieval_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+def test_a_failed_retrieval_is_neither_correct_nor_wrong(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     row = trajectory(2, 0, [("assistant", "<think> x")], answer=None, error="503", stop_reason="retrieval_failed")
     null = {"reward": None, "advantage": None, "rewards/em": None, "mask": [0] * len(row["mask"])}
@@ -258,7 +258,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "png" / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_no_report_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_report_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     other = tmp_path / "thesis.html"
     other.write_text("<!doctype html><p>three years of work")
@@ -279,7 +279,7 @@ def test_what_is_no_report_stays(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["run", "run"], "twice"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_reported_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -293,7 +293,7 @@ def test_mistakes_are_one_line(
     assert said in error and error.count("\n") == 1 and not list(tmp_path.rglob("*.html"))
 
 
-def test_the_same_run_makes_the_same_page(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=2))
     first, second = (write_report([run], tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
     when = re.compile(rb'id="data-meta">[^<]*<')

@@ -1,4 +1,4 @@
-"""The reflection figure: its points, its numbers against scipy and by hand, and its words where nothing is claimed."""
+"""The reflection figure: its points, its numbers against scipy and by hand, and its text if it claims nothing."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ EMS = [0.11, 0.18, 0.24, 0.22, 0.31, 0.33, 0.34]
 # Points
 
 
-def test_an_evaluation_with_its_own_ratio_is_taken_as_it_is() -> None:
+def test_an_evaluation_with_its_own_ratio_is_used() -> None:
     history = [
         {"step": 1, "reflection/ratio": 0.9},
         {"step": 2, "reflection/ratio": 0.9, "eval/em": 0.2, "eval/reflection_ratio": 0.05},
-        {"step": 4, "reflection/ratio": 0.9, "eval/em": None, "eval/reflection_ratio": 0.06},  # a NaN of the log
-        {"step": 6, "reflection/ratio": 0.9, "eval/em": 0.3},  # never filled up from training
+        {"step": 4, "reflection/ratio": 0.9, "eval/em": None, "eval/reflection_ratio": 0.06},  # a NaN in the log
+        {"step": 6, "reflection/ratio": 0.9, "eval/em": 0.3},  # never filled in from training
         {"step": 8, "eval/em": 0.4, "eval/reflection_ratio": 0.07},
     ]
     assert reflection_points(run_of(history)) == [
@@ -57,7 +57,7 @@ def test_an_evaluation_with_its_own_ratio_is_taken_as_it_is() -> None:
 # Numbers
 
 
-def test_pearson_is_scipys_with_fishers_interval() -> None:
+def test_pearson_equals_scipys_with_fishers_interval() -> None:
     levels = correlate(checkpoints(RATIOS, EMS)).levels
     expected = stats.pearsonr(RATIOS, EMS)
     low, high = expected.confidence_interval(0.95)
@@ -67,7 +67,7 @@ def test_pearson_is_scipys_with_fishers_interval() -> None:
     assert (levels.slope, levels.intercept) == (pytest.approx(line.slope), pytest.approx(line.intercept))
 
 
-def test_spearman_is_scipys_with_the_wider_interval() -> None:
+def test_spearman_equals_scipys_with_the_wider_interval() -> None:
     spearman = correlate(checkpoints(RATIOS, EMS)).levels.spearman
     rho = stats.spearmanr(RATIOS, EMS).statistic
     # Ranks 1 3 2 4 6 5 7 and 1 2 4 3 5 6 7: sum of squares 0+1+4+1+1+1+0 = 8, so 1 - 6*8/(7*48).
@@ -81,9 +81,9 @@ def test_spearman_is_scipys_with_the_wider_interval() -> None:
     )
 
 
-def test_the_spearman_interval_covers_what_it_should() -> None:
-    """Of 200 samples of 20 points, about 95 % of the intervals hold the rho of the population."""
-    draw, rho = random.Random(0), 6 / math.pi * math.asin(0.6 / 2)  # of a bivariate normal with r = .6
+def test_the_spearman_interval_has_the_right_coverage() -> None:
+    """For 200 samples of 20 points, about 95 % of the intervals contain the rho of the population."""
+    draw, rho = random.Random(0), 6 / math.pi * math.asin(0.6 / 2)  # the rho of a bivariate normal with r = .6
     covered = 0
     for _ in range(200):
         x = [draw.gauss(0, 1) for _ in range(20)]
@@ -94,7 +94,7 @@ def test_the_spearman_interval_covers_what_it_should() -> None:
     assert 0.91 <= covered / 200 <= 0.99
 
 
-def test_two_numbers_that_merely_rise_have_levels_that_correlate_and_changes_that_do_not() -> None:
+def test_two_rising_series_correlate_in_levels_but_not_in_changes() -> None:
     draw = random.Random(3)
     ratios = [0.02 * i + draw.uniform(0, 0.01) for i in range(30)]
     ems = [0.1 + 0.02 * i + draw.uniform(0, 0.01) for i in range(30)]
@@ -120,7 +120,7 @@ def test_two_numbers_that_merely_rise_have_levels_that_correlate_and_changes_tha
         ([0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.5, 0.5], "the EM is the same over all 4 checkpoints"),
     ],
 )
-def test_where_nothing_can_be_claimed_nothing_is(ratios: list[float], ems: list[float], problem: str) -> None:
+def test_without_enough_data_no_correlation_is_claimed(ratios: list[float], ems: list[float], problem: str) -> None:
     points = checkpoints(ratios, ems)
     correlation = correlate(points)
     assert correlation.levels.problem == problem
@@ -136,7 +136,7 @@ def test_four_checkpoints_have_levels_and_no_changes() -> None:
 
 
 def test_complete_agreement_has_no_interval() -> None:
-    """Fisher's would be [1, 1], of four points as of four thousand."""
+    """Fisher's interval would be [1, 1] for any number of points."""
     points = checkpoints([0.1, 0.2, 0.3, 0.4], [0.2, 0.4, 0.6, 0.8])
     correlation = correlate(points)
     for found in (correlation.levels.pearson, correlation.levels.spearman):
@@ -149,8 +149,8 @@ numbers = st.floats(0, 1, allow_nan=False)
 
 
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
-@example([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.1e-295)])  # its square is 0
-def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, float]]) -> None:
+@example([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.1e-295)])  # its square underflows to 0
+def test_the_numbers_are_finite_for_any_measurements(pairs: list[tuple[float, float]]) -> None:
     points = [ReflectionPoint(i, *pair) for i, pair in enumerate(pairs)]
     correlation = correlate(points)
     assert words(points, correlation)
@@ -164,7 +164,7 @@ def test_whatever_was_measured_the_numbers_are_numbers(pairs: list[tuple[float, 
 # The figure
 
 
-def test_the_figure_holds_the_points_the_line_and_the_numbers() -> None:
+def test_the_figure_shows_the_points_the_line_and_the_numbers() -> None:
     found = checkpoints(RATIOS, EMS)
     figure = reflection_figure(found, correlate(found), title="seed_0")
     axis = figure.axes[0]
@@ -177,7 +177,7 @@ def test_the_figure_holds_the_points_the_line_and_the_numbers() -> None:
     assert figure.get_suptitle() == "seed_0"
 
 
-def test_the_picture_of_a_run_is_written(tmp_path: Path) -> None:
+def test_the_image_of_a_run_is_written(tmp_path: Path) -> None:
     history = [
         {"step": 10 * i, "eval/em": em, "eval/reflection_ratio": ratio}
         for i, (ratio, em) in enumerate(zip(RATIOS, EMS, strict=True), start=1)
@@ -195,7 +195,7 @@ def test_a_run_without_reflection_has_nothing_to_draw() -> None:
     assert any_reflection(reflection_points(run_of([{"step": 1, "eval/em": 0.5, "eval/reflection_ratio": 0.1}])))
 
 
-def test_equal_numbers_share_their_rank() -> None:
+def test_equal_numbers_have_the_same_rank() -> None:
     ratios, ems = [0.1, 0.2, 0.2, 0.3, 0.3, 0.3], [0.1, 0.3, 0.2, 0.2, 0.5, 0.4]
     spearman = correlate(checkpoints(ratios, ems)).levels.spearman
     assert spearman is not None and spearman.value == pytest.approx(stats.spearmanr(ratios, ems).statistic)

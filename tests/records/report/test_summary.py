@@ -1,4 +1,4 @@
-"""What a run achieved: the sentence says no more than was measured, and the numbers are those of the run."""
+"""The summary of a run: its sentence claims no more than was measured, and its numbers are those of the run."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ BEFORE, AFTER = "search, before GRPO", "search, after GRPO"
         ),
     ],
 )
-def test_the_sentence(results: dict[str, dict[str, Any]], said: str) -> None:
+def test_the_sentence_of_the_summary(results: dict[str, dict[str, Any]], said: str) -> None:
     assert headline(run_of(LOG, results)).startswith("Held-out exact match ")
     assert headline(run_of(LOG, results)).endswith(said)
 
 
-def test_evaluations_during_the_training_serve_where_none_was_made_before_it() -> None:
+def test_without_an_evaluation_before_training_the_first_one_during_it_is_used() -> None:
     history = [{"step": 2, "eval/em": 0.1}, {"step": 8, "eval/em": 0.5}]
     assert headline(run_of(history, {})) == "Held-out exact match rose from 0.100 to 0.500 between step 2 and step 8."
 
 
-def test_without_held_out_questions_the_reward_is_named_as_such() -> None:
+def test_without_held_out_questions_the_sentence_reports_the_reward() -> None:
     said = "The training reward rose from 0.200 to 0.500; held-out questions were not measured."
     assert headline(run_of(LOG, {})) == said
     assert headline(run_of([], {})) == headline(run_of(LOG[:1], {})) == "Nothing was measured yet."
@@ -63,7 +63,7 @@ def test_rollbacks_are_among_the_numbers() -> None:
     assert "Rollbacks" not in {fact.name for fact in facts_of(run_of(LOG, {}))}
 
 
-def test_the_numbers() -> None:
+def test_the_numbers_of_the_summary() -> None:
     results = {
         "one-shot RAG": measured(0.3),
         BEFORE: measured(0.2, searches=0.5),
