@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own."""
+"""An event loop on its own thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def said(word: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore:unclosed event loop")
-def test_where_no_thread_can_be_started_the_next_call_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_its_thread_cannot_be_started_the_next_call_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -27,6 +27,6 @@ def test_where_no_thread_can_be_started_the_next_call_tries_again(monkeypatch: p
     found: list[str] = []
     asking = threading.Thread(target=lambda: found.append(loop.run(said("second"))), daemon=True)
     asking.start()
-    asking.join(timeout=60)  # it waited for ever: nothing ran on the loop
+    asking.join(timeout=60)  # it used to wait forever, because the loop did not run
     assert found == ["second"]
     loop.close()

@@ -105,9 +105,7 @@ def test_a_turn_may_be_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert play(writes_text, Calculator(), tokenizer).actions == [ToolCall("add", {"a": 1, "b": 2}), Answer("3")]
 
 
-def test_a_script_that_gives_up_or_runs_too_long_gives_no_answer(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_a_script_that_gives_up_or_runs_too_long_gives_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     assert play(gives_up, Calculator(), tokenizer).stop_reason is StopReason.END_OF_TURN
     long = play(talks_on, Calculator(), tokenizer)
     assert long.stop_reason is StopReason.TOKEN_BUDGET and len(long.ids) == 512

@@ -1,4 +1,4 @@
-"""The search batcher: what travels together, what fails alone, and that nothing waits for ever."""
+"""The search batcher: which queries share a batch, which fail alone, and that nothing waits forever."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from trl_search.types import Passage
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 0.9  # where a call hangs; whatever does not hang takes a hundredth of that
+TIMEOUT_S = 0.9  # for calls that hang; all others take a hundredth of it
 
 
 class Echo(Retriever):
-    """Finds its own query `k` times. "poison" raises; "hang" waits until `released`."""
+    """Returns the query `k` times. "poison" raises; "hang" waits until `released`."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s, self.released = delay_s, threading.Event()
@@ -70,7 +70,7 @@ def run(
     **options: Any,
 ) -> SearchBatcher:
     async def whole() -> SearchBatcher:
-        complaints: list[dict[str, Any]] = []  # what asyncio would only log: an exception in a callback
+        complaints: list[dict[str, Any]] = []  # an exception in a callback, which asyncio would only log
         asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))
         batcher = SearchBatcher(retriever, timeout_s=timeout_s, **options)
         await asyncio.wait_for(scenario(batcher), 200)
@@ -83,12 +83,12 @@ def run(
 
 
 async def outcomes(batcher: SearchBatcher, *queries: str, k: int = 1) -> list[str]:
-    """The id of the first passage, or the failure, of each query, all asked at once."""
+    """For each query, the id of its first passage, or its failure; all are searched concurrently."""
     found = await asyncio.gather(*(batcher.search(query, k) for query in queries), return_exceptions=True)
     return [one[0].id if isinstance(one, list) else repr(one) for one in found]
 
 
-def test_queries_asked_at_once_go_in_one_batch(echo: Echo) -> None:
+def test_concurrent_queries_share_one_batch(echo: Echo) -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         assert await outcomes(batcher, "a", "b", "c") == ["a0", "b0", "c0"]
 
@@ -97,7 +97,7 @@ def test_queries_asked_at_once_go_in_one_batch(echo: Echo) -> None:
     assert (batcher.stats.queries, batcher.stats.batches, batcher.stats.failures) == (3, 1, 0)
 
 
-def test_one_batch_gathers_while_another_is_searched(echo: Echo) -> None:
+def test_queries_wait_in_a_batch_while_another_is_searched(echo: Echo) -> None:
     echo.delay_s = 0.15
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -117,7 +117,7 @@ def test_one_batch_gathers_while_another_is_searched(echo: Echo) -> None:
 
 
 @pytest.mark.parametrize("turns", range(16))
-def test_a_query_at_the_very_moment_when_the_last_batch_ends_is_searched(turns: int) -> None:
+def test_a_query_that_arrives_when_the_last_batch_ends_is_searched(turns: int) -> None:
     async def later(batcher: SearchBatcher) -> None:
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -129,7 +129,7 @@ def test_a_query_at_the_very_moment_when_the_last_batch_ends_is_searched(turns: 
     run(scenario, AsyncEcho(), timeout_s=5)
 
 
-def test_a_retriever_that_wants_several_batches_gets_them(echo: Echo) -> None:
+def test_a_retriever_may_get_several_concurrent_batches(echo: Echo) -> None:
     echo.delay_s, echo.max_concurrent_batches = 0.1, 3
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -143,11 +143,11 @@ def test_a_retriever_that_wants_several_batches_gets_them(echo: Echo) -> None:
 
     run(scenario, echo, timeout_s=5, max_batch=4)
     assert echo.batches[:4] == [["a"], ["b"], ["c"], ["d", "e", "f"]]
-    # These two begin at the same time, on threads of their own.
+    # These two begin at the same time, on separate threads.
     assert sorted(echo.batches[4:]) == [["g", "h", "i", "j"], ["k"]]
 
 
-def test_a_batch_that_hangs_holds_up_no_batch_beside_it(echo: Echo) -> None:
+def test_a_hanging_batch_does_not_delay_concurrent_batches(echo: Echo) -> None:
     echo.max_concurrent_batches = 2
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -162,7 +162,7 @@ def test_a_batch_that_hangs_holds_up_no_batch_beside_it(echo: Echo) -> None:
     echo.released.set()
 
 
-def test_a_service_that_is_down_is_not_tried_query_by_query() -> None:
+def test_if_the_service_is_down_queries_are_not_retried_one_by_one() -> None:
     class Down(Echo):
         def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
             self.batches.append(list(queries))
@@ -187,11 +187,11 @@ def test_a_lone_query_waits_for_no_timer(echo: Echo) -> None:
             took.append(time.monotonic() - started)
 
     run(scenario, echo)
-    assert min(took) < 0.02  # a timer would keep each of them; a busy machine keeps some
+    assert min(took) < 0.02  # a timer would delay all of them, a busy machine only some
     assert len(echo.batches) == 50
 
 
-def test_a_batch_is_no_larger_than_told_and_of_one_k(echo: Echo) -> None:
+def test_a_batch_is_within_its_maximum_and_has_one_k(echo: Echo) -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         found = await asyncio.gather(*(batcher.search(f"{at}", 1 + at % 2) for at in range(10)))
         assert [len(passages) for passages in found] == [1, 2] * 5
@@ -208,14 +208,14 @@ def test_the_same_query_is_searched_once_while_it_is_in_flight(echo: Echo) -> No
         await asyncio.sleep(0.02)
         assert await outcomes(batcher, "a", "a", "b") == ["a0", "a0", "b0"]
         one, other = await asyncio.gather(batcher.search("c", 1), batcher.search("c", 1))
-        assert one == other and one is not other  # the caller may do with its list what it likes
+        assert one == other and one is not other  # the caller may change its list
         assert await outcomes(batcher, "a") == [(await first)[0].id]
 
     run(scenario, echo)
     assert echo.batches == [["a"], ["b"], ["c"], ["a"]]
 
 
-def test_a_poisonous_query_fails_alone(echo: Echo) -> None:
+def test_a_failing_query_fails_alone(echo: Echo) -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         a, poison, b = await outcomes(batcher, "a", "poison", "b")
         assert (a, b) == ("a0", "b0")
@@ -230,7 +230,7 @@ def test_a_poisonous_query_fails_alone(echo: Echo) -> None:
     assert batcher.stats.failures == 2
 
 
-def test_a_dead_server_is_not_asked_once_for_each_of_many_queries() -> None:
+def test_a_dead_server_is_not_called_once_per_query() -> None:
     class Dead(Retriever):
         calls = 0
 
@@ -245,11 +245,11 @@ def test_a_dead_server_is_not_asked_once_for_each_of_many_queries() -> None:
         failures = await outcomes(batcher, *map(str, range(200)))
         assert len(failures) == 200 and all("connection refused" in failure for failure in failures[:2])
 
-    run(scenario, dead, timeout_s=0.3)  # for a batch and all its single queries together
+    run(scenario, dead, timeout_s=0.3)  # for a batch and all its single queries
     assert dead.calls < 10
 
 
-def test_a_call_that_hangs_fails_its_queries_and_holds_nobody_up(echo: Echo) -> None:
+def test_a_hanging_call_fails_its_queries_and_delays_no_others(echo: Echo) -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         hanging = asyncio.create_task(outcomes(batcher, "hang", "beside"))
         await asyncio.sleep(0.01)
@@ -260,11 +260,11 @@ def test_a_call_that_hangs_fails_its_queries_and_holds_nobody_up(echo: Echo) -> 
     batcher = run(scenario, echo, TIMEOUT_S)
     assert time.monotonic() - started < 30
     assert batcher.stats.failures == 2
-    assert echo.batches == [["hang", "beside"], ["a", "b"]]  # what hung is not tried again one by one
+    assert echo.batches == [["hang", "beside"], ["a", "b"]]  # after a timeout, queries are not retried one by one
     echo.released.set()
 
 
-def test_what_comes_back_too_late_disturbs_nobody() -> None:
+def test_a_late_result_is_ignored() -> None:
     echo = Echo()
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -276,7 +276,7 @@ def test_what_comes_back_too_late_disturbs_nobody() -> None:
     run(scenario, echo, TIMEOUT_S)
 
 
-def test_a_retriever_that_always_hangs_is_given_up() -> None:
+def test_a_retriever_that_always_hangs_is_no_longer_called() -> None:
     echo = Echo()
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -290,7 +290,7 @@ def test_a_retriever_that_always_hangs_is_given_up() -> None:
     run(scenario, echo, timeout_s=0.3)
 
 
-def test_closing_fails_who_waits_and_waits_for_nobody(echo: Echo) -> None:
+def test_closing_fails_waiting_queries_at_once(echo: Echo) -> None:
     async def scenario(batcher: SearchBatcher) -> None:
         waiting = [asyncio.create_task(outcomes(batcher, query)) for query in ("hang", "a")]
         await asyncio.sleep(0.01)
@@ -308,7 +308,7 @@ def test_closing_fails_who_waits_and_waits_for_nobody(echo: Echo) -> None:
     echo.released.set()
 
 
-def test_a_hanging_search_does_not_keep_the_process() -> None:
+def test_a_hanging_search_does_not_keep_the_process_alive() -> None:
     code = """
 import asyncio, threading
 from trl_search.retrieval.base import RetrievalError, Retriever
@@ -332,7 +332,7 @@ asyncio.run(main())
     assert "timed out" in done.stdout
 
 
-def test_who_gives_up_waiting_takes_nobody_along(echo: Echo) -> None:
+def test_a_cancelled_caller_does_not_cancel_others(echo: Echo) -> None:
     echo.delay_s = 0.1
 
     async def scenario(batcher: SearchBatcher) -> None:
@@ -354,7 +354,7 @@ def test_who_gives_up_waiting_takes_nobody_along(echo: Echo) -> None:
         (lambda queries: next(iter(())), "StopIteration"),
     ],
 )
-def test_whatever_a_retriever_does_is_a_failed_search(answer: Callable[[Sequence[str]], Any], message: str) -> None:
+def test_any_mistake_of_a_retriever_is_a_failed_search(answer: Callable[[Sequence[str]], Any], message: str) -> None:
     class Broken(Retriever):
         def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
             found: list[list[Passage]] = [[]] if queries == ["good"] else answer(queries)
@@ -368,7 +368,7 @@ def test_whatever_a_retriever_does_is_a_failed_search(answer: Callable[[Sequence
     run(scenario, Broken(), timeout_s=2)
 
 
-def test_a_retriever_may_cancel_itself() -> None:
+def test_a_retriever_that_cancels_itself_is_a_failed_search() -> None:
     class Cancels(AsyncEcho):
         async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
             raise asyncio.CancelledError
@@ -386,7 +386,7 @@ def test_a_retriever_may_cancel_itself() -> None:
     max_batch=st.integers(1, 5),
     at_once=st.integers(1, 3),
 )
-def test_everyone_gets_what_they_asked_for(asked: list[tuple[str, int, int]], max_batch: int, at_once: int) -> None:
+def test_every_caller_gets_its_own_result(asked: list[tuple[str, int, int]], max_batch: int, at_once: int) -> None:
     echo = Echo()
     echo.max_concurrent_batches = at_once
 

@@ -1,4 +1,4 @@
-"""What every kind of retriever promises. A new kind adds one function to `KINDS` and passes everything here."""
+"""The contract of every kind of retriever. A new kind adds one function to `KINDS` and must pass all these tests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def http_over_bm25(passages: list[Passage], folder: Path) -> Retriever:
 
 
 def http_over_a_server_of_one_query(passages: list[Passage], folder: Path) -> Retriever:
-    """SkyRL's example server: FastAPI with one required `query`, and documents without a URL."""
+    """Like SkyRL's example server: FastAPI with one required `query`, and documents without a URL."""
     serves = retrieve_from(bm25_in_memory(passages, folder), Limits(max_query_chars=200_000, max_topk=10_000))
 
     def answer(asked: Asked) -> Said:
@@ -135,13 +135,13 @@ KINDS: dict[str, Callable[[list[Passage], Path], Retriever]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def retriever(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retriever]:
-    """One of each kind for all tests, which only ask it: to build and to open an index is what costs."""
+    """One retriever per kind for all tests, because building and opening an index takes time."""
     made = KINDS[request.param](WORLD, tmp_path_factory.mktemp(request.param))
     yield made
     made.close()
 
 
-def test_answers_every_query_in_order_best_first(retriever: Retriever) -> None:
+def test_results_are_in_the_order_of_queries_best_first(retriever: Retriever) -> None:
     found = retriever.search(QUERIES, k=3)
     assert [passages[0].id for passages in found] == ["p0", "c", "p2", "p7", "p1"]
     for passages in found:
@@ -149,16 +149,18 @@ def test_answers_every_query_in_order_best_first(retriever: Retriever) -> None:
         assert [passage.score for passage in passages] == sorted((p.score for p in passages), reverse=True)
 
 
-def test_gives_whole_passages(retriever: Retriever) -> None:
+def test_results_are_complete_passages(retriever: Retriever) -> None:
     (found,) = retriever.search(["Orlune"], k=len(WORLD))
     by_id = {passage.id: passage for passage in WORLD}
     for passage in found:
         original = by_id[passage.id]
-        url = passage.id if isinstance(retriever, WebRetriever) else original.url  # on the web, the two are one
+        url = (
+            passage.id if isinstance(retriever, WebRetriever) else original.url
+        )  # on the web, id and url are the same
         assert (passage.title, passage.text, passage.url) == (original.title, original.text, url)
 
 
-def test_equal_scores_come_in_corpus_order_at_every_k(retriever: Retriever) -> None:
+def test_equal_scores_are_in_corpus_order_at_every_k(retriever: Retriever) -> None:
     for k in range(1, 4):
         (found,) = retriever.search(["lantern festival"], k=k)
         assert [passage.id for passage in found] == ["c", "a", "b"][:k]
@@ -171,7 +173,7 @@ def test_a_result_does_not_depend_on_what_else_is_in_the_batch(retriever: Retrie
 
 
 @pytest.mark.parametrize("query", ["", "   ", "?!", "\n\0"])
-def test_a_query_without_words_finds_nothing_wherever_it_stands(retriever: Retriever, query: str) -> None:
+def test_a_query_without_words_finds_nothing_in_any_batch(retriever: Retriever, query: str) -> None:
     assert retriever.search([query], k=3) == [[]]
     first, last = retriever.search([query, "Karsic"], k=3), retriever.search(["Karsic", query], k=3)
     assert first == last[::-1] == [[], retriever.search(["Karsic"], k=3)[0]]
@@ -180,7 +182,7 @@ def test_a_query_without_words_finds_nothing_wherever_it_stands(retriever: Retri
 @pytest.mark.parametrize(
     "query", ["Orlune " * 15_000, "Orlune\ud800", "Orlune \U0001f30a كتاب 灯", "Orlune" + "x" * 100_000]
 )
-def test_a_strange_query_is_answered(retriever: Retriever, query: str) -> None:
+def test_a_strange_query_has_a_result(retriever: Retriever, query: str) -> None:
     (found,) = retriever.search([query], k=2)
     assert len(found) <= 2
 

@@ -1,4 +1,4 @@
-"""One word, one retriever: a folder, an address and a kind are told apart in the same way everywhere."""
+"""One word for a retriever: a folder, an address or a kind, distinguished in the same way everywhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_folder_is_opened_by_its_manifest(home: Path, word: str | Path) -> Non
     assert [passage.id for passage in open_retriever(word).search(["harbour"], k=1)[0]] == ["1"]
 
 
-def test_an_address_and_a_kind(home: Path) -> None:
+def test_an_address_and_a_kind_are_opened(home: Path) -> None:
     assert resolve_retriever("https://host:1", {"timeout_s": 1}) == ("http", {"url": "https://host:1", "timeout_s": 1})
     Path("bm25").mkdir()
     assert resolve_retriever("bm25", {"index": "wiki"}) == ("bm25", {"index": "wiki"})
@@ -36,19 +36,19 @@ def test_an_address_and_a_kind(home: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"), [("nowhere/at/all", "no index folder nowhere/at/all"), ("bm52", "bm52.*kinds bm25, dense")]
 )
-def test_a_word_that_names_nothing_says_what_would(home: Path, word: str, message: str) -> None:
+def test_an_unknown_word_lists_what_is_possible(home: Path, word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_retriever(word)
 
 
-def test_two_places_are_refused_and_not_one_taken_in_silence(home: Path) -> None:
+def test_two_places_are_refused(home: Path) -> None:
     for word, options in (("wiki", {"index": "indexes/other"}), ("http://host:1", {"url": "http://host:2"})):
         with pytest.raises(UserError, match=r"two places to search.*--retriever_options '{}'"):
             resolve_retriever(word, options)
     assert resolve_retriever("wiki", {"index": "wiki"}) == ("bm25", {"index": "wiki"})
 
 
-def test_every_path_may_begin_at_home(home: Path) -> None:
+def test_paths_may_begin_with_a_tilde(home: Path) -> None:
     (home / "corpus.jsonl").write_text('{"id": "7", "text": "A lantern."}\n')
     for options in ({"index": "~/wiki"}, {"corpus": "~/corpus.jsonl"}):
         load_retriever("bm25", **options).close()  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def test_every_path_may_begin_at_home(home: Path) -> None:
     assert (home / "other" / "manifest.json").is_file()
 
 
-def test_fields_of_a_corpus_are_named_where_it_is_read(home: Path) -> None:
+def test_the_fields_of_a_corpus_can_be_named(home: Path) -> None:
     (home / "c.jsonl").write_text('{"docno": 7, "body": "A harbour town."}\n')
     found = open_retriever("bm25", {"corpus": "~/c.jsonl", "id_field": "docno", "text_field": "body"})
     assert [passage.id for passage in found.search(["harbour"], 1)[0]] == ["7"]

@@ -1,4 +1,4 @@
-"""The sizing table: its arithmetic by hand, and that the page shows what the script prints."""
+"""The sizing table: its arithmetic checked by hand, and the page shows what the script prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_page_shows_what_the_script_prints(name: str, made) -> None:
 
 def test_a_scan_by_hand() -> None:
     small = BY_NAME["`dense` small"]
-    # 723 a second on two cores over 200,000; eight times the cores, 105 times the passages.
+    # 723 per second on two cores with 200,000 passages; eight times the cores, 105 times the passages.
     assert small.rate(21_000_000, HOST) == pytest.approx(723 * 8 / 105)
     assert small.hosts(21_000_000, HOST, target=500) == math.ceil(500 / (723 * 8 / 105))
     assert small.ram_bytes(21_000_000) == plan("small", 21_000_000, DIM).ram_bytes
@@ -39,7 +39,7 @@ def test_shards_by_hand() -> None:
     assert opensearch.rate(2e9 / enough, HOST) >= 500 > opensearch.rate(2e9 / (enough - 1), HOST)
 
 
-def test_more_passages_never_need_fewer_hosts_nor_answer_faster() -> None:
+def test_more_passages_never_need_fewer_hosts_or_answer_faster() -> None:
     for engine in ENGINES:
         rates = [engine.rate(count, HOST) for count in (1_000_000, 21_000_000, 200_000_000)]
         assert rates == sorted(rates, reverse=True)

@@ -1,4 +1,4 @@
-"""Work on threads that nobody has to wait for."""
+"""Work on daemon threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_search.retrieval.threads import DaemonCalls, _idle_threads, on_daemon_t
 from trl_search.types import Passage
 
 
-def test_what_work_returns_and_raises():
+def test_results_and_exceptions_are_returned():
     async def both():
         assert await on_daemon_thread(threading.get_ident)[0] != threading.get_ident()
         with pytest.raises(ZeroDivisionError):
@@ -27,7 +27,7 @@ def test_what_work_returns_and_raises():
     asyncio.run(both())
 
 
-def test_an_exception_that_no_future_takes_arrives_as_another():
+def test_stop_iteration_is_raised_as_runtime_error():
     async def stop():
         with pytest.raises(RuntimeError, match="StopIteration"):
             await asyncio.wait_for(on_daemon_thread(lambda: next(iter(())))[0], timeout=60)
@@ -35,7 +35,7 @@ def test_an_exception_that_no_future_takes_arrives_as_another():
     asyncio.run(stop())
 
 
-def test_work_that_was_given_up_disturbs_nobody(caplog):
+def test_cancelled_work_has_no_later_effect(caplog):
     async def give_up():
         done, ended = on_daemon_thread(lambda: time.sleep(0.2))
         done.cancel()
@@ -44,11 +44,11 @@ def test_work_that_was_given_up_disturbs_nobody(caplog):
 
     ended = asyncio.run(give_up())
     assert not ended.is_set()
-    assert ended.wait(timeout=60)  # its loop has ended meanwhile
+    assert ended.wait(timeout=60)  # its loop has ended by now
     assert not caplog.records
 
 
-def test_threads_are_used_again_and_a_forked_child_has_its_own():
+def test_threads_are_reused_and_a_forked_process_has_its_own():
     idle = _idle_threads(os.getpid())
 
     async def numbers():
@@ -56,7 +56,7 @@ def test_threads_are_used_again_and_a_forked_child_has_its_own():
         for _ in range(5):
             done, ended = on_daemon_thread(threading.get_ident)
             found.add(await done)
-            while not (ended.is_set() and idle):  # a thread is idle an instant after it has answered
+            while not (ended.is_set() and idle):  # a thread becomes idle shortly after it has answered
                 await asyncio.sleep(0.001)
         return found
 
@@ -72,7 +72,7 @@ async def on_child() -> int:
     return await asyncio.wait_for(on_daemon_thread(lambda: 7)[0], timeout=60)
 
 
-def test_the_exit_does_not_wait():
+def test_the_process_ends_without_waiting_for_threads():
     program = """
 import asyncio, time
 from trl_search.retrieval.threads import on_daemon_thread
@@ -83,7 +83,7 @@ asyncio.run(main())
     assert subprocess.run([sys.executable, "-c", program], timeout=600).returncode == 0
 
 
-def test_what_can_be_awaited_is_whoever_wrote_it():
+def test_search_async_may_return_any_awaitable():
     class Forwards(FixedRetriever):
         def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
             raise AssertionError("searched on a thread")
@@ -91,7 +91,7 @@ def test_what_can_be_awaited_is_whoever_wrote_it():
         def search_async(self, queries: Sequence[str], k: int) -> Awaitable[list[list[Passage]]]:
             return asyncio.sleep(
                 0, [self.passages for _ in queries]
-            )  # an awaitable, by a function that is no coroutine
+            )  # returns an awaitable, but is no coroutine function
 
     async def search():
         return await start_search(Forwards([Passage("a", "", "")]), DaemonCalls(), ["?"], 1)
@@ -99,7 +99,7 @@ def test_what_can_be_awaited_is_whoever_wrote_it():
     assert asyncio.run(search()) == [[Passage("a", "", "")]]
 
 
-def test_a_search_that_was_given_up_may_fail_without_a_word(caplog):
+def test_the_failure_of_a_cancelled_search_is_not_logged(caplog):
     class Fails(FixedRetriever):
         async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
             try:
@@ -114,5 +114,5 @@ def test_a_search_that_was_given_up_may_fail_without_a_word(caplog):
         await asyncio.sleep(0.01)
 
     asyncio.run(give_up())
-    gc.collect()  # asyncio speaks when the task is thrown away
+    gc.collect()  # asyncio would log when the task is deleted
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Answers compared: against a reference written another way (character runs, no regular expression), and by hand."""
+"""Comparison of answers, against a reference that uses no regular expressions and against cases by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trl_search.rewards.answers import contains_answer, exact_match, extract_answer, f1_score, normalize_answer
 
-# Words that collide with the rules, and whatever else Unicode has.
+# Words that conflict with the rules, and any other Unicode.
 awkward = st.one_of(
     st.text(),
     st.lists(st.sampled_from(["a", "An", "THE", "the.", "U.S.", "l'été", "İ", "_", "\u00a0", "x", "y", "a-b"])).map(
@@ -22,14 +22,14 @@ awkward = st.one_of(
 
 
 def reference_normalize(text: str) -> str:
-    """Lower, delete punctuation, blank the articles among the runs of word characters, collapse white space."""
+    """Lower-cases, deletes punctuation, blanks articles among the runs of word characters, collapses white space."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     runs = ("".join(run) for _, run in itertools.groupby(kept, key=lambda c: c.isalnum() or c == "_"))
     return " ".join("".join(" " if run in {"a", "an", "the"} else run for run in runs).split())
 
 
 def reference_f1(prediction: str, golden: str) -> float:
-    """SQuAD's, pairing words off one by one."""
+    """SQuAD's F1, which pairs words one by one."""
     predicted, remaining = reference_normalize(prediction).split(), reference_normalize(golden).split()
     if not predicted or not remaining:
         return float(predicted == remaining)
@@ -100,13 +100,13 @@ def test_every_answer_matches_itself(answer: str) -> None:
 @pytest.mark.parametrize(
     ("text", "normalized"),
     [
-        ("The U.S. Senate", "us senate"),  # punctuation is deleted, not spaced
-        ("a well-known the-atre", "wellknown theatre"),  # and it goes before the articles do
+        ("The U.S. Senate", "us senate"),  # punctuation is deleted, not replaced by a space
+        ("a well-known the-atre", "wellknown theatre"),  # and it is deleted before the articles
         ("a.n answer", "answer"),
         ("Theodore and Ana", "theodore and ana"),
         ("«Été»", "«été»"),  # only ASCII punctuation
         ("the", ""),
-        ("«the»", "« »"),  # an article leaves a space behind
+        ("«the»", "« »"),  # an article leaves a space
     ],
 )
 def test_normalize_by_hand(text: str, normalized: str) -> None:
@@ -115,7 +115,7 @@ def test_normalize_by_hand(text: str, normalized: str) -> None:
 
 # By hand from SQuAD's rule: lower-case, delete ASCII punctuation, articles to spaces, collapse white space.
 ADVERSARIAL = [
-    # articles: whole words only, anywhere, and after the punctuation has gone
+    # articles: whole words only, anywhere, after the punctuation is deleted
     ("The Beatles", "Beatles", True),
     ("Beatles, The", "the beatles", True),
     ("An apple a day", "apple day", True),
@@ -125,12 +125,12 @@ ADVERSARIAL = [
     ("Vitamin A", "vitamin", True),
     ("the The", "The", True),
     ("Thea", "a", False),
-    # punctuation: deleted and not spaced; only ASCII's
+    # punctuation: deleted, not replaced by a space; only ASCII's
     ("U.S.A.", "USA", True),
     ("U. S. A.", "USA", False),
     ("well-known", "well known", False),
     ("O'Neil", "ONeil", True),
-    ("O\u2019Neil", "ONeil", False),  # a typographic apostrophe is no ASCII
+    ("O\u2019Neil", "ONeil", False),  # a typographic apostrophe is not ASCII
     ("\u201cHeroes\u201d", "Heroes", False),
     ("AC/DC", "acdc", True),
     ("C++", "C#", True),
@@ -151,19 +151,19 @@ ADVERSARIAL = [
     ("no", "No!", True),
     ("no", "none", False),
     ("True", "yes", False),
-    # Unicode: compared as it is, neither folded nor composed
+    # Unicode: compared unchanged, neither folded nor composed
     ("Z\u00dcRICH", "z\u00fcrich", True),
     ("Zurich", "Z\u00fcrich", False),
     ("caf\u00e9", "cafe\u0301", False),
     ("\u0130stanbul", "istanbul", False),  # lower() leaves a combining dot
     ("STRASSE", "stra\u00dfe", False),
     ("\u6771\u4eac", "\u6771\u4eac", True),
-    ("the\u6771\u4eac", "\u6771\u4eac", False),  # no word ends between them
+    ("the\u6771\u4eac", "\u6771\u4eac", False),  # there is no word boundary between them
     # white space: all of Unicode's, collapsed
     ("New\u00a0York", "New York", True),
     ("New\u3000\n\tYork ", "New York", True),
-    ("New\u200bYork", "New York", False),  # a zero-width space is no space
-    # empty: what nothing is left of is equal to nothing
+    ("New\u200bYork", "New York", False),  # a zero-width space is not a space
+    # empty: texts of which nothing is left are equal
     ("", "", True),
     ("...", "the", True),
     ("", "x", False),
@@ -174,7 +174,7 @@ ADVERSARIAL = [
 @pytest.mark.parametrize(("prediction", "golden", "equal"), ADVERSARIAL)
 def test_exact_match_by_hand(prediction: str, golden: str, equal: bool) -> None:
     assert exact_match(prediction, [golden]) is equal
-    assert exact_match(golden, ["something else", prediction]) is equal  # symmetric, and any golden answer will do
+    assert exact_match(golden, ["something else", prediction]) is equal  # symmetric, and any golden answer counts
     assert (reference_normalize(prediction) == reference_normalize(golden)) is equal
 
 
@@ -196,7 +196,7 @@ def test_articles_punctuation_case_and_spaces_never_matter(words: list[str], noi
     ("text", "answer"),
     [
         ("<answer> Paris </answer>", "Paris"),
-        ("<answer>Lyon</answer> … <answer>\nParis\n</answer> done", "Paris"),  # the last
+        ("<answer>Lyon</answer> … <answer>\nParis\n</answer> done", "Paris"),  # the last one
         ("<answer>Lyon <answer>Paris</answer>", "Paris"),
         ("<answer>Paris</answer> </answer>", "Paris"),
         ("<answer>Paris</answer> <answer>Lyon", "Paris"),
@@ -213,11 +213,11 @@ def test_the_last_answer_is_extracted(text: str, answer: str | None) -> None:
 
 
 @given(st.text(), st.text().filter(lambda text: "<" not in text))
-def test_a_closed_answer_at_the_end_is_always_the_one(before: str, answer: str) -> None:
+def test_a_closed_answer_at_the_end_is_always_extracted(before: str, answer: str) -> None:
     assert extract_answer(f"{before}<answer>{answer}</answer>") == answer.strip()
 
 
-def test_extraction_is_linear_on_hostile_text() -> None:
+def test_extraction_takes_linear_time_on_hostile_text() -> None:
     start = time.process_time()
     assert extract_answer("<answer>" * 100_000) is None
     assert extract_answer("<answer>" + "<" * 500_000) is None
@@ -233,7 +233,7 @@ def test_containment_is_by_whole_words() -> None:
     assert not contains_answer("anything", [])
 
 
-def test_a_golden_string_is_one_answer_and_not_its_letters() -> None:
+def test_a_golden_string_is_one_answer() -> None:
     assert exact_match("Paris", "Paris") and not exact_match("P", "Paris")
 
 
@@ -246,6 +246,6 @@ def test_a_golden_string_is_one_answer_and_not_its_letters() -> None:
         ("the red car", "red car", 1.0, 1.0),
     ],
 )
-def test_yes_and_no_count_as_squad_or_as_hotpotqa_has_it(prediction, golden, squad, hotpotqa):
+def test_yes_and_no_are_scored_as_in_squad_or_hotpotqa(prediction, golden, squad, hotpotqa):
     assert f1_score(prediction, golden) == pytest.approx(squad)
     assert f1_score(prediction, golden, yes_no=True) == pytest.approx(hotpotqa)

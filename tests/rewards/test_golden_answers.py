@@ -1,4 +1,4 @@
-"""Golden answers in the shapes of public datasets: unpacked exactly, or refused with their type."""
+"""Golden answers in the formats of public datasets are unpacked exactly, or refused with their type."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRIVIAQA = {
         ('["Heroes" is the album]', None),
     ],
 )
-def test_known_shapes_are_unpacked(value: Any, expected: list[str] | None) -> None:
+def test_known_formats_are_unpacked(value: Any, expected: list[str] | None) -> None:
     if expected is None:
         with pytest.raises(UserError, match="look like a list but do not parse"):
             golden_list(value)
@@ -79,6 +79,6 @@ def test_known_shapes_are_unpacked(value: Any, expected: list[str] | None) -> No
         ("['a' 'b']", "look like a list but do not parse"),
     ],
 )
-def test_other_shapes_are_refused_by_type(value: Any, message: str) -> None:
+def test_other_formats_are_refused_by_type(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         golden_list(value)

@@ -1,4 +1,4 @@
-"""The lexicon finds what people write, in the spellings they write it, and not its look-alikes."""
+"""The lexicon finds reflective phrases in their usual spellings, but not similar texts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from trl_search.types import Completion, FinishReason, StopReason, Trajectory
 @pytest.mark.parametrize(
     ("text", "family"),
     [
-        # The four that Shin's article names.
+        # The four phrases in Shin's article.
         ("Think again.", "think again"),
         ("I should re-verify the date", "re-verify"),
         ("let’s reconsider", "reconsider"),
         ("Upon close inspection, it is Lyon", "inspection"),
-        # Their relatives.
+        # Related phrases.
         ("on second thought", "think again"),
         ("rethinking this", "think again"),
         ("re-check", "re-check"),
@@ -67,7 +67,7 @@ from trl_search.types import Completion, FinishReason, StopReason, Trajectory
         ("That's not right", "mistake"),
         ("this doesn’t add up", "mistake"),
         ("Am I sure about Lyon?", "mistake"),
-        # Spellings: case, hyphens (also non-breaking), spaces, line breaks, apostrophes (also none).
+        # Spellings: case, hyphens (also non-breaking), spaces, line breaks, apostrophes (or none).
         ("RE VERIFY", "re-verify"),
         ("reverify", "re-verify"),
         ("re\u2011verify", "re-verify"),
@@ -92,7 +92,7 @@ def test_phrases_are_found(text: str, family: str) -> None:
         "They wait for the king",
         "the waiter, awaiting a wait-list",
         "He held on to the throne; hold on to it",
-        "The court had to reconsider the case",  # somebody else reflects
+        "The court had to reconsider the case",  # other people reflect
         "The prefecture verified the vote",
         "on close terms with the inspection board",
         "methink again",  # word boundaries, on both sides
@@ -111,7 +111,7 @@ def test_phrases_are_found(text: str, family: str) -> None:
         "the doubled checks; a reconsidered verdict; a mistaken king was wrong",
     ],
 )
-def test_look_alikes_are_not(text: str) -> None:
+def test_similar_texts_are_not_found(text: str) -> None:
     assert find_reflections(text) == []
 
 
@@ -124,7 +124,7 @@ def test_phrases_do_not_overlap_and_are_located() -> None:
     assert count_reflections(text) == 3
 
 
-def test_ratio_is_a_share_of_texts_and_not_of_phrases() -> None:
+def test_the_ratio_counts_texts_not_phrases() -> None:
     assert reflection_ratio(["Wait, wait, wait, re-check", "Paris", "Lyon", "think again"]) == 0.5
     assert reflection_ratio([]) == 0.0
 
@@ -141,7 +141,7 @@ def test_any_text_gives_ordered_spans(text: str) -> None:
     assert all(item.family in LEXICON and text[item.start : item.end] == item.phrase for item in found)
 
 
-# One text for each alternative that a family is meant to hold, in the plainest spelling.
+# One text for each alternative of a family, in its plainest spelling.
 PLAIN = {
     "think again": "think again",
     "re-verify": "re-verify",
@@ -169,7 +169,7 @@ def test_every_family_has_a_plain_phrase() -> None:
         st.sampled_from(["", "(", "so. ", "é. ", "<think>"]), st.sampled_from(["", ".", " then", "</think>"])
     ),
 )
-def test_a_phrase_is_found_however_it_is_spelt(family, spaces, hyphen, apostrophe, upper, around) -> None:
+def test_a_phrase_is_found_in_every_spelling(family, spaces, hyphen, apostrophe, upper, around) -> None:
     replaced = iter(spaces)
     spelt = "".join(next(replaced) if c == " " else hyphen if c == "-" else c for c in PLAIN[family])
     text = around[0] + upper(spelt.replace("'", apostrophe)) + around[1]
@@ -181,19 +181,19 @@ def test_a_phrase_is_found_however_it_is_spelt(family, spaces, hyphen, apostroph
     before=st.sampled_from(["a", "é", "9", "_", "字"]),
     after=st.sampled_from(["a", "é", "9", "_", "字"]),
 )
-def test_a_phrase_within_a_word_is_not(family: str, before: str, after: str) -> None:
+def test_a_phrase_inside_a_word_is_not_found(family: str, before: str, after: str) -> None:
     phrase = PLAIN[family].strip(" ,")
     assert find_reflections(before + phrase) == []
     assert find_reflections(phrase + after) == []
 
 
 @given(st.text())
-def test_text_of_any_script_is_read(text: str) -> None:
+def test_text_in_any_script_is_accepted(text: str) -> None:
     assert all(text[item.start : item.end] == item.phrase for item in find_reflections(text))
 
 
-def test_only_what_the_policy_wrote_is_counted() -> None:
-    """Through a Trajectory to the metrics that are logged every step: passages may say what they like."""
+def test_only_the_policys_text_is_counted() -> None:
+    """From a Trajectory to the metrics of a step: the text of passages does not count."""
     trajectory = Trajectory(prompt_ids=(1,))
     trajectory.act(Completion(tuple(range(60)), (-0.1,) * 60, FinishReason.EOS), text="Wait, let me re-check.")
     trajectory.observe(tuple(range(500)), text="Wait, think again. Upon closer inspection I was wrong. " * 20)
@@ -211,7 +211,7 @@ def test_only_what_the_policy_wrote_is_counted() -> None:
     assert trajectory_metrics(quoting)["reflection/phrases_per_1k_tokens"] == 0.0
 
 
-def test_a_phrase_is_not_pieced_together_across_turns() -> None:
+def test_a_phrase_does_not_span_turns() -> None:
     trajectory = Trajectory(prompt_ids=(1,))
     trajectory.act(Completion((1,), (-0.1,), FinishReason.EOS), text="They think")
     trajectory.observe((2,), text="")
@@ -230,12 +230,12 @@ def table_of_the_docs() -> dict[str, list[str]]:
     return {family: re.findall(r'"([^"]+)"', examples) for family, examples in rows}
 
 
-def test_the_table_of_the_docs_has_the_families_of_the_lexicon() -> None:
+def test_the_table_in_the_docs_has_the_families_of_the_lexicon() -> None:
     assert list(table_of_the_docs()) == list(LEXICON)
 
 
 @pytest.mark.parametrize("family", LEXICON)
-def test_the_table_of_the_docs_is_true_and_whole(family: str) -> None:
+def test_the_table_in_the_docs_is_correct_and_complete(family: str) -> None:
     examples = table_of_the_docs()[family]
     for example in examples:
         assert family in [found.family for found in find_reflections(example)], example
@@ -244,7 +244,7 @@ def test_the_table_of_the_docs_is_true_and_whole(family: str) -> None:
         assert any(map(pattern.search, examples)), f"docs/reflection.md has no example of {phrase}"
 
 
-def test_hostile_text_is_read_in_linear_time() -> None:
+def test_hostile_text_takes_linear_time() -> None:
     for piece in ("wait" + " " * 20, "let me just also ", "upon on ", "re-", "i ", "hm", "it is worth ", "after "):
         once, often = (seconds_to_read(piece * (8_000 // len(piece) * n)) for n in (1, 4))
         assert often < 12 * once + 0.2, piece

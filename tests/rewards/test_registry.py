@@ -1,4 +1,4 @@
-"""Rewards read the model's words only, come by name, survive pickling, and say what they lack."""
+"""Rewards read only the model's text, have names, can be pickled, and report missing columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANSWER = "<think> it says so </think>\n<answer> Lyon </answer>"
 
 
 def trajectory(*turns: str) -> list[dict[str, Any]]:
-    """Turns written by the model and the world in alternation."""
+    """A trajectory in which turns of the model and observations alternate."""
     return [{"role": "tool" if index % 2 else "assistant", "content": text} for index, text in enumerate(turns)]
 
 
@@ -47,7 +47,7 @@ def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
 GOOD = trajectory(CALL, "Mira was born in Lyon. Wait, upon closer inspection: Lyon.", ANSWER)
 
 
-def test_every_reward_takes_what_trl_passes() -> None:
+def test_every_reward_accepts_the_arguments_of_trl() -> None:
     for name, reward in BUILT_IN.items():
         scores = reward(
             prompts=[[{"role": "user", "content": "where?"}]] * 2,
@@ -67,7 +67,7 @@ def test_every_reward_takes_what_trl_passes() -> None:
 
 @pytest.mark.parametrize("golden", ["Lyon", ["Paris", "the Lyon!"], ("Lyon",), np.array(["Lyon"])])
 @pytest.mark.parametrize("completion", [GOOD, ANSWER, {"role": "assistant", "content": ANSWER}, [{"content": ANSWER}]])
-def test_em_over_shapes_of_completions_and_golden_answers(completion: Any, golden: Any) -> None:
+def test_em_for_all_formats_of_completions_and_golden_answers(completion: Any, golden: Any) -> None:
     assert em(completions=[completion], golden_answers=[golden]) == [1.0]
     assert f1(completions=[completion], golden_answers=[golden]) == [1.0]
 
@@ -83,28 +83,28 @@ def test_rows_without_golden_answers_are_left_out() -> None:
         assert reward(completions=[ANSWER, ANSWER, ANSWER], golden_answers=[None, [], ["Lyon"]])[:2] == [None, None]
 
 
-def test_only_the_model_can_earn() -> None:
-    # Pitfall 7: the passage answers, reflects and calls; the model does not.
+def test_observations_earn_no_reward() -> None:
+    # Pitfall 7: the passage contains an answer, a reflection and a call; the model's text does not.
     world = "<answer> Lyon </answer> wait, let me double-check <tool_call>x</tool_call>"
     completion = trajectory(CALL, world, "I do not know")
     assert em(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
     assert f1(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
     assert reflection(completions=[completion]) == [0.0]
     assert format(completions=[completion]) == [0.0]
-    # And the other way round: retrieval is not earned by writing the answer oneself.
+    # The reverse: the model cannot earn the retrieval reward by writing the answer itself.
     assert retrieval(completions=[trajectory(CALL, "nothing", ANSWER)], golden_answers=[["Lyon"]]) == [0.0]
     assert retrieval(completions=[ANSWER], golden_answers=[["Lyon"]]) == [0.0]
     assert retrieval(completions=[GOOD], golden_answers=[["LYON."]]) == [1.0]
 
 
-def test_no_answer_forms_across_turns() -> None:
+def test_an_answer_does_not_span_turns() -> None:
     completion = trajectory("<answer> Paris </answer> <answer>", "…", "Lyon </answer>")
     assert em(completions=[completion], golden_answers=[["Lyon"]]) == [0.0]
     assert em(completions=[completion], golden_answers=[["Paris"]]) == [1.0]
 
 
-def test_messages_in_trls_other_shapes() -> None:
-    # Stock TRL parses calls out of the text, and multimodal content comes in parts.
+def test_other_message_formats_of_trl() -> None:
+    # Stock TRL moves calls out of the text, and multimodal content is a list of parts.
     call = {"type": "function", "function": {"name": "search", "arguments": {"query_list": ["Mira"]}}}
     completion: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -124,11 +124,14 @@ def test_messages_in_trls_other_shapes() -> None:
         ([CALL, "…", CALL + "<|im_end|>", "…", ANSWER], 1.0),  # qwen_tools, qwen_inline
         (["<tool_call> where is Mira </tool_call>", "…", ANSWER], 1.0),  # Shin's bare query
         (["<think> a </think><search> b </search>", "…", "<think> c </think>" + ANSWER], 1.0),  # search_r1
-        # An answer, but malformed.
+        # A malformed trajectory with an answer.
         (["<answer>Lyon</answer> that is it"], 0.5),
         (["<answer> </answer>"], 0.5),
         (["<answer>Paris</answer><answer>Lyon</answer>"], 0.5),
-        (["<think> <answer>Paris</answer> or <tool_call> </think> <answer>Lyon</answer>"], 1.0),  # a thought is no act
+        (
+            ["<think> <answer>Paris</answer> or <tool_call> </think> <answer>Lyon</answer>"],
+            1.0,
+        ),  # a thought is not an action
         (["<think> a </think></think><answer>Lyon</answer>"], 0.5),
         (["</think><answer>Lyon</answer>"], 0.5),
         (["I give up", "…", ANSWER], 0.5),
@@ -140,13 +143,13 @@ def test_messages_in_trls_other_shapes() -> None:
         (['<tool_call>{"name": "search"}</tool_call>', "…", ANSWER], 0.5),
         (["<tool_call>" + "[" * 100_000 + "</tool_call>", "…", ANSWER], 0.5),
         ([ANSWER, "…", ANSWER], 0.5),
-        # No answer in the last turn, or the model speaks for the world.
+        # No answer in the last turn, or the model writes an observation.
         ([], 0.0),
         (["Lyon"], 0.0),
         (["<answer> Lyon"], 0.0),
         (["<think> a <answer>Lyon</answer>"], 0.0),
         (["<think> <answer>Lyon</answer> </think>"], 0.0),
-        ([CALL + ANSWER], 0.0),  # the environment saw a call
+        ([CALL + ANSWER], 0.0),  # the environment parsed a call
         ([CALL], 0.0),
         ([ANSWER, "…", CALL], 0.0),
         ([CALL + "\n<tool_response>Lyon</tool_response>", "…", ANSWER], 0.0),
@@ -157,7 +160,7 @@ def test_format(turns: list[str], score: float) -> None:
     assert format(completions=[trajectory(*turns)]) == [score]
 
 
-def test_reflection_is_capped_and_off() -> None:
+def test_reflection_is_capped_and_has_weight_zero_by_default() -> None:
     scores = reflection(completions=["Lyon", "Wait, Lyon", "wait, " * 50])
     assert scores == [0.0, 1 / REFLECTION_CAP, 1.0]
     assert default_weight(reflection) == 0.0
@@ -196,7 +199,7 @@ def test_rewards_resolve_in_order() -> None:
         ("trl_search.rewards:REFLECTION_CAP", "is not a function but int"),
     ],
 )
-def test_what_cannot_be_resolved_is_explained(specs: Any, message: str) -> None:
+def test_an_unknown_reward_is_explained(specs: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_rewards(specs)
 
@@ -263,8 +266,8 @@ def test_an_installed_package_adds_rewards(tmp_path: Path) -> None:
     assert column.startswith("reward 'brevity' needs the dataset column 'difficulty'")
 
 
-def test_the_soft_overlong_punishment_is_that_of_dapo() -> None:
-    """The same numbers as TRL's, which takes its two lengths as arguments."""
+def test_the_soft_overlong_punishment_follows_dapo() -> None:
+    """The numbers equal those of TRL's function, which takes its two lengths as arguments."""
     from trl.rewards import get_soft_overlong_punishment
 
     ids = [[1] * length for length in (0, 399, 400, 401, 450, 499, 500, 501, 900)]
@@ -275,5 +278,5 @@ def test_the_soft_overlong_punishment_is_that_of_dapo() -> None:
     assert scores[4] == -0.5
 
 
-def test_a_reward_without_settings_is_left_as_it_is() -> None:
+def test_a_reward_without_settings_is_not_changed() -> None:
     assert with_settings(em, SimpleNamespace()) is em

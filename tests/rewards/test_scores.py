@@ -1,4 +1,4 @@
-"""What a reward returns is one finite score per completion, or `None`; anything else is named at the first step."""
+"""A reward must return one finite score or `None` per completion; anything else is named at the first step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from trl_search.rewards.scores import check_scores, checked
         ([[1.0], [0.0]], r"returned \[1.0\] for completion 0"),
     ],
 )
-def test_what_is_no_score_is_named(scores: object, message: str) -> None:
+def test_invalid_scores_are_named(scores: object, message: str) -> None:
     with pytest.raises(UserError, match=f"^reward 'mine' {message}"):
         check_scores("mine", scores, 2)
 
 
-def test_every_kind_of_number_is_a_score() -> None:
+def test_every_kind_of_number_is_accepted() -> None:
     assert check_scores("mine", [1, None], 2) == [1.0, None]
     assert check_scores("mine", (True, numpy.float32(0.5)), 2) == [1.0, 0.5]
     assert check_scores("mine", torch.tensor([0.25, 1.0]), 2) == [0.25, 1.0]
     assert check_scores("mine", [torch.tensor(2.0), 1], 2) == [2.0, 1.0]
 
 
-def test_a_checked_reward_keeps_its_name_and_what_it_declares() -> None:
+def test_a_checked_reward_keeps_its_name_and_attributes() -> None:
     reward = checked(em)
     assert reward.__name__ == "em" and reward.required_columns == em.required_columns
 

@@ -1,4 +1,4 @@
-"""Sums of weighted rewards, and how far each is from the mean of its group: a difference, or a rounding error."""
+"""Sums of weighted rewards, and whether a sum differs from the mean of its group by more than a rounding error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_search.rewards.weighted import deviations, weighted_rewards
 NAN = math.nan
 
 
-def test_a_sum_is_over_the_rewards_that_were_given():
+def test_a_sum_is_over_the_rewards_that_are_not_nan():
     rewards = torch.tensor([[1.0, 0.5], [1.0, NAN], [NAN, NAN]])
     sums = weighted_rewards(rewards, torch.tensor([1.0, 0.5]))
     assert sums.tolist() == pytest.approx([1.25, 1.0, NAN], nan_ok=True)

@@ -1,4 +1,4 @@
-"""The best rows by postings: what adding everything up and sorting it gives, for both backends to the bit."""
+"""The best rows by postings equal those by summing and sorting all scores, bit for bit, with both backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_search.retrieval.bm25.postings import Postings, choose_backend
 
 BACKENDS = ["numpy", "numba"] if importlib.util.find_spec("numba") else ["numpy"]
 PASSAGES = 30
-# A term's rows. Few or many of them, so that queries point to less than all rows and to more.
+# The rows of a term: few or many, so that a query has fewer or more postings than there are rows.
 TERM = st.one_of(st.sets(st.integers(0, PASSAGES - 1), min_size=1, max_size=4), st.just(set(range(PASSAGES))))
 
 
@@ -27,13 +27,13 @@ def postings(terms: list[set[int]], scores: np.ndarray, backend: str) -> Posting
 @settings(max_examples=150)
 @given(
     terms=st.lists(TERM, min_size=1, max_size=5),
-    # Halves and quarters: ties are common, and sums are exact.
+    # Multiples of a quarter: ties are common, and sums are exact.
     quarters=st.lists(st.integers(1, 8), min_size=5 * PASSAGES, max_size=5 * PASSAGES),
     queries=st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=4),
     k=st.integers(1, 2 * PASSAGES),
     backend=st.sampled_from(BACKENDS),
 )
-def test_the_best_are_those_of_adding_up_and_sorting(terms, quarters, queries, k, backend):
+def test_the_best_rows_equal_those_by_summing_and_sorting(terms, quarters, queries, k, backend):
     scores = np.array(quarters, dtype=np.float32) / 4
     queries = [[term % len(terms) for term in query] for query in queries]
     index = postings(terms, scores, backend)
@@ -50,12 +50,12 @@ def test_the_best_are_those_of_adding_up_and_sorting(terms, quarters, queries, k
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_are_plain_python(backend):
+def test_results_are_plain_python_values(backend):
     ((found,),) = postings([{3}], np.ones(1, dtype=np.float32), backend).best([[0]], 5)
     assert found == (3, 1.0) and [type(value) for value in found] == [int, float]
 
 
-def test_an_interrupted_search_leaves_nothing_behind(monkeypatch):
+def test_an_interrupted_search_leaves_no_scores_behind(monkeypatch):
     index = postings([{0, 1}, {2}], np.ones(3, dtype=np.float32), "numpy")
 
     def interrupted(*args):
@@ -68,14 +68,14 @@ def test_an_interrupted_search_leaves_nothing_behind(monkeypatch):
     assert index.best([[1]], 3) == [[(2, 1.0)]]
 
 
-def test_a_backend_is_taken_at_its_word():
+def test_a_backend_is_chosen_by_name():
     assert choose_backend("numpy") == "numpy" and choose_backend(None) in BACKENDS
     with pytest.raises(UserError, match="unknown BM25 backend 'jax'"):
         choose_backend("jax")
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="needs numba")
-def test_what_was_compiled_is_kept_for_the_next_process(tmp_path, monkeypatch):
+def test_compiled_code_is_cached_for_the_next_process(tmp_path, monkeypatch):
     from trl_search.retrieval.bm25.compiled_search import compiled, find
 
     assert find.stats.cache_path
@@ -86,11 +86,13 @@ def test_what_was_compiled_is_kept_for_the_next_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="needs numba")
-def test_where_nothing_can_be_kept_it_is_compiled_each_time():
+def test_without_a_cache_folder_the_code_is_compiled_each_time():
     from trl_search.retrieval.bm25.compiled_search import compiled
 
     made: dict = {}
-    exec("def twice(number):\n    return 2 * number", made)  # of no file, so numba finds no folder for it
+    exec(
+        "def twice(number):\n    return 2 * number", made
+    )  # defined in no file, so numba finds no cache folder for it
     assert compiled(made["twice"])(4) == 8
 
 

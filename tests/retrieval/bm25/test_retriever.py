@@ -1,4 +1,4 @@
-"""BM25: every edge that `bm25s` leaves to its caller, and that queries go the way passages went."""
+"""BM25: the edge cases that `bm25s` leaves to its caller, and that queries are split like passages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_score_is_bm25() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_long_tie_is_in_corpus_order(backend: str) -> None:
+def test_many_equal_scores_are_in_corpus_order(backend: str) -> None:
     copies = 500
     retriever = BM25Retriever.from_passages(passages("vesk", *["lantern"] * copies, "vesk lantern"), backend=backend)
     for k in (1, 3, 13, copies):
@@ -96,7 +96,7 @@ def test_backends_agree_to_the_bit(corpus: list[str], queries: list[str], k: int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_match_is_not_returned(backend: str) -> None:
+def test_passages_without_a_match_are_not_returned(backend: str) -> None:
     retriever = BM25Retriever.from_passages(passages("harbour", "lantern", "vesk"), backend=backend)
     assert [ids(found) for found in retriever.search(["zeppelin", "lantern zeppelin"], k=3)] == [[], ["1"]]
 
@@ -114,7 +114,7 @@ def test_one_passage_and_a_large_k(backend: str) -> None:
     assert ids(BM25Retriever.from_passages(passages("lantern"), backend=backend).search(["lantern"], k=50)[0]) == ["0"]
 
 
-def test_passages_without_words_lie_between_others() -> None:
+def test_passages_without_words_between_others_do_not_matter() -> None:
     retriever = BM25Retriever.from_passages(passages("", "lantern", "...", "the", "lantern"))
     assert ids(retriever.search(["lantern"], k=5)[0]) == ["1", "4"]
 
@@ -124,16 +124,16 @@ def test_passages_without_any_word_cannot_be_indexed() -> None:
         BM25Retriever.from_passages(passages("...", ""))
 
 
-def test_a_pasted_page_holds_nobody_up() -> None:
+def test_a_whole_page_as_query_is_fast() -> None:
     common = [f"harbour lantern vesk word{row % 50}" for row in range(20_000)]
     retriever = BM25Retriever.from_passages(passages(*common))
     started = time.process_time()
     retriever.search(["harbour lantern vesk " * 5_000], k=3)
-    assert time.process_time() - started < 3  # 15,000 terms of 20,000 postings each would take ten times that
+    assert time.process_time() - started < 3  # 15,000 terms with 20,000 postings each would take ten times as long
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_searches_of_several_threads_do_not_meet(backend: str) -> None:
+def test_searches_on_several_threads_are_independent(backend: str) -> None:
     texts = [" ".join(f"w{(row * step) % 97}" for step in range(1, 30)) for row in range(3_000)]
     retriever = BM25Retriever.from_passages(passages(*texts), backend=backend)
     queries = [f"w{number} w{number * 7 % 97} w{number * 31 % 97}" for number in range(97)]
@@ -179,7 +179,7 @@ def test_an_installed_jax_is_not_even_imported(tmp_path: Path) -> None:
 # On disk
 
 
-def test_an_index_on_disk_is_mapped_and_equal_to_one_in_memory(tmp_path: Path) -> None:
+def test_an_index_on_disk_is_mapped_and_gives_the_same_results(tmp_path: Path) -> None:
     texts = [f"harbour {'lantern ' * (row % 5)} vesk{row % 7}" for row in range(300)]
     build_index(passages(*texts), tmp_path / "index", stemmer=None, stopwords=None, k1=0.9, b=0.4)
     on_disk = load_retriever("bm25", index=tmp_path / "index")
@@ -191,7 +191,7 @@ def test_an_index_on_disk_is_mapped_and_equal_to_one_in_memory(tmp_path: Path) -
     assert on_disk.search(queries, k=20) == in_memory.search(queries, k=20)
 
 
-def test_queries_are_stemmed_as_the_index_was(tmp_path: Path) -> None:
+def test_queries_are_stemmed_like_the_index(tmp_path: Path) -> None:
     world = passages("They were founding a harbour.", "Lanterns.")
     build_index(world, tmp_path / "stemmed")
     build_index(world, tmp_path / "plain", stemmer=None)
@@ -241,7 +241,7 @@ def test_terms(text: str, terms: list[str]) -> None:
 
 
 @given(st.text(st.characters(codec="ascii")))
-def test_the_terms_of_english_are_words_without_stop_words_stemmed(text: str) -> None:
+def test_english_terms_are_stemmed_words_without_stop_words(text: str) -> None:
     words = re.findall(r"\w+", re.sub(r"(?<=\w)'s\b", "", text.lower()))
     plain = Analyzer(stemmer=None, stopwords=None)
     assert plain.split(text)[0] == words
@@ -262,7 +262,7 @@ BAND = [
 
 
 @pytest.mark.parametrize("engine", ["bm25s", "tantivy"])
-def test_a_query_of_stop_words_alone_is_searched_by_them(tmp_path: Path, engine: str) -> None:
+def test_a_query_of_only_stop_words_uses_them(tmp_path: Path, engine: str) -> None:
     if engine == "tantivy":
         pytest.importorskip("tantivy")
     build_index(BAND, tmp_path / "index", engine=engine)
@@ -291,14 +291,14 @@ def test_stop_words_do_not_change_other_scores() -> None:
         ("The harbour of Orlune is the largest of the country", {}, None),
     ],
 )
-def test_a_build_warns_of_an_analyzer_for_another_language(
+def test_a_build_warns_if_the_analyzer_is_for_another_language(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, options: dict[str, None], warned: str | None
 ) -> None:
     build_index(passages(*[text] * 40), tmp_path / "index", **options)
     assert bool(re.search(warned or "does not suit", caplog.text)) == (warned is not None)
 
 
-def test_an_index_of_other_terms_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_another_way_of_splitting_text_is_refused(tmp_path: Path) -> None:
     build_index(passages("lantern"), tmp_path / "index")
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     del manifest["details"]["analyzer"]

@@ -1,4 +1,4 @@
-"""BM25 on tantivy: the words of bm25s, the rules of every retriever, and what is tantivy's own."""
+"""BM25 with tantivy: the same terms as with bm25s, the contract of every retriever, and what only tantivy has."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def indexed(folder: Path, *texts: str, threads: int | None = None, **options: ob
 
 
 def engine_of_segments(folder: Path, texts: list[str], segments: list[list[int]]) -> tantivy_engine.TantivyEngine:
-    """Segments of the rows given, in the order given: what merging leaves is up to timing."""
+    """An engine with the given rows in each segment: with real merges, the segments depend on timing."""
     module = tantivy_engine.import_tantivy()
     writer = module.Index(tantivy_engine.schema(), path=str(folder)).writer(15_000_000, 1)
     for rows in segments:
@@ -58,7 +58,7 @@ def engine_of_segments(folder: Path, texts: list[str], segments: list[list[int]]
     return engine
 
 
-# What is found
+# Results
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -67,7 +67,7 @@ def engine_of_segments(folder: Path, texts: list[str], segments: list[list[int]]
     queries=st.lists(st.lists(st.sampled_from("abcdéxy"), max_size=3).map(" ".join), min_size=1, max_size=5),
     k=st.integers(1, 40),
 )
-def test_the_same_words_match_as_under_bm25s(corpus: list[str], queries: list[str], k: int, tmp_path: Path) -> None:
+def test_the_same_words_match_as_with_bm25s(corpus: list[str], queries: list[str], k: int, tmp_path: Path) -> None:
     retriever = indexed(tmp_path, *corpus, "z", stopwords=None)
     reference = BM25Retriever.from_passages(passages(*corpus, "z"), stopwords=None, backend="numpy")
     everything = retriever.search(queries, k=100)
@@ -89,7 +89,7 @@ def test_the_score_is_bm25(tmp_path: Path) -> None:
     assert [passage.score for passage in found] == pytest.approx([scores[2], scores[1]], rel=1e-6)
 
 
-def test_a_word_said_twice_counts_twice(tmp_path: Path) -> None:
+def test_a_repeated_word_counts_twice(tmp_path: Path) -> None:
     retriever = indexed(tmp_path, "lantern vesk", "harbour vesk")
     once, twice = retriever.search(["lantern", "lantern lantern"], k=1)
     assert twice[0].score == pytest.approx(2 * once[0].score)
@@ -98,7 +98,7 @@ def test_a_word_said_twice_counts_twice(tmp_path: Path) -> None:
 # Ties
 
 
-def test_a_tie_that_reaches_past_everything_fetched_is_still_in_corpus_order(tmp_path: Path) -> None:
+def test_a_tie_beyond_the_fetched_rows_is_in_corpus_order(tmp_path: Path) -> None:
     copies = 40 * MARGIN
     retriever = indexed(tmp_path, "vesk", *["lantern"] * copies, "vesk lantern")
     for k in (1, 3, MARGIN, copies):
@@ -117,7 +117,7 @@ def test_ties_across_segments_of_any_order_are_in_corpus_order(tmp_path: Path) -
 
 
 def test_copies_score_the_same_to_the_bit_at_every_k(tmp_path: Path) -> None:
-    """The sum over the terms of a query must not depend on where a passage lies, nor on what could be skipped."""
+    """The sum over query terms must not depend on the position of a passage or on skipped blocks."""
     generator = random.Random(1)
     words = [f"w{int(generator.paretovariate(0.7)) % 400}" for _ in range(5_000)]
     texts = [" ".join(generator.choices(words, k=generator.randint(3, 50))) for _ in range(700)]
@@ -144,7 +144,7 @@ def test_a_batch_whose_first_query_finds_nothing(tmp_path: Path, empty: str) -> 
     assert retriever.search([empty, empty], k=1) == [[], []]
 
 
-def test_passages_without_words_lie_between_others(tmp_path: Path) -> None:
+def test_passages_without_words_between_others_do_not_matter(tmp_path: Path) -> None:
     assert ids(indexed(tmp_path, "", "lantern", "...", "the", "lantern").search(["lantern"], k=50)[0]) == ["1", "4"]
 
 
@@ -154,7 +154,7 @@ def test_passages_without_any_word_cannot_be_indexed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_queries_are_stemmed_as_the_index_was(tmp_path: Path) -> None:
+def test_queries_are_stemmed_like_the_index(tmp_path: Path) -> None:
     world = ("They were founding a harbour.", "Lanterns.")
     found = {
         name: [ids(hits) for hits in indexed(tmp_path, *world, **options).search(["founded", "lantern"], k=2)]
@@ -170,7 +170,7 @@ def test_queries_are_stemmed_as_the_index_was(tmp_path: Path) -> None:
 # Threads and processes
 
 
-def test_any_number_of_threads_gives_the_same(tmp_path: Path) -> None:
+def test_any_number_of_threads_gives_the_same_results(tmp_path: Path) -> None:
     texts = [f"harbour {'lantern ' * (row % 5)} vesk{row % 7}" for row in range(300)]
     queries = [f"lantern vesk{row}" for row in range(30)]
     one = indexed(tmp_path, *texts, threads=1).search(queries, k=9)
@@ -179,7 +179,7 @@ def test_any_number_of_threads_gives_the_same(tmp_path: Path) -> None:
         load_retriever("bm25", index=tmp_path / "index", threads=0)
 
 
-def test_a_forked_process_searches_too(tmp_path: Path) -> None:
+def test_a_forked_process_can_search(tmp_path: Path) -> None:
     retriever = indexed(tmp_path, "harbour", "lantern", threads=2)
     queries = ["lantern", "harbour"]
     expected = retriever.search(queries, k=1)
@@ -198,7 +198,7 @@ def test_opening_maps_the_files_and_writes_nothing(tmp_path: Path) -> None:
     build_index(passages("harbour", "lantern"), tmp_path / "index", engine="tantivy")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*")}
     assert {path.stat().st_mode for path in (tmp_path / "index" / "tantivy").iterdir() if path.is_file()} == {
-        (tmp_path / "index" / "corpus.jsonl").stat().st_mode  # meta.json too is for whoever may read the corpus
+        (tmp_path / "index" / "corpus.jsonl").stat().st_mode  # meta.json must be as readable as the corpus
     }
     retriever = load_retriever("bm25", index=tmp_path / "index")
     if sys.platform == "linux":
@@ -215,9 +215,9 @@ def test_a_closed_retriever_says_so(tmp_path: Path) -> None:
         retriever.search(["lantern"], k=1)
 
 
-def test_the_build_writes_segments_as_its_buffer_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is that of the buffer: a corpus larger than it goes to disk in pieces, and is found whole."""
-    monkeypatch.setattr(tantivy_engine, "HEAP_BYTES", 15_000_000)  # the least that tantivy takes
+def test_the_build_writes_a_segment_when_its_buffer_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer limits memory: a larger corpus is written in several segments, and all of it is found."""
+    monkeypatch.setattr(tantivy_engine, "HEAP_BYTES", 15_000_000)  # the minimum of tantivy
     unlike = [" ".join(f"{row}x{word}" for word in range(12)) for row in range(25_000)]
     retriever = indexed(tmp_path, *unlike, stemmer=None)
     assert isinstance(retriever, BM25Retriever) and isinstance(retriever.engine, tantivy_engine.TantivyEngine)
@@ -229,10 +229,10 @@ def test_the_build_writes_segments_as_its_buffer_fills(tmp_path: Path, monkeypat
     ]
 
 
-# Which engine
+# The choice of the engine
 
 
-def test_the_number_of_passages_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_passages_decides_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bm25, "BM25S_LIMIT", 3)
     for count, folder in ((3, "bm25"), (4, "tantivy")):
         build_index(passages(*["lantern"] * count), tmp_path / folder)
@@ -257,7 +257,7 @@ def test_without_tantivy_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         build_index(passages("lantern"), tmp_path / "index")
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_engine_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"id": "1", "text": "harbour"}\n{"id": "2", "text": "lantern"}\n')
     made = ["--corpus", str(tmp_path / "corpus.jsonl"), "--output", str(tmp_path / "index"), "--engine", "tantivy"]
     for name, arguments in (("index", made), ("search", [str(tmp_path / "index"), "lanterns"])):
@@ -293,7 +293,7 @@ def test_an_option_of_the_other_engine_is_refused(tmp_path: Path) -> None:
         load_retriever("bm25", passages=passages("lantern"), threads=2)
 
 
-def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_a_killed_build_is_resumed(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from trl_search.retrieval.bm25 import tantivy_engine

@@ -1,4 +1,4 @@
-"""Reciprocal-rank fusion: the formula, ties, parts that disagree or fail, and that they are searched at once."""
+"""Reciprocal-rank fusion: the formula, ties, parts that disagree or fail, and concurrent search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hybrid(*rankings: str, **options: object) -> Retriever:
 
 
 class Awaited(FixedRetriever):
-    """Answers only where it is awaited."""
+    """Has only the async search."""
 
     def __init__(self, passages: Sequence[Passage], *, seconds: float = 0.0, fails: bool = False) -> None:
         super().__init__(passages)
@@ -57,7 +57,7 @@ class Awaited(FixedRetriever):
 # The fusion
 
 
-def test_the_score_is_that_of_the_paper() -> None:
+def test_the_score_follows_the_paper() -> None:
     (found,) = hybrid("abc", "bda").search(["?"], k=10)
     assert ids(found) == "badc"
     assert [passage.score for passage in found] == pytest.approx(
@@ -74,7 +74,7 @@ def test_equal_scores_are_in_the_order_of_the_first_retriever() -> None:
     assert ids(hybrid("ab", "ba").search(["?"], k=2)[0]) == "ab"
     assert ids(hybrid("ba", "ab").search(["?"], k=2)[0]) == "ba"
     assert ids(hybrid("b", "a").search(["?"], k=2)[0]) == "ba"
-    # The ranks 1, 2 and 7 in three orders: 1/61 + 1/62 + 1/67 depends on the order in its last bit, a score must not.
+    # The last bit of 1/61 + 1/62 + 1/67 depends on the order of the sum; the score must not.
     (found,) = hybrid("ab0123c", "bc4567a", "ca89xyb").search(["?"], k=3)
     assert ids(found) == "abc"
     assert len({passage.score for passage in found}) == 1
@@ -88,25 +88,25 @@ def test_fusion_keeps_every_passage_once_best_first(rankings: list[list[str]], c
     assert [passage.score for passage in fused] == sorted((passage.score for passage in fused), reverse=True)
 
 
-def test_parts_that_disagree_about_an_id_the_first_is_believed() -> None:
+def test_if_parts_disagree_about_an_id_the_first_counts() -> None:
     parts = [FixedRetriever(ranking("ab", "old")), FixedRetriever(ranking("bc", "new"))]
     (found,) = load_retriever("hybrid", retrievers=parts).search(["?"], k=3)
     assert [(passage.id, passage.text) for passage in found] == [("b", "old"), ("a", "old"), ("c", "new")]
 
 
-def test_an_id_found_twice_by_one_part_counts_once() -> None:
+def test_an_id_that_one_part_finds_twice_counts_once() -> None:
     (found,) = hybrid("aba", "b").search(["?"], k=9)
     assert ids(found) == "ba"
     assert found[1].score == pytest.approx(1 / 61)
 
 
-def test_the_best_of_a_small_k_are_those_of_a_large_one() -> None:
+def test_a_small_k_gives_the_first_results_of_a_large_k() -> None:
     retriever = hybrid("abcdefgh", "hgfedcba", "eh", depth=8)
     (everything,) = retriever.search(["?"], k=8)
     assert all(retriever.search(["?"], k=k) == [everything[:k]] for k in range(1, 9))
 
 
-def test_every_part_is_asked_for_depth_or_k() -> None:
+def test_every_part_searches_with_the_larger_of_depth_and_k() -> None:
     asked: list[int] = []
 
     class Asked(FixedRetriever):
@@ -123,8 +123,8 @@ def test_every_part_is_asked_for_depth_or_k() -> None:
 # The parts
 
 
-def test_parts_are_searched_at_the_same_time() -> None:
-    both = threading.Barrier(2, timeout=120)  # one after the other, the first would wait here in vain
+def test_parts_are_searched_concurrently() -> None:
+    both = threading.Barrier(2, timeout=120)  # one after the other, the first would time out here
 
     class Meeting(FixedRetriever):
         def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -136,7 +136,7 @@ def test_parts_are_searched_at_the_same_time() -> None:
     assert ids(asyncio.run(retriever.search_async(["?"], k=2))[0]) == "ab"
 
 
-def test_parts_that_can_be_awaited_are() -> None:
+def test_async_parts_are_awaited() -> None:
     async def rollout() -> list[Passage]:
         retriever = HybridRetriever([FixedRetriever(ranking("ab")), Awaited(ranking("bc"))])
         batcher = SearchBatcher(retriever, timeout_s=10)
@@ -166,7 +166,7 @@ def test_an_awaited_part_that_fails_fails_the_search_and_stops_the_others() -> N
     assert slow.cancelled and time.monotonic() - started < 30
 
 
-def test_a_part_that_always_hangs_is_given_up() -> None:
+def test_a_part_that_always_hangs_is_no_longer_called() -> None:
     released = threading.Event()
 
     class Hanging(FixedRetriever):
@@ -212,7 +212,7 @@ def test_a_part_that_loses_a_query_fails_the_search() -> None:
         HybridRetriever([FixedRetriever([]), Lossy([])]).search(["a", "b"], k=1)
 
 
-def test_numbers_for_the_log_are_those_of_all_parts() -> None:
+def test_metrics_are_those_of_all_parts() -> None:
     class Counting(FixedRetriever):
         def take_metrics(self) -> dict[str, float]:
             return {"retrieval/requests": 2.0, "retrieval/latency_max_s": self.seconds, "retrieval/latency_p50_s": 1.0}
@@ -254,9 +254,7 @@ def test_parts_are_loaded_by_kind() -> None:
     assert ids(retriever.search(["lantern"], k=2)[0]) == "2"
 
 
-def test_a_part_that_cannot_be_loaded_closes_those_that_were_and_none_that_was_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_if_a_part_cannot_be_loaded_only_the_loaded_parts_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
 
     class Closing(FixedRetriever):

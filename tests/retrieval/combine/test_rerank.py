@@ -1,4 +1,4 @@
-"""Reranking: a cross-encoder here, servers of both wires, and that each query meets its own passages only."""
+"""Reranking: a local cross-encoder, servers of both APIs, and each query scored with its own passages only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ids(found: Sequence[Passage]) -> str:
 
 
 class ByQuery(Retriever):
-    """Finds for each query what it is told to."""
+    """Returns fixed passages for each query."""
 
     def __init__(self, found: dict[str, list[Passage]]) -> None:
         self.found = found
@@ -49,7 +49,7 @@ class ByQuery(Retriever):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cross-encoder of the published kind, tiny and random: BERT with one logit and a sigmoid behind it."""
+    """A tiny cross-encoder with random weights, like the published ones: BERT with one logit and a sigmoid."""
     pytest.importorskip("sentence_transformers")
     import torch
     from sentence_transformers import CrossEncoder
@@ -76,7 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "saved"
 
 
-def test_a_cross_encoder_orders_by_its_own_logits(model: Path) -> None:
+def test_a_cross_encoder_ranks_by_its_logits(model: Path) -> None:
     from sentence_transformers import CrossEncoder
 
     retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(model), device="cpu")
@@ -88,11 +88,11 @@ def test_a_cross_encoder_orders_by_its_own_logits(model: Path) -> None:
         for passage in found:
             expected = probabilities[int(passage.id)]
             assert 1 / (1 + 2.718281828459045**-passage.score) == pytest.approx(expected, abs=1e-4)
-        assert len({passage.score for passage in found}) == 4  # the two copies share one
+        assert len({passage.score for passage in found}) == 4  # the two copies have the same score
         assert ids(found).index("1") + 1 == ids(found).index("3")
 
 
-def test_all_pairs_of_a_search_are_scored_in_one_call(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_pairs_of_a_batch_are_scored_in_one_call(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = CrossEncoderScorer(str(model), device="cpu")
     predict, asked = scorer.model.predict, []
 
@@ -128,7 +128,7 @@ def test_threads_and_strange_queries(model: Path) -> None:
         assert all(map(expected.__eq__, pool.map(lambda _: retriever.search(queries, k=3), range(8))))
 
 
-def test_a_model_that_is_not_there_or_is_no_reranker_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_missing_model_and_a_model_that_is_not_a_reranker_are_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere' cannot be loaded"):
         load_retriever("rerank", retriever=FixedRetriever(WORLD), model=str(tmp_path / "nowhere"))
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -148,7 +148,7 @@ def test_a_model_that_is_not_there_or_is_no_reranker_is_named(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("api", ["jina", "tei"])
-def test_a_server_orders_by_its_scores_and_each_query_meets_its_own_passages(api: str) -> None:
+def test_a_server_ranks_by_its_scores_and_each_query_has_its_own_passages(api: str) -> None:
     found = {"where was Talvane born": WORLD[:3], "lantern festival": WORLD[1:], "none": []}
     with serving({"jina": jina, "tei": tei}[api]) as (url, asked):
         retriever = load_retriever("rerank", retriever=ByQuery(found), url=url, api=api)
@@ -163,7 +163,7 @@ def test_a_server_orders_by_its_scores_and_each_query_meets_its_own_passages(api
         ]
 
 
-def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requests_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RERANK_TOKEN", "secret")
     titled = FixedRetriever([Passage("1", "Orlune", "A town.")])
     with serving(jina) as (url, asked):
@@ -183,7 +183,7 @@ def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked[0][1] == {"query": "town", "texts": ["Orlune\nA town."], "raw_scores": True, "truncate": True}
 
 
-def test_more_documents_than_a_server_takes_are_sent_in_pieces() -> None:
+def test_more_documents_than_a_server_accepts_are_split() -> None:
     world = [Passage(str(row), "", "lantern " if row in (3, 40, 69) else "harbour") for row in range(70)]
     with serving(tei) as (url, asked):
         retriever = load_retriever("rerank", retriever=FixedRetriever(world), url=url, api="tei", depth=70)
@@ -198,7 +198,7 @@ def test_depth_or_k_are_fetched_and_k_returned() -> None:
         assert [len(body["documents"]) for _, body in asked] == [3, 3, 5]
 
 
-def test_requests_of_a_batch_go_out_together() -> None:
+def test_requests_of_a_batch_are_sent_concurrently() -> None:
     together = threading.Barrier(4, timeout=120)
 
     def answer(body: dict[str, Any]) -> Answer:
@@ -210,7 +210,7 @@ def test_requests_of_a_batch_go_out_together() -> None:
         assert len(retriever.search(["a", "b", "c", "d"], k=1)) == 4
 
 
-def test_a_server_in_trouble_is_asked_again_and_then_fails_the_search() -> None:
+def test_temporary_server_errors_are_retried_and_then_fail_the_search() -> None:
     answers = iter([503, 429, 200])
 
     def recovers(body: dict[str, Any]) -> Answer:
@@ -255,15 +255,17 @@ def test_a_server_in_trouble_is_asked_again_and_then_fails_the_search() -> None:
         ),
     ],
 )
-def test_an_answer_that_is_none_fails_the_search_at_once(answer: Answer, message: str) -> None:
+def test_an_invalid_answer_fails_the_search_at_once(answer: Answer, message: str) -> None:
     with serving(lambda body: answer) as (url, asked):
         retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url)
         with pytest.raises(RetrievalError, match=message) as raised:
             retriever.search(["harbour"], k=1)
-        assert len(asked) == 1 and "harbour" not in str(raised.value)  # it is logged by servers, which log no queries
+        assert len(asked) == 1 and "harbour" not in str(
+            raised.value
+        )  # servers log this message, and they must not log queries
 
 
-def test_a_retriever_that_fails_fails_the_search_unasked() -> None:
+def test_if_the_retriever_fails_the_reranker_is_not_asked() -> None:
     with serving(jina) as (url, asked):
         retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD, poison="fire"), url=url)
         with pytest.raises(RetrievalError, match="on fire"):
@@ -274,7 +276,7 @@ def test_a_retriever_that_fails_fails_the_search_unasked() -> None:
             retriever.search(["harbour"], k=1)
 
 
-def test_the_servers_of_these_tests_count_words() -> None:
+def test_the_fake_servers_score_by_shared_words() -> None:
     assert shared_words("Where was Talvane born?", TEXTS[2]) == 3
 
 

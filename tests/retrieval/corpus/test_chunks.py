@@ -1,4 +1,4 @@
-"""Documents cut into passages: verbatim, complete, traceable; and a warning where an encoder would cut them again."""
+"""Documents cut into passages: verbatim, complete, traceable; a warning if an encoder would truncate them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ words = st.text(st.characters(categories=["Lu", "Ll", "Nd"], exclude_characters=
 
 
 @given(text=st.lists(words, min_size=1, max_size=40).map("  ".join), size=st.integers(1, 9), data=st.data())
-def test_every_word_is_in_a_passage_and_every_passage_in_the_text(text: str, size: int, data: st.DataObject) -> None:
+def test_passages_are_verbatim_and_contain_every_word(text: str, size: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, size - 1))
     chunks = list(cut_documents([Passage("7", "Orlune", text, url="u")], size, overlap=overlap))
     assert [chunk.id for chunk in chunks] == [f"7#{number}" for number in range(len(chunks))]
@@ -37,12 +37,12 @@ def test_every_word_is_in_a_passage_and_every_passage_in_the_text(text: str, siz
 def test_letters_of_scripts_without_spaces_count_as_words() -> None:
     chunks = cut_documents([Passage("1", "", "東京タワーは1958年に。")], 5)
     assert [chunk.text for chunk in chunks] == ["東京タワー", "は1958年に。"]
-    assert len(split_words("สวัสดี")) == 4  # the vowels above stay with their letters
+    assert len(split_words("สวัสดี")) == 4  # vowel signs stay with their letters
 
 
 @pytest.fixture(scope="module")
 def by_tokens() -> Split:
-    """By a tokenizer that spells most letters beyond ASCII with two to four tokens."""
+    """Splits by a tokenizer with two to four tokens for most letters outside ASCII."""
     return token_splitter(load_tokenizer(str(tiny_policy_path())))
 
 
@@ -63,12 +63,12 @@ def test_a_letter_of_several_tokens_stays_whole(by_tokens: Split) -> None:
     dark = "\N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-5}"
     assert cut(f"a{family}{dark}b", 4, 0, by_tokens) == ["a", family, dark, "b"]
     assert cut(f"a{flags}\ufe0f b", 4, 0, by_tokens) == ["a", flags[:2], f"{flags[2:]}\ufe0f", " b"]
-    # As other tokenizers have it: the first token of the second letter begins in the letter before.
+    # As in other tokenizers, the first token of the second letter begins in the letter before.
     assert cut(f" {llama}{llama}", 2, 0, lambda text: [(0, 2), (1, 2), (2, 3), (2, 3)]) == [f" {llama}", llama]
 
 
 @given(text=st.text("ab \u9f98\N{LLAMA}e\u0301", max_size=12), size=st.integers(1, 9), data=st.data())
-def test_tokens_are_cut_between_letters_and_none_is_lost(
+def test_texts_are_cut_between_letters_and_no_token_is_lost(
     by_tokens: Split, text: str, size: int, data: st.DataObject
 ) -> None:
     overlap, spans = data.draw(st.integers(0, size - 1)), by_tokens(text)
@@ -77,21 +77,21 @@ def test_tokens_are_cut_between_letters_and_none_is_lost(
         return sum(begin <= start and stop <= end for start, stop in spans)
 
     def whole(at: int) -> bool:
-        """Whether no letter and no token is cut there."""
+        """Whether this position is inside no letter and no token."""
         return not any(a < at < b for a, b in spans) and not text.startswith("\u0301", at)
 
     begin, end = 0, 0
     for number, (start, stop) in enumerate(windows(text, spans, size, overlap)):
         assert tokens(start, stop) <= size or not any(map(whole, range(start + 1, stop)))
-        assert tokens(end, start) == 0  # none stands between two passages
+        assert tokens(end, start) == 0  # no text is between two passages
         assert number == 0 or (begin < start and end < stop and tokens(start, end) <= overlap)
         assert whole(stop)
         begin, end = start, stop
     assert tokens(end, len(text)) == 0
 
 
-def test_a_letter_of_thousands_of_marks_takes_no_longer_than_others(by_tokens: Split) -> None:
-    """Each of them was followed to the last one from each of its tokens."""
+def test_a_letter_with_thousands_of_marks_takes_linear_time(by_tokens: Split) -> None:
+    """The search for the end of the letter used to start at each of its tokens."""
     looked_at = 0
 
     class Text(str):
@@ -105,7 +105,7 @@ def test_a_letter_of_thousands_of_marks_takes_no_longer_than_others(by_tokens: S
     assert looked_at < 5 * len(text)
 
 
-def test_a_document_without_text_stays_a_passage() -> None:
+def test_a_document_without_text_gives_one_passage() -> None:
     assert list(cut_documents([Passage("1", "Orlune", " ")], 5)) == [Passage("1#0", "Orlune", "")]
 
 
@@ -133,7 +133,7 @@ def test_the_command_cuts_by_words_and_by_tokens(tmp_path: Path, capsys: pytest.
     assert main([*command, str(tmp_path / "t.jsonl"), "--size", "3", "--tokenizer", str(tmp_path / "model")]) == 0
     assert [one.text for one in read_corpus(tmp_path / "t.jsonl")] == ["one two-", "three four"]
 
-    # Without its tokenizer, a Qwen2 would find no token in any text, and every passage would be empty.
+    # Without its tokenizer file, Qwen2 would find no tokens, and every passage would be empty.
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""Corpora: both shapes of line, errors that name the line, and passages by row from disk."""
+"""Corpora: both formats of a line, errors that name the line, and passages by row from disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ passages_of_any_text = st.builds(Passage, id=texts.filter(bool), title=texts, te
         ({"id": "7", "contents": '"Orlune"\nA town.\nIn Vesk.'}, Passage("7", "Orlune", "A town.\nIn Vesk.")),
         ({"id": 7, "contents": "Orlune\nA town."}, Passage("7", "Orlune", "A town.")),
         ({"id": "7", "contents": '"Or "lune""\n'}, Passage("7", 'Or "lune"', "")),
-        # One line is a text, whether or not it is quoted: it has nothing to be the title of.
+        # A single line is a text, quoted or not: without a second line it is not a title.
         ({"id": "7", "contents": '"Orlune"'}, Passage("7", "", '"Orlune"')),
         ({"id": "7", "contents": "A town.\n"}, Passage("7", "", "A town.\n")),
         ({"id": "7", "contents": '""Orlune""\nA town.'}, Passage("7", "Orlune", "A town.")),
@@ -41,19 +41,19 @@ passages_of_any_text = st.builds(Passage, id=texts.filter(bool), title=texts, te
         ({"id": "7", "title": None, "text": "", "url": None, "more": [1]}, Passage("7", "", "")),
     ],
 )
-def test_both_shapes_of_line(line: dict[str, object], passage: Passage) -> None:
+def test_both_formats_of_a_line(line: dict[str, object], passage: Passage) -> None:
     assert parse_passage(line, "x") == passage
 
 
 @given(title=texts.filter(lambda title: "\n" not in title and title[:1] != '"'), text=texts)
-def test_contents_hold_title_and_text(title: str, text: str) -> None:
+def test_contents_give_title_and_text(title: str, text: str) -> None:
     row = {"id": "1", "contents": f'"{title}"\n{text}'}
     assert parse_passage(row, "x") == Passage("1", title, text)
 
 
 @settings(max_examples=50)
 @given(corpus=st.lists(passages_of_any_text, min_size=1, max_size=8, unique_by=lambda passage: passage.id))
-def test_what_is_written_is_read_by_row(tmp_path_factory: pytest.TempPathFactory, corpus: list[Passage]) -> None:
+def test_written_passages_are_read_by_row(tmp_path_factory: pytest.TempPathFactory, corpus: list[Passage]) -> None:
     folder = tmp_path_factory.mktemp("corpus")
     written = write_corpus(corpus, folder)
     assert [written[row] for row in range(len(written))] == list(written) == corpus
@@ -99,13 +99,13 @@ def test_a_repeated_id_is_named_with_both_lines(tmp_path: Path) -> None:
         write_corpus([Passage("1", "", ""), Passage("2", "", ""), Passage("1", "", "")], tmp_path)
 
 
-def test_ids_with_one_hash_are_not_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_with_the_same_hash_are_different_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.hash", lambda value: 0)
     corpus = [Passage(str(row), "", "") for row in range(3)]
     assert list(write_corpus(corpus, tmp_path)) == corpus
 
 
-def test_a_file_may_have_blank_lines_a_byte_order_mark_and_no_last_newline(tmp_path: Path) -> None:
+def test_blank_lines_a_byte_order_mark_and_a_missing_last_newline_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "corpus_in.jsonl"
     file.write_bytes(b"\xef\xbb\xbf\n" + GOOD + b"  \r\n" + GOOD.replace(b'"1"', b'"2"').strip())
     assert [passage.id for passage in write_corpus(file, tmp_path)] == ["1", "2"]
@@ -121,7 +121,7 @@ def test_a_compressed_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_no_passages_are_no_corpus(tmp_path: Path, content: bytes) -> None:
+def test_an_empty_corpus_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "empty.jsonl"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"empty\.jsonl: no passages"):

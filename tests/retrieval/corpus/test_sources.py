@@ -1,4 +1,4 @@
-"""Corpora from tables: parquet files and datasets become the same passages as jsonl, and say where they are wrong."""
+"""Corpora from tables: parquet files and datasets give the same passages as jsonl, and errors with their place."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as it lies on the hub, which `datasets` loads by the same code."""
+    """A folder in the layout of the hub, which `datasets` loads with the same code."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "wiki").mkdir()
     parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "wiki" / "train.parquet")
     return tmp_path / "wiki"
 
 
-def test_a_parquet_file_and_a_dataset_hold_the_same_passages(table: Path, dataset: Path) -> None:
+def test_a_parquet_file_and_a_dataset_give_the_same_passages(table: Path, dataset: Path) -> None:
     assert list(read_corpus(table)) == list(read_corpus(dataset)) == PASSAGES
 
 
@@ -60,7 +60,7 @@ def test_they_are_indexed_and_recorded(table: Path, dataset: Path, tmp_path: Pat
         open_index(tmp_path / "0", "bm25")
 
 
-def test_a_dataset_that_changed_is_another(dataset: Path) -> None:
+def test_a_changed_dataset_is_detected(dataset: Path) -> None:
     first, same = (open_source(dataset).fingerprint for _ in range(2))
     assert first is not None and same is not None and first() == same()
     parquet.write_table(pa.Table.from_pylist(ROWS[:1]), dataset / "train.parquet")
@@ -77,9 +77,7 @@ def test_a_dataset_that_changed_is_another(dataset: Path) -> None:
         ([*ROWS, ROWS[0]], "row 1 and .*, row 3: the same id '1';"),
     ],
 )
-def test_a_row_that_is_wrong_is_named(
-    tmp_path: Path, dataset: Path, rows: list[dict[str, object]], message: str
-) -> None:
+def test_an_invalid_row_is_named(tmp_path: Path, dataset: Path, rows: list[dict[str, object]], message: str) -> None:
     for path in (tmp_path / "bad.parquet", dataset / "train.parquet"):
         parquet.write_table(pa.Table.from_pylist(rows), path)
     for source in (tmp_path / "bad.parquet", dataset):
@@ -88,7 +86,7 @@ def test_a_row_that_is_wrong_is_named(
     assert not (tmp_path / "index").exists() and not (tmp_path / ".index.building").exists()
 
 
-def test_a_file_that_is_no_parquet_and_a_dataset_that_is_nowhere_are_one_line(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_and_a_missing_dataset_are_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(UserError, match=r"x\.parquet, after row 0: incomplete parquet file"):
         list(read_corpus(tmp_path / "x.parquet"))
@@ -96,7 +94,7 @@ def test_a_file_that_is_no_parquet_and_a_dataset_that_is_nowhere_are_one_line(tm
         list(read_corpus("nobody/nothing"))
 
 
-def test_the_same_source_goes_on_and_another_starts_anew(
+def test_a_build_is_resumed_for_the_same_source_and_restarted_for_another(
     tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trl_search.retrieval.bm25.retriever import BM25Builder
@@ -112,7 +110,7 @@ def test_the_same_source_goes_on_and_another_starts_anew(
         patch.setattr("trl_search.retrieval.bm25.retriever.BM25Builder", Dies)
         build_index(table, tmp_path / "index", announce=said.append)
     assert said == [f"the finished part is kept in {tmp_path / '.index.building'}; the same command resumes it"]
-    table = Path(shutil.copyfile(table, tmp_path / "elsewhere.parquet"))  # of another time, too
+    table = Path(shutil.copyfile(table, tmp_path / "elsewhere.parquet"))  # with another modification time
     with monkeypatch.context() as patch:
         patch.setattr(index, "write_corpus", lambda *_, **__: pytest.fail("the corpus was read again"))
         build_index(table, tmp_path / "index", announce=said.append)
@@ -129,7 +127,7 @@ def test_the_same_source_goes_on_and_another_starts_anew(
     assert read_manifest(tmp_path / "index").passages == 1
 
 
-def test_two_builds_of_one_output_at_once_are_refused(tmp_path: Path, table: Path) -> None:
+def test_a_second_build_of_the_same_output_is_refused(tmp_path: Path, table: Path) -> None:
     def builds_the_same() -> object:
         yield PASSAGES[0]
         build_index(table, tmp_path / "index")
@@ -138,7 +136,7 @@ def test_two_builds_of_one_output_at_once_are_refused(tmp_path: Path, table: Pat
         build_index(builds_the_same(), tmp_path / "index")  # type: ignore[arg-type]
 
 
-def test_a_tar_that_is_called_jsonl_says_what_it_is(tmp_path: Path) -> None:
+def test_a_tar_named_jsonl_is_recognized(tmp_path: Path) -> None:
     line = json.dumps(ROWS[0]).encode()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -150,7 +148,7 @@ def test_a_tar_that_is_called_jsonl_says_what_it_is(tmp_path: Path) -> None:
         list(read_corpus(tmp_path / "wiki-18.jsonl.gz"))
 
 
-# Files as they come
+# Files in other formats
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:
@@ -168,7 +166,7 @@ CSV = b'\xef\xbb\xbfid,extra,text,title\r\n1,x,A harbour town.,Orlune\r\n2,,"A "
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize(("kind", "content"), [("jsonl", JSONL), ("json", ARRAY), ("tsv", TSV), ("csv", CSV)])
-def test_files_are_read_as_they_come(tmp_path: Path, kind: str, content: bytes, packed: str) -> None:
+def test_other_file_formats_are_read(tmp_path: Path, kind: str, content: bytes, packed: str) -> None:
     file = written(tmp_path, f"corpus.{kind}{packed}", content)
     expected = [Passage("1", "Orlune", "A harbour town."), Passage("2", "", 'A "country".')]
     assert list(read_corpus(file)) == expected
@@ -178,7 +176,7 @@ def test_files_are_read_as_they_come(tmp_path: Path, kind: str, content: bytes, 
 
 
 @pytest.mark.parametrize("packed", ["gz", "bz2", "xz", "zst"])
-def test_a_packed_file_that_was_cut_off_is_named(tmp_path: Path, packed: str) -> None:
+def test_a_truncated_compressed_file_is_named(tmp_path: Path, packed: str) -> None:
     content = b"".join(b'{"id": "%d", "text": "%s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(3000))
     file = written(tmp_path, f"corpus.jsonl.{packed}", content)
     file.write_bytes(file.read_bytes()[:-1000])
@@ -186,7 +184,7 @@ def test_a_packed_file_that_was_cut_off_is_named(tmp_path: Path, packed: str) ->
         list(read_corpus(file))
 
 
-def test_a_beir_folder_is_its_corpus(tmp_path: Path) -> None:
+def test_a_beir_folder_gives_its_corpus(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(JSONL)
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who?"}\n')
     (tmp_path / "qrels").mkdir()
@@ -208,12 +206,12 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
         (b"id\ttext\n1\t\xff\n", "after line 0: not UTF-8"),
     ],
 )
-def test_a_table_that_cannot_be_trusted_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_malformed_table_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
         list(read_corpus(written(tmp_path, "corpus.tsv", content)))
 
 
-def test_fields_are_named_and_kept_under_the_usual_names(tmp_path: Path) -> None:
+def test_fields_can_be_named_and_are_stored_under_the_usual_names(tmp_path: Path) -> None:
     fields = Fields(id_field="docno", title_field="heading", text_field="body")
     row = {"docno": "7", "id": "other", "heading": "Orlune", "body": "A town.", "text": "not this"}
     parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "corpus.parquet")
@@ -225,7 +223,7 @@ def test_fields_are_named_and_kept_under_the_usual_names(tmp_path: Path) -> None
             list(read_corpus(tmp_path / name, Fields(id_field="name")))
 
 
-def test_bytes_in_a_table_are_text_or_an_error(tmp_path: Path) -> None:
+def test_bytes_in_a_table_are_decoded_or_refused(tmp_path: Path) -> None:
     for name, text in (("good", "Zürich".encode()), ("bad", b"\xff\xfe")):
         table = pa.table({"id": ["1"], "text": pa.array([text], pa.binary())})
         parquet.write_table(table, tmp_path / f"{name}.parquet")
@@ -234,7 +232,7 @@ def test_bytes_in_a_table_are_text_or_an_error(tmp_path: Path) -> None:
         list(read_corpus(tmp_path / "bad.parquet"))
 
 
-def test_repeated_ids_are_left_out_on_request(tmp_path: Path) -> None:
+def test_repeated_ids_are_dropped_on_request(tmp_path: Path) -> None:
     rows = [("1", "first"), ("2", "x"), ("1", "again"), ("3", "y"), ("1", "again"), ("3", "z")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": id, "text": text}) + "\n" for id, text in rows))
     build_index(tmp_path / "in.jsonl", tmp_path / "index", skip_duplicates=True)

@@ -1,4 +1,4 @@
-"""Encoding a corpus: killed anywhere and started again, or shared by processes, it gives the same bytes."""
+"""Encoding a corpus gives the same bytes when it is killed and resumed, and when several processes share it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_jsonl(path: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_every_passage_has_its_vector_in_its_row(tmp_path: Path, encoder: Encoder, dtype: str) -> None:
+def test_each_row_is_the_vector_of_its_passage(tmp_path: Path, encoder: Encoder, dtype: str) -> None:
     vectors = encode_corpus(PASSAGES, encoder, tmp_path / "s", dtype=dtype, shard_rows=16, batch_size=4)
     expected = encoder.encode_passages([join_contents(passage) for passage in PASSAGES])
     assert vectors.dtype == dtype and isinstance(vectors, np.memmap)
@@ -66,7 +66,7 @@ def test_every_passage_has_its_vector_in_its_row(tmp_path: Path, encoder: Encode
 
 
 @pytest.mark.parametrize("dies_at", range(1, 9))
-def test_whenever_it_dies_it_goes_on_to_the_same_bytes(
+def test_an_encoding_killed_anywhere_is_resumed_to_the_same_bytes(
     tmp_path: Path, encoder: Encoder, dies_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode_corpus(PASSAGES, encoder, tmp_path / "whole", shard_rows=16)
@@ -83,7 +83,7 @@ def test_whenever_it_dies_it_goes_on_to_the_same_bytes(
         patch.setattr(encoding, "_to_disk", die)
         encode_corpus(PASSAGES, encoder, tmp_path / "cut", shard_rows=16)
     done = (tmp_path / "cut" / DONE).read_bytes().count(1)
-    assert done == dies_at // 2  # the shard that was in work is not believed, unless its byte is there
+    assert done == dies_at // 2  # an unfinished shard is encoded again unless its done byte is set
     encoded: list[int] = []
     encode = encoder.encode_passages
     monkeypatch.setattr(
@@ -95,7 +95,7 @@ def test_whenever_it_dies_it_goes_on_to_the_same_bytes(
     assert (tmp_path / "cut" / VECTORS).read_bytes() == (tmp_path / "whole" / VECTORS).read_bytes()
 
 
-def test_another_encoder_or_option_starts_anew_and_says_so(
+def test_another_encoder_or_option_starts_again_with_a_message(
     tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "trl_search")
@@ -106,7 +106,7 @@ def test_another_encoder_or_option_starts_anew_and_says_so(
     assert "encoding again" in said[1] and len(said) == 2
 
 
-def test_two_workers_do_each_shard_once(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_encode_each_shard_once(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workers, "wait", lambda self: None)
     whole = encode_corpus(PASSAGES, encoder, tmp_path / "whole", shard_rows=16)
     for rank, done in ((0, b"\1\0\1\0"), (1, b"\1\1\1\1")):
@@ -115,7 +115,7 @@ def test_two_workers_do_each_shard_once(tmp_path: Path, encoder: Encoder, monkey
     assert np.array_equal(vectors, whole)
 
 
-def test_a_vector_that_is_no_number_names_its_passage(
+def test_a_vector_that_is_not_finite_names_its_passage(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_a_vector_that_is_no_number_names_its_passage(
         encode_corpus(PASSAGES, encoder, tmp_path / "s", dtype="float16", shard_rows=16)
 
 
-def test_a_disk_without_room_is_told_before_any_work(
+def test_too_little_disk_is_reported_before_any_work(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shutil import _ntuple_diskusage
@@ -143,7 +143,7 @@ SHARD_ROWS = 200
 
 
 def same_bytes(one: Path, other: Path) -> None:
-    """Every file but times: when it was built, and how long that took."""
+    """The content of every file, without the times in them."""
     assert read_manifest(one).files.keys() == read_manifest(other).files.keys()
     for name in read_manifest(one).files:
         if name.endswith("vectors.json"):
@@ -154,7 +154,7 @@ def same_bytes(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on_to_the_same_bytes(
+def test_a_killed_build_is_resumed_to_the_same_bytes(
     tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", 1500)
@@ -182,7 +182,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_two_processes_build_one_index_together(
+def test_two_processes_build_one_index(
     tmp_path: Path, checkpoint: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", SHARD_ROWS + 100)
@@ -194,7 +194,7 @@ def test_two_processes_build_one_index_together(
         tmp_path,
         environment={"COUNTS": str(tmp_path / "counts"), "SHARD_ROWS": str(SHARD_ROWS)},
     )
-    # The plan and what was measured, from one process alone.
+    # Only one process prints the plan and the measurements.
     assert [text.count("recall@3") for text in said] == [2, 0]
     assert {file.name: int(file.read_text()) for file in (tmp_path / "counts").iterdir()} == {
         "0": SHARD_ROWS,
@@ -207,7 +207,7 @@ def test_two_processes_build_one_index_together(
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(32, "% of the passages are longer than the 32 tokens"), (200, None)])
-def test_a_build_warns_of_passages_that_the_encoder_cuts(
+def test_a_build_warns_of_passages_that_the_encoder_truncates(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture, tokens: int, said: str | None
 ) -> None:
     build_index(PASSAGES, tmp_path / "index", "dense", encoder=str(checkpoint), max_length=tokens)

@@ -1,4 +1,4 @@
-"""Encoders: the reference e5 recipe to the last digit, what each family adds, and that no two are taken for one."""
+"""Encoders: the exact reference recipe of e5, the prompts of each family, and fingerprints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trl_search.types import Passage
 TEXTS = [
     "lantern",
     '"Orlune"\nOrlune is a harbour town in Vesk, a country of many harbours.',
-    "Who founded the harbour town? " * 40,  # beyond 256 tokens
+    "Who founded the harbour town? " * 40,  # longer than 256 tokens
     "كتاب 灯 \U0001f30a",
     "",
 ]
@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def reference(folder: Path, texts: list[str], *, pooling: str, max_length: int) -> np.ndarray:
-    """The encoder of the field's servers, written out with transformers alone, one batch of padded texts."""
+    """The e5 encoder of common retrieval servers, written with plain transformers for one padded batch."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     batch = tokenizer(texts, max_length=max_length, padding=True, truncation=True, return_tensors="pt")
     hidden_NTD = model(**batch, return_dict=True).last_hidden_state
@@ -56,7 +56,7 @@ def reference(folder: Path, texts: list[str], *, pooling: str, max_length: int) 
     return normal
 
 
-def test_e5_is_the_reference_recipe(checkpoints: Path) -> None:
+def test_e5_equals_the_reference_recipe(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     for encode, prompt in ((encoder.encode_queries, "query: "), (encoder.encode_passages, "passage: ")):
         expected = reference(
@@ -67,13 +67,13 @@ def test_e5_is_the_reference_recipe(checkpoints: Path) -> None:
             got = np.concatenate(parts)
             assert got.dtype == np.float32 and np.abs(got - expected).max() < 1e-6
     assert np.abs(encoder.encode_passages(TEXTS, batch_size=2) - encoder.encode_passages(TEXTS)).max() < 1e-6
-    # The test would not notice a lost prefix or another length, were texts of this model all alike.
+    # If all vectors of this model were alike, the test would not notice a missing prefix or another length.
     assert np.abs(encoder.encode_queries(TEXTS) - encoder.encode_passages(TEXTS)).max() > 0.01
     longer = reference(checkpoints / "e5-base-v2", [f"query: {TEXTS[2]}"], pooling="mean", max_length=512)
     assert np.abs(encoder.encode_queries([TEXTS[2]]) - longer).max() > 1e-3
 
 
-def test_bge_has_a_prompt_for_queries_alone_and_takes_the_first_token(checkpoints: Path) -> None:
+def test_bge_has_a_prompt_only_for_queries_and_pools_the_first_token(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "bge-base-en-v1.5", device="cpu")
     prompt = "Represent this sentence for searching relevant passages: "
     folder = checkpoints / "bge-base-en-v1.5"
@@ -84,7 +84,7 @@ def test_bge_has_a_prompt_for_queries_alone_and_takes_the_first_token(checkpoint
 
 
 @needs_minilm
-def test_a_model_of_sentence_transformers_is_used_as_its_files_say() -> None:
+def test_a_sentence_transformers_model_is_used_as_its_files_say() -> None:
     from sentence_transformers import SentenceTransformer
 
     encoder, model = load_encoder(minilm(), device="cpu"), SentenceTransformer(minilm(), device="cpu")
@@ -97,7 +97,7 @@ def test_a_model_of_sentence_transformers_is_used_as_its_files_say() -> None:
     assert asked @ found[0] > asked @ found[1] + 0.2
 
 
-def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leaves_out(checkpoints: Path) -> None:
+def test_settings_missing_from_a_sentence_transformers_folder_come_from_the_family(checkpoints: Path) -> None:
     plain = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     plain.model.prompts = {}
     plain.model.max_seq_length = 512
@@ -113,7 +113,7 @@ def test_what_the_family_says_fills_in_what_a_sentence_transformers_folder_leave
     ]
 
 
-def test_a_model_with_a_prompt_by_default_gives_passages_none(checkpoints: Path) -> None:
+def test_a_default_prompt_is_not_used_for_passages(checkpoints: Path) -> None:
     plain = load_encoder(checkpoints / "e5-base-v2", device="cpu", query_prompt="", passage_prompt="")
     plain.model.prompts, plain.model.default_prompt_name = {"query": "query: ", "passage": ""}, "query"
     plain.model.save(str(checkpoints / "st" / "asks-by-default"))
@@ -133,10 +133,12 @@ def test_a_model_with_a_prompt_by_default_gives_passages_none(checkpoints: Path)
         ("e5-base-v2", "mean", "query: ", 256),
         ("bge-base-en-v1.5", "cls", "Represent this sentence for searching relevant passages: ", 512),
         ("bge-large-zh", "cls", "为这个句子生成表示以用于检索相关文章：", 512),
-        ("bge-m3", "cls", "", 512),  # of 8192, what this checkpoint has positions for
+        ("bge-m3", "cls", "", 512),  # the positions of this checkpoint, less than the family's 8192
     ],
 )
-def test_families_are_known_by_name(checkpoints: Path, name: str, pooling: str, prompt: str, max_length: int) -> None:
+def test_families_are_recognized_by_name(
+    checkpoints: Path, name: str, pooling: str, prompt: str, max_length: int
+) -> None:
     found = load_encoder(checkpoints / name, device="cpu").fingerprint
     assert (found.modules, found.query_prompt, found.max_length, found.normalize) == (
         f"Transformer + Pooling({pooling})",
@@ -146,7 +148,7 @@ def test_families_are_known_by_name(checkpoints: Path, name: str, pooling: str, 
     )
 
 
-def test_a_plain_checkpoint_of_no_family_needs_its_pooling(checkpoints: Path) -> None:
+def test_a_plain_checkpoint_of_an_unknown_family_needs_a_pooling(checkpoints: Path) -> None:
     with pytest.raises(UserError, match=r"nobody-base.*pass pooling, one of mean, cls"):
         load_encoder(checkpoints / "nobody-base", device="cpu")
     found = load_encoder(checkpoints / "nobody-base", device="cpu", pooling="cls", normalize=False)
@@ -171,27 +173,27 @@ def test_wrong_options_are_refused(checkpoints: Path, name: str, options: dict[s
 def test_an_encoder_without_its_tokenizer_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     for file in ("config.json", "model.safetensors"):
         shutil.copy(checkpoints / "e5-base-v2" / file, tmp_path)
-    with pytest.raises(UserError, match="holds no tokenizer"):  # all words would be unknown ones
+    with pytest.raises(UserError, match="holds no tokenizer"):  # every word would be unknown
         load_encoder(tmp_path, device="cpu", pooling="mean")
 
 
-def test_an_encoder_that_is_not_on_this_machine_is_one_line() -> None:
+def test_a_missing_encoder_is_reported_in_one_line() -> None:
     with pytest.raises(UserError, match=r"encoder 'nobody/e5-base-v9' cannot be loaded: [^\n]*$"):
         load_encoder("nobody/e5-base-v9", device="cpu")
 
 
 @needs_minilm
-def test_a_folder_that_says_how_it_pools_is_not_overruled() -> None:
+def test_the_pooling_of_a_folder_is_not_overridden() -> None:
     with pytest.raises(UserError, match="defines its own pooling"):
         load_encoder(minilm(), pooling="cls")
     with pytest.raises(UserError, match="normalises by itself"):
         load_encoder(minilm(), normalize=False)
 
 
-# One encoder, or another?
+# The identity of encoders
 
 
-def test_a_moved_or_rewritten_folder_is_the_same_encoder_and_other_weights_are_not(checkpoints: Path) -> None:
+def test_the_fingerprint_depends_on_the_weights_and_not_on_the_folder(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     shutil.copytree(checkpoints / "e5-base-v2", checkpoints / "moved" / "e5-base-v2")
     moved = load_encoder(checkpoints / "moved" / "e5-base-v2", device="cpu", dtype="bfloat16")
@@ -202,22 +204,22 @@ def test_a_moved_or_rewritten_folder_is_the_same_encoder_and_other_weights_are_n
         refuse_other_encoder(other.fingerprint, encoder.fingerprint, "indexes/x")
 
 
-def test_another_prompt_or_length_is_another_encoder(checkpoints: Path) -> None:
+def test_the_fingerprint_depends_on_prompt_and_length(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     changed = Encoder(None, replace(encoder.fingerprint, passage_prompt="", dim=768))
     with pytest.raises(UserError, match="its passage_prompt is '', not 'passage: ', dim is 768, not 32"):
         refuse_other_encoder(changed.fingerprint, encoder.fingerprint, "indexes/x")
 
 
-# What reaches it
+# The texts that are encoded
 
 
-def test_a_text_of_100_000_characters_costs_what_its_first_tokens_cost(checkpoints: Path) -> None:
+def test_a_text_of_100_000_characters_costs_no_more_than_its_first_tokens(checkpoints: Path) -> None:
     encoder = load_encoder(checkpoints / "e5-base-v2", device="cpu")
     long, cut = "harbour town " * 80_000, "harbour town " * 200
     start = time.process_time()
     assert np.abs(encoder.encode_queries([long]) - encoder.encode_queries([cut])).max() < 1e-6
-    assert time.process_time() - start < 5  # a million characters through the tokenizer take minutes
+    assert time.process_time() - start < 5  # tokenizing a million characters takes minutes
 
 
 def test_strange_texts_are_encoded(checkpoints: Path) -> None:
@@ -238,7 +240,7 @@ def test_threads_get_what_one_thread_gets(checkpoints: Path) -> None:
 # Two encoders, named prompts, positions, code
 
 
-def test_queries_may_have_an_encoder_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
+def test_queries_may_have_another_encoder(checkpoints: Path, tmp_path: Path) -> None:
     save_random_bert(tmp_path / "asks", seed=1)
     options = {"device": "cpu", "pooling": "cls", "normalize": False}
     passages, asks = checkpoints / "nobody-base", tmp_path / "asks"
@@ -274,7 +276,7 @@ def test_a_prompt_is_chosen_by_its_name(checkpoints: Path, tmp_path: Path) -> No
         assert (found.query_prompt, found.passage_prompt) == (prompt, "text: ")
 
 
-def test_positions_that_a_roberta_keeps_for_padding_are_not_used(tmp_path: Path) -> None:
+def test_roberta_positions_reserved_for_padding_are_not_used(tmp_path: Path) -> None:
     save_random_bert(tmp_path / "roberta", positions=66)
     config = RobertaConfig.from_pretrained(tmp_path / "roberta", pad_token_id=1, max_position_embeddings=66)
     RobertaModel(config).save_pretrained(tmp_path / "roberta")
@@ -286,7 +288,7 @@ def test_positions_that_a_roberta_keeps_for_padding_are_not_used(tmp_path: Path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
+def test_code_in_a_checkpoint_is_not_run_and_there_is_no_prompt(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     folder = tmp_path / "mine"

@@ -1,4 +1,4 @@
-"""Dense retrieval: questions find their passages, ties hold, an index knows its encoder, published files open."""
+"""Dense retrieval: questions find their passages, stable ties, indexes and their encoders, published files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORLD = [
 
 
 class Fake(Encoder):
-    """A query is the number of the dimension that it asks for."""
+    """Encodes a query, the number of a dimension, as the unit vector of that dimension."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(None, EncoderFingerprint("fake", "", None, "", "", "", 8, True, dim))
@@ -51,7 +51,7 @@ class Fake(Encoder):
 
 
 def fake(scores: Sequence[Sequence[float]]) -> DenseRetriever:
-    """Query "i" scores row r with `scores[r][i]`."""
+    """A retriever where query "i" gives row r the score `scores[r][i]`."""
     rows = np.array(scores, dtype=np.float32)
     passages = tuple(Passage(str(row), "", "") for row in range(len(rows)))
     return DenseRetriever(Fake(rows.shape[1]), search_in_memory(rows), passages)
@@ -64,22 +64,22 @@ def ids(found: list[Passage]) -> list[str]:
 # Ties
 
 
-def test_a_tie_that_reaches_past_everything_fetched_is_still_in_corpus_order() -> None:
-    # Copies differ in the last bit, as batching leaves them, the later ones being higher.
+def test_a_tie_beyond_the_fetched_rows_is_in_corpus_order() -> None:
+    # Copies differ in the last bit, as after batching; later ones are higher.
     scores = [[0.1], *([0.5 + 1e-9 * row] for row in range(20 * MARGIN)), [0.9]]
     for k in (1, 2, MARGIN, 15 * MARGIN):
         (found,) = fake(scores).search(["0"], k=k)
         assert ids(found) == [str(len(scores) - 1), *map(str, range(1, k))]
 
 
-def test_scores_that_a_rounding_would_part_are_one() -> None:
-    for cut in np.linspace(0.5, 0.50001, 23, dtype=np.float32):  # wherever one rounds, some of these lie on both sides
+def test_scores_on_two_sides_of_a_rounding_boundary_are_equal() -> None:
+    for cut in np.linspace(0.5, 0.50001, 23, dtype=np.float32):  # some of these pairs lie on two sides of any boundary
         below, above = np.nextafter(cut, np.float32(0)), np.nextafter(cut, np.float32(1))
         assert ids(fake([[below], [above]]).search(["0"], k=1)[0]) == ["0"]
 
 
 @given(st.lists(st.integers(0, 12), max_size=30), st.randoms())
-def test_ties_are_ordered_by_row_and_nothing_else_is_moved(steps: list[int], random: Any) -> None:
+def test_ties_are_ordered_by_row_and_other_rows_stay(steps: list[int], random: Any) -> None:
     scores = -np.sort(-np.array([step * TIE / 3 for step in steps], dtype=np.float64))
     rows = np.array(random.sample(range(100), len(steps)), dtype=np.int64)
     order, best = order_ties(scores, rows)
@@ -136,7 +136,7 @@ def test_every_type_of_index_is_built_measured_and_searched(
     assert sum(len({*ids(found)} & {*ids(best)}) for found, best in pairs) >= (60 if word == "flat" else 48)
 
 
-def test_an_index_takes_its_own_encoder_and_no_other(tmp_path: Path, checkpoint: Path) -> None:
+def test_an_index_accepts_only_its_own_encoder(tmp_path: Path, checkpoint: Path) -> None:
     build_index(WORLD, tmp_path / "i", "dense", encoder=str(checkpoint), query_prompt="ask: ", max_length=64)
     retriever = load_retriever("dense", index=tmp_path / "i", device="cpu")
     own = retriever.encoder.fingerprint  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ def test_one_source_is_needed(options: dict[str, Any]) -> None:
 
 
 @needs_minilm
-def test_the_commands_tell_the_cost_first_and_the_recall_after(
+def test_the_command_prints_the_cost_first_and_the_recall_afterwards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = (json.dumps({"id": p.id, "title": p.title, "text": p.text}) + "\n" for p in WORLD)
@@ -203,7 +203,7 @@ def test_the_commands_tell_the_cost_first_and_the_recall_after(
 
 
 def publish(folder: Path, passages: list[Passage], encoder: Encoder) -> tuple[Path, Path]:
-    """`wiki-18.jsonl` and `e5_Flat.index`, as they were made: contents encoded, IndexFlatIP, faiss.write_index."""
+    """Makes `wiki-18.jsonl` and `e5_Flat.index` like the published ones: encoded contents in an IndexFlatIP."""
     contents = [f'"{passage.title}"\n{passage.text}' for passage in passages]
     lines = (json.dumps({"id": str(row), "contents": text}) for row, text in enumerate(contents))
     (folder / "wiki-18.jsonl").write_text("\n".join(lines) + "\n")
@@ -213,7 +213,7 @@ def publish(folder: Path, passages: list[Passage], encoder: Encoder) -> tuple[Pa
     return folder / "e5_Flat.index", folder / "wiki-18.jsonl"
 
 
-def test_a_published_index_and_corpus_open_as_they_are(
+def test_a_published_index_and_corpus_open_unchanged(
     tmp_path: Path, checkpoint: Path, random_world: list[Passage]
 ) -> None:
     encoder = load_encoder(checkpoint, device="cpu")
@@ -224,7 +224,7 @@ def test_a_published_index_and_corpus_open_as_they_are(
     in_memory = load_retriever("dense", passages=random_world, encoder=encoder).search(queries, k=3)
     for ours, theirs in zip(retriever.search(queries, k=3), in_memory, strict=True):
         assert [replace(one, score=0.0) for one in ours] == [replace(one, score=0.0) for one in theirs]
-        # FAISS and torch add up in another order, and a score on the edge of a digit is rounded either way.
+        # FAISS and torch sum in different orders, so a score at a rounding boundary may be rounded either way.
         assert [one.score for one in ours] == pytest.approx([one.score for one in theirs], abs=1.1e-5)
     assert (index.read_bytes(), corpus.read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -261,7 +261,7 @@ def test_a_published_index_of_another_encoder_or_corpus_is_refused(
     end=st.booleans(),
     mark=st.booleans(),
 )
-def test_lines_are_found_where_they_are(
+def test_lines_are_found_at_their_offsets(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], end: bool, mark: bool
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
@@ -275,7 +275,7 @@ def test_lines_are_found_where_they_are(
     assert found == [line.strip() for line in lines if line.strip()]
 
 
-def test_a_corpus_of_many_lines_costs_no_python_strings(tmp_path: Path) -> None:
+def test_a_large_corpus_is_not_loaded_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "big.jsonl"
     path.write_bytes(
         b"".join(b'{"id": "%d", "contents": "\\"T\\"\\n%s"}\n' % (row, b"x" * 200) for row in range(50_000))
@@ -286,10 +286,10 @@ def test_a_corpus_of_many_lines_costs_no_python_strings(tmp_path: Path) -> None:
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(corpus) == 50_000 and corpus[49_999] == Passage("49999", "T", "x" * 200)
-    assert held < 100_000  # bytes; the offsets are mapped too
+    assert held < 100_000  # bytes; the offsets are memory-mapped too
 
 
-def test_offsets_are_made_anew_when_the_file_changed_and_elsewhere_when_its_folder_is_closed(
+def test_offsets_are_rebuilt_after_a_change_and_cached_if_the_folder_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.jsonl"

@@ -1,5 +1,5 @@
-"""The OpenSearch adapter against a stand-in on loopback (`opensearch_server.py`). No OpenSearch was run: it comes from
-no registry that is reached from here. What is held is which requests are sent, and what becomes of each answer."""
+"""The OpenSearch adapter with a fake server on loopback (`opensearch_server.py`), because no registry that these tests
+can use has OpenSearch. The tests check which requests are sent and how each answer is used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(server: OpenSearchServer, folder: Path, corpus: Any = PASSAGES, **opti
     return folder / "index"
 
 
-def test_an_index_is_made_loaded_and_only_then_may_be_searched(server: OpenSearchServer, tmp_path: Path) -> None:
+def test_an_index_is_created_loaded_and_only_then_searchable(server: OpenSearchServer, tmp_path: Path) -> None:
     index = build(server, tmp_path, shards=6, replicas=2, analyzer="german")
     made = next(one.json for one in server.asked if one.method == "PUT" and one.target == "/wiki")
     assert made["settings"]["index"] == {"number_of_shards": 6, "number_of_replicas": 1, "refresh_interval": "-1"}
@@ -102,21 +102,21 @@ def test_a_request_that_is_too_large_is_halved(server: OpenSearchServer, tmp_pat
 
 
 @pytest.mark.parametrize("query", ["U.S.A. 1,000 3.14 node.js", "北京 «Été» C++ AT&T"])
-def test_a_query_is_sent_as_it_is(server: OpenSearchServer, tmp_path: Path, query: str) -> None:
+def test_a_query_is_sent_unchanged(server: OpenSearchServer, tmp_path: Path, query: str) -> None:
     build(server, tmp_path)
     load_retriever("opensearch", url=server.url, collection="wiki").search([query], 1)
     assert json.loads(server.asked[-1].body.splitlines()[1])["query"]["match"]["contents"]["query"] == query
 
 
 @pytest.mark.parametrize("word", ["a.b ", "京", "x" * 255])
-def test_a_pasted_page_is_cut_to_what_opensearch_takes(server: OpenSearchServer, tmp_path: Path, word: str) -> None:
+def test_a_long_query_is_truncated_to_opensearchs_limit(server: OpenSearchServer, tmp_path: Path, word: str) -> None:
     build(server, tmp_path)
     load_retriever("opensearch", url=server.url, collection="wiki").search([word * 5_000], 1)
     sent = json.loads(server.asked[-1].body.splitlines()[1])["query"]["match"]["contents"]["query"]
     assert sent == (word * 5_000)[: len(sent)] and 250 <= len(sent) // len(word) * (2 if "." in word else 1) <= 256
 
 
-def test_what_is_there_is_replaced_on_purpose_only(server: OpenSearchServer, tmp_path: Path) -> None:
+def test_an_existing_index_is_replaced_only_on_request(server: OpenSearchServer, tmp_path: Path) -> None:
     index = build(server, tmp_path)
     with pytest.raises(UserError, match="--replace"):
         build(server, tmp_path / "other", PASSAGES[:3])
@@ -125,7 +125,7 @@ def test_what_is_there_is_replaced_on_purpose_only(server: OpenSearchServer, tmp
         load_retriever("opensearch", index=index)
 
 
-def test_a_passage_that_is_refused_ends_the_build(server: OpenSearchServer, tmp_path: Path) -> None:
+def test_a_refused_passage_ends_the_build(server: OpenSearchServer, tmp_path: Path) -> None:
     def refuse(asked: Any) -> Said | None:
         if "_bulk" not in asked.target:
             return None
@@ -150,7 +150,7 @@ def test_a_passage_that_is_refused_ends_the_build(server: OpenSearchServer, tmp_
         ),
     ],
 )
-def test_a_part_of_an_answer_is_a_failure(
+def test_a_partial_answer_is_a_failure(
     server: OpenSearchServer, tmp_path: Path, answer: dict[str, Any], kind: type[Exception], said: str
 ) -> None:
     build(server, tmp_path)
@@ -162,7 +162,7 @@ def test_a_part_of_an_answer_is_a_failure(
     assert len(server.asked) == (3 if kind is Unavailable else 1)
 
 
-def test_what_passes_is_asked_again(server: OpenSearchServer, tmp_path: Path) -> None:
+def test_temporary_errors_are_retried(server: OpenSearchServer, tmp_path: Path) -> None:
     build(server, tmp_path)
     retriever = load_retriever("opensearch", url=server.url, collection="wiki")
     troubles = [Said(error_body(503, "unavailable", "starting"), 503), Said({}, 429)]
@@ -173,7 +173,7 @@ def test_what_passes_is_asked_again(server: OpenSearchServer, tmp_path: Path) ->
         retriever.search(["word3"], 1)
 
 
-def test_many_queries_are_few_requests(
+def test_many_queries_are_sent_in_few_requests(
     server: OpenSearchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(server, tmp_path)

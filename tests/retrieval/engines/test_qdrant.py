@@ -1,7 +1,7 @@
-"""The Qdrant adapter, over the engine inside of the official client; what only a server does, over HTTP on loopback.
+"""The Qdrant adapter with the local engine of the official client; server-only features over HTTP on loopback.
 
-No Qdrant server runs here: that a cluster spreads shards and replicas as it is told is Qdrant's, and what is held is
-that it is told so.
+No Qdrant server runs here. The tests check that the settings for shards and replicas are sent, not what a cluster does
+with them.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def test_sparse_scores_are_bm25(tmp_path: Path) -> None:
     assert [expected[hit.id] for hit in hits] == pytest.approx(best, rel=1e-4)
 
 
-def test_ties_beyond_what_is_fetched_first_stand_in_corpus_order(tmp_path: Path) -> None:
+def test_ties_beyond_the_first_fetch_are_in_corpus_order(tmp_path: Path) -> None:
     index = build(tmp_path, [Passage(f"c{row}", "", "lantern festival") for row in range(60)])
     assert [hit.id for hit in found(index, "lantern", 3)] == ["c0", "c1", "c2"]
 
 
-def test_whatever_order_an_engine_gives_ties_in() -> None:
-    """Two queries: 60 rows alike, the last ones first; and rows whose scores differ."""
+def test_the_order_of_ties_does_not_depend_on_the_engine() -> None:
+    """Two queries: one with 60 equal scores, last rows first, and one with different scores."""
     fetched: list[tuple[list[int], int]] = []
 
     def fetch(queries: list[int], count: int) -> list[Any]:
@@ -97,7 +97,7 @@ def test_whatever_order_an_engine_gives_ties_in() -> None:
         [(0, 1.0), (1, 0.5), (2, 0.33333)],
     ]
     assert fetched == [([0, 1], 16), ([0], 128)]
-    # No more than the engine gives: of a longer tie, those it gave first.
+    # A tie longer than the engine's maximum keeps the rows that the engine returned first.
     assert best_rows(fetch, 1, 3, most=20) == [[(40, 1.0), (41, 1.0), (42, 1.0)]]
 
 
@@ -124,7 +124,7 @@ def test_a_build_that_is_killed_sends_only_what_is_missing(tmp_path: Path, monke
     assert {hit.id for hit in found(index, "harbour", 50)} == {passage.id for passage in PASSAGES}
 
 
-def test_a_collection_that_is_there_is_replaced_on_purpose_only(tmp_path: Path) -> None:
+def test_an_existing_collection_is_replaced_only_on_request(tmp_path: Path) -> None:
     index = build(tmp_path)
     for replace in (False, True):
         other = tmp_path / f"other-{replace}"
@@ -136,12 +136,12 @@ def test_a_collection_that_is_there_is_replaced_on_purpose_only(tmp_path: Path) 
         else:
             build_index(PASSAGES[:4], other, "qdrant", **options)
             assert len(found(other, "harbour", 50)) == 4
-    # The first folder's collection holds other passages now.
+    # The collection of the first folder now contains other passages.
     with pytest.raises(UserError, match="was loaded with other passages"):
         load_retriever("qdrant", index=index)
 
 
-def test_a_gateway_needs_the_manifest_alone_or_nothing_on_disk(tmp_path: Path) -> None:
+def test_a_gateway_needs_only_the_manifest_or_no_files(tmp_path: Path) -> None:
     index = build(tmp_path)
     expected = found(index, "lantern word3")
     for file in index.iterdir():
@@ -155,7 +155,7 @@ def test_a_gateway_needs_the_manifest_alone_or_nothing_on_disk(tmp_path: Path) -
         retriever.search(["lantern"], 3)
 
 
-def test_dense_vectors_are_searched_with_their_encoder_and_no_other(tmp_path: Path) -> None:
+def test_dense_vectors_are_searched_only_with_their_encoder(tmp_path: Path) -> None:
     mine, other = (save_random_bert(tmp_path / name / "e5-base-v2", seed=seed) for seed, name in enumerate("ab"))
     index = build(tmp_path, vectors="dense", encoder=str(mine), quantization="int8", on_disk=True, shards=2)
     assert read_manifest(index).details["encoder"]["query_prompt"] == "query: "
@@ -197,7 +197,7 @@ def result(value: Any) -> Said:
 
 
 def collection(metadata: dict[str, Any]) -> Said:
-    """`GET /collections/NAME`, as Qdrant 1.16 answers it."""
+    """The answer of Qdrant 1.16 to `GET /collections/NAME`."""
     params = {"shard_number": 2, "replication_factor": 2, "on_disk_payload": True}
     hnsw = {"m": 16, "ef_construct": 100, "full_scan_threshold": 10000}
     optimizer = {"deleted_threshold": 0.2, "vacuum_min_vector_number": 1000, "default_segment_number": 0}
@@ -217,7 +217,7 @@ ABOUT = {
 }
 
 
-def test_a_cluster_is_told_of_shards_replicas_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_for_shards_replicas_and_memory_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save_random_bert(tmp_path / "e5-base-v2")
     monkeypatch.setenv("QDRANT_API_KEY", "s3cret")
 
@@ -244,15 +244,13 @@ def test_a_cluster_is_told_of_shards_replicas_and_memory(tmp_path: Path, monkeyp
     assert made["quantization_config"]["binary"]["always_ram"] is True
     upserted = asked["PUT", "/collections/wiki/points"]
     assert len(upserted.json["points"]) == len(PASSAGES) and "wait=true" in upserted.target
-    # What it was loaded with comes last.
+    # The metadata of the collection is written last.
     assert server.asked[-1].method == "PATCH" and server.asked[-1].json["metadata"]["trl_search"]["passages"] == 11
     assert upserted.headers["api-key"] == "s3cret"
     assert "s3cret" not in (tmp_path / "index" / MANIFEST).read_text()
 
 
-def test_requests_are_cut_by_their_bytes_and_halved_where_they_are_too_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_split_by_bytes_and_halved_if_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
 
     def answer(asked: Asked) -> Said:
@@ -278,7 +276,7 @@ def test_requests_are_cut_by_their_bytes_and_halved_where_they_are_too_large(
     assert sent == [11, 5, 2, 3, 6, 3, 3, 0, *[4, 2, 2] * 2, 3, 0, *[1] * 11, 0]
 
 
-def test_failures_are_failures_and_what_passes_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_reported_and_temporary_errors_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     troubles: list[Said] = []
     hits = result([{"points": [{"id": 1, "version": 0, "score": 2.0}]}])
     read = result([{"id": 1, "payload": {"id": "p1", "title": "T", "text": "x"}}])

@@ -1,4 +1,4 @@
-"""Index folders: whole or not there, and refused when they are not what they say."""
+"""Index folders: complete or absent, and refused if they do not match their manifest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refused(index: Path, *words: str) -> None:
         assert word in str(raised.value)
 
 
-def test_an_index_says_what_it_is_made_of(index: Path, corpus: Path) -> None:
+def test_the_manifest_describes_the_index(index: Path, corpus: Path) -> None:
     manifest = read_manifest(index)
     assert (manifest.kind, manifest.passages, manifest.options["stemmer"]) == ("bm25", 2, "english")
     assert manifest.source is not None and manifest.source.name == str(corpus)
@@ -72,7 +72,7 @@ def test_the_same_corpus_gives_the_same_bytes(index: Path, corpus: Path, tmp_pat
 # Half-written
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     def breaks() -> Iterator[Passage]:
         yield WORLD[0]
         raise RuntimeError("the disk is full")
@@ -82,7 +82,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_that_is_killed_leaves_nothing_under_its_name(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_no_index(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from trl_search.retrieval.index.folder import build_index
@@ -101,7 +101,7 @@ build_index([Passage("1", "", "lantern")], sys.argv[1])
     assert not (tmp_path / "index").exists()
     (left,) = tmp_path.iterdir()
     refused(left, "not a finished index", "no manifest.json")
-    build_index(WORLD, tmp_path / "index")  # what was left does not stand in the way
+    build_index(WORLD, tmp_path / "index")  # its leftovers do not prevent the next build
 
 
 def test_a_folder_without_a_manifest_is_refused_with_the_command_to_build_it(index: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_damaged_manifest_is_refused(index: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bm25/data.csc.index.npy", "corpus.offsets.npy", "corpus.jsonl"])
-def test_a_file_cut_short_or_lost_is_refused(index: Path, name: str) -> None:
+def test_a_truncated_or_missing_file_is_refused(index: Path, name: str) -> None:
     content = (index / name).read_bytes()
     (index / name).write_bytes(content[:-1])
     refused(index, name, f"should have {len(content)} bytes", "--overwrite")
@@ -152,7 +152,7 @@ def test_passages_edited_in_the_folder_are_refused(index: Path) -> None:
     refused(index, "was changed after the index was built", "rebuild with")
 
 
-def test_a_source_that_changed_is_refused_unless_told(index: Path, corpus: Path) -> None:
+def test_a_changed_source_is_refused_unless_the_check_is_off(index: Path, corpus: Path) -> None:
     corpus.write_text(corpus.read_text() + '{"id": "3", "text": "new"}\n')
     refused(index, f"{corpus} has changed since", "rebuild with", "check_source=False")
     assert load(index, check_source=False).search(["harbour"], k=1)[0][0].id == "1"
@@ -163,7 +163,7 @@ def test_a_source_changed_in_place_is_refused(index: Path, corpus: Path) -> None
     refused(index, "has changed since")
 
 
-def test_a_source_touched_or_gone_is_not_a_changed_one(index: Path, corpus: Path) -> None:
+def test_a_source_that_is_touched_or_deleted_is_not_a_changed_source(index: Path, corpus: Path) -> None:
     corpus.touch()
     load(index)
     corpus.unlink()
@@ -191,10 +191,10 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(corpus: Path, tmp_pat
         builder.BM25Builder = original  # type: ignore[attr-defined]
 
 
-# Where it is written
+# The output folder
 
 
-def test_an_index_is_replaced_only_when_told_and_never_by_a_failed_build(index: Path, tmp_path: Path) -> None:
+def test_an_index_is_replaced_only_on_request_and_never_by_a_failed_build(index: Path, tmp_path: Path) -> None:
     before = read_manifest(index)
     with pytest.raises(IndexFolderError, match="--overwrite"):
         build_index(WORLD[:1], index)
@@ -206,7 +206,7 @@ def test_an_index_is_replaced_only_when_told_and_never_by_a_failed_build(index: 
     assert [path.name for path in index.parent.iterdir()] == ["one"]
 
 
-def test_what_is_not_an_index_is_never_replaced(tmp_path: Path) -> None:
+def test_other_folders_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("three years of work")
     with pytest.raises(IndexFolderError, match="not a finished index"):
@@ -214,7 +214,7 @@ def test_what_is_not_an_index_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "three years of work"
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     build_index(WORLD, tmp_path / "index")
     load(tmp_path / "index")
@@ -227,7 +227,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ("bm25", {"stemer": None}, "did you mean 'stemmer'"),
         ("bm25", {"stemmer": "klingon"}, "unknown stemmer"),
         ("bm25", {"k1": -1}, "k1 >= 0"),
-        ("bm25", {"k1": float("nan")}, "k1 >= 0"),  # no manifest can hold it
+        ("bm25", {"k1": float("nan")}, "k1 >= 0"),  # a manifest cannot store it
     ],
 )
 def test_wrong_options_are_refused_before_any_work(
@@ -262,7 +262,7 @@ def test_index_then_search(corpus: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "no match" in second
 
 
-def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
+def test_failing_commands_print_a_message(tmp_path: Path, index: Path) -> None:
     with pytest.raises(UserError, match=r"no corpus file .*nowhere\.jsonl"):
         command("index", "--corpus", tmp_path / "nowhere.jsonl", "--output", tmp_path / "i")
     with pytest.raises(UserError, match="passages_per_query=0 must be at least 1"):
@@ -271,7 +271,7 @@ def test_commands_fail_with_a_message(tmp_path: Path, index: Path) -> None:
         command("search", tmp_path / "nowhere", "harbour")
 
 
-# Where an index may lie
+# Special places for an index
 
 
 def is_whole(index: Path) -> bool:
@@ -280,7 +280,7 @@ def is_whole(index: Path) -> bool:
     return there == {*manifest.files, MANIFEST} and bool(load(index).search(["harbour"], k=1)[0])
 
 
-def test_a_link_leads_to_the_index(corpus: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_followed(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     for name in ("new", "empty", "index"):
         (tmp_path / f"to {name}").symlink_to(tmp_path / "disk" / name)
@@ -301,10 +301,10 @@ def test_the_working_folder_may_become_an_index(corpus: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("there", ["nothing", "an index"])
-def test_a_folder_that_cannot_be_renamed_is_built_inside_itself(
+def test_an_index_is_built_inside_a_folder_that_cannot_be_renamed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
 ) -> None:
-    """As a mount point cannot: renaming it or onto it fails, and its parent may be on a smaller disk."""
+    """For example a mount point: it cannot be renamed or replaced, and its parent may be on a smaller disk."""
     mount = tmp_path / "mount"
     mount.mkdir()
     (mount / "lost+found").mkdir()
@@ -331,7 +331,7 @@ def test_a_folder_that_cannot_be_renamed_is_built_inside_itself(
     assert is_whole(mount) and read_manifest(mount).passages == 2
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path: Path) -> None:
+def test_a_read_only_place_is_refused_before_the_corpus_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     def never_read() -> Iterator[Passage]:
@@ -342,7 +342,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp
         build_index(never_read(), tmp_path / "file" / "deep" / "index")
 
 
-def test_a_whole_index_stays_where_it_cannot_be_put_in_place(
+def test_a_finished_index_is_kept_if_it_cannot_be_moved_into_place(
     corpus: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
@@ -362,7 +362,7 @@ def test_a_whole_index_stays_where_it_cannot_be_put_in_place(
     assert is_whole(index)
 
 
-def test_a_full_disk_is_one_line_that_says_what_is_kept(
+def test_a_full_disk_is_reported_in_one_line_that_names_what_is_kept(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: object, rows: object, folder: Path) -> None:
@@ -379,8 +379,8 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(
 
 def test_a_copied_index_is_hashed_once(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(index, tmp_path / "copy", copy_function=shutil.copyfile)  # without its times
-    (tmp_path / "copy" / "corpus.jsonl").chmod(0o444)  # as where it may only be read
+    shutil.copytree(index, tmp_path / "copy", copy_function=shutil.copyfile)  # without the times
+    (tmp_path / "copy" / "corpus.jsonl").chmod(0o444)  # as in a read-only folder
     load(tmp_path / "copy")
     monkeypatch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: pytest.fail("hashed again"))
     load(tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""The `http` retriever against real servers on loopback: dying, overloaded, hanging, wrong."""
+"""The `http` retriever with real servers on loopback that die, are overloaded, hang or answer wrongly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 class Echo(Retriever):
-    """Finds the query itself, `k` times, after a delay."""
+    """Returns the query itself `k` times, after a delay."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
@@ -52,7 +52,7 @@ def echo_after(delay_s: float) -> Callable[[Asked], Said]:
 
 
 def says(*answers: Said) -> Callable[[Asked], Said]:
-    """These answers first, then what Echo finds."""
+    """These answers first, then those of Echo."""
     waiting = list(answers)
     return lambda asked: waiting.pop(0) if waiting else ECHO(asked)
 
@@ -80,7 +80,7 @@ def dead_url() -> str:
         return server.url
 
 
-def test_the_two_ways_to_name_a_server_ask_the_same_one(client) -> None:
+def test_both_ways_to_name_a_server_are_equivalent(client) -> None:
     with serving(ECHO) as server:
         for url in (server.url, f"{server.url}/", f"{server.url}/retrieve"):
             retriever = load_retriever("http", url=url)
@@ -88,7 +88,7 @@ def test_the_two_ways_to_name_a_server_ask_the_same_one(client) -> None:
             retriever.close()
         assert {asked.target for asked in server.asked} == {"/retrieve"}
         assert server.asked[0].json == {"queries": ["a", "b"], "topk": 2, "return_scores": True}
-        assert (client(server).search([], 2), len(server.asked)) == ([], 3)  # nobody is asked for nothing
+        assert (client(server).search([], 2), len(server.asked)) == ([], 3)  # an empty batch sends no request
 
 
 def test_answers_of_other_servers_are_read(client) -> None:
@@ -97,11 +97,11 @@ def test_answers_of_other_servers_are_read(client) -> None:
     with serving(says(Said({"result": [[hit], [bare, bare]]}))) as server:
         first, second = client(server).search(["a", "b"], 1)
     assert first == [Passage("7", "Orlune", "A town.", 0.5)]
-    assert second == [Passage("7", "Orlune", "A town.", 0.0, "https://example.org")]  # k=1, though it sent two
+    assert second == [Passage("7", "Orlune", "A town.", 0.0, "https://example.org")]  # k=1, although it sent two
 
 
 def skyrl_server(asked: Asked) -> Said:
-    """As SkyRL's example server answers (FastAPI with one required `query`)."""
+    """Answers like SkyRL's example server (FastAPI with one required `query`)."""
     if "query" not in asked.json:
         missing = {"type": "missing", "loc": ["body", "query"], "msg": "Field required", "input": asked.json}
         return Said({"detail": [missing]}, 422)
@@ -109,7 +109,7 @@ def skyrl_server(asked: Asked) -> Said:
     return Said({"result": [[{"document": document, "score": 0.5}] * asked.json["topk"]]})
 
 
-def test_a_server_that_takes_one_query_gets_one_at_a_time(client) -> None:
+def test_a_server_for_single_queries_gets_one_query_per_request(client) -> None:
     with serving(skyrl_server) as server:
         retriever = client(server)
         queries = [f"query {number}" for number in range(50)]
@@ -119,8 +119,8 @@ def test_a_server_that_takes_one_query_gets_one_at_a_time(client) -> None:
         assert len(server.asked) == 1 + 100 and all("query" in asked.json for asked in server.asked[1:])
 
 
-def test_a_client_that_reads_contents_and_url_of_every_document_is_served() -> None:
-    """As ASearcher's does, of answers without scores."""
+def test_every_document_has_contents_and_url() -> None:
+    """ASearcher's client reads both, from answers without scores."""
     world = [Passage("1", "Orlune", "A harbour town."), Passage("2", "", "A harbour.", url="https://e.org")]
     with serving(retrieve_from(load_retriever("bm25", passages=world))) as server:
         asked = {"queries": ["harbour"], "topk": 2, "return_scores": False}
@@ -156,7 +156,7 @@ def test_a_server_killed_under_load_fails_no_request(client) -> None:
         server.kill()
 
 
-def test_a_server_that_comes_back_is_asked_again(client) -> None:
+def test_a_server_that_comes_back_is_used_again(client) -> None:
     first, second = Server(ECHO), Server(ECHO)
     retriever = client(first, second)
     first.kill()
@@ -186,7 +186,7 @@ def test_a_server_that_restarts_is_waited_for(client) -> None:
 
 
 @pytest.mark.parametrize("retry_after", ["1", "date"])
-def test_503_is_asked_again_when_the_server_said(client, retry_after: str) -> None:
+def test_503_is_retried_after_the_time_in_retry_after(client, retry_after: str) -> None:
     value = retry_after if retry_after == "1" else formatdate(time.time() + 2, usegmt=True)
     with serving(says(Said({"error": "full"}, 503, {"Retry-After": value}))) as server:
         retriever, started = client(server), time.monotonic()
@@ -195,7 +195,7 @@ def test_503_is_asked_again_when_the_server_said(client, retry_after: str) -> No
         assert len(server.asked) == 2
 
 
-def test_503_goes_to_another_server_at_once(client) -> None:
+def test_after_503_another_server_is_tried_at_once(client) -> None:
     full = Said({"error": "full"}, 503, {"Retry-After": "90"})
     with serving(lambda asked: full) as busy, serving(ECHO) as idle:
         retriever, started = client(busy, idle), time.monotonic()
@@ -205,7 +205,7 @@ def test_503_goes_to_another_server_at_once(client) -> None:
         assert (len(busy.asked), len(idle.asked)) == (1, 10)
 
 
-def test_a_server_that_asks_for_more_patience_than_there_is_fails_now(client) -> None:
+def test_a_retry_after_beyond_the_patience_fails_at_once(client) -> None:
     with serving(lambda asked: Said({"error": "the queue is full"}, 503, {"Retry-After": "3600"})) as server:
         started = time.monotonic()
         with pytest.raises(
@@ -216,11 +216,11 @@ def test_a_server_that_asks_for_more_patience_than_there_is_fails_now(client) ->
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 422])
-def test_a_4xx_is_said_and_not_repeated(client, status: int) -> None:
+def test_a_4xx_is_reported_and_not_retried(client, status: int) -> None:
     with serving(lambda asked: Said({"detail": "queries[0]: no"}, status)) as server, serving(ECHO) as other:
         retriever = client(server, other)
         with pytest.raises(RetrievalError, match=rf"127.0.0.1:{server.port} answered {status} .*: queries\[0\]: no"):
-            for _ in range(2):  # they take turns
+            for _ in range(2):  # the servers are used in turn
                 retriever.search(["a"], 1)
         assert len(server.asked) == 1
         assert total(retriever)[f"retrieval/failures/127.0.0.1:{server.port}"] == 1
@@ -233,7 +233,7 @@ def test_a_redirect_is_not_followed(client) -> None:
         assert (len(server.asked), len(there.asked)) == (1, 0)
 
 
-def test_a_500_may_be_the_querys_doing_and_is_tried_three_times(client) -> None:
+def test_a_500_is_tried_three_times(client) -> None:
     with serving(lambda asked: Said(b"Internal Server Error", 500)) as server:
         retriever = client(server)
         with pytest.raises(RetrievalError, match=r"answered 500 .*gave up after 3 tries") as raised:
@@ -244,7 +244,7 @@ def test_a_500_may_be_the_querys_doing_and_is_tried_three_times(client) -> None:
         assert client(server).search(["a"], 1)[0][0].id == "a0"
 
 
-def test_a_batch_with_a_poisonous_query_loses_that_one_only(client) -> None:
+def test_a_failing_query_does_not_fail_the_rest_of_its_batch(client) -> None:
     def answer(asked: Asked) -> Said:
         return Said(b"boom", 500) if "poison" in asked.json["queries"] else ECHO(asked)
 
@@ -262,7 +262,7 @@ def test_a_batch_with_a_poisonous_query_loses_that_one_only(client) -> None:
 
 
 @pytest.mark.parametrize("body", [b"<html>hello</html>", b"{}", b'{"result": 3}', b'{"result": [[{"id": 1}]]}', b"["])
-def test_garbage_names_who_said_it_and_is_not_repeated(client, body: bytes) -> None:
+def test_an_invalid_response_names_its_server_and_is_not_retried(client, body: bytes) -> None:
     with serving(lambda asked: Said(body)) as server:
         with pytest.raises(RetrievalError, match=f"127.0.0.1:{server.port} returned an invalid result"):
             client(server).search(["a"], 1)
@@ -272,9 +272,7 @@ def test_garbage_names_who_said_it_and_is_not_repeated(client, body: bytes) -> N
 @given(body=st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(max_size=5),
        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["result", "document", "contents"]),
        inner, max_size=3)))  # fmt: skip
-def test_no_body_is_anything_but_a_result_or_a_failure(
-    shared_body: tuple[HttpRetriever, list[Any]], body: Any
-) -> None:
+def test_any_body_gives_a_result_or_a_failure(shared_body: tuple[HttpRetriever, list[Any]], body: Any) -> None:
     retriever, holder = shared_body
     holder[:] = [body]
     try:
@@ -319,7 +317,7 @@ def test_a_server_that_hangs_times_out(client) -> None:
         release.set()
 
 
-def test_a_connection_that_is_cut_in_the_answer_is_repeated(client) -> None:
+def test_a_connection_cut_during_the_response_is_retried(client) -> None:
     def cut(wfile: Any) -> None:
         wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{")
 
@@ -329,13 +327,13 @@ def test_a_connection_that_is_cut_in_the_answer_is_repeated(client) -> None:
         assert total(retriever)["retrieval/retries"] == 1
 
 
-def test_nobody_listening_is_an_error_that_says_so(client) -> None:
+def test_a_closed_port_is_reported(client) -> None:
     url = dead_url()
     with pytest.raises(Unavailable, match=rf"{url.removeprefix('http://')}: ConnectError: .*gave up after \d+ tries"):
         client(url, patience_s=0.5).search(["a"], 1)
 
 
-def test_what_failed_reaches_the_environment_as_a_failure(client) -> None:
+def test_a_failed_request_reaches_the_environment_as_a_failed_search(client) -> None:
     async def scenario(environment: SearchEnvironment) -> Any:
         await environment.open()
         observation = await environment.start({}).step(Search(("a",)))
@@ -347,7 +345,7 @@ def test_what_failed_reaches_the_environment_as_a_failure(client) -> None:
     assert "ConnectError" in observation.error and observation.documents == ()
 
 
-def test_a_large_batch_is_shared_out_and_comes_back_in_order(client) -> None:
+def test_a_large_batch_is_split_over_servers_and_returned_in_order(client) -> None:
     queries = [f"q{at}" for at in range(100)]
     with serving(echo_after(0.05)) as one, serving(echo_after(0.05)) as other:
         found = client(one, other).search(queries, 1)
@@ -358,7 +356,7 @@ def test_a_large_batch_is_shared_out_and_comes_back_in_order(client) -> None:
         assert sorted(len(asked.json["queries"]) for asked in one.asked[1:]) == [6, 7, 7]
 
 
-def test_a_batch_the_server_finds_too_large_is_halved(client) -> None:
+def test_a_batch_that_is_too_large_for_the_server_is_halved(client) -> None:
     queries = [f"q{at}" for at in range(25)]
     with serving(retrieve_from(Echo(), Limits(max_queries=10, max_query_chars=50))) as server:
         retriever = client(server)
@@ -376,7 +374,7 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(client, monkeyp
         retriever.close()
         assert server.asked[0].headers["authorization"] == "Bearer s3cret"
     assert "s3cret" not in repr(raised.value)
-    monkeypatch.setenv("RETRIEVER_TOKEN", "s3cret\n")  # as a mounted file ends
+    monkeypatch.setenv("RETRIEVER_TOKEN", "s3cret\n")  # mounted files end with a newline
     with serving(ECHO) as server:
         with contextlib.closing(load_retriever("http", url=server.url, token_env="RETRIEVER_TOKEN")) as retriever:
             retriever.search(["a"], 1)
@@ -413,7 +411,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
     assert "s3cret" not in str(raised.value)
 
 
-def test_each_event_loop_has_its_own_connections_and_they_end_with_it(client) -> None:
+def test_each_event_loop_has_its_own_connections_and_closes_them(client) -> None:
     with serving(ECHO) as server:
         retriever = client(server)
 
@@ -431,7 +429,7 @@ def test_each_event_loop_has_its_own_connections_and_they_end_with_it(client) ->
         assert len(server._connections) == 1
 
 
-def test_a_forked_child_searches_on_connections_of_its_own(client) -> None:
+def test_a_forked_process_opens_its_own_connections(client) -> None:
     with serving(ECHO) as server:
         retriever = client(server)
         assert retriever.search(["a"], 1)
@@ -452,7 +450,7 @@ def test_a_forked_child_searches_on_connections_of_its_own(client) -> None:
         assert retriever.search(["c"], 1)[0][0].id == "c0"
 
 
-def test_closing_ends_a_search_under_way(client) -> None:
+def test_closing_ends_a_running_search(client) -> None:
     release = threading.Event()
     with serving(lambda asked: Said(b"", 500) if release.wait(200) else Said(b"")) as server:
         retriever = client(server)
@@ -468,7 +466,7 @@ def test_closing_ends_a_search_under_way(client) -> None:
         release.set()
 
 
-def test_who_gives_up_says_nothing_about_the_server(client) -> None:
+def test_a_caller_that_gives_up_is_not_a_failure_of_the_server(client) -> None:
     release = threading.Event()
     with serving(lambda asked: Said(b"", 500) if release.wait(200) else Said(b"")) as server:
         retriever = client(server)
@@ -486,7 +484,7 @@ def test_who_gives_up_says_nothing_about_the_server(client) -> None:
         assert (metrics["retrieval/requests"], metrics["retrieval/failures"]) == (1, 0)
 
 
-def test_metrics_start_again_after_they_were_taken(client) -> None:
+def test_metrics_are_reset_when_they_are_taken(client) -> None:
     with serving(says(Said(b"", 500))) as server:
         retriever = client(server)
         started = time.monotonic()
@@ -506,7 +504,7 @@ def test_metrics_start_again_after_they_were_taken(client) -> None:
         assert set(total(retriever).values()) == {0.0}
 
 
-# Endpoints alone, with a clock that stands still.
+# Only the endpoints, with a clock that the tests set.
 
 
 class Clock:
@@ -521,7 +519,7 @@ def named(*names: str) -> tuple[Endpoints, Clock]:
     return Endpoints([f"http://{name}" for name in names], clock=clock, jitter=lambda: 1.0), clock
 
 
-def test_the_server_with_the_fewest_requests_under_way_is_next() -> None:
+def test_the_server_with_the_fewest_running_requests_is_next() -> None:
     endpoints, _ = named("a", "b", "c")
     taken = [endpoints.take() for _ in range(6)]
     assert sorted(one.name for one in taken) == ["a:80", "a:80", "b:80", "b:80", "c:80", "c:80"]
@@ -529,7 +527,7 @@ def test_the_server_with_the_fewest_requests_under_way_is_next() -> None:
     assert endpoints.take() is taken[1]
 
 
-def test_a_failed_server_is_put_aside_ever_longer_and_probed_by_one_request() -> None:
+def test_a_failed_server_is_paused_for_increasing_times_and_probed_by_one_request() -> None:
     endpoints, clock = named("a", "b")
     a = endpoints.take()
     endpoints.failed(a, 0.0)
@@ -546,7 +544,7 @@ def test_a_failed_server_is_put_aside_ever_longer_and_probed_by_one_request() ->
     assert [endpoints.take() for _ in range(3)] == [a, a, a]
 
 
-def test_failures_at_the_same_time_are_one_failure() -> None:
+def test_simultaneous_failures_count_once() -> None:
     endpoints, clock = named("a", "b")
     taken = [endpoints.take() for _ in range(16)]
     for one in taken:
@@ -563,7 +561,7 @@ def test_failures_at_the_same_time_are_one_failure() -> None:
         pytest.param(0.0, 86_400.0, 30, id="who asks for a day is asked again in half a minute"),
     ],
 )
-def test_how_long_a_server_stays_away(seconds: float, wait_s: float | None, away_s: int) -> None:
+def test_how_long_a_failed_server_is_paused(seconds: float, wait_s: float | None, away_s: int) -> None:
     endpoints, clock = named("a", "b")
     a = endpoints.take()
     endpoints.failed(a, seconds, wait_s=wait_s)
@@ -573,7 +571,7 @@ def test_how_long_a_server_stays_away(seconds: float, wait_s: float | None, away
     assert endpoints.take() is a
 
 
-def test_a_probe_that_was_given_up_is_followed_by_another() -> None:
+def test_a_cancelled_probe_is_followed_by_another() -> None:
     endpoints, clock = named("a", "b")
     a = endpoints.take()
     endpoints.failed(a, 0.0)
@@ -585,7 +583,7 @@ def test_a_probe_that_was_given_up_is_followed_by_another() -> None:
     assert endpoints.take_stats()[a.name].failures == 1
 
 
-def test_what_nobody_takes_does_not_grow() -> None:
+def test_stored_latencies_are_bounded() -> None:
     endpoints, _ = named("a")
     for at in range(10_050):
         endpoints.done(endpoints.take(), float(at))
@@ -593,7 +591,7 @@ def test_what_nobody_takes_does_not_grow() -> None:
     assert (stats.requests, len(stats.latencies_s), stats.latencies_s[-1]) == (10_050, 10_000, 10_049.0)
 
 
-def test_when_all_are_aside_the_one_due_first_is_asked() -> None:
+def test_if_all_servers_are_paused_the_one_due_first_is_used() -> None:
     endpoints, _ = named("a", "b")
     first, second = endpoints.take(), endpoints.take()
     endpoints.failed(first, 0.0, wait_s=9.0)

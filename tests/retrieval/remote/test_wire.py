@@ -1,4 +1,4 @@
-"""The wire protocol: what is read, what is written, and that any bytes are read or refused with the field named."""
+"""The wire protocol: what is parsed and written; any bytes are parsed, or refused with the name of the field."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refusal(body: Any, limits: Limits = LIMITS) -> WireError:
     return raised.value
 
 
-def test_the_protocol_to_the_letter() -> None:
+def test_the_exact_format_of_requests_and_responses() -> None:
     body = b'{"queries": ["who?", "where?"], "topk": 2, "return_scores": true}'
     assert parse_request(body, LIMITS) == RetrieveRequest(("who?", "where?"), 2, True)
     document = {"id": "17", "contents": '"Orlune"\nOrlune is a harbour town.\nIn Vesk.', "url": ""}
@@ -132,7 +132,7 @@ def test_a_bad_request_has_its_status_and_names_its_field(body: Any, status: int
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 50_000, b'{"query": "a", "topk": ' + b"9" * 6000 + b"}"])
-def test_what_makes_json_itself_fail_is_a_bad_request(body: bytes) -> None:
+def test_invalid_json_is_a_bad_request(body: bytes) -> None:
     assert refusal(body, Limits()).status == 400
 
 
@@ -142,29 +142,29 @@ def test_a_query_of_a_hundred_thousand_characters_is_refused_and_named() -> None
     assert "100,000 characters; a query may have 20,000" in str(error)
 
 
-def test_limits_that_contradict_themselves_are_refused() -> None:
+def test_contradictory_limits_are_refused() -> None:
     for wrong in ({"max_queries": 0}, {"default_topk": 0}, {"default_topk": 11, "max_topk": 10}):
         with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
             Limits(**wrong)
 
 
 @given(st.lists(text, min_size=1, max_size=4), st.integers(1, 10), st.booleans())
-def test_a_request_comes_back_as_it_was_sent(queries: list[str], k: int, return_scores: bool) -> None:
+def test_a_request_is_parsed_as_it_was_sent(queries: list[str], k: int, return_scores: bool) -> None:
     body = json.dumps(format_request(queries, k, return_scores=return_scores)).encode()
     assert parse_request(body, Limits()) == RetrieveRequest(tuple(queries), k, return_scores)
 
 
-def test_what_no_server_could_read_is_replaced_before_it_is_sent() -> None:
+def test_invalid_unicode_is_replaced_before_it_is_sent() -> None:
     assert format_request(["a\ud83cb"], 3)["queries"] == ["a\ufffdb"]
 
 
 @given(st.lists(st.lists(passages, max_size=3), max_size=3))
-def test_passages_come_back_as_they_were_sent(results: list[list[Passage]]) -> None:
+def test_passages_are_parsed_as_they_were_sent(results: list[list[Passage]]) -> None:
     assert parse_response(json.loads(json.dumps(format_response(results, return_scores=True)))) == results
 
 
 @given(st.lists(st.lists(passages, max_size=3), max_size=3))
-def test_without_scores_only_the_scores_are_lost(results: list[list[Passage]]) -> None:
+def test_without_scores_everything_else_is_kept(results: list[list[Passage]]) -> None:
     found = parse_response(json.loads(json.dumps(format_response(results, return_scores=False))))
     assert found == [[Passage(p.id, p.title, p.text, 0.0, p.url) for p in passages] for passages in results]
 
@@ -182,7 +182,7 @@ def test_variants_of_a_document(item: dict[str, Any], expected: Passage) -> None
     assert parse_response({"result": [[item]]}) == [[expected]]
 
 
-def test_documents_without_an_id_get_one_that_their_content_decides() -> None:
+def test_documents_without_an_id_get_one_from_their_content() -> None:
     documents = [{"contents": '"A"\nx'}, {"title": "A", "text": "x"}, {"contents": '"A"\ny'}]
     ((same, again, other),) = parse_response({"result": [documents]})
     assert same == again and same.id != other.id and same.id
@@ -211,7 +211,7 @@ def test_an_answer_of_another_protocol_is_refused(data: Any, named: str) -> None
 
 
 @given(st.binary(max_size=200) | resembling.map(lambda value: json.dumps(value).encode()))
-@example(b'{"queries": []}')  # a turn without searches
+@example(b'{"queries": []}')  # as in a turn without searches
 def test_any_bytes_are_a_request_or_a_wire_error(body: bytes) -> None:
     try:
         request = parse_request(body, LIMITS)

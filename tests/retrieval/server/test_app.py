@@ -1,4 +1,4 @@
-"""The server, over real HTTP on loopback: what it answers, what it refuses, and that nobody brings it down."""
+"""The server over real HTTP on loopback: what it answers, what it refuses, and that no client crashes it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from trl_search.types import Passage
 
 pytestmark = pytest.mark.slow
 
-CLIENT = httpx.Client(timeout=200)  # a new one for each request would make a TLS context each
+CLIENT = httpx.Client(timeout=200)  # a new client per request would create a TLS context each time
 SMALL = Limits(max_queries=8, max_query_chars=1000, max_topk=10, max_body_bytes=10_000)
 
 
 class Echo(Retriever):
-    """Finds its own query `k` times; "poison" fails, "bug" gives no passages at all; waits while `gate` is closed."""
+    """Returns the query `k` times; "poison" fails, "bug" returns no passages; waits while `gate` is closed."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -67,7 +67,7 @@ class Echo(Retriever):
 
 @contextlib.contextmanager
 def serving(retriever: Retriever | None, **options: Any) -> Iterator[tuple[str, Any]]:
-    """A real server on a thread: its URL and its app."""
+    """A real server on a thread; yields its URL and its app."""
     app = make_app(retriever, ServerConfig(**options))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     listening = listen("127.0.0.1", 0)
@@ -112,7 +112,7 @@ def ids(response: httpx.Response) -> list[list[str]]:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Every sample without its labels, those of one name added up."""
+    """Every metric, summed over its labels."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(CLIENT.get(f"{url}/metrics").text):
         for sample in family.samples:
@@ -120,7 +120,7 @@ def metrics(url: str) -> dict[str, float]:
     return found
 
 
-def test_the_protocol_to_the_letter(url: str) -> None:
+def test_the_exact_format_of_requests_and_responses(url: str) -> None:
     response = retrieve(url, queries=["a", "b"], topk=2, return_scores=True)
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {
@@ -137,9 +137,9 @@ def test_the_protocol_to_the_letter(url: str) -> None:
     assert retrieve(url, queries=["a", "a"], topk=1, return_scores=False).json() == {"result": [bare[:1]] * 2}
 
 
-def test_search_r1s_client_is_served(url: str) -> None:
-    """One POST a turn, by `requests`, with every query of the batch, also in a turn without searches; the
-    documents as it shows them to its model."""
+def test_search_r1s_client_works(url: str) -> None:
+    """It sends one POST per turn with `requests`, with all queries of the batch, also if there are none; the documents
+    are formatted as it shows them to its model."""
 
     def batch_search(queries: list[str]) -> list[str]:
         payload = {"queries": queries, "topk": 3, "return_scores": True}
@@ -158,8 +158,8 @@ def test_search_r1s_client_is_served(url: str) -> None:
     assert batch_search([]) == []
 
 
-def test_verls_clients_are_served(url: str) -> None:
-    """A session and a POST a query, 120 at once, headers and retries of its own; the documents as it shows them."""
+def test_verls_clients_work(url: str) -> None:
+    """It sends one POST per query, 120 at once, with a session, headers and retries; documents as it shows them."""
 
     def call_search_api(query: str) -> str:
         payload = {"queries": [query], "topk": 3, "return_scores": True}
@@ -169,7 +169,7 @@ def test_verls_clients_are_served(url: str) -> None:
                 response = session.post(f"{url}/retrieve", headers=headers, json=payload, timeout=300)
             if response.status_code not in (500, 502, 503, 504):
                 break
-            time.sleep(0.05)  # a second and more at verl's
+            time.sleep(0.05)  # verl waits a second or more
         response.raise_for_status()
         pages = []
         for at, item in enumerate(response.json().get("result", [])[0]):
@@ -182,13 +182,13 @@ def test_verls_clients_are_served(url: str) -> None:
     assert all(page.startswith(f'Doc 1 (Title: "T")\nabout q{at}\n\nDoc 2') for at, page in enumerate(shown))
 
 
-def test_skyrls_client_is_served(url: str) -> None:
+def test_skyrls_client_works(url: str) -> None:
     payload = {"query": "a", "topk": 2, "return_scores": True}
     (result,) = requests.post(f"{url}/retrieve", json=payload, timeout=300).json().get("result", [])
     assert [item["document"]["contents"] for item in result] == ['"T"\nabout a'] * 2
 
 
-def test_requests_at_once_are_searched_together(echo: Echo) -> None:
+def test_concurrent_requests_are_searched_in_one_batch(echo: Echo) -> None:
     echo.gate.clear()
     with serving(echo, limits=SMALL, max_queued=100) as (url, app), ThreadPoolExecutor(64) as pool:
         answers = [pool.submit(retrieve, url, queries=[f"q{at}"], topk=1) for at in range(64)]
@@ -196,10 +196,10 @@ def test_requests_at_once_are_searched_together(echo: Echo) -> None:
         echo.gate.set()
         assert [ids(answer.result()) for answer in answers] == [[[f"q{at}0"]] for at in range(64)]
     assert sorted(query for batch in echo.batches for query in batch) == sorted(f"q{at}" for at in range(64))
-    assert len(echo.batches) == 2  # the first query alone, and all that came while it was searched
+    assert len(echo.batches) == 2  # the first query, and all that arrived during its search
 
 
-def test_a_full_queue_turns_requests_away_whole(echo: Echo) -> None:
+def test_a_full_queue_refuses_whole_requests(echo: Echo) -> None:
     echo.gate.clear()
     with serving(echo, limits=SMALL, max_queued=8) as (url, app), ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(retrieve, url, queries=[f"{n}{at}" for at in range(3)]) for n in "ab"]
@@ -207,7 +207,7 @@ def test_a_full_queue_turns_requests_away_whole(echo: Echo) -> None:
         refused = retrieve(url, queries=["c0", "c1", "c2"])
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert refused.json()["error"] == "the queue is full: 6 queries are under way, 8 may be"
-        third = pool.submit(retrieve, url, queries=["d0", "d1"])  # for these there is room
+        third = pool.submit(retrieve, url, queries=["d0", "d1"])  # there is room for these
         wait_for(lambda: app.state.service.queued == 8)
         assert metrics(url)["trl_search_queued_queries"] == 8
         echo.gate.set()
@@ -219,7 +219,7 @@ def test_a_full_queue_turns_requests_away_whole(echo: Echo) -> None:
         ServerConfig(limits=SMALL, max_queued=7)
 
 
-def test_a_failed_search_says_why_and_fails_nobody_else(echo: Echo) -> None:
+def test_a_failed_search_says_why_and_fails_alone(echo: Echo) -> None:
     echo.gate.clear()
     with serving(echo, limits=SMALL) as (url, app), ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(retrieve, url, queries=[query]) for query in ("first", "poison", "crash", "b")]
@@ -235,7 +235,7 @@ def test_a_failed_search_says_why_and_fails_nobody_else(echo: Echo) -> None:
         assert metrics(url)["trl_search_query_failures_total"] == 3
 
 
-def test_of_a_clients_batch_the_poisonous_query_fails_alone_and_at_once(echo: Echo) -> None:
+def test_a_failing_query_of_a_batch_fails_alone_and_at_once(echo: Echo) -> None:
     async def search(retriever: Retriever) -> list[Any]:
         batcher = SearchBatcher(retriever, timeout_s=10)
         asked = (batcher.search(query, 1) for query in ("a", "b", "poison", "c"))
@@ -248,9 +248,9 @@ def test_of_a_clients_batch_the_poisonous_query_fails_alone_and_at_once(echo: Ec
         a, b, poison, c = asyncio.run(search(retriever))
         assert [found[0].id for found in (a, b, c)] == ["a0", "b0", "c0"]
         assert type(poison) is RetrievalError and "422" in str(poison) and "the index is on fire" in str(poison)
-        assert time.monotonic() - started < 20  # of the 25 s that a server in trouble is waited for
+        assert time.monotonic() - started < 20  # the client would wait 25 s for a server that is down
         assert retriever.take_metrics()["retrieval/retries"] == 0
-        assert retriever.endpoints.other_is_well([])  # it was not put aside
+        assert retriever.endpoints.other_is_well([])  # the client did not pause the server
 
 
 def test_a_retriever_that_is_down_is_503(echo: Echo) -> None:
@@ -263,7 +263,7 @@ def test_a_retriever_that_is_down_is_503(echo: Echo) -> None:
     assert (response.status_code, response.json()["error"]) == (503, "the search failed: nobody listens")
 
 
-def test_a_search_that_hangs_is_answered(echo: Echo) -> None:
+def test_a_hanging_search_gets_a_response(echo: Echo) -> None:
     echo.gate.clear()
     with serving(echo, limits=SMALL, search_timeout_s=0.2) as (url, _):
         response = retrieve(url, queries=["a"])
@@ -272,7 +272,7 @@ def test_a_search_that_hangs_is_answered(echo: Echo) -> None:
         assert retrieve(url, queries=["b"]).status_code == 200
 
 
-def test_a_bug_is_one_answer_with_an_incident_and_not_the_end(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_fails_one_request_with_an_incident_number(url: str, caplog: pytest.LogCaptureFixture) -> None:
     response = retrieve(url, queries=["bug"])
     assert response.status_code == 500
     incident = response.json()["error"].split()[-1]
@@ -296,13 +296,13 @@ def test_a_bug_is_one_answer_with_an_incident_and_not_the_end(url: str, caplog: 
         (b'{"query": "' + b"x" * 10_000 + b'"}', 413, None),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(url: str, body: bytes, status: int, field: str | None) -> None:
+def test_a_bad_request_gets_an_explanation(url: str, body: bytes, status: int, field: str | None) -> None:
     response = CLIENT.post(f"{url}/retrieve", content=body)
     assert (response.status_code, response.json()["field"]) == (status, field)
     assert response.json()["error"].startswith(field or "the request")
 
 
-def test_any_bytes_are_answered(url: str) -> None:
+def test_any_bytes_get_a_response(url: str) -> None:
     @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=300) | st.text(max_size=40).map(lambda text: json.dumps({"query": text}).encode()))
     def check(body: bytes) -> None:
@@ -317,14 +317,14 @@ def test_other_routes_and_methods_are_refused(url: str) -> None:
     assert [CLIENT.get(f"{url}{path}").status_code for path in ("/docs", "/openapi.json")] == [404, 404]
 
 
-def test_a_body_is_refused_while_it_comes(url: str) -> None:
+def test_a_body_that_is_too_large_is_refused_while_it_arrives(url: str) -> None:
     def without_a_length() -> Iterator[bytes]:
         for _ in range(3):
             yield b"x" * 5_000
 
     response = CLIENT.post(f"{url}/retrieve", content=without_a_length())
     assert response.status_code == 413 and response.headers["connection"] == "close"
-    # One that goes on and on is cut off: answered, and hung up on, when a two-hundredth of it is sent.
+    # A body of unknown length is cut off: the server answers and disconnects after a two-hundredth of it.
     with connect(url) as client:
         client.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n")
         client.sendall(b"x" * 41_000)
@@ -336,7 +336,7 @@ def test_a_body_is_refused_while_it_comes(url: str) -> None:
 
 
 @pytest.mark.parametrize(("sent", "taken"), [(9, 9), (10, 10), (11, 11), (1000, 41)])
-def test_of_a_body_no_more_than_the_limit_is_kept(sent: int, taken: int) -> None:
+def test_no_more_of_a_body_than_the_limit_is_kept(sent: int, taken: int) -> None:
     messages = iter({"type": "http.request", "body": b"x" * 1000, "more_body": at < sent} for at in range(1, sent + 1))
 
     async def receive() -> dict[str, Any]:
@@ -350,7 +350,7 @@ def test_of_a_body_no_more_than_the_limit_is_kept(sent: int, taken: int) -> None
     assert len(list(messages)) == sent - taken
 
 
-def test_a_client_that_sends_too_slowly_is_told(echo: Echo) -> None:
+def test_a_client_that_sends_too_slowly_gets_an_error(echo: Echo) -> None:
     with serving(echo, limits=SMALL, body_timeout_s=0.2) as (url, _):
         for sent in (b'{"quer', b""):
             with connect(url) as client:
@@ -363,7 +363,7 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=200)
 
 
-def test_clients_that_vanish_leave_nothing_behind(echo: Echo) -> None:
+def test_disconnected_clients_leave_nothing_behind(echo: Echo) -> None:
     echo.gate.clear()
     body = b'{"query": "gone"}'
     head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
@@ -376,10 +376,10 @@ def test_clients_that_vanish_leave_nothing_behind(echo: Echo) -> None:
         echo.gate.set()
         wait_for(lambda: app.state.service.queued == 0)
         assert ids(retrieve(url, query="gone", topk=1)) == [["gone0"]]
-        wait_for(lambda: 'status="499"' in CLIENT.get(f"{url}/metrics").text)  # the one of half a body
+        wait_for(lambda: 'status="499"' in CLIENT.get(f"{url}/metrics").text)  # the request with half a body
 
 
-def test_a_query_asked_again_is_not_searched_again(echo: Echo) -> None:
+def test_a_repeated_query_comes_from_the_cache(echo: Echo) -> None:
     with serving(echo, limits=SMALL) as (url, _):
         first = retrieve(url, queries=["a", "b", "a"], return_scores=True)
         again = retrieve(url, queries=["b", "c", "a"], return_scores=True)
@@ -390,16 +390,16 @@ def test_a_query_asked_again_is_not_searched_again(echo: Echo) -> None:
         retrieve(url, queries=["a"], return_scores=False)
         assert len(echo.batches) == 4
         assert retrieve(url, queries=["poison"]).status_code == retrieve(url, queries=["poison"]).status_code == 422
-        assert len(echo.batches) == 6  # a failure is no result
+        assert len(echo.batches) == 6  # failures are not cached
         counted = metrics(url)
         assert (counted["trl_search_cache_hits_total"], counted["trl_search_cache_entries"]) == (2, 5)
 
 
-def test_the_cache_keeps_to_its_memory() -> None:
+def test_the_cache_stays_within_its_memory() -> None:
     cache = ResultCache(10_000)
     for at in range(100):
         cache.put(f"q{at}", 3, True, b"x" * 500)
-        assert cache.get("q0", 3, True) is not None  # used all the time, so it stays
+        assert cache.get("q0", 3, True) is not None  # used often, so it stays
     assert cache.size_bytes <= 10_000 and 8 <= len(cache) <= 12
     assert cache.get("q99", 3, True) == b"x" * 500 and cache.get("q50", 3, True) is None
     cache.put("large", 3, True, b"x" * 20_000)
@@ -409,14 +409,14 @@ def test_the_cache_keeps_to_its_memory() -> None:
     assert nothing.get("q", 3, True) is None
 
 
-def test_what_is_no_text_in_a_passage_does_not_break_the_answer(echo: Echo) -> None:
+def test_invalid_text_in_a_passage_does_not_break_the_response(echo: Echo) -> None:
     echo.search = lambda queries, k: [[Passage("1", "", "half \ud83c")] for _ in queries]  # type: ignore[method-assign]
     with serving(echo) as (url, _):
         ((passage,),) = parse_response(retrieve(url, query="a").json())
         assert passage.text == "half \ufffd"
 
 
-def test_the_token_is_asked_for_and_never_told(echo: Echo, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_token_is_required_and_never_shown(echo: Echo, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = ServerConfig(token="s3cret")
     assert "s3cret" not in repr(config)
@@ -440,7 +440,7 @@ def test_the_token_is_asked_for_and_never_told(echo: Echo, caplog: pytest.LogCap
             ServerConfig(token=unfit)
 
 
-def test_every_request_is_one_line_of_json(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_request_is_logged_as_one_line_of_json(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trl_search.retrieval.server.access")
     retrieve(url, queries=["a", "b"], topk=2)
     retrieve(url, queries=["a"], topk=2)
@@ -454,7 +454,7 @@ def test_every_request_is_one_line_of_json(url: str, caplog: pytest.LogCaptureFi
     assert all(line["ms"] >= 0 and line["client"] == "127.0.0.1" for line in lines)
 
 
-def test_metrics_are_prometheus(url: str) -> None:
+def test_metrics_are_in_prometheus_format(url: str) -> None:
     retrieve(url, queries=["a", "b"])
     retrieve(url, queries="a")
     CLIENT.get(f"{url}/some/scanner/path")
@@ -466,7 +466,7 @@ def test_metrics_are_prometheus(url: str) -> None:
     assert counted["trl_search_ready"] == 1 and counted["trl_search_request_seconds_count"] >= 3
 
 
-def test_until_the_index_is_loaded_it_is_not_ready(echo: Echo) -> None:
+def test_the_server_is_not_ready_before_the_index_is_loaded(echo: Echo) -> None:
     with serving(None, name="bm25", fingerprint="f00") as (url, app):
         assert CLIENT.get(f"{url}/ready").status_code == 503
         assert CLIENT.get(f"{url}/health").json() == {"status": "ok", "serves": "bm25", "fingerprint": "f00"}
@@ -520,14 +520,14 @@ def process(load: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_answers_what_is_under_way(number: signal.Signals) -> None:
+def test_on_a_stop_signal_it_answers_running_requests(number: signal.Signals) -> None:
     with process("load") as (server, url), ThreadPoolExecutor(6) as pool:
         assert server.stdout is not None and server.stdout.readline() == "loaded\n"
         answers = [pool.submit(retrieve, url, queries=[f"q{at}"]) for at in range(4)]
         assert server.stdout.readline().startswith("searching ")
         wait_for(lambda: metrics(url)["trl_search_queued_queries"] == 4)
         os.kill(server.pid, number)
-        # One or two (they may have come together) are being searched, the others wait: all are answered.
+        # One or two requests are being searched, the others wait: all get a response.
         assert [ids(answer.result()) for answer in answers] == [[[f"q{at}"]] for at in range(4)]
         written, _ = server.communicate(timeout=200)
         assert written.endswith("closed\nended\n") and server.returncode == 0
@@ -535,7 +535,7 @@ def test_told_to_stop_it_answers_what_is_under_way(number: signal.Signals) -> No
             retrieve(url, queries=["late"])
 
 
-def test_told_to_stop_while_it_loads_it_stops() -> None:
+def test_on_a_stop_signal_during_loading_it_stops() -> None:
     with process("hang") as (server, url):
         wait_for(lambda: reachable(url))
         assert CLIENT.get(f"{url}/ready").status_code == 503
@@ -549,14 +549,14 @@ def reachable(url: str) -> bool:
     return False
 
 
-def test_an_index_that_does_not_load_ends_the_server_with_its_reason() -> None:
+def test_an_index_that_cannot_be_loaded_ends_the_server_with_the_reason() -> None:
     with process("fail") as (server, _):
         written, complaint = server.communicate(timeout=200)
         assert server.returncode == 1 and written == ""
         assert complaint.strip().endswith("RetrievalError: no such index")
 
 
-def test_a_port_that_is_taken_is_found_out_at_once() -> None:
+def test_a_port_in_use_is_reported_at_once() -> None:
     with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="choose another --host or --port"):
         listen("127.0.0.1", first.getsockname()[1])
 
@@ -572,5 +572,5 @@ def test_a_port_that_is_taken_is_found_out_at_once() -> None:
         ("gpu-node-3", False),
     ],
 )
-def test_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+def test_which_hosts_are_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected

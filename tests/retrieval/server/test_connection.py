@@ -1,4 +1,4 @@
-"""What comes before a request's body, from clients that nobody knows yet: real sockets against a real server."""
+"""Request headers and slow or oversized requests from unknown clients: real sockets and a real server."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from trl_search.types import Passage
 
 pytestmark = pytest.mark.slow
 
-IDLE_S = 0.5  # uvicorn's wait for an idle connection
+IDLE_S = 0.5  # uvicorn's timeout for an idle connection
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = GET + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n"
 
 
 class Slow(Retriever):
-    """Takes longer than an idle connection is kept."""
+    """Takes longer than the timeout for idle connections."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         time.sleep(2 * IDLE_S)
@@ -54,16 +54,16 @@ def connect(port: int) -> socket.socket:
 
 
 def until_closed(client: socket.socket) -> bytes:
-    """What the server still says; a `TimeoutError` where it does not hang up."""
+    """The remaining output of the server; raises `TimeoutError` if it does not disconnect."""
     said = b""
-    with contextlib.suppress(ConnectionError):  # it hung up on what we were still sending
+    with contextlib.suppress(ConnectionError):  # it disconnected while we were sending
         while received := client.recv(1 << 16):
             said += received
     return said
 
 
 def send_until_refused(client: socket.socket, piece: bytes, pieces: int) -> int:
-    """How many pieces could be sent."""
+    """The number of pieces that could be sent."""
     for sent in range(pieces):
         try:
             client.sendall(piece)
@@ -79,20 +79,20 @@ def send_until_refused(client: socket.socket, piece: bytes, pieces: int) -> int:
         (GET + b"X-Long: ", b"x" * 8000),
         (b"GET /", b"x" * 8000),
         (b"", b"\r\n" * 4000),
-        (GET + b"\r\n" + GET + b"X-Long: ", b"x" * 8000),  # the second of two
+        (GET + b"\r\n" + GET + b"X-Long: ", b"x" * 8000),  # the second request of two
         (CHUNKED, b"X-Trailer: " + b"x" * 8000 + b"\r\n"),
     ],
     ids=["many headers", "a long one", "a path", "nothing but lines", "the second request", "trailers"],
 )
-def test_a_head_without_an_end_is_hung_up_on(port: int, head: bytes, piece: bytes) -> None:
+def test_endless_headers_are_cut_off(port: int, head: bytes, piece: bytes) -> None:
     with connect(port) as client:
         client.sendall(head)
         sent = send_until_refused(client, piece, 10_000)
         until_closed(client)
-    assert sent * len(piece) < 20 << 20  # of 80 MB; the buffers of the two sockets take some
+    assert sent * len(piece) < 20 << 20  # of 80 MB; the buffers of the two sockets hold some of it
 
 
-def test_who_sends_too_large_a_head_is_told(port: int) -> None:
+def test_headers_that_are_too_large_get_an_error(port: int) -> None:
     with connect(port) as client:
         client.sendall(GET + b"X-Long: " + b"x" * MAX_HEAD_BYTES)
         said = until_closed(client)
@@ -103,7 +103,7 @@ def test_who_sends_too_large_a_head_is_told(port: int) -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /hea", GET + b"X: x", b"\r\n"], ids=["nothing", "half a line", "half a head", "no line"]
 )
-def test_who_sends_no_whole_head_in_time_is_hung_up_on(port: int, first: bytes, sent: bytes) -> None:
+def test_incomplete_headers_are_cut_off_after_a_timeout(port: int, first: bytes, sent: bytes) -> None:
     with connect(port) as client:
         client.sendall(first)
         client.settimeout(0.1)
@@ -116,13 +116,13 @@ def test_who_sends_no_whole_head_in_time_is_hung_up_on(port: int, first: bytes, 
             try:
                 said = client.recv(1000)
             except TimeoutError:
-                client.sendall(sent[-1:])  # a byte now and then renews nothing
+                client.sendall(sent[-1:])  # single bytes do not extend the timeout
             except ConnectionError:
                 said = b""
     assert said == b"" and time.monotonic() - started > 0.8 * IDLE_S
 
 
-def test_a_request_that_takes_long_is_answered_and_the_next_one_too(port: int) -> None:
+def test_a_slow_request_and_the_next_one_get_responses(port: int) -> None:
     headers = {"Authorization": "Bearer s3cret", "X-Padding": "x" * (MAX_HEAD_BYTES - 1000)}
 
     def in_pieces() -> Iterator[bytes]:  # 100 KB of framing around a body of 20 KB

@@ -1,6 +1,6 @@
-"""`trl-search serve --ray`: a real Ray cluster on this machine, two replicas, and one that dies while it is asked.
+"""`trl-search serve --ray`: a real Ray cluster on this machine, two replicas, and one that is killed under load.
 
-One server for all tests of this file, in the order in which they stand: the last one stops it.
+The tests share one server and run in order; the one with SIGTERM stops it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'trl-search[ray]'"),
 ]
 
-# A kind of our own, found through its entry point: slow enough that a replica is always in the middle of something.
+# A custom kind, found through its entry point: slow enough that a replica is always busy.
 SLOW_KIND = """
 import time
 from trl_search.retrieval.base import Retriever
@@ -55,7 +55,7 @@ class Served:
     log: Path
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes under the server that Ray made for replicas and that have not ended."""
+        """The running processes of the server's replicas."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -67,7 +67,7 @@ class Served:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """That of a process which knows the slow kind."""
+    """The environment of a process that can import the slow kind."""
     (folder / "slow_kind.py").write_text(SLOW_KIND)
     info = folder / "slow_kind-1.dist-info"
     info.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def wait_for(condition, seconds: float = 300.0):
     return found
 
 
-def test_the_server_is_that_of_one_process(served: Served) -> None:
+def test_it_behaves_like_the_server_of_one_process(served: Served) -> None:
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", served.url)
     asked = {"queries": ["a", "b"], "topk": 2, "return_scores": True}
     assert httpx.post(f"{served.url}/retrieve", json=asked).status_code == 401
@@ -132,7 +132,7 @@ def test_the_server_is_that_of_one_process(served: Served) -> None:
     assert httpx.get(f"{served.url}/ready").json() == {"ready": True}
 
 
-def test_every_replica_searches_requests_together_and_a_scrape_tells_of_all(served: Served, client) -> None:
+def test_each_replica_batches_requests_and_metrics_cover_all_replicas(served: Served, client) -> None:
     with ThreadPoolExecutor(24) as pool:
         found = list(pool.map(lambda number: client.search([f"q{number}"], 1)[0][0].id, range(96)))
     assert found == [f"q{number}-0" for number in range(96)]
@@ -148,7 +148,7 @@ def test_every_replica_searches_requests_together_and_a_scrape_tells_of_all(serv
     assert text.count("# TYPE trl_search_queries_total counter") == 1
 
 
-def test_a_replica_that_is_killed_fails_nobody(served: Served, client) -> None:
+def test_a_killed_replica_fails_no_request(served: Served, client) -> None:
     before = wait_for(lambda: len(served.replicas()) == 2 and served.replicas())
     until = time.monotonic() + 8
     stopping = threading.Event()
@@ -175,13 +175,15 @@ def test_a_replica_that_is_killed_fails_nobody(served: Served, client) -> None:
     assert min(asked) >= 1 and metrics["retrieval/retries"] >= 1, "nobody noticed: the test killed nothing"
     after = wait_for(lambda: len(served.replicas()) == 2 and served.replicas())
     assert before[0].pid not in {replica.pid for replica in after}
-    # The new one answers as well: a scrape tells of two.
+    # The new replica also answers: metrics are from two replicas.
     wait_for(lambda: httpx.get(f"{served.url}/metrics", headers=HEADERS).text.count("trl_search_ready{") == 2)
 
 
-def test_told_to_stop_it_answers_what_is_under_way(served: Served) -> None:
+def test_on_sigterm_it_answers_running_requests(served: Served) -> None:
     children = psutil.Process(served.process.pid).children(recursive=True)
-    answers: list[tuple[float, int | None]] = []  # when it was asked, and the status, None for a lost connection
+    answers: list[
+        tuple[float, int | None]
+    ] = []  # the time of the request, and the status or None for a lost connection
     gone = threading.Event()
 
     def ask() -> None:
@@ -202,9 +204,9 @@ def test_told_to_stop_it_answers_what_is_under_way(served: Served) -> None:
         told = time.monotonic()
         for future in asking:
             future.result()
-    # On a busy machine a request may reach its replica later than the signal; one that was there is never lost.
+    # On a busy machine a request may reach its replica after the signal; earlier ones are never lost.
     assert {200} <= {status for asked, status in answers if asked < told} <= {200, 503}
-    # What a client repeats elsewhere. A 404, as Ray says it by itself, would be final.
+    # Clients retry these elsewhere. Ray's own 404 would be final.
     assert {status for asked, status in answers if asked >= told} <= {200, 503, None}
     assert served.process.stdout is not None
     assert served.process.stdout.read().endswith("stopped; what was under way is answered\n")
@@ -215,7 +217,7 @@ def test_told_to_stop_it_answers_what_is_under_way(served: Served) -> None:
     assert '"status":200' in log and "s3cret" not in log
 
 
-def test_a_retriever_that_does_not_load_ends_it_with_its_reason(tmp_path: Path) -> None:
+def test_a_retriever_that_cannot_be_loaded_ends_the_server_with_the_reason(tmp_path: Path) -> None:
     command = [*COMMAND, "--replicas", "1", "--retriever_options", '{"fails": true}']
     ended = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=600)
     assert ended.returncode == 2
@@ -223,7 +225,7 @@ def test_a_retriever_that_does_not_load_ends_it_with_its_reason(tmp_path: Path) 
     assert "the index is on another machine" in ended.stderr.splitlines()[-1]
 
 
-def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     from trl_search.retrieval.server.ray_serve import RayConfig
 
     assert main(["serve", "bm25", "--ray", "--replicas", "0"]) == 2

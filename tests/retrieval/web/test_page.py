@@ -1,4 +1,4 @@
-"""Fetching pages: what is never connected to, what is cut, and what text comes out."""
+"""Fetching pages: addresses that are never connected to, limits, and the extracted text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trl_search.retrieval.web.page import (
 
 pytest.importorskip("trafilatura")
 
-HERE = "127.0.0.2"  # the tests' own web; everything else is held to the real rule
+HERE = "127.0.0.2"  # only the tests' server is allowed in addition; the real rule applies to everything else
 SENTENCE = "The lantern festival of Orlune is held on the first night of the harvest month. "
 PAGE = f"<html><head><title>Orlune</title></head><body><nav>Home</nav><article><p>{SENTENCE * 5}</p></article></body>"
 
@@ -59,7 +59,7 @@ def fetch(
     return asyncio.run(fetch_page(url or server.url, limit, transport=transport))
 
 
-def test_the_text_of_a_page_without_its_frame() -> None:
+def test_the_main_text_of_a_page_is_extracted() -> None:
     with serving(lambda asked: html(), host=HERE) as server:
         text = fetch(server)
     assert text.startswith("The lantern festival") and "Home" not in text and "<p>" not in text
@@ -84,8 +84,8 @@ META = '<meta http-equiv="Content-Type" content="text/html; charset={}">'
     [
         (WORDS, "gbk", "; charset=gb2312", ""),
         (WORDS, "gb18030", "", "gbk"),
-        (WORDS, "big5", '; charset="Big5"', "utf-8"),  # the header is believed before the page
-        (WORDS, "utf-8-sig", "; charset=iso-8859-1", "gbk"),  # and a byte-order mark before both
+        (WORDS, "big5", '; charset="Big5"', "utf-8"),  # the header takes precedence over the page
+        (WORDS, "utf-8-sig", "; charset=iso-8859-1", "gbk"),  # and a byte-order mark over both
         (WORDS, "utf-16", "", ""),
         (WORDS, "utf-8", "; charset=nonsense", "rot13"),
         ("ランタン祭りは毎年秋にオルルンで開かれます。①", "cp932", "; charset=Shift_JIS", ""),
@@ -94,7 +94,7 @@ META = '<meta http-equiv="Content-Type" content="text/html; charset={}">'
     ],
 )
 @pytest.mark.parametrize("kind", ["text/html", "text/plain"])
-def test_a_page_is_read_in_its_own_encoding(words: str, encoding: str, header: str, meta: str, kind: str) -> None:
+def test_a_page_is_decoded_with_its_encoding(words: str, encoding: str, header: str, meta: str, kind: str) -> None:
     words = words.replace("灯", "燈").replace("笼", "籠").replace("节", "節") if encoding == "big5" else words
     words = "".join(letter for letter in words if letter.encode(encoding, "ignore"))
     head = META.format(meta) if meta else ""
@@ -123,7 +123,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("target", REFUSED)
-def test_no_private_address_is_asked_directly_or_by_redirect(target: str) -> None:
+def test_no_private_address_is_contacted_directly_or_by_redirect(target: str) -> None:
     with serving(lambda asked: html(), host="127.0.0.1") as private:
         port = private.port
         with serving(lambda asked: to(target.format(port=port)), host=HERE) as server:
@@ -163,8 +163,8 @@ def test_a_password_in_the_url_is_refused() -> None:
         assert server.asked == []
 
 
-def test_a_name_is_looked_up_once_and_that_address_is_connected_to() -> None:
-    answers = [[HERE], ["127.0.0.1"]]  # the second lookup is the attacker's
+def test_a_name_is_resolved_once_and_that_address_is_used() -> None:
+    answers = [[HERE], ["127.0.0.1"]]  # the second lookup gives the attacker's address
     names: list[str] = []
 
     async def rebinding(host: str, port: int) -> list[str]:
@@ -198,7 +198,7 @@ def test_a_name_without_an_address_is_an_error() -> None:
         fetch(server, "http://nowhere.example/", resolve=nowhere)
 
 
-def test_tls_is_checked_against_the_name_and_not_the_address(tmp_path: Path, monkeypatch: Any) -> None:
+def test_tls_is_verified_for_the_name_not_the_address(tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[str | None] = []
     certificate, key = self_signed("page.example", tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -210,7 +210,7 @@ def test_tls_is_checked_against_the_name_and_not_the_address(tmp_path: Path, mon
 
     with serving(lambda asked: html(), host=HERE) as server:
         server._listener.socket = context.wrap_socket(server._listener.socket, server_side=True)
-        with pytest.raises(PageError, match="CERTIFICATE_VERIFY_FAILED"):  # nobody vouches for it
+        with pytest.raises(PageError, match="CERTIFICATE_VERIFY_FAILED"):  # self-signed
             fetch(server, f"https://page.example:{server.port}/", resolve=here)
     assert seen == ["page.example"]
 
@@ -244,7 +244,7 @@ def self_signed(name: str, folder: Path) -> tuple[Path, Path]:
     return folder / "cert.pem", folder / "key.pem"
 
 
-def test_redirects_are_followed_so_far_and_no_further() -> None:
+def test_redirects_are_followed_up_to_a_limit() -> None:
     def answer(asked: Asked) -> Said:
         left = int(asked.target.strip("/") or 0)
         return to(f"/{left - 1}") if left else html()
@@ -263,7 +263,7 @@ def endless(wfile: Any, pause_s: float, chunk: bytes) -> None:
         time.sleep(pause_s)
 
 
-def test_an_endless_page_is_cut_and_its_beginning_read() -> None:
+def test_an_endless_page_is_truncated_and_its_beginning_read() -> None:
     def write(wfile: Any) -> None:
         endless(wfile, 0.0, f"<p>{SENTENCE * 20}</p>".encode())
 
@@ -274,7 +274,7 @@ def test_an_endless_page_is_cut_and_its_beginning_read() -> None:
     assert "lantern" in text and len(text) <= 50_000
 
 
-def test_a_bomb_is_cut_where_it_unpacks() -> None:
+def test_a_decompression_bomb_is_truncated() -> None:
     bomb = gzip.compress(b"<html><body><p>" + b"word " * 10_000_000)
     assert len(bomb) < 200_000
     said = Said(bomb, headers={"Content-Type": "text/html", "Content-Encoding": "gzip"})
@@ -282,8 +282,8 @@ def test_a_bomb_is_cut_where_it_unpacks() -> None:
         assert len(fetch(server, max_bytes=20_000)) <= 20_000
 
 
-def test_a_bomb_takes_no_more_memory_than_its_beginning() -> None:
-    bomb = gzip.compress(bytes(64 << 20))  # 64 KB, which one read may bring in whole
+def test_a_decompression_bomb_uses_little_memory() -> None:
+    bomb = gzip.compress(bytes(64 << 20))  # 64 KB, which may arrive in one read
     said = Said(bomb, headers={"Content-Type": "text/plain", "Content-Encoding": "gzip"})
     with serving(lambda asked: said, host=HERE) as server:
         tracemalloc.start()
@@ -295,7 +295,7 @@ def test_a_bomb_takes_no_more_memory_than_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip, gzip", "br", "deflate", "zstd"])
-def test_what_is_packed_otherwise_is_refused_by_name(encoding: str) -> None:
+def test_other_content_encodings_are_refused_by_name(encoding: str) -> None:
     bomb = gzip.compress(gzip.compress(bytes(1 << 20)))
     said = Said(bomb, headers={"Content-Type": "text/plain", "Content-Encoding": encoding})
     refused = pytest.raises(PageError, match=f"Content-Encoding is '{encoding}'")
@@ -304,7 +304,7 @@ def test_what_is_packed_otherwise_is_refused_by_name(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["headers", "body"])
-def test_a_page_that_drips_ends_with_its_time(part: str) -> None:
+def test_a_page_that_arrives_slowly_ends_at_the_timeout(part: str) -> None:
     stop = threading.Event()
 
     def drip(wfile: Any) -> None:
@@ -333,7 +333,7 @@ def test_a_page_that_drips_ends_with_its_time(part: str) -> None:
         (Said(by_hand=lambda wfile: wfile.write(b"no http at all\r\n\r\n")), "ProtocolError"),
     ],
 )
-def test_what_is_no_page_is_an_error(said: Said, message: str) -> None:
+def test_other_content_is_an_error(said: Said, message: str) -> None:
     with serving(lambda asked: said, host=HERE) as server, pytest.raises(PageError, match=message):
         fetch(server)
 
@@ -353,7 +353,7 @@ def test_what_is_no_page_is_an_error(said: Said, message: str) -> None:
         (to("http://nowhere.invalid/"), True),
     ],
 )
-def test_what_may_pass_is_told_from_what_would_fail_again(said: Said, passing: bool) -> None:
+def test_temporary_and_permanent_errors_are_distinguished(said: Said, passing: bool) -> None:
     async def look(host: str, port: int) -> list[str]:
         if host == "nowhere.invalid":
             raise OSError("Temporary failure in name resolution")
@@ -374,7 +374,7 @@ NOT_PUBLIC = [
 
 
 @pytest.mark.parametrize("host", ["xn--a", "xn--0", "xn--a:81", "user:p@xn--a", "a..b", "[::1", "\ud800"])
-def test_a_malformed_host_is_a_page_that_is_not_read(host: str) -> None:
+def test_a_malformed_host_is_an_error(host: str) -> None:
     with pytest.raises(PageError):
         asyncio.run(fetch_page(f"http://{host}/"))
 
@@ -387,7 +387,7 @@ def test_no_address_of_a_special_range_is_public(data: st.DataObject) -> None:
 
 
 @given(st.ip_addresses(v=4))
-def test_an_address_is_as_public_in_every_disguise(plain: ipaddress.IPv4Address) -> None:
+def test_an_embedded_address_is_as_public_as_the_plain_one(plain: ipaddress.IPv4Address) -> None:
     mapped = ipaddress.IPv6Address(f"::ffff:{plain}")
     translated = ipaddress.IPv6Address(int(ipaddress.IPv6Address("64:ff9b::")) + int(plain))
     sixtofour = ipaddress.IPv6Address((0x2002 << 112) | (int(plain) << 80))
@@ -398,5 +398,5 @@ def test_an_address_is_as_public_in_every_disguise(plain: ipaddress.IPv4Address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8"])
-def test_the_open_internet_is_public(address: str) -> None:
+def test_ordinary_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))

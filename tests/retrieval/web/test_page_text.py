@@ -1,5 +1,5 @@
-"""The text of pages whose extraction takes too long, fails, or ends its process. Real children, and a real trafilatura
-or a small one in its place."""
+"""The text of pages whose extraction takes too long, fails, or ends its process, with real child processes and the
+real trafilatura or a small replacement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("trafilatura")
 
 HERE = "127.0.0.2"
-LISTS = b"<html><body>" + b"<ul><li>item</li></ul>" * 15_000  # half a minute of trafilatura
+LISTS = b"<html><body>" + b"<ul><li>item</li></ul>" * 15_000  # trafilatura needs half a minute for it
 ARTICLE = b"<html><body><article><p>" + b"The lantern festival of Orlune is held at the harvest. " * 5
 
 
@@ -40,7 +40,7 @@ async def fetch(url: str, port: int, timeout_s: float = 10.0) -> str:
 
 @pytest.fixture
 def replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts code in the place of trafilatura, for children that start after that."""
+    """Replaces trafilatura by other code, for child processes that start afterwards."""
 
     def replace(code: str) -> None:
         (tmp_path / "trafilatura.py").write_text(code)
@@ -50,14 +50,14 @@ def replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return replace
 
 
-def test_pages_that_take_too_long_fail_in_time_and_hold_up_nothing_else() -> None:
+def test_pages_that_take_too_long_time_out_and_delay_nothing_else() -> None:
     gaps: list[float] = []
 
     async def ticking() -> None:
         while True:
             started = time.monotonic()
             await asyncio.sleep(0.01)
-            await asyncio.to_thread(time.monotonic)  # a thread of the loop's own is free, for the store and lookups
+            await asyncio.to_thread(time.monotonic)  # the loop's own threads are free, for the store and lookups
             gaps.append(time.monotonic() - started)
 
     async def scenario() -> list[Any]:
@@ -65,7 +65,7 @@ def test_pages_that_take_too_long_fail_in_time_and_hold_up_nothing_else() -> Non
         lists = [fetch(f"{server.url}/lists", server.port, 2.5) for _ in range(3)]
         found = await asyncio.gather(*lists, fetch(server.url, server.port), return_exceptions=True)
         ticks.cancel()
-        return [*found, await fetch(server.url, server.port)]  # by a child that lived, or was started again
+        return [*found, await fetch(server.url, server.port)]  # by a child that survived or was restarted
 
     with serving(page, host=HERE) as server:
         started = time.monotonic()
@@ -76,13 +76,13 @@ def test_pages_that_take_too_long_fail_in_time_and_hold_up_nothing_else() -> Non
     assert max(gaps) < 2.4
 
 
-def test_a_child_reads_one_page_after_the_other(replaced) -> None:
+def test_a_child_process_reads_several_pages(replaced) -> None:
     replaced("import os\n\ndef extract(body, **options):\n    return f'{os.getpid()} {len(body)}'\n")
     first, second = page_text.extract(b"a" * 3_000_000, 10).split(), page_text.extract(b"", 10).split()
     assert (first[0], first[1], second[1]) == (second[0], "3000000", "0") and first[0] != str(os.getpid())
 
 
-def test_a_forked_process_has_children_of_its_own(replaced) -> None:
+def test_a_forked_process_has_its_own_child_processes(replaced) -> None:
     replaced("import os\n\ndef extract(body, **options):\n    return str(os.getpid())\n")
     ours = page_text.extract(b"", 10)
     forked = os.fork()
@@ -93,7 +93,7 @@ def test_a_forked_process_has_children_of_its_own(replaced) -> None:
     assert page_text.extract(b"", 10) == ours
 
 
-def test_no_more_children_than_a_few_are_started(replaced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_few_child_processes_are_started(replaced, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_text, "CHILDREN", 0)
     replaced("def extract(body, **options):\n    return 'text'\n")
     with pytest.raises(TimeoutError):
@@ -107,9 +107,7 @@ def test_no_more_children_than_a_few_are_started(replaced, monkeypatch: pytest.M
         ("import os; os.kill(os.getpid(), 11)", "ended with -11", True),
     ],
 )
-def test_a_page_that_breaks_trafilatura_is_a_page_that_cannot_be_read(
-    code: str, message: str, passing: bool, replaced
-) -> None:
+def test_a_page_that_breaks_trafilatura_is_an_error(code: str, message: str, passing: bool, replaced) -> None:
     replaced(f"def extract(body, **options):\n    if b'list' not in body:\n        return 'fine'\n    {code}\n")
 
     def echo(asked: Asked) -> Said:
@@ -122,14 +120,14 @@ def test_a_page_that_breaks_trafilatura_is_a_page_that_cannot_be_read(
         assert asyncio.run(fetch(server.url, server.port)) == "fine"
 
 
-def test_a_trafilatura_that_cannot_be_imported_is_a_users_mistake(replaced) -> None:
+def test_a_broken_trafilatura_is_a_user_error(replaced) -> None:
     replaced("raise ImportError('lxml.html.clean is another package now')")
     refused = pytest.raises(UserError, match=r"lxml.html.clean.*pip install 'trl-search")
     with serving(page, host=HERE) as server, refused:
         asyncio.run(fetch(server.url, server.port))
 
 
-def test_a_process_ends_without_waiting_for_pages_and_leaves_no_child_behind(replaced, tmp_path: Path) -> None:
+def test_a_process_ends_without_waiting_for_pages_and_ends_its_children(replaced, tmp_path: Path) -> None:
     replaced(
         "import os, pathlib, time\n\n"
         "def extract(body, **options):\n"

@@ -1,4 +1,4 @@
-"""The `web` retriever: each provider's own shapes from a real server, the pace, the cache, and what fails."""
+"""The `web` retriever: the response format of each provider from a real server, the rate, the cache, and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trl_search.types import Passage
 KEY = "k3y-of-the-tests"
 URLS = ["https://orlune.example/", "https://vesk.example/town"]
 
-# As the providers document them, cut to the fields around those that are read.
+# The responses that the providers document, with only some of their fields.
 SERPER = {
     "searchParameters": {"q": "orlune", "type": "search", "num": 10, "engine": "google"},
     "organic": [
@@ -105,7 +105,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Waits:
-    """A clock that moves when somebody sleeps, and only then."""
+    """A clock that moves only when a caller sleeps."""
 
     def __init__(self) -> None:
         self.now, self.slept = 1000.0, []
@@ -135,7 +135,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., WebRetriever]]:
 
 
 class Engine:
-    """A provider of the test's own: finds the query itself; raises what is put into `failures` first."""
+    """A provider that finds the query itself, after it has raised the `failures`."""
 
     name = identity = "engine"
     rate_per_s = 1.0
@@ -152,7 +152,7 @@ class Engine:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_each_provider_is_asked_and_read_in_its_own_way(name: str, make) -> None:
+def test_requests_and_responses_of_each_provider(name: str, make) -> None:
     with serving(lambda asked: Said(SHAPES[name])) as server:
         retriever = make(load_provider(name, server.url))
         assert retriever.search(["orlune"], 2) == [FOUND]
@@ -171,7 +171,7 @@ def test_each_provider_is_asked_and_read_in_its_own_way(name: str, make) -> None
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_no_results_are_an_empty_list_and_asked_for_again(name: str, make) -> None:
+def test_no_results_give_an_empty_list_that_is_not_cached(name: str, make) -> None:
     with serving(lambda asked: Said(EMPTY[name])) as server:
         retriever = make(load_provider(name, server.url))
         assert retriever.search(["orlune"], 2) == retriever.search(["orlune"], 2) == [[]]
@@ -191,7 +191,7 @@ def test_results_without_title_or_address_are_skipped(name: str, make) -> None:
         assert make(load_provider(name, server.url)).search(["orlune"], 2) == [[replace(FOUND[0], text=""), FOUND[1]]]
 
 
-def test_an_answer_box_without_results_is_nothing_found(make) -> None:
+def test_an_answer_box_without_results_is_an_empty_result(make) -> None:
     answer = {"searchParameters": {"q": "orlune"}, "answerBox": {"answer": "a town"}, "credits": 1}
     with serving(lambda asked: Said(answer)) as server:
         assert make(load_provider("serper", server.url)).search(["orlune"], 2) == [[]]
@@ -199,21 +199,21 @@ def test_an_answer_box_without_results_is_nothing_found(make) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("body", [b"<html>", {}, [], {"organic": 3, "results": 3, "type": "search", "web": 3}, None])
-def test_another_shape_is_an_error_and_not_an_empty_result(name: str, body: Any, make) -> None:
+def test_an_unknown_response_format_is_an_error_and_not_an_empty_result(name: str, body: Any, make) -> None:
     with serving(lambda asked: Said(body)) as server:
         with pytest.raises(RetrievalError, match=f"{name} answered in an unexpected shape"):
             make(load_provider(name, server.url)).search(["orlune"], 2)
         assert len(server.asked) == 1
 
 
-def test_searxng_whose_engines_are_silent_has_not_found_nothing(make) -> None:
+def test_searxng_with_unresponsive_engines_is_not_an_empty_result(make) -> None:
     answer = {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}
     with serving(lambda asked: Said(answer)) as server, pytest.raises(Unavailable, match=r"CAPTCHA.*after 4 tries"):
         make(load_provider("searxng", server.url)).search(["orlune"], 2)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 422])
-def test_a_refusal_is_said_once_and_without_the_key(status: int, make, caplog) -> None:
+def test_a_refusal_is_not_retried_and_reported_without_the_key(status: int, make, caplog) -> None:
     caplog.set_level("DEBUG")
     with serving(lambda asked: Said(f"bad key {KEY}".encode(), status)) as server:
         with pytest.raises(RetrievalError, match=f"serper answered {status}: bad key \\[key\\]") as raised:
@@ -224,7 +224,7 @@ def test_a_refusal_is_said_once_and_without_the_key(status: int, make, caplog) -
 
 
 @pytest.mark.parametrize("busy", [Said(b"slow down", 429, {"Retry-After": "7"}), Said(b"", 503)])
-def test_a_busy_provider_is_asked_again(busy: Said, make) -> None:
+def test_a_busy_provider_is_retried(busy: Said, make) -> None:
     answers, waits = [busy, Said(SERPER)], Waits()
     with serving(lambda asked: answers.pop(0)) as server:
         retriever = make(load_provider("serper", server.url), waits)
@@ -237,7 +237,7 @@ def test_a_busy_provider_is_asked_again(busy: Said, make) -> None:
     assert set(retriever.take_metrics().values()) == {0}
 
 
-def test_nobody_listening_is_unavailable(make) -> None:
+def test_a_closed_port_is_unavailable(make) -> None:
     server = Server(lambda asked: Said())
     server.kill()
     with pytest.raises(Unavailable, match="serper: ConnectError"):
@@ -247,7 +247,7 @@ def test_nobody_listening_is_unavailable(make) -> None:
 # ddgs
 
 
-def test_ddgs_is_read_and_its_errors_are_told_apart(make) -> None:
+def test_results_and_errors_of_ddgs(make) -> None:
     exceptions = pytest.importorskip("ddgs.exceptions")
     rows = [{"title": "Orlune & Sons", "href": URLS[0], "body": "A harbour town."}]
     answers: list[Any] = [
@@ -271,8 +271,8 @@ def test_ddgs_is_read_and_its_errors_are_told_apart(make) -> None:
     assert answers == []
 
 
-def test_the_real_ddgs_takes_what_we_give_it(monkeypatch) -> None:
-    """Through the real package, whose engines alone are replaced: there is no web here."""
+def test_the_real_ddgs_accepts_our_call(monkeypatch) -> None:
+    """With the real package; only its engines are replaced, because there is no web here."""
     pytest.importorskip("ddgs")
     import ddgs.ddgs
     from ddgs.results import TextResult
@@ -293,10 +293,10 @@ def test_the_real_ddgs_takes_what_we_give_it(monkeypatch) -> None:
     assert hits == [WebHit("Orlune", URLS[0], "about orlune")]
 
 
-# The pace
+# The rate
 
 
-def test_searches_keep_the_pace_and_the_first_waits_for_nothing(make) -> None:
+def test_searches_keep_the_rate_and_the_first_does_not_wait(make) -> None:
     waits, engine = Waits(), Engine()
     retriever = make(engine, waits, rate_per_s=2.0)
     for at in range(4):
@@ -304,7 +304,7 @@ def test_searches_keep_the_pace_and_the_first_waits_for_nothing(make) -> None:
     assert waits.slept == [0.0, 0.5, 0.5, 0.5]
     waits.now += 60
     retriever.search(["late"], 1)
-    assert waits.slept[-1] == 0.0  # nothing is owed, and nothing saved up
+    assert waits.slept[-1] == 0.0  # idle time neither delays nor speeds up later searches
 
 
 class Stopped(Waits):
@@ -314,19 +314,19 @@ class Stopped(Waits):
         self.slept.append(seconds)
 
 
-def test_a_queue_that_outlasts_the_patience_fails_at_once_and_says_how_to_go_faster(make) -> None:
+def test_a_queue_longer_than_the_patience_fails_at_once_and_names_the_remedy(make) -> None:
     engine = Engine()
     retriever = make(engine, Stopped(), rate_per_s=1.0, patience_s=3.9)
     with pytest.raises(
         RetrievalError, match=r"more searches are waiting than 1 per second can serve in 3.9 s; raise rate_per_s"
     ):
         retriever.search([f"q{at}" for at in range(10)], 1)
-    assert len(engine.asked) == 4  # at 0, 1, 2 and 3 seconds; they are stored
+    assert len(engine.asked) == 4  # at 0, 1, 2 and 3 seconds; they are cached
     assert retriever.search(engine.asked, 1)
 
 
 class Slow(Engine):
-    """Says after `takes_s` that it is busy."""
+    """Reports after `takes_s` that it is busy."""
 
     def __init__(self, takes_s: float) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Slow(Engine):
         raise ProviderBusy("busy")
 
 
-def test_an_engine_that_hangs_is_given_up_when_the_patience_ends(make) -> None:
+def test_a_hanging_engine_is_given_up_when_the_patience_ends(make) -> None:
     engine = Slow(200)
     retriever = make(engine, patience_s=0.3)
     started = time.monotonic()
@@ -349,16 +349,16 @@ def test_an_engine_that_hangs_is_given_up_when_the_patience_ends(make) -> None:
     assert metrics["retrieval/requests"] == metrics["retrieval/failures"] == 1
 
 
-def test_the_turn_of_a_repetition_is_waited_for_no_longer_than_the_rest_of_the_patience(make, monkeypatch) -> None:
+def test_a_retry_does_not_wait_for_a_turn_beyond_the_patience(make, monkeypatch) -> None:
     monkeypatch.setattr(web, "_GROWING", tenacity.wait_none())
     engine = Slow(1.0)
-    retriever = make(engine, Stopped(), rate_per_s=0.4, patience_s=3.0)  # the next turn is 2.5 s away, and 2 are left
+    retriever = make(engine, Stopped(), rate_per_s=0.4, patience_s=3.0)  # the next turn is in 2.5 s, and 2 s are left
     with pytest.raises(RetrievalError, match=r"can serve in 3 s"):
         retriever.search(["a"], 1)
     assert engine.asked == ["a"]
 
 
-def test_no_repetition_is_waited_for_beyond_the_patience(make, monkeypatch) -> None:
+def test_retries_end_with_the_patience(make, monkeypatch) -> None:
     monkeypatch.setattr(web, "_GROWING", tenacity.wait_fixed(5))
     engine, waits = Slow(0), Waits()
     with pytest.raises(Unavailable, match="busy; gave up after 1 tries"):
@@ -366,7 +366,7 @@ def test_no_repetition_is_waited_for_beyond_the_patience(make, monkeypatch) -> N
     assert waits.slept == [0.0]
 
 
-def test_a_query_that_fails_takes_none_of_its_batch_along(make) -> None:
+def test_a_failing_query_does_not_fail_the_rest_of_its_batch(make) -> None:
     retriever = make(Engine([RetrievalError("no"), RetrievalError("no")]))
 
     async def scenario() -> list[Any]:
@@ -376,17 +376,17 @@ def test_a_query_that_fails_takes_none_of_its_batch_along(make) -> None:
         return found
 
     outcomes = asyncio.run(scenario())
-    assert [isinstance(one, RetrievalError) for one in outcomes].count(True) == 0  # asked again alone, each was found
+    assert [isinstance(one, RetrievalError) for one in outcomes].count(True) == 0  # retried alone, each was found
 
 
-def test_turns_are_shared_by_threads(tmp_path: Path) -> None:
+def test_the_rate_is_shared_by_threads(tmp_path: Path) -> None:
     WebStore(tmp_path / "web.sqlite3")
     with ThreadPoolExecutor(8) as pool:
         turns = [turn for part in pool.map(take_turns, [tmp_path / "web.sqlite3"] * 8) for turn in part]
     assert sorted(round(turn) for turn in turns) == list(range(40))
 
 
-def test_turns_are_shared_by_processes(tmp_path: Path) -> None:
+def test_the_rate_is_shared_by_processes(tmp_path: Path) -> None:
     path = tmp_path / "web.sqlite3"
     WebStore(path)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -397,7 +397,7 @@ def test_turns_are_shared_by_processes(tmp_path: Path) -> None:
 
 def take_turns(path: Path) -> list[float]:
     def clock() -> float:
-        time.sleep(0.005)  # between reading the next turn and taking it, where others would like to read it too
+        time.sleep(0.005)  # between reading the next turn and taking it, when others could read it too
         return 1000.0
 
     store = WebStore(path, clock=clock)
@@ -407,17 +407,17 @@ def take_turns(path: Path) -> list[float]:
 # The cache
 
 
-def test_what_was_found_is_found_again_after_a_restart(make) -> None:
+def test_results_are_cached_across_restarts(make) -> None:
     first, second = Engine(), Engine([AssertionError("asked again")])
     found = make(first).search(["a", "b", "a"], 3)
     again = make(second)
     assert again.search(["a", "b", "a"], 3) == found and found[0] == found[2]
-    assert again.search(["  a\n"], 2) == [found[0][:2]]  # fewer of the same page of results
+    assert again.search(["  a\n"], 2) == [found[0][:2]]  # fewer results from the same page
     assert (sorted(first.asked), second.asked) == (["a", "b"], [])
     assert again.take_metrics()["retrieval/from_cache"] == 3
 
 
-def test_a_failure_is_not_stored_and_nor_is_a_page_of_nothing(make) -> None:
+def test_failures_and_empty_results_are_not_cached(make) -> None:
     engine = Engine([RetrievalError("no")])
     retriever = make(engine)
     with pytest.raises(RetrievalError, match="no"):
@@ -427,7 +427,7 @@ def test_a_failure_is_not_stored_and_nor_is_a_page_of_nothing(make) -> None:
     assert engine.asked == ["a", "a", "nothing", "nothing"]
 
 
-def test_threads_and_processes_may_store_at_once(tmp_path: Path) -> None:
+def test_threads_and_processes_may_write_to_the_cache_concurrently(tmp_path: Path) -> None:
     store = WebStore(tmp_path / "web.sqlite3")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda at: store.put(["k", at % 10], [at % 10]), range(100)))
@@ -441,7 +441,7 @@ def test_threads_and_processes_may_store_at_once(tmp_path: Path) -> None:
     assert [run.communicate(timeout=600)[0].strip() for run in runs] == [str(list(range(15)))] * 2
 
 
-def test_a_store_goes_through_a_fork(make) -> None:
+def test_the_cache_works_after_a_fork(make) -> None:
     retriever = make(Engine())
     found = retriever.search(["a"], 1)
     child = os.fork()
@@ -451,7 +451,7 @@ def test_a_store_goes_through_a_fork(make) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_cache_that_is_no_cache_is_a_users_mistake(tmp_path: Path) -> None:
+def test_an_invalid_cache_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"not a database, and long enough to be looked at" * 50)
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be the web cache"):
@@ -461,7 +461,7 @@ def test_a_cache_that_is_no_cache_is_a_users_mistake(tmp_path: Path) -> None:
 # Pages
 
 
-def test_pages_take_the_place_of_snippets_where_they_can_be_read(make) -> None:
+def test_readable_pages_replace_snippets(make) -> None:
     fetched: list[str] = []
 
     async def fetch(url: str) -> str:
@@ -477,10 +477,10 @@ def test_pages_take_the_place_of_snippets_where_they_can_be_read(make) -> None:
     ]  # fmt: skip
     assert retriever.take_metrics()["retrieval/page_failures"] == 1
     assert make(Engine(), pages=True, page_chars=30, fetch=fetch).search(["a", "b"], 3)[0] == found
-    assert len(fetched) == 3  # neither the pages nor the one that failed again, for another query with the same result
+    assert len(fetched) == 3  # another query with the same results fetches neither the pages nor the failed one again
 
 
-def test_a_page_that_may_be_readable_later_is_tried_again(make) -> None:
+def test_a_page_with_a_temporary_error_is_tried_again(make) -> None:
     pages: list[Any] = [PageError("not read within 10 s", passing=True), "text of the page"]
 
     async def fetch(url: str) -> str:
@@ -494,7 +494,7 @@ def test_a_page_that_may_be_readable_later_is_tried_again(make) -> None:
     assert retriever.take_metrics()["retrieval/page_failures"] == 1
 
 
-def test_a_page_on_a_private_address_leaves_the_snippet(make) -> None:
+def test_for_a_page_on_a_private_address_the_snippet_is_kept(make) -> None:
     class Trap(Engine):
         async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
             return [WebHit("Trap", "http://169.254.169.254/latest/meta-data", "snippet")]
@@ -504,7 +504,7 @@ def test_a_page_on_a_private_address_leaves_the_snippet(make) -> None:
     assert retriever.take_metrics()["retrieval/page_failures"] == 1
 
 
-# What every retriever promises, and the user's mistakes
+# The contract of every retriever, and user errors
 
 
 def test_strange_queries_have_a_defined_result(make) -> None:
@@ -524,7 +524,7 @@ def test_strange_queries_have_a_defined_result(make) -> None:
         retriever.search(["a"], 1)
 
 
-def test_loading_by_name(tmp_path: Path) -> None:
+def test_the_web_retriever_is_loaded_by_name(tmp_path: Path) -> None:
     with serving(lambda asked: Said(SEARXNG)) as server:
         retriever = load_retriever("web", provider="searxng", base_url=server.url, cache=tmp_path / "web.sqlite3")
         assert retriever.search(["orlune"], 2) == [FOUND]
@@ -543,7 +543,7 @@ def test_loading_by_name(tmp_path: Path) -> None:
         ({"provider": "ddgs", "base_url": "http://a"}, "no base_url"),
     ],
 )
-def test_mistakes_are_said(options: dict[str, Any], message: str, tmp_path: Path, monkeypatch) -> None:
+def test_mistakes_are_reported(options: dict[str, Any], message: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("BRAVE_API_KEY")
     with pytest.raises(UserError, match=message):
         load_retriever("web", cache=tmp_path / "web.sqlite3", **options)

@@ -1,4 +1,4 @@
-"""Exact search by faiss-gpu, with FAISS's CPU indexes in place of those of two GPUs."""
+"""Exact search with faiss-gpu, with FAISS's CPU indexes in place of the indexes of two GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Config:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
-    """FAISS as it is on a host with two GPUs; the indexes that are made, and on which GPU."""
+    """Imitates FAISS on a host with two GPUs, and records the indexes that are made and their GPUs."""
     faiss = faiss_module()
     made: list[tuple[int, Any]] = []
 
@@ -52,7 +52,7 @@ def vectors() -> np.ndarray:
 
 
 @pytest.mark.parametrize("word", ["flat", "fp16"])
-def test_rows_are_dealt_out_and_found(word, two_gpus, vectors, tmp_path):
+def test_rows_are_distributed_over_the_gpus_and_found(word, two_gpus, vectors, tmp_path):
     build_vectors(tmp_path, vectors, index=word)
     search = open_vectors(tmp_path, gpu_engine="faiss")
     assert [(gpu, index.ntotal) for gpu, index in two_gpus] == [
@@ -64,7 +64,7 @@ def test_rows_are_dealt_out_and_found(word, two_gpus, vectors, tmp_path):
         (1, 50),
     ]
     queries = vectors[::50] + 0.01
-    scores, rows = search.search(queries, 120)  # more than one index holds
+    scores, rows = search.search(queries, 120)  # more than one index can return
     expected = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :3]
     np.testing.assert_array_equal(rows[:, :3], expected)
     assert rows.shape == (10, 120) and (np.diff(scores, axis=1) <= 0).all() and len(set(rows[0])) == 120
@@ -74,7 +74,7 @@ def test_rows_are_dealt_out_and_found(word, two_gpus, vectors, tmp_path):
         search.search(queries, 3)
 
 
-def test_what_cannot_be_is_refused(vectors, tmp_path):
+def test_impossible_options_are_refused(vectors, tmp_path):
     build_vectors(tmp_path, vectors, index="flat")
     with pytest.raises(UserError, match=r"needs FAISS for GPUs.*trl-search\[faiss-gpu\]"):
         open_vectors(tmp_path, gpu_engine="faiss")
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused(vectors, tmp_path):
         open_vectors(tmp_path, gpu_engine="cuda")
 
 
-def test_an_index_that_no_gpu_searches_exactly_is_refused(two_gpus, vectors, tmp_path):
+def test_an_approximate_index_is_refused(two_gpus, vectors, tmp_path):
     build_vectors(tmp_path, vectors, index="hnsw")
     with pytest.raises(UserError, match="only flat and fp16 indexes"):
         open_vectors(tmp_path, gpu_engine="faiss")

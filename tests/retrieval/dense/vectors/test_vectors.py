@@ -1,4 +1,4 @@
-"""Vector indexes: files that FAISS reads as its own, settings found by measuring, sizes known beforehand."""
+"""Vector indexes: files that FAISS can read, settings chosen by measurement, sizes known in advance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COUNT, DIM = 8_000, 96
 
 
 def mixture(count: int, dim: int, seed: int) -> np.ndarray:
-    """Unit vectors in clusters, of falling spread by dimension: nearer to embeddings than a cloud is."""
+    """Unit vectors in clusters, with a spread that decreases by dimension, like embeddings."""
     random = np.random.default_rng(seed)
     spread = 1 / np.sqrt(np.arange(1, dim + 1))
     centres = np.random.default_rng(99).standard_normal((60, dim)) * spread
@@ -76,7 +76,7 @@ def about(folder: Path) -> dict[str, object]:
     return told
 
 
-def test_finds_what_exact_search_finds(word, folders, vectors, queries):
+def test_an_index_finds_what_exact_search_finds(word, folders, vectors, queries):
     index = open_vectors(folders[word])
     truth = find_truth(vectors, queries)
     recall = truth.recall(vectors, index.search(queries, 3)[1])
@@ -85,7 +85,7 @@ def test_finds_what_exact_search_finds(word, folders, vectors, queries):
     index.close()
 
 
-def test_the_file_is_the_one_that_faiss_writes(word, folders, vectors, queries, tmp_path):
+def test_the_file_equals_the_one_that_faiss_writes(word, folders, vectors, queries, tmp_path):
     faiss = faiss_module()
     theirs = faiss.index_factory(DIM, factory_of(word, COUNT), faiss.METRIC_INNER_PRODUCT)
     if word == "small-ivf":
@@ -99,7 +99,7 @@ def test_the_file_is_the_one_that_faiss_writes(word, folders, vectors, queries, 
     for index in (ours, theirs):
         apply_settings(index, settings)
     agree = (ours.search(queries, 5)[1] == theirs.search(queries, 5)[1]).mean()
-    # k-means and graphs are made by threads, and here in other company.
+    # k-means and graphs depend on threads, and other tests run beside this one.
     assert agree >= {"small-ivf": 0.9, "hnsw": 0.9}.get(word, 1.0)
     if word in ("flat", "int8", "small"):
         apply_settings(theirs, {"k_factor": 1} if word == "small" else {})
@@ -107,13 +107,13 @@ def test_the_file_is_the_one_that_faiss_writes(word, folders, vectors, queries, 
         assert (tmp_path / "theirs").read_bytes() == (folders[word] / "vectors.index").read_bytes()
 
 
-def test_a_file_opens_the_same_every_time(word, folders, queries):
+def test_a_file_gives_the_same_results_every_time(word, folders, queries):
     one, other = open_vectors(folders[word]), open_vectors(folders[word])
     for first, second in zip(one.search(queries, 10), other.search(queries, 10), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_the_chosen_setting_is_the_one_in_use(folders, queries):
+def test_the_chosen_setting_is_used(folders, queries):
     for name in ("small", "small-ivf", "hnsw"):
         chosen = about(folders[name])
         index = open_vectors(folders[name]).index
@@ -125,7 +125,7 @@ def test_the_chosen_setting_is_the_one_in_use(folders, queries):
             assert faiss_module().extract_index_ivf(index.base_index).nprobe == chosen["nprobe"] > 1
 
 
-def test_a_higher_target_takes_a_dearer_setting(vectors, tmp_path, caplog):
+def test_a_higher_recall_target_chooses_a_slower_setting(vectors, tmp_path, caplog):
     low = build_vectors(tmp_path, vectors, index="small", target_recall=0.7)
     high = build_vectors(tmp_path, vectors, index="small", target_recall=0.93)
     assert low["k_factor"] < high["k_factor"]
@@ -135,10 +135,10 @@ def test_a_higher_target_takes_a_dearer_setting(vectors, tmp_path, caplog):
     assert "not 1.10" in caplog.text
 
 
-def test_made_queries_are_seeded_and_keep_to_the_vectors(vectors):
+def test_generated_queries_are_seeded_and_close_to_the_vectors(vectors):
     np.testing.assert_array_equal(make_queries(vectors, 3), make_queries(vectors, 3))
     assert (make_queries(vectors, 3) != make_queries(vectors, 4)).any()
-    # Isotropic noise of this size would leave a cosine near zero with every row but one's own.
+    # With isotropic noise of this size, only the original row would have a cosine above zero.
     second = np.sort(make_queries(vectors, 3) @ vectors.T, axis=1)[:, -2]
     assert np.median(second) > 0.5
 
@@ -157,7 +157,7 @@ def test_the_plan_is_the_size_on_disk(word, folders):
     assert size == pytest.approx(plan(word, COUNT, DIM).disk_bytes, rel=0.03)
 
 
-def test_the_plan_at_scale_is_retrieval_mds():
+def test_the_plan_at_scale_agrees_with_the_documentation():
     million = {word: plan(word, 1_000_000, 768) for word in VECTOR_INDEXES}
     assert million["flat"].disk_bytes == pytest.approx(3.07e9, rel=0.01)
     assert million["small"].ram_bytes <= 110e6
@@ -170,7 +170,7 @@ def test_the_plan_at_scale_is_retrieval_mds():
         plan("smal", 10, 10)
 
 
-def test_results_have_one_shape(word, folders, queries):
+def test_results_always_have_the_same_shape(word, folders, queries):
     index = open_vectors(folders[word])
     assert (index.dim, index.count) == (DIM, COUNT)
     for batch in (1, 7, 64):
@@ -187,7 +187,7 @@ def test_results_have_one_shape(word, folders, queries):
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
-def test_k_beyond_the_vectors(word, count, tmp_path, vectors):
+def test_k_may_exceed_the_number_of_vectors(word, count, tmp_path, vectors):
     build_vectors(tmp_path, vectors[:count], index=word)
     for batch in (1, 20):
         scores, rows = open_vectors(tmp_path).search(vectors[:1].repeat(batch, axis=0), count + 5)
@@ -197,7 +197,7 @@ def test_k_beyond_the_vectors(word, count, tmp_path, vectors):
             assert (np.sort(rows[:, :count], axis=1) == np.arange(count)).all()
 
 
-def test_a_corpus_of_one_vector_many_times(word, tmp_path, vectors):
+def test_a_corpus_of_identical_vectors(word, tmp_path, vectors):
     build_vectors(tmp_path, vectors[[5] * 300], index=word)
     assert (open_vectors(tmp_path).search(vectors[4:6], 3)[1] >= 0).all()
 
@@ -212,7 +212,7 @@ def test_bad_queries_are_refused(folders):
         index.search(np.full((2, DIM), np.nan), 3)
 
 
-def test_threads_may_search_at_once(word, folders, queries):
+def test_threads_may_search_concurrently(word, folders, queries):
     index = open_vectors(folders[word])
     alone = [index.search(queries[start : start + 10], 3) for start in range(0, 100, 10)]
     with ThreadPoolExecutor(4) as pool:
@@ -221,11 +221,11 @@ def test_threads_may_search_at_once(word, folders, queries):
         np.testing.assert_array_equal(one, other)
 
 
-def test_equal_scores_come_by_row(tmp_path):
-    """With whole numbers: float32 adds those up to the same score in any order, on any number of threads."""
+def test_equal_scores_are_ordered_by_row(tmp_path):
+    """Whole numbers: their float32 sum is the same in any order and on any number of threads."""
     rng = np.random.default_rng(5)
     copies = rng.integers(0, 250, (1000, DIM)).astype(np.float32)
-    copies[0], copies[[7, 500, 501, 502]] = 0, 255  # the range of int8, in every dimension
+    copies[0], copies[[7, 500, 501, 502]] = 0, 255  # the full range of int8 in every dimension
     queries = rng.integers(1, 3, (16, DIM)).astype(np.float32)
     for name in ("flat", "fp16", "int8"):
         build_vectors(tmp_path, copies, index=name)
@@ -235,7 +235,7 @@ def test_equal_scores_come_by_row(tmp_path):
             assert rows.tolist() == [[7, 500, 501, 502]] * batch
 
 
-def test_half_vectors_and_memory_maps_are_read_as_they_are(vectors, queries, tmp_path):
+def test_fp16_vectors_and_memory_maps_are_accepted(vectors, queries, tmp_path):
     np.save(tmp_path / "half.npy", vectors.astype(np.float16))
     build_vectors(tmp_path, np.load(tmp_path / "half.npy", mmap_mode="r"), index="fp16")
     half = vectors.astype(np.float16).astype(np.float32)
@@ -280,7 +280,7 @@ def published(path: Path, vectors: np.ndarray, metric: str) -> None:
     faiss.write_index(index, str(path))
 
 
-def test_a_published_flat_file_opens_as_it_is(vectors, queries, tmp_path):
+def test_a_published_flat_file_opens_unchanged(vectors, queries, tmp_path):
     for metric, sign in (("METRIC_INNER_PRODUCT", 1), ("METRIC_L2", -1)):
         published(tmp_path / "e5_Flat.index", vectors, metric)
         index = open_faiss_file(tmp_path / "e5_Flat.index")
@@ -314,7 +314,7 @@ print([opened[key] - before[key] for key in ("RssAnon", "RssFile")], searched["R
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_opening_reads_nothing_and_searching_keeps_nothing(tmp_path):
+def test_vectors_stay_in_the_file_when_opened_and_searched(tmp_path):
     faiss = faiss_module()
     vectors = mixture(10_000, 768, seed=0)  # 31 MB in fp32
     index = faiss.IndexFlatIP(768)
@@ -329,7 +329,7 @@ def test_opening_reads_nothing_and_searching_keeps_nothing(tmp_path):
         )
         assert mapped < 4e6
         assert anonymous < kept + 4e6
-        # The codes, and FAISS' and OpenBLAS' buffers; the 8 to 31 MB of rows stay in the file.
+        # The codes and the buffers of FAISS and OpenBLAS; the 8 to 31 MB of rows stay in the file.
         assert searched < kept + 24e6
 
 
@@ -341,32 +341,32 @@ print(faiss_module().cvar.distance_compute_blas_threshold, os.environ.get("OPENB
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="faiss is built with another BLAS")
-def test_openblas_gets_the_kernels_of_this_processor():
+def test_openblas_uses_the_kernels_for_this_processor():
     flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
     for given in (None, "Nehalem"):
         environment = {**os.environ, "OPENBLAS_VERBOSE": "2"} | ({"OPENBLAS_CORETYPE": given} if given else {})
         told = subprocess.run(
             [sys.executable, "-c", BLAS], capture_output=True, text=True, check=True, env=environment
         )
-        # numpy's own OpenBLAS speaks first; FAISS' last. What the user set stays; what is set here does not.
+        # numpy's OpenBLAS prints first, FAISS's last. The user's setting is kept; ours is removed again.
         cores = re.findall(r"Core: (\w+)", told.stdout + told.stderr)
         assert cores[-1] == given or (given is None and cores[-1] == kernels(flags))
         assert told.stdout.splitlines()[-1] == f"20 {given}"
 
 
-def test_kernels_by_processor():
+def test_which_kernels_a_processor_gets():
     assert kernels({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}) == "SkylakeX"
     assert kernels({"avx2", "fma", "avx512f"}) == "Haswell"  # Xeon Phi
     assert kernels({"sse4_2"}) is None
 
 
-def test_without_faiss_the_extras_are_named(monkeypatch):
+def test_without_faiss_the_error_names_the_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"pip install .trl-search\[faiss\]"):
         faiss_module()
 
 
-def test_a_graph_larger_than_memory_is_refused_and_a_flat_file_warned_about(folders, monkeypatch, caplog):
+def test_a_graph_larger_than_memory_is_refused_and_a_flat_file_gives_a_warning(folders, monkeypatch, caplog):
     monkeypatch.setattr(open_module, "available_ram_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"a graph of .* searched in memory"):
         open_vectors(folders["hnsw"])
@@ -374,7 +374,7 @@ def test_a_graph_larger_than_memory_is_refused_and_a_flat_file_warned_about(fold
     assert "searches will wait for the disk" in caplog.text
 
 
-def test_a_published_graph_is_searched_well_and_ids_of_its_own_are_refused(tmp_path):
+def test_a_published_graph_is_searched_with_good_recall_and_custom_ids_are_refused(tmp_path):
     faiss = faiss_module()
     vectors = np.random.default_rng(0).standard_normal((5000, 96)).astype(np.float32)
     graph = faiss.IndexHNSWFlat(96, 16, faiss.METRIC_INNER_PRODUCT)
@@ -402,7 +402,7 @@ def test_a_published_graph_larger_than_memory_is_refused(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("factory", ["IVF128,Flat", "PCA24,IVF128,PQ12x4fs", "IVF128,RaBitQ"])
-def test_a_published_ivf_is_searched_in_more_than_one_list(
+def test_a_published_ivf_index_is_searched_in_several_lists(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, factory: str
 ) -> None:
     faiss, vectors = faiss_module(), mixture(4_000, 32, 3)
@@ -421,7 +421,7 @@ def test_a_published_ivf_is_searched_in_more_than_one_list(
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(one, exact, strict=True)]) < recall
 
 
-def test_how_much_is_searched_is_an_option_of_what_has_it(folders: dict[str, Path]) -> None:
+def test_search_effort_is_an_option_of_approximate_indexes(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="nprobe is an option of an IVF"):
         open_vectors(folders["flat"], device="cpu", nprobe=3)
     with pytest.raises(UserError, match="ef_search must be at least 1"):

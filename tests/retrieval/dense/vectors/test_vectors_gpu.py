@@ -1,4 +1,4 @@
-"""The GPU path on CPU tensors: exactness and its certificate, shards, the preflight, the kernel interpreted."""
+"""The GPU search on CPU tensors: exactness and its certificate, shards, the preflight, the kernels interpreted."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def ranked(rows: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-(queries.astype(np.float64) @ rows.astype(np.float64).T), axis=1, kind="stable")[:, :k]
 
 
-# Under one group; whole groups; a last group of one row; enough groups for groups of groups, with a tail.
+# Less than one group; whole groups; a last group of one row; groups of groups with a remainder.
 @pytest.mark.parametrize("count", [3, 640, 10 * GROUP + 1, 4100 * GROUP + 70])
 @pytest.mark.parametrize("k", [1, 3])
-def test_finds_the_rows_of_an_fp32_search(count, k):
+def test_search_finds_the_rows_of_an_fp32_search(count, k):
     rows = unit(count, 16, seed=0).astype(np.float16)
     queries = 5 * unit(6, 16, seed=1)
     scores, found = top_rows(torch.from_numpy(rows), torch.from_numpy(queries), k, max_norm=1.01)
@@ -50,12 +50,12 @@ def test_finds_the_rows_of_an_fp32_search(count, k):
 
 
 def blurred(rows_ND: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tensor:
-    """Maxima as wrong as rounding queries to fp16 may make them, in the worst direction."""
+    """Maxima with the largest error from rounding queries to fp16, in the worst direction."""
     noise = torch.rand(group_maxima(rows_ND, queries_BD).shape, generator=torch.Generator().manual_seed(0))
     return group_maxima(rows_ND, queries_BD) + 1e-4 * (noise - 0.5)
 
 
-def test_what_the_certificate_does_not_cover_is_searched_in_full(monkeypatch):
+def test_queries_without_a_certificate_are_searched_in_full(monkeypatch):
     searched: list[int] = []
     every_row = exact._every_row
 
@@ -64,7 +64,7 @@ def test_what_the_certificate_does_not_cover_is_searched_in_full(monkeypatch):
         return every_row(*arguments)
 
     monkeypatch.setattr(exact, "_every_row", counted)
-    # Every group holds a copy of the same row, so whichever groups are fetched, others hold its equal.
+    # Every group has a copy of the same row, so groups that are not fetched always have an equal score.
     rows = unit(200 * GROUP, 32, seed=0)
     rows[5::GROUP] = rows[5]
     queries = torch.from_numpy(np.concatenate([rows[5:6], unit(3, 32, seed=1)]))
@@ -76,7 +76,7 @@ def test_what_the_certificate_does_not_cover_is_searched_in_full(monkeypatch):
         assert len(searched) == 1
 
 
-def test_a_query_of_zeros_and_one_of_huge_numbers_have_results():
+def test_queries_of_zeros_and_of_huge_numbers_have_results():
     rows = unit(500, 32, seed=0).astype(np.float16)
     queries = np.stack([np.zeros(32), 1e6 * rows[3].astype(np.float32)]).astype(np.float32)
     scores, found = top_rows(torch.from_numpy(rows), torch.from_numpy(queries), 3, max_norm=1.01)
@@ -84,7 +84,7 @@ def test_a_query_of_zeros_and_one_of_huge_numbers_have_results():
     assert torch.isfinite(scores).all()
 
 
-def test_shards_answer_as_one():
+def test_shards_give_the_same_results_as_one_index():
     vectors = unit(5000, 48, seed=0)
     vectors[[100, 2600, 4999]] = vectors[7]
     queries = np.concatenate([vectors[7:8], unit(20, 48, seed=1)])
@@ -109,12 +109,12 @@ def test_shards_answer_as_one():
         search.search(queries, 1)
 
 
-def test_rows_are_dealt_out_evenly():
+def test_rows_are_distributed_evenly():
     assert split_rows(10, 3) == [(0, 3), (3, 6), (6, 10)]
     assert split_rows(2, 4) == [(0, 1), (1, 2)]
 
 
-def test_a_transfer_never_holds_more_than_its_result_and_a_slice(monkeypatch):
+def test_a_transfer_converts_one_slice_at_a_time(monkeypatch):
     monkeypatch.setattr(gpu, "SLICE_ROWS", 100)
     made: list[int] = []
     half = torch.Tensor.half
@@ -134,7 +134,7 @@ def test_a_transfer_never_holds_more_than_its_result_and_a_slice(monkeypatch):
         transfer(vectors, 0, CPU)
 
 
-def test_the_preflight_says_what_is_needed_and_what_is_there():
+def test_the_preflight_reports_needed_and_free_memory():
     wiki = 21_000_000, 768
     check_gpu_memory(*wiki, [80 << 30], ram_bytes=16 << 30)
     check_gpu_memory(*wiki, [20 << 30] * 2, ram_bytes=16 << 30)
@@ -154,7 +154,7 @@ def test_results_of_shards_merge_by_score_then_row():
     assert rows.tolist() == [[1, 4, 2, -1]] and scores.tolist() == [[3, 3, 1, -np.inf]]
 
 
-def test_the_device_is_chosen_by_room(tmp_path, monkeypatch, caplog):
+def test_the_device_is_chosen_by_free_memory(tmp_path, monkeypatch, caplog):
     vectors = unit(300, 32, seed=0)
     build_vectors(tmp_path, vectors, index="flat")
     moved: list[str] = []
@@ -202,13 +202,13 @@ def test_the_kernels_compute_what_torch_does():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
+def test_search_on_a_gpu():
     check_on([torch.device("cuda", 0)])
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_on_two_gpus():
+def test_search_on_two_gpus():
     check_on([torch.device("cuda", 0), torch.device("cuda", 1)])
 
 
@@ -226,7 +226,7 @@ def check_on(devices: list[torch.device]) -> None:
 @pytest.mark.parametrize("dim", [768, 1000])
 @pytest.mark.parametrize("batch", [1, 64, 512])
 def test_the_maxima_compile_for_a_hopper_gpu_and_fit_it(batch, dim):
-    """Ahead of time, so that no GPU is needed: Triton brings its compiler for every target."""
+    """Compiled ahead of time, so no GPU is needed: Triton includes the compiler for every target."""
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
     from trl_search.retrieval.dense.vectors import gpu_kernel
 
@@ -242,7 +242,7 @@ def test_the_maxima_compile_for_a_hopper_gpu_and_fit_it(batch, dim):
         num_warps=warps,
         num_stages=stages,
     )
-    # The pipeline holds a part of the rows and of the queries a stage.
+    # Each stage of the pipeline holds a block of rows and a block of queries.
     assert (stages - 1) * 2 * part * (rows + queries) <= shared <= gpu_kernel.SHARED_BYTES
 
 
@@ -258,7 +258,7 @@ def test_the_scores_compile_for_a_hopper_gpu(dim):
 
 
 def compiled_for_hopper(kernel, types: dict[str, str], constants: dict[str, int], **options: int) -> int:
-    """Compiles, and says what a tile takes of a multiprocessor's memory."""
+    """Compiles a kernel and returns the shared memory that a tile needs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
