@@ -1,8 +1,8 @@
-"""The seams of TRL that `SearchGRPOTrainer` stands on, one test a seam, named after it.
+"""The seams of TRL that `SearchGRPOTrainer` depends on, one test per seam, named after it.
 
-Nothing here tests this package. When a new TRL breaks one of these, read its `grpo_trainer.py` and mend the method of
-`trl_search/trainer/grpo.py` or `trl_search/trainer/loss/seams.py` that the test names; `pyproject.toml` then takes the
-new minor release.
+These tests test TRL, not this package. If a new TRL breaks one, read its `grpo_trainer.py`, correct the method of
+`trl_search/trainer/grpo.py` or `trl_search/trainer/loss/seams.py` that the test names, and raise the bound in
+`pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUESTIONS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"q{i}"}]
 
 
 class Spy(GRPOTrainer):
-    """A stock trainer with a `rollout_func` of three tokens, that keeps what passes through each seam."""
+    """A stock trainer with a `rollout_func` of three tokens, which records what passes through each seam."""
 
     def _generate_and_score_completions(self, inputs):
         self.rows = inputs
@@ -51,7 +51,7 @@ class Spy(GRPOTrainer):
 
 
 def rollout(prompts, trainer):
-    """Completions 5 6 7, of which 6 is the world's; one token more for every second prompt."""
+    """Completions 5 6 7, where 6 is an observation; one token more for every second prompt."""
     ids = [[5, 6, 7] + [8] * (i % 2) for i in range(len(prompts))]
     trainer.prompts_seen = prompts
     return {
@@ -75,7 +75,7 @@ def spy(tmp_path, random_model, tokenizer):
 
     arguments = config(tmp_path, per_device_train_batch_size=6, num_generations=3)
     trainer = Spy(random_model, reward, arguments, QUESTIONS, processing_class=tokenizer)
-    # `rollout_func` set after __init__, as our trainer does: the attribute is what TRL reads.
+    # `rollout_func` is set after __init__, as in our trainer, because TRL reads the attribute.
     trainer.rollout_func = rollout
     trainer.seen = seen
     trainer.current_gradient_accumulation_steps = 1
@@ -105,13 +105,13 @@ def test_method_signatures():
     calculate = parameters(GRPOTrainer._calculate_rewards)
     assert calculate == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
     assert parameters(GRPOTrainer._log_completion_extra) == ["self", "column", "values"]
-    assert "_run_epoch" in inspect.getsource(GRPOTrainer._inner_training_loop)  # `RollsBack` takes no step in some
+    assert "_run_epoch" in inspect.getsource(GRPOTrainer._inner_training_loop)  # `RollsBack` skips some steps
     assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:7] == [
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
     ]  # fmt: skip
 
 
-def test_unwrap_model_for_generation_takes_what_we_give():
+def test_unwrap_model_for_generation_accepts_our_arguments():
     taken = {"model", "accelerator", "gather_deepspeed3_params", "gradient_checkpointing_kwargs"}
     assert taken <= set(parameters(unwrap_model_for_generation))
 
@@ -122,7 +122,7 @@ def test_config_fields_that_we_read_or_change():
     read += ["ds3_gather_for_generation", "gradient_checkpointing_kwargs", "chat_template_kwargs", "use_vllm", "seed"]
     changed = ["max_completion_length", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"]
     assert set(read + changed) <= set(fields)
-    # Without these in the dataset's rows, rewards and environments would lose their columns.
+    # Otherwise the dataset's rows, and so rewards and environments, would lose their columns.
     assert fields["remove_unused_columns"].default is False
 
 
@@ -140,7 +140,7 @@ def test_rollout_func_must_return_these_keys(spy):
         spy._generate_and_score_completions(generation_batch(spy))
 
 
-def test_generate_holds_the_completions_at_position_3(spy):
+def test_generate_returns_the_completions_at_position_3(spy):
     spy._generate_and_score_completions(generation_batch(spy))
     assert spy.generated[0] == [[1, 2]] * 6
     assert spy.generated[1][1] == [5, 6, 7, 8]
@@ -151,7 +151,7 @@ def test_generate_holds_the_completions_at_position_3(spy):
 
 def test_env_mask_becomes_the_tool_mask(spy):
     scored = spy._generate_and_score_completions(generation_batch(spy))
-    assert scored["tool_mask"].tolist() == [[1, 0, 1, 1]] * 6  # padded with 1, where completion_mask is 0
+    assert scored["tool_mask"].tolist() == [[1, 0, 1, 1]] * 6  # padded with 1 where completion_mask is 0
     assert scored["completion_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] * 3
     assert scored["num_items_in_batch"] == 3 * 2 + 3 * 3
 
@@ -171,7 +171,7 @@ def test_logps_and_entropies_are_over_the_completion(spy):
     assert logps.shape == entropies.shape == scored["completion_ids"].shape and aux_loss is None
 
 
-def test_rewards_get_columns_extras_and_the_logs(spy):
+def test_rewards_get_columns_extras_and_log_functions(spy):
     spy._generate_and_score_completions(generation_batch(spy))
     assert {"gold", "an_extra", "trainer_state", "log_extra", "log_metric"} <= set(spy.seen)
     assert spy.seen["an_extra"] == [f"extra {i}" for i in range(6)]
@@ -180,12 +180,12 @@ def test_rewards_get_columns_extras_and_the_logs(spy):
     assert spy._metrics["train"]["metric"] == [4.0]
 
 
-def test_rewards_come_as_one_row_a_sample_of_all_ranks(spy):
+def test_rewards_have_one_row_per_sample_of_all_ranks(spy):
     spy._generate_and_score_completions(generation_batch(spy))
     assert spy.rewards.tolist() == [[float(i)] for i in range(6)]
 
 
-def test_a_row_of_nan_rewards_enters_no_baseline_and_has_no_advantage(spy):
+def test_a_row_of_nan_rewards_is_in_no_baseline_and_has_no_advantage(spy):
     advantages = spy._generate_and_score_completions(generation_batch(spy))["advantages"]
     # Rewards 0 1 2 | 3 4 NaN: the second group's mean is 3.5.
     torch.testing.assert_close(advantages[:3], torch.tensor([-1.0, 0.0, 1.0]), atol=1e-3, rtol=0)
@@ -225,16 +225,16 @@ def test_one_generation_serves_several_iterations(spy):
     assert len(calls) == 2
 
 
-# The seams of trainer/vllm_backend.py and trainer/server_sync.py. They are read in TRL's source, since vLLM is not
-# installed beside it; tests/policies/test_vllm_colocate.py and test_vllm_server.py go through them with the real one.
+# The seams of trainer/generation/vllm_backend.py and server_sync.py, checked in TRL's source, because vLLM is not
+# installed here. tests/policies/test_vllm_colocate.py and test_vllm_server.py run them with the real vLLM.
 
 
-def test_the_trainer_makes_its_vllm_backend_by_this_name():
+def test_the_trainer_creates_its_vllm_backend_by_this_name():
     assert grpo_trainer.VLLMGeneration is VLLMGeneration
     assert "self.vllm_generation = VLLMGeneration(" in inspect.getsource(GRPOTrainer.__init__)
 
 
-def test_the_trainer_gives_its_vllm_backend_these_arguments():
+def test_the_trainer_passes_these_arguments_to_its_vllm_backend():
     given = inspect.getsource(GRPOTrainer.__init__).split("VLLMGeneration(")[1]
     read = ["model", "accelerator", "mode", "server_base_url", "server_host", "server_port", "server_timeout"]
     for name in [*read, "max_model_length", "enable_sleep_mode"]:
@@ -247,7 +247,7 @@ def test_the_trainer_syncs_before_it_rolls_out():
     assert generate.index("self.vllm_generation.sync_weights()") < generate.index("self.rollout_func(")
 
 
-def test_the_backend_makes_its_engine_by_this_name_once_its_options_are_set():
+def test_the_backend_creates_its_engine_by_this_name_after_its_options_are_set():
     made = inspect.getsource(VLLMGeneration._init_vllm)
     assert "self.llm = LLM(" in made and 'logprobs_mode="processed_logprobs"' in made
     assert 'distributed_executor_backend="external_launcher"' in made  # the engine is in this process
@@ -256,16 +256,16 @@ def test_the_backend_makes_its_engine_by_this_name_once_its_options_are_set():
     assert "from vllm import LLM" in inspect.getsource(vllm_generation)
 
 
-def test_the_backends_engine_sleeps_after_the_start_where_it_is_told_to():
+def test_the_backends_engine_sleeps_after_the_start_if_configured():
     made = inspect.getsource(VLLMGeneration._init_vllm)
     asleep = made.split("if self.enable_sleep_mode:")[1]
     assert "self.llm.sleep(level=2)" in asleep and "self._llm_weights_sleeping = self.enable_sleep_mode" in asleep
     assert made.rstrip().endswith("accelerator.wait_for_everyone()")
 
 
-def test_the_client_of_a_server():
+def test_the_methods_of_the_server_client():
     assert {"base_url", "connection_timeout"} <= set(parameters(VLLMClient.__init__))
-    assert "init_communicator" not in inspect.getsource(VLLMClient.__init__)  # a process group, only when asked for
+    assert "init_communicator" not in inspect.getsource(VLLMClient.__init__)  # a process group, only on request
     assert {"metadata", "named_params"} <= set(parameters(VLLMClient.update_named_params))
     for method in ("weight_update", "reset_prefix_cache", "get_server_info", "_post"):
         assert callable(getattr(VLLMClient, method))

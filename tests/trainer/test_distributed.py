@@ -1,7 +1,7 @@
-"""Two hosts with a rank each, over gloo: rollouts that take other numbers of turns and other times.
+"""Two hosts with one rank each, over gloo: rollouts with different numbers of turns and durations.
 
-Both ranks run tests/support/distributed_run.py once, in the environment that torch's launcher gives them there (rank 1
-is local rank 0 of its host); the tests below read what each of them wrote down.
+Both ranks run tests/support/distributed_run.py once, in the environment that torch's launcher would set (rank 1 is
+local rank 0 of its host). The tests below read what they wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tokenizer):
-    """What rank 0 and rank 1 saw."""
+    """The results of rank 0 and rank 1."""
     folder = tmp_path_factory.mktemp("distributed")
     save_random_model(folder / "model", tokenizer)
     run_ranks("tests.support.distributed_run", [str(folder)], folder, one_per_host=True)
@@ -31,7 +31,7 @@ def test_there_were_two_processes_over_gloo(ranks):
     assert [(rank["processes"], rank["backend"]) for rank in ranks] == [(2, "gloo")] * 2
 
 
-def test_ranks_with_other_turns_and_times_finish_every_step(ranks):
+def test_ranks_with_different_turns_and_durations_finish_every_step(ranks):
     assert [rank["scripted"]["turns"] for rank in ranks] == [[1, 1, 1], [2, 3, 4]]
     assert [len(rank["scripted"]["batches"]) for rank in ranks] == [3, 3]
 
@@ -39,11 +39,11 @@ def test_ranks_with_other_turns_and_times_finish_every_step(ranks):
 def test_each_rank_keeps_its_own_trajectories(ranks):
     for number, rank in enumerate(ranks):
         for batch in rank["scripted"]["batches"]:
-            # question-rank-number; that the question is the row's own is checked by the reward function, on the rank.
+            # question-rank-number; the reward function checks on each rank that the question belongs to the row.
             assert [text.split("-", 1)[1] for text in batch["said"]] == [f"{number}-{i}" for i in range(3)]
 
 
-def test_groups_that_straddle_ranks_get_their_own_advantages(ranks):
+def test_groups_split_over_ranks_get_the_right_advantages(ranks):
     for batches in zip(*(rank["scripted"]["batches"] for rank in ranks), strict=True):
         said = [text for batch in batches for text in batch["said"]]
         advantages = [advantage for batch in batches for advantage in batch["advantages"]]

@@ -1,4 +1,4 @@
-"""Too many failures stop a run, and the message says what failed: retrieval, or the user's environment."""
+"""Too many failures stop a run, and the message says what failed: the retriever or the user's environment."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def trajectories(*reasons: StopReason) -> list[Trajectory]:
 ANSWER, SEARCH, WORLD = StopReason.ANSWER, StopReason.RETRIEVAL_FAILED, StopReason.ENVIRONMENT_FAILED
 
 
-def test_few_failures_stop_nothing() -> None:
+def test_few_failures_do_not_stop_a_run() -> None:
     check_failures(trajectories(ANSWER, ANSWER, SEARCH, WORLD), 0.5)
 
 
-def test_failed_searches_are_the_retrievers() -> None:
+def test_failed_searches_are_attributed_to_the_retriever() -> None:
     said = r"^retrieval failed for 2 of 4 trajectories and the environment for 1, together more than .*: retrieval_f"
     with pytest.raises(RetrievalError, match=said):
         check_failures(trajectories(ANSWER, SEARCH, SEARCH, WORLD), 0.5)
 
 
-def test_a_failing_environment_is_the_users() -> None:
+def test_other_failures_are_attributed_to_the_users_environment() -> None:
     with pytest.raises(UserError, match=r"^the environment failed for 3 of 4 .*first error: environment_failed it"):
         check_failures(trajectories(WORLD, WORLD, WORLD, ANSWER), 0.5)

@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing and is counted; three in a row, or such a weight, never reach a file."""
+"""Steps that are not finite are skipped and counted; three in a row stop the run; bad weights are never saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_search.trainer.sft import SearchSFTConfig
 
 
 class Poisoned(FiniteSteps, SFTTrainer):
-    """Its loss, or a gradient, is not finite at the given micro-steps."""
+    """Its loss or a gradient is not finite at the given micro-steps."""
 
     poison: tuple[int, ...] = ()
     gradient_only: bool = False
@@ -54,7 +54,7 @@ def weights(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
-def test_such_a_step_changes_no_weight_and_is_counted(
+def test_a_nonfinite_step_changes_no_weight_and_is_counted(
     gradient_only: bool, tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = trainer(tmp_path, random_model, tokenizer, 2, 4)
@@ -69,14 +69,14 @@ def test_such_a_step_changes_no_weight_and_is_counted(
     made._get_grad_norm = watched  # type: ignore[method-assign]
     made.train()
     seen.append(weights(random_model))
-    # seen[i + 1] is before step i + 1 (from 1) takes effect, seen[i + 2] after it.
+    # seen[i + 1] is before the effect of step i + 1 (counted from 1), seen[i + 2] after it.
     unchanged = [all(map(torch.equal, seen[i + 1], seen[i + 2])) for i in range(6)]
     assert unchanged == [False, True, False, True, False, False]
     assert made.state.log_history[-2]["skipped_steps"] == 2
     assert all(torch.isfinite(weight).all() for weight in weights(random_model))
 
 
-def test_three_in_a_row_stop_the_run_with_the_step_and_the_text(
+def test_three_nonfinite_steps_in_a_row_stop_the_run_with_step_and_text(
     tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = trainer(tmp_path, random_model, tokenizer, 1, 3, 4, 5)
@@ -87,7 +87,7 @@ def test_three_in_a_row_stop_the_run_with_the_step_and_the_text(
     assert not all(map(torch.equal, before, weights(random_model)))  # the good step was taken
 
 
-def test_one_bad_micro_step_of_an_accumulation_spoils_the_step(
+def test_one_nonfinite_micro_step_skips_the_whole_step(
     tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = trainer(tmp_path, random_model, tokenizer, 3, gradient_accumulation_steps=2)
@@ -95,7 +95,7 @@ def test_one_bad_micro_step_of_an_accumulation_spoils_the_step(
     assert made.skipped == 1 and all(torch.isfinite(weight).all() for weight in weights(random_model))
 
 
-def test_such_a_weight_is_never_written_over_a_good_model(
+def test_nonfinite_weights_are_never_saved_over_a_good_model(
     tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = trainer(tmp_path, random_model, tokenizer)
@@ -106,10 +106,10 @@ def test_such_a_weight_is_never_written_over_a_good_model(
     with pytest.raises(UserError, match="nothing was written to"):
         made.save_model(str(tmp_path / "model"))
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == good
-    refuse_nonfinite_weights([("ids", torch.tensor([1]))], None)  # whole numbers are always finite
+    refuse_nonfinite_weights([("ids", torch.tensor([1]))], None)  # integers are always finite
 
 
-def test_grpo_stops_as_well_with_the_step_and_the_question(
+def test_grpo_stops_too_with_step_and_question(
     tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = scripted_trainer(tmp_path, random_model, tokenizer, max_steps=6)

@@ -1,4 +1,4 @@
-"""`SearchGRPOTrainer` as its users run it: training runs of a few steps, with everything that TRL offers."""
+"""`SearchGRPOTrainer` as users run it: short trainings with the features of TRL."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_equal_weights(one, other, **tolerance):
 
 @pytest.fixture
 def saved_model(tmp_path, random_model, tokenizer):
-    """A folder, as users name a model by it; TRL reloads the reference model of beta > 0 from there."""
+    """The folder of a model, from which TRL also loads the reference model of beta > 0."""
     folder = tmp_path / "model"
     random_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -53,7 +53,7 @@ def load(folder):
 # A drop-in GRPOTrainer
 
 
-def test_without_a_world_it_is_its_parent(tmp_path, saved_model, tokenizer):
+def test_without_an_environment_it_equals_its_parent(tmp_path, saved_model, tokenizer):
     runs = {}
     for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (SearchGRPOTrainer, None)):
         arguments = config(tmp_path, max_completion_length=12, num_iterations=2, beta=0.05, max_steps=3)
@@ -72,7 +72,7 @@ def test_without_a_world_it_is_its_parent(tmp_path, saved_model, tokenizer):
         assert {n: v for n, v in theirs.items() if n not in timed} == {n: v for n, v in mine.items() if n not in timed}
 
 
-def test_without_a_world_reward_models_are_left_to_trl(tmp_path, random_model, tokenizer):
+def test_without_an_environment_reward_models_are_left_to_trl(tmp_path, random_model, tokenizer):
     model = Qwen2ForSequenceClassification(Qwen2Config(**{**random_model.config.to_dict(), "num_labels": 1}))
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
@@ -81,7 +81,7 @@ def test_without_a_world_reward_models_are_left_to_trl(tmp_path, random_model, t
     assert trainer.reward_func_names == ["judge", "later_is_better"]
 
 
-# Models, rewards and worlds
+# Models, rewards and environments
 
 
 def test_a_model_named_by_its_folder(tmp_path, saved_model):
@@ -98,7 +98,7 @@ def test_rewards_by_name_by_callable_and_both(tmp_path, random_model, tokenizer)
     logged = steps(trainer)[0]
     assert logged["rewards/em/mean"] == 0.5 and logged["rewards/later_is_better/mean"] == 1.5
     assert logged["reward"] == 2.0 and logged["rewards/reflection/mean"] == 0.0
-    assert trainer.args.reward_weights is None  # the same config serves another trainer
+    assert trainer.args.reward_weights is None  # the same config works for another trainer
 
 
 def test_the_default_reward_is_em_and_weights_can_be_given(tmp_path, random_model, tokenizer):
@@ -110,7 +110,7 @@ def test_the_default_reward_is_em_and_weights_can_be_given(tmp_path, random_mode
 
 
 class GuessTheNumber(Environment):
-    """A user's own world, with state of its own in every trajectory."""
+    """A user's environment with state per trajectory."""
 
     tools = ()
 
@@ -141,7 +141,7 @@ def test_a_users_own_environment(tmp_path, random_model, tokenizer):
     trainer.train()
     for i, trajectory in enumerate(trainer.last_rollout.trajectories):
         question = int(tokenizer.decode(trajectory.prompt_ids).split("Guess ")[1][0])
-        number = question + 2  # the row that this trajectory's game was started with is the one it was asked
+        number = question + 2  # the game was started with the row of its trajectory
         notices = [turn.text for turn in trajectory.turns if turn.role == "tool"]
         tried = [str(guess) for guess in range(i % 2, number)]
         assert notices == [f"{number} is not {' or '.join(tried[: n + 1])}." for n in range(len(tried))]
@@ -150,7 +150,7 @@ def test_a_users_own_environment(tmp_path, random_model, tokenizer):
 
 
 @pytest.mark.parametrize("max_searches", [0, 2])
-def test_without_searches_the_policy_is_shown_no_tool(tmp_path, random_model, tokenizer, max_searches):
+def test_without_searches_the_prompt_has_no_tool(tmp_path, random_model, tokenizer, max_searches):
     script = lambda number, prompt: [answer(GOLD)]  # noqa: E731
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, script, max_searches=max_searches)
     trainer.score()
@@ -158,10 +158,10 @@ def test_without_searches_the_policy_is_shown_no_tool(tmp_path, random_model, to
     assert ("<tools>" in prompt) is (max_searches > 0)
 
 
-# What TRL offers, with searches in between
+# Features of TRL, with searches
 
 
-def test_lora_trains_adapters_and_leaves_the_model_alone(tmp_path, saved_model, tokenizer):
+def test_lora_trains_adapters_and_does_not_change_the_model(tmp_path, saved_model, tokenizer):
     from peft import AutoPeftModelForCausalLM, LoraConfig
 
     before = weights(load(saved_model))
@@ -223,7 +223,7 @@ def test_evaluation_during_training(tmp_path, random_model, tokenizer):
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, saved_model, tokenizer):
-    """Bit for bit on CPU: the data order, the sampled trajectories, the optimizer and the shuffle all go on."""
+    """Bit for bit on a CPU: data order, sampled trajectories, optimizer and shuffling continue."""
     whole = real_trainer(
         tmp_path / "whole", load(saved_model), tokenizer, max_steps=4, save_strategy="steps", save_steps=2,
         per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -239,7 +239,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, saved_mode
     assert_equal_weights(weights(whole.model), weights(resumed.model))
 
 
-def test_every_generation_draws_its_own_numbers_and_a_repeated_run_the_same(tmp_path, saved_model, tokenizer):
+def test_every_generation_has_its_own_samples_and_a_repeated_run_the_same(tmp_path, saved_model, tokenizer):
     def sampled(**options):
         seen = []
 
@@ -255,13 +255,13 @@ def test_every_generation_draws_its_own_numbers_and_a_repeated_run_the_same(tmp_
 
     same = DATA.select([0, 0])
     one = sampled(data=same, gradient_accumulation_steps=2, steps_per_generation=1)
-    # One prompt, weights that do not move: 3 steps x 2 generations x 4 trajectories, and no two are the same.
+    # One prompt and fixed weights: 3 steps x 2 generations x 4 trajectories, all different.
     assert len(one) == len(set(one)) == 24
     assert one == sampled(data=same, gradient_accumulation_steps=2, steps_per_generation=1)
     assert one != sampled(data=same, gradient_accumulation_steps=2, steps_per_generation=1, seed=2)
 
 
-def test_a_model_may_have_one_trainer_after_another(tmp_path, random_model, tokenizer):
+def test_a_model_may_be_used_by_several_trainers_in_turn(tmp_path, random_model, tokenizer):
     for name in ("first", "second"):
         trainer = scripted_trainer(tmp_path / name, random_model, tokenizer, max_steps=1)
         trainer.train()
@@ -276,7 +276,7 @@ def test_gradient_checkpointing_and_streamed_data(tmp_path, random_model, tokeni
 
 
 def test_trl_neither_decodes_nor_parses_a_trajectory(tmp_path, random_model, tokenizer, monkeypatch):
-    """Some tokenizers (Qwen3's) tell TRL how to parse a response; a trajectory of several turns is none."""
+    """Some tokenizers (Qwen3's) tell TRL how to parse a response, but a trajectory of several turns is not one."""
     monkeypatch.setattr(tokenizer, "response_template", {"type": "object"}, raising=False)
     read = []
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: read.append("decoded"))

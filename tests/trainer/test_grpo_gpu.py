@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run by `make test-gpu`; results are recorded in docs/performance.md."""
+"""Tests that need a CUDA device. `make test-gpu` runs them; docs/performance.md has the results."""
 
 from __future__ import annotations
 
@@ -93,22 +93,22 @@ def test_a_training_step(tiny, tmp_path, bf16):
 
 @pytest.fixture
 def cudnn():
-    """cuDNN's attention is permitted, as it is by default."""
+    """Allows cuDNN's attention, as PyTorch does by default."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def operators(work):
-    """The names of PyTorch's operators that run."""
+    """The names of the PyTorch operators that run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("packed_attention", ["padded", "sdpa"])
-def test_grpo_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, packed_attention):
-    """Its backward gives NaN gradients for some padded batches (docs/troubleshooting.md). The reference model, too."""
+def test_grpo_does_not_use_cudnn_attention(cudnn, tiny, tmp_path, packed_attention):
+    """Its backward gives NaN gradients for some padded batches (docs/troubleshooting.md); neither model uses it."""
     options = {"max_steps": 1, "per_device_train_batch_size": 8, "bf16": True, "beta": 0.1}
     trainer = make_trainer(tiny, tmp_path, "f1", packed_attention=packed_attention, **options)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -118,7 +118,7 @@ def test_grpo_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, packed_att
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_sft_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, padding_free):
+def test_sft_does_not_use_cudnn_attention(cudnn, tiny, tmp_path, padding_free):
     model, tokenizer = tiny
     rows = sft_rows([((1, 2), tuple(range(3, 3 + length)), (1,) * length) for length in (5, 60, 100, 17)])
     config = SearchSFTConfig(
@@ -130,7 +130,7 @@ def test_sft_keeps_away_from_cudnns_attention(cudnn, tiny, tmp_path, padding_fre
     assert not [name for name in ran if "cudnn_attention" in name]
 
 
-def test_cudnns_attention_goes_by_the_name_that_is_looked_for(cudnn):
+def test_the_operator_of_cudnn_attention_has_the_expected_name(cudnn):
     def attend():
         heads = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):

@@ -1,4 +1,4 @@
-"""Bad input to the trainer: said before or at the first rollout, with the cause and what to change."""
+"""Bad input to the trainer is reported before or at the first rollout, with cause and remedy."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )  # fmt: skip
-def test_what_cannot_be_done_is_said_at_start(tmp_path, random_model, tokenizer, arguments, message):
+def test_impossible_arguments_are_refused_at_the_start(tmp_path, random_model, tokenizer, arguments, message):
     with pytest.raises(UserError, match=message):
         real_trainer(tmp_path, random_model, tokenizer, **arguments)
 
 
-def test_a_plain_grpo_config_lacks_what_a_search_needs(tmp_path, random_model, tokenizer):
+def test_a_plain_grpo_config_is_refused(tmp_path, random_model, tokenizer):
     arguments = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="must be a SearchGRPOConfig, not a GRPOConfig"):
         SearchGRPOTrainer(random_model, later_is_better, arguments, DATA, retriever=FixedRetriever(PASSAGES))
@@ -69,8 +69,8 @@ def test_a_plain_grpo_config_lacks_what_a_search_needs(tmp_path, random_model, t
 LONG = Dataset.from_list([{"question": "who " * words, "golden_answers": ["x"]} for words in (3, 1200, 4, 1300)])
 
 
-def test_prompts_that_are_too_long_are_found_when_the_dataset_is_loaded(tmp_path, random_model, tokenizer):
-    """By their rows, before anything is generated; and the advice is one that helps."""
+def test_prompts_that_are_too_long_are_reported_when_the_dataset_is_loaded(tmp_path, random_model, tokenizer):
+    """With their rows, before anything is generated, and the advice works."""
     said = (
         r"2 of 4 prompts of train_dataset are too long \(row 1 has \d+ tokens, row 3 .*length=1000 leaves 1048 for a "
     )
@@ -87,7 +87,7 @@ def test_prompts_that_are_too_long_are_found_when_the_dataset_is_loaded(tmp_path
     assert [row["question"].count("who") for row in kept.train_dataset] == [3, 4]
 
 
-def test_a_prompt_that_is_streamed_is_checked_as_it_comes(tmp_path, random_model, tokenizer):
+def test_streamed_prompts_are_checked_as_they_arrive(tmp_path, random_model, tokenizer):
     trainer = real_trainer(
         tmp_path, random_model, tokenizer, data=LONG.to_iterable_dataset(), max_completion_length=1000
     )
@@ -95,14 +95,14 @@ def test_a_prompt_that_is_streamed_is_checked_as_it_comes(tmp_path, random_model
         trainer.train()
 
 
-def test_a_tokenizer_without_tool_calls_under_qwen_tools(tmp_path, random_model):
+def test_a_tokenizer_without_tool_calls_needs_another_protocol(tmp_path, random_model):
     from tools.tiny_policy.tokenizer import make_tokenizer
 
     base = make_tokenizer()
     base.chat_template = None
     with pytest.raises(ValueError, match=r"needs a chat template with tools.*protocol='search_r1'"):
         real_trainer(tmp_path, random_model, base)
-    # ... which is as good as its word.
+    # The advice works.
     assert real_trainer(tmp_path, random_model, base, protocol="search_r1").protocol.name == "search_r1"
 
 
@@ -121,20 +121,20 @@ def test_a_tokenizer_without_tool_calls_under_qwen_tools(tmp_path, random_model)
     ],
     ids=str,
 )
-def test_settings_without_a_meaning(tmp_path, options, message):
+def test_meaningless_settings_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
 
 
-def test_questions_may_come_as_prompts(tmp_path, random_model, tokenizer):
-    """A string is asked as a question is; a conversation stays as it is."""
+def test_questions_may_be_given_as_prompts(tmp_path, random_model, tokenizer):
+    """A string is treated as a question; a conversation is not changed."""
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     for prompt, expected in (("Who?", [{"role": "user", "content": "Who?"}]), (talk, talk)):
         trainer = real_trainer(tmp_path, random_model, tokenizer, data=Dataset.from_list([{"prompt": prompt}] * 4))
         assert trainer.train_dataset[0]["prompt"] == expected
 
 
-def test_a_processor_is_as_good_as_its_tokenizer(tmp_path, random_model, tokenizer):
+def test_a_processor_works_like_its_tokenizer(tmp_path, random_model, tokenizer):
     from types import SimpleNamespace
 
     trainer = real_trainer(tmp_path, random_model, SimpleNamespace(tokenizer=tokenizer))
@@ -156,7 +156,7 @@ def test_rewards_that_read_the_first_message_are_named(tmp_path, random_model, t
     assert last(completions=[talk[:2]]) == [0.0] and last.__name__ == "think_format_reward"
 
 
-def test_a_trainer_evaluates_and_predicts_on_what_its_constructor_takes(tmp_path, random_model, tokenizer):
+def test_evaluate_and_predict_accept_what_the_constructor_accepts(tmp_path, random_model, tokenizer):
     trainer = real_trainer(tmp_path, random_model, tokenizer, num_generations_eval=2, per_device_eval_batch_size=4)
     asked = [{"role": "user", "content": "Who?"}]
     for data in (DATA, Dataset.from_list([{"prompt": "Who?"}] * 2), Dataset.from_list([{"prompt": asked}] * 2)):
@@ -167,13 +167,13 @@ def test_a_trainer_evaluates_and_predicts_on_what_its_constructor_takes(tmp_path
         trainer.evaluate(DATA.remove_columns("question"))
 
 
-def test_a_trainer_that_was_constructed_in_part_is_its_parent():
+def test_a_partly_constructed_trainer_behaves_like_its_parent():
     trainer = object.__new__(SearchGRPOTrainer)
     assert trainer.environment is None and trainer.logprobs is None
 
 
-def test_the_same_prompt_is_trained_evaluated_and_recorded(tmp_path, random_model, tokenizer):
-    """A dataset's own prompt, wherever a row is asked."""
+def test_training_evaluation_and_record_use_the_same_prompt(tmp_path, random_model, tokenizer):
+    """The prompt of the dataset, everywhere."""
     own = [{"role": "user", "content": "In one word: who?"}]
     rows = [
         {"prompt": own, "question": "Who?", "golden_answers": ["x"], "id": str(i), "data_source": "a"}
@@ -191,8 +191,8 @@ def test_the_same_prompt_is_trained_evaluated_and_recorded(tmp_path, random_mode
     assert seen and all(messages == own for messages in seen)
 
 
-def test_prompts_on_disk_are_those_of_the_protocol_that_asks(tmp_path, tokenizer):
-    """`map` keeps what it made by fingerprint. One that left something out would give another protocol its prompts."""
+def test_cached_prompts_depend_on_the_protocol(tmp_path, tokenizer):
+    """`map` caches by fingerprint. If that left out the protocol, another protocol would get these prompts."""
 
     class Polite(SearchR1):
         def conversation(self, row):
@@ -211,7 +211,7 @@ def test_prompts_on_disk_are_those_of_the_protocol_that_asks(tmp_path, tokenizer
         assert list(rows["prompt"]) == [protocol.conversation(row) for row in dataset]
 
 
-def test_fewer_questions_than_a_batch_asks_do_not_end_as_a_training_of_no_steps(tmp_path, random_model, tokenizer):
+def test_fewer_questions_than_a_batch_are_refused(tmp_path, random_model, tokenizer):
     trainer = real_trainer(tmp_path, random_model, tokenizer, data=DATA.select([0]), per_device_train_batch_size=8)
     with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""What a killed run finished is not repeated, and nothing is taken from the journal of another batch."""
+"""Trajectories that a killed run finished are not repeated, and the journal of another batch is not used."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def write(path, batch, **trajectories):
     journal.close()
 
 
-def test_a_trajectory_comes_back_as_it_was(tmp_path):
+def test_a_trajectory_is_read_back_unchanged(tmp_path):
     write(tmp_path / "rank0.jsonl", "a", _3=make_trajectory())
     found = Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished
     assert list(found) == [3] and same(found[3], make_trajectory())
 
 
-def test_what_was_taken_is_kept_for_the_next_kill(tmp_path):
+def test_resumed_trajectories_are_kept_for_the_next_kill(tmp_path):
     path = tmp_path / "rank0.jsonl"
     write(path, "a", _3=make_trajectory())
     second = Journal(path, "a", resumed=True)
@@ -65,29 +65,29 @@ def test_what_was_taken_is_kept_for_the_next_kill(tmp_path):
 
 
 @pytest.mark.parametrize(("batch", "resumed"), [("b", True), ("a", False)])
-def test_another_batch_and_a_new_run_take_nothing(tmp_path, batch, resumed):
+def test_another_batch_and_a_new_run_use_nothing(tmp_path, batch, resumed):
     write(tmp_path / "rank0.jsonl", "a", _0=make_trajectory())
     assert Journal(tmp_path / "rank0.jsonl", batch, resumed=resumed).finished == {}
 
 
 @pytest.mark.parametrize("cut", [2, 40, 5000])
-def test_a_line_that_was_cut_off_is_lost_alone(tmp_path, cut):
+def test_only_a_truncated_line_is_lost(tmp_path, cut):
     path = tmp_path / "rank0.jsonl"
     write(path, "a", _0=make_trajectory(), _1=make_trajectory())
     path.write_bytes(path.read_bytes()[:-cut])
     assert list(Journal(path, "a", resumed=True).finished) in ([0], [])
 
 
-def test_a_trajectory_whose_retrieval_failed_gets_another_chance(tmp_path):
+def test_a_trajectory_whose_retrieval_failed_is_repeated(tmp_path):
     write(tmp_path / "rank0.jsonl", "a", _0=make_trajectory(StopReason.RETRIEVAL_FAILED))
     assert Journal(tmp_path / "rank0.jsonl", "a", resumed=True).finished == {}
 
 
 class Page(Passage):
-    """A passage of the user's own."""
+    """A user's subclass of Passage."""
 
 
-def test_what_would_come_back_changed_is_not_kept(tmp_path, caplog):
+def test_trajectories_that_cannot_be_restored_exactly_are_not_kept(tmp_path, caplog):
     scored, own = make_trajectory(), make_trajectory()
     scored.passages[-1] = (Passage("1", "a", "b", score=np.float32(0.1)),)
     own.passages[-1] = (Page("1", "a", "b"),)
@@ -97,7 +97,7 @@ def test_what_would_come_back_changed_is_not_kept(tmp_path, caplog):
     assert caplog.text.count("Page is not a class of trl_search.types") == 1
 
 
-def test_one_weight_or_setting_makes_another_batch():
+def test_a_changed_weight_or_setting_makes_another_batch():
     weights = torch.ones(4, dtype=torch.bfloat16)
     moved = torch.tensor([1, 1, 1, 1.0078125], dtype=torch.bfloat16)
     digests = {batch_digest([weights], "a"), batch_digest([moved], "a"), batch_digest([weights], "b")}
@@ -105,10 +105,10 @@ def test_one_weight_or_setting_makes_another_batch():
 
 
 class Killed(BaseException):
-    """As if the process had ended there."""
+    """Stands for a kill of the process."""
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_its_batch(tmp_path, random_model, tokenizer):
+def test_a_killed_run_is_resumed_in_the_middle_of_its_batch(tmp_path, random_model, tokenizer):
     def script(number, prompt):
         return [search(f"query {number}"), answer(GOLD if number % 2 else "Nobody")]
 
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_its_batch(tmp_path, random_model,
 
     async def dying(prompt_ids, **options):
         completion = await generate(prompt_ids, **options)
-        if killed.state.global_step == 1 and len(asked) == 5:  # two trajectories of four are done
+        if killed.state.global_step == 1 and len(asked) == 5:  # two of four trajectories are finished
             raise Killed
         if killed.state.global_step == 1:
             asked.append(prompt_ids)
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_its_batch(tmp_path, random_model,
     assert 0 < done < 4
 
     resumed = make(tmp_path / "killed")
-    # A trajectory of the script is told by its place among those that run, and the first ones are done.
+    # The script numbers the trajectories that run, and the first ones are finished.
     resumed.actor.script = lambda number, prompt: script(number + done, prompt)
     resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-1"))
     assert len(resumed.actor.said) == 4 - done

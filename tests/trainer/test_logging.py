@@ -1,4 +1,4 @@
-"""What a run logs: the metrics of every step, the completion tables, and the trackers that get both."""
+"""The logs of a run: metrics of every step, completion tables, and the trackers that get both."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ ITEM_9 = {
 }  # fmt: skip
 
 
-def test_every_metric_is_there_at_every_step(tmp_path, random_model, tokenizer):
+def test_every_step_logs_every_metric(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, rewards=["em", "reflection"], max_steps=3)
     trainer.train()
     assert len(steps(trainer)) == 3
     for entry in steps(trainer):
         assert set(entry) >= ITEM_9 and all(math.isfinite(entry[name]) for name in ITEM_9)
-        # Four ways: 1 + 2 + 0 + 0 searches, 2 + 3 + 1 + 2 turns, one malformed call.
+        # Four trajectories: 1 + 2 + 0 + 0 searches, 2 + 3 + 1 + 2 turns, one malformed call.
         assert entry["search/searches"] == 0.75 and entry["search/turns"] == 2
         assert entry["search/malformed_calls"] == 0.25
         assert entry["stop/answer"] == 1 and sum(entry[f"stop/{reason.value}"] for reason in StopReason) == 1
@@ -60,7 +60,7 @@ def test_empty_retrievals_are_counted(tmp_path, random_model, tokenizer):
     assert trainer.logged["search/empty_retrievals"] == 0.75
 
 
-def test_what_the_retriever_counts_is_logged_and_failures_by_endpoint(tmp_path, random_model, tokenizer):
+def test_metrics_of_the_retriever_are_logged_with_failures_per_endpoint(tmp_path, random_model, tokenizer):
     with serving(lambda asked: Said({"error": "no"}, 400)) as server:
         retriever = load_retriever("http", url=server.url)
         trainer = scripted_trainer(tmp_path, random_model, tokenizer, retriever=retriever, max_failed_share=1.0)
@@ -72,7 +72,7 @@ def test_what_the_retriever_counts_is_logged_and_failures_by_endpoint(tmp_path, 
     assert logged["search/failed_rollouts"] > 0
 
 
-def test_ranks_are_merged_by_what_a_number_means():
+def test_metrics_of_ranks_are_merged_by_their_meaning():
     one = {"retrieval/requests": 2.0, "retrieval/latency_max_s": 0.5, "retrieval/latency_p50_s": 0.1}
     other = {"retrieval/requests": 3.0, "retrieval/latency_max_s": 0.2, "retrieval/latency_p50_s": 0.3, "x/new": 1.0}
     assert merge_metrics([one, other, {}]) == {
@@ -80,7 +80,7 @@ def test_ranks_are_merged_by_what_a_number_means():
     }  # fmt: skip
 
 
-def test_completion_tables_have_our_columns_and_one_row_a_trajectory(tmp_path, random_model, tokenizer):
+def test_completion_tables_have_our_columns_and_one_row_per_trajectory(tmp_path, random_model, tokenizer):
     def script(number, prompt):
         return [search("poison"), answer(GOLD)] if number == 0 else ["", search("x"), answer(GOLD)][number - 1 :]
 
@@ -118,7 +118,7 @@ def test_wandb_gets_the_curves_and_the_tables(tmp_path, random_model, tokenizer,
     scripted_trainer(tmp_path, random_model, tokenizer, report_to="wandb", log_completions=True).train()
     summary = dict(wandb.run.summary)
     wandb.finish()
-    wandb.teardown()  # it would go on with the folders of this run
+    wandb.teardown()  # it would reuse the folders of this run
     assert summary["train/search/searches"] == 0.75 and summary["train/rewards/em/mean"] == 0.5
     assert "completions" in summary
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
@@ -127,7 +127,11 @@ def test_wandb_gets_the_curves_and_the_tables(tmp_path, random_model, tokenizer,
 def test_trackio_gets_the_curves(tmp_path, random_model, tokenizer, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     storage = trackio.sqlite_storage
-    for module in (trackio, trackio.utils, storage):  # TRL has imported it: TRACKIO_DIR is no longer read
+    for module in (
+        trackio,
+        trackio.utils,
+        storage,
+    ):  # TRL has already imported it, so TRACKIO_DIR is not read any more
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     scripted_trainer(
         tmp_path, random_model, tokenizer, report_to="trackio", project="ours", trackio_static_space_id=False,

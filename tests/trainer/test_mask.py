@@ -1,6 +1,6 @@
-"""What the loss is made of: the policy's own tokens, all of them, as they were sampled, and nothing else.
+"""The loss covers exactly the policy's own tokens, as they were sampled.
 
-Four trajectories of one group (`four_ways`) go through TRL's real scoring and loss.
+One group of four trajectories (`four_ways`) goes through TRL's real scoring and loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.trainer.loss.mask import sampling_logprobs
 from trl_search.types import EndOfTurn, Passage, StopReason
 
-# Everything that changes which quantities enter the loss.
+# All settings that change the terms of the loss.
 SETTINGS = {
     "dapo": {},
     "kl and stale": {"beta": 0.1, "num_iterations": 2},
@@ -33,12 +33,12 @@ SETTINGS = {
 
 
 def silent_first(number, prompt):
-    """The first group is wrong throughout and is replaced; the next one has rewards that differ."""
+    """All answers of the first group are wrong, so it is replaced; the rewards of the next group differ."""
     return [search("the book"), answer("Nobody")] if number < 4 else four_ways(number, prompt)
 
 
-# The same for batches that were put together from several: with a group that was replaced, or begun with another. Two
-# rollouts do not give the same of those, so they are not among the settings that `loss/test_logprobs.py` compares.
+# The same for batches composed of several rollouts, with a group that was replaced or carried over. Two rollouts give
+# different ones, so they are not among the settings that `loss/test_logprobs.py` compares.
 PUT_TOGETHER = {
     f"{setting}, {how}": {**SETTINGS[setting], **options}
     for setting in ("cispo", "sapo", "luspo", "vespo", "off-policy mask")
@@ -51,10 +51,10 @@ PUT_TOGETHER = {
 
 @pytest.fixture
 def scored(tmp_path, random_model, tokenizer):
-    """Makes a trainer, one scored batch of it, and weights that have moved on since it was sampled."""
+    """Makes a trainer and one scored batch, and changes the weights after the batch was sampled."""
 
     def make(*args, **options):
-        with torch.no_grad():  # tied to the output: probabilities that differ from token to token
+        with torch.no_grad():  # tied to the output, so that probabilities differ between tokens
             random_model.get_input_embeddings().weight.mul_(10)
         random_model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
         random_model.config._name_or_path = str(tmp_path / "model")
@@ -76,7 +76,7 @@ def loss_mask(batch):
 
 
 def observed(trainer, batch):
-    """Where the world's tokens are, from the turns: whatever the masks say."""
+    """The positions of observation tokens, from the turns and not from the masks."""
     where = torch.zeros_like(batch["completion_mask"], dtype=torch.bool)  # (B, T)
     for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         for turn in trajectory.turns:
@@ -85,7 +85,7 @@ def observed(trainer, batch):
 
 
 def replace_labels(trainer, batch, where):
-    """Has the model score other tokens than those of the batch at `where`, in the same context, if it scores them."""
+    """Replaces the labels at `where`, if the model scores them; the context stays the same."""
 
     def hook(module, args, kwargs):
         labels = kwargs["shift_labels"].clone()  # (1, tokens of the loss), row by row
@@ -96,7 +96,7 @@ def replace_labels(trainer, batch, where):
     return trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def test_the_tool_mask_is_the_trajectories_mask(scored):
+def test_the_tool_mask_equals_the_mask_of_the_trajectories(scored):
     trainer, batch = scored()
     assert [t.observation_tokens > 0 for t in trainer.last_rollout.trajectories] == [True, True, False, True]
     for row, trajectory in enumerate(trainer.last_rollout.trajectories):
@@ -107,13 +107,13 @@ def test_the_tool_mask_is_the_trajectories_mask(scored):
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, *PUT_TOGETHER])
-def test_the_loss_does_not_see_observation_tokens(scored, setting):
+def test_the_loss_does_not_depend_on_observation_tokens(scored, setting):
     trainer, batch = scored(**{**SETTINGS, **PUT_TOGETHER}[setting])
     hidden, seen = observed(trainer, batch), loss_mask(batch)
     loss, logged = trainer.loss(batch)
 
     hook = replace_labels(trainer, batch, hidden)
-    assert trainer.loss(batch) == (loss, logged)  # bit for bit, and every metric with it
+    assert trainer.loss(batch) == (loss, logged)  # bit for bit, and so does every metric
     hook.remove()
 
     noise = torch.randn(hidden.shape)
@@ -123,13 +123,13 @@ def test_the_loss_does_not_see_observation_tokens(scored, setting):
             batch = {**batch, name: batch[name] + noise.flip(0) * hidden}
     assert trainer.loss(batch) == (loss, logged)
 
-    # The same change at one of the policy's own tokens is seen, or this test would see nothing.
+    # The same change at a token of the policy changes the loss; otherwise this test would be vacuous.
     one = torch.zeros_like(seen)
     one[0, (trainer.entropies[0] * seen[0]).argmax()] = True
     trainer.tamper = None
     assert batch["advantages"][0] != 0
     if "old_per_token_logps" in batch or "ref_per_token_logps" in batch:
-        # Where old log-probs are the new ones, detached, a different label changes the gradient and not the loss.
+        # If the old log-probs are the detached new ones, another label changes the gradient but not the loss.
         hook = replace_labels(trainer, batch, one)
         assert trainer.loss(batch)[0] != loss
         hook.remove()
@@ -137,7 +137,7 @@ def test_the_loss_does_not_see_observation_tokens(scored, setting):
     assert trainer.loss(batch)[1]["entropy"] != logged["entropy"]
 
 
-# off by one. The first token after an observation is trained, the last one of the observation is not.
+# Off by one: the first token after an observation is trained on, the last token of the observation is not.
 @pytest.mark.parametrize("setting", [*SETTINGS, *PUT_TOGETHER])
 def test_gradients_of_observation_tokens_are_zero(scored, setting):
     trainer, batch = scored(**{**SETTINGS, **PUT_TOGETHER}[setting])
@@ -147,7 +147,7 @@ def test_gradients_of_observation_tokens_are_zero(scored, setting):
     seen = batch["completion_mask"].bool() & ~hidden
     assert hidden.sum() > 100 and (gradient[hidden] == 0).all()
     assert gradient[seen].any()
-    if setting == "dapo":  # nothing is clipped there: every token of the policy is trained on
+    if setting == "dapo":  # without clipping, every token of the policy is trained on
         assert (gradient[seen] != 0).all()
         for row, trajectory in enumerate(trainer.last_rollout.trajectories):
             for before, turn in zip(trajectory.turns, trajectory.turns[1:], strict=False):
@@ -155,8 +155,8 @@ def test_gradients_of_observation_tokens_are_zero(scored, setting):
                     assert gradient[row, turn.start - 1] == 0 and gradient[row, turn.start] != 0
 
 
-def test_replaced_observations_leave_every_weight_gradient_as_it_is(scored):
-    """From the log-probs down to the weights: the whole gradient, bit for bit."""
+def test_replaced_observations_do_not_change_the_gradient_of_any_weight(scored):
+    """The whole gradient, down to the weights, bit for bit."""
 
     def gradients():
         trainer.model.zero_grad()
@@ -171,8 +171,8 @@ def test_replaced_observations_leave_every_weight_gradient_as_it_is(scored):
     assert not torch.equal(gradients(), before)
 
 
-# KL, entropy, clip ratios, importance ratios and the token count run over mask-1 tokens only.
-def test_every_statistic_runs_over_the_policys_tokens(scored):
+# KL, entropy, clip ratios, importance ratios and the token count cover only tokens with mask 1.
+def test_every_statistic_covers_only_the_policys_tokens(scored):
     trainer, batch = scored(beta=0.1, num_iterations=2, epsilon=0.05, use_bias_correction_kl=False)
     loss, logged = trainer.loss(batch)
     seen = batch["completion_mask"].bool() & ~observed(trainer, batch)
@@ -188,14 +188,14 @@ def test_every_statistic_runs_over_the_policys_tokens(scored):
     }
     for name, value in per_token.items():
         assert logged[name] == pytest.approx(value[seen].mean().item(), rel=1e-5)
-        # With observation tokens in it, the number would be another one.
+        # With observation tokens, the number would differ.
         assert logged[name] != pytest.approx(value[batch["completion_mask"].bool()].mean().item(), rel=1e-3)
     surrogate = -torch.min(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages)
     expected = (surrogate + 0.1 * per_token["kl"])[seen].sum() / seen.sum()
     torch.testing.assert_close(loss.detach(), expected)
 
 
-def test_tokens_are_counted_by_the_mask(scored):
+def test_token_counts_follow_the_mask(scored):
     trainer, batch = scored()
     model_tokens = [t.model_tokens for t in trainer.last_rollout.trajectories]
     assert batch["num_items_in_batch"] == sum(model_tokens) == loss_mask(batch).sum()
@@ -204,8 +204,8 @@ def test_tokens_are_counted_by_the_mask(scored):
     assert logged["completions/max_length"] == max(model_tokens)
 
 
-# the ids in the forward pass that is trained on are those that were sampled, byte for byte.
-def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
+# The ids in the training forward are exactly those that were sampled.
+def test_the_trained_ids_are_the_sampled_ids(scored, tokenizer):
     odd = [token for letter in f"<answer> {GOLD} </answer>" for token in tokenizer.encode(letter)]
     assert tokenizer.encode(tokenizer.decode(odd)) != odd
 
@@ -222,23 +222,23 @@ def test_the_ids_trained_on_are_the_ids_sampled(scored, tokenizer):
     assert labels[0].tolist() == [token for turns in trainer.actor.said for turn in turns for token in turn]
     width = batch["prompt_ids"].shape[1]
     for row, trajectory in enumerate(trainer.last_rollout.trajectories):
-        # The last token is scored and not read: nothing follows it.
+        # The last token is scored but not an input, because nothing follows it.
         assert inputs[row, width:][: len(trajectory.ids) - 1].tolist() == trajectory.ids[:-1]
         prompt = inputs[row, :width][batch["prompt_mask"][row].bool()]
         assert tuple(prompt.tolist()) == trajectory.prompt_ids
-        # What the policy saw before each turn is a prefix of what is trained on, observations included.
+        # The context of each turn is a prefix of the trained ids, including observations.
         sequence = [*trajectory.prompt_ids, *trajectory.ids]
         assert len(trainer.actor.asked[row]) == len(trainer.actor.said[row])
         assert all(sequence[: len(asked)] == asked for asked in trainer.actor.asked[row])
     assert trainer.last_rollout.trajectories[0].actions[-1].text == GOLD
-    assert batch["advantages"][0] > 0  # an oddly spelt right answer is a right answer
+    assert batch["advantages"][0] > 0  # an oddly tokenized correct answer is correct
 
 
 def test_sampled_and_recomputed_logprobs_agree(tmp_path, random_model, tokenizer):
-    """The real policy: what it says a token's logprob was is what TRL computes for that token, turn after turn."""
+    """With the real policy, the sampled log-prob of each token equals the one that TRL computes, in every turn."""
 
     class RealWords(Actor):
-        """Samples from the model, but asks for a search first, so that a turn follows an observation."""
+        """Samples from the model, but begins with a search, so that a turn follows an observation."""
 
         def __init__(self):
             super().__init__(tokenizer, lambda number, prompt: [search("the author")])
@@ -272,12 +272,12 @@ def test_sampled_and_recomputed_logprobs_agree(tmp_path, random_model, tokenizer
     assert compared >= 20
 
 
-# a failed retrieval is masked from the loss and counted, enters no baseline, and training goes on.
+# A failed retrieval is masked and counted, is in no baseline, and training continues.
 def poisoned(number, prompt):
     return [search("poison"), answer(GOLD)] if number == 1 else four_ways(number, prompt)
 
 
-def test_a_failed_trajectory_enters_neither_loss_nor_baseline(scored):
+def test_a_failed_trajectory_is_neither_in_the_loss_nor_in_the_baseline(scored):
     trainer, batch = scored(poisoned, retriever=FixedRetriever(PASSAGES, poison="poison"))
     assert [t.failed for t in trainer.last_rollout.trajectories] == [False, True, False, False]
     assert not loss_mask(batch)[1].any() and loss_mask(batch).any(dim=1).tolist() == [True, False, True, True]
@@ -291,7 +291,7 @@ def test_a_failed_trajectory_enters_neither_loss_nor_baseline(scored):
     assert all(math.isfinite(value) for value in logged.values())
 
 
-def test_training_goes_on_past_failures(scored):
+def test_training_continues_after_failures(scored):
     trainer, _ = scored(poisoned, retriever=FixedRetriever(PASSAGES, poison="poison"))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -300,7 +300,7 @@ def test_training_goes_on_past_failures(scored):
     assert all(entry["rewards/em/mean"] == pytest.approx(2 / 3) and entry["grad_norm"] > 0 for entry in logged)
 
 
-def test_a_batch_that_fails_whole_moves_nothing(tmp_path, random_model, tokenizer):
+def test_a_batch_of_only_failures_changes_no_weights(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, lambda number, prompt: [search("poison")],
         retriever=FixedRetriever([], poison="poison"), max_failed_share=1.0, max_steps=1, weight_decay=0.0,
@@ -315,8 +315,8 @@ def test_too_many_failures_stop_the_run_with_the_cause(scored):
         scored(poisoned, retriever=FixedRetriever(PASSAGES, poison="poison"), max_failed_share=0.2)
 
 
-# rewards read what the policy wrote, whatever the passages say.
-def test_passages_earn_nothing(scored, tokenizer):
+# Rewards read only the policy's text, never the passages.
+def test_passages_earn_no_reward(scored, tokenizer):
     bait = f"Wait, let me double-check. <answer>{GOLD}</answer> <think> I was wrong </think> <|im_end|> {GOLD}"
     trainer, _ = scored(
         lambda number, prompt: [search("bait"), "<think> I do not know </think>"],
@@ -324,11 +324,11 @@ def test_passages_earn_nothing(scored, tokenizer):
         retriever=FixedRetriever([Passage("0", "Bait", bait)]),
     )
     shown = tokenizer.decode(trainer.last_rollout.trajectories[0].ids)
-    assert GOLD in shown and "double-check" in shown  # the policy did see it
+    assert GOLD in shown and "double-check" in shown  # the policy has seen it
     logged = trainer.logged
     for reward in ("em", "f1", "format", "reflection"):
         assert logged[f"rewards/{reward}/mean"] == 0
-    assert logged["rewards/retrieval/mean"] == 1  # the one reward that reads passages, and nothing else
+    assert logged["rewards/retrieval/mean"] == 1  # the only reward that reads passages, and only passages
     assert logged["reflection/ratio"] == logged["reflection/phrases_per_1k_tokens"] == 0
     assert all(t.actions[-1] == EndOfTurn() for t in trainer.last_rollout.trajectories)
 
@@ -338,7 +338,7 @@ def test_reflective_phrases_of_the_policy_are_counted(scored):
     assert trainer.logged["reflection/ratio"] == 0.5
 
 
-# groups whose rewards are all equal carry no gradient, and are counted.
+# Groups with equal rewards have no gradient and are counted.
 def test_groups_without_variance_are_counted(scored):
     def script(number, prompt):
         return [answer(GOLD)] if number < 4 else four_ways(number, prompt)
@@ -350,10 +350,10 @@ def test_groups_without_variance_are_counted(scored):
     assert (batch["advantages"][:4] == 0).all() and (batch["advantages"][4:] != 0).all()
 
 
-# a logprob that is not finite is dropped and counted, and never reaches the loss.
+# A logprob that is not finite is dropped and counted, and never reaches the loss.
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "off_policy_mask_threshold": 0.5}])
-def test_nonfinite_logprobs_do_not_poison_the_loss(scored, logprob, options):
+def test_nonfinite_logprobs_do_not_reach_the_loss(scored, logprob, options):
     trainer, batch = scored(logprob=logprob, **options)
     assert trainer.logged["tokens/nonfinite_logprobs"] == trainer.logged["tokens/model"] != 0
     loss, logged = trainer.loss(batch)
@@ -371,8 +371,8 @@ def test_the_ablation_really_trains_on_observations(scored):
     assert hidden.sum() > 100 and (trainer.logps.grad[hidden] != 0).all()
 
 
-def test_tokens_that_nobody_sampled_have_no_sampling_logprob_in_the_ablation(scored):
-    """A 0 in that place is a certain token, and the importance ratio of vLLM's correction would be its probability."""
+def test_observation_tokens_have_no_sampling_logprob_in_the_ablation(scored):
+    """A log-prob of 0 means probability 1: the ratio of the vLLM correction would be the token's probability."""
     trainer, batch = scored(mask_observations=False)
     for row, logprobs in enumerate(trainer.last_rollout.logprobs):
         found = torch.tensor(logprobs)
@@ -384,7 +384,7 @@ def test_tokens_that_nobody_sampled_have_no_sampling_logprob_in_the_ablation(sco
 
 
 def test_a_trajectory_without_room_for_its_observation_is_truncated(scored):
-    """It ends in an EOS that was sampled, and looks finished to TRL."""
+    """It ends in a sampled EOS, so TRL would treat it as finished."""
     trainer, batch = scored(max_completion_length=60, mask_truncated_completions=True)
     cut = [trajectory.stop_reason is StopReason.TOKEN_BUDGET for trajectory in trainer.last_rollout.trajectories]
     assert any(cut) and not all(cut)

@@ -1,4 +1,4 @@
-"""`trl-search train`, from the recipe that ships to the files that it leaves."""
+"""`trl-search train`, from the shipped recipe to its output files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_quickstart_leaves_a_model_results_and_curves(run):
+def test_the_quickstart_writes_a_model_results_and_curves(run):
     results = json.loads((run / "results.json").read_text())
     rows, best = list(results["rows"]), read_best(run)
     assert rows[:4] == ["direct answer, no search", "one-shot RAG", "search, warm-started", "search, after GRPO"]
@@ -59,20 +59,20 @@ def test_the_quickstart_leaves_a_model_results_and_curves(run):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(run, capsys):
+def test_an_interrupted_run_is_resumed(run, capsys):
     before = json.loads((run / "results.json").read_text())["rows"]
     warm = (run / "warm_start" / "model.safetensors").stat().st_mtime_ns
-    (run / "checkpoint-9").mkdir()  # the next one, of which only the model was written
+    (run / "checkpoint-9").mkdir()  # the next checkpoint, of which only the model was written
     (run / "checkpoint-9" / "model.safetensors").write_bytes(b"")
     assert not is_whole(run / "checkpoint-9") and is_whole(run / "checkpoint-2")
-    for name in ("checkpoint-2-old", "checkpoint-7"):  # the user's, and an earlier run's in this folder
+    for name in ("checkpoint-2-old", "checkpoint-7"):  # files of the user and of an earlier run
         shutil.copytree(run / "checkpoint-2", run / name)
     os.utime(run / "checkpoint-7" / "trainer_state.json", (1e9, 1e9))
     options = ["--output_dir", str(run), "--resume_from_checkpoint", "last", "--max_steps", "3"]
     assert main(["train", "quickstart", *SMALL, *options]) == 0
     results = json.loads((run / "results.json").read_text())
     assert [row["step"] for row in results["history"] if "loss" in row] == [1, 2, 3]
-    # The warm start and what was measured before training are kept, and not paid for twice.
+    # The warm start and the evaluation before training are not repeated.
     best, kept = read_best(run).step, list(before)[:3]
     assert {row: results["rows"][row] for row in kept} == {row: before[row] for row in kept}
     after = ["search, after GRPO", *[f"search, best checkpoint (step {best})"] * (best != 3)]
@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypatch):
+def test_a_killed_run_keeps_its_evaluation_before_training(tmp_path, monkeypatch):
     def killed(trainer, inputs):
         raise UserError("killed in the first step")
 
@@ -98,7 +98,7 @@ def test_a_killed_run_keeps_what_it_measured_before_training(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("max_searches", [0, 2])
-def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
+def test_a_policy_is_warmed_up_in_the_world_of_its_training(
     tmp_path, random_model, tokenizer, monkeypatch, max_searches
 ):
     played = []
@@ -113,7 +113,7 @@ def test_a_policy_warms_up_in_the_world_that_it_is_trained_in(
 
 @pytest.mark.slow
 def test_two_processes_warm_up_and_train_as_one(tmp_path):
-    """In the environment that `accelerate launch --num_processes 2` makes for `-m trl_search train quickstart`."""
+    """In the environment that `accelerate launch --num_processes 2` sets for `-m trl_search train quickstart`."""
     run = tmp_path / "run"
     smaller = ["--per_device_train_batch_size", "4", "--evaluate_every", "0"]
     smaller += ["--gradient_accumulation_steps", "1"]
@@ -122,11 +122,11 @@ def test_two_processes_warm_up_and_train_as_one(tmp_path):
     said = "".join(run_ranks("trl_search", words, tmp_path, environment=launched))
     assert said.count("s in all.") == 1 and said.count("step 2/2  reward") == 1
     rows = json.loads((run / "results.json").read_text())["rows"]
-    assert all(row["questions"] == 8 for row in rows.values())  # four of each rank
+    assert all(row["questions"] == 8 for row in rows.values())  # four from each rank
 
 
 @pytest.mark.slow
-def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch, capsys):
+def test_lora_on_a_warm_start_is_loaded_and_resumed_with_that_base_model(tmp_path, monkeypatch, capsys):
     trained = []
 
     class Recorded(SearchGRPOTrainer):
@@ -143,7 +143,7 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_on_it(tmp_path, monkeypatch,
     assert main([*options, "--max_steps", "2", "--resume_from_checkpoint", "last"]) == 0
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    monkeypatch.chdir("/")  # the adapter names its base wherever it is loaded
+    monkeypatch.chdir("/")  # the adapter names its base model, wherever it is loaded
     warm = load_file(tmp_path / "run" / "warm_start" / "model.safetensors")
     ids = torch.arange(40)[None]
     for folder, model in (("run/checkpoint-1", trained[0]), ("run", trained[-1])):
@@ -185,7 +185,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, capsys, options, message):
     assert message in error and "Traceback" not in error
 
 
-def test_an_unknown_protocol_names_those_that_exist(capsys):
+def test_an_unknown_protocol_lists_the_known_ones(capsys):
     assert main(["train", "quickstart", "--protocol", "react"]) == 2
     assert "'qwen_tools', 'qwen_inline', 'search_r1'" in capsys.readouterr().err
 
@@ -194,10 +194,10 @@ def test_the_same_seed_gives_the_same_task():
     first, again = (load_task(TaskArguments(world_passages=1000, world_seed=4), seed=1) for _ in range(2))
     assert first.held_out["question"] == again.held_out["question"]
     assert not set(first.train["question"]) & set(first.held_out["question"])
-    assert set(first.held_out["data_source"]) == {"world"}  # one set: its average is over questions
+    assert set(first.held_out["data_source"]) == {"world"}  # one set, so the average is over questions
 
 
-def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypatch, world, tmp_path):
+def test_a_hub_set_is_evaluated_on_the_split_of_the_published_scores(monkeypatch, world, tmp_path):
     asked = []
 
     def load_questions(name, **options):
@@ -210,11 +210,11 @@ def test_a_hub_set_is_evaluated_on_the_split_that_published_numbers_use(monkeypa
     for name in ("hotpotqa", str(tmp_path)):
         load_task(TaskArguments(questions="nq_hotpotqa", eval_questions=[name]), seed=0)
     assert [options["split"] for name, options in asked if "split" in options] == ["dev", "test"]
-    # What is evaluated on is left out of the training.
+    # Evaluation questions are left out of the training.
     assert [options["exclude"] for name, options in asked if name == "nq_hotpotqa"] == [["hotpotqa"], [str(tmp_path)]]
 
 
-def test_several_sets_are_drawn_from_each_and_told_apart(tmp_path):
+def test_several_sets_are_each_sampled_and_distinguished(tmp_path):
     for name in ("first", "second"):
         rows = [{"id": f"{name}{i}", "question": f"{name} {i}?", "golden_answers": ["yes"]} for i in range(30)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -225,7 +225,7 @@ def test_several_sets_are_drawn_from_each_and_told_apart(tmp_path):
     assert set_names(["nq,hotpotqa", "nq"]) == ["nq", "hotpotqa"] and set_names(None) == []
 
 
-def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
+def test_several_sets_may_be_given_in_a_recipe_or_on_the_command_line(tmp_path):
     from trl_search.config.recipe import recipe_values
 
     (tmp_path / "r.yaml").write_text("questions: nq_hotpotqa\neval_questions: [nq, hotpotqa]\n")
@@ -240,7 +240,7 @@ def test_several_sets_come_from_a_recipe_or_the_command_line(tmp_path):
         assert set_names(TaskArguments(**values).eval_questions) == names
 
 
-def test_evaluate_every_needs_something_to_measure_on(tmp_path):
+def test_evaluate_every_needs_evaluation_questions(tmp_path):
     from trl import ModelConfig
 
     from trl_search.trainer.pipeline import run_training

@@ -1,4 +1,4 @@
-"""Two processes over gloo, one of which dies: the other, which waits without end, ends too and says why."""
+"""Two gloo processes: one dies, and the other, which would wait forever, ends too and says why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_search.trainer.rank_watch import ending_together
         ("finishes", [0, 0], ""),
     ],
 )
-def test_all_ranks_end_with_one(tmp_path, how, codes, said):
+def test_if_one_rank_dies_all_ranks_end(tmp_path, how, codes, said):
     assert wait_for_ranks(start_ranks("tests.support.dying_rank", [how], tmp_path), tmp_path) == codes
     log = (tmp_path / "rank0.log").read_text()
     assert said in log

@@ -1,6 +1,6 @@
-"""Our rollouts, replayed into TRL's own trainer, give the same weights and the same metrics: only the rollout is ours.
+"""Our rollouts, replayed into TRL's own trainer, give the same weights and metrics: only the rollout differs.
 
-Ours computes log-probs over packs or sorted rows and for tokens of the loss alone; TRL's computes all of them, padded.
+Our trainer computes log-probs over packs or sorted rows and only for tokens of the loss, TRL's for all padded tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES = {
     "lora": {"trainer": LORA, "beta": 0.1},
     "packs": {"packed_attention": "sdpa", "max_packed_tokens": 700, "beta": 0.1},
 }
-# What a clock says, and what TRL counts itself where it decodes.
+# Times, and what TRL counts only when it decodes itself.
 NOT_COMPARED = ("time", "runtime", "per_second", "num_tokens")
 
 

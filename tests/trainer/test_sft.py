@@ -1,4 +1,4 @@
-"""Scripted trajectories are rollouts of the quality asked for; the warm start learns from the policy's words alone."""
+"""Scripted trajectories are rollouts of the requested quality; the warm start trains only on the policy's tokens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_good_scripts_find_the_answer_in_every_protocol(
             assert set(trajectory.mask[turn.start : turn.end]) == {int(turn.role == "assistant")}
 
 
-def test_quality_decides_how_well_they_play(
+def test_quality_determines_searches_and_em(
     world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
@@ -92,7 +92,7 @@ def test_unknown_players_and_empty_mixtures_are_refused(
         scripted_trajectories(world, retriever, protocol, n=4, quality={"good": 0.0})
 
 
-def test_the_dataset_is_the_trajectories_byte_for_byte(
+def test_the_dataset_contains_the_exact_trajectories(
     world: World, retriever: Retriever, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
@@ -106,14 +106,14 @@ def test_the_dataset_is_the_trajectories_byte_for_byte(
         sft_dataset(trajectories, max_tokens=3)
 
 
-def test_the_loss_is_on_the_policys_tokens_alone(
+def test_the_loss_covers_only_the_policys_tokens(
     tmp_path: Path,
     world: World,
     retriever: Retriever,
     tokenizer: PreTrainedTokenizerBase,
     random_model: Qwen2ForCausalLM,
 ) -> None:
-    # Weights large enough for the context to matter, so that a leak between packed trajectories would show.
+    # Large weights, so that the context matters and a leak between packed trajectories would be visible.
     with torch.no_grad():
         for weight in random_model.parameters():
             weight.mul_(8 if weight.ndim == 2 else 1)
@@ -139,7 +139,7 @@ def test_the_loss_is_on_the_policys_tokens_alone(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_warm_start_learns_and_saves(
+def test_the_warm_start_learns_and_saves(
     tmp_path: Path,
     world: World,
     retriever: Retriever,
@@ -157,7 +157,7 @@ def test_warm_start_learns_and_saves(
     torch.testing.assert_close(saved.model.embed_tokens.weight, random_model.model.embed_tokens.weight)
 
 
-def test_an_adapter_is_not_merged_into_a_model_that_no_process_has_whole(
+def test_an_adapter_is_not_merged_into_a_sharded_model(
     random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trl_search.trainer.sft.is_deepspeed_zero3_enabled", lambda: True)
@@ -167,12 +167,12 @@ def test_an_adapter_is_not_merged_into_a_model_that_no_process_has_whole(
         train(random_model, tokenizer, rows, config, peft_config=LoraConfig(r=2))
 
 
-def test_nothing_to_learn_from_is_said() -> None:
+def test_an_empty_training_set_is_refused() -> None:
     with pytest.raises(UserError, match="none of 0 trajectories"):
         sft_dataset([])
 
 
-def test_a_model_that_would_mix_trajectories_is_padded(
+def test_for_a_model_that_would_mix_packed_trajectories_batches_are_padded(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = sft_rows([((1, 2, 3), (4, 5, 6), (1, 0, 1))] * 2)
@@ -184,7 +184,7 @@ def test_a_model_that_would_mix_trajectories_is_padded(
         assert said in caplog.text and bool(said) == ("padding_free" in caplog.text)
 
 
-def test_tags_cannot_be_initialised_in_a_base_that_is_not_saved(
+def test_initialised_tags_need_a_merged_adapter(
     tmp_path: Path, random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     config = SearchSFTConfig(str(tmp_path), initialise_tags=True, merge_adapter=False, use_cpu=True, bf16=False)

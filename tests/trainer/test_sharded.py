@@ -1,6 +1,6 @@
-"""FSDP2 and DeepSpeed ZeRO against DDP, two processes each: the same losses, gradients and weights in vLLM.
+"""FSDP2 and DeepSpeed ZeRO against DDP, with two processes: the same losses, gradients and weights in vLLM.
 
-All run tests/support/sharded_run.py once; the tests below read what rank 0 wrote down.
+tests/support/sharded_run.py runs once with each of them; the tests below read what rank 0 wrote.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def folder(tmp_path_factory, tokenizer):
     model.save_pretrained(folder / "untied")
     tokenizer.save_pretrained(folder / "untied")
     runs = [*(f"{kind}-ddp" for kind in KINDS), *FSDP2, *(ZERO if is_deepspeed_available() else ())]
-    # On a host with GPUs DeepSpeed would take those.
+    # On a host with GPUs, DeepSpeed would use them.
     run_ranks("tests.support.sharded_run", [str(folder), *runs], folder, environment={"DS_ACCELERATOR": "cpu"})
     return folder
 
@@ -53,7 +53,7 @@ def result(folder, run):
 
 
 def with_ddp(folder, run):
-    """What training gave under DDP, and in this run."""
+    """The results with DDP and of this run."""
     return [result(folder, name)["trained"] for name in (f"{run.partition('-')[0]}-ddp", run)]
 
 
@@ -65,20 +65,20 @@ def same(mine, theirs):
 
 @pytest.mark.slow
 @of_runs(*FSDP2, *ZERO)
-def test_losses_and_gradients_are_those_of_ddp(folder, run):
+def test_losses_and_gradients_equal_those_of_ddp(folder, run):
     ddp, sharded = with_ddp(folder, run)
     assert ddp["sharded"] == 0 and (sharded["sharded"] > 20) == (run != "full-zero2")
     assert len(ddp["loss"]) == 2 and min(ddp["grad_norm"]) > 0.05
     for value in ("loss", "kl"):
         assert sharded[value] == pytest.approx(ddp[value], rel=1e-5, abs=1e-7)
-    # The gradients agree to the last bit (next test); their norm is summed in another order.
+    # The gradients are identical (next test); their norm is summed in another order.
     assert sharded["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=2e-5 if run in FSDP2 else 3e-5)
 
 
 @pytest.mark.slow
 @of_runs(*FSDP2, *ZERO)
 def test_the_engine_gets_whole_weights(folder, run):
-    """After two steps of nearly plain gradient descent, so equal weights are equal gradients of each parameter."""
+    """After two steps of nearly plain gradient descent, so equal weights mean equal gradients of each parameter."""
     ddp, sharded = with_ddp(folder, run)
     start = load_file(folder / "model" / "model.safetensors")
     assert set(ddp["engine"]) == set(start) | ({"lm_head.weight"} if run.startswith("untied") else set())
@@ -89,7 +89,7 @@ def test_the_engine_gets_whole_weights(folder, run):
 
 @pytest.mark.slow
 @of_runs("lora-fsdp2", "lora-zero3")
-def test_the_adapter_alone_is_whole_too(folder, run):
+def test_the_engine_gets_a_whole_adapter(folder, run):
     ddp, sharded = (trained["adapter"] for trained in with_ddp(folder, run))
     assert len(ddp) == 28 and all(name.startswith("base_model.model.") for name in ddp)
     same(sharded, ddp)
@@ -97,7 +97,7 @@ def test_the_adapter_alone_is_whole_too(folder, run):
 
 @pytest.mark.slow
 @of_runs("full-fsdp2", "lora-fsdp2", "full-zero3", "lora-zero3")
-def test_a_checkpoint_resumes(folder, run):
+def test_training_resumes_from_a_checkpoint(folder, run):
     results = result(folder, run)
     assert results["resumed"]["loss"] == pytest.approx(results["trained"]["loss"], rel=1e-5)
     same(results["resumed"]["engine"], results["trained"]["engine"])
@@ -105,19 +105,19 @@ def test_a_checkpoint_resumes(folder, run):
 
 @pytest.mark.slow
 @of_runs("full-fsdp2", "untied-fsdp2", "full-zero2", "full-zero3", "untied-zero3")
-def test_what_is_saved_is_read_by_transformers(folder, run):
+def test_transformers_loads_the_saved_model(folder, run):
     saved = AutoModelForCausalLM.from_pretrained(folder / run / "saved")
     same(dict(saved.named_parameters()), result(folder, run)["trained"]["engine"])
 
 
 @pytest.mark.slow
 @of_runs("lora-fsdp2", "lora-zero3")
-def test_the_adapter_is_saved_whole(folder, run):
+def test_the_whole_adapter_is_saved(folder, run):
     same(load_file(folder / run / "saved" / "adapter_model.safetensors"), result(folder, run)["trained"]["adapter"])
 
 
-def test_merging_for_vllm_leaves_the_base_weights_as_they_were(random_model):
-    """In bfloat16 what is added and subtracted again is not the same number."""
+def test_merging_for_vllm_does_not_change_the_base_weights(random_model):
+    """In bfloat16, adding and subtracting the adapter would change the weights."""
     model = get_peft_model(random_model.to(torch.bfloat16), LoraConfig(r=4, target_modules=["q_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -144,14 +144,14 @@ def test_merging_for_vllm_leaves_the_base_weights_as_they_were(random_model):
         ),
     ],
 )
-def test_what_fsdp_cannot_do_is_refused(monkeypatch, tmp_path, environment, options, reason):
+def test_unsupported_fsdp_settings_are_refused(monkeypatch, tmp_path, environment, options, reason):
     for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=reason):
         refuse_what_fsdp_cannot_do(config(tmp_path, **options))
 
 
-def test_fsdp2_with_vllm_is_taken(monkeypatch, tmp_path):
+def test_fsdp2_with_vllm_is_accepted(monkeypatch, tmp_path):
     settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

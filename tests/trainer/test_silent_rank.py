@@ -1,4 +1,4 @@
-"""Two processes over gloo, one of which has no group with a gradient: the step is that of one process with all."""
+"""Two gloo processes, one without any group with a gradient: the step equals that of one process with all groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seen_by(folder, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_rank_is_silent_and_groups_are_whole(folder, case):
+def test_one_rank_has_no_gradient_and_groups_are_not_split(folder, case):
     one, other = (rank["batches"] for rank in seen_by(folder, case))
     assert len(one) == len(other) == 2, "both ranks end both steps"
     for mine, theirs in zip(one, other, strict=True):
@@ -40,7 +40,7 @@ def test_one_rank_is_silent_and_groups_are_whole(folder, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_silent_rank_counts_in_the_number_of_tokens(folder, case):
+def test_the_tokens_of_the_silent_rank_are_counted(folder, case):
     one, other = (rank["batches"] for rank in seen_by(folder, case))
     for mine, theirs in zip(one, other, strict=True):
         assert (theirs["in_loss"] > 0) == (case != "failed")
@@ -48,7 +48,7 @@ def test_the_silent_rank_counts_in_the_number_of_tokens(folder, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_gradients_are_those_of_one_process_with_all_groups(folder, case):
+def test_weights_and_gradients_equal_those_of_one_process_with_all_groups(folder, case):
     whole = train(folder, case)
     before = torch.cat(
         [parameter.flatten() for parameter in AutoModelForCausalLM.from_pretrained(folder / "model").parameters()]
@@ -65,7 +65,7 @@ def test_weights_and_gradients_are_those_of_one_process_with_all_groups(folder, 
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
-def test_the_silent_rank_refills_to_the_last_round_and_the_other_not_at_all(folder):
+def test_only_the_silent_rank_refills(folder):
     for log in seen_by(folder, "refilled")[0]["logged"]:
         assert (log["refill/gradient_before"], log["refill/gradient_after"]) == (0.5, 0.5)
         assert (log["refill/rounds"], log["refill/extra_trajectories"]) == (2, 8)

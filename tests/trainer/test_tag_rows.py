@@ -1,4 +1,4 @@
-"""Tags whose embeddings were never trained are found, named with their remedies, and initialised where asked."""
+"""Tags with untrained embeddings are detected, named with their remedies, and initialised on request."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def model(request, random_model):
 
 
 def forget(model, protocol):
-    """Makes the call's tags what they are in Qwen2.5-Coder: one of many equal rows."""
+    """Gives the call's tags untrained embeddings, as in Qwen2.5-Coder: many equal rows."""
     with torch.no_grad():
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             for token in (*range(50, 60), tag_ids(protocol)["<tool_call>"], tag_ids(protocol)["</tool_call>"]):
                 table[token] = table[50] * (1 + 1e-3 * token / 60)
 
 
-def test_a_trained_vocabulary_has_no_untrained_tag(model, protocol, tokenizer):
+def test_a_trained_vocabulary_has_no_untrained_tags(model, protocol, tokenizer):
     assert {"<tool_call>", "</tool_call>", tokenizer.eos_token} <= tag_ids(protocol).keys()
     assert untrained_tags(model, protocol) == {}
 
 
-def test_the_tags_and_the_remedies_are_named(model, protocol, caplog):
+def test_untrained_tags_and_the_remedies_are_named(model, protocol, caplog):
     forget(model, protocol)
     assert untrained_tags(model, protocol) == {"<tool_call>": 11, "</tool_call>": 11}
     with caplog.at_level(logging.WARNING):

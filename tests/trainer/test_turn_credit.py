@@ -1,4 +1,4 @@
-"""Credit for single turns: the numbers by hand, the tokens they go to, and the probabilities of the model itself."""
+"""Credit per turn: the numbers checked by hand, the tokens that get them, and the model's probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def alone(tensor):
 
 
 def spoken(*turns):
-    """A trajectory in which policy and world alternate, two tokens a turn."""
+    """A trajectory in which turns and observations alternate, with two tokens each."""
     trajectory = Trajectory(prompt_ids=(5,))
     for index, text in enumerate(turns):
         if index % 2:
@@ -29,7 +29,7 @@ def spoken(*turns):
     return trajectory
 
 
-def test_gains_are_normalised_in_their_group_and_summed_from_the_end():
+def test_gains_are_normalised_per_group_and_summed_from_the_end():
     # Mean 0.2, standard deviation sqrt(0.02 / 3) = 0.0816: -1.2247, 1.2247 and 0; the second group has equal gains.
     credit = group_credit([[0.1, 0.3], [0.2], [0.4], [0.4, 0.4]], 2, alone, 0)
     assert credit[0] == pytest.approx([0.0, 1.2247], abs=1e-4) and credit[1] == pytest.approx([0.0], abs=1e-9)
@@ -37,17 +37,17 @@ def test_gains_are_normalised_in_their_group_and_summed_from_the_end():
     assert group_credit([[], []], 2, alone, 0) == [[], []]
 
 
-def test_a_group_may_lie_on_two_ranks():
+def test_a_group_may_be_split_over_two_ranks():
     both = group_credit([[0.1, 0.3], [0.2]], 2, alone, 0)
     first = torch.tensor([[2, 0.4, 0.1]], dtype=torch.float64)
     assert group_credit([[0.2]], 2, lambda mine: torch.cat([first, mine]), 1) == [pytest.approx(both[1], abs=1e-9)]
 
 
-def test_turns_are_those_that_the_world_replied_to():
+def test_turns_with_credit_are_those_followed_by_an_observation():
     trajectory = spoken("search", "Lyon is a city", "search", "she was born in Paris", "answer", "")
     assert [(turn.start, reply.end) for turn, reply in observed_turns(trajectory)] == [(0, 4), (4, 8)]
     assert retrieval_gains(trajectory, ["Paris"]) == [0.0, 1.0]
-    assert retrieval_gains(trajectory, ["the city", "Lyon"]) == [1.0, 0.0]  # the first reply that holds it
+    assert retrieval_gains(trajectory, ["the city", "Lyon"]) == [1.0, 0.0]  # the first observation that contains it
     assert retrieval_gains(trajectory, []) == [0.0, 0.0]
     trajectory.finish(StopReason.RETRIEVAL_FAILED)
     assert retrieval_gains(trajectory, ["Paris"]) == []
@@ -63,7 +63,7 @@ def two_searches(number, prompt):
 
 
 class Knowing(FixedRetriever):
-    """Finds the author if it is asked for the author."""
+    """Finds the author if the query asks for the author."""
 
     def search(self, queries, k=3):
         found = super().search(queries, k)
@@ -99,14 +99,14 @@ def test_credit_goes_to_the_tokens_of_the_turn(tmp_path, random_model, tokenizer
     assert any(abs(value) > 0.1 for row in credit for value in row)
 
 
-def test_what_no_reward_function_scored_has_no_credit(tmp_path, random_model, tokenizer):
+def test_trajectories_without_a_reward_have_no_credit(tmp_path, random_model, tokenizer):
     def leaves_out_the_first(completions, **columns):
         return [None, *[float(number % 2) for number in range(1, len(completions))]]
 
     trainer = credited(tmp_path, random_model, tokenizer, "retrieval", rewards=[leaves_out_the_first])
     advantages_BC = trainer.score()["advantages"]
     assert not advantages_BC[0].any()
-    assert trainer.logged["credit/gain"] == pytest.approx((1.0 + 0.0) / 2)  # of the second and the fourth
+    assert trainer.logged["credit/gain"] == pytest.approx((1.0 + 0.0) / 2)  # of the second and fourth trajectory
     found, nothing = (advantages_BC[row, 0] - advantages_BC[row, -1] for row in (1, 3))
     assert found > 0 > nothing
 
@@ -135,16 +135,18 @@ def test_the_gain_is_the_models_own_probability_of_the_answer(tmp_path, random_m
 
 def test_shared_prefixes_run_once_and_in_one_call(tmp_path, random_model, tokenizer):
     trainer = credited(tmp_path, random_model, tokenizer, "information_gain", packed_attention="sdpa")
-    trainer.score()  # before the first rollout of all, the log-probs are probed
+    trainer.score()  # the probe of the log-probs runs before the first rollout
     forwards = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: forwards.append(int((kwargs["position_ids"] == 0).sum())), with_kwargs=True
     )
     trainer.score()
-    assert forwards == [4]  # the prompt, both searches for the author, and one for nothing, which two begin with
+    assert forwards == [
+        4
+    ]  # the prompt, both searches for the author, and a search that finds nothing, with which two trajectories begin
 
 
-def test_no_answer_and_no_room_give_no_gain(tmp_path, random_model, tokenizer):
+def test_without_an_answer_or_room_there_is_no_gain(tmp_path, random_model, tokenizer):
     trainer = credited(tmp_path, random_model, tokenizer, "information_gain")
     trainer.score()
     trajectory = trainer.last_rollout.trajectories[0]
@@ -171,8 +173,10 @@ def test_a_group_of_equal_rewards_learns_from_its_turns(tmp_path, random_model, 
     assert logged[METRIC] == 0
     for row, trajectory in enumerate(trainer.last_rollout.trajectories):
         searched = gradient[row, : trajectory.turns[0].end]
-        assert (searched < 0).all() if row % 2 else (searched > 0).all()  # what found something gets likelier
-        if loss_type != "luspo":  # which sums over a sequence
+        assert (
+            (searched < 0).all() if row % 2 else (searched > 0).all()
+        )  # searches that found something become more likely
+        if loss_type != "luspo":  # this loss sums over a sequence
             assert not gradient[row, trajectory.turns[0].end :].any()
     assert not gradient[~seen].any()
 
@@ -195,7 +199,7 @@ def test_a_training_with_credit_and_accumulation(tmp_path, random_model, tokeniz
         ({"turn_credit": "retrieval", "turn_credit_coef": 0.0}, "turn_credit_coef=0.0 must be more than 0"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, options, message):
+def test_incompatible_options_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         SearchGRPOConfig(str(tmp_path), bf16=False, **options)
 

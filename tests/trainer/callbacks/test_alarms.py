@@ -1,4 +1,4 @@
-"""Pitfall 14: collapse is named in the log and in the trackers. The histories are those of real runs: see
+"""Pitfall 14: the log and the trackers name a collapse. The histories come from real runs: see
 benchmarks/alarms.py and docs/monitoring.md."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLLAPSED = {
 
 
 def find_collapse(history):
-    """The alarms that fire at the end of a run, in words, by rule."""
+    """The alarms at the end of a run: rule -> message."""
     watch, found = Watch(), {}
     for row in filter(is_training_log, history):
         found = watch.add(row)
@@ -59,7 +59,7 @@ def find_collapse(history):
 
 
 def play(rows, *, stop=False, state=None, first=1):
-    """The rows as a trainer would log them; what each callback after the alarm's would see, and the control."""
+    """Logs the rows as a trainer does. Returns what callbacks after the alarms see, and the trainer's control."""
     alarm, state, control = CollapseAlarm(stop=stop), state or TrainerState(), TrainerControl()
     alarm.on_train_begin(None, state, control)
     seen = []
@@ -74,12 +74,12 @@ def play(rows, *, stop=False, state=None, first=1):
     return seen, control
 
 
-def test_three_seeds_at_least_were_recorded_and_healthy_runs_raise_no_alarm():
+def test_at_least_three_seeds_are_recorded_and_healthy_runs_raise_no_alarm():
     assert len(HEALTHY) >= 3 and all(len(RUNS[name]) >= 20 for name in HEALTHY)
     assert {name: first_alarms(RUNS[name]) for name in HEALTHY} == {name: {} for name in HEALTHY}
 
 
-def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone():
+def test_a_collapse_after_learning_is_detected_before_the_reward_is_zero():
     history = RUNS["learning_rate_x_5_0"]
     assert max(row["reward"] for row in history) > 0.7 and history[-1]["reward"] == 0
     first = {name: step for name, (step, _) in first_alarms(history).items()}
@@ -90,7 +90,7 @@ def test_a_run_that_learnt_and_then_collapsed_is_seen_before_its_reward_is_gone(
 
 
 def literesearcher():
-    """A published run, 19 checkpoints from step 1 to 750, with the steps between them interpolated."""
+    """A published run: 19 checkpoints from step 1 to 750, interpolated in between."""
     rows = json.loads((HISTORIES.parent / "literesearcher.json").read_text())["rows"]
     for before, after in itertools.pairwise(rows):
         for step in range(before["step"], after["step"]):
@@ -104,15 +104,15 @@ def literesearcher():
             }  # fmt: skip
 
 
-def test_drift_is_told_a_hundred_steps_before_a_published_run_collapses():
-    """It decays in silence from step 250 on and collapses between 490 and 540, with a reward that rose until 480."""
+def test_drift_is_detected_a_hundred_steps_before_a_published_run_collapses():
+    """It decays unnoticed from step 250 and collapses between 490 and 540, although its reward rose until 480."""
     first = {name: step for name, (step, _) in first_alarms(list(literesearcher())).items()}
     assert first["exact_queries"] <= 390
     assert 490 <= first["no_answer"] < first["searches"] + 10 and "answers" not in first
     assert set(first) == {"exact_queries", "no_answer", "searches", "turns"}
 
 
-def test_healthy_runs_do_not_give_up_answering():
+def test_healthy_runs_raise_no_alarm_about_missing_answers():
     for name in HEALTHY:
         rows = [{**row, "search/no_answer": 1 - row["stop/answer"]} for row in RUNS[name] if "stop/answer" in row]
         assert first_alarms(rows) == {}, name
@@ -120,7 +120,7 @@ def test_healthy_runs_do_not_give_up_answering():
 
 @pytest.mark.parametrize("file", ["real_model.json", "real_model_0.5b.json"])
 def test_real_models_that_learned_raise_no_alarm(file):
-    """The runs of docs/results.md: three seeds each of Qwen2.5-Coder-1.5B and 0.5B."""
+    """The runs in docs/results.md: three seeds each of Qwen2.5-Coder-1.5B and 0.5B."""
     runs = json.loads((DOCS / "data" / file).read_text())["histories"]
     learned = {name: rows for name, rows in runs.items() if name.startswith("em_")}
     assert len(learned) >= 3
@@ -130,25 +130,25 @@ def test_real_models_that_learned_raise_no_alarm(file):
     assert sum(watched <= set().union(*rows) for rows in learned.values()) >= 2, "the metrics of drift are there"
 
 
-def test_drift_is_told_and_ends_no_run(caplog):
+def test_drift_is_reported_and_does_not_end_the_run(caplog):
     vague = {**GOOD, "search/quoted_queries": 0.05}
     _, control = play([GOOD] * 6 + [vague] * 40, stop=True)
     assert control.should_training_stop is False and "alarm exact_queries" in caplog.text
 
 
-def test_a_learning_rate_that_collapses_at_once_is_seen_within_ten_steps():
+def test_an_immediate_collapse_is_detected_within_ten_steps():
     first = {name: step for name, (step, _) in first_alarms(RUNS["learning_rate_x_10_0"]).items()}
     assert set(first) == {"searches", "entropy_rise", "reward_variance", "silent_groups"}
     assert min(first.values()) <= WINDOW and max(first.values()) < 10
 
 
-def test_a_policy_that_gives_up_searching_is_seen_though_its_reward_is_full():
+def test_a_policy_that_stops_searching_is_detected_at_full_reward():
     history = RUNS["format_reward_alone_0"]
     assert set(first_alarms(history)) == {"searches"} and history[-1]["reward"] == 1.0
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.name in COLLAPSED], ids=lambda rule: rule.name)
-def test_each_alarm_fires_for_what_it_is_about_and_names_it(rule):
+def test_each_alarm_fires_on_its_metric_and_names_it(rule):
     assert find_collapse([GOOD] * 20) == {}
     found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * (1 if rule.at_once else WINDOW))
     metric = next(iter(COLLAPSED[rule.name]))
@@ -158,7 +158,7 @@ def test_each_alarm_fires_for_what_it_is_about_and_names_it(rule):
 NOTHING = {**GOOD, "reward": 0.0, "reward_std": 0.0, "rewards/em/mean": 0.0, "rewards/em/std": 0.0}
 
 
-def test_a_run_in_which_nothing_has_scored_yet_is_told_in_its_first_steps(caplog):
+def test_a_run_without_any_reward_raises_an_alarm_in_its_first_steps(caplog):
     assert find_collapse([NOTHING] * 2) == {}
     found = find_collapse([NOTHING] * 3)
     assert set(found) == {"never_rewarded", "never_right"}
@@ -170,12 +170,12 @@ def test_a_run_in_which_nothing_has_scored_yet_is_told_in_its_first_steps(caplog
     assert "ALARM never_rewarded" in step_line(3, 4, seen[2])
 
 
-def test_one_score_is_enough_and_a_later_silence_is_another_alarms_matter():
+def test_one_reward_prevents_the_alarm_about_no_reward():
     once = {**NOTHING, "reward": 0.1, "rewards/em/mean": 0.1}
     assert find_collapse([NOTHING, once, *[NOTHING] * 3]) == {}
-    penalties = {**NOTHING, "reward_std": 1.0}  # as many lose as win
+    penalties = {**NOTHING, "reward_std": 1.0}  # as many penalties as rewards
     assert set(find_collapse([penalties] * 3)) == {"never_right"}
-    brief = {**NOTHING, "reward": 0.09, "reward_std": 0.01}  # only a side reward is earned
+    brief = {**NOTHING, "reward": 0.09, "reward_std": 0.01}  # only from a side reward
     assert set(find_collapse([brief] * 3)) == {"never_right"}
 
 
@@ -184,12 +184,12 @@ def test_a_run_that_has_solved_its_questions_has_no_variance_and_no_alarm():
     assert find_collapse([GOOD] * 20 + [solved] * 20) == {}
 
 
-def test_one_wild_log_is_no_collapse():
+def test_a_single_outlier_is_not_a_collapse():
     wild = {**GOOD, "kl": 1e6, "entropy": 5.0, "search/searches": 0.0, "reward": 0.0}
     assert find_collapse([*[GOOD] * 10, wild, GOOD, wild, GOOD]) == {}
 
 
-def test_missing_metrics_short_histories_and_what_is_not_finite_are_tolerated():
+def test_missing_metrics_short_histories_and_nonfinite_values_are_accepted():
     assert find_collapse([]) == find_collapse([{"loss": 1.0}] * 20) == find_collapse([{"eval_loss": 1.0}] * 9) == {}
     odd = {"loss": 1.0, "reward": None, "search/searches": None, "search/turns": math.nan, "reward_std": -math.inf}
     assert find_collapse([GOOD] * 3 + [odd] * 20) == {}
@@ -202,10 +202,10 @@ def test_an_alarm_is_in_every_log_and_in_the_history():
     assert [row.get("alarm/kl") for row in seen] == [0.0] * 8 + [1.0] * 2 + [None]
     assert [row.get("alarm/kl") for row in state.log_history] == [0.0] * 8 + [1.0] * 2 + [None]
     assert all(f"alarm/{rule.name}" in seen[0] for rule in RULES)
-    assert "alarm/kl" not in play([{"loss": 0.1}])[0][0]  # nothing is said of what the run does not log
+    assert "alarm/kl" not in play([{"loss": 0.1}])[0][0]  # no alarm about metrics that the run does not log
 
 
-def test_each_alarm_is_told_once_until_it_recovers_and_only_by_the_main_process(caplog):
+def test_each_alarm_is_logged_once_until_it_recovers_and_only_by_the_main_process(caplog):
     bad = {**GOOD, "kl": 3.0}
     rows = [GOOD] * 6 + [bad] * 10 + [GOOD] * 10 + [bad] * 5
     play(rows, state=TrainerState(is_world_process_zero=False))
@@ -215,11 +215,11 @@ def test_each_alarm_is_told_once_until_it_recovers_and_only_by_the_main_process(
     assert [message.split(":")[0] for message in said] == ["step 9, alarm kl", "step 29, alarm kl"]
     assert "kl rose from 0.01 to 3: the policy moves too far from its reference. To do: raise beta" in said[0]
     caplog.clear()
-    play([GOOD] * 6 + [bad] * 5 + [GOOD] * 4 + [bad] * 5)  # it was hardly quiet
+    play([GOOD] * 6 + [bad] * 5 + [GOOD] * 4 + [bad] * 5)  # it recovered only briefly
     assert len(caplog.records) == 1
 
 
-def test_a_resumed_run_is_compared_with_what_it_was_and_does_not_repeat_itself(caplog):
+def test_a_resumed_run_is_compared_with_its_history_and_repeats_no_alarm(caplog):
     before = [{**GOOD, "step": step} for step in range(1, 11)] + [
         {**GOOD, "kl": 3.0, "step": 11 + i} for i in range(5)
     ]
@@ -229,7 +229,7 @@ def test_a_resumed_run_is_compared_with_what_it_was_and_does_not_repeat_itself(c
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["step 18, alarm searches"]
 
 
-def test_a_run_ends_on_request_when_an_alarm_lasts_and_says_where_its_best_checkpoint_is(caplog):
+def test_a_run_can_end_when_an_alarm_lasts_and_names_its_best_checkpoint(caplog):
     bad = {**GOOD, "kl": 3.0}
     rows = [GOOD] * 6 + [bad] * 40
     assert play(rows)[1].should_training_stop is False
@@ -239,12 +239,12 @@ def test_a_run_ends_on_request_when_an_alarm_lasts_and_says_where_its_best_check
         "the training stops (on_collapse) because of kl (10 logs)" in caplog.text
         and "runs/a/checkpoint-4" in caplog.text
     )
-    # One that comes and goes is not one that lasts.
+    # An alarm that comes and goes does not last.
     assert play([GOOD] * 6 + ([bad] * 8 + [GOOD] * 5) * 4, stop=True)[1].should_training_stop is False
 
 
-def test_a_run_ends_at_once_when_held_out_answers_have_halved_beyond_chance():
-    """A run at five times the learning rate fell from .29 to 0 between two evaluations, and went on for ten logs."""
+def test_a_run_ends_at_once_when_the_held_out_em_has_significantly_halved():
+    """A run at five times the learning rate fell from .29 to 0 between two evaluations, and ran for ten more logs."""
 
     def ends(*scores):
         rows = [{**GOOD, "eval/em": em, "eval/em_upper": upper} for em, upper in scores]
@@ -258,8 +258,8 @@ def test_a_run_ends_at_once_when_held_out_answers_have_halved_beyond_chance():
     assert play([first], stop=True)[1].should_training_stop, "the first steps may have done it"
 
 
-def test_an_evaluation_whose_searches_failed_is_no_collapse_and_nothing_to_compare_with():
-    """While a search server is away, the questions that are left are those that the policy does not search for."""
+def test_an_evaluation_with_failed_searches_is_not_compared():
+    """While the search server is down, only questions that the policy answers without a search are scored."""
 
     def ends(*evaluations):
         names = ("eval/em", "eval/em_upper", "eval/failed")
@@ -272,7 +272,7 @@ def test_an_evaluation_whose_searches_failed_is_no_collapse_and_nothing_to_compa
 
 
 def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, monkeypatch):
-    """Every trajectory is malformed from step 1 on, so no level falls or rises: a rule of its own fires here."""
+    """Every trajectory is malformed from step 1, so nothing falls or rises: a separate rule fires here."""
     import dataclasses
 
     silent = dataclasses.replace(next(rule for rule in RULES if rule.name == "malformed"), rises=0.0, beyond=0.1)
@@ -280,27 +280,27 @@ def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, m
     monkeypatch.setattr("trl_search.trainer.callbacks.alarms.STOP_AFTER", 2)
     reported = []
 
-    class Tracker(TrainerCallback):  # as those of report_to, it is there before our own callbacks are
+    class Tracker(TrainerCallback):  # like the callbacks of report_to, it is added before ours
         def on_log(self, args, state, control, logs=None, **kwargs):
             reported.append(logs.get("alarm/malformed"))
 
     options = {"max_steps": 20, "on_collapse": "stop", "trainer": {"callbacks": [Tracker()]}}
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, **options)
     trainer.train()
-    assert reported == [0.0] * (WINDOW - 1) + [1.0] * 2 + [None]  # the last is the summary
+    assert reported == [0.0] * (WINDOW - 1) + [1.0] * 2 + [None]  # the last log is the summary
     assert trainer.state.global_step == WINDOW + 1
     assert [row["alarm/malformed"] for row in steps(trainer)] == [0.0] * (WINDOW - 1) + [1.0] * 2
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["alarm/malformed"] for row in written if "loss" in row] == [0.0] * (WINDOW - 1) + [1.0] * 2
 
 
-def test_an_alarm_stands_in_the_line_of_its_step():
+def test_an_alarm_is_in_the_line_of_its_step():
     assert (
         step_line(3, 12, {"reward": 0.5, "alarm/kl": 1.0, "alarm/turns": 0.0}) == "step  3/12  reward 0.500  ALARM kl"
     )
 
 
-def test_the_page_lists_the_alarms_as_they_are():
+def test_the_page_lists_the_alarms_of_the_code():
     page = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
     rows = re.findall(r"^\| `alarm/(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
     watched = {rule.name: ", ".join(f"`{name}`" for name in rule.metric.split(", ")) for rule in RULES}
@@ -317,15 +317,15 @@ def test_the_benchmark_shows_the_recorded_runs():
     assert "| learning_rate_x_5_0 | 30 | 11: `malformed`" in shown and shown.count("| none |") >= len(HEALTHY)
 
 
-def test_a_watch_forgets_nothing_of_a_slow_decline():
+def test_a_slow_decline_is_detected():
     watch = Watch()
     for step in range(200):
         found = watch.add({**GOOD, "search/searches": 2.0 * 0.985**step})
     assert found["searches"].startswith("search/searches fell from 2 to")
 
 
-def test_with_a_refill_the_reward_is_that_of_the_questions_as_they_were_drawn():
-    """The groups that are trained on are half right whatever the policy can do."""
+def test_with_refill_the_reward_is_that_before_the_refill():
+    """After a refill, about half of each group is correct, however good the policy is."""
     drawn = [0.8] * 10 + [0.05] * 10
     rows = [{"loss": 0.0, "reward": 0.5, "refill/reward_before": reward} for reward in drawn]
     assert "reward" in find_collapse(rows) and "reward" not in find_collapse(rows[:10])

@@ -1,4 +1,4 @@
-"""Evaluation during training, and the best checkpoint: what is asked, what is logged, what is kept, what resumes."""
+"""Evaluation during training and the best checkpoint: questions, logs, checkpoints that are kept, resumed runs."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint, read_be
 from trl_search.trainer.callbacks.held_out import ANSWERS_FOLDER, HELD_OUT_FILE, EvaluateEvery, HeldOut
 from trl_search.trainer.resume import is_whole
 
-# Three of one set and one of another: the average over sets is not that over questions.
+# Three questions of one set and one of another: the average over sets differs from that over questions.
 QUESTIONS = Dataset.from_list(
     [{**row, "id": f"q{i}", "data_source": "small" if i == 0 else "large"} for i, row in enumerate(ROWS[:4])]
 )
 
 
 def held_out_trainer(folder, tokenizer, right, *, every=1, model=None, questions=QUESTIONS, **options):
-    """A trainer whose policy answers `right(step)` of the held-out questions, in their order, and trains as ever."""
-    # The same random weights every time, in a model of its own for every trainer.
+    """A trainer whose policy answers the first `right(step)` held-out questions correctly, and trains as usual."""
+    # The same random weights, in a new model for every trainer.
     trainer = scripted_trainer(folder, model or make_random_model(tokenizer), tokenizer, **options)
     held_out = HeldOut(trainer, questions)
     measuring = [False]
@@ -67,7 +67,7 @@ def held_out_trainer(folder, tokenizer, right, *, every=1, model=None, questions
 
 
 class CountingRetriever(FixedRetriever):
-    """Says how many queries it had since it was last asked, as `http` does."""
+    """Counts the queries since the last `take_metrics`, as `http` does."""
 
     def take_metrics(self):
         queries = sum(map(len, self.batches))
@@ -79,25 +79,25 @@ def checkpoints(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
-def test_the_log_of_the_step_has_every_set_and_their_average(tmp_path, tokenizer):
+def test_the_log_of_a_step_has_every_set_and_their_average(tmp_path, tokenizer):
     options = {"retriever": CountingRetriever(PASSAGES), "max_steps": 4}
     trainer, held_out = held_out_trainer(tmp_path, tokenizer, lambda step: 2, every=2, **options)
     trainer.train()
     rows = steps(trainer)
     assert [row["step"] for row in rows if "eval/em" in row] == [2, 4]
     row = rows[1]
-    # q0 of the small set is right, and one of three of the large one.
+    # q0 of the small set is correct, and one of three in the large set.
     assert row["eval/small/em"] == 1.0 and row["eval/large/em"] == pytest.approx(1 / 3)
     assert row["eval/em"] == pytest.approx((1 + 1 / 3) / 2)
     assert row["eval/searches"] == 1.0 and row["eval/failed"] == 0.0 and row["eval/seconds"] > 0
     assert {"eval/f1", "eval/reflection_ratio"} <= set(row)
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written if "eval/em" in line] == [2, 4]
-    # What the evaluation searched is not counted as the training's.
+    # The searches of the evaluation are not counted for the training.
     assert {row["retrieval/queries"] for row in rows} == {row["retrieval/requests"] for row in rows} == {3.0}
     assert held_out.ids == {"small": ["q0"], "large": ["q1", "q2", "q3"]}
     assert json.loads((tmp_path / HELD_OUT_FILE).read_text())["ids"] == held_out.ids
-    # Every answer is kept, in the order of the sets.
+    # Every answer is recorded, in the order of the sets.
     kept = Records(tmp_path / ANSWERS_FOLDER, "search", "step_4").read()
     assert sorted((one.id, one.data_source, one.em) for one in kept.values()) == [
         ("q0", "small", 1.0), ("q1", "large", 1.0), ("q2", "large", 0.0), ("q3", "large", 0.0),
@@ -113,7 +113,7 @@ def test_a_step_that_would_not_be_logged_is_logged_for_its_evaluation(tmp_path, 
     assert [(row["step"], "eval/em" in row) for row in steps(trainer)] == [(2, False), (3, True), (4, False)]
 
 
-def test_measuring_does_not_change_what_is_trained(tmp_path, random_model, tokenizer):
+def test_an_evaluation_does_not_change_the_training(tmp_path, random_model, tokenizer):
     results = [make_random_model(tokenizer).state_dict()]
     for every in (0, 1):
         model = make_random_model(tokenizer)
@@ -128,7 +128,7 @@ def test_measuring_does_not_change_what_is_trained(tmp_path, random_model, token
     assert any(not torch.equal(plain[name], start[name]) for name in plain)
 
 
-def test_questions_are_put_as_in_training(tmp_path, tokenizer):
+def test_held_out_prompts_are_those_of_the_training(tmp_path, tokenizer):
     marked = copy.deepcopy(tokenizer)
     marked.chat_template = "{% if marker is defined %}{{ marker }}{% endif %}" + tokenizer.chat_template
     trainer, held_out = held_out_trainer(tmp_path, marked, lambda step: 4, chat_template_kwargs={"marker": "THINK "})
@@ -136,7 +136,7 @@ def test_questions_are_put_as_in_training(tmp_path, tokenizer):
     assert all(marked.decode(asked[0]).startswith("THINK ") for asked in trainer.actor.asked)
 
 
-def test_the_same_weights_are_measured_once(tmp_path, tokenizer):
+def test_the_same_weights_are_evaluated_once(tmp_path, tokenizer):
     trainer, held_out = held_out_trainer(tmp_path, tokenizer, lambda step: 1, max_steps=2)
     trainer.train()
     rollouts = trainer.actor.rollouts
@@ -145,15 +145,17 @@ def test_the_same_weights_are_measured_once(tmp_path, tokenizer):
     assert held_out.last.average.mode == "search"
 
 
-def test_only_the_best_checkpoint_is_kept_where_none_are_saved(tmp_path, tokenizer):
+def test_without_saving_only_the_best_checkpoint_is_kept(tmp_path, tokenizer):
     curve = {1: 1, 2: 3, 3: 3, 4: 2, 5: 0}
     trainer, _ = held_out_trainer(tmp_path, tokenizer, curve.__getitem__, max_steps=5)
     at_2 = {}
     trainer.add_callback(_copy_at(2, trainer.model, at_2))
     trainer.train()
-    assert checkpoints(tmp_path) == ["checkpoint-2"]  # the first of equals
+    assert checkpoints(tmp_path) == ["checkpoint-2"]  # of equal ones, the first
     best = tmp_path / "best"
-    assert best.is_symlink() and os.readlink(best) == "checkpoint-2"  # relative: the folder may be moved
+    assert (
+        best.is_symlink() and os.readlink(best) == "checkpoint-2"
+    )  # a relative link, because the folder may be moved
     assert read_best(tmp_path).step == 2 and read_best(tmp_path).average.em == pytest.approx((1 + 2 / 3) / 2)
     assert read_best(tmp_path).datasets["large"].questions == 3
     model = AutoModelForCausalLM.from_pretrained(best)
@@ -169,13 +171,13 @@ def test_rotation_keeps_the_best_and_other_checkpoints_stay(tmp_path, tokenizer)
     trainer.train()
     assert os.readlink(tmp_path / "a" / "best") == "checkpoint-3" and is_whole(tmp_path / "a" / "checkpoint-3")
     assert "checkpoint-3" in checkpoints(tmp_path / "a") and len(checkpoints(tmp_path / "a")) <= 2
-    # Without a limit, one that is saved anyway stays though a better one comes; one that is not goes.
+    # Without a limit, checkpoints that are saved anyway stay; a former best one that is not is deleted.
     trainer, _ = held_out_trainer(tmp_path / "b", tokenizer, curve.__getitem__, **{**saving, "save_total_limit": None})
     trainer.train()
     assert checkpoints(tmp_path / "b") == [f"checkpoint-{step}" for step in (2, 3, 4, 6, 7)]
 
 
-def test_a_run_resumes_from_its_best_checkpoint_and_knows_it(tmp_path, tokenizer):
+def test_a_run_can_be_resumed_from_its_best_checkpoint(tmp_path, tokenizer):
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 3 if step == 2 else 1, max_steps=3)
     trainer.train()
     again, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 4 if step == 5 else 2, max_steps=6)
@@ -185,7 +187,7 @@ def test_a_run_resumes_from_its_best_checkpoint_and_knows_it(tmp_path, tokenizer
     assert checkpoints(tmp_path) == ["checkpoint-5"]
 
 
-def test_a_run_that_goes_back_forgets_a_best_of_its_future(tmp_path, tokenizer, caplog):
+def test_a_run_resumed_from_an_earlier_step_forgets_a_later_best_checkpoint(tmp_path, tokenizer, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1}
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: step, max_steps=3, **saving)
     trainer.train()
@@ -199,7 +201,7 @@ def test_a_run_that_goes_back_forgets_a_best_of_its_future(tmp_path, tokenizer, 
     assert os.readlink(tmp_path / "best") == "checkpoint-1"
 
 
-def test_a_best_checkpoint_whose_writing_broke_is_never_the_best(tmp_path, tokenizer):
+def test_an_incomplete_checkpoint_is_never_the_best(tmp_path, tokenizer):
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: step, max_steps=3)
     save = trainer._save_optimizer_and_scheduler
 
@@ -215,17 +217,17 @@ def test_a_best_checkpoint_whose_writing_broke_is_never_the_best(tmp_path, token
     assert os.readlink(tmp_path / "best") == "checkpoint-1" and is_whole(tmp_path / "best")
 
 
-def test_a_best_that_is_lost_is_looked_for_anew(tmp_path, tokenizer):
+def test_a_deleted_best_checkpoint_is_replaced_by_the_next_best(tmp_path, tokenizer):
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda s: 4 if s == 1 else 1, max_steps=2, **saving)
     trainer.train()
     shutil.rmtree(tmp_path / "checkpoint-1")
     again, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 2, max_steps=3, **saving)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert os.readlink(tmp_path / "best") == "checkpoint-3"  # worse than the lost one, and the best there is
+    assert os.readlink(tmp_path / "best") == "checkpoint-3"  # worse than the deleted one, but the best that is left
 
 
-def test_lora_keeps_its_adapter(tmp_path, random_model, tokenizer):
+def test_with_lora_the_best_checkpoint_contains_the_adapter(tmp_path, random_model, tokenizer):
     from peft import AutoPeftModelForCausalLM, LoraConfig
 
     random_model.save_pretrained(tmp_path / "base")
@@ -240,7 +242,7 @@ def test_lora_keeps_its_adapter(tmp_path, random_model, tokenizer):
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "best")
 
 
-def test_failed_searches_are_no_wrong_answers_and_make_no_best(tmp_path, tokenizer, caplog):
+def test_failed_searches_are_not_wrong_answers_and_give_no_best_checkpoint(tmp_path, tokenizer, caplog):
     retriever = FixedRetriever(PASSAGES, poison="of 2")
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 4, retriever=retriever, max_steps=1)
     script = trainer.actor.script
@@ -254,7 +256,7 @@ def test_failed_searches_are_no_wrong_answers_and_make_no_best(tmp_path, tokeniz
     assert not (tmp_path / "best").exists() and read_best(tmp_path) is None
 
 
-def test_a_run_that_is_resumed_with_other_questions_is_refused(tmp_path, tokenizer):
+def test_resuming_with_other_questions_is_refused(tmp_path, tokenizer):
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, max_steps=1)
     trainer.train()
     other, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, questions=QUESTIONS.select([0, 1]), max_steps=2)
@@ -286,7 +288,7 @@ def test_two_ranks_share_the_questions_and_keep_one_best_checkpoint(tmp_path, ra
     tokenizer.save_pretrained(tmp_path / "model")
     run_ranks("tests.support.held_out_run", [str(tmp_path)], tmp_path)
     one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    # Each asked its share (five questions: three and two), and both know the result of all.
+    # Each rank evaluated its share (three and two of five questions), and both know the whole result.
     assert (one.pop("asked"), other.pop("asked")) == ([3, 3, 3], [2, 2, 2])
     assert one == other and [row["eval/em"] for row in one["history"]] == [0.2, 0.8, 0.4]
     assert os.readlink(tmp_path / "run" / "best") == "checkpoint-2"

@@ -1,4 +1,4 @@
-"""The line of a step: what is there is shown, what is not is left out."""
+"""The line of a step shows the metrics that were logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_line_shows_what_was_logged():
     assert line == "step  3/12  reward 0.500  searches 0.720  seconds 5.10"
 
 
-def test_only_steps_are_lines_and_only_of_the_main_process(capsys):
+def test_only_steps_print_lines_and_only_in_the_main_process(capsys):
     for is_main, logs in ((True, {"loss": 0.1, "reward": 1.0}), (True, {"eval_loss": 1.0}), (False, {"loss": 0.1})):
         state = SimpleNamespace(is_world_process_zero=is_main, global_step=1, max_steps=2)
         StepLines().on_log(None, state, None, logs=logs)
@@ -30,13 +30,13 @@ def test_only_steps_are_lines_and_only_of_the_main_process(capsys):
 
 
 def drawn(output: int, source: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a training of ten steps that logs none of them writes to its stderr."""
+    """The stderr of a training of ten steps that logs none of them."""
     state = TrainerState(max_steps=10)
     with os.fdopen(output, "w") as stderr, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stderr)
         bar = StepLines()
         bar.on_train_begin(None, state, None)
-        bar.training_bar.mininterval = 0  # every step is drawn, as those that take a second are
+        bar.training_bar.mininterval = 0  # every step is drawn, like steps that take a second
         for state.global_step in range(1, 11):
             bar.on_step_end(None, state, None)
         bar.on_train_end(None, state, None)
@@ -62,8 +62,8 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn(output, source, monkeypatch) == ""
 
 
-def test_a_stderr_that_only_writes_takes_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As scripts put one that copies everything to a file."""
+def test_a_minimal_stderr_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example one that copies everything to a file."""
     written: list[str] = []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
     StepLines().on_train_begin(None, TrainerState(max_steps=10), None)
@@ -71,7 +71,7 @@ def test_a_stderr_that_only_writes_takes_a_bar(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Shower:
-    """What `show_steps` asks of a trainer."""
+    """The methods of a trainer that `show_steps` uses."""
 
     def __init__(self, *, disable_tqdm: bool) -> None:
         self.args = SimpleNamespace(disable_tqdm=disable_tqdm)
@@ -84,7 +84,7 @@ class Shower:
         self.shown.append(one)
 
 
-def test_a_script_sees_the_same_lines_and_can_switch_them_off() -> None:
+def test_a_script_gets_the_same_lines_and_can_turn_them_off() -> None:
     trainer = Shower(disable_tqdm=False)
     show_steps(trainer)  # type: ignore[arg-type]
     assert [type(one) for one in trainer.shown] == [StepLines]

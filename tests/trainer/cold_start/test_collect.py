@@ -1,4 +1,4 @@
-"""A collection is what was sampled, token for token; it goes on where it stopped; what is kept is what was asked."""
+"""A collection contains the sampled tokens exactly, can be resumed, and is filtered by the given rules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIMITS = Limits(completion_tokens=400, turn_tokens=120, observation_tokens=100)
 
 
 class Teacher(Policy):
-    """Searches once and answers; every third time, by its seed, wrongly. Fails for good after `turns` turns."""
+    """Searches once and answers, wrongly for every third seed. Fails permanently after `turns` turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, turns: int = 10_000) -> None:
         self.tokenizer, self.turns, self.said = tokenizer, turns, 0
@@ -100,7 +100,7 @@ def run(
     )
 
 
-def test_an_attempt_is_its_rollout_token_for_token(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_attempt_equals_its_rollout_token_for_token(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert run(tmp_path, tokenizer) == Collected(new=18, before=0, failed=0)
     attempts = read_attempts(tmp_path)
     assert {(a.index, a.sample) for a in attempts} == {(i, j) for i in range(6) for j in range(3)}
@@ -114,10 +114,10 @@ def test_an_attempt_is_its_rollout_token_for_token(tmp_path: Path, tokenizer: Pr
         assert (attempt.searches, attempt.malformed, attempt.format, attempt.stop_reason) == (1, 0, 1.0, "answer")
         assert attempt.em == attempt.f1 == float(attempt.answer == GOLD)
     assert 0 < sum(attempt.em for attempt in attempts) < 18
-    assert len({tuple(attempt.ids) for attempt in attempts}) > 12  # every attempt has a seed of its own
+    assert len({tuple(attempt.ids) for attempt in attempts}) > 12  # every attempt has its own seed
 
 
-def test_stopped_and_begun_again_it_is_the_same_collection(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_resumed_collection_equals_an_uninterrupted_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     run(tmp_path / "whole", tokenizer)
     with pytest.raises(RuntimeError, match="the engine broke"):
         run(tmp_path / "cut", tokenizer, policy=Teacher(tokenizer, turns=15))
@@ -125,7 +125,7 @@ def test_stopped_and_begun_again_it_is_the_same_collection(tmp_path: Path, token
     before = path.read_bytes()
     finished = before.count(b"\n")
     assert 0 < finished < 18
-    path.write_bytes(before + b'{"index": 3, "sam')  # killed while it wrote
+    path.write_bytes(before + b'{"index": 3, "sam')  # killed while writing
     assert len(missing(tmp_path / "cut", 6, 3)) == 18 - finished
     assert run(tmp_path / "cut", tokenizer) == Collected(new=18 - finished, before=finished, failed=0)
     assert path.read_bytes().startswith(before)
@@ -137,7 +137,7 @@ def test_stopped_and_begun_again_it_is_the_same_collection(tmp_path: Path, token
     assert whole == cut
 
 
-def test_what_is_complete_asks_nobody_and_more_samples_are_added(
+def test_a_complete_collection_samples_nothing_and_can_be_extended(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     run(tmp_path, tokenizer, samples=2)
@@ -148,7 +148,7 @@ def test_what_is_complete_asks_nobody_and_more_samples_are_added(
     assert (tmp_path / ATTEMPTS).read_bytes().startswith(first)
 
 
-def test_other_settings_or_questions_are_refused_and_nothing_is_touched(
+def test_other_settings_or_questions_are_refused_and_nothing_is_changed(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     run(tmp_path, tokenizer, samples=1)
@@ -169,7 +169,7 @@ def test_other_settings_or_questions_are_refused_and_nothing_is_touched(
 
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One corpus at two places, another corpus, and the first with another option."""
+    """One corpus in two folders, another corpus, and the first one with another option."""
     folder = tmp_path_factory.mktemp("indexes")
     for name, passages, options in (
         ("here", PASSAGES, {}),
@@ -186,7 +186,7 @@ def keys(word: str | Path, **options: Any) -> dict[str, str]:
 
 
 def claimed(folder: Path, searched: dict[str, str]) -> None:
-    """As `trl-search sft` claims a collection with these keys of a recipe."""
+    """Claims a collection with these recipe keys, as `trl-search sft` does."""
     claim(folder, {"format": 2, "searched": searched_of(QuestionArguments(**searched)).content()})
 
 
@@ -200,7 +200,7 @@ def claimed(folder: Path, searched: dict[str, str]) -> None:
     ],
     ids=["a folder", "an option", "hybrid", "rerank"],
 )
-def test_what_was_searched_is_known_by_its_content(tmp_path: Path, indexes: Path, searched: Any) -> None:
+def test_indexes_are_compared_by_content(tmp_path: Path, indexes: Path, searched: Any) -> None:
     claimed(tmp_path, searched(indexes / "here"))
     claimed(tmp_path, searched(indexes / "there"))
     with pytest.raises(UserError, match=r"other settings \(searched[\w.]*index.corpus_sha256 was '\w{64}', and is"):
@@ -218,24 +218,24 @@ def test_other_options_of_a_retriever_are_compared_and_secrets_are_not(tmp_path:
     assert "first" not in (tmp_path / "web" / SETTINGS).read_text()
 
 
-def test_questions_are_known_by_their_text_and_not_by_their_folder(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_questions_are_compared_by_text_and_not_by_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     run(tmp_path, tokenizer, samples=1, rows=[{**row, "data_source": "kit"} for row in ROWS])
     assert run(tmp_path, tokenizer, samples=1, rows=[{**row, "data_source": "elsewhere"} for row in ROWS]).new == 0
 
 
-def test_a_failed_search_is_not_written_and_tried_again(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_attempt_with_a_failed_search_is_not_recorded_and_is_repeated(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     broken = FixedRetriever(PASSAGES, poison="author")
     with pytest.raises(UserError, match=r"failed in 11 of 11 attempts.* the index is on fire.* 0 attempts are kept"):
         run(tmp_path, tokenizer, retriever=broken)
     assert not read_attempts(tmp_path)
-    # Fewer failures than are judged: they are counted, and left to the next call.
+    # Too few failures to stop the collection: they are counted and left to the next call.
     assert run(tmp_path, tokenizer, retriever=broken, samples=1) == Collected(0, 0, 6)
     assert run(tmp_path, tokenizer, samples=1) == Collected(6, 0, 0)
 
 
-def test_a_line_that_is_no_attempt_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     run(tmp_path, tokenizer, samples=1)
     with (tmp_path / ATTEMPTS).open("a") as file:
         file.write('{"question": "of another file"}\n')
@@ -243,7 +243,7 @@ def test_a_line_that_is_no_attempt_is_named(tmp_path: Path, tokenizer: PreTraine
         read_attempts(tmp_path)
 
 
-# What is kept
+# Selection
 
 
 def attempt(index: int = 0, sample: int = 0, **changed: Any) -> Attempt:
@@ -278,7 +278,7 @@ def attempt(index: int = 0, sample: int = 0, **changed: Any) -> Attempt:
         ({"ids": [3] * 7, "mask": [1] * 7}, "too long"),
     ],
 )
-def test_every_reason(changed: dict[str, Any], reason: str) -> None:
+def test_every_reason_to_drop_an_attempt(changed: dict[str, Any], reason: str) -> None:
     rules = Rules(max_tokens=8)
     kept, outcomes = select([attempt(0), attempt(1, **changed)], rules)
     assert [one.index for one in kept] == [0] and outcomes == {"kept": 1, reason: 1}
@@ -286,7 +286,7 @@ def test_every_reason(changed: dict[str, Any], reason: str) -> None:
         select([attempt(0, **changed), attempt(1, **changed)], rules)
 
 
-def test_rules_can_be_looser() -> None:
+def test_rules_can_be_relaxed() -> None:
     loose = Rules(min_f1=0.5, well_formed=False, min_searches=0)
     odd = attempt(em=0.0, f1=0.5, format=0.5, malformed=2, searches=0, ids=[3] * 9000, mask=[1] * 9000)
     assert select([odd], loose)[0] == [odd]
@@ -294,7 +294,7 @@ def test_rules_can_be_looser() -> None:
         select([attempt(em=0.0, f1=0.49)], loose)
 
 
-def test_the_first_of_a_question_are_kept_and_none_twice() -> None:
+def test_the_first_attempts_of_a_question_are_kept_without_duplicates() -> None:
     sampled = [attempt(1, 1), attempt(0, 2), attempt(0, 1), attempt(0, 0, ids=[3, 4, 5, 1]), attempt(0, 3)]
     kept, outcomes = select(sampled, Rules(keep_per_question=2))
     assert [(one.index, one.sample) for one in kept] == [(0, 0), (0, 2), (1, 1)]
@@ -303,12 +303,14 @@ def test_the_first_of_a_question_are_kept_and_none_twice() -> None:
     assert "5 attempts at 2 questions: EM 1.000" in text and "kept: 2 questions, 1.00 searches, 9 tokens" in text
 
 
-def test_no_attempts_at_all() -> None:
+def test_a_collection_without_attempts() -> None:
     with pytest.raises(UserError, match="no attempts to select from"):
         select([], Rules())
 
 
-def test_kept_is_parquet_that_sft_trainer_reads(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_sft_trainer_reads_the_parquet_file_of_kept_attempts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     run(tmp_path, tokenizer)
     kept, _ = select(read_attempts(tmp_path), Rules())
     path = write_kept(tmp_path, kept)

@@ -1,4 +1,4 @@
-"""`trl-search sft`: from questions to a model that was trained on what was right, whoever the teacher is."""
+"""`trl-search sft`: from questions to a model trained on correct attempts, with every kind of teacher."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def weights(folder: str | Path) -> PreTrainedModel:
 
 
 def changed(folder: Path) -> set[str]:
-    """The names of the weights that are not the tiny policy's any more."""
+    """The names of the weights that differ from the tiny policy's."""
     before, after = (dict(weights(name).named_parameters()) for name in (tiny_policy_path(), folder))
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -78,7 +78,7 @@ def changed(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Questions and a corpus as a user brings them."""
+    """Files of a user: questions and a corpus."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{"id": f"q{i}", "question": f"Who wrote book {i}?", "golden_answers": [GOLD]} for i in range(6)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -90,7 +90,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def served(tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
-    """What `vllm serve` says, with a teacher in it that searches once and is mostly right."""
+    """A fake `vllm serve` with a teacher that searches once and is mostly correct."""
 
     def answer(asked: Asked) -> Said:
         if asked.method == "GET":
@@ -129,7 +129,7 @@ def test_a_teacher_behind_a_server_teaches_an_adapter(
     right = sum(int(attempt.em) for attempt in attempts)
     printed = capsys.readouterr().out
     assert re.search(rf"kept +{right} ", printed) and re.search(rf"wrong answer +{12 - right} ", printed)
-    # The next call finds the attempts, asks nobody, and trains; the adapter is merged into what it saves.
+    # The next call finds the attempts, samples nothing, and trains; the saved model contains the merged adapter.
     asked = len(served.asked)
     sft(tmp_path, **options)
     assert len(served.asked) == asked and "0 new, 12 from before" in capsys.readouterr().out
@@ -139,16 +139,16 @@ def test_a_teacher_behind_a_server_teaches_an_adapter(
     settings = read_settings(str(tmp_path))
     assert settings is not None and (settings.instruction, settings.max_turn_length) == ("", 120)
     asked_for = resolve_searched(files["retriever"], json.loads(files["retriever_options"]))
-    assert resolve_searched(str(tmp_path)) == asked_for  # so `chat` and `eval` need not be told
+    assert resolve_searched(str(tmp_path)) == asked_for  # so that `chat` and `eval` need no options
 
 
-def test_scripts_collect_without_a_gpu_for_a_training_that_needs_one(tmp_path: Path, files: dict[str, Any]) -> None:
+def test_scripts_collect_without_a_gpu_even_if_the_training_needs_one(tmp_path: Path, files: dict[str, Any]) -> None:
     recipe = {**files, "teacher": "scripts", "use_cpu": "false", "bf16": "true"}
     sft(tmp_path, **recipe, collect_only="true")
     assert read_attempts(tmp_path / "collection")
 
 
-def test_a_collection_moves_to_a_machine_where_everything_lies_elsewhere(
+def test_a_collection_can_be_used_on_a_machine_with_other_paths(
     tmp_path: Path, files: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def machine(name: str) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def test_a_collection_moves_to_a_machine_where_everything_lies_elsewhere(
     assert "0 new, 12 from before" in capsys.readouterr().out
 
 
-def test_an_adapter_can_be_saved_alone(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+def test_an_adapter_can_be_saved_without_merging(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     sft(tmp_path, **files, teacher=served.url, use_peft="true", lora_r=4, merge_adapter="false")
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
 
@@ -179,12 +179,14 @@ def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.C
     attempts = read_attempts(tmp_path / "collection")
     assert len(attempts) == 16 and any(attempt.searches for attempt in attempts)
     assert changed(tmp_path) and (tmp_path / "collection" / KEPT).exists()
-    # Other rules ask nobody again; other settings are refused.
+    # Other rules sample nothing again; other settings are refused.
     sft(tmp_path, **options, min_f1=0.02, well_formed="false", collect_only="true")
     assert "0 new, 16 from before" in capsys.readouterr().out
     before = (tmp_path / "collection" / ATTEMPTS).read_bytes()
     with pytest.raises(UserError, match=r"other settings \(max_searches was 3, and is 2\)"):
-        sft(tmp_path, **{**options, "max_searches": 2}, collect_only="true")  # a finished training is refused first
+        sft(
+            tmp_path, **{**options, "max_searches": 2}, collect_only="true"
+        )  # otherwise the finished training would be refused first
     assert (tmp_path / "collection" / ATTEMPTS).read_bytes() == before
 
 
@@ -198,7 +200,7 @@ def test_scripted_players_teach_real_questions(
     assert re.search(r"data\d+ +6 of 6 questions kept", printed)
     assert "── Collecting: 12 attempts at 6 questions, teacher: scripts\n" in printed
     assert changed(tmp_path)
-    # Its folder is that of a run.
+    # Its folder is the folder of a run.
     run = read_run(tmp_path)
     assert (run.method, run.problems) == ("SFT", []) and [row["step"] for row in run.history] == [1, 2, 2]
     assert (
@@ -220,7 +222,7 @@ def test_scripted_players_teach_real_questions(
     assert "teacher: scripts" in card and str(tmp_path) not in card
 
 
-def test_a_teacher_is_shown_demonstrations_that_nobody_is_trained_on(
+def test_demonstrations_are_shown_to_the_teacher_but_not_trained_on(
     tmp_path: Path, files: dict[str, Any], served: Server, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     sft(tmp_path, **files, teacher=served.url, demonstrations=2, collect_only="true")
@@ -235,7 +237,7 @@ def test_a_teacher_is_shown_demonstrations_that_nobody_is_trained_on(
         sft(tmp_path, **files, teacher=served.url, collect_only="true")
 
 
-def test_demonstrations_that_cannot_be_played_are_named(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
+def test_impossible_demonstrations_are_named(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     (tmp_path / "odd.jsonl").write_text(json.dumps({"question": "Who?", "golden_answers": ["nobody there"]}))
     odd = {**files, "questions": str(tmp_path / "odd.jsonl")}
     with pytest.raises(UserError, match="answered none of 1 questions, so there are no demonstrations"):
@@ -253,7 +255,7 @@ def test_a_teacher_of_another_family_is_refused(tmp_path: Path, files: dict[str,
 
 
 def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
-    """As in GRPO: a model that thinks unless it is told not to would else learn from prompts it never meets again."""
+    """As in GRPO: otherwise a model that thinks by default would train on prompts that it never gets again."""
     model = tmp_path / "model"
     shutil.copytree(tiny_policy_path(), model)
     template = (model / "chat_template.jinja").read_text("utf-8")
@@ -265,10 +267,8 @@ def test_options_of_the_chat_template_reach_the_prompts(tmp_path: Path, files: d
     assert attempts and all(tokenizer.decode(one.prompt_ids).startswith("THINK ") for one in attempts)
 
 
-def test_a_script_of_the_users_own_teaches_a_tool_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Right and wrong ones alike are counted; what is right is kept in the file of every cold start."""
+def test_a_users_script_teaches_a_users_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Correct and wrong attempts are counted; correct ones are kept in the usual file of a cold start."""
     rows = [{"id": f"q{i}", "question": f"{i} + 2", "golden_answers": [str(i + 2)]} for i in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {
@@ -289,20 +289,20 @@ def test_a_script_of_the_users_own_teaches_a_tool_of_their_own(
         sft(tmp_path, **options, script=f"{__name__}:guesses", collect_only="true")
 
 
-def test_a_script_of_the_users_own_plays_the_demonstrations(
+def test_a_users_script_plays_the_demonstrations(
     tmp_path: Path, served: Server, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = [{"id": f"q{i}", "question": f"{i} + 2", "golden_answers": [str(i + 2)]} for i in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = {"questions": tmp_path / "sums.jsonl", "environment": CALCULATOR}
-    with pytest.raises(UserError, match="none of 12 attempts is kept"):  # this teacher knows authors
+    with pytest.raises(UserError, match="none of 12 attempts is kept"):  # this teacher knows only authors
         sft(tmp_path, **options, script=f"{__name__}:adds", teacher=served.url, demonstrations=1, collect_only="true")
     asked = [tokenizer.decode(one.json["prompt"]) for one in served.asked if one.target == "/v1/completions"]
     assert asked and all('{"name": "add"' in text for text in asked)
 
 
 def adds(row: Any) -> Iterator[Any]:
-    """Right but for the last question."""
+    """Correct except for the last question."""
     a, _, b = row["question"].split()
     total = yield "I add.", ToolCall("add", {"a": int(a), "b": int(b)})
     yield f"It is {total}.", Answer(total if a != "5" else "8")
@@ -313,7 +313,7 @@ def guesses(row: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
-def test_a_quantized_base_is_refused_before_anyone_is_asked(
+def test_a_quantized_base_model_is_refused_before_anything_is_sampled(
     tmp_path: Path, files: dict[str, Any], served: Server, key: str
 ) -> None:
     with pytest.raises(UserError, match=f"{key}: the command line does not load quantized models"):
@@ -352,13 +352,13 @@ def test_a_quantized_base_is_refused_before_anyone_is_asked(
         ({"output": "runs/x"}, "unknown option '--output': did you mean '--output_dir'"),
     ],
 )
-def test_mistakes_are_said(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         sft(tmp_path, **{"world_passages": 1000, **options})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_training_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     options = {"world_passages": 1000, "quality": "good=1.0", "save_strategy": "steps", "save_steps": 1}
     sft(tmp_path, "sft_world", **options)
     written = json.loads((tmp_path / "run.json").read_text())
@@ -369,7 +369,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
-def test_scripts_warm_a_policy_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts_warm_up_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft(tmp_path, "sft_world", world_passages=1000, quality="good=1.0")
     printed = capsys.readouterr().out
     assert changed(tmp_path) and "── SFT: on 4 trajectories\n" in printed and "trained on 4 trajectories" in printed

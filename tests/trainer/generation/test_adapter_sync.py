@@ -1,4 +1,4 @@
-"""What a server answers to an adapter, and what is written for it to read."""
+"""Sending an adapter to a vLLM server: its answers, and the files that it reads."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def ask(path, url="http://gpu-1:8000", patience_s=0.3):
     post(url, path, {}, rank=4, patience_s=patience_s)
 
 
-def test_a_server_without_adapters_is_told_how_to_start(monkeypatch):
-    """The answer of a server that was started without --enable-lora: it has no such path."""
+def test_for_a_server_without_lora_the_error_names_the_option(monkeypatch):
+    """A server that was started without --enable-lora answers 404."""
     answer(monkeypatch, 404, '{"detail": "Not Found"}')
     with pytest.raises(UserError, match="does not accept adapters: start it with --enable-lora --max-lora-rank 4"):
         ask(LOAD)
 
 
-def test_a_server_that_is_gone_gets_no_adapter_and_is_named():
+def test_an_unreachable_server_is_named():
     with pytest.raises(ServerLost, match=r"http://127.0.0.1:1 did not load the adapter.*restart it"):
         ask(LOAD, url="http://127.0.0.1:1")
 
 
-def test_what_is_not_an_error_of_an_adapter(monkeypatch):
+def test_a_repeated_load_and_a_missing_adapter_are_not_errors(monkeypatch):
     answer(monkeypatch, 400, "The lora adapter 'policy-1' has already been loaded.")
-    ask(LOAD)  # the answer to the first try was lost
+    ask(LOAD)  # the response to the first try was lost
     answer(monkeypatch, 404, "The lora adapter 'policy-1' cannot be found.")
     ask(UNLOAD)  # the server was restarted
     answer(monkeypatch, 400, "rank 64 is greater than max_lora_rank 32")
@@ -49,7 +49,7 @@ def test_what_is_not_an_error_of_an_adapter(monkeypatch):
         ask(LOAD)
 
 
-def test_what_is_written_for_a_server_is_an_adapter_that_peft_reads(tmp_path, tokenizer, random_model):
+def test_peft_reads_the_adapter_that_is_written_for_a_server(tmp_path, tokenizer, random_model):
     model = get_peft_model(random_model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     tensors = adapter_tensors(model, DistributedBackend(Accelerator(cpu=True)), torch.device("cpu"))
     save_adapter(tensors, model, tmp_path / "adapter")

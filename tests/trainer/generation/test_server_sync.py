@@ -1,4 +1,4 @@
-"""Weights for several servers: stand-ins for TRL's client, which needs NCCL, take what they are sent."""
+"""Weights for several servers, with fakes of TRL's client, which would need NCCL."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ A, B = "http://gpu-1:8000", "http://gpu-2:8000"
 
 
 class Server:
-    """One vLLM server: up since `started_at`, with bfloat16 weights that it reads back."""
+    """A fake vLLM server, started at `started_at`, whose bfloat16 weights can be read back."""
 
     def __init__(self):
         self.started_at, self.weights, self.ports, self.extension = 1.0, {}, [], EXTENSION
-        self.loses = ""  # the name of a tensor that does not arrive
-        self.dies = ""  # "before" the weights or "after" them
+        self.loses = ""  # name of a tensor that does not arrive
+        self.dies = ""  # "before" or "after" the weights
 
     def checksums(self):
         model = SimpleNamespace(named_parameters=lambda: self.weights.items())
@@ -43,7 +43,7 @@ def servers(monkeypatch):
     servers = {A: Server(), B: Server()}
 
     class Client:
-        """As TRL's `VLLMClient`."""
+        """Has the methods of TRL's `VLLMClient`."""
 
         def __init__(self, base_url, group_port, connection_timeout):
             self.server, self.port = servers[base_url], group_port
@@ -88,7 +88,7 @@ def join(urls):
     return WeightServers(urls, group_port=51216, device=torch.device("cpu"), patience_s=1.0)
 
 
-def test_all_servers_get_all_weights_in_one_walk(servers):
+def test_all_servers_get_all_weights_in_one_pass(servers):
     members = join([A, B])
     members.send(iter(WEIGHTS))
     for server in servers.values():
@@ -99,7 +99,7 @@ def test_all_servers_get_all_weights_in_one_walk(servers):
     assert members.started_at == {A: 1.0, B: 1.0}
 
 
-def test_a_server_that_is_lost_is_left_out_and_joins_again(servers):
+def test_a_lost_server_is_left_out_and_joins_again(servers):
     members = join([A, B])
     servers[A].started_at = None
     members.send(iter(WEIGHTS))
@@ -107,7 +107,7 @@ def test_a_server_that_is_lost_is_left_out_and_joins_again(servers):
     servers[A].started_at = 2.0
     members.send(iter(WEIGHTS))
     assert members.started_at == {B: 1.0, A: 2.0} and len(servers[A].weights) == 3
-    assert servers[A].ports == [51216, 51218] and servers[B].ports == [51217]  # an NCCL group of its own, made anew
+    assert servers[A].ports == [51216, 51218] and servers[B].ports == [51217]  # a new NCCL group
 
 
 def test_a_server_that_was_restarted_between_two_syncs_joins_again(servers):
@@ -117,7 +117,7 @@ def test_a_server_that_was_restarted_between_two_syncs_joins_again(servers):
     assert members.started_at == {A: 2.0} and servers[A].ports == [51216, 51217]
 
 
-def test_without_any_server_the_run_ends(servers):
+def test_without_servers_the_run_ends(servers):
     members = join([A, B])
     servers[A].started_at = servers[B].started_at = None
     with pytest.raises(UserError, match="gpu-1:8000 was lost; http://gpu-2:8000 was lost"):
@@ -135,7 +135,7 @@ def test_a_server_that_dies_after_it_received_the_weights_is_left_out(servers):
         members.send(iter(WEIGHTS))
 
 
-def test_a_server_that_dies_while_it_receives_the_weights_ends_the_run_in_one_line(servers):
+def test_a_server_that_dies_during_a_sync_ends_the_run_with_one_line(servers):
     members = join([A, B])
     servers[B].dies = "before"
     with pytest.raises(ServerLost, match=r"died while it received weights \(refused\): restart it"):
@@ -151,13 +151,13 @@ def test_weights_that_did_not_arrive_are_an_error(servers):
         members.send(iter(step))
 
 
-def test_a_server_of_another_model_is_an_error(servers):
+def test_a_server_with_another_model_is_an_error(servers):
     servers[A].loses = WEIGHTS[0][0]
     with pytest.raises(UserError, match="none of its tensors is among them"):
         join([A]).send(iter([WEIGHTS[0], WEIGHTS[2]]))
 
 
-def test_a_server_that_reads_nothing_back_is_named_once(servers, caplog):
+def test_a_server_that_cannot_read_weights_back_is_named_once(servers, caplog):
     servers[B].extension = ""
     members = join([A, B])
     assert f"--worker-extension-cls {EXTENSION}" in caplog.text
@@ -165,7 +165,7 @@ def test_a_server_that_reads_nothing_back_is_named_once(servers, caplog):
     assert len(servers[B].weights) == 3
 
 
-def test_one_changed_element_changes_a_checksum_and_those_of_shards_add_up():
+def test_checksums_detect_one_changed_element_and_add_up_over_shards():
     name, tensor = WEIGHTS[0]
     assert has_checksum(name) and not has_checksum("model.norm.weight")
     whole = checksum(tensor, torch.bfloat16)

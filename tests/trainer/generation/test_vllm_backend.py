@@ -1,7 +1,7 @@
-"""What is refused before vLLM is started, and what the trainer does to an engine that cannot be had here.
+"""What is refused before vLLM starts, and the calls of the trainer on an engine.
 
-The engines are fakes that write down what is done to them (tests/support/fake_engine.py).
-test_vllm_colocate.py and test_vllm_server.py run the real one, test_vllm_gpu.py on a GPU.
+The engines are fakes that record calls (tests/support/fake_engine.py). test_vllm_colocate.py and test_vllm_server.py
+run a real engine, test_vllm_gpu.py runs one on a GPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trl_search.trainer.generation.vllm_backend import SearchVLLM, refuse_what_v
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """As if vLLM 0.25.1 were installed."""
+    """Pretends that vLLM 0.25.1 is installed."""
     monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_backend, "vllm_version", lambda: "0.25.1+cu130")
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation, "LLM", FakeLLM, raising=False)
-    # TRL writes its ranks there.
+    # TRL sets these variables.
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
@@ -50,7 +50,7 @@ def adapter(random_model, **options):
     return get_peft_model(random_model, LoraConfig(target_modules=["q_proj", "v_proj"], **options))
 
 
-def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
+def test_without_vllm_the_error_names_the_extra(monkeypatch, tmp_path, random_model, tokenizer):
     monkeypatch.setattr(vllm_backend, "is_vllm_available", lambda: False)
     with pytest.raises(UserError, match=r"pip install 'trl-search\[vllm\]'"):
         real_trainer(tmp_path, random_model, tokenizer, use_vllm=True)
@@ -59,7 +59,7 @@ def test_without_vllm(monkeypatch, tmp_path, random_model, tokenizer):
 @pytest.mark.parametrize(
     ("version", "taken"), [("0.22.0", True), ("0.32.0+cpu", True), ("0.21.9", False), ("0.32.1", False)]
 )
-def test_versions(monkeypatch, vllm, tmp_path, version, taken):
+def test_supported_vllm_versions(monkeypatch, vllm, tmp_path, version, taken):
     monkeypatch.setattr(vllm_backend, "vllm_version", lambda: version)
     arguments = config(tmp_path, use_vllm=True)
     if taken:
@@ -75,7 +75,7 @@ def test_an_engine_over_several_ranks(vllm, tmp_path):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
 
 
-def test_structured_outputs(vllm, tmp_path):
+def test_structured_outputs_are_refused(vllm, tmp_path):
     with pytest.raises(UserError, match="vllm_structured_outputs_regex has no effect on our rollouts"):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
 
@@ -89,7 +89,7 @@ def test_engine_options_are_a_json_object(tmp_path, text, taken):
             config(tmp_path, vllm_engine_options=text)
 
 
-def test_the_rank_of_an_adapter(random_model):
+def test_the_maximum_rank_of_an_adapter(random_model):
     assert adapter_rank(adapter(random_model, r=12)) == 12
 
 
@@ -110,7 +110,7 @@ def test_adapters_that_vllm_cannot_apply(random_model, options, named):
         adapter_rank(adapter(random_model, **options))
 
 
-def test_what_is_no_lora_adapter(random_model):
+def test_other_peft_methods_are_refused(random_model):
     with pytest.raises(UserError, match="needs a LoRA adapter: give a peft_config"):
         adapter_rank(random_model)
     with pytest.raises(UserError, match="support this adapter's peft_type"):
@@ -118,7 +118,7 @@ def test_what_is_no_lora_adapter(random_model):
 
 
 def test_a_quantized_model_is_refused_before_an_engine_is_made(random_model):
-    random_model.is_quantized = True  # as transformers marks what it loads with a quantization_config
+    random_model.is_quantized = True  # as transformers marks models that it loads with a quantization_config
     with pytest.raises(UserError, match=r"quantized, so its weights cannot be sent to vLLM.*use_vllm: false"):
         SearchVLLM(lora_sync="merged", adapter_dir=None, engine_options={}, model=random_model)
     adapted = get_peft_model(random_model, LoraConfig(target_modules=["q_proj"]))
@@ -126,7 +126,7 @@ def test_a_quantized_model_is_refused_before_an_engine_is_made(random_model):
         SearchVLLM(lora_sync="adapter", adapter_dir=None, engine_options={}, model=adapted)
 
 
-def test_the_trainer_makes_our_backend_and_its_engine(make):
+def test_the_trainer_creates_our_backend_and_its_engine(make):
     trainer = make(vllm_max_model_length=512, vllm_engine_options={"dtype": "float32", "max_num_seqs": 7})
     backend = trainer.vllm_generation
     assert isinstance(backend, SearchVLLM) and isinstance(backend.llm, FakeLLM)
@@ -135,19 +135,19 @@ def test_the_trainer_makes_our_backend_and_its_engine(make):
         "dtype": "float32", "max_num_seqs": 7, "max_model_len": 512, "logprobs_mode": "processed_logprobs",
     }  # fmt: skip
     assert "enable_lora" not in backend.llm.options and not backend.llm.done
-    # Only as long as that trainer is made: others of the process keep TRL's.
+    # Only while this trainer is created: other trainers in the process keep TRL's backend.
     assert vllm_backend.grpo_trainer.VLLMGeneration is vllm_generation.VLLMGeneration
     assert vllm_generation.LLM is FakeLLM
 
 
-def test_an_adapter_gets_room_in_the_engine(make):
+def test_the_engine_is_configured_for_an_adapter(make):
     options = make(LoraConfig(r=12, target_modules=["q_proj"]), vllm_lora_sync="adapter").vllm_generation.llm.options
     assert (options["enable_lora"], options["max_lora_rank"], options["max_loras"]) == (True, 16, 1)
 
 
 @pytest.mark.parametrize(("sync", "level"), [("merged", 2), ("adapter", 1)])
 def test_the_engine_sleeps_between_rollouts(make, sync, level):
-    """Level 2 drops the weights, and next to an adapter nothing brings them again: also not after the start."""
+    """Level 2 drops the weights. If only the adapter is sent, nothing restores them, so level 1 is used throughout."""
     peft_config = LoraConfig(r=4, target_modules=["q_proj"])
     backend = make(peft_config, vllm_lora_sync=sync, vllm_enable_sleep_mode=True).vllm_generation
     assert backend.llm.options["enable_sleep_mode"] is True and backend.llm.done == [f"sleep {level}"]
@@ -158,7 +158,7 @@ def test_the_engine_sleeps_between_rollouts(make, sync, level):
     assert backend.llm.done[-1] == f"sleep {level}"
 
 
-def test_all_weights_go_over_at_once_and_merged(make):
+def test_all_weights_are_sent_at_once_with_the_adapter_merged(make):
     trainer = make(LoraConfig(r=4, target_modules=["q_proj"]))
     backend, before = trainer.vllm_generation, {}
     for name, parameter in trainer.model.named_parameters():
@@ -180,7 +180,7 @@ def test_too_little_room_names_the_number_needed(make):
         pass
 
 
-def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
+def test_adapter_weights_that_vllm_would_ignore_are_refused(monkeypatch):
     given = {}
 
     class LoRAModel:
@@ -203,8 +203,8 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(monkeypatch):
         load("folder", {"q_proj"}, lora_model_id=4)
 
 
-def test_the_engines_thread_takes_the_stream_of_the_thread_that_made_the_engine(monkeypatch):
-    """A new thread begins on device 0, which is another rank's, and vLLM may move to another stream in mid-forward."""
+def test_the_engines_thread_uses_the_stream_of_the_thread_that_created_it(monkeypatch):
+    """A new thread starts on device 0, which belongs to another rank, and vLLM may change streams during a forward."""
     taken = []
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: (f"stream of {threading.current_thread().name}", device)

@@ -1,4 +1,4 @@
-"""vLLM on real devices: weights reach the engine, training resumes, a server serves two ranks, two hosts train.
+"""vLLM on GPUs: weights reach the engine, training resumes, a server serves two ranks, two hosts train together.
 
 The engines are small and take a fixed share of a GPU, so these tests may run side by side (`pytest -n 4`).
 """
@@ -23,12 +23,12 @@ from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.weight_checksums import EXTENSION
 
 pytestmark = pytest.mark.timeout(600)
-# Two bf16 forwards of the same weights through different kernels.
+# Difference of two bf16 forwards of the same weights with different kernels.
 NOISE = 0.05
 
 
 def environment(**more):
-    """Of the processes that a test starts: as many devices as its mark names."""
+    """The environment of the processes that a test starts, with as many devices as its mark says."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **more}
 
 
@@ -37,7 +37,7 @@ def run(*command, **more):
 
 
 def run_together(commands):
-    """Runs `(command, environment)` pairs at the same time, each with all processes that it starts."""
+    """Runs `(command, environment)` pairs at the same time, each in its own process group."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -80,7 +80,7 @@ def test_weights_reach_the_colocated_engine_and_training_resumes(kind, tmp_path)
 
 
 def check(disagreement):
-    """The engine has the trainer's weights, and they are not those that it started with."""
+    """Checks that the engine has the trainer's weights, and that they have changed."""
     assert disagreement["trainer"] < NOISE
     assert disagreement["untrained"] > 2 * disagreement["trainer"]
 
@@ -115,7 +115,7 @@ def check_ranks(folder, kind, steps):
 @TWO_GPUS
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_two_ranks_share_one_engine(kind, tmp_path):
-    """Tensor parallel: the trajectories of both ranks run on one engine, half of which is on each GPU."""
+    """Tensor parallel: the trajectories of both ranks run on one engine, split over both GPUs."""
     run(*LAUNCH, *ONE_HOST, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "tensor_parallel", str(tmp_path), kind)
     check_ranks(tmp_path, kind, 2)
 
@@ -123,7 +123,7 @@ def test_two_ranks_share_one_engine(kind, tmp_path):
 @pytest.mark.multi_gpu
 @TWO_GPUS
 def test_two_hosts_train_together(tmp_path):
-    """Two launchers with a GPU each. NCCL takes them for hosts of their own, and speaks through sockets."""
+    """Two launchers with one GPU each. NCCL treats them as two hosts and uses sockets."""
     where = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
     what = (*FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), "full")
     run_together(
@@ -140,7 +140,7 @@ def test_two_hosts_train_together(tmp_path):
 
 @contextlib.contextmanager
 def serving(folder, count):
-    """`vllm serve` on GPU 1, `count` times; the addresses and the processes, each the leader of a group."""
+    """`count` times `vllm serve` on GPU 1; yields the addresses and the processes, each a group leader."""
     processes, urls = [], []
     for number in range(count):
         port = free_port()
@@ -181,7 +181,7 @@ def test_a_server_serves_the_rollouts_of_two_ranks(tmp_path):
 @pytest.mark.multi_gpu
 @TWO_GPUS
 def test_training_outlives_one_of_two_servers(tmp_path):
-    """Both read the checksums of their weights back after each sync, so wrong weights would end the run."""
+    """Both read back the checksums of their weights after each sync, so wrong weights would end the run."""
     with serving(tmp_path, 2) as (urls, processes):
         what = f"{urls[0]},{urls[1]},{processes[1].pid}"
         run("tests.support.vllm_gpu_run", "servers", str(tmp_path), what, CUDA_VISIBLE_DEVICES="0")

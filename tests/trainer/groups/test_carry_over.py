@@ -1,4 +1,4 @@
-"""Batches that close without their slow trajectories: whole groups, the right weights per token, resumed runs."""
+"""Batches that close without their slow trajectories: whole groups, importance weights per token, resumed runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(random_model, tmp_path):
     return tmp_path
 
 
-def test_a_slow_group_is_trained_on_whole_in_a_later_batch(folder, tokenizer):
+def test_a_slow_group_is_trained_on_in_a_later_batch(folder, tokenizer):
     gates = gates_of([0])
     trainer = library_trainer(
         folder / "run", str(folder / "model"), tokenizer, gates, rewards=later_is_better, max_steps=4
@@ -45,7 +45,7 @@ def test_a_slow_group_is_trained_on_whole_in_a_later_batch(folder, tokenizer):
             assert f"author {book}" in trajectory.spoken[-1] and f"book {book}?" in tokenizer.decode(
                 trajectory.prompt_ids
             )
-        # Rewards 0 1 2 3: each group has one better and one worse member.
+        # Rewards 0 1 2 3: each group has one better and one worse trajectory.
         assert scored["advantages"].sign().tolist() == [-1, 1, -1, 1]
     late = next(batch for batch, _ in batches if 0 in trained_books(batch))
     assert set(late.trajectories[trained_books(late).index(0)].versions) in ({-1, 0, 2}, {-1, 0, 3})
@@ -57,13 +57,13 @@ def test_a_slow_group_is_trained_on_whole_in_a_later_batch(folder, tokenizer):
     assert environment.log == ["open", "close"] and environment.searched.count("book 0") == 2
 
 
-def test_each_token_is_weighed_towards_the_policy_that_sampled_it(folder, tokenizer):
+def test_each_token_is_weighted_by_the_policy_that_sampled_it(folder, tokenizer):
     """Without vLLM: the loss is -Σ advantage × min(p / p_sampling, 2) / tokens, with one optimizer step per batch."""
     trainer = library_trainer(
         folder / "run", str(folder / "model"), tokenizer, {}, rewards=later_is_better, max_completion_length=600
     )
     batch = trainer.score([trainer.train_dataset[number] for number in (0, 0, 1, 1)])
-    batch["sampling_per_token_logps"] = batch["sampling_per_token_logps"] - 7.9  # about 0.7 below the model's
+    batch["sampling_per_token_logps"] = batch["sampling_per_token_logps"] - 7.9  # about 0.7 lower than the model's
     loss, logged = trainer.loss(batch)
     mask = batch["completion_mask"] * batch["tool_mask"]
     weights = (trainer.logps.detach() - batch["sampling_per_token_logps"]).exp().clamp(max=2.0)
@@ -77,7 +77,7 @@ def test_each_token_is_weighed_towards_the_policy_that_sampled_it(folder, tokeni
 
 
 class Stalling(TransformersPolicy):
-    """The first rollout's engine gives the prompts in `slow` three tokens; later ones give them all."""
+    """The engine of the first rollout gives the prompts in `slow` only three tokens; later engines give all."""
 
     slow: list[list[int]]
     rollouts = 0
@@ -93,8 +93,8 @@ class Stalling(TransformersPolicy):
         super()._decode([slot for slot in running if not stalls(slot.turn)])
 
 
-def test_a_turn_that_is_parked_in_its_middle_has_the_log_probs_of_two_policies(folder, tokenizer, monkeypatch):
-    """Every sampled token's log-prob is that of the weights that its version names."""
+def test_a_turn_parked_in_the_middle_has_the_log_probs_of_two_policies(folder, tokenizer, monkeypatch):
+    """The log-prob of every sampled token comes from the weights of its version."""
     trainer = real_trainer(
         folder / "run", str(folder / "model"), tokenizer, carry_over=1.5, num_generations=2, max_steps=4,
         shuffle_dataset=False, max_turn_length=24,
@@ -128,7 +128,7 @@ def test_a_turn_that_is_parked_in_its_middle_has_the_log_probs_of_two_policies(f
     assert any(0 < entry["carry_over/tokens_age_1"] < 1 for entry in steps(trainer))
 
 
-def test_a_resumed_run_asks_the_unfinished_questions_again(folder, tokenizer):
+def test_a_resumed_run_samples_the_unfinished_questions_again(folder, tokenizer):
     def make(gates, **options):
         return library_trainer(
             folder / "run", str(folder / "model"), tokenizer, gates, rewards=later_is_better, save_strategy="steps",
@@ -148,7 +148,7 @@ def test_a_resumed_run_asks_the_unfinished_questions_again(folder, tokenizer):
     assert set(batches[0][0].trajectories[0].versions) == {-1, 1}, "from its start, with the weights of now"
 
 
-def test_an_evaluation_between_two_rollouts_leaves_the_parked_ones_alone(folder, tokenizer):
+def test_an_evaluation_between_two_rollouts_does_not_affect_parked_trajectories(folder, tokenizer):
     gates = gates_of([0])
     trainer = library_trainer(
         folder / "run", str(folder / "model"), tokenizer, gates, rewards=later_is_better, max_steps=3,
@@ -170,7 +170,7 @@ def test_an_evaluation_between_two_rollouts_leaves_the_parked_ones_alone(folder,
     assert trained.count(0) == 2 and trainer.environment.searched.count("book 0") == 2
 
 
-def test_num_iterations_reuses_a_batch_with_the_correction_of_its_sampling(folder, tokenizer):
+def test_num_iterations_reuses_a_batch_with_its_old_log_probs(folder, tokenizer):
     trainer = library_trainer(
         folder / "run", str(folder / "model"), tokenizer, {}, rewards=later_is_better, max_steps=4, num_iterations=2
     )
@@ -200,19 +200,19 @@ def test_num_iterations_reuses_a_batch_with_the_correction_of_its_sampling(folde
         ),
     ],
 )
-def test_what_would_be_wrong_is_refused_by_name(tmp_path, options, message):
+def test_incompatible_options_are_refused_by_name(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         config(tmp_path, **{"num_generations": 2, "generation_batch_size": None, **options})
 
 
-def test_groups_that_lie_across_processes_are_refused(tmp_path):
+def test_groups_split_over_processes_are_refused(tmp_path):
     args = config(tmp_path, num_generations=2, carry_over=2)
-    args.per_device_train_batch_size = 3  # of each of two processes, which TRL would take
+    args.per_device_train_batch_size = 3  # per process, with two processes; TRL alone would accept this
     with pytest.raises(UserError, match="num_generations=2 does not divide the 3 trajectories per process"):
         check_carry_over(args)
 
 
-def test_a_stream_is_refused(folder, tokenizer):
+def test_a_streamed_dataset_is_refused(folder, tokenizer):
     with pytest.raises(UserError, match="train_dataset is a stream"):
         real_trainer(
             folder / "run", str(folder / "model"), tokenizer, data=DATA.to_iterable_dataset(), carry_over=2,
@@ -220,7 +220,7 @@ def test_a_stream_is_refused(folder, tokenizer):
         )  # fmt: skip
 
 
-def test_off_it_changes_nothing(folder, tokenizer):
+def test_without_carry_over_nothing_changes(folder, tokenizer):
     trainer = real_trainer(folder / "run", str(folder / "model"), tokenizer, max_steps=1)
     trainer.train()
     (entry,) = steps(trainer)
@@ -229,7 +229,7 @@ def test_off_it_changes_nothing(folder, tokenizer):
 
 
 @pytest.mark.slow
-def test_two_ranks_close_their_batches_each_in_its_own_time(folder, tokenizer):
+def test_two_ranks_close_their_batches_independently(folder, tokenizer):
     tokenizer.save_pretrained(folder / "model")
     ranks = start_ranks("tests.support.carry_over_run", [str(folder)], folder)
     codes = wait_for_ranks(ranks, folder, timeout_s=240)
@@ -246,13 +246,13 @@ def test_two_ranks_close_their_batches_each_in_its_own_time(folder, tokenizer):
     assert one["resumed"]["books"][0][0] == 0 and 0 not in other["resumed"]["books"][0]
 
 
-def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weights_move(folder, tokenizer, monkeypatch):
-    """What a server would be asked, in order; the trainer computes between `open` and `close`."""
+def test_a_server_generates_while_the_trainer_computes_and_stops_before_a_sync(folder, tokenizer, monkeypatch):
+    """The calls to a server in order; the trainer computes between `open` and `close`."""
     gates = gates_of([0])
     trainer = library_trainer(
         folder / "run", str(folder / "model"), tokenizer, gates, rewards=later_is_better, carry_over=1.0, max_steps=4
     )
-    trainer.args.max_staleness = 1  # without a server the configuration would refuse it
+    trainer.args.max_staleness = 1  # the configuration refuses it without a server
     log, under_way = [], []
     monkeypatch.setattr(trainer.actor, "open", noting(log, "open"))
     monkeypatch.setattr(trainer.actor, "close", noting(log, "close"))
@@ -267,7 +267,7 @@ def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weight
         if log.count("loss") == 1:
             (group,) = [group for group in trainer.pool.groups if "book 0" in group.row["question"]]
             gates["book 0"].set_result(None)
-            trainer.pool._loop.run(asyncio.wait(group.members))  # it generates its answer meanwhile
+            trainer.pool._loop.run(asyncio.wait(group.members))  # it generates its answer during this
             under_way.extend(group.trajectories)
         return compute_loss(*args, **kwargs)
 
@@ -276,7 +276,7 @@ def test_a_server_goes_on_while_the_trainer_computes_and_stops_before_the_weight
     generate = GRPOTrainer._generate
 
     def generating(self, prompts):
-        log.append("sync")  # what TRL does first
+        log.append("sync")  # TRL's first step
         return generate(self, prompts)
 
     monkeypatch.setattr(GRPOTrainer, "_generate", generating)

@@ -1,4 +1,4 @@
-"""Pass rates: what is counted, how weights follow, and that a checkpoint brings them back."""
+"""Pass rates: what is counted, the weights that follow, and how checkpoints restore them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def visit(rates, number, *answers):
     return rates.learn([(DATA[number], trajectories)])
 
 
-def test_a_question_that_all_or_none_solved_weighs_half_with_each_visit_and_1_again_after_some():
+def test_the_weight_of_a_question_without_signal_is_halved_per_visit():
     rates = PassRates(DATA)
     seen = []
     for answers in ((RIGHT, RIGHT), (WRONG, WRONG), (RIGHT, RIGHT), *[(WRONG, WRONG)] * 3, (RIGHT, WRONG)):
@@ -47,17 +47,17 @@ def test_trajectories_whose_retrieval_failed_do_not_count():
     assert rates.weight_of(DATA[4]) == 1 and len(rates.visits) == 1
 
 
-def test_a_column_of_pass_rates_is_what_is_known_at_the_start():
+def test_a_pass_rate_column_gives_the_initial_rates():
     rates = PassRates(DATA.add_column("pass_rate", [0.0, 1.0, 0.5, None] * 3))
     assert rates.weights_N.tolist() == [0.5, 0.5, 1, 1] * 3
 
 
-def test_rates_come_back_from_a_checkpoint_and_a_broken_file_is_named(tmp_path):
+def test_rates_are_restored_from_a_checkpoint_and_a_broken_file_is_named(tmp_path):
     rates, again = PassRates(DATA), PassRates(DATA)
     visit(rates, 3, RIGHT, RIGHT)
     visit(rates, 5, RIGHT, WRONG)
     rates.save(tmp_path)
-    visit(again, 7, WRONG)  # a rollback forgets what came after
+    visit(again, 7, WRONG)  # a rollback forgets later results
     again.load(tmp_path)
     assert again.visits == rates.visits and again.weights_N.tolist() == rates.weights_N.tolist()
     (tmp_path / FILE).write_text('{"question": "Who?"}\n')
@@ -70,7 +70,7 @@ def test_questions_without_golden_answers_are_refused():
         PassRates(DATA.remove_columns("golden_answers"))
 
 
-def test_a_resumed_run_draws_what_the_whole_run_drew(tmp_path, random_model, tokenizer):
+def test_a_resumed_run_draws_the_same_questions(tmp_path, random_model, tokenizer):
     random_model.save_pretrained(tmp_path / "model")
     shape = {"per_device_train_batch_size": 8, "num_generations": 2, "curriculum": "pass_rate", "data": DATA}
 
@@ -87,6 +87,6 @@ def test_a_resumed_run_draws_what_the_whole_run_drew(tmp_path, random_model, tok
     questions = [[row["question"] for row in run.last_rollout.rows] for run in (resumed, whole)]
     assert questions[0] == questions[1]  # in the second epoch
     assert resumed.question_choice.pass_rates.visits == whole.question_choice.pass_rates.visits
-    # 12 questions are all solved in the first epoch of three steps: in the second, half of them are put back.
+    # All 12 questions are solved in the first epoch of three steps; in the second, half of them are put back.
     put_back = [log["curriculum/put_back"] for log in steps(whole)]
     assert put_back[:3] == [0, 0, 0] and max(put_back) > 0

@@ -1,4 +1,4 @@
-"""The order of draws: by weight, the same for the same batch, another for another."""
+"""Draws of questions: by weight, and reproducible per batch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_question_is_drawn_in_proportion_to_its_weight():
     assert shares == pytest.approx(weights / weights.sum(), abs=0.03)
 
 
-def test_each_round_has_other_questions_which_depend_on_seed_and_step_alone(tmp_path, tokenizer):
+def test_the_questions_of_each_round_depend_only_on_seed_and_step(tmp_path, tokenizer):
     drawn = spare(choice(tmp_path, tokenizer, refill_groups=3), step=5)
     assert [len(questions) for questions in drawn] == [4, 4, 4] and len({q for qs in drawn for q in qs}) == 12
     assert drawn == spare(choice(tmp_path, tokenizer, refill_groups=3), step=5)
@@ -57,12 +57,12 @@ def test_each_round_has_other_questions_which_depend_on_seed_and_step_alone(tmp_
     assert drawn != spare(choice(tmp_path, tokenizer, refill_groups=3, seed=2), step=5)
 
 
-def test_a_second_batch_of_the_same_step_has_draws_of_its_own(tmp_path, tokenizer):
+def test_a_second_batch_of_the_same_step_has_different_draws(tmp_path, tokenizer):
     made = choice(tmp_path, tokenizer, refill_groups=1)
     assert spare(made, step=0) != spare(made, step=0)
 
 
-def test_two_ranks_together_draw_what_one_process_draws(tmp_path, tokenizer):
+def test_two_ranks_draw_the_same_questions_as_one_process(tmp_path, tokenizer):
     alone = spare(choice(tmp_path, tokenizer, refill_groups=2), step=1)
     ranks = [
         spare(choice(tmp_path, tokenizer, rank=rank, ranks=2, refill_groups=2), step=1, rank=rank, ranks=2)
@@ -71,7 +71,7 @@ def test_two_ranks_together_draw_what_one_process_draws(tmp_path, tokenizer):
     assert [one + other for one, other in zip(*ranks, strict=True)] == alone
 
 
-def test_questions_that_teach_nothing_are_put_back_whole_group_by_whole_group(tmp_path, tokenizer):
+def test_questions_without_signal_are_replaced_per_group(tmp_path, tokenizer):
     made = choice(tmp_path, tokenizer, curriculum="pass_rate")
     before = batch(made)
     made.choose(before, 0)
@@ -86,4 +86,4 @@ def test_questions_that_teach_nothing_are_put_back_whole_group_by_whole_group(tm
         assert questions[::2] == questions[1::2]
         assert (questions[0], questions[4], questions[6]) == ("Q0", "Q2", "Q3")
         put_back += questions[2] != "Q1"
-    assert put_back >= 33  # 15 of 16, and one draw in some 60 is the question itself
+    assert put_back >= 33  # 15 of 16 times; about one draw in 60 is the question itself

@@ -1,4 +1,4 @@
-"""Groups without a gradient are replaced: the batch keeps its shape, and all that TRL reads is of new questions."""
+"""Groups without a gradient are replaced: the batch keeps its shape, and TRL reads only the new questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def book(prompt):
 
 
 def half_are_useful(number, prompt):
-    """Of an even book every second trajectory knows the author; of an odd one, none or all."""
+    """For an even book, every second trajectory knows the author; for an odd one, none or all do."""
     number_of_book = book(prompt)
     right = number % 2 == 0 if number_of_book % 2 == 0 else number_of_book % 4 == 1
     return [answer(GOLD if right else "Nobody")]
@@ -62,7 +62,7 @@ def test_every_group_of_the_batch_has_a_gradient_and_its_shape_stays(tmp_path, r
     assert "refill/rounds" not in steps(plain)[0]
 
 
-def test_what_the_loss_reads_is_of_the_questions_that_stayed(tmp_path, random_model, tokenizer):
+def test_the_loss_reads_the_questions_that_were_kept(tmp_path, random_model, tokenizer):
     trainer = make(tmp_path, random_model, tokenizer)
     batch = trainer.score(list(DATA.select([1, 1, 2, 2]).map(lambda row: {"prompt": [user(row)]})))
     assert asked(trainer)[2:] == [2, 2] and asked(trainer)[0] % 2 == 0
@@ -78,14 +78,14 @@ def user(row):
     return {"role": "user", "content": row["question"]}
 
 
-def test_after_the_last_round_a_group_stays_whatever_its_rewards(tmp_path, random_model, tokenizer):
+def test_after_the_last_round_every_group_is_kept(tmp_path, random_model, tokenizer):
     trainer = make(tmp_path, random_model, tokenizer, lambda *_: [answer(GOLD)], refill_groups=2, max_steps=1)
     trainer.train()
     log = steps(trainer)[0]
     assert (log["refill/gradient_after"], log["refill/extra_trajectories"], log["refill/rounds"]) == (0, 16, 2)
 
 
-def test_where_all_groups_are_useful_nothing_changes(tmp_path, random_model, tokenizer):
+def test_if_all_groups_have_a_gradient_nothing_changes(tmp_path, random_model, tokenizer):
     def useful(number, prompt):
         return [answer(GOLD if number % 2 else "Nobody")]
 
@@ -99,8 +99,8 @@ def test_where_all_groups_are_useful_nothing_changes(tmp_path, random_model, tok
         assert torch.equal(mine, theirs)
 
 
-def test_a_group_is_refilled_while_others_still_run(tmp_path, random_model, tokenizer):
-    """The first trajectory waits for a question that was not in the batch at its beginning."""
+def test_a_group_is_replaced_while_others_still_run(tmp_path, random_model, tokenizer):
+    """The first trajectory waits for a question that was not in the original batch."""
     trainer = make(tmp_path, random_model, tokenizer)
     rows = list(DATA.select([2, 2, 1, 1]).map(lambda row: {"prompt": [user(row)]}))
     generate, others = trainer.actor.generate, asyncio.Event()
@@ -117,7 +117,7 @@ def test_a_group_is_refilled_while_others_still_run(tmp_path, random_model, toke
     assert others.is_set() and asked(trainer)[:2] == [2, 2]
 
 
-def test_what_an_earlier_process_finished_of_a_refill_is_not_run_again():
+def test_trajectories_of_a_refill_that_a_killed_process_finished_are_not_repeated():
     def score(rows, trajectories):
         rewards = torch.tensor([[float(row["question"] == "useful")] for row in rows])
         return Group(rows, trajectories, rewards, bool(rewards.any()), {}, {})
@@ -163,7 +163,7 @@ def test_groups_whose_retrieval_failed_are_replaced_and_counted(tmp_path, random
         strict.train()
 
 
-def test_rewards_and_what_they_log_are_those_of_the_kept_groups_in_their_order(tmp_path, random_model, tokenizer):
+def test_rewards_and_their_logs_are_those_of_the_kept_groups_in_order(tmp_path, random_model, tokenizer):
     calls = []
 
     async def judged(prompts, completions, question, log_extra, log_metric, trainer_state, **columns):
@@ -178,10 +178,10 @@ def test_rewards_and_what_they_log_are_those_of_the_kept_groups_in_their_order(t
 
     trainer = make(tmp_path, random_model, tokenizer, rewards=[judged, plain], max_steps=1)
     trainer.train()
-    assert set(calls) == {2} and len(calls) > 4  # called per group, once
+    assert set(calls) == {2} and len(calls) > 4  # called once per group
     assert list(trainer._logs["extra"]["book"])[-8:] == asked(trainer)
     assert steps(trainer)[0]["books"] == pytest.approx(sum(asked(trainer)) / 8)
-    whole = super(type(trainer), trainer)._calculate_rewards  # TRL's own, over the batch as it is
+    whole = super(type(trainer), trainer)._calculate_rewards  # TRL's own computation over the final batch
     batch = trainer.last_rollout
     kept, batch.groups = batch.groups, []
     again = whole(
@@ -191,8 +191,8 @@ def test_rewards_and_what_they_log_are_those_of_the_kept_groups_in_their_order(t
     torch.testing.assert_close(again, torch.cat([group.rewards_GF for group in kept]), equal_nan=True)
 
 
-def test_the_floor_on_searches_counts_when_groups_are_judged(tmp_path, random_model, tokenizer):
-    """All are right; those that searched keep their reward, so their groups have a gradient."""
+def test_the_search_floor_applies_before_groups_are_replaced(tmp_path, random_model, tokenizer):
+    """All answers are correct; only trajectories that searched keep their reward, so their groups have a gradient."""
 
     def script(number, prompt):
         searches = book(prompt) % 2 == 0 and number % 2 == 0
@@ -239,10 +239,10 @@ def test_the_same_questions_are_drawn_after_a_resume(tmp_path, random_model, tok
         ({"trainer": {"retriever": None}}, "needs our rollouts"),
     ],
 )
-def test_what_it_cannot_be_used_with_is_refused_by_name(tmp_path, random_model, tokenizer, options, cause):
+def test_incompatible_options_are_refused_by_name(tmp_path, random_model, tokenizer, options, cause):
     with pytest.raises((UserError, ValueError), match=cause):
         make(tmp_path, random_model, tokenizer, **options)
 
 
-def test_it_is_off_by_default(tmp_path):
+def test_refill_is_off_by_default(tmp_path):
     assert config(tmp_path).refill_groups == 0 and config(tmp_path).curriculum == "none"

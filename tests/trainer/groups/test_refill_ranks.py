@@ -1,4 +1,4 @@
-"""Two processes over gloo, one of which replaces its groups twice and the other never: neither waits for the other."""
+"""Two gloo processes: one replaces its groups twice, the other never, and neither waits for the other."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def ranks(tmp_path_factory, tokenizer):
 def test_each_rank_replaces_its_own_groups_and_both_end_with_whole_batches(ranks):
     assert [rank["processes"] for rank in ranks] == [2, 2]
     assert [rank["replaced"] for rank in ranks] == [[0, 0], [2, 2]]
-    assert ranks[1]["asked"] == ranks[1]["spare"][1]  # those of the second round
+    assert ranks[1]["asked"] == ranks[1]["spare"][1]  # the questions of the second round
     assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
-def test_metrics_are_of_both_ranks(ranks):
+def test_metrics_cover_both_ranks(ranks):
     logged = ranks[0]["logged"]
     assert (logged["refill/gradient_before"], logged["refill/gradient_after"]) == (0.5, 1)
     assert (logged["refill/extra_trajectories"], logged["refill/rounds"]) == (8, 2)
     assert logged["frac_reward_zero_std"] == 0
 
 
-def test_both_ranks_know_what_came_of_all_questions_and_draw_different_ones(ranks):
+def test_both_ranks_know_all_pass_rates_and_draw_different_questions(ranks):
     assert ranks[0]["weights_N"] == ranks[1]["weights_N"] and ranks[0]["visits"] == ranks[1]["visits"] > 8
     drawn = [number for rank in ranks for questions in rank["spare"] for number in questions]
     assert len(drawn) == len(set(drawn)) == 16
 
 
-def test_resumed_ranks_ask_what_the_whole_run_asked(ranks):
+def test_resumed_ranks_draw_the_same_questions(ranks):
     for rank in ranks:
         assert rank["resumed"] == {name: rank[name] for name in ("asked", "spare", "visits", "weights_N")}
 

@@ -1,4 +1,4 @@
-"""The pool of trajectories: batches close without the slow ones, which keep their searches and are taken in turn."""
+"""The pool of trajectories: batches close without slow ones, which keep their searches and join a later batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def books(groups):
     return [int(group.row["question"].split()[-1][:-1]) for group in groups]
 
 
-def test_a_slow_search_is_parked_keeps_its_result_and_comes_first_when_it_is_done(make_pool, tokenizer):
+def test_a_slow_search_is_parked_keeps_its_result_and_comes_first_when_done(make_pool, tokenizer):
     gates = gates_of([1])
     pool = make_pool(gates)
     pool.attach(Reader(tokenizer), version=0)
@@ -50,19 +50,19 @@ def test_a_slow_search_is_parked_keeps_its_result_and_comes_first_when_it_is_don
     pool.attach(Reader(tokenizer), version=1)
     start(pool, 3, 4)
     taken = []
-    while not taken or books(taken)[0] != 1:  # a search that ends may come after others
+    while not taken or books(taken)[0] != 1:  # the search may end after the new ones
         taken = pool.take(1)
     (group,) = taken
     assert group.born == 0
     for trajectory in group.trajectories:
         assert trajectory.stop_reason is StopReason.ANSWER and "author 1" in trajectory.spoken[-1]
-        # Its first turn was sampled with version 0, its last with version 1, and what was observed has none.
+        # Its first turn has version 0, its last version 1, and observations have none.
         versions = [sorted(set(trajectory.versions[turn.start : turn.end])) for turn in trajectory.turns if turn.text]
         assert versions == [[0], [-1], [1]]
-    assert pool.environment.searched.count("book 1") == 2  # once per member, and not again
+    assert pool.environment.searched.count("book 1") == 2  # once per trajectory
 
 
-def test_of_the_whole_groups_the_oldest_are_taken(make_pool, tokenizer):
+def test_the_oldest_finished_groups_are_taken(make_pool, tokenizer):
     gates = gates_of([0])
     pool = make_pool(gates)
     pool.attach(Reader(tokenizer), version=0)
@@ -82,7 +82,7 @@ def test_of_the_whole_groups_the_oldest_are_taken(make_pool, tokenizer):
         ([0, 0, 1, 1], [0, 0, 1, 1], None),
     ],
 )
-def test_a_group_waits_for_max_staleness_rollouts_at_most(make_pool, born, whole, taken):
+def test_a_group_waits_for_at_most_max_staleness_rollouts(make_pool, born, whole, taken):
     pool = make_pool({}, max_staleness=1)
     pool.rollout = max(born)
     pool.groups = [SimpleNamespace(born=b, whole=bool(w), members=[]) for b, w in zip(born, whole, strict=True)]
@@ -91,8 +91,8 @@ def test_a_group_waits_for_max_staleness_rollouts_at_most(make_pool, born, whole
     pool.groups = []
 
 
-def test_two_rollouts_ahead_must_leave_room_for_what_is_due_in_each(make_pool):
-    """Of three old groups, two may be left for the next rollout and none more: a batch has room for two."""
+def test_no_more_groups_are_left_than_the_next_batch_has_room_for(make_pool):
+    """Of three old groups, at most two may be left for the next rollout, because a batch has room for two."""
     pool = make_pool({}, max_staleness=2)
     pool.rollout = 1
     pool.groups = [SimpleNamespace(born=0, whole=place == 3, members=[]) for place in range(4)]

@@ -1,4 +1,4 @@
-"""The correction towards vLLM comes from the training forward: no pass of its own, the same loss and gradients."""
+"""The vLLM importance correction uses the training forward: no extra pass, the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOUNDS = {"token": (0.5, 1.5), "sequence": (1e-20, 1e20)}
 
 
 def as_vllm(trainer):
-    """Has TRL take the scripted policy for a vLLM engine, whose log-probs it corrects."""
+    """Makes TRL treat the scripted policy as a vLLM engine, so that it corrects the log-probs."""
     trainer.use_vllm, trainer._last_loaded_step = True, -1
     trainer.vllm_generation = types.SimpleNamespace(sync_weights=lambda: None)
     return trainer
@@ -34,14 +34,14 @@ def gradients(trainer, batch):
 
 
 @pytest.mark.parametrize("mode", IMPORTANCE_MODES[:4])
-def test_loss_and_gradients_are_those_of_trls_own_pass(tmp_path, random_model, tokenizer, mode):
-    with torch.no_grad():  # tied to the output: log-probs that differ from token to token
+def test_loss_and_gradients_equal_those_with_trls_own_pass(tmp_path, random_model, tokenizer, mode):
+    with torch.no_grad():  # tied to the output, so that log-probs differ between tokens
         random_model.get_input_embeddings().weight.mul_(10)
     low, high = BOUNDS[mode.split("_")[0]]
     bounds = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
     options = {"vllm_importance_sampling_mode": mode, **bounds}
     trainer = as_vllm(scripted_trainer(tmp_path, random_model, tokenizer, logprob=-7.0, **options))
-    trainer.score()  # before the first rollout of all, the log-probs are probed
+    trainer.score()  # the probe of the log-probs runs before the first rollout
     forwards = []
     trainer.model.register_forward_pre_hook(lambda *args: forwards.append(torch.is_grad_enabled()))
     batch = trainer.score()
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_trls_own_pass(tmp_path, random_model, t
     loss, gradient, logged = gradients(trainer, batch)
     assert forwards == [True] and gradient.any()
 
-    # What TRL makes of the same rollout, with the pass of its own.
+    # TRL's result for the same rollout, with its own pass.
     mask = batch["completion_mask"] * batch["tool_mask"]
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -76,12 +76,12 @@ def test_loss_and_gradients_are_those_of_trls_own_pass(tmp_path, random_model, t
     assert logged["sampling/importance_sampling_ratio/mean"] == pytest.approx(weights.mean().item(), rel=1e-5)
 
 
-def test_several_steps_per_batch_keep_the_pass(tmp_path, random_model, tokenizer):
+def test_with_several_steps_per_batch_the_pass_is_kept(tmp_path, random_model, tokenizer):
     trainer = as_vllm(scripted_trainer(tmp_path, random_model, tokenizer, num_iterations=2))
     assert "old_per_token_logps" in trainer.score()
 
 
-def test_the_geometric_mask_drops_a_sequence_by_its_mean_whatever_its_length():
+def test_the_geometric_mask_depends_on_the_mean_and_not_on_the_length():
     log_ratios = torch.tensor(
         [[0.1, 0.1, 0.1, 0.1], [0.1, 0.0, 0.0, 0.0], [0.2, 0.2, 0.0, 0.0], [9.0, -9.0, 0.0, 0.0]]
     )
@@ -91,13 +91,15 @@ def test_the_geometric_mask_drops_a_sequence_by_its_mean_whatever_its_length():
     assert importance_ratio(log_ratios * 0, mask * 0, "geometric_mask", 0.9, 1.1).tolist() == [[1.0]] * 4
 
 
-def test_llds_penalizes_the_fallen_tokens_of_good_actions_that_fell():
+def test_llds_penalizes_the_decreased_tokens_of_good_actions():
     mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1]])
     assert action_numbers(mask)[0].tolist() == [1, 1, 1, 2, 2]
     old = torch.full((2, 5), -0.5)
     new = torch.tensor([[-0.6, -0.5, -9.0, -0.7, -0.1]] * 2, requires_grad=True)
     penalty = llds_penalty(new, old, mask, torch.tensor([0.0, -1.0]))
-    assert penalty.item() == pytest.approx(0.1 / 8)  # the second action gained as a whole; the second row is a bad one
+    assert penalty.item() == pytest.approx(
+        0.1 / 8
+    )  # the second action increased in total; the second row has a negative advantage
     penalty.backward()
     assert (new.grad != 0).nonzero().tolist() == [[0, 0]]
 
@@ -105,7 +107,7 @@ def test_llds_penalizes_the_fallen_tokens_of_good_actions_that_fell():
 def test_llds_is_added_to_the_loss(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, num_iterations=2, llds_coef=0.5)
     batch = trainer.score()
-    batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.1  # every token has fallen by 0.1
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.1  # every token decreased by 0.1
     loss, logged = trainer.loss(batch)
     mask = batch["completion_mask"] * batch["tool_mask"]
     good = mask[batch["advantages"] >= 0].sum() / mask.sum()
@@ -123,6 +125,6 @@ def test_llds_is_added_to_the_loss(tmp_path, random_model, tokenizer):
         ({"vllm_importance_sampling_mode": "geo"}, "unknown vllm_importance_sampling_mode 'geo'"),
     ],
 )
-def test_options_that_cannot_act_are_refused(tmp_path, options, message):
+def test_options_without_effect_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         SearchGRPOConfig(str(tmp_path), bf16=False, **options)

@@ -1,4 +1,4 @@
-"""Packed and padded log-probs equal TRL's own: values, loss, metrics, gradients; and run no more than they must."""
+"""Packed and padded log-probs equal TRL's own in values, loss, metrics and gradients, and skip unneeded tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 
 
 
 def in_full(model, ids, attention_mask, columns):
-    """Log-probs and entropies of every completion token, from the logits of the padded batch."""
+    """Log-probs and entropies of all completion tokens, from the logits of the padded batch."""
     logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float() / TEMPERATURE
     log_p = logits.log_softmax(-1)
     logps = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -43,7 +43,9 @@ MODELS = {attention: make_model(attention) for attention in ("sdpa", "padded")}
 @given(
     ragged_batches(max_rows=13), st.integers(1, 120), st.sampled_from([None, 2, 5]), st.booleans(), st.integers(0, 9)
 )
-def test_values_and_gradients_equal_the_full_forwards(attention, batch, max_tokens, batch_size, checkpointing, seed):
+def test_values_and_gradients_equal_those_of_the_full_forward(
+    attention, batch, max_tokens, batch_size, checkpointing, seed
+):
     mask, loss_mask_BC = batch
     ids, columns = ids_for(mask, seed), loss_mask_BC.shape[1]
     model = MODELS[attention].train()
@@ -89,10 +91,10 @@ def test_packs_run_no_padding():
     with calls(MODELS["sdpa"]) as seen:
         LogProbs("sdpa", 100)(MODELS["sdpa"], ids, mask, 40, loss_mask_BC)
     widths = [kwargs["input_ids"].shape[1] for _, kwargs in seen]
-    assert max(widths) <= 100 and sum(widths) <= mask.sum() - 8  # the last token of each is not read
+    assert max(widths) <= 100 and sum(widths) <= mask.sum() - 8  # the last token of each is not an input
 
 
-def test_short_rows_are_not_run_at_the_width_of_long_ones():
+def test_short_rows_are_not_padded_to_long_ones():
     mask = torch.zeros(8, 200, dtype=torch.long)
     mask[:, 90:110] = 1
     mask[0, 90:] = 1
@@ -102,13 +104,13 @@ def test_short_rows_are_not_run_at_the_width_of_long_ones():
 
 
 @pytest.mark.parametrize(("max_tokens", "packs"), [(1000, 1), (100, 3)])
-def test_what_runs_again_in_the_backward(max_tokens, packs):
-    """With gradient checkpointing every layer, as TRL has it; without, every pack but the last: one is kept."""
+def test_what_is_recomputed_in_the_backward(max_tokens, packs):
+    """With gradient checkpointing every layer, as in TRL; without it, every pack except the last, which is kept."""
     ids, mask, loss_mask_BC = a_batch()
     model = MODELS["sdpa"].train()
     for checkpointing, again in ((False, packs - 1), (True, packs)):
         (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
-        # Below the layer: `GradientCheckpointingLayer` calls the layer's own hooks inside its checkpoint.
+        # Inside the layer, because `GradientCheckpointingLayer` calls the layer's own hooks within its checkpoint.
         with calls(model.model.layers[0].mlp) as seen:
             logps, _ = LogProbs("sdpa", max_tokens)(
                 model, ids, mask, 40, loss_mask_BC, gradient_checkpointing=checkpointing
@@ -119,7 +121,7 @@ def test_what_runs_again_in_the_backward(max_tokens, packs):
     model.gradient_checkpointing_disable()
 
 
-def test_a_rank_with_fewer_packs_runs_idle_ones():
+def test_a_rank_with_fewer_packs_runs_idle_packs():
     ids, mask, loss_mask_BC = a_batch()
     model, alone = MODELS["sdpa"].train(), LogProbs("sdpa", 1000)
     asked = []
@@ -138,14 +140,14 @@ def test_nothing_to_score_gives_zeros_and_zero_gradients():
         assert not gradient(model, logps.sum()).any()
 
 
-# In the trainer: the loss, its metrics and its gradients are those of TRL's own log-probs.
+# In the trainer: loss, metrics and gradients equal those with TRL's own log-probs.
 
 
 @pytest.mark.parametrize("attention", MODELS)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("setting", [*SETTINGS, "accumulation"])
-def test_the_loss_is_the_parents(tmp_path, random_model, tokenizer, setting, lora, attention):
-    with torch.no_grad():  # tied to the output: probabilities that differ from token to token
+def test_the_loss_equals_the_parents(tmp_path, random_model, tokenizer, setting, lora, attention):
+    with torch.no_grad():  # tied to the output, so that probabilities differ between tokens
         random_model.get_input_embeddings().weight.mul_(10)
     random_model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
     random_model.config._name_or_path = str(tmp_path / "model")
@@ -162,7 +164,7 @@ def test_the_loss_is_the_parents(tmp_path, random_model, tokenizer, setting, lor
         batch["advantages"] = torch.tensor([1.0, -0.5, 0.7, -1.2])
         torch.manual_seed(5)
         state = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        with torch.no_grad():  # weights that have moved on since the batch was sampled
+        with torch.no_grad():  # changes the weights after the batch was sampled
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * parameter.std(correction=0) * torch.randn_like(parameter))
@@ -183,21 +185,21 @@ def test_the_loss_is_the_parents(tmp_path, random_model, tokenizer, setting, lor
         assert batch[name][where].any() and expected[name][~where].any()
 
 
-def test_a_rollout_is_scored_at_its_own_mask_whatever_was_scored_before(tmp_path, random_model, tokenizer):
+def test_each_rollout_is_scored_with_its_own_mask(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, num_iterations=2)
     first = trainer.score()
     trainer.loss({name: value[:1] if value.dim() else value for name, value in first.items()})
     again = trainer.score()
     where = loss_mask(again)
     assert again["old_per_token_logps"][where].all() and not again["old_per_token_logps"][~where].any()
-    trainer.actor.script = None  # a rollout that fails leaves nothing behind
+    trainer.actor.script = None  # a failed rollout leaves nothing behind
     with pytest.raises(TypeError):
         trainer.score()
     assert trainer.last_rollout.trajectories == trainer.last_rollout.loss_masks == []
 
 
-def test_training_with_packs_is_training(tmp_path, random_model, tokenizer):
-    """The whole loop, gradient checkpointing included, ends at the weights that padded forwards end at."""
+def test_training_with_packs_equals_padded_training(tmp_path, random_model, tokenizer):
+    """The whole loop, with gradient checkpointing, gives the same weights as padded forwards."""
     weights = {}
     for attention in MODELS:
         model = Qwen2ForCausalLM(random_model.config)
@@ -212,10 +214,10 @@ def test_training_with_packs_is_training(tmp_path, random_model, tokenizer):
     assert (weights["sdpa"] - torch.cat([p.flatten() for p in random_model.parameters()])).abs().max() > 1e-5
 
 
-# Kernels: what is chosen, and what each is given.
+# Kernels: which one is chosen, and its inputs.
 
 
-def test_on_a_cpu_nothing_packs_by_itself_and_the_log_says_why(tmp_path, random_model, tokenizer, caplog):
+def test_on_a_cpu_nothing_is_packed_by_default_and_the_log_says_why(tmp_path, random_model, tokenizer, caplog):
     with caplog.at_level("INFO", logger="trl_search.trainer.loss.logprobs"):
         trainer = real_trainer(tmp_path, random_model, tokenizer)
     assert trainer.logprobs.attention == "padded"
@@ -226,7 +228,7 @@ def test_on_a_cpu_nothing_packs_by_itself_and_the_log_says_why(tmp_path, random_
         SearchGRPOConfig(str(tmp_path), packed_attention="fast", use_cpu=True, bf16=False)
 
 
-def test_on_cuda_varlen_comes_first_and_what_cannot_pack_is_padded(monkeypatch):
+def test_on_cuda_varlen_is_preferred_and_models_that_cannot_pack_are_padded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     plain = make_random_model(TOKENIZER)
@@ -236,7 +238,7 @@ def test_on_cuda_varlen_comes_first_and_what_cannot_pack_is_padded(monkeypatch):
 
     assert chosen(plain) == "varlen"
     assert chosen(plain, torch.float32) == "flex_attention"
-    odd_heads = Qwen2ForCausalLM(changed(plain.config, hidden_size=48))  # 12 wide
+    odd_heads = Qwen2ForCausalLM(changed(plain.config, hidden_size=48))  # head dimension 12
     assert chosen(odd_heads) == "flex_attention"
     sliding = Qwen2ForCausalLM(changed(plain.config, **WINDOW))
     assert chosen(sliding) == "varlen" and chosen(sliding, torch.float32) == "padded"
@@ -249,8 +251,8 @@ def test_on_cuda_varlen_comes_first_and_what_cannot_pack_is_padded(monkeypatch):
 
 
 @pytest.mark.parametrize("own", ["eager", "flash_attention_2", "flash_attention_3", "sdpa"])
-def test_a_kernel_for_packs_goes_beside_any_attention_a_model_was_loaded_with(own):
-    """transformers would look for a package of flash attention by any name with "flash" in it."""
+def test_a_kernel_for_packs_works_with_any_attention_the_model_was_loaded_with(own):
+    """transformers looks for a flash attention package if the name contains "flash"."""
     model = make_random_model(TOKENIZER)
     model.config._attn_implementation = own
     set_attention(model, "varlen")
@@ -258,7 +260,7 @@ def test_a_kernel_for_packs_goes_beside_any_attention_a_model_was_loaded_with(ow
 
 
 @pytest.mark.parametrize(("own", "kernel"), [("eager", "padded"), ("sdpa", "flex_attention")])
-def test_soft_capping_does_not_get_lost_in_calls_that_are_not_of_packs(own, kernel):
+def test_soft_capping_is_kept_in_calls_without_packs(own, kernel):
     model = make_random_model(TOKENIZER)
     model.config.attn_logit_softcapping = 50.0
     model.config._attn_implementation = own
@@ -266,7 +268,7 @@ def test_soft_capping_does_not_get_lost_in_calls_that_are_not_of_packs(own, kern
 
 
 def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    """`varlen_attn`'s documented behaviour, one trajectory after the other: its kernel exists on CUDA only."""
+    """The documented behaviour of `varlen_attn`, one trajectory at a time; its kernel exists only on CUDA."""
     ends = cu_q.tolist()
     assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and ends[-1] == len(query) == len(key)
     assert max_q == max_k == max(end - start for start, end in itertools.pairwise(ends))
@@ -285,7 +287,7 @@ def varlen_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, w
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("sliding", [False, True])
-def test_varlen_attention_is_given_what_it_needs(monkeypatch, sliding, checkpointing):
+def test_varlen_attention_gets_the_right_inputs(monkeypatch, sliding, checkpointing):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     model = make_model("varlen", **(WINDOW if sliding else {})).train()
     assert sliding == ("sliding_attention" in model.config.layer_types)
@@ -294,7 +296,7 @@ def test_varlen_attention_is_given_what_it_needs(monkeypatch, sliding, checkpoin
     ids, mask, loss_mask_BC = a_batch()
     logps, _ = LogProbs("varlen", 100)(model, ids, mask, 40, loss_mask_BC, gradient_checkpointing=checkpointing)
     wanted = loss_mask_BC * mask[:, 10:]
-    expected, _ = in_full(model, ids, mask, 40)  # a padded call of the same model: not for varlen
+    expected, _ = in_full(model, ids, mask, 40)  # a padded call of the same model does not use varlen
     torch.testing.assert_close(logps, expected * wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn(wanted.shape)
     mine = gradient(model, (logps * weights).sum())
@@ -303,7 +305,7 @@ def test_varlen_attention_is_given_what_it_needs(monkeypatch, sliding, checkpoin
 
 @pytest.mark.slow
 def test_ddp_ranks_with_different_numbers_of_packs(tmp_path):
-    """Two gloo processes; rank 1 has one pack, rank 0 several: no hang, and the gradient is the mean of both."""
+    """Two gloo processes, rank 1 with one pack, rank 0 with several: no hang, and the gradient is the mean."""
     run_ranks("tests.support.packed_ddp", [str(tmp_path)], tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert seen[0]["packs"] != seen[1]["packs"] and seen[0]["forwards"] == seen[1]["forwards"]

@@ -1,4 +1,4 @@
-"""Packed log-probs on a CUDA device: every kernel that works there, against TRL's own padded forward."""
+"""Packed log-probs on a CUDA device: every available kernel against TRL's own padded forward."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def usable(kernel, config, dtype):
 
 
 def run(config, dtype, attention, *, autocast=False, checkpointing=False, max_tokens=2000):
-    """Log-probs, entropies and the gradient of a weighted sum: TRL's padded ones where `attention` is None."""
+    """Log-probs, entropies and the gradient of a weighted sum; if `attention` is None, TRL's padded ones."""
     torch.manual_seed(0)
-    # A copy, since the kernel's name goes into the configuration of the model.
+    # A copy, because the kernel's name is set in the model's configuration.
     model = Qwen2ForCausalLM(copy.deepcopy(config)).cuda().to(torch.float32 if autocast else dtype).train()
     add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
     ids, mask, loss_mask = (x.cuda() for x in a_batch(rows=12, prompt=60, completion=900))
@@ -68,7 +68,7 @@ def noise(a, b):
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
 @pytest.mark.parametrize("attention", KERNELS)
 def test_bf16_equals_padded_to_the_noise_floor(attention, autocast, checkpointing):
-    """The floor is what bf16 itself costs: how far TRL's own padded forward in bf16 is from the one in float32."""
+    """The noise floor is the difference between TRL's own padded forwards in bf16 and in float32."""
     usable(attention, CONFIG, torch.bfloat16)
     exact = run(CONFIG, torch.float32, None)
     padded = run(CONFIG, torch.bfloat16, None, autocast=autocast)
@@ -79,7 +79,7 @@ def test_bf16_equals_padded_to_the_noise_floor(attention, autocast, checkpointin
 
 
 @pytest.mark.parametrize("attention", ["varlen", "flex_attention"])
-def test_packs_of_a_model_that_was_loaded_with_flash_attention(attention):
+def test_packs_of_a_model_loaded_with_flash_attention(attention):
     usable("flash_attention_2", CONFIG, torch.bfloat16)
     exact, padded = run(CONFIG, torch.float32, None), run(CONFIG, torch.bfloat16, None)
     packed = run(changed(CONFIG, _attn_implementation="flash_attention_2"), torch.bfloat16, attention)
@@ -102,7 +102,9 @@ def test_sliding_windows(attention):
     usable(attention, config, torch.bfloat16)
     exact, padded = run(config, torch.float32, None), run(config, torch.bfloat16, None)
     packed = run(config, torch.bfloat16, attention)
-    assert noise(run(CONFIG, torch.float32, None)[0], exact[0]) > 2 * noise(padded[0], exact[0])  # the window matters
+    assert noise(run(CONFIG, torch.float32, None)[0], exact[0]) > 2 * noise(
+        padded[0], exact[0]
+    )  # the window has an effect
     for mine, theirs, truth in zip(packed, padded, exact, strict=True):
         assert noise(mine, truth) < 1.3 * noise(theirs, truth)
 
@@ -113,7 +115,7 @@ def test_without_checkpointing_the_activations_of_one_pack_are_kept_at_a_time():
     for max_tokens in (1000, 100_000):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        others = torch.cuda.memory_allocated()  # of tests before this one
+        others = torch.cuda.memory_allocated()  # frees memory of earlier tests
         run(CONFIG, torch.bfloat16, "varlen", max_tokens=max_tokens)
         peaks.append(torch.cuda.max_memory_allocated() - others)
     assert peaks[0] < 0.7 * peaks[1]

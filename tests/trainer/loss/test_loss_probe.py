@@ -1,4 +1,4 @@
-"""The log-probs of the loss are each family's own, packed and padded; otherwise that is said before a step."""
+"""The log-probs of the loss are correct for each family, packed and padded, or the run ends before its first step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prepared(family, folder, requested):
 @pytest.mark.parametrize(
     ("family", "requested"), [*((f, "sdpa") for f in PACKED), *((f, "auto") for f in (*PACKED, *PADDED_ONLY))]
 )
-def test_log_probs_are_the_models_own(family, requested, tokenizer, tmp_path):
+def test_log_probs_equal_the_models(family, requested, tokenizer, tmp_path):
     model, logprobs, args = prepared(family, tmp_path, requested)
     model.train()
     assert probed(logprobs, model, model, tokenizer, args) is logprobs
@@ -40,17 +40,17 @@ def test_log_probs_are_the_models_own(family, requested, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("family", PADDED_ONLY)
-def test_packs_of_a_family_that_would_mix_them_are_refused(family, tmp_path):
+def test_packing_is_refused_for_families_that_would_mix_trajectories(family, tmp_path):
     with pytest.raises(UserError, match="packed_attention='sdpa' does not work here"):
         prepared(family, tmp_path, "sdpa")
 
 
 def leaky(lengths):
-    """Everything in a pack sees everything before it."""
+    """Attention in which every token of a pack sees all earlier ones."""
     return {"attention_mask": torch.ones(1, 1, sum(lengths), sum(lengths), dtype=torch.bool).tril()}
 
 
-def test_packs_that_mix_trajectories_are_found_out(tokenizer, tmp_path, monkeypatch, caplog):
+def test_packs_that_mix_trajectories_are_detected(tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(attention, "_PREFERRED", ("sdpa",))
     monkeypatch.setattr(
         "trl_search.trainer.loss.logprobs.attention_inputs", lambda name, lengths, device: leaky(lengths)
@@ -65,7 +65,7 @@ def test_packs_that_mix_trajectories_are_found_out(tokenizer, tmp_path, monkeypa
 
 
 def test_absolute_positions_do_not_count_padding(tokenizer, tmp_path):
-    """At learning rate 0 nothing moves: the policy, its past and its reference are one."""
+    """At learning rate 0, the policy, the old policy and the reference model are identical."""
     model = miniature("gpt2", vocab_size=len(tokenizer), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model.save_pretrained(tmp_path / "gpt2")
     data = [{"question": "who " * n, "golden_answers": ["x"]} for n in (1, 30)]
@@ -87,7 +87,7 @@ def test_absolute_positions_do_not_count_padding(tokenizer, tmp_path):
         assert abs(step["kl"]) < 1e-5 and step["clip_ratio/region_mean"] == 0
 
 
-def test_padding_free_batches_keep_trajectories_apart_or_are_not_used():
+def test_padding_free_batches_are_used_only_if_trajectories_stay_separate():
     assert why_not_padding_free(miniature("qwen3")) is None
     assert "sliding-window" in why_not_padding_free(miniature("mistral"))
     assert "conv" in why_not_padding_free(miniature("lfm2"))

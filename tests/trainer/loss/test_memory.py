@@ -1,4 +1,4 @@
-"""Packs sized to memory: the formula by hand, and what is left of the free memory. The GPU test compares it."""
+"""The size of packs: the formula checked by hand, and the free memory that it uses. The GPU test measures it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ QWEN_3B = Qwen2Config(
 
 
 def test_a_token_of_a_3b_model():
-    # 12 x 2048 for the norms, 2 x (2048 + 256) for attention, 4 x 11008 for the MLP: 146 kB a layer in bf16
+    # 12 x 2048 for the norms, 2 x (2048 + 256) for attention, 4 x 11008 for the MLP: 146 kB per layer in bf16
     assert numbers_per_token(QWEN_3B) == 24_576 + 4_608 + 44_032
     assert tokens_that_fit(38.4e9, QWEN_3B, 2, None) == 7_284
 
 
-def test_checkpointed_layers_keep_their_inputs_of_the_whole_micro_batch():
+def test_checkpointed_layers_keep_the_inputs_of_the_whole_micro_batch():
     inputs = 100_000 * 36 * 2048 * 2
     one_layer_twice = 2 * 2 * numbers_per_token(QWEN_3B)
     assert tokens_that_fit(inputs + 5_000 * one_layer_twice, QWEN_3B, 2, 100_000) == 5_000
-    assert tokens_that_fit(inputs / 2, QWEN_3B, 2, 100_000) == 1  # one trajectory per pack, and it may not fit
+    assert tokens_that_fit(inputs / 2, QWEN_3B, 2, 100_000) == 1  # one trajectory per pack, even if it may not fit
     assert tokens_that_fit(1e15, QWEN_3B, 2, None) == MOST
 
 
@@ -44,7 +44,7 @@ def test_experts_and_missing_fields():
     assert numbers_per_token(config) == 12 * 64 + 2 * 64 + 2 * 32 + 4 * 400
 
 
-def test_gradients_and_the_optimizer_are_still_to_come():
+def test_memory_for_gradients_and_optimizer_states_is_reserved():
     layer = torch.nn.Linear(10, 10, bias=False)
     assert bytes_to_come(layer) == 3 * 400
     layer.weight.grad = torch.zeros(10, 10)
@@ -54,7 +54,7 @@ def test_gradients_and_the_optimizer_are_still_to_come():
 
 
 class Room(RoomForPacks):
-    """Room for 100 tokens; keeps what it was asked."""
+    """Room for 100 tokens; records its arguments."""
 
     def __init__(self):
         self.asked = []
@@ -64,7 +64,7 @@ class Room(RoomForPacks):
         return 100
 
 
-def test_packs_are_as_large_as_there_is_room():
+def test_packs_are_as_large_as_memory_allows():
     ids, mask, loss_mask = a_batch(rows=6)
     model, room = make_model("sdpa"), Room()
     forwards = []
@@ -84,7 +84,7 @@ def test_on_a_cpu_packs_have_a_fixed_size():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pack_takes_what_was_estimated(checkpointing):
+def test_the_memory_of_a_pack_matches_the_estimate(checkpointing):
     config = Qwen2Config(
         vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
         num_key_value_heads=4,
@@ -107,4 +107,4 @@ def test_a_pack_takes_what_was_estimated(checkpointing):
     taken = torch.cuda.max_memory_allocated() - before - gradients
     per_token = 2 * numbers_per_token(config) * (2 if checkpointing else 12)
     estimated = rows * length * (per_token + (12 * 1024 * 2 if checkpointing else 0))
-    assert 0.5 * estimated < taken < 1.25 * estimated  # the rest is what USABLE leaves
+    assert 0.5 * estimated < taken < 1.25 * estimated  # USABLE leaves room for the difference

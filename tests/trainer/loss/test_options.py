@@ -1,4 +1,4 @@
-"""Options of the estimator: clip-higher, the constant length normaliser, overlong shaping, a floor on searches."""
+"""Options of the estimator: clip-higher, the constant length normaliser, the overlong punishment, the search floor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def seen(batch):
 
 
 def gradient_at_ratio(trainer, batch, ratio):
-    """The gradient of the log-probs (B, C) where every token is `ratio` times as likely as when it was sampled."""
+    """The gradient of the log-probs (B, C) if every token is `ratio` times as likely as when it was sampled."""
     trainer.loss(batch)
     trainer.loss({**batch, "old_per_token_logps": trainer.logps.detach() - math.log(ratio)})[0].backward()
     return trainer.logps.grad
 
 
-def test_clip_higher_lets_rewarded_tokens_rise_further(tmp_path, random_model, tokenizer):
-    """DAPO's epsilon_high (arXiv:2503.14476): only the upper bound moves, and only where the advantage is positive."""
+def test_clip_higher_raises_only_the_upper_bound_of_rewarded_tokens(tmp_path, random_model, tokenizer):
+    """DAPO's epsilon_high (arXiv:2503.14476): only the upper bound changes, and only for positive advantages."""
     for epsilon_high, rises in [(None, False), (0.28, True)]:
         options = {"epsilon": 0.2, "epsilon_high": epsilon_high, **MANY_STEPS}
         trainer = scripted_trainer(tmp_path, random_model, tokenizer, **options)
@@ -37,12 +37,14 @@ def test_clip_higher_lets_rewarded_tokens_rise_further(tmp_path, random_model, t
         assert good.any() and bad.any()
         at_125, at_079, at_13 = (gradient_at_ratio(trainer, batch, ratio) for ratio in (1.25, 0.79, 1.3))
         assert bool((at_125[good] != 0).all()) is rises and bool((at_125[good] == 0).all()) is not rises
-        assert (at_13[good] == 0).all() and (at_079[bad] == 0).all()  # beyond both bounds; the lower one has not moved
+        assert (at_13[good] == 0).all() and (
+            at_079[bad] == 0
+        ).all()  # outside both bounds; the lower one has not changed
         assert (at_079[good] != 0).all() and (at_125[bad] != 0).all() and not at_125[~seen(batch)].any()
 
 
-def test_the_constant_length_normaliser_weighs_tokens_alike_whatever_the_length(tmp_path, random_model, tokenizer):
-    """`dr_grpo` (arXiv:2503.20783): the sum over the policy's tokens, by max_completion_length per trajectory."""
+def test_the_constant_length_normaliser_weights_all_tokens_equally(tmp_path, random_model, tokenizer):
+    """`dr_grpo` (arXiv:2503.20783): the sum over the policy's tokens, over trajectories x max_completion_length."""
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, loss_type="dr_grpo", scale_rewards="none")
     batch = trainer.score()
     mask, advantages = seen(batch), batch["advantages"].unsqueeze(1)
@@ -53,7 +55,7 @@ def test_the_constant_length_normaliser_weighs_tokens_alike_whatever_the_length(
     torch.testing.assert_close(loss.detach(), (per_token * mask).sum())
     torch.testing.assert_close(trainer.logps.grad, per_token * mask)
 
-    trainer.loss_type = "grpo"  # where a token of a short trajectory weighs more
+    trainer.loss_type = "grpo"  # here a token of a short trajectory has more weight
     trainer.loss(batch)[0].backward()
     torch.testing.assert_close(trainer.logps.grad, -advantages * mask / (4 * mask.sum(dim=1, keepdim=True)))
 
@@ -77,7 +79,7 @@ def guess_or_search(number, prompt):
     ]
 
 
-def test_a_floor_on_searches_pays_nothing_without_one_for_so_many_steps(tmp_path, random_model, tokenizer):
+def test_the_search_floor_gives_no_reward_without_a_search_in_the_first_steps(tmp_path, random_model, tokenizer):
     retriever = FixedRetriever(PASSAGES, poison="poison")
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, guess_or_search, rewards=["em", "soft_overlong_punishment"],
@@ -91,7 +93,7 @@ def test_a_floor_on_searches_pays_nothing_without_one_for_so_many_steps(tmp_path
     assert trainer.last_rollout.rewards_RF[:3, 0].tolist() == [1.0, 1.0, 0.0]
 
 
-def test_the_floor_leaves_penalties_and_evaluations_alone(tmp_path, random_model, tokenizer):
+def test_the_search_floor_does_not_apply_to_penalties_and_evaluations(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(
         tmp_path, random_model, tokenizer, rewards=lambda completions, **columns: [-1.0, 1.0, -1.0, 1.0],
         search_floor_steps=9,
@@ -104,7 +106,7 @@ def test_the_floor_leaves_penalties_and_evaluations_alone(tmp_path, random_model
     assert trainer.last_rollout.rewards_RF.flatten().tolist() == [-1.0, 1.0, -1.0, 1.0]
 
 
-def test_a_floor_without_a_search_tool_is_refused(tmp_path):
+def test_a_search_floor_without_a_search_tool_is_refused(tmp_path):
     with pytest.raises(UserError, match="search_floor_steps=5 gives no reward without a search, but max_searches=0"):
         SearchGRPOConfig(str(tmp_path), bf16=False, search_floor_steps=5, max_searches=0)
     with pytest.raises(UserError, match="search_floor_steps=-1 must be at least 0"):

@@ -1,4 +1,4 @@
-"""A pack holds each token that a scored one depends on, once, in order; nothing else; and no more than it may."""
+"""A pack contains exactly the tokens that a scored token depends on, once, in order, within its maximum size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_search.trainer.loss.packing import assign, idle_pack, make_packs, neede
 
 @st.composite
 def ragged_batches(draw, max_rows=9, max_completion=20):
-    """An attention mask (B, P + C) as TRL makes it, and a loss mask (B, C)."""
+    """An attention mask (B, P + C) like TRL's, and a loss mask (B, C)."""
     rows = draw(st.integers(1, max_rows))
     prompts = draw(st.lists(st.integers(1, 9), min_size=rows, max_size=rows))
     completions = draw(st.lists(st.integers(0, max_completion), min_size=rows, max_size=rows))
@@ -25,7 +25,7 @@ def ragged_batches(draw, max_rows=9, max_completion=20):
 
 
 def by_hand(attention, loss_mask):
-    """For each row, its columns that must run, and those that are scored."""
+    """For each row, the columns that must be computed and the columns that are scored."""
     prompt = attention.shape[1] - loss_mask.shape[1]
     rows = []
     for mask, attended in zip(loss_mask.tolist(), attention.tolist(), strict=True):
@@ -37,7 +37,7 @@ def by_hand(attention, loss_mask):
 
 @settings(max_examples=60)
 @given(ragged_batches(), st.integers(1, 60))
-def test_packs_hold_what_must_run_once_and_score_what_is_in_the_loss(batch, max_tokens):
+def test_packs_contain_the_needed_tokens_once_and_score_the_tokens_of_the_loss(batch, max_tokens):
     attention, loss_mask = batch
     width = attention.shape[1]
     rows = by_hand(attention, loss_mask)
@@ -67,22 +67,24 @@ def test_every_trajectory_is_in_one_pack(lengths, max_tokens):
         assert sum(lengths[i] for i in pack) <= max_tokens or len(pack) == 1
 
 
-def test_packs_are_few_and_of_like_size():
+def test_packs_are_few_and_of_similar_size():
     assert sorted(sum(pack) for pack in assign([1] * 10, 100)) == [sum(range(10))]
     lengths = [700, 300, 900, 100, 500, 500, 600, 400]
     loads = [sum(lengths[i] for i in pack) for pack in assign(lengths, 1100)]
     assert len(loads) == 4 and max(loads) - min(loads) <= 200
-    # One longer than a pack has its own, and does not spoil the others'.
+    # A trajectory longer than a pack gets its own pack and does not affect the others.
     assert [len(pack) for pack in assign([5000, 10, 10], 100)] == [1, 2]
 
 
-def test_what_no_scored_token_depends_on_does_not_run():
+def test_tokens_that_no_scored_token_depends_on_are_not_computed():
     attention = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
-    loss_mask = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]])  # then an observation; a failed search; nothing said
+    loss_mask = torch.tensor(
+        [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    )  # an observation at the end; a failed search; an empty turn
     assert needed_tokens(attention, scored_tokens(attention, loss_mask)).nonzero().tolist() == [[0, 1], [0, 2]]
 
 
-def test_a_token_with_nothing_before_it_is_not_scored():
+def test_a_first_token_is_not_scored():
     attention, loss_mask = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.ones(2, 2)
     assert scored_tokens(attention, loss_mask).tolist() == [[False, False, True], [False, True, True]]
 

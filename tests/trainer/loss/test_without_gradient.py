@@ -1,4 +1,4 @@
-"""Trajectories that cannot change the weights are not run, and loss, gradients and counts are what they were."""
+"""Trajectories that cannot change the weights are skipped, with the same loss, gradients and counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXACT = {
     "vllm, geometric": {"vllm_importance_sampling_mode": "geometric_mask", **ANY},
     "vllm, steps": {**VLLM, **STEPS, "off_policy_mask_threshold": 0.01},
 }
-# Where a trajectory without an advantage does change the weights.
+# Settings in which a trajectory without an advantage changes the weights.
 ALL_RUN = {
     "beta": {"beta": 0.1},
     "entropy bonus": {"entropy_coef": 0.1},
@@ -47,10 +47,10 @@ ALL_RUN = {
 
 
 def two_groups(tmp_path, random_model, tokenizer, **options):
-    """A trainer, and a batch whose first group has an advantage and whose second has none; the weights have moved."""
-    with torch.no_grad():  # tied to the output: log-probs that differ from token to token
+    """A trainer and a batch: the first group has advantages, the second has none; the weights have changed since."""
+    with torch.no_grad():  # tied to the output, so that log-probs differ between tokens
         random_model.get_input_embeddings().weight.mul_(10)
-    random_model.save_pretrained(tmp_path / "model")  # the reference model of beta is loaded from there
+    random_model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
     random_model.config._name_or_path = str(tmp_path / "model")
     vllm = bool(VLLM.keys() & options.keys())
 
@@ -71,7 +71,7 @@ def two_groups(tmp_path, random_model, tokenizer, **options):
 
 
 @pytest.mark.parametrize("setting", EXACT)
-def test_loss_and_gradients_are_those_of_the_full_computation(tmp_path, random_model, tokenizer, setting):
+def test_loss_and_gradients_equal_those_of_the_full_computation(tmp_path, random_model, tokenizer, setting):
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **EXACT[setting])
     assert not trainer.all_run
     loss, gradient, logged = gradients(trainer, batch)
@@ -87,12 +87,12 @@ def test_loss_and_gradients_are_those_of_the_full_computation(tmp_path, random_m
     torch.testing.assert_close(gradient, full_gradient, atol=1e-6 * float(full_gradient.abs().max()), rtol=1e-5)
     assert logged.keys() == full_logged.keys()
     for name in logged.keys() - {"entropy", "vespo/phi_seq_mean"}:
-        if not name.startswith("sampling/"):  # the clip ratios: nothing is clipped where the advantage is 0
+        if not name.startswith("sampling/"):  # the clip ratios: nothing is clipped if the advantage is 0
             assert logged[name] == pytest.approx(full_logged[name], rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("setting", ALL_RUN)
-def test_all_run_where_some_term_needs_them(tmp_path, random_model, tokenizer, setting, monkeypatch):
+def test_all_trajectories_run_if_a_loss_term_needs_them(tmp_path, random_model, tokenizer, setting, monkeypatch):
     options = dict(ALL_RUN[setting])
     if "logprobs" in options:
         monkeypatch.setattr("trl_search.trainer.loss.seams.make_logprobs", lambda *args: options.pop("logprobs", None))
@@ -104,8 +104,8 @@ def test_all_run_where_some_term_needs_them(tmp_path, random_model, tokenizer, s
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "vespo", **STEPS}, VLLM])
-def test_means_are_over_what_ran(tmp_path, random_model, tokenizer, options):
-    """VESPO's weight and the correction towards vLLM: what did not run has a ratio of 1, and is in no mean."""
+def test_means_are_over_the_trajectories_that_ran(tmp_path, random_model, tokenizer, options):
+    """VESPO's weight and the vLLM correction: skipped trajectories have a ratio of 1 and are in no mean."""
     trainer, batch = two_groups(tmp_path, random_model, tokenizer, **options)
     if "old_per_token_logps" in batch:
         trainer.all_run = True
@@ -126,16 +126,18 @@ def test_a_micro_batch_without_any_gradient_gives_a_zero_loss_with_a_graph(
     silent = {name: value[4:] if value.dim() else value for name, value in batch.items()}
     loss, gradient, logged = gradients(trainer, silent)
     assert loss == 0 and not gradient.any()
-    assert all(parameter.grad is not None for parameter in trainer.model.parameters())  # DDP waits for every one
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())  # DDP waits for every parameter
     assert logged[METRIC] == 1 and "entropy" not in logged
-    assert not [name for name in logged if name.startswith("sampling/")]  # a mean over nothing is not logged, as NaN
+    assert not [
+        name for name in logged if name.startswith("sampling/")
+    ]  # a mean over nothing would be NaN, so it is not logged
 
 
-def test_a_training_with_accumulation_ends_where_the_full_one_does(tmp_path, tokenizer):
+def test_a_training_with_accumulation_gives_the_same_weights_as_the_full_one(tmp_path, tokenizer):
     """Two optimizer steps of four micro-batches, most of them without any gradient."""
 
     def rewards(completions, **kwargs):
-        return [1.0, 0.0, 0.25, 0.5] + [0.3] * (len(completions) - 4)  # one group of the four is of any use
+        return [1.0, 0.0, 0.25, 0.5] + [0.3] * (len(completions) - 4)  # one group of four has a gradient
 
     weights = []
     for all_run in (False, True):
@@ -154,7 +156,7 @@ def test_a_training_with_accumulation_ends_where_the_full_one_does(tmp_path, tok
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-5)
 
 
-def test_a_step_without_any_gradient_is_logged_without_an_alarm(tmp_path, random_model, tokenizer):
+def test_a_step_without_any_gradient_raises_no_alarm(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer, lambda number, prompt: four_ways(2, prompt))
     trainer.train()
     for entry in steps(trainer):
@@ -179,6 +181,8 @@ def test_advantages_of_equal_rewards_are_exactly_zero(tmp_path, random_model, to
     batch = trainer.score([trainer.train_dataset[0]] * 6)
     assert (batch["advantages"] == 0).all()
     rounded = torch.full((6,), 1e-3)
-    trainer.multi_objective_aggregation = "normalize_then_sum"  # compares groups: equal rewards may have an advantage
+    trainer.multi_objective_aggregation = (
+        "normalize_then_sum"  # this setting compares groups, so equal rewards may have an advantage
+    )
     drop_rounding(rounded, torch.full((6, 1), 1.2), trainer)
     assert (rounded == 1e-3).all()
