@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its links lead somewhere, its tables are those of the code."""
+"""The documentation is correct: its code runs, its links work, its tables agree with the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK = re.compile(r"^(<!-- runnable -->\n+)?```(\w+)\n(.*?)^```$", re.DOTALL | 
 
 
 def blocks(path: Path, language: str, *, marked: bool = False) -> list[tuple[int, str]]:
-    """Line and text of the code blocks of that language; with `marked`, of those behind `<!-- runnable -->`."""
+    """Line and text of the code blocks in that language; with `marked`, only those after `<!-- runnable -->`."""
     text = path.read_text("utf-8")
     return [
         (text.count("\n", 0, match.start(3)) + 1, match[3])
@@ -40,7 +40,7 @@ def blocks(path: Path, language: str, *, marked: bool = False) -> list[tuple[int
 
 
 def run(path: Path, code: list[tuple[int, str]]) -> None:
-    """Runs blocks one after the other, as one program; those that begin with a path become that file."""
+    """Runs blocks in order as one program; a block that begins with a path is written to that file."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, block in code:
         named = re.match(r"# ([\w/]+\.py)\n", block)
@@ -54,7 +54,7 @@ def run(path: Path, code: list[tuple[int, str]]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty working folder, from which imports work; what is imported from it is forgotten afterwards."""
+    """An empty working folder that can be imported from; its modules are removed afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -66,7 +66,7 @@ def test_extending_runs_from_top_to_bottom(folder: Path) -> None:
     from trl_search.protocols import PROTOCOLS
 
     page = ROOT / "docs" / "extending.md"
-    # What pip writes when it installs the package whose pyproject.toml the page shows.
+    # The metadata that pip would write for the package whose pyproject.toml the page shows.
     points = [re.sub(r'"(.*)"', r"\1", block.split("\n", 1)[1]) for _, block in blocks(page, "toml")]
     points = [re.sub(r"\[project\.entry-points\.(.*)\]", r"[\1]", point) for point in points]
     info = folder / "my_package-1.dist-info"
@@ -102,7 +102,7 @@ def test_an_agent_of_your_own_runs_from_top_to_bottom(folder: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
-def test_code_that_is_marked_as_runnable_runs(path: Path, folder: Path) -> None:
+def test_code_marked_as_runnable_runs(path: Path, folder: Path) -> None:
     run(path, blocks(path, "python", marked=True))
 
 
@@ -113,7 +113,7 @@ def test_python_blocks_are_python(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_work(path: Path) -> None:
     prose = BLOCK.sub("", path.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if "://" in target or target.startswith("mailto:"):
@@ -126,13 +126,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page as GitHub makes them into anchors."""
+    """The anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text("utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
-def test_files_that_are_named_exist(path: Path) -> None:
+def test_named_files_exist(path: Path) -> None:
     named = re.findall(r"`((?:trl_search|tests|recipes|benchmarks|docs)/[\w/.-]+\.\w+)`", path.read_text("utf-8"))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
@@ -142,7 +142,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 
 def keys(cls: type) -> dict[str, dataclasses.Field]:
-    """The fields that are ours: TRL's own only where their default differs."""
+    """Our own fields, and TRL's fields with another default here."""
     theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     return {
         field.name: field
@@ -152,14 +152,14 @@ def keys(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def key_table(cls: type) -> str:
-    """`| key | default | what it does |`, from the fields' own help."""
+    """`| key | default | what it does |`, from the help of the fields."""
 
     def default(field: dataclasses.Field) -> str:
         made = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore
         return f"`{made}`" if made != "" else '`""`'
 
     def text(field: dataclasses.Field) -> str:
-        return re.sub(r"<\w+>", r"`\g<0>`", field.metadata["help"])  # a bare tag is HTML, and vanishes
+        return re.sub(r"<\w+>", r"`\g<0>`", field.metadata["help"])  # a bare tag would be invisible HTML
 
     rows = [f"| `{name}` | {default(f)} | {text(f)} |" for name, f in keys(cls).items()]
     return "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])
@@ -171,7 +171,7 @@ def metrics_table() -> str:
 
 
 def changed_defaults_table() -> str:
-    """The keys of TRL that have another default here."""
+    """The keys of TRL with another default here."""
     stock = {field.name: field for field in dataclasses.fields(GRPOConfig)}
     lines = ["| key | TRL's default | default here | what it does |", "|---|---|---|---|"]
     for field in dataclasses.fields(SearchGRPOConfig):
@@ -194,7 +194,7 @@ def page_of(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_of_the_pages_are_those_of_the_code(name: str) -> None:
+def test_tables_in_the_pages_agree_with_the_code(name: str) -> None:
     """`python -m tests.test_docs` rewrites them."""
     text = page_of(name).read_text("utf-8")
     held = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
@@ -213,7 +213,7 @@ def test_every_metric_is_in_the_table() -> None:
 # docs/api.md
 
 
-def test_the_reference_has_every_public_name_and_each_is_there() -> None:
+def test_the_reference_has_exactly_the_public_names() -> None:
     listed = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
     for path in listed:
         module, _, name = path.rpartition(".")
@@ -244,7 +244,7 @@ def test_every_metric_that_the_code_logs_is_explained() -> None:
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "trl_search").rglob("*.py"))
     theirs = re.compile(r'_metrics\[mode\]\[f?"([\w/{}]+)"\]')
     trl = Path(sys.modules[GRPOConfig.__module__].__file__ or "").with_name("grpo_trainer.py").read_text("utf-8")
-    # A table of trl's tools does not exist here: our rollouts take the place of its tool loop.
+    # The tool metrics of TRL do not exist here: our rollouts replace its tool loop.
     logged = {*ours.findall(source), *theirs.findall(trl)} - {"tools/call_frequency", "tools/failure_frequency"}
     logged |= {f"stop/{reason.value}" for reason in StopReason}
     names = {re.sub(r"\{[^}]*\}", "<>", name) for name in logged} - {"eval/nq/em", "stop/<>"}

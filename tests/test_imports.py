@@ -1,4 +1,4 @@
-"""Imports go one way, files stay short, and what is heavy is imported by those who need it alone."""
+"""Imports go one way, without cycles, and only folders that need torch import it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trl_search"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# The rooms of the package from the bottom up: each imports from those on the lines before it, and from itself.
-FLOORS = """
+# The folders of the package from the bottom up: each imports only from folders on earlier lines, and from itself.
+LAYERS = """
 common
 types
 protocols retrieval policies
@@ -28,12 +28,12 @@ trainer
 cli
 __main__ __init__
 """
-FLOOR = {room: floor for floor, line in enumerate(FLOORS.split("\n")) for room in line.split()}
-# torch is imported at the top of a file only where tensors are.
+LAYER = {folder: layer for layer, line in enumerate(LAYERS.split("\n")) for folder in line.split()}
+# Only these folders import torch at the top of a module.
 MAY_IMPORT_TORCH = {"policies", "trainer"}
 
 
-def room(path: Path) -> str:
+def folder(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -44,26 +44,26 @@ def imported(path: Path, *, top_level: bool = False) -> set[str]:
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
-def test_every_room_has_a_floor_and_there_are_few():
-    rooms = {room(path) for path in FILES} - {"__init__", "__main__"}
-    assert rooms == FLOOR.keys() - {"__init__", "__main__"}
-    assert len(rooms) <= 15
+def test_every_folder_has_a_layer_and_there_are_few():
+    folders = {folder(path) for path in FILES} - {"__init__", "__main__"}
+    assert folders == LAYER.keys() - {"__init__", "__main__"}
+    assert len(folders) <= 15
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    if room(path) == "__init__":
+    if folder(path) == "__init__":
         return
     for name in imported(path):
         if name.startswith("trl_search."):
             below = name.split(".")[1]
-            assert below == room(path) or FLOOR[below] < FLOOR[room(path)], f"{room(path)} imports {below}"
+            assert below == folder(path) or LAYER[below] < LAYER[folder(path)], f"{folder(path)} imports {below}"
     heavy = {name.split(".")[0] for name in imported(path, top_level=True)} & {"torch", "vllm", "faiss", "matplotlib"}
-    assert heavy <= ({"torch"} if room(path) in MAY_IMPORT_TORCH else set())
+    assert heavy <= ({"torch"} if folder(path) in MAY_IMPORT_TORCH else set())
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
-def test_files_do_not_import_each_other_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = {module(path): {name for name in map(as_file, imported(path)) if name} for path in FILES}
     done: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""The wheel holds what the checkout holds: every module, the recipes, the tiny policy's files, the type marker."""
+"""The wheel contains every module, the recipes, the tiny policy's files and the type marker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def sources() -> set[str]:
-    """What the wheel must hold, by its name there."""
+    """The files that the wheel must contain, by their names in it."""
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_search").rglob("*") if path.is_file()}
     folder = ROOT / "recipes"
     recipes = {f"trl_search/recipes/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()}
@@ -58,7 +58,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert licensed and {"trl_search/py.typed", "trl_search/recipes/quickstart.yaml"} <= held
 
 
-def test_the_description_has_no_link_that_pypi_cannot_follow(wheel: Path) -> None:
+def test_the_description_has_no_links_that_break_on_pypi(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = archive.read(name).decode("utf-8")
@@ -66,7 +66,7 @@ def test_the_description_has_no_link_that_pypi_cannot_follow(wheel: Path) -> Non
     assert [target for target in re.findall(r"\]\(([^)]+)\)", metadata) if "://" not in target] == []
 
 
-def test_links_of_the_readme_become_those_of_the_repository() -> None:
+def test_links_in_the_readme_are_rewritten_for_pypi() -> None:
     for_pypi = runpy.run_path(str(ROOT / "setup.py"))["for_pypi"]
     readme = "[a](docs/a.md#b) ![c](docs/c.png) [d](https://d.org)"
     assert for_pypi(readme, None) == "a  [d](https://d.org)"
@@ -75,7 +75,7 @@ def test_links_of_the_readme_become_those_of_the_repository() -> None:
     assert for_pypi(readme, at) == expected
 
 
-def test_the_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     small = {"world_passages": 1000, "max_eval_questions": 8, "warm_start_steps": 1, "max_steps": 1}
@@ -108,6 +108,6 @@ def test_versions_agree() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["version"] == trl_search.__version__
-    # The Makefile installs torch before anything reads the constraints.
+    # The Makefile installs torch before the constraints are used.
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     assert f"TORCH := {torch} " in (ROOT / "Makefile").read_text()

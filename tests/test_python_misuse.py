@@ -1,4 +1,4 @@
-"""Whatever a script gives to a public entry works, or is refused in one line that says what is wrong: no traceback."""
+"""Any argument of a public function works, or is refused by a `UserError` of one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -150,10 +150,12 @@ def test_the_trainer_is_built_or_says_what_is_wrong(argument: str, random_model,
         ({"reward_funcs": {"em": 1.0}}, r"set reward_funcs=\['em'\], and reward_weights=\[1.0\] in the configuration"),
         ({"reward_funcs": "em"}, None),
     ],
-    # Not the values: the address of an object is another in each process, and pytest-xdist compares the names.
+    # Without the values: they contain addresses, which differ per process, and pytest-xdist compares the names.
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
-def test_usual_slips_are_named(arguments: dict, message: str | None, random_model, tokenizer, tmp_path: Path) -> None:
+def test_common_mistakes_are_named(
+    arguments: dict, message: str | None, random_model, tokenizer, tmp_path: Path
+) -> None:
     random_model.config._name_or_path = ""
     usual = {"model": random_model, "args": config(tmp_path), "train_dataset": DATA, "processing_class": tokenizer}
     if "environment" not in arguments:
@@ -165,7 +167,7 @@ def test_usual_slips_are_named(arguments: dict, message: str | None, random_mode
         SearchGRPOTrainer(**{**usual, **arguments})
 
 
-def test_a_passage_of_text_alone_is_told_how_to_be_one() -> None:
+def test_for_a_passage_that_is_only_text_the_error_shows_how_to_write_it() -> None:
     with pytest.raises(
         UserError, match=r"passage 1 is 'text': write it as Passage\(id='1', title='...', text='...'\)"
     ):

@@ -1,4 +1,4 @@
-"""The rollout loop: what the policy sees, what is masked, how trajectories end, and that nobody waits for anybody."""
+"""The rollout loop: what the policy sees, what is masked, how trajectories end, and that none waits for another."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_a_search_and_an_answer(tokenizer, name):
     assert trajectory.searches == 1 and [p.id for p in trajectory.passages[0]] == ["0", "1", "2"]
     assert [turn.role for turn in trajectory.turns if turn.text] == ["assistant", "tool", "assistant"]
     assert trajectory.ids[-1] == tokenizer.eos_token_id
-    # What is masked spells the frame and the passages; what is not spells exactly what the policy said.
+    # Masked tokens spell the frame and the passages; the others spell exactly what the policy sampled.
     trained = [i for i, m in zip(trajectory.ids, trajectory.mask, strict=True) if m]
     assert protocol.decode(trained).replace("<|im_end|>", "") == "".join(script)
 
 
-# Pitfall 1: the next prompt is prompt ids + sampled ids + observation ids, byte for byte; nothing is encoded again.
+# Pitfall 1: the next prompt is exactly prompt ids + sampled ids + observation ids; nothing is encoded again.
 @pytest.mark.parametrize("name", list(PROTOCOLS))
-def test_prompts_only_extend_by_the_ids_that_were_sampled(tokenizer, name):
+def test_each_prompt_extends_the_ids_that_were_sampled(tokenizer, name):
     script = turns(name, tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
     (trajectory,), policy, _ = run(tokenizer, script, name=name)
     for i, prompt in enumerate(policy.prompts):
@@ -94,8 +94,8 @@ def test_prompts_only_extend_by_the_ids_that_were_sampled(tokenizer, name):
         assert prompt == [*trajectory.prompt_ids, *trajectory.ids[:start]]
 
 
-def test_ids_that_do_not_re_encode_to_themselves_survive(tokenizer):
-    """A policy may sample ' Mi' + 'ra' where the tokenizer writes ' Mira': those very ids are kept and trained on."""
+def test_ids_that_would_be_encoded_differently_are_kept(tokenizer):
+    """A policy may sample ' Mi' + 'ra' where the tokenizer writes ' Mira': the sampled ids are kept and trained on."""
     odd = [i for letter in " Mira" for i in tokenizer.encode(letter)]
     assert tokenizer.encode(tokenizer.decode(odd)) != odd
     script = turns("qwen_tools", tokenizer, Answer("x"))
@@ -114,7 +114,7 @@ def test_ids_that_do_not_re_encode_to_themselves_survive(tokenizer):
     assert trajectory.ids[: len(odd)] == odd
 
 
-# Pitfall 2: a stop string can end inside a token; ids and logprobs are kept, the text is read up to the tag.
+# Pitfall 2: a stop string can end inside a token; ids and logprobs are kept, and the text is parsed up to the tag.
 def test_a_token_that_runs_past_the_stop_string_is_kept(tokenizer):
     script = turns("search_r1", tokenizer, Search(("a",)), Answer("c"))
     (trajectory,), _, protocol = run(tokenizer, script, name="search_r1", extra_tokens_after_stop="\n\n")
@@ -123,8 +123,8 @@ def test_a_token_that_runs_past_the_stop_string_is_kept(tokenizer):
     assert protocol.decode(trained) == "".join(turn + "\n\n" for turn in script)
 
 
-# Pitfall 11: when the searches are spent the policy is told so, and the last turn is still generated.
-def test_the_final_turn_after_the_last_search(tokenizer):
+# Pitfall 11: when the searches are used up, the policy is told so and still generates the last turn.
+def test_there_is_a_final_turn_after_the_last_search(tokenizer):
     script = turns("qwen_tools", tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
     (trajectory,), policy, _ = run(tokenizer, script)
     tool_turns = [turn.text for turn in trajectory.turns if turn.role == "tool" and turn.text]
@@ -140,7 +140,7 @@ def test_a_search_beyond_the_budget_ends_the_trajectory(tokenizer):
     assert [query for batch in retriever.batches for query in batch] == ["a", "b"]
 
 
-def test_each_turn_may_use_what_is_left_of_the_budget(tokenizer):
+def test_each_turn_may_use_the_rest_of_the_budget(tokenizer):
     script = turns("qwen_tools", tokenizer, Search(("a",)), Answer("c"))
     limits = Limits(completion_tokens=180, turn_tokens=150, observation_tokens=300)
     (trajectory,), policy, _ = run(tokenizer, script, limits=limits)
@@ -150,11 +150,11 @@ def test_each_turn_may_use_what_is_left_of_the_budget(tokenizer):
 
 
 @pytest.mark.parametrize("tokens", range(1, 140, 7))
-def test_no_budget_breaks_a_trajectory(tokenizer, tokens):
+def test_a_trajectory_is_valid_under_any_budget(tokenizer, tokens):
     script = turns("qwen_tools", tokenizer, Search(("a",)), Search(("b",)), Answer("c"))
     (trajectory,), _, _ = run(tokenizer, script, limits=Limits(tokens, 40, 60))
     assert len(trajectory.ids) >= 1 and trajectory.stop_reason is not None
-    assert len(trajectory.ids) <= tokens + 1  # the EOS that closes it for TRL may come on top
+    assert len(trajectory.ids) <= tokens + 1  # the EOS that closes it for TRL may be added
     if trajectory.stop_reason is StopReason.TOKEN_BUDGET:
         assert len(trajectory.mask) == len(trajectory.ids)
 
@@ -168,8 +168,8 @@ def test_malformed_calls_are_corrected_counted_and_limited(tokenizer):
     assert trajectory.malformed == 3 and trajectory.stop_reason is StopReason.TURN_BUDGET
 
 
-# Pitfall 10: a failed retrieval is data about the failure.
-def test_a_failed_search_ends_its_trajectory_alone(tokenizer):
+# Pitfall 10: a failed retrieval fails only its trajectory.
+def test_a_failed_search_ends_only_its_trajectory(tokenizer):
     def script(prompt):
         query = "poison" if "Question 1?" in prompt else "fine"
         return turns("qwen_tools", tokenizer, Search((query,)), Answer("c"))
@@ -182,7 +182,7 @@ def test_a_failed_search_ends_its_trajectory_alone(tokenizer):
     assert "on fire" in trajectories[1].error
 
 
-def test_a_search_that_hangs_times_out_and_the_others_go_on(tokenizer):
+def test_a_hanging_search_times_out_and_the_others_continue(tokenizer):
     class Hangs(FixedRetriever):
         def search(self, queries, k):
             if "slow" in queries:
@@ -208,7 +208,7 @@ def test_an_empty_result_is_not_a_failure(tokenizer):
     assert any("Nothing was found." in turn.text for turn in trajectory.turns)
 
 
-# One coroutine per trajectory and no turn barrier: slow trajectories hold up nobody, searches are batched.
+# One coroutine per trajectory and no turn barrier: slow trajectories delay no others, and searches are batched.
 def test_there_is_no_turn_barrier_and_searches_are_batched(tokenizer):
     class Slow(SearchEnvironment):
         """The first search of question 0 lasts until all other questions are answered."""
@@ -235,7 +235,7 @@ def test_there_is_no_turn_barrier_and_searches_are_batched(tokenizer):
     trajectories, _, _ = run(tokenizer, script, questions=questions, environment=Slow(retriever, max_searches=3))
     assert all(t.searches == 2 for t in trajectories)
     assert answered[-1] == "Question 0?" and len(answered) == 16
-    assert len(retriever.batches) < 16  # not one call per query
+    assert len(retriever.batches) < 16  # fewer calls than queries
 
 
 def test_results_come_in_the_order_of_the_prompts(tokenizer):
@@ -272,7 +272,7 @@ def test_a_users_environment_with_state(tokenizer):
     assert all(t.stop_reason is StopReason.ENVIRONMENT and len(t.actions) == 3 for t in trajectories)
 
 
-def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog):
+def test_an_environment_that_raises_fails_only_its_trajectory(tokenizer, caplog):
     class Broken(AnswerOnly):
         async def step(self, action):
             if self.row["question"] == "B?":
@@ -285,7 +285,7 @@ def test_an_environment_that_raises_fails_its_trajectory_alone(tokenizer, caplog
     assert "Broken.step failed" in caplog.text
 
 
-def test_a_failure_of_the_environment_is_told_once_with_its_own_traceback(tokenizer, caplog):
+def test_a_failure_of_the_environment_is_logged_once_with_its_traceback(tokenizer, caplog):
     class Fragile(AnswerOnly):
         async def step(self, action):
             raise KeyError(self.row["question"])
@@ -310,7 +310,7 @@ def test_a_search_that_fails_in_a_users_step_is_a_failed_search(tokenizer, caplo
     assert not caplog.records
 
 
-def test_a_start_that_shares_one_environment_ends_the_rollout_before_it_samples(tokenizer):
+def test_a_start_method_that_returns_a_shared_environment_is_refused(tokenizer):
     class Shared(AnswerOnly):
         def start(self, row):
             self.row = row
@@ -320,7 +320,7 @@ def test_a_start_that_shares_one_environment_ends_the_rollout_before_it_samples(
         run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")), environment=Shared())
 
 
-def test_calls_of_other_tools_are_counted_beside_searches(tokenizer):
+def test_calls_of_other_tools_are_counted_separately_from_searches(tokenizer):
     script = turns("qwen_tools", tokenizer, ToolCall("add", {"a": 1, "b": 2}), Answer("3"))
     (trajectory,), _, _ = run(tokenizer, script, environment=Calculator())
     assert (trajectory.calls, trajectory.searches) == (1, 0)
@@ -348,7 +348,7 @@ def test_an_engine_that_raises_ends_the_rollout_and_nothing_hangs(tokenizer):
     assert time.perf_counter() - started < 60 and Dies.closed
 
 
-def test_an_environment_that_does_not_close_leaves_the_engine_closed(tokenizer):
+def test_the_engine_is_closed_even_if_closing_the_environment_fails(tokenizer):
     closed = []
 
     class Stuck(AnswerOnly):
@@ -368,7 +368,7 @@ def test_an_environment_that_does_not_close_leaves_the_engine_closed(tokenizer):
 
 
 def test_rollouts_run_inside_a_running_event_loop(tokenizer):
-    """A notebook has one."""
+    """As in a notebook."""
 
     async def cell():
         return run(tokenizer, turns("qwen_tools", tokenizer, Answer("x")))
@@ -377,8 +377,8 @@ def test_rollouts_run_inside_a_running_event_loop(tokenizer):
     assert trajectory.stop_reason is StopReason.ANSWER
 
 
-def test_an_interrupted_notebook_cell_ends_its_rollout():
-    """Ctrl-C reaches the main thread, and the rollout runs on another."""
+def test_interrupting_a_notebook_cell_ends_its_rollout():
+    """Ctrl-C reaches the main thread, but the rollout runs on another."""
     ended = []
 
     async def endless():
@@ -393,13 +393,13 @@ def test_an_interrupted_notebook_cell_ends_its_rollout():
             run_sync(endless())
         return list(ended), [thread.name for thread in threading.enumerate()]
 
-    loop = asyncio.new_event_loop()  # asyncio.run has a handler of its own
+    loop = asyncio.new_event_loop()  # asyncio.run has its own handler
     ended_there, alive = loop.run_until_complete(cell())
     loop.close()
     assert ended_there == ["rollout"] and "rollout" not in alive
 
 
-# A thought is not an act, stop strings included.
+# Stop strings inside a thought are ignored.
 def test_a_stop_string_inside_a_thought_does_not_end_the_turn(tokenizer):
     thought = "<think> I could <search> x </search>"
     rest = [" or </search> answer. </think> <search> author of Quiet Raven </search>", "<answer> Mira </answer>"]
@@ -412,15 +412,15 @@ def test_a_stop_string_inside_a_thought_does_not_end_the_turn(tokenizer):
 
 
 class Interrupted(Policy):
-    """Gives `part` tokens of a turn per request, as an engine that is taken away again and again."""
+    """Returns `part` tokens of a turn per request, like an engine that is interrupted repeatedly."""
 
     def __init__(self, tokenizer, script, *, part):
         self.tokenizer, self.script, self.part = tokenizer, list(script), part
         self.left, self.seen = [], 0
 
     async def generate(self, prompt_ids, *, max_tokens, sampling, stop=(), stop_token_ids=()):
-        if len(prompt_ids) != self.seen:  # something was observed: a new turn
-            # Letter by letter, or a tag would be one token, which no interruption cuts.
+        if len(prompt_ids) != self.seen:  # after an observation, a new turn begins
+            # One token per letter; otherwise a tag would be one token, which no interruption splits.
             letters = (self.tokenizer.encode(letter, add_special_tokens=False) for letter in self.script.pop(0))
             self.left = [*(token for letter in letters for token in letter), self.tokenizer.eos_token_id]
         ids = []
@@ -438,8 +438,8 @@ class Interrupted(Policy):
 
 @pytest.mark.parametrize("part", [1, 2, 3, 5, 1000])
 @pytest.mark.parametrize("name", ["qwen_tools", "search_r1"])
-def test_an_interrupted_turn_goes_on_where_it_was(tokenizer, name, part):
-    """No interruption hides a stop string that it cuts in two: what comes after the call is never asked for."""
+def test_an_interrupted_turn_is_continued(tokenizer, name, part):
+    """A stop string that an interruption splits is still found: nothing after the call is generated."""
     script = turns(name, tokenizer, Search(("author of Quiet Raven",)), Answer("Mira Talvane"))
     if name == "search_r1":
         script = [turn + " and so on </so on" for turn in script]
@@ -461,9 +461,9 @@ def test_an_interrupted_turn_goes_on_where_it_was(tokenizer, name, part):
     assert [4 if sampled else -1 for sampled in trajectory.mask] == trajectory.versions
 
 
-# One trajectory fails, is masked and counted; the others go on.
+# One trajectory fails and is masked and counted; the others continue.
 @pytest.mark.parametrize("fault", ["surrogate", "no text", "none", "start"])
-def test_what_goes_wrong_in_one_trajectory_stays_in_it(tokenizer, fault):
+def test_a_failure_affects_only_its_trajectory(tokenizer, fault):
     class Faulty(SearchEnvironment):
         def start(self, row):
             if fault == "start" and row["question"] == "B?":
@@ -488,7 +488,7 @@ def test_what_goes_wrong_in_one_trajectory_stays_in_it(tokenizer, fault):
         assert any("half a pair \N{REPLACEMENT CHARACTER}" in turn.text for turn in trajectories[1].turns)
 
 
-def test_a_retriever_that_returns_more_than_it_was_asked_for_is_cut(tokenizer):
+def test_extra_results_of_a_retriever_are_dropped(tokenizer):
     class Generous(FixedRetriever):
         def search(self, queries, k):
             return [list(self.passages) for _ in queries]
@@ -518,7 +518,7 @@ def test_a_retriever_that_hangs_in_every_batch_leaves_a_bounded_number_of_thread
     release.set()
 
 
-def test_a_passage_of_any_length_costs_what_is_shown_of_it(tokenizer):
+def test_a_long_passage_costs_only_the_part_that_is_shown(tokenizer):
     encoded: list[int] = []
 
     class Counting(type(tokenizer)):
@@ -536,7 +536,7 @@ def test_a_passage_of_any_length_costs_what_is_shown_of_it(tokenizer):
 
 
 def run_more(tokenizer, more, *, finished=None):
-    """Two trajectories, and those that `more` adds; what ended, by place."""
+    """Runs two trajectories and those that `more` adds. Returns those that ended, by index."""
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     policy = ScriptedPolicy(tokenizer, lambda _: turns("qwen_tools", tokenizer, Answer("c")))
     ended = {}
@@ -547,7 +547,7 @@ def run_more(tokenizer, more, *, finished=None):
     return ended, kept, policy
 
 
-def test_a_trajectory_that_ends_may_bring_more_that_belong_to_the_batch(tokenizer):
+def test_a_trajectory_that_ends_may_add_others_to_the_batch(tokenizer):
     async def more(place, trajectory):
         return {place + 2: Job((1, place + 4), {}, key=str(place + 2))} if place < 4 else {}
 
@@ -556,7 +556,7 @@ def test_a_trajectory_that_ends_may_bring_more_that_belong_to_the_batch(tokenize
     assert [ended[place].prompt_ids for place in range(2, 6)] == [(1, 4), (1, 5), (1, 6), (1, 7)]
 
 
-def test_what_fails_in_an_added_trajectory_ends_the_batch_with_its_own_exception(tokenizer):
+def test_an_exception_in_an_added_trajectory_ends_the_batch(tokenizer):
     async def more(place, trajectory):
         if place == 7:
             raise ValueError("no such question")
@@ -566,7 +566,7 @@ def test_what_fails_in_an_added_trajectory_ends_the_batch_with_its_own_exception
         run_more(tokenizer, more)
 
 
-def test_what_an_earlier_process_finished_is_not_run_again_and_is_told_like_the_others(tokenizer):
+def test_trajectories_that_an_earlier_process_finished_are_reported_but_not_repeated(tokenizer):
     _, (first, _), _ = run_more(tokenizer, None)
     ended, kept, policy = run_more(tokenizer, None, finished={0: first})
     assert kept[0] is first and ended[0] is first and len(policy.prompts) == 1

@@ -1,4 +1,4 @@
-"""The documentation builds as a site: every page is in its navigation, every link and anchor leads somewhere."""
+"""The documentation builds as a site: every page is in the navigation, and every link and anchor works."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built strictly: a warning (a page that no navigation holds, a link or anchor that is none) fails it."""
+    """The site, built strictly: a warning (a page outside the navigation, a broken link or anchor) fails the build."""
     pytest.importorskip("material", reason="mkdocs-material is not installed")
     folder = tmp_path_factory.mktemp("site")
-    # Not --quiet: warnings that are not shown are not counted.
+    # Without --quiet, because hidden warnings are not counted.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -36,19 +36,19 @@ def navigation(entry: object) -> list[str]:
 
 def test_every_page_is_in_the_navigation_and_in_the_index() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
-    # BaseLoader: the file may hold tags of mkdocs' own.
+    # BaseLoader, because the file may contain tags of mkdocs.
     nav = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader=yaml.BaseLoader)["nav"]
     assert sorted(navigation(nav)) == sorted(pages)
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     assert [page for page in sorted(pages - {"index.md"}) if f"({page})" not in index] == []
 
 
-def test_the_site_has_a_page_for_each(site: Path) -> None:
+def test_the_site_has_every_page(site: Path) -> None:
     for path in (ROOT / "docs").glob("*.md"):
         assert (site / path.with_suffix(".html").name).is_file()
 
 
-def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     fetched: list[str] = []
 
     class Sources(HTMLParser):
@@ -64,6 +64,6 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     assert fetched and not [source for source in fetched if source.startswith(("http:", "https:", "//"))]
 
 
-def test_links_out_of_the_docs_are_names(site: Path) -> None:
+def test_links_to_files_outside_the_docs_become_plain_text(site: Path) -> None:
     home = (site / "index.html").read_text("utf-8")
     assert "README (<code>README.md</code>)" in home and 'href="../' not in home

@@ -1,4 +1,4 @@
-"""`Trajectory` is the only writer of ids, mask and logprobs, and it checks what it is given."""
+"""Only `Trajectory` writes ids, mask and logprobs, and it checks its arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_ids_mask_and_logprobs_only_grow_and_stay_aligned(spans):
         expected += [(token, int(is_model)) for token in ids]
         assert list(zip(trajectory.ids, trajectory.mask, strict=True)) == expected
         assert len(trajectory.logprobs) == len(trajectory.ids)
-    # Pitfall 9: the first token after an observation is trained on, the last one of the observation is not.
+    # Pitfall 9: the first token after an observation is trained on, the last token of the observation is not.
     for turn in trajectory.turns:
         assert set(trajectory.mask[turn.start : turn.end]) == {int(turn.role == "assistant")}
     assert trajectory.model_tokens + trajectory.observation_tokens == len(trajectory.ids)
@@ -47,7 +47,7 @@ def test_a_finished_trajectory_is_frozen():
         trajectory.observe((1,), text="late")
 
 
-# Pitfall 3: a synthetic EOS is not the policy's (mask 0); a sampled one keeps its logprob and mask 1.
+# Pitfall 3: a synthetic EOS has mask 0; a sampled one keeps its logprob and mask 1.
 def test_a_synthetic_eos_is_masked_and_a_sampled_one_is_not():
     trajectory = Trajectory(prompt_ids=(1,))
     trajectory.act(Completion((5,), (-0.1,), FinishReason.STOP), text="x")

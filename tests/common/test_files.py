@@ -32,7 +32,5 @@ def test_a_name_that_is_not_utf8_is_written_and_read_back(tmp_path: Path) -> Non
 
 def test_a_container_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(
-        "os.path.expanduser", lambda path: path
-    )  # what Python does for a user without an entry in the password database
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Python does for an unknown user
     assert cache_folder() == Path(tempfile.gettempdir(), "trl-search")

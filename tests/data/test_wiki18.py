@@ -417,8 +417,6 @@ def test_without_a_network_the_error_says_so(hub: FakeHub, tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub is not used"):
         plan_wiki18(BOTH, tmp_path, endpoint=hub.url)
-    planned = plan_wiki18(
-        BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url
-    )  # all files exist, so the hub is not needed
+    planned = plan_wiki18(BOTH, lay(tmp_path, corpus_lines()), endpoint=hub.url)  # complete, so it needs no hub
     checked = fetch_wiki18(planned, endpoint=hub.url)
     assert all(said.endswith("; not compared with the hub") for said in checked.values())

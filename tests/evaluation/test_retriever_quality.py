@@ -42,10 +42,7 @@ def write_beir(folder: Path) -> Path:
 
 def test_metrics_of_judged_queries_equal_those_by_hand(tmp_path: Path) -> None:
     (judged,) = load_judged(str(write_beir(tmp_path / "tiny")), split="test", limit=None, seed=0)
-    assert judged.name == "tiny" and judged.queries == {
-        "q1": "first",
-        "q2": "second",
-    }  # the third query has no judgement
+    assert judged.name == "tiny" and judged.queries == {"q1": "first", "q2": "second"}  # the third is not judged
     # q1 is itself in the corpus: BEIR does not count a query as its own result.
     retriever = Fixed({"first": ["q1", "b", "x", "a"], "second": ["x", "y", "z", "c"]})
     measured = measure(retriever, judged, 3)

@@ -70,9 +70,7 @@ def test_trajectories_search_and_have_the_models_logprobs(seen, model, tokenizer
         sampled = torch.tensor(trajectory["mask"], dtype=torch.bool)
         torch.testing.assert_close(torch.tensor(trajectory["logprobs"])[sampled], own[sampled], atol=2e-4, rtol=1e-4)
     closed_by_model = [t for t in found if t["mask"][-1] == 1 and t["ids"][-1] == tokenizer.eos_token_id]
-    assert bool(closed_by_model) == (
-        name == "qwen_tools"
-    )  # a sampled EOS is the model's; one after a tag is synthetic
+    assert bool(closed_by_model) == (name == "qwen_tools")  # after a tag of search_r1, the EOS is synthetic
 
 
 def test_greedy_turns_are_those_of_the_transformers_policy(seen, model, tokenizer, prompts):

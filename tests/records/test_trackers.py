@@ -133,11 +133,7 @@ def test_trackio_has_config_git_state_and_tables_with_the_mask(tmp_path, random_
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     storage, media = trackio.sqlite_storage, trackio.media
     folder = tmp_path / "trackio"
-    for module in (
-        trackio,
-        trackio.utils,
-        storage,
-    ):  # TRL has already imported it, so TRACKIO_DIR is not read any more
+    for module in (trackio, trackio.utils, storage):  # already imported, so TRACKIO_DIR has no effect
         monkeypatch.setattr(module, "TRACKIO_DIR", folder)
     for module in (trackio.utils, media.utils, trackio.table, media.media):
         if hasattr(module, "MEDIA_DIR"):

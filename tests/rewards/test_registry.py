@@ -124,14 +124,11 @@ def test_other_message_formats_of_trl() -> None:
         ([CALL, "…", CALL + "<|im_end|>", "…", ANSWER], 1.0),  # qwen_tools, qwen_inline
         (["<tool_call> where is Mira </tool_call>", "…", ANSWER], 1.0),  # Shin's bare query
         (["<think> a </think><search> b </search>", "…", "<think> c </think>" + ANSWER], 1.0),  # search_r1
-        # A malformed trajectory with an answer.
+        # With an answer, but malformed.
         (["<answer>Lyon</answer> that is it"], 0.5),
         (["<answer> </answer>"], 0.5),
         (["<answer>Paris</answer><answer>Lyon</answer>"], 0.5),
-        (
-            ["<think> <answer>Paris</answer> or <tool_call> </think> <answer>Lyon</answer>"],
-            1.0,
-        ),  # a thought is not an action
+        (["<think> <answer>Paris</answer> or <tool_call> </think> <answer>Lyon</answer>"], 1.0),  # in a thought
         (["<think> a </think></think><answer>Lyon</answer>"], 0.5),
         (["</think><answer>Lyon</answer>"], 0.5),
         (["I give up", "…", ANSWER], 0.5),

@@ -1,4 +1,4 @@
-"""An environment without a search: one tool that adds, and a budget of its own."""
+"""An environment without a search: one tool that adds, with its own budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADD = {
 
 
 class Calculator(Environment):
-    """Adds, `max_calls` times per question."""
+    """Adds, at most `max_calls` times per question."""
 
     tools = (ADD,)
 

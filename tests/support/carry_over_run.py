@@ -2,7 +2,7 @@
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.carry_over_run DIR
 
-A run of three steps, and one that resumes from the first; DIR/rank<r>.json says what each rank trained on.
+A run of three steps, and one that resumes from step one; DIR/rank<r>.json says what each rank trained on.
 """
 
 from __future__ import annotations

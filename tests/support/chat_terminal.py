@@ -1,4 +1,4 @@
-"""`trl-search chat` for a test that types into it. While there is a file SLOW, its searches take two minutes.
+"""`trl-search chat` for a test that types into it. While the file SLOW exists, searches take two minutes.
 
 python -m tests.support.chat_terminal SLOW chat tiny ...
 """
@@ -23,6 +23,6 @@ def slowly(self: BM25Retriever, queries: list[str], k: int) -> Any:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150)  # where it hangs, should it ever
+    faulthandler.dump_traceback_later(150)  # for the case that it hangs
     BM25Retriever.search = slowly  # type: ignore[method-assign]
     sys.exit(main(sys.argv[2:]))

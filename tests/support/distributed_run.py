@@ -19,7 +19,7 @@ from tests.support.fakes import FixedRetriever
 from tests.support.scripted_trainer import DATA, PASSAGES, answer, real_trainer, scripted_trainer, search
 from trl_search.records.folder import read_run, read_trajectories
 
-# Three samples a rank and two a group: the second group has one member on each rank.
+# Three samples per rank and two per group: the second group has one member on each rank.
 SHAPE: dict[str, Any] = {
     "per_device_train_batch_size": 3,
     "per_device_eval_batch_size": 3,
@@ -37,7 +37,7 @@ def own_question(prompt: str) -> str:
 
 
 def value(text: str) -> float:
-    """A reward that depends on question, rank and number, so that nothing can be paired wrongly unnoticed."""
+    """A reward that depends on question, rank and number, so that any wrong pairing is noticed."""
     question, rank, number = map(int, text.split("-"))
     return float(question + 10 * rank + 3 * number * number)
 
@@ -49,7 +49,7 @@ def rewards(completions, question, **kwargs):
 
 
 def record_batches(trainer) -> list[dict[str, list]]:
-    """From now on, the answers and advantages of each training batch of this rank."""
+    """Records the answers and advantages of every later training batch of this rank."""
     batches: list[dict[str, list]] = []
     score = trainer._generate_and_score_completions
 
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
         turns = [search(f"{turn} of {number}") for turn in range(rank * (number + 1))]
         return [*turns, answer(f"{own_question(prompt)}-{rank}-{number}")]
 
-    # 1. Ranks whose rollouts take different numbers of turns, and different times.
+    # 1. Rollouts with different numbers of turns and durations on the ranks.
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     before = checksum(model)
     trainer = scripted_trainer(
@@ -99,12 +99,12 @@ def main(folder: Path) -> None:
         seen["recorded"] = {"rows": rows, "steps": [row["step"] for row in run.history], "problems": run.problems}
     seen["evaluation"] = trainer.evaluate()["eval_reward"]
 
-    # 2. The transformers policy: the same prompt on both ranks, other samples on each.
+    # 2. The transformers policy: the same prompt on both ranks, different samples.
     real = real_trainer(folder, str(folder / "model"), tokenizer, data=DATA.select([0] * 8), **SHAPE)
     real.train()
     seen["real"] = {"ids": [t.ids for t in real.last_rollout.trajectories], "weights": checksum(real.model)}
 
-    # 3. One rank's searches fail: more than the share allows, so both ranks must stop, at the same step.
+    # 3. More searches of one rank fail than the share allows, so both ranks must stop at the same step.
     trainer = scripted_trainer(
         folder, str(folder / "model"), tokenizer, lambda number, prompt: [search(f"poison {rank}"), answer("x")],
         rewards=lambda completions, **kwargs: [0.0] * len(completions), max_failed_share=0.4,

@@ -1,4 +1,4 @@
-"""Each of two ranks runs this for tests/trainer/test_rank_watch.py; rank 1 ends in the way that it is told.
+"""Each of two ranks runs this for tests/trainer/test_rank_watch.py; the argument says how rank 1 ends.
 
 python -m tests.support.dying_rank killed|raises|together|finishes
 """
@@ -24,9 +24,9 @@ def main(how: str) -> None:
         if how == "together" or (how == "raises" and rank == 1):
             raise MemoryError(f"rank {rank} is full")
         if how == "killed" and rank == 1:
-            threading.Event().wait(0.5)  # it was heard of before
+            threading.Event().wait(0.5)  # rank 0 has seen it before
             os.kill(os.getpid(), signal.SIGKILL)
-        threading.Event().wait()  # as a rank that waits inside NCCL
+        threading.Event().wait()  # like a rank that waits inside NCCL
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Encoders that need no download: BERT models of random weights, and the real all-MiniLM-L6-v2 where installed."""
+"""Encoders that need no download: BERT models with random weights, and the real all-MiniLM-L6-v2 if installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def minilm_encoder() -> Encoder:
 
 
 def save_random_bert(folder: Path, *, seed: int = 0, positions: int = 512) -> Path:
-    """A plain transformers checkpoint: no file of sentence-transformers in it."""
+    """A plain transformers checkpoint without any file of sentence-transformers."""
     folder.mkdir(parents=True)
     letters = string.ascii_lowercase + string.digits + string.punctuation
     words = ["query", "passage", "harbour", "lantern", "town", "festival", "country"]
@@ -44,7 +44,7 @@ def save_random_bert(folder: Path, *, seed: int = 0, positions: int = 512) -> Pa
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=positions,
-        initializer_range=0.5,  # large, so that texts differ in more than their last digits
+        initializer_range=0.5,  # large, so that the vectors of texts differ clearly
     )
     BertModel(config).save_pretrained(folder)
     return folder

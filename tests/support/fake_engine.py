@@ -1,4 +1,4 @@
-"""A `vllm.LLM` that writes down what is done to it: vLLM's CPU build neither sleeps nor loads weights anew."""
+"""A fake `vllm.LLM` that records its calls, because vLLM's CPU build can neither sleep nor reload weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class FakeLLM:
-    """Has room for 512 tokens; `done` is what was asked of it, and `loaded` the weights that it was given last."""
+    """Has room for 512 tokens; `done` lists its calls, and `loaded` contains the latest weights."""
 
     def __init__(self, **options):
         self.options = options

@@ -1,14 +1,14 @@
-"""A small hub on loopback: dataset repositories of a few files, over the routes that huggingface_hub and datasets ask.
+"""A small hub on loopback: dataset repositories of a few files, with the routes that huggingface_hub and datasets use.
 
-    GET  /api/datasets/<repo>[/revision/<r>][?blobs=true]     what is in it, with sizes and SHA-256
+    GET  /api/datasets/<repo>[/revision/<r>][?blobs=true]     its files, with sizes and SHA-256
     GET  /api/datasets/<repo>/tree/<r>/<folder>               the same for a folder
     POST /api/datasets/<repo>/paths-info/<r>                  for some paths
     HEAD /datasets/<repo>/resolve/<r>/<file>                  ETag, length, commit
     GET  the same                                             the bytes, or a range of them
 
-`cut_after` closes the connection of the next downloads after so many bytes each; `broken` has those behind them fail;
-`stall_after` sends so many bytes of a file and then nothing, until the hub is closed; with
-`ignores_ranges` a file comes whole or not at all.
+`cut_after` closes the connections of the next downloads after these numbers of bytes; with `broken`, later downloads
+fail; `stall_after` sends that many bytes of a file and then nothing until the hub is closed; with `ignores_ranges`,
+files are only sent whole.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FakeHub:
 
     @property
     def ranges(self) -> list[tuple[str, str]]:
-        """Downloads in their order: file name and `Range` header."""
+        """The downloads in order: file name and `Range` header."""
         assert self.server is not None
         gets = [asked for asked in self.server.asked if asked.method == "GET" and "/resolve/" in asked.target]
         return [(asked.target.rsplit("/", 1)[1], asked.headers.get("range", "")) for asked in gets]
@@ -135,7 +135,7 @@ class FakeHub:
 
 
 def _piece(body: bytes, status: int, headers: dict[str, str], sent: int, wait: Event | None = None) -> Said:
-    """The first bytes of a response, and then the end of the connection, at once or after `wait`."""
+    """Sends the first bytes of a response, then closes the connection, at once or after `wait`."""
 
     def write(socket: Any) -> None:
         lines = [f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in headers.items())]

@@ -1,4 +1,4 @@
-"""Small fakes: a policy that says what it is told, and retrievers that are slow or broken."""
+"""Small fakes: a scripted policy, and retrievers that are slow or broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_search.types import Completion, FinishReason, Passage, Sampling
 
 
 class ScriptedPolicy(Policy):
-    """Says the turns that `script(question)` gives, one a call; honours stop strings and budgets as an engine does."""
+    """Generates the turns of `script(question)`, one per call; respects stop strings and budgets like an engine."""
 
     def __init__(
         self,

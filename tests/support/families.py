@@ -1,6 +1,6 @@
-"""Tokenizers of model families in miniature: their real control tokens and chat templates, over a vocabulary of bytes.
+"""Miniature tokenizers of model families: real control tokens and chat templates with a vocabulary of bytes.
 
-The templates are those that TRL ships; where it ships none, a few lines here write the family's notation.
+The templates are TRL's; for families without one in TRL, a few lines here write the family's format.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Family:
     """A family of models.
 
     Args:
-        template (`str`): A template itself, or the name of one of TRL's.
-        form (`str`, *optional*): The call format that its template writes; `None` where `qwen_tools` is refused.
-        special, words (`tuple[str, ...]`): Added tokens that are special, and those that are not.
-        pieces (`str`): `"bytes"`; `"sentencepiece"`, which puts a space before what it encodes; or `"normalising"`,
-            which turns full-width letters into ASCII, control tokens included.
+        template (`str`): A template, or the name of one of TRL's.
+        form (`str`, *optional*): The call format of its template; `None` if `qwen_tools` is refused.
+        special, words (`tuple[str, ...]`): The added tokens that are special, and the other added tokens.
+        pieces (`str`): `"bytes"`; `"sentencepiece"`, which puts a space before a text; or `"normalising"`, which
+            turns full-width letters into ASCII, also in control tokens.
     """
 
     template: str

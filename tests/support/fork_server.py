@@ -1,15 +1,15 @@
-"""Imports modules once, then forks a process for each request. `forked.py` starts it and speaks with it.
+"""Imports modules once, then forks a process for each request. `forked.py` starts it and sends the requests.
 
     python -m tests.support.fork_server STARTER LISTENING MODULE ...      # two sockets, as file descriptors
 
-    request   {"module": "trl_search", "arguments": ["eval", ...], "environment": {...}, "folder": "..."}, and with it
-              three descriptors: the input, the output and the errors of the new process. With "code" in place of
-              "module" it is `python -c CODE`.
-    reply     {"started": 4711}, later {"ended": 4711, "code": 0}
+    request   {"module": "trl_search", "arguments": ["eval", ...], "environment": {...}, "folder": "..."}, with three
+              descriptors: stdin, stdout and stderr of the new process. With "code" in place of "module" it runs
+              `python -c CODE`.
+    reply     {"started": 4711}, and later {"ended": 4711, "code": 0}
 
-Others of the same test session may share it: they connect to LISTENING (-1 where there are none). When one hangs up,
-its processes are killed; when the starter does, the server ends. It has one thread and computes nothing, because a
-fork takes only one thread along.
+Other processes of the same test session may share it: they connect to LISTENING (-1 if there are none). When one
+disconnects, its processes are killed; when the starter disconnects, the server ends. The server has only one thread
+and computes nothing, because a fork copies only one thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class Client:
-    """Who asks for processes, and which of them still run."""
+    """A client, and those of its processes that still run."""
 
     socket: socket.socket
     unread: bytes = b""
@@ -45,10 +45,10 @@ class Client:
     running: set[int] = field(default_factory=set)
 
     def read(self) -> dict[str, Any] | None:
-        """A whole request, or `None` until one has come. It waits for "started" before it sends the next.
+        """A complete request, or `None` until one has arrived. A client waits for "started" before the next request.
 
         Raises:
-            EOFError: if it has hung up.
+            EOFError: if the client has disconnected.
         """
         try:
             more, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 20, 3)
@@ -65,7 +65,7 @@ class Client:
         return request
 
     def tell(self, **values: int) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has hung up, which the next read says
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read reports the disconnect
             self.socket.sendall(json.dumps(values).encode() + b"\n")
 
     def forget_descriptors(self) -> None:
@@ -75,10 +75,10 @@ class Client:
 
 
 def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, Any], list[int]] | None:
-    """Serves until the tests end. In a forked process it returns what that process is to run, and its descriptors."""
+    """Serves until the tests end. In a forked process it returns the request and its descriptors."""
     for module in modules:
         importlib.import_module(module)
-    gc.freeze()  # what is imported is never looked at again, so its memory stays shared
+    gc.freeze()  # the garbage collector skips imported objects, so their memory stays shared
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
@@ -126,7 +126,7 @@ def main(starter: int, listening: int, modules: list[str]) -> tuple[dict[str, An
 
 
 def keep_folders() -> None:
-    """What is forked shall not take the server's temporary folders away when it ends: others have them, too."""
+    """Prevents a forked process from deleting the server's temporary folders when it ends: others use them too."""
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.detach()
     if media := sys.modules.get("wandb.sdk.data_types._private"):
@@ -134,22 +134,22 @@ def keep_folders() -> None:
 
 
 def kill(client: Client) -> None:
-    """Ends what a client that is gone has left running."""
+    """Ends the processes of a client that has disconnected."""
     for pid in client.running:
         try:
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:  # it does not lead its session yet
+        except ProcessLookupError:  # it is not a session leader yet
             os.kill(pid, signal.SIGKILL)
     client.forget_descriptors()
     client.socket.close()
 
 
 def run(request: dict[str, Any], descriptors: list[int]) -> None:
-    """What `python -m MODULE ARGUMENTS` would do, or `python -c CODE`."""
+    """Does what `python -m MODULE ARGUMENTS` or `python -c CODE` would do."""
     for stream, descriptor in enumerate(descriptors):
         os.dup2(descriptor, stream)
         os.close(descriptor)
-    if os.isatty(0):  # it leads a session that has no terminal yet
+    if os.isatty(0):  # its new session has no terminal yet
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
     os.environ.clear()
@@ -173,7 +173,7 @@ def run(request: dict[str, Any], descriptors: list[int]) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # taking all that was imported apart would take longer than most tests
+    os._exit(status)  # deleting all imported objects would take longer than most tests
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Processes that start with torch, transformers and TRL imported, so that a test of two ranks need not import them.
 
-They are forked from a server (`fork_server.py`) that imports them once per test session. Otherwise each is a process
-like any other: it has its own environment and output, it leads a session, and it can be killed.
+They are forked from a server (`fork_server.py`) that imports them once per test session. Otherwise they are ordinary
+processes: each has its own environment, output and session, and can be killed.
 
-xdist's workers are such processes, too (`fork_workers`): a worker begins as
+xdist's workers are such processes too (`fork_workers`): a worker starts as
 
     python tests/support/forked.py ADDRESS -u -c CODE
 
-which has the server run CODE with its own input and output, and ends when that process does.
+which makes the server run CODE with the worker's input and output, and ends when that process ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ADDRESS = "TRL_SEARCH_TESTS_FORK_SERVER"
 
 
 class ForkServer:
-    """A connection to the server, and what it has said of the processes that were started through it."""
+    """A connection to the server, with the state of the processes that were started through it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -46,7 +46,7 @@ class ForkServer:
 
     @classmethod
     def start(cls, modules: Sequence[str], environment: Mapping[str, str], address: str | None = None) -> ForkServer:
-        """Starts a server that ends with this process. At `address`, others can connect to it from now on."""
+        """Starts a server that ends with this process. Other processes can connect to it at `address`."""
         mine, theirs = socket.socketpair()
         with theirs, socket.socket(socket.AF_UNIX) as listening:
             passed = [theirs.fileno()]
@@ -66,7 +66,7 @@ class ForkServer:
         return cls(connection)
 
     def fork(self, streams: Sequence[int], **request: object) -> int:
-        """The id of a new process, whose input, output and errors are `streams`."""
+        """Forks a process with `streams` as stdin, stdout and stderr, and returns its id."""
         message = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(self._connection, [message], list(streams))
         self._connection.sendall(message[sent:])
@@ -76,11 +76,11 @@ class ForkServer:
                     return int(reply["started"])
 
     def listen(self, timeout: float | None) -> None:
-        """Takes note of the processes that have ended."""
+        """Records the processes that have ended."""
         self._read(timeout)
 
     def close(self) -> None:
-        """Ends what was started through this connection; and the server, if it was started here."""
+        """Ends the processes of this connection, and the server if it was started here."""
         self._connection.close()
 
     def _read(self, timeout: float | None) -> list[dict[str, int]]:
@@ -103,11 +103,11 @@ def fork_server() -> ForkServer:
 
 
 def fork_workers(specs: Sequence[Any], address: str) -> ForkServer:
-    """Has xdist's workers on this machine forked, by a server whose address their tests know, too."""
+    """Lets a server fork xdist's local workers; their tests get its address."""
     os.environ[ADDRESS] = address
     for spec in specs:
         if spec.popen and not spec.python:
-            # Isolated and without site-packages it starts in an instant.
+            # Isolated and without site-packages, it starts almost at once.
             spec.python = shlex.join([sys.executable, "-I", "-S", __file__, address])
     return ForkServer.start(IMPORTED, _environment(), address)
 
@@ -117,13 +117,13 @@ def _environment() -> dict[str, str]:
 
 
 def _worker(address: str, code: str) -> int:
-    """`python -c CODE` by the server, with the input and output of this process, which waits for it."""
+    """Lets the server run `python -c CODE` with the input and output of this process, and waits for it."""
     server = ForkServer.connect(address)
     folder = os.getcwd()
     pid = server.fork((0, 1, 2), code=code, arguments=[], environment=dict(os.environ), folder=folder)
     signal.signal(signal.SIGINT, lambda *_: os.kill(pid, signal.SIGINT))
     os.close(0)
-    os.close(1)  # so that who reads it sees that the worker has ended
+    os.close(1)  # so that the reader notices the end of the worker
     with contextlib.suppress(RuntimeError):  # the server has ended, and the worker with it
         while pid not in server.codes:
             server.listen(None)
@@ -131,11 +131,11 @@ def _worker(address: str, code: str) -> int:
 
 
 class ForkedProcess:
-    """`python -m MODULE ARGUMENTS`, with what `subprocess.Popen` offers of it. Output goes to the end of `log`.
+    """`python -m MODULE ARGUMENTS`, with methods like those of `subprocess.Popen`. Output is appended to `log`.
 
     Args:
-        streams (`tuple[int, int]`, *optional*): Descriptors of its input and output; `log` then has its errors alone.
-            A terminal becomes its own.
+        streams (`tuple[int, int]`, *optional*): Descriptors of stdin and stdout; `log` then has only its stderr.
+            A terminal becomes its controlling terminal.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ForkedProcess:
         return self._server.codes.get(self.pid)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended.
+        """Waits for the end and returns the exit code.
 
         Raises:
             subprocess.TimeoutExpired: if it runs longer than `timeout` seconds.
@@ -180,11 +180,11 @@ class ForkedProcess:
         return self._server.codes[self.pid]
 
     def kill(self) -> None:
-        """Ends it, and what it has started, as a crash does."""
+        """Kills it and its children at once, like a crash."""
         if self.poll() is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it does not lead its session yet
+            except ProcessLookupError:  # it is not a session leader yet
                 os.kill(self.pid, signal.SIGKILL)
 
     def output(self) -> str:

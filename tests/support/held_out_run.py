@@ -1,4 +1,4 @@
-"""Each of two ranks runs this for test_held_out.py: it trains FOLDER/model, and writes FOLDER/rank<i>.json."""
+"""Each of two ranks runs this for test_held_out.py: trains FOLDER/model and writes FOLDER/rank<i>.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.scripted_trainer import GOLD, ROWS, answer, scripted_trainer,
 from trl_search.trainer.callbacks.best_checkpoint import BestCheckpoint
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut
 
-RIGHT = {1: 1, 2: 4, 3: 2}  # of five questions, after each step
+RIGHT = {1: 1, 2: 4, 3: 2}  # correct answers to five questions after each step
 
 
 def main(folder: Path) -> None:
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
 
     @contextlib.contextmanager
     def measured(prompt_ids):
-        """Held-out prompts are no training batch: they get the answers of `RIGHT`, and are counted."""
+        """Answers held-out prompts according to `RIGHT`, and counts them; they are not a training batch."""
         measuring = len(prompt_ids) == len(rows)
         if measuring:
             trainer.actor.script = lambda number, prompt: [

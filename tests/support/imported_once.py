@@ -1,9 +1,9 @@
-"""Imports what test files import, so that no worker does it again which is forked from a process that imported this.
+"""Imports what the test files import, so that workers forked from a process with these imports need not repeat them.
 
-Four CPU seconds per worker. What is not installed is left out; the tests that need it say so.
+This saves four CPU seconds per worker. Missing packages are skipped; the tests that need them report it.
 
-accelerate looks up again at each call whether PEFT is installed, many times per optimizer step: here once per process,
-which saves a thirtieth of every training.
+accelerate checks many times per optimizer step whether PEFT is installed. Here it checks once per process, which saves
+a thirtieth of every training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoders of many families in miniature: the real architectures with two small layers of random weights."""
+"""Miniature decoders of many families: the real architectures with two small layers of random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,  # far from uniform, so that a wrong attention shows in the log-probs
+    "initializer_range": 0.3,  # far from uniform, so that wrong attention changes the log-probs
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -32,7 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "output_router_logits": True, **_EXPERTS}),
     "llama": ("llama", {}),
     "smollm3": ("smollm3", {}),
-    "mistral": ("mistral", _WINDOW),  # its windows are in no layer_types
+    "mistral": ("mistral", _WINDOW),  # its layer_types do not list its windows
     "mixtral": ("mixtral", {**_WINDOW, "num_local_experts": 4, "output_router_logits": True}),
     "starcoder2": ("starcoder2", _WINDOW),
     "phi3": ("phi3", _WINDOW),
@@ -51,11 +51,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def miniature(family: str, **changes: Any) -> PreTrainedModel:
-    """A model of that family, the same one every time."""
+    """A model of that family, always with the same weights."""
     kind, options = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**_COMMON, **options, **changes})
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # miniatures have odd ratios
+    transformers.logging.set_verbosity_error()  # transformers warns about the ratios of miniatures
     try:
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -1,12 +1,12 @@
-"""A small hub on loopback that takes models, over the routes that huggingface_hub asks to make, fill and read one.
+"""A small hub on loopback that accepts models, with the routes that huggingface_hub uses to create, fill and read one.
 
-POST /api/repos/create                           make it
-GET  /api/models/<repo>                          is it there, is it private
-POST /api/models/<repo>/preupload/main           which files go by LFS: weights and pictures, as on the hub
-POST /<repo>.git/info/lfs/objects/batch          where to put those
+POST /api/repos/create                           creates it
+GET  /api/models/<repo>                          whether it exists, whether it is private
+POST /api/models/<repo>/preupload/main           which files use LFS: weights and images, as on the hub
+POST /<repo>.git/info/lfs/objects/batch          where to upload them
 PUT  /lfs/<sha256>                               their bytes
-POST /api/models/<repo>/commit/main              everything else, and that those belong to it
-HEAD, GET /<repo>/resolve/main/<file>            to read it back
+POST /api/models/<repo>/commit/main              all other files, and the list of LFS files
+HEAD, GET /<repo>/resolve/main/<file>            reads a file
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKEN = "hf_of_the_tests_only"
 
 @dataclass
 class ModelHub:
-    """`models` is repository -> file name -> bytes. `cards` is what models that are there say about themselves."""
+    """`models` is repository -> file name -> bytes. `cards` has the metadata of the model cards."""
 
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class ModelHub:
             return Said({"transfer": "basic", "objects": [self._place(one) for one in asked.json["objects"]]})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             return self._commit(match[1], asked.body)
-        if re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+/.+", path):  # of folders, and a model here has none
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+/.+", path):  # a tree of folders; models here have none
             return _missing("EntryNotFound")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self._file(match[1], match[2], asked.method)

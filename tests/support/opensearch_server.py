@@ -1,8 +1,8 @@
-"""A stand-in for OpenSearch: the endpoints that we use, with the answers' schema of its REST API, over loopback.
+"""A fake OpenSearch on loopback: the endpoints that we use, with the response schema of its REST API.
 
-It is not OpenSearch. Documents that were loaded are searched by our own BM25 (numpy), whose terms differ a little
-from those of an analyzer of OpenSearch; it refuses what OpenSearch would refuse as far as our requests go: an unknown
-index, a field that a strict mapping does not have, a window above 10,000, more than 1024 words.
+It is not OpenSearch: it searches documents with our own BM25 (numpy), whose terms differ a little from OpenSearch's
+analyzers. Like OpenSearch, it refuses an unknown index, a field that a strict mapping does not have, a window above
+10,000, and more than 1024 words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trl_search.types import Passage
 
 
 class OpenSearchServer(Server):
-    """`indices[name]` is what a client made; `fail(asked)` may answer in place of it."""
+    """`indices[name]` is what a client created; `fail(asked)` may answer instead."""
 
     def __init__(self) -> None:
         self.indices: dict[str, dict[str, Any]] = {}

@@ -1,8 +1,8 @@
-"""Each of two ranks runs this for tests/trainer/loss/test_logprobs.py: one packed backward under DDP, and by hand.
+"""Each of two ranks runs this for tests/trainer/loss/test_logprobs.py: a packed backward under DDP and by hand.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.packed_ddp FOLDER
 
-The models and batches that those tests share with it are here, too.
+It also contains the models and batches that those tests share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def make_model(attention: str, **changes) -> Qwen2ForCausalLM:
 
 
 def changed(config, **changes):
-    kept = {key: value for key, value in config.to_dict().items() if key != "layer_types"}  # made from the others
+    kept = {key: value for key, value in config.to_dict().items() if key != "layer_types"}  # a derived key
     return Qwen2Config(**{**kept, **changes})
 
 
@@ -48,7 +48,7 @@ def ids_for(attention_mask, seed=0):
 def gradient(model, value):
     model.zero_grad()
     value.backward()
-    assert all(p.grad is not None for p in model.parameters())  # DDP waits for every one of them
+    assert all(p.grad is not None for p in model.parameters())  # DDP waits for all of them
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
 
     model = make_model("sdpa").train()
     expected = sum(gradient(model, loss(model, batch, LogProbs("sdpa", 100))) for batch in batches) / 2
-    # As the Trainer wraps a model: unused parameters are looked for, and buffers broadcast at every forward.
+    # As in the Trainer: DDP searches for unused parameters and broadcasts buffers at every forward.
     wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     forwards: list[int] = []
     wrapped.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
     }
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
-    os._exit(0)  # once, both ranks were done and hung in gloo's own end
+    os._exit(0)  # both ranks once finished and then hung in gloo's shutdown
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ends a process with all that it has started, in whatever session: torch's launcher gives each rank its own."""
+"""Ends a process and its descendants in all sessions, because torch's launcher gives each rank its own session."""
 
 from __future__ import annotations
 

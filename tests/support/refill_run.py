@@ -1,6 +1,7 @@
 """Each of two ranks runs this for tests/trainer/groups/test_refill_ranks.py: refills, and writes FOLDER/rank<i>.json.
 
-Rank 1 gets no group with a gradient in its first two draws, rank 0 gets one at once: other numbers of trajectories.
+Rank 1 gets no group with a gradient in its first two draws, rank 0 gets one at once, so their numbers of trajectories
+differ.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main(folder: Path) -> None:
     shape = {"per_device_train_batch_size": 4, "num_generations": 2, "refill_groups": 4, "curriculum": "pass_rate"}
 
     def script(number: int, prompt: str) -> list[str]:
-        useful = rank == 0 or number >= 8  # two groups of two, twice
+        useful = rank == 0 or number >= 8  # two draws of two groups of two
         return [answer(GOLD if useful and number % 2 else "Nobody")]
 
     def train(checkpoint: str | None = None) -> Any:

@@ -1,11 +1,11 @@
-"""A report that is open in the system's Chromium, from a file, without a network."""
+"""A report in the system's Chromium, from a file, without a network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# A browser that phones nobody.
+# Options of a browser that makes no requests of its own.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -19,7 +19,7 @@ SIZES = {"desk": (1680, 1000), "laptop": (1180, 760), "phone": (390, 844)}
 
 
 class Page:
-    """A report that is open in the browser, with what it logged and what it asked for."""
+    """A report in the browser, with its console messages and its requests."""
 
     def __init__(
         self, browser: Any, file: Path, *, tab: str = "trajectories", scheme: str = "light", size: str = "desk"
@@ -46,7 +46,7 @@ class Page:
         return self.page.locator(selector).inner_text()
 
     def found(self, text: str) -> None:
-        """Waits until the list says how many it shows."""
+        """Waits until the list shows this number."""
         self.page.wait_for_function("text => document.querySelector('.found').textContent === text", arg=text)
 
     def detail(self, question: str) -> None:
@@ -59,7 +59,7 @@ class Page:
         return self.page.eval_on_selector(selector, "(at, name) => getComputedStyle(at)[name]", name)
 
     def contrast(self) -> float:
-        """The lowest contrast of text with what lies behind it, as WCAG counts it, over tokens, tags and the list."""
+        """The lowest WCAG contrast between text and background over tokens, tags and the list."""
         return self.page.evaluate(
             """() => {
               const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)

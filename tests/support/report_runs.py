@@ -24,12 +24,12 @@ VOCABULARY = (
 
 
 def split(text: str) -> list[str]:
-    """Tokens of some characters each, which cut tags into pieces as real ones do."""
+    """Tokens of a few characters, which split tags as real tokenizers do."""
     return re.findall(r"\s?\w{1,6}|\s|[^\w\s]", text)
 
 
 def trajectory(step: int, index: int, turns: list[tuple[str, str]], **values: Any) -> dict[str, Any]:
-    """A row of a trajectory file; `turns` are roles and texts, and what the assistant wrote is trained on."""
+    """A row of a trajectory file; `turns` are roles and texts, and the assistant's tokens are trained on."""
     tokens: list[str] = []
     mask: list[int] = []
     spans = []
@@ -70,7 +70,7 @@ def trajectory(step: int, index: int, turns: list[tuple[str, str]], **values: An
 
 
 def scripted(step: int, index: int, chance: random.Random, *, words: int) -> dict[str, Any]:
-    """A trajectory of about `words` words: it searches or guesses, and is right or wrong, by chance."""
+    """A trajectory of about `words` words that randomly searches or guesses and is correct or wrong."""
     searched, right = chance.random() < 0.6, chance.random() < 0.5
     answer = "Mira Talvane" if right else chance.choice(["Bram Holt", "Ilse Norr", "the river"])
 
@@ -108,7 +108,7 @@ def write_trajectories(folder: Path, step: int, rows: list[dict[str, Any]]) -> P
 
 
 def write_run(folder: Path, *, steps: int = 6, a_step: int = 8, words: int = 60, seed: int = 0, **config: Any) -> Path:
-    """A run that learns: its folder with run.json, metrics.jsonl and trajectories."""
+    """Writes the folder of a run that learns, with run.json, metrics.jsonl and trajectories."""
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     info = {

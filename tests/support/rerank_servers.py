@@ -1,4 +1,4 @@
-"""Reranking servers on loopback, of both wires: they score a document by the words it shares with the query."""
+"""Reranking servers on loopback with both APIs, which score a document by the words it shares with the query."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Asked = list[tuple[dict[str, str], dict[str, Any]]]  # the headers and the body 
 
 
 def start(answer: Callable[[dict[str, Any]], Answer]) -> tuple[WaitingHTTPServer, str, Asked]:
-    """A server that answers by `answer` on a daemon thread, its address, and a list that grows by what it is asked."""
+    """Starts a server on a daemon thread that uses `answer`; returns it, its address and the list of its requests."""
     asked: Asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ def start(answer: Callable[[dict[str, Any]], Answer]) -> tuple[WaitingHTTPServer
 
 @contextmanager
 def serving(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[tuple[str, Asked]]:
-    """[`start`] for the length of a block."""
+    """A server of [`start`] for the duration of a block."""
     server, url, asked = start(answer)
     try:
         yield url, asked

@@ -37,7 +37,7 @@ def answer(text: str) -> str:
 
 
 def four_ways(number: int, prompt: str) -> Sequence[str | Sequence[int]]:
-    """One search and right; two searches and wrong; wrong at once; a malformed call, then right."""
+    """One search and correct; two searches and wrong; wrong at once; a malformed call, then correct."""
     return (
         [search("author of the book"), answer(GOLD)],
         [search("the book"), search("its author"), answer("Nobody")],
@@ -47,7 +47,7 @@ def four_ways(number: int, prompt: str) -> Sequence[str | Sequence[int]]:
 
 
 class Actor(Policy):
-    """Says what `script(i, prompt)` gives trajectory `i` of a rollout, one turn a call: text, or the very ids."""
+    """Generates the turns of `script(i, prompt)` for trajectory `i` of a rollout, one per call, as text or ids."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class Actor(Policy):
         self.rollouts = 0
 
     async def interrupt(self) -> None:
-        await asyncio.sleep(0)  # its turns take no time
+        await asyncio.sleep(0)  # its turns take no time, so there is nothing to interrupt
 
     async def open(self) -> None:
         self.rollouts += 1
-        self.numbers: dict[Any, int] = {}  # one coroutine is one trajectory, and they start in order
-        self.asked: list[list[list[int]]] = []  # of trajectory i, the ids it was given before each turn
-        self.said: list[list[list[int]]] = []  # of trajectory i, the ids of each of its turns
+        self.numbers: dict[Any, int] = {}  # one coroutine per trajectory; they start in order
+        self.asked: list[list[list[int]]] = []  # of trajectory i, the context ids of each turn
+        self.said: list[list[list[int]]] = []  # of trajectory i, the ids of each turn
 
     async def generate(
         self,
@@ -93,7 +93,7 @@ class Actor(Policy):
 
 
 class ScriptedTrainer(SearchGRPOTrainer):
-    """Takes its rollouts from `actor`; keeps the log-probs the loss was made of, after `tamper` has changed them."""
+    """Takes rollouts from `actor`, and keeps the log-probs of the loss after `tamper` has changed them."""
 
     actor: Actor
     tamper: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -112,14 +112,14 @@ class ScriptedTrainer(SearchGRPOTrainer):
         return logps, entropies, aux_loss
 
     def score(self, rows: Sequence[dict[str, Any]] | None = None) -> dict[str, torch.Tensor]:
-        """One generation batch, as the training loop makes it: a rollout, its mask and its advantages."""
+        """One generation batch as in the training loop: a rollout with its mask and advantages."""
         self.model.train()
         self.current_gradient_accumulation_steps = 1
         rows = [next(iter(self.train_dataset))] * 4 if rows is None else rows
         return self._generate_and_score_completions([dict(row) for row in rows])
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of a batch and what it logs."""
+        """The loss of a batch and its logs."""
         self._metrics["train"].clear()
         loss = self.compute_loss(self.model, batch)
         return loss, self.logged
@@ -173,7 +173,7 @@ def scripted_trainer(
 
 
 def later_is_better(completions: Sequence[Any], **kwargs: Any) -> list[float]:
-    """A reward that differs within every group, so that there is always something to learn."""
+    """A reward that differs within every group, so that there is always a gradient."""
     return [float(i) for i in range(len(completions))]
 
 
@@ -187,7 +187,7 @@ def real_trainer(
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> SearchGRPOTrainer:
-    """The transformers policy with random weights: short babble, and hardly ever a search."""
+    """A trainer with the transformers policy and random weights: short random text, hardly ever a search."""
     arguments = config(folder, **{"max_completion_length": 24, "max_turn_length": 8, **options})
     trainer = {"retriever": FixedRetriever(PASSAGES), **(trainer or {})}
     made = SearchGRPOTrainer(model, rewards, arguments, data, processing_class=tokenizer, **trainer)
@@ -196,5 +196,5 @@ def real_trainer(
 
 
 def steps(trainer: SearchGRPOTrainer) -> list[dict[str, Any]]:
-    """What was logged of each step."""
+    """The log of each step."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]

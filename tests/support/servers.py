@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback, each a thread that answers what a function says, and remembers what it was asked."""
+"""Real HTTP servers on loopback, each on a thread, that answer by a function and record their requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_search.retrieval.remote.wire import Limits, WireError, format_response,
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the server saw it."""
+    """A request to the server."""
 
     method: str
     target: str
@@ -31,7 +31,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """A response: of JSON, of bytes, or written by hand to the open socket."""
+    """A response: JSON, bytes, or written directly to the open socket."""
 
     body: Any = b""
     status: int = 200
@@ -40,8 +40,8 @@ class Said:
 
 
 class WaitingHTTPServer(ThreadingHTTPServer):
-    """Sleeps until the next request comes. `ThreadingHTTPServer` looks up many times a second whether it is to end: a
-    hundred servers that last as long as the tests took half a core, and the interpreter from the tests."""
+    """Sleeps until the next request. `ThreadingHTTPServer` checks many times per second whether it should stop: with a
+    hundred servers during the tests, this took half a core."""
 
     daemon_threads, request_queue_size = True, 128
 
@@ -56,13 +56,13 @@ class WaitingHTTPServer(ThreadingHTTPServer):
 
     def shutdown(self) -> None:
         self._ends = True
-        with contextlib.suppress(OSError):  # it is closed
-            socket.create_connection(self.server_address[:2]).close()  # wakes it
+        with contextlib.suppress(OSError):  # the socket is closed
+            socket.create_connection(self.server_address[:2]).close()  # wakes the server
         self._ended.wait()
 
 
 class Server:
-    """`answer(asked)` is called on a thread for each request. Listens at once; `kill` drops every connection."""
+    """Calls `answer(asked)` on a thread for each request. Listens immediately; `kill` drops every connection."""
 
     def __init__(self, answer: Callable[[Asked], Said], host: str = "127.0.0.1", port: int = 0) -> None:
         self.asked: list[Asked] = []
@@ -135,7 +135,7 @@ def serving(answer: Callable[[Asked], Said], **options: Any) -> Iterator[Server]
 
 
 def retrieve_from(retriever: Retriever, limits: Limits = Limits()) -> Callable[[Asked], Said]:  # noqa: B008 (frozen)
-    """`POST /retrieve` over a retriever, for clients to be tested against."""
+    """`POST /retrieve` for a retriever, to test clients."""
 
     def answer(asked: Asked) -> Said:
         if asked.target != "/retrieve":

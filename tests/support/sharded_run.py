@@ -2,8 +2,8 @@
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.sharded_run FOLDER
 
-Rollouts are scripted and vLLM is a fake, so that losses, gradients and the weights that reach the engine are all that
-may differ. Rank 0 writes them to FOLDER/<kind>-<method>.pt.
+Rollouts are scripted and vLLM is a fake, so only losses, gradients and the weights sent to the engine may differ.
+Rank 0 writes them to FOLDER/<kind>-<method>.pt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.scripted_trainer import answer, config, later_is_better, scri
 from trl_search.trainer.generation import vllm_backend
 from trl_search.trainer.generation.adapter_sync import adapter_tensors
 
-# What recipes/accelerate/fsdp2.yaml makes `accelerate launch` put into the environment.
+# The environment that `accelerate launch` sets for recipes/accelerate/fsdp2.yaml.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -36,7 +36,7 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
-# And what zero2.yaml and zero3.yaml make it put there.
+# And for zero2.yaml and zero3.yaml.
 ZERO = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, str]] = {
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
     },
 }
-# Otherwise ZeRO-3 would gather weights this small once and keep them.
+# Otherwise ZeRO-3 would gather such small weights once and keep them.
 KEEP_NOTHING = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 30_000,
@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def start(method: str) -> None:
-    """Makes the next trainer one of this method."""
+    """Makes the next trainer use this method."""
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
     for name in {name for environment in METHODS.values() for name in environment}:
@@ -78,12 +78,12 @@ def start(method: str) -> None:
     if method.startswith("zero"):
         import deepspeed.ops
 
-        # DeepSpeed would compile an operator of its own that adds up tensors in shared memory. Gloo adds them up, too.
+        # DeepSpeed would compile its own operator that sums tensors in shared memory; gloo can sum them too.
         deepspeed.ops.__compatible_ops__ = {}
 
 
 def let_the_methods_run_on_cpus() -> None:
-    """accelerate offers FSDP2 and DeepSpeed on GPUs alone, although both run over gloo, too."""
+    """accelerate allows FSDP2 and DeepSpeed only on GPUs, although both also run over gloo."""
     theirs, their_backend = PartialState.__init__, PartialState._prepare_backend
     their_plugin = DeepSpeedPlugin.__post_init__
 
@@ -93,7 +93,7 @@ def let_the_methods_run_on_cpus() -> None:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     def prepare_backend(self: PartialState, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
-        if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # where `use_cpu` is false, as DeepSpeed is refused otherwise
+        if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # with `use_cpu` false, because otherwise DeepSpeed is refused
             return "gloo", DistributedType.MULTI_CPU
         return their_backend(self, *args, **kwargs)
 
@@ -107,7 +107,7 @@ def let_the_methods_run_on_cpus() -> None:
 
 
 def script(number: int, prompt: str) -> list[str]:
-    """Rank 1 searches more often, so the ranks have other numbers of packs."""
+    """Rank 1 searches more often, so the ranks have different numbers of packs."""
     rank = PartialState().process_index
     return [search(f"{turn} of {number}") for turn in range(rank * 2 + number % 2)] + [answer(f"{number}")]
 
@@ -115,24 +115,24 @@ def script(number: int, prompt: str) -> list[str]:
 def make(folder: Path, run: Path, kind: str, method: str, **options: Any) -> Any:
     start(method)
     options |= {**KINDS[kind], "use_vllm": True, "max_packed_tokens": 400, "use_cpu": not method.startswith("zero")}
-    # Nearly plain gradient descent, so that equal weights are equal gradients.
+    # Nearly plain gradient descent, so that equal weights mean equal gradients.
     options |= {"learning_rate": 1.0, "adam_epsilon": 1.0}
-    arguments = config(run, **options)  # as in a run: as long as they live, ZeRO-3 loads every model in shards
+    arguments = config(run, **options)  # as in a run: while these arguments exist, ZeRO-3 loads every model in shards
     model_folder = folder / ("untied" if kind == "untied" else "model")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     del arguments
-    torch.manual_seed(0)  # of LoRA
+    torch.manual_seed(0)  # for the weights of LoRA
     return scripted_trainer(
         run, model, tokenizer, script, rewards=later_is_better,
-        # About as likely as the model of random weights finds what the script says: importance ratios near 1.
+        # About the log-prob of the scripted tokens under random weights, so importance ratios are near 1.
         logprob=-7.3, trainer={"peft_config": LORA} if kind == "lora" else {}, **options,
     )  # fmt: skip
 
 
 def is_shard(parameter: torch.Tensor) -> bool:
-    """Whether this process holds a part of it alone."""
-    mine = getattr(parameter, "ds_tensor", parameter)  # of ZeRO-3
+    """Whether this process has only a part of it."""
+    mine = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3
     return isinstance(parameter, DTensor) or mine.numel() < getattr(parameter, "ds_numel", 0)
 
 
@@ -176,4 +176,4 @@ def main(folder: Path, methods: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
-    os._exit(0)  # gloo's own end hangs now and then
+    os._exit(0)  # gloo's shutdown sometimes hangs

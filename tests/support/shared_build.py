@@ -1,4 +1,4 @@
-"""`trl-search index` in small shards, as one of several processes, which writes down how many passages it encoded.
+"""`trl-search index` with small shards, as one of several processes; it writes how many passages it encoded.
 
 COUNTS=FOLDER SHARD_ROWS=200 python -m tests.support.shared_build --corpus ...
 """

@@ -3,7 +3,7 @@
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.support.silent_rank_run DIR
 
 Two steps of four groups of two. The first two groups of a step have a gradient, the last two have none: one process
-trains on all four, of two ranks the second has only silent ones. DIR/<ranks>_<rank>.json says what each saw.
+trains on all four; of two ranks, the second has only groups without a gradient. DIR/<ranks>_<rank>.json: the results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def useful(question: int) -> bool:
-    """Whether the question is among the first half of a step's, which rank 0 of two gets."""
+    """Whether the question is in the first half of a step, which rank 0 of two gets."""
     return question < 8 and question % 4 < 2
 
 
@@ -49,9 +49,9 @@ def train(folder: Path, case: str) -> dict[str, Any]:
         "per_device_train_batch_size": 8 // ranks // CASES[case].get("gradient_accumulation_steps", 1),
         "num_generations": 2,
         "shuffle_dataset": False,
-        "optim": "sgd",  # AdamW would divide by gradients that are rounding
+        "optim": "sgd",  # AdamW would divide by gradients that are rounding errors
         "learning_rate": 0.3,
-        "max_grad_norm": 1e9,  # a norm that is clipped hides a wrong factor
+        "max_grad_norm": 1e9,  # clipping the norm would hide a wrong factor
         **CASES[case],
     }
     trainer = scripted_trainer(

@@ -1,4 +1,4 @@
-"""Searches that last until a test releases them, and a policy that makes them: what carry-over is tested with."""
+"""Searches that last until a test releases them, and a policy that makes them, to test carry-over."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Library(Environment):
 
 
 class Reader(ScriptedPolicy):
-    """Searches the book of its question, then answers. Its turns take no time, so there is nothing to interrupt."""
+    """Searches for the book of its question, then answers. Its turns take no time: there is nothing to interrupt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, lambda prompt: [search(book_in(prompt)), answer(f"author {book_in(prompt)[5:]}")])
@@ -77,7 +77,7 @@ def library_trainer(
     trainer_options: Any = None,
     **options: Any,
 ) -> Any:
-    """A trainer of two groups of two per batch, in the order of `BOOKS`, whose rollouts are a `Reader`'s."""
+    """A trainer with two groups of two per batch, in the order of `BOOKS`, and rollouts by a `Reader`."""
     trainer: ScriptedTrainer = scripted_trainer(
         folder,
         model,
@@ -91,7 +91,7 @@ def library_trainer(
 
 
 def recorded(trainer: Any) -> list[tuple[Rollout, dict[str, Any]]]:
-    """The batches of a training to come: the rows and trajectories of each, and what TRL made of them."""
+    """Records the batches of a later training: the rollout of each, and TRL's output for it."""
     batches: list[tuple[Rollout, dict[str, Any]]] = []
     score = trainer._generate_and_score_completions
 
@@ -105,7 +105,7 @@ def recorded(trainer: Any) -> list[tuple[Rollout, dict[str, Any]]]:
 
 
 def release_after(trainer: Any, gate: Future[None], *, rollouts: int) -> None:
-    """Ends the search of a gate while the trainer computes with the batch of rollout number `rollouts`."""
+    """Ends the search of a gate while the trainer computes on the batch of rollout number `rollouts`."""
     compute_loss = trainer.compute_loss
     losses: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Starts a module in two processes that meet over gloo, as a launcher would, and ends both when one hangs."""
+"""Starts a module in two processes that communicate over gloo, like a launcher, and ends both when one hangs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.forked import ROOT, ForkedProcess, ForkServer
 
-# It bounds a hang, and nothing else: on a busy machine the ranks take many times as long as on a quiet one.
+# It only limits a hang: on a busy machine the ranks take many times as long as on a quiet one.
 HANGS_S = 600.0
 
 
@@ -29,10 +29,10 @@ def start_ranks(
 ) -> list[ForkedProcess]:
     """Two processes of `python -m MODULE ARGUMENTS`; rank r writes its output to FOLDER/rank<r>.log.
 
-    They have the environment that torch's launcher would give them, on one host or on two.
+    They have the environment that torch's launcher would set, on one host or on two.
 
     Args:
-        server (`ForkServer`, *optional*): Forks them; that of vLLM, where they need it.
+        server (`ForkServer`, *optional*): Forks them; the vLLM server for processes that need vLLM.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def start_ranks(
 
 
 def wait_for_ranks(processes: list[ForkedProcess], folder: Path, timeout_s: float = HANGS_S) -> list[int]:
-    """The exit codes, once both have ended; the test fails if one takes longer."""
+    """Waits for both and returns their exit codes; the test fails if one takes longer."""
     deadline = time.monotonic() + timeout_s
     try:
         return [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
@@ -63,10 +63,10 @@ def wait_for_ranks(processes: list[ForkedProcess], folder: Path, timeout_s: floa
 
 
 def run_ranks(module: str, arguments: Sequence[str], folder: Path, **options: Any) -> list[str]:
-    """Runs both ranks to their end, and returns what each printed. The test fails if one of them does.
+    """Runs both ranks and returns their output. The test fails if one of them fails.
 
     Args:
-        **options: Those of [`start_ranks`].
+        **options: The options of [`start_ranks`].
     """
     ranks = start_ranks(module, arguments, folder, **options)
     assert wait_for_ranks(ranks, folder) == [0, 0], output(folder)
@@ -74,5 +74,5 @@ def run_ranks(module: str, arguments: Sequence[str], folder: Path, **options: An
 
 
 def output(folder: Path) -> str:
-    """The end of what both ranks printed."""
+    """The end of the output of both ranks."""
     return "\n".join((folder / f"rank{rank}.log").read_text(errors="replace")[-3000:] for rank in range(2))

@@ -1,8 +1,8 @@
-"""What tests/policies/test_vllm_colocate.py asks of a real engine, all in one process: starting it is what costs.
+"""All that tests/policies/test_vllm_colocate.py does with a real engine, in one process, because it starts slowly.
 
     python -m tests.support.vllm_colocate_run FOLDER        # trains FOLDER/model, writes FOLDER/colocate.json
 
-The engine is the one that the trainer makes. It has no adapter until the first sync, so until then it is FOLDER/model.
+The trainer creates the engine. It has no adapter until the first sync, so until then it samples from FOLDER/model.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from trl_search.types import Completion, Sampling
 ROOM = 1024
 LIMITS = Limits(completion_tokens=320, turn_tokens=48, observation_tokens=128)
 GREEDY = Sampling(temperature=0.0)
-# Babbles on, greedily, for as long as it may.
+# Greedy decoding continues to the maximum length.
 ENDLESS = ([300, 400, 500], {"max_tokens": 1000, "sampling": GREEDY})
 PROTOCOLS = ("qwen_tools", "search_r1")
 Request = tuple[list[int], dict[str, Any]]
 
 
 def make_trainer(folder: Path, **options: Any) -> SearchGRPOTrainer:
-    """Trains a LoRA adapter of FOLDER/model, which goes to vLLM alone: its CPU build cannot load other weights.
+    """Trains a LoRA adapter of FOLDER/model and sends only that to vLLM: its CPU build cannot load other weights.
 
-    Its retriever is not bm25: numba must not be imported before vLLM's CPU build has started (its
-    `register_triton_kernel_overrides` looks into every module, and fails at llvmlite's).
+    The retriever is not bm25, because numba must not be imported before vLLM's CPU build has started (its
+    `register_triton_kernel_overrides` inspects every module and fails at llvmlite's).
     """
     return real_trainer(
         folder / "run",
@@ -66,16 +66,16 @@ def make_trainer(folder: Path, **options: Any) -> SearchGRPOTrainer:
 
 
 def adapter_after_two_steps(trainer: SearchGRPOTrainer) -> dict[str, Any]:
-    """Trains, and compares the engine's logprobs with the trainer's: before the last weights went over, and after."""
+    """Trains, and compares the engine's logprobs with the trainer's before and after the last sync."""
     trainer.train()
     stale = disagreement(trainer)
-    evaluated = held_out(trainer)  # which sends the last weights over
+    evaluated = held_out(trainer)  # this sends the latest weights
     logged = [step["sampling/sampling_logp_difference/max"] for step in steps(trainer)]
     return {"logged": logged, "stale": stale, "synced": disagreement(trainer), "held_out": evaluated}
 
 
 def held_out(trainer: SearchGRPOTrainer) -> dict[str, Any]:
-    """An evaluation during training, by the engine; and the same questions asked of the model itself."""
+    """An evaluation during training with the engine, and the same questions with the model itself."""
     questions = [{**row, "id": str(number), "data_source": "books"} for number, row in enumerate(ROWS)]
     by_engine = HeldOut(trainer, Dataset.from_list(questions)).measure()
     args, tokenizer = trainer.args, trainer.processing_class
@@ -105,7 +105,7 @@ def disagreement(trainer: SearchGRPOTrainer) -> float:
 
 
 def generate(policy: Policy, *requests: Request) -> list[Any]:
-    """Runs `(prompt, options)` requests at once; an error stands in the place of its completion."""
+    """Runs `(prompt, options)` requests at once; an error takes the place of its completion."""
 
     async def go() -> list[Any]:
         await policy.open()
@@ -124,7 +124,7 @@ def rollouts(policy: Policy, folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     world = generate_world(passages=1000, seed=3)
     rows = [question.row() for question in world.questions("train")[:48]]
-    retriever = load_retriever("bm25", passages=world.passages, backend="numpy")  # numba takes longer to load
+    retriever = load_retriever("bm25", passages=world.passages, backend="numpy")  # numba takes longer to import
     found = {}
     for name in PROTOCOLS:
         protocol = load_protocol(name, tokenizer, instruction="")
@@ -152,7 +152,7 @@ def rollouts(policy: Policy, folder: Path) -> dict[str, Any]:
 
 
 def turns(policy: Policy, prompts: dict[str, list[list[int]]], words: Callable[[int], str], stop: Any) -> Any:
-    """Greedy turns; one cut by its budget; stop strings that end inside a token, and over the border of two."""
+    """Greedy turns; one truncated by its budget; stop strings that end inside a token or span two tokens."""
     greedy = [(prompt, {"max_tokens": 40, "sampling": GREEDY, "stop": stop}) for prompt in prompts["search_r1"]]
     prompt = prompts["qwen_tools"][0]
     requests = [*greedy, *((prompt, {"max_tokens": tokens, "sampling": GREEDY}) for tokens in (60, 7))]
@@ -167,7 +167,7 @@ def turns(policy: Policy, prompts: dict[str, list[list[int]]], words: Callable[[
 
 
 def seeds(policy: Policy) -> Any:
-    """The same seed alone and in a crowd, and another."""
+    """The same seed alone and among other requests, and another seed."""
     options = {"max_tokens": 24, "sampling": Sampling(temperature=1.5, seed=2**200 + 7)}  # vLLM takes 64 bits
     other = {**options, "sampling": Sampling(temperature=1.5, seed=8)}
     crowd: list[Request] = [([600 + i], other) for i in range(6)]
@@ -178,7 +178,7 @@ def seeds(policy: Policy) -> Any:
 
 
 def faults(policy: Policy, engine: Any) -> Any:
-    """Requests that do not end as they should; after each, how many the engine still has."""
+    """Requests that do not end normally; after each, the number of requests in the engine."""
 
     scheduler = engine.engine_core.engine_core.scheduler
 
@@ -264,7 +264,7 @@ def too_little_room(trainer: SearchGRPOTrainer) -> str:
 
 
 def readable(value: Any) -> Any:
-    """For `json`: completions and evaluations as objects, errors as their text."""
+    """Converts completions and evaluations to JSON objects, and errors to text."""
     if isinstance(value, (Completion, Evaluation)):
         return dataclasses.asdict(value)
     if isinstance(value, BaseException):

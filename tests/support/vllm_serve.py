@@ -1,7 +1,7 @@
-"""`vllm serve` whose engine is forked from it, as on GPUs.
+"""`vllm serve` with a forked engine process, as on GPUs.
 
-On CPUs vLLM spawns the engine, whatever VLLM_WORKER_MULTIPROC_METHOD says, and a spawned one imports all of vLLM
-again: ten CPU seconds at each start.
+On CPUs vLLM ignores VLLM_WORKER_MULTIPROC_METHOD and spawns the engine, which then imports all of vLLM again: ten CPU
+seconds at each start.
 
     python -m tests.support.vllm_serve serve MODEL --port 8000
 """

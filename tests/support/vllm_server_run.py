@@ -1,4 +1,4 @@
-"""A trainer that sends its adapter to a real `vllm serve`, for test_vllm_server.py. TRL needs vLLM on the path.
+"""A trainer that sends its adapter to a real `vllm serve`, for test_vllm_server.py. TRL needs vLLM on its path.
 
 python -m tests.support.vllm_server_run FOLDER URL        # trains FOLDER/model, writes FOLDER/server.json
 """

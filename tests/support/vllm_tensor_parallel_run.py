@@ -3,7 +3,7 @@
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... \
         python -m tests.support.vllm_tensor_parallel_run FOLDER          # which holds model/; writes rank<r>.json
 
-Greedy completions of prompts that differ by rank, from an engine that both share and from the model itself.
+Greedy completions of prompts that differ per rank, from an engine that both ranks share and from the model itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trl_search.types import Sampling
 
 
 def generate(policy: Policy, prompts: list[list[int]]) -> Any:
-    """Three turns of each prompt, one after the other: each begins with all tokens before it."""
+    """Three turns per prompt; each continues all tokens before it."""
 
     async def trajectory(ids: list[int]) -> list[int]:
         for turn in range(3):
@@ -49,7 +49,7 @@ def generate(policy: Policy, prompts: list[list[int]]) -> Any:
 
 def main(folder: Path) -> None:
     model = str(folder / "model")
-    # The name of the memory that the ranks share: vLLM's is the same for all engines of a machine.
+    # The name of the ranks' shared memory: vLLM's default is the same for all engines of a machine.
     shared = f"trl-search-{os.environ['MASTER_PORT']}"
     cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: shared)
     llm = LLM(
@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
     )
     rank, group = dist.get_rank(), get_tp_group()
     policy = VLLMTensorParallelPolicy(llm, rank=group.rank_in_group, exchange=over_gloo(group.cpu_group))
-    # Rank 1 has fewer and longer prompts, so it closes the policy at another time.
+    # Rank 1 has fewer and longer prompts, so the ranks close the policy at different times.
     prompts = [[400 + 7 * rank + number] * (4 + 40 * rank) for number in range(5 - 3 * rank)]
     found = {"shared": generate(policy, prompts)}
     alone = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
@@ -77,4 +77,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    os._exit(0)  # the engine's threads need not end in order
+    os._exit(0)  # the engine's threads may not end cleanly

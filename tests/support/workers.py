@@ -5,8 +5,8 @@
     the files that wait           one worker, while the two others keep both cores busy
     every other file              the next worker that is free; the files with slow tests first
 
-Left to itself, xdist begins with the files of the most tests, and the longest ones, which have few, are left for the
-end, where one worker waits for the other. Files that wait are neighbours by name, so all workers would wait at once.
+By default, xdist starts with the files that have the most tests. The slowest files have few tests, so they would run
+last, and one worker would wait for the other. Files that wait have similar names, so all workers would wait at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WAITING = ("retrieval/remote", "retrieval/server", "retrieval/web")
 
 
 def unit(nodeid: str) -> str:
-    """What a worker runs as a whole: a file, all files that share an expensive process, or all that wait."""
+    """The unit that one worker runs: a file, all files that share an expensive process, or all files that wait."""
     file = nodeid.partition("::")[0]
     if any(folder in file for folder in WAITING):
         return "waiting"
@@ -31,7 +31,7 @@ def unit(nodeid: str) -> str:
 
 
 class Scheduling(LoadFileScheduling):
-    """Hands out units in the order in which they were collected."""
+    """Assigns units in the order in which they were collected."""
 
     def __init__(self, config: pytest.Config, log: Any = None) -> None:
         config.option.loadscopereorder = False
@@ -42,7 +42,7 @@ class Scheduling(LoadFileScheduling):
 
 
 def slow_first(items: list[pytest.Item]) -> None:
-    """Sorts tests, in place: units with many slow tests come first. The order within a unit stays."""
+    """Sorts tests in place: units with many slow tests come first. The order within a unit is kept."""
     slow: dict[str, int] = {}
     for item in items:
         name = unit(item.nodeid)

@@ -127,11 +127,7 @@ def test_wandb_gets_the_curves_and_the_tables(tmp_path, random_model, tokenizer,
 def test_trackio_gets_the_curves(tmp_path, random_model, tokenizer, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     storage = trackio.sqlite_storage
-    for module in (
-        trackio,
-        trackio.utils,
-        storage,
-    ):  # TRL has already imported it, so TRACKIO_DIR is not read any more
+    for module in (trackio, trackio.utils, storage):  # already imported, so TRACKIO_DIR has no effect
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     scripted_trainer(
         tmp_path, random_model, tokenizer, report_to="trackio", project="ours", trackio_static_space_id=False,

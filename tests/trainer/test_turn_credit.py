@@ -141,9 +141,8 @@ def test_shared_prefixes_run_once_and_in_one_call(tmp_path, random_model, tokeni
         lambda module, args, kwargs: forwards.append(int((kwargs["position_ids"] == 0).sum())), with_kwargs=True
     )
     trainer.score()
-    assert forwards == [
-        4
-    ]  # the prompt, both searches for the author, and a search that finds nothing, with which two trajectories begin
+    # The prompt, both searches for the author, and a search that finds nothing, with which two trajectories begin.
+    assert forwards == [4]
 
 
 def test_without_an_answer_or_room_there_is_no_gain(tmp_path, random_model, tokenizer):

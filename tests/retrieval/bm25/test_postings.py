@@ -90,9 +90,7 @@ def test_without_a_cache_folder_the_code_is_compiled_each_time():
     from trl_search.retrieval.bm25.compiled_search import compiled
 
     made: dict = {}
-    exec(
-        "def twice(number):\n    return 2 * number", made
-    )  # defined in no file, so numba finds no cache folder for it
+    exec("def twice(number):\n    return 2 * number", made)  # not from a file, so numba has no cache folder
     assert compiled(made["twice"])(4) == 8
 
 

@@ -260,9 +260,7 @@ def test_an_invalid_answer_fails_the_search_at_once(answer: Answer, message: str
         retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=url)
         with pytest.raises(RetrievalError, match=message) as raised:
             retriever.search(["harbour"], k=1)
-        assert len(asked) == 1 and "harbour" not in str(
-            raised.value
-        )  # servers log this message, and they must not log queries
+        assert len(asked) == 1 and "harbour" not in str(raised.value)  # servers log it, but not queries
 
 
 def test_if_the_retriever_fails_the_reranker_is_not_asked() -> None:

@@ -181,9 +181,7 @@ def test_a_killed_replica_fails_no_request(served: Served, client) -> None:
 
 def test_on_sigterm_it_answers_running_requests(served: Served) -> None:
     children = psutil.Process(served.process.pid).children(recursive=True)
-    answers: list[
-        tuple[float, int | None]
-    ] = []  # the time of the request, and the status or None for a lost connection
+    answers: list[tuple[float, int | None]] = []  # time of the request, status or None for a lost connection
     gone = threading.Event()
 
     def ask() -> None:

@@ -184,9 +184,8 @@ def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.C
     assert "0 new, 16 from before" in capsys.readouterr().out
     before = (tmp_path / "collection" / ATTEMPTS).read_bytes()
     with pytest.raises(UserError, match=r"other settings \(max_searches was 3, and is 2\)"):
-        sft(
-            tmp_path, **{**options, "max_searches": 2}, collect_only="true"
-        )  # otherwise the finished training would be refused first
+        # Without collect_only, the finished training would be refused first.
+        sft(tmp_path, **{**options, "max_searches": 2}, collect_only="true")
     assert (tmp_path / "collection" / ATTEMPTS).read_bytes() == before
 
 

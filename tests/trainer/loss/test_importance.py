@@ -97,9 +97,7 @@ def test_llds_penalizes_the_decreased_tokens_of_good_actions():
     old = torch.full((2, 5), -0.5)
     new = torch.tensor([[-0.6, -0.5, -9.0, -0.7, -0.1]] * 2, requires_grad=True)
     penalty = llds_penalty(new, old, mask, torch.tensor([0.0, -1.0]))
-    assert penalty.item() == pytest.approx(
-        0.1 / 8
-    )  # the second action increased in total; the second row has a negative advantage
+    assert penalty.item() == pytest.approx(0.1 / 8)  # the second action increased; the second row is a bad one
     penalty.backward()
     assert (new.grad != 0).nonzero().tolist() == [[0, 0]]
 

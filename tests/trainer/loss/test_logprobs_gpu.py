@@ -102,9 +102,7 @@ def test_sliding_windows(attention):
     usable(attention, config, torch.bfloat16)
     exact, padded = run(config, torch.float32, None), run(config, torch.bfloat16, None)
     packed = run(config, torch.bfloat16, attention)
-    assert noise(run(CONFIG, torch.float32, None)[0], exact[0]) > 2 * noise(
-        padded[0], exact[0]
-    )  # the window has an effect
+    assert noise(run(CONFIG, torch.float32, None)[0], exact[0]) > 2 * noise(padded[0], exact[0])  # the window matters
     for mine, theirs, truth in zip(packed, padded, exact, strict=True):
         assert noise(mine, truth) < 1.3 * noise(theirs, truth)
 

@@ -78,9 +78,7 @@ def test_packs_are_few_and_of_similar_size():
 
 def test_tokens_that_no_scored_token_depends_on_are_not_computed():
     attention = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
-    loss_mask = torch.tensor(
-        [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
-    )  # an observation at the end; a failed search; an empty turn
+    loss_mask = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1]])  # a final observation; a failed search; no turn
     assert needed_tokens(attention, scored_tokens(attention, loss_mask)).nonzero().tolist() == [[0, 1], [0, 2]]
 
 

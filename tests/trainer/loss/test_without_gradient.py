@@ -128,9 +128,7 @@ def test_a_micro_batch_without_any_gradient_gives_a_zero_loss_with_a_graph(
     assert loss == 0 and not gradient.any()
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())  # DDP waits for every parameter
     assert logged[METRIC] == 1 and "entropy" not in logged
-    assert not [
-        name for name in logged if name.startswith("sampling/")
-    ]  # a mean over nothing would be NaN, so it is not logged
+    assert not [name for name in logged if name.startswith("sampling/")]  # a mean over nothing would be NaN
 
 
 def test_a_training_with_accumulation_gives_the_same_weights_as_the_full_one(tmp_path, tokenizer):
