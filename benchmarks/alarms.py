@@ -35,12 +35,12 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "healthy_2": (2, []),
     "learning_rate_x_5_0": (0, ["--learning_rate", "5e-4"]),
 }
-# What the alarms read, and the step. Of NotFinite, whose metric is a list, each one.
+# The step and the metrics that the alarms read, including each one in the list of NotFinite.
 KEPT = ["step", *dict.fromkeys(name for rule in RULES for name in rule.metric.split(", "))]
 
 
 def record(name: str, output: Path, steps: int) -> list[dict[str, Any]]:
-    """Trains a run, and returns what is kept of its log."""
+    """Trains a run, and returns the recorded part of its log."""
     seed, options = RUNS[name]
     folder = output / name
     command = [
@@ -62,7 +62,7 @@ def kept(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_alarms(history: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Alarm -> the step at which it first fires, and what it says."""
+    """Alarm -> the step at which it first fires, and its message."""
     watch, first = Watch(), dict[str, tuple[int, str]]()
     for row in history:
         for name, what in watch.add(row).items():

@@ -111,7 +111,7 @@ def measure(index: Path, options: dict[str, Any] | None, queries: list[str]) -> 
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:
-    """Runs a function in a fresh process, so that memory is its own."""
+    """Runs a function in a new process, so that only its memory is measured."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(send, function, arguments))

@@ -1,4 +1,4 @@
-"""Generation only, on CPU, two turns per conversation: our continuous batching against two ways of transformers.
+"""Generation only, on CPU, two turns per conversation: our continuous batching against two methods of transformers.
 
     python benchmarks/engine.py                       # 64 conversations of the shipped tiny policy
     python benchmarks/engine.py --conversations 16 --repeats 1
@@ -46,12 +46,12 @@ MAX_TOKENS = 96
 TURNS = 2
 
 Ids = list[int]
-# Prompts and what is appended after the first turn -> what each turn of each conversation generated.
+# Prompts and what follows each first turn -> the tokens of each turn of each conversation.
 Engine = Callable[[list[Ids], list[Ids]], list[list[Ids]]]
 
 
 def conversations(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[Ids], list[Ids]]:
-    """Prompts, and the observation that follows each first turn."""
+    """Prompts, and the observation after each first turn."""
     world = generate_world(passages=2000, seed=0)
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     draw = random.Random(0)
@@ -89,7 +89,7 @@ def ours(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
 
 
 def turn_by_turn(turn: Callable[[list[Ids]], list[Ids]]) -> Engine:
-    """An engine that runs a turn of all conversations, then the next."""
+    """An engine that runs the first turn of all conversations, then the second."""
 
     def run(prompts: list[Ids], observations: list[Ids]) -> list[list[Ids]]:
         first = turn(prompts)
@@ -115,7 +115,7 @@ def padded(model: PreTrainedModel, config: GenerationConfig) -> Engine:
 
 
 def manager(model: PreTrainedModel, config: GenerationConfig, conversations: int) -> Engine:
-    # Left to itself it takes nine tenths of the memory for its cache, and most of its time goes to allocating that.
+    # By default its cache takes nine tenths of the memory, and most of its time is spent allocating it.
     sizes = ContinuousBatchingConfig(block_size=32, num_blocks=20 * conversations, max_batch_tokens=4096)
 
     def turn(prompts: list[Ids]) -> list[Ids]:

@@ -51,7 +51,7 @@ def exact_scores(rows_ND: torch.Tensor, queries: np.ndarray) -> np.ndarray:
 
 
 def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], Search]]:
-    """What can run here; each is made when its turn comes, since two may not fit."""
+    """The engines that can run here; each is created only when it is measured, because two may not fit."""
 
     def torch_search(*, fused: bool) -> Search:
         kernels = gpu.fused_kernels(rows_ND) if fused else None
@@ -76,7 +76,7 @@ def engines(rows_ND: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], 
 
 
 def measure(search: Search, queries: np.ndarray, device: torch.device, repeats: int) -> tuple[float, np.ndarray, int]:
-    """Median seconds, the rows found, and the most GPU memory beyond what was there."""
+    """Median seconds, the rows found, and the peak of additional GPU memory."""
     for _ in range(2):
         rows = search(queries)
     if device.type == "cuda":

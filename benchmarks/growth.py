@@ -42,7 +42,7 @@ from trl_search.retrieval.index.folder import build_index
 WORDS, COMMON, WORDS_A_PASSAGE = 20_000_000, 500_000, 100
 RATES = {"one_by_one", "in_batches"}
 TARGET = 21_015_324  # passages of wiki-18
-WORK_S = 10.0  # of the processor, per figure
+WORK_S = 10.0  # CPU seconds per figure
 COLUMNS = ("build_s", "build_cpu_s", "build_gb", "disk_gb", "own_gb", "mapped_gb", "one_by_one", "in_batches")
 
 
@@ -60,7 +60,7 @@ def write_corpus(file: Path, passages: int) -> None:
     generator = np.random.default_rng(0)
     weights = 1 / (np.arange(1, WORDS + 1) + 2.7) ** 1.07
     edges = np.cumsum(weights) / weights.sum()
-    stops = sorted(Analyzer()._dropped)  # the most frequent words of English, as they are
+    stops = sorted(Analyzer()._dropped)  # the most frequent words are English ones
     common = [*stops, *(word(rank) for rank in range(len(stops), COMMON))]
     with open(file, "w", encoding="utf-8") as lines:
         for start in range(0, passages, 10_000):
@@ -89,7 +89,7 @@ def resident() -> dict[str, float]:
 
 
 def per_cpu_second(search: Callable[[int, int], object]) -> dict[str, float]:
-    """Queries per second of work, after a few that only warm up."""
+    """Queries per CPU second, after a warm-up."""
     search(0, 8)
     figures = {}
     for name, size in (("one_by_one", 1), ("in_batches", 64)):

@@ -1,4 +1,4 @@
-"""Do the guards against collapse save runs that collapse without them, and do they cost healthy runs anything?
+"""Do the guards against collapse save runs that would collapse, and do they harm healthy runs?
 
     nice -n 5 python benchmarks/guards.py --output runs/guards          # one CPU core: 5 minutes per run, 12 runs
     python benchmarks/guards.py --output runs/guards --seeds 0 --rates healthy --guards none llds
@@ -10,13 +10,14 @@ less than half the EM of its best one. Runs that are in OUTPUT already are not r
 
 | guard              | what differs                                                                                   |
 |--------------------|------------------------------------------------------------------------------------------------|
-| none               | nothing: an alarm is logged (`on_collapse: warn`)                                              |
-| rollback           | goes back to the best checkpoint with half the learning rate, once an alarm lasted ten logs    |
+| none               | nothing: alarms are only logged (`on_collapse: warn`)                                          |
+| rollback           | after a collapse, continues from the best checkpoint with half the learning rate: at once if   |
+|                    | the held-out EM has halved (`held_out_halved`), otherwise once an alarm has lasted ten logs    |
 | dr_grpo            | `loss_type: dr_grpo`, which divides by a constant length                                       |
-| search_floor       | in the first 20 steps a trajectory without a search earns nothing                              |
-| overlong           | `soft_overlong_punishment` as one more reward, with a tenth of the weight                      |
-| two_steps          | two optimizer steps per batch (`num_iterations: 2`), for the next two to be compared with      |
-| llds, clip_higher  | the same with `llds_coef: 0.1`, or with `epsilon_high: 0.28`                                   |
+| search_floor       | in the first 20 steps, a trajectory without a search gets no reward                            |
+| overlong           | `soft_overlong_punishment` as an additional reward with weight 0.1                             |
+| two_steps          | two optimizer steps per batch (`num_iterations: 2`), as the baseline of the next two           |
+| llds, clip_higher  | like two_steps, with `llds_coef: 0.1`, or with `epsilon_high: 0.28`                            |
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from trl_search.retrieval.index.build_folder import LOCK, MANIFEST, STATE
 from trl_search.retrieval.index.folder import build_index
 
 PASSAGES = 3000
-ENCODER = "e5-base-v2"  # a tiny one of random weights, under a name that says how it is used
-TIMES = {"build_s", "mtime_ns", "dense/vectors.json"}  # the last is a size, which depends on the digits of build_s
+ENCODER = "e5-base-v2"  # a tiny model with random weights; its name tells how to use it
+TIMES = {"build_s", "mtime_ns", "dense/vectors.json"}  # the last one is a size, which depends on the digits of build_s
 BY_ANSWERS = {"tantivy", "hnsw"}
 DENSE = ("flat", "fp16", "int8", "small", "small-ivf", "hnsw")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +60,7 @@ def without_times(value: Any) -> Any:
 
 
 def content(index: Path, name: str) -> dict[str, Any]:
-    """What two builds must have in common."""
+    """The content that two builds must have in common."""
     if name in BY_ANSWERS:
         retriever = open_retriever(index, {"check_source": False})
         found = retriever.search([f"word{number} word{number % 7}" for number in range(50)], 5)
@@ -80,7 +80,7 @@ def rounds(name: str, corpus: Path, folder: Path, kills: int, draw: random.Rando
     if kind == "dense":
         options = {**options, "encoder": str(folder / ENCODER)}
     whole = folder / f"{name}-whole"
-    for _ in range(2):  # the first one also waits for imports
+    for _ in range(2):  # the first kill also waits for imports
         shutil.rmtree(whole, ignore_errors=True)
         started = time.monotonic()
         start(corpus, whole, kind, options).join()
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())  # stays where a build went wrong
+    folder = Path(tempfile.mkdtemp())  # kept if a build failed
     importlib.import_module("tests.support.encoders").save_random_bert(folder / ENCODER)
     words = np.random.default_rng(0).integers(0, 5000, (PASSAGES, 20))
     rows = ({"id": str(row), "text": " ".join(map("word{}".format, one))} for row, one in enumerate(words))

@@ -39,7 +39,7 @@ from trl_search.records.folder import read_run, read_trajectories
 
 STEPS, BATCH = 4, 32
 KILLS_PER_RUN, LIVES = 4, 12
-LATE = 0.7  # the share of kills after the first checkpoint, so that there is something to resume from
+LATE = 0.7  # the share of kills after the first checkpoint, from which the run can be resumed
 STUCK_S = 600.0  # two vLLM servers on two busy cores take minutes to start
 ON_GPUS = shutil.which("nvidia-smi") is not None
 OPTIONS = {
@@ -56,13 +56,13 @@ OPTIONS = {
     "learning_rate": "1e-5",
 }
 LORA = {"use_peft": "true", "lora_r": "8", "lora_target_modules": "all-linear", "vllm_lora_sync": "adapter"}
-# What the documentation gives as a supervisor.
+# The supervisor in the documentation.
 SUPERVISOR = 'while true; do "$@"; sleep 1; done'
 
 
 @dataclass
 class Kind:
-    """One kind of run: how many ranks it has, what it needs beside it, and who is killed in it."""
+    """One kind of run: its ranks, the servers that it needs, and the processes that are killed."""
 
     victims: list[str]
     phases: list[str]
@@ -78,7 +78,7 @@ PHASES = ["rollout", "rollout", "loss", "save", "any moment"]
 
 @contextlib.contextmanager
 def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
-    """A kind of run, with the servers that it needs as long as the context lasts."""
+    """A kind of run, with its servers for the duration of the context."""
     python = [sys.executable, "-m", "trl_search"]
     if name == "trainer":
         yield Kind(["trainer"], PHASES)
@@ -100,7 +100,9 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
                 command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()]
                 command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
                 command += ["--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8"]
-                if ON_GPUS:  # they share one: a small cache of a fixed size, as measuring the free memory takes time
+                if (
+                    ON_GPUS
+                ):  # they share a GPU: a small cache of a fixed size, because measuring the free memory takes time
                     command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1"]
                     command += ["--kv-cache-memory-bytes", str(2**28)]
                 else:
@@ -125,7 +127,7 @@ def vllm_environment(scratch: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def supervised(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A loop that starts the command again whenever it ends."""
+    """A loop that restarts the command whenever it ends."""
     with log.open("ab") as file:
         loop = ["bash", "-c", SUPERVISOR, "supervisor", *command]
         process = subprocess.Popen(loop, env=environment, stdout=file, stderr=file)
@@ -163,7 +165,7 @@ def start(kind: Kind, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
     command += [word for name, value in options.items() for word in (f"--{name}", *value.split())]
     command += ["--resume_from_checkpoint", "last"] if resume else []
     environment = dict(kind.environment)
-    if ON_GPUS:  # as many as there are ranks: one process does not train on several
+    if ON_GPUS:  # one GPU per rank: a process does not train on several
         gpus = environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: kind.ranks])
     with (folder.parent / "log.txt").open("ab") as log:
@@ -171,12 +173,12 @@ def start(kind: Kind, folder: Path, *, resume: bool) -> subprocess.Popen[bytes]:
 
 
 def journal_lines(folder: Path) -> int:
-    """Finished trajectories of the batch under way, on all ranks."""
+    """Finished trajectories of the current batch on all ranks."""
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in (folder / "journal").glob("rank*.jsonl"))
 
 
 def phase_has_come(phase: str, draw: random.Random, folder: Path) -> Callable[[], bool]:
-    """Whether a run is in the phase that was drawn, from the files that it writes."""
+    """Whether a run is in the given phase, judged by the files that it writes."""
     half, pause, began = draw.randint(1, BATCH - 1), draw.random(), time.monotonic()
     checkpoints = len(list(folder.glob("checkpoint-*")))
     adapter = folder / "vllm-adapter" / "adapter_model.safetensors"
@@ -242,7 +244,7 @@ def has_whole_checkpoint(folder: Path) -> bool:
 
 
 def one_run(kind: Kind, folder: Path, most: int, draw: random.Random, kills: Counter[str]) -> tuple[list[str], int]:
-    """Trains to the end despite the kills. Returns what is wrong then, and how many trajectories were kept."""
+    """Trains to the end despite the kills. Returns the problems, and how many trajectories the journal saved."""
     process, kept, done = start(kind, folder, resume=False), 0, 0
     for _ in range(LIVES):
         while done < most and process.poll() is None:
@@ -264,7 +266,7 @@ def one_run(kind: Kind, folder: Path, most: int, draw: random.Random, kills: Cou
         code = ended(process)
         if code == 0:
             return problems(folder), kept
-        # Without its servers, all of which were killed, a run ends with an error that names them, and is resumed too.
+        # If all its servers were killed, a run ends with an error that names them, and is resumed too.
         if code == 999 or (code == 2 and not kind.needs):
             return [f"exit code {code}"], kept
         process = start(kind, folder, resume=has_whole_checkpoint(folder))
@@ -292,7 +294,7 @@ def main() -> None:
             before, started = sum(kills.values()), time.monotonic()
             try:
                 found, kept = one_run(kind, folder, min(KILLS_PER_RUN, left), draw, kills)
-            except TimeoutError:  # a server does not answer: its log says why
+            except TimeoutError:  # a server does not answer; its log says why
                 for log in Path(scratch).glob("*.log"):
                     print(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}", flush=True)
                 raise
@@ -302,7 +304,7 @@ def main() -> None:
             if found:
                 print((Path(scratch) / "log.txt").read_text(errors="replace")[-4000:], flush=True)
             if sum(kills.values()) == before:
-                break  # it never came to a kill: something is wrong with the run itself
+                break  # there was no kill: something is wrong with the run itself
         print(f"{sum(kills.values())} kills in {runs} runs; {bad} runs differ from an uninterrupted one")
         print(f"{saved} finished trajectories were in the journal at a kill during a rollout")
     sys.exit(bad > 0)

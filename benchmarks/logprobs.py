@@ -58,7 +58,7 @@ REAL_TOKENS, MODEL_TOKENS, LONGEST = 105_706, 26_069, 2837  # 64 x 2837 = 181,56
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch: prompts on the right of their columns, completions on the left of theirs."""
+    """A padded batch: prompts padded on the left, completions on the right."""
 
     ids_BT: torch.Tensor
     attention_BT: torch.Tensor
@@ -66,7 +66,7 @@ class Batch:
     weights_BC: torch.Tensor
 
     def rows(self, start: int, end: int) -> Batch:
-        """Some rows, at the width of the whole batch: TRL pads once."""
+        """Some rows at the width of the whole batch, because TRL pads once."""
         return Batch(*(x[start:end] for x in (self.ids_BT, self.attention_BT, self.loss_mask_BC, self.weights_BC)))
 
     @property
@@ -75,7 +75,7 @@ class Batch:
 
 
 def scaled(parts: list[int], total: int) -> list[int]:
-    """The same proportions with an exact sum, at least one each."""
+    """Integers in the same proportions with an exact sum, each at least one."""
     result = [max(1, part * total // sum(parts)) for part in parts]
     for i in range(abs(total - sum(result))):
         result[i % len(result)] += 1 if sum(result) < total else -1
@@ -83,14 +83,14 @@ def scaled(parts: list[int], total: int) -> list[int]:
 
 
 def make_batch(device: torch.device, rows: int, shrink: int) -> Batch:
-    """64 trajectories of 1 to 4 turns, their lengths scaled to the totals above (all divided by `shrink`)."""
+    """64 trajectories of 1 to 4 turns, with lengths scaled to the totals above (all divided by `shrink`)."""
     draw = random.Random(0)
     turns = [draw.choice([1, 2, 3, 3, 4]) for _ in range(rows)]
     turns[0] = 4
     prompts = [draw.randint(100, 200) // shrink + 1 for _ in range(rows)]
     spoken = scaled([draw.randint(60, 180) * count for count in turns], MODEL_TOKENS * rows // 64 // shrink)
     prompt, completion = max(prompts), LONGEST // shrink - max(prompts)
-    # What is read between the turns: at most what the longest leaves room for, and exactly the total in sum.
+    # Tokens of observations: at most the room beside the turns, and exactly the total in sum.
     room = [completion - tokens if count > 1 else 0 for tokens, count in zip(spoken, turns, strict=True)]
     missing = REAL_TOKENS * rows // 64 // shrink - sum(prompts) - sum(spoken) - room[0]
     wanted = scaled([(count - 1) * draw.randint(300, 700) for count in turns[1:]], missing)
@@ -119,7 +119,7 @@ Forward = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 
 def stock(accelerator: Accelerator) -> Forward:
-    # Undecorated: the method reads nothing of its trainer but the accelerator, and a profile of calls is not wanted.
+    # Undecorated, without profiling: the method needs only the accelerator of its trainer.
     method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     trainer = types.SimpleNamespace(accelerator=accelerator)
 
@@ -206,7 +206,7 @@ def main() -> None:
         with contextlib.suppress(UserError):
             kernels += [choose_attention(kernel, probe, device=device, dtype=dtype)[0]] if kernel else []
     budgets = [256, 1024] if arguments.tiny else [8192, 16384, 32768]
-    # Name, kernel or None for TRL's own, tokens of a pack, rows of a micro-batch, gradient checkpointing.
+    # Name, kernel or None for TRL's own, tokens per pack, rows per micro-batch, gradient checkpointing.
     variants: list[tuple[str, str | None, int, int, bool]] = [
         *((f"stock TRL, micro-batch {size}", None, 0, size, True) for size in (4, 8)),
         *((f"stock TRL, micro-batch {size}", None, 0, size, False) for size in (2, 4)),
@@ -215,7 +215,7 @@ def main() -> None:
     for kernel in kernels:
         variants += [(f"ours {kernel}, packs of {budget}", kernel, budget, rows, True) for budget in budgets]
         variants += [(f"ours {kernel}, packs of {budget}", kernel, budget, rows, False) for budget in budgets[:2]]
-        # Micro-batches of one pack each: nothing runs twice.
+        # Micro-batches of one pack each, so nothing is recomputed.
         variants += [(f"ours {kernel}, micro-batch {size}", kernel, budgets[-1], size, False) for size in (4, 8)]
 
     print(f"{'variant':<38} {'recomputed':<12} {'seconds':>8} {'peak GiB':>9} {'grad norm':>10}")

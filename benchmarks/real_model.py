@@ -1,4 +1,4 @@
-"""A real language model learns to search real Wikipedia: one chain per GPU, then one table of all chains.
+"""A real language model learns to search Wikipedia: one chain per GPU, then one table of all chains.
 
     python benchmarks/real_model.py run base_1.5b --model MODEL --kit KIT --output runs/real        the untrained model
     python benchmarks/real_model.py run em_0 --model MODEL --kit KIT --output runs/real --seed 0 --steps 50
@@ -47,7 +47,7 @@ MULTI_HOP = ("hotpotqa", "2wikimultihopqa", "musique")
 ONE_HOP = ("nq", "popqa")
 SETS = (*MULTI_HOP, *ONE_HOP)
 AVERAGES = {"multi_hop": MULTI_HOP, "all": SETS}
-# The metrics of a step that are kept with the numbers.
+# The metrics of a step that are recorded with the numbers.
 LOGGED = (
     "step", "reward", "rewards/", "eval/", "search/", "reflection/", "tokens/", "alarm/", "grad_norm", "entropy",
     "frac_reward_zero_std", "completions/mean_length", "time/", "loss/without_gradient",
@@ -57,7 +57,7 @@ LINES = ("solid", "dashed", "dotted")  # one per seed
 
 
 def run_chain(args: argparse.Namespace) -> None:
-    """Runs the steps of one chain that are not finished, each as a command line of its own."""
+    """Runs the unfinished steps of one chain, each as a separate command."""
     folder, kit = Path(args.output) / args.name, Path(args.kit)
     folder.mkdir(parents=True, exist_ok=True)
     sets = [str(kit / "eval" / f"{name}.jsonl") for name in SETS]
@@ -73,7 +73,7 @@ def run_chain(args: argparse.Namespace) -> None:
     model = args.sft_model or str(folder / "sft")
     if not args.sft_model:
         collection = ["--collection", str(kit / "collection"), "--questions", str(kit / "train.jsonl"), *index]
-        # The recipe's seed belongs to the collection; the chain's own decides the order of the rows.
+        # The recipe's seed belongs to the collection; the chain's seed determines the order of the rows.
         options = ["--model_name_or_path", args.model, "--data_seed", str(args.seed), "--output_dir", model]
         sft_options = [part for option in args.sft_options for part in f"--{option}".split("=", 1)]
         command = ["sft", args.sft_recipe, *options, *collection, *sft_options]
@@ -85,7 +85,7 @@ def run_chain(args: argparse.Namespace) -> None:
 
 
 def step(log: Path, result: Path, command: Sequence[str]) -> None:
-    """Runs one command unless its result is there; says what it took."""
+    """Runs one command unless its result exists, and prints its duration."""
     if result.exists():
         return
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def step(log: Path, result: Path, command: Sequence[str]) -> None:
 
 
 def outcomes_of(folder: Path, mode: str) -> dict[str, list[Outcome]]:
-    """The outcomes of `trl-search eval`, by set and in the order of the questions; empty where there are none."""
+    """The outcomes of `trl-search eval`, by set and in the order of the questions; empty if there are none."""
     read = {name: Records(folder, mode, name).read() for name in SETS}
     return {name: [found[index] for index in sorted(found)] for name, found in read.items() if found}
 
@@ -112,14 +112,14 @@ def outcomes_of(folder: Path, mode: str) -> dict[str, list[Outcome]]:
 def held_out_at(chain: Path, step: int) -> dict[str, list[Outcome]]:
     """The outcomes of the evaluation at one step of a chain's GRPO, by set."""
     (file,) = (chain / "grpo" / "held_out").glob(f"*-step_{step}.jsonl")
-    mode = file.name.partition("-")[0]  # direct, where a chain may not search
+    mode = file.name.partition("-")[0]  # `direct` for a chain without searches
     return by_dataset(Records(file.parent, mode, f"step_{step}").read().values())
 
 
 def compare(
     first: Sequence[Path], second: Sequence[Path]
 ) -> tuple[dict[str, int], list[dict[str, list[Outcome]]], list[dict[str, list[Outcome]]]]:
-    """What two kinds of chains answered to the same: with each seed of both, at the last step that both have."""
+    """The answers of two kinds of chains to the same questions, per common seed, at their last common step."""
     seeds = {chain.name.rpartition("_")[2]: chain for chain in second}
     steps, ones, others = {}, [], []
     for chain in first:
@@ -140,9 +140,9 @@ def compare(
 def difference(
     before: Sequence[dict[str, list[Outcome]]], after: Sequence[dict[str, list[Outcome]]], sets: Sequence[str]
 ) -> list[float]:
-    """Macro EM of some policies less that of others on the same questions, with its 95 % bootstrap interval.
+    """Difference in macro EM between two groups of policies on the same questions, with its 95 % bootstrap interval.
 
-    Where there are several seeds, a question counts with its mean over them.
+    With several seeds, the EM of a question is its mean over them.
     """
     draw = np.random.default_rng(0)
     mean, resampled = 0.0, np.zeros(RESAMPLES)
@@ -157,24 +157,24 @@ def difference(
 
 
 def mean_em(policies: Sequence[dict[str, list[Outcome]]], name: str, ids: Sequence[str]) -> np.ndarray:
-    """EM of each question of a set, the mean over the policies."""
+    """EM of each question of a set, averaged over the policies."""
     found = [{one.id: one.em for one in policy[name]} for policy in policies]
     return np.array([[policy[id] for id in ids] for policy in found]).mean(axis=0)
 
 
 def zero(policy: dict[str, list[Outcome]]) -> list[dict[str, list[Outcome]]]:
-    """A policy that answers the same questions wrong: the difference from it is the score."""
+    """A policy that answers all these questions wrong: the difference from it is the score."""
     return [{name: [replace(one, em=0.0) for one in group] for name, group in policy.items()}]
 
 
 def row_of(mode: str, policies: Sequence[dict[str, list[Outcome]]]) -> dict[str, Any]:
-    """What the table says of a policy, or of several that differ in their seed: EM by set, averages, what it costs."""
+    """The table row of a policy, or of several that differ only in their seed: EM by set, averages, costs."""
     groups = {name: [one for policy in policies for one in policy[name]] for name in SETS}
     average = macro(mode, groups)
     unanswered = sum(one.answer is None for group in groups.values() for one in group)
     row: dict[str, Any] = {name: round(summarize(mode, group).em, 4) for name, group in groups.items()}
     for title, names in AVERAGES.items():
-        # The same questions are asked with every seed, so a question is what is resampled.
+        # Every seed has the same questions, so questions are resampled.
         em, low, high = difference(zero(policies[0]), policies, names)
         row[title] = {"em": em, "interval": [low, high]}
     return row | {
@@ -244,17 +244,17 @@ def report(args: argparse.Namespace) -> None:
 
 
 def evaluated_steps(chain: Path) -> list[int]:
-    """The steps of a chain's GRPO at which held-out questions were asked; a run that was cut off has fewer."""
+    """The steps of a chain's GRPO with a held-out evaluation; an interrupted run has fewer."""
     files = (chain / "grpo" / "held_out").glob("*-step_*.jsonl")
     return sorted(int(path.stem.rpartition("_")[2]) for path in files)
 
 
 def history_of(chain: Path) -> list[dict[str, Any]]:
-    """What was measured before the first step, then what was logged of every step up to the last evaluation."""
+    """The evaluation before the first step, then the log of every step up to the last evaluation."""
     before = macro("search", held_out_at(chain, 0))
     first = {"step": 0, EM: before.em, "eval/searches": before.searches, RATIO: before.reflective_ratio}
     lines = map(json.loads, (chain / "grpo" / "metrics.jsonl").read_text().splitlines())
-    # A metric that was not finite is null there.
+    # A metric that was not finite is null in the log.
     steps = [
         {key: value and float(f"{value:.5g}") for key, value in line.items() if key.startswith(LOGGED)}
         for line in lines
@@ -263,7 +263,7 @@ def history_of(chain: Path) -> list[dict[str, Any]]:
 
 
 def reflection(histories: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Held-out EM against the share of answers with a reflective phrase, over the checkpoints of every chain."""
+    """Correlation of held-out EM and the share of answers with a reflective phrase, over the checkpoints of chains."""
     lines = []
     for name, history in histories.items():
         points = [ReflectionPoint(int(log["step"]), log[RATIO], log[EM]) for log in history if EM in log]
@@ -272,7 +272,7 @@ def reflection(histories: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def draw(histories: dict[str, list[dict[str, Any]]], path: str) -> None:
-    """Held-out EM, sampled reward, groups without a gradient, searches and reflection over the steps of every run."""
+    """Draws held-out EM, reward, groups without a gradient, searches and reflection over the steps of every run."""
     from matplotlib.figure import Figure
 
     panels = {
@@ -317,7 +317,7 @@ def main() -> None:
     table = commands.add_parser("report", help="the table of all chains")
     table.add_argument("folder")
     table.add_argument(
-        "--compare", nargs="*", default=[], help="pairs of kinds, such as nomask:em: second less first, seed by seed"
+        "--compare", nargs="*", default=[], help="pairs of kinds: nomask:em is EM of em minus EM of nomask, per seed"
     )
     table.add_argument("--json", help="file to write the raw numbers to")
     table.add_argument("--figure", help="PNG file to draw the curves to")
@@ -326,7 +326,7 @@ def main() -> None:
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:cut])
-    args.options = given[cut + 1 :]  # of trl-search train
+    args.options = given[cut + 1 :]  # options of trl-search train
     args.do(args)
 
 

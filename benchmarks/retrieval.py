@@ -110,7 +110,7 @@ def measure(url: str, queries: Path, seconds: float, *more: str) -> Figures:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time that a process has used: on a busy machine it says more than the clock does."""
+    """CPU time of a process, which on a busy machine is more meaningful than wall-clock time."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
@@ -154,7 +154,7 @@ def main() -> None:
             for _ in range(args.rounds):
                 for style in ("field", "ours"):
                     with running(style, backend, folder) as (url, pid):
-                        measure(url, queries, 2.0)  # what is compiled or allocated at first is not measured
+                        measure(url, queries, 2.0)  # warm-up: compilation and allocation
                         before = cpu_s(pid)
                         figures = measure(url, queries, args.seconds, "--first", str(QUERIES // 4))
                         figures["cpu_ms"] = 1000 * (cpu_s(pid) - before) / figures["answers"]

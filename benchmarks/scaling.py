@@ -33,7 +33,7 @@ MEASURED_CORES = 2  # of all figures in `ENGINES`
 
 @dataclass(frozen=True)
 class Host:
-    """What one machine has."""
+    """The resources of one machine."""
 
     cores: int = 16
     ram_gb: int = 128
@@ -44,14 +44,14 @@ class Engine:
     """One engine, measured with one shard.
 
     Args:
-        name (`str`): As the table calls it.
-        sharded (`bool`): Whether an index may lie on several hosts.
-        ram_bytes (`Callable`): Of so many passages, what must be in memory.
-        disk_bytes (`Callable`): Of so many passages, on disk beside their text.
-        queries_s (`float`): Measured, a second, on two cores.
-        shard (`int`): Passages it was measured with.
-        slower (`Callable`): How many times slower a shard so many times larger is.
-        source (`str`): Of `queries_s`.
+        name (`str`): Its name in the table.
+        sharded (`bool`): Whether an index may be split over several hosts.
+        ram_bytes (`Callable`): Number of passages -> bytes that must be in memory.
+        disk_bytes (`Callable`): Number of passages -> bytes on disk, without the text.
+        queries_s (`float`): Measured queries per second on two cores.
+        shard (`int`): Number of passages in that measurement.
+        slower (`Callable`): Factor by which a shard is larger -> factor by which it is slower.
+        source (`str`): The source of `queries_s`.
     """
 
     name: str
@@ -64,16 +64,16 @@ class Engine:
     source: str
 
     def rate(self, share: float, host: Host) -> float:
-        """Queries a second of a host with that many passages."""
+        """Queries per second of a host with that many passages."""
         return self.queries_s * host.cores / MEASURED_CORES / self.slower(share / self.shard)
 
     def shards(self, passages: int, host: Host) -> int | None:
-        """The fewest hosts that hold the index once; `None` where that is more than one, and may not be."""
+        """The fewest hosts that hold the index once; `None` if it does not fit on one and cannot be split."""
         hosts = max(1, math.ceil(self.ram_bytes(passages) / (USABLE * host.ram_gb * 1e9)))
         return hosts if hosts == 1 or self.sharded else None
 
     def hosts(self, passages: int, host: Host, target: float) -> int:
-        """The fewest that hold the index and answer `target` queries per second, by more shards or by copies."""
+        """The fewest hosts for `target` queries per second, with more shards or with copies."""
         shards = self.shards(passages, host)
         assert shards is not None
         copies = shards * math.ceil(target / self.rate(passages / shards, host))
@@ -104,8 +104,8 @@ def _per_passage(size: int) -> Callable[[int], int]:
 
 
 _DENSE = "synthetic vectors, batches of 64, recall@3"
-_LINKS = 4 * 2 * 16  # of Qdrant's graph, m = 16
-_WORDS = 165  # of an inverted index; it is read from the page cache
+_LINKS = 4 * 2 * 16  # bytes of Qdrant's graph, m = 16
+_WORDS = 165  # bytes of an inverted index, which is read through the page cache
 ENGINES = (
     Engine("`dense` small", False, _ram("small"), _disk("small"), 723, 200_000, _linear, f"{_DENSE} .973"),
     Engine(
@@ -148,7 +148,7 @@ def table(passages: Sequence[int] = PASSAGES, host: Host | None = None, target: 
     """The table, as Markdown."""
     host = host or Host()
     lines = [
-        f"| passages | engine | hosts | RAM a host, GB | disk a host, GB | queries/s | hosts for {target:g}/s |",
+        f"| passages | engine | hosts | RAM per host, GB | disk per host, GB | queries/s | hosts for {target:g}/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for count in passages:
@@ -166,7 +166,7 @@ def table(passages: Sequence[int] = PASSAGES, host: Host | None = None, target: 
 
 
 def sources() -> str:
-    """Where each figure comes from, as Markdown."""
+    """The source of each figure, as Markdown."""
     rows = [f"| {one.name} | {one.queries_s:g} with {one.shard:,} passages | {one.source} |" for one in ENGINES]
     return "\n".join(["| engine | queries/s on two cores | source |", "|---|---|---|", *rows])
 

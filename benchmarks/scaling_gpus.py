@@ -59,13 +59,13 @@ LAUNCH: dict[str, list[str]] = {
     "zero3": ["--config_file", str(ACCELERATE / "zero3.yaml")],
 }
 SHARDED = ("fsdp2", "zero2", "zero3")
-ROWS = 8  # of a micro-batch: one pack
+ROWS = 8  # rows per micro-batch, which are one pack
 LONG_SEARCHES = 42
 
 
 @dataclass(frozen=True)
 class Case:
-    """`7b-long-fsdp2:4`, taken apart."""
+    """The parts of `7b-long-fsdp2:4`."""
 
     name: str
     shape: str
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        """Processes that train; the other GPUs serve."""
+        """The number of training processes; the other GPUs serve."""
         return self.gpus // 2 if self.method == "server" else self.gpus
 
 
@@ -96,7 +96,7 @@ def parse_case(name: str) -> Case:
 
 
 def run_together(cases: list[Case], arguments: argparse.Namespace) -> None:
-    """Runs cases at the same time, each on GPUs of its own, and prints what went wrong with any."""
+    """Runs cases at the same time, each on its own GPUs, and prints their errors."""
     started, first, running = time.monotonic(), 0, []
     with contextlib.ExitStack() as servers:
         for case in cases:
@@ -132,7 +132,7 @@ def start(
 
 @contextlib.contextmanager
 def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[str]:
-    """`vllm serve` on the second half of the case's GPUs; its address. The trainer waits for it."""
+    """Runs `vllm serve` on the second half of the case's GPUs; yields its address. The trainer waits for it."""
     import vllm_shape
 
     port = 8_100 + int(visible_gpus()[first])
@@ -155,7 +155,7 @@ def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[s
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process with all that it has started, so that the next case finds its GPUs free."""
+    """Ends a process and its descendants, so that the GPUs are free for the next case."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -165,12 +165,12 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by number: all of the host, or those of `CUDA_VISIBLE_DEVICES`."""
+    """The numbers of the GPUs that this process may use: all, or those in `CUDA_VISIBLE_DEVICES`."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
 
 
 def on_gpus(first: int, count: int) -> dict[str, str]:
-    """The environment of a process that sees `count` of the visible GPUs, from the `first` on."""
+    """The environment of a process that sees `count` of the visible GPUs, starting at `first`."""
     cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"))
     gpus = visible_gpus()[first : first + count]
     return {
@@ -207,7 +207,7 @@ def print_table(path: Path) -> None:
 
 @contextlib.contextmanager
 def on_the_plan() -> Iterator[None]:
-    """As long as the context lasts, rollouts follow `vllm_rollout.PLANS`."""
+    """Within the context, rollouts follow `vllm_rollout.PLANS`."""
     import vllm_rollout
 
     from trl_search.policies.vllm_colocate import VLLMColocatePolicy
@@ -235,7 +235,7 @@ def make_trainer(folder: Path, case: Case, per_rank: int, arguments: argparse.Na
     tokens = 32_000 if case.is_long else vllm_rollout.MAX_TOKENS
     cuda = torch.cuda.is_available()
     model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
-    if case.method in ("fsdp2", "zero3"):  # each rank then puts its shard on the GPU, and vLLM finds room there
+    if case.method in ("fsdp2", "zero3"):  # so that each rank puts only its shard on the GPU, and vLLM has room
         model.cpu()
         if cuda:
             torch.cuda.empty_cache()
@@ -258,7 +258,7 @@ def make_trainer(folder: Path, case: Case, per_rank: int, arguments: argparse.Na
         max_observation_length=tokens,
         max_packed_tokens=32_768 if case.is_long else 16_384,
         per_device_train_batch_size=1 if case.is_long else ROWS,
-        # TRL gives the engine room for so many sequences.
+        # TRL derives the engine's maximum number of sequences from this.
         gradient_accumulation_steps=per_rank if case.is_long else per_rank // ROWS,
         max_steps=1,
         save_strategy="no",
@@ -284,7 +284,7 @@ def make_trainer(folder: Path, case: Case, per_rank: int, arguments: argparse.Na
 
 
 def set_batch(trainer: Any, per_rank: int) -> None:
-    """The next `train()` rolls out so many trajectories on every rank and takes one optimizer step on them."""
+    """Makes the next `train()` roll out this many trajectories per rank and take one optimizer step on them."""
     args = trainer.args
     args.gradient_accumulation_steps = args.steps_per_generation = per_rank // args.per_device_train_batch_size
     args.generation_batch_size = per_rank * trainer.accelerator.num_processes
@@ -292,7 +292,7 @@ def set_batch(trainer: Any, per_rank: int) -> None:
 
 
 def run_step(trainer: Any, plans: list[Any]) -> dict[str, float]:
-    """Seconds of one step on this rank, and of its parts."""
+    """Seconds of one step on this rank and of its parts."""
     import torch
     import vllm_rollout
 
@@ -318,7 +318,7 @@ def run_step(trainer: Any, plans: list[Any]) -> dict[str, float]:
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    trainer._last_loaded_step = -1  # weights go to the engine before the rollout
+    trainer._last_loaded_step = -1  # the weight sync comes before the rollout
     trainer.accelerator.wait_for_everyone()
     started = time.perf_counter()
     with (
@@ -343,11 +343,11 @@ def run_step(trainer: Any, plans: list[Any]) -> dict[str, float]:
 
 
 def sizes_per_rank(case: Case, arguments: argparse.Namespace) -> dict[str, int]:
-    """Trajectories of a rank, by kind of scaling; the first is the warm-up, which is not recorded."""
+    """Trajectories per rank by kind of scaling; the first is the warm-up, which is not recorded."""
     weak, strong = arguments.weak * case.gpus // case.ranks, arguments.strong // case.ranks
     if case.is_long:
         return {"warm-up": 8, "weak": 8}
-    if case.method.startswith("zero"):  # DeepSpeed learns the gradient accumulation once
+    if case.method.startswith("zero"):  # DeepSpeed reads the gradient accumulation only once
         return {"warm-up": weak, "weak": weak}
     warm_up = max(ROWS, weak // 4 // ROWS * ROWS)
     return {"warm-up": warm_up, "weak": weak, **({"strong": strong} if strong != weak else {})}
@@ -359,7 +359,7 @@ def work(case: Case, arguments: argparse.Namespace) -> None:
     from accelerate.utils import gather_object
 
     rank = int(os.environ.get("RANK", "0"))
-    if torch.cuda.is_available():  # before the model is made
+    if torch.cuda.is_available():  # must be set before the model is created
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     sizes = sizes_per_rank(case, arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -381,11 +381,11 @@ def work(case: Case, arguments: argparse.Namespace) -> None:
                 print(row, flush=True)
                 write_rows(arguments, row)
         trainer.accelerator.wait_for_everyone()
-    os._exit(0)  # the engine's threads need not end in order
+    os._exit(0)  # the engine's threads may not end cleanly
 
 
 def write_rows(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
-    """Adds what was measured; a step that is as large under both kinds of scaling counts for both."""
+    """Appends the measurements; a step of the same size under both kinds of scaling counts for both."""
     if row["scaling"] == "warm-up":
         return
     kinds = {row["scaling"], *(["strong"] if row["trajectories"] == arguments.strong else [])}
@@ -410,7 +410,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         work(parse_case(arguments.worker), arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # in order: servers end with their contexts
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that contexts end their servers
     for cases in [[parse_case(name) for name in together.split("+")] for together in arguments.cases]:
         run_together(cases, arguments)
     if arguments.table or arguments.out.exists():

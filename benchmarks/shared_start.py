@@ -1,4 +1,4 @@
-"""Runs of the quickstart that begin with the same warmed-up policy, so that they can be compared seed by seed.
+"""Runs of the quickstart that begin with the same warmed-up policy, so that they can be compared per seed.
 
 One seed sets the world, the warm start and GRPO. The first run of a seed trains the policy in
 OUTPUT/seed_<seed>/warm_start, and the others load it. Results in OUTPUT are not measured again.
@@ -24,7 +24,7 @@ from trl_search.trainer.pipeline import WARM_START, Run, add_measurements, build
 
 
 def make_parser(description: str | None, *, steps: int, every: int) -> argparse.ArgumentParser:
-    """The options that every such benchmark has; `options_of` makes keys of the recipe of them."""
+    """The options of all these benchmarks; `options_of` converts them to recipe keys."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -42,10 +42,10 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def start(name: str, seed: int, output: Path, options: Sequence[str]) -> Run:
-    """Everything that the run needs before its trainer is built. It writes to OUTPUT/seed_<seed>/<name>.
+    """Prepares a run up to the creation of its trainer. The run writes to OUTPUT/seed_<seed>/<name>.
 
     Args:
-        options (`Sequence[str]`): Keys of the recipe and their values, as on the command line.
+        options (`Sequence[str]`): Recipe keys and their values, as on the command line.
     """
     folder = (output / f"seed_{seed}").absolute()
     warm = folder / WARM_START
@@ -66,11 +66,11 @@ def start(name: str, seed: int, output: Path, options: Sequence[str]) -> Run:
 
 
 class Course(TrainerCallback):
-    """What a training logged, with all that a rollback gave up. Add it after every other callback."""
+    """The log of a training, including steps that a rollback gave up. Add it after all other callbacks."""
 
     def __init__(self) -> None:
-        self.cpu_s = 0.0  # of the training, its evaluations included
-        self.begun = 0  # once, and once more after each rollback
+        self.cpu_s = 0.0  # logs of the training, including evaluations
+        self.begun = 0  # one, plus one per rollback
         self.steps: list[dict[str, Any]] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -82,15 +82,15 @@ class Course(TrainerCallback):
 
     @property
     def em(self) -> list[float]:
-        """Held-out EM of every evaluation, in its order."""
+        """Held-out EM of every evaluation, in order."""
         return [entry["eval/em"] for entry in self.steps if "eval/em" in entry]
 
 
 def train(run: Run, prepare: Callable[[Any], None] = lambda trainer: None) -> tuple[Course, Evaluation]:
-    """Trains: what was logged, and the last policy on the held-out questions.
+    """Trains. Returns the log, and the evaluation of the last policy on the held-out questions.
 
     Args:
-        prepare (`Callable`): Is given the trainer before anything is measured.
+        prepare (`Callable`): Called with the trainer before the first evaluation.
     """
     trainer = build(run)
     prepare(trainer)
@@ -105,7 +105,7 @@ def train(run: Run, prepare: Callable[[Any], None] = lambda trainer: None) -> tu
 
 
 def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row in the file; if there is none, measures it now."""
+    """The row in the file; measures and writes it if there is no file."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(measure(), indent=1) + "\n")
@@ -114,7 +114,7 @@ def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_table(output: Path, columns: Sequence[str], lines: Iterable[str]) -> None:
-    """Prints the table, and writes it to OUTPUT/table.md."""
+    """Prints the table and writes it to OUTPUT/table.md."""
     table = "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}")

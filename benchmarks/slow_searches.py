@@ -62,7 +62,7 @@ def seconds_of(searches: str, scale: float) -> Callable[[random.Random], float]:
 
 
 class SlowSearches(SearchEnvironment):
-    """A `SearchEnvironment` whose searches take time, each its own."""
+    """A `SearchEnvironment` in which each search takes its own time."""
 
     def __init__(self, retriever: Any, seconds: Callable[[random.Random], float]) -> None:
         super().__init__(retriever, max_searches=3)
@@ -75,7 +75,7 @@ class SlowSearches(SearchEnvironment):
 
 
 class StepTimes(TrainerCallback):
-    """When each step ended, by the clock and in CPU seconds, and what the engine had computed by then."""
+    """The end of each step in wall-clock and CPU seconds, and the work of the engine until then."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.forwards = self.prefilled = 0
@@ -156,7 +156,7 @@ def table(results: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
     ]
 
     def all_of(key: tuple[str, float], name: str) -> list[float]:
-        # A step in which no group has a gradient has no weights to speak of: None.
+        # A step in which no group has a gradient has None.
         return [value for result in results[key] for value in result[name] if value is not None]
 
     for key in results:

@@ -56,7 +56,7 @@ BAD = [
 
 
 class Soak:
-    """What is counted, and the things a client does."""
+    """The actions of a client, and counters."""
 
     def __init__(self, url: str, queries: list[str], end: float) -> None:
         place = urlsplit(url)
@@ -74,7 +74,7 @@ class Soak:
             try:
                 await act(connection, draw)
                 self.done[act.__name__] += 1
-            except Exception as error:  # whatever it is, the server has not answered as it should
+            except Exception as error:  # any exception means that the server did not answer correctly
                 self.errors.append(f"{act.__name__}: {type(error).__name__}: {error}")
                 connection.close()
             await asyncio.sleep(draw.random() * PAUSE_S)
@@ -101,7 +101,7 @@ class Soak:
         request = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
         writer.write(request if draw.random() < 0.5 else request[: draw.randrange(len(request))])
         await writer.drain()
-        writer.transport.abort()  # no goodbye: the connection is reset
+        writer.transport.abort()  # the connection is reset, not closed
 
     async def look(self, connection: Connection, draw: random.Random) -> None:
         path = draw.choice(["/metrics", "/ready", "/health"])

@@ -54,7 +54,7 @@ LOGGED = ("carry_over/batches_waited", "sampling/effective_sample_size", "loss/w
 
 @contextlib.contextmanager
 def served(model: Path, log: Path, environment: dict[str, str]) -> Iterator[str]:
-    """`vllm serve MODEL` on the loopback, once it answers; its address."""
+    """Runs `vllm serve MODEL` on loopback; yields its address when it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
     with log.open("ab") as file:
@@ -70,13 +70,13 @@ def served(model: Path, log: Path, environment: dict[str, str]) -> Iterator[str]
 
 
 def generate_with_a_copy(trainer: SearchGRPOTrainer, staleness: int) -> None:
-    """Lets a copy of the model stand in for the server, without which the configuration refuses `max_staleness`."""
+    """Replaces the server by a copy of the model; without a server, the configuration refuses `max_staleness`."""
     trainer.args.max_staleness = staleness
     model = copy.deepcopy(trainer.model).eval()
 
     @contextlib.contextmanager
     def generation_policy(prompt_ids: Sequence[Sequence[int]]) -> Iterator[Policy]:
-        trainer.release_engine()  # before the weights move
+        trainer.release_engine()  # before the weights change
         model.load_state_dict(trainer.model.state_dict())
         yield TransformersPolicy(model, trainer.protocol.tokenizer, max_sequences=trainer.args.rollout_batch_size)
 
@@ -84,13 +84,13 @@ def generate_with_a_copy(trainer: SearchGRPOTrainer, staleness: int) -> None:
 
 
 def one(staleness: int, seed: int, url: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures one run; without an address, with the copy."""
+    """Trains and measures one run; without an address, it uses the copy."""
     server = [*TRAINING, "--vllm_server_base_url", url, "--max_staleness", str(staleness)] if url else []
     options = [
         *server, "--rollout_batch_size", "192", *options_of(arguments), "--on_collapse", "warn",
     ]  # fmt: skip
     run = start(f"staleness_{staleness}", seed, arguments.output, options)
-    run.arguments.evaluate = False  # before the training: the policy is that of the other runs
+    run.arguments.evaluate = False  # before training, the policy is the same in all runs
     course, after = train(run) if url else train(run, partial(generate_with_a_copy, staleness=staleness))
     means = {
         name: statistics.mean(values)
@@ -104,7 +104,7 @@ def one(staleness: int, seed: int, url: str | None, arguments: argparse.Namespac
 
 
 def train_with_vllm(wanted: Sequence[int], seed: int, arguments: argparse.Namespace) -> None:
-    """Each run in a process of its own, where vLLM can be imported, beside one server for all of them."""
+    """Trains each run in a separate process that can import vLLM, with one server for all runs."""
     start("warm", seed, arguments.output, [])
     environment = {**vllm_environment(arguments.output), "VLLM_SERVER_DEV_MODE": "1"}
     environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
@@ -131,7 +131,7 @@ def main() -> None:
     parser = make_parser(__doc__, steps=8, every=4)
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--engine", choices=["copy", "vllm"], default="copy")
-    parser.add_argument("--server", help=argparse.SUPPRESS)  # of the process that trains one run
+    parser.add_argument("--server", help=argparse.SUPPRESS)  # for the process that trains one run
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     arguments.output = arguments.output.absolute()

@@ -25,7 +25,7 @@ def one(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one run."""
     options = [*options_of(arguments), "--on_collapse", "warn", "--turn_credit", kind]
     run = start(kind, seed, arguments.output, options)
-    run.arguments.evaluate = False  # before the training: the policy is that of the other runs
+    run.arguments.evaluate = False  # before training, the policy is the same in all runs
     course, after = train(run)
     return {
         "kind": kind, "seed": seed, "course": course.em, "after": after.as_json(),

@@ -43,7 +43,7 @@ SHARE = 0.6
 
 
 class Budget(TrainerCallback):
-    """Counts trajectories, and ends the training before it would take more than its share."""
+    """Counts trajectories, and ends the training before it exceeds its share."""
 
     def __init__(self, per_step: int, limit: float) -> None:
         self.per_step, self.limit, self.used = per_step, limit, 0.0
@@ -58,7 +58,7 @@ class Budget(TrainerCallback):
 
 
 def half_useless(questions: Dataset, values: list[str], seed: int) -> Dataset:
-    """A quarter accepts every answer that the world has, a quarter none; `useful` says which are as they were."""
+    """A quarter of the questions accepts every answer in the world, a quarter none; `useful` marks the other half."""
     kinds = ["any", "none", "as it was", "as it was"] * (len(questions) // 4 + 1)
     kinds = kinds[: len(questions)]
     random.Random(seed).shuffle(kinds)

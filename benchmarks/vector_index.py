@@ -54,7 +54,7 @@ class Row:
 
 
 def write_vectors(path: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mixture's vectors, mapped from a file, and queries of it."""
+    """The vectors of the mixture, mapped from a file, and queries from it."""
     random = np.random.default_rng(seed)
     spread = 1 / np.sqrt(np.arange(1, LATENT + 1, dtype=np.float32))
     turn = np.linalg.qr(random.standard_normal((DIM, LATENT)))[0].T.astype(np.float32)
@@ -81,7 +81,7 @@ def rss() -> tuple[int, int]:
 
 def build(word: str, folder: Path, vectors: Path) -> tuple[dict[str, Any], int]:
     about = build_vectors(folder, np.load(vectors, mmap_mode="r"), index=word)
-    # Anonymous memory has no high-water mark of its own; the mapped vectors count here too.
+    # There is no peak value for anonymous memory alone, so this includes the mapped vectors.
     return about, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -90,7 +90,7 @@ def search(word: str, folder: Path, queries: np.ndarray, about: dict[str, Any], 
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    # Imports and thread pools are no part of an index.
+    # Imports and thread pools are not part of an index.
     import faiss  # noqa: F401
     import torch
 

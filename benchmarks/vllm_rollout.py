@@ -56,7 +56,7 @@ def random_reward(completions: list[Any], **columns: Any) -> list[float | None]:
 
 
 class PlannedRetriever(Retriever):
-    """Gives the planned number of tokens for the query `"<trajectory> <turn>"`, after a sleep for each call."""
+    """Returns the planned number of tokens for the query `"<trajectory> <turn>"`, after a delay per call."""
 
     def __init__(self, plans: list[Plan], tokenizer: Any, delay_s: float) -> None:
         self.delay_s = delay_s
@@ -71,11 +71,11 @@ class PlannedRetriever(Retriever):
         return [[Passage(query, "", self.texts[query])] for query in queries]
 
 
-# trl-search on the plan
+# trl-search with the plan
 
 
 class PlannedEnvironment(SearchEnvironment):
-    """Gives each trajectory its plan, in the order of the prompts."""
+    """Assigns the plans to trajectories in the order of the prompts."""
 
     async def open(self) -> None:
         for plan in PLANS:
@@ -84,13 +84,13 @@ class PlannedEnvironment(SearchEnvironment):
         await super().open()
 
     def start(self, row: Any) -> Environment:
-        # The task of the trajectory calls this, so its context knows the plan from here on.
+        # The task of the trajectory calls this, so its context now has the plan.
         CURRENT.set(next(self.plans))
         return super().start(row)
 
 
 def planned_generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns of the planned length, which end as if by EOS."""
+    """Generates turns of the planned length, which end as if by EOS."""
 
     async def generate(self: Any, prompt_ids: Sequence[int], *, max_tokens: int, **options: Any) -> Completion:
         plan = CURRENT.get()
@@ -101,7 +101,7 @@ def planned_generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def planned_parse(original: Callable[[Protocol, str], Action]) -> Callable[[Protocol, str], Action]:
-    """Parses, for what it costs, and gives the planned action."""
+    """Parses, because that takes time, and returns the planned action."""
 
     def parse(self: Protocol, text: str) -> Action:
         original(self, text)
@@ -112,11 +112,11 @@ def planned_parse(original: Callable[[Protocol, str], Action]) -> Callable[[Prot
     return parse
 
 
-# Stock TRL on the plan
+# Stock TRL with the plan
 
 
 class PlannedStock:
-    """Stands in for `llm.generate` and `parse_response`: who speaks in a call follows from the plan and the turn."""
+    """Replaces `llm.generate` and `parse_response`: plan and turn tell which trajectories are in a call."""
 
     def __init__(self, generate: Callable[..., Any]) -> None:
         self.original = generate
@@ -153,7 +153,7 @@ class PlannedStock:
 
 @contextlib.contextmanager
 def on_the_plan(trainer: GRPOTrainer) -> Iterator[None]:
-    """As long as the context lasts, this trainer's rollouts follow `PLANS`."""
+    """Within the context, this trainer's rollouts follow `PLANS`."""
     llm = trainer.vllm_generation.llm
     stand_in = PlannedStock(llm.generate)
     with (
@@ -166,7 +166,7 @@ def on_the_plan(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 def run_stock(trainer: GRPOTrainer, prompts: list[Any]) -> float:
-    # What `_generate_and_score_completions` prepares.
+    # As `_generate_and_score_completions` prepares it.
     trainer._sync_tool_dicts = [{tool.__name__: tool for tool in trainer._standalone_tools}] * len(prompts)
     trainer._async_tool_dicts = [{}] * len(prompts)
     with on_the_plan(trainer):
@@ -214,7 +214,7 @@ def timed(function: Callable[[], Any], trainer: GRPOTrainer) -> float:
 def make_trainers(
     folder: Path, arguments: argparse.Namespace, of_stock: dict[str, Any], of_ours: dict[str, Any]
 ) -> tuple[GRPOTrainer, SearchGRPOTrainer]:
-    """Stock TRL and ours, on one engine and one model, with settings of their own."""
+    """Stock TRL and ours, on one engine and one model, each with its own settings."""
     cuda = torch.cuda.is_available()
     model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
     common: dict[str, Any] = {
@@ -264,14 +264,14 @@ def make_trainers(
             args=GRPOConfig(**common, **of_stock, max_tool_calling_iterations=8),
             reward_funcs=[random_reward],
             train_dataset=rows.map(lambda row: {"prompt": ours.protocol.messages(row["question"])}),
-            processing_class=copy.deepcopy(tokenizer),  # TRL teaches it to parse tool calls
+            processing_class=copy.deepcopy(tokenizer),  # TRL makes it parse tool calls
             tools=[search],
         )
     return stock, ours
 
 
 def profiled(trainer: SearchGRPOTrainer, prompts: list[Any]) -> None:
-    """Where the engine thread spends its Python, by own time."""
+    """Prints where the engine thread spends its Python time, by function."""
     profile = cProfile.Profile()
     run = VLLMColocatePolicy._run
     with mock.patch.object(VLLMColocatePolicy, "_run", lambda self: profile.runcall(run, self)):

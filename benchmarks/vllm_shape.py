@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
     },
-    # To try the scripts out where there is no GPU.
+    # To try the scripts without a GPU.
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -65,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Plan:
-    """One trajectory: `turns[t]` tokens are sampled, then `observations[t]` are read, for as long as there are any."""
+    """One trajectory: turn t samples `turns[t]` tokens, then reads `observations[t]` tokens, if there are any."""
 
     index: int
     turns: tuple[int, ...]
@@ -90,7 +90,7 @@ def make_plans(trajectories: int, scale: float = 1.0, seed: int = 0) -> list[Pla
 
 
 def make_long_plan(index: int, searches: int) -> Plan:
-    """A trajectory of many searches, about 715 tokens each."""
+    """A trajectory with many searches of about 715 tokens each."""
     return Plan(index, (TURN_TOKENS[0] + 85,) * (searches + 1), (OBSERVATION_TOKENS[1],) * searches)
 
 
@@ -101,7 +101,7 @@ def describe(plans: list[Plan]) -> str:
 
 
 def write_model_folder(folder: Path, shape: str) -> Path:
-    """`config.json` of that shape beside the tiny policy's tokenizer, whose vocabulary is filled up to the model's."""
+    """`config.json` of that shape with the tiny policy's tokenizer, whose vocabulary is extended to the model's."""
     source = Path(tiny_policy_path())
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -132,7 +132,7 @@ def load(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
-# The trajectory whose task is running.
+# The trajectory of the running task.
 CURRENT: ContextVar[Plan] = ContextVar("plan")
 
 
@@ -164,8 +164,8 @@ def describe_machine() -> str:
 
 
 def options(shape: str) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that go with random weights of that shape."""
+    """Arguments of `vllm.LLM` for random weights of that shape."""
     if torch.cuda.is_available():
         return {"load_format": "dummy"}
-    # vLLM's CPU build breaks on a seeded request whose prompt is split over two steps.
+    # vLLM's CPU build fails on a seeded request whose prompt is split over two steps.
     return {"load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 65_536}

@@ -39,7 +39,7 @@ def steps_of(rows: int, trajectories: int) -> dict[str, Any]:
 
 
 def run_step(trainer: GRPOTrainer) -> dict[str, float]:
-    """Seconds of one optimizer step, and of its parts."""
+    """Seconds of one optimizer step and of its parts."""
     clock: dict[str, float] = {}
 
     def timed(name: str) -> Any:
@@ -120,7 +120,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model_folder = vllm_shape.write_model_folder(Path(folder), arguments.shape)
-        # Both: they share the model, of which the last to be made says whether it checkpoints.
+        # Both trainers share the model, and the one created last decides whether it checkpoints.
         of_stock = {**steps_of(rows_of_stock, arguments.trajectories), **unchecked}
         of_ours = {**steps_of(rows_of_ours, arguments.trajectories), **unchecked}
         of_ours["max_packed_tokens"] = arguments.packed_tokens
@@ -135,7 +135,7 @@ def main() -> None:
         for name, trainer in trainers.items():
             measured[name] = run_step(trainer)
             print(name, {part: round(value, 2) for part, value in measured[name].items()}, flush=True)
-            # Its optimizer's state, for the other's sake.
+            # Frees its optimizer states for the other trainer.
             trainer.optimizer = None
             trainer.accelerator.free_memory()
     if len(measured) == 2:

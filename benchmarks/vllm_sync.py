@@ -37,7 +37,7 @@ def no_reward(completions: list[Any], **columns: Any) -> list[float | None]:
 def make_trainer(folder: Path, shape: str, kind: str) -> SearchGRPOTrainer:
     cuda = torch.cuda.is_available()
     model, tokenizer = vllm_shape.load(folder, "cuda" if cuda else "cpu")
-    # The engine loads what the trainer has, so that an adapter on top of it means the same.
+    # The engine loads the trainer's weights, so that an adapter has the same effect on both.
     model.save_pretrained(folder)
     options = {name: value for name, value in vllm_shape.options(shape).items() if name != "load_format"}
     args = SearchGRPOConfig(
@@ -67,7 +67,7 @@ def make_trainer(folder: Path, shape: str, kind: str) -> SearchGRPOTrainer:
 
 
 def step_weights(trainer: SearchGRPOTrainer) -> None:
-    """Moves everything that is trained, as an optimizer step of a large learning rate would."""
+    """Changes all trained weights, like an optimizer step with a large learning rate."""
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:

@@ -1,10 +1,10 @@
-"""Remakes the tiny policy: tokenizer, training, evaluation. About eight minutes on one H200 with 16 CPU cores.
+"""Builds the tiny policy: tokenizer, training, evaluation. About eight minutes on one H200 with 16 CPU cores.
 
     python -m tools.tiny_policy.make --output trl_search/policies/tiny/model
     python -m tools.tiny_policy.make --output /tmp/tiny --smoke         # seconds on a CPU; learns nothing
 
-Expected at the end, on a world never seen: EM above 0.9 as a search agent in every protocol, about 0.5 for one-shot
-RAG, about 0.1 without a search.
+Expected EM at the end, in an unseen world: above 0.9 as a search agent with every protocol, about 0.5 with one-shot
+RAG, about 0.1 without searches.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
-    """Saves the weights in bfloat16, half the size, and a config that has them loaded as float32, for CPUs."""
+    """Saves the weights in bfloat16, which halves the size, with a config that loads them as float32 for CPUs."""
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
 
 
 def report(folder: Path, device: torch.device, *, questions: int, passages: int, seed: int) -> None:
-    """Loads what was saved and prints greedy EM, end to end, on a world that the training has not seen."""
+    """Loads the saved model and prints its greedy EM in a world that was not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)  # type: ignore[arg-type]
     world = generate_world(passages, seed=2**50 + seed)
@@ -122,15 +122,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument(
-        "--minutes", type=float, default=7.0, help="training stops cleanly after this long (default: 7)"
+        "--minutes", type=float, default=7.0, help="stop the training after this many minutes (default: 7)"
     )
-    parser.add_argument("--max-steps", type=int, help="or after this many steps, whichever comes first")
-    parser.add_argument("--workers", type=int, default=14, help="processes that make data (default: 14)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak (default: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of all worlds (default: 0)")
-    parser.add_argument("--questions", type=int, default=300, help="asked in the evaluation (default: 300)")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny steps on the CPU, to see that all of it runs")
-    parser.add_argument("--evaluate-only", action="store_true", help="only evaluate what --output holds")
+    parser.add_argument("--max-steps", type=int, help="stop the training after this many steps, if that is earlier")
+    parser.add_argument("--workers", type=int, default=14, help="processes that generate data (default: 14)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of all worlds (default: 0)")
+    parser.add_argument("--questions", type=int, default=300, help="questions in the evaluation (default: 300)")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny steps on the CPU, to test the script")
+    parser.add_argument("--evaluate-only", action="store_true", help="only evaluate the model in --output")
     args = parser.parse_args(arguments)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.smoke else "cpu")
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.seed,
         )
     size = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"{args.output} holds {size / 1e6:.2f} MB", flush=True)
+    print(f"{args.output}: {size / 1e6:.2f} MB", flush=True)
     report(
         args.output,
         device,

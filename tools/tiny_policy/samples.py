@@ -1,7 +1,7 @@
-"""What the tiny policy learns from: scripted conversations about a world, and answers without a search.
+"""The training data of the tiny policy: scripted conversations about a world, and answers without a search.
 
-Each call of `samples_of_world` draws a world of its own, so no fact is seen twice but by chance. The conversations
-come out of the rollout engine, in every protocol, over real BM25 results; `pack` lays them side by side in rows.
+Each call of `samples_of_world` generates a new world, so facts repeat only by chance. The conversations come from the
+rollout engine, with every protocol and real BM25 results; `pack` packs them into rows.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from trl_search.protocols import Protocol, load_protocol
 from trl_search.retrieval.bm25.retriever import BM25Retriever
 from trl_search.types import Trajectory
 
-# What a sample is, and how many of them are. The first three are searches, in the protocol of that name.
+# Kinds of samples and their shares. The first three are searches with the protocol of that name.
 KINDS: dict[str, float] = {"qwen_tools": 0.56, "qwen_inline": 0.07, "search_r1": 0.07, "rag": 0.22, "direct": 0.08}
 ROW = 768  # tokens
 
-# What a token is, and so whether it is learned from.
+# The role of a token, which decides whether it is trained on.
 PADDING, WORLD, POLICY, ANSWER = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation: its ids, and for each whether the world, the policy, or the policy's answer wrote it."""
+    """One conversation: its ids, and for each its role: world, policy, or the policy's answer."""
 
     kind: str
     ids: npt.NDArray[np.uint16]
@@ -41,8 +41,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Samples packed into rows of `ROW` tokens: ids, roles, and each token's position within its own sample, all
-    (rows, ROW). A position of 0 begins a sample; padding continues the last one."""
+    """Samples packed into rows of `ROW` tokens: ids, roles, and positions within the samples, all (rows, ROW).
+    Position 0 begins a sample; padding continues the last one."""
 
     ids: npt.NDArray[np.uint16]
     roles: npt.NDArray[np.uint8]
@@ -50,12 +50,12 @@ class Rows:
 
 
 def samples_of_world(seed: int, tokenizer: PreTrainedTokenizerBase, n: int = 512) -> list[Sample]:
-    """Draws a world and `n` conversations about it."""
+    """Generates a world and `n` conversations about it."""
     rng = random.Random(f"{seed}/samples")
-    # Most worlds have names of two words, as small ones do; some have the longer names of large ones.
+    # Most worlds have names of two words, like small worlds; some have the longer names of large worlds.
     name_words = rng.choices((2, 3, 4), (0.8, 0.12, 0.08))[0]
     world = generate_world(rng.randint(150, 900), seed=rng.getrandbits(48), name_words=name_words)
-    # A retriever that lives for a second is not worth compiling for.
+    # For a retriever that exists for a second, compiling is not worthwhile.
     retriever = BM25Retriever.from_passages(world.passages, backend="numpy")
     questions = [*world.questions("train", limit=n), *world.questions("test", limit=n // 4)]
     samples: list[Sample] = []
@@ -93,7 +93,7 @@ def _play(
             scripts, [protocol.prompt_ids(messages) for messages in conversations], protocol, AnswerOnly()
         )
     else:
-        # The policy is used without an instruction; it must not stumble over the protocol's own.
+        # The policy is used without an instruction, but must also work with the protocol's own.
         protocol = load_protocol(kind, tokenizer, instruction=None if rng.random() < 0.06 else "")
         environment = SearchEnvironment(retriever, max_searches=rng.choices((1, 2, 3, 4), (0.04, 0.06, 0.1, 0.8))[0])
         scripts = [good(world, question, rng) for question in questions]
@@ -115,7 +115,7 @@ def _sample(kind: str, trajectory: Trajectory, protocol: Protocol) -> Sample:
 
 
 def pack(samples: Iterable[Sample]) -> Rows:
-    """Packs each sample into the first of the open rows with room for it; those longer than a row are dropped."""
+    """Packs each sample into the first open row with enough room; samples longer than a row are dropped."""
     rows: list[list[Sample]] = []
     open_rows: list[tuple[int, int]] = []  # (tokens left, row)
     for sample in samples:
@@ -139,6 +139,6 @@ def pack(samples: Iterable[Sample]) -> Rows:
             ids[row, start:end], roles[row, start:end] = sample.ids, sample.roles
             positions[row, start:] = np.arange(
                 ROW - start
-            )  # to the end of the row: padding belongs to the last sample
+            )  # to the end of the row, because padding belongs to the last sample
             start = end
     return Rows(ids, roles, positions)

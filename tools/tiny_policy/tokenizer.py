@@ -1,12 +1,12 @@
-"""The tiny policy's tokenizer: Qwen2's byte-level BPE, learnt from the world's language; reversible on any NFC text.
+"""The tiny policy's tokenizer: Qwen2's byte-level BPE, trained on the world's language; reversible on any NFC text.
 
-    ' Mira Talvane was born in Port Eskel in 1847.'  ->  10 tokens, one a word
+    ' Mira Talvane was born in Port Eskel in 1847.'  ->  10 tokens, one per word
 
-What a tool call and an observation are framed with is a token each, so that a search costs the policy its thought, its
-query and five tokens more. The chat template is Qwen2.5's, with tools shown by name alone.
+The frames of tool calls and observations are single tokens, so a search costs the policy its thought, its query and
+five more tokens. The chat template is Qwen2.5's, but shows only the names of tools.
 
-It is a `Qwen2Tokenizer` to the letter: whatever a tokenizer's files say, transformers 5 gives every model of type
-`qwen2` that class, with its normaliser and its splitting, which takes numbers apart. Hence years are added tokens.
+It must be a `Qwen2Tokenizer`: transformers 5 uses that class for every model of type `qwen2`, whatever the tokenizer's
+files say, with its normaliser and its pre-tokenizer, which splits numbers. Therefore years are added tokens.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# How stock TRL and transformers read a reply back into a message.
+# How stock TRL and transformers parse a reply into a message.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
@@ -108,7 +108,7 @@ RESPONSE_TEMPLATE = {
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer, the same every time."""
+    """Builds the tokenizer, always the same one."""
     learnt = json.loads(_learnt())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
@@ -129,7 +129,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 @functools.cache
 def _learnt() -> str:
-    """Words and merges, as JSON of `tokenizers`. Training takes half a second, and several test files ask for it."""
+    """Words and merges as JSON of `tokenizers`. Cached: training takes half a second, and several tests need it."""
     added = [PAD, START, EOS, *_FRAMES]
     trainer = BpeTrainer(
         vocab_size=VOCABULARY - len(added),
@@ -145,7 +145,7 @@ def _learnt() -> str:
 
 
 def _texts() -> Iterator[str]:
-    """What the merges are learned from: every word of the language, before all else; then prose as it comes."""
+    """The texts that merges are learned from: first every word of the language, then prose."""
     words = [word for pool in (*WORDS.values(), *LITERALS.values()) for word in pool]
     prose = [
         *(sentence.replace("{", " ").replace("}", " ") for kind in KINDS.values() for sentence in kind.sentences),
@@ -162,11 +162,11 @@ def _texts() -> Iterator[str]:
     for cls in PROTOCOLS.values():
         yield cls.default_instruction
     yield from (phrase for phrases in LEXICON.values() for phrase in phrases if phrase.isascii() and "(" not in phrase)
-    # A title starts with a name that no space precedes: two tokens rather than one.
+    # A title starts with a name without a space before it: two tokens rather than one.
     yield from (passage.title for passage in generate_world(passages=1000, seed=0).iter_passages())
 
 
-# Words of thoughts and notices that neither the world's sentences nor the instructions hold.
+# Words of thoughts and notices that are not in the world's sentences or the instructions.
 OTHER_PROSE = (
     "I need the. I should find the. The is. It is. First the. Now the. Next the. I think it is. Maybe. It must be.",
     "Wait, that is not the right passage. I should search again.",

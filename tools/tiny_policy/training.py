@@ -1,11 +1,11 @@
-"""Trains the tiny policy from scratch: what makes a small model learn to copy, in one loop.
+"""Trains the tiny policy from scratch, in a loop that makes a small model learn to copy.
 
-Two things are known to be needed (without them a model of this size stays at 2 to 5 % for hours):
+Two things are necessary (without them, a model of this size stays at 2 to 5 % for hours):
 
-1. early on, half of each batch are random words repeated, `w1 ... wn w1 ... wn ...`: the shortest lesson in copying;
-2. the loss is on all tokens at first, the world's too, and on the policy's alone only at the end.
+1. at first, half of each batch is repeated random words, `w1 ... wn w1 ... wn ...`, the simplest copying task;
+2. at first, the loss is on all tokens, including the world's, and only at the end on the policy's alone.
 
-Data come from worker processes that play fresh worlds without pause; a ring of recent rows evens out their rhythm.
+Worker processes generate data from new worlds continuously; a ring of recent rows buffers them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from tools.tiny_policy.samples import (
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how large, how fast. Shares are of the whole time."""
+    """Duration, sizes and rates. Shares are shares of the whole time."""
 
     minutes: float = 7.0
     max_steps: int = 1_000_000
     workers: int = 14
-    rows: int = 128  # of `ROW` tokens a step
-    repetitions: int = 256  # of `repetition_tokens` tokens a step
+    rows: int = 128  # rows of `ROW` tokens per step
+    repetitions: int = 256  # rows of `repetition_tokens` tokens per step
     repetition_tokens: int = 256
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -61,7 +61,7 @@ class Plan:
 
 
 class Ring:
-    """The most recent rows, on the device. Rows are drawn at random; the oldest give way to new ones."""
+    """The most recent rows, on the device. Rows are drawn at random; new rows replace the oldest."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.ids = torch.zeros(capacity, ROW, dtype=torch.int16, device=device)
@@ -91,12 +91,12 @@ def train(
     save: Callable[[], None],
     seed: int = 0,
 ) -> None:
-    """Trains in place until the time or the steps are spent.
+    """Trains in place until the time or the steps are used up.
 
     Args:
-        tokenizer_folder (`Path`): Where the workers load the tokenizer from.
-        word_ids (`Sequence[int]`): What repetitions are made of.
-        save (`Callable`): Called every `save_seconds`, and at the end.
+        tokenizer_folder (`Path`): The folder from which the workers load the tokenizer.
+        word_ids (`Sequence[int]`): The words of the repetitions.
+        save (`Callable`): Called every `save_seconds` and at the end.
     """
     started = saved = time.monotonic()
     device = model.device
@@ -110,8 +110,8 @@ def train(
     with _producers(plan, tokenizer_folder, seed) as produced:
         while ring.added < plan.first_rows:
             ring.add(produced.get(timeout=180))
-        print(f"[{time.monotonic() - started:5.0f} s] {ring.added} rows are there; training begins", flush=True)
-        # The clock of the schedule starts with the first step, its end is the whole time's.
+        print(f"[{time.monotonic() - started:5.0f} s] {ring.added} rows are ready; training begins", flush=True)
+        # The schedule starts at the first step and ends with the whole time.
         first_step = time.monotonic()
         end = started + 60 * plan.minutes
         step = 0
@@ -154,7 +154,7 @@ def train(
 
 
 def _schedule(step: int, share: float, plan: Plan) -> float:
-    """Warm-up by steps, constant, then linearly to 2 % by time."""
+    """Warm-up by steps, then constant, then linear decay to 2 % by time."""
     decay = 1.0 - 0.98 * max(0.0, share - plan.constant_share) / (1.0 - plan.constant_share)
     return min(1.0, (step + 1) / plan.warmup_steps) * max(0.02, decay)
 
@@ -162,10 +162,10 @@ def _schedule(step: int, share: float, plan: Plan) -> float:
 def _conversation_loss(
     model: Qwen2ForCausalLM, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], all_tokens: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss of the tokens learned from, and, for the log, of the policy's alone."""
+    """The mean loss of the trained tokens and, for the log, of the policy's tokens."""
     ids_BT, roles_BT, positions_BT = batch
     sample_BT = (positions_BT == 0).cumsum(dim=1)
-    # A token sees what came before it in its own sample.
+    # A token sees only earlier tokens of its own sample.
     visible_BTT = (sample_BT.unsqueeze(2) == sample_BT.unsqueeze(1)).tril_()
     hidden_BTD = _hidden(model, ids_BT, positions_BT, visible_BTT.unsqueeze(1))
     target_roles = roles_BT[:, 1:]
@@ -183,7 +183,7 @@ def _repetition_loss(model: Qwen2ForCausalLM, words: torch.Tensor, plan: Plan) -
     ids_BT = first_BP.repeat(1, plan.repetition_tokens // period + 1)[:, : plan.repetition_tokens]
     positions_BT = torch.arange(plan.repetition_tokens, device=words.device).expand_as(ids_BT)
     hidden_BTD = _hidden(model, ids_BT, positions_BT, None)
-    # The token after the first period's last is the first repeat.
+    # The token after the first period is the first repeated one.
     repeats_BTD, targets_BT = hidden_BTD[:, period - 1 : -1], ids_BT[:, period:]
     return _token_losses(model, repeats_BTD.flatten(0, 1), targets_BT.flatten()).mean()
 
@@ -205,7 +205,7 @@ def _token_losses(model: Qwen2ForCausalLM, hidden_ND: torch.Tensor, targets_N: t
 
 @torch.no_grad()
 def answer_accuracy(model: Qwen2ForCausalLM, samples: Sequence[Sample]) -> dict[str, float]:
-    """For each kind of sample, how often all tokens of the answer are the likeliest ones, the rest given."""
+    """For each kind of sample, how often all tokens of the answer are the most likely ones, given the rest."""
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     model.eval()
     for start in range(0, len(samples), 64):
@@ -228,14 +228,14 @@ def answer_accuracy(model: Qwen2ForCausalLM, samples: Sequence[Sample]) -> dict[
 
 @contextmanager
 def _producers(plan: Plan, tokenizer_folder: Path, seed: int) -> Iterator[ProcessQueue[Rows]]:
-    """Worker processes that fill a queue with rows until the block ends."""
+    """Runs worker processes that fill a queue with rows until the block ends."""
     context = multiprocessing.get_context("spawn")
     produced: ProcessQueue[Rows] = context.Queue(maxsize=4 * plan.workers)
     workers = [
         context.Process(target=_produce, args=(produced, tokenizer_folder, plan, seed, worker), daemon=True)
         for worker in range(plan.workers)
     ]
-    # One core a worker: neither threads of their own nor the GPU.
+    # One core per worker: no additional threads and no GPU.
     quiet = {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",

@@ -61,9 +61,14 @@ def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 def add_sampling_options(parser: Any, temperature: float, note: str = "0 is greedy") -> None:
     """Adds the sampling options that [`sampling_of`] reads; `parser` may be a group."""
     parser.add_argument("--temperature", type=float, default=temperature, help=f"{note} (default: %(default)g)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="probability mass that is sampled from (default: 1)")
     parser.add_argument(
-        "--top_k", type=int, default=0, help="number of most likely tokens that are sampled from; 0: all (default: 0)"
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens with this total probability (default: 1)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all (default: 0)"
     )
 
 

@@ -116,7 +116,7 @@ class AgentSettings:
     )
     search_timeout_s: float = field(
         default=30.0,
-        metadata={"help": "Timeout of one retriever call in seconds, without time spent in the queue."},
+        metadata={"help": "Timeout of one retriever call in seconds, not counting time in the queue."},
     )
 
     def __post_init__(self) -> None:

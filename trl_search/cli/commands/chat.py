@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", metavar="MODEL", help="a model on the hub, a folder (model or adapter), or 'tiny'")
     parser.add_argument(
-        "questions", nargs="*", metavar="QUESTION", help="in quotes (default: read stdin, or start a session)"
+        "questions",
+        nargs="*",
+        metavar="QUESTION",
+        help="a question in quotes (default: read them from stdin, or start a session)",
     )
     searched = parser.add_argument_group("retriever")
     searched.add_argument(
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--seed", type=int, help="seed of the first question; each later question adds 1 (default: random)"
     )
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda, if available)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
     run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns are then not streamed")
     run.add_argument("--json", action="store_true", help="print only one JSON object per question")

@@ -101,7 +101,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         "--engine_options", default="{}", metavar="JSON", help="""for --backend vllm: '{"max_model_len": 8192}'"""
     )
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
-    run.add_argument("--device", help="for --backend transformers: cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument("--device", help="for --backend transformers: cpu, cuda or cuda:1 (default: cuda, if available)")
     run.add_argument(
         "--concurrency", type=int, default=64, metavar="N", help="questions in flight at once (default: 64)"
     )

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="DIR",
         type=Path,
-        help="an output of `trl-search eval` to put into the card; repeatable",
+        help="an output folder of `trl-search eval`, for the card's results; repeatable",
     )
     parser.add_argument(
         "--license", metavar="ID", help="the hub's id of the weights' licence (default: the base model's)"

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2000,
         metavar="N",
-        help="most trajectories on the page; if there are more, evenly spaced steps are shown (default: 2000)",
+        help="maximum trajectories on the page; a longer run shows evenly spaced steps (default: 2000)",
     )
     parser.add_argument("--figures", metavar="DIR", help="also write the charts and the reflection figure as PNG")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is not a report")

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions")
     parser.add_argument("--seed", type=int, default=0, help="seed of that sample and of generation (default: 0)")
     evaluation.add_policy_options(parser)
-    add_sampling_options(parser.add_argument_group("sampling"), temperature=1.0, note="as in training")
+    add_sampling_options(
+        parser.add_argument_group("sampling"), temperature=1.0, note="0 is greedy; 1 is the default in training"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

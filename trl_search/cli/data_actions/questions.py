@@ -40,10 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         help="split of a hub set, or name of the file in a folder (default: the split of published numbers)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="take a random sample of N rows, in their order")
+    parser.add_argument("--limit", type=int, metavar="N", help="take a random sample of N rows; keep their order")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     parser.add_argument(
-        "--dedupe_against", default="", metavar="SETS", help="drop questions of these sets (names or files, by commas)"
+        "--dedupe_against",
+        default="",
+        metavar="SETS",
+        help="drop questions that are in these sets: names or files, comma-separated",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     parser.add_argument("--output", metavar="FILE", help="write the rows to FILE, .parquet or .jsonl")
