@@ -65,10 +65,10 @@ def add_sampling_options(parser: Any, temperature: float, note: str = "0 is gree
         "--top_p",
         type=float,
         default=1.0,
-        help="sample from the likeliest tokens with this total probability (default: 1)",
+        help="tokens are sampled from the likeliest ones with this total probability (default: 1)",
     )
     parser.add_argument(
-        "--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all (default: 0)"
+        "--top_k", type=int, default=0, help="tokens are sampled from this many likeliest ones; 0: all (default: 0)"
     )
 
 
