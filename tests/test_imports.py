@@ -51,7 +51,7 @@ def test_every_folder_has_a_layer_and_there_are_few():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path):
+def test_a_folder_imports_only_from_lower_layers(path):
     if folder(path) == "__init__":
         return
     for name in imported(path):

@@ -54,7 +54,7 @@ def test_extras():
     assert missing.status is Status.NOTE and "use_vllm" in missing.said and "trl-search[vllm]" in missing.remedy
 
 
-def test_this_environment_has_what_the_tests_run_on():
+def test_this_environment_has_the_packages_of_the_tests():
     checks = {check.name: check for check in environment_checks()}
     assert {checks[name].status for name in ("torch", "transformers", "trl")} == {Status.OK}
     assert {f"extra {name}" for name in EXTRAS} <= checks.keys()

@@ -134,7 +134,7 @@ def test_an_unknown_word_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(("run", "size"), [("runs/index", None), ("runs/world", (300, 5))])
-def test_chat_and_eval_of_a_run_search_what_it_searched(
+def test_chat_and_eval_of_a_run_use_its_retriever(
     run: str, size: object, place: Path, loaded: list[Searched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trl_search.cli.evaluation_checks.checkpoint_checks", lambda plan, devices: [])

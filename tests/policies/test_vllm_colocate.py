@@ -73,7 +73,7 @@ def test_trajectories_search_and_have_the_models_logprobs(seen, model, tokenizer
     assert bool(closed_by_model) == (name == "qwen_tools")  # after a tag of search_r1, the EOS is synthetic
 
 
-def test_greedy_turns_are_those_of_the_transformers_policy(seen, model, tokenizer, prompts):
+def test_greedy_turns_equal_those_of_the_transformers_policy(seen, model, tokenizer, prompts):
     stop = load_protocol("search_r1", tokenizer).stop
 
     async def go():

@@ -127,7 +127,7 @@ def test_trajectories_search_and_have_the_models_logprobs(server, model, tokeniz
     assert bool(closed_by_model) == (name == "qwen_tools")  # after a tag of search_r1, the EOS is synthetic
 
 
-def test_greedy_turns_are_those_of_the_transformers_policy(server, model, tokenizer, world):
+def test_greedy_turns_equal_those_of_the_transformers_policy(server, model, tokenizer, world):
     protocol = load_protocol("search_r1", tokenizer, instruction="")
     prompts, _ = questions(world, protocol, 8)
     requests = [(prompt, {"max_tokens": 40, "sampling": GREEDY, "stop": protocol.stop}) for prompt in prompts]

@@ -177,7 +177,7 @@ def test_if_the_service_is_down_queries_are_not_retried_one_by_one() -> None:
     assert down.batches == [["a", "b"]]
 
 
-def test_a_lone_query_waits_for_no_timer(echo: Echo) -> None:
+def test_a_single_query_does_not_wait_for_a_timer(echo: Echo) -> None:
     took = []
 
     async def scenario(batcher: SearchBatcher) -> None:

@@ -1,7 +1,7 @@
 """Each of two ranks runs this for tests/policies/test_vllm_tensor_parallel.py, on vLLM's CPU build.
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... \
-        python -m tests.support.vllm_tensor_parallel_run FOLDER          # which holds model/; writes rank<r>.json
+        python -m tests.support.vllm_tensor_parallel_run FOLDER          # FOLDER contains model/; writes rank<r>.json
 
 Greedy completions of prompts that differ per rank, from an engine that both ranks share and from the model itself.
 """

@@ -84,7 +84,7 @@ def test_without_an_environment_reward_models_are_left_to_trl(tmp_path, random_m
 # Models, rewards and environments
 
 
-def test_a_model_named_by_its_folder(tmp_path, saved_model):
+def test_a_model_may_be_given_by_its_folder(tmp_path, saved_model):
     trainer = real_trainer(tmp_path, saved_model, None, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1 and trainer.protocol.tokenizer is trainer.processing_class
@@ -222,7 +222,7 @@ def test_evaluation_during_training(tmp_path, random_model, tokenizer):
     assert [entry["rewards/em/mean"] for entry in steps(trainer)] == [0.5, 0.5]
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, saved_model, tokenizer):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved_model, tokenizer):
     """Bit for bit on a CPU: data order, sampled trajectories, optimizer and shuffling continue."""
     whole = real_trainer(
         tmp_path / "whole", load(saved_model), tokenizer, max_steps=4, save_strategy="steps", save_steps=2,

@@ -259,6 +259,6 @@ def test_evaluate_every_needs_evaluation_questions(tmp_path):
         run_training(arguments, SearchGRPOConfig(str(tmp_path), bf16=False), ModelConfig(model_name_or_path="tiny"))
 
 
-def test_config_checks_what_trl_does_not(tmp_path):
+def test_a_configuration_is_checked_beyond_trl(tmp_path):
     with pytest.raises(ValueError, match="max_failed_share"):
         SearchGRPOConfig(output_dir=str(tmp_path), max_failed_share=2.0, bf16=False)

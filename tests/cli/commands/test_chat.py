@@ -182,8 +182,7 @@ class Terminal:
         return self.seen[start : self.at]
 
     def interrupt(self, then: str) -> str:
-        """Ctrl-C, until the pattern has come. Python's readline sees one that falls between two looks of its own with
-        the next key alone."""
+        """Sends Ctrl-C until the pattern appears: Python's readline may notice an interrupt only at the next key."""
         for _ in range(10):
             self.type("\x03")
             with contextlib.suppress(AssertionError):

@@ -132,7 +132,7 @@ def test_a_repository_that_is_already_public_needs_the_option_public(run, hub, c
 
 
 @pytest.mark.parametrize(("status", "remedy"), [(401, "hf auth login"), (403, "role 'write'")])
-def test_what_the_hub_refuses(run, hub, capsys, status, remedy):
+def test_refusals_of_the_hub_name_the_remedy(run, hub, capsys, status, remedy):
     hub.refuse = status
     assert push(run, "me/agent") == 2
     error = capsys.readouterr().err
