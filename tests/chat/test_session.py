@@ -205,7 +205,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer):
         retriever.seconds = 0.0
         assert chat.ask("second").answer == "done"
         assert chat.ask("third").failed_searches == ()
-    assert len(events) == told, "the first listener was told after its question was given up"
+    assert len(events) == told, "the first listener got an event after its question was interrupted"
     assert time.monotonic() - started < 60, "the second question waited for the search of the first"
 
 

@@ -125,7 +125,7 @@ def test_an_unknown_word_is_refused_before_anything_is_loaded(
     command: str, word: str, place: Path, loaded: list[Searched], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if word.startswith("http") and command not in ("serve", "eval"):
-        pytest.skip("a server is asked when it is first searched")
+        pytest.skip("a server is contacted only by the first search")
     assert COMMANDS[command](word, "{}") == 2
     said = capsys.readouterr()
     assert not loaded and "serving" not in said.out

@@ -178,9 +178,9 @@ def test_existing_parts_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None
     assert hub.ranges == [("part_ab", "")]
     assert (tmp_path / INDEX).read_bytes() == FLAT and (tmp_path / "part_aa").read_bytes() == FLAT[:CUT]
     (tmp_path / INDEX).unlink()
-    assert planned.download_bytes == len(FLAT) - CUT, "a part that lies there is not fetched"
+    assert planned.download_bytes == len(FLAT) - CUT, "an existing part is not downloaded"
     corpus = len(PUBLISHED[PIECES["corpus"].repository][ARCHIVE]) * CORPUS_BYTES // ARCHIVE_BYTES + 8 * COUNT
-    assert planned.disk_bytes == len(FLAT) + corpus, "and is written once more, into the index"
+    assert planned.disk_bytes == len(FLAT) + corpus, "the index is a second copy of its parts"
 
 
 def test_a_file_of_another_size_is_not_overwritten(hub: FakeHub, tmp_path: Path) -> None:

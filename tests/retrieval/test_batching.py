@@ -54,7 +54,7 @@ class AsyncEcho(Echo):
         return [[Passage(f"{query}{rank}", "", "") for rank in range(k)] for query in queries]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        raise AssertionError("search_async was there")
+        raise AssertionError("search was called although search_async exists")
 
 
 @pytest.fixture(params=[Echo, AsyncEcho])

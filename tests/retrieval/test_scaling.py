@@ -19,7 +19,7 @@ BY_NAME = {engine.name: engine for engine in ENGINES}
 @pytest.mark.parametrize(("name", "made"), [("scaling", table), ("sources", sources)])
 def test_the_page_shows_what_the_script_prints(name: str, made) -> None:
     held = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", PAGE.read_text("utf-8"), re.DOTALL)
-    assert held and held[1].strip() == made(), "run: python benchmarks/scaling.py, and put its table in the page"
+    assert held and held[1].strip() == made(), "run python benchmarks/scaling.py and put its table into the page"
 
 
 def test_a_scan_by_hand() -> None:
@@ -28,7 +28,7 @@ def test_a_scan_by_hand() -> None:
     assert small.rate(21_000_000, HOST) == pytest.approx(723 * 8 / 105)
     assert small.hosts(21_000_000, HOST, target=500) == math.ceil(500 / (723 * 8 / 105))
     assert small.ram_bytes(21_000_000) == plan("small", 21_000_000, DIM).ram_bytes
-    assert small.shards(2_000_000_000, HOST) is None, "it cannot be cut in pieces"
+    assert small.shards(2_000_000_000, HOST) is None, "this index cannot be split"
 
 
 def test_shards_by_hand() -> None:

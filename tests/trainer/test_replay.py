@@ -72,7 +72,7 @@ def test_a_replay_in_the_parent_gives_the_same_weights_and_metrics(case, tokeniz
     parent.remove_callback(PrinterCallback)
     parent.model.load_state_dict(start)
     parent.train()
-    assert next(replayed, None) is None, "the parent took as many rollouts"
+    assert next(replayed, None) is None, "the parent must use all rollouts"
 
     theirs = parent.model.state_dict()
     moved = False

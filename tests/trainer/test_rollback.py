@@ -83,7 +83,7 @@ def test_a_run_whose_held_out_em_has_halved_goes_back_at_once(tmp_path, tokenize
     )
     trainer.train()
     assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(4, 2), (4, 2)]
-    assert trainer.state.global_step == 4, "the third collapse ends it"
+    assert trainer.state.global_step == 4, "the third collapse ends the run"
 
 
 def test_an_alarm_starts_again_after_a_rollback(tmp_path, tokenizer, soon):
@@ -180,7 +180,7 @@ def test_after_a_rollback_a_batch_of_several_steps_is_sampled_again(tmp_path, to
     trainer._generate_and_score_completions = counted
     trainer.train()
     assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(3, 2)]
-    assert batches == [0, 2, 2], "steps 3 and 4 take one batch, as do 1 and 2"
+    assert batches == [0, 2, 2], "steps 3 and 4 share a batch, like steps 1 and 2"
 
 
 @pytest.mark.parametrize("option", [{"save_only_model": True}, {"sync_ref_model": True, "beta": 0.1}])

@@ -31,7 +31,7 @@ def seen_by(folder, case):
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_has_no_gradient_and_groups_are_not_split(folder, case):
     one, other = (rank["batches"] for rank in seen_by(folder, case))
-    assert len(one) == len(other) == 2, "both ranks end both steps"
+    assert len(one) == len(other) == 2, "both ranks must finish both steps"
     for mine, theirs in zip(one, other, strict=True):
         assert mine["silent"] == [False] * 4 and theirs["silent"] == [True] * 4
         for books in (mine["books"], theirs["books"]):

@@ -71,7 +71,7 @@ def test_every_token_has_the_colour_of_its_mask(browser: Any, opened: Page, fold
             ".text .t", "all => all.map(one => [one.textContent, getComputedStyle(one).backgroundColor])"
         )
         colours = {1: "rgb(211, 231, 253)", 0: "rgb(239, 239, 236)"}
-        assert opened.style(".swatch.trained", "backgroundColor") == colours[1], "as the legend has it"
+        assert opened.style(".swatch.trained", "backgroundColor") == colours[1], "differs from the legend"
         assert [token for token, _ in shown] == rows[number]["tokens"]
         assert [colour for _, colour in shown] == [colours[bit] for bit in rows[number]["mask"]]
         said = opened.text(".legend")
@@ -109,7 +109,7 @@ def test_the_text_of_a_model_stays_text(opened: Page, folder: Path) -> None:
         "() => { const script = document.createElement('script'); "
         "try { script.text = 'document.title = 1' } catch (error) { return error.name } document.body.append(script) }"
     )
-    assert allowed == "TypeError", "the policy lets no string become a script"
+    assert allowed == "TypeError", "a string could become a script"
     opened.complaints.clear()
 
 
@@ -201,10 +201,10 @@ def test_themes(browser: Any, report: Path) -> None:
     page.page.emulate_media(color_scheme="light")
     assert page.style("body", "backgroundColor") == light and page.contrast() >= 4.5
     page.page.click("#theme")
-    assert page.style("body", "backgroundColor") == dark, "the reader's choice comes before the system's"
+    assert page.style("body", "backgroundColor") == dark, "the reader's choice takes precedence over the system's"
     page.page.reload()
     page.page.wait_for_selector("html[data-ready]")
-    assert page.style("body", "backgroundColor") == dark, "and is kept"
+    assert page.style("body", "backgroundColor") == dark, "the choice is kept"
     page.close()
 
 

@@ -94,7 +94,7 @@ def test_alarms_are_shown_above_the_charts_and_as_a_band_on_their_chart(browser:
     assert "the policy gets worse on its training reward: go back to" in chart(page, "Reward").inner_text()
     page.page.click(".alarms button")
     page.page.click("#tab-trajectories")
-    assert not page.page.locator(".alarms").is_visible(), "the strip is on the overview alone"
+    assert not page.page.locator(".alarms").is_visible(), "alarms are shown only on the overview"
     page.close()
 
 

@@ -32,7 +32,7 @@ def test_two_thousand_trajectories_stay_quick(browser: Any, tmp_path: Path) -> N
     assert file.stat().st_size < 80e6
     page = Page(browser, file)
     page.found("2,000 trajectories")
-    assert page.page.locator(".row").count() < 40, "rows out of sight are not drawn"
+    assert page.page.locator(".row").count() < 40, "rows outside the view must not be drawn"
 
     def quick(do: str, value: str, found: str) -> None:
         started = time.monotonic()

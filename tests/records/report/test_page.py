@@ -249,7 +249,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = write_run(tmp_path / "run")
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}  0.1 MB\n"
-    assert main(["report", str(folder)]) == 0, "a report of ours is replaced"
+    assert main(["report", str(folder)]) == 0, "an existing report is replaced"
     capsys.readouterr()
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "results.json").write_text(json.dumps({"history": [{"step": 1, "reward": 0.5}]}))

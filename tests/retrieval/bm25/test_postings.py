@@ -46,7 +46,7 @@ def test_the_best_rows_equal_those_by_summing_and_sorting(terms, quarters, queri
         best = [row for row in np.argsort(-totals, kind="stable")[:k] if totals[row] > 0]
         expected.append([(row, totals[row]) for row in best])
     assert index.best(queries, k) == expected
-    assert index.best(queries, k) == expected, "a search left something behind"
+    assert index.best(queries, k) == expected, "a search left scores behind"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -171,7 +171,7 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "index").exists()
-    assert 3 <= journal.read_bytes().count(1) < 24, "it was killed too late for this test to say anything"
+    assert 3 <= journal.read_bytes().count(1) < 24, "it was killed too late for this test"
     monkeypatch.setitem(encode_corpus.__kwdefaults__, "shard_rows", 64)
     said: list[str] = []
     build_index(corpus, tmp_path / "index", "dense", announce=said.append, encoder=str(checkpoint))

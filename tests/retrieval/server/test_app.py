@@ -85,7 +85,7 @@ def serving(retriever: Retriever | None, **options: Any) -> Iterator[tuple[str, 
 def wait_for(condition: Callable[[], Any], seconds: float = 200.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.01)
 
 

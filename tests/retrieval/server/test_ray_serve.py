@@ -172,7 +172,7 @@ def test_a_killed_replica_fails_no_request(served: Served, client) -> None:
         before[0].kill()
         asked = [future.result() for future in asking]
     metrics = client.take_metrics()
-    assert min(asked) >= 1 and metrics["retrieval/retries"] >= 1, "nobody noticed: the test killed nothing"
+    assert min(asked) >= 1 and metrics["retrieval/retries"] >= 1, "no request was affected: the test killed nothing"
     after = wait_for(lambda: len(served.replicas()) == 2 and served.replicas())
     assert before[0].pid not in {replica.pid for replica in after}
     # The new replica also answers: metrics are from two replicas.

@@ -408,7 +408,7 @@ def take_turns(path: Path) -> list[float]:
 
 
 def test_results_are_cached_across_restarts(make) -> None:
-    first, second = Engine(), Engine([AssertionError("asked again")])
+    first, second = Engine(), Engine([AssertionError("searched again")])
     found = make(first).search(["a", "b", "a"], 3)
     again = make(second)
     assert again.search(["a", "b", "a"], 3) == found and found[0] == found[2]

@@ -127,7 +127,9 @@ def test_real_models_that_learned_raise_no_alarm(file):
     for name, rows in learned.items():
         assert first_alarms([row for row in rows if "reward" in row]) == {}, name
     watched = {"search/repeated_queries", "search/no_answer", "tokens/per_turn", "search/quoted_queries", "eval/em"}
-    assert sum(watched <= set().union(*rows) for rows in learned.values()) >= 2, "the metrics of drift are there"
+    assert sum(watched <= set().union(*rows) for rows in learned.values()) >= 2, (
+        "the histories lack the metrics of drift"
+    )
 
 
 def test_drift_is_reported_and_does_not_end_the_run(caplog):
@@ -252,10 +254,10 @@ def test_a_run_ends_at_once_when_the_held_out_em_has_significantly_halved():
         return control.should_training_stop, seen[-1]["alarm/held_out_halved"]
 
     assert ends((0.23, 0.27), (0.29, 0.33), (0.08, 0.12)) == (True, 1.0)
-    assert ends((0.23, 0.27), (0.29, 0.33), (0.12, 0.16)) == (False, 0.0), "it may be chance"
-    assert ends((0.09, 0.13), (0.0, 0.0)) == (False, 0.0), "half of nothing is no collapse"
+    assert ends((0.23, 0.27), (0.29, 0.33), (0.12, 0.16)) == (False, 0.0), "it may be by chance"
+    assert ends((0.09, 0.13), (0.0, 0.0)) == (False, 0.0), "half of almost nothing is not a collapse"
     first = {**GOOD, "eval/em": 0.1, "eval/em_upper": 0.2, "eval/em_before": 0.57}
-    assert play([first], stop=True)[1].should_training_stop, "the first steps may have done it"
+    assert play([first], stop=True)[1].should_training_stop, "a collapse in the first steps counts"
 
 
 def test_an_evaluation_with_failed_searches_is_not_compared():
@@ -266,9 +268,9 @@ def test_an_evaluation_with_failed_searches_is_not_compared():
         rows = [{**GOOD, **dict(zip(names, numbers, strict=True))} for numbers in evaluations]
         return play(rows, stop=True)[1].should_training_stop
 
-    assert not ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.8)), "it collapsed with its server"
-    assert not ends((1.0, 1.0, 0.99), (0.4, 0.45, 0.0)), "one question that did not fail is no best"
-    assert ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.05)), "a few failures are no excuse"
+    assert not ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.8)), "the failed searches explain the drop"
+    assert not ends((1.0, 1.0, 0.99), (0.4, 0.45, 0.0)), "an evaluation of one question cannot be the best"
+    assert ends((0.4, 0.45, 0.0), (0.01, 0.1, 0.05)), "a few failures do not explain the drop"
 
 
 def test_a_trainer_reports_alarms_and_stops(tmp_path, random_model, tokenizer, monkeypatch):

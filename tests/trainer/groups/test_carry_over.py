@@ -38,7 +38,7 @@ def test_a_slow_group_is_trained_on_in_a_later_batch(folder, tokenizer):
     trainer.train()
     assert len(batches) == 4
     asked = [trained_books(batch) for batch, _ in batches]
-    assert all(row[0] == row[1] and row[2] == row[3] for row in asked), "whole groups, side by side"
+    assert all(row[0] == row[1] and row[2] == row[3] for row in asked), "groups must be whole and adjacent"
     assert 0 not in asked[0] + asked[1] and any(0 in batch for batch in asked[2:])
     for batch, scored in batches:
         for book, trajectory in zip(trained_books(batch), batch.trajectories, strict=True):
@@ -70,7 +70,7 @@ def test_each_token_is_weighted_by_the_policy_that_sampled_it(folder, tokenizer)
     expected = -(batch["advantages"][:, None] * weights * mask).sum() / mask.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     used = weights[mask.bool()]
-    assert 0 < (used < 2).float().mean() < 1, "some are cut and some are not"
+    assert 0 < (used < 2).float().mean() < 1, "some ratios must be clipped and others not"
     size = used.sum() ** 2 / (len(used) * (used**2).sum())
     assert logged["sampling/effective_sample_size"] == pytest.approx(size.item(), rel=1e-4)
     trainer.end_pool()
@@ -145,7 +145,9 @@ def test_a_resumed_run_samples_the_unfinished_questions_again(folder, tokenizer)
     batches = recorded(resumed)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert len(batches) == 1 and trained_books(batches[0][0])[:2] == [0, 0]
-    assert set(batches[0][0].trajectories[0].versions) == {-1, 1}, "from its start, with the weights of now"
+    assert set(batches[0][0].trajectories[0].versions) == {-1, 1}, (
+        "sampled again from the start with the current weights"
+    )
 
 
 def test_an_evaluation_between_two_rollouts_does_not_affect_parked_trajectories(folder, tokenizer):
@@ -240,7 +242,7 @@ def test_two_ranks_close_their_batches_independently(folder, tokenizer):
         assert len(one[run]["books"]) == len(other[run]["books"]) == (3 if run == "whole" else 2)
         for rank in (one, other):
             for books, advantages in zip(rank[run]["books"], rank[run]["advantages"], strict=True):
-                assert books[0] == books[1] and books[2] == books[3], "whole groups, and on one rank"
+                assert books[0] == books[1] and books[2] == books[3], "groups must be whole and on one rank"
                 assert [advantage > 0 for advantage in advantages] == [False, True, False, True]
     assert 0 not in one["whole"]["books"][0] + one["whole"]["books"][1] and 0 in one["whole"]["books"][2]
     assert one["resumed"]["books"][0][0] == 0 and 0 not in other["resumed"]["books"][0]

@@ -195,7 +195,7 @@ for count, dim, batch in ((130, 72, 3), (260, 64, 130), (1500, 16, 70)):
 
 
 def test_the_kernels_compute_what_torch_does():
-    pytest.importorskip("triton", "3.9", reason="Triton comes with torch for CUDA; older ones interpret no such loop")
+    pytest.importorskip("triton", "3.9", reason="Triton comes with torch for CUDA; older versions lack the loop")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
