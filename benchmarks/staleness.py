@@ -43,11 +43,15 @@ TRAINING = [
     "--learning_rate", "1e-3",
 ]  # fmt: skip
 SERVING = [
-    "--max-model-len", "1024", "--enforce-eager", "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
+    "--max-model-len", "1024", "--enforce-eager", "--logprobs-mode", "processed_logprobs",
     "--enable-lora", "--max-lora-rank", str(RANK), "--no-enable-chunked-prefill",
     "--distributed-executor-backend", "uni",
-    # A small share of a GPU, so that other work fits beside it.
-    *(("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30)) if ON_GPUS else ()),
+    # On a GPU: a small share of it, and the precision that vLLM's kernels for adapters need.
+    *(
+        ("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30))
+        if ON_GPUS
+        else ("--dtype", "float32")
+    ),
 ]  # fmt: skip
 LOGGED = ("carry_over/batches_waited", "sampling/effective_sample_size", "loss/without_gradient", "reward")
 

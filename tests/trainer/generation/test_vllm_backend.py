@@ -23,7 +23,11 @@ from trl_search.common.errors import UserError
 from trl_search.policies.lora import adapter_from, adapter_rank
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.trainer.generation import vllm_backend
-from trl_search.trainer.generation.vllm_backend import SearchVLLM, refuse_what_vllm_cannot_do
+from trl_search.trainer.generation.vllm_backend import (
+    SearchVLLM,
+    refuse_float32_for_adapters,
+    refuse_what_vllm_cannot_do,
+)
 
 
 @pytest.fixture
@@ -115,6 +119,15 @@ def test_other_peft_methods_are_refused(random_model):
         adapter_rank(random_model)
     with pytest.raises(UserError, match="support this adapter's peft_type"):
         adapter_rank(get_peft_model(random_model, VeraConfig(r=4, target_modules=["q_proj"])))
+
+
+def test_float32_with_an_adapter_is_refused_on_a_gpu(monkeypatch):
+    refuse_float32_for_adapters({"dtype": "float32"})  # vLLM's CPU build has such kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refuse_float32_for_adapters({"dtype": "bfloat16"})
+    for dtype in ("float32", torch.float32):
+        with pytest.raises(UserError, match=r"need bfloat16 or float16: leave dtype out"):
+            refuse_float32_for_adapters({"dtype": dtype})
 
 
 def test_a_quantized_model_is_refused_before_an_engine_is_made(random_model):

@@ -21,10 +21,11 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate.utils import broadcast_object_list
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
@@ -69,6 +70,7 @@ class SearchVLLM(VLLMGeneration):
         if lora_sync == "adapter":
             rank = adapter_rank(kwargs["model"])
             if kwargs["mode"] == "colocate":
+                refuse_float32_for_adapters(engine_options)
                 self._engine_options = {**lora_options(rank), **engine_options}
         super().__init__(**kwargs)
         if self.mode == "server":
@@ -298,6 +300,15 @@ def refuse_quantized(model: Any) -> None:
         raise UserError(
             "the model is quantized, so its weights cannot be sent to vLLM: load it in bfloat16 and train a LoRA "
             "adapter (dtype: bfloat16, use_peft: true), or set use_vllm: false"
+        )
+
+
+def refuse_float32_for_adapters(engine_options: Mapping[str, Any]) -> None:
+    """Raises `UserError` on a GPU, where vLLM's kernels for adapters have no float32."""
+    if str(engine_options.get("dtype")) in ("float32", "float", "torch.float32") and torch.cuda.is_available():
+        raise UserError(
+            "vllm_engine_options sets dtype: float32, but vLLM's kernels for adapters on a GPU need bfloat16 or "
+            "float16: leave dtype out, or set vllm_lora_sync: merged"
         )
 
 
