@@ -103,13 +103,13 @@ def test_a_turn_parked_in_the_middle_has_the_log_probs_of_two_policies(folder, t
     Stalling.slow = [list(protocol.prompt_ids(protocol.messages(DATA[0]["question"])))]
     monkeypatch.setattr("trl_search.trainer.generation.policy.TransformersPolicy", Stalling)
     batches, weights = recorded(trainer), {}
-    rollout = trainer._carry_over_rollout
+    rollout = trainer.carry_over_rollout
 
     def remembering(batch, sampling):
         weights[trainer.state.global_step] = copy.deepcopy(trainer.model.state_dict())
         rollout(batch, sampling)
 
-    trainer._carry_over_rollout = remembering
+    trainer.carry_over_rollout = remembering
     trainer.train()
     trajectories = [trajectory for batch, _ in batches for trajectory in batch.trajectories]
     mixed = 0

@@ -74,13 +74,6 @@ class CarriesOver(Trainer):
 
         Every rank must call it. The groups in `batch.rows` start now.
         """
-        try:
-            self._carry_over_rollout(batch, sampling)
-        except BaseException:
-            self.end_pool()
-            raise
-
-    def _carry_over_rollout(self, batch: Rollout, sampling: Sampling) -> None:
         size = self.args.num_generations or 1
         pool = self.pool = self.pool or TrajectoryPool(
             self.environment,  # type: ignore[arg-type]
