@@ -23,7 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from trl_search.common.errors import UserError
@@ -31,6 +34,7 @@ from trl_search.policies.probe import window_of
 
 _PREFERRED = ("varlen", "flash_attention_2", "flex_attention")
 _MAX_HEAD_DIM = 256
+_VARLEN_OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def choose_attention(
@@ -118,8 +122,6 @@ def varlen_attention(
     Raises:
         UserError: for soft-capping or attention sinks.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UserError("varlen_attn supports neither soft-capping nor attention sinks: set packed_attention='padded'")
     # With float32 weights and autocast, rotary embeddings promote queries and keys to float32.
@@ -129,11 +131,11 @@ def varlen_attention(
     options: dict[str, Any] = {}
     groups = query_THD.shape[1] // key_THD.shape[1]
     if groups > 1:
-        if "enable_gqa" in _varlen_parameters():
+        if "enable_gqa" in _VARLEN_OPTIONS:
             options["enable_gqa"] = True
         else:
             key_THD, value_THD = key_THD.repeat_interleave(groups, 1), value_THD.repeat_interleave(groups, 1)
-    attended_THD: Any = varlen_attn(
+    attended_THD: Any = varlen.varlen_attn(
         query_THD,
         key_THD,
         value_THD,
@@ -149,21 +151,9 @@ def varlen_attention(
     return attended_THD.unsqueeze(0), None
 
 
-def _flex_attention(*args: Any, **kwargs: Any) -> Any:
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    return flex_attention_forward(*args, **kwargs)
-
-
-def _is_packed_for_flex(attention_mask: Any, kwargs: dict[str, Any]) -> bool:
-    from torch.nn.attention.flex_attention import BlockMask
-
-    return isinstance(attention_mask, BlockMask)
-
-
 _KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
     "varlen": (lambda attention_mask, kwargs: kwargs.get("cu_seq_lens_q") is not None, varlen_attention),
-    "flex_attention": (_is_packed_for_flex, _flex_attention),
+    "flex_attention": (lambda attention_mask, kwargs: isinstance(attention_mask, BlockMask), flex_attention_forward),
 }
 
 
@@ -196,9 +186,7 @@ def _full_mask(document_T: torch.Tensor) -> torch.Tensor:
     return same_TT.tril().unsqueeze(0).unsqueeze(0)
 
 
-def _block_mask(document_T: torch.Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _block_mask(document_T: torch.Tensor) -> BlockMask:
     def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query >= key) & (document_T[query] == document_T[key])
 
@@ -206,15 +194,6 @@ def _block_mask(document_T: torch.Tensor) -> Any:
     compiled = document_T.device.type == "cuda"
     tokens = len(document_T)
     return create_block_mask(seen, None, None, tokens, tokens, device=document_T.device, _compile=compiled)
-
-
-@functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
@@ -267,7 +246,7 @@ def _why_not(name: str, model: PreTrainedModel, device: torch.device, dtype: tor
 
 
 def _why_not_varlen(model: PreTrainedModel, device: torch.device) -> str | None:
-    if not {"window_size", "scale"} <= _varlen_parameters():
+    if not {"window_size", "scale"} <= _VARLEN_OPTIONS:
         return f"torch {torch.__version__} has no varlen_attn with a window and a scale"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, but {torch.cuda.get_device_name(device)} has less"
