@@ -105,26 +105,15 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     }
     folder, request = Path(model).expanduser(), None
     if (adapter := read_adapter(folder)) is not None:
+        from peft import PeftConfig
         from vllm.lora.request import LoRARequest
 
-        from trl_search.policies.lora import lora_options
+        from trl_search.policies.lora import lora_options, supported_rank
 
         model = adapter["base_model_name_or_path"]
-        options = {**lora_options(_rank(adapter, folder)), **options}
+        remedy = f"merge the adapter in {folder} into its base model, or use --backend transformers"
+        options = {**lora_options(supported_rank(PeftConfig.from_pretrained(folder), remedy)), **options}
         request = LoRARequest("policy", 1, str(folder.resolve()))
     engine = vllm.LLM(model=model, **options)
     dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
     return VLLMColocatePolicy(engine, lora_request=request), {"dtype": dtype}
-
-
-def _rank(adapter: Mapping[str, Any], folder: Path) -> int:
-    """The rank of an adapter. vLLM applies one rank to all modules."""
-    if adapter.get("rank_pattern") or adapter.get("alpha_pattern"):
-        raise UserError(
-            f"the adapter in {folder} has modules with different ranks or scales, but vLLM applies one to all: merge "
-            "it into its base model, or use --backend transformers"
-        )
-    try:
-        return int(adapter["r"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} is not a LoRA adapter ({error!r}): save it again") from None

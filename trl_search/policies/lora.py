@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftConfig
 
 from trl_search.common.errors import UserError
 
@@ -44,14 +45,18 @@ def adapter_from(tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
 
 
 def adapter_rank(model: Any) -> int:
-    """The rank of the adapter, if vLLM can apply it to the base model as saved on disk.
+    """The rank of a model's adapter, if vLLM can apply it to the base model as saved on disk.
 
     Raises:
         UserError: if vLLM cannot apply the adapter.
     """
     if not is_peft_model(model):
         raise UserError("vllm_lora_sync='adapter' needs a LoRA adapter: give a peft_config, or use 'merged'")
-    config = model.peft_config[model.active_adapter]
+    return supported_rank(model.peft_config[model.active_adapter], "use vllm_lora_sync='merged'")
+
+
+def supported_rank(config: PeftConfig, remedy: str) -> int:
+    """The rank of an adapter with this configuration. Raises `UserError`, with a remedy, if vLLM cannot apply it."""
     unsupported = {
         "use_dora": bool(getattr(config, "use_dora", False)),
         "modules_to_save": bool(getattr(config, "modules_to_save", None)),
@@ -66,5 +71,5 @@ def adapter_rank(model: Any) -> int:
     }
     found = [name for name, is_set in unsupported.items() if is_set]
     if found:
-        raise UserError(f"vLLM does not support this adapter's {', '.join(found)}: use vllm_lora_sync='merged'")
-    return int(config.r)
+        raise UserError(f"vLLM does not support this adapter's {', '.join(found)}: {remedy}")
+    return int(config.r)  # type: ignore[attr-defined]

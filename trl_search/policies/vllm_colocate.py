@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trl_search.policies.engine_thread import EngineThread, Request
+from trl_search.policies.vllm_completions import finish_reason
 from trl_search.types import Completion, FinishReason
 
 # The engine releases the GIL at each of the hundred operations of a step. If the event loop wants it too, the engine
@@ -80,17 +81,9 @@ class VLLMColocatePolicy(EngineThread):
         self._abort(unfinished)
 
     def add(self, request: Request) -> None:
+        prompt = {"prompt_token_ids": request.prompt_ids}
+        self._engine.add_request(request.name, prompt, _params(request), lora_request=self._lora_request)
         self._running[request.name] = request
-        try:
-            self._engine.add_request(
-                request.name,
-                {"prompt_token_ids": request.prompt_ids},
-                _params(request),
-                lora_request=self._lora_request,
-            )
-        except BaseException:
-            del self._running[request.name]
-            raise
 
     def drop(self, request: Request) -> Completion:
         # Without a server, the engine returns the tokens of an aborted request only through a queue.
@@ -148,12 +141,7 @@ def _params(request: Request) -> Any:
 
 def _completion(output: Any) -> Completion:
     """Converts a `vllm.CompletionOutput`. Its ids are all sampled ids, also those after a stop string."""
-    if output.finish_reason == "length":
-        reason = FinishReason.LENGTH
-    elif output.finish_reason == "abort":
-        reason = FinishReason.INTERRUPTED
-    else:
-        reason = FinishReason.STOP if isinstance(output.stop_reason, str) else FinishReason.EOS
     # Flat lists have one or two entries per token: the sampled token, then the most likely one if it differs.
     logprobs = [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]
+    reason = finish_reason(output.finish_reason, output.stop_reason)
     return Completion(tuple(output.token_ids), tuple(logprobs), reason)

@@ -77,10 +77,11 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
         math.nan if value is None else -math.inf if value <= _MINUS_INFINITY else float(value)
         for value in choice["logprobs"]["token_logprobs"]
     )
-    return Completion(tuple(ids), tuple(logprobs), _finish_reason(reason, choice.get("stop_reason")))
+    return Completion(tuple(ids), tuple(logprobs), finish_reason(reason, choice.get("stop_reason")))
 
 
-def _finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
+def finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
+    """Our reason for vLLM's `finish_reason` and `stop_reason`."""
     if reason == "length":
         return FinishReason.LENGTH
     if reason == "abort":

@@ -161,27 +161,26 @@ def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int
 
 def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
     """The context length of the model, or of vLLM if it is known and smaller. None: no limit."""
-    rooms = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    rooms = [_positions_of_model(model)]
     if args.use_vllm and args.vllm_mode == "colocate":
         rooms.append(args.vllm_max_model_length)
     return min((room for room in rooms if room is not None), default=None)
 
 
+def _positions_of_model(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: SearchGRPOConfig) -> int:
-    """The length of the longest prompt plus a full completion, in tokens.
+    """The length of the longest prompt plus a full completion, in tokens. vLLM checks it against its own room.
 
     Raises:
-        UserError: if it exceeds the context length.
+        UserError: if it exceeds the context length of the model.
     """
     longest = max(map(len, prompt_ids))
     needed = longest + args.max_completion_length
-    positions = positions_of(model, args)
+    positions = _positions_of_model(model)
     if positions is not None and needed > positions:
-        if args.use_vllm and positions == args.vllm_max_model_length:
-            raise UserError(
-                f"the longest prompt and max_completion_length need {needed} tokens, but the vLLM engine has room for "
-                f"{positions}: set vllm_max_model_length={needed} or more, or lower max_completion_length"
-            )
         remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
         if longest >= positions:
             remedy = "leave such questions out"

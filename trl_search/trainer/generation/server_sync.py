@@ -97,20 +97,20 @@ class WeightServers:
             try:
                 member.client.reset_prefix_cache()
                 if member.dtype is not None:
-                    self._compare(url, member, sent)
+                    self._compare(url, member, sent[member.dtype])
             except _LOST as error:
                 self._leave_out(url, error)
         if not self.members:
             raise ServerLost("no vLLM server is left: restart them, then resume from the last checkpoint")
 
-    def _update(self, weights: Weights) -> dict[str, torch.Tensor]:
-        """Sends the weights in one pass, and returns the checksums of the sent tensors."""
+    def _update(self, weights: Weights) -> dict[torch.dtype, dict[str, torch.Tensor]]:
+        """Sends the weights in one pass, and returns the checksums of the sent tensors in each server's type."""
         with contextlib.ExitStack() as updates:
             clients = [member.client for member in self.members.values()]
             for client in clients:
                 updates.enter_context(client.weight_update())
-            sent: dict[str, torch.Tensor] = {}
-            dtypes = {member.dtype for member in self.members.values() if member.dtype}
+            sent: dict[torch.dtype, dict[str, torch.Tensor]]
+            sent = {member.dtype: {} for member in self.members.values() if member.dtype}
             for bucket in buckets(weights):
                 metadata = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
                 for url, client in zip(self.members, clients, strict=True):
@@ -118,7 +118,8 @@ class WeightServers:
                         client.update_named_params(metadata, iter(bucket))
                 for name, tensor in bucket:
                     if has_checksum(name):
-                        sent |= {f"{name} as {dtype}": checksum(tensor, dtype) for dtype in dtypes}
+                        for dtype, sums in sent.items():
+                            sums[name] = checksum(tensor, dtype)
         return sent
 
     def _meet(self) -> None:
@@ -150,14 +151,8 @@ class WeightServers:
     def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
         workers = member.client._post(f"{url}/collective_rpc", json={"method": "weight_checksums"})["results"]
         found = {name: sum(worker.get(name, 0) for worker in workers) for name in workers[0]}
-        expected = {
-            name.removesuffix(suffix): int(value)
-            for suffix in [f" as {member.dtype}"]
-            for name, value in sent.items()
-            if name.endswith(suffix)
-        }
-        wrong = [name for name, value in expected.items() if name in found and found[name] != value]
-        if wrong or not found.keys() & expected.keys():
+        wrong = [name for name, value in sent.items() if name in found and found[name] != int(value)]
+        if wrong or not found.keys() & sent.keys():
             raise UserError(
                 f"the vLLM server at {url} does not have the weights that it was sent ("
                 f"{', '.join(wrong[:3]) or 'none of its tensors is among them'}): check that it serves the model that "
