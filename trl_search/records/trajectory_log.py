@@ -161,23 +161,21 @@ class TrajectoryLog:
 
 def _table(step: int, records: Sequence[Mapping[str, Any]], names: Sequence[str], texts: TokenTexts) -> pyarrow.Table:
     prompts = {ids: texts.decode(ids) for ids in {record["prompt_ids"] for record in records}}
-    columns: dict[str, Any] = {}
-    values: list[Any]
-    for column in TRAJECTORY_SCHEMA:
-        if column.name == "step":
-            values = [step] * len(records)
-        elif column.name == "prompt":
-            values = [prompts[record["prompt_ids"]] for record in records]
-        elif column.name == "tokens":
-            values = [texts(record["ids"]) for record in records]
-        else:
-            values = [record[column.name] for record in records]
-        columns[column.name] = pyarrow.array(values, column.type)
-        if column.name == "reward":
-            for i, name in enumerate(names):
-                of_one = [record["rewards"][i] for record in records]
-                columns[REWARD_PREFIX + name] = pyarrow.array(of_one, pyarrow.float64())
-    return pyarrow.table(columns)
+    rewards = [REWARD_PREFIX + name for name in names]
+    rows = [
+        {
+            **record,
+            "step": step,
+            "prompt": prompts[record["prompt_ids"]],
+            "tokens": texts(record["ids"]),
+            **dict(zip(rewards, record["rewards"], strict=True)),
+        }
+        for record in records
+    ]
+    fields = list(TRAJECTORY_SCHEMA)
+    after = TRAJECTORY_SCHEMA.get_field_index("reward") + 1
+    fields[after:after] = [pyarrow.field(name, pyarrow.float64()) for name in dict.fromkeys(rewards)]
+    return pyarrow.Table.from_pylist(rows, pyarrow.schema(fields))
 
 
 def question_text(row: Mapping[str, Any]) -> str:
