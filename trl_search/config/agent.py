@@ -21,7 +21,7 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import checked_values
+from trl_search.config.recipe_values import check_least, checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
 from trl_search.environment import ENVIRONMENTS, PASSAGE_TEMPLATE, Environment, SearchEnvironment, load_environment
 from trl_search.environment.registry import SEARCH, name_of, options_of
@@ -164,10 +164,8 @@ def check_agent(settings: AgentSettings) -> None:
             setattr(settings, name, parse_object(getattr(settings, name), name, example))
     if not 0 < settings.search_timeout_s < math.inf:
         raise UserError(f"search_timeout_s={settings.search_timeout_s} must be a finite number of seconds above 0")
-    for key in dataclasses.fields(AgentSettings):
-        value, least = getattr(settings, key.name), 0 if key.name == "max_searches" else 1
-        if isinstance(key.default, int) and (value is None or value < least):
-            raise UserError(f"{key.name}={value} must be at least {least}")
+    counts = [key.name for key in dataclasses.fields(AgentSettings) if isinstance(key.default, int)]
+    check_least(settings, **(dict.fromkeys(counts, 1) | {"max_searches": 0}))
 
 
 def add_agent_options(parser: Any) -> None:

@@ -57,14 +57,19 @@ def check_carry_over(args: Any) -> None:
             f"{asked} with loss_type=vespo needs vllm_importance_sampling_mode=token_truncate or token_mask, not "
             f"{args.vllm_importance_sampling_mode}"
         )
-    rows = args.per_device_train_batch_size * args.steps_per_generation
-    if rows % args.num_generations:
-        raise UserError(
-            f"{asked} makes batches of whole groups, but num_generations={args.num_generations} does not divide the "
-            f"{rows} trajectories per process (per_device_train_batch_size × steps_per_generation): change one of them"
-        )
+    check_whole_groups(args, f"{asked} makes batches of whole groups")
     if groups_under_way(args) == groups_per_batch(args):
         raise UserError(
             f"{asked} has no effect, as it starts only the {groups_per_batch(args)} groups of a batch: set it to "
             f"{1 + 1 / groups_per_batch(args):.3g} or more"
+        )
+
+
+def check_whole_groups(args: Any, needs: str) -> None:
+    """Raises `UserError` if a process gets parts of groups. `needs` says what needs whole ones."""
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if rows % args.num_generations:
+        raise UserError(
+            f"{needs}, but num_generations={args.num_generations} does not divide the {rows} trajectories per process "
+            "(per_device_train_batch_size × steps_per_generation): change one of them"
         )

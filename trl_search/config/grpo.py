@@ -8,9 +8,9 @@ from trl import GRPOConfig
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
-from trl_search.config.carry_over import check_carry_over
+from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import checked_values
+from trl_search.config.recipe_values import check_least, checked_values
 
 TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
 # How the ratio of the trainer's to vLLM's probabilities becomes a weight in the loss (`trainer/loss/importance.py`).
@@ -223,8 +223,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 "vllm_importance_sampling_mode=geometric_mask needs both bounds near 1: set "
                 "vllm_importance_sampling_clip_min (0.999) and vllm_importance_sampling_clip_max (1.001)"
             )
-        if self.llds_coef < 0:
-            raise UserError(f"llds_coef={self.llds_coef} must be at least 0")
+        check_least(self, refill_groups=0, search_floor_steps=0, max_packed_tokens=0, rollout_batch_size=1)
+        check_least(self, log_trajectories=0, trajectory_table_steps=0, llds_coef=0)
         steps_per_batch = (self.steps_per_generation or 1) * self.num_iterations / self.gradient_accumulation_steps
         if self.llds_coef and steps_per_batch <= 1:
             raise UserError(
@@ -260,16 +260,6 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 f"search_floor_steps={self.search_floor_steps} gives no reward without a search, but max_searches=0 "
                 "permits none: leave one of them out"
             )
-        rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
-        if (self.refill_groups > 0 or self.curriculum != "none") and rows % (self.num_generations or 1):
+        if self.refill_groups > 0 or self.curriculum != "none":
             asked = f"refill_groups={self.refill_groups}" if self.refill_groups else f"curriculum={self.curriculum}"
-            raise UserError(
-                f"{asked} replaces whole groups, but num_generations={self.num_generations} does not divide the "
-                f"{rows} trajectories per process (per_device_train_batch_size × steps_per_generation): change one of "
-                "them"
-            )
-        counts = ("refill_groups", "search_floor_steps", "log_trajectories", "trajectory_table_steps")
-        for name in (*counts, "max_packed_tokens", "rollout_batch_size"):
-            least = int(name == "rollout_batch_size")
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+            check_whole_groups(self, f"{asked} replaces whole groups")

@@ -46,10 +46,24 @@ def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source:
                 value = json.dumps(value)  # the command line takes it as JSON
             checked[key] = _convert(value, hints[key]) if key in hints else value
         except _Mismatch:
-            wrong.append(f"{key} is {_shown(value)}, but must be {_described(hints[key])}")
+            shown = "empty" if value is None else f"{value!r:.60}"
+            wrong.append(f"{key} is {shown}, but must be {_described(hints[key])}")
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong)}")
     return checked
+
+
+def check_least(settings: object, **least: int) -> None:
+    """Raises `UserError` for a value below its least one. `None`, no limit, may stay.
+
+    Example:
+        >>> check_least(SearchGRPOConfig(log_trajectories=-1), log_trajectories=0)
+        UserError: log_trajectories=-1 must be at least 0
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}={value} must be at least {bound}")
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -143,8 +157,3 @@ def _word(kind: Any) -> str:
     if _is_enum(origin):
         return "one of " + ", ".join(str(one.value) for one in origin)
     return _WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
-
-
-def _shown(value: Any) -> str:
-    text = "empty" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

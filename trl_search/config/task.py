@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.recipe_values import check_least
 from trl_search.config.searched import WORLD, Searched, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
@@ -108,15 +109,7 @@ class TaskArguments(QuestionArguments):
     )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_train_questions", 1),
-            ("max_eval_questions", 1),
-            ("warm_start_steps", 0),
-            ("evaluate_every", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
+        check_least(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)
         if not 0 < self.warm_start_learning_rate < math.inf:
             raise UserError(f"warm_start_learning_rate={self.warm_start_learning_rate} must be more than 0")
         if self.warm_start_steps and self.questions != WORLD:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
+from trl_search.config.recipe_values import check_least
 from trl_search.config.task import QuestionArguments
 from trl_search.data.scripted_players import PLAYERS, WEAK
 from trl_search.environment.registry import SEARCH
@@ -82,9 +83,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples_per_question", "keep_per_question", "rollout_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_least(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
         played = self.teacher == "scripts" or self.demonstrations > 0
