@@ -43,7 +43,7 @@ def golden_list(value: Any) -> list[str]:
     answers: list[str] = []
     for one in map(_plain, value):
         if isinstance(one, (list, tuple)):
-            raise UserError(f"a golden answer is a nested list, {_shown(one)}: give one flat list of strings")
+            raise UserError(f"a golden answer is a nested list, {one!r:.80}: give one flat list of strings")
         answers += golden_list(one) if isinstance(one, (Mapping, str)) else _answers(one)
     return answers
 
@@ -69,14 +69,14 @@ def read_text(value: Any, name: str) -> str | None:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{name} is {_shown(value)}, bytes that are not UTF-8: write it as text") from None
+            raise UserError(f"{name} is {value!r:.80}, bytes that are not UTF-8: write it as text") from None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float) and not math.isinf(value):
         if math.isnan(value):
             return None
         return str(int(value)) if value.is_integer() else str(value)
-    raise UserError(f"{name} is {_shown(value)}, of type {type(value).__name__}: write it as a string")
+    raise UserError(f"{name} is {value!r:.80}, of type {type(value).__name__}: write it as a string")
 
 
 def _plain(value: Any) -> Any:
@@ -94,7 +94,7 @@ def _unpacked(struct: Mapping[str, Any]) -> list[Any]:
         held = _as_list(struct["target"])
     else:
         raise UserError(
-            f"the golden answers are {_shown(dict(struct))}, a struct with the fields {', '.join(map(str, struct))}: "
+            f"the golden answers are {dict(struct)!r:.80}, a struct with the fields {', '.join(map(str, struct))}: "
             "give a list of strings"
         )
     return [one for index, one in enumerate(held) if one not in held[:index]]
@@ -122,10 +122,5 @@ def _listed(text: str) -> str | list[Any]:
         if isinstance(value, list) and all(isinstance(one, str) for one in value) and not joined:
             return value
     if stripped[1:].lstrip().startswith(("'", '"')):
-        raise UserError(f"the golden answers {_shown(text)} look like a list but do not parse: write them as JSON")
+        raise UserError(f"the golden answers {text!r:.80} look like a list but do not parse: write them as JSON")
     return text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -44,7 +44,7 @@ def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
     listed = scores.tolist() if hasattr(scores, "tolist") else scores  # a tensor, or an array
     if not isinstance(listed, list | tuple):
         raise UserError(
-            f"reward {name!r} returned {_shown(scores)}: return a list with one score per completion, {count} here"
+            f"reward {name!r} returned {scores!r:.60}: return a list with one score per completion, {count} here"
         )
     if len(listed) != count:
         raise UserError(
@@ -60,11 +60,6 @@ def _number(name: str, index: int, score: Any) -> float | None:
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     raise UserError(
-        f"reward {name!r} returned {_shown(score)} for completion {index}: return a finite number, or None to leave "
+        f"reward {name!r} returned {score!r:.60} for completion {index}: return a finite number, or None to leave "
         "it out"
     )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from tqdm import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
@@ -46,7 +47,7 @@ class Upload:
         """One readable line per file, with its size."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
-        return [f"  {name}  {_size(size)}" for name, size in sorted(sizes.items())]
+        return [f"  {name}  {tqdm.format_sizeof(size, 'B')}" for name, size in sorted(sizes.items())]
 
 
 def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bool = False) -> Upload:
@@ -171,11 +172,3 @@ def _check_weights(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or incomplete ({error}): save the model again") from None
-
-
-def _size(size: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000  # type: ignore[assignment]
-    return f"{size:.1f} GB"
