@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, evaluation_of
 from trl_search.records.folder import AFTER_ROW, BEST_ROW, ROLLBACKS_FILE
 from trl_search.records.rollbacks import is_given_up, rollbacks_of
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
@@ -52,6 +55,16 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
         f"resume_from_checkpoint={asked}, but {folder} has no complete checkpoint of its run: give the path of one, "
         "or leave resume_from_checkpoint out"
     )
+
+
+def warn_of_missing_optimizer(checkpoint: str | None) -> None:
+    """Warns if a checkpoint has only the model (`save_only_model`), from which transformers resumes without a word."""
+    if checkpoint is not None and not any(Path(checkpoint).glob("rng_state*")):
+        logger.warning(
+            "%s was saved with save_only_model, so it has neither optimizer nor learning-rate schedule: both begin "
+            "anew. To continue them, resume from a checkpoint that was saved with save_only_model: false",
+            checkpoint,
+        )
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
-from trl_search.trainer.resume import checkpoint_to_resume
+from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class RollsBack(Trainer):
         """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint."""
         folder = Path(self.args.output_dir or ".")
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
+        if self.is_world_process_zero():
+            warn_of_missing_optimizer(checkpoint)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
             return super().train(checkpoint, *args, **kwargs)
         rollbacks, to = self._rollbacks_before(folder) if checkpoint else (0, 0)

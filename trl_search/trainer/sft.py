@@ -32,7 +32,7 @@ from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
-from trl_search.trainer.resume import checkpoint_to_resume
+from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,10 @@ def train(
     show_steps(trainer)
     if run_log is not None:
         trainer.callback_handler.callbacks.insert(0, run_log)  # first, because it names the run for the trackers
-    trainer.train(checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir or ".")))
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir or "."))
+    if trainer.accelerator.is_main_process:
+        warn_of_missing_optimizer(checkpoint)
+    trainer.train(checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel) and config.merge_adapter:
         if trainer.accelerator.is_main_process:

@@ -1,0 +1,19 @@
+"""What a resumed run is told of its checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.scripted_trainer import four_ways, scripted_trainer
+
+
+@pytest.mark.parametrize("only_model", [True, False])
+def test_a_checkpoint_without_its_optimizer_is_named_at_a_resume(
+    tmp_path, random_model, tokenizer, caplog, only_model
+):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": only_model}
+    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=1, **options).train()
+    assert not caplog.text.count("save_only_model")
+    resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert caplog.text.count("was saved with save_only_model, so it has neither optimizer") == only_model
