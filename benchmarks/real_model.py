@@ -147,7 +147,7 @@ def difference(
     draw = np.random.default_rng(0)
     mean, resampled = 0.0, np.zeros(RESAMPLES)
     for name in sets:
-        ids = [one.id for one in before[0][name]]
+        ids = [one.id for one in before[0].get(name, ())]
         gains = mean_em(after, name, ids) - mean_em(before, name, ids)
         mean += gains.mean() / len(sets)
         picks = draw.integers(len(gains), size=(RESAMPLES, len(gains)))
@@ -158,7 +158,9 @@ def difference(
 
 def mean_em(policies: Sequence[dict[str, list[Outcome]]], name: str, ids: Sequence[str]) -> np.ndarray:
     """EM of each question of a set, averaged over the policies."""
-    found = [{one.id: one.em for one in policy[name]} for policy in policies]
+    found = [{one.id: one.em for one in policy.get(name, ())} for policy in policies]
+    if not ids or any(not policy.keys() >= set(ids) for policy in found):
+        raise SystemExit(f"the policies were asked different questions of {name}: compare runs with the same ones")
     return np.array([[policy[id] for id in ids] for policy in found]).mean(axis=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_chains_without_a_common_seed_or_step_are_named(tmp_path: Path) -> None:
         compare(first, [chain(tmp_path, "format_1", {0: 0.0})])
     with pytest.raises(SystemExit, match="format_0 were evaluated at no common step"):
         compare(first, [chain(tmp_path, "format_0", {5: 0.0})])
+
+
+def test_policies_that_were_asked_different_questions_are_not_compared() -> None:
+    one, other = {"nq": [outcome(1.0)]}, {"nq": [replace(outcome(1.0), id="another")]}
+    for first, second in ((one, other), (one, {}), ({}, one)):
+        with pytest.raises(SystemExit, match="the policies were asked different questions of nq"):
+            difference([first], [second], ["nq"])
 
 
 def test_a_metric_that_was_not_finite_stays_null(tmp_path: Path) -> None:
