@@ -247,8 +247,6 @@ class Trajectory:
     ) -> None:
         if self.stop_reason is not None:
             raise RuntimeError(f"the trajectory is finished ({self.stop_reason.value}); nothing can be appended to it")
-        if len(ids) != len(logprobs):
-            raise ValueError(f"{len(ids)} ids came with {len(logprobs)} logprobs")
         start = len(self.ids)
         self.ids.extend(ids)
         self.mask.extend([mask] * len(ids))

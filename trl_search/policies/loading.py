@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,13 +237,18 @@ def _pretrained(name: str, **options: Any) -> PreTrainedModel:
             f"{name} lacks {len(missing)} of its weights, which would be random: {', '.join(missing[:3])}. Fetch or "
             "save the model again"
         )
-    for weight, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"{name} holds weights that are not finite ({weight}), because its training overflowed: go back to an "
-                "earlier checkpoint"
-            )
+    if weight := nonfinite(model.named_parameters()):
+        raise UserError(
+            f"{name} holds weights that are not finite ({weight}), because its training overflowed: go back to an "
+            "earlier checkpoint"
+        )
     return model
+
+
+def nonfinite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first weight with a NaN or an infinite value."""
+    floats = ((name, tensor) for name, tensor in weights if tensor.is_floating_point() and not tensor.is_meta)
+    return next((name for name, tensor in floats if not bool(tensor.isfinite().all())), None)
 
 
 def _number(folder: Path) -> int:

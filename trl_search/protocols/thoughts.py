@@ -11,8 +11,9 @@ _OTHERS = (
     ("<|channel>thought\n", "<channel|>"),  # Gemma 4
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
 )
-_OPENED = re.compile(r"(?:<think>|\[THINK\]|<\|channel>thought\n|<seed:think>)\s*\Z")
-_WRITTEN = re.compile(rf"{_OPENED.pattern[:-2]}(?:(?:</think>|\[/THINK\]|<channel\|>|</seed:think>)\s*)?\Z")
+_OPENING, _CLOSING = ("|".join(map(re.escape, markers)) for markers in zip(THINK, *_OTHERS, strict=True))
+_OPENED = re.compile(rf"(?:{_OPENING})\s*\Z")
+_WRITTEN = re.compile(rf"(?:{_OPENING})\s*(?:(?:{_CLOSING})\s*)?\Z")
 # Characters at the end of a prompt in which an opened thought is searched.
 _TAIL = 64
 

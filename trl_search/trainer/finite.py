@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from trl_search.common.errors import UserError
+from trl_search.policies.loading import nonfinite
 from trl_search.trainer.generation.model_weights import gathered
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,11 @@ def avoid_cudnn_attention() -> None:
 
 def refuse_nonfinite_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: str | None) -> None:
     """Raises `UserError` if a weight is NaN or infinite, before anything is written to `folder`."""
-    for name, tensor in weights:
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{name} contains NaN or infinite values, so nothing was written to {folder}. Resume from a "
-                "checkpoint, with a lower learning_rate or max_grad_norm"
-            )
+    if name := nonfinite(weights):
+        raise UserError(
+            f"{name} contains NaN or infinite values, so nothing was written to {folder}. Resume from a checkpoint, "
+            "with a lower learning_rate or max_grad_norm"
+        )
 
 
 class FiniteSteps(Trainer):

@@ -46,17 +46,13 @@ class RoomForPacks:
         device = next(self.model.parameters()).device
         if device.type != "cuda" or not torch.is_grad_enabled():
             return FALLBACK
+        first, checkpointed_tokens = self._usable is None, micro_batch_tokens if checkpointing else None
         if self._usable is None:
             self._usable = USABLE * (free_bytes(device) - bytes_to_come(self.model))
-            tokens = self._tokens(micro_batch_tokens, checkpointing)
+        tokens = tokens_that_fit(self._usable, self.config, self.number_bytes, checkpointed_tokens)
+        if first:
             logger.info("packs of up to %d tokens, in %.1f GB of memory", tokens, self._usable / 1e9)
-        return self._tokens(micro_batch_tokens, checkpointing)
-
-    def _tokens(self, micro_batch_tokens: int, checkpointing: bool) -> int:
-        assert self._usable is not None
-        return tokens_that_fit(
-            self._usable, self.config, self.number_bytes, micro_batch_tokens if checkpointing else None
-        )
+        return tokens
 
 
 def tokens_that_fit(usable_bytes: float, config: Any, number_bytes: int, checkpointed_tokens: int | None) -> int:
