@@ -87,45 +87,6 @@ def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
     return Hasher.hash([dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt])
 
 
-def with_room(
-    dataset: Any, protocol: Protocol, name: str, *, positions: int | None, completion: int, skip: bool = False
-) -> Any:
-    """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
-
-    A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
-
-    Args:
-        positions (`int`, *optional*): The context length of the model and the engine. None: no limit.
-        completion (`int`): Tokens of a full completion.
-        skip (`bool`): Whether to leave out rows that do not fit.
-
-    Raises:
-        UserError: if some prompts leave too little room; the message names their rows.
-    """
-    if isinstance(dataset, Mapping):
-        options: dict[str, Any] = {"positions": positions, "completion": completion, "skip": skip}
-        return {key: with_room(one, protocol, f"{name}[{key!r}]", **options) for key, one in dataset.items()}
-    if positions is None or not hasattr(dataset, "select"):
-        return dataset
-    too_long = _too_long(dataset["prompt"], protocol, positions - completion)
-    if not too_long:
-        return dataset
-    if skip and len(too_long) < len(dataset):
-        logger.warning("%s: left out %d of %d rows with prompts that are too long", name, len(too_long), len(dataset))
-        return dataset.select([row for row in range(len(dataset)) if row not in too_long])
-    rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
-    remedies = []
-    if positions > max(too_long.values()):
-        remedies.append(f"lower max_completion_length to {positions - max(too_long.values())}")
-    if len(too_long) < len(dataset):
-        remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
-    raise UserError(
-        f"{len(too_long)} of {len(dataset)} prompts of {name} are too long ({rows}). The context has {positions} "
-        f"tokens, so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
-        f"{', or '.join(remedies) or 'shorten the prompts'}"
-    )
-
-
 def first_prompt(dataset: Any, protocol: Protocol) -> str:
     """The first prompt of the dataset, as text."""
     return protocol.decode(protocol.prompt_ids(next(iter(dataset))["prompt"]))
@@ -146,9 +107,39 @@ class TakesRows(Trainer):
         return super().predict(self._prepared(test_dataset, "test_dataset"), *args, **kwargs)
 
     def with_room(self, dataset: Any, name: str, *, skip: bool = False) -> Any:
-        """[`with_room`] for this model and configuration."""
-        completion, positions = self.args.max_completion_length, positions_of(self.model, self.args)
-        return with_room(dataset, self.protocol, name, positions=positions, completion=completion, skip=skip)
+        """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
+
+        A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
+
+        Args:
+            skip (`bool`): Whether to leave out rows that do not fit.
+
+        Raises:
+            UserError: if some prompts leave too little room; the message names their rows.
+        """
+        if isinstance(dataset, Mapping):
+            return {key: self.with_room(one, f"{name}[{key!r}]", skip=skip) for key, one in dataset.items()}
+        positions, completion = positions_of(self.model, self.args), self.args.max_completion_length
+        if positions is None or not hasattr(dataset, "select"):
+            return dataset
+        too_long = _too_long(dataset["prompt"], self.protocol, positions - completion)
+        if not too_long:
+            return dataset
+        total, longest = len(dataset), max(too_long.values())
+        if skip and len(too_long) < total:
+            logger.warning("%s: left out %d of %d rows with prompts that are too long", name, len(too_long), total)
+            return dataset.select([row for row in range(total) if row not in too_long])
+        rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
+        remedies = []
+        if positions > longest:
+            remedies.append(f"lower max_completion_length to {positions - longest}")
+        if len(too_long) < total:
+            remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
+        raise UserError(
+            f"{len(too_long)} of {total} prompts of {name} are too long ({rows}). The context has {positions} tokens, "
+            f"so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
+            f"{', or '.join(remedies) or 'shorten the prompts'}"
+        )
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         if self.environment is None or dataset is None or isinstance(dataset, str):  # a string names a prepared one

@@ -14,7 +14,7 @@ import pytest
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trl_search.trainer.callbacks import progress
-from trl_search.trainer.callbacks.progress import StepLines, heading, show_steps, step_line, step_table
+from trl_search.trainer.callbacks.progress import StepLines, announce, show_steps, step_line, step_table
 
 
 def test_a_line_shows_what_was_logged():
@@ -120,5 +120,5 @@ def test_a_notebook_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_phase_has_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
-    heading("GRPO", "12 steps on [1,500] questions")
+    announce("GRPO", "12 steps on [1,500] questions")
     assert capsys.readouterr().out == "\n── GRPO: 12 steps on [1,500] questions\n"

@@ -41,15 +41,10 @@ SHOWN = {
 }
 
 
-def heading(phase: str, said: str) -> None:
-    """Prints the heading of a phase of the run."""
-    Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
-
-
 def announce(phase: str, said: str) -> None:
-    """[`heading`] on the main process only."""
+    """Prints the heading of a phase of the run, on the main process."""
     if PartialState().is_main_process:
-        heading(phase, said)
+        Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
 
 
 def show_steps(trainer: Trainer) -> None:
