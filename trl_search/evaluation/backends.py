@@ -112,7 +112,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
 
         model = adapter["base_model_name_or_path"]
         remedy = f"merge the adapter in {folder} into its base model, or use --backend transformers"
-        options = {**lora_options(supported_rank(PeftConfig.from_pretrained(folder), remedy)), **options}
+        options = {**lora_options(supported_rank(PeftConfig.from_pretrained(str(folder)), remedy)), **options}
         request = LoRARequest("policy", 1, str(folder.resolve()))
     engine = vllm.LLM(model=model, **options)
     dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
