@@ -207,7 +207,7 @@ def test_modes_and_sets_may_be_added(tmp_path):
     more = {**before["sets"], "popqa": {"asked": 1}}
     now = make_settings(modes=["search", "direct"], prompts={"direct": "x", "search": "y"}, sets=more)
     check_same(tmp_path, before, now)
-    with pytest.raises(UserError, match='dataset nq, fingerprint: "f" there, "g" now'):
+    with pytest.raises(UserError, match=r'sets\.nq\.fingerprint: "f" there, "g" now'):
         check_same(tmp_path, before, {**now, "sets": {**more, "nq": {**more["nq"], "fingerprint": "g"}}})
 
 

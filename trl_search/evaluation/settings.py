@@ -79,9 +79,7 @@ def prompts_of(
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """A hash of the settings that define the result."""
-    compared = {key: settings.get(key) for key in _COMPARED}
-    compared["retriever"] = _searched(settings["retriever"])
-    compared["sets"] = {name: _asked(one) for name, one in settings["sets"].items()}
+    compared = {**dict.fromkeys(_COMPARED), **_without_paths(settings)}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -121,24 +119,18 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     Raises:
         OtherSettings: with the settings that differ.
     """
-    told: list[str] = []
-    both = set(before["modes"]) & set(now.get("modes", before["modes"]))
-    for key in _COMPARED:
-        # A retriever is compared only if some mode searched before and some mode searches now.
-        if key in now and not (key == "retriever" and None in (before[key], now[key])):
-            old_and_new = (before.get(key), now[key])
-            if key == "retriever":
-                old_and_new = (_searched(before[key]), _searched(now[key]))
-            told += [
-                f"{name}: {_told_apart(old, new)}"
-                for name, old, new in differences(*old_and_new, key)
-                if key != "prompts" or name.removeprefix("prompts.") in both
-            ]
-    for name in (name for name in before["sets"] if name in now["sets"]):
-        told += [
-            f"dataset {name}, {key}: {_told_apart(old, new)}"
-            for key, old, new in differences(_asked(before["sets"][name]), _asked(now["sets"][name]))
-        ]
+    old, new = _without_paths(before), _without_paths(now)
+    for key in new.keys() & {"prompts", "sets"}:
+        both = old[key].keys() & new[key].keys()
+        old[key], new[key] = ({name: one[key][name] for name in sorted(both)} for one in (old, new))
+    # A retriever is compared only if some mode searched before and some mode searches now.
+    left_out = {"retriever"} if None in (before["retriever"], now["retriever"]) else set()
+    told = [
+        f"{name}: {_told_apart(*values)}"
+        for key in new
+        if key not in left_out
+        for name, *values in differences(old.get(key), new[key], key)
+    ]
     if told:
         raise OtherSettings(folder, "; ".join(told))
 
@@ -184,9 +176,11 @@ def _indexes(options: Any) -> Iterator[dict[str, Any]]:
             yield from _indexes(value)
 
 
-def _asked(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a set without its source, which may move."""
-    return {key: value for key, value in described.items() if key != "source"}
+def _without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that affect the result, without the paths of index and questions, which may move."""
+    sets = {name: {key: one[key] for key in one if key != "source"} for name, one in settings["sets"].items()}
+    affecting = {key: settings[key] for key in _COMPARED if key in settings}
+    return {**affecting, "retriever": _searched(settings["retriever"]), "sets": sets}
 
 
 def _searched(described: Mapping[str, Any] | None) -> Any:

@@ -100,13 +100,13 @@ def test_options_that_give_no_rates_are_refused_before_anything_is_asked(source,
 
 def test_answers_of_another_filtering_are_named_with_their_folder(source, monkeypatch, capsys):
     def differs(args: argparse.Namespace) -> int:
-        raise OtherSettings(Path(args.output), "dataset asked, asked: 36 there, 15 now")
+        raise OtherSettings(Path(args.output), "sets.asked.asked: 36 there, 15 now")
 
     monkeypatch.setattr("trl_search.cli.commands.eval.run", differs)
     output = source.with_name("out.jsonl")
     assert main(["data", "filter", str(source), "--model", "tiny", "--output", str(output)]) == USER_ERROR
     said = capsys.readouterr().err
-    assert f"{output}.asked holds answers from other settings (dataset asked, asked: 36 there, 15 now)" in said
+    assert f"{output}.asked holds answers from other settings (sets.asked.asked: 36 there, 15 now)" in said
     assert "remove that folder, or give another --output" in said
 
 

@@ -153,7 +153,7 @@ def test_other_settings_are_refused_and_nothing_is_overwritten(tmp_path, questio
     for change, difference in (
         (["--temperature", "0.7"], "sampling.temperature: 0.0 there, 0.7 now"),
         (["--max_turn_length", "50"], "agent.max_turn_length: 96 there, 50 now"),
-        (["--limit", "3"], "dataset nq, asked: 2 there, 3 now"),
+        (["--limit", "3"], "sets.nq.asked: 2 there, 3 now"),
         (["--dtype", "bfloat16"], 'dtype: "float32" there, "bfloat16" now'),
     ):
         assert main([*command, *change]) == 2
