@@ -92,14 +92,14 @@ def finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
 
 def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
     """The error for a request that the server would reject again, with the server's message and the remedy."""
-    if "context length" in said or "max_model_len" in said:
-        remedy = f"start it with --max-model-len {needed} or more, or lower max_completion_length"
-    elif "does not exist" in said:
-        remedy = f"start it with {model}, or with --served-model-name {model}"
-    elif "logprobs" in said:
-        remedy = "start it with --max-logprobs -1"
-    elif "vocabulary" in said:
-        remedy = "it serves a model with another tokenizer: start it with the model that is trained"
-    else:
-        remedy = "check its settings with `trl-search doctor --server`"
+    longer = f"start it with --max-model-len {needed} or more, or lower max_completion_length"
+    remedies = {
+        "context length": longer,
+        "max_model_len": longer,
+        "does not exist": f"start it with {model}, or with --served-model-name {model}",
+        "logprobs": "start it with --max-logprobs -1",
+        "vocabulary": "it serves a model with another tokenizer: start it with the model that is trained",
+        "": "check its settings with `trl-search doctor --server`",
+    }
+    remedy = next(remedy for words, remedy in remedies.items() if words in said)
     return UserError(f"the vLLM server at {base_url} rejected a request ({said}): {remedy}")

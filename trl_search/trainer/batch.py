@@ -206,13 +206,12 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
         return
     searches = [error for reason, error in failed if reason is StopReason.RETRIEVAL_FAILED]
     others = [error for reason, error in failed if reason is not StopReason.RETRIEVAL_FAILED]
-    mostly, rarely = ("retrieval", searches), ("the environment", others)
-    if len(others) > len(searches):
-        mostly, rarely = rarely, mostly
-    also = f" and {rarely[0]} for {len(rarely[1])}, together" if rarely[1] else ","
-    raise (RetrievalError if mostly[1] is searches else UserError)(
-        f"{mostly[0]} failed for {len(mostly[1])} of {len(outcomes)} trajectories{also} more than "
-        f"max_failed_share={max_failed_share}; the first error: {mostly[1][0]}"
+    kinds = [("retrieval", searches, RetrievalError), ("the environment", others, UserError)]
+    (what, errors, kind), (less, rarer, _) = sorted(kinds, key=lambda one: -len(one[1]))
+    also = f" and {less} for {len(rarer)}, together" if rarer else ","
+    raise kind(
+        f"{what} failed for {len(errors)} of {len(outcomes)} trajectories{also} more than "
+        f"max_failed_share={max_failed_share}; the first error: {errors[0]}"
     )
 
 

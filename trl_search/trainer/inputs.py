@@ -66,12 +66,11 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
     """Replaces names with functions, which get the settings they declare. A name with a slash, a hub id or a folder,
     is a reward model, which TRL loads."""
     listed = listed_rewards(specs)
-    is_model = [isinstance(spec, str) and "/" in spec for spec in listed]
-    others = [spec for spec, model in zip(listed, is_model, strict=True) if not model]
+    models = [spec for spec in listed if isinstance(spec, str) and "/" in spec]
+    others = [spec for spec in listed if spec not in models]
     functions = resolve_rewards(others) if others or not listed else []
-    for spec, model in zip(listed, is_model, strict=True):
-        if model:
-            check_model(spec, trust_remote_code=args.trust_remote_code)
+    for name in models:
+        check_model(name, trust_remote_code=args.trust_remote_code)
     for reward in filter(reads_first_message, functions):
         logger.warning(
             "%s reads only the first message of a completion, which is a search agent's first call. To score the last "
@@ -80,7 +79,7 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
             reward.__name__,
         )
     left = (checked(with_settings(reward, args)) for reward in functions)
-    return [spec if model else next(left) for spec, model in zip(listed, is_model, strict=True)]
+    return [spec if spec in models else next(left) for spec in listed]
 
 
 def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: Any = None) -> PreTrainedTokenizerBase:

@@ -72,19 +72,18 @@ def draw_curves(folder: Path, path: Path) -> Path:
 def sheet(charts: Sequence[Chart], *, title: str = "") -> Figure:
     """Charts side by side on one figure."""
     if not charts:
-        figure = _new_figure(6.4, 2.0)
+        figure = _new_figure(6.4, 2.0, "")
         figure.text(0.5, 0.5, "Nothing is logged yet.", ha="center", va="center", color=FAINT)
         return figure
     columns = min(3 if len(charts) <= 9 else 4, len(charts))
     rows = math.ceil(len(charts) / columns)
-    figure = _new_figure(6.4, 4.0) if len(charts) == 1 else _new_figure(4.9 * columns, 3.2 * rows + 0.3)
+    width, height = (6.4, 4.0) if len(charts) == 1 else (4.9 * columns, 3.2 * rows + 0.3)
+    figure = _new_figure(width, height, title)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(charts) :]:
         axis.remove()
     for axis, chart in zip(axes, charts, strict=False):
         _draw_chart(axis, chart)
-    if title:
-        figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
     return figure
 
 
@@ -92,11 +91,9 @@ def reflection_figure(found: Sequence[ReflectionPoint], correlation: Correlation
     """The reflection figure of Seungyoun Shin's reproduction of Search-R1 (June 2025): one point per checkpoint, with
     its average EM over its share of reflective trajectories, and the correlation below."""
     ratio, em = [point.ratio for point in found], [point.em for point in found]
-    figure = _new_figure(6.4, 4.6)
+    figure = _new_figure(6.4, 4.6, title)
     text = "\n".join(textwrap.fill(line, 92) for line in words(found, correlation))
     figure.supxlabel(text, fontsize=8.5, color=INK, x=0.012, ha="left", linespacing=1.45)
-    if title:
-        figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
     axis = figure.subplots()
     steps = [point.step for point in found]
     dots = axis.scatter(ratio, em, c=steps, cmap="viridis_r", s=36, edgecolor="white", linewidth=0.6, zorder=3)
@@ -195,7 +192,7 @@ def _whole_steps(axis: object) -> None:
     axis.set_major_locator(MaxNLocator(nbins=7, integer=True))  # type: ignore[attr-defined]
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -203,6 +200,8 @@ def _new_figure(width: float, height: float) -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=9, color=FAINT, x=0.012, ha="left")
     return figure
 
 
