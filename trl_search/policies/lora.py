@@ -14,6 +14,8 @@ from trl_search.common.errors import UserError
 
 # The values of max_lora_rank that vLLM accepts.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# The initialisations of PEFT that leave the base weights as they are.
+_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def lora_options(rank: int) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def supported_rank(config: PeftConfig, remedy: str) -> int:
         "rank_pattern": bool(getattr(config, "rank_pattern", None)),
         "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
         # PiSSA, OLoRA, LoftQ and similar methods change the base weights, but vLLM loads the original ones.
-        "init_lora_weights": getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"),
+        "init_lora_weights": getattr(config, "init_lora_weights", True) not in _LEAVE_THE_BASE,
         "peft_type": config.peft_type != "LORA",
     }
     found = [name for name, is_set in unsupported.items() if is_set]

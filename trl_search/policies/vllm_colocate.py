@@ -13,11 +13,10 @@ from __future__ import annotations
 import queue
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from trl_search.policies.engine_thread import EngineThread, Request
-from trl_search.policies.vllm_completions import finish_reason
+from trl_search.policies.vllm_completions import finish_reason, sampling_parameters
 from trl_search.types import Completion, FinishReason
 
 # The engine releases the GIL at each of the hundred operations of a step. If the event loop wants it too, the engine
@@ -122,18 +121,10 @@ def _params(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    how = {**asdict(request.sampling), "seed": request.sampling.seed & (2**63 - 1)}  # vLLM's seeds are signed
     return SamplingParams(
-        **how,
-        max_tokens=request.max_tokens,
-        stop=list(request.stop),
-        stop_token_ids=sorted(request.stop_token_ids),
+        **sampling_parameters(request.max_tokens, request.sampling, request.stop, request.stop_token_ids),
         # Only stop strings need text.
         detokenize=bool(request.stop),
-        # A stop string may be a special token.
-        skip_special_tokens=False,
-        spaces_between_special_tokens=False,
-        logprobs=0,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -16,7 +16,7 @@ temperature.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,19 +40,28 @@ def format_request(
     return {
         "model": model,
         "prompt": list(prompt_ids),
-        "max_tokens": max_tokens,
-        **asdict(sampling),  # vLLM uses the same names
+        **sampling_parameters(max_tokens, sampling, stop, stop_token_ids),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "seed": sampling.seed & _MAX_SEED,  # vLLM's seeds are signed 64-bit integers, and -1 means no seed
-        "stop": list(stop),
-        "stop_token_ids": list(stop_token_ids),
         "include_stop_str_in_output": True,
-        "skip_special_tokens": False,
+        "return_token_ids": True,
+    }
+
+
+def sampling_parameters(
+    max_tokens: int, sampling: Sampling, stop: Sequence[str], stop_token_ids: Iterable[int]
+) -> dict[str, Any]:
+    """The parameters of one turn that a server and an engine in this process take under the same names."""
+    return {
+        **asdict(sampling),  # vLLM uses the same names
+        "seed": sampling.seed & _MAX_SEED,  # vLLM's seeds are signed 64-bit integers, and -1 means no seed
+        "max_tokens": max_tokens,
+        "stop": list(stop),
+        "stop_token_ids": sorted(stop_token_ids),
+        "skip_special_tokens": False,  # a stop string may be a special token
         "spaces_between_special_tokens": False,
         "logprobs": 0,  # only those of the sampled tokens
-        "return_token_ids": True,
     }
 
 
