@@ -260,6 +260,12 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 f"search_floor_steps={self.search_floor_steps} gives no reward without a search, but max_searches=0 "
                 "permits none: leave one of them out"
             )
-        if self.refill_groups > 0 or self.curriculum != "none":
-            asked = f"refill_groups={self.refill_groups}" if self.refill_groups else f"curriculum={self.curriculum}"
-            check_whole_groups(self, f"{asked} replaces whole groups")
+        if self.chooses_questions:
+            check_whole_groups(self, f"{self.chooses_questions} replaces whole groups")
+
+    @property
+    def chooses_questions(self) -> str:
+        """The key and value that draw questions beyond those of TRL's sampler; empty if there are none."""
+        if self.refill_groups:
+            return f"refill_groups={self.refill_groups}"
+        return "" if self.curriculum == "none" else f"curriculum={self.curriculum}"

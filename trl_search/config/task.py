@@ -151,25 +151,20 @@ def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, se
         searches (`bool`): Whether the environment takes a retriever; if not, none is opened.
         evidence (`bool`): Whether training questions include the passages with their answers, if these are known.
     """
-    searched = searched_of(arguments)
+    searched, held_out = searched_of(arguments), None
+    train_limit, limit, fields = arguments.max_train_questions, arguments.max_eval_questions, arguments.fields
     if arguments.questions == WORLD:
         world = searched.world or generate_world(arguments.world_passages, arguments.world_seed)
-        train = _sample(_as_dataset(world.questions("train")), arguments.max_train_questions, seed)
+        train = _sample(_as_dataset(world.questions("train")), train_limit, seed)
         # The world's three types of questions count as one set, so that averages do not weight them equally.
-        tested = _as_dataset(world.questions("test"), data_source=arguments.questions)
-        held_out = _sample(tested, arguments.max_eval_questions, seed)
-        return Task(train, held_out, searched.load() if searches else None)
-    names = set_names(arguments.eval_questions)
-    limit, fields = arguments.max_eval_questions, arguments.fields
-    train = load_questions(
-        arguments.questions,
-        limit=arguments.max_train_questions,
-        seed=seed,
-        exclude=names,
-        fields=fields,
-        evidence=evidence,
-    )
-    held_out = load_held_out(names, limit=limit, seed=seed, fields=fields) if names else None
+        held_out = _sample(_as_dataset(world.questions("test"), data_source=WORLD), limit, seed)
+    else:
+        names = set_names(arguments.eval_questions)
+        train = load_questions(
+            arguments.questions, limit=train_limit, seed=seed, exclude=names, fields=fields, evidence=evidence
+        )
+        if names:
+            held_out = load_held_out(names, limit=limit, seed=seed, fields=fields)
     return Task(train, held_out, searched.load() if searches else None)
 
 

@@ -186,15 +186,16 @@ def question_choice_of(trainer: Any) -> QuestionChoice | None:
         UserError: for settings that are incompatible with it.
     """
     args = trainer.args
-    if not getattr(args, "refill_groups", 0) and getattr(args, "curriculum", "none") == "none":
+    asked = getattr(args, "chooses_questions", "")  # a plain GRPOConfig has no such key
+    if not asked:
         return None
     if trainer.environment is None:
-        raise UserError(f"{asked_for(args)} needs our rollouts: give a retriever or an environment, or leave it out")
+        raise UserError(f"{asked} needs our rollouts: give a retriever or an environment, or leave it out")
     sharded = trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     models = [function for function in trainer.reward_funcs if isinstance(function, torch.nn.Module)]
     if args.refill_groups and models and sharded:
         raise UserError(
-            f"{asked_for(args)} scores a different number of groups on each rank, but the forward pass of a sharded "
+            f"{asked} scores a different number of groups on each rank, but the forward pass of a sharded "
             "reward model waits for all ranks: serve the reward model and call it from a function, or leave "
             "refill_groups out"
         )
@@ -212,20 +213,16 @@ def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
             f"a batch has {groups} questions (trajectories of all processes / num_generations), but there are only "
             f"{len(dataset)}: give more questions, or make per_device_train_batch_size × steps_per_generation smaller"
         )
-    if not args.refill_groups and args.curriculum == "none":
+    asked = args.chooses_questions
+    if not asked:
         return
     if not isinstance(dataset, Dataset):
         raise UserError(
-            f"{asked_for(args)} draws questions at random, which {type(dataset).__name__} does not allow: load the "
+            f"{asked} draws questions at random, which {type(dataset).__name__} does not allow: load the "
             "questions with streaming=False, or leave it out"
         )
     if len(dataset) <= groups:
         raise UserError(
-            f"{asked_for(args)} needs more questions than the {groups} of a batch, but there are {len(dataset)}: "
+            f"{asked} needs more questions than the {groups} of a batch, but there are {len(dataset)}: "
             "give more, or leave it out"
         )
-
-
-def asked_for(args: SearchGRPOConfig) -> str:
-    """The key and value that enable it, for messages."""
-    return f"refill_groups={args.refill_groups}" if args.refill_groups else f"curriculum={args.curriculum}"
