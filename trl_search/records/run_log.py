@@ -61,7 +61,7 @@ class RunLog(TrainerCallback):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         before: dict[str, Any] = {}
         if state.global_step:
-            before = _object(folder / RUN_FILE)
+            before = _parsed((folder / RUN_FILE).read_bytes()) if (folder / RUN_FILE).is_file() else {}
             cut_back(folder, state.global_step, state.log_history)
         else:
             put_aside(folder)
@@ -177,7 +177,3 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return _parsed(path.read_bytes()) if path.is_file() else {}

@@ -25,7 +25,7 @@ from trl_search.records.folder import Run
 from trl_search.records.report.charts import alarms_of, charts_of, run_names
 from trl_search.records.report.reflection import any_reflection, correlate, reflection_points, words
 from trl_search.records.report.summary import call_words, facts_of, headline
-from trl_search.records.report.trajectories import PageTrajectories, page_trajectories
+from trl_search.records.report.trajectories import PageTrajectories, page_trajectories, short_number
 
 MAX_TRAJECTORIES = 2000
 # Every page has this mark in its head. Only files with the mark are overwritten.
@@ -140,7 +140,7 @@ def _meta(runs: Sequence[Run], names: Sequence[str], trajectories: PageTrajector
 def _rounded(chart: dict[str, Any]) -> dict[str, Any]:
     for line in chart["lines"]:
         for name in ("values", "mean"):
-            line[name] = [value if value is None else float(f"{value:.6g}") for value in line[name]]
+            line[name] = list(map(short_number, line[name]))
     return chart
 
 

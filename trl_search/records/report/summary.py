@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
@@ -140,7 +141,7 @@ def _model_fact(run: Run) -> Fact | None:
     if not isinstance(model, str):
         return None
     searched = [value for value in (run.info.get("protocol"), run.task.get("retriever")) if isinstance(value, str)]
-    return Fact("Model", _last_part(model), " · ".join(searched))
+    return Fact("Model", Path(model).name, " · ".join(searched))
 
 
 def _recipe_fact(run: Run) -> Fact | None:
@@ -155,7 +156,7 @@ def _recipe_fact(run: Run) -> Fact | None:
     named = [] if command is None else words[words.index(command) + 1 :][:1]
     started = str(run.info.get("started_at", ""))[:16].replace("T", " ")
     note = f"started {started}" if started else ""
-    return Fact("Recipe", _last_part(named[0]).removesuffix(".yaml"), note) if named else None
+    return Fact("Recipe", Path(named[0]).name.removesuffix(".yaml"), note) if named else None
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -182,10 +183,6 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _last_part(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _capital(text: str) -> str:

@@ -139,7 +139,7 @@ def _add(
 ) -> None:
     rows["run"].append(run)
     for name in NUMBERS:
-        rows[name].append(_number(row[name]))
+        rows[name].append(short_number(row[name]))
     for name in TEXTS:
         rows[name].append(row[name] or "")
     golden = [answer for answer in row["golden_answers"] or [] if answer is not None]
@@ -155,7 +155,7 @@ def _add(
     rows["trained"].append(sum(row["mask"]))
     rows["masked"].append(len(row["mask"]) - sum(row["mask"]))
     rows["prompt"].append(prompts.setdefault(row["prompt"] or "", len(prompts)))
-    rows["rewards"].append([_number(row.get(REWARD_PREFIX + name)) for name in rewards])
+    rows["rewards"].append([short_number(row.get(REWARD_PREFIX + name)) for name in rewards])
     rows["text"].append("".join(row["tokens"]))
 
 
@@ -176,7 +176,8 @@ def _left_out(kept: int, total: int, kept_steps: int, steps: int) -> str:
     return f"{kept:,} of {total:,} trajectories are here: {kept_steps:,} of {steps:,} steps, from oldest to newest"
 
 
-def _number(value: Any) -> float | int | None:
+def short_number(value: Any) -> float | int | None:
+    """The value with six digits; `None` for a number that is not finite."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
