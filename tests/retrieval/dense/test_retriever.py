@@ -237,6 +237,22 @@ def test_a_published_index_and_corpus_open_unchanged(
     assert (tmp_path / "wiki-18.jsonl.offsets.npy").stat().st_mtime_ns == made
 
 
+def test_a_published_index_of_one_byte_rows_opens(
+    tmp_path: Path, checkpoint: Path, random_world: list[Passage]
+) -> None:
+    """Its codes were compared with vectors, so the right encoder was refused."""
+    encoder = load_encoder(checkpoint, device="cpu")
+    path, corpus = publish(tmp_path, random_world, encoder)
+    exact = faiss.read_index(str(path))
+    vectors = exact.reconstruct_n(0, exact.ntotal)
+    index = faiss.index_factory(encoder.dim, "SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(path))
+    retriever = load_retriever("dense", faiss_file=path, corpus=corpus, encoder=encoder, device="cpu")
+    assert retriever.search([random_world[7].text], k=1)[0]
+
+
 def test_a_published_index_of_another_encoder_or_corpus_is_refused(
     tmp_path: Path, checkpoint: Path, random_world: list[Passage]
 ) -> None:

@@ -4,7 +4,7 @@ plans.py         the words, and what each costs
 build.py         vectors in, one FAISS file out, in slices
 calibrate.py     recall@3 against exact search, and the setting that reaches it
 open.py          a file becomes a `VectorSearch`, on CPU or GPUs
-search.py        `VectorSearch`; FAISS on CPU, and batches in the rows of its files
+search.py        `VectorSearch`; FAISS on CPU
 exact.py         exact search by torch; gpu.py, gpu_kernel.py: on GPUs
 faiss_setup.py   the one import of FAISS
 

@@ -27,11 +27,9 @@ from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 from trl_search.retrieval.dense.vectors.plans import TRAINING_ROWS, factory_of, list_count, plan
 from trl_search.retrieval.dense.vectors.search import (
     FaissSearch,
-    SlicedSearch,
     available_ram_bytes,
     gb,
     read_faiss,
-    stored_rows,
 )
 
 VECTORS, ABOUT = "vectors.index", "vectors.json"
@@ -59,7 +57,7 @@ def build_vectors(
         target_recall (`float`): recall@3 against exact search that the settings must reach.
 
     Returns:
-        `dict`: the content of `vectors.json`: word, factory, dim, count, max_norm, settings, recall_at_3, build_s, ...
+        `dict`: the content of `vectors.json`: word, factory, dim, count, settings, recall_at_3, build_s, ...
     """
     _check(vectors_ND, index)
     started = time.perf_counter()
@@ -67,20 +65,17 @@ def build_vectors(
     factory = factory_of(index, len(vectors_ND))
     made = faiss_module().index_factory(vectors_ND.shape[1], factory, faiss_module().METRIC_INNER_PRODUCT)
     _train(made, vectors_ND, index, seed)
-    max_norm = _WRITERS.get(index, _write_rows)(path, made, vectors_ND)
+    _WRITERS.get(index, _write_rows)(path, made, vectors_ND)
     del made
 
     truth = find_truth(vectors_ND, make_queries(vectors_ND, seed))
     opened = read_faiss(path)
-    rows = stored_rows(path, opened)
-    sliced = SlicedSearch(opened, rows, max_norm) if rows is not None and rows.dtype != np.float32 else None
-    settings, recall = calibrate(index, sliced or FaissSearch(opened), opened, vectors_ND, truth, target_recall)
+    settings, recall = calibrate(index, FaissSearch(opened), opened, vectors_ND, truth, target_recall)
     about = {
         "word": index,
         "factory": factory,
         "dim": int(vectors_ND.shape[1]),
         "count": len(vectors_ND),
-        "max_norm": max_norm,
         **settings,
         "recall_at_3": round(recall, 4),
         "seed": seed,
@@ -123,7 +118,7 @@ def _train(made: Any, vectors_ND: np.ndarray, word: str, seed: int) -> None:
     made.train(sample)
 
 
-def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
+def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> None:
     """flat, fp16, int8: the whole file is streamed."""
     faiss = faiss_module()
     # FAISS counts the rows of a flat index in floats, and those of all others in bytes.
@@ -132,10 +127,10 @@ def _write_rows(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
     with open(path, "wb") as file:
         file.write(faiss.serialize_index(made).tobytes()[: -_LENGTH.size])
         made.ntotal = 0
-        return _append_codes(file, made, vectors_ND, unit)
+        _append_codes(file, made, vectors_ND, unit)
 
 
-def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
+def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> None:
     """small, small-ivf: the bits are built in memory; the rows that refine them are streamed."""
     faiss = faiss_module()
     base, refine = made.base_index, faiss.downcast_index(made.refine_index)
@@ -150,41 +145,31 @@ def _write_refined(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
         end = file.read()
         file.seek(-len(end), os.SEEK_END)
         file.truncate()
-        max_norm = _append_codes(file, refine, vectors_ND, 1)
+        _append_codes(file, refine, vectors_ND, 1)
         file.write(end[_LENGTH.size :])
-    return max_norm
 
 
-def _write_graph(path: Path, made: Any, vectors_ND: np.ndarray) -> float:
+def _write_graph(path: Path, made: Any, vectors_ND: np.ndarray) -> None:
     for slice_ND in tqdm(slices(vectors_ND), desc="graph", disable=None):
         made.add(slice_ND)
     faiss_module().write_index(made, str(path))
-    return _max_norm(vectors_ND)
 
 
-_WRITERS: dict[str, Callable[[Path, Any, np.ndarray], float]] = {
+_WRITERS: dict[str, Callable[[Path, Any, np.ndarray], None]] = {
     "small": _write_refined,
     "small-ivf": _write_refined,
     "hnsw": _write_graph,
 }
 
 
-def _append_codes(file: Any, made: Any, vectors_ND: np.ndarray, unit: int) -> float:
-    """Writes the length of all codes, then the codes. Returns the largest norm of the stored rows."""
-    longest = 0.0
+def _append_codes(file: Any, made: Any, vectors_ND: np.ndarray, unit: int) -> None:
+    """Writes the length of all codes, then the codes."""
     file.write(_LENGTH.pack(len(vectors_ND) * made.sa_code_size() // unit))
     total = -(-len(vectors_ND) // 65_536)
     for slice_ND in tqdm(slices(vectors_ND), desc="rows", total=total, disable=None):
         codes = made.sa_encode(slice_ND)
-        stored = slice_ND if unit == 4 else made.sa_decode(codes)
-        longest = max(longest, float(np.linalg.norm(stored, axis=1).max()))
-        if longest == np.inf:
+        if not np.isfinite(made.sa_decode(codes)).all():
             raise UserError(
                 f"vectors hold numbers beyond what {made.__class__.__name__} stores; normalise them, or use 'flat'"
             )
         file.write(codes.tobytes())
-    return longest
-
-
-def _max_norm(vectors_ND: np.ndarray) -> float:
-    return max(float(np.linalg.norm(slice_ND, axis=1).max()) for slice_ND in slices(vectors_ND))

@@ -1,4 +1,4 @@
-"""Exact search with torch over rows stored as fp16 or bytes: on GPUs, and on CPU for batches.
+"""Exact search with torch: over fp16 rows on GPUs, and over passages in memory on CPU.
 
 Every row is scored, but only the k best are needed, and storing all B x N scores would cost more than computing them.
 So rows form groups of 64 neighbours, and only the highest score of each group is stored:
@@ -11,9 +11,6 @@ few more groups than k are fetched, and a result is accepted if its k-th score e
 *not* fetched by more than the bound. If it does not (the corpus holds many near-duplicates), every row is scored in
 fp32 for that query. So the results equal those of an fp32 search over the stored rows, with ties in order of the rows.
 Compared with rows stored as fp32, recall@3 is .9997 for fp16 (`benchmarks/vector_index.py`).
-
-A row of bytes stands for `offset + scale * code`, with an offset and a scale per dimension. The query is multiplied by
-the scale once, so that it can be multiplied with the codes directly; the offset adds one number per query.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ def top_rows(
     """The `k` best rows of each query: scores (B, k) float32 and rows (B, k) int64, ties by row. `1 <= k <= N`.
 
     Args:
-        rows_ND (`torch.Tensor`): Stored rows: float32, float16 or uint8, on any device.
+        rows_ND (`torch.Tensor`): Stored rows: float32 or float16, on any device.
         queries_BD (`torch.Tensor`): float32, on the same device.
         max_norm (`float`): The largest norm of a row.
         kernels (`Kernels`, *optional*): By default the torch implementations.

@@ -23,7 +23,6 @@ from trl_search.retrieval.dense.vectors.gpu import check_gpu_memory, free_gpu_by
 from trl_search.retrieval.dense.vectors.plans import plan
 from trl_search.retrieval.dense.vectors.search import (
     FaissSearch,
-    SlicedSearch,
     VectorSearch,
     available_ram_bytes,
     gb,
@@ -72,7 +71,7 @@ def open_vectors(
         )
     apply_settings(index, {name: about[name] for name in _SETTINGS if name in about})
     _apply_given(path, index, nprobe, ef_search)
-    return _place(path, index, device, gpu_engine, max_norm=about["max_norm"])
+    return _place(path, index, device, gpu_engine)
 
 
 def open_faiss_file(
@@ -118,7 +117,7 @@ def open_faiss_file(
         logger.info("%s: %d lists, nprobe %d of them are searched%s", path, ivf.nlist, ivf.nprobe, measured)
     if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         raise UserError(f"{path} has FAISS metric {index.metric_type}; only inner product and L2 are supported")
-    return _place(path, index, device, gpu_engine, max_norm=None)
+    return _place(path, index, device, gpu_engine)
 
 
 def _apply_given(path: Path, index: Any, nprobe: int | None, ef_search: int | None) -> None:
@@ -156,7 +155,7 @@ def _is_graph(path: Path) -> bool:
         return file.read(3) == b"IHN"  # an HNSW file of FAISS begins with IHNf, IHNs, ...
 
 
-def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: float | None) -> VectorSearch:
+def _place(path: Path, index: Any, device: str, gpu_engine: str) -> VectorSearch:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is 'auto', 'cpu' or 'cuda', not {device!r}")
     if gpu_engine not in ("torch", "faiss"):
@@ -169,7 +168,8 @@ def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: fl
         require_faiss_gpu()
         device = "cuda"
     rows = stored_rows(path, index)
-    exact = rows is not None and rows.dtype != np.uint8 and index.metric_type == faiss_module().METRIC_INNER_PRODUCT
+    faiss = faiss_module()
+    exact = rows is not None and index.metric_type == faiss.METRIC_INNER_PRODUCT
     free = free_gpu_bytes() if device != "cpu" else []
     if device == "cuda":
         if not free:
@@ -180,17 +180,15 @@ def _place(path: Path, index: Any, device: str, gpu_engine: str, *, max_norm: fl
         logger.info("%s: %s rows to GPU memory as fp16", path, f"{len(rows):,}")
         return open_with_faiss(rows) if gpu_engine == "faiss" else open_on_gpus(rows)
     size = path.stat().st_size
-    if rows is not None and size > available_ram_bytes():
+    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer) and size > available_ram_bytes():
         logger.warning(
             "each search reads all of %s (%s), and memory holds %s: searches will wait for the disk; index 'small' "
             "needs %s",
             path,
             gb(size),
             gb(available_ram_bytes()),
-            gb(plan("small", len(rows), rows.shape[1]).ram_bytes),
+            gb(plan("small", int(index.ntotal), int(index.d)).ram_bytes),
         )
-    if rows is not None and rows.dtype != np.float32 and max_norm is not None:
-        return SlicedSearch(index, rows, max_norm)
     return FaissSearch(index)
 
 

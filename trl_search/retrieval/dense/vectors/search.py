@@ -1,4 +1,4 @@
-"""`VectorSearch`, the interface of an open vector index, and the two implementations on CPU.
+"""`VectorSearch`, the interface of an open vector index, and `FaissSearch` on CPU.
 
 Scores are inner products; the highest is the best. Rows come best first, equal scores in order of the rows. Missing
 rows are -1 with score -inf. Batches and threads change the last bits of a score, so copies of a vector can swap
@@ -16,10 +16,7 @@ import psutil
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
-from trl_search.retrieval.dense.vectors.exact import top_rows
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
-
-_SLICED_BATCH = 8
 
 
 class VectorSearch(abc.ABC):
@@ -99,14 +96,12 @@ def read_faiss(path: Path) -> Any:
 
 
 def stored_rows(path: Path, index: Any) -> np.ndarray | None:
-    """The rows of a flat or scalar-quantised FAISS file, mapped from its end. `None` for every other type."""
+    """The rows of a FAISS file of fp32 or fp16 vectors, mapped from its end. `None` for every other type."""
     faiss = faiss_module()
     if isinstance(index, faiss.IndexFlat):
         dtype: type = np.float32
     elif type(index) is faiss.IndexScalarQuantizer and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
         dtype = np.float16
-    elif type(index) is faiss.IndexScalarQuantizer and index.sq.qtype == faiss.ScalarQuantizer.QT_8bit:
-        dtype = np.uint8
     else:
         return None
     shape = (int(index.ntotal), int(index.d))
@@ -115,35 +110,6 @@ def stored_rows(path: Path, index: Any) -> np.ndarray | None:
         return None
     # Copy on write, because torch expects a writable array. Nothing writes to it.
     return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
-
-
-class SlicedSearch(FaissSearch):
-    """fp16 or one-byte rows on CPU. FAISS compares such rows query by query. For a batch, products of slices
-    (`exact.py`) are several times faster, so they are used from 8 queries on. Scores differ in the last bits, as
-    between any two batch sizes."""
-
-    def __init__(self, index: Any, rows: np.ndarray, max_norm: float) -> None:
-        super().__init__(index)
-        self._rows, self._max_norm = rows, max_norm
-        self._affine: tuple[np.ndarray, np.ndarray] | None = None
-        if rows.dtype == np.uint8:
-            low, width = faiss_module().vector_to_array(index.sq.trained).reshape(2, -1)
-            self._affine = low + width / 510, width / 255
-
-    def _search(self, queries_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if len(queries_BD) < _SLICED_BATCH or self.index is None:  # the base class raises if the index is closed
-            return super()._search(queries_BD, k)
-        import torch
-
-        added: np.ndarray | float = 0.0
-        longest = self._max_norm
-        if self._affine is not None:
-            offset, scale = self._affine
-            added = (queries_BD.astype(np.float64) @ offset.astype(np.float64))[:, None].astype(np.float32)
-            queries_BD = queries_BD * scale
-            longest = 255 * float(np.sqrt(self.dim))
-        scores, rows = top_rows(torch.from_numpy(self._rows), torch.from_numpy(queries_BD), k, max_norm=longest)
-        return scores.numpy() + added, rows.numpy()
 
 
 def available_ram_bytes() -> int:
