@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trl_search.records.alarm_rules import HALF, SETTLED, Halved, NeverScored, NotFinite, Rule
 from trl_search.records.folder import read_run
 from trl_search.trainer.callbacks.alarms import RULES, Watch, is_training_log
 
@@ -69,6 +71,24 @@ def first_alarms(history: Sequence[dict[str, Any]]) -> dict[str, tuple[int, str]
             if what:
                 first.setdefault(name, (row["step"], what))
     return first
+
+
+def condition(rule: Rule) -> str:
+    """When a rule fires, in words: a column of docs/monitoring.md."""
+    if isinstance(rule, NotFinite):
+        return "not a finite number, in one log"
+    if isinstance(rule, NeverScored):
+        return f"0 in the first {SETTLED} logs, until a rollout scores"
+    if isinstance(rule, Halved):
+        highest = "its highest (or its value before training)"
+        return f"whole 95 % interval below {HALF:g}× {highest}, in one log, if that is at least {rule.worth:g}"
+    if rule.rises is not None:
+        said = f"above {rule.beyond:g}" + (f" and {rule.rises:g}× its lowest" if rule.rises else "")
+    else:
+        said = f"below {rule.falls:g}× its highest"
+        said += f" and {rule.beyond:g}" if math.isfinite(rule.beyond) else ""
+        said += f", if its highest is at least {rule.worth:g}" if rule.worth else ""
+    return said + (", unless the reward is at its best" if rule.unless_solved else "")
 
 
 def table(histories: dict[str, list[dict[str, Any]]]) -> str:

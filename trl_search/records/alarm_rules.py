@@ -74,17 +74,6 @@ class Rule:
     drift: bool = False
     at_once: bool = False
 
-    @property
-    def condition(self) -> str:
-        """When the rule fires, in words."""
-        if self.rises is not None:
-            said = f"above {self.beyond:g}" + (f" and {self.rises:g}× its lowest" if self.rises else "")
-        else:
-            said = f"below {self.falls:g}× its highest"
-            said += f" and {self.beyond:g}" if math.isfinite(self.beyond) else ""
-            said += f", if its highest is at least {self.worth:g}" if self.worth else ""
-        return said + (", unless the reward is at its best" if self.unless_solved else "")
-
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         """What happened, in words; empty if the rule does not fire."""
         level = levels.get(self.metric)
@@ -99,27 +88,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class NotFinite(Rule):
-    """Fires on a single log in which a metric is not finite."""
-
-    metrics: tuple[str, ...] = ()
-
-    @property
-    def condition(self) -> str:
-        return "not a finite number, in one log"
+    """Fires on a single log in which one of the metrics in `metric`, separated by commas, is not finite."""
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         # TRL logs `None` for a metric of which all values were NaN.
-        broken = [name for name in self.metrics if name in row and not is_number(row[name])]
+        broken = [name for name in self.metric.split(", ") if name in row and not is_number(row[name])]
         return f"{', '.join(broken)}: not a finite number" if broken else ""
 
 
 @dataclass(frozen=True)
 class NeverScored(Rule):
     """Fires from the third log on until a rollout scores. Such a run has no signal, but has not collapsed."""
-
-    @property
-    def condition(self) -> str:
-        return f"0 in the first {SETTLED} logs, until a rollout scores"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         level, spread = levels.get(self.metric), levels.get(f"{self.metric}_std")
@@ -133,11 +112,6 @@ class Halved(Rule):
     """Fires on a single evaluation that is significantly below half of the best one."""
 
     upper: str = ""  # the metric with the upper end of the 95 % interval
-
-    @property
-    def condition(self) -> str:
-        highest = "its highest (or its value before training)"
-        return f"whole 95 % interval below {HALF:g}× {highest}, in one log, if that is at least {self.worth:g}"
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         if self.upper not in row or not is_number(row[self.upper]):
@@ -157,7 +131,6 @@ RULES: tuple[Rule, ...] = (
         "not_finite", "loss, grad_norm, entropy, kl",
         "an update was not finite and was skipped (three in a row stop the run)",
         "go back to a checkpoint; lower learning_rate or max_grad_norm, train in bf16 instead of fp16",
-        metrics=("loss", "grad_norm", "entropy", "kl"),
     ),
     NeverScored(
         "never_rewarded", "reward", "no rollout has scored, so there is nothing to learn from",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from benchmarks.alarms import HISTORIES, first_alarms, table
+from benchmarks.alarms import HISTORIES, condition, first_alarms, table
 from tests.support.scripted_trainer import scripted_trainer, steps
 from trl_search.trainer.callbacks.alarms import DRIFT, RULES, STOP_AFTER, WINDOW, CollapseAlarm, Watch, is_training_log
 from trl_search.trainer.callbacks.progress import step_line
@@ -154,7 +154,7 @@ def test_each_alarm_fires_on_its_metric_and_names_it(rule):
     assert find_collapse([GOOD] * 20) == {}
     found = find_collapse([GOOD] * 20 + [{**GOOD, **COLLAPSED[rule.name]}] * (1 if rule.at_once else WINDOW))
     metric = next(iter(COLLAPSED[rule.name]))
-    assert set(found) == {rule.name} and metric in found[rule.name] and rule.means and rule.advice and rule.condition
+    assert set(found) == {rule.name} and metric in found[rule.name] and rule.means and rule.advice and condition(rule)
 
 
 NOTHING = {**GOOD, "reward": 0.0, "reward_std": 0.0, "rewards/em/mean": 0.0, "rewards/em/std": 0.0}
@@ -306,7 +306,7 @@ def test_the_page_lists_the_alarms_of_the_code():
     page = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
     rows = re.findall(r"^\| `alarm/(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
     watched = {rule.name: ", ".join(f"`{name}`" for name in rule.metric.split(", ")) for rule in RULES}
-    assert rows == [(rule.name, watched[rule.name], rule.condition, rule.means) for rule in RULES]
+    assert rows == [(rule.name, watched[rule.name], condition(rule), rule.means) for rule in RULES]
     for name, history in RUNS.items():
         fired = first_alarms(history)
         line = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
