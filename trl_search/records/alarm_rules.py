@@ -109,15 +109,14 @@ class NeverScored(Rule):
 
 @dataclass(frozen=True)
 class Halved(Rule):
-    """Fires on a single evaluation that is significantly below half of the best one."""
-
-    upper: str = ""  # the metric with the upper end of the 95 % interval
+    """Fires on a single evaluation of which the whole 95 % interval is below half of the best one."""
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
-        if self.upper not in row or not is_number(row[self.upper]):
+        upper: Any = row.get(f"{self.metric}_upper")  # the upper end of the interval
+        if not is_number(upper):
             return ""
         highest = max(levels[name].highest for name in (self.metric, EM_BEFORE) if name in levels)
-        if highest < self.worth or row[self.upper] >= HALF * highest:
+        if highest < self.worth or upper >= HALF * highest:
             return ""
         return f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"
 
@@ -208,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     Halved(
         "held_out_halved", "eval/em", "held-out EM is less than half of its best",
         "go back to the best checkpoint; lower learning_rate",
-        worth=0.1, at_once=True, upper="eval/em_upper",
+        worth=0.1, at_once=True,
     ),
     Rule(
         "malformed", "search/malformed_calls", "the policy loses the format of its calls",
