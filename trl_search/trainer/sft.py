@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
 from trl_search.common.errors import UserError
+from trl_search.config.key_docs import with_documented_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
@@ -38,25 +39,17 @@ from trl_search.types import Trajectory
 logger = logging.getLogger(__name__)
 
 
+@with_documented_keys
 @dataclass
 class SearchSFTConfig(SFTConfig):
-    r"""
-    Configuration of [`train`]. It accepts all parameters of [`~trl.SFTConfig`], and adds or changes these:
+    """Configuration of [`train`]. It accepts all parameters of [`~trl.SFTConfig`], and adds or changes these."""
 
-    Parameters:
-        max_length (`int`, *optional*):
-            Longer trajectories are left out. (TRL cuts them at 1,024 tokens, but a cut trajectory teaches no ending.)
-        padding_free (`bool`, *optional*, defaults to `True`):
-            Concatenate the trajectories of a batch. Padding costs three times as much, because most trajectories are
-            far shorter than the longest. Models that would mix them (sliding windows, hybrid layers) are padded.
-        initialise_tags (`bool`, *optional*, defaults to `False`):
-            Initialise the embeddings of the protocol's tags if the checkpoint's were never trained.
-        merge_adapter (`bool`, *optional*, defaults to `True`): Save a LoRA adapter merged into the model.
-    """
-
+    # TRL cuts at 1,024 tokens, but a cut trajectory teaches no ending.
     max_length: int | None = field(
         default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: no limit."}
     )
+    # Padding costs three times as much, because most trajectories are far shorter than the longest. Models that would
+    # mix them (sliding windows, hybrid layers) are padded.
     padding_free: bool = field(
         default=True, metadata={"help": "Concatenate the trajectories of a batch instead of padding them."}
     )
