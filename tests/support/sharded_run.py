@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.generation import vllm_generation
 
@@ -151,6 +152,32 @@ def seen(trainer: Any) -> dict[str, Any]:
     }
 
 
+class CollapsesOnce(TrainerCallback):
+    """In place of the alarm: the first training collapses, and checkpoint 1 is the best."""
+
+    def __init__(self, run: Path) -> None:
+        self.best, self.trainings, self.counts_after = str(run / "checkpoint-1"), 0, 0
+        self.watch = SimpleNamespace(is_halved_since_start=lambda em: False)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **of: Any) -> None:
+        self.trainings += 1
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **of: Any) -> None:
+        state.best_model_checkpoint, state.best_global_step = self.best, 1
+
+    @property
+    def collapsed(self) -> bool:
+        return self.trainings == 1
+
+
+def rolled_back(folder: Path, run: Path, kind: str, method: str) -> dict[str, Any]:
+    trainer = make(folder, run, kind, method, save_strategy="steps", save_steps=1, on_collapse="rollback")
+    trainer.collapse_alarm = CollapsesOnce(run)
+    trainer.add_callback(trainer.collapse_alarm)
+    trainer.train()
+    return {**seen(trainer), "learning_rate": [row["learning_rate"] for row in steps(trainer)]}
+
+
 def main(folder: Path, methods: list[str]) -> None:
     started = time.perf_counter()
     vllm_backend.is_vllm_available = vllm_generation.is_vllm_available = lambda: True
@@ -168,6 +195,8 @@ def main(folder: Path, methods: list[str]) -> None:
             trainer = make(folder, run, kind, method)
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
             results["resumed"] = seen(trainer)
+        if kind == "full":
+            results["rolled back"] = rolled_back(folder, folder / f"{name}-back", kind, method)
         if PartialState().is_main_process:
             torch.save(results, folder / f"{name}.pt")
         shown = {key: results["trained"][key] for key in ("loss", "grad_norm", "sharded")}

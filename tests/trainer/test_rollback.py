@@ -86,6 +86,14 @@ def test_a_run_whose_held_out_em_has_halved_goes_back_at_once(tmp_path, tokenize
     assert trainer.state.global_step == 4, "the third collapse ends the run"
 
 
+def test_an_optimizer_of_the_users_own_is_refused_under_deepspeed(tmp_path, tokenizer):
+    trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, on_collapse="rollback")
+    trainer.is_deepspeed_enabled = True
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters())
+    with pytest.raises(UserError, match="makes a new optimizer under DeepSpeed.*leave `optimizers` out"):
+        trainer.train()
+
+
 def test_an_alarm_starts_again_after_a_rollback(tmp_path, tokenizer, soon):
     """The alarm was already firing at the step of the best checkpoint, but the lower learning rate gets its time."""
     trainer, _ = held_out_trainer(

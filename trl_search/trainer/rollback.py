@@ -62,6 +62,7 @@ class RollsBack(Trainer):
                 record_rollback(folder, step=self.state.global_step, to=to)
             # Reset TRL's batches from the abandoned policy and its position in them, as in a resumed process.
             self._buffered_inputs, self._step = None, 0
+            self._leave_deepspeed()
             output = self._train_after(number, to, best, *args, **kwargs)
         return output
 
@@ -77,6 +78,13 @@ class RollsBack(Trainer):
             return super().train(checkpoint, *args, **kwargs)
         finally:
             self.remove_callback(callback)
+
+    def _leave_deepspeed(self) -> None:
+        """Gives up DeepSpeed's engine, which serves one training. The next one makes another of the bare model."""
+        if self.is_deepspeed_enabled:
+            self.deepspeed.destroy()  # otherwise its hooks stay in the model
+            self.deepspeed = self.optimizer = self.lr_scheduler = None
+            self.model_wrapped = self.model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
