@@ -90,7 +90,7 @@ def test_an_optimizer_of_the_users_own_is_refused_under_deepspeed(tmp_path, toke
     trainer, _ = held_out_trainer(tmp_path, tokenizer, lambda step: 1, on_collapse="rollback")
     trainer.is_deepspeed_enabled = True
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters())
-    with pytest.raises(UserError, match="makes a new optimizer under DeepSpeed.*leave `optimizers` out"):
+    with pytest.raises(UserError, match=r"makes a new optimizer under DeepSpeed.*leave `optimizers` out"):
         trainer.train()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_search.common.errors import UserError
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
@@ -46,6 +47,11 @@ class RollsBack(Trainer):
             warn_of_missing_optimizer(checkpoint)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
             return super().train(checkpoint, *args, **kwargs)
+        if self.is_deepspeed_enabled and self.optimizer is not None:
+            raise UserError(
+                "on_collapse=rollback makes a new optimizer under DeepSpeed, and cannot make yours: leave "
+                "`optimizers` out, or set on_collapse=stop"
+            )
         rollbacks, to = self._rollbacks_before(folder) if checkpoint else (0, 0)
         output = self._train_after(rollbacks, to, checkpoint, *args, **kwargs)
         for number in range(rollbacks + 1, MAX_ROLLBACKS + 1):
@@ -82,9 +88,10 @@ class RollsBack(Trainer):
     def _leave_deepspeed(self) -> None:
         """Gives up DeepSpeed's engine, which serves one training. The next one makes another of the bare model."""
         if self.is_deepspeed_enabled:
-            self.deepspeed.destroy()  # otherwise its hooks stay in the model
+            engine: Any = self.deepspeed
+            engine.destroy()  # otherwise its hooks stay in the model
             self.deepspeed = self.optimizer = self.lr_scheduler = None
-            self.model_wrapped = self.model
+            self.model_wrapped = self.accelerator.unwrap_model(engine)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
