@@ -82,7 +82,8 @@ def test_the_snippet_runs_and_answers(facts, capsys):
     exec(code, space)
     reply = space["reply"]
     assert reply.question == question_for(facts) and reply.searches >= 1
-    assert capsys.readouterr().out.strip() == f"{reply.answer} {reply.queries}"
+    *_, last = capsys.readouterr().out.strip().splitlines()  # DeepSpeed may print a warning when it is imported
+    assert last == f"{reply.answer} {reply.queries}"
 
 
 def test_the_snippet_of_an_agent_of_the_web_runs(facts, monkeypatch, tmp_path, capsys):
