@@ -48,7 +48,7 @@ HOSTILE = [
     ],
 )
 def test_actions_are_parsed_from_the_text_after_the_thoughts(text, acts):
-    assert [(block.tag, block.content) for block in read_turn(text).acts] == acts
+    assert [(block.tag, block.content) for block in read_turn(text).blocks if block.tag != "think"] == acts
 
 
 def test_open_and_closed_thoughts_are_distinguished():

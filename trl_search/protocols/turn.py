@@ -42,13 +42,9 @@ class TurnText(NamedTuple):
     speaks_for_world: bool
 
     @property
-    def acts(self) -> tuple[Block, ...]:
-        return tuple(block for block in self.blocks if block.tag != "think")
-
-    @property
     def act(self) -> Block | None:
         """The first call or answer."""
-        return next(iter(self.acts), None)
+        return next((block for block in self.blocks if block.tag != "think"), None)
 
     @property
     def answer(self) -> str | None:

@@ -15,15 +15,6 @@ from __future__ import annotations
 
 import torch
 
-from trl_search.trainer.batch import MicroBatch
-
-
-def llds_of(micro_batch: MicroBatch) -> torch.Tensor:
-    """[`llds_penalty`] of a micro-batch after its training forward."""
-    assert micro_batch.logps_BC is not None
-    inputs, mask_BC = micro_batch.inputs, micro_batch.loss_mask_BC
-    return llds_penalty(micro_batch.logps_BC, micro_batch.old_logps_BC, mask_BC, inputs["advantages"])
-
 
 def llds_penalty(
     logps_BC: torch.Tensor, old_logps_BC: torch.Tensor, mask_BC: torch.Tensor, advantages_B: torch.Tensor

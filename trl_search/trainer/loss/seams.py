@@ -22,7 +22,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.trainer.batch import MicroBatch, Rollout
 from trl_search.trainer.loss.importance import correct_towards_engine
-from trl_search.trainer.loss.likelihood import llds_of
+from trl_search.trainer.loss.likelihood import llds_penalty
 from trl_search.trainer.loss.logprobs import LogProbs, make_logprobs
 from trl_search.trainer.loss.probe import probed
 from trl_search.trainer.loss.without_gradient import log_what_ran, micro_batch_of, must_all_run
@@ -114,7 +114,9 @@ class SearchLoss(GRPOTrainer):
             log_what_ran(self._metrics["train"], micro_batch, self.accelerator)
         if self.environment is None or not self.args.llds_coef or not self.model.training:
             return loss
-        penalty = llds_of(micro_batch)
+        logps_BC, old_BC, mask_BC = micro_batch.logps_BC, micro_batch.old_logps_BC, micro_batch.loss_mask_BC
+        assert logps_BC is not None, "the training forward has not run"
+        penalty = llds_penalty(logps_BC, old_BC, mask_BC, micro_batch.inputs["advantages"])
         self._metrics["train"]["llds"].append(self.accelerator.gather(penalty.detach()).mean().item())
         return loss + self.args.llds_coef * penalty / self.current_gradient_accumulation_steps
 
