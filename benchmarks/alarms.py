@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trl_search.records.alarm_rules import HALF, SETTLED, Halved, NeverScored, NotFinite, Rule
+from trl_search.records.alarm_rules import NEAR, SETTLED, Fell, NeverScored, NotFinite, Rule
 from trl_search.records.folder import read_run
 from trl_search.trainer.callbacks.alarms import RULES, Watch, is_training_log
 
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "learning_rate_x_5_0": (0, ["--learning_rate", "5e-4"]),
 }
 # The step and the metrics that the alarms read, including each one in the list of NotFinite.
-KEPT = ["step", *dict.fromkeys(name for rule in RULES for name in rule.metric.split(", "))]
+KEPT = ["step", "eval/em_upper", *dict.fromkeys(name for rule in RULES for name in rule.metric.split(", "))]
 
 
 def record(name: str, output: Path, steps: int) -> list[dict[str, Any]]:
@@ -79,9 +79,10 @@ def condition(rule: Rule) -> str:
         return "not a finite number, in one log"
     if isinstance(rule, NeverScored):
         return f"0 in the first {SETTLED} logs, until a rollout scores"
-    if isinstance(rule, Halved):
+    if isinstance(rule, Fell):
         highest = "its highest (or its value before training)"
-        return f"whole 95 % interval below {HALF:g}× {highest}, in one log, if that is at least {rule.worth:g}"
+        said = f"whole 95 % interval below {rule.falls:g}× {highest}, in one log, if that is at least {rule.worth:g}"
+        return said + (f", while `reward` is above {NEAR:g}× its highest" if rule.while_reward_is_best else "")
     if rule.rises is not None:
         said = f"above {rule.beyond:g}" + (f" and {rule.rises:g}× its lowest" if rule.rises else "")
     else:

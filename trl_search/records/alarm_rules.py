@@ -15,6 +15,7 @@ WINDOW = 5  # logs whose median is compared
 SETTLED = 3  # logs whose median is the first baseline
 ALARM_PREFIX = "alarm/"  # prefix of the metric that is 1 while a rule fires
 EM_BEFORE = "eval/em_before"  # held-out EM before the first step
+NEAR = 0.95  # a training reward above this share of its highest level is near it
 HALF = 0.5  # held-out EM below this share of the best, or of that before training, is a collapse
 
 
@@ -108,17 +109,29 @@ class NeverScored(Rule):
 
 
 @dataclass(frozen=True)
-class Halved(Rule):
-    """Fires on a single evaluation of which the whole 95 % interval is below half of the best one."""
+class Fell(Rule):
+    """Fires on a single evaluation of which the whole 95 % interval is below `falls` times the best one.
+
+    Attributes:
+        while_reward_is_best (`bool`): Fires only while the training reward is near its highest, down to `HALF`.
+    """
+
+    while_reward_is_best: bool = False
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         upper: Any = row.get(f"{self.metric}_upper")  # the upper end of the interval
-        if not is_number(upper):
+        if not is_number(upper) or self.falls is None:
             return ""
         highest = max(levels[name].highest for name in (self.metric, EM_BEFORE) if name in levels)
-        if highest < self.worth or upper >= HALF * highest:
+        if highest < self.worth or upper >= self.falls * highest:
             return ""
-        return f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"
+        said = f"{self.metric} fell from {highest:.2g} to {row[self.metric]:.2g}"
+        if not self.while_reward_is_best:
+            return said
+        reward = levels.get("reward")
+        if reward is None or not reward.known or reward.now < NEAR * reward.high or upper < HALF * highest:
+            return ""
+        return f"{said}, while reward is at {reward.now:.2g}, near its highest"
 
 
 _BEGIN = (
@@ -204,10 +217,15 @@ RULES: tuple[Rule, ...] = (
         "go back to the best checkpoint; read rewarded completions: they may earn the reward without a right answer",
         falls=0.75, worth=0.1, drift=True,
     ),
-    Halved(
+    Fell(
+        "held_out_gap", "eval/em", "held-out EM is well below its best, while the training reward is near its own",
+        "read rewarded completions: they may earn the reward without a right answer; lower learning_rate",
+        falls=0.9, worth=0.1, drift=True, while_reward_is_best=True,
+    ),
+    Fell(
         "held_out_halved", "eval/em", "held-out EM is less than half of its best",
         "go back to the best checkpoint; lower learning_rate",
-        worth=0.1, at_once=True,
+        falls=HALF, worth=0.1, at_once=True,
     ),
     Rule(
         "malformed", "search/malformed_calls", "the policy loses the format of its calls",

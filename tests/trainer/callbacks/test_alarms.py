@@ -41,6 +41,7 @@ COLLAPSED = {
     "repeated_queries": {"search/repeated_queries": 0.5},
     "thoughts": {"tokens/per_turn": 20.0},
     "held_out": {"eval/em": 0.3},
+    "held_out_gap": {"eval/em": 0.4, "eval/em_upper": 0.44},
     "held_out_halved": {"eval/em": 0.2, "eval/em_upper": 0.24},
     "malformed": {"search/malformed_calls": 0.8},
     "duplicate_tags": {"search/duplicate_tags": 2.0},
@@ -118,7 +119,7 @@ def test_healthy_runs_raise_no_alarm_about_missing_answers():
         assert first_alarms(rows) == {}, name
 
 
-@pytest.mark.parametrize("file", ["real_model.json", "real_model_0.5b.json"])
+@pytest.mark.parametrize("file", ["real_model.json", "real_model_0.5b.json", "real_model_0.5b_credit.json"])
 def test_real_models_that_learned_raise_no_alarm(file):
     """The runs in docs/results.md: three seeds each of Qwen2.5-Coder-1.5B and 0.5B."""
     runs = json.loads((DOCS / "data" / file).read_text())["histories"]
@@ -130,6 +131,14 @@ def test_real_models_that_learned_raise_no_alarm(file):
     assert sum(watched <= set().union(*rows) for rows in learned.values()) >= 2, (
         "the histories lack the metrics of drift"
     )
+
+
+def test_held_out_em_that_falls_while_the_reward_rises_is_detected_before_it_halves():
+    """A run in docs/results.md: the 0.5B model at five times its learning rate."""
+    runs = json.loads((DOCS / "data" / "real_model_0.5b_fast_1.json").read_text())["histories"]
+    first = first_alarms([row for row in runs["fast_1"] if "reward" in row])
+    assert {name: step for name, (step, _) in first.items()} == {"held_out_gap": 10, "held_out_halved": 20}
+    assert first["held_out_gap"][1] == "eval/em fell from 0.29 to 0.22, while reward is at 0.43, near its highest"
 
 
 def test_drift_is_reported_and_does_not_end_the_run(caplog):

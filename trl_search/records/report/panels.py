@@ -35,7 +35,7 @@ class Panel:
 PANELS = (
     Panel(
         "Results", "Held-out answers", "mean over datasets, from before training (step 0)",
-        (("eval/em", "exact match"), ("eval/f1", "F1")), ("held_out", "held_out_halved"),
+        (("eval/em", "exact match"), ("eval/f1", "F1")), ("held_out", "held_out_gap", "held_out_halved"),
     ),
     Panel(
         "Results", "Reward", "weighted sum, mean over trajectories",
