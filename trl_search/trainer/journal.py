@@ -1,8 +1,8 @@
 """Writes the finished trajectories of the current batch to disk, so that a killed run need not repeat them.
 
     output_dir/journal/rank0.jsonl
-        {"batch": "3f1c…", "format": 2}             a digest of weights, prompts, settings, seed
-        {"index": 17, "trajectory": "gASVAgEA…"}    one line per trajectory, as each one ends
+        {"batch": "3f1c…"}                                          a digest of weights, prompts, settings, seed
+        {"index": 17, "trajectory": {"class": "Trajectory", …}}     one line per trajectory, as each one ends
 
 A run that resumes from a checkpoint reads the finished trajectories from the journal and rolls out only the others. It
 ignores the journal if the digest differs, so a run that was killed several steps after its checkpoint repeats those
@@ -12,26 +12,28 @@ passages of a user's class.
 
 from __future__ import annotations
 
+import array
 import base64
 import contextlib
+import dataclasses
+import enum
 import hashlib
-import io
 import json
 import logging
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 import trl_search.types
-from trl_search.policies.weight_checksums import checksum
 from trl_search.types import Sampling, Trajectory
 
 logger = logging.getLogger(__name__)
 
-FOLDER, FORMAT = "journal", 2
+FOLDER = "journal"
+# Fields of a trajectory with one number per token, and their type codes for `array`.
+_PER_TOKEN = {"prompt_ids": "q", "ids": "q", "mask": "b", "logprobs": "d", "versions": "q"}
 
 
 class Journal:
@@ -56,7 +58,7 @@ class Journal:
             self.finished = dict(_read(path, batch))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
-        self._write({"batch": batch, "format": FORMAT})
+        self._write({"batch": batch})
         for index, trajectory in self.finished.items():
             self._keep(index, trajectory)
 
@@ -67,14 +69,13 @@ class Journal:
 
     def _keep(self, index: int, trajectory: Trajectory) -> None:
         try:
-            pickled = pickle.dumps(trajectory)
-            _restored(pickled)
-        except (pickle.PickleError, TypeError, AttributeError) as error:
+            encoded = _encoded(trajectory)
+        except TypeError as error:
             if not self._told:
                 logger.warning("a trajectory cannot be kept, and is rolled out again if the run is killed: %s", error)
             self._told = True
             return
-        self._write({"index": index, "trajectory": base64.b64encode(pickled).decode()})
+        self._write({"index": index, "trajectory": encoded})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -111,7 +112,8 @@ def batch_digest(parameters: Iterable[torch.Tensor], *settings: Any) -> str:
     for parameter in parameters:
         tensor = getattr(parameter, "ds_tensor", parameter).detach()  # the shard under DeepSpeed ZeRO-3
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        sums.append(checksum(local, local.dtype).cpu())
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        sums.append(local.contiguous().view(bits).sum(dtype=torch.int64).cpu())
     weights = [int(value) for value in sums]
     return hashlib.sha256(repr((weights, settings)).encode()).hexdigest()
 
@@ -119,23 +121,63 @@ def batch_digest(parameters: Iterable[torch.Tensor], *settings: Any) -> str:
 def _read(path: Path, batch: str) -> Iterator[tuple[int, Trajectory]]:
     # The last line of a killed process may be cut off.
     with path.open(encoding="utf-8") as file, contextlib.suppress(json.JSONDecodeError):
-        if json.loads(next(file, "null")) != {"batch": batch, "format": FORMAT}:
+        if json.loads(next(file, "null")) != {"batch": batch}:
             return
         for line in file:
             row = json.loads(line)
-            yield row["index"], _restored(base64.b64decode(row["trajectory"]))
+            yield row["index"], _decoded(row["trajectory"])
 
 
-class _TypesOnly(pickle.Unpickler):
-    """Restores nothing but the classes of `types.py`, so that a journal cannot run code."""
+def _encoded(value: Any) -> Any:
+    """JSON for the types in `types.py`; `_decoded` restores equal values.
 
-    def find_class(self, module: str, name: str) -> Any:
-        made = getattr(trl_search.types, name, None)
-        if not module == getattr(made, "__module__", None) == trl_search.types.__name__:
-            raise pickle.UnpicklingError(f"{name} is not a class of trl_search.types")
-        return made
+    Raises:
+        TypeError: for a value that cannot be restored exactly.
+    """
+    if isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
+        name = type(value).__name__
+        if type(value) is not getattr(trl_search.types, name, None):
+            raise TypeError(f"{name} is not a class of trl_search.types")
+        if isinstance(value, enum.Enum):
+            return {"class": name, "value": value.value}
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        per_token = _PER_TOKEN if isinstance(value, Trajectory) else {}
+        coded = {
+            field: _packed(per_token[field], numbers) if field in per_token else _encoded(numbers)
+            for field, numbers in fields.items()
+        }
+        return {"class": name, "fields": coded}
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(item) for item in value]}
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"map": {key: _encoded(item) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r:.80} cannot be written as JSON")
 
 
-def _restored(pickled: bytes) -> Trajectory:
-    trajectory: Trajectory = _TypesOnly(io.BytesIO(pickled)).load()
-    return trajectory
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "packed" in value:
+        numbers = array.array(value["type"])
+        numbers.frombytes(base64.b64decode(value["packed"]))
+        return tuple(numbers) if value["immutable"] else numbers.tolist()
+    if "tuple" in value:
+        return tuple(_decoded(item) for item in value["tuple"])
+    if "map" in value:
+        return {key: _decoded(item) for key, item in value["map"].items()}
+    made = getattr(trl_search.types, value["class"])
+    if "value" in value:
+        return made(value["value"])
+    return made(**{name: _decoded(item) for name, item in value["fields"].items()})
+
+
+def _packed(type_code: str, numbers: Sequence[Any]) -> dict[str, Any]:
+    """Numbers as base64, which is exact and many times faster than decimal digits."""
+    coded = base64.b64encode(array.array(type_code, numbers).tobytes()).decode()
+    return {"type": type_code, "packed": coded, "immutable": isinstance(numbers, tuple)}
