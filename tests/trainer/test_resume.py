@@ -1,4 +1,4 @@
-"""What a resumed run is told of its checkpoint."""
+"""The messages about the checkpoint from which a run is resumed."""
 
 from __future__ import annotations
 

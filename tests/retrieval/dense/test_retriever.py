@@ -240,7 +240,7 @@ def test_a_published_index_and_corpus_open_unchanged(
 def test_a_published_index_of_one_byte_rows_opens(
     tmp_path: Path, checkpoint: Path, random_world: list[Passage]
 ) -> None:
-    """Its codes were compared with vectors, so the right encoder was refused."""
+    """Its codes used to be compared with vectors, so the right encoder was refused."""
     encoder = load_encoder(checkpoint, device="cpu")
     path, corpus = publish(tmp_path, random_world, encoder)
     exact = faiss.read_index(str(path))
