@@ -91,7 +91,7 @@ def make_app(
                 await read_body(request.receive, config.limits, config.body_timeout_s), config.limits
             )
             facts["queries"], facts["k"] = len(asked.queries), asked.k
-            answered = await service.answer(asked)
+            answer, facts["cached"] = await service.answer(asked)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         except WireError as error:
@@ -102,8 +102,7 @@ def make_app(
             facts["error"] = str(error)
             after = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
             return _refusal(error.status, str(error), **after)
-        facts["cached"] = answered.cached
-        return Response(answered.body, media_type="application/json")
+        return Response(answer, media_type="application/json")
 
     routes = [
         Route("/retrieve", retrieve, methods=["POST"]),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from trl_search.common.event_loop import all_of
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
@@ -33,14 +32,6 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.retry_after_s = status, retry_after_s
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The body of a response, and how many of its queries were answered from the cache."""
-
-    body: bytes
-    cached: int
 
 
 class SearchService:
@@ -84,8 +75,11 @@ class SearchService:
         if self._batcher is not None:
             await self._batcher.aclose()
 
-    async def answer(self, request: RetrieveRequest) -> Answered:
+    async def answer(self, request: RetrieveRequest) -> tuple[bytes, int]:
         """Searches the queries of one request.
+
+        Returns:
+            `tuple`: the body of the response, and how many of its queries were answered from the cache.
 
         Raises:
             Refused: if the index is loading, the server is stopping, the queue is full, or a search failed.
@@ -95,20 +89,14 @@ class SearchService:
         if self._draining:
             raise Refused(503, "the server is being stopped", RETRY_AFTER_S)
         k, scores = request.k, request.return_scores
-        found = [self.cache.get(query, k, scores) for query in request.queries]
-        missing = dict.fromkeys(query for query, result in zip(request.queries, found, strict=True) if result is None)
-        if not missing:
-            return Answered(_joined(found), len(found))
-        fresh = {}
-        searched = await self._search(self._batcher, list(missing), k)
+        found = {query: self.cache.get(query, k, scores) for query in request.queries}
+        missing = [query for query, result in found.items() if result is None]
+        cached = sum(found[query] is not None for query in request.queries)
+        searched = await self._search(self._batcher, missing, k) if missing else []
         for query, passages in zip(missing, searched, strict=True):
-            fresh[query] = _dumps(passages, scores)
-            self.cache.put(query, k, scores, fresh[query])
-        cached = sum(result is not None for result in found)
-        whole = [
-            fresh[query] if result is None else result for query, result in zip(request.queries, found, strict=True)
-        ]
-        return Answered(_joined(whole), cached)
+            found[query] = result = _dumps(passages, scores)
+            self.cache.put(query, k, scores, result)
+        return _joined([found[query] for query in request.queries]), cached
 
     async def _search(self, batcher: SearchBatcher, queries: list[str], k: int) -> list[list[Passage]]:
         # All queries of a request or none: partial answers would be discarded.
