@@ -40,7 +40,11 @@ class RollsBack(Trainer):
     _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint."""
+        """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint.
+
+        Raises:
+            UserError: if rollback is used with DeepSpeed and the user's own optimizer.
+        """
         folder = Path(self.args.output_dir or ".")
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
         if self.is_world_process_zero():
