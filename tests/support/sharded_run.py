@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,8 +156,8 @@ def seen(trainer: Any) -> dict[str, Any]:
 class CollapsesOnce(TrainerCallback):
     """In place of the alarm: the first training collapses, and checkpoint 1 is the best."""
 
-    def __init__(self, run: Path) -> None:
-        self.best, self.trainings, self.counts_after = str(run / "checkpoint-1"), 0, 0
+    def __init__(self, run: Path, at_the_end: Callable[[], None]) -> None:
+        self.best, self.at_the_end, self.trainings, self.counts_after = str(run / "checkpoint-1"), at_the_end, 0, 0
         self.watch = SimpleNamespace(is_halved_since_start=lambda em: False)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **of: Any) -> None:
@@ -165,17 +166,33 @@ class CollapsesOnce(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **of: Any) -> None:
         state.best_model_checkpoint, state.best_global_step = self.best, 1
 
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **of: Any) -> None:
+        if self.collapsed:
+            self.at_the_end()
+
     @property
     def collapsed(self) -> bool:
         return self.trainings == 1
 
 
-def rolled_back(folder: Path, run: Path, kind: str, method: str) -> dict[str, Any]:
+def train(folder: Path, run: Path, kind: str, method: str) -> dict[str, Any]:
+    """What was seen after two steps (`trained`), and after a rollback to the first one (`rolled back`)."""
     trainer = make(folder, run, kind, method, save_strategy="steps", save_steps=1, on_collapse="rollback")
-    trainer.collapse_alarm = CollapsesOnce(run)
-    trainer.add_callback(trainer.collapse_alarm)
+    results: dict[str, Any] = {}
+
+    def look() -> None:
+        results["trained"] = seen(trainer)
+        trainer.save_model(run / "saved")
+
+    trainer.collapse_alarm = CollapsesOnce(run, look) if kind == "full" else None
+    if trainer.collapse_alarm is not None:
+        trainer.add_callback(trainer.collapse_alarm)
     trainer.train()
-    return {**seen(trainer), "learning_rate": [row["learning_rate"] for row in steps(trainer)]}
+    if kind == "full":
+        results["rolled back"] = {**seen(trainer), "learning_rate": [row["learning_rate"] for row in steps(trainer)]}
+    else:
+        look()
+    return results
 
 
 def main(folder: Path, methods: list[str]) -> None:
@@ -187,16 +204,11 @@ def main(folder: Path, methods: list[str]) -> None:
     for name in methods:
         kind, method = name.split("-")
         run = folder / name
-        trainer = make(folder, run, kind, method, save_strategy="steps", save_steps=1)
-        trainer.train()
-        results = {"trained": seen(trainer)}
-        trainer.save_model(run / "saved")
+        results = train(folder, run, kind, method)
         if method in ("fsdp2", "zero3") and kind != "untied":
             trainer = make(folder, run, kind, method)
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
             results["resumed"] = seen(trainer)
-        if kind == "full":
-            results["rolled back"] = rolled_back(folder, folder / f"{name}-back", kind, method)
         if PartialState().is_main_process:
             torch.save(results, folder / f"{name}.pt")
         shown = {key: results["trained"][key] for key in ("loss", "grad_norm", "sharded")}
