@@ -3,6 +3,7 @@
     python benchmarks/real_model.py run base_1.5b --model MODEL --kit KIT --output runs/real        the untrained model
     python benchmarks/real_model.py run em_0 --model MODEL --kit KIT --output runs/real --seed 0 --steps 50
     python benchmarks/real_model.py run nomask_0 ... -- --mask_observations false      changes to the recipe
+    python benchmarks/real_model.py run ddp_0 ... --processes 4 -- --gradient_accumulation_steps 8 …    on four GPUs
     python benchmarks/real_model.py report runs/real --json docs/data/real_model.json  the table, and its raw numbers
 
 A chain runs `trl-search sft` on the collection of the kit, then `trl-search train` from the result, which asks all
@@ -81,17 +82,20 @@ def run_chain(args: argparse.Namespace) -> None:
     options = ["--model_name_or_path", model, "--seed", str(args.seed), "--output_dir", str(folder / "grpo"), *index]
     options += ["--questions", str(kit / "train.jsonl"), "--max_steps", str(args.steps), "--max_eval_questions", "200"]
     options += ["--eval_questions", ",".join(sets)]
-    step(folder / "grpo.log", folder / "grpo" / "curves.png", ["train", args.recipe, *options, *args.options])
+    command = ["train", args.recipe, *options, *args.options]
+    step(folder / "grpo.log", folder / "grpo" / "curves.png", command, processes=args.processes)
 
 
-def step(log: Path, result: Path, command: Sequence[str]) -> None:
+def step(log: Path, result: Path, command: Sequence[str], *, processes: int = 1) -> None:
     """Runs one command unless its result exists, and prints its duration."""
     if result.exists():
         return
     started = time.perf_counter()
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--main_process_port", "0"]
     with open(log, "a") as file:
         process = subprocess.run(
-            [sys.executable, "-m", "trl_search", *command],
+            [sys.executable, *(launch if processes > 1 else []), "-m", "trl_search", *command],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "TQDM_DISABLE": "1"},
@@ -314,6 +318,12 @@ def main() -> None:
     chain.add_argument("--sft_model", help="a policy after its cold start; skips the cold start")
     chain.add_argument("--protocol", default="search_r1", help="protocol of the untrained model")
     chain.add_argument("--backend", default="vllm")
+    chain.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="GPUs for GRPO, one process each; gradient_accumulation_steps and steps_per_generation are per process",
+    )
     chain.add_argument("--sft_options", nargs="*", default=[], help="more options of trl-search sft: NAME=VALUE")
     chain.set_defaults(do=run_chain)
     table = commands.add_parser("report", help="the table of all chains")
