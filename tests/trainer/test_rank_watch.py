@@ -12,7 +12,11 @@ from trl_search.trainer.rank_watch import ending_together
 @pytest.mark.parametrize(
     ("how", "codes", "said"),
     [
-        ("killed", [1, -9], "rank 0 ends: rank 1 has sent no heartbeat for 1 s: it was killed"),
+        (
+            "killed",
+            [1, -9],
+            "rank 0 ends: rank 1 has sent no heartbeat for 1 s: it was killed, or its host is gone\n",
+        ),
         ("raises", [1, 1], "rank 0 ends: rank 1 failed: MemoryError: rank 1 is full"),
         ("together", [1, 1], "MemoryError: rank 0 is full"),
         ("finishes", [0, 0], ""),

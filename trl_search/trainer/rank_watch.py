@@ -118,8 +118,8 @@ class _Watch:
             if other not in heard or heard[other][0] != beat:
                 heard[other] = (beat, now)
             elif now - heard[other][1] > self.silence_s:
-                return f"rank {other} has sent no heartbeat for {self.silence_s:.0f} s: it was killed, or its host is "
-                "gone"
+                said = f"rank {other} has sent no heartbeat for {self.silence_s:.0f} s"
+                return f"{said}: it was killed, or its host is gone"
         return ""
 
     def _end(self, problem: str) -> None:
