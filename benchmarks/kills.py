@@ -56,6 +56,17 @@ OPTIONS = {
     "learning_rate": "1e-5",
 }
 LORA = {"use_peft": "true", "lora_r": "8", "lora_target_modules": "all-linear", "vllm_lora_sync": "adapter"}
+# `vllm serve` of the tiny policy with an adapter. Servers share a GPU with others: each has a small cache of a fixed
+# size, because measuring the free memory takes time. vLLM's kernels for adapters need bfloat16 there.
+SERVING = [
+    "--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--logprobs-mode", "processed_logprobs",
+    "--enable-lora",
+    *(
+        ("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30))
+        if ON_GPUS
+        else ("--dtype", "float32", "--no-enable-chunked-prefill", "--distributed-executor-backend", "uni")
+    ),
+]  # fmt: skip
 # The supervisor in the documentation.
 SUPERVISOR = 'while true; do "$@"; sleep 1; done'
 
@@ -98,16 +109,7 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
             ports, processes = [free_port() for _ in range(2)], []
             for port in ports:
                 command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()]
-                command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
-                command += ["--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8"]
-                if (
-                    ON_GPUS
-                ):  # they share a GPU: a small cache of a fixed size, because measuring the free memory takes time
-                    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1"]
-                    command += ["--kv-cache-memory-bytes", str(2**28)]
-                else:
-                    command += ["--dtype", "float32", "--no-enable-chunked-prefill"]
-                    command += ["--distributed-executor-backend", "uni"]
+                command += ["--port", str(port), "--max-lora-rank", "8", *SERVING]
                 log = scratch / f"vllm-{port}.log"
                 processes.append(servers.enter_context(supervised(command, log, environment)))
             urls = [f"http://127.0.0.1:{port}" for port in ports]

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kills import ON_GPUS, free_port, vllm_environment, wait_for
+from kills import SERVING, free_port, vllm_environment, wait_for
 from shared_start import make_parser, options_of, start, train, write_table
 
 from trl_search.policies.base import Policy
@@ -42,17 +42,6 @@ TRAINING = [
     "--lora_r", str(RANK), "--lora_alpha", str(2 * RANK), "--lora_target_modules", "all-linear",
     "--learning_rate", "1e-3",
 ]  # fmt: skip
-SERVING = [
-    "--max-model-len", "1024", "--enforce-eager", "--logprobs-mode", "processed_logprobs",
-    "--enable-lora", "--max-lora-rank", str(RANK), "--no-enable-chunked-prefill",
-    "--distributed-executor-backend", "uni",
-    # On a GPU: a small share of it, and the precision that vLLM's kernels for adapters need.
-    *(
-        ("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30))
-        if ON_GPUS
-        else ("--dtype", "float32")
-    ),
-]  # fmt: skip
 LOGGED = ("carry_over/batches_waited", "sampling/effective_sample_size", "loss/without_gradient", "reward")
 
 
@@ -60,11 +49,10 @@ LOGGED = ("carry_over/batches_waited", "sampling/effective_sample_size", "loss/w
 def served(model: Path, log: Path, environment: dict[str, str]) -> Iterator[str]:
     """Runs `vllm serve MODEL` on loopback; yields its address when it is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--port", str(port), "--max-lora-rank", str(RANK), *SERVING]
     with log.open("ab") as file:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *SERVING], env=environment, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
         yield f"http://127.0.0.1:{port}"
