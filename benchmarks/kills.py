@@ -122,6 +122,7 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
 def vllm_environment(scratch: Path) -> dict[str, str]:
     if find_spec("vllm"):
         return dict(os.environ)
+    sys.path.append(str(Path(__file__).parents[1]))  # `tests` is not installed
     from tests.support.vllm_engine import vllm_environment as of_the_cpu_build
 
     return of_the_cpu_build(scratch)
