@@ -184,14 +184,10 @@ def train(folder: Path, run: Path, kind: str, method: str) -> dict[str, Any]:
         results["trained"] = seen(trainer)
         trainer.save_model(run / "saved")
 
-    trainer.collapse_alarm = CollapsesOnce(run, look) if kind == "full" else None
-    if trainer.collapse_alarm is not None:
-        trainer.add_callback(trainer.collapse_alarm)
+    trainer.collapse_alarm = CollapsesOnce(run, look)
+    trainer.add_callback(trainer.collapse_alarm)
     trainer.train()
-    if kind == "full":
-        results["rolled back"] = {**seen(trainer), "learning_rate": [row["learning_rate"] for row in steps(trainer)]}
-    else:
-        look()
+    results["rolled back"] = {**seen(trainer), "learning_rate": [row["learning_rate"] for row in steps(trainer)]}
     return results
 
 

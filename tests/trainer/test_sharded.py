@@ -104,9 +104,9 @@ def test_training_resumes_from_a_checkpoint(folder, run):
 
 
 @pytest.mark.slow
-@of_runs("full-fsdp2", "full-zero2", "full-zero3")
+@of_runs(*FSDP2, *ZERO)
 def test_a_rollback_goes_back_as_under_ddp(folder, run):
-    ddp, sharded = (result(folder, name)["rolled back"] for name in ("full-ddp", run))
+    ddp, sharded = (result(folder, name)["rolled back"] for name in (f"{run.partition('-')[0]}-ddp", run))
     assert ddp["learning_rate"] == sharded["learning_rate"] == [1.0, 0.5]
     assert sharded["loss"] == pytest.approx(ddp["loss"], rel=1e-5)
     same(sharded["engine"], ddp["engine"])

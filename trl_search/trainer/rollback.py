@@ -148,10 +148,11 @@ class _LearningRate(TrainerCallback):
 
 
 def set_learning_rates(optimizer: Any, scheduler: Any, rates: Sequence[float]) -> None:
-    """Sets the peak learning rate of each parameter group, and keeps the position in the schedule. A single rate
-    applies to all groups."""
+    """Sets the peak learning rate of each parameter group, and keeps the position in the schedule. Equal rates apply
+    to any number of groups."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    rates = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else rates
+    if len(set(rates)) == 1:  # DeepSpeed leaves out empty groups, such as a LoRA adapter's biases
+        rates = [rates[0]] * len(optimizer.param_groups)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         before = group.get("initial_lr", group["lr"])
         group["lr"] = group["lr"] * rate / before if before else rate
