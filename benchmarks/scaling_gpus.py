@@ -17,10 +17,10 @@ A case is [SHAPE-][long-]METHOD:GPUS. Shapes: 3b (the default), 7b, and tiny, to
 need DeepSpeed.
 
 Every case measures two steps after a warm-up: weak scaling (`--weak` trajectories per GPU) and strong scaling
-(`--strong` trajectories in all); of ZeRO only the first step is measured. Weights are random, and each trajectory
-follows a plan (`vllm_shape.py`), so every case samples, reads and trains on the same numbers of tokens. A step has
-these parts: weight sync, rollout, log-probs of the old policy, loss and backward, optimizer. Times are those of the
-slowest rank.
+(`--strong` trajectories in all); of ZeRO and `long` only the first step is measured. Weights are random, and each
+trajectory follows a plan (`vllm_shape.py`), so every case samples, reads and trains on the same numbers of tokens. A
+step has these parts: weight sync, rollout, log-probs of the old policy, loss and backward, optimizer. Times are those
+of the slowest rank.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def sizes_per_rank(case: Case, arguments: argparse.Namespace) -> dict[str, int]:
     """Trajectories per rank by kind of scaling; a warm-up is not recorded."""
     weak, strong = arguments.weak * case.gpus // case.ranks, arguments.strong // case.ranks
     if case.is_long:
-        return {"warm-up": 8, "weak": 8}
+        return {"first step": ROWS}
     if case.method.startswith("zero"):  # DeepSpeed's engine is gone after one training
         return {"first step": weak}
     warm_up = max(ROWS, weak // 4 // ROWS * ROWS)
