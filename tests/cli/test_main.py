@@ -59,6 +59,25 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     assert all(len(line.split()) > 3 for line in lines.values()), "a command's docstring has no first line"
 
 
+def test_a_wrong_recipe_is_an_error_before_anything_heavy_is_imported() -> None:
+    program = """
+        import sys
+        from trl_search.cli.main import main
+        for words in (["train", "quikstart"], ["train"], ["train", "sft_world"], ["sft", "nofile.yaml"]):
+            assert main(words) == 2
+        heavy = {"torch", "transformers", "trl.trainer"} & sys.modules.keys()
+        assert not heavy, heavy
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    misspelt, none, other, missing = done.stderr.splitlines()
+    assert "did you mean 'quickstart'?" in misspelt and "sft_world" not in misspelt  # recipes of `train` only
+    assert "no recipe is given" in none and "for another command: run trl-search sft sft_world" in other
+    assert missing.endswith("sft_cold_start, sft_world") and "quickstart" not in missing
+
+
 @pytest.mark.parametrize("name", command_names())
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

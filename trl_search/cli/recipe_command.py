@@ -21,6 +21,17 @@ def recipe_classes(command: str) -> tuple[Any, ...]:
     return ColdStartArguments, SearchSFTConfig, ModelConfig
 
 
+def refuse_wrong_recipe(argv: list[str], command: str) -> None:
+    """Raises `UserError` if the command line names no recipe of this command.
+
+    `train` and `sft` call it first, because importing TRL and torch takes seconds.
+    """
+    from trl_search.config.recipe import split_recipe
+
+    if not {"-h", "--help", "--help_all"} & set(argv):
+        split_recipe(argv, command)
+
+
 def run_recipe(
     argv: list[str], command: str, description: str | None, run: Callable[..., Any], go_on: Callable[[Any], str]
 ) -> int:

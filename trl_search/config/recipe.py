@@ -22,22 +22,28 @@ def shipped_recipes() -> dict[str, Path]:
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, command: str | None = None) -> Path:
     """The file of a recipe: `recipes/quickstart.yaml` is a path, `quickstart` the name of a shipped recipe.
+
+    Args:
+        command (`str`, *optional*): The command that runs it, `train` or `sft`. A recipe for the other is an error.
 
     Raises:
         UserError: if there is no such file or name; the message lists the names.
     """
-    if Path(name).is_file():
-        return Path(name)
-    if name.endswith((".yaml", ".yml")):
-        # A path from the README also works outside a checkout.
-        if Path(name).parent.name == "recipes" and Path(name).stem in shipped_recipes():
-            return shipped_recipes()[Path(name).stem]
-        raise UserError(f"there is no recipe {name}; the shipped recipes are {', '.join(sorted(shipped_recipes()))}")
-    if name not in shipped_recipes():
-        raise unknown_name("recipe", name, shipped_recipes())
-    return shipped_recipes()[name]
+    shipped = shipped_recipes()
+    path, stem = Path(name), Path(name).stem
+    named = stem if path.suffix in (".yaml", ".yml") and path.parent.name == "recipes" else name
+    if not path.is_file() and named in shipped:  # a path from the README also works outside a checkout
+        path, stem = shipped[named], named
+    if path.is_file():
+        if command and stem in shipped and shipped[stem].samefile(path) and command != recipe_command(stem):
+            raise UserError(f"{stem} is a recipe for another command: run trl-search {recipe_command(stem)} {stem}")
+        return path
+    names = [one for one in sorted(shipped) if command in (None, recipe_command(one))]
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"there is no recipe {name}; the shipped recipes are {', '.join(names)}")
+    raise unknown_name("recipe", name, names)
 
 
 def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str) -> dict[str, Any]:
@@ -54,10 +60,11 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
             and for a value of the wrong type.
     """
     known = {field.name for cls in arguments for field in dataclasses.fields(cls) if field.init}
-    path, options = _split(argv, known, command)
+    path, options = split_recipe(argv, command)
+    _refuse_unknown_options(options, known)
     parser = _Parser(arguments, prog=f"trl-search {command}", add_help=False)
     if path is not None:
-        parser.set_defaults_with_config(**_read(path, arguments, known, command))
+        parser.set_defaults_with_config(**_read(path, arguments, known))
     values = vars(parser.parse_args(options))
     for cls in arguments:
         values = cls.settled(values) if hasattr(cls, "settled") else values
@@ -83,15 +90,12 @@ def build_arguments(values: Mapping[str, Any], arguments: Sequence[Any]) -> tupl
         ) from error
 
 
-class _Parser(TrlParser):
-    """TRL's parser, with one-line errors."""
+def split_recipe(argv: Sequence[str], command: str) -> tuple[Path | None, list[str]]:
+    """Splits a command line into the file of its recipe, if it names one, and the other words. Imports no TRL.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | None, list[str]]:
-    """The recipe's file, if one is named, and the options after it."""
+    Raises:
+        UserError: if there is no such recipe, if it is for another command, or if no recipe and no model is named.
+    """
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--config", *words]
@@ -99,13 +103,9 @@ def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | N
     while words:
         word = words.pop(0)
         if word == "--config" and words:
-            path = find_recipe(words.pop(0))
-            continue
-        if word.startswith("--"):
-            key = word[2:].split("=")[0].replace("-", "_")
-            if key not in known and key.removeprefix("no_") not in known:
-                raise unknown_name("option", f"--{key}", [f"--{name}" for name in known])
-        options.append(word)
+            path = find_recipe(words.pop(0), command)
+        else:
+            options.append(word)
     if path is None and not any(option.startswith("--model_name_or_path") for option in options):
         raise UserError(
             f"no recipe is given: run trl-search {command} RECIPE, where RECIPE is a file or one of "
@@ -114,13 +114,22 @@ def _split(argv: Sequence[str], known: set[str], command: str) -> tuple[Path | N
     return path, options
 
 
-def _read(path: Path, arguments: Sequence[Any], known: set[str], command: str) -> dict[str, Any]:
+def _refuse_unknown_options(options: Sequence[str], known: set[str]) -> None:
+    for word in options:
+        key = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and key not in known and key.removeprefix("no_") not in known:
+            raise unknown_name("option", f"--{key}", [f"--{name}" for name in known])
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _read(path: Path, arguments: Sequence[Any], known: set[str]) -> dict[str, Any]:
     """The keys and values of a recipe. Its `env` sets environment variables, as in TRL's commands."""
-    shipped = shipped_recipes().get(path.stem)
-    if shipped is not None and shipped.samefile(path) and command != recipe_command(path.stem):
-        raise UserError(
-            f"{path.stem} is a recipe for another command: run trl-search {recipe_command(path.stem)} {path.stem}"
-        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

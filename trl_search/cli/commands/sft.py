@@ -14,7 +14,9 @@ from __future__ import annotations
 
 
 def main(argv: list[str]) -> int:
-    from trl_search.cli.recipe_command import run_recipe
+    from trl_search.cli.recipe_command import refuse_wrong_recipe, run_recipe
+
+    refuse_wrong_recipe(argv, "sft")
     from trl_search.trainer.cold_start.run import run_sft
 
     how = "the same command resumes the collection; --resume_from_checkpoint last also keeps the trained steps"

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    from trl_search.cli.recipe_command import run_recipe
+    from trl_search.cli.recipe_command import refuse_wrong_recipe, run_recipe
+
+    refuse_wrong_recipe(argv, "train")
     from trl_search.trainer.pipeline import run_training
     from trl_search.trainer.resume import how_to_resume
 
