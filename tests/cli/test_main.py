@@ -118,9 +118,26 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
     assert main([]) == main(["help"]) == main(["--help"]) == 0
     out = capsys.readouterr().out
     assert out.count("  broken  Is never imported for the overview.") == 3
-    with pytest.raises(SystemExit) as stop:
-        main(["plain", "--nmber", "4"])
-    assert stop.value.code == 2
+    assert main(["plain", "--nmber", "4"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("chat tiny --retreiver world hi", "unknown option '--retreiver': did you mean '--retriever'"),
+        ("eval tiny --datsets=world --datasets w --output o", "unknown option '--datsets': did you mean '--datasets'"),
+        ("data chunk d.jsonl --output c.jsonl --overlp 4", "unknown option '--overlp': did you mean '--overlap'"),
+        ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
+        ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
+        ("recipes list a b c", "unrecognized arguments: c; trl-search recipes --help describes the command"),
+    ],
+)
+def test_a_mistyped_option_is_one_line_without_the_usage(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trl-search: error: ") and message in said and said.count("\n") == 1
 
 
 def test_commands_are_listed_in_the_order_of_first_use(commands: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trl_search.cli.commands
+from trl_search.cli.parser import CommandParser
 from trl_search.common.errors import Explained, unknown_name
 from trl_search.common.files import home_expanded
 
@@ -80,7 +81,7 @@ def run_command(name: str, argv: list[str]) -> int:
     module = importlib.import_module(f"{trl_search.cli.commands.__name__}.{name.replace('-', '_')}")
     if hasattr(module, "main"):
         return int(module.main(argv))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"trl-search {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
@@ -107,7 +108,7 @@ def overview() -> str:
     lines = [f"  {name.ljust(width)}  {_summary(name)}" for name in names]
     return "\n".join(
         [
-            "usage: trl-search [--debug] COMMAND ...",
+            "usage: trl-search [--debug] [--version] COMMAND ...",
             "",
             "Train language models that search.",
             "",

@@ -30,6 +30,7 @@ from trl_search.cli.options import (
     sampling_of,
     searched_of,
 )
+from trl_search.cli.parser import CommandParser
 from trl_search.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-search chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
