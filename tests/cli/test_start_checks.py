@@ -69,6 +69,21 @@ def test_a_server_reports_every_problem_at_once(
     assert [line.partition(":")[0] for line in problems(capsys)] == ["token", "retriever", "packages"]
 
 
+def test_a_server_that_is_not_running_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*given: object, **options: object) -> None:
+        raise AssertionError("the retriever would wait for its server")
+
+    monkeypatch.setattr("trl_search.config.searched.load_retriever", load)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "who?", "golden_answers": ["me"]}\n')
+    for command in (["search", "http://127.0.0.1:9", "who?"], ["eval-retriever", "http://127.0.0.1:9"]):
+        assert main([*command, *(["--datasets", str(questions)] if "who?" not in command else [])]) == 2
+        said = capsys.readouterr().err
+        assert "http://127.0.0.1:9: " in said and said.endswith("start its server: `trl-search serve`\n")
+
+
 def test_a_truncated_index_is_refused_before_it_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "wiki")
     (tmp_path / "wiki/corpus.jsonl").write_text("")

@@ -29,6 +29,8 @@ from trl_search.cli.options import (
     question_fields,
     searched_of,
 )
+from trl_search.cli.retriever_checks import retriever_checks
+from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 
@@ -60,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
         for one in load_judged(name, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args))
     ]
     measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}
-    for word in args.retrievers:
-        with contextlib.closing(searched_of(args, word).load()) as retriever:
+    searched = {word: searched_of(args, word) for word in args.retrievers}
+    refuse([check for one in searched.values() for check in retriever_checks(one)])
+    for word, one_searched in searched.items():
+        with contextlib.closing(one_searched.load()) as retriever:
             for one in sets:
                 measured[one.name][word] = measure(retriever, one, args.passages_per_query)
     for one in sets:

@@ -17,6 +17,8 @@ import shutil
 import textwrap
 
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
+from trl_search.cli.retriever_checks import retriever_checks
+from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError
 from trl_search.types import Passage
 
@@ -34,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.passages_per_query < 1:
         raise UserError(f"passages_per_query={args.passages_per_query} must be at least 1")
-    with contextlib.closing(searched_of(args, args.retriever).load()) as retriever:
+    searched = searched_of(args, args.retriever)
+    refuse(
+        list(retriever_checks(searched))
+    )  # a server that is not running is an error at once, not after its patience
+    with contextlib.closing(searched.load()) as retriever:
         found = retriever.search(args.questions, args.passages_per_query)
     for question, passages in zip(args.questions, found, strict=True):
         print(f"{question}\n")
