@@ -186,7 +186,7 @@ def test_an_incomplete_model_is_not_uploaded(run, hub, capsys, name, message):
     assert re.search(message, capsys.readouterr().err) and "me/agent" not in hub.models
 
 
-@pytest.mark.parametrize("repo_id", ["agent", "me/my/agent", "/agent", "me/"])
+@pytest.mark.parametrize("repo_id", ["agent", "me/my/agent", "/agent", "me/", "./agent", "me/my agent"])
 def test_a_repository_name_is_owner_and_name(run, capsys, repo_id):
     assert push(run, repo_id) == 2 and "write it as owner/name" in capsys.readouterr().err
 

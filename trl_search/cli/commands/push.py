@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
-    if args.repo_id.count("/") != 1 or not all(args.repo_id.split("/")):
+    if args.repo_id.count("/") != 1 or not _is_repository(args.repo_id):
         raise UserError(f"{args.repo_id!r} is not a repository name: write it as owner/name")
     token = get_token()
     if token is None and not args.dry_run:
@@ -76,6 +76,16 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join([f"To {args.repo_id}, {'public' if args.public else 'private'}:", *upload.lines()]), flush=True)
     print(publish(upload, args.repo_id, api=api, public=args.public))
     return 0
+
+
+def _is_repository(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _own_card(path: Path) -> str:
