@@ -127,6 +127,9 @@ def test_recipes_can_be_listed_shown_and_copied(
     assert capsys.readouterr().out == shipped_recipes()["quickstart"].read_text("utf-8")
     assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 0
     assert (tmp_path / "mine.yaml").read_bytes() == shipped_recipes()["quickstart"].read_bytes()
+    assert capsys.readouterr().out == "mine.yaml: edit it, then run trl-search train mine.yaml\n"
+    assert main(["recipes", "copy", "sft_world"]) == 0
+    assert capsys.readouterr().out == "sft_world.yaml: edit it, then run trl-search sft sft_world.yaml\n"
     assert main(["recipes", "copy", "quickstart", "mine.yaml"]) == 2
     assert main(["recipes", "show"]) == 2
     assert "no recipe given" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from trl_search.cli.recipe_help import recipe_lines
-    from trl_search.config.recipe import find_recipe
+    from trl_search.config.recipe import find_recipe, recipe_command
 
     if args.action == "list":
         print("trl-search train:\n\n" + "\n".join(recipe_lines("train")))
@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
     if copy.exists():
         raise UserError(f"{copy} exists already: give the copy another name")
     shutil.copyfile(recipe, copy)
-    print(f"{copy}: edit it, then run trl-search train {copy}" if "sft" not in recipe.stem.split("_") else f"{copy}")
+    print(f"{copy}: edit it, then run trl-search {recipe_command(recipe.stem)} {copy}")
     return 0
