@@ -31,11 +31,10 @@ the passages and the server's address:
     trl-search index --corpus corpus.jsonl --kind qdrant --url http://qdrant:6333 --collection wiki --output out
     trl-search index --corpus corpus.jsonl --kind opensearch --url http://search:9200 --collection wiki --output out
 
-Try the index with `trl-search search indexes/corpus "where was Mira Talvane born?"`. To train with it, add to the
-recipe:
+Try the index with `trl-search search indexes/corpus "where was Mira Talvane born?"`. To train with it, pass
+`--retriever indexes/corpus`, or add to the recipe:
 
-    retriever: bm25
-    retriever_options: '{"index": "indexes/corpus"}'
+    retriever: indexes/corpus
 
 Up to two million passages, --kind bm25 uses the bm25s engine, which needs 5 GB of memory per million passages while it
 builds. Above, it uses tantivy.
