@@ -51,7 +51,7 @@ def test_on_a_laptop_everything_that_qwen3b_lacks_is_reported(
     said = capsys.readouterr().err
     assert said.startswith("trl-search: error: this cannot run here:\n")
     for problem in (
-        "rewards: 1 reward_weights for 4 reward_funcs: give one weight per reward",
+        "rewards: 1 reward_weights (1.0) for 4 reward_funcs (em format retrieval reflection): give --reward_weights, ",
         "precision: bf16: true needs a GPU",
         "packages: use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
         "retriever: there is no index folder indexes/wiki18-bm25",
@@ -166,6 +166,11 @@ def test_memory_is_computed_from_the_model(values: dict[str, Any], devices: list
     assert check_memory(values, QWEN_3B, devices).status == status
 
 
+def test_the_memory_of_a_small_model_on_a_cpu_is_not_that_of_a_gpu() -> None:
+    check = check_memory({"dtype": "float32"}, 3_500_000, [])
+    assert check.name == "memory" and "for 3.5 M parameters" in check.said
+
+
 def test_parameters_are_counted_without_weights() -> None:
     assert 3_000_000 < (count_parameters("tiny") or 0) < 4_000_000
     assert count_parameters("runs/nowhere") is None
@@ -192,6 +197,11 @@ def test_models_and_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert check.status is Status.PROBLEM and "RUC-NLPIR/FlashRAG_datasets" in check.said
 
 
+def test_a_misspelt_world_suggests_it() -> None:
+    (check,) = check_questions({"questions": "wrld"})
+    assert "did you mean 'world'?" in check.said
+
+
 def test_retrievers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "index")
 
@@ -215,6 +225,11 @@ def test_rewards_and_weights() -> None:
     assert check_rewards({"reward_funcs": ["em", "f1"], "reward_weights": None}).status is Status.OK
 
 
+def test_an_environment_that_cannot_be_imported_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "quickstart", "--environment", "tests.support.calculator:Nothing"]) == 2
+    assert capsys.readouterr().err.count("has no attribute 'Nothing'") == 1
+
+
 def test_the_users_environment_and_script() -> None:
     def said(**values: str) -> list[tuple[str, Status]]:
         return [(check.name, check.status) for check in check_environment(values)]
@@ -234,5 +249,10 @@ def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"rows": {}, "history": [{"step": 1}]}')
     check = check_output(values)
     assert check.status is Status.PROBLEM and "--overwrite true" in check.remedy
+    assert (
+        "resume" not in check.remedy
+    )  # with save_strategy: no, as in the quickstart, there is nothing to resume from
+    (tmp_path / "checkpoint-1").mkdir()
+    assert "--resume_from_checkpoint last" in check_output(values).remedy
     assert check_output({**values, "overwrite": True}).status is Status.OK
     assert check_output({**values, "resume_from_checkpoint": "last"}).status is Status.OK

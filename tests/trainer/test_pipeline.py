@@ -168,7 +168,7 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_with_that_base_model(tmp_pat
         (["--retriever", "bm52"], "bm25"),
         (["--reward_funcs", "fromat"], "format"),
         (["--world_passages", "10"], "at least"),
-        (["--resume_from_checkpoint", "last"], "has no complete checkpoint"),
+        (["--resume_from_checkpoint", "last"], "save_strategy and save_steps say when a run writes checkpoints"),
         (["--resume_from_checkpoint", "true"], "true is not a complete checkpoint"),
         (
             ["--load_in_4bit", "true", "--use_peft", "true"],

@@ -20,7 +20,7 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
-from trl_search.config.searched import resolve_searched
+from trl_search.config.searched import WORLD, resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
 from trl_search.data.hub_download import free_bytes
@@ -108,8 +108,9 @@ def _unless_refused(name: str, say: Callable[[], str]) -> Check:
 def check_rewards(values: Mapping[str, Any]) -> Check:
     rewards, weights = values.get("reward_funcs") or [], values.get("reward_weights")
     if weights and len(weights) != len(rewards):
-        said = f"{len(weights)} reward_weights for {len(rewards)} reward_funcs"
-        return Check("rewards", Status.PROBLEM, said, "give one weight per reward")
+        given, named = " ".join(map(str, weights)), " ".join(map(str, rewards))
+        said = f"{len(weights)} reward_weights ({given}) for {len(rewards)} reward_funcs ({named})"
+        return Check("rewards", Status.PROBLEM, said, "give --reward_weights, one per reward")
     return Check("rewards", Status.OK, ", ".join(map(str, rewards)) or "none needed")
 
 
@@ -174,7 +175,7 @@ def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
             yield _hub_set(name)
         else:
             is_path = "/" in name or Path(name).suffix
-            said = f"there is no file {name}" if is_path else str(unknown_name("dataset", name, HUB_SETS))
+            said = f"there is no file {name}" if is_path else str(unknown_name("dataset", name, [*HUB_SETS, WORLD]))
             yield Check("questions", Status.PROBLEM, said)
 
 
@@ -249,12 +250,13 @@ def check_memory(values: Mapping[str, Any], parameters: int, devices: Sequence[D
     weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
     shares = 1 if values.get("use_peft") else 4 + bool(values.get("beta"))
     need = shares * weights
-    said = f"{need / GIB:.1f} GiB for {parameters / 1e9:.2f} B parameters ({shares} x weights) without activations"
+    size = f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
+    said = f"{need / GIB:.1f} GiB for {size} parameters ({shares} x weights) without activations"
     sharded = values.get("deepspeed") or values.get("fsdp") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     if sharded or os.environ.get("ACCELERATE_USE_FSDP"):
         return Check("gpu memory", Status.NOTE, f"{said}; sharded over the processes")
     if not devices:
-        return Check("gpu memory", Status.NOTE, said)
+        return Check("memory", Status.NOTE, said)
     total = min(device.total for device in devices)
     resident = values.get("use_vllm") and values.get("vllm_mode") == "colocate"
     if resident and not values.get("vllm_enable_sleep_mode"):
@@ -289,6 +291,7 @@ def check_output(values: Mapping[str, Any]) -> Check:
     asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
     trained = results.is_file() and read_object(results, "move it away").get("history")
     if not asked and (trained or (folder / SETTINGS_FILE).is_file()):  # `sft` writes the second one last
-        remedy = "give another --output_dir, --resume_from_checkpoint last to continue it, or --overwrite true"
+        resume = "--resume_from_checkpoint last to continue it, " if any(folder.glob("checkpoint-*")) else ""
+        remedy = f"give another --output_dir, {resume}or --overwrite true to replace it"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
     return Check("output", Status.OK, str(folder))

@@ -41,8 +41,14 @@ class StartChecks:
 
 
 def refuse(checks: Sequence[Check]) -> None:
-    """Raises `UserError` with every problem among the checks and its remedy, if there is any."""
-    problems = [check for check in checks if check.status is Status.PROBLEM]
+    """Raises `UserError` with every problem among the checks and its remedy, if there is any.
+
+    A problem that several checks met, such as an environment that cannot be imported, is listed once.
+    """
+    problems: list[Check] = []
+    for check in checks:
+        if check.status is Status.PROBLEM and check.said not in [problem.said for problem in problems]:
+            problems.append(check)
     if len(problems) == 1:
         raise UserError(f"{problems[0].said}{f': {problems[0].remedy}' if problems[0].remedy else ''}")
     if problems:

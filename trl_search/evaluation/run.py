@@ -279,8 +279,9 @@ def what_is_searched(plan: Plan) -> Searched:
         word = plan.model
     if word is None:
         raise UserError(
-            f"mode {next(mode for mode in plan.modes if mode in SEARCHING)} searches: give --retriever, an index "
-            "folder, the address of a server, or a kind of retriever with its --retriever_options"
+            f"--modes {next(mode for mode in plan.modes if mode in SEARCHING)} needs something to search: give "
+            "--retriever, an index folder, the address of a server, or a kind of retriever with its "
+            "--retriever_options"
         )
     return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
 

@@ -53,7 +53,7 @@ def checkpoint_to_resume(asked: str | bool | None, folder: Path) -> str | None:
             return str(path)
     raise UserError(
         f"resume_from_checkpoint={asked}, but {folder} has no complete checkpoint of its run: give the path of one, "
-        "or leave resume_from_checkpoint out"
+        "or start again without resume_from_checkpoint; save_strategy and save_steps say when a run writes checkpoints"
     )
 
 

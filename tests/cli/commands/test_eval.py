@@ -224,7 +224,10 @@ def test_an_adapter_folder_is_evaluated_as_base_model_with_adapter(tmp_path):
             ["tiny", "--datasets", "FILE", "--modes", "agent"],
             "unknown mode 'agent': did you mean 'rag'? There are: cot",
         ),
-        (["tiny", "--datasets", "FILE", "--modes", "direct,search"], "mode search searches: give --retriever"),
+        (
+            ["tiny", "--datasets", "FILE", "--modes", "direct,search"],
+            "--modes search needs something to search: give --retriever",
+        ),
         (["tiny", "--datasets", "FILE", "--limit", "0"], "--limit is the number of"),
         (["tiny", "--datasets", "FILE", "--backend", "vlm"], "unknown backend 'vlm': did you mean 'vllm'"),
         (["tiny", "--datasets", "FILE", "--temperature", "-1"], "--temperature"),
