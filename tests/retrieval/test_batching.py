@@ -349,7 +349,15 @@ def test_a_cancelled_caller_does_not_cancel_others(echo: Echo) -> None:
     ("answer", "message"),
     [
         (lambda queries: [[]] * (len(queries) + 1), "returned 2 results for 1 queries"),
-        (lambda queries: None, "TypeError"),
+        (lambda queries: None, r"returned None: return one list of Passage\(id, title, text\) per query$"),
+        (lambda queries: [None], "returned None for a query: return one list of Passage"),
+        (lambda queries: ["text"], "returned 'text' for a query: return one list of Passage"),
+        (lambda queries: [[{"id": "1", "text": "x"}]], "returned the passage {'id': '1', 'text': 'x'}: return one"),
+        (lambda queries: [[Passage("1", "a", 5)]], "returned the passage Passage.*text=5"),
+        (
+            lambda queries: asyncio.Future(loop=asyncio.new_event_loop()),
+            "returned <Future .*, and call an asynchronous search search_async",
+        ),
         (lambda queries: sys.exit(3), "SystemExit"),
         (lambda queries: next(iter(())), "StopIteration"),
     ],

@@ -14,10 +14,12 @@ daemon thread is abandoned and delays neither other searches nor the exit of the
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
@@ -179,15 +181,33 @@ class SearchBatcher:
             raise RetrievalError("the retriever cancelled its own search")
         if (error := call.exception()) is not None:
             raise _as_failure(error)  # SystemExit too: it must not end the worker
-        found = call.result()
-        if len(found) != len(queries):
-            raise RetrievalError(f"the retriever returned {len(found)} results for {len(queries)} queries")
-        return found
+        return _checked(call.result(), len(queries))
 
     def _resolve(self, key: Key, result: Result) -> None:
         future = self._results.pop(key)
         if not future.done():
             future.set_result(result)
+
+
+def _checked(found: Any, queries: int) -> list[list[Passage]]:
+    """The result of a retriever's `search`.
+
+    Raises:
+        RetrievalError: if it is not one list of passages per query.
+    """
+    wanted = "return one list of Passage(id, title, text) per query"
+    if not isinstance(found, list | tuple):
+        also = ", and call an asynchronous search search_async" if inspect.isawaitable(found) else ""
+        raise RetrievalError(f"the retriever returned {found!r:.60}: {wanted}{also}")
+    if len(found) != queries:
+        raise RetrievalError(f"the retriever returned {len(found)} results for {queries} queries")
+    for passages in found:
+        if not isinstance(passages, list | tuple):
+            raise RetrievalError(f"the retriever returned {passages!r:.60} for a query: {wanted}")
+        for passage in passages:
+            if not isinstance(passage, Passage) or not isinstance(passage.text, str):
+                raise RetrievalError(f"the retriever returned the passage {passage!r:.80}: {wanted}")
+    return [list(passages) for passages in found]
 
 
 def _as_failure(error: BaseException) -> RetrievalError:
