@@ -182,3 +182,20 @@ def test_rewards_that_return_none_are_null(tmp_path, random_model, tokenizer):
     assert [row["rewards/sometimes"] for row in rows] == [None, 1, None, 3]
     assert [row["reward"] for row in rows] == [1, 1, 0, 4]
     assert torch.isfinite(torch.tensor([row["advantage"] for row in rows])).all()
+
+
+@pytest.mark.parametrize(
+    ("golden", "expected"),
+    [
+        (1998, ["1998"]),
+        ("Lyon", ["Lyon"]),
+        ({"value": "Lyon", "aliases": ["Lugdunum"]}, ["Lyon", "Lugdunum"]),
+        ([["Lyon"], ["Paris"]], ["[['Lyon'], ['Paris']]"]),
+    ],
+    ids=str,
+)
+def test_golden_answers_are_written_as_the_rewards_read_them(tmp_path, random_model, tokenizer, golden, expected):
+    """A format that only the user's own rewards read is written as it is."""
+    data = datasets.Dataset.from_list([{"question": "Who?", "golden_answers": golden}] * 4)
+    scripted_trainer(tmp_path, random_model, tokenizer, rewards=later_is_better, data=data).score()
+    assert {tuple(row["golden_answers"]) for row in written(tmp_path)} == {tuple(expected)}

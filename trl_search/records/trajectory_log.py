@@ -20,10 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pyarrow import parquet
 
+from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.records.folder import REWARD_PREFIX, TRAJECTORY_SCHEMA, trajectory_file
 from trl_search.records.token_text import TokenTexts
+from trl_search.rewards.golden_answers import golden_list
 from trl_search.rewards.weighted import weighted_rewards
 from trl_search.types import Answer, Trajectory
 
@@ -135,15 +137,13 @@ class TrajectoryLog:
         if local is not None:
             mask = scored.loss_mask_BC[local, : len(mask)].tolist()
         reward = weighted_rewards(rewards_F, scored.weights_F).item()
-        golden = row.get("golden_answers")
-        golden = [] if golden is None else golden
         return {
             "group": index // self.group_size,
             "index": index,
             "id": str(row.get("id", "")),
             "data_source": str(row.get("data_source", "")),
             "question": question_text(row),
-            "golden_answers": [golden] if isinstance(golden, str) else [str(x) for x in golden],
+            "golden_answers": _golden_answers(row.get("golden_answers")),
             "prompt_ids": trajectory.prompt_ids,
             "ids": trajectory.ids,
             "mask": mask,
@@ -157,6 +157,13 @@ class TrajectoryLog:
             "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else "",
             **{name: getattr(trajectory, name) for name in _AS_THEY_ARE},
         }
+
+
+def _golden_answers(value: Any) -> list[str]:
+    try:
+        return golden_list(value)
+    except UserError:  # a format that only the user's own rewards read
+        return [str(value)]
 
 
 def _table(step: int, records: Sequence[Mapping[str, Any]], names: Sequence[str], texts: TokenTexts) -> pyarrow.Table:
