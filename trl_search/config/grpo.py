@@ -11,6 +11,7 @@ from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import check_least, checked_values
+from trl_search.config.trl_keys import check_trls_keys
 
 TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
 # How the ratio of the trainer's to vLLM's probabilities becomes a weight in the loss (`trainer/loss/importance.py`).
@@ -209,8 +210,10 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         ours = {name: getattr(self, name) for name in SearchGRPOConfig.__annotations__ if not name.startswith("_")}
         for name, value in checked_values(ours, [SearchGRPOConfig], "SearchGRPOConfig").items():
             setattr(self, name, value)
+        check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
         GRPOConfig.__post_init__(self)
         check_agent(self)
+        check_trls_keys(self)
         check_carry_over(self)
         for key in fields(self):
             choices = key.metadata.get("choices") if key.name in ours else None

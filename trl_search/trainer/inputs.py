@@ -131,6 +131,11 @@ def refuse_what_rollouts_cannot_do(
     if args.use_vllm:
         refuse_what_vllm_cannot_do(args)
     refuse_what_fsdp_cannot_do(args)
+    if args.torch_compile and not args.use_vllm:
+        raise UserError(
+            "torch_compile wraps the model in a module from which rollouts cannot sample: leave it out, or generate "
+            "with vLLM (use_vllm: true)"
+        )
     if args.repetition_penalty != 1.0 or args.generation_kwargs:
         raise UserError("repetition_penalty and generation_kwargs have no effect on our rollouts: leave them out")
     for name, instead in _NOT_OURS.items():

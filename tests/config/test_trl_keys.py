@@ -1,0 +1,64 @@
+"""Values of TRL's keys that would be an error after the first rollout, or would train in silence, are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.support.scripted_trainer import config
+from trl_search.common.errors import UserError
+from trl_search.config.trl_keys import CHOICES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 must be more than 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be more than 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be more than 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5 must be more than 0 and at most 1"),
+        ({"min_p": 2.0}, "min_p=2.0 must be a number from 0 to 1"),
+        ({"epsilon": -0.1}, "epsilon=-0.1 must be at least 0"),
+        ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
+        ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0 must be at least 1"),
+        ({"reward_weights": [float("nan")]}, r"reward_weights=\[nan\] must be finite"),
+        ({"loss_type": "gspo"}, "unknown loss_type 'gspo'"),
+        ({"scale_rewards": "groups"}, "unknown scale_rewards 'groups': did you mean 'group'"),
+        ({"importance_sampling_level": "turn"}, "unknown importance_sampling_level 'turn'"),
+        ({"multi_objective_aggregation": "sum"}, "unknown multi_objective_aggregation 'sum'"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+            "choose by the loss of an evaluation, .* set metric_for_best_model: reward",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_values_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **options)
+
+
+def test_right_values_are_accepted(tmp_path: Path) -> None:
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            config(tmp_path, **{name: choice})
+    config(tmp_path, scale_rewards=False, min_p=0.0, top_p=0.5, temperature=0.01, beta=0.0, reward_weights=[0.0])
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    assert config(tmp_path, **best, metric_for_best_model="reward").greater_is_better is True
+
+
+def test_the_choices_are_trls() -> None:
+    source = inspect.getsource(GRPOTrainer)
+    described = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(GRPOConfig)}
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            assert f'"{choice}"' in source and f"'{choice}'" in described[name].replace("group'", "'group'"), choice
