@@ -37,6 +37,9 @@ class RollsBack(Trainer):
 
     _buffered_inputs: Any
     _step: int
+    _metrics: Any
+    _pending_extra_logs: Any
+    _pending_metrics: Any
     _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -46,11 +49,13 @@ class RollsBack(Trainer):
             UserError: if rollback is used with DeepSpeed and the user's own optimizer.
         """
         folder = Path(self.args.output_dir or ".")
+        if resume_from_checkpoint is None:  # transformers leaves this key of the configuration to scripts
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
         if self.is_world_process_zero():
             warn_of_missing_optimizer(checkpoint)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
-            return super().train(checkpoint, *args, **kwargs)
+            return self._train_from(checkpoint, *args, **kwargs)
         if self.is_deepspeed_enabled and self.optimizer is not None:
             raise UserError(
                 "on_collapse=rollback makes a new optimizer under DeepSpeed, and cannot make yours: leave "
@@ -70,8 +75,6 @@ class RollsBack(Trainer):
             logger.warning("rollback %d of %d: back to %s, learning rate %.3g", number, MAX_ROLLBACKS, best, rate)
             if self.is_world_process_zero():
                 record_rollback(folder, step=self.state.global_step, to=to)
-            # Reset TRL's batches from the abandoned policy and its position in them, as in a resumed process.
-            self._buffered_inputs, self._step = None, 0
             self._leave_deepspeed()
             output = self._train_after(number, to, best, *args, **kwargs)
         return output
@@ -79,15 +82,24 @@ class RollsBack(Trainer):
     def _train_after(self, rollbacks: int, to: int, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         """Trains with the learning rate after `rollbacks` rollbacks; the last one went back to step `to`."""
         if not rollbacks:
-            return super().train(checkpoint, *args, **kwargs)
+            return self._train_from(checkpoint, *args, **kwargs)
         if alarm := self._alarm():
             alarm.counts_after = to
         callback = _LearningRate(self, rollbacks)
         self.add_callback(callback)
         try:
-            return super().train(checkpoint, *args, **kwargs)
+            return self._train_from(checkpoint, *args, **kwargs)
         finally:
             self.remove_callback(callback)
+
+    def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        """Trains without what an earlier training of this process left, as a new process would: TRL's batch from the
+        abandoned policy, its position in that batch, and metrics of a step that did not end."""
+        self._buffered_inputs, self._step = None, 0
+        self._metrics["train"].clear()
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        return super().train(checkpoint, *args, **kwargs)
 
     def _leave_deepspeed(self) -> None:
         """Gives up DeepSpeed's engine, which serves one training. The next one makes another of the bare model."""
