@@ -65,6 +65,12 @@ def main(folder: Path) -> None:
         config(folder, **{**shape, "per_device_train_batch_size": 3})
     except UserError as error:
         seen["refused"] = str(error)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    shuffled = scripted_trainer(folder / "other", model, tokenizer, script, data=DATA.shuffle(seed=rank))
+    try:
+        shuffled.train()
+    except UserError as error:
+        seen["shuffled"] = str(error)
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 
 

@@ -16,7 +16,7 @@ from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_bett
 from trl_search.common.errors import UserError
 from trl_search.environment import AnswerOnly
 from trl_search.protocols import QwenTools, SearchR1
-from trl_search.rewards import of_last_message
+from trl_search.rewards import em, of_last_message
 from trl_search.trainer.callbacks.held_out import HeldOut
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.prompts import with_prompts
@@ -51,6 +51,10 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"trainer": {"peft_config": PROMPT_TUNING}}, "^prompt_tuning puts tokens before every prompt.*LoRA"),
         ({"trainer": {"peft_config": PREFIX_TUNING}}, "^prefix_tuning puts tokens before every prompt.*LoRA"),
         ({"data": DATA.add_column("image", [None] * len(DATA))}, "train_dataset has the column 'image'"),
+        ({"rewards": ["em", em]}, "two rewards are called 'em', so the logs would mix them"),
+        ({"rewards": lambda completions: [0.0]}, "'<lambda>' cannot be called with the columns of train_dataset"),
+        ({"data": DATA.add_column("prompts", ["x"] * len(DATA))}, "train_dataset has the column 'prompts'"),
+        ({"torch_compile": True}, "^torch_compile wraps the model in a module from which rollouts cannot sample"),
         ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
@@ -212,6 +216,16 @@ def test_cached_prompts_depend_on_the_protocol(tmp_path, tokenizer):
 
 
 def test_fewer_questions_than_a_batch_are_refused(tmp_path, random_model, tokenizer):
-    trainer = real_trainer(tmp_path, random_model, tokenizer, data=DATA.select([0]), per_device_train_batch_size=8)
-    with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
+    one = DATA.select([0])
+    for data in (one, one.to_iterable_dataset()):
+        trainer = real_trainer(tmp_path, random_model, tokenizer, data=data, per_device_train_batch_size=8)
+        with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
+            trainer.train()
+
+
+def test_rewards_without_weight_are_refused(tmp_path, random_model, tokenizer):
+    trainer = real_trainer(tmp_path, random_model, tokenizer, rewards="reflection")
+    with pytest.raises(
+        UserError, match=r"the weights of all rewards \(reflection\) are 0, so nothing would be learnt"
+    ):
         trainer.train()

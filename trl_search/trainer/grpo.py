@@ -30,6 +30,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from trl_search.common.errors import UserError
 from trl_search.common.garbage import sparing_what_is_loaded
 from trl_search.config.agent import protocol_of
 from trl_search.config.carry_over import carries_over
@@ -44,6 +45,7 @@ from trl_search.records.trackers import TrackerTables
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
 from trl_search.retrieval.base import Retriever
 from trl_search.rewards import default_weight
+from trl_search.rewards.signature import check_names
 from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
     Rollout,
@@ -60,7 +62,12 @@ from trl_search.trainer.generation.policy import policy_of
 from trl_search.trainer.generation.vllm_backend import making_ours
 from trl_search.trainer.groups.carry_over import CarriesOver, refuse_streams
 from trl_search.trainer.groups.group_rewards import adjust_rewards, exceptions, rewards_of
-from trl_search.trainer.groups.question_choice import ChoosesQuestions, check_dataset, question_choice_of
+from trl_search.trainer.groups.question_choice import (
+    ChoosesQuestions,
+    check_dataset,
+    check_ranks_agree,
+    question_choice_of,
+)
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.inputs import (
     RewardSpec,
@@ -74,7 +81,7 @@ from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logpr
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
-from trl_search.trainer.prompts import TakesRows, first_prompt, with_prompts
+from trl_search.trainer.prompts import TakesRows, check_best_model, check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
@@ -167,6 +174,11 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             if carries_over(args):
                 refuse_streams(train_dataset)
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
+            check_names(rewards)
+            check_reward_calls(rewards, train_dataset, "train_dataset")
+            check_best_model(args, eval_dataset)
+            if args.eval_strategy != "no":
+                check_reward_calls(rewards, eval_dataset, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
             super().__init__(
                 model=model,
@@ -205,9 +217,16 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
         """Trains as TRL does. If one rank dies, all ranks end and print the reason."""
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
+            if not self.reward_weights.any():
+                raise UserError(
+                    f"the weights of all rewards ({', '.join(self.reward_func_names)}) are 0, so nothing would be "
+                    "learnt: add a reward, or set reward_weights"
+                )
         load_onto_numbered_cpus()
         with contextlib.ExitStack() as stack:
             stack.enter_context(ending_together(self.accelerator.process_index, self.accelerator.num_processes))
+            if self.environment is not None:
+                check_ranks_agree(self.args, self.train_dataset, self.accelerator)
             if self.use_vllm and self.vllm_mode == "colocate":
                 stack.enter_context(sparing_what_is_loaded())
             return super().train(*args, **kwargs)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -22,7 +25,9 @@ from trl_search.environment import Environment
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns, required_columns
 from trl_search.rewards.golden_answers import golden_list
+from trl_search.rewards.signature import check_calls
 from trl_search.trainer.batch import positions_of
+from trl_search.trainer.conversations import conversation_check
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +62,14 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     if any("golden_answers" in required_columns(reward) for reward in rewards) and isinstance(dataset, Dataset):
         _check_golden(dataset, name)
 
+    check_conversation = conversation_check(protocol)
+
     def with_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
         asked = row.get("prompt") or row.get("question")
-        if not asked or not isinstance(asked, str | list):
+        if not asked or not isinstance(asked, str | list) or (isinstance(asked, str) and not asked.strip()):
             raise UserError(f"{name}[{index}] has no question: it is {asked!r:.60}, but must be a string")
+        if isinstance(asked, list):
+            check_conversation(asked, f"the prompt of {name}[{index}]")
         return {"prompt": protocol.conversation(row)}
 
     options = {"new_fingerprint": fingerprint} if (fingerprint := _fingerprint(dataset, protocol)) else {}
@@ -68,8 +77,16 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
 
 
 def _check_golden(dataset: Dataset, name: str) -> None:
-    """Refuses a dataset without any golden answer, and warns how many rows have none and so get no reward."""
-    without = sum(not golden_list(golden) for golden in dataset["golden_answers"])
+    """Refuses blank golden answers and a dataset without any, and warns how many rows have none and so get no reward.
+
+    A blank one would equal every answer that normalizes to nothing, such as "the".
+    """
+    without = 0
+    for row, golden in enumerate(dataset["golden_answers"]):
+        answers = golden_list(golden)
+        if not all(map(str.strip, answers)):
+            raise UserError(f"{name}[{row}] has a blank golden answer, {golden!r:.60}: leave it out of golden_answers")
+        without += not answers
     if without == len(dataset):
         raise UserError(f"the column 'golden_answers' of {name} is empty in every row: add golden answers to reward")
     if without:
@@ -87,6 +104,29 @@ def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
     return Hasher.hash([dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt])
 
 
+def check_best_model(args: SearchGRPOConfig, eval_dataset: Any) -> None:
+    """Raises `UserError` if `load_best_model_at_end` would choose by the last of several datasets, whose metrics TRL
+    logs under the same names."""
+    if args.load_best_model_at_end and isinstance(eval_dataset, Mapping) and len(eval_dataset) > 1:
+        raise UserError(
+            f"load_best_model_at_end would choose by the last of the evaluation sets ({', '.join(eval_dataset)}), as "
+            "their metrics have the same names: give one of them as eval_dataset, or all as one dataset"
+        )
+
+
+def check_reward_calls(rewards: Sequence[Any], dataset: Any, name: str) -> None:
+    """Checks that all rewards can be called with the columns of a dataset, or of a dict of datasets.
+
+    Raises:
+        UserError: names the reward and what it lacks.
+    """
+    if isinstance(dataset, Mapping):
+        for key, one in dataset.items():
+            check_reward_calls(rewards, one, f"{name}[{key!r}]")
+    elif isinstance(dataset, Dataset | IterableDataset):
+        check_calls([one for one in rewards if not isinstance(one, torch.nn.Module)], next(iter(dataset)), name)
+
+
 def first_prompt(dataset: Any, protocol: Protocol) -> str:
     """The first prompt of the dataset, as text."""
     return protocol.decode(protocol.prompt_ids(next(iter(dataset))["prompt"]))
@@ -99,12 +139,64 @@ class TakesRows(Trainer):
     protocol: Protocol
     args: SearchGRPOConfig
     reward_funcs: list[Any]
+    num_generations_eval: Any
+    _metrics: Any
+    _uneven: frozenset[tuple[str, int]] = frozenset()  # the datasets that were warned of
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return super().evaluate(self._prepared(eval_dataset, "eval_dataset"), *args, **kwargs)
+        prepared = self._prepared(eval_dataset, "eval_dataset")
+        if not isinstance(prepared, str):
+            # With dataloader_persistent_workers, transformers would evaluate the dataset of the call before again.
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+        if self.environment is not None:
+            self._before_evaluation(self.eval_dataset if prepared is None else prepared, "eval_dataset")
+        return super().evaluate(prepared, *args, **kwargs)
 
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().predict(self._prepared(test_dataset, "test_dataset"), *args, **kwargs)
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As in transformers; the metrics include those of the rollouts, such as `test_reward`."""
+        prepared = self._prepared(test_dataset, "test_dataset")
+        if self.environment is None:
+            return super().predict(prepared, ignore_keys, metric_key_prefix)
+        self._before_evaluation(prepared, "test_dataset")
+        output = super().predict(prepared, ignore_keys, metric_key_prefix)
+        measured = self._metrics["eval"]
+        known = {name: [one for one in values if not math.isnan(one)] for name, values in measured.items()}
+        means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in known.items() if values}
+        measured.clear()  # otherwise the next evaluation would average them with its own
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in transformers; for a stream, TRL's loader of evaluations, which repeats each question for its group."""
+        if self.environment is not None and isinstance(test_dataset, IterableDataset):
+            return self.get_eval_dataloader(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _before_evaluation(self, dataset: Any, name: str) -> None:
+        """Checks what would fail after the first rollout, and clears what an interrupted evaluation left.
+
+        Raises:
+            UserError: if a batch does not hold whole groups, or a reward cannot be called.
+        """
+        self._metrics["eval"].clear()
+        rows, size = self.args.eval_batch_size * self.args.world_size, self.num_generations_eval
+        if rows % size:
+            raise UserError(
+                f"an evaluation batch has {rows} trajectories (per_device_eval_batch_size × processes), which "
+                f"num_generations_eval={size} does not divide: set per_device_eval_batch_size to a multiple of "
+                f"{size // math.gcd(size, self.args.world_size)}, or num_generations_eval to a divisor of {rows}"
+            )
+        check_reward_calls(self.reward_funcs, dataset, name)
+        for key, one in dataset.items() if isinstance(dataset, Mapping) else [(name, dataset)]:
+            if not isinstance(one, Dataset) or len(one) % (rows // size) == 0 or (key, len(one)) in self._uneven:
+                continue
+            self._uneven |= {(key, len(one))}
+            logger.warning(
+                "%s has %d questions, and a batch of the evaluation has %d, so the last one is not full and its "
+                "questions weigh more in the means. For exact means, give a multiple of %d questions",
+                key, len(one), rows // size, rows // size,
+            )  # fmt: skip
 
     def with_room(self, dataset: Any, name: str, *, skip: bool = False) -> Any:
         """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.

@@ -49,3 +49,9 @@ def test_resumed_ranks_draw_the_same_questions(ranks):
 def test_groups_that_straddle_ranks_are_refused(ranks):
     for rank in ranks:
         assert "num_generations=2 does not divide the 3 trajectories per process" in rank["refused"]
+
+
+def test_ranks_with_other_questions_are_refused(ranks):
+    """A group that is spread over ranks would mix questions."""
+    for rank in ranks:
+        assert "the same in another order: load and shuffle them in each process in the same way" in rank["shuffled"]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
@@ -208,10 +208,11 @@ def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
     TRL's sampler skips incomplete batches, so a training without a full batch would end before its first step.
     """
     groups = (args.generation_batch_size or 1) // (args.num_generations or 1)
-    if isinstance(dataset, Dataset) and len(dataset) < groups:
+    found = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in dataset.take(groups))
+    if found < groups:
         raise UserError(
             f"a batch has {groups} questions (trajectories of all processes / num_generations), but there are only "
-            f"{len(dataset)}: give more questions, or make per_device_train_batch_size × steps_per_generation smaller"
+            f"{found}: give more questions, or make per_device_train_batch_size × steps_per_generation smaller"
         )
     asked = args.chooses_questions
     if not asked:
@@ -225,4 +226,24 @@ def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
         raise UserError(
             f"{asked} needs more questions than the {groups} of a batch, but there are {len(dataset)}: "
             "give more, or leave it out"
+        )
+
+
+def check_ranks_agree(args: SearchGRPOConfig, dataset: Any, accelerator: Accelerator) -> None:
+    """Raises `UserError` if the ranks have different questions, or the same in another order. Every rank must call it.
+
+    Every rank takes its rows of a batch by their number in the dataset, so a group that is spread over ranks would
+    otherwise mix questions.
+    """
+    if accelerator.num_processes == 1:
+        return
+    first = range(len(dataset)) if isinstance(dataset, Dataset) else range(args.generation_batch_size or 1)
+    prompts = itertools.islice(dataset.select_columns("prompt"), len(first))
+    digest = hashlib.sha256()
+    for row in prompts:
+        digest.update(repr(row["prompt"]).encode(errors="replace"))
+    if len(set(gather_object([digest.hexdigest()]))) > 1:
+        raise UserError(
+            "the processes have different training questions, or the same in another order: load and shuffle them in "
+            "each process in the same way, with a fixed seed"
         )

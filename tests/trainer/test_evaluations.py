@@ -1,0 +1,106 @@
+"""`evaluate` and `predict` of a trainer, called by a script in any order."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from tests.support.scripted_trainer import DATA, ROWS, later_is_better, real_trainer, scripted_trainer
+from trl_search.common.errors import UserError
+
+WRONG = Dataset.from_list([{**row, "golden_answers": ["Nobody"]} for row in ROWS[:2]])
+NONE = Dataset.from_list([{**row, "golden_answers": ["somebody else"]} for row in ROWS[:2]])
+
+
+def last_em(trainer: Any) -> float:
+    return [log for log in trainer.state.log_history if "eval_rewards/em/mean" in log][-1]["eval_rewards/em/mean"]
+
+
+def test_a_prediction_returns_its_metrics_and_leaves_none_to_the_next_evaluation(tmp_path, random_model, tokenizer):
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
+    assert trainer.predict(NONE).metrics["test_rewards/em/mean"] == 0.0
+    trainer.evaluate(WRONG)
+    assert last_em(trainer) == 0.5
+    assert trainer.predict(WRONG, metric_key_prefix="late").metrics["late_search/searches"] == 0.75
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tmp_path, random_model, tokenizer):
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, per_device_eval_batch_size=4)
+    run, calls = trainer.prediction_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    trainer.prediction_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(NONE)
+    trainer.prediction_step = run
+    trainer.evaluate(WRONG)
+    assert last_em(trainer) == 0.5
+
+
+def test_streams_are_predicted_in_groups(tmp_path, random_model, tokenizer):
+    trainer = real_trainer(tmp_path, random_model, tokenizer)
+    assert "test_reward" in trainer.predict(DATA.to_iterable_dataset()).metrics
+    asked = [row["question"] for row in trainer.last_rollout.rows]
+    assert len(asked) == 8 and len(set(asked[:4])) == len(set(asked[4:])) == 1
+
+
+def test_with_persistent_workers_each_dataset_is_evaluated(tmp_path, random_model, tokenizer):
+    trainer = real_trainer(
+        tmp_path, random_model, tokenizer, dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
+    for first in (0, 2):
+        trainer.evaluate(DATA.select([first, first + 1]))
+        assert {row["question"] for row in trainer.last_rollout.rows} == {
+            ROWS[first]["question"], ROWS[first + 1]["question"]
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_what_would_fail_after_the_rollout_is_refused_before_it(tmp_path, random_model, tokenizer, call):
+    trainer = real_trainer(tmp_path, random_model, tokenizer, per_device_train_batch_size=16, num_generations=16)
+    with pytest.raises(
+        UserError, match=r"batch has 8 trajectories .* set per_device_eval_batch_size to a multiple of 16"
+    ):
+        getattr(trainer, call)(DATA)
+
+    def by_year(completions: Any, year: list[int], **kwargs: Any) -> list[float]:
+        return later_is_better(completions)
+
+    dated = DATA.add_column("year", [1900] * len(DATA))
+    trainer = real_trainer(tmp_path, random_model, tokenizer, data=dated, rewards=by_year)
+    assert getattr(trainer, call)(dated)
+    with pytest.raises(
+        UserError, match=r"'by_year' cannot be called with the columns of .*_dataset: missing .* 'year'"
+    ):
+        getattr(trainer, call)(DATA)
+    assert not trainer.last_rollout.rows or trainer.last_rollout.rows[0]["year"] == 1900
+
+
+def test_a_last_batch_that_is_not_full_is_reported_once(tmp_path, random_model, tokenizer, caplog):
+    trainer = real_trainer(tmp_path, random_model, tokenizer)
+    with caplog.at_level(logging.WARNING, "trl_search"):
+        trainer.evaluate(DATA.select(range(4)))
+        assert "weigh more" not in caplog.text
+        for _ in range(2):
+            trainer.evaluate(DATA.select(range(3)))
+    assert caplog.text.count("eval_dataset has 3 questions, and a batch of the evaluation has 2") == 1
+
+
+def test_the_best_of_several_sets_is_refused(tmp_path, random_model, tokenizer):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
+    best |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
+    two = {"near": DATA.select(range(2)), "far": DATA.select(range(2))}
+    with pytest.raises(UserError, match=r"choose by the last of the evaluation sets \(near, far\)"):
+        real_trainer(tmp_path, random_model, tokenizer, trainer={"eval_dataset": two}, **best)
+    one = {"eval_dataset": two["near"]}
+    trainer = real_trainer(tmp_path, random_model, tokenizer, trainer=one, **best)
+    trainer.train()
+    assert trainer.state.best_metric == 3.5 and trainer.state.best_model_checkpoint
