@@ -242,6 +242,10 @@ def test_blank_lines_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            rb'{"question": "Who?", "golden_answers": ["\ud83d", "\ud83d\ude00"]}',
+            r"line 1: '\\ud83d' holds half of a surrogate pair",
+        ),
         (b"", r"q\.jsonl is empty"),
         (b"\n\n", r"q\.jsonl is empty"),
         (b'{"question": "a", "golden_answers": ["b"]}\n{"question": \n', r"q\.jsonl, line 2: not JSON"),

@@ -87,6 +87,9 @@ def question_row(
         raise UserError(f"{where}: the question is empty: write one, or remove the row")
     if not golden:
         raise UserError(f"{where}: the question {question!r} has no golden answer: add one, or remove the row")
+    for text in (identifier, question, *golden):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{where}: {text!r:.80} holds half of a surrogate pair, which is no text: correct it")
     return {
         "id": identifier,
         "question": question,
