@@ -55,6 +55,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"rewards": lambda completions: [0.0]}, "'<lambda>' cannot be called with the columns of train_dataset"),
         ({"data": DATA.add_column("prompts", ["x"] * len(DATA))}, "train_dataset has the column 'prompts'"),
         ({"torch_compile": True}, "^torch_compile wraps the model in a module from which rollouts cannot sample"),
+        ({"push_to_hub": True}, "^push_to_hub uploads the whole folder .* run `trl-search push .* owner/name`"),
         ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
@@ -221,6 +222,12 @@ def test_fewer_questions_than_a_batch_are_refused(tmp_path, random_model, tokeni
         trainer = real_trainer(tmp_path, random_model, tokenizer, data=data, per_device_train_batch_size=8)
         with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
             trainer.train()
+
+
+def test_a_script_does_not_upload_trajectories_unasked(tmp_path, random_model, tokenizer):
+    """transformers would upload every file of output_dir."""
+    with pytest.raises(UserError, match="push_to_hub uploads the whole folder of the run"):
+        real_trainer(tmp_path, random_model, tokenizer).push_to_hub()
 
 
 def test_rewards_without_weight_are_refused(tmp_path, random_model, tokenizer):

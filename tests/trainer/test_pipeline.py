@@ -176,6 +176,8 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_with_that_base_model(tmp_pat
         ),
         (["--load_in_8bit", "true"], "load_in_8bit: the command line"),
         (["--learnin_rate", "1"], "--learning_rate"),
+        (["--push_to_hub", "true"], "push_to_hub uploads the whole folder of the run"),
+        (["--torch_compile", "true", "--warm_start_steps", "1"], "torch_compile wraps the model"),
     ],
 )
 def test_bad_input_gets_one_clear_line(tmp_path, capsys, options, message):
@@ -183,6 +185,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, capsys, options, message):
     assert main(["train", "quickstart", *SMALL[:2], *options]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())  # nothing was warmed up
 
 
 def test_an_unknown_protocol_lists_the_known_ones(capsys):

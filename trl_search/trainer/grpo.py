@@ -72,6 +72,7 @@ from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.inputs import (
     RewardSpec,
     environment_of,
+    refuse_push,
     refuse_what_rollouts_cannot_do,
     resolve_specs,
     tokenizer_of,
@@ -343,6 +344,11 @@ class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, T
             super().create_model_card(*args, **kwargs)
         elif self.args.should_save:
             self.checkpoint_cards.write(Path(self.args.output_dir or "."), self.args, self.state, self.model)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, because it would upload the trajectories, too; `trl-search push` uploads the model."""
+        refuse_push(self.environment is not None, self.args.output_dir)
+        return super().push_to_hub(*args, **kwargs)
 
     def add_to_log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the next training log. TRL averages the values of several calls."""

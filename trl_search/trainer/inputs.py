@@ -131,6 +131,7 @@ def refuse_what_rollouts_cannot_do(
     if args.use_vllm:
         refuse_what_vllm_cannot_do(args)
     refuse_what_fsdp_cannot_do(args)
+    refuse_push(args.push_to_hub, args.output_dir)
     if args.torch_compile and not args.use_vllm:
         raise UserError(
             "torch_compile wraps the model in a module from which rollouts cannot sample: leave it out, or generate "
@@ -150,6 +151,20 @@ def refuse_what_rollouts_cannot_do(
         raise UserError(
             f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no rollout engine supports: "
             "use LoRA (LoraConfig), or another adapter of the weights"
+        )
+
+
+def refuse_push(asked: bool, folder: str | None) -> None:
+    """Refuses transformers' upload, which takes every file of the run's folder but checkpoints.
+
+    Raises:
+        UserError: if it is asked for.
+    """
+    if asked:
+        raise UserError(
+            "push_to_hub uploads the whole folder of the run, with the questions, passages and texts of its "
+            f"trajectories: leave it out, and afterwards run `trl-search push {folder} owner/name`, which uploads the "
+            "model and its card"
         )
 
 

@@ -48,7 +48,7 @@ from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measur
 from trl_search.trainer.callbacks.progress import announce
 from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
-from trl_search.trainer.inputs import refuse_quantization
+from trl_search.trainer.inputs import refuse_quantization, refuse_what_rollouts_cannot_do
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
@@ -109,7 +109,9 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
             f"warm_start_steps shows searches, but the environment is {config.environment}: set warm_start_steps: 0"
         )
     task = load_task(arguments, seed=config.seed, searches=takes_retriever(config.environment))
-    build_environment(config.agent, task.retriever)  # reports mistakes in its options before a model is loaded
+    # Both report mistakes before a model is loaded and warmed up.
+    environment = build_environment(config.agent, task.retriever)
+    refuse_what_rollouts_cannot_do(config, None, environment, {})
     check_dataset(config, task.train)
     if arguments.evaluate_every and task.held_out is None:
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")

@@ -348,6 +348,7 @@ def test_a_quantized_base_model_is_refused_before_anything_is_sampled(
         ({"min_f1": 1.5}, "min_f1=1.5 must be above 0"),
         ({"samples_per_question": 0}, "samples_per_question=0 must be at least 1"),
         ({"keep_per": 3}, "unknown option '--keep_per': did you mean '--keep_per_question'"),
+        ({"teacher": "scripts", "push_to_hub": "true"}, "push_to_hub uploads the whole folder of the run"),
         ({"output": "runs/x"}, "unknown option '--output': did you mean '--output_dir'"),
     ],
 )
