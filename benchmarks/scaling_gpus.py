@@ -192,15 +192,22 @@ def print_table(path: Path) -> None:
     parts = ["sync", "rollout", "old log-probs", "loss and optimizer"]
     print(f"| case | scaling | trajectories | seconds | {' | '.join(parts)} | peak GiB | trained tokens/s | × |")
     print("|---" * (len(parts) + 7) + "|")
-    single = {(row["shape"], row["method"], row["scaling"]): row for row in rows if row["gpus"] == 1}
+    single = {alike(row): row for row in rows if row["gpus"] == 1}
     for row in rows:
-        alone = single.get((row["shape"], row["method"], row["scaling"]))
+        alone = single.get(alike(row))
         gain = f"{row['tokens'] / row['seconds'] / (alone['tokens'] / alone['seconds']):.2f}" if alone else ""
         shown = " | ".join(f"{row[part]:.1f}" for part in ["seconds", *parts, "peak GiB"])
         speed = row["tokens"] / row["seconds"]
         print(f"| {row['case']} | {row['scaling']} | {row['trajectories']} | {shown} | {speed:,.0f} | {gain} |")
-    if rows:
-        print(f"\n{rows[0]['machine']}; random weights, micro-batches of {ROWS} rows")
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        print(f"\n{machine}")
+    print(f"\nrandom weights, micro-batches of {ROWS} rows")
+
+
+def alike(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row shares with the row of one GPU that it is compared with."""
+    gpu = row["machine"].split(";")[0].split("× ")[-1]
+    return row["shape"], row["method"], row["scaling"], gpu
 
 
 # A rank

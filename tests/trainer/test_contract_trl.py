@@ -21,6 +21,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
 from tests.support.scripted_trainer import config
+from trl_search.trainer.even_micro_batches import OF_THE_BATCH, OTHERS, PROMPTS
 
 QUESTIONS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"q{i}"}], "gold": i} for i in range(6)])
 
@@ -223,6 +224,25 @@ def test_one_generation_serves_several_iterations(spy):
     for spy._step in range(4):
         spy._prepare_inputs(generation_batch(spy))
     assert len(calls) == 2
+
+
+def test_a_batch_is_kept_as_the_list_of_its_micro_batches(spy):
+    """`_prepare_inputs` returns one of them, and keeps all as `_buffered_inputs`, which we replace."""
+    spy.args.steps_per_generation = 3
+    inputs = spy._prepare_inputs(generation_batch(spy))
+    assert inputs is spy._buffered_inputs[0] and len(spy._buffered_inputs) == 3
+    assert {len(inputs[name]) for name in inputs if name != OF_THE_BATCH} == {6}
+    assert inputs["num_items_in_batch"].dim() == 0
+
+
+def test_the_entries_of_a_batch_of_text():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions).split("output = {")[1]
+    entries = {*re.findall(r'^ {12}"(\w+)": ', source, re.MULTILINE), *re.findall(r'output\["(\w+)"\] =', source)}
+    of_images = {
+        "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+        "mm_token_type_ids", "image_position_ids", "num_images", "num_tiles",
+    }  # fmt: skip
+    assert entries - of_images == {OF_THE_BATCH, *PROMPTS, *OTHERS}
 
 
 # The seams of trainer/generation/vllm_backend.py and server_sync.py, checked in TRL's source, because vLLM is not

@@ -9,6 +9,7 @@ TRL and our rollout. `tests/trainer/test_contract_trl.py` has one test per seam,
 | `_generate`                          | replace TRL's decoded strings with the turns as chat messages; log metrics   |
 | `rollout_func` (`_rollout`)          | run the trajectories, refill (`groups/`); return ids, log-probs and masks    |
 | `_calculate_rewards`                 | give no reward to failed trajectories, so that no baseline counts them       |
+| `_prepare_inputs`                    | deal the rows of all ranks (`even_micro_batches.py`)                         |
 | `_compute_loss`,                     | run only the tokens of the loss; importance-sample vLLM's: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
 | `create_model_card`                  | write our model card                                                         |
@@ -57,6 +58,7 @@ from trl_search.trainer.batch import (
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.callbacks.progress import show_steps
+from trl_search.trainer.even_micro_batches import EvenMicroBatches
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation.policy import policy_of
 from trl_search.trainer.generation.vllm_backend import making_ours
@@ -92,7 +94,9 @@ from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.types import Sampling
 
 
-class SearchGRPOTrainer(RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, TakesRows, SearchLoss, GRPOTrainer):
+class SearchGRPOTrainer(
+    RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, TakesRows, EvenMicroBatches, SearchLoss, GRPOTrainer
+):
     """
     Trains a policy with GRPO to search, read and answer.
 
