@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,6 +169,9 @@ def model_source(name: str) -> str:
         raise UserError(f"{path} is a file: give the folder that contains it")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("runs/"):
         raise UserError(f"there is no model at {path}: give a folder, a model on the hub (owner/name), or 'tiny'")
+    if name != "tiny" and difflib.get_close_matches(name.lower(), ["tiny"], cutoff=0.75):
+        # Without a network, the hub's client would look for it for a minute.
+        raise UserError(f"there is no model {name}: did you mean 'tiny'?")
     try:
         validate_repo_id(name)
     except HFValidationError as error:

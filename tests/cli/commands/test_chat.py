@@ -135,6 +135,8 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         (["tiny", "q", "--retriever_options", "{"], "--retriever_options is not JSON"),
         (["tiny", "q", "--retriever_options", "[]"], "must be a JSON object"),
         (["tiny", "q", "--server", "http://127.0.0.1:9"], "no vLLM server answers"),
+        (["tiny", "q", "--retriever", "http://127.0.0.1:9"], "start its server: `trl-search serve`"),
+        (["tinny", "q", "--world"], "there is no model tinny: did you mean 'tiny'?"),
         (["tiny", "--world"], "there is no question"),
         (["tiny", " ", "--world"], "the question is empty"),
     ],

@@ -92,6 +92,8 @@ def test_an_invalid_parquet_file_and_a_missing_dataset_are_reported_in_one_line(
         list(read_corpus(tmp_path / "x.parquet"))
     with pytest.raises(UserError, match=r"no corpus file nobody/nothing, and no dataset [^\n]*$"):
         list(read_corpus("nobody/nothing"))
+    with pytest.raises(UserError, match="http://localhost:8000 is an address, but a corpus is a file"):
+        list(read_corpus("http://localhost:8000"))
 
 
 def test_a_build_is_resumed_for_the_same_source_and_restarted_for_another(

@@ -31,6 +31,8 @@ from trl_search.cli.options import (
     searched_of,
 )
 from trl_search.cli.parser import CommandParser
+from trl_search.cli.retriever_checks import retriever_checks
+from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"no record says what {settings.environment} searches: give --retriever")
 
     searched = searched_of(args, what) if searches else None
+    if searched is not None:
+        refuse(list(retriever_checks(searched)))  # later, a server that is not running would fail each search
 
     def load() -> tuple[Retriever | None, Chat]:
         retriever = None if searched is None else searched.load()

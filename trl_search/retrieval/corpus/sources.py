@@ -85,6 +85,8 @@ def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_F
         return Source(str(path), rows, partial(Fingerprint.of, path, str(path.resolve())))
     if path.suffix in (*FORMATS, *COMPRESSIONS) and not path.is_dir():
         raise UserError(f"there is no corpus file {corpus}")
+    if "://" in str(corpus):
+        raise UserError(f"{corpus} is an address, but a corpus is a file, an index folder, or a dataset of the hub")
     return _dataset_source(str(path) if path.is_dir() else str(corpus), fields)
 
 
