@@ -107,6 +107,12 @@ def test_mistakes_on_the_command_line_are_reported_in_one_line(
     assert "trl-search: error: " in said and message in said.splitlines()[-1] and "Traceback" not in said
 
 
+def test_the_baselines_of_a_recipe_can_be_left_out() -> None:
+    for words, baselines in (([], ["direct", "rag"]), (["--baselines", "none"], [])):
+        task, *_ = build_arguments(recipe_values(["quickstart", *words], CLASSES, command="train"), CLASSES)
+        assert task.baselines == baselines
+
+
 def test_the_help_is_short_and_lists_recipes_and_our_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     short = capsys.readouterr().out

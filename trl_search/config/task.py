@@ -93,7 +93,10 @@ class TaskArguments(QuestionArguments):
     warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
     baselines: list[str] = field(
         default_factory=list,
-        metadata={"help": "Baselines evaluated before training: direct (no search), cot, rag (one search)."},
+        metadata={
+            "help": "Baselines evaluated before training: direct (no search), cot, rag (one search). none: "
+            "no baseline."
+        },
     )
     evaluate: bool = field(default=True, metadata={"help": "Evaluate held-out EM before and after training."})
     evaluate_every: int = field(
@@ -117,6 +120,8 @@ class TaskArguments(QuestionArguments):
                 "warm_start_steps needs questions: world. For other questions, set it to 0 and start with `trl-search "
                 "sft` (--teacher scripts needs no other model)"
             )
+        if self.baselines == ["none"]:  # an empty list cannot be given on the command line
+            self.baselines = []
         for mode in self.baselines:
             if mode not in BASELINES:
                 raise unknown_name("baseline", mode, BASELINES)
