@@ -22,6 +22,7 @@ from tests.support.scripted_trainer import (
     steps,
 )
 from trl_search.environment import Environment
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.types import Answer, Observation, StopReason
 
@@ -51,6 +52,11 @@ def load(folder):
 
 
 # A drop-in GRPOTrainer
+
+
+def test_tiny_names_the_shipped_policy_as_on_the_command_line(tmp_path):
+    trainer = SearchGRPOTrainer("tiny", later_is_better, config(tmp_path), DATA_OF_PROMPTS)
+    assert trainer.model.config._name_or_path == tiny_policy_path()
 
 
 def test_without_an_environment_it_equals_its_parent(tmp_path, saved_model, tokenizer):

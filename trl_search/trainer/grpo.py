@@ -40,6 +40,7 @@ from trl_search.environment import Environment
 from trl_search.environment.registry import described
 from trl_search.policies.base import Policy
 from trl_search.policies.metered import MeteredPolicy
+from trl_search.policies.tiny import tiny_policy_path
 from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.run_log import RunLog
 from trl_search.records.trackers import TrackerTables
@@ -104,7 +105,7 @@ class SearchGRPOTrainer(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, as for [`~trl.GRPOTrainer`].
+            The policy, as for [`~trl.GRPOTrainer`], or `"tiny"`: the policy that ships with the package.
         reward_funcs (`str`, `Callable` or a list of both, *optional*):
             One or several of: names (`"em"`, `"f1"`, `"format"`, `"reflection"`, `"retrieval"`, or one of an installed
             package), callables with TRL's signature, and reward models as for [`~trl.GRPOTrainer`]. Defaults to `"em"`
@@ -166,6 +167,8 @@ class SearchGRPOTrainer(
     ) -> None:
         if args is None:
             args = SearchGRPOConfig("search-grpo")
+        if model == "tiny":
+            model = tiny_policy_path()
         environment = self.environment = environment_of(args, retriever, environment)
         avoid_cudnn_attention()
         if reward_funcs is None and environment is not None:
