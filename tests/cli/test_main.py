@@ -88,6 +88,15 @@ def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str])
     assert f"usage: trl-search {name}" in capsys.readouterr().out
 
 
+def test_the_help_of_index_names_the_options_that_kinds_share(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["index", "--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    qdrant = help.partition("--kind qdrant: ")[2]
+    assert "Also --encoder" in qdrant and "--url" in qdrant.partition("as above")[0]
+    assert "none keeps every word" in help and "`None`" not in help  # on a command line, the word is `none`
+
+
 def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(
         commands,

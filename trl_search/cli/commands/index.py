@@ -72,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     added: set[str] = set()
     for kind in INDEX_KINDS.names():
         make = INDEX_KINDS.get(kind)
-        group = parser.add_argument_group(kind, "Recorded in the index and applied to queries, too.")
+        shared = ", ".join(f"--{option.name}" for option in fields(make) if option.name in added)
+        also = f" Also {shared}, as above." if shared else ""
+        group = parser.add_argument_group(
+            f"--kind {kind}", f"The index records these options, and its searches use them.{also}"
+        )
         helps, hints = _documented(make), get_type_hints(make)
         for option in fields(make):
             if option.name not in added:  # several kinds may share an option
@@ -114,7 +118,7 @@ def _documented(make: Any) -> dict[str, str]:
 
 def _add_option(group: Any, option: Field[Any], hint: Any, text: str) -> None:
     """Adds one field of a builder as `--name`. If it is not given, the builder's own default applies."""
-    said = text.rstrip(".").replace("%", "%%")
+    said = text.rstrip(".").replace("%", "%%").replace("`None`", "none")  # the word that `_reader` reads
     default = "" if option.default is None else f" (default: {option.default})"
     common = {"dest": option.name, "default": argparse.SUPPRESS, "help": f"{said}{default}"}
     if hint is bool:

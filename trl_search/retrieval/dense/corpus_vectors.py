@@ -43,7 +43,7 @@ class EncodingOptions:
     """The encoding options of every builder of dense vectors.
 
     Args:
-        encoder (`str`): Of dense vectors: a model of the hub or a folder; e5, bge, MiniLM, any of
+        encoder (`str`): The encoder of dense vectors, a model of the hub or a folder: e5, bge, MiniLM, or any of
             sentence-transformers.
         dtype (`str`): Precision of encoding: "float32", or "float16", which is faster on a GPU and needs half the
             disk.
@@ -51,9 +51,9 @@ class EncodingOptions:
         max_length (`int`, *optional*): Tokens that are read of a passage; by default as the encoder was trained.
         query_prompt (`str`, *optional*): Text before every query, or the name of one of the encoder's prompts; by
             default as the encoder was trained.
-        passage_prompt (`str`, *optional*): The same for passages.
+        passage_prompt (`str`, *optional*): The same as query_prompt, for passages.
         pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not define it.
-        normalize (`bool`, *optional*): Vectors of length 1; by default as the encoder was trained.
+        normalize (`bool`, *optional*): Scales vectors to length 1; by default as the encoder was trained.
         query_encoder (`str`, *optional*): The encoder for queries, if a model has two (DPR, Dragon).
         trust_remote_code (`bool`): Runs Python code from the checkpoint. Read that code first.
     """

@@ -51,8 +51,8 @@ class DenseBuilder(EncodingOptions):
     """Builds a dense index: the options of `build_index(kind="dense")`.
 
     Args:
-        index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a thirtieth of the memory), "small-ivf", "hnsw".
-        seed (`int`): Of the sample that an index is trained on.
+        index_type (`str`): "flat" (exact), "fp16", "int8", "small" (a thirtieth of the memory), "small-ivf" or "hnsw".
+        seed (`int`): The seed of the sample of passages that the index is trained on.
     """
 
     index_type: str = "flat"

@@ -27,7 +27,7 @@ class OpenSearchBuilder:
     Args:
         url (`str`, *optional*): The address of a node of the cluster, or of its load balancer: http://host:9200.
         collection (`str`): The name of the index to make.
-        analyzer (`str`): Of OpenSearch, by name: "english", "german", "standard", ...
+        analyzer (`str`): The name of an analyzer of OpenSearch, such as "english", "german" or "standard".
         shards (`int`, *optional*): Pieces of the index; by default 1. A shard serves up to about 50 GB.
         replicas (`int`): Copies of each shard.
         replace (`bool`): Deletes an index of that name first.

@@ -43,7 +43,8 @@ class QdrantBuilder(EncodingOptions):
         shards (`int`, *optional*): Pieces of the collection or index; by default one per node for Qdrant, and one for
             OpenSearch.
         replicas (`int`): Copies of each shard.
-        quantization (`str`): Of Qdrant's dense vectors in memory: "none", "int8" (a quarter), "binary" (a 32nd).
+        quantization (`str`): How Qdrant keeps dense vectors in memory: "none", "int8" (a quarter) or "binary" (a
+            32nd).
         on_disk (`bool`): Full vectors stay on disk, memory-mapped; with quantization, the quantized vectors are in
             memory.
         replace (`bool`): Deletes a collection or index of that name first.
