@@ -313,7 +313,9 @@ def test_any_bytes_get_a_response(url: str) -> None:
 
 def test_other_routes_and_methods_are_refused(url: str) -> None:
     assert CLIENT.get(f"{url}/retrieve").status_code == 405
+    assert CLIENT.get(f"{url}/retrieve").headers["Allow"] == "POST"
     assert CLIENT.post(f"{url}/search", json={}).status_code == 404
+    assert "POST /retrieve" in CLIENT.get(url).json()["error"]  # a person in front of a browser learns what there is
     assert [CLIENT.get(f"{url}{path}").status_code for path in ("/docs", "/openapi.json")] == [404, 404]
 
 

@@ -11,9 +11,9 @@ If a token is set, `/retrieve` and `/metrics` require it; `/health` and `/ready`
 use them.
 
 Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 for the token; 408, 413, 400 and 422 for the
-request itself; 422 without a field for a query that cannot be searched; 503 if the index is loading, the queue is full
-(both with `Retry-After`) or the retriever is down or hangs; 500 if the retriever crashed. A bug in the server is a 500
-with an incident number, which the log explains.
+request itself; 404 and 405 for a path or a method that is not in this table; 422 without a field for a query that
+cannot be searched; 503 if the index is loading, the queue is full (both with `Retry-After`) or the retriever is down
+or hangs; 500 if the retriever crashed. A bug in the server is a 500 with an incident number, which the log explains.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def make_app(
     """
     need_packages()
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response
@@ -104,6 +105,10 @@ def make_app(
             return _refusal(error.status, str(error), **after)
         return Response(answer, media_type="application/json")
 
+    async def elsewhere(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _refusal(error.status_code, _ROUTES, **(error.headers or {}))
+
     routes = [
         Route("/retrieve", retrieve, methods=["POST"]),
         Route("/health", health, methods=["GET"]),
@@ -111,12 +116,15 @@ def make_app(
         Route("/metrics", numbers, methods=["GET"]),
     ]
     observed = Middleware(Observed, metrics=metrics, log=config.access_log)
-    app = Starlette(routes=routes, middleware=[observed], lifespan=lifespan)
+    app = Starlette(
+        routes=routes, middleware=[observed], lifespan=lifespan, exception_handlers={HTTPException: elsewhere}
+    )
     app.state.service, app.state.metrics = service, metrics
     return app
 
 
 _NO_TOKEN = "send the server's token: Authorization: Bearer ..."
+_ROUTES = "the server answers POST /retrieve, GET /health, GET /ready and GET /metrics"
 _CLOSE = {"Connection": "close"}
 
 
