@@ -37,8 +37,9 @@ from trl_search.config.trl_keys import CHOICES
         ({"multi_objective_aggregation": "sum"}, "unknown multi_objective_aggregation 'sum'"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
-            "choose by the loss of an evaluation, .* set metric_for_best_model: reward",
+            "metric_for_best_model=loss is the loss of an evaluation, .*: set it to reward",
         ),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "metric_for_best_model=loss is the"),
     ],
     ids=str,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import numpy
 import pytest
@@ -23,6 +24,7 @@ from trl_search.rewards.scores import check_scores, checked
         ([1.0, 0.0, 1.0], "returned 3 scores for 2 completions"),
         ([1.0, float("nan")], "returned nan for completion 1: return a finite number, or None"),
         ([float("inf"), 1.0], "returned inf for completion 0"),
+        ([1.0, 1e39], "returned 1e\\+39 for completion 1"),
         ([1.0, "1.0"], "returned '1.0' for completion 1"),
         ([[1.0], [0.0]], r"returned \[1.0\] for completion 0"),
     ],
@@ -42,6 +44,11 @@ def test_every_kind_of_number_is_accepted() -> None:
 def test_a_checked_reward_keeps_its_name_and_attributes() -> None:
     reward = checked(em)
     assert reward.__name__ == "em" and reward.required_columns == em.required_columns
+
+    assert checked(functools.partial(em, scale=2)).__name__ == "em"
+    named = functools.partial(em, scale=2)
+    named.__name__ = "twice"  # type: ignore[attr-defined]
+    assert checked(named).__name__ == "twice"
 
     class Short:
         async def __call__(self, completions, **kwargs):

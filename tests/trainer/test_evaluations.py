@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
-from tests.support.scripted_trainer import DATA, ROWS, later_is_better, real_trainer, scripted_trainer
+from tests.support.scripted_trainer import DATA, ROWS, later_is_better, real_trainer, scripted_trainer, steps
 from trl_search.common.errors import UserError
 
 WRONG = Dataset.from_list([{**row, "golden_answers": ["Nobody"]} for row in ROWS[:2]])
@@ -104,3 +105,15 @@ def test_the_best_of_several_sets_is_refused(tmp_path, random_model, tokenizer):
     trainer = real_trainer(tmp_path, random_model, tokenizer, trainer=one, **best)
     trainer.train()
     assert trainer.state.best_metric == 3.5 and trainer.state.best_model_checkpoint
+
+
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_a_step_in_which_a_callback_evaluates_is_logged_whole(tmp_path, random_model, tokenizer, call):
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            getattr(trainer, call)(DATA.select(range(2)))
+
+    trainer = real_trainer(tmp_path, random_model, tokenizer)
+    trainer.add_callback(Evaluates())
+    trainer.train()
+    assert [entry["reward"] for entry in steps(trainer)] == [1.5, 1.5]

@@ -8,11 +8,12 @@ from unittest import mock
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PrefixTuningConfig, PromptTuningConfig
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOConfig
 from trl.rewards import think_format_reward
 
 from tests.support.fakes import FixedRetriever
-from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_better, real_trainer
+from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_better, real_trainer, steps
 from trl_search.common.errors import UserError
 from trl_search.environment import AnswerOnly
 from trl_search.protocols import QwenTools, SearchR1
@@ -55,6 +56,8 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"rewards": lambda completions: [0.0]}, "'<lambda>' cannot be called with the columns of train_dataset"),
         ({"data": DATA.add_column("prompts", ["x"] * len(DATA))}, "train_dataset has the column 'prompts'"),
         ({"torch_compile": True}, "^torch_compile wraps the model in a module from which rollouts cannot sample"),
+        ({"data": DATA.with_format("numpy")}, "train_dataset returns rows in the format numpy: reset it"),
+        ({"data": DATA.with_format("pandas")}, "train_dataset returns rows in the format pandas"),
         ({"push_to_hub": True}, "^push_to_hub uploads the whole folder .* run `trl-search push .* owner/name`"),
         ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],
@@ -222,6 +225,25 @@ def test_fewer_questions_than_a_batch_are_refused(tmp_path, random_model, tokeni
         trainer = real_trainer(tmp_path, random_model, tokenizer, data=data, per_device_train_batch_size=8)
         with pytest.raises(UserError, match=r"a batch has 2 questions .* there are only 1: give more questions"):
             trainer.train()
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path, random_model, tokenizer):
+    random_model.resize_token_embeddings(100)
+    with pytest.raises(UserError, match=r"the tokenizer has ids up to .* but the model has embeddings for 100 tokens"):
+        real_trainer(tmp_path, random_model, tokenizer)
+
+
+def test_a_loaded_reward_model_scores_as_one_that_is_named(tmp_path, random_model, tokenizer):
+    judge = Qwen2ForSequenceClassification(Qwen2Config(**{**random_model.config.to_dict(), "num_labels": 1})).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    scores = []
+    for reward in (judge, str(tmp_path / "judge")):
+        of_judge = {"reward_processing_classes": tokenizer} if reward is judge else {}
+        trainer = real_trainer(tmp_path, random_model, tokenizer, rewards=reward, trainer=of_judge, learning_rate=0.0)
+        trainer.train()
+        scores.append([entry["reward"] for entry in steps(trainer)])
+    assert scores[0] == pytest.approx(scores[1]) and scores[0][0] != scores[0][1]
 
 
 def test_a_script_does_not_upload_trajectories_unasked(tmp_path, random_model, tokenizer):

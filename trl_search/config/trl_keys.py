@@ -40,8 +40,9 @@ def check_trls_keys(args: Any) -> None:
         raise UserError(f"min_p={args.min_p} must be a number from 0 to 1")
     if args.reward_weights is not None and not all(map(math.isfinite, args.reward_weights)):
         raise UserError(f"reward_weights={args.reward_weights} must be finite numbers")
-    if args.load_best_model_at_end and args.metric_for_best_model in ("loss", "eval_loss"):
+    # The default with load_best_model_at_end and with lr_scheduler_type: reduce_lr_on_plateau.
+    if args.metric_for_best_model in ("loss", "eval_loss"):
         raise UserError(
-            "load_best_model_at_end would choose by the loss of an evaluation, which in GRPO does not say how good a "
-            "policy is: set metric_for_best_model: reward"
+            f"metric_for_best_model={args.metric_for_best_model} is the loss of an evaluation, which in GRPO does not "
+            "say how good a policy is: set it to reward"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.rewards.declaration import Reward
+
+LARGEST = 3e38  # TRL computes advantages in float32, where more is infinite
 
 
 def checked(reward: Reward) -> Reward:
@@ -17,7 +18,7 @@ def checked(reward: Reward) -> Reward:
 
     Without the check, TRL silently treats NaN as "no score" and lets infinity into the advantages.
     """
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = reward_name(reward)
 
     async def score_later(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return check_scores(name, await reward(*args, completions=completions, **kwargs), len(completions))
@@ -29,6 +30,13 @@ def checked(reward: Reward) -> Reward:
     wrapped = functools.update_wrapper(score_later if later else score, reward)
     wrapped.__name__ = name
     return wrapped
+
+
+def reward_name(reward: Reward) -> str:
+    """The name in the logs. A `functools.partial` without one has that of its function."""
+    while isinstance(reward, functools.partial) and not hasattr(reward, "__name__"):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
 
 
 def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
@@ -57,7 +65,7 @@ def _number(name: str, index: int, score: Any) -> float | None:
     if score is None:
         return None
     value = score.item() if hasattr(score, "item") else score
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int | float) and abs(value) < LARGEST:  # NaN is not
         return float(value)
     raise UserError(
         f"reward {name!r} returned {score!r:.60} for completion {index}: return a finite number, or None to leave "

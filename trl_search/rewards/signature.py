@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.rewards.scores import reward_name
 
 # What TRL passes besides the columns of the dataset.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -48,7 +49,7 @@ def check_calls(rewards: Iterable[Any], columns: Iterable[str], dataset: str) ->
             signature.bind(**dict.fromkeys(given))
         except TypeError as error:
             raise UserError(
-                f"reward {_name(reward)!r} cannot be called with the columns of {dataset}: {error}. It gets "
+                f"reward {reward_name(reward)!r} cannot be called with the columns of {dataset}: {error}. It gets "
                 f"{', '.join(given)}, each by its name: let it take those that it reads, and **kwargs for the others"
             ) from error
 
@@ -59,13 +60,11 @@ def check_names(rewards: Sequence[Any]) -> None:
     Raises:
         UserError: names them.
     """
-    names = [reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else _name(reward) for reward in rewards]
+    names = [
+        reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward_name(reward) for reward in rewards
+    ]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(
             f"two rewards are called {min(repeated)!r}, so the logs would mix them: give one another name, "
             "reward.__name__ = '...', or leave it out"
         )
-
-
-def _name(reward: Any) -> str:
-    return getattr(reward, "__name__", type(reward).__name__)

@@ -39,6 +39,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
 from trl_search.policies.base import Policy
+from trl_search.policies.loading import check_vocabulary
 from trl_search.policies.metered import MeteredPolicy
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.records.publish.checkpoint_card import CheckpointCards
@@ -177,6 +178,7 @@ class SearchGRPOTrainer(
         if environment is not None:
             refuse_what_rollouts_cannot_do(args, model, environment, kwargs)
             processing_class = tokenizer_of(model, args, processing_class)
+            check_vocabulary(model, processing_class)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
             train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
             if carries_over(args):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -63,14 +64,15 @@ def environment_of(args: Any, retriever: Any, environment: Any) -> Environment |
 
 
 def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConfig) -> list[Any]:
-    """Replaces names with functions, which get the settings they declare. A name with a slash, a hub id or a folder,
-    is a reward model, which TRL loads."""
+    """Replaces names with functions, which get the settings they declare. A reward model is left to TRL: a loaded one,
+    or a name with a slash, a hub id or a folder."""
     listed = listed_rewards(specs)
-    models = [spec for spec in listed if isinstance(spec, str) and "/" in spec]
+    models = [spec for spec in listed if isinstance(spec, torch.nn.Module) or (isinstance(spec, str) and "/" in spec)]
     others = [spec for spec in listed if spec not in models]
     functions = resolve_rewards(others) if others or not listed else []
-    for name in models:
-        check_model(name, trust_remote_code=args.trust_remote_code)
+    for model in models:
+        if isinstance(model, str):
+            check_model(model, trust_remote_code=args.trust_remote_code)
     for reward in filter(reads_first_message, functions):
         logger.warning(
             "%s reads only the first message of a completion, which is a search agent's first call. To score the last "

@@ -7,16 +7,17 @@ The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from trl_search.common.errors import UserError
@@ -31,6 +32,8 @@ from trl_search.trainer.conversations import conversation_check
 
 logger = logging.getLogger(__name__)
 
+# Formats of `datasets` in which a conversation is not a list of messages.
+_ARRAYS = ("numpy", "pandas", "polars", "arrow", "jax", "tensorflow")
 _IMAGES = {"image", "images"}
 
 
@@ -50,6 +53,8 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
         raise UserError(
             f"{name} must be a Dataset, not {type(dataset).__name__}: convert a list with Dataset.from_list(rows)"
         )
+    if (form := getattr(dataset, "format", {"type": None})["type"]) in _ARRAYS:
+        raise UserError(f"{name} returns rows in the format {form}: reset it with dataset.with_format(None)")
     first = next(iter(dataset), None)
     if first is None:
         raise UserError(f"{name} is empty")
@@ -139,6 +144,7 @@ class TakesRows(Trainer):
     protocol: Protocol
     args: SearchGRPOConfig
     reward_funcs: list[Any]
+    model: PreTrainedModel
     num_generations_eval: Any
     _metrics: Any
     _uneven: frozenset[tuple[str, int]] = frozenset()  # the datasets that were warned of
@@ -150,7 +156,8 @@ class TakesRows(Trainer):
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)
         if self.environment is not None:
             self._before_evaluation(self.eval_dataset if prepared is None else prepared, "eval_dataset")
-        return super().evaluate(prepared, *args, **kwargs)
+        with self._inside_a_step():
+            return super().evaluate(prepared, *args, **kwargs)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -160,12 +167,24 @@ class TakesRows(Trainer):
         if self.environment is None:
             return super().predict(prepared, ignore_keys, metric_key_prefix)
         self._before_evaluation(prepared, "test_dataset")
-        output = super().predict(prepared, ignore_keys, metric_key_prefix)
+        with self._inside_a_step():
+            output = super().predict(prepared, ignore_keys, metric_key_prefix)
         measured = self._metrics["eval"]
         known = {name: [one for one in values if not math.isnan(one)] for name, values in measured.items()}
         means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in known.items() if values}
         measured.clear()  # otherwise the next evaluation would average them with its own
         return output._replace(metrics={**(output.metrics or {}), **means})
+
+    @contextlib.contextmanager
+    def _inside_a_step(self) -> Iterator[None]:
+        """Lets a callback evaluate inside a step. Otherwise transformers would drop the log of that step, and TRL
+        would write the metrics of evaluations into it."""
+        was_training, should_log = self.model.training, self.control.should_log
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+            self.control.should_log = should_log
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in transformers; for a stream, TRL's loader of evaluations, which repeats each question for its group."""
