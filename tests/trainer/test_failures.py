@@ -20,8 +20,13 @@ def trajectories(*reasons: StopReason) -> list[Trajectory]:
 ANSWER, SEARCH, WORLD = StopReason.ANSWER, StopReason.RETRIEVAL_FAILED, StopReason.ENVIRONMENT_FAILED
 
 
-def test_few_failures_do_not_stop_a_run() -> None:
+def test_few_failures_do_not_stop_a_run_but_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    check_failures(trajectories(ANSWER, ANSWER), 0.5)
+    assert not caplog.text
     check_failures(trajectories(ANSWER, ANSWER, SEARCH, WORLD), 0.5)
+    assert (
+        "2 of 4 trajectories failed and are left out of the loss; the first error: retrieval_failed it" in caplog.text
+    )
 
 
 def test_failed_searches_are_attributed_to_the_retriever() -> None:

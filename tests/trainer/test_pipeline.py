@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from tests.support.two_ranks import run_ranks
 from trl_search.cli.main import main
@@ -186,6 +187,14 @@ def test_bad_input_gets_one_clear_line(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())  # nothing was warmed up
+
+
+@pytest.mark.parametrize("command", [["train", "quickstart"], ["sft", "sft_world"]])
+def test_one_process_for_several_gpus_is_refused_at_once(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 2))
+    assert main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "accelerate launch --num_processes 2 -m trl_search" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_protocol_lists_the_known_ones(capsys):

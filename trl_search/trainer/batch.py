@@ -9,12 +9,13 @@ Suffixes of tensors: B trajectories of this rank, C completion tokens, R traject
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,6 +31,8 @@ from trl_search.types import Sampling, StopReason, Trajectory
 
 if TYPE_CHECKING:
     from trl_search.trainer.groups.group_rewards import Group
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
 
 
 def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) -> None:
-    """Stops the run if too many trajectories failed. Every rank calls it, so all stop at the same step.
+    """Stops the run if too many trajectories failed, and warns of fewer. Every rank calls it, so all stop at the same
+    step.
 
     Raises:
         RetrievalError: if more than `max_failed_share` of the trajectories of all ranks failed, most of them because
@@ -203,6 +207,11 @@ def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) 
     outcomes = gather_object(local)
     failed = [outcome for outcome in outcomes if outcome is not None]
     if len(failed) <= max_failed_share * len(outcomes):
+        if failed and PartialState().is_main_process:
+            logger.warning(
+                "%d of %d trajectories failed and are left out of the loss; the first error: %s",
+                len(failed), len(outcomes), failed[0][1],
+            )  # fmt: skip
         return
     searches = [error for reason, error in failed if reason is StopReason.RETRIEVAL_FAILED]
     others = [error for reason, error in failed if reason is not StopReason.RETRIEVAL_FAILED]

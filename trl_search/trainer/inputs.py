@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
@@ -153,6 +153,19 @@ def refuse_what_rollouts_cannot_do(
         raise UserError(
             f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no rollout engine supports: "
             "use LoRA (LoraConfig), or another adapter of the weights"
+        )
+
+
+def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:
+    """Refuses what TRL's trainers refuse, but before the model is loaded and warmed up.
+
+    Raises:
+        UserError: if this process sees several GPUs and no launcher started it.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process cannot train on the {args.n_gpu} GPUs that it sees: start one per GPU, `accelerate launch "
+            f"--num_processes {args.n_gpu} -m trl_search ...`, or show it one, CUDA_VISIBLE_DEVICES=0"
         )
 
 

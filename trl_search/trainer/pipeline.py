@@ -48,7 +48,11 @@ from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measur
 from trl_search.trainer.callbacks.progress import announce
 from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
-from trl_search.trainer.inputs import refuse_quantization, refuse_what_rollouts_cannot_do
+from trl_search.trainer.inputs import (
+    refuse_one_process_for_several_gpus,
+    refuse_quantization,
+    refuse_what_rollouts_cannot_do,
+)
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
@@ -104,6 +108,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         UserError: for a mistake in the recipe.
     """
     refuse_quantization(model_config)
+    refuse_one_process_for_several_gpus(config)
     if config.environment != SEARCH and arguments.warm_start_steps:
         raise UserError(
             f"warm_start_steps shows searches, but the environment is {config.environment}: set warm_start_steps: 0"

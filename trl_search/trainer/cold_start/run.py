@@ -48,7 +48,7 @@ from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
 from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
-from trl_search.trainer.inputs import refuse_push, refuse_quantization
+from trl_search.trainer.inputs import refuse_one_process_for_several_gpus, refuse_push, refuse_quantization
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Passage, Sampling
@@ -66,6 +66,8 @@ _DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
     """Runs a recipe of `trl-search sft`. Returns the folder of the model, or of the collection with `collect_only`."""
     refuse_quantization(model_config)
+    if not arguments.collect_only:
+        refuse_one_process_for_several_gpus(config)
     refuse_push(config.push_to_hub, config.output_dir)
     name = base_name(model_config)
     tokenizer = load_tokenizer(
