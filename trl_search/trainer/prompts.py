@@ -211,9 +211,12 @@ class TakesRows(Trainer):
             if not isinstance(one, Dataset) or len(one) % (rows // size) == 0 or (key, len(one)) in self._uneven:
                 continue
             self._uneven |= {(key, len(one))}
+            if not self.is_world_process_zero():
+                continue
             logger.warning(
-                "%s has %d questions, and a batch of the evaluation has %d, so the last one is not full and its "
-                "questions weigh more in the means. For exact means, give a multiple of %d questions",
+                "%s has %d questions, and a batch of the evaluation has %d, so the last one is not full: its "
+                "questions weigh more in the means, and several processes ask the first ones again. For exact means, "
+                "give a multiple of %d questions",
                 key, len(one), rows // size, rows // size,
             )  # fmt: skip
 
