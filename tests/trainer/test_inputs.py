@@ -33,6 +33,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"data": EMPTY}, "train_dataset is empty"),
         ({"data": IterableDataset.from_generator(lambda: iter([]))}, "train_dataset is empty"),
         ({"trainer": {"eval_dataset": EMPTY}}, "^eval_dataset is empty"),
+        ({"trainer": {"eval_dataset": {}}}, "^eval_dataset is empty"),
         ({"trainer": {"eval_dataset": {"near": EMPTY}}}, r"eval_dataset\['near'\] is empty"),
         ({"data": DATA.remove_columns("question")}, "needs a column 'question' .* it has: golden_answers"),
         ({"data": DATA.remove_columns("golden_answers"), "rewards": "em"}, "'em' needs the dataset column 'golden_an"),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
@@ -91,6 +92,7 @@ from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
+from trl_search.trainer.trainable import check_trainable, warn_of_lost_updates
 from trl_search.trainer.turn_credit import credited_advantages, refuse_turn_credit
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.types import Sampling
@@ -227,6 +229,9 @@ class SearchGRPOTrainer(
         """Trains as TRL does. If one rank dies, all ranks end and print the reason."""
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
+            check_trainable(self.model)
+            if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+                warn_of_lost_updates(self.model, self.args)
             if not self.reward_weights.any():
                 raise UserError(
                     f"the weights of all rewards ({', '.join(self.reward_func_names)}) are 0, so nothing would be "

@@ -48,6 +48,8 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
     if isinstance(dataset, Mapping):
         if name == "train_dataset":
             raise UserError(f"train_dataset has several splits ({', '.join(dataset)}): pass one of them")
+        if not dataset:
+            raise UserError(f"{name} is empty")
         return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
     if not isinstance(dataset, Dataset | IterableDataset):
         raise UserError(

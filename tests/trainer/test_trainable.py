@@ -1,0 +1,51 @@
+"""A training that could change no weight is refused, or warned of, before its first rollout."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tests.support.scripted_trainer import real_trainer
+from trl_search.common.errors import UserError
+
+
+def test_an_adapter_that_was_loaded_for_inference_is_refused(tmp_path: Any, random_model: Any, tokenizer: Any) -> None:
+    get_peft_model(random_model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(random_model, tmp_path / "adapter", is_trainable=trainable)
+        trainer = real_trainer(tmp_path, model, tokenizer, max_steps=1)
+        if trainable:
+            trainer.train()
+            continue
+        with pytest.raises(UserError, match=r"no weight of the model is trainable: .*is_trainable=True"):
+            trainer.train()
+        assert not trainer.last_rollout.rows
+        model.unload()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "warned"),
+    [
+        (torch.bfloat16, {"learning_rate": 1e-6}, True),
+        (torch.bfloat16, {"learning_rate": 1e-2}, False),
+        (torch.bfloat16, {"learning_rate": 1e-6, "optim": "sgd"}, False),
+        (torch.float32, {"learning_rate": 1e-6}, False),
+    ],
+    ids=str,
+)
+def test_updates_that_are_rounded_away_are_warned_of(
+    tmp_path: Any, random_model: Any, tokenizer: Any, caplog: Any, dtype: Any, options: dict[str, Any], warned: bool
+) -> None:
+    model = random_model.to(dtype)
+    trainer = real_trainer(tmp_path, model, tokenizer, max_steps=1, **options)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    with caplog.at_level(logging.WARNING, "trl_search"):
+        trainer.train()
+    assert ("the weights are in bfloat16, where updates as small as" in caplog.text) == warned
+    if warned:  # and the warning is right
+        changed = (model.model.layers[0].self_attn.q_proj.weight != before).float().mean()
+        assert changed < 0.1

@@ -1,0 +1,52 @@
+"""Checks before a training that the weights can change: that some are trainable, and that updates survive rounding.
+
+    weight 0.02 in bfloat16     neighbours at a distance of 1.2e-4
+    update of Adam              about learning_rate, 1e-6: rounded away
+
+transformers 5 loads a model in the precision of its checkpoint, mostly bfloat16, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from trl_search.common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 1 << 16  # weights per tensor that are looked at
+
+
+def check_trainable(model: torch.nn.Module) -> None:
+    """Raises `UserError` if no weight is trainable, as with an adapter that was loaded for inference."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "no weight of the model is trainable: load an adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), give peft_config for a new one, or call model.requires_grad_(True)"
+        )
+
+
+def warn_of_lost_updates(model: torch.nn.Module, args: Any) -> None:
+    """Warns if most updates of Adam would be rounded away, because the weights themselves have a low precision.
+
+    Do not call it for DeepSpeed and FSDP, which update copies in float32.
+    """
+    if "adam" not in str(args.optim).lower():
+        return
+    lost = total = 0
+    low = [one for one in model.parameters() if one.requires_grad and one.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in low:
+        weights = parameter.detach().flatten()[:_SAMPLE].float().abs()
+        # The neighbours of a weight w are at least w × eps / 2 away, and less than half of that is rounded away.
+        lost += int((weights * torch.finfo(parameter.dtype).eps / 4 > args.learning_rate).sum())
+        total += len(weights)
+    if lost > total / 2:
+        logger.warning(
+            "the weights are in %s, where updates as small as learning_rate=%g are rounded away for %.0f %% of them: "
+            "load the model in float32 (dtype=torch.float32; it still computes in bfloat16 with bf16=True), or train "
+            "an adapter",
+            str(low[0].dtype).removeprefix("torch."), args.learning_rate, 100 * lost / total,
+        )  # fmt: skip
