@@ -32,8 +32,8 @@ Result = Sequence[Passage] | RetrievalError
 
 
 class Crashed(RetrievalError):
-    """The retriever raised an exception outside its contract: a bug, or a failing machine. Another server may
-    succeed."""
+    """The retriever broke its contract, by an exception or by what it returned: a bug, or a failing machine. Another
+    server may succeed."""
 
 
 @dataclass
@@ -193,20 +193,20 @@ def _checked(found: Any, queries: int) -> list[list[Passage]]:
     """The result of a retriever's `search`.
 
     Raises:
-        RetrievalError: if it is not one list of passages per query.
+        Crashed: if it is not one list of passages per query.
     """
     wanted = "return one list of Passage(id, title, text) per query"
     if not isinstance(found, list | tuple):
         also = ", and call an asynchronous search search_async" if inspect.isawaitable(found) else ""
-        raise RetrievalError(f"the retriever returned {found!r:.60}: {wanted}{also}")
+        raise Crashed(f"the retriever returned {found!r:.60}: {wanted}{also}")
     if len(found) != queries:
-        raise RetrievalError(f"the retriever returned {len(found)} results for {queries} queries")
+        raise Crashed(f"the retriever returned {len(found)} results for {queries} queries")
     for passages in found:
         if not isinstance(passages, list | tuple):
-            raise RetrievalError(f"the retriever returned {passages!r:.60} for a query: {wanted}")
+            raise Crashed(f"the retriever returned {passages!r:.60} for a query: {wanted}")
         for passage in passages:
             if not isinstance(passage, Passage) or not isinstance(passage.text, str):
-                raise RetrievalError(f"the retriever returned the passage {passage!r:.80}: {wanted}")
+                raise Crashed(f"the retriever returned the passage {passage!r:.80}: {wanted}")
     return [list(passages) for passages in found]
 
 

@@ -44,7 +44,7 @@ SMALL = Limits(max_queries=8, max_query_chars=1000, max_topk=10, max_body_bytes=
 
 
 class Echo(Retriever):
-    """Returns the query `k` times; "poison" fails, "bug" returns no passages; waits while `gate` is closed."""
+    """Returns the query `k` times; "poison" fails, "garbage" returns no passages; waits while `gate` is closed."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -58,7 +58,7 @@ class Echo(Retriever):
             raise RetrievalError("the index is on fire")
         if "crash" in queries:
             raise KeyError("crash")
-        if "bug" in queries:
+        if "garbage" in queries:
             return [["no passage"] for _ in queries]  # type: ignore[list-item]
         return [
             [Passage(f"{query}{rank}", "T", f"about {query}", 1.0 - rank) for rank in range(k)] for query in queries
@@ -272,8 +272,22 @@ def test_a_hanging_search_gets_a_response(echo: Echo) -> None:
         assert retrieve(url, queries=["b"]).status_code == 200
 
 
-def test_a_bug_fails_one_request_with_an_incident_number(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    response = retrieve(url, queries=["bug"])
+def test_a_retriever_that_returns_no_passages_has_crashed(url: str) -> None:
+    response = retrieve(url, queries=["garbage"])  # not 422: the query is not to blame
+    assert (
+        response.status_code == 500 and "the retriever returned the passage 'no passage'" in response.json()["error"]
+    )
+
+
+def test_a_bug_fails_one_request_with_an_incident_number(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*given: object) -> bytes:
+        raise AttributeError("of nothing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trl_search.retrieval.server.service._dumps", bug)
+        response = retrieve(url, queries=["any"])
     assert response.status_code == 500
     incident = response.json()["error"].split()[-1]
     (record,) = [record for record in caplog.records if record.exc_info]
