@@ -1,8 +1,8 @@
 """Programs that tests/trainer/generation/test_vllm_gpu.py runs in separate processes, with a real engine on GPUs.
 
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
-    accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps under DDP
-    accelerate launch ... -m tests.support.vllm_gpu_run sharded FOLDER full|merged|adapter  # the same under FSDP2
+    accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps
+    accelerate launch ... -m tests.support.vllm_gpu_run sharded FOLDER full|merged|adapter  # as colocate, on two ranks
     accelerate launch ... -m tests.support.vllm_gpu_run tensor_parallel FOLDER full|adapter  # one engine for two ranks
     python -m tests.support.vllm_gpu_run servers FOLDER URL,URL,PID    # four steps; the second is killed after one
 
@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.common.event_loop import run_sync
@@ -97,6 +98,7 @@ def disagreement(trainer: SearchGRPOTrainer) -> dict[str, float]:
     with trainer.vllm_generation.policy(512) as policy:
         completions = run_sync(sample(policy))
     device = trainer.accelerator.device
+    unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard the untrained model too
     models = {"trainer": trainer.accelerator.unwrap_model(trainer.model), "untrained": untrained().to(device)}
     found = {}
     for name, model in models.items():

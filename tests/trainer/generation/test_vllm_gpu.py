@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 
+from tests.support.forked import ROOT
 from tests.support.process_tree import kill_tree
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.weight_checksums import EXTENSION
@@ -92,14 +93,30 @@ FSDP2 = (
     *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_reshard_after_forward", "true"),
 )
+METHODS = {
+    "ddp": ("--multi_gpu",),
+    "fsdp2": FSDP2,
+    "zero2": ("--config_file", str(ROOT / "recipes" / "accelerate" / "zero2.yaml")),
+    "zero3": ("--config_file", str(ROOT / "recipes" / "accelerate" / "zero3.yaml")),
+}
+
+
+def launch(method, *command):
+    """Runs a module in two ranks of one host."""
+    if method.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    run(*LAUNCH, *ONE_HOST, *METHODS[method], "-m", "tests.support.vllm_gpu_run", *command)
 
 
 @pytest.mark.multi_gpu
 @TWO_GPUS
-@pytest.mark.parametrize("kind", ["full", "merged", "adapter"])
-def test_sharded_weights_reach_the_engines_and_training_resumes(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("full", "fsdp2"), ("merged", "fsdp2"), ("adapter", "fsdp2"), ("full", "zero2"), ("merged", "zero3")],
+)
+def test_sharded_weights_reach_the_engines_and_training_resumes(kind, method, tmp_path):
     for steps in (2, 4):
-        run(*LAUNCH, *ONE_HOST, *FSDP2, "-m", "tests.support.vllm_gpu_run", "sharded", str(tmp_path), kind)
+        launch(method, "sharded", str(tmp_path), kind)
         check_ranks(tmp_path, kind, steps)
     assert list((tmp_path / f"run-{kind}" / "saved").glob("*.safetensors"))
 
@@ -116,7 +133,7 @@ def check_ranks(folder, kind, steps):
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_two_ranks_share_one_engine(kind, tmp_path):
     """Tensor parallel: the trajectories of both ranks run on one engine, split over both GPUs."""
-    run(*LAUNCH, *ONE_HOST, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "tensor_parallel", str(tmp_path), kind)
+    launch("ddp", "tensor_parallel", str(tmp_path), kind)
     check_ranks(tmp_path, kind, 2)
 
 
@@ -168,9 +185,10 @@ def serving(folder, count):
 
 @pytest.mark.multi_gpu
 @TWO_GPUS
-def test_a_server_serves_the_rollouts_of_two_ranks(tmp_path):
+@pytest.mark.parametrize("method", ["ddp", "fsdp2", "zero3"])
+def test_a_server_serves_the_rollouts_of_two_ranks(method, tmp_path):
     with serving(tmp_path, 1) as (urls, _):
-        run(*LAUNCH, *ONE_HOST, "--multi_gpu", "-m", "tests.support.vllm_gpu_run", "server", str(tmp_path), urls[0])
+        launch(method, "server", str(tmp_path), urls[0])
     results = [json.loads((tmp_path / f"server-{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         assert result["processes"] == 2 and result["step"] == 2
