@@ -312,6 +312,7 @@ def test_every_deliberate_error_has_a_message() -> None:
         "vllm_server.py",
         "engine_thread.py",
         "calibrate.py",
+        "even_micro_batches.py",
         "rerank_http.py",
         "call_formats.py",
     }
