@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import make_random_model
-from tests.support.scripted_trainer import config, steps
+from tests.support.scripted_trainer import config, real_trainer, steps
 from tests.trainer.callbacks.test_held_out import held_out_trainer
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_trajectories
@@ -84,6 +84,17 @@ def test_a_run_whose_held_out_em_has_halved_goes_back_at_once(tmp_path, tokenize
     trainer.train()
     assert [(one["step"], one["to"]) for one in rollbacks_of(tmp_path)] == [(4, 2), (4, 2)]
     assert trainer.state.global_step == 4, "the third collapse ends the run"
+
+
+def test_a_script_that_keeps_no_best_checkpoint_is_told(tmp_path, random_model, tokenizer, caplog):
+    with caplog.at_level("WARNING"):
+        trainer, _ = held_out_trainer(
+            tmp_path / "best", tokenizer, lambda step: 1, max_steps=1, on_collapse="rollback"
+        )
+        trainer.train()
+        assert "keeps a best checkpoint" not in caplog.text
+        real_trainer(tmp_path / "none", random_model, tokenizer, max_steps=1, on_collapse="rollback").train()
+    assert "cannot go back, because no callback keeps a best checkpoint" in caplog.text
 
 
 def test_an_optimizer_of_the_users_own_is_refused_under_deepspeed(tmp_path, tokenizer):

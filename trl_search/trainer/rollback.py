@@ -61,6 +61,13 @@ class RollsBack(Trainer):
                 "on_collapse=rollback makes a new optimizer under DeepSpeed, and cannot make yours: leave "
                 "`optimizers` out, or set on_collapse=stop"
             )
+        keeps_best = any(getattr(one, "keeps_best", False) for one in self.callback_handler.callbacks)
+        if self.args.metric_for_best_model is None and not keeps_best:
+            logger.warning(
+                "on_collapse=rollback cannot go back, because no callback keeps a best checkpoint, and a collapse "
+                "will end the training: add EvaluateEvery(steps, held_out) and BestCheckpoint(held_out), which "
+                "`trl-search train` does with evaluate_every"
+            )
         rollbacks, to = self._rollbacks_before(folder) if checkpoint else (0, 0)
         output = self._train_after(rollbacks, to, checkpoint, *args, **kwargs)
         for number in range(rollbacks + 1, MAX_ROLLBACKS + 1):

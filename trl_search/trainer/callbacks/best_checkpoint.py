@@ -45,6 +45,8 @@ class BestCheckpoint(TrainerCallback):
         UserError: if the trainer has another criterion for the best checkpoint.
     """
 
+    keeps_best = True  # `rollback.py` looks for a callback that does
+
     def __init__(self, held_out: HeldOut) -> None:
         self.held_out = held_out
         args = held_out.trainer.args
