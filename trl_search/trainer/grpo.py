@@ -226,7 +226,11 @@ class SearchGRPOTrainer(
         self.question_choice = question_choice_of(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as TRL does. If one rank dies, all ranks end and print the reason."""
+        """Trains as TRL does. If one rank dies, all ranks end and print the reason.
+
+        Raises:
+            UserError: if nothing could be learnt: too few questions, no reward with a weight, no trainable weight.
+        """
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
             check_trainable(self.model)
