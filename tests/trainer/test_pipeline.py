@@ -179,6 +179,7 @@ def test_lora_on_a_warm_start_is_loaded_and_resumed_with_that_base_model(tmp_pat
         (["--learnin_rate", "1"], "--learning_rate"),
         (["--push_to_hub", "true"], "push_to_hub uploads the whole folder of the run"),
         (["--torch_compile", "true", "--warm_start_steps", "1"], "torch_compile wraps the model"),
+        (["--max_completion_length", "5000", "--warm_start_steps", "1"], "so max_completion_length=5000 leaves 0"),
     ],
 )
 def test_bad_input_gets_one_clear_line(tmp_path, capsys, options, message):

@@ -27,12 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
-from trl_search.common.errors import UserError
 from trl_search.common.garbage import sparing_what_is_loaded
 from trl_search.config.agent import protocol_of
 from trl_search.config.carry_over import carries_over
@@ -87,12 +85,19 @@ from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logpr
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
-from trl_search.trainer.prompts import TakesRows, check_best_model, check_reward_calls, first_prompt, with_prompts
+from trl_search.trainer.prompts import (
+    TakesRows,
+    check_best_model,
+    check_reward_calls,
+    first_prompt,
+    with_prompts,
+    with_room,
+)
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
-from trl_search.trainer.trainable import check_trainable, warn_of_lost_updates
+from trl_search.trainer.trainable import check_can_learn
 from trl_search.trainer.turn_credit import credited_advantages, refuse_turn_credit
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.types import Sampling
@@ -207,8 +212,9 @@ class SearchGRPOTrainer(
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
-            self.train_dataset = self.with_room(self.train_dataset, "train_dataset", skip=args.skip_long_prompts)
-            self.eval_dataset = self.with_room(self.eval_dataset, "eval_dataset")
+            room = self.protocol, self.model, args
+            self.train_dataset = with_room(self.train_dataset, "train_dataset", *room, skip=args.skip_long_prompts)
+            self.eval_dataset = with_room(self.eval_dataset, "eval_dataset", *room)
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.run_log.environment = described(self.environment)
@@ -233,14 +239,7 @@ class SearchGRPOTrainer(
         """
         if self.environment is not None:
             check_dataset(self.args, self.train_dataset)
-            check_trainable(self.model)
-            if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-                warn_of_lost_updates(self.model, self.args)
-            if not self.reward_weights.any():
-                raise UserError(
-                    f"the weights of all rewards ({', '.join(self.reward_func_names)}) are 0, so nothing would be "
-                    "learnt: add a reward, or set reward_weights"
-                )
+            check_can_learn(self)
         load_onto_numbered_cpus()
         with contextlib.ExitStack() as stack:
             stack.enter_context(ending_together(self.accelerator.process_index, self.accelerator.num_processes))

@@ -53,6 +53,7 @@ from trl_search.trainer.inputs import (
     refuse_quantization,
     refuse_what_rollouts_cannot_do,
 )
+from trl_search.trainer.prompts import with_prompts, with_room
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
 
@@ -137,6 +138,10 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     )
     model = load_base(name, model_config, config)
     check_vocabulary(model, tokenizer)
+    if arguments.warm_start_steps and checkpoint is None:  # the trainer checks this too, but after the warm start
+        protocol = protocol_of(config.agent, tokenizer, environment.tools, environment.instruction)
+        prompts = with_prompts(task.train, protocol, [], "train_dataset")
+        with_room(prompts, "train_dataset", protocol, model, config, skip=config.skip_long_prompts)
     return Run(
         arguments,
         config,

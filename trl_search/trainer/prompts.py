@@ -222,45 +222,51 @@ class TakesRows(Trainer):
                 key, len(one), rows // size, rows // size,
             )  # fmt: skip
 
-    def with_room(self, dataset: Any, name: str, *, skip: bool = False) -> Any:
-        """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
-
-        A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
-
-        Args:
-            skip (`bool`): Whether to leave out rows that do not fit.
-
-        Raises:
-            UserError: if some prompts leave too little room; the message names their rows.
-        """
-        if isinstance(dataset, Mapping):
-            return {key: self.with_room(one, f"{name}[{key!r}]", skip=skip) for key, one in dataset.items()}
-        positions, completion = positions_of(self.model, self.args), self.args.max_completion_length
-        if positions is None or not hasattr(dataset, "select"):
-            return dataset
-        too_long = _too_long(dataset["prompt"], self.protocol, positions - completion)
-        if not too_long:
-            return dataset
-        total, longest = len(dataset), max(too_long.values())
-        if skip and len(too_long) < total:
-            logger.warning("%s: left out %d of %d rows with prompts that are too long", name, len(too_long), total)
-            return dataset.select([row for row in range(total) if row not in too_long])
-        rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
-        remedies = []
-        if positions > longest:
-            remedies.append(f"lower max_completion_length to {positions - longest}")
-        if len(too_long) < total:
-            remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
-        raise UserError(
-            f"{len(too_long)} of {total} prompts of {name} are too long ({rows}). The context has {positions} tokens, "
-            f"so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
-            f"{', or '.join(remedies) or 'shorten the prompts'}"
-        )
-
     def _prepared(self, dataset: Any, name: str) -> Any:
         if self.environment is None or dataset is None or isinstance(dataset, str):  # a string names a prepared one
             return dataset
-        return self.with_room(with_prompts(dataset, self.protocol, self.reward_funcs, name), name)
+        prepared = with_prompts(dataset, self.protocol, self.reward_funcs, name)
+        return with_room(prepared, name, self.protocol, self.model, self.args)
+
+
+def with_room(
+    dataset: Any, name: str, protocol: Protocol, model: PreTrainedModel, args: SearchGRPOConfig, *, skip: bool = False
+) -> Any:
+    """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
+
+    A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
+
+    Args:
+        skip (`bool`): Whether to leave out rows that do not fit.
+
+    Raises:
+        UserError: if some prompts leave too little room; the message names their rows.
+    """
+    if isinstance(dataset, Mapping):
+        return {
+            key: with_room(one, f"{name}[{key!r}]", protocol, model, args, skip=skip) for key, one in dataset.items()
+        }
+    positions, completion = positions_of(model, args), args.max_completion_length
+    if positions is None or not hasattr(dataset, "select"):
+        return dataset
+    too_long = _too_long(dataset["prompt"], protocol, positions - completion)
+    if not too_long:
+        return dataset
+    total, longest = len(dataset), max(too_long.values())
+    if skip and len(too_long) < total:
+        logger.warning("%s: left out %d of %d rows with prompts that are too long", name, len(too_long), total)
+        return dataset.select([row for row in range(total) if row not in too_long])
+    rows = ", ".join(f"row {row} has {length} tokens" for row, length in [*too_long.items()][:3])
+    remedies = []
+    if positions > longest:
+        remedies.append(f"lower max_completion_length to {positions - longest}")
+    if len(too_long) < total:
+        remedies.append("leave these rows out (skip_long_prompts: true for training rows)")
+    raise UserError(
+        f"{len(too_long)} of {total} prompts of {name} are too long ({rows}). The context has {positions} tokens, "
+        f"so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
+        f"{', or '.join(remedies) or 'shorten the prompts'}"
+    )
 
 
 def _too_long(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:

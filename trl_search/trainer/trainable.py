@@ -1,4 +1,4 @@
-"""Checks before a training that the weights can change: that some are trainable, and that updates survive rounding.
+"""Checks before a training that it can change the weights: a reward counts, weights are trainable, updates survive.
 
     weight 0.02 in bfloat16     neighbours at a distance of 1.2e-4
     update of Adam              about learning_rate, 1e-6: rounded away
@@ -12,12 +12,33 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from trl_search.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 1 << 16  # weights per tensor that are looked at
+
+
+def check_can_learn(trainer: Any) -> None:
+    """Refuses a training that cannot change the weights, and warns if most updates would be rounded away.
+
+    Args:
+        trainer ([`SearchGRPOTrainer`]): A complete trainer.
+
+    Raises:
+        UserError: if no weight is trainable, or no reward has a weight.
+    """
+    check_trainable(trainer.model)
+    if not trainer.reward_weights.any():
+        raise UserError(
+            f"the weights of all rewards ({', '.join(trainer.reward_func_names)}) are 0, so nothing would be learnt: "
+            "add a reward, or set reward_weights"
+        )
+    # DeepSpeed and FSDP update copies in float32.
+    if trainer.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        warn_of_lost_updates(trainer.model, trainer.args)
 
 
 def check_trainable(model: torch.nn.Module) -> None:
@@ -30,10 +51,7 @@ def check_trainable(model: torch.nn.Module) -> None:
 
 
 def warn_of_lost_updates(model: torch.nn.Module, args: Any) -> None:
-    """Warns if most updates of Adam would be rounded away, because the weights themselves have a low precision.
-
-    Do not call it for DeepSpeed and FSDP, which update copies in float32.
-    """
+    """Warns if most updates of Adam would be rounded away, because the weights themselves have a low precision."""
     if "adam" not in str(args.optim).lower():
         return
     lost = total = 0
