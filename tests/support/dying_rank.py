@@ -1,6 +1,6 @@
 """Each of two ranks runs this for tests/trainer/test_rank_watch.py; the argument says how rank 1 ends.
 
-python -m tests.support.dying_rank killed|raises|together|finishes
+python -m tests.support.dying_rank killed|raises|together|finishes|again
 """
 
 from __future__ import annotations
@@ -12,12 +12,30 @@ import threading
 
 import torch.distributed
 
-from trl_search.trainer.rank_watch import ending_together
+from trl_search.trainer.rank_watch import _Watch, ending_together
+
+
+def train_again_and_again(rank: int) -> None:
+    """Each rank begins the next training as soon as it has seen that the other left the last one."""
+    left: list[bool] = []
+    theirs = _Watch.wait_for_the_others
+
+    def recorded(watch: _Watch) -> bool:
+        left.append(theirs(watch))
+        return left[-1]
+
+    _Watch.wait_for_the_others = recorded  # type: ignore[method-assign]
+    for _ in range(20):
+        with ending_together(rank, 2, silence_s=5.0, beat_s=0.1):
+            pass
+    assert len(left) == 20 and all(left[:-1])  # rank 0, which hosts the store, may be gone after the last
 
 
 def main(how: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
+    if how == "again":
+        return train_again_and_again(rank)
     with ending_together(rank, 2, silence_s=1.0, grace_s=0.5, beat_s=0.1):
         if how == "finishes":
             return

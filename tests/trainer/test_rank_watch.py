@@ -20,6 +20,7 @@ from trl_search.trainer.rank_watch import ending_together
         ("raises", [1, 1], "rank 0 ends: rank 1 failed: MemoryError: rank 1 is full"),
         ("together", [1, 1], "MemoryError: rank 0 is full"),
         ("finishes", [0, 0], ""),
+        ("again", [0, 0], ""),
     ],
 )
 def test_if_one_rank_dies_all_ranks_end(tmp_path, how, codes, said):

@@ -7,11 +7,15 @@ others:
     beat/3    "17"                        grows every two seconds
     failed/3  "OutOfMemoryError: …"       the exception that ended rank 3
     done/3    "1"                         rank 3 has left the training loop without an error
+
+Each training of a process has its own keys, because a rank may begin the next one before the others have seen that it
+left the last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -27,6 +31,7 @@ BEAT_S = 2.0
 SILENCE_S = 45.0
 # An error on one rank often occurs on all, so each rank gets this long to report its own.
 GRACE_S = 10.0
+_TRAININGS = itertools.count()  # of this process; the same on all ranks, which begin each one together
 
 
 @contextlib.contextmanager
@@ -65,16 +70,14 @@ class _Watch:
     def __init__(self, rank: int, ranks: int, silence_s: float, grace_s: float, beat_s: float) -> None:
         self.rank, self.silence_s, self.grace_s, self.beat_s = rank, silence_s, grace_s, beat_s
         self.others = [other for other in range(ranks) if other != rank]
-        # A separate connection, because a main thread that waits on the store would block the heartbeat.
-        met: Any = _get_default_store()
-        self.store: Any = torch.distributed.PrefixStore("trl-search/ranks", met.clone())
-        for name in ("failed", "done"):  # left by an earlier training in this process
-            self.store.delete_key(f"{name}/{rank}")
         self.left = threading.Event()
         self.thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
 
     def start(self) -> None:
         torch.distributed.barrier()
+        # A separate connection, because a main thread that waits on the store would block the heartbeat.
+        met: Any = _get_default_store()
+        self.store: Any = torch.distributed.PrefixStore(f"trl-search/ranks/{next(_TRAININGS)}", met.clone())
         self.thread.start()
 
     def leave(self, name: str, text: str) -> None:
@@ -83,14 +86,22 @@ class _Watch:
         with contextlib.suppress(RuntimeError):  # the store may have died with the rank that hosts it
             self.store.set(f"{name}/{self.rank}", text)
 
-    def wait_for_the_others(self) -> None:
-        """Keeps this process alive until the other ranks have left, because it may host the store."""
+    def wait_for_the_others(self) -> bool:
+        """Keeps this process alive until the other ranks have left, because it may host the store.
+
+        Returns:
+            Whether they have left; False after `silence_s`, or if the store is gone.
+        """
         deadline = time.monotonic() + self.silence_s
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < deadline and not all(
-                self.store.check([f"done/{other}"]) or self.store.check([f"failed/{other}"]) for other in self.others
-            ):
+            while time.monotonic() < deadline:
+                if all(
+                    self.store.check([f"done/{other}"]) or self.store.check([f"failed/{other}"])
+                    for other in self.others
+                ):
+                    return True
                 time.sleep(0.05)
+        return False
 
     def _run(self) -> None:
         beats = 0
