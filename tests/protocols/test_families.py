@@ -166,6 +166,8 @@ def test_untrusted_text_contains_no_control_tokens(family):
         assert sum(i in control for i in rag) == sum(
             i in control for i in protocol.prompt_ids([{"role": "user", "content": "x"}])
         )
+        asked, plain = (protocol.prompt_ids(protocol.messages(question)) for question in (text, "x"))
+        assert sum(index in control for index in asked) == sum(index in control for index in plain)
 
     check()
 

@@ -129,7 +129,14 @@ class Protocol(abc.ABC):
     # The prompt
 
     def messages(self, question: str) -> list[dict[str, str]]:
-        """The conversation that asks `question`, as chat messages: the `prompt` column TRL expects."""
+        """The conversation that asks `question`, as chat messages: the `prompt` column TRL expects.
+
+        The question is untrusted: control tokens in it are neutralized, so that it cannot end its own message.
+        """
+        with self._tokenizing:
+            return self._asking(self.control.escape(question))
+
+    def _asking(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": f"{self.instruction}{question}"}]
 
@@ -305,7 +312,7 @@ class Protocol(abc.ABC):
 
     def _check_system_prompt(self) -> None:
         try:
-            shown = self.render_messages(self.messages("x"), add_generation_prompt=True)
+            shown = self.render_messages(self._asking("x"), add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
             raise UserError(
                 f"the chat template rejects a system message ({error}): put the text of system_prompt into instruction"
