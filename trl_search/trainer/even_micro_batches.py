@@ -59,20 +59,18 @@ class EvenMicroBatches(GRPOTrainer):
 
     def _dealt(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of this rank, with rows of all ranks."""
-        ours = self.accelerator
         batch = joined(micro_batches)
-        costs_R = ours.gather(tokens_to_run(batch, all_run=self.all_run)).tolist()
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        costs_R = self.accelerator.gather(tokens_to_run(batch, all_run=self.all_run)).tolist()
         # The same on all ranks.
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        places = deal(costs_R, ours.num_processes, len(micro_batches), draw)[ours.process_index]
-        mine: list[dict[str, torch.Tensor]] = [{} for _ in places]
-        for name, tensor in batch.items():
-            everywhere = None  # one entry after the other, because the rows of all ranks may be many
-            if name != OF_THE_BATCH:
-                padded = tensor if tensor.dim() == 1 else pad_across_processes(tensor, 1, pad_first=name in PROMPTS)
-                everywhere = ours.gather(padded)
+        places = deal(costs_R, ranks, len(micro_batches), draw)[rank]
+        of_the_batch = batch.pop(OF_THE_BATCH)
+        mine = [{OF_THE_BATCH: of_the_batch} for _ in places]
+        for name, tensor in batch.items():  # one entry after the other, because the rows of all ranks may be many
+            everywhere = self.accelerator.gather(pad_across_processes(tensor, dim=1, pad_first=name in PROMPTS))
             for micro_batch, rows in zip(mine, places, strict=True):
-                micro_batch[name] = tensor if everywhere is None else everywhere[rows]
+                micro_batch[name] = everywhere[rows]
         return mine
 
 
