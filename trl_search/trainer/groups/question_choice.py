@@ -237,11 +237,10 @@ def check_ranks_agree(args: SearchGRPOConfig, dataset: Any, accelerator: Acceler
     """
     if accelerator.num_processes == 1:
         return
-    first = range(len(dataset)) if isinstance(dataset, Dataset) else range(args.generation_batch_size or 1)
-    prompts = itertools.islice(dataset.select_columns("prompt"), len(first))
+    asked = dataset if isinstance(dataset, Dataset) else dataset.take(args.generation_batch_size or 1)
     digest = hashlib.sha256()
-    for row in prompts:
-        digest.update(repr(row["prompt"]).encode(errors="replace"))
+    for rows in asked.select_columns("prompt").iter(batch_size=1000):
+        digest.update(repr(rows["prompt"]).encode(errors="replace"))
     if len(set(gather_object([digest.hexdigest()]))) > 1:
         raise UserError(
             "the processes have different training questions, or the same in another order: load and shuffle them in "
