@@ -88,8 +88,11 @@ def question_row(
     if not golden:
         raise UserError(f"{where}: the question {question!r} has no golden answer: add one, or remove the row")
     for text in (identifier, question, *golden):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{where}: {text!r:.80} holds half of a surrogate pair, which is no text: correct it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            said = f"{where}: {text!r:.80} holds half of a surrogate pair, which is no text: correct it"
+            raise UserError(said) from None
     return {
         "id": identifier,
         "question": question,
