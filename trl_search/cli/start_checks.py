@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from trl_search.cli.preflight import Check, Status
@@ -40,7 +40,7 @@ class StartChecks:
         refuse(self.checks)
 
 
-def refuse(checks: Sequence[Check]) -> None:
+def refuse(checks: Iterable[Check]) -> None:
     """Raises `UserError` with every problem among the checks and its remedy, if there is any.
 
     A problem that several checks met, such as an environment that cannot be imported, is listed once.

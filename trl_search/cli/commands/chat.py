@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     searched = searched_of(args, what) if searches else None
     if searched is not None:
-        refuse(list(retriever_checks(searched)))  # later, a server that is not running would fail each search
+        refuse(retriever_checks(searched))  # later, a server that is not running would fail each search
 
     def load() -> tuple[Retriever | None, Chat]:
         retriever = None if searched is None else searched.load()

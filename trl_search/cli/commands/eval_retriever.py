@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}
     searched = {word: searched_of(args, word) for word in args.retrievers}
-    refuse([check for one in searched.values() for check in retriever_checks(one)])
+    refuse(check for one in searched.values() for check in retriever_checks(one))
     for word, one_searched in searched.items():
         with contextlib.closing(one_searched.load()) as retriever:
             for one in sets:

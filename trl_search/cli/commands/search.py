@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.passages_per_query < 1:
         raise UserError(f"passages_per_query={args.passages_per_query} must be at least 1")
     searched = searched_of(args, args.retriever)
-    refuse(list(retriever_checks(searched)))  # otherwise a server that is not running fails only after its patience
+    refuse(retriever_checks(searched))  # otherwise a server that is not running fails only after its patience
     with contextlib.closing(searched.load()) as retriever:
         found = retriever.search(args.questions, args.passages_per_query)
     for question, passages in zip(args.questions, found, strict=True):
