@@ -179,3 +179,24 @@ def test_buckets_hold_copies_of_every_tensor():
     cut = list(buckets(iter(WEIGHTS), size=24))
     assert [[name for name, _ in bucket] for bucket in cut] == [[WEIGHTS[0][0]], [WEIGHTS[1][0], WEIGHTS[2][0]]]
     assert cut[0][0][1].data_ptr() != WEIGHTS[0][1].data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_are_complete_before_vllm_packs_them_on_its_own_streams(servers, monkeypatch):
+    on_gpu = [(name, tensor.cuda()) for name, tensor in WEIGHTS]
+
+    def gathered_slowly():
+        for named in on_gpu:
+            torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the copy of the tensor has not begun
+            yield named
+
+    def pack(client, metadata, named):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            client.server.weights.update((name, tensor.to(torch.bfloat16)) for name, tensor in named)
+        torch.cuda.synchronize()
+
+    members = WeightServers([A], group_port=51216, device=torch.device("cuda", 0), patience_s=1.0)
+    monkeypatch.setattr(type(members.members[A].client), "update_named_params", pack)
+    members.send(gathered_slowly())
+    assert len(servers[A].weights) == 3

@@ -113,6 +113,9 @@ class WeightServers:
             sent = {member.dtype: {} for member in self.members.values() if member.dtype}
             for bucket in buckets(weights):
                 metadata = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
+                # vLLM packs and sends on streams of its own, which do not wait for the copies on the current one.
+                if self._device.type != "cpu":
+                    torch.accelerator.synchronize(self._device)
                 for url, client in zip(self.members, clients, strict=True):
                     with _ending_the_process_if_stuck(url):
                         client.update_named_params(metadata, iter(bucket))
