@@ -384,7 +384,8 @@ def work(case: Case, arguments: argparse.Namespace) -> None:
             row: dict[str, Any] = {name: max(one[name] for one in ranks) for name in mine}
             row |= {"tokens": sum(one["tokens"] for one in ranks), "trajectories": size * case.ranks}
             row |= {"case": case.name, "shape": case.shape, "method": case.method, "gpus": case.gpus}
-            row |= {"scaling": scaling, "machine": vllm_shape.describe_machine()}
+            beside = f"; {case.gpus - case.ranks} more serve" if case.method == "server" else ""
+            row |= {"scaling": scaling, "machine": vllm_shape.describe_machine() + beside}
             if rank == 0:
                 print(row, flush=True)
                 write_rows(arguments, row)

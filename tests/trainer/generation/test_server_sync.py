@@ -184,19 +184,22 @@ def test_buckets_hold_copies_of_every_tensor():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_weights_are_complete_before_vllm_packs_them_on_its_own_streams(servers, monkeypatch):
-    on_gpu = [(name, tensor.cuda()) for name, tensor in WEIGHTS]
-
-    def gathered_slowly():
-        for named in on_gpu:
-            torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the copy of the tensor has not begun
-            yield named
+    packing = torch.cuda.Stream()
 
     def pack(client, metadata, named):
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(packing):
             client.server.weights.update((name, tensor.to(torch.bfloat16)) for name, tensor in named)
         torch.cuda.synchronize()
 
+    def gathered_slowly(named):
+        for name, tensor in named:
+            torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the copy of the tensor has not begun
+            yield name, tensor
+
     members = WeightServers([A], group_port=51216, device=torch.device("cuda", 0), patience_s=1.0)
     monkeypatch.setattr(type(members.members[A].client), "update_named_params", pack)
-    members.send(gathered_slowly())
-    assert len(servers[A].weights) == 3
+    before = [(name, tensor.cuda()) for name, tensor in WEIGHTS]
+    after = [(name, tensor + 1) for name, tensor in before]
+    members.send(iter(before))  # the first call loads kernels and takes memory, and both wait for the GPU
+    members.send(gathered_slowly(after))
+    assert all(torch.equal(servers[A].weights[name], tensor.to(torch.bfloat16)) for name, tensor in after)
