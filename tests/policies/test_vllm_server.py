@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +29,7 @@ from trl_search.cli.preflight import Status, server_checks
 from trl_search.common.errors import UserError
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, read_start_time, server_start_time
+from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, server_start_time
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits, rollout
 from trl_search.types import FinishReason, Sampling, StopReason
@@ -379,11 +378,9 @@ def test_a_server_that_cannot_be_paused_names_the_remedy(answering):
         asyncio.run(interrupt())
 
 
-def test_the_start_time_of_a_server_is_read(answering, monkeypatch):
+def test_the_start_time_of_a_lost_server_is_waited_for(answering):
     url, _ = answering
     assert server_start_time(url, 5.0) is None  # as with several API servers
-    metrics = httpx.Response(200, text="# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n")
-    assert read_start_time(metrics) == 1.5e9
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -21,7 +21,8 @@ class VLLM:
 
     def __init__(self, started_at=1.0):
         self.started_at = started_at
-        self.prompts = []
+        self.engines = ""  # lines of /metrics
+        self.prompts, self.asked_engines = [], []
         self.lock = threading.Lock()
         self.dies_after = None
         self.server = Server(self.answer)
@@ -36,12 +37,13 @@ class VLLM:
         if asked.target == "/version":
             return Said({"version": "0.31.0"})
         if asked.target == "/metrics":
-            return Said(f"process_start_time_seconds {self.started_at}\n".encode())
+            return Said(f"process_start_time_seconds {self.started_at}\n{self.engines}".encode())
         if asked.target == "/health":
             return Said()
         prompt = asked.json["prompt"]
         with self.lock:
             self.prompts.append(prompt)
+            self.asked_engines.append((prompt[0], asked.headers.get("x-data-parallel-rank")))
             if self.dies_after is not None and len(self.prompts) > self.dies_after:
                 threading.Thread(target=self.server.kill).start()
                 return Said(by_hand=lambda connection: connection.shutdown(2))
@@ -100,6 +102,16 @@ def test_a_trajectory_stays_on_its_server_and_the_load_is_balanced(servers):
     homes = [{prompt[0] for prompt in one.prompts} for one in servers]
     assert homes[0].isdisjoint(homes[1]) and [len(home) for home in homes] == [4, 4]
     assert all(count == 4 for one in servers for count in Counter(prompt[0] for prompt in one.prompts).values())
+
+
+def test_a_trajectory_stays_on_one_engine_of_its_server(servers):
+    assert roll_out(VLLMServerPolicy(servers[0].url)) == expected()
+    assert {engine for _, engine in servers[0].asked_engines} == {None}
+    servers[1].engines = 'vllm:num_requests_running{engine="0"} 0.0\nvllm:num_requests_running{engine="1"} 0.0\n'
+    assert roll_out(VLLMServerPolicy(servers[1].url)) == expected()
+    pairs = Counter(servers[1].asked_engines)
+    assert len(pairs) == 8 and set(pairs.values()) == {4}
+    assert Counter(engine for _, engine in pairs) == {"0": 4, "1": 4}
 
 
 def test_the_trajectories_of_a_dead_server_move_to_the_other(servers):

@@ -7,6 +7,9 @@ Each rank sends the requests of its own trajectories and never waits for another
 format). Requests are repeatable, so they can be sent again after a broken connection. When a coroutine is cancelled,
 its connection closes, and vLLM aborts the request.
 
+A server with several engines (`--data-parallel-size`) would send the turns of a trajectory to any of them, and all but
+the one that has the tokens in its prefix cache would compute them again. So each request names an engine (`homes.py`).
+
 If the server is lost, one probe per process waits for it, and then all requests are sent again. A server that was
 restarted meanwhile serves the weights that it was started with until the next sync: see `restarted`.
 """
@@ -27,7 +30,9 @@ from packaging.version import Version
 from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
+from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_completions import format_request, read_completion, refusal
+from trl_search.policies.vllm_metrics import count_engines, read_start_time
 from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
@@ -89,6 +94,8 @@ class VLLMServerPolicy(Policy):
         self._client: httpx.AsyncClient | None = None
         self._interrupted = False
         self._recovery: asyncio.Task[None] | None = None
+        self._engines = range(1)
+        self._homes: Homes[int] = Homes()
 
     async def open(self) -> None:
         """Connects, on the running event loop. On the first call, the server must be up; later calls wait for it.
@@ -106,7 +113,7 @@ class VLLMServerPolicy(Policy):
         try:
             (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
             models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
-            self.see(await _start_time(self._client))
+            await self._look(self._client)
             problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
         except httpx.HTTPError as error:
             await self.close()
@@ -201,8 +208,11 @@ class VLLMServerPolicy(Policy):
     # Connections and outages
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {}
+        if len(self._engines) > 1:
+            headers["X-data-parallel-rank"] = str(self._homes.choose(self._engines))
         try:
-            response = await client.post("/v1/completions", json=body)
+            response = await client.post("/v1/completions", json=body, headers=headers)
         except httpx.TransportError as error:
             raise _Trouble(_reason(error)) from error
         if response.is_success:
@@ -234,7 +244,7 @@ class VLLMServerPolicy(Policy):
                     except httpx.ConnectError:
                         gone = True
                         raise
-                    self.see(await _start_time(self._client), gone)
+                    await self._look(self._client, gone)
         except httpx.HTTPError as error:
             raise _lost(self.base_url, time.monotonic() - started, error) from error
 
@@ -244,6 +254,11 @@ class VLLMServerPolicy(Policy):
                 f"the vLLM server at {self.base_url} was restarted during training and has lost the policy's weights: "
                 "resume this run from its last checkpoint, which sends them again"
             )
+
+    async def _look(self, client: httpx.AsyncClient, gone: bool = False) -> None:
+        metrics = (await client.get("/metrics", timeout=_PROBE_TIMEOUT_S)).text
+        self._engines = range(count_engines(metrics))
+        self.see(read_start_time(metrics), gone)
 
     def see(self, started_at: float | None, gone: bool = False) -> None:
         """Records the server's start time. If that is unknown, a refused connection (`gone`) counts as a restart."""
@@ -303,19 +318,10 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
             for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
                 with attempt:
                     client.get("/health").raise_for_status()
-                    found = read_start_time(client.get("/metrics"))
+                    found = read_start_time(client.get("/metrics").text)
         except httpx.HTTPError as error:
             raise _lost(base_url, time.monotonic() - started, error) from error
     return found
-
-
-async def _start_time(client: httpx.AsyncClient) -> float | None:
-    return read_start_time(await client.get("/metrics", timeout=_PROBE_TIMEOUT_S))
-
-
-def read_start_time(metrics: httpx.Response) -> float | None:
-    found = re.search(r"^process_start_time_seconds (\S+)$", metrics.text, re.MULTILINE)
-    return float(found[1]) if found else None
 
 
 def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> ServerLost:

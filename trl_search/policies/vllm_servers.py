@@ -1,7 +1,4 @@
-"""Several vLLM servers as one policy. A trajectory stays on the server that has its tokens in the prefix cache.
-
-    trajectory 1, turn 1 ─► server A ── turn 2 ─► server A ── A is lost ─► server B, from the trajectory's tokens
-    trajectory 2, turn 1 ─► server B (which has fewer trajectories) ...
+"""Several vLLM servers as one policy. A trajectory stays on the server that has its tokens (`homes.py`).
 
 A request carries all tokens of its trajectory, so any server can continue it. A lost server gets no more trajectories
 until the policy is opened again.
@@ -11,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections.abc import Sequence
 from typing import Unpack
 
 from trl_search.policies.base import Policy, Turn
+from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy
 from trl_search.types import Completion
 
@@ -39,12 +36,11 @@ class VLLMServersPolicy(Policy):
     def __init__(self, servers: Sequence[VLLMServerPolicy]) -> None:
         self._servers = list(servers)
         self._well: list[VLLMServerPolicy] = []
-        # Each trajectory runs in its own task.
-        self._homes: weakref.WeakKeyDictionary[asyncio.Task[object], VLLMServerPolicy] = weakref.WeakKeyDictionary()
+        self._homes: Homes[VLLMServerPolicy] = Homes()
 
     async def open(self) -> None:
         opened = await asyncio.gather(*(server.open() for server in self._servers), return_exceptions=True)
-        self._well, self._homes = [], weakref.WeakKeyDictionary()
+        self._well = []
         for server, error in zip(self._servers, opened, strict=True):
             if error is None:
                 self._well.append(server)
@@ -70,7 +66,7 @@ class VLLMServersPolicy(Policy):
 
     async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
         while True:
-            server = self._home()
+            server = self._homes.choose(self._well)
             try:
                 return await server.generate(prompt_ids, **turn)
             except ServerLost as error:
@@ -82,13 +78,3 @@ class VLLMServersPolicy(Policy):
             logger.warning("Continuing with %d servers, because one is lost: %s", len(self._well), error)
         if not self._well:
             raise error
-
-    def _home(self) -> VLLMServerPolicy:
-        """The server of the running trajectory; for a new one, or if its server is lost, the least loaded server."""
-        task = asyncio.current_task()
-        assert task is not None
-        home = self._homes.get(task)
-        if home is None or home not in self._well:
-            running = [self._homes[other] for other in list(self._homes) if not other.done()]
-            home = self._homes[task] = min(self._well, key=running.count)
-        return home

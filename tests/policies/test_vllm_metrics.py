@@ -1,0 +1,24 @@
+"""Lines of `/metrics` as vLLM 0.32 writes them with `--data-parallel-size 2`."""
+
+from __future__ import annotations
+
+from trl_search.policies.vllm_metrics import count_engines, read_start_time
+
+TWO_ENGINES = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="1",model_name="tiny"} 0.0
+vllm:prefix_cache_queries_total{engine="0",model_name="tiny"} 0.0
+vllm:prefix_cache_queries_total{engine="1",model_name="tiny"} 570.0
+http_requests_total{handler="/health",method="GET",status="2xx"} 3.0
+"""
+
+
+def test_engines_are_counted():
+    assert count_engines(TWO_ENGINES) == 2
+    assert count_engines("http_requests_total 3.0\n") == 0  # --disable-log-stats
+
+
+def test_the_start_time_is_read():
+    assert read_start_time("# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n") == 1.5e9
+    assert read_start_time(TWO_ENGINES) is None  # several API servers
