@@ -22,11 +22,21 @@ class WeightChecksums:
     """The methods that `--worker-extension-cls` adds to vLLM's worker; `/collective_rpc` calls them by name."""
 
     model_runner: Any
+    rank: int  # of this worker in its engine
 
     def weight_checksums(self) -> dict[str, int]:
         """The checksums of this worker's share of the weights, by the name of the tensor."""
         named = self.model_runner.model.named_parameters()
         return {name: int(checksum(tensor, tensor.dtype)) for name, tensor in named if has_checksum(name)}
+
+    def require_checksums(self, by_rank: list[dict[str, int]]) -> None:
+        """Raises `RuntimeError` unless this worker's checksums are those of its rank.
+
+        Of several engines (`--data-parallel-size`), `/collective_rpc` returns only the results of the first, but fails
+        if any of them raises.
+        """
+        if self.weight_checksums() != by_rank[self.rank]:
+            raise RuntimeError("the engines of this server have different weights")
 
 
 def has_checksum(name: str) -> bool:

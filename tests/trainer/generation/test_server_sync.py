@@ -30,12 +30,17 @@ class Server:
         self.started_at, self.weights, self.ports, self.extension = 1.0, {}, [], EXTENSION
         self.loses = ""  # name of a tensor that does not arrive
         self.dies = ""  # "before" or "after" the weights
+        self.engines, self.of_second = 1, self.weights
 
     def checksums(self):
-        model = SimpleNamespace(named_parameters=lambda: self.weights.items())
-        worker = WeightChecksums()
-        worker.model_runner = SimpleNamespace(model=model)
-        return worker.weight_checksums()
+        return worker_with(self.weights).weight_checksums()
+
+
+def worker_with(weights):
+    worker = WeightChecksums()
+    worker.model_runner = SimpleNamespace(model=SimpleNamespace(named_parameters=weights.items))
+    worker.rank = 0
+    return worker
 
 
 @pytest.fixture
@@ -47,13 +52,15 @@ def servers(monkeypatch):
 
         def __init__(self, base_url, group_port, connection_timeout):
             self.server, self.port = servers[base_url], group_port
+            self.session = self
 
         def init_communicator(self, device):
             self.server.ports.append(self.port)
 
         def get_server_info(self):
             model = {"dtype": "torch.bfloat16", "quantization": None}
-            return {"parallel_config": {"worker_extension_cls": self.server.extension}, "model_config": model}
+            parallel = {"worker_extension_cls": self.server.extension, "data_parallel_size": self.server.engines}
+            return {"parallel_config": parallel, "model_config": model}
 
         def weight_update(self):
             if self.server.dies == "before":
@@ -73,6 +80,14 @@ def servers(monkeypatch):
         def _post(self, url, json):
             assert json == {"method": "weight_checksums"}
             return {"results": [self.server.checksums()]}
+
+        def post(self, url, json):
+            assert json["method"] == "require_checksums" and self.server.engines > 1
+            try:
+                worker_with(self.server.of_second).require_checksums(*json["args"])
+            except RuntimeError as error:
+                return SimpleNamespace(status_code=500, text=str(error))
+            return SimpleNamespace(status_code=200)
 
     def start_time(url, patience_s):
         if servers[url].started_at is None:
@@ -155,6 +170,16 @@ def test_a_server_with_another_model_is_an_error(servers):
     servers[A].loses = WEIGHTS[0][0]
     with pytest.raises(UserError, match="none of its tensors is among them"):
         join([A]).send(iter([WEIGHTS[0], WEIGHTS[2]]))
+
+
+def test_weights_that_one_of_several_engines_does_not_have_are_an_error(servers):
+    servers[A].engines = 2
+    members = join([A])
+    members.send(iter(WEIGHTS))
+    servers[A].of_second = dict(servers[A].weights)
+    step = [(name, tensor + 0.1) for name, tensor in WEIGHTS]
+    with pytest.raises(UserError, match=r"not all 2 engines of the vLLM server at http://gpu-1:8000 .* different wei"):
+        members.send(iter(step))
 
 
 def test_a_server_that_cannot_read_weights_back_is_named_once(servers, caplog):

@@ -50,6 +50,7 @@ class Member:
     started_at: float | None
     # The type of its weights, if it returns checksums.
     dtype: torch.dtype | None
+    engines: int
 
 
 class WeightServers:
@@ -149,10 +150,13 @@ class WeightServers:
         client = VLLMClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)
         self._next_port += 1
         client.init_communicator(device=self._device)
-        return Member(client, started_at, _checked_dtype(client.get_server_info()))
+        info = client.get_server_info()
+        engines = int(info.get("parallel_config", {}).get("data_parallel_size", 1))
+        return Member(client, started_at, _checked_dtype(info), engines)
 
     def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
-        workers = member.client._post(f"{url}/collective_rpc", json={"method": "weight_checksums"})["results"]
+        rpc = f"{url}/collective_rpc"
+        workers = member.client._post(rpc, json={"method": "weight_checksums"})["results"]  # of the first engine
         found = {name: sum(worker.get(name, 0) for worker in workers) for name in workers[0]}
         wrong = [name for name, value in sent.items() if name in found and found[name] != int(value)]
         if wrong or not found.keys() & sent.keys():
@@ -161,6 +165,13 @@ class WeightServers:
                 f"{', '.join(wrong[:3]) or 'none of its tensors is among them'}): check that it serves the model that "
                 "is trained, restart it, then resume from the last checkpoint"
             )
+        if member.engines > 1:
+            answer = member.client.session.post(rpc, json={"method": "require_checksums", "args": [workers]})
+            if answer.status_code != requests.codes.ok:
+                raise UserError(
+                    f"not all {member.engines} engines of the vLLM server at {url} have the weights that they were "
+                    f"sent ({answer.text[:300]}): restart it, then resume from the last checkpoint"
+                )
 
 
 def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
