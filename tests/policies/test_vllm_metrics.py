@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trl_search.policies.vllm_metrics import count_engines, read_start_time
+import httpx
+
+from trl_search.policies.vllm_metrics import count_engines, read_start_time, read_worker_start
 
 TWO_ENGINES = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -22,3 +24,9 @@ def test_engines_are_counted():
 def test_the_start_time_is_read():
     assert read_start_time("# HELP\nprocess_start_time_seconds 1.5e9\nother 2\n") == 1.5e9
     assert read_start_time(TWO_ENGINES) is None  # several API servers
+
+
+def test_a_worker_says_when_it_started():
+    assert read_worker_start(httpx.Response(200, json={"results": [1.5e9, 1.6e9]})) == 1.5e9
+    assert read_worker_start(httpx.Response(404)) is None  # without VLLM_SERVER_DEV_MODE=1
+    assert read_worker_start(httpx.Response(500)) is None  # without --worker-extension-cls

@@ -16,12 +16,15 @@ from trl_search.types import Sampling
 SAMPLING = Sampling(temperature=1.0, seed=1)
 
 
+TWO_ENGINES = 'vllm:num_requests_running{engine="0"} 0.0\nvllm:num_requests_running{engine="1"} 0.0\n'
+
+
 class VLLM:
     """A fake server whose completion is the sum of the prompt, so that every server gives the same one."""
 
     def __init__(self, started_at=1.0):
         self.started_at = started_at
-        self.engines = ""  # lines of /metrics
+        self.engines = ""  # lines of /metrics; with several engines, workers say when they started
         self.prompts, self.asked_engines = [], []
         self.lock = threading.Lock()
         self.dies_after = None
@@ -37,7 +40,11 @@ class VLLM:
         if asked.target == "/version":
             return Said({"version": "0.31.0"})
         if asked.target == "/metrics":
-            return Said(f"process_start_time_seconds {self.started_at}\n{self.engines}".encode())
+            start = "" if self.engines else f"process_start_time_seconds {self.started_at}\n"
+            return Said(f"{start}{self.engines}".encode())
+        if asked.target == "/collective_rpc":
+            assert asked.json == {"method": "started_at"}
+            return Said({"results": [self.started_at]})
         if asked.target == "/health":
             return Said()
         prompt = asked.json["prompt"]
@@ -107,7 +114,7 @@ def test_a_trajectory_stays_on_its_server_and_the_load_is_balanced(servers):
 def test_a_trajectory_stays_on_one_engine_of_its_server(servers):
     assert roll_out(VLLMServerPolicy(servers[0].url)) == expected()
     assert {engine for _, engine in servers[0].asked_engines} == {None}
-    servers[1].engines = 'vllm:num_requests_running{engine="0"} 0.0\nvllm:num_requests_running{engine="1"} 0.0\n'
+    servers[1].engines = TWO_ENGINES
     assert roll_out(VLLMServerPolicy(servers[1].url)) == expected()
     pairs = Counter(servers[1].asked_engines)
     assert len(pairs) == 8 and set(pairs.values()) == {4}
@@ -120,7 +127,10 @@ def test_the_trajectories_of_a_dead_server_move_to_the_other(servers):
     assert {prompt[0] for prompt in servers[1].prompts} == set(range(1, 9))
 
 
-def test_a_restarted_server_has_lost_the_weights_and_gets_no_requests(servers):
+@pytest.mark.parametrize("engines", ["", TWO_ENGINES], ids=["one engine", "two engines"])
+def test_a_restarted_server_has_lost_the_weights_and_gets_no_requests(servers, engines):
+    for one in servers:
+        one.engines = engines
     servers[0].started_at = 2.0
     assert roll_out(policy_of(servers)) == expected()
     assert servers[0].prompts == []

@@ -1,14 +1,24 @@
-"""What a `vllm serve` says about itself at `/metrics`, in Prometheus' text format."""
+"""What a `vllm serve` says about itself: at `/metrics`, in Prometheus' text format, and through its workers."""
 
 from __future__ import annotations
 
 import re
+
+import httpx
+
+# For `/collective_rpc`, which a server has with VLLM_SERVER_DEV_MODE=1; `WeightChecksums` answers.
+ASK_WORKER_START = {"method": "started_at"}
 
 
 def read_start_time(metrics: str) -> float | None:
     """The start time of the server's process; `None` if it has several API servers, which do not report it."""
     found = re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE)
     return float(found[1]) if found else None
+
+
+def read_worker_start(answer: httpx.Response) -> float | None:
+    """The start time of the first worker, from the answer to `ASK_WORKER_START`; `None` if the server refused."""
+    return float(answer.json()["results"][0]) if answer.is_success else None
 
 
 def count_engines(metrics: str) -> int:

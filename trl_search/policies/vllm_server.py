@@ -32,7 +32,7 @@ from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
 from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_completions import format_request, read_completion, refusal
-from trl_search.policies.vllm_metrics import count_engines, read_start_time
+from trl_search.policies.vllm_metrics import ASK_WORKER_START, count_engines, read_start_time, read_worker_start
 from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ MAX_CONNECTIONS = 512
 # Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
 _KEEP_ALIVE_S = 4.0
 _PROBE_TIMEOUT_S = 10.0
+_RPC = "/collective_rpc"
 
 
 class VLLMServerPolicy(Policy):
@@ -258,7 +259,11 @@ class VLLMServerPolicy(Policy):
     async def _look(self, client: httpx.AsyncClient, gone: bool = False) -> None:
         metrics = (await client.get("/metrics", timeout=_PROBE_TIMEOUT_S)).text
         self._engines = range(count_engines(metrics))
-        self.see(read_start_time(metrics), gone)
+        started_at = read_start_time(metrics)
+        if started_at is None:
+            worker = await client.post(_RPC, json=ASK_WORKER_START, timeout=_PROBE_TIMEOUT_S)
+            started_at = read_worker_start(worker)
+        self.see(started_at, gone)
 
     def see(self, started_at: float | None, gone: bool = False) -> None:
         """Records the server's start time. If that is unknown, a refused connection (`gone`) counts as a restart."""
@@ -307,7 +312,9 @@ class _Trouble(Exception):
 
 
 def server_start_time(base_url: str, patience_s: float) -> float | None:
-    """The start time of the server's process; `None` if unknown (several API servers). Waits for a lost server.
+    """The start time of the server's process; `None` if it does not say it. Waits for a lost server.
+
+    A server with several API servers says it only with `--worker-extension-cls` (`weight_checksums.py`).
 
     Raises:
         ServerLost: if the server does not answer within `patience_s`.
@@ -319,6 +326,8 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
                 with attempt:
                     client.get("/health").raise_for_status()
                     found = read_start_time(client.get("/metrics").text)
+                    if found is None:
+                        found = read_worker_start(client.post(_RPC, json=ASK_WORKER_START))
         except httpx.HTTPError as error:
             raise _lost(base_url, time.monotonic() - started, error) from error
     return found

@@ -9,6 +9,7 @@ fuses q, k and v, and gate and up.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 EXTENSION = "trl_search.policies.weight_checksums.WeightChecksums"
 _SUMMED = ("o_proj.weight", "down_proj.weight")
+_STARTED_AT = time.time()  # of this worker
 
 
 class WeightChecksums:
@@ -23,6 +25,10 @@ class WeightChecksums:
 
     model_runner: Any
     rank: int  # of this worker in its engine
+
+    def started_at(self) -> float:
+        """When this worker started. A server with several API servers does not report its start time at `/metrics`."""
+        return _STARTED_AT
 
     def weight_checksums(self) -> dict[str, int]:
         """The checksums of this worker's share of the weights, by the name of the tensor."""
