@@ -318,6 +318,8 @@ def answering():
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/collective_rpc":  # as without VLLM_SERVER_DEV_MODE=1
+                return self.reply(404, "not found")
             self.reply(*(answers.pop(0) if len(answers) > 1 else answers[0]))
 
         def reply(self, status, text):
