@@ -4,8 +4,8 @@
 
 512 trajectories in groups of 8, whose lengths follow the plans of `vllm_shape.py`, in micro-batches of up to 8 rows. A
 given share of the groups has equal rewards; their trajectories do not run. All ranks wait for the one with most tokens
-in each micro-batch; a value of 1 is a batch that is spread evenly. Values are means over 50 batches. Nothing is
-trained: `scaling_gpus.py` measures whole steps.
+in each micro-batch; a value of 1 is a batch that is spread evenly. A batch is one optimizer step. Values are means
+over 50 batches. Nothing is trained: `scaling_gpus.py` measures whole steps.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
             for seed in range(BATCHES):
                 tokens, draw = a_batch(silent_share, seed), random.Random(seed)
                 theirs.append(waited_for(tokens, shuffled(ranks, micro_batches, draw)))
-                ours.append(waited_for(tokens, deal(tokens, ranks, micro_batches, draw)))
+                ours.append(waited_for(tokens, deal(tokens, ranks, micro_batches, 1, draw)))
             print(f"| {ranks} | {silent_share:.0%} | {mean(theirs):.2f} | {mean(ours):.2f} |")
 
 

@@ -32,8 +32,18 @@ SHAPE: dict[str, Any] = {
 }
 # Prompts of different lengths, so that the ranks pad them differently.
 QUESTIONS = Dataset.from_list([{**row, "question": row["question"] + " Please." * i} for i, row in enumerate(ROWS)])
-# Without and with log-probs of the old policy and of a reference.
-KINDS: dict[str, dict[str, Any]] = {"plain": {}, "old": {"num_iterations": 2, "beta": 0.1}}
+# Without and with log-probs of the old policy and of a reference; several optimizer steps per batch.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "old": {"num_iterations": 2, "beta": 0.1},
+    "steps": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 8,
+        "seed": 2,
+        "max_steps": 4,
+    },
+}
 
 
 def rewards(completions, question, **kwargs):

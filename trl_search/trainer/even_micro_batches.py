@@ -10,8 +10,11 @@ random order, each micro-batch therefore takes as long as that of the slowest ra
     all wait for                 900  600  700                    500  500  600
 
 Rows change places after everything about them is known (rewards, advantages, log-probs), before the first micro-batch.
-The terms of the loss stay the same, so its gradient does too (`loss_type: bnpo` is a mean within each micro-batch, and
-depends on the order as it does in TRL).
+The terms of the loss stay the same, so its gradient does too, except for terms that are means within a micro-batch and
+so depend on the order, as in TRL: `loss_type: bnpo`, LLDS, the entropy bonus and `top_entropy_quantile`.
+
+If a batch has several optimizer steps, each of them gets rows of all lengths. Otherwise, with few rows per
+micro-batch, a step would have only long rows, which are wrong more often than short ones, or none that runs.
 
 Suffixes: B trajectories of this rank, R trajectories of all ranks, C completion tokens.
 """
@@ -19,6 +22,7 @@ Suffixes: B trajectories of this rank, R trajectories of all ranks, C completion
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +68,8 @@ class EvenMicroBatches(GRPOTrainer):
         costs_R = self.accelerator.gather(tokens_to_run(batch, all_run=self.all_run)).tolist()
         # The same on all ranks.
         draw = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        places = deal(costs_R, ranks, len(micro_batches), draw)[rank]
+        steps = len(micro_batches) // math.gcd(len(micro_batches), self.args.gradient_accumulation_steps)
+        places = deal(costs_R, ranks, len(micro_batches), steps, draw)[rank]
         of_the_batch = batch.pop(OF_THE_BATCH)
         mine = [{OF_THE_BATCH: of_the_batch} for _ in places]
         for name, tensor in batch.items():  # one entry after the other, because the rows of all ranks may be many
@@ -91,40 +96,54 @@ def joined(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, tor
 
 def tokens_to_run(batch: Mapping[str, torch.Tensor], *, all_run: bool) -> torch.Tensor:
     """The tokens that the loss runs for each trajectory, (B,): 0 for one that cannot change the weights."""
-    tokens_B = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
-    if all_run:
-        return tokens_B
-    return tokens_B * tokens_with_gradient(batch["advantages"], loss_mask_of(batch)).any(dim=1)
+    mask_BC = loss_mask_of(batch)
+    runs_BC = mask_BC if all_run else tokens_with_gradient(batch["advantages"], mask_BC)
+    return (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)) * runs_BC.any(dim=1)
 
 
-def deal(costs_R: Sequence[int], ranks: int, micro_batches: int, draw: random.Random) -> list[list[list[int]]]:
+def deal(
+    costs_R: Sequence[int], ranks: int, micro_batches: int, steps: int, draw: random.Random
+) -> list[list[list[int]]]:
     """
-    Deals rows to `ranks` x `micro_batches` places of equal size: the longest row first, to the place that has least.
+    Deals rows to `ranks` x `micro_batches` places of equal size.
 
-    Places of similar length get the same number on all ranks, and the numbers are drawn, so that no optimizer step of
-    a batch has the longest trajectories.
+    The rows of each optimizer step are drawn, as many of each length for every step. Within a step, the longest row
+    goes first, to the place that has least, and places of similar length get the same number on all ranks.
 
     Args:
         costs_R (`Sequence[int]`): The cost of each row; their number is a multiple of the number of places.
         ranks, micro_batches (`int`): The places.
+        steps (`int`): The optimizer steps, of equally many micro-batches. A step may go on in the next batch.
         draw (`random.Random`): In the same state on all ranks.
 
     Returns:
         The rows of each rank, by micro-batch.
 
     Example:
-        >>> deal([9, 1, 5, 5, 2, 8, 3, 7], ranks=2, micro_batches=2, draw=random.Random(0))
+        >>> deal([9, 1, 5, 5, 2, 8, 3, 7], ranks=2, micro_batches=2, steps=1, draw=random.Random(0))
         [[[0, 1], [7, 6]], [[5, 4], [2, 3]]]
     """
-    size = len(costs_R) // (ranks * micro_batches)
-    places: list[list[int]] = [[] for _ in range(ranks * micro_batches)]
-    least = [(0, place) for place in range(len(places))]
-    for row in sorted(range(len(costs_R)), key=lambda row: -costs_R[row]):
+    longest_first = sorted(range(len(costs_R)), key=lambda row: -costs_R[row])
+    rows_of_step: list[list[int]] = [[] for _ in range(steps)]
+    for first in range(0, len(longest_first), steps):
+        for rows, row in zip(rows_of_step, draw.sample(longest_first[first : first + steps], steps), strict=True):
+            rows.append(row)
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for rows in rows_of_step:
+        places = even_places(rows, costs_R, ranks * micro_batches // steps)
+        for place, its_rows in enumerate(places):
+            dealt[place % ranks].append(its_rows)
+    return dealt
+
+
+def even_places(longest_first: Sequence[int], costs_R: Sequence[int], count: int) -> list[list[int]]:
+    """Deals rows to `count` places of equal size and about equal cost, and sorts the places by it."""
+    size = len(longest_first) // count
+    places: list[list[int]] = [[] for _ in range(count)]
+    least = [(0, place) for place in range(count)]
+    for row in longest_first:
         cost, place = heapq.heappop(least)
         places[place].append(row)
         if len(places[place]) < size:
             heapq.heappush(least, (cost + costs_R[row], place))
-    places.sort(key=lambda rows: sum(costs_R[row] for row in rows))
-    together = [places[first : first + ranks] for first in range(0, len(places), ranks)]
-    draw.shuffle(together)
-    return [[rank_places[rank] for rank_places in together] for rank in range(ranks)]
+    return sorted(places, key=lambda rows: sum(costs_R[row] for row in rows))
