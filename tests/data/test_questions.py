@@ -397,8 +397,8 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
-    assert "UserError: dataset 'bamboogle' (RUC-NLPIR/FlashRAG_datasets) cannot be loaded" in done.stderr
-    assert "bring its files here and give their path" in done.stderr
+    assert "UserError: dataset 'bamboogle' (RUC-NLPIR/FlashRAG_datasets) is not on this machine" in done.stderr
+    assert "(HF_HUB_OFFLINE is set): give a path, or bring its files here" in done.stderr
 
 
 # Training questions that are also in an evaluation set

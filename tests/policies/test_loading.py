@@ -16,6 +16,7 @@ from tests.support.scripted_trainer import config
 from trl_search.cli.model_checks import check_template, model_checks
 from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
+from trl_search.policies import loading
 from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer import inputs
@@ -38,7 +39,8 @@ def test_the_tokenizer_is_loaded_at_the_models_revision(monkeypatch, tmp_path):
         return tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
-    monkeypatch.setattr(inputs, "check_model", lambda name, **options: checked.append(options["revision"]))
+    monkeypatch.setattr(loading, "only_cached", lambda name: False)
+    monkeypatch.setattr(inputs, "read_config", lambda name, **options: checked.append(options["revision"]))
     tokenizer_of("me/model", config(tmp_path, model_init_kwargs={"revision": "v2"}))
     tokenizer_of("me/model", config(tmp_path))
     assert [(name, options["revision"]) for name, options in asked] == [("me/model", "v2"), ("me/model", "main")]

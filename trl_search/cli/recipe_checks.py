@@ -18,6 +18,7 @@ from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
+from trl_search.common.hub import dataset_is_cached
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
 from trl_search.config.searched import WORLD, resolve_searched
@@ -27,7 +28,7 @@ from trl_search.data.hub_download import free_bytes
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, takes_retriever
 from trl_search.environment.script import load_script
 from trl_search.evaluation.outcomes import RESULTS_FILE
-from trl_search.policies.loading import model_source
+from trl_search.policies.loading import ADAPTER_CONFIG, model_source, read_config
 from trl_search.protocols.instructions import tool_names
 
 GIB = 2**30
@@ -159,7 +160,8 @@ def check_model_is_there(name: str | None) -> Check:
         return Check("model", Status.OK, source)
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    files = ("config.json", ADAPTER_CONFIG)
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return Check("model", Status.OK, f"{name}, in the hub's cache")
     return on_hub("model", name, lambda: HfApi().model_info(name, timeout=_TIMEOUT_S))
 
@@ -180,11 +182,10 @@ def check_questions(values: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _hub_set(name: str) -> Check:
-    import datasets
     from huggingface_hub import HfApi
 
     repository = HUB_SETS[name].repository
-    if Path(datasets.config.HF_DATASETS_CACHE, repository.lower().replace("/", "___")).is_dir():
+    if dataset_is_cached(repository, HUB_SETS[name].config):
         return Check("questions", Status.OK, f"{name}, in the cache of datasets")
     return on_hub("questions", repository, lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
 
@@ -233,12 +234,12 @@ def check_retriever(values: Mapping[str, Any]) -> list[Check]:
 def count_parameters(name: str) -> int | None:
     """The number of parameters of a model, from its configuration alone; `None` if that cannot be read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from trl_search.policies.tiny import tiny_policy_path
 
     try:
-        config = AutoConfig.from_pretrained(tiny_policy_path() if name == "tiny" else model_source(name))
+        config = read_config(tiny_policy_path() if name == "tiny" else name)
         with torch.device("meta"):
             return int(AutoModelForCausalLM.from_config(config).num_parameters())
     except Exception:  # loading the model will report the cause

@@ -314,15 +314,22 @@ def _cached(model: str) -> str | None:
     """The settings file of a model on the hub. If the model or the hub is missing, loading the weights reports it."""
     from transformers.utils import cached_file
 
+    from trl_search.common.hub import only_cached
     from trl_search.policies.loading import model_source
 
     try:
+        source = model_source(model)
+    except UserError:
+        return None
+    local_files_only = only_cached(source)
+    try:
         return cached_file(
-            model_source(model),
+            source,
             SETTINGS_FILE,
+            local_files_only=local_files_only,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, UserError):
+    except OSError:
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 
 from trl_search.common.errors import UserError
+from trl_search.common.hub import refuse_unreachable_dataset
 from trl_search.common.table_files import Row
 
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
@@ -75,11 +76,13 @@ def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], S
         UserError: if the hub, the set or its split cannot be reached.
     """
     hub_set = HUB_SETS[name]
+    said = f"dataset {name!r} ({hub_set.repository})"
+    refuse_unreachable_dataset(hub_set.repository, hub_set.config, said)
     try:
         dataset = datasets.load_dataset(hub_set.repository, hub_set.config, split=split)
     except Exception as error:  # the hub's client raises the errors of half a dozen libraries
         raise UserError(
-            f"dataset {name!r} ({hub_set.repository}) cannot be loaded from the hub: {error}. Without a network, "
+            f"{said} cannot be loaded from the hub: {error}. Without a network, "
             "bring its files here and give their path."
         ) from error
     published = hub_set.splits.get(split, len(dataset))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
@@ -24,7 +24,7 @@ from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.evaluation.evaluate import mode_protocol, rag_messages
-from trl_search.policies.loading import read_adapter
+from trl_search.policies.loading import read_adapter, read_config
 from trl_search.retrieval.index.contents import index_folder
 from trl_search.retrieval.index.folder import MANIFEST, read_manifest
 from trl_search.types import Passage
@@ -46,7 +46,7 @@ def describe_model(name: str) -> dict[str, Any]:
     """Identifies a model by its content: the hash of a folder's files, or name and revision of a hub repository."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return {"name": name, "revision": getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)}
+        return {"name": name, "revision": getattr(read_config(name), "_commit_hash", None)}
     files = sorted(path for path in folder.iterdir() if path.is_file() and _MODEL_FILES.fullmatch(path.name))
     digest = hashlib.sha256()
     for path in files:

@@ -16,11 +16,19 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, get_peft_config
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
+from trl_search.common.hub import only_cached
 from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 
@@ -59,11 +67,13 @@ def load_tokenizer(
         name = str(folder)
     elif adapter := read_adapter(Path(name := model_source(name))):
         name = adapter["base_model_name_or_path"]
+    local = only_cached(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
+            local_files_only=local,
             padding_side="left",
             truncation_side="left",
         )
@@ -170,7 +180,6 @@ def model_source(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.startswith("runs/"):
         raise UserError(f"there is no model at {path}: give a folder, a model on the hub (owner/name), or 'tiny'")
     if name != "tiny" and difflib.get_close_matches(name.lower(), ["tiny"], cutoff=0.75):
-        # Without a network, the hub's client would look for it for a minute.
         raise UserError(f"there is no model {name}: did you mean 'tiny'?")
     try:
         validate_repo_id(name)
@@ -181,14 +190,18 @@ def model_source(name: str) -> str:
     return name
 
 
-def check_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Checks, from its configuration alone, whether a model can be loaded.
+def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model, with which its weights are not loaded.
 
     Raises:
-        UserError: with transformers' message in one line.
+        UserError: if there is no such model, with transformers' message in one line.
     """
+    source = model_source(name)
+    local = only_cached(source)
     try:
-        AutoConfig.from_pretrained(model_source(name), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local
+        )
     except (OSError, ValueError) as error:
         raise _unusable(name, "model", error) from error
 
@@ -214,14 +227,18 @@ def check_vocabulary(model: PreTrainedModel | str, tokenizer: PreTrainedTokenize
 def _embedding_rows(model: PreTrainedModel | str) -> int:
     if isinstance(model, str):
         try:
-            return int(AutoConfig.from_pretrained(model_source(model)).get_text_config().vocab_size)
-        except (OSError, ValueError, AttributeError):  # an adapter, or an error that loading the model will report
+            return int(read_config(model).get_text_config().vocab_size)
+        except (UserError, AttributeError):  # an adapter, or an error that loading the model will report
             return 0
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
 
 
 def _pretrained(name: str, **options: Any) -> PreTrainedModel:
+    adapter = read_adapter(Path(name))
+    if only_cached(name if adapter is None else adapter["base_model_name_or_path"]):
+        # `adapter_kwargs`: transformers looks for an adapter in the model's repository without its own option.
+        options |= {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
-from trl_search.policies.loading import check_model, load_tokenizer
+from trl_search.policies.loading import load_tokenizer, read_config
 from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
 from trl_search.rewards.declaration import with_settings
@@ -72,7 +72,7 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
     functions = resolve_rewards(others) if others or not listed else []
     for model in models:
         if isinstance(model, str):
-            check_model(model, trust_remote_code=args.trust_remote_code)
+            read_config(model, trust_remote_code=args.trust_remote_code)
     for reward in filter(reads_first_message, functions):
         logger.warning(
             "%s reads only the first message of a completion, which is a search agent's first call. To score the last "
@@ -98,7 +98,7 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
         raise UserError(f"model must be a name, a folder or a PreTrainedModel, not {type(model).__name__}")
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if isinstance(model, str):
-        check_model(model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code)
+        read_config(model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code)
     tokenizer = getattr(given, "tokenizer", given)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer

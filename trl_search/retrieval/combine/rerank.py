@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
+from trl_search.common.hub import only_cached
 from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.retrieval.combine.parts import Part, load_parts
@@ -107,9 +108,14 @@ class CrossEncoderScorer:
         if batch_size < 1:
             raise UserError(f"batch_size is the number of pairs per forward pass, at least 1; got {batch_size}")
         library = import_extra("sentence_transformers", "a local reranker", "dense", "; or name a server: url=")
+        local = only_cached(model)
         with loading_model(f"the reranker {model!r}"):
             self.model = library.CrossEncoder(
-                model, device=device, max_length=max_length, trust_remote_code=trust_remote_code
+                model,
+                device=device,
+                max_length=max_length,
+                trust_remote_code=trust_remote_code,
+                local_files_only=local,
             )
         refuse_empty_tokenizer(self.model.tokenizer, model)
         if self.model.num_labels != 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from trl_search.common.blocks import read_sha256
 from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import cache_folder, home_expanded, written_whole
+from trl_search.common.hub import refuse_unreachable_dataset
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields, passage_row
 from trl_search.types import Passage
@@ -100,6 +101,8 @@ def _dataset_source(name: str, fields: Fields) -> Source:
 
     path, *rest = [name] if Path(name).is_dir() else name.split(":")
     config, split = [*rest, "", ""][:2]
+    if path.count("/") < 2:
+        refuse_unreachable_dataset(path, config or None, f"a dataset {path}")
     try:
         dataset = load_dataset(path, config or None, split=split or "train")
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ import numpy as np
 from trl_search.common.errors import UserError, first_line, unknown_name
 from trl_search.common.extras import import_extra
 from trl_search.common.files import home_expanded
+from trl_search.common.hub import only_cached
 from trl_search.common.vocabulary import refuse_empty_tokenizer
 from trl_search.retrieval.dense.fingerprint import EncoderFingerprint, hash_weights, refuse_other_encoder
 
@@ -262,13 +263,14 @@ def _load_model(
 
     if _looks_like_path(name) and not Path(name).is_dir():
         raise UserError(f"there is no encoder folder {name}")
-    # Always passed: without it, transformers asks on the terminal, and runs the code on a "y".
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    local = only_cached(name)
+    # Without `trust_remote_code`, transformers asks on the terminal, and runs the code on a "y".
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     with loading_model(f"encoder {name!r}"):
-        if is_sentence_transformer_model(name):
+        if is_sentence_transformer_model(name, local_files_only=local):
             if pooling is not None:
                 raise UserError(f"pooling={pooling!r}: encoder {name!r} defines its own pooling (its modules.json)")
-            return SentenceTransformer(name, device=device, model_kwargs={"dtype": "auto"}, **trust), None
+            return SentenceTransformer(name, device=device, model_kwargs={"dtype": "auto"}, **options), None
         pooling = pooling or (family.pooling if family else None)
         if pooling is None:
             raise UserError(
@@ -276,7 +278,10 @@ def _load_model(
                 f"finds the wrong passages; pass pooling, one of {', '.join(POOLINGS)} (see its model card)"
             )
         body = Transformer(
-            name, model_kwargs={"dtype": "auto", **trust}, config_kwargs=dict(trust), processor_kwargs=dict(trust)
+            name,
+            model_kwargs={"dtype": "auto", **options},
+            config_kwargs=dict(options),
+            processor_kwargs=dict(options),
         )
         if getattr(body.config, "model_type", None) == "dpr":
             raise UserError(
