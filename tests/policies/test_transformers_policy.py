@@ -272,3 +272,14 @@ def test_tokens_without_probability_are_never_sampled(how):
     nearly_one = torch.tensor([1 - 2**-26])  # 1 in float32
     ids, _ = sample(logits, how, nearly_one)
     assert ids.tolist() == [0 if how.top_p < 1 else 1]
+
+
+def test_the_engines_thread_uses_the_gpu_of_the_model(probed_model, tokenizer, monkeypatch):
+    """Triton starts kernels on the thread's current device, and a new thread starts on device 0."""
+    used = []
+    monkeypatch.setattr(
+        torch.accelerator, "set_device_index", lambda index: used.append((threading.current_thread().name, index))
+    )
+    monkeypatch.setattr(type(probed_model), "device", torch.device("cuda", 3))
+    generate(TransformersPolicy(probed_model, tokenizer), [])
+    assert used == [("TransformersPolicy", 3)]

@@ -21,6 +21,7 @@ from trl_search.common.errors import UserError
 from trl_search.policies import probe
 from trl_search.policies.engine_thread import EngineThread, Request
 from trl_search.policies.kv_cache import SLOT_ATTENTION, SlotCache
+from trl_search.policies.thread_device import use_device
 from trl_search.policies.token_sampling import sample
 from trl_search.types import Completion, FinishReason, Sampling
 
@@ -153,6 +154,7 @@ class TransformersPolicy(EngineThread):
     # On the engine's thread
 
     def start_engine(self) -> None:
+        use_device(self.model.device)
         self._cache = SlotCache(self.max_sequences)
         self._slots = [_Slot(row) for row in range(self.max_sequences)]
         self._clock = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.support.scripted_trainer import GOLD, PASSAGES, answer, config, scrip
 from trl_search.common.errors import UserError
 from trl_search.records.folder import read_run, read_trajectories
 from trl_search.trainer.batch import Question, Rollout
+from trl_search.trainer.groups import question_choice
 from trl_search.trainer.groups.group_rewards import Group
 from trl_search.trainer.groups.refill import Refill
 from trl_search.types import StopReason, Trajectory
@@ -72,6 +74,20 @@ def test_the_loss_reads_the_questions_that_were_kept(tmp_path, random_model, tok
     assert int(batch["num_items_in_batch"]) == in_loss == int((batch["completion_mask"] * batch["tool_mask"]).sum())
     assert (batch["advantages"].abs() > 0.1).all()
     assert list(trainer._logs["prompt"]) == [row["prompt"] for row in trainer.last_rollout.rows]
+
+
+def test_reward_functions_find_the_gpu_of_their_process(tmp_path, random_model, tokenizer, monkeypatch):
+    """They run in a thread, which would start on GPU 0."""
+    seen = []
+    monkeypatch.setattr(question_choice, "use_device", lambda device: seen.append((threading.get_ident(), device)))
+
+    def rewards(completions, **kwargs):
+        assert seen[-1] == (threading.get_ident(), torch.device("cpu"))
+        return [float(i) for i in range(len(completions))]
+
+    rows = list(DATA.select([1, 1, 2, 2]).map(lambda row: {"prompt": [user(row)]}))
+    make(tmp_path, random_model, tokenizer, rewards=rewards).score(rows)
+    assert len(seen) == 2 and threading.main_thread().ident not in dict(seen)
 
 
 def user(row):

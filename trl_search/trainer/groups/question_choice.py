@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, Trainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.policies.thread_device import use_device
 from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Question, Rollout, encode_prompts
 from trl_search.trainer.groups.group_rewards import Group, score_group
@@ -146,6 +147,7 @@ class ChoosesQuestions(Trainer):
             return None
 
         def score(rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> Group:
+            use_device(self.accelerator.device)  # TRL calls reward functions in the main thread
             trained = [any(loss_mask(trajectory, self.args)) for trajectory in trajectories]
             return score_group(self, rows, trajectories, trained)
 
