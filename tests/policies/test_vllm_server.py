@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -187,6 +188,31 @@ def test_a_cancelled_coroutine_ends_its_request_in_the_engine(server):
 
     before = server.metric("vllm:generation_tokens_total")
     assert asyncio.run(go()) - before < 900
+
+
+def test_the_cache_can_be_emptied_while_a_request_runs(server):
+    """server_sync.py needs it; without the option, vLLM keeps its cache."""
+
+    def empty(**options):
+        answer = httpx.post(f"{server.url}/reset_prefix_cache", params=options, timeout=60).raise_for_status()
+        return answer.json()["success"]
+
+    async def go():
+        policy = VLLMServerPolicy(server.url)
+        await policy.open()
+        asked = asyncio.create_task(policy.generate([300, 400, 500], max_tokens=600, sampling=GREEDY))
+        async with asyncio.timeout(200):
+            while await asyncio.to_thread(server.metric, "vllm:num_requests_running") != 1:
+                await asyncio.sleep(0.02)
+        emptied = await asyncio.to_thread(empty), await asyncio.to_thread(empty, reset_running_requests="true")
+        disturbed = await asked
+        calm = await policy.generate([300, 400, 500], max_tokens=600, sampling=GREEDY)
+        await policy.close()
+        return emptied, disturbed, calm
+
+    emptied, disturbed, calm = asyncio.run(go())
+    assert emptied == (False, True)
+    assert disturbed.ids == calm.ids
 
 
 def test_an_interrupted_turn_continues_from_its_tokens(server):

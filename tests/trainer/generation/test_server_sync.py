@@ -30,6 +30,7 @@ class Server:
         self.started_at, self.weights, self.ports, self.extension = 1.0, {}, [], EXTENSION
         self.loses = ""  # name of a tensor that does not arrive
         self.dies = ""  # "before" or "after" the weights
+        self.serves_others, self.cache, self.keeps_its_cache = False, {"a prefix"}, False
         self.engines, self.of_second = 1, self.weights
 
     def checksums(self):
@@ -73,20 +74,28 @@ def servers(monkeypatch):
                 if name != self.server.loses:
                     self.server.weights[name] = tensor.to(torch.bfloat16)
 
-        def reset_prefix_cache(self):
-            if self.server.dies == "after":
-                raise requests.ConnectionError("refused")
-
         def _post(self, url, json):
             assert json == {"method": "weight_checksums"}
             return {"results": [self.server.checksums()]}
 
-        def post(self, url, json):
+        def post(self, url, json=None, params=None):
+            if url.endswith("/reset_prefix_cache"):
+                return self.reset(**params or {})
             assert json["method"] == "require_checksums" and self.server.engines > 1
             try:
                 worker_with(self.server.of_second).require_checksums(*json["args"])
             except RuntimeError as error:
                 return SimpleNamespace(status_code=500, text=str(error))
+            return SimpleNamespace(status_code=200)
+
+        def reset(self, reset_running_requests="false"):
+            """As vLLM does: while a request runs, it answers 200, and keeps its cache."""
+            if self.server.dies == "after":
+                raise requests.ConnectionError("refused")
+            if self.server.keeps_its_cache:
+                return SimpleNamespace(status_code=500, text="Failed to reset KV cache")
+            if not self.server.serves_others or reset_running_requests == "true":
+                self.server.cache.clear()
             return SimpleNamespace(status_code=200)
 
     def start_time(url, patience_s):
@@ -154,6 +163,16 @@ def test_a_server_that_dies_during_a_sync_ends_the_run_with_one_line(servers):
     members = join([A, B])
     servers[B].dies = "before"
     with pytest.raises(ServerLost, match=r"died while it received weights \(refused\): restart it"):
+        members.send(iter(WEIGHTS))
+
+
+def test_nothing_computed_with_older_weights_stays_in_the_cache_of_a_server_that_others_use(servers):
+    servers[A].serves_others = True
+    members = join([A, B])
+    members.send(iter(WEIGHTS))
+    assert not servers[A].cache and not servers[B].cache
+    servers[A].keeps_its_cache = True
+    with pytest.raises(UserError, match=r"gpu-1:8000 still has keys and values of older weights \(500: Failed to"):
         members.send(iter(WEIGHTS))
 
 

@@ -84,7 +84,7 @@ class WeightServers:
         """Sends the weights to all servers. Of several servers, those that do not answer are left out until they do.
 
         Raises:
-            UserError: if no server is left, one died during the sync, or one returned other checksums.
+            UserError: if no server is left, one died during the sync, kept its cache, or returned other checksums.
         """
         self._meet()
         try:
@@ -96,7 +96,7 @@ class WeightServers:
             ) from error
         for url, member in list(self.members.items()):
             try:
-                member.client.reset_prefix_cache()
+                self._drop_cache(url, member)
                 if member.dtype is not None:
                     self._compare(url, member, sent[member.dtype])
             except _LOST as error:
@@ -153,6 +153,19 @@ class WeightServers:
         info = client.get_server_info()
         engines = int(info.get("parallel_config", {}).get("data_parallel_size", 1))
         return Member(client, started_at, _checked_dtype(info), engines)
+
+    def _drop_cache(self, url: str, member: Member) -> None:
+        """Drops the keys and values that were computed with older weights.
+
+        While a request of another client runs (an evaluation, a chat), vLLM would keep them all and report success as
+        HTTP status, unless it also drops those of the request, and computes them again.
+        """
+        answer = member.client.session.post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
+        if answer.status_code != requests.codes.ok:
+            raise UserError(
+                f"the vLLM server at {url} still has keys and values of older weights ({answer.status_code}: "
+                f"{answer.text[:300]}): restart it, then resume from the last checkpoint"
+            )
 
     def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
         rpc = f"{url}/collective_rpc"
