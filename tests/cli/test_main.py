@@ -78,6 +78,41 @@ def test_a_wrong_recipe_is_an_error_before_anything_heavy_is_imported() -> None:
     assert missing.endswith("sft_cold_start, sft_world") and "quickstart" not in missing
 
 
+def test_the_help_of_a_command_imports_nothing_heavy() -> None:
+    """`train` and `sft` list keys beside TRL's classes, and importing these takes 5 s."""
+    program = """
+        import contextlib, sys
+        from trl_search.cli.main import command_names, main
+        for name in command_names():
+            if name not in ("train", "sft"):
+                with contextlib.suppress(SystemExit):
+                    main([name, "--help"])
+                heavy = {"torch", "transformers", "trl", "datasets"} & sys.modules.keys()
+                assert not heavy, (name, heavy)
+        with contextlib.suppress(SystemExit):
+            main(["doctor", "tiny", "--no_such_option"])
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_misspelt_option_is_an_error_before_the_trainer_is_imported() -> None:
+    program = """
+        import sys
+        from trl_search.cli.main import main
+        assert main(["train", "quickstart", "--lerning_rate", "1"]) == 2
+        assert not {"trl.trainer.grpo_trainer", "trl_search.trainer.pipeline"} & sys.modules.keys()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "did you mean '--learning_rate'" in done.stderr
+
+
 @pytest.mark.parametrize("name", command_names())
 def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.support.families import FAMILIES
-from trl_search.cli.model_checks import check_control, check_protocol, is_model, model_checks
+from trl_search.cli.commands.doctor import is_model
+from trl_search.cli.model_checks import check_control, check_protocol, model_checks
 from trl_search.cli.preflight import Status
 
 

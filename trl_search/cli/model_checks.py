@@ -21,11 +21,6 @@ _QUERY = Search(("who wrote Quiet Raven?",))
 _ANSWER = Answer("Mira Talvane")
 
 
-def is_model(name: str) -> bool:
-    """Whether a word on the command line names a model (a folder or `owner/name`), not a recipe."""
-    return name == "tiny" or Path(name).is_dir() or ("/" in name and not name.endswith((".yaml", ".yml")))
-
-
 def model_checks(name: str) -> list[Check]:
     """One line per protocol, and one for the control tokens.
 

@@ -21,17 +21,6 @@ def recipe_classes(command: str) -> tuple[Any, ...]:
     return ColdStartArguments, SearchSFTConfig, ModelConfig
 
 
-def refuse_wrong_recipe(argv: list[str], command: str) -> None:
-    """Raises `UserError` if the command line names no recipe of this command.
-
-    `train` and `sft` call it first, because importing TRL and torch takes seconds.
-    """
-    from trl_search.config.recipe import split_recipe
-
-    if not {"-h", "--help", "--help_all"} & set(argv):
-        split_recipe(argv, command)
-
-
 def run_recipe(
     argv: list[str], command: str, description: str | None, run: Callable[..., Any], go_on: Callable[[Any], str]
 ) -> int:
@@ -39,18 +28,22 @@ def run_recipe(
 
     Args:
         description (`str`): The docstring of the command, which is its help.
-        run (`Callable`): Takes one instance of each of the command's [`recipe_classes`].
+        run (`Callable`): Takes one instance of each of the command's [`recipe_classes`]. It imports the trainer, which
+            takes seconds, after the checks.
         go_on (`Callable`): Takes the training's configuration and returns how to resume after Ctrl-C.
     """
     from trl_search.cli.options import explained_interrupt
-    from trl_search.cli.recipe_checks import refuse_problems
     from trl_search.cli.recipe_help import print_help
-    from trl_search.config.recipe import build_arguments, recipe_values
+    from trl_search.config.recipe import build_arguments, recipe_values, split_recipe
 
+    if not {"-h", "--help", "--help_all"} & set(argv):
+        split_recipe(argv, command)  # finds a mistake in the recipe's name before TRL is imported, for 6 s
     classes = recipe_classes(command)
     if print_help(argv, command, description or "", classes):
         return 0
     values = recipe_values(argv, classes, command=command)
+    from trl_search.cli.recipe_checks import refuse_problems
+
     refuse_problems(values, classes)
     built = build_arguments(values, classes)
     with explained_interrupt(lambda: go_on(built[1])):

@@ -13,9 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
@@ -28,6 +26,9 @@ from trl_search.environment.registry import SEARCH, name_of, options_of
 from trl_search.protocols import Protocol, load_protocol, protocol_names
 from trl_search.retrieval.base import Retriever
 from trl_search.rollout import Limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
 SETTINGS_FILE = "trl_search.json"

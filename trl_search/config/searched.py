@@ -44,9 +44,11 @@ class Searched:
 
     @cached_property
     def world(self) -> World | None:
+        if self.world_size is None:
+            return None
         from trl_search.data.world import generate_world
 
-        return None if self.world_size is None else generate_world(*self.world_size)
+        return generate_world(*self.world_size)
 
     def load(self) -> Retriever:
         """Opens the retriever. An index is read now; a server is contacted at the first search."""

@@ -15,11 +15,10 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from trl_search.cli.model_checks import is_model, model_checks
 from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks, server_checks
-from trl_search.cli.recipe_checks import recipe_checks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +42,11 @@ def main(argv: list[str]) -> int:
     )
     add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
+    if overrides and (args.recipe is None or is_model(args.recipe)):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    from trl_search.cli.model_checks import model_checks
+    from trl_search.cli.recipe_checks import recipe_checks
+
     checks = environment_checks()
     recipe: Mapping[str, Any] | None = None
     if args.recipe is not None and is_model(args.recipe):
@@ -50,8 +54,6 @@ def main(argv: list[str]) -> int:
     elif args.recipe is not None:
         recipe, classes = _recipe([args.recipe, *overrides])
         checks += [check_sampling(recipe), *recipe_checks(recipe, classes)]
-    if overrides and recipe is None:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     for server in args.server or []:
         checks += server_checks(server, recipe, prompt_tokens=args.prompt_tokens)
     if args.json:
@@ -59,6 +61,11 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(line(check) for check in checks))
     return int(any(check.status is Status.PROBLEM for check in checks))
+
+
+def is_model(name: str) -> bool:
+    """Whether a word on the command line names a model (a folder or `owner/name`), not a recipe."""
+    return name == "tiny" or Path(name).is_dir() or ("/" in name and not name.endswith((".yaml", ".yml")))
 
 
 def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:

@@ -12,12 +12,16 @@ The trained model is in output_dir; `trl-search train RECIPE --model_name_or_pat
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def main(argv: list[str]) -> int:
-    from trl_search.cli.recipe_command import refuse_wrong_recipe, run_recipe
+    from trl_search.cli.recipe_command import run_recipe
 
-    refuse_wrong_recipe(argv, "sft")
-    from trl_search.trainer.cold_start.run import run_sft
+    def train(*arguments: Any) -> None:
+        from trl_search.trainer.cold_start.run import run_sft
+
+        run_sft(*arguments)
 
     how = "the same command resumes the collection; --resume_from_checkpoint last also keeps the trained steps"
-    return run_recipe(argv, "sft", __doc__, run_sft, lambda _: how)
+    return run_recipe(argv, "sft", __doc__, train, lambda _: how)
