@@ -11,5 +11,5 @@ import torch
 
 def use_device(device: torch.device) -> None:
     """Makes `device` the current one of the calling thread; nothing changes for a CPU."""
-    if device.index is not None:
+    if device.type != "cpu" and device.index is not None:  # accelerate numbers the CPUs of its processes, too
         torch.accelerator.set_device_index(device.index)
