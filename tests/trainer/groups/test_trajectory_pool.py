@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support.slow_searches import BOOKS, Library, Reader, gates_of
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits
+from trl_search.trainer.groups import trajectory_pool
 from trl_search.trainer.groups.trajectory_pool import TrajectoryPool
 from trl_search.types import Sampling, StopReason
 
@@ -60,6 +63,26 @@ def test_a_slow_search_is_parked_keeps_its_result_and_comes_first_when_done(make
         versions = [sorted(set(trajectory.versions[turn.start : turn.end])) for turn in trajectory.turns if turn.text]
         assert versions == [[0], [-1], [1]]
     assert pool.environment.searched.count("book 1") == 2  # once per trajectory
+
+
+def test_the_thread_of_the_pool_uses_the_gpu_of_its_process(make_pool, tokenizer, monkeypatch):
+    """The engine's probe and a user's environment run there, and a new thread starts on GPU 0."""
+    used = []
+    monkeypatch.setattr(
+        trajectory_pool, "use_device", lambda device: used.append((threading.current_thread().name, device))
+    )
+    pool = make_pool(gates_of([]), device=torch.device("cuda", 3))
+    opened = pool.environment.open
+
+    async def open_on_the_gpu():
+        assert used == [("carried-over trajectories", torch.device("cuda", 3))]
+        await opened()
+
+    monkeypatch.setattr(pool.environment, "open", open_on_the_gpu)
+    pool.attach(Reader(tokenizer), version=0)
+    pool.detach()
+    pool.attach(Reader(tokenizer), version=1)
+    assert len(used) == 1
 
 
 def test_the_oldest_finished_groups_are_taken(make_pool, tokenizer):

@@ -81,6 +81,7 @@ class CarriesOver(Trainer):
             self.args.agent.limits,
             group_size=size,
             max_staleness=self.args.max_staleness or None,
+            device=self.accelerator.device,
         )
         rows = [*self._asked_again, *batch.rows[::size]]
         rows += self._drawn(groups_under_way(self.args) - len(pool.groups) - len(rows))

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from trl_search.common.event_loop import BackgroundLoop, LoopClosed
 from trl_search.environment import Environment
 from trl_search.policies.base import Policy
 from trl_search.policies.relay import RelayPolicy
+from trl_search.policies.thread_device import use_device
 from trl_search.protocols import Protocol
 from trl_search.rollout import Job, Limits, run_job
 from trl_search.types import Sampling, Trajectory
@@ -55,6 +57,7 @@ class TrajectoryPool:
             between rollouts open and close the original.
         group_size (`int`): Trajectories per group.
         max_staleness (`int`, *optional*): Maximum rollouts from the start of a group to its use. Default: no limit.
+        device (`torch.device`, *optional*): The GPU of this process, which the pool's thread uses.
 
     Attributes:
         groups (`list[Group]`): Groups in progress, and complete ones not yet taken; oldest first.
@@ -69,12 +72,13 @@ class TrajectoryPool:
         *,
         group_size: int,
         max_staleness: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.environment = copy.copy(environment)
         self.groups: list[Group] = []
         self.rollout = 0
         self._protocol, self._limits = protocol, limits
-        self._group_size, self._max_staleness = group_size, max_staleness
+        self._group_size, self._max_staleness, self._device = group_size, max_staleness, device
         self._loop = BackgroundLoop("carried-over trajectories")
         self._relay = RelayPolicy()
         self._ended = asyncio.Event()  # a trajectory has ended since `_take` last checked
@@ -112,6 +116,8 @@ class TrajectoryPool:
 
     async def _attach(self, policy: Policy, version: int) -> None:
         if not self._open:
+            if self._device is not None:
+                use_device(self._device)
             await self.environment.open()
             self._open = True
         await self._relay.attach(policy, version)
