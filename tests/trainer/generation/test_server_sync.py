@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +55,6 @@ def servers(monkeypatch):
 
         def __init__(self, base_url, group_port, connection_timeout):
             self.server, self.port = servers[base_url], group_port
-            self.session = self
 
         def init_communicator(self, device):
             self.server.ports.append(self.port)
@@ -78,25 +79,26 @@ def servers(monkeypatch):
             assert json == {"method": "weight_checksums"}
             return {"results": [self.server.checksums()]}
 
-        def post(self, url, json=None, params=None):
-            if url.endswith("/reset_prefix_cache"):
-                return self.reset(**params or {})
-            assert json["method"] == "require_checksums" and self.server.engines > 1
-            try:
-                worker_with(self.server.of_second).require_checksums(*json["args"])
-            except RuntimeError as error:
-                return SimpleNamespace(status_code=500, text=str(error))
-            return SimpleNamespace(status_code=200)
+    def post(url, json=None, params=None):
+        server = servers[url.rpartition("/")[0]]
+        if url.endswith("/reset_prefix_cache"):
+            return reset(server, **params)
+        assert json["method"] == "require_checksums" and server.engines > 1
+        try:
+            worker_with(server.of_second).require_checksums(*json["args"])
+        except RuntimeError as error:
+            return SimpleNamespace(status_code=500, text=str(error))
+        return SimpleNamespace(status_code=200)
 
-        def reset(self, reset_running_requests="false"):
-            """As vLLM does: while a request runs, it answers 200, and keeps its cache."""
-            if self.server.dies == "after":
-                raise requests.ConnectionError("refused")
-            if self.server.keeps_its_cache:
-                return SimpleNamespace(status_code=500, text="Failed to reset KV cache")
-            if not self.server.serves_others or reset_running_requests == "true":
-                self.server.cache.clear()
-            return SimpleNamespace(status_code=200)
+    def reset(server, reset_running_requests="false"):
+        """As vLLM does: while a request runs, it answers 200, and keeps its cache."""
+        if server.dies == "after":
+            raise requests.ConnectionError("refused")
+        if server.keeps_its_cache:
+            return SimpleNamespace(status_code=500, text="Failed to reset KV cache")
+        if not server.serves_others or reset_running_requests == "true":
+            server.cache.clear()
+        return SimpleNamespace(status_code=200)
 
     def start_time(url, patience_s):
         if servers[url].started_at is None:
@@ -104,6 +106,7 @@ def servers(monkeypatch):
         return servers[url].started_at
 
     monkeypatch.setattr(server_sync, "VLLMClient", Client)
+    monkeypatch.setattr(server_sync, "_post", post)
     monkeypatch.setattr(server_sync, "server_start_time", start_time)
     return servers
 
@@ -174,6 +177,26 @@ def test_nothing_computed_with_older_weights_stays_in_the_cache_of_a_server_that
     servers[A].keeps_its_cache = True
     with pytest.raises(UserError, match=r"gpu-1:8000 still has keys and values of older weights \(500: Failed to"):
         members.send(iter(WEIGHTS))
+
+
+def test_an_error_of_a_server_is_read_not_retried():
+    """TRL's client asks three times, in 14 s, and then says that the server is lost."""
+    asked = []
+
+    class Broken(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_error(500, "Failed to reset KV cache")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answer = server_sync._post(f"http://127.0.0.1:{server.server_port}/reset_prefix_cache", params={"a": "b"})
+        server.shutdown()
+    assert answer.status_code == 500 and "Failed to reset" in answer.text
+    assert asked == ["/reset_prefix_cache?a=b"]
 
 
 def test_weights_that_did_not_arrive_are_an_error(servers):

@@ -96,7 +96,7 @@ class WeightServers:
             ) from error
         for url, member in list(self.members.items()):
             try:
-                self._drop_cache(url, member)
+                self._drop_cache(url)
                 if member.dtype is not None:
                     self._compare(url, member, sent[member.dtype])
             except _LOST as error:
@@ -154,13 +154,13 @@ class WeightServers:
         engines = int(info.get("parallel_config", {}).get("data_parallel_size", 1))
         return Member(client, started_at, _checked_dtype(info), engines)
 
-    def _drop_cache(self, url: str, member: Member) -> None:
+    def _drop_cache(self, url: str) -> None:
         """Drops the keys and values that were computed with older weights.
 
         While a request of another client runs (an evaluation, a chat), vLLM would keep them all and report success as
         HTTP status, unless it also drops those of the request, and computes them again.
         """
-        answer = member.client.session.post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
+        answer = _post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
         if answer.status_code != requests.codes.ok:
             raise UserError(
                 f"the vLLM server at {url} still has keys and values of older weights ({answer.status_code}: "
@@ -179,7 +179,7 @@ class WeightServers:
                 "is trained, restart it, then resume from the last checkpoint"
             )
         if member.engines > 1:
-            answer = member.client.session.post(rpc, json={"method": "require_checksums", "args": [workers]})
+            answer = _post(rpc, json={"method": "require_checksums", "args": [workers]})
             if answer.status_code != requests.codes.ok:
                 raise UserError(
                     f"not all {member.engines} engines of the vLLM server at {url} have the weights that they were "
@@ -199,6 +199,11 @@ def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[s
             bucket, taken = [], 0
     if bucket:
         yield bucket
+
+
+def _post(url: str, **asked: Any) -> requests.Response:
+    """A request without the retries of TRL's client, for which a server that answers with status 500 is a lost one."""
+    return requests.post(url, timeout=None, **asked)
 
 
 def _checked_dtype(info: dict[str, Any]) -> torch.dtype | None:
