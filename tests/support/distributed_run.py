@@ -48,6 +48,10 @@ def rewards(completions, question, **kwargs):
     return [value(text) for text in said]
 
 
+def book_number(completions, question, **kwargs):
+    return [float(own_question(text)) for text in question]
+
+
 def record_batches(trainer) -> list[dict[str, list]]:
     """Records the answers and advantages of every later training batch of this rank."""
     batches: list[dict[str, list]] = []
@@ -99,12 +103,22 @@ def main(folder: Path) -> None:
         seen["recorded"] = {"rows": rows, "steps": [row["step"] for row in run.history], "problems": run.problems}
     seen["evaluation"] = trainer.evaluate()["eval_reward"]
 
-    # 2. The transformers policy: the same prompt on both ranks, different samples.
+    # 2. An evaluation of four questions of two trajectories, in batches of six rows: the second batch is filled up.
+    def as_often(number: int, prompt: str) -> list[str]:
+        return [*[search("the author")] * int(own_question(prompt)), answer("x")]
+
+    trainer = scripted_trainer(
+        folder, str(folder / "model"), tokenizer, as_often, rewards=book_number,
+        trainer={"eval_dataset": {"one": DATA.select(range(1)), "four": DATA.select(range(4))}}, **SHAPE,
+    )  # fmt: skip
+    seen["uneven"] = trainer.evaluate() | trainer.predict(DATA.select(range(2))).metrics
+
+    # 3. The transformers policy: the same prompt on both ranks, different samples.
     real = real_trainer(folder, str(folder / "model"), tokenizer, data=DATA.select([0] * 8), **SHAPE)
     real.train()
     seen["real"] = {"ids": [t.ids for t in real.last_rollout.trajectories], "weights": checksum(real.model)}
 
-    # 3. More searches of one rank fail than the share allows, so both ranks must stop at the same step.
+    # 4. More searches of one rank fail than the share allows, so both ranks must stop at the same step.
     trainer = scripted_trainer(
         folder, str(folder / "model"), tokenizer, lambda number, prompt: [search(f"poison {rank}"), answer("x")],
         rewards=lambda completions, **kwargs: [0.0] * len(completions), max_failed_share=0.4,

@@ -81,6 +81,15 @@ def test_metrics_are_means_over_both_ranks(ranks):
     assert ranks[0]["evaluation"] == ranks[1]["evaluation"]
 
 
+def test_questions_that_fill_the_last_batch_of_an_evaluation_do_not_count(ranks):
+    measured = ranks[0]["uneven"]
+    for name, mean in (("eval_one", 0), ("eval_four", (0 + 1 + 2 + 3) / 4), ("test", (0 + 1) / 2)):
+        for metric in ("reward", "rewards/book_number/mean", "search/searches"):
+            assert measured[f"{name}_{metric}"] == pytest.approx(mean), (name, metric)
+    rewarded = {name: value for name, value in measured.items() if "reward" in name}
+    assert rewarded == {name: value for name, value in ranks[1]["uneven"].items() if "reward" in name}
+
+
 def test_ranks_draw_different_samples_of_the_same_prompt(ranks):
     sampled = [tuple(ids) for rank in ranks for ids in rank["real"]["ids"]]
     assert len(sampled) == len(set(sampled)) == 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -85,26 +84,53 @@ def test_what_would_fail_after_the_rollout_is_refused_before_it(tmp_path, random
     assert not trainer.last_rollout.rows or trainer.last_rollout.rows[0]["year"] == 1900
 
 
-def test_a_last_batch_that_is_not_full_is_reported_once(tmp_path, random_model, tokenizer, caplog):
-    trainer = real_trainer(tmp_path, random_model, tokenizer)
-    with caplog.at_level(logging.WARNING, "trl_search"):
-        trainer.evaluate(DATA.select(range(4)))
-        assert "weigh more" not in caplog.text
-        for _ in range(2):
-            trainer.evaluate(DATA.select(range(3)))
-    assert caplog.text.count("eval_dataset has 3 questions, and a batch of the evaluation has 2") == 1
+def test_each_question_weighs_the_same_in_the_means(tmp_path, random_model, tokenizer):
+    """Batches of two questions: the third is alone in its batch."""
+
+    def by_book(completions: Any, question: list[str], **kwargs: Any) -> list[float]:
+        return [float(text == ROWS[2]["question"]) for text in question]
+
+    trainer = real_trainer(tmp_path, random_model, tokenizer, rewards=by_book)
+    for call in (
+        lambda rows: trainer.evaluate(rows)["eval_reward"],
+        lambda rows: trainer.predict(rows).metrics["test_reward"],
+    ):
+        assert call(DATA.select(range(3))) == pytest.approx(1 / 3)
+        assert call(DATA.select(range(4))) == pytest.approx(1 / 4)
 
 
-def test_the_best_of_several_sets_is_refused(tmp_path, random_model, tokenizer):
+def test_the_metrics_of_several_sets_have_their_names(tmp_path, random_model, tokenizer, capsys):
+    lines: list[str] = []
+
+    class Listens(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            lines.extend(name for name in logs if name.endswith("_reward"))
+
+    two = {"right": DATA.select(range(2)), "wrong": WRONG}
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer, rewards="em", trainer={"eval_dataset": two})
+    trainer.add_callback(Listens())
+    metrics = trainer.evaluate()
+    assert metrics["eval_right_reward"] == metrics["eval_right_rewards/em/mean"] == 0.5
+    assert lines == ["eval_right_reward", "eval_wrong_reward"] and "eval_reward" not in metrics
+    assert {"eval_right_search/searches", "eval_wrong_completions/mean_length"} <= metrics.keys()
+    assert "near_reward" in trainer.evaluate(WRONG, metric_key_prefix="near")
+
+
+def test_the_best_checkpoint_is_chosen_by_one_of_several_sets(tmp_path, random_model, tokenizer):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
     best |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
     two = {"near": DATA.select(range(2)), "far": DATA.select(range(2))}
-    with pytest.raises(UserError, match=r"choose by the last of the evaluation sets \(near, far\)"):
+    with pytest.raises(
+        UserError, match=r"names none of the evaluation sets.*such as eval_near_reward, eval_far_reward"
+    ):
         real_trainer(tmp_path, random_model, tokenizer, trainer={"eval_dataset": two}, **best)
-    one = {"eval_dataset": two["near"]}
-    trainer = real_trainer(tmp_path, random_model, tokenizer, trainer=one, **best)
-    trainer.train()
-    assert trainer.state.best_metric == 3.5 and trainer.state.best_model_checkpoint
+    for given, metric in ((two["near"], "reward"), (two, "eval_near_reward"), (two, "far_reward")):
+        one = {"eval_dataset": given}
+        trainer = real_trainer(
+            tmp_path, random_model, tokenizer, trainer=one, **{**best, "metric_for_best_model": metric}
+        )
+        trainer.train()
+        assert trainer.state.best_metric == 3.5 and trainer.state.best_model_checkpoint
 
 
 @pytest.mark.parametrize("call", ["evaluate", "predict"])

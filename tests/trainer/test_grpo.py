@@ -223,8 +223,8 @@ def test_evaluation_during_training(tmp_path, random_model, tokenizer):
     trainer.train()
     for name, em in (("right", 0.5), ("wrong", 0.5)):
         entries = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
-        assert [entry["eval_rewards/em/mean"] for entry in entries] == [em, em]
-        assert all(entry["eval_search/searches"] == 0.75 for entry in entries)
+        assert [entry[f"eval_{name}_rewards/em/mean"] for entry in entries] == [em, em]
+        assert all(entry[f"eval_{name}_search/searches"] == 0.75 for entry in entries)
     assert [entry["rewards/em/mean"] for entry in steps(trainer)] == [0.5, 0.5]
 
 

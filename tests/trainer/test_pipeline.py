@@ -16,7 +16,7 @@ from tests.support.two_ranks import run_ranks
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.task import TaskArguments, load_held_out, load_task, set_names
+from trl_search.config.task import Task, TaskArguments, load_held_out, load_task, set_names
 from trl_search.policies.loading import load_model
 from trl_search.records.folder import read_run
 from trl_search.trainer.callbacks.best_checkpoint import read_best
@@ -215,7 +215,7 @@ def test_a_hub_set_is_evaluated_on_the_split_of_the_published_scores(monkeypatch
 
     def load_questions(name, **options):
         asked.append((name, options))
-        return Dataset.from_dict({"question": ["Who?"]})
+        return Dataset.from_dict({"question": ["Who?"], "data_source": [str(name)]})
 
     for module in ("config.task", "data.questions"):
         monkeypatch.setattr(f"trl_search.{module}.load_questions", load_questions)
@@ -236,6 +236,22 @@ def test_several_sets_are_each_sampled_and_distinguished(tmp_path):
     assert drawn["data_source"] == ["first"] * 4 + ["second"] * 4
     assert list(drawn["id"]) == list(again["id"]) != list(other["id"])
     assert set_names(["nq,hotpotqa", "nq"]) == ["nq", "hotpotqa"] and set_names(None) == []
+    sets = Task(train=drawn, held_out=drawn, retriever=None).held_out_sets
+    assert {name: set(questions["data_source"]) for name, questions in sets.items()} == {
+        "first": {"first"}, "second": {"second"}
+    }  # fmt: skip
+    alone = load_held_out(names[:1], limit=4, seed=1)
+    assert Task(train=drawn, held_out=alone, retriever=None).held_out_sets is alone
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        row = {"id": "1", "question": f"{folder}?", "golden_answers": ["yes"]}
+        (tmp_path / folder / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    names = [str(tmp_path / folder / "mine.jsonl") for folder in ("first", "second")]
+    with pytest.raises(UserError, match=r"first/mine.jsonl and .*second/mine.jsonl are both called 'mine'"):
+        load_held_out(names, limit=None, seed=0)
 
 
 def test_several_sets_may_be_given_in_a_recipe_or_on_the_command_line(tmp_path):

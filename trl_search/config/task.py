@@ -143,6 +143,18 @@ class Task:
     retriever: Retriever | None  # None if the environment takes none
 
     @property
+    def held_out_sets(self) -> Dataset | dict[str, Dataset] | None:
+        """For TRL's own evaluations, which log the metrics of each set of a dict under its name."""
+        if self.held_out is None:
+            return None
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(self.held_out["data_source"]):
+            rows.setdefault(name, []).append(row)
+        if len(rows) == 1:
+            return self.held_out
+        return {name: self.held_out.select(indexes) for name, indexes in rows.items()}
+
+    @property
     def description(self) -> dict[str, Any]:
         """The entries of `run.json` about the task, besides the keys of the recipe."""
         held_out = [] if self.held_out is None else self.held_out["data_source"]
@@ -183,8 +195,21 @@ def searched_of(arguments: QuestionArguments) -> Searched:
 def load_held_out(
     names: Sequence[str], *, limit: int | None, seed: int, fields: QuestionFields | None = None
 ) -> Dataset:
-    """A sample of `limit` questions of each set; the same seed gives the same sample."""
+    """A sample of `limit` questions of each set; the same seed gives the same sample.
+
+    Raises:
+        UserError: if two sets have the same `data_source`, under which their results are logged.
+    """
     sets = [load_evaluation_questions(name, limit=limit, seed=seed, fields=fields) for name in names]
+    seen: dict[str, str] = {}
+    for name, questions in zip(names, sets, strict=True):
+        for source in dict.fromkeys(questions["data_source"]):
+            if source in seen:
+                raise UserError(
+                    f"eval_questions: {seen[source]} and {name} are both called {source!r}, so their results would be "
+                    "one: leave one out, rename its file, or give it another data_source"
+                )
+            seen[source] = name
     return concatenate_datasets(sets) if len(sets) > 1 else sets[0]
 
 

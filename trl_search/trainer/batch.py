@@ -51,6 +51,8 @@ class Rollout:
     | field          | set by                            | read by                                                    |
     |----------------|-----------------------------------|------------------------------------------------------------|
     | `rows`         | `_generate_and_score_completions` | `_rollout` (starts environments), the trajectory log       |
+    | `counted_rows` | `_generate_and_score_completions` | `_calculate_rewards`, `_generate`: in an evaluation, how   |
+    |                |                                   | many rows of all ranks are not repeated to fill the batch  |
     | `prompt_ids`   | `_rollout`                        | TRL                                                        |
     | `trajectories` | `_rollout`                        | TRL, `_generate`, `_calculate_rewards`, the trajectory log |
     | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
@@ -73,6 +75,7 @@ class Rollout:
     """
 
     rows: list[dict[str, Any]]
+    counted_rows: int | None = None  # None: all
     prompt_ids: list[tuple[int, ...]] = field(default_factory=list)
     trajectories: list[Trajectory] = field(default_factory=list)
     loss_masks: list[list[int]] = field(default_factory=list)
@@ -230,7 +233,7 @@ def rollout_metrics(batch: Rollout, environment: Any, accelerator: Accelerator) 
         {**trajectory_metrics(trajectory), **batch.metrics} for trajectory in batch.asked_first or batch.trajectories
     ]
     local = torch.tensor([list(row.values()) for row in rows], device=accelerator.device)  # (B, metrics)
-    means = accelerator.gather(local).mean(dim=0).tolist()
+    means = accelerator.gather(local)[: batch.counted_rows].mean(dim=0).tolist()
     found = dict(zip(rows[0], means, strict=True))
     for name in idle_metrics(tool_names(environment.tools)):
         del found[name]

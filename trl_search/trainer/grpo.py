@@ -9,6 +9,7 @@ TRL and our rollout. `tests/trainer/test_contract_trl.py` has one test per seam,
 | `_generate`                          | replace TRL's decoded strings with the turns as chat messages; log metrics   |
 | `rollout_func` (`_rollout`)          | run the trajectories, refill (`groups/`); return ids, log-probs and masks    |
 | `_calculate_rewards`                 | give no reward to failed trajectories, so that no baseline counts them       |
+| `evaluate`, `predict`, `log`         | name the metrics of each set, average them exactly (`evaluations.py`)        |
 | `_prepare_inputs`                    | deal the rows of all ranks (`even_micro_batches.py`)                         |
 | `_compute_loss`,                     | run only the tokens of the loss; importance-sample vLLM's: `SearchLoss`      |
 | `_get_per_token_logps_and_entropies` | (`loss/seams.py`)                                                            |
@@ -59,6 +60,7 @@ from trl_search.trainer.batch import (
 )
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.callbacks.progress import show_steps
+from trl_search.trainer.evaluations import Evaluates, check_best_model
 from trl_search.trainer.even_micro_batches import EvenMicroBatches
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation.policy import policy_of
@@ -85,14 +87,7 @@ from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logpr
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
-from trl_search.trainer.prompts import (
-    TakesRows,
-    check_best_model,
-    check_reward_calls,
-    first_prompt,
-    with_prompts,
-    with_room,
-)
+from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts, with_room
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
@@ -104,7 +99,7 @@ from trl_search.types import Sampling
 
 
 class SearchGRPOTrainer(
-    RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, TakesRows, EvenMicroBatches, SearchLoss, GRPOTrainer
+    RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, Evaluates, EvenMicroBatches, SearchLoss, GRPOTrainer
 ):
     """
     Trains a policy with GRPO to search, read and answer.
@@ -193,8 +188,8 @@ class SearchGRPOTrainer(
             eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
             check_names(rewards)
             check_reward_calls(rewards, train_dataset, "train_dataset")
-            check_best_model(args, eval_dataset)
             if args.eval_strategy != "no":
+                check_best_model(args, eval_dataset)
                 check_reward_calls(rewards, eval_dataset, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
             super().__init__(
@@ -253,6 +248,8 @@ class SearchGRPOTrainer(
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.last_rollout = Rollout(rows=inputs)
+        if self.environment is not None and not self.model.training:
+            batch.counted_rows = self.rows_to_count(len(inputs) * self.accelerator.num_processes)
         self.choose_questions(batch)
         theirs = self.vllm_importance_sampling_correction and self.environment is None
         # TRL's importance correction needs an extra forward pass; `SearchLoss` corrects in the loss instead.
@@ -335,6 +332,8 @@ class SearchGRPOTrainer(
             if self.environment is not None:
                 own_B2 = exceptions(batch.trajectories).to(rewards_RF.device)
                 adjust_rewards(rewards_RF, self.accelerator.gather(own_B2), self)
+                if batch.counted_rows is not None:
+                    rewards_RF[batch.counted_rows :] = torch.nan
         batch.rewards_RF = rewards_RF
         batch.laps.end("time/rewards_s")
         return rewards_RF

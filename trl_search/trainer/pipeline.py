@@ -214,7 +214,7 @@ def build(run: Run) -> SearchGRPOTrainer:
         reward_funcs=list(run.arguments.reward_funcs),
         args=run.config,
         train_dataset=run.task.train,
-        eval_dataset=run.task.held_out,
+        eval_dataset=run.task.held_out_sets,
         processing_class=run.tokenizer,
         retriever=run.task.retriever,
         peft_config=adapter_config(run.model_config),

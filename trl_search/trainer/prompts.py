@@ -2,27 +2,23 @@
 
     {"question": "Who?", ...}  ─►  {"prompt": [{"role": "user", "content": "<instruction> Who?"}], "question": ...}
 
-The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all use it.
+The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all use it (`evaluations.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PredictionOutput
+from transformers import PreTrainedModel
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.environment import Environment
 from trl_search.protocols import Protocol
 from trl_search.rewards import check_columns, required_columns
 from trl_search.rewards.golden_answers import golden_list
@@ -111,16 +107,6 @@ def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
     return Hasher.hash([dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt])
 
 
-def check_best_model(args: SearchGRPOConfig, eval_dataset: Any) -> None:
-    """Raises `UserError` if `load_best_model_at_end` would choose by the last of several datasets, whose metrics TRL
-    logs under the same names."""
-    if args.load_best_model_at_end and isinstance(eval_dataset, Mapping) and len(eval_dataset) > 1:
-        raise UserError(
-            f"load_best_model_at_end would choose by the last of the evaluation sets ({', '.join(eval_dataset)}), as "
-            "their metrics have the same names: give one of them as eval_dataset, or all as one dataset"
-        )
-
-
 def check_reward_calls(rewards: Sequence[Any], dataset: Any, name: str) -> None:
     """Checks that all rewards can be called with the columns of a dataset, or of a dict of datasets.
 
@@ -137,96 +123,6 @@ def check_reward_calls(rewards: Sequence[Any], dataset: Any, name: str) -> None:
 def first_prompt(dataset: Any, protocol: Protocol) -> str:
     """The first prompt of the dataset, as text."""
     return protocol.decode(protocol.prompt_ids(next(iter(dataset))["prompt"]))
-
-
-class TakesRows(Trainer):
-    """A mixin whose `evaluate` and `predict` accept the constructor's datasets. List it before TRL's trainer."""
-
-    environment: Environment | None
-    protocol: Protocol
-    args: SearchGRPOConfig
-    reward_funcs: list[Any]
-    model: PreTrainedModel
-    num_generations_eval: Any
-    _metrics: Any
-    _uneven: frozenset[tuple[str, int]] = frozenset()  # the datasets that were warned of
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        prepared = self._prepared(eval_dataset, "eval_dataset")
-        if not isinstance(prepared, str):
-            # With dataloader_persistent_workers, transformers would evaluate the dataset of the call before again.
-            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-        if self.environment is not None:
-            self._before_evaluation(self.eval_dataset if prepared is None else prepared, "eval_dataset")
-        with self._inside_a_step():
-            return super().evaluate(prepared, *args, **kwargs)
-
-    def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """As in transformers; the metrics include those of the rollouts, such as `test_reward`."""
-        prepared = self._prepared(test_dataset, "test_dataset")
-        if self.environment is None:
-            return super().predict(prepared, ignore_keys, metric_key_prefix)
-        self._before_evaluation(prepared, "test_dataset")
-        with self._inside_a_step():
-            output = super().predict(prepared, ignore_keys, metric_key_prefix)
-        measured = self._metrics["eval"]
-        known = {name: [one for one in values if not math.isnan(one)] for name, values in measured.items()}
-        means = {f"{metric_key_prefix}_{name}": sum(values) / len(values) for name, values in known.items() if values}
-        measured.clear()  # otherwise the next evaluation would average them with its own
-        return output._replace(metrics={**(output.metrics or {}), **means})
-
-    @contextlib.contextmanager
-    def _inside_a_step(self) -> Iterator[None]:
-        """Lets a callback evaluate inside a step. Otherwise transformers would drop the log of that step, and TRL
-        would write the metrics of evaluations into it."""
-        was_training, should_log = self.model.training, self.control.should_log
-        try:
-            yield
-        finally:
-            self.model.train(was_training)
-            self.control.should_log = should_log
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in transformers; for a stream, TRL's loader of evaluations, which repeats each question for its group."""
-        if self.environment is not None and isinstance(test_dataset, IterableDataset):
-            return self.get_eval_dataloader(test_dataset)
-        return super().get_test_dataloader(test_dataset)
-
-    def _before_evaluation(self, dataset: Any, name: str) -> None:
-        """Checks what would fail after the first rollout, and clears what an interrupted evaluation left.
-
-        Raises:
-            UserError: if a batch does not hold whole groups, or a reward cannot be called.
-        """
-        self._metrics["eval"].clear()
-        rows, size = self.args.eval_batch_size * self.args.world_size, self.num_generations_eval
-        if rows % size:
-            raise UserError(
-                f"an evaluation batch has {rows} trajectories (per_device_eval_batch_size × processes), which "
-                f"num_generations_eval={size} does not divide: set per_device_eval_batch_size to a multiple of "
-                f"{size // math.gcd(size, self.args.world_size)}, or num_generations_eval to a divisor of {rows}"
-            )
-        check_reward_calls(self.reward_funcs, dataset, name)
-        for key, one in dataset.items() if isinstance(dataset, Mapping) else [(name, dataset)]:
-            if not isinstance(one, Dataset) or len(one) % (rows // size) == 0 or (key, len(one)) in self._uneven:
-                continue
-            self._uneven |= {(key, len(one))}
-            if not self.is_world_process_zero():
-                continue
-            logger.warning(
-                "%s has %d questions, and a batch of the evaluation has %d, so the last one is not full: its "
-                "questions weigh more in the means, and several processes ask the first ones again. For exact means, "
-                "give a multiple of %d questions",
-                key, len(one), rows // size, rows // size,
-            )  # fmt: skip
-
-    def _prepared(self, dataset: Any, name: str) -> Any:
-        if self.environment is None or dataset is None or isinstance(dataset, str):  # a string names a prepared one
-            return dataset
-        prepared = with_prompts(dataset, self.protocol, self.reward_funcs, name)
-        return with_room(prepared, name, self.protocol, self.model, self.args)
 
 
 def with_room(

@@ -99,6 +99,13 @@ def test_a_star_matches_all_datasets_and_unused_stop_reasons_are_left_out() -> N
     assert named["Gradient norm"] == []
 
 
+def test_trls_evaluations_of_several_sets_are_lines_of_one_chart() -> None:
+    rows = [{"step": 1, "eval_nq_reward": 0.1, "eval_nq_reward_std": 0.2}, {"step": 1, "eval_popqa_reward": 0.3}]
+    [found] = charts(rows).values()
+    assert found.title == "Reward of evaluations"
+    assert [(line.label, line.values) for line in found.lines] == [("nq", [0.1]), ("popqa", [0.3])]
+
+
 def test_a_single_dataset_has_no_chart_per_dataset() -> None:
     rows = [{"step": 1, "eval/em": 0.1, "eval/nq/em": 0.1}]
     assert list(charts(rows)) == ["Held-out answers"]

@@ -29,6 +29,15 @@ def test_only_steps_print_lines_and_only_in_the_main_process(capsys):
     assert capsys.readouterr().out == "step 1/2  reward 1.00  loss 0.100\n"
 
 
+def test_an_evaluation_by_trl_prints_its_reward(capsys):
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
+    for name in ("eval_reward", "eval_nq_reward"):
+        StepLines().on_log(None, state, None, logs={"eval_loss": 0.0, name: 0.5, f"{name}_std": 0.1})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/2  held-out reward 0.500", "step 1/2  held-out reward nq 0.500"
+    ]  # fmt: skip
+
+
 def drawn(output: int, source: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """The stderr of a training of ten steps that logs none of them."""
     state = TrainerState(max_steps=10)

@@ -43,6 +43,10 @@ PANELS = (
         ("never_rewarded", "reward", "reward_variance"),
     ),
     Panel("Results", "Single rewards", "each before its weight", (("rewards/*/mean", "*"),), ("never_right",)),
+    Panel(
+        "Results", "Reward of evaluations", "of TRL (eval_strategy), mean over trajectories",
+        (("eval_reward", "mean"), ("eval_*_reward", "*")),
+    ),
     Panel("Results", "Exact match per dataset", "held-out questions", (("eval/*/em", "*"),), several=True),
     Panel(
         "Behaviour", "Calls and turns", "per trajectory",

@@ -10,6 +10,7 @@ bar appears only in a terminal; a file gets the headings and the lines.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -55,8 +56,9 @@ def show_steps(trainer: Trainer) -> None:
 
 
 def shown(logs: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics of a step under their short names, and the alarms that fired."""
-    numbers = {name: f"{logs[key]:#.3g}" for key, name in SHOWN.items() if logs.get(key) is not None}
+    """The metrics of a step, or of an evaluation by TRL, under their short names, and the alarms that fired."""
+    names = SHOWN | {key: f"held-out reward{f' {match[1]}' if match[1] else ''}" for key, match in _rewards(logs)}
+    numbers = {name: f"{logs[key]:#.3g}" for key, name in names.items() if logs.get(key) is not None}
     fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
     alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
     return numbers | ({"ALARM": alarms} if alarms else {})
@@ -89,9 +91,14 @@ class StepLines(ProgressCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Logs without `loss` are evaluations or the final summary.
-        if state.is_world_process_zero and logs and "loss" in logs:
+        # Logs without `loss` are evaluations, of which the rewards are shown, or the final summary.
+        if state.is_world_process_zero and logs and ("loss" in logs or _rewards(logs)):
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
+
+
+def _rewards(logs: Mapping[str, Any]) -> list[tuple[str, re.Match[str]]]:
+    """The rewards of evaluations by TRL: `eval_reward`, or `eval_<name>_reward` of several sets."""
+    return [(key, match) for key in logs if (match := re.fullmatch(r"eval_(?:(.+)_)?reward", key))]
 
 
 def _bar_size() -> dict[str, Any]:
