@@ -95,6 +95,8 @@ def served(tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
     def answer(asked: Asked) -> Said:
         if asked.method == "GET":
             return Said({"data": [{"id": "teacher", "max_model_len": 2048}], "version": "0.31.0"})
+        if asked.target == "/collective_rpc":  # as without VLLM_SERVER_DEV_MODE=1
+            return Said(status=404)
         if asked.target == "/tokenize":
             return Said({"tokens": tokenizer.encode(asked.json["prompt"], add_special_tokens=False)})
         ids = tokenizer.encode(said(tokenizer.decode(asked.json["prompt"]), asked.json["seed"]))
