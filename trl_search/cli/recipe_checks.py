@@ -187,7 +187,7 @@ def _hub_set(name: str) -> Check:
     repository = HUB_SETS[name].repository
     if dataset_is_cached(repository, HUB_SETS[name].config):
         return Check("questions", Status.OK, f"{name}, in the cache of datasets")
-    return on_hub("questions", repository, lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
+    return on_hub("questions", f"{name} ({repository})", lambda: HfApi().dataset_info(repository, timeout=_TIMEOUT_S))
 
 
 def on_hub(what: str, name: str, ask: Callable[[], Any]) -> Check:

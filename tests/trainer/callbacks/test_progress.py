@@ -71,6 +71,13 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn(output, source, monkeypatch) == ""
 
 
+def test_without_a_terminal_an_evaluation_has_no_bar_either(capsys: pytest.CaptureFixture[str]) -> None:
+    lines, state = StepLines(), TrainerState(max_steps=10)
+    for event in (lines.on_train_begin, lines.on_prediction_step, lines.on_evaluate):
+        event(None, state, None, eval_dataloader=[1, 2])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_minimal_stderr_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """For example one that copies everything to a file."""
     written: list[str] = []

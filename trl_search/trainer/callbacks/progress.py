@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import is_in_notebook
 
 from trl_search.records.alarm_rules import ALARM_PREFIX
@@ -82,6 +83,14 @@ class StepLines(ProgressCallback):
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, desc="Training", disable=None, **_bar_size())
         self.current_step = 0
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.prediction_bar is None and state.is_world_process_zero and has_length(eval_dataloader):
+            leave = self.training_bar is None
+            self.prediction_bar = tqdm(total=len(eval_dataloader), leave=leave, disable=None, **_bar_size())
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(
         self,
