@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -52,7 +52,7 @@ class Evaluates(Trainer):
     num_generations_eval: Any
     _metrics: Any
     _prefix = "eval"  # of the metrics of the running evaluation
-    _batch_rows: list[int]  # the rows of each of its batches, of all ranks, without repeated ones
+    _batch_rows: Sequence[int] = ()  # the rows of each of its batches, of all ranks, without repeated ones
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -92,7 +92,7 @@ class Evaluates(Trainer):
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         if isinstance(dataset, Dataset):
             rows = min(rows, len(dataset) * self.num_generations_eval - sum(self._batch_rows))
-        self._batch_rows.append(rows)
+        self._batch_rows = [*self._batch_rows, rows]
         return rows
 
     def _measured(self) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Evaluates(Trainer):
             UserError: if a batch does not hold whole groups, or a reward cannot be called.
         """
         self._metrics["eval"].clear()
-        self._batch_rows = []
+        self._batch_rows = ()
         rows, size = self.args.eval_batch_size * self.args.world_size, self.num_generations_eval
         if rows % size:
             raise UserError(
