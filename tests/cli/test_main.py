@@ -91,6 +91,8 @@ def test_the_help_of_a_command_imports_nothing_heavy() -> None:
                 assert not heavy, (name, heavy)
         with contextlib.suppress(SystemExit):
             main(["doctor", "tiny", "--no_such_option"])
+        assert main(["push", ".", "not/a/name"]) == 2
+        assert main(["eval", "tiny", "--datasets", "world", "--modes", "serach", "--output", "out"]) == 2
         assert "torch" not in sys.modules
     """
     done = subprocess.run(

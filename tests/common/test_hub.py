@@ -96,7 +96,7 @@ def test_a_name_that_is_not_in_the_cache_is_an_error_at_once(
     said = capsys.readouterr().err
     assert "is not on this machine, neither as a folder nor in the cache, and the hub cannot be reached (Name" in said
     assert "give a path, or bring " in said and len(said.splitlines()) == 1
-    assert network.waited_s <= 3 and len(network.asked) <= 3
+    assert network.waited_s <= 1 and len(network.asked) <= 2
 
 
 def test_a_model_in_the_cache_is_loaded_without_a_network(network: Network, tmp_path: Path) -> None:

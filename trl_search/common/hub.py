@@ -13,7 +13,7 @@ from pathlib import Path
 from trl_search.common.errors import UserError, first_line
 
 _ANSWER_S, _CONNECT_S = 10.0, 5.0  # a slow network connects within 5 s
-_WAITS_S = (0, 1, 2)  # a name server may fail once
+_WAITS_S = (0, 1)  # a name server may fail once
 
 
 def only_cached(name: str) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.policies.base import Policy
-from trl_search.policies.loading import read_adapter
 
 BACKENDS = ("transformers", "vllm", "vllm_server")
 
@@ -92,6 +91,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
         raise UserError(
             f"--backend vllm needs vLLM ({error}): pip install 'trl-search[vllm]', or use --backend transformers"
         ) from error
+    from trl_search.policies.loading import read_adapter
     from trl_search.policies.vllm_colocate import VLLMColocatePolicy
     from trl_search.policies.vllm_server import version_problem
 

@@ -20,9 +20,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import run_sync
@@ -33,6 +31,9 @@ from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
 from trl_search.rollout import Job, run_batch
 from trl_search.types import Passage, Sampling, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREEDY = Sampling(temperature=0.0)
 MODES = ("search", "direct", "cot", "rag")

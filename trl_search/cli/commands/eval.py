@@ -108,13 +108,11 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.common.provenance import command_without_secrets
     from trl_search.config.agent import asked, trained_settings
     from trl_search.config.task import set_names
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.evaluate import MODES
-    from trl_search.evaluation.run import Plan, run_evaluation
 
     modes = list(dict.fromkeys(filter(None, args.modes.split(","))))
     for mode in modes:
@@ -132,6 +130,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max_failed_share is a share, from 0 to 1; got {args.max_failed_share}")
     if args.concurrency < 1:
         raise UserError(f"--concurrency is how many questions are asked at once, at least 1; got {args.concurrency}")
+    from trl_search.cli.evaluation_checks import refuse_evaluation
+    from trl_search.evaluation.run import Plan, run_evaluation
+
     plan = Plan(
         model=args.model,
         modes=modes,

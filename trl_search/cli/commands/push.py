@@ -43,10 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from huggingface_hub import HfApi, get_token
 
-    from trl_search.records.publish.card_facts import read_facts
-    from trl_search.records.publish.model_card import write_card
-    from trl_search.records.publish.upload import CARD, adapter_text, license_of, plan_upload, publish, settings_text
-
     if not args.run_dir.is_dir():
         raise UserError(f"there is no folder {args.run_dir}: give the output_dir of a run")
     if args.repo_id.count("/") != 1 or not _is_repository(args.repo_id):
@@ -54,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     token = get_token()
     if token is None and not args.dry_run:
         raise UserError("no token: log in (`hf auth login`), set HF_TOKEN, or use --dry_run")
+    from trl_search.records.publish.card_facts import read_facts
+    from trl_search.records.publish.model_card import write_card
+    from trl_search.records.publish.upload import CARD, adapter_text, license_of, plan_upload, publish, settings_text
+
     plan_upload(args.run_dir, {}, with_trajectories=args.with_trajectories)  # before anything is loaded
     api = HfApi(token=token)
     facts = read_facts(args.run_dir, args.repo_id, args.eval, base_model=args.base_model, license=args.license)
