@@ -125,6 +125,7 @@ def test_the_training_mix_is_evaluated_on_its_test_split(monkeypatch):
         return Dataset.from_list([{"question": "q", "golden_answers": ["a"], "data_source": "nq"}])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("trl_search.data.hub_sets.refuse_unreachable_dataset", lambda *asked: None)
     (one,) = load_sets("nq_hotpotqa", limit=None, seed=0)
     assert asked == [("PeterJinGo/nq_hotpotqa_train", "test")]
     assert (one.name, one.source) == ("nq", "PeterJinGo/nq_hotpotqa_train test")
