@@ -99,6 +99,14 @@ def test_each_question_weighs_the_same_in_the_means(tmp_path, random_model, toke
         assert call(DATA.select(range(4))) == pytest.approx(1 / 4)
 
 
+def test_a_batch_that_is_scored_after_an_evaluation_has_rewards(tmp_path, random_model, tokenizer):
+    trainer = scripted_trainer(tmp_path, random_model, tokenizer)
+    trainer.evaluate(DATA.select(range(2)))
+    trainer.model.eval()
+    trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+    assert not trainer.last_rollout.rewards_RF.isnan().any()
+
+
 def test_the_metrics_of_several_sets_have_their_names(tmp_path, random_model, tokenizer, capsys):
     lines: list[str] = []
 

@@ -90,8 +90,10 @@ class Evaluates(Trainer):
         It is called once per batch. The length of a stream is unknown, so all its rows count.
         """
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
+        left = 0  # as after the last batch, for a caller that scores a batch outside of an evaluation
         if isinstance(dataset, Dataset):
-            rows = min(rows, len(dataset) * self.num_generations_eval - sum(self._batch_rows))
+            left = len(dataset) * self.num_generations_eval - sum(self._batch_rows)
+        rows = min(rows, left) if left > 0 else rows
         self._batch_rows = [*self._batch_rows, rows]
         return rows
 
