@@ -186,12 +186,14 @@ class Terminal:
         return self.seen[start : self.at]
 
     def interrupt(self, then: str) -> str:
-        """Sends Ctrl-C until the pattern appears: Python's readline may notice an interrupt only at the next key."""
-        for _ in range(10):
-            self.type("\x03")
+        """Sends Ctrl-C and waits for the pattern. Python's readline may notice an interrupt only at the next key, so
+        Ctrl-E follows, which only moves to the end of the line."""
+        self.type("\x03")
+        for _ in range(120):
             with contextlib.suppress(AssertionError):
-                return self.until(then, seconds=60)
-        raise AssertionError(f"Ctrl-C was pressed ten times; the terminal shows: {self.seen[self.at :]!r}")
+                return self.until(then, seconds=5)
+            self.type("\x05")
+        raise AssertionError(f"Ctrl-C had no effect; the terminal shows: {self.seen[self.at :]!r}")
 
 
 def plain(shown: str) -> str:
