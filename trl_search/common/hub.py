@@ -1,7 +1,8 @@
 """Asks whether the Hugging Face hub can be reached, before its client is used.
 
 If a file is not in the cache, the client of the hub tries for 23 s to reach it, and a tokenizer alone is up to ten
-files. The question is therefore asked once per model: without an answer, only the cache is read.
+files. Before each configuration, tokenizer and model, the hub is therefore asked once: without an answer, only the
+cache is read.
 """
 
 from __future__ import annotations
