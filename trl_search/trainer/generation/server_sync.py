@@ -161,11 +161,7 @@ class WeightServers:
         HTTP status, unless it also drops those of the request, and computes them again.
         """
         answer = _post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
-        if answer.status_code != requests.codes.ok:
-            raise UserError(
-                f"the vLLM server at {url} still has keys and values of older weights ({answer.status_code}: "
-                f"{answer.text[:300]}): restart it, then resume from the last checkpoint"
-            )
+        _require_ok(answer, f"the vLLM server at {url} still has keys and values of older weights")
 
     def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
         rpc = f"{url}/collective_rpc"
@@ -179,12 +175,9 @@ class WeightServers:
                 "is trained, restart it, then resume from the last checkpoint"
             )
         if member.engines > 1:
+            engines = f"{member.engines} engines of the vLLM server at {url}"
             answer = _post(rpc, json={"method": "require_checksums", "args": [workers]})
-            if answer.status_code != requests.codes.ok:
-                raise UserError(
-                    f"not all {member.engines} engines of the vLLM server at {url} have the weights that they were "
-                    f"sent ({answer.text[:300]}): restart it, then resume from the last checkpoint"
-                )
+            _require_ok(answer, f"not all {engines} have the weights that they were sent")
 
 
 def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -204,6 +197,12 @@ def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[s
 def _post(url: str, **asked: Any) -> requests.Response:
     """A request without the retries of TRL's client, for which a server that answers with status 500 is a lost one."""
     return requests.post(url, timeout=None, **asked)
+
+
+def _require_ok(answer: requests.Response, problem: str) -> None:
+    if answer.status_code != requests.codes.ok:
+        said = f"{answer.status_code}: {answer.text[:300]}"
+        raise UserError(f"{problem} ({said}): restart it, then resume from the last checkpoint")
 
 
 def _checked_dtype(info: dict[str, Any]) -> torch.dtype | None:
