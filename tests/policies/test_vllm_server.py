@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.test_vllm import agreement, answers, command, write_questions
+from tests.support.ports import free_port
 from tests.support.scripted_trainer import ROWS
 from tests.support.servers import retrieve_from, serving
 from tests.support.vllm_engine import VLLMServer, check_held_out, make_model_folder, require_vllm, run_with_vllm
@@ -409,9 +409,7 @@ def test_a_server_that_cannot_be_paused_names_the_remedy(answering):
 def test_the_start_time_of_a_lost_server_is_waited_for(answering):
     url, _ = answering
     assert server_start_time(url, 5.0) is None  # as with several API servers
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    gone = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=rf"{gone} was lost, and did not come back.*start it again"):
         server_start_time(gone, 0.3)
 

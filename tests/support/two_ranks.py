@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.forked import ROOT, ForkedProcess, ForkServer
+from tests.support.ports import free_port
 
 # It only limits a hang: on a busy machine the ranks take many times as long as on a quiet one.
 HANGS_S = 600.0
@@ -34,10 +34,8 @@ def start_ranks(
     Args:
         server (`ForkServer`, *optional*): Forks them; the vLLM server for processes that need vLLM.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {"WORLD_SIZE": "2", **address, **(environment or {})}
     ranks = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}

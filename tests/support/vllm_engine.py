@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import httpx
 import pytest
 
 from tests.support.forked import ForkedProcess, ForkServer
+from tests.support.ports import free_port
 from trl_search.policies.tiny import tiny_policy_path
 
 ROOT = Path(__file__).parents[2]
@@ -99,9 +99,7 @@ class VLLMServer:
 
     def __init__(self, model: Path, scratch: Path, *flags: str) -> None:
         self.model, self.scratch, self.flags = model, scratch, flags
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = scratch / "vllm.log"
         self.process: ForkedProcess | None = None

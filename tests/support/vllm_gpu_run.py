@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tests.support.ports import free_port
 from trl_search import SearchGRPOConfig, SearchGRPOTrainer
 from trl_search.common.event_loop import run_sync
 from trl_search.data.world import generate_world
@@ -167,12 +167,6 @@ def tensor_parallel(folder: Path, kind: str) -> None:
     trainer = make_trainer(folder / f"run-{kind}", 2, kind != "full", **options)
     trainer.train()
     (folder / f"{kind}-2-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen(trainer)))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class KillAfterOneStep(TrainerCallback):

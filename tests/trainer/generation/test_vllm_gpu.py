@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from tests.support.forked import ROOT
+from tests.support.ports import free_port
 from tests.support.process_tree import kill_tree
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.policies.weight_checksums import EXTENSION
@@ -58,12 +58,6 @@ def run_together(commands):
                 kill_tree(process)
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output.result()[0][-8000:]
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.gpu
