@@ -13,9 +13,11 @@ from trl_search.cli.preflight import Check, Device, Status
 from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questions, count_parameters, gpus
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.cli.start_checks import StartChecks
+from trl_search.common.errors import UserError
 from trl_search.evaluation.run import Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
 from trl_search.policies.loading import placement
+from trl_search.policies.vllm_address import client_options, read_models
 
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "auto": 2, None: 2}
@@ -67,9 +69,11 @@ def check_weights(model: str, dtype: str | None, devices: list[Device]) -> Check
 def check_server(url: str, served: str | None) -> Check:
     """Whether a vLLM server answers and serves the model."""
     try:
-        listed = httpx.get(f"{url.rstrip('/')}/v1/models", timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
-        names = [str(model["id"]) for model in listed.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
+        with httpx.Client(timeout=_TIMEOUT_S, **client_options(url)) as client:
+            names = [str(model["id"]) for model in read_models(client.get("/v1/models"))]
+    except UserError as error:
+        return Check("server", Status.PROBLEM, str(error))
+    except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
         said = f"no vLLM server answers at {url} ({error or type(error).__name__})"
         return Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")
     if served is not None and served not in names:

@@ -16,6 +16,8 @@ import httpx
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from trl_search.common.errors import UserError
+from trl_search.policies.vllm_address import client_options, read_models
 from trl_search.policies.vllm_completions import format_request
 from trl_search.policies.vllm_server import version_problem
 from trl_search.policies.weight_checksums import EXTENSION
@@ -190,6 +192,8 @@ def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_t
     """Checks whether a search agent can be trained with the server at `url`."""
     try:
         facts = ask_server(url)
+    except UserError as error:
+        return [Check("server", Status.PROBLEM, str(error))]
     except httpx.TransportError as error:
         said = f"nothing answers at {url} ({error or type(error).__name__})"
         return [Check("server", Status.PROBLEM, said, "start it with `vllm serve`: docs/vllm.md")]
@@ -210,9 +214,9 @@ def server_checks(url: str, recipe: Mapping[str, Any] | None = None, *, prompt_t
 
 def ask_server(url: str) -> ServerFacts:
     """Sends the requests for all checks, among them four short generations."""
-    with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_S, trust_env=False) as client:
+    with httpx.Client(timeout=_TIMEOUT_S, **client_options(url)) as client:
         version = client.get("/version").raise_for_status().json()["version"]
-        models = client.get("/v1/models").raise_for_status().json()["data"]
+        models = read_models(client.get("/v1/models"))
         info = client.get("/server_info", params={"config_format": "json"})
         paths = client.get("/openapi.json").raise_for_status().json()["paths"]
 

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.policies.vllm_address import KEY_REMEDY
 from trl_search.types import Completion, FinishReason, Sampling
 
 # vLLM's value for -inf, which JSON cannot hold.
@@ -107,6 +108,7 @@ def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
         "max_model_len": longer,
         "does not exist": f"start it with {model}, or with --served-model-name {model}",
         "logprobs": "start it with --max-logprobs -1",
+        "401: ": KEY_REMEDY,
         "vocabulary": "it serves a model with another tokenizer: start it with the model that is trained",
         "": "check its settings with `trl-search doctor --server`",
     }

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
 from trl_search.policies.homes import Homes
+from trl_search.policies.vllm_address import client_options, read_models, server_address
 from trl_search.policies.vllm_completions import format_request, read_completion, refusal
 from trl_search.policies.vllm_metrics import ASK_WORKER_START, count_engines, read_start_time, read_worker_start
 from trl_search.types import Completion, Sampling
@@ -69,7 +69,7 @@ class VLLMServerPolicy(Policy):
             training on its samples.
 
     Raises:
-        UserError: if the address does not begin with http:// or https://.
+        UserError: if the address is none (`server_address`).
     """
 
     def __init__(
@@ -82,11 +82,7 @@ class VLLMServerPolicy(Policy):
         request_timeout_s: float = 600.0,
         weights_since: float | None = None,
     ) -> None:
-        if not re.match(r"https?://[^/]", base_url):
-            raise UserError(
-                f"the address of the vLLM server must begin with http://, like http://localhost:8000; got {base_url!r}"
-            )
-        self.base_url = base_url.rstrip("/")
+        self.base_url = server_address(base_url)
         self.model, self.context_length = model, context_length
         self.patience_s, self.request_timeout_s = patience_s, request_timeout_s
         self.max_model_len = 0  # 0: never connected
@@ -107,13 +103,12 @@ class VLLMServerPolicy(Policy):
         """
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
-        # `trust_env=False`: proxies of the environment cannot reach the hosts of a cluster.
-        self._client = httpx.AsyncClient(base_url=self.base_url, timeout=timeout, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, **client_options(self.base_url))
         if self.max_model_len or self.weights_since is not None:
             await self._wait_for_server()
         try:
             (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
-            models = (await self._client.get("/v1/models")).raise_for_status().json()["data"]
+            models = read_models(await self._client.get("/v1/models"))
             await self._look(self._client)
             problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
         except httpx.HTTPError as error:
@@ -122,6 +117,9 @@ class VLLMServerPolicy(Policy):
                 f"no vLLM server answers at {self.base_url} ({_reason(error)}): start it first (`vllm serve`, see "
                 "docs/vllm.md), or correct vllm_server_base_url"
             ) from error
+        except UserError:
+            await self.close()
+            raise
         except (KeyError, TypeError, ValueError) as error:
             await self.close()
             raise UserError(
@@ -147,7 +145,7 @@ class VLLMServerPolicy(Policy):
         started = time.monotonic()
         try:
             # A separate client, because the requests in flight may use all connections of the other one.
-            async with httpx.AsyncClient(base_url=self.base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, **client_options(self.base_url)) as client:
                 for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
                     response = await client.post(path)
                     if response.status_code == httpx.codes.NOT_FOUND:
@@ -320,7 +318,7 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
         ServerLost: if the server does not answer within `patience_s`.
     """
     started = time.monotonic()
-    with httpx.Client(base_url=base_url, timeout=_PROBE_TIMEOUT_S, trust_env=False) as client:
+    with httpx.Client(timeout=_PROBE_TIMEOUT_S, **client_options(base_url)) as client:
         try:
             for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
                 with attempt:

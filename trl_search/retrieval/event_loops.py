@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import functools
 import os
-import ssl
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 
@@ -20,12 +18,6 @@ import httpx
 from trl_search.common.event_loop import BackgroundLoop, LoopClosed
 from trl_search.retrieval.base import RetrievalError, Retriever, check_search
 from trl_search.types import Passage
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """The default certificates, read once: reading them for each client would take 0.1 s."""
-    return httpx.create_ssl_context()
 
 
 class ClientPerLoop:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import httpx
+import time
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,43 +11,53 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl.distributed import DistributedBackend
 
 from tests.conftest import make_random_model
+from tests.support.servers import Said, serving
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_server import ServerLost
-from trl_search.trainer.generation import adapter_sync
 from trl_search.trainer.generation.adapter_sync import adapter_tensors, post, save_adapter
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-def answer(monkeypatch, status, text):
-    response = httpx.Response(status, text=text)
-    monkeypatch.setattr(adapter_sync.httpx, "post", lambda *arguments, **options: response)
-
-
-def ask(path, url="http://gpu-1:8000", patience_s=0.3):
+def ask(path, url="http://127.0.0.1:1", patience_s=0.3):
     post(url, path, {}, rank=4, patience_s=patience_s)
 
 
-def test_for_a_server_without_lora_the_error_names_the_option(monkeypatch):
+def ask_one_that_answers(path, status, text):
+    with serving(lambda asked: Said(text.encode(), status)) as server:
+        ask(path, server.url)
+
+
+def test_for_a_server_without_lora_the_error_names_the_option():
     """A server that was started without --enable-lora answers 404."""
-    answer(monkeypatch, 404, '{"detail": "Not Found"}')
     with pytest.raises(UserError, match="does not accept adapters: start it with --enable-lora --max-lora-rank 4"):
-        ask(LOAD)
+        ask_one_that_answers(LOAD, 404, '{"detail": "Not Found"}')
 
 
 def test_an_unreachable_server_is_named():
     with pytest.raises(ServerLost, match=r"http://127.0.0.1:1 did not load the adapter.*restart it"):
-        ask(LOAD, url="http://127.0.0.1:1")
-
-
-def test_a_repeated_load_and_a_missing_adapter_are_not_errors(monkeypatch):
-    answer(monkeypatch, 400, "The lora adapter 'policy-1' has already been loaded.")
-    ask(LOAD)  # the response to the first try was lost
-    answer(monkeypatch, 404, "The lora adapter 'policy-1' cannot be found.")
-    ask(UNLOAD)  # the server was restarted
-    answer(monkeypatch, 400, "rank 64 is greater than max_lora_rank 32")
-    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
         ask(LOAD)
+
+
+def test_a_server_that_reads_the_adapter_slowly_is_not_lost():
+    """Of several servers, one that does not connect is left out after five seconds."""
+
+    def answer(asked):
+        time.sleep(0.5)
+        return Said()
+
+    with serving(answer) as server:
+        ask(LOAD, server.url, patience_s=0.1)
+    assert len(server.asked) == 1
+
+
+def test_a_repeated_load_and_a_missing_adapter_are_not_errors():
+    # The response to the first try was lost.
+    ask_one_that_answers(LOAD, 400, "The lora adapter 'policy-1' has already been loaded.")
+    # The server was restarted.
+    ask_one_that_answers(UNLOAD, 404, "The lora adapter 'policy-1' cannot be found.")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400: rank 64 .*doctor --server"):
+        ask_one_that_answers(LOAD, 400, "rank 64 is greater than max_lora_rank 32")
 
 
 def test_peft_reads_the_adapter_that_is_written_for_a_server(tmp_path, tokenizer, random_model):

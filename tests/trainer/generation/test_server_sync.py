@@ -16,6 +16,7 @@ from trl_search.policies.vllm_server import ServerLost
 from trl_search.policies.weight_checksums import EXTENSION, WeightChecksums, checksum, has_checksum
 from trl_search.trainer.generation import server_sync
 from trl_search.trainer.generation.server_sync import WeightServers, buckets
+from trl_search.trainer.generation.vllm_client import post
 
 WEIGHTS = [
     ("model.layers.0.self_attn.o_proj.weight", torch.arange(6.0).view(2, 3) / 7),
@@ -34,6 +35,7 @@ class Server:
         self.dies = ""  # "before" or "after" the weights
         self.serves_others, self.cache, self.keeps_its_cache = False, {"a prefix"}, False
         self.engines, self.of_second = 1, self.weights
+        self.instance, self.shares_engines = f"{id(self)}", False
 
     def checksums(self):
         return worker_with(self.weights).weight_checksums()
@@ -62,7 +64,8 @@ def servers(monkeypatch):
         def get_server_info(self):
             model = {"dtype": "torch.bfloat16", "quantization": None}
             parallel = {"worker_extension_cls": self.server.extension, "data_parallel_size": self.server.engines}
-            return {"parallel_config": parallel, "model_config": model}
+            parallel["data_parallel_hybrid_lb"] = self.server.shares_engines
+            return {"parallel_config": parallel, "model_config": model, "instance_id": self.server.instance}
 
         def weight_update(self):
             if self.server.dies == "before":
@@ -105,8 +108,8 @@ def servers(monkeypatch):
             raise ServerLost(f"{url} was lost")
         return servers[url].started_at
 
-    monkeypatch.setattr(server_sync, "VLLMClient", Client)
-    monkeypatch.setattr(server_sync, "_post", post)
+    monkeypatch.setattr(server_sync, "ServerClient", Client)
+    monkeypatch.setattr(server_sync, "post", post)
     monkeypatch.setattr(server_sync, "server_start_time", start_time)
     return servers
 
@@ -124,6 +127,23 @@ def test_all_servers_get_all_weights_in_one_pass(servers):
         }
     assert servers[A].ports == [51216] and servers[B].ports == [51217]
     assert members.started_at == {A: 1.0, B: 1.0}
+
+
+def test_one_server_with_two_addresses_is_refused(servers):
+    """Its workers would leave the first NCCL group for the second, and the first sync would wait for them forever."""
+    servers[B] = servers[A]
+    with pytest.raises(UserError, match=r"gpu-2:8000 and http://gpu-1:8000 are the same vLLM server"):
+        join([A, B])
+    assert servers[A].ports == [51216]
+    servers[A].instance = None  # unknown
+    join([A, B])
+
+
+def test_a_server_that_reaches_only_a_part_of_its_engines_is_refused(servers):
+    servers[A].shares_engines = True
+    with pytest.raises(UserError, match=r"gpu-1:8000 shares its engines with other servers.*without --data-parallel"):
+        join([A])
+    assert servers[A].ports == []  # it would wait for the others there
 
 
 def test_a_lost_server_is_left_out_and_joins_again(servers):
@@ -193,7 +213,7 @@ def test_an_error_of_a_server_is_read_not_retried():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        answer = server_sync._post(f"http://127.0.0.1:{server.server_port}/reset_prefix_cache", params={"a": "b"})
+        answer = post(f"http://127.0.0.1:{server.server_port}/reset_prefix_cache", params={"a": "b"})
         server.shutdown()
     assert answer.status_code == 500 and "Failed to reset" in answer.text
     assert asked == ["/reset_prefix_cache?a=b"]

@@ -38,8 +38,9 @@ from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
 from trl_search.common.retrying import GROWING_WAIT
+from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable, retry_after_s
-from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
+from trl_search.retrieval.event_loops import AsyncRetriever
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.remote.wire import (
     WireError,

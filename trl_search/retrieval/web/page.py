@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import httpx
 
 from trl_search.common.errors import UserError
-from trl_search.retrieval.event_loops import tls_context
+from trl_search.common.tls import tls_context
 from trl_search.retrieval.threads import on_daemon_thread
 from trl_search.retrieval.web import page_text
 from trl_search.retrieval.web.charset import decode

@@ -30,8 +30,9 @@ import tenacity
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
 from trl_search.common.files import cache_folder, home_expanded
+from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import RetrievalError, Unavailable
-from trl_search.retrieval.event_loops import AsyncRetriever, tls_context
+from trl_search.retrieval.event_loops import AsyncRetriever
 from trl_search.retrieval.web.page import PageError, fetch_page
 from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.store import WebStore

@@ -38,6 +38,7 @@ from trl_search.evaluation.settings import describe_model
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
+from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import SEARCH_TOOL
 from trl_search.records.folder import SFT
@@ -266,7 +267,8 @@ def _policy(
 def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `UserError` if the server's tokenizer encodes the probe differently."""
     try:
-        answer = httpx.post(f"{url.rstrip('/')}/tokenize", json={"prompt": PROBE, "add_special_tokens": False})
+        with httpx.Client(**client_options(url)) as client:
+            answer = client.post("/tokenize", json={"prompt": PROBE, "add_special_tokens": False})
         ids = answer.raise_for_status().json()["tokens"]
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise UserError(

@@ -19,9 +19,13 @@ from trl.distributed import DistributedBackend
 from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts
 from trl_search.policies.lora import adapter_from
+from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import ServerLost
 from trl_search.trainer.generation.model_weights import gathered
 from trl_search.trainer.replaced import replaced
+
+# How long a server may read an adapter, perhaps from a slow disk. One that dies closes the connection at once.
+READ_S = 120.0
 
 
 def adapter_tensors(model: Any, backend: DistributedBackend, device: torch.device) -> dict[str, torch.Tensor]:
@@ -74,7 +78,9 @@ def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float
     try:
         for attempt in attempts(httpx.HTTPError, patience_s=patience_s):
             with attempt:
-                response = httpx.post(url + path, json=body, timeout=patience_s, trust_env=False)
+                timeout = httpx.Timeout(patience_s, read=max(patience_s, READ_S))
+                with httpx.Client(timeout=timeout, **client_options(url)) as client:
+                    response = client.post(path, json=body)
                 if response.status_code >= 500:
                     response.raise_for_status()
     except httpx.HTTPError as error:

@@ -21,13 +21,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import requests
 import torch
-from trl.generation.vllm_client import VLLMClient
 
 from trl_search.common.errors import UserError
+from trl_search.common.tls import tls_context
 from trl_search.policies.vllm_server import ServerLost, server_start_time
 from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checksum
+from trl_search.trainer.generation.vllm_client import ServerClient, post
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,12 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 class Member:
     """A server in an NCCL group with rank 0. `started_at` is the start time of its process."""
 
-    client: Any  # VLLMClient
+    client: Any  # ServerClient
     started_at: float | None
     # The type of its weights, if it returns checksums.
     dtype: torch.dtype | None
     engines: int
+    instance: str | None  # vLLM's name for the process, whatever its address
 
 
 class WeightServers:
@@ -67,7 +70,9 @@ class WeightServers:
         self._urls, self._next_port, self._device = list(urls), group_port, device
         self._first_patience_s = patience_s
         self._patience_s = patience_s if len(urls) == 1 else SEVERAL_PATIENCE_S
-        self.members = {url: self._join(url, server_start_time(url, patience_s)) for url in urls}
+        self.members: dict[str, Member] = {}
+        for url in urls:
+            self.members[url] = self._join(url, server_start_time(url, patience_s))
         if not all(member.dtype for member in self.members.values()):
             logger.warning(
                 "The vLLM server does not return checksums, so a failed weight sync is not detected: start it with "
@@ -147,12 +152,23 @@ class WeightServers:
             logger.warning("The vLLM server at %s is left out until it answers again: %s", url, error)
 
     def _join(self, url: str, started_at: float | None) -> Member:
-        client = VLLMClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)
+        client = ServerClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)
         self._next_port += 1
-        client.init_communicator(device=self._device)
         info = client.get_server_info()
-        engines = int(info.get("parallel_config", {}).get("data_parallel_size", 1))
-        return Member(client, started_at, _checked_dtype(info), engines)
+        parallel, instance = info.get("parallel_config", {}), info.get("instance_id")
+        for other, member in self.members.items():
+            # Both are compared, because some versions' names have only five letters.
+            if other != url and instance and (instance, started_at) == (member.instance, member.started_at):
+                raise UserError(f"{url} and {other} are the same vLLM server: give each server once")
+        if parallel.get("data_parallel_external_lb") or parallel.get("data_parallel_hybrid_lb"):
+            raise UserError(
+                f"the vLLM server at {url} shares its engines with other servers (external or hybrid load balancing), "
+                "and the weights must reach all engines through one address: start it without --data-parallel-rank, "
+                "--data-parallel-external-lb and --data-parallel-hybrid-lb"
+            )
+        client.init_communicator(device=self._device)
+        engines = int(parallel.get("data_parallel_size", 1))
+        return Member(client, started_at, _checked_dtype(info), engines, instance)
 
     def _drop_cache(self, url: str) -> None:
         """Drops the keys and values that were computed with older weights.
@@ -160,7 +176,7 @@ class WeightServers:
         While a request of another client runs (an evaluation, a chat), vLLM would keep them all and report success as
         HTTP status, unless it also drops those of the request, and computes them again.
         """
-        answer = _post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
+        answer = post(f"{url}/reset_prefix_cache", params={"reset_running_requests": "true"})
         _require_ok(answer, f"the vLLM server at {url} still has keys and values of older weights")
 
     def _compare(self, url: str, member: Member, sent: dict[str, torch.Tensor]) -> None:
@@ -176,7 +192,7 @@ class WeightServers:
             )
         if member.engines > 1:
             engines = f"{member.engines} engines of the vLLM server at {url}"
-            answer = _post(rpc, json={"method": "require_checksums", "args": [workers]})
+            answer = post(rpc, json={"method": "require_checksums", "args": [workers]})
             _require_ok(answer, f"not all {engines} have the weights that they were sent")
 
 
@@ -192,11 +208,6 @@ def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[s
             bucket, taken = [], 0
     if bucket:
         yield bucket
-
-
-def _post(url: str, **asked: Any) -> requests.Response:
-    """A request without the retries of TRL's client, for which a server that answers with status 500 is a lost one."""
-    return requests.post(url, timeout=None, **asked)
 
 
 def _require_ok(answer: requests.Response, problem: str) -> None:
@@ -221,8 +232,8 @@ def _ending_the_process_if_stuck(url: str) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(STUCK_S):
             try:
-                requests.get(f"{url}/health", timeout=STUCK_S)
-            except requests.RequestException as error:
+                httpx.get(f"{url}/health", timeout=STUCK_S, verify=tls_context(), trust_env=False)
+            except httpx.HTTPError as error:
                 print(
                     f"the vLLM server at {url} died while it received weights ({error}): restart it, then resume from "
                     "the last checkpoint",

@@ -28,7 +28,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast_object_list
 from trl.generation import vllm_generation
-from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, is_vllm_available
 from trl.trainer import grpo_trainer
 
@@ -43,6 +42,7 @@ from trl_search.policies.vllm_tensor_parallel import VLLMTensorParallelPolicy, o
 from trl_search.trainer.generation.adapter_sync import adapter_tensors, give_to_engine, give_to_server, save_adapter
 from trl_search.trainer.generation.model_weights import whole_weights
 from trl_search.trainer.generation.server_sync import SEVERAL_PATIENCE_S, WeightServers
+from trl_search.trainer.generation.vllm_client import ServerClient
 from trl_search.trainer.replaced import replaced
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class SearchVLLM(VLLMGeneration):
         if self.accelerator.is_main_process:
             if self.lora_sync == "adapter":
                 # No weights are broadcast, so the server joins no process group, and this side needs no GPU.
-                self.vllm_client = VLLMClient(base_url=self.urls[0], connection_timeout=self.server_timeout)
+                self.vllm_client = ServerClient(base_url=self.urls[0], connection_timeout=self.server_timeout)
             else:
                 self._servers = WeightServers(
                     self.urls,
