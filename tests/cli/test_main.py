@@ -101,6 +101,20 @@ def test_the_help_of_a_command_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["chat"], "the following arguments are required: MODEL; trl-search chat --help describes the command"),
+        (["doctor", "tiny", "--jsno"], "unknown option '--jsno': did you mean '--json'?"),
+        (["doctor", "--prompt_tokens", "x"], "--prompt_tokens: invalid int value: 'x'; trl-search doctor --help"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 def test_a_misspelt_option_is_an_error_before_the_trainer_is_imported() -> None:
     program = """
         import sys

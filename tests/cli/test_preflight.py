@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import asdict
 
@@ -27,6 +28,7 @@ from trl_search.cli.preflight import (
     check_weight_sync,
     environment_checks,
     installed_version,
+    packages_of,
     recipe_servers,
     server_checks,
 )
@@ -59,6 +61,13 @@ def test_this_environment_has_the_packages_of_the_tests():
     assert {checks[name].status for name in ("torch", "transformers", "trl")} == {Status.OK}
     assert {f"extra {name}" for name in EXTRAS} <= checks.keys()
     assert checks["trl"].said == installed_version("trl") and installed_version("no-such-package") is None
+
+
+def test_each_extra_is_checked_with_all_of_its_packages():
+    extras = set(importlib.metadata.metadata("trl-search").get_all("Provides-Extra"))
+    assert extras - {"all", "dev"} == EXTRAS.keys()
+    lines = ("ray[serve]>=2; extra == 'ray'", "trl-search[server]; extra == 'ray'", "uvicorn>=1; extra == 'server'")
+    assert [one.name for one in packages_of("ray", [Requirement(line) for line in lines])] == ["ray", "uvicorn"]
 
 
 def test_devices():

@@ -11,6 +11,7 @@ import torch
 from trl import ModelConfig
 
 from trl_search.cli import recipe_checks
+from trl_search.cli.commands import doctor
 from trl_search.cli.main import main
 from trl_search.cli.preflight import Device, Status
 from trl_search.cli.recipe_checks import (
@@ -70,6 +71,26 @@ def test_the_doctor_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "quickstart", "--num_generations", "7", "--json"]) == 1
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert checks["configuration"]["status"] == "problem" and "num_generations" in checks["configuration"]["said"]
+
+
+def test_the_keys_of_a_recipe_say_which_command_it_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cold = tmp_path / "cold.yaml"
+    cold.write_text("model_name_or_path: tiny\ncollect_only: true\noutput_dir: out\nuse_cpu: true\nbf16: false\n")
+    assert main(["doctor", str(cold)]) == 0
+    assert main(["train", str(cold)]) == 2
+    assert f"run trl-search sft {cold}" in capsys.readouterr().err
+    cold.write_text("model_name_or_path: tiny\nreward_func: em\n")  # a typo is a typo
+    assert main(["train", str(cold)]) == 2
+    assert "did you mean 'reward_funcs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["quikstart", "quickstart"])
+def test_the_doctor_reads_the_recipe_before_it_looks_at_the_machine(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "environment_checks", lambda: pytest.fail("it looked at the machine"))
+    assert main(["doctor", recipe, "--lerning_rate", "1"]) == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 def test_the_doctor_knows_that_collect_only_needs_no_gpu(

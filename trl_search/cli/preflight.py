@@ -25,8 +25,10 @@ from trl_search.types import Sampling
 
 # What each extra is for; the report says so if it is missing.
 EXTRAS = {
-    "bm25": "compiled BM25, ten times the queries per second",
+    "bm25": "compiled BM25, several times the queries per second",
+    "tantivy": "BM25 above two million passages",
     "vllm": "rollouts by vLLM (use_vllm)",
+    "dense": "the encoders of dense retrieval, and rerankers",
     "faiss": "vector indexes of dense retrieval",
     "faiss-gpu": "dense retrieval by FAISS on GPUs (CUDA 12); not needed for torch's search",
     "server": "trl-search serve",
@@ -36,6 +38,7 @@ EXTRAS = {
     "trackio": "logs to trackio",
     "wandb": "logs to Weights & Biases",
     "flash-attn": "the flash_attention_2 kernel (PyTorch's own kernels need no extra)",
+    "deepspeed": "ZeRO-2 and ZeRO-3 (docs/distributed.md)",
     "ray": "trl-search serve --ray (several processes and machines)",
     "qdrant": "an index on a Qdrant cluster",
     "opensearch": "an index on an OpenSearch cluster",
@@ -104,9 +107,17 @@ def environment_checks() -> list[Check]:
         if requirement.name in ("torch", "transformers", "trl")
     ]
     for extra in EXTRAS:
-        parts = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
+        parts = packages_of(extra, requirements)
         checks.append(check_extra(extra, [(one, installed_version(one.name)) for one in parts]))
     return [*checks, check_devices(cuda_devices())]
+
+
+def packages_of(extra: str, requirements: Sequence[Requirement]) -> list[Requirement]:
+    """The packages of an extra of this package, also those of the extras that it includes (`trl-search[server]`)."""
+    parts = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
+    included = [name for one in parts if one.name == "trl-search" for name in sorted(one.extras)]
+    own = [one for one in parts if one.name != "trl-search"]
+    return own + [one for name in included for one in packages_of(name, requirements)]
 
 
 def check_package(requirement: Requirement, installed: str | None) -> Check:

@@ -279,7 +279,8 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
     need = weights * (3 * kept + 1)
     folder = Path(values.get("output_dir") or ".").absolute()
     free = free_bytes(folder)
-    said = f"{need / GIB:.1f} GiB for {kept} checkpoints and the model; {free / GIB:.1f} GiB are free in {folder}"
+    copies = "a checkpoint" if kept == 1 else f"{kept} checkpoints"
+    said = f"{need / GIB:.1f} GiB for {copies} and the model; {free / GIB:.1f} GiB are free in {folder}"
     if need > free:
         return Check("disk", Status.PROBLEM, said, "--save_total_limit 1, or another --output_dir")
     return Check("disk", Status.OK, said)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from trl_search.common.errors import UserError
 
 
 def recipe_classes(command: str) -> tuple[Any, ...]:
@@ -21,6 +25,19 @@ def recipe_classes(command: str) -> tuple[Any, ...]:
     return ColdStartArguments, SearchSFTConfig, ModelConfig
 
 
+def command_of(path: Path, expected: str) -> str:
+    """Whether the keys of a recipe are those of `train` or of `sft`; the expected command if they fit both equally."""
+    from trl_search.config.recipe import read_recipe
+
+    keys = read_recipe(path).keys() - {"env"}
+
+    def unknown(command: str) -> int:
+        return len(keys - {field.name for cls in recipe_classes(command) for field in dataclasses.fields(cls)})
+
+    other = "sft" if expected == "train" else "train"
+    return other if unknown(expected) and unknown(other) < unknown(expected) else expected
+
+
 def run_recipe(
     argv: list[str], command: str, description: str | None, run: Callable[..., Any], go_on: Callable[[Any], str]
 ) -> int:
@@ -36,11 +53,13 @@ def run_recipe(
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.recipe import build_arguments, recipe_values, split_recipe
 
-    if not {"-h", "--help", "--help_all"} & set(argv):
-        split_recipe(argv, command)  # finds a mistake in the recipe's name before TRL is imported, for 6 s
-    classes = recipe_classes(command)
-    if print_help(argv, command, description or "", classes):
+    if {"-h", "--help", "--help_all"} & set(argv):
+        print_help(command, description or "", recipe_classes(command), all_keys="--help_all" in argv)
         return 0
+    path, _ = split_recipe(argv, command)  # finds a mistake in the recipe's name before TRL is imported, for 6 s
+    if path is not None and (fitting := command_of(path, command)) != command:
+        raise UserError(f"{path} has keys of another command: run trl-search {fitting} {path}")
+    classes = recipe_classes(command)
     values = recipe_values(argv, classes, command=command)
     from trl_search.cli.recipe_checks import refuse_problems
 

@@ -35,19 +35,18 @@ def recipe_title(name: str) -> str:
     return " ".join(words).partition(". ")[0].rstrip(".") + "."
 
 
-def print_help(argv: Sequence[str], command: str, description: str, classes: Sequence[Any]) -> bool:
-    """Prints the help if `argv` asks for it. Returns whether it did.
+def print_help(command: str, description: str, classes: Sequence[Any], *, all_keys: bool) -> None:
+    """Prints the help of `train` or `sft`.
 
     Args:
         description (`str`): The docstring of the command.
         classes (`Sequence[type]`): The dataclasses of the command's keys; ours come first.
+        all_keys (`bool`): TRL's keys, too, as argparse lists them.
     """
-    if "--help_all" in argv:
+    if all_keys:
         usage = f"trl-search {command} RECIPE [--key value ...]"
         TrlParser(classes, prog=f"trl-search {command}", usage=usage).print_help()
-        return True
-    if not {"-h", "--help"} & set(argv):
-        return False
+        return
     lines = [f"usage: trl-search {command} RECIPE [--key value ...]", "", description.strip(), "", "Recipes:", ""]
     lines += recipe_lines(command)
     agent = dataclasses.fields(AgentSettings)
@@ -66,7 +65,6 @@ def print_help(argv: Sequence[str], command: str, description: str, classes: Seq
         "`trl-search recipes show NAME` prints a recipe.",
     ]
     print("\n".join(lines))
-    return True
 
 
 def _described(field: dataclasses.Field[Any]) -> list[str]:

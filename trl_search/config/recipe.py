@@ -128,14 +128,20 @@ class _Parser(TrlParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def _read(path: Path, arguments: Sequence[Any], known: set[str]) -> dict[str, Any]:
-    """The keys and values of a recipe. Its `env` sets environment variables, as in TRL's commands."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe with their values as YAML reads them."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must consist of `key: value` lines")
+    return values
+
+
+def _read(path: Path, arguments: Sequence[Any], known: set[str]) -> dict[str, Any]:
+    """The keys and checked values of a recipe. Its `env` sets environment variables, as in TRL's commands."""
+    values = read_recipe(path)
     environment = values.pop("env", {})
     if not isinstance(environment, dict):
         raise UserError(f"{path}: env must be a mapping of names to values")

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "questions",
         nargs="*",
+        default=[],  # without it, argparse lists QUESTION among the missing arguments
         metavar="QUESTION",
         help="a question in quotes (default: read them from stdin, or start a session)",
     )

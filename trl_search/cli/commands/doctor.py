@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_search.cli.parser import CommandParser
 from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks, server_checks
 
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-search doctor",
         usage="trl-search doctor [MODEL | RECIPE [--key value ...]] [--server URL ...] [--prompt_tokens N] [--json]",
         description=__doc__,
@@ -44,16 +45,18 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and (args.recipe is None or is_model(args.recipe)):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    recipe: Mapping[str, Any] | None = None
+    classes: tuple[Any, ...] = ()
+    if args.recipe is not None and not is_model(args.recipe):
+        recipe, classes = _recipe([args.recipe, *overrides])  # first: a typo in it needs no check of the machine
     from trl_search.cli.model_checks import model_checks
     from trl_search.cli.recipe_checks import recipe_checks
 
     checks = environment_checks()
-    recipe: Mapping[str, Any] | None = None
-    if args.recipe is not None and is_model(args.recipe):
-        checks += model_checks(args.recipe)
-    elif args.recipe is not None:
-        recipe, classes = _recipe([args.recipe, *overrides])
+    if recipe is not None:
         checks += [check_sampling(recipe), *recipe_checks(recipe, classes)]
+    elif args.recipe is not None:
+        checks += model_checks(args.recipe)
     for server in args.server or []:
         checks += server_checks(server, recipe, prompt_tokens=args.prompt_tokens)
     if args.json:
@@ -69,15 +72,16 @@ def is_model(name: str) -> bool:
 
 
 def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The values of a recipe for `train`, or for `sft` if the recipe's name says so."""
-    from trl_search.cli.recipe_command import recipe_classes
+    """The values of a recipe for `train` or for `sft`: its keys decide, or, if they fit both, its name."""
+    from trl_search.cli.recipe_command import command_of, recipe_classes
     from trl_search.config.recipe import find_recipe, recipe_command, recipe_values
 
-    command = recipe_command(find_recipe(argv[0]).stem)
+    path = find_recipe(argv[0])
+    command = command_of(path, recipe_command(path.stem))
     classes = recipe_classes(command)
     return recipe_values(argv, classes, command=command), classes
 
 
 def line(check: Check) -> str:
     remedy = f": {check.remedy}" if check.remedy else ""
-    return f"{check.status.value:<8} {check.name:<16} {check.said}{remedy}"
+    return f"{check.status.value:<8} {check.name:<17} {check.said}{remedy}"
