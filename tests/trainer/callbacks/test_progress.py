@@ -20,6 +20,8 @@ from trl_search.trainer.callbacks.progress import StepLines, announce, show_step
 def test_a_line_shows_what_was_logged():
     line = step_line(3, 12, {"reward": 0.5, "kl": None, "search/searches": 0.72, "step_time": 5.1, "other": 1})
     assert line == "step  3/12  reward 0.500  searches 0.720  seconds 5.10"
+    large = step_line(3, 12, {"loss": -1.5e-6, "tokens/model": 1520.4, "entropy": 99.96, "step_time": 173.2})
+    assert large == "step  3/12  loss -1.50e-06  tokens 1,520  entropy 100  seconds 173"
 
 
 def test_only_steps_print_lines_and_only_in_the_main_process(capsys):

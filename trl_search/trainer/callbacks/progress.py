@@ -59,7 +59,7 @@ def show_steps(trainer: Trainer) -> None:
 def shown(logs: Mapping[str, Any]) -> dict[str, str]:
     """The metrics of a step, or of an evaluation by TRL, under their short names, and the alarms that fired."""
     names = SHOWN | {key: f"held-out reward{f' {match[1]}' if match[1] else ''}" for key, match in _rewards(logs)}
-    numbers = {name: f"{logs[key]:#.3g}" for key, name in names.items() if logs.get(key) is not None}
+    numbers = {name: _rounded(logs[key]) for key, name in names.items() if logs.get(key) is not None}
     fired = [name for name, value in logs.items() if name.startswith(ALARM_PREFIX) and value]
     alarms = ", ".join(name.removeprefix(ALARM_PREFIX) for name in fired)
     return numbers | ({"ALARM": alarms} if alarms else {})
@@ -103,6 +103,11 @@ class StepLines(ProgressCallback):
         # Logs without `loss` are evaluations, of which the rewards are shown, or the final summary.
         if state.is_world_process_zero and logs and ("loss" in logs or _rewards(logs)):
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
+
+
+def _rounded(value: float) -> str:
+    """Three digits, without an exponent or a trailing point above 100: 0.720, 5.10, 173, 1,520."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def _rewards(logs: Mapping[str, Any]) -> list[tuple[str, re.Match[str]]]:
