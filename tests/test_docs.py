@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -144,6 +144,14 @@ def test_named_files_exist(path: Path) -> None:
     named = re.findall(r"`((?:trl_search|tests|recipes|benchmarks|docs)/[\w/.-]+\.\w+)`", path.read_text("utf-8"))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", *DOCS], ids=lambda path: path.name)
+def test_modules_that_commands_run_can_be_run(path: Path) -> None:
+    for name in re.findall(r"-m\s+((?:trl_search|tests|tools|benchmarks)[\w.]*)", path.read_text("utf-8")):
+        module = importlib.import_module(name)
+        program = importlib.util.find_spec(f"{name}.__main__") if hasattr(module, "__path__") else module
+        assert program, f"{path.name} runs python -m {name}, a package without __main__.py"
 
 
 # docs/configuration.md
