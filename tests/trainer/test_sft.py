@@ -157,6 +157,23 @@ def test_the_warm_start_learns_and_saves(
     torch.testing.assert_close(saved.model.embed_tokens.weight, random_model.model.embed_tokens.weight)
 
 
+def test_a_warm_start_of_two_processes_has_a_trajectory_for_each_row_of_each_step(
+    tmp_path: Path,
+    world: World,
+    retriever: Retriever,
+    tokenizer: PreTrainedTokenizerBase,
+    random_model: Qwen2ForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SearchSFTConfig, "world_size", property(lambda self: 2))
+    monkeypatch.setattr("trl_search.trainer.sft.train", lambda *given: None)
+    protocol = load_protocol("qwen_tools", tokenizer, instruction="")
+    trajectories = warm_start(
+        random_model, protocol, world, retriever, output_dir=str(tmp_path), steps=3, batch_size=4, learning_rate=1e-2
+    )
+    assert len(trajectories) == 3 * 4 * 2
+
+
 def test_an_adapter_is_not_merged_into_a_sharded_model(
     random_model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,7 @@ def warm_start(
     """Trains the model in place on a world's training questions, and saves it with its tokenizer.
 
     Args:
-        steps (`int`): Optimizer steps of `batch_size` trajectories, none used twice.
+        steps (`int`): Optimizer steps of `batch_size` trajectories per process, none used twice.
         quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
         environment (`Environment`, *optional*): The environment of the scripts. Default: a search with the retriever.
         use_cpu (`bool`): Must equal that of the run it belongs to; otherwise each process trains alone.
@@ -156,9 +156,6 @@ def warm_start(
     Returns:
         `list[Trajectory]`: The trajectories that were trained on.
     """
-    trajectories = scripted_trajectories(
-        world, retriever, protocol, n=steps * batch_size, quality=quality, seed=seed, environment=environment
-    )
     config = SearchSFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -175,6 +172,15 @@ def warm_start(
         logging_steps=max(1, steps // 4),
         seed=seed,
         data_seed=seed,
+    )
+    trajectories = scripted_trajectories(
+        world,
+        retriever,
+        protocol,
+        n=steps * batch_size * config.world_size,
+        quality=quality,
+        seed=seed,
+        environment=environment,
     )
     train(model, protocol.tokenizer, sft_dataset(trajectories), config)
     return trajectories
