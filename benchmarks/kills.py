@@ -20,7 +20,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,9 @@ import psutil
 
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.records.folder import read_run, read_trajectories
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests` is not installed
+from tests.support.ports import free_port
 
 STEPS, BATCH = 4, 32
 KILLS_PER_RUN, LIVES = 4, 12
@@ -122,7 +124,6 @@ def kind_of(name: str, scratch: Path) -> Iterator[Kind]:
 def vllm_environment(scratch: Path) -> dict[str, str]:
     if find_spec("vllm"):
         return dict(os.environ)
-    sys.path.append(str(Path(__file__).parents[1]))  # `tests` is not installed
     from tests.support.vllm_engine import vllm_environment as of_the_cpu_build
 
     return of_the_cpu_build(scratch)
@@ -139,12 +140,6 @@ def supervised(command: list[str], log: Path, environment: dict[str, str]) -> It
     finally:
         kill_with_descendants(psutil.Process(process.pid))
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def wait_for(url: str) -> None:

@@ -28,9 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kills import SERVING, free_port, vllm_environment, wait_for
+from kills import SERVING, vllm_environment, wait_for
 from shared_start import make_parser, options_of, start, train, write_table
 
+from tests.support.ports import free_port  # `kills` puts the checkout on the path
 from trl_search.policies.base import Policy
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.trainer.grpo import SearchGRPOTrainer

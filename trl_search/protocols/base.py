@@ -174,7 +174,7 @@ class Protocol(abc.ABC):
         return opened_thought(self.decode(context[-_CONTEXT:])) if context else ""
 
     def parse(self, text: str) -> Action:
-        """The action of a turn: its first call or answer outside the thoughts."""
+        """The action of a turn: its first call or answer outside the thoughts; of several answers, the last."""
         text = self._with_common_tags(text)
         turn = read_turn(text)
         act = turn.act
