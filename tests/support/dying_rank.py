@@ -1,6 +1,6 @@
 """Each of two ranks runs this for tests/trainer/test_rank_watch.py; the argument says how rank 1 ends.
 
-python -m tests.support.dying_rank killed|raises|together|finishes|again
+python -m tests.support.dying_rank killed|killed_at_once|raises|together|finishes|again
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ def main(how: str) -> None:
     rank = torch.distributed.get_rank()
     if how == "again":
         return train_again_and_again(rank)
-    with ending_together(rank, 2, silence_s=1.0, grace_s=0.5, beat_s=0.1):
+    beat_s = 60.0 if how == "killed_at_once" and rank == 1 else 0.1  # 60: it is killed before its first heartbeat
+    with ending_together(rank, 2, silence_s=1.0, grace_s=0.5, beat_s=beat_s):
         if how == "finishes":
             return
         if how == "together" or (how == "raises" and rank == 1):
             raise MemoryError(f"rank {rank} is full")
         if how == "killed" and rank == 1:
             threading.Event().wait(0.5)  # rank 0 has seen it before
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "killed_at_once" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         threading.Event().wait()  # like a rank that waits inside NCCL
 

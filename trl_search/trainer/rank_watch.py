@@ -123,9 +123,10 @@ class _Watch:
         for other in self.others:
             if self.store.check([f"failed/{other}"]):
                 return f"rank {other} failed: {read(f'failed/{other}').decode()}"
-            if self.store.check([f"done/{other}"]) or not self.store.check([f"beat/{other}"]):
+            if self.store.check([f"done/{other}"]):
                 continue
-            beat = read(f"beat/{other}")
+            # A rank may die before its first heartbeat.
+            beat = read(f"beat/{other}") if self.store.check([f"beat/{other}"]) else b""
             if other not in heard or heard[other][0] != beat:
                 heard[other] = (beat, now)
             elif now - heard[other][1] > self.silence_s:

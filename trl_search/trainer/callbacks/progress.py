@@ -1,6 +1,6 @@
 """The output of a training on the terminal: headings of its phases, a progress bar, and one line of metrics per step.
 
-    ── GRPO: 12 steps, 64 trajectories per step
+    ── GRPO: 12 steps on 1,500 questions
     step  3/12  reward 0.500  searches 0.720  seconds 5.10
 
 `trl-search train`, `trl-search sft` and scripts with `SearchGRPOTrainer` print the same; a notebook shows a table. The
