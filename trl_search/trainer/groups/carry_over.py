@@ -32,7 +32,7 @@ from trl_search.environment import Environment
 from trl_search.policies.metered import MeteredPolicy
 from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Rollout, encode_prompts
-from trl_search.trainer.groups.trajectory_pool import Group, Row, TrajectoryPool
+from trl_search.trainer.groups.trajectory_pool import PooledGroup, Row, TrajectoryPool
 from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Sampling
 
@@ -150,11 +150,11 @@ class CarriesOver(Trainer):
             self._asked_again = rows[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]
 
 
-def carry_over_metrics(taken: Sequence[Group], pool: TrajectoryPool, step: int) -> dict[str, float]:
+def carry_over_metrics(taken: Sequence[PooledGroup], pool: TrajectoryPool, step: int) -> dict[str, float]:
     """The metrics of a batch on this rank.
 
     Args:
-        taken (`Sequence[Group]`): The groups of the batch, taken in rollout `pool.rollout - 1`.
+        taken (`Sequence[PooledGroup]`): The groups of the batch, taken in rollout `pool.rollout - 1`.
         step (`int`): The optimizer step of the current weights.
     """
     ages = [

@@ -137,4 +137,4 @@ def _counted(row: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> tupl
     """The number of trajectories that solved the question, and of those that did not fail."""
     golden = golden_list(row["golden_answers"])
     answers = [last_answer(trajectory.spoken) for trajectory in trajectories if not trajectory.failed]
-    return sum(answer is not None and bool(exact_match(answer, golden)) for answer in answers), len(answers)
+    return sum(answer is not None and exact_match(answer, golden) for answer in answers), len(answers)

@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(eq=False)
-class Group:
+class PooledGroup:
     """The trajectories of one question, which started together in rollout number `born`."""
 
     row: Row
@@ -60,7 +60,7 @@ class TrajectoryPool:
         device (`torch.device`, *optional*): The GPU of this process, which the pool's thread uses.
 
     Attributes:
-        groups (`list[Group]`): Groups in progress, and complete ones not yet taken; oldest first.
+        groups (`list[PooledGroup]`): Groups in progress, and complete ones not yet taken; oldest first.
         rollout (`int`): The number of the current rollout.
     """
 
@@ -75,7 +75,7 @@ class TrajectoryPool:
         device: torch.device | None = None,
     ) -> None:
         self.environment = copy.copy(environment)
-        self.groups: list[Group] = []
+        self.groups: list[PooledGroup] = []
         self.rollout = 0
         self._protocol, self._limits = protocol, limits
         self._group_size, self._max_staleness, self._device = group_size, max_staleness, device
@@ -98,7 +98,7 @@ class TrajectoryPool:
         """Starts one group per row."""
         self._loop.run(self._start(rows, prompts, sampling))
 
-    def take(self, count: int, progress: str | None = None) -> list[Group]:
+    def take(self, count: int, progress: str | None = None) -> list[PooledGroup]:
         """Waits until a batch of `count` complete groups can be taken, and removes it from the pool.
 
         Raises:
@@ -130,7 +130,7 @@ class TrajectoryPool:
                 running = run_job(job, self._relay, self.environment, self._protocol, self._limits, sampling)
                 members.append(asyncio.create_task(running))
                 members[-1].add_done_callback(self._note_end)
-            self.groups.append(Group(row, self.rollout, members))
+            self.groups.append(PooledGroup(row, self.rollout, members))
             self._started += 1
 
     def _note_end(self, member: asyncio.Task[Trajectory]) -> None:
@@ -138,7 +138,7 @@ class TrajectoryPool:
             self._failure = member.exception()
         self._ended.set()
 
-    async def _take(self, count: int, progress: str | None) -> list[Group]:
+    async def _take(self, count: int, progress: str | None) -> list[PooledGroup]:
         with tqdm(total=count, desc=progress, unit="group", delay=2, leave=False, disable=not progress or None) as bar:
             while True:
                 if self._failure is not None:
@@ -154,7 +154,7 @@ class TrajectoryPool:
         self.rollout += 1
         return taken
 
-    def takeable(self, count: int) -> list[Group] | None:
+    def takeable(self, count: int) -> list[PooledGroup] | None:
         """The oldest `count` complete groups; None if there are fewer, or if an old group must be waited for."""
         taken = [group for group in self.groups if group.whole][:count]
         if len(taken) < count:
