@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 
 from trl_search.common.errors import UserError
@@ -104,27 +103,6 @@ def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray
     return np.argsort(-keys_N, kind="stable")
 
 
-class EpochOrder(Sampler[int]):
-    """The order of TRL's sampler for the trainer's current epoch.
-
-    TRL's sampler counts the epochs of this process, so a run that resumes in its second epoch would get the order of
-    the first.
-    """
-
-    def __init__(self, sampler: Any, trainer: Trainer) -> None:
-        self.sampler, self.trainer = sampler, trainer
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed)
-            for _ in range(int((self.trainer.state.epoch or 0) + 1e-6)):
-                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
-        return iter(self.sampler)
-
-
 class ChoosesQuestions(Trainer):
     """A mixin that replaces questions, and saves pass rates with checkpoints. List it before TRL's trainer."""
 
@@ -132,9 +110,6 @@ class ChoosesQuestions(Trainer):
     model: PreTrainedModel
     reward_weights: torch.Tensor
     question_choice: QuestionChoice | None = None
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return EpochOrder(super()._get_train_sampler(dataset), self)
 
     def choose_questions(self, batch: Rollout) -> None:
         """Chooses the questions of a training batch before its rollout. Every rank must call it."""

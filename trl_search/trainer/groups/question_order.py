@@ -1,0 +1,117 @@
+"""Keeps a resumed run at its place in the training questions, and refuses to resume where the place is unknown.
+
+    checkpoint-40/question_order.json    {"seed": 42, "shuffle_dataset": true, "number of questions": 90447,
+                                          "questions": "3f1c…", "questions per batch": 64, "steps per batch": 1.0}
+
+transformers skips as many batches as the checkpoint was trained on. With batches of another size, or the questions in
+another order, a resumed run would ask some questions twice and others never.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from trl_search.common.differences import differences
+from trl_search.common.errors import UserError
+from trl_search.common.files import read_object, write_json
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.environment import Environment
+from trl_search.records.trajectory_log import question_text
+from trl_search.trainer.resume import checkpoint_folder
+
+FILE = "question_order.json"
+
+
+class EpochOrder(Sampler[int]):
+    """The order of TRL's sampler for the trainer's current epoch.
+
+    TRL's sampler counts the epochs of this process, so a run that resumes in its second epoch would get the order of
+    the first.
+    """
+
+    def __init__(self, sampler: Any, trainer: Trainer) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(int((self.trainer.state.epoch or 0) + 1e-6)):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+
+class KeepsOrder(Trainer):
+    """A mixin that asks each question once per epoch, also if the run is resumed. List it before TRL's trainer."""
+
+    args: SearchGRPOConfig
+    environment: Environment | None
+    train_dataset: Any
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return EpochOrder(super()._get_train_sampler(dataset), self)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A resumed training calls it before its first batch.
+
+        Raises:
+            UserError: if the checkpoint was trained in another order.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.environment is not None and not self.args.ignore_data_skip:
+            check_order(Path(checkpoint), order_of(self.args, self.train_dataset))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.environment is not None and self.args.should_save:
+            write_json(checkpoint_folder(self, trial) / FILE, order_of(self.args, self.train_dataset))
+        super()._save_checkpoint(model, trial)
+
+
+def order_of(args: SearchGRPOConfig, dataset: Any) -> dict[str, Any]:
+    """Everything that determines which questions the n-th optimizer step trains on."""
+    digest = None  # of a stream, which cannot be read twice
+    if isinstance(dataset, Dataset):
+        found = hashlib.sha256()
+        columns = [name for name in ("question", "prompt") if name in dataset.column_names]
+        for row in dataset.select_columns(columns[:1]):
+            found.update(f"{question_text(row)}\n".encode(errors="replace"))
+        digest = found.hexdigest()
+    return {
+        "seed": args.seed,
+        "shuffle_dataset": args.shuffle_dataset,
+        "number of questions": len(dataset) if isinstance(dataset, Dataset) else None,
+        "questions": digest,
+        "questions per batch": (args.generation_batch_size or 1) // (args.num_generations or 1),
+        "steps per batch": (args.steps_per_generation or 1) * args.num_iterations / args.gradient_accumulation_steps,
+    }
+
+
+def check_order(checkpoint: Path, order: dict[str, Any]) -> None:
+    """Checks a run that resumes from `checkpoint`. Checkpoints of earlier versions have no file.
+
+    Raises:
+        UserError: if the checkpoint was trained in another order.
+    """
+    path = checkpoint / FILE
+    if not path.is_file():
+        return
+    found = list(differences(read_object(path, "remove it to continue without comparing"), order))
+    if not found:
+        return
+    said = [f"{name}: {old} then, {new} now" for name, old, new in found if name != "questions"]
+    raise UserError(
+        f"{checkpoint} was trained with other questions or batches ({', '.join(said) or 'the questions differ'}), so "
+        "this run would ask some questions twice and others never: resume with the same questions, seed and batches "
+        "(half as many processes need twice the gradient_accumulation_steps), or set ignore_data_skip: true to begin "
+        "with the first question again"
+    )
