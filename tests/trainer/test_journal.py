@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.scripted_trainer import GOLD, PASSAGES, answer, scripted_trainer, search, steps
-from trl_search.trainer.journal import Journal, batch_digest
+from trl_search.config.agent import AgentSettings
+from trl_search.trainer.batch import Rollout
+from trl_search.trainer.journal import Journal, batch_digest, open_journal
 from trl_search.types import (
     Answer,
     Completion,
@@ -17,6 +20,7 @@ from trl_search.types import (
     FinishReason,
     Invalid,
     Passage,
+    Sampling,
     Search,
     StopReason,
     ToolCall,
@@ -102,6 +106,27 @@ def test_a_changed_weight_or_setting_makes_another_batch():
     moved = torch.tensor([1, 1, 1, 1.0078125], dtype=torch.bfloat16)
     digests = {batch_digest([weights], "a"), batch_digest([moved], "a"), batch_digest([weights], "b")}
     assert len(digests) == 3 and batch_digest([weights.clone()], "a") in digests
+
+
+@pytest.mark.parametrize(("retriever", "found"), [("indexes/wiki", [0]), ("indexes/other", [])])
+def test_a_run_resumed_with_another_retriever_repeats_its_batch(tmp_path, retriever, found):
+    def opened(name, step):
+        return open_journal(
+            SimpleNamespace(
+                model=torch.nn.Linear(2, 2).requires_grad_(False),
+                args=SimpleNamespace(output_dir=str(tmp_path), agent=AgentSettings()),
+                last_rollout=Rollout(rows=[]),
+                run_log=SimpleNamespace(model="tiny", task={"retriever": name}, environment={}),
+                accelerator=SimpleNamespace(process_index=0),
+                state=SimpleNamespace(global_step=step),
+            ),
+            Sampling(),
+        )
+
+    with opened("indexes/wiki", 4) as journal:
+        journal.add(0, make_trajectory())
+    with opened(retriever, 4) as journal:
+        assert list(journal.finished) == found
 
 
 class Killed(BaseException):

@@ -92,11 +92,11 @@ def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
     """The journal of the batch that a [`SearchGRPOTrainer`] is about to roll out. Evaluations keep no journal."""
     journal = Journal(None)
     if trainer.model.training:
-        args, batch = trainer.args, trainer.last_rollout
+        args, batch, log = trainer.args, trainer.last_rollout, trainer.run_log
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        digest = batch_digest(
-            trained, trainer.run_log.model, args.agent, sampling, batch.prompt_ids, batch.rows, *batch.spare
-        )
+        searched = [pair for pair in log.task.items() if pair[0].startswith(("retriever", "world"))]
+        settings = log.model, searched, log.environment, args.agent, sampling
+        digest = batch_digest(trained, *settings, batch.prompt_ids, batch.rows, *batch.spare)
         path = Path(args.output_dir or ".") / FOLDER / f"rank{trainer.accelerator.process_index}.jsonl"
         # A run that was not resumed ignores the journal: its retriever may be another one.
         journal = Journal(path, digest, resumed=trainer.state.global_step > 0)
