@@ -17,6 +17,7 @@ import pytest
 import trl_search.cli.commands
 from tests.support.forked import ForkedProcess
 from trl_search.cli.main import command_names, is_user_error, main
+from trl_search.cli.options import tell_of_imports
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 
@@ -113,6 +114,22 @@ def test_mistakes_are_one_line(argv: list[str], said: str, capsys: pytest.Captur
     assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("terminal", "rank", "imported"), [(True, "0", False), (False, "0", False), (True, "1", False), (True, "0", True)]
+)
+def test_a_terminal_shows_what_takes_seconds(
+    terminal: bool, rank: str, imported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("RANK", rank)
+    tell_of_imports()
+    expected = "importing torch and TRL ...\n" if terminal and rank == "0" and not imported else ""
+    assert capsys.readouterr().err == expected
 
 
 def test_a_misspelt_option_is_an_error_before_the_trainer_is_imported() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,12 @@ def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on()) from None
+
+
+def tell_of_imports() -> None:
+    """Tells a user at a terminal why nothing happens: torch and TRL take 5 to 10 s to import."""
+    if sys.stderr.isatty() and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print("importing torch and TRL ...", file=sys.stderr, flush=True)
 
 
 def add_sampling_options(parser: Any, temperature: float, note: str = "0 is greedy") -> None:

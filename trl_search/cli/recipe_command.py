@@ -49,7 +49,7 @@ def run_recipe(
             takes seconds, after the checks.
         go_on (`Callable`): Takes the training's configuration and returns how to resume after Ctrl-C.
     """
-    from trl_search.cli.options import explained_interrupt
+    from trl_search.cli.options import explained_interrupt, tell_of_imports
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.recipe import build_arguments, recipe_values, split_recipe
 
@@ -57,6 +57,7 @@ def run_recipe(
         print_help(command, description or "", recipe_classes(command), all_keys="--help_all" in argv)
         return 0
     path, _ = split_recipe(argv, command)  # finds a mistake in the recipe's name before TRL is imported, for 6 s
+    tell_of_imports()
     if path is not None and (fitting := command_of(path, command)) != command:
         raise UserError(f"{path} has keys of another command: run trl-search {fitting} {path}")
     classes = recipe_classes(command)

@@ -29,6 +29,7 @@ from trl_search.cli.options import (
     add_world_options,
     sampling_of,
     searched_of,
+    tell_of_imports,
 )
 from trl_search.cli.parser import CommandParser
 from trl_search.cli.retriever_checks import retriever_checks
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("there is no question: give one in quotes, or one per line on stdin")
     if what == "web" and args.passages_per_query is None:
         args.passages_per_query = WEB_HITS
+    tell_of_imports()
     settings = asked(trained_settings(args.model), vars(args))
     searches = takes_retriever(settings.environment)
     if not searches and (args.retriever or args.world):

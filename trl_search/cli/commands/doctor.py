@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_search.cli.options import tell_of_imports
 from trl_search.cli.parser import CommandParser
 from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks, server_checks
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and (args.recipe is None or is_model(args.recipe)):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    tell_of_imports()
     recipe: Mapping[str, Any] | None = None
     classes: tuple[Any, ...] = ()
     if args.recipe is not None and not is_model(args.recipe):

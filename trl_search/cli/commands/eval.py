@@ -32,6 +32,7 @@ from trl_search.cli.options import (
     explained_interrupt,
     question_fields,
     sampling_of,
+    tell_of_imports,
 )
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
@@ -130,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max_failed_share is a share, from 0 to 1; got {args.max_failed_share}")
     if args.concurrency < 1:
         raise UserError(f"--concurrency is how many questions are asked at once, at least 1; got {args.concurrency}")
+    tell_of_imports()
     from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.evaluation.run import Plan, run_evaluation
 
