@@ -99,6 +99,19 @@ def test_each_question_weighs_the_same_in_the_means(tmp_path, random_model, toke
         assert call(DATA.select(range(4))) == pytest.approx(1 / 4)
 
 
+def test_the_mean_of_a_reward_weighs_the_trajectories_that_have_it(tmp_path, random_model, tokenizer):
+    """Batches of two questions: the first of the first batch has no reward."""
+
+    def for_some(completions: Any, question: list[str], **kwargs: Any) -> list[float | None]:
+        values = {ROWS[0]["question"]: None, ROWS[1]["question"]: 1.0}
+        return [values.get(text, 0.0) for text in question]
+
+    trainer = real_trainer(tmp_path, random_model, tokenizer, rewards=for_some)
+    for rows, mean in ((DATA.select(range(4)), 1 / 3), (DATA.select([2, 3, 0]), 0.0), (DATA.select([0, 0, 1]), 1.0)):
+        metrics = trainer.evaluate(rows)
+        assert metrics["eval_reward"] == metrics["eval_rewards/for_some/mean"] == pytest.approx(mean)
+
+
 def test_a_batch_that_is_scored_after_an_evaluation_has_rewards(tmp_path, random_model, tokenizer):
     trainer = scripted_trainer(tmp_path, random_model, tokenizer)
     trainer.evaluate(DATA.select(range(2)))
@@ -132,6 +145,18 @@ def test_the_best_checkpoint_is_chosen_by_one_of_several_sets(tmp_path, random_m
         UserError, match=r"names none of the evaluation sets.*such as eval_near_reward, eval_far_reward"
     ):
         real_trainer(tmp_path, random_model, tokenizer, trainer={"eval_dataset": two}, **best)
+    for given, metric, remedy in (
+        (two["near"], "rewards/later_is_better", "eval_rewards/later_is_better/mean"),
+        (two, "near_later_is_better", "eval_near_rewards/later_is_better/mean"),
+    ):
+        options = {**best, "metric_for_best_model": metric}
+        with pytest.raises(UserError, match=rf"{metric} is a reward, not a metric: set it to {remedy}$"):
+            real_trainer(tmp_path, random_model, tokenizer, trainer={"eval_dataset": given}, **options)
+
+    def reward(completions: Any, **kwargs: Any) -> list[float]:
+        return later_is_better(completions)
+
+    real_trainer(tmp_path, random_model, tokenizer, rewards=reward, trainer={"eval_dataset": two["near"]}, **best)
     for given, metric in ((two["near"], "reward"), (two, "eval_near_reward"), (two, "far_reward")):
         one = {"eval_dataset": given}
         trainer = real_trainer(

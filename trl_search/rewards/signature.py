@@ -54,15 +54,20 @@ def check_calls(rewards: Iterable[Any], columns: Iterable[str], dataset: str) ->
             ) from error
 
 
+def names_in_logs(rewards: Sequence[Any]) -> list[str]:
+    """The names of rewards in TRL's metrics; a string is the name of a reward model."""
+    return [
+        reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward_name(reward) for reward in rewards
+    ]
+
+
 def check_names(rewards: Sequence[Any]) -> None:
     """Refuses two rewards of one name, whose means would be averaged in the logs.
 
     Raises:
         UserError: names them.
     """
-    names = [
-        reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward_name(reward) for reward in rewards
-    ]
+    names = names_in_logs(rewards)
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(
             f"two rewards are called {min(repeated)!r}, so the logs would mix them: give one another name, "

@@ -4,7 +4,8 @@
     predict(rows)                         test_reward                                               eval_popqa_reward
 
 TRL names its metrics `eval_...` whatever the set, so that the sets of a dict would overwrite each other, and averages
-the means of batches. Here, a batch weighs as much as it has trajectories. Several processes fill the last batch with
+the means of batches. Here, a batch weighs as much as it has trajectories, or, in the mean of a reward, trajectories
+that have the reward: failed ones have none, and a function may return None. Several processes fill the last batch with
 questions that were already asked; these get no reward and count in no mean of rewards and rollouts. TRL's own means of
 that batch (the loss, the entropy, `completions/...`) include them.
 """
@@ -14,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
@@ -24,20 +27,36 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.protocols import Protocol
+from trl_search.rewards.signature import names_in_logs
 from trl_search.trainer.prompts import check_reward_calls, with_prompts, with_room
 from trl_search.trainer.replaced import replaced
 
+# TRL's metrics that a reward function may be called like.
+TRLS_METRICS = frozenset({"reward", "reward_std", "frac_reward_zero_std", "entropy"})
 
-def check_best_model(args: SearchGRPOConfig, eval_dataset: Any) -> None:
-    """Raises `UserError` if `metric_for_best_model` names none of several evaluation sets."""
-    if args.metric_for_best_model is None or not isinstance(eval_dataset, Mapping):
+
+def check_best_model(args: SearchGRPOConfig, eval_dataset: Any, rewards: Sequence[Any]) -> None:
+    """Checks `metric_for_best_model`, which transformers would miss only after the first evaluation.
+
+    Raises:
+        UserError: if it names none of several evaluation sets, or a reward instead of its mean.
+    """
+    if args.metric_for_best_model is None:
         return
-    metric = args.metric_for_best_model.removeprefix("eval_")
-    if not any(metric.startswith(f"{name}_") for name in eval_dataset):
-        names = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
+    given, prefix = args.metric_for_best_model, ""
+    metric = given.removeprefix("eval_")
+    if isinstance(eval_dataset, Mapping):
+        prefix = max((f"{name}_" for name in eval_dataset if metric.startswith(f"{name}_")), key=len, default="")
+        if not prefix:
+            names = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
+            raise UserError(
+                f"metric_for_best_model={given} names none of the evaluation sets: set it to a metric of one of them, "
+                f"such as {names}"
+            )
+    reward = metric.removeprefix(prefix).removeprefix("rewards/")
+    if reward in set(names_in_logs(rewards)) - TRLS_METRICS:
         raise UserError(
-            f"metric_for_best_model={args.metric_for_best_model} names none of the evaluation sets: set it to a "
-            f"metric of one of them, such as {names}"
+            f"metric_for_best_model={given} is a reward, not a metric: set it to eval_{prefix}rewards/{reward}/mean"
         )
 
 
@@ -50,9 +69,11 @@ class Evaluates(Trainer):
     reward_funcs: list[Any]
     model: PreTrainedModel
     num_generations_eval: Any
+    reward_func_names: list[str]
     _metrics: Any
     _prefix = "eval"  # of the metrics of the running evaluation
     _batch_rows: Sequence[int] = ()  # the rows of each of its batches, of all ranks, without repeated ones
+    _scored_rows: Mapping[str, list[int]] = MappingProxyType({})  # those in the mean of a reward, by metric
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -97,11 +118,21 @@ class Evaluates(Trainer):
         self._batch_rows = [*self._batch_rows, rows]
         return rows
 
+    def count_rewards(self, rewards_RF: torch.Tensor) -> None:
+        """Counts the rewards of an evaluation's batch, of all ranks. NaN: no reward."""
+        there_RF = ~rewards_RF.isnan()
+        counts = {"reward": int(there_RF.any(dim=1).sum())}
+        for name, count in zip(self.reward_func_names, there_RF.sum(dim=0).tolist(), strict=True):
+            counts[f"rewards/{name}/mean"] = counts[f"rewards/{name}/std"] = count
+        counts["reward_std"] = counts["reward"]
+        self._scored_rows = {name: [*self._scored_rows.get(name, ()), count] for name, count in counts.items()}
+
     def _measured(self) -> dict[str, float]:
         """The means over the batches of the evaluation. They are forgotten, so TRL and the next one add none."""
         means = {}
         for name, values in self._metrics["eval"].items():
-            weights = self._batch_rows if len(values) == len(self._batch_rows) else [1] * len(values)
+            rows = self._scored_rows.get(name, self._batch_rows)
+            weights = rows if len(values) == len(rows) else [1] * len(values)
             known = [(value, weight) for value, weight in zip(values, weights, strict=True) if not math.isnan(value)]
             if total := sum(weight for _, weight in known):
                 means[f"{self._prefix}_{name}"] = sum(value * weight for value, weight in known) / total
@@ -132,7 +163,7 @@ class Evaluates(Trainer):
             UserError: if a batch does not hold whole groups, or a reward cannot be called.
         """
         self._metrics["eval"].clear()
-        self._batch_rows = ()
+        self._batch_rows, self._scored_rows = (), {}
         rows, size = self.args.eval_batch_size * self.args.world_size, self.num_generations_eval
         if rows % size:
             raise UserError(

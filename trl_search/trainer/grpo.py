@@ -198,7 +198,7 @@ class SearchGRPOTrainer(
             check_names(rewards)
             check_reward_calls(rewards, train_dataset, "train_dataset")
             if args.eval_strategy != "no":
-                check_best_model(args, eval_dataset)
+                check_best_model(args, eval_dataset, rewards)
                 check_reward_calls(rewards, eval_dataset, "eval_dataset")
         with making_ours(args) if environment is not None and args.use_vllm else contextlib.nullcontext():
             super().__init__(
@@ -264,8 +264,12 @@ class SearchGRPOTrainer(
         # TRL's importance correction needs an extra forward pass; `SearchLoss` corrects in the loss instead.
         with replaced(self, "vllm_importance_sampling_correction", theirs):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.environment is not None and self.model.training:
-            assert batch.rewards_RF is not None
+        if self.environment is None:
+            return output
+        assert batch.rewards_RF is not None
+        if not self.model.training:
+            self.count_rewards(batch.rewards_RF)
+        else:
             drop_rounding(output["advantages"], batch.rewards_RF, self)
             weights_F, names = self.reward_weights, self.reward_func_names
             scored = Scored(loss_mask_of(output), output["advantages"], batch.rewards_RF, weights_F, names)
