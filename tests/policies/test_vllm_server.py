@@ -339,13 +339,19 @@ def answering():
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        has_failed = False
+
         def do_GET(self):
-            self.reply(200, '{"data": [{"id": "m", "max_model_len": 64}], "version": "0.31.0"}')
+            if self.has_failed:
+                self.close_connection = True  # without an answer
+            else:
+                self.reply(200, '{"data": [{"id": "m", "max_model_len": 64}], "version": "0.31.0"}')
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path == "/collective_rpc":  # as without VLLM_SERVER_DEV_MODE=1
-                return self.reply(404, "not found")
+            if self.path == "/collective_rpc":  # as without --worker-extension-cls
+                self.has_failed = True  # vLLM no longer answers on this connection
+                return self.reply(500, "CPUWorker has no started_at")
             self.reply(*(answers.pop(0) if len(answers) > 1 else answers[0]))
 
         def reply(self, status, text):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
 
-# For `/collective_rpc`, which a server has with VLLM_SERVER_DEV_MODE=1; `WeightChecksums` answers.
-ASK_WORKER_START = {"method": "started_at"}
+# For `/collective_rpc`, which a server has with VLLM_SERVER_DEV_MODE=1; `WeightChecksums` answers. Without it, the
+# server answers 500 and then closes the connection, on which the next request would be lost.
+ASK_WORKER_START: dict[str, Any] = {"json": {"method": "started_at"}, "headers": {"Connection": "close"}}
 
 
 def read_start_time(metrics: str) -> float | None:

@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 VLLM_VERSIONS = ("0.22.0", "0.32.0")
 # Requests in flight at once per process. Others queue here, to save file descriptors of the server.
 MAX_CONNECTIONS = 512
-# Below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE).
-_KEEP_ALIVE_S = 4.0
+# Well below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): with 4, requests of a busy
+# rank were still lost.
+_KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 10.0
 _RPC = "/collective_rpc"
 
@@ -259,7 +260,7 @@ class VLLMServerPolicy(Policy):
         self._engines = range(count_engines(metrics))
         started_at = read_start_time(metrics)
         if started_at is None:
-            worker = await client.post(_RPC, json=ASK_WORKER_START, timeout=_PROBE_TIMEOUT_S)
+            worker = await client.post(_RPC, **ASK_WORKER_START, timeout=_PROBE_TIMEOUT_S)
             started_at = read_worker_start(worker)
         self.see(started_at, gone)
 
@@ -325,7 +326,7 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
                     client.get("/health").raise_for_status()
                     found = read_start_time(client.get("/metrics").text)
                     if found is None:
-                        found = read_worker_start(client.post(_RPC, json=ASK_WORKER_START))
+                        found = read_worker_start(client.post(_RPC, **ASK_WORKER_START))
         except httpx.HTTPError as error:
             raise _lost(base_url, time.monotonic() - started, error) from error
     return found
