@@ -155,6 +155,34 @@ def test_when_the_last_server_dies_the_rollout_ends(servers):
         roll_out(policy_of(servers))
 
 
+def test_a_warning_names_the_lost_server_once_and_no_remedy_that_ends_the_run(servers, caplog):
+    servers[0].dies_after = 6
+    roll_out(policy_of(servers))
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Continuing")]
+    assert len(said) == 1 and said[0].startswith(f"Continuing with one server: the vLLM server at {servers[0].url} ")
+    assert "resume" not in said[0]
+
+
+def test_a_turn_after_the_loss_of_all_servers_names_it(servers):
+    """Another trajectory has had the error, for example while this one searched."""
+
+    async def go():
+        policy = policy_of(servers)
+        await policy.open()
+        for one in servers:
+            one.server.kill()
+        try:
+            for _ in range(2):
+                with pytest.raises(ServerLost, match="was lost"):
+                    await policy.generate([1], max_tokens=8, sampling=SAMPLING)
+            with pytest.raises(ServerLost, match="was lost"):
+                await policy.interrupt()
+        finally:
+            await policy.close()
+
+    asyncio.run(go())
+
+
 def test_a_request_that_every_server_would_refuse_is_not_retried(servers):
     with pytest.raises(ValueError, match="need 600 tokens"):
         roll_out(policy_of(servers, context_length=600))

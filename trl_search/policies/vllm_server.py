@@ -17,6 +17,7 @@ restarted meanwhile serves the weights that it was started with until the next s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts, attempts_async
@@ -115,8 +116,8 @@ class VLLMServerPolicy(Policy):
         except httpx.HTTPError as error:
             await self.close()
             raise ServerLost(
-                f"no vLLM server answers at {self.base_url} ({_reason(error)}): start it first (`vllm serve`, see "
-                "docs/vllm.md), or correct vllm_server_base_url"
+                f"no vLLM server answers at {self.base_url} ({_reason(error)})",
+                "start it first (`vllm serve`, see docs/vllm.md), or correct vllm_server_base_url",
             ) from error
         except UserError:
             await self.close()
@@ -201,7 +202,8 @@ class VLLMServerPolicy(Policy):
                 if seconds > self.patience_s:
                     raise ServerLost(
                         f"the vLLM server at {self.base_url} is up, but failed a request {tries} times in "
-                        f"{seconds:.0f} s, the last time with: {error}. Read its log"
+                        f"{seconds:.0f} s, the last time with {error}",
+                        "read its log",
                     ) from error
             await asyncio.sleep(min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
 
@@ -251,8 +253,8 @@ class VLLMServerPolicy(Policy):
     def _require_weights(self) -> None:
         if self.restarted and self.weights_since is not None:
             raise ServerLost(
-                f"the vLLM server at {self.base_url} was restarted during training and has lost the policy's weights: "
-                "resume this run from its last checkpoint, which sends them again"
+                f"the vLLM server at {self.base_url} was restarted during training and has lost the policy's weights",
+                "resume this run from its last checkpoint, which sends them again",
             )
 
     async def _look(self, client: httpx.AsyncClient, gone: bool = False) -> None:
@@ -296,14 +298,23 @@ class VLLMServerPolicy(Policy):
 def version_problem(version: str) -> str:
     """Why a version of vLLM may not work with this TRL; empty if it does."""
     first, last = VLLM_VERSIONS
-    # CPU builds have versions such as 0.32.0+cpu.
-    if Version(first) <= Version(Version(version).base_version) <= Version(last):
-        return ""
+    # CPU builds have versions such as 0.32.0+cpu, and an unfinished build is called dev.
+    with contextlib.suppress(InvalidVersion):
+        if Version(first) <= Version(Version(version).base_version) <= Version(last):
+            return ""
     return f"vLLM {version} is outside {first} to {last}, the versions that were tested with TRL 1.16"
 
 
 class ServerLost(UserError):
-    """A server no longer answers, or was restarted and has lost the weights that it was sent."""
+    """A server no longer answers, or was restarted and has lost the weights that it was sent.
+
+    Attributes:
+        said (`str`): The message without the remedy, which is for a run that ends.
+    """
+
+    def __init__(self, said: str, remedy: str) -> None:
+        super().__init__(f"{said}: {remedy}")
+        self.said = said
 
 
 class _Trouble(Exception):
@@ -334,8 +345,8 @@ def server_start_time(base_url: str, patience_s: float) -> float | None:
 
 def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> ServerLost:
     return ServerLost(
-        f"the vLLM server at {base_url} was lost, and did not come back in {seconds:.0f} s ({_reason(error)}): "
-        "start it again, then resume from the last checkpoint"
+        f"the vLLM server at {base_url} was lost, and did not come back in {seconds:.0f} s ({_reason(error)})",
+        "start it again, then resume from the last checkpoint",
     )
 
 

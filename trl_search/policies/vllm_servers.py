@@ -36,6 +36,7 @@ class VLLMServersPolicy(Policy):
     def __init__(self, servers: Sequence[VLLMServerPolicy]) -> None:
         self._servers = list(servers)
         self._well: list[VLLMServerPolicy] = []
+        self._last_loss: ServerLost
         self._homes: Homes[VLLMServerPolicy] = Homes()
 
     async def open(self) -> None:
@@ -45,13 +46,14 @@ class VLLMServersPolicy(Policy):
             if error is None:
                 self._well.append(server)
             elif isinstance(error, ServerLost):
-                logger.warning("Continuing without one server: %s", error)
+                logger.warning("Continuing without one server: %s.", error.said)
             else:
                 await self.close()
                 raise error
         if not self._well:
             await self.close()
-            raise ServerLost("; ".join(str(error) for error in opened))
+            lost = [error.said for error in opened if isinstance(error, ServerLost)]
+            raise ServerLost("; ".join(lost), "start them again, then resume from the last checkpoint")
 
     async def close(self) -> None:
         await asyncio.gather(*(server.close() for server in self._servers))
@@ -63,18 +65,25 @@ class VLLMServersPolicy(Policy):
                 await interruption
             except ServerLost as error:
                 self._leave_out(server, error)
+        if not self._well:
+            raise self._last_loss
 
     async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
-        while True:
+        while self._well:
             server = self._homes.choose(self._well)
             try:
                 return await server.generate(prompt_ids, **turn)
             except ServerLost as error:
                 self._leave_out(server, error)
+        raise self._last_loss
 
     def _leave_out(self, server: VLLMServerPolicy, error: ServerLost) -> None:
         if server in self._well:
             self._well.remove(server)
-            logger.warning("Continuing with %d servers, because one is lost: %s", len(self._well), error)
-        if not self._well:
-            raise error
+            self._last_loss = error
+            if self._well:
+                logger.warning("Continuing with %s: %s.", _counted(len(self._well)), error.said)
+
+
+def _counted(servers: int) -> str:
+    return "one server" if servers == 1 else f"{servers} servers"

@@ -105,7 +105,7 @@ def servers(monkeypatch):
 
     def start_time(url, patience_s):
         if servers[url].started_at is None:
-            raise ServerLost(f"{url} was lost")
+            raise ServerLost(f"{url} was lost", "start it again")
         return servers[url].started_at
 
     monkeypatch.setattr(server_sync, "ServerClient", Client)
@@ -167,7 +167,7 @@ def test_a_server_that_was_restarted_between_two_syncs_joins_again(servers):
 def test_without_servers_the_run_ends(servers):
     members = join([A, B])
     servers[A].started_at = servers[B].started_at = None
-    with pytest.raises(UserError, match="gpu-1:8000 was lost; http://gpu-2:8000 was lost"):
+    with pytest.raises(UserError, match="gpu-1:8000 was lost: start it again; http://gpu-2:8000 was lost"):
         members.send(iter(WEIGHTS))
 
 

@@ -85,8 +85,8 @@ def post(url: str, path: str, body: dict[str, Any], rank: int, patience_s: float
                     response.raise_for_status()
     except httpx.HTTPError as error:
         raise ServerLost(
-            f"the vLLM server at {url} did not load the adapter ({path}: {error}): restart it, then resume from the "
-            "last checkpoint"
+            f"the vLLM server at {url} did not load the adapter ({path}: {error})",
+            "restart it, then resume from the last checkpoint",
         ) from error
     # On a retry, the adapter may already be loaded; after a restart, the old one cannot be unloaded. Both are fine.
     if response.is_success or "already been loaded" in response.text or "unload" in path:

@@ -96,8 +96,8 @@ class WeightServers:
             sent = self._update(weights)
         except _LOST as error:
             raise ServerLost(
-                f"a vLLM server died while it received weights ({error}): restart it, then resume from the last "
-                "checkpoint"
+                f"a vLLM server died while it received weights ({error})",
+                "restart it, then resume from the last checkpoint",
             ) from error
         for url, member in list(self.members.items()):
             try:
@@ -107,7 +107,7 @@ class WeightServers:
             except _LOST as error:
                 self._leave_out(url, error)
         if not self.members:
-            raise ServerLost("no vLLM server is left: restart them, then resume from the last checkpoint")
+            raise ServerLost("no vLLM server is left", "restart them, then resume from the last checkpoint")
 
     def _update(self, weights: Weights) -> dict[torch.dtype, dict[str, torch.Tensor]]:
         """Sends the weights in one pass, and returns the checksums of the sent tensors in each server's type."""
@@ -149,7 +149,8 @@ class WeightServers:
 
     def _leave_out(self, url: str, error: Exception) -> None:
         if self.members.pop(url, None):
-            logger.warning("The vLLM server at %s is left out until it answers again: %s", url, error)
+            said = error.said if isinstance(error, ServerLost) else error
+            logger.warning("The vLLM server at %s is left out until it answers again: %s", url, said)
 
     def _join(self, url: str, started_at: float | None) -> Member:
         client = ServerClient(base_url=url, group_port=self._next_port, connection_timeout=self._first_patience_s)

@@ -152,8 +152,8 @@ class SearchVLLM(VLLMGeneration):
         # Several API server processes do not report a start time, so a request cannot detect a restart.
         if len(self.urls) == 1 and servers[0].restarted:
             raise ServerLost(
-                f"the vLLM server at {self.urls[0]} was restarted during training and has lost the policy's weights: "
-                "resume this run from its last checkpoint, which connects it to the server again"
+                f"the vLLM server at {self.urls[0]} was restarted during training and has lost the policy's weights",
+                "resume this run from its last checkpoint, which connects it to the server again",
             )
 
     @contextlib.contextmanager
@@ -241,7 +241,7 @@ class SearchVLLM(VLLMGeneration):
                 except ServerLost as error:
                     if url == self.urls[-1] and not serving:
                         raise
-                    logger.warning("A vLLM server is left out until it answers again: %s", error)
+                    logger.warning("A vLLM server is left out until it answers again: %s", error.said)
         self._share_serving(serving)
 
     @functools.cached_property
