@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.support.scripted_trainer import config
 from trl_search.common.errors import UserError
 from trl_search.config.trl_keys import CHOICES
+from trl_search.trainer.sft import SearchSFTConfig
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,13 @@ from trl_search.config.trl_keys import CHOICES
         ({"min_p": 2.0}, "min_p=2.0 must be a number from 0 to 1"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be at least 0"),
         ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
+        ({"beta": float("nan")}, "beta=nan must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be a finite number, at least 0"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        ({"adam_beta1": 1.0}, "adam_beta1=1.0 must be at least 0 and less than 1"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
@@ -46,6 +54,11 @@ from trl_search.config.trl_keys import CHOICES
 def test_wrong_values_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(tmp_path, **options)
+
+
+def test_a_cold_start_refuses_wrong_values_of_the_optimizer_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="learning_rate=nan must be a finite number"):
+        SearchSFTConfig(str(tmp_path), learning_rate=float("nan"), use_cpu=True, bf16=False)
 
 
 def test_right_values_are_accepted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trl_search.cli.model_checks import check_template, model_checks
 from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
 from trl_search.policies import loading
-from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
+from trl_search.policies.loading import adapter_config, check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer import inputs
 from trl_search.trainer.inputs import tokenizer_of
@@ -110,6 +110,13 @@ def test_a_tokenizer_of_another_model_is_refused_from_the_configuration(tmp_path
             refuse()
     check = check_template(folder, "search_r1")
     assert check.status is Status.PROBLEM and "do not belong together" in check.said
+
+
+def test_an_adapter_has_a_rank_or_is_refused():
+    assert adapter_config(ModelConfig("tiny", use_peft=True, lora_r=2)).target_modules == "all-linear"
+    assert adapter_config(ModelConfig("tiny", lora_r=0)) is None
+    with pytest.raises(UserError, match="lora_r=0 is the rank of the adapter"):
+        adapter_config(ModelConfig("tiny", use_peft=True, lora_r=0))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

@@ -54,7 +54,7 @@ def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source:
 
 
 def check_least(settings: object, **least: int) -> None:
-    """Raises `UserError` for a value below its least one. `None`, no limit, may stay.
+    """Raises `UserError` for a value below its least one, and for NaN. `None`, no limit, may stay.
 
     Example:
         >>> check_least(SearchGRPOConfig(log_trajectories=-1), log_trajectories=0)
@@ -62,7 +62,7 @@ def check_least(settings: object, **least: int) -> None:
     """
     for name, bound in least.items():
         value = getattr(settings, name)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # NaN is not, either
             raise UserError(f"{name}={value} must be at least {bound}")
 
 

@@ -1,7 +1,8 @@
 """Checks values of TRL's own keys that TRL would refuse after the first rollout, or would train on without a word.
 
-temperature: -1      samples the least likely tokens
-loss_type: gspo      an error at the first loss
+temperature: -1        samples the least likely tokens
+loss_type: gspo        an error at the first loss
+max_grad_norm: .nan    clips nothing
 """
 
 from __future__ import annotations
@@ -20,6 +21,22 @@ CHOICES = {
 }
 
 
+def check_optimizer_keys(args: Any) -> None:
+    """Checks the keys of a [`~transformers.TrainingArguments`] that only the optimizer and the seeds read.
+
+    Raises:
+        UserError: for the first wrong value; the message names its key.
+    """
+    if not 0 <= args.learning_rate < math.inf:
+        raise UserError(f"learning_rate={args.learning_rate} must be a finite number, at least 0")
+    check_least(args, weight_decay=0, max_grad_norm=0, adam_epsilon=0, data_seed=0)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} must be at least 0 and less than 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"seed={args.seed} must be a whole number from 0 to 4,294,967,295, as numpy needs")
+
+
 def check_trls_keys(args: Any) -> None:
     """Checks a [`~trl.GRPOConfig`].
 
@@ -29,6 +46,7 @@ def check_trls_keys(args: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise unknown_name(name, getattr(args, name), choices)
+    check_optimizer_keys(args)
     check_least(args, num_iterations=1, beta=0, epsilon=0, epsilon_high=0)
     if not 0 < args.temperature < math.inf:
         raise UserError(

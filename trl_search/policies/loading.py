@@ -140,7 +140,13 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, str]
 
 
 def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
-    """The configuration of the adapter to train, by default on every linear layer; `None` for full fine-tuning."""
+    """The configuration of the adapter to train, by default on every linear layer; `None` for full fine-tuning.
+
+    Raises:
+        UserError: for a rank below 1, which PEFT would refuse once the model is loaded.
+    """
+    if model_config.use_peft and model_config.lora_r < 1:
+        raise UserError(f"lora_r={model_config.lora_r} is the rank of the adapter: give a whole number, at least 1")
     adapter: Any = get_peft_config(model_config)
     if adapter is not None and not adapter.target_modules:
         adapter.target_modules = "all-linear"

@@ -109,6 +109,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         UserError: for a mistake in the recipe.
     """
     refuse_quantization(model_config)
+    adapter_config(model_config)  # reports mistakes in it before anything is loaded
     refuse_one_process_for_several_gpus(config)
     if config.environment != SEARCH and arguments.warm_start_steps:
         raise UserError(

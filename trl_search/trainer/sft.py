@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.trl_keys import check_optimizer_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
@@ -67,6 +68,10 @@ class SearchSFTConfig(SFTConfig):
             "false: save only the adapter."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_optimizer_keys(self)
 
 
 class _SFTTrainer(FiniteSteps, SFTTrainer):

@@ -67,6 +67,7 @@ _DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
     """Runs a recipe of `trl-search sft`. Returns the folder of the model, or of the collection with `collect_only`."""
     refuse_quantization(model_config)
+    adapter_config(model_config)  # reports mistakes in it before anything is loaded
     if not arguments.collect_only:
         refuse_one_process_for_several_gpus(config)
     refuse_push(config.push_to_hub, config.output_dir)
