@@ -202,7 +202,8 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"output_dir": str(tmp_path / "deep" / "run"), "dtype": "float32", "save_strategy": "steps"}
     assert check_disk({**values, "save_total_limit": 1}, QWEN_3B).status is Status.OK
     assert check_disk({**values, "save_total_limit": 3}, QWEN_3B).status is Status.PROBLEM
-    assert check_disk({**values, "save_strategy": "no", "save_total_limit": 3}, QWEN_3B).status is Status.OK
+    unsaved = check_disk({**values, "save_strategy": "no", "save_total_limit": 3}, QWEN_3B)
+    assert (unsaved.status, unsaved.said) == (Status.OK, "no checkpoints are saved")
 
 
 def test_models_and_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

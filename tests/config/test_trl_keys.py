@@ -21,16 +21,23 @@ from trl_search.trainer.sft import SearchSFTConfig
     [
         ({"temperature": 0.0}, "temperature=0.0 must be more than 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be more than 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be more than 0"),
+        ({"temperature": float("nan")}, "temperature=nan is not a number"),
         ({"top_p": 0.0}, "top_p=0.0 must be more than 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5 must be more than 0 and at most 1"),
         ({"min_p": 2.0}, "min_p=2.0 must be a number from 0 to 1"),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be at least 0"),
         ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
-        ({"beta": float("nan")}, "beta=nan must be at least 0"),
+        ({"beta": float("nan")}, "beta=nan is not a number"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be a finite number, at least 0"),
         ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
-        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be at least 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan is not a number"),
+        ({"carry_over": float("nan")}, "carry_over=nan is not a number"),
+        ({"top_k": -5}, "top_k=-5 must be at least 0"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0 must be more than 0 and at most 1"),
+        ({"vllm_importance_sampling_clip_max": 0.0}, "vllm_importance_sampling_clip_max=0.0 must be more than 0"),
+        ({"num_generations": 0}, "num_generations=0 must be at least 2"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0 and max_steps=-1 train nothing"),
+        ({"max_grad_norm": -0.5}, "max_grad_norm=-0.5 must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
         ({"adam_beta1": 1.0}, "adam_beta1=1.0 must be at least 0 and less than 1"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0"),
@@ -57,7 +64,7 @@ def test_wrong_values_are_refused(tmp_path: Path, options: dict[str, Any], messa
 
 
 def test_a_cold_start_refuses_wrong_values_of_the_optimizer_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="learning_rate=nan must be a finite number"):
+    with pytest.raises(UserError, match="learning_rate=nan is not a number"):
         SearchSFTConfig(str(tmp_path), learning_rate=float("nan"), use_cpu=True, bf16=False)
 
 

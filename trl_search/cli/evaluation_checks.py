@@ -20,7 +20,6 @@ from trl_search.policies.loading import placement
 from trl_search.policies.vllm_address import client_options, read_models
 
 _TIMEOUT_S = 5.0
-_BYTES = {"float32": 4, "auto": 2, None: 2}
 
 
 def refuse_evaluation(plan: Plan) -> None:
@@ -59,7 +58,7 @@ def check_weights(model: str, dtype: str | None, devices: list[Device]) -> Check
     parameters = count_parameters(model)
     if parameters is None:
         return Check("gpu memory", Status.NOTE, "the size of the model is unknown until it is loaded")
-    need, total = parameters * _BYTES.get(dtype, 2), min(device.total for device in devices)
+    need, total = parameters * (4 if dtype == "float32" else 2), min(device.total for device in devices)
     said = f"the weights need {need / GIB:.1f} GiB, and a GPU here has {total / GIB:.1f} GiB"
     if need > total:
         return Check("gpu memory", Status.PROBLEM, said, "--dtype bfloat16, or --backend vllm_server on several GPUs")

@@ -272,8 +272,10 @@ def check_memory(values: Mapping[str, Any], parameters: int, devices: Sequence[D
 
 def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
     """A checkpoint holds the weights and Adam's moments, three times the weights; that of an adapter is small."""
-    if values.get("use_peft") or str(values.get("save_strategy")) == "no":
-        return Check("disk", Status.OK, "checkpoints are small")
+    if str(values.get("save_strategy")) == "no":
+        return Check("disk", Status.OK, "no checkpoints are saved")
+    if values.get("use_peft"):
+        return Check("disk", Status.OK, "checkpoints of an adapter are small")
     weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
     kept = values.get("save_total_limit") or 1
     need = weights * (3 * kept + 1)

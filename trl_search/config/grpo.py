@@ -212,6 +212,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         for name, value in checked_values(ours, [SearchGRPOConfig], "SearchGRPOConfig").items():
             setattr(self, name, value)
         check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
+        check_least(self, num_generations=2)  # a group; TRL divides by it before it looks
         GRPOConfig.__post_init__(self)
         check_agent(self)
         check_trls_keys(self)

@@ -7,6 +7,7 @@ max_grad_norm: .nan    clips nothing
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,20 +22,29 @@ CHOICES = {
 }
 
 
-def check_optimizer_keys(args: Any) -> None:
-    """Checks the keys of a [`~transformers.TrainingArguments`] that only the optimizer and the seeds read.
+def check_training_keys(args: Any) -> None:
+    """Checks the keys of a [`~transformers.TrainingArguments`], which GRPO and SFT share.
 
     Raises:
         UserError: for the first wrong value; the message names its key.
     """
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{field.name}=nan is not a number: give one, or leave it out")
     if not 0 <= args.learning_rate < math.inf:
         raise UserError(f"learning_rate={args.learning_rate} must be a finite number, at least 0")
     check_least(args, weight_decay=0, max_grad_norm=0, adam_epsilon=0, data_seed=0)
+    check_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, per_device_eval_batch_size=1)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 0 and less than 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"seed={args.seed} must be a whole number from 0 to 4,294,967,295, as numpy needs")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(
+            f"num_train_epochs={args.num_train_epochs} and max_steps={args.max_steps} train nothing: set one above 0"
+        )
 
 
 def check_trls_keys(args: Any) -> None:
@@ -46,8 +56,18 @@ def check_trls_keys(args: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise unknown_name(name, getattr(args, name), choices)
-    check_optimizer_keys(args)
-    check_least(args, num_iterations=1, beta=0, epsilon=0, epsilon_high=0)
+    check_training_keys(args)
+    check_least(args, num_iterations=1, beta=0, epsilon=0, epsilon_high=0, delta=0, top_k=0, num_generations_eval=1)
+    check_least(args, vllm_importance_sampling_clip_min=0, off_policy_mask_threshold=0)
+    if args.vllm_importance_sampling_clip_max is not None and args.vllm_importance_sampling_clip_max <= 0:
+        raise UserError(
+            f"vllm_importance_sampling_clip_max={args.vllm_importance_sampling_clip_max} must be more than 0: at 0, "
+            "no token would be trained on"
+        )
+    if not 0 < args.top_entropy_quantile <= 1:
+        raise UserError(
+            f"top_entropy_quantile={args.top_entropy_quantile} must be more than 0 and at most 1: all tokens"
+        )
     if not 0 < args.temperature < math.inf:
         raise UserError(
             f"temperature={args.temperature} must be more than 0: GRPO compares the different trajectories of a group"

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.trl_keys import check_optimizer_keys
+from trl_search.config.trl_keys import check_training_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
@@ -71,7 +71,7 @@ class SearchSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_optimizer_keys(self)
+        check_training_keys(self)
 
 
 class _SFTTrainer(FiniteSteps, SFTTrainer):

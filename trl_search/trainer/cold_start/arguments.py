@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,14 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
+        check_least(self, max_train_questions=1, min_searches=0)
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"temperature={self.temperature} must be at least 0 (greedy), and top_p={self.top_p} more than 0 and "
+                "at most 1"
+            )
+        if not 0 <= self.max_failed_share <= 1:
+            raise UserError(f"max_failed_share={self.max_failed_share} must be a number from 0 to 1")
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
         played = self.teacher == "scripts" or self.demonstrations > 0
