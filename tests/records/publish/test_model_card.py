@@ -16,10 +16,13 @@ from transformers import AutoTokenizer
 from trl_search.chat.session import load_chat
 from trl_search.common.errors import UserError
 from trl_search.config.agent import TINY, AgentSettings
+from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import PROTOCOLS, load_protocol
 from trl_search.records.publish.card_facts import CardFacts
 from trl_search.records.publish.model_card import (
+    CONFIG_KEYS,
+    OPTION_KEYS,
     example_conversation,
     question_for,
     snippet,
@@ -163,6 +166,14 @@ def test_the_card_contains_the_record_of_the_run_but_nothing_about_the_machine(f
     text = write_card(local).content
     assert "/home/me" not in text and "10.0.0.7" not in text
     assert "the questions of `q.jsonl`" in text and "`warm` (a local model)" in text
+
+
+def test_the_recipe_of_the_card_has_the_options_that_were_changed(facts):
+    defaults = {key.name: key.default for key in dataclasses.fields(SearchGRPOConfig)}
+    assert {name: defaults[name] for name in OPTION_KEYS} == OPTION_KEYS and defaults.keys() >= set(CONFIG_KEYS)
+    config = {**OPTION_KEYS, "turn_credit": "retrieval", "refill_groups": 2}
+    recipe = yaml.safe_load(block(write_card(dataclasses.replace(facts, info={**INFO, "config": config})), "yaml"))
+    assert OPTION_KEYS.keys() & recipe.keys() == {"turn_credit", "refill_groups"}
 
 
 def test_the_card_names_rollbacks(facts):

@@ -46,14 +46,19 @@ TASK_KEYS = (
 )  # fmt: skip
 CONFIG_KEYS = (
     "protocol", "instruction", "system_prompt", "chat_template_kwargs", "max_searches", "passages_per_query",
-    "max_queries_per_search",
-    "max_turn_length", "max_observation_length", "max_completion_length", "mask_observations", "reward_weights",
-    "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
-    "num_iterations", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "max_grad_norm", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards",
-    "temperature", "top_p", "use_vllm", "vllm_mode", "vllm_importance_sampling_mode", "bf16", "gradient_checkpointing",
-    "seed",
+    "max_queries_per_search", "max_turn_length", "max_observation_length", "max_completion_length",
+    "mask_observations", "reward_weights", "num_generations", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "max_steps", "num_train_epochs",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "beta", "epsilon",
+    "epsilon_high", "loss_type", "scale_rewards", "temperature", "top_p", "use_vllm", "vllm_mode",
+    "vllm_importance_sampling_mode", "bf16", "gradient_checkpointing", "seed",
 )  # fmt: skip
+# Options of the method, with their defaults; those that a run has changed are published.
+OPTION_KEYS = {
+    "turn_credit": "none", "turn_credit_coef": 0.5, "llds_coef": 0.0, "search_floor_steps": 0, "refill_groups": 0,
+    "curriculum": "none", "carry_over": 1.0, "max_staleness": 0, "importance_sampling_level": "token",
+    "top_entropy_quantile": 1.0,
+}  # fmt: skip
 
 
 def write_card(facts: CardFacts) -> ModelCard:
@@ -166,6 +171,7 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     recipe: dict[str, Any] = {"model_name_or_path": facts.hub_base} if facts.hub_base else {}
     recipe |= {key: _published(facts.task[key]) for key in TASK_KEYS if facts.task.get(key) is not None}
     recipe |= {key: facts.config[key] for key in CONFIG_KEYS if facts.config.get(key) is not None}
+    recipe |= {key: facts.config[key] for key, usual in OPTION_KEYS.items() if facts.config.get(key, usual) != usual}
     if facts.adapter is not None:
         names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
         adapter = {key: facts.adapter[name] for name, key in names.items() if facts.adapter.get(name) is not None}

@@ -43,11 +43,10 @@ def headline(run: Run) -> str:
         if len(reward) < 2:
             return "Nothing was measured yet."
         first, last = _ends(list(reward.values()))
-        said = f"The training reward {_went(first, last)} from {first:.3f} to {last:.3f}"
-        return f"{said}; held-out questions were not measured."
+        return f"The training reward {_went(first, last)}; held-out questions were not measured."
     (start, before), *_, (end, after) = em.items()
     questions = f" on {run.after['questions']:,} questions" if is_number(run.after.get("questions")) else ""
-    said = f"Held-out exact match {_went(before, after)} from {before:.3f} to {after:.3f}{questions}"
+    said = f"Held-out exact match {_went(before, after)}{questions}"
     noise = math.hypot(_half_width(run.before), _half_width(run.after))
     if abs(after - before) <= noise:
         return f"{said}, which is within the noise of the measurement (± {noise:.3f})."
@@ -60,7 +59,7 @@ def headline(run: Run) -> str:
 
 def _cold_start(run: Run) -> str:
     loss = list(points(run.history, "loss").values())
-    went = f" Its loss {_went(loss[0], loss[-1])} from {loss[0]:.3f} to {loss[-1]:.3f}." if len(loss) > 1 else ""
+    went = f" Its loss {_went(loss[0], loss[-1])}." if len(loss) > 1 else ""
     return f"A cold start: supervised training, without rewards.{went} What it answers, `trl-search eval` measures."
 
 
@@ -176,7 +175,9 @@ def _ends(values: list[float]) -> tuple[float, float]:
 
 
 def _went(before: float, after: float) -> str:
-    return "rose" if after > before else "fell" if after < before else "stayed"
+    """What a number did: "rose from 0.140 to 0.935", or "stayed at 0.935"."""
+    first, last = f"{before:.3f}", f"{after:.3f}"
+    return f"stayed at {last}" if first == last else f"{'rose' if after > before else 'fell'} from {first} to {last}"
 
 
 def _duration(seconds: float) -> str:
