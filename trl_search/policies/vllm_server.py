@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 VLLM_VERSIONS = ("0.22.0", "0.32.0")
 # Requests in flight at once per process. Others queue here, to save file descriptors of the server.
 MAX_CONNECTIONS = 512
-# Well below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): 4 s still lost a request
-# of a busy rank.
+# Well below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): with 4 s, a busy rank
+# still lost a request.
 _KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 10.0
 _RPC = "/collective_rpc"
