@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.servers import Said, serving
 from trl_search.cli.main import main
 from trl_search.cli.preflight import (
     EXTRAS,
@@ -148,13 +149,63 @@ def test_weight_sync():
     assert "VLLM_SERVER_DEV_MODE=1" in check_weight_sync(None).remedy
     assert "--weight-transfer-config" in check_weight_sync({"weight_transfer_config": None}).remedy
     assert check_weight_sync({**good, "device_config": {"device": "cpu"}}).status is Status.WARNING
+    shared = check_weight_sync({**good, "parallel_config": {"data_parallel_external_lb": True}})
+    assert shared.status is Status.PROBLEM and "--data-parallel-rank" in shared.remedy
 
 
 def test_adapters():
-    paths = frozenset({"/v1/load_lora_adapter"})
-    assert check_adapter_sync(paths, {}).status is Status.OK
-    assert "VLLM_SERVER_DEV_MODE" in check_adapter_sync(paths, None).remedy
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in check_adapter_sync(frozenset(), {}).remedy
+    assert check_adapter_sync(True, {}).status is Status.OK
+    assert "VLLM_SERVER_DEV_MODE" in check_adapter_sync(True, None).remedy
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in check_adapter_sync(False, {}).remedy
+
+
+class Stock:
+    """Answers as `vllm serve --disable-fastapi-docs` does."""
+
+    most_logprobs, adapters = 20, False
+
+    def __call__(self, asked):
+        if asked.target == "/v1/load_lora_adapter":
+            return Said({}, 405 if self.adapters else 404)
+        if asked.target == "/v1/models":
+            return Said({"data": [{"id": "tiny", "max_model_len": 1024}]})
+        if asked.target == "/version":
+            return Said({"version": "0.31.0"})
+        if asked.target != "/v1/completions":
+            return Said({"detail": "Not Found"}, 404)
+        body = asked.json
+        if body["logprobs"] > self.most_logprobs:
+            said = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
+            return Said({"error": {"message": said}}, 400)
+        tokens = ["a", "bc", "de"][: body["max_tokens"]]
+        top = (
+            {token: -(number + 1) / body["temperature"] for number, token in enumerate("abc")}
+            if body["temperature"]
+            else {}
+        )
+        logprobs = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top] * len(tokens)}
+        stop = (body["stop"] or [None])[0]
+        return Said({"choices": [{"token_ids": [1] * len(tokens), "logprobs": logprobs, "stop_reason": stop}]})
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_server_without_a_page_of_documentation_is_checked(adapters):
+    stock = Stock()
+    stock.adapters = adapters
+    with serving(stock) as server:
+        recipe = {"use_peft": True, "vllm_lora_sync": "adapter", "max_completion_length": 100}
+        checks = {check.name: check for check in server_checks(server.url, recipe)}
+    assert checks["server"].status is checks["logprobs mode"].status is checks["stop strings"].status is Status.OK
+    assert ("VLLM_SERVER_DEV_MODE" if adapters else "--enable-lora") in checks["weight sync"].remedy
+
+
+def test_a_refused_request_is_quoted_with_its_remedy():
+    stock = Stock()
+    stock.most_logprobs = 0
+    with serving(stock) as server:
+        (check,) = server_checks(server.url)
+    assert check.status is Status.PROBLEM and "(400: Requested sample logprobs of 5" in check.said
+    assert check.said.endswith("start it with --max-logprobs -1")
 
 
 def test_a_server_that_is_not_there_is_a_problem(capsys):

@@ -18,7 +18,8 @@ from packaging.version import Version
 
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_address import client_options, read_models
-from trl_search.policies.vllm_completions import format_request
+from trl_search.policies.vllm_completions import error_text, format_request, refusal
+from trl_search.policies.vllm_metrics import ONE_ADDRESS, shares_engines
 from trl_search.policies.vllm_server import version_problem
 from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.types import Sampling
@@ -87,7 +88,7 @@ class ServerFacts:
     version: str
     models: Sequence[Mapping[str, Any]]
     info: Mapping[str, Any] | None
-    paths: frozenset[str]
+    adapters: bool
     cold: Mapping[str, float]
     hot: Mapping[str, float]
     turn: Mapping[str, Any]
@@ -229,11 +230,16 @@ def ask_server(url: str) -> ServerFacts:
         version = client.get("/version").raise_for_status().json()["version"]
         models = read_models(client.get("/v1/models"))
         info = client.get("/server_info", params={"config_format": "json"})
-        paths = client.get("/openapi.json").raise_for_status().json()["paths"]
+        # It takes only POST; a server without the path answers 404.
+        adapters = client.get("/v1/load_lora_adapter").status_code == httpx.codes.METHOD_NOT_ALLOWED
 
         def ask(max_tokens: int, temperature: float, stop: Sequence[str] = (), **more: Any) -> dict[str, Any]:
             body = format_request(models[0]["id"], _PROMPT, max_tokens, Sampling(temperature), stop) | more
-            choice: dict[str, Any] = client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
+            answer = client.post("/v1/completions", json=body)
+            if answer.is_client_error:
+                said = f"{answer.status_code}: {error_text(answer)}"
+                raise refusal(url, said, needed=len(_PROMPT) + max_tokens, model=body["model"])
+            choice: dict[str, Any] = answer.raise_for_status().json()["choices"][0]
             return choice
 
         def top(temperature: float) -> dict[str, float]:
@@ -246,7 +252,7 @@ def ask_server(url: str) -> ServerFacts:
             version=version,
             models=models,
             info=info.json()["vllm_config"] if info.is_success else None,
-            paths=frozenset(paths),
+            adapters=adapters,
             cold=top(1.0),
             hot=top(2.0),
             turn=turn,
@@ -334,6 +340,9 @@ def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
     transfer = info.get("weight_transfer_config")
     if not transfer or transfer.get("backend") != "nccl":
         return Check(name, Status.PROBLEM, f"the server's weight-transfer engine is {transfer}", WEIGHT_TRANSFER)
+    if shares_engines(info):
+        said = "the server shares its engines with other servers, but weights reach all engines through one address"
+        return Check(name, Status.PROBLEM, said, ONE_ADDRESS)
     if (info.get("device_config") or {}).get("device") == "cpu":
         return Check(name, Status.WARNING, "the server runs on a CPU: NCCL cannot send weights to it")
     if (info.get("parallel_config") or {}).get("worker_extension_cls") != EXTENSION:
@@ -342,9 +351,9 @@ def check_weight_sync(info: Mapping[str, Any] | None) -> Check:
     return Check(name, Status.OK, "development endpoints, an NCCL engine and checksums are available")
 
 
-def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) -> Check:
+def check_adapter_sync(adapters: bool, info: Mapping[str, Any] | None) -> Check:
     """Checks what `vllm_lora_sync=adapter` needs: adapters loaded at run time, and settings that TRL can read."""
-    if "/v1/load_lora_adapter" not in paths:
+    if not adapters:
         remedy = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
         return Check("weight sync", Status.PROBLEM, "the server cannot load adapters at run time", remedy)
     if info is None:
@@ -354,7 +363,7 @@ def check_adapter_sync(paths: frozenset[str], info: Mapping[str, Any] | None) ->
 
 def _check_sync(facts: ServerFacts, recipe: Mapping[str, Any]) -> Check:
     if recipe.get("use_peft") and recipe.get("vllm_lora_sync") == "adapter":
-        return check_adapter_sync(facts.paths, facts.info)
+        return check_adapter_sync(facts.adapters, facts.info)
     return check_weight_sync(facts.info)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import httpx
+
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_address import KEY_REMEDY
 from trl_search.types import Completion, FinishReason, Sampling
@@ -98,6 +100,14 @@ def finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
         return FinishReason.INTERRUPTED
     # "stop" is the EOS (no stop reason), another end token of the generation config (its id), or a stop string.
     return FinishReason.STOP if isinstance(stop_reason, str) else FinishReason.EOS
+
+
+def error_text(response: httpx.Response) -> str:
+    """The server's message in a response with an error."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (KeyError, TypeError, ValueError):
+        return response.text[:500] or response.reason_phrase
 
 
 def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
+ONE_ADDRESS = "start it without --data-parallel-rank, --data-parallel-external-lb and --data-parallel-hybrid-lb"
 # For `/collective_rpc`, which a server has with VLLM_SERVER_DEV_MODE=1; `WeightChecksums` answers. Without it, the
 # server answers 500 and then closes the connection, on which the next request would be lost.
 ASK_WORKER_START: dict[str, Any] = {"json": {"method": "started_at"}, "headers": {"Connection": "close"}}
@@ -21,6 +23,12 @@ def read_start_time(metrics: str) -> float | None:
 def read_worker_start(answer: httpx.Response) -> float | None:
     """The start time of the first worker, from the answer to `ASK_WORKER_START`; `None` if the server refused."""
     return float(answer.json()["results"][0]) if answer.is_success else None
+
+
+def shares_engines(info: Mapping[str, Any]) -> bool:
+    """Whether some engines of the server's group are behind other addresses, from its settings (`/server_info`)."""
+    parallel = info.get("parallel_config") or {}
+    return bool(parallel.get("data_parallel_external_lb") or parallel.get("data_parallel_hybrid_lb"))
 
 
 def count_engines(metrics: str) -> int:

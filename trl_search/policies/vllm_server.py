@@ -32,7 +32,7 @@ from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
 from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_address import client_options, read_models, server_address
-from trl_search.policies.vllm_completions import format_request, read_completion, refusal
+from trl_search.policies.vllm_completions import error_text, format_request, read_completion, refusal
 from trl_search.policies.vllm_metrics import ASK_WORKER_START, count_engines, read_start_time, read_worker_start
 from trl_search.types import Completion, Sampling
 
@@ -220,7 +220,7 @@ class VLLMServerPolicy(Policy):
         if response.is_success:
             answer: dict[str, Any] = response.json()
             return answer
-        said = f"{response.status_code}: {_said(response)}"
+        said = f"{response.status_code}: {error_text(response)}"
         if response.status_code == 429 or response.status_code >= 500:
             raise _Trouble(said)
         needed = max(self.context_length, len(body["prompt"]) + body["max_tokens"])
@@ -348,13 +348,6 @@ def _lost(base_url: str, seconds: float, error: httpx.HTTPError) -> ServerLost:
         f"the vLLM server at {base_url} was lost, and did not come back in {seconds:.0f} s ({_reason(error)})",
         "start it again, then resume from the last checkpoint",
     )
-
-
-def _said(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (KeyError, TypeError, ValueError):
-        return response.text[:500] or response.reason_phrase
 
 
 def _reason(error: httpx.HTTPError) -> str:

@@ -27,6 +27,7 @@ import torch
 
 from trl_search.common.errors import UserError
 from trl_search.common.tls import tls_context
+from trl_search.policies.vllm_metrics import ONE_ADDRESS, shares_engines
 from trl_search.policies.vllm_server import ServerLost, server_start_time
 from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checksum
 from trl_search.trainer.generation.vllm_client import ServerClient, post
@@ -161,11 +162,10 @@ class WeightServers:
             # Both are compared, because some versions' names have only five letters.
             if other != url and instance and (instance, started_at) == (member.instance, member.started_at):
                 raise UserError(f"{url} and {other} are the same vLLM server: give each server once")
-        if parallel.get("data_parallel_external_lb") or parallel.get("data_parallel_hybrid_lb"):
+        if shares_engines(info):
             raise UserError(
                 f"the vLLM server at {url} shares its engines with other servers (external or hybrid load balancing), "
-                "and the weights must reach all engines through one address: start it without --data-parallel-rank, "
-                "--data-parallel-external-lb and --data-parallel-hybrid-lb"
+                f"but the weights must reach all engines through one address: {ONE_ADDRESS}"
             )
         client.init_communicator(device=self._device)
         engines = int(parallel.get("data_parallel_size", 1))
