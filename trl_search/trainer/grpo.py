@@ -73,7 +73,6 @@ from trl_search.trainer.groups.question_choice import (
     check_ranks_agree,
     question_choice_of,
 )
-from trl_search.trainer.groups.question_order import KeepsOrder
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.inputs import (
     RewardSpec,
@@ -100,15 +99,7 @@ from trl_search.types import Sampling
 
 
 class SearchGRPOTrainer(
-    RollsBack,
-    CarriesOver,
-    ChoosesQuestions,
-    KeepsOrder,
-    FiniteSteps,
-    Evaluates,
-    EvenMicroBatches,
-    SearchLoss,
-    GRPOTrainer,
+    RollsBack, CarriesOver, ChoosesQuestions, FiniteSteps, Evaluates, EvenMicroBatches, SearchLoss, GRPOTrainer
 ):
     """
     Trains a policy with GRPO to search, read and answer.

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -32,6 +32,7 @@ from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Question, Rollout, encode_prompts
 from trl_search.trainer.groups.group_rewards import Group, score_group
 from trl_search.trainer.groups.pass_rates import PassRates
+from trl_search.trainer.groups.question_order import KeepsOrder
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.loss.mask import loss_mask
 from trl_search.trainer.resume import checkpoint_folder
@@ -103,7 +104,7 @@ def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray
     return np.argsort(-keys_N, kind="stable")
 
 
-class ChoosesQuestions(Trainer):
+class ChoosesQuestions(KeepsOrder):
     """A mixin that replaces questions, and saves pass rates with checkpoints. List it before TRL's trainer."""
 
     args: SearchGRPOConfig
