@@ -5,6 +5,8 @@
 A checksum is the sum of a tensor's bit patterns: one changed element changes it, and with tensor parallelism the sums
 of the shards add up to that of the whole. Only matrices that vLLM keeps under their own names are compared, because it
 fuses q, k and v, and gate and up.
+
+The worker also says when it started, and which training sends its weights.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 EXTENSION = "trl_search.policies.weight_checksums.WeightChecksums"
 _SUMMED = ("o_proj.weight", "down_proj.weight")
 _STARTED_AT = time.time()  # of this worker
+_training = ""  # see `claim_weights`
 
 
 class WeightChecksums:
@@ -29,6 +32,15 @@ class WeightChecksums:
     def started_at(self) -> float:
         """When this worker started. A server with several API servers does not report its start time at `/metrics`."""
         return _STARTED_AT
+
+    def claim_weights(self, training: str) -> None:
+        """From now on, the training with this name sends the weights."""
+        global _training
+        _training = training
+
+    def weights_claimed_by(self) -> str:
+        """The training that sends the weights; empty if none does, as after a restart."""
+        return _training
 
     def weight_checksums(self) -> dict[str, int]:
         """The checksums of this worker's share of the weights, by the name of the tensor."""

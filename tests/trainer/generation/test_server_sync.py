@@ -36,6 +36,7 @@ class Server:
         self.serves_others, self.cache, self.keeps_its_cache = False, {"a prefix"}, False
         self.engines, self.of_second = 1, self.weights
         self.instance, self.shares_engines = f"{id(self)}", False
+        self.training = ""  # None: its trl-search is older
 
     def checksums(self):
         return worker_with(self.weights).weight_checksums()
@@ -86,6 +87,11 @@ def servers(monkeypatch):
         server = servers[url.rpartition("/")[0]]
         if url.endswith("/reset_prefix_cache"):
             return reset(server, **params)
+        if json["method"] == "claim_weights":
+            (server.training,) = json["args"]
+            return SimpleNamespace(status_code=200)
+        if json["method"] == "weights_claimed_by":
+            return SimpleNamespace(ok=server.training is not None, json=lambda: {"results": [server.training]})
         assert json["method"] == "require_checksums" and server.engines > 1
         try:
             worker_with(server.of_second).require_checksums(*json["args"])
@@ -137,6 +143,20 @@ def test_one_server_with_two_addresses_is_refused(servers):
     assert servers[A].ports == [51216]
     servers[A].instance = None  # unknown
     join([A, B])
+
+
+def test_a_second_training_on_a_server_ends_the_first(servers):
+    """Its sync would wait for workers that are in another NCCL group."""
+    first, second = join([A, B]), join([B])
+    with pytest.raises(UserError, match=r"another training has begun to send its weights to .*gpu-2:8000"):
+        first.send(iter(WEIGHTS))
+    assert servers[A].weights == servers[B].weights == {}
+    second.send(iter(WEIGHTS))
+    servers[B].training = None
+    second.send(iter(WEIGHTS))
+    servers[B].training, servers[B].started_at = "", 2.0  # it was restarted
+    second.send(iter(WEIGHTS))
+    assert servers[B].training == second._training
 
 
 def test_a_server_that_reaches_only_a_part_of_its_engines_is_refused(servers):
@@ -260,6 +280,14 @@ def test_checksums_detect_one_changed_element_and_add_up_over_shards():
     moved = tensor.clone()
     moved[1, 2] *= 1.01
     assert checksum(moved, torch.bfloat16) != whole
+
+
+def test_a_worker_says_which_training_sends_its_weights():
+    worker = worker_with({})
+    assert worker.weights_claimed_by() == ""
+    worker.claim_weights("a")
+    assert worker_with({}).weights_claimed_by() == "a"
+    worker.claim_weights("")
 
 
 def test_buckets_hold_copies_of_every_tensor():

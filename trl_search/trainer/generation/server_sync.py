@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,7 @@ class WeightServers:
     def __init__(self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float) -> None:
         self._urls, self._next_port, self._device = list(urls), group_port, device
         self._first_patience_s = patience_s
+        self._training = uuid.uuid4().hex
         self._patience_s = patience_s if len(urls) == 1 else SEVERAL_PATIENCE_S
         self.members: dict[str, Member] = {}
         for url in urls:
@@ -90,8 +92,11 @@ class WeightServers:
         """Sends the weights to all servers. Of several servers, those that do not answer are left out until they do.
 
         Raises:
-            UserError: if no server is left, one died during the sync, kept its cache, or returned other checksums.
+            UserError: if no server is left, one died during the sync, kept its cache, returned other checksums, or
+                gets the weights of another training.
         """
+        for url, member in self.members.items():
+            self._refuse_another_training(url, member)
         self._meet()
         try:
             sent = self._update(weights)
@@ -169,7 +174,23 @@ class WeightServers:
             )
         client.init_communicator(device=self._device)
         engines = int(parallel.get("data_parallel_size", 1))
-        return Member(client, started_at, _checked_dtype(info), engines, instance)
+        dtype = _checked_dtype(info)
+        if dtype is not None:
+            post(f"{url}/collective_rpc", json={"method": "claim_weights", "args": [self._training]})
+        return Member(client, started_at, dtype, engines, instance)
+
+    def _refuse_another_training(self, url: str, member: Member) -> None:
+        """A training that joins takes the server's workers into its own NCCL group, and the next sync of this one
+        would wait for them forever. A lost server is left to `_meet`; one that does not say it cannot be checked."""
+        if member.dtype is None:
+            return
+        with contextlib.suppress(*_LOST):
+            answer = post(f"{url}/collective_rpc", json={"method": "weights_claimed_by"})
+            if answer.ok and answer.json()["results"][0] not in ("", self._training):
+                raise UserError(
+                    f"another training has begun to send its weights to the vLLM server at {url}: give each training "
+                    "its own server, then resume this one from its last checkpoint"
+                )
 
     def _drop_cache(self, url: str) -> None:
         """Drops the keys and values that were computed with older weights.
