@@ -1,6 +1,7 @@
 """Turns of a trajectory on one engine of a data-parallel vLLM server, or on any of them: seconds, and cached tokens.
 
     python benchmarks/server_engines.py                                   # 2 GPUs, 512 trajectories of the 3B shape
+    python benchmarks/server_engines.py --serve '--api-server-count 6'    # more options of `vllm serve`
     python benchmarks/server_engines.py --shape tiny --trajectories 32 --scale 0.1 --repeats 1     # CPUs, a smoke run
 
 Each engine has its own prefix cache, which is emptied before each round. The trajectories follow a plan
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,6 +47,7 @@ def serving(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(arguments.port), "--max-model-len", "8192", "--load-format", "dummy"]
     command += ["--data-parallel-size", str(arguments.engines), "--disable-uvicorn-access-log"]
+    command += shlex.split(arguments.serve)
     if not torch.cuda.is_available():
         command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
     environment = {**vllm_environment(folder), "VLLM_SERVER_DEV_MODE": "1"}
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--search_ms", type=float, default=20.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--serve", default="", help="more options of `vllm serve`")
     parser.add_argument("--port", type=int, default=8_190)
     arguments = parser.parse_args()
     plans = vllm_shape.make_plans(arguments.trajectories, arguments.scale)
