@@ -40,6 +40,7 @@ def test_addresses(given, address):
         ("http://gpu-1:port", "no more than a host, a port and a path"),
         ("http://gpu-1:8000 ", "no more than a host, a port and a path"),
         ("http://gpu-1:8000/?key=1", "no more than a host, a port and a path"),
+        ("http://http://gpu-1:8000", "got 'http://http://gpu-1:8000'"),
         ("http://gpu-1:8000/v1/", "without /v1: http://gpu-1:8000$"),
     ],
 )
@@ -50,6 +51,13 @@ def test_wrong_addresses_are_refused_at_once(tmp_path, given, said):
     with pytest.raises(UserError, match=said):
         VLLMServerPolicy(given)
     assert [check.status for check in server_checks(given)] == [Status.PROBLEM]
+
+
+def test_a_host_is_no_address(tmp_path):
+    options = {"use_cpu": True, "bf16": False, "use_vllm": True, "vllm_mode": "server"}
+    SearchGRPOConfig(str(tmp_path), **options, vllm_server_host="gpu-1")
+    with pytest.raises(UserError, match="got 'http://http://gpu-1:8000'"):
+        SearchGRPOConfig(str(tmp_path), **options, vllm_server_host="http://gpu-1")
 
 
 def test_one_address_given_twice_is_refused(tmp_path):

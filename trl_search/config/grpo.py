@@ -12,7 +12,7 @@ from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import check_least, checked_values
 from trl_search.config.trl_keys import check_trls_keys
-from trl_search.policies.vllm_address import server_addresses
+from trl_search.policies.vllm_address import server_address, server_addresses
 
 TURN_CREDIT = ("none", "information_gain", "retrieval")  # `trainer/turn_credit.py`
 # How the ratio of the trainer's to vLLM's probabilities becomes a weight in the loss (`trainer/loss/importance.py`).
@@ -223,6 +223,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 raise unknown_name(key.name, getattr(self, key.name), choices)
         if self.vllm_server_base_url is not None:
             self.vllm_server_base_url = server_addresses(self.vllm_server_base_url)
+        elif self.use_vllm and self.vllm_mode == "server":
+            server_address(f"http://{self.vllm_server_host}:{self.vllm_server_port}")
         if isinstance(self.vllm_engine_options, str):
             raise UserError(f"vllm_engine_options={self.vllm_engine_options!r} must be a JSON object")
         if self.vllm_importance_sampling_mode == "geometric_mask" and self.vllm_importance_sampling_clip_min is None:
