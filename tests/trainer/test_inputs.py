@@ -49,6 +49,8 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations configures TRL's .*max_searches"),
         ({"cache_implementation": "static"}, "cache_implementation configures TRL's generation"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching configures TRL's .*rollout_batch_size"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches: true gives processes other rows"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: true gives processes other rows"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True removes columns"),
         ({"trainer": {"peft_config": PROMPT_TUNING}}, "^prompt_tuning puts tokens before every prompt.*LoRA"),
         ({"trainer": {"peft_config": PREFIX_TUNING}}, "^prefix_tuning puts tokens before every prompt.*LoRA"),

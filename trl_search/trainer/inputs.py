@@ -144,6 +144,11 @@ def refuse_what_rollouts_cannot_do(
     for name, instead in _NOT_OURS.items():
         if getattr(args, name, None):
             raise UserError(f"{name} configures TRL's generation, which is not used here: {instead}")
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise UserError(
+                f"accelerator_config {name}: true gives processes other rows than GRPO's groups need: leave it out"
+            )
     if args.remove_unused_columns:
         raise UserError(
             "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
