@@ -82,9 +82,10 @@ def order_of(args: SearchGRPOConfig, dataset: Any) -> dict[str, Any]:
     digest = None  # of a stream, which cannot be read twice
     if isinstance(dataset, Dataset):
         found = hashlib.sha256()
-        columns = [name for name in ("question", "prompt") if name in dataset.column_names]
-        for row in dataset.select_columns(columns[:1]):
-            found.update(f"{question_text(row)}\n".encode(errors="replace"))
+        column = next(name for name in ("question", "prompt") if name in dataset.column_names)
+        for rows in dataset.select_columns(column).iter(batch_size=1000):
+            for value in rows[column]:
+                found.update(f"{question_text({column: value})}\n".encode(errors="replace"))
         digest = found.hexdigest()
     return {
         "seed": args.seed,
