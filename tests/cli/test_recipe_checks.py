@@ -160,7 +160,10 @@ def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         "use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
         "report_to: wandb needs wandb: pip install 'trl-search[wandb]'",
     ]
-    assert list(check_packages({"report_to": "none", "retriever": "bm25"})) == []
+    assert list(check_packages({"report_to": "none", "retriever": "bm25", "optim": "adamw_torch_8bit"})) == []
+    said = [check.said for check in check_packages({"report_to": "wandbb", "optim": "paged_lion_8bit"})]
+    assert said[0].startswith("unknown report_to 'wandbb': did you mean 'wandb'") and len(said) == 2
+    assert said[1] == "optim: paged_lion_8bit needs bitsandbytes"
 
 
 @pytest.mark.parametrize(

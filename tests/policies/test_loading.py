@@ -17,7 +17,14 @@ from trl_search.cli.model_checks import check_template, model_checks
 from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
 from trl_search.policies import loading
-from trl_search.policies.loading import adapter_config, check_vocabulary, load_base, load_model, load_tokenizer
+from trl_search.policies.loading import (
+    adapter_config,
+    check_target_modules,
+    check_vocabulary,
+    load_base,
+    load_model,
+    load_tokenizer,
+)
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer import inputs
 from trl_search.trainer.inputs import tokenizer_of
@@ -117,6 +124,17 @@ def test_an_adapter_has_a_rank_or_is_refused():
     assert adapter_config(ModelConfig("tiny", lora_r=0)) is None
     with pytest.raises(UserError, match="lora_r=0 is the rank of the adapter"):
         adapter_config(ModelConfig("tiny", use_peft=True, lora_r=0))
+    with pytest.raises(UserError, match=r"lora_dropout=3\.0 must be a number from 0 to 1"):
+        adapter_config(ModelConfig("tiny", use_peft=True, lora_dropout=3.0))
+
+
+def test_an_adapter_names_modules_of_the_model():
+    model = load_model(tiny_policy_path(), device="cpu")
+    for names in (["q_proj", "no_such"], ["all-linear"], None):
+        check_target_modules(model, adapter_config(ModelConfig(use_peft=True, lora_target_modules=names)))
+    check_target_modules(model, None)
+    with pytest.raises(UserError, match=r"no module qproj .*: it has .*q_proj"):
+        check_target_modules(model, adapter_config(ModelConfig(use_peft=True, lora_target_modules=["qproj"])))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

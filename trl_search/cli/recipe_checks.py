@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
@@ -33,6 +35,8 @@ from trl_search.protocols.instructions import tool_names
 
 GIB = 2**30
 _TRACKERS = ("wandb", "trackio", "tensorboard")
+# Parts of the names of optimizers that bitsandbytes implements.
+_OF_BITSANDBYTES = ("bnb", "8bit", "paged", "lion", "ademamix")
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -140,11 +144,27 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
     for tracker in set_names(values.get("report_to") or []):
         if tracker in _TRACKERS:
             wanted[f"report_to: {tracker}"] = (tracker, tracker)
+        elif tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            said = str(unknown_name("report_to", tracker, [*INTEGRATION_TO_CALLBACK, "none"]))
+            yield Check("packages", Status.PROBLEM, said)
     for key, (module, extra) in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield package_problem(key, module, extra)
         else:
             yield Check("packages", Status.OK, f"{module}, for {key}")
+    for key, module, package in _packages_of_others(values):
+        if importlib.util.find_spec(module) is None:
+            yield Check("packages", Status.PROBLEM, f"{key} needs {package}", f"pip install {package}")
+
+
+def _packages_of_others(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Packages that no extra installs, and that transformers misses only once the model is loaded: the key, the module
+    and the package."""
+    if values.get("use_liger_kernel"):
+        yield "use_liger_kernel: true", "liger_kernel", "liger-kernel"
+    optimizer = str(getattr(values.get("optim"), "value", values.get("optim")) or "")
+    if not optimizer.startswith("adamw_torch") and any(part in optimizer for part in _OF_BITSANDBYTES):
+        yield f"optim: {optimizer}", "bitsandbytes", "bitsandbytes"
 
 
 def check_model_is_there(name: str | None) -> Check:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -143,14 +144,32 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
     """The configuration of the adapter to train, by default on every linear layer; `None` for full fine-tuning.
 
     Raises:
-        UserError: for a rank below 1, which PEFT would refuse once the model is loaded.
+        UserError: for a value that PEFT would refuse once the model is loaded, or train without effect.
     """
     if model_config.use_peft and model_config.lora_r < 1:
         raise UserError(f"lora_r={model_config.lora_r} is the rank of the adapter: give a whole number, at least 1")
+    if model_config.use_peft and not (0 <= model_config.lora_dropout <= 1 and model_config.lora_alpha > 0):
+        raise UserError(
+            f"lora_dropout={model_config.lora_dropout} must be a number from 0 to 1, and "
+            f"lora_alpha={model_config.lora_alpha} more than 0"
+        )
     adapter: Any = get_peft_config(model_config)
     if adapter is not None and not adapter.target_modules:
         adapter.target_modules = "all-linear"
     return adapter
+
+
+def check_target_modules(model: PreTrainedModel, adapter: PeftConfig | None) -> None:
+    """Raises `UserError` if the model has no module that an adapter names. PEFT would say so after the warm start."""
+    wanted: Any = getattr(adapter, "target_modules", None)
+    names = [name for name, _ in model.named_modules()]
+    if wanted in (None, "all-linear") or any(check_target_module_exists(adapter, name) for name in names):
+        return
+    there = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in str(type(module))}
+    )
+    shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+    raise UserError(f"the model has no module {shown} (lora_target_modules): it has {', '.join(there)}; or all-linear")
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:

@@ -38,7 +38,14 @@ from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
-from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
+from trl_search.policies.loading import (
+    adapter_config,
+    base_name,
+    check_target_modules,
+    check_vocabulary,
+    load_base,
+    load_tokenizer,
+)
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.finish import REPORT, finish_run
 from trl_search.records.folder import AFTER_ROW, BEST_ROW
@@ -109,7 +116,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         UserError: for a mistake in the recipe.
     """
     refuse_quantization(model_config)
-    adapter_config(model_config)  # reports mistakes in it before anything is loaded
+    adapter = adapter_config(model_config)
     refuse_one_process_for_several_gpus(config)
     if config.environment != SEARCH and arguments.warm_start_steps:
         raise UserError(
@@ -139,6 +146,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     )
     model = load_base(name, model_config, config)
     check_vocabulary(model, tokenizer)
+    check_target_modules(model, adapter)
     if arguments.warm_start_steps and checkpoint is None:  # the trainer checks this too, but after the warm start
         protocol = protocol_of(config.agent, tokenizer, environment.tools, environment.instruction)
         prompts = with_prompts(task.train, protocol, [], "train_dataset")

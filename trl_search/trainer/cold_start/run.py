@@ -36,7 +36,14 @@ from trl_search.data.world import generate_world
 from trl_search.environment.registry import call_word, described, takes_retriever
 from trl_search.evaluation.settings import describe_model
 from trl_search.policies.base import Policy
-from trl_search.policies.loading import adapter_config, base_name, check_vocabulary, load_base, load_tokenizer
+from trl_search.policies.loading import (
+    adapter_config,
+    base_name,
+    check_target_modules,
+    check_vocabulary,
+    load_base,
+    load_tokenizer,
+)
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import VLLMServerPolicy
@@ -67,7 +74,7 @@ _DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
     """Runs a recipe of `trl-search sft`. Returns the folder of the model, or of the collection with `collect_only`."""
     refuse_quantization(model_config)
-    adapter_config(model_config)  # reports mistakes in it before anything is loaded
+    adapter = adapter_config(model_config)
     if not arguments.collect_only:
         refuse_one_process_for_several_gpus(config)
     refuse_push(config.push_to_hub, config.output_dir)
@@ -84,6 +91,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     def load_model() -> PreTrainedModel:
         model = load_base(name, model_config, config)
         check_vocabulary(model, tokenizer)
+        check_target_modules(model, adapter)
         return model
 
     # Load the model first, to report its problems before anything is collected, unless a teacher needs the memory.
@@ -106,7 +114,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     of_agent = dataclasses.asdict(arguments.agent)
     task = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in of_agent}
     log.task = {"base_model": model_config.model_name_or_path, **task, "train_trajectories": len(rows)}
-    train(model, tokenizer, rows, config, peft_config=adapter_config(model_config), run_log=log)
+    train(model, tokenizer, rows, config, peft_config=adapter, run_log=log)
     if PartialState().is_main_process:
         write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), arguments.agent.as_json())
         print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
