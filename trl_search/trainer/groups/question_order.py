@@ -113,6 +113,6 @@ def check_order(checkpoint: Path, order: dict[str, Any]) -> None:
     raise UserError(
         f"{checkpoint} was trained with other questions or batches ({', '.join(said) or 'the questions differ'}), so "
         "this run would ask some questions twice and others never: resume with the same questions, seed and batches "
-        "(half as many processes need twice the gradient_accumulation_steps), or set ignore_data_skip: true to begin "
-        "with the first question again"
+        "(half as many processes need twice the gradient_accumulation_steps and steps_per_generation), or set "
+        "ignore_data_skip: true to begin with the first question again"
     )
