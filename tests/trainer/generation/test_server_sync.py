@@ -36,6 +36,7 @@ class Server:
         self.serves_others, self.cache, self.keeps_its_cache = False, {"a prefix"}, False
         self.engines, self.of_second = 1, self.weights
         self.instance, self.shares_engines = f"{id(self)}", False
+        self.version = "0.31.0+cu130"
         self.training = ""  # None: its trl-search is older
 
     def checksums(self):
@@ -67,6 +68,9 @@ def servers(monkeypatch):
             parallel = {"worker_extension_cls": self.server.extension, "data_parallel_size": self.server.engines}
             parallel["data_parallel_hybrid_lb"] = self.server.shares_engines
             return {"parallel_config": parallel, "model_config": model, "instance_id": self.server.instance}
+
+        def _get(self, url):
+            return {"version": self.server.version}
 
         def weight_update(self):
             if self.server.dies == "before":
@@ -121,7 +125,7 @@ def servers(monkeypatch):
 
 
 def join(urls):
-    return WeightServers(urls, group_port=51216, device=torch.device("cpu"), patience_s=1.0)
+    return WeightServers(urls, group_port=51216, device=torch.device("cpu"), patience_s=1.0, version="0.32.0")
 
 
 def test_all_servers_get_all_weights_in_one_pass(servers):
@@ -143,6 +147,15 @@ def test_one_server_with_two_addresses_is_refused(servers):
     assert servers[A].ports == [51216]
     servers[A].instance = None  # unknown
     join([A, B])
+
+
+def test_a_server_whose_version_joins_in_another_way_is_refused(servers):
+    servers[B].version = "dev"  # unknown
+    join([B])
+    servers[A].version = "0.27.1"
+    with pytest.raises(UserError, match=r"gpu-1:8000 has version 0.27.1, and this process 0.32.0.*same version"):
+        join([A])
+    assert servers[A].ports == []
 
 
 def test_a_second_training_on_a_server_ends_the_first(servers):
@@ -311,7 +324,7 @@ def test_weights_are_complete_before_vllm_packs_them_on_its_own_streams(servers,
             torch.cuda._sleep(200_000_000)  # about 0.1 s, in which the copy of the tensor has not begun
             yield name, tensor
 
-    members = WeightServers([A], group_port=51216, device=torch.device("cuda", 0), patience_s=1.0)
+    members = WeightServers([A], group_port=51216, device=torch.device("cuda", 0), patience_s=1.0, version="0.32.0")
     monkeypatch.setattr(type(members.members[A].client), "update_named_params", pack)
     before = [(name, tensor.cuda()) for name, tensor in WEIGHTS]
     after = [(name, tensor + 1) for name, tensor in before]

@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import requests
 import torch
+from packaging.version import InvalidVersion, Version
 
 from trl_search.common.errors import UserError
 from trl_search.common.tls import tls_context
@@ -42,6 +43,9 @@ SEVERAL_PATIENCE_S = 5.0
 STUCK_S = 30.0
 # The exceptions of TRL's client for a lost server. For an HTTP error it raises a bare Exception.
 _LOST = (requests.RequestException, ConnectionError)
+
+# The first version with this form of the request to join an NCCL group (vllm-project/vllm#50902).
+_OTHER_GROUPS = Version("0.28.0")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -66,10 +70,13 @@ class WeightServers:
         group_port (`int`): The first port of this host that NCCL groups may use.
         device (`torch.device`): The GPU of rank 0.
         patience_s (`float`): How long to wait for a server that does not answer, if it is the only one.
+        version (`str`): The version of vLLM in this process, whose code sends the weights.
     """
 
-    def __init__(self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float) -> None:
-        self._urls, self._next_port, self._device = list(urls), group_port, device
+    def __init__(
+        self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float, version: str
+    ) -> None:
+        self._urls, self._next_port, self._device, self._version = list(urls), group_port, device, version
         self._first_patience_s = patience_s
         self._training = uuid.uuid4().hex
         self._patience_s = patience_s if len(urls) == 1 else SEVERAL_PATIENCE_S
@@ -172,6 +179,7 @@ class WeightServers:
                 f"the vLLM server at {url} shares its engines with other servers (external or hybrid load balancing), "
                 f"but the weights must reach all engines through one address: {ONE_ADDRESS}"
             )
+        check_versions(url, client._get(f"{url}/version")["version"], self._version)
         client.init_communicator(device=self._device)
         engines = int(parallel.get("data_parallel_size", 1))
         dtype = _checked_dtype(info)
@@ -230,6 +238,16 @@ def buckets(weights: Weights, size: int = BUCKET_BYTES) -> Iterator[list[tuple[s
             bucket, taken = [], 0
     if bucket:
         yield bucket
+
+
+def check_versions(url: str, there: str, here: str) -> None:
+    """Raises `UserError` if the server cannot join an NCCL group with this process, which would wait for it."""
+    with contextlib.suppress(InvalidVersion):
+        if (Version(there) < _OTHER_GROUPS) != (Version(here) < _OTHER_GROUPS):
+            raise UserError(
+                f"the vLLM server at {url} has version {there}, and this process {here}, but vLLM sends weights in "
+                f"another way since {_OTHER_GROUPS}: install the same version on both sides"
+            )
 
 
 def _require_ok(answer: requests.Response, problem: str) -> None:

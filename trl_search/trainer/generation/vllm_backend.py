@@ -111,6 +111,7 @@ class SearchVLLM(VLLMGeneration):
                     group_port=self.group_port,
                     device=self.accelerator.device,
                     patience_s=self.server_timeout,
+                    version=vllm_version(),
                 )
                 # TRL's trainer reads the server's settings from it.
                 self.vllm_client = self._servers.members[self.urls[0]].client
