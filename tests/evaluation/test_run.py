@@ -397,6 +397,7 @@ def test_the_table_of_some_sets_names_them():
     assert cells(mixed, "3B RAG [2°]") == ["0.348", "", ""]  # no average over a set without published scores
     single = make_results(["mine"])
     assert cells(single, "exact match") == ["mine"] and "[2°]" not in single and "macro" not in cells(single, "search")
+    assert "questions are resampled within each set" in mixed and "resampled" not in single
 
 
 def test_the_documentation_has_the_published_rows():

@@ -70,7 +70,8 @@ def exact_match_table(
 
 def notes(settings: Mapping[str, Any], results: Results, names: Sequence[str], size: str | None) -> list[str]:
     """The notes that a reader needs before comparing numbers."""
-    said = ["± is half of the 95 % bootstrap interval; for a macro average, questions are resampled within each set."]
+    resampled = "; for the macro average, questions are resampled within each set" if len(names) > 1 else ""
+    said = [f"± is half of the 95 % bootstrap interval{resampled}."]
     shared = [name for name in names if name in SETS]
     if set(names) == set(SETS):
         said.append("The macro average is over the seven sets.")
