@@ -129,7 +129,11 @@ class _Parser(TrlParser):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe with their values as YAML reads them."""
+    """The keys of a recipe with their values as YAML reads them.
+
+    Raises:
+        UserError: if the file is not YAML, or has no keys.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
