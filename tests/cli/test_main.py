@@ -17,7 +17,7 @@ import pytest
 import trl_search.cli.commands
 from tests.support.forked import ForkedProcess
 from trl_search.cli.main import command_names, is_user_error, main
-from trl_search.cli.options import tell_of_imports
+from trl_search.cli.options import asked_questions, tell_of_imports
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 
@@ -242,6 +242,7 @@ def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[s
             "no server: start it",
         ),
         ('from trl_search.retrieval.base import Unavailable; raise Unavailable("it is down")', "it is down"),
+        ('import errno; raise OSError(errno.ENOSPC, "No space left on device")', "device): free some space"),
     ],
 )
 def test_user_errors_are_reported_in_one_line(
@@ -309,6 +310,43 @@ def test_a_closed_pipe_is_not_an_error(commands: Path, lines: int) -> None:
         ["bash", "-c", shell], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shell", "printed"),
+    [
+        ("utf-8", "{} search", "東京\n"),
+        ("ascii", "{} search", "\\u6771\\u4eac\n"),  # a print of the passage was a traceback
+        ("utf-8", "{} search >&-", ""),
+        ("utf-8", "{} search <&- >&- 2>&-", ""),
+    ],
+)
+def test_a_command_prints_to_any_stream(commands: Path, encoding: str, shell: str, printed: str) -> None:
+    lines = ("import sys", "def main(argv):", "    assert sys.stdin.read() == ''", "    print('東京')", "    return 0")
+    write(commands, "search", "\n".join(('"""Asks."""', *lines)))
+    program = f"""
+        import sys, trl_search.cli.commands
+        trl_search.cli.commands.__path__ = [{str(commands)!r}]
+        from trl_search.cli.main import main
+        sys.exit(main(["search"]))
+    """
+    environment = {**os.environ, "PROGRAM": textwrap.dedent(program), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        ["bash", "-c", shell.format(f'{sys.executable} -c "$PROGRAM"')],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, printed, b"")
+
+
+def test_questions_are_utf8_in_every_locale() -> None:
+    in_ascii_locale = "Zürich".encode().decode("ascii", "surrogateescape")
+    assert asked_questions([in_ascii_locale, "東京"]) == ["Zürich", "東京"]
+    with pytest.raises(UserError, match="not UTF-8"):  # it found nothing, without a word
+        asked_questions(["Zürich".encode("latin-1").decode("utf-8", "surrogateescape")])
 
 
 @pytest.mark.parametrize("words", [["--help"], ["index", "--help"]])

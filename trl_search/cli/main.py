@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 import trl_search.cli.commands
 from trl_search.cli.parser import CommandParser
 from trl_search.common.errors import Explained, unknown_name
-from trl_search.common.files import home_expanded
+from trl_search.common.files import disk_is_full, home_expanded
 
 # The order in which a new user needs them; other commands follow alphabetically.
 ORDER = (
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--passages_per_query", "3"])
         0
     """
+    _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
     # Only before the command's name: after it, `--debug` is a key of transformers' TrainingArguments.
@@ -127,14 +130,32 @@ def command_names() -> list[str]:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message is enough: an `Explained` error, or a path that cannot be opened. Other errors are bugs."""
+    """Whether the message is enough: an `Explained` error, a path that cannot be opened, or a full disk. Other errors
+    are bugs."""
     paths = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, (Explained, *paths))
+    return isinstance(error, (Explained, *paths)) or (isinstance(error, OSError) and disk_is_full(error))
+
+
+def _prepare_streams() -> None:
+    """Replaces closed streams (`>&-`, some services) by /dev/null, and escapes characters that an encoding lacks.
+
+    Python has `None` for a closed stream, so that the first `print` or `isatty` of a library would end the command;
+    an ASCII or Latin-1 terminal would end it at the first passage in another script. `asked_questions` refuses what
+    cannot be read from stdin."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # a stream that was read already keeps its handling
+                stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError):
+        return f"the disk is full ({error}): free some space, then run the same command again"
     return str(error)
 
 

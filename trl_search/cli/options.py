@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
@@ -49,6 +49,21 @@ def searched_of(args: argparse.Namespace, word: str) -> Searched:
 
     options = parse_object(args.retriever_options, "--retriever_options", '{"index": "indexes/wiki"}')
     return resolve_searched(word, options, world_size=(args.world_passages, args.world_seed))
+
+
+def asked_questions(words: Iterable[str]) -> list[str]:
+    """The questions of a command line, or of stdin, as text.
+
+    Bytes that the locale's encoding lacks reach Python as halves of surrogate pairs, which no search matches and no
+    tokenizer reads. They are read as UTF-8, also in an ASCII locale.
+
+    Raises:
+        UserError: for a question that is not UTF-8.
+    """
+    try:
+        return [word.encode("utf-8", "surrogateescape").decode("utf-8") for word in words]
+    except UnicodeError as error:
+        raise UserError(f"a question is not UTF-8 ({error}): write it in UTF-8") from None
 
 
 @contextlib.contextmanager

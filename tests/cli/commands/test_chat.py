@@ -62,6 +62,13 @@ def test_a_pipe_of_questions_gives_one_json_object_per_line(capsys, monkeypatch)
         assert record["tokens"]["model"] > 10 and record["seconds"] > 0
 
 
+def test_a_question_that_is_no_text_is_refused_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\nwhere is Z\udcfcrich?\n"))
+    assert main([*TINY, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "a question is not UTF-8" in captured.err
+
+
 def test_without_searches_the_policy_answers_from_memory(capsys):
     main([*TINY, ASKED[0], "--json", "--max_searches", "0"])
     record = json.loads(capsys.readouterr().out)

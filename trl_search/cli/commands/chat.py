@@ -27,6 +27,7 @@ from trl_search.cli.options import (
     add_retriever_options,
     add_sampling_options,
     add_world_options,
+    asked_questions,
     sampling_of,
     searched_of,
     tell_of_imports,
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         args.questions = [line.strip() for line in sys.stdin if line.strip()]
         if not args.questions:
             raise UserError("there is no question: give one in quotes, or one per line on stdin")
+    args.questions = asked_questions(args.questions)
     if what == "web" and args.passages_per_query is None:
         args.passages_per_query = WEB_HITS
     tell_of_imports()
@@ -187,7 +189,12 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
             print(f"unknown command {command}: /help lists the commands", file=sys.stderr)
         else:
             try:
-                _answer(chat, line, args, seed)
+                (asked,) = asked_questions([line])
+            except UserError as error:
+                print(error, file=sys.stderr)
+                continue
+            try:
+                _answer(chat, asked, args, seed)
             except KeyboardInterrupt:
                 print("(interrupted)", file=sys.stderr)
             seed += 1

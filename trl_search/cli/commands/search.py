@@ -16,7 +16,7 @@ import contextlib
 import shutil
 import textwrap
 
-from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, searched_of
+from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, asked_questions, searched_of
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError
@@ -36,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.passages_per_query < 1:
         raise UserError(f"passages_per_query={args.passages_per_query} must be at least 1")
+    questions = asked_questions(args.questions)
     searched = searched_of(args, args.retriever)
     refuse(retriever_checks(searched))  # otherwise a server that is not running fails only after its patience
     with contextlib.closing(searched.load()) as retriever:
-        found = retriever.search(args.questions, args.passages_per_query)
-    for question, passages in zip(args.questions, found, strict=True):
+        found = retriever.search(questions, args.passages_per_query)
+    for question, passages in zip(questions, found, strict=True):
         print(f"{question}\n")
         print("\n\n".join(_shown(rank, passage) for rank, passage in enumerate(passages, start=1)) or "   no match")
         print()
