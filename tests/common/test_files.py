@@ -7,9 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from trl_search.common.files import cache_folder, write_json, write_jsonl, written_whole
+from trl_search.common.files import cache_folder, disk_is_full, write_json, write_jsonl, written_whole
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -34,3 +35,12 @@ def test_a_container_without_a_home_has_a_cache_folder(monkeypatch: pytest.Monke
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Python does for an unknown user
     assert cache_folder() == Path(tempfile.gettempdir(), "trl-search")
+
+
+def test_a_full_disk_is_recognized_also_in_the_words_of_numpy() -> None:
+    with pytest.raises(OSError) as numpys, open("/dev/full", "wb") as full:
+        np.save(full, np.zeros(100_000))
+    with pytest.raises(OSError) as pythons, open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+    assert disk_is_full(numpys.value) and disk_is_full(pythons.value)
+    assert not disk_is_full(OSError("3 requested")) and not disk_is_full(RuntimeError("1 requested and 0 written"))

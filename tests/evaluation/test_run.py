@@ -48,6 +48,21 @@ def test_records_are_read_back_unchanged(tmp_path):
     assert Records(tmp_path, "rag", "nq").read() == Records(tmp_path, "search", "nq2").read() == {}
 
 
+def test_a_record_is_written_whole_if_a_write_takes_only_a_part(tmp_path):
+    """A disk that is nearly full; half a line would have been joined with the next one."""
+    records = Records(tmp_path, "search", "nq")
+    records.append(0, outcome(1.0))
+    file = records._file
+
+    class Nearly:
+        def write(self, data: bytes) -> int:
+            return file.write(data[:10])
+
+    records._file = Nearly()
+    records.append(1, outcome(1.0, id="1"))
+    assert sorted(records.read()) == [0, 1]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 40])
 def test_a_truncated_line_is_ignored(tmp_path, cut):
     records = Records(tmp_path, "search", "nq")

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from trl_search.common.errors import UserError
 
 # In Python, a file name that is not UTF-8 holds lone surrogates. They are written as \udce9, which JSON reads back.
 _ESCAPED = "backslashreplace"
+_NUMPY_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # `tofile`, also inside `np.save`
 
 
 @contextlib.contextmanager
@@ -49,9 +51,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the disk is full. Libraries in C++ and Rust give the system's message without its number."""
+    """Whether the disk is full. Libraries in C++ and Rust give the system's message without its number, NumPy gives
+    the numbers of values."""
     number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    said = str(error)
+    cut_short = isinstance(error, OSError) and _NUMPY_CUT_SHORT.fullmatch(said) is not None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in said or cut_short
 
 
 def is_number(value: Any) -> bool:

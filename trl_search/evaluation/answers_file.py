@@ -47,7 +47,9 @@ class Records:
         if self._file is None:
             whole_lines(self.path)  # removes a cut-off last line, or the next line would be appended to it
             self._file = self.path.open("ab", buffering=0)
-        self._file.write(json.dumps(_row(index, outcome), ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(_row(index, outcome), ensure_ascii=False).encode() + b"\n"
+        while line:  # on a disk that is nearly full, a write takes only a part; the next one raises
+            line = line[self._file.write(line) :]
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
         """Writes all questions at once, and replaces the content of the file."""

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from tests.support.forked import ForkedProcess
 from tests.support.servers import Said, retrieve_from, serving
 from tests.support.two_ranks import run_ranks
-from trl_search.cli.main import main
+from trl_search.cli.main import USER_ERROR, main
+from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend, open_policy
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
@@ -100,6 +101,22 @@ def test_a_killed_evaluation_asks_no_question_twice(tmp_path, questions, retriev
         lines = records(tmp_path / "killed" / f"{mode}-nq.jsonl")
         assert sorted(line["index"] for line in lines) == list(range(QUESTIONS))
     assert results(tmp_path / "whole")["search"]["nq"]["em"] > 0.7
+
+
+def test_answers_that_vanish_are_missed_and_asked_again(tmp_path, questions, capsys, monkeypatch):
+    command = ["eval", "tiny", "--datasets", str(questions), "--modes", "direct", "--output", str(tmp_path / "out")]
+    close = Records.close
+
+    def lose_half(records):
+        close(records)
+        records.path.write_bytes(b"".join(records.path.read_bytes().splitlines(keepends=True)[: QUESTIONS // 2]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "close", lose_half)
+        assert main(command) == USER_ERROR
+    assert "5 of 10 answers are no longer in" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(records(tmp_path / "out" / "direct-nq.jsonl")) == QUESTIONS
 
 
 @pytest.mark.slow
