@@ -98,3 +98,17 @@ def test_the_format_follows_from_the_file_name() -> None:
     assert table_format(Path("a/my.set.jsonl.gz")) == ".jsonl" and table_name(Path("a/my.set.jsonl.gz")) == "my.set"
     assert table_format(Path("a.parquet")) == ".parquet" and table_format(Path("a.parquet.gz")) is None
     assert table_format(Path("a.gz")) is None and table_format(Path("a.txt")) is None
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_that_occurs_twice_is_refused_if_it_is_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"q.{kind}"
+    if kind == "csv":
+        path.write_text("id,question,question,answer\n1,who?,where?,Mira\n", "utf-8")
+    else:
+        columns = [pyarrow.array([value]) for value in ("1", "who?", "where?", "Mira")]
+        pyarrow.parquet.write_table(pyarrow.table(columns, ["id", "question", "question", "answer"]), path)
+    with pytest.raises(UserError, match="several columns 'question'"):
+        list(read_rows(path))
+    ((_, row),) = read_rows(path, lambda columns, where: ["id", "answer"])
+    assert row == {"id": "1", "answer": "Mira"}

@@ -157,7 +157,7 @@ def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(rows, [])
-            chosen = header if choose is None else choose(header, str(path))
+            chosen = _unambiguous(header if choose is None else choose(header, str(path)), header, path)
             for cells in rows:
                 number = rows.line_num
                 if cells and len(cells) != len(header):
@@ -187,13 +187,21 @@ def _parquet_rows(path: Path, choose: Choose | None) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = names if choose is None else choose(names, str(path))
+            columns = _unambiguous(names if choose is None else choose(names, str(path)), names, path)
             for batch in file.iter_batches(batch_size=4096, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}, after row {number}: incomplete parquet file ({error}): fetch it again") from error
+
+
+def _unambiguous(chosen: Sequence[str], header: Sequence[str], path: Path) -> Sequence[str]:
+    """The chosen columns, none of which may occur twice in the header: the last one would be read, in silence."""
+    twice = next((name for name in chosen if list(header).count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: there are several columns {twice!r}: rename all but one")
+    return chosen
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

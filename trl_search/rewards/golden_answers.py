@@ -6,6 +6,7 @@
     {"value": "Lyon", "aliases": ["Lugdunum"], …}             TriviaQA
     {"text": ["Lyon", "Lyon"], "answer_start": [17, 80]}      SQuAD
     {"target": ["Lyon"]}                                      Search-R1's ground truth
+    '{"value": "Lyon", "aliases": ["Lugdunum"]}'               one of these structs as text, in a csv
 
 Any other format is an error: as a string it would match no answer, and every reward of a run would be 0.
 """
@@ -34,10 +35,10 @@ def golden_list(value: Any) -> list[str]:
         ['Paris', 'Paname']
     """
     value = _plain(value)
+    if isinstance(value, str):
+        value = _read_literal(value)
     if isinstance(value, Mapping):
         value = _unpacked(value)
-    if isinstance(value, str):
-        value = _listed(value)
     if not isinstance(value, (list, tuple)):
         return _answers(value)
     answers: list[str] = []
@@ -107,10 +108,15 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _listed(text: str) -> str | list[Any]:
-    """Parses a string that is a list of strings; returns any other string unchanged, such as `[1]` and `[sic]`."""
+def _read_literal(text: str) -> str | list[Any] | dict[str, Any]:
+    """Parses a string that is a list of strings or a struct; returns any other string unchanged, such as `[1]`,
+    `[sic]` and `(1, 2)`.
+
+    Raises:
+        UserError: for a string that begins like one of these, but cannot be parsed.
+    """
     stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")):
+    if stripped[:1] + stripped[-1:] not in ("[]", "{}", "()"):
         return text
     for read in (json.loads, ast.literal_eval):
         try:
@@ -118,9 +124,14 @@ def _listed(text: str) -> str | list[Any]:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         # Python joins the strings of "['a' 'b']", which is how NumPy prints an array, into one.
-        joined = read is ast.literal_eval and repr(value) != stripped
-        if isinstance(value, list) and all(isinstance(one, str) for one in value) and not joined:
+        if read is ast.literal_eval and repr(value) != stripped:
+            continue
+        if isinstance(value, dict) and value:
             return value
-    if stripped[1:].lstrip().startswith(("'", '"')):
-        raise UserError(f"the golden answers {text!r:.80} look like a list but do not parse: write them as JSON")
+        if value == [] or (isinstance(value, list | tuple) and {*map(type, value)} in ({str}, {str, type(None)})):
+            return list(value)
+    if stripped[0] != "(" and stripped[1:].lstrip().startswith(("'", '"')):
+        raise UserError(
+            f"the golden answers {text!r:.80} look like a list or a struct but do not parse: write them as JSON"
+        )
     return text
