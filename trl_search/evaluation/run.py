@@ -220,8 +220,8 @@ def _measure(
     outcomes = records.read()
     if lost := sum(index not in outcomes for index in range(len(asked.rows))):
         raise UserError(
-            f"{lost:,} of {len(asked.rows):,} answers are no longer in {records.path}, because another program changed "
-            "it: run the same command again, which asks these questions only"
+            f"{lost:,} of {len(asked.rows):,} answers are no longer in {records.path}, because another program "
+            "changed it: run the same command again, which asks these questions only"
         )
     return [outcomes[index] for index in range(len(asked.rows))]
 

@@ -14,7 +14,7 @@ import torch
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_server import ServerLost
 from trl_search.policies.weight_checksums import EXTENSION, WeightChecksums, checksum, has_checksum
-from trl_search.trainer.generation import server_sync
+from trl_search.trainer.generation import server_sync, weight_server
 from trl_search.trainer.generation.server_sync import WeightServers, buckets
 from trl_search.trainer.generation.vllm_client import post
 
@@ -119,7 +119,7 @@ def servers(monkeypatch):
         return servers[url].started_at
 
     monkeypatch.setattr(server_sync, "ServerClient", Client)
-    monkeypatch.setattr(server_sync, "post", post)
+    monkeypatch.setattr(weight_server, "post", post)
     monkeypatch.setattr(server_sync, "server_start_time", start_time)
     return servers
 
