@@ -43,7 +43,7 @@ class QuestionArguments:
         default=None, metadata={"help": "Train on a random sample of this many questions."}
     )
     world_passages: int = field(
-        default=2000, metadata={"help": "Number of passages in the embedded world: 1,000 to 1,000,000."}
+        default=2000, metadata={"help": "Number of passages in the embedded world, at least 50."}
     )
     world_seed: int = field(
         default=0, metadata={"help": "Seed of the embedded world; another seed generates other facts."}

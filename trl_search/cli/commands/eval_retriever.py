@@ -31,8 +31,8 @@ from trl_search.cli.options import (
 )
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
-from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
+from trl_search.config.recipe_values import check_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.config.task import set_names
     from trl_search.evaluation.retriever_quality import load_judged, measure, quality_table
 
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is the number of queries per set, at least 1; got {args.limit}")
+    check_least(args, limit=1, passages_per_query=1)
     sets = [
         one
         for name in set_names(args.datasets)

@@ -19,7 +19,7 @@ import textwrap
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, asked_questions, searched_of
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
-from trl_search.common.errors import UserError
+from trl_search.config.recipe_values import check_least
 from trl_search.types import Passage
 
 
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.passages_per_query < 1:
-        raise UserError(f"passages_per_query={args.passages_per_query} must be at least 1")
+    check_least(args, passages_per_query=1)
     questions = asked_questions(args.questions)
     searched = searched_of(args, args.retriever)
     refuse(retriever_checks(searched))  # otherwise a server that is not running fails only after its patience

@@ -22,6 +22,7 @@ from pathlib import Path
 from trl_search.cli.options import add_question_fields, question_fields
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
+from trl_search.config.recipe_values import check_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.retrieval.corpus.passages import Corpus, read_corpus
     from trl_search.retrieval.index.folder import read_manifest
 
+    check_least(args, limit=1, passages_per_query=1)
     folder = Path(args.corpus).expanduser()
     if is_index := folder.is_dir() and not (folder / "queries.jsonl").exists():
         read_manifest(folder)  # raises if the folder is not a finished index

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from trl_search.cli.options import add_question_fields, add_world_options, question_fields
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
+from trl_search.config.recipe_values import check_least
 
 if TYPE_CHECKING:
     import datasets
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.data.summary import summarize_questions
 
     output = writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is the number of rows to draw, at least 1; got {args.limit}")
+    check_least(args, limit=1, samples=0)
     if args.source == WORLD:
         questions = _world_questions(args)
     else:
