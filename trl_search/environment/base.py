@@ -17,6 +17,8 @@ copy:
             self.guesses += 1
             if action.text == self.row["number"] or self.guesses == 5:
                 return Observation(done=StopReason.ANSWER)
+            if not action.text.isdecimal():  # int() would raise, and the trajectory count as a failed environment
+                return Observation(notice="Guess a whole number.")
             return Observation(notice="Too low." if int(action.text) < int(self.row["number"]) else "Too high.")
 """
 
