@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.support.ports import free_port
 from trl_search.cli.main import main
 from trl_search.config.searched import Searched
 from trl_search.retrieval.index.folder import build_index
@@ -51,6 +53,27 @@ def test_it_serves_an_index_prints_example_requests_and_ends_cleanly(index: Path
     assert '"status":200' in logged and "s3cret" not in first + curl + written + logged
 
 
+def test_it_serves_on_when_nobody_reads_its_messages(index: Path) -> None:
+    """A launcher that read the first line and closed the pipe ended the server, with status 0."""
+    port = free_port()
+    command = [sys.executable, "-m", "trl_search", "serve", str(index), "--port", str(port), "--no_access_log"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stdout.readline().startswith("loading bm25")
+        server.stdout.close()
+        while server.poll() is None and not is_ready(f"http://127.0.0.1:{port}"):
+            time.sleep(0.05)
+        assert httpx.post(f"http://127.0.0.1:{port}/retrieve", json={"query": "harbour"}).status_code == 200
+        server.terminate()
+        assert (server.wait(timeout=200), server.stderr.read() if server.stderr else "") == (0, "")
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").is_success
+    except httpx.TransportError:
+        return False
+
+
 def test_it_listens_to_other_machines_only_on_request(
     index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -60,6 +83,8 @@ def test_it_listens_to_other_machines_only_on_request(
     (tmp_path / "token").write_text(" \n")
     said = refusal(capsys, str(index), "--token-file", str(tmp_path / "token"))
     assert f"the token from the file {tmp_path / 'token'} must be printable ASCII and not empty" in said
+    (tmp_path / "token").write_bytes(b"\xff\xfes3cret")
+    assert "must be printable ASCII" in refusal(capsys, str(index), "--token-file", str(tmp_path / "token"))
     monkeypatch.setenv("TRL_SEARCH_TOKEN", "")
     assert "not empty" in refusal(capsys, str(index), "--host", "0.0.0.0")
 
@@ -69,6 +94,7 @@ def test_mistakes_are_reported_in_one_line(index: Path, capsys: pytest.CaptureFi
     served = [str(index), "--port", "0"]
     assert "default_topk" in refusal(capsys, *served, "--passages_per_query", "0")
     assert "could never be answered" in refusal(capsys, *served, "--max-queued", "5")
+    assert refusal(capsys, *served, "--max_batch", "0").endswith("error: max_batch=0 must be at least 1\n")
     assert "choose another" in refusal(capsys, str(index), "--port", "70000")
     assert "'bm52' is not a retriever" in refusal(capsys, "bm52", "--port", "0")
     assert "--retriever_options is not JSON" in refusal(capsys, *served, "--retriever_options", "backend=numpy")

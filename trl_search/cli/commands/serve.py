@@ -19,6 +19,7 @@ By default, only this machine can connect. To admit others, set a token (the env
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     found.refuse()
     assert searched is not None and config is not None
     started = time.monotonic()
-    print(f"starting {ray.replicas} replicas ..." if ray else f"loading {config.name} ...", flush=True)
+    _tell(f"starting {ray.replicas} replicas ..." if ray else f"loading {config.name} ...")
 
     def loaded(url: str) -> None:
         _say_ready(url, config, started)
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
         options = searched.load_options()
         serve_on_ray(searched.kind, options, config, ray, host=args.host, port=args.port, loaded=loaded)
-    print("stopped; what was under way is answered", flush=True)
+    _tell("stopped; what was under way is answered")
     return 0
 
 
@@ -137,18 +138,25 @@ def _say_ready(url: str, config: ServerConfig, started: float) -> None:
     secret = f' -H "Authorization: Bearer ${TOKEN}"' if config.token is not None else ""
     request = '{"queries": ["who founded Orlune?"], "topk": 3, "return_scores": true}'
     token = "with" if config.token is not None else "without"
-    print(f"serving {config.name} at {url}, {token} a token", flush=True)
-    print(f"ready after {time.monotonic() - started:.1f} s; try:\n", flush=True)
-    print(f"  curl -s {url}/retrieve{secret} -d '{request}'\n", flush=True)
+    _tell(f"serving {config.name} at {url}, {token} a token")
+    _tell(f"ready after {time.monotonic() - started:.1f} s; try:\n")
+    _tell(f"  curl -s {url}/retrieve{secret} -d '{request}'\n")
+
+
+def _tell(line: str) -> None:
+    """Prints a line. A script that started the server may read until it serves, and then close the pipe: the server
+    goes on."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def _token(args: argparse.Namespace) -> str | None:
     """The token from the file, else from the environment. Every user of a machine can see its command lines."""
     file: str | None = args.token_file
     if file is not None:
-        if not Path(file).is_file():
+        if not Path(file).exists() or Path(file).is_dir():  # a pipe is fine: --token_file <(pass show token)
             raise UserError(f"there is no file {file}: give --token_file a file that holds the token")
-        return bearer_token(Path(file).read_text(encoding="utf-8"), f"the file {file}")
+        return bearer_token(Path(file).read_bytes().decode("utf-8", "replace"), f"the file {file}")
     # An empty variable is a mistake of the user, not a request for a server without a token.
     if TOKEN in os.environ:
         return bearer_token(os.environ[TOKEN], TOKEN)

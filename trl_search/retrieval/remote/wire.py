@@ -66,8 +66,9 @@ class Limits:
     default_topk: int = 3
 
     def __post_init__(self) -> None:
-        if min(self.max_queries, self.max_query_chars, self.max_body_bytes) < 1:
-            raise UserError(f"limits are at least 1; got {self}")
+        for name in ("max_queries", "max_query_chars", "max_body_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name}={value} must be at least 1")
         if not 1 <= self.default_topk <= self.max_topk:
             raise UserError(f"default_topk must lie between 1 and max_topk={self.max_topk}; got {self.default_topk}")
 

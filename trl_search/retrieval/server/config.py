@@ -49,12 +49,12 @@ class ServerConfig:
                 f"max_queued={self.max_queued} is less than the {self.limits.max_queries} queries that one request "
                 "may hold: such a request could never be answered; raise the one or lower the other"
             )
-        if self.max_batch < 1 or self.cache_bytes < 0:
-            raise UserError(f"max_batch must be at least 1 and cache_bytes at least 0; got {self}")
-        if not all(
-            0 < one < math.inf for one in (self.search_timeout_s, self.body_timeout_s, self.shutdown_timeout_s)
-        ):
-            raise UserError(f"timeouts must be above 0; got {self}")
+        for name, least in (("max_batch", 1), ("cache_bytes", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        for name in ("search_timeout_s", "body_timeout_s", "shutdown_timeout_s"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{name}={value} must be a finite number above 0")
         if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):
             raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")
 
