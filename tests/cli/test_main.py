@@ -206,6 +206,7 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
         ("data chunk d.jsonl --output c.jsonl --overlp 4", "unknown option '--overlp': did you mean '--overlap'"),
         ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
         ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
+        ("doctor --serv qwen3b", "unknown option '--serv': did you mean '--server'"),
         ("recipes list a b c", "unrecognized arguments: c; trl-search recipes --help describes the command"),
     ],
 )

@@ -44,8 +44,10 @@ def main(argv: list[str]) -> int:
     )
     add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
-    if overrides and (args.recipe is None or is_model(args.recipe)):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    # A recipe's own options stand behind it: the x of `doctor --serv x` is no recipe.
+    early = [option for option in overrides if args.recipe and argv.index(option) < argv.index(args.recipe)]
+    if early or (overrides and (args.recipe is None or is_model(args.recipe))):
+        parser.error(f"unrecognized arguments: {' '.join(early or overrides)}")
     tell_of_imports()
     recipe: Mapping[str, Any] | None = None
     classes: tuple[Any, ...] = ()
