@@ -7,7 +7,8 @@
 Each run trains the tiny policy for four steps. A process is killed in one phase of a random step: in the middle of a
 rollout, of the weight sync, of the loss or of writing a checkpoint, or at any moment. If that ends the run, it is
 resumed from its last complete checkpoint. At the end, the benchmark checks that the trajectories of every step were
-recorded once and that every step was logged once, and prints how many trajectories the journal saved.
+recorded once and that every step was logged once, and prints how many trajectories the journal saved. `step_s` are
+the seconds of the run's steps: what a lost server costs.
 
 If vLLM is not installed, the CPU build that `make test` installs is used.
 """
@@ -298,6 +299,7 @@ def main() -> None:
                 raise
             runs, saved, bad = runs + 1, saved + kept, bad + bool(found)
             row = {"run": runs, "kind": name, "kills": sum(kills.values()) - before, "problems": found}
+            row["step_s"] = [round(step["step_time"], 1) for step in read_run(folder).history if "step_time" in step]
             print(json.dumps({**row, "seconds": round(time.monotonic() - started), "all": dict(kills)}), flush=True)
             if found:
                 print((Path(scratch) / "log.txt").read_text(errors="replace")[-4000:], flush=True)
