@@ -24,7 +24,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.recipe import build_arguments, find_recipe, recipe_values, shipped_recipes
 from trl_search.config.task import TaskArguments, set_names
 from trl_search.data import HUB_SETS
-from trl_search.policies.loading import adapter_config
+from trl_search.policies.adapters import adapter_config
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import load_retriever
 from trl_search.rewards import resolve_rewards

@@ -18,8 +18,6 @@ from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
 from trl_search.policies import loading
 from trl_search.policies.loading import (
-    adapter_config,
-    check_target_modules,
     check_vocabulary,
     load_base,
     load_model,
@@ -117,24 +115,6 @@ def test_a_tokenizer_of_another_model_is_refused_from_the_configuration(tmp_path
             refuse()
     check = check_template(folder, "search_r1")
     assert check.status is Status.PROBLEM and "do not belong together" in check.said
-
-
-def test_an_adapter_has_a_rank_or_is_refused():
-    assert adapter_config(ModelConfig("tiny", use_peft=True, lora_r=2)).target_modules == "all-linear"
-    assert adapter_config(ModelConfig("tiny", lora_r=0)) is None
-    with pytest.raises(UserError, match="lora_r=0 is the rank of the adapter"):
-        adapter_config(ModelConfig("tiny", use_peft=True, lora_r=0))
-    with pytest.raises(UserError, match=r"lora_dropout=3\.0 must be a number from 0 to 1"):
-        adapter_config(ModelConfig("tiny", use_peft=True, lora_dropout=3.0))
-
-
-def test_an_adapter_names_modules_of_the_model():
-    model = load_model(tiny_policy_path(), device="cpu")
-    for names in (["q_proj", "no_such"], ["all-linear"], None):
-        check_target_modules(model, adapter_config(ModelConfig(use_peft=True, lora_target_modules=names)))
-    check_target_modules(model, None)
-    with pytest.raises(UserError, match=r"no module qproj .*: it has .*q_proj"):
-        check_target_modules(model, adapter_config(ModelConfig(use_peft=True, lora_target_modules=["qproj"])))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

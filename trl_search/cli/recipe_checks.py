@@ -30,7 +30,8 @@ from trl_search.data.hub_download import free_bytes
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, takes_retriever
 from trl_search.environment.script import load_script
 from trl_search.evaluation.outcomes import RESULTS_FILE
-from trl_search.policies.loading import ADAPTER_CONFIG, model_source, read_config
+from trl_search.policies.adapters import ADAPTER_CONFIG
+from trl_search.policies.loading import model_source, read_config
 from trl_search.protocols.instructions import tool_names
 
 GIB = 2**30

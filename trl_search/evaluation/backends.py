@@ -91,7 +91,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
         raise UserError(
             f"--backend vllm needs vLLM ({error}): pip install 'trl-search[vllm]', or use --backend transformers"
         ) from error
-    from trl_search.policies.loading import read_adapter
+    from trl_search.policies.adapters import read_adapter
     from trl_search.policies.vllm_colocate import VLLMColocatePolicy
     from trl_search.policies.vllm_server import version_problem
 

@@ -24,7 +24,8 @@ from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
 from trl_search.evaluation.evaluate import mode_protocol, rag_messages
-from trl_search.policies.loading import read_adapter, read_config
+from trl_search.policies.adapters import read_adapter
+from trl_search.policies.loading import read_config
 from trl_search.retrieval.index.contents import index_folder
 from trl_search.retrieval.index.folder import MANIFEST, read_manifest
 from trl_search.types import Passage

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,18 +23,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object
 from trl_search.common.hub import only_cached
 from trl_search.common.vocabulary import refuse_empty_tokenizer
+from trl_search.policies.adapters import ADAPTER_CONFIG, adapted, read_adapter
 from trl_search.policies.tiny import tiny_policy_path
 
 if TYPE_CHECKING:
     import torch
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def base_name(model_config: ModelConfig) -> str:
@@ -140,53 +136,6 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, str]
     return target, dtype
 
 
-def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
-    """The configuration of the adapter to train, by default on every linear layer; `None` for full fine-tuning.
-
-    Raises:
-        UserError: for a value that PEFT would refuse once the model is loaded, or train without effect.
-    """
-    if model_config.use_peft and model_config.lora_r < 1:
-        raise UserError(f"lora_r={model_config.lora_r} is the rank of the adapter: give a whole number, at least 1")
-    if model_config.use_peft and not (0 <= model_config.lora_dropout <= 1 and model_config.lora_alpha > 0):
-        raise UserError(
-            f"lora_dropout={model_config.lora_dropout} must be a number from 0 to 1, and "
-            f"lora_alpha={model_config.lora_alpha} more than 0"
-        )
-    adapter: Any = get_peft_config(model_config)
-    if adapter is not None and not adapter.target_modules:
-        adapter.target_modules = "all-linear"
-    return adapter
-
-
-def check_target_modules(model: PreTrainedModel, adapter: PeftConfig | None) -> None:
-    """Raises `UserError` if the model has no module that an adapter names. PEFT would say so after the warm start."""
-    wanted: Any = getattr(adapter, "target_modules", None)
-    names = [name for name, _ in model.named_modules()]
-    if wanted in (None, "all-linear") or any(check_target_module_exists(adapter, name) for name in names):
-        return
-    there = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in str(type(module))}
-    )
-    shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
-    raise UserError(f"the model has no module {shown} (lora_target_modules): it has {', '.join(there)}; or all-linear")
-
-
-def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the PEFT adapter in a folder, which names its base model; `None` if there is no adapter.
-
-    Raises:
-        UserError: if the adapter names no base model.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    config = read_object(path, "save the adapter again")
-    if not isinstance(config.get("base_model_name_or_path"), str):
-        raise UserError(f"{path} names no base model (base_model_name_or_path): save the adapter again")
-    return config
-
-
 def model_source(name: str) -> str:
     """The name in the form that `from_pretrained` takes.
 
@@ -260,8 +209,9 @@ def _embedding_rows(model: PreTrainedModel | str) -> int:
 
 
 def _pretrained(name: str, **options: Any) -> PreTrainedModel:
-    adapter = read_adapter(Path(name))
-    if only_cached(name if adapter is None else adapter["base_model_name_or_path"]):
+    if adapter := read_adapter(Path(name)):
+        return adapted(_pretrained(adapter["base_model_name_or_path"], **options), name)
+    if only_cached(name):
         # `adapter_kwargs`: transformers looks for an adapter in the model's repository without its own option.
         options |= {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
     try:

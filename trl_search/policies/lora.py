@@ -15,7 +15,7 @@ from trl_search.common.errors import UserError
 # The values of max_lora_rank that vLLM accepts.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # The initialisations of PEFT that leave the base weights as they are.
-_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def lora_options(rank: int) -> dict[str, Any]:
@@ -67,11 +67,17 @@ def supported_rank(config: PeftConfig, remedy: str) -> int:
         # vLLM uses one scale for all modules.
         "rank_pattern": bool(getattr(config, "rank_pattern", None)),
         "alpha_pattern": bool(getattr(config, "alpha_pattern", None)),
-        # PiSSA, OLoRA, LoftQ and similar methods change the base weights, but vLLM loads the original ones.
-        "init_lora_weights": getattr(config, "init_lora_weights", True) not in _LEAVE_THE_BASE,
+        # vLLM loads the original base.
+        "init_lora_weights": not leaves_the_base(config),
         "peft_type": config.peft_type != "LORA",
     }
     found = [name for name, is_set in unsupported.items() if is_set]
     if found:
         raise UserError(f"vLLM does not support this adapter's {', '.join(found)}: {remedy}")
     return int(config.r)  # type: ignore[attr-defined]
+
+
+def leaves_the_base(config: PeftConfig) -> bool:
+    """Whether a new adapter leaves the base weights as they are. PiSSA, OLoRA, LoftQ and similar methods do not."""
+    kept = getattr(config, "init_lora_weights", True) in _LEAVE_THE_BASE
+    return kept and getattr(config, "kasa_config", None) is None

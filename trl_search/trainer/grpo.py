@@ -38,6 +38,7 @@ from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
+from trl_search.policies.adapters import complete_reference, refuse_tokens_of_the_head
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import check_vocabulary
 from trl_search.policies.metered import MeteredPolicy
@@ -207,6 +208,8 @@ class SearchGRPOTrainer(
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
+            refuse_tokens_of_the_head(self.model)
+            complete_reference(self.model)
             room = self.protocol, self.model, args
             self.train_dataset = with_room(self.train_dataset, "train_dataset", *room, skip=args.skip_long_prompts)
             self.eval_dataset = with_room(self.eval_dataset, "eval_dataset", *room)

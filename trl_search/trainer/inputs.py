@@ -18,6 +18,7 @@ from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
+from trl_search.policies.adapters import check_adapter, refuse_adapter_folder
 from trl_search.policies.loading import load_tokenizer, read_config
 from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
@@ -98,6 +99,7 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
         raise UserError(f"model must be a name, a folder or a PreTrainedModel, not {type(model).__name__}")
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if isinstance(model, str):
+        refuse_adapter_folder(model)
         read_config(model, revision=options.get("revision"), trust_remote_code=args.trust_remote_code)
     tokenizer = getattr(given, "tokenizer", given)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -153,12 +155,7 @@ def refuse_what_rollouts_cannot_do(
         raise UserError(
             "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
         )
-    adapter = kwargs.get("peft_config") or (model.active_peft_config if isinstance(model, PeftModel) else None)
-    if adapter is not None and adapter.is_prompt_learning:
-        raise UserError(
-            f"{adapter.peft_type.value.lower()} puts tokens before every prompt, which no rollout engine supports: "
-            "use LoRA (LoraConfig), or another adapter of the weights"
-        )
+    check_adapter(model, kwargs.get("peft_config"), args.beta)
 
 
 def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:

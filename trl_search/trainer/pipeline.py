@@ -38,10 +38,9 @@ from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
+from trl_search.policies.adapters import adapter_config, check_target_modules, refuse_adapter_folder
 from trl_search.policies.loading import (
-    adapter_config,
     base_name,
-    check_target_modules,
     check_vocabulary,
     load_base,
     load_tokenizer,
@@ -117,6 +116,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     """
     refuse_quantization(model_config)
     adapter = adapter_config(model_config)
+    refuse_adapter_folder(base_name(model_config))
     refuse_one_process_for_several_gpus(config)
     if config.environment != SEARCH and arguments.warm_start_steps:
         raise UserError(

@@ -28,6 +28,7 @@ from trl_search.config.trl_keys import check_training_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
+from trl_search.policies.adapters import refuse_tied, refuse_tokens_of_the_head, refuse_unsupported
 from trl_search.protocols import Protocol
 from trl_search.records.run_log import RunLog
 from trl_search.retrieval.base import Retriever
@@ -96,6 +97,8 @@ def train(
     Raises:
         UserError: if the adapter cannot be merged as configured.
     """
+    if peft_config is not None:
+        refuse_unsupported(peft_config)
     # Rows that are too long have been left out; otherwise TRL would cut them, or warn that it cannot.
     config = copy.copy(config)
     config.max_length = None
@@ -116,6 +119,9 @@ def train(
     trainer = _SFTTrainer(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )
+    refuse_tokens_of_the_head(trainer.model)
+    if config.merge_adapter and isinstance(trainer.model, PeftModel):
+        refuse_tied(trainer.model, "or set merge_adapter: false")
     show_steps(trainer)
     if run_log is not None:
         trainer.callback_handler.callbacks.insert(0, run_log)  # first, because it names the run for the trackers

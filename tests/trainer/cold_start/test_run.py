@@ -14,13 +14,16 @@ import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
+from tests.support.scripted_trainer import config
 from tests.support.servers import Asked, Said, Server
 from tests.trainer.cold_start.test_collect import said
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.agent import read_settings
 from trl_search.config.searched import resolve_searched
+from trl_search.config.task import TaskArguments
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.protocols import load_protocol
 from trl_search.records.folder import read_run
@@ -29,6 +32,7 @@ from trl_search.retrieval.index.folder import build_index
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import ATTEMPTS, read_attempts
 from trl_search.trainer.cold_start.select import KEPT
+from trl_search.trainer.pipeline import load
 from trl_search.trainer.tag_rows import tag_ids, untrained_tags
 from trl_search.types import Answer, ToolCall
 
@@ -173,6 +177,11 @@ def test_a_collection_can_be_used_on_a_machine_with_other_paths(
 def test_an_adapter_can_be_saved_without_merging(tmp_path: Path, files: dict[str, Any], served: Server) -> None:
     sft(tmp_path, **files, teacher=served.url, use_peft="true", lora_r=4, merge_adapter="false")
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+    # A second adapter would begin the first one anew.
+    with pytest.raises(UserError, match=r"is an adapter of .*, not a whole model: .*merge_adapter: true"):
+        sft(tmp_path / "again", **files, model_name_or_path=tmp_path, use_peft="true")
+    with pytest.raises(UserError, match="is an adapter of"):
+        load(TaskArguments(), config(tmp_path), ModelConfig(str(tmp_path), use_peft=True))
 
 
 def test_the_policy_teaches_itself_in_the_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

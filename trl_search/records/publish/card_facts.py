@@ -12,7 +12,8 @@ from trl_search.config.agent import AgentSettings, protocol_of, read_settings
 from trl_search.config.run_file import find_run_file
 from trl_search.environment import SearchEnvironment
 from trl_search.environment.registry import SEARCH
-from trl_search.policies.loading import load_tokenizer, read_adapter
+from trl_search.policies.adapters import read_adapter
+from trl_search.policies.loading import load_tokenizer
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import SFT, section

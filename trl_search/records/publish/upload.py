@@ -22,7 +22,7 @@ from tqdm import tqdm
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.config.agent import SETTINGS_FILE
-from trl_search.policies.loading import ADAPTER_CONFIG
+from trl_search.policies.adapters import ADAPTER_CONFIG
 
 HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # not ./warm or runs/warm, which are folders
 CARD = "README.md"

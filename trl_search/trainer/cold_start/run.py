@@ -35,11 +35,10 @@ from trl_search.data.user_script import UserScript
 from trl_search.data.world import generate_world
 from trl_search.environment.registry import call_word, described, takes_retriever
 from trl_search.evaluation.settings import describe_model
+from trl_search.policies.adapters import adapter_config, check_target_modules, refuse_adapter_folder
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import (
-    adapter_config,
     base_name,
-    check_target_modules,
     check_vocabulary,
     load_base,
     load_tokenizer,
@@ -76,6 +75,7 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     refuse_quantization(model_config)
     adapter = adapter_config(model_config)
     if not arguments.collect_only:
+        refuse_adapter_folder(base_name(model_config))
         refuse_one_process_for_several_gpus(config)
     refuse_push(config.push_to_hub, config.output_dir)
     name = base_name(model_config)

@@ -47,6 +47,9 @@ def whole_weights(
         named = [(name, parameter) for name, parameter in named if id(parameter) not in seen]
         seen.update(id(parameter) for parameter in [*parameters, *(parameter for _, parameter in named)])
         with merged(module, backend, parameters) if is_adapted else contextlib.nullcontext():
+            if is_adapted:  # LN tuning merges by putting its own layer in place of the base layer
+                names = {name for name, _ in named}
+                named = [(name, p) for name, p in module.get_base_layer().named_parameters() if name in names]
             for name, parameter in named:
                 full_name = f"{prefix}.{name}" if prefix else name
                 if "original_module" in full_name:  # PEFT trains a copy, under another name
@@ -82,5 +85,5 @@ def gathered(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def vllm_name(name: str) -> str:
     """vLLM's name of a parameter, without the parts that PEFT and activation checkpointing add."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    name = name.removeprefix("base_model.model.").replace(".token_adapter", "").replace(".base_layer", "")
     return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, is_vllm_available
 from trl.trainer import grpo_trainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.policies.adapters import refuse_tied
 from trl_search.policies.base import Policy
 from trl_search.policies.lora import adapter_rank, lora_options
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
@@ -60,6 +61,8 @@ class SearchVLLM(VLLMGeneration):
 
     def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
         refuse_quantized(kwargs["model"])
+        if lora_sync == "merged" and is_peft_model(kwargs["model"]):
+            refuse_tied(kwargs["model"], "or set use_vllm: false")
         self.lora_sync = lora_sync
         self._adapter_dir = adapter_dir
         self._engine_options = engine_options
