@@ -29,6 +29,7 @@ TWO_ENDS = {
     "Gemma 4": ("<turn|>", "<|tool_response>"),
     "gpt-oss": ("<|return|>", "<|call|>"),
     "GLM-4.5": ("<|user|>", "<|observation|>"),
+    "GLM-4.7": ("<|user|>", "<|observation|>"),
 }
 
 

@@ -44,6 +44,18 @@ PHI_4_MINI = """\
 {%- else %}{{ '<|' + m.role + '|>' + (m.content or '') }}
 {%- for c in m.tool_calls or [] %}{{ '<|tool_call|>' + c.function | tojson + '<|/tool_call|>' }}{% endfor %}<|end|>
 {%- endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+# Like GLM-4.5's, without line breaks in a call.
+GLM_4_7 = """\
+[gMASK]<sop>{% if tools %}<|system|>{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<|user|>' + m.content }}
+{%- elif m.role == 'assistant' %}{{ '<|assistant|></think>' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name }}
+{%- for k, v in c.function.arguments.items() %}
+{{- '<arg_key>' + k + '</arg_key><arg_value>' + (v if v is string else v | tojson) + '</arg_value>' }}
+{%- endfor %}</tool_call>{% endfor %}
+{%- elif m.role == 'tool' %}{{ '<|observation|><tool_response>' + m.content + '</tool_response>' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|></think>{% endif %}"""
 SMOLLM2 = """\
 {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -114,6 +126,7 @@ FAMILIES = {
     "Phi-3, Phi-4": Family("phi3", None, "<|end|>", ("<|endoftext|>", "<|user|>"), ("<|assistant|>", "<|system|>")),
     "Phi-4-mini": Family(PHI_4_MINI, "phi", "<|end|>", _PHI, ("<|assistant|>", "<|system|>", "<|tool_response|>")),
     "GLM-4.5": Family("glm4moe", "glm", "<|endoftext|>", _GLM, (*QWEN_WORDS, "<arg_key>", "<arg_value>")),
+    "GLM-4.7": Family(GLM_4_7, "glm", "<|endoftext|>", _GLM, (*QWEN_WORDS, "<arg_key>", "<arg_value>")),
     "DeepSeek R1 distillations": Family("deepseek_r1_distill", None, "<｜end▁of▁sentence｜>", (), _DEEPSEEK),
     "gpt-oss": Family("gptoss", "harmony", "<|return|>", _GPT_OSS),
     "LFM2": Family("lfm2_v2", "lfm2", "<|im_end|>", _LFM2, bos=_LFM2_BOS),

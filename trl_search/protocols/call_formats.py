@@ -2,7 +2,7 @@ r"""The tool-call formats of model families, and their translation into one comm
 
     hermes     <tool_call>\n{"name": "search", "arguments": {…}}\n</tool_call>      Qwen2.5, Qwen3, SmolLM3
     xml        <tool_call>\n<function=search>\n<parameter=query_list>\n[…]\n…       Qwen3-Coder, Qwen3.5, Nemotron 3
-    glm        <tool_call>search\n<arg_key>query_list</arg_key>\n<arg_value>[…]…    GLM-4.5 and later
+    glm        <tool_call>search\n<arg_key>query_list</arg_key>\n<arg_value>[…]…    GLM-4.5; GLM-4.7 and later on one line
     llama      {"name": "search", "parameters": {…}}                               Llama 3.1, 3.2
     mistral    [TOOL_CALLS] [{"name": "search", …}] or [TOOL_CALLS]search[ARGS]{…} Mistral
     gemma      <|tool_call>call:search{query_list:[<|"|>…<|"|>]}<tool_call|>       Gemma 4
@@ -30,6 +30,7 @@ Call = tuple[str, Any]  # name, arguments
 
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,99})>([^\x00]*)</function>\s*")
 _PARAMETER = re.compile(r"<parameter=([^<>\n]{1,99})>((?:[^<]|<(?!/?parameter))*)</parameter>")
+_GLM_NAME = re.compile(r"\s*([^\W\d]\w{0,99})\s*(?=<arg_key>|\Z|\n)")
 _ARG = re.compile(r"<arg_key>([^<]{1,99})</arg_key>\s{0,9}<arg_value>((?:[^<]|<(?!/?arg_))*)</arg_value>")
 _KEY = re.compile(r"([{,]\s{0,9})(\w{1,99})(\s{0,9}:)")
 _HEADER = re.compile(
@@ -115,10 +116,10 @@ def _xml_call(body: str) -> list[Call]:
 
 
 def _glm_call(body: str) -> list[Call]:
-    name, _, arguments = body.strip().partition("\n")
-    if not name.isidentifier():
+    call = _GLM_NAME.match(body)  # a line of its own in GLM-4.5, followed by the arguments at once in GLM-4.7
+    if call is None:
         raise ValueError("no name of a tool")
-    return [(name, {key.strip(): _value(value) for key, value in _ARG.findall(arguments)})]
+    return [(call[1], {key.strip(): _value(value) for key, value in _ARG.findall(body, call.end())})]
 
 
 def _mistral_calls(body: str) -> list[Call]:
