@@ -44,3 +44,14 @@ def test_a_full_disk_is_recognized_also_in_the_words_of_numpy() -> None:
         full.write("x" * 100_000)
     assert disk_is_full(numpys.value) and disk_is_full(pythons.value)
     assert not disk_is_full(OSError("3 requested")) and not disk_is_full(RuntimeError("1 requested and 0 written"))
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As root, `--output /dev/null` replaced the device by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"em": 0.5})
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    assert json.loads(os.read(reader, 1000)) == {"em": 0.5}
+    os.close(reader)

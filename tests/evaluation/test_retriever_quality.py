@@ -66,6 +66,9 @@ def test_a_missing_file_of_a_beir_folder_is_named(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "tiny")
     with pytest.raises(UserError, match=r"qrels needs one file called dev, .* its files are: test\.tsv"):
         load_judged(str(folder), split="dev", limit=None, seed=0)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(UserError, match="qrels/test judges no passage"):  # it divided by zero
+        load_judged(str(folder), split="test", limit=None, seed=0)
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq9\ta\t1\n")
     with pytest.raises(UserError, match="name the query 'q9', which is not in queries"):
         load_judged(str(folder), split="test", limit=None, seed=0)
@@ -95,3 +98,15 @@ def test_several_retrievers_are_compared_in_one_table(tmp_path: Path, capsys: py
     assert [measured["mine"][str(tmp_path / name)]["answer@1"] for name in ("one", "other")] == [1.0, 0.0]
     assert measured["tiny"][str(tmp_path / "one")]["RR@1"] == 1.0
     assert quality_table({"x": {"R@1": 0.5}}) == "| retriever | R@1 |\n|---|---|\n| x | 0.500 |"
+
+
+def test_sets_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first set was printed with the numbers of the second."""
+    build_index([Passage("1", "Orlune", "A town.")], tmp_path / "index")
+    for year in ("2023", "2024"):
+        (tmp_path / year / "mine").mkdir(parents=True)
+        (tmp_path / year / "mine" / "test.jsonl").write_text('{"question": "town?", "golden_answers": ["Orlune"]}\n')
+    sets = [str(tmp_path / year / "mine") for year in ("2023", "2024")]
+    assert main(["eval-retriever", str(tmp_path / "index"), "--datasets", *sets]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "several of --datasets are called 'mine'" in captured.err

@@ -24,10 +24,15 @@ _NUMPY_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # `tofile`, als
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary file that replaces `path` at the end, so a reader of `path` never sees half a file.
 
+    A device or a pipe (`/dev/null`, `/dev/stdout`) is written to, and stays what it is.
+
     Example:
         >>> with written_whole(folder / "results.json") as temporary:
         ...     temporary.write_text("{}")
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -127,6 +127,8 @@ def _beir(folder: Path, split: str, limit: int | None, seed: int) -> JudgedQueri
     if unknown := judgements.keys() - texts.keys():
         raise UserError(f"{folder}: qrels name the query {min(unknown)!r}, which is not in queries: fetch both again")
     known = [query for query in texts if query in judgements]
+    if not known:
+        raise UserError(f"{folder}: qrels/{split} judges no passage of any query: fetch it again")
     chosen = [known[index] for index in sampled_rows(len(known), limit, seed)]
     return JudgedQueries(folder.name, {query: texts[query] for query in chosen}, {q: judgements[q] for q in chosen})
 

@@ -242,3 +242,9 @@ def test_repeated_ids_are_dropped_on_request(tmp_path: Path) -> None:
     build_index(tmp_path / "in.jsonl", tmp_path / "index", skip_duplicates=True)
     corpus = open_index(tmp_path / "index", "bm25").corpus
     assert [(passage.id, passage.text) for passage in corpus] == [("1", "first"), ("2", "x"), ("3", "y")]
+
+
+def test_a_pipe_is_refused_because_a_corpus_is_read_several_times(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "corpus.jsonl")
+    with pytest.raises(UserError, match="is a pipe or a device"):  # it was looked up on the hub
+        open_source(tmp_path / "corpus.jsonl")

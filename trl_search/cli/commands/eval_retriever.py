@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections import Counter
 from pathlib import Path
 
 from trl_search.cli.options import (
@@ -31,6 +32,7 @@ from trl_search.cli.options import (
 )
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
+from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 from trl_search.config.recipe_values import check_least
 
@@ -60,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
         for name in set_names(args.datasets)
         for one in load_judged(name, split=args.split, limit=args.limit, seed=args.seed, fields=question_fields(args))
     ]
+    repeated = next((name for name, count in Counter(one.name for one in sets).items() if count > 1), None)
+    if repeated is not None:
+        raise UserError(
+            f"several of --datasets are called {repeated!r}, so their numbers could not be told apart: give each to a "
+            "command of its own"
+        )
     measured: dict[str, dict[str, dict[str, float]]] = {one.name: {} for one in sets}
     searched = {word: searched_of(args, word) for word in args.retrievers}
     refuse(check for one in searched.values() for check in retriever_checks(one))

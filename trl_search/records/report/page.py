@@ -73,7 +73,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises `UserError` if a report must not replace `output`."""
     if output.is_dir():
         raise UserError(f"{output} is a folder: name a file, such as {output / 'report.html'}")
-    if output.exists() and not overwrite:
+    if output.is_file() and not overwrite:
         with output.open("rb") as file:
             if MARK not in file.read(1024):
                 raise UserError(f"{output} is not a report: choose another --output, or replace it with --overwrite")

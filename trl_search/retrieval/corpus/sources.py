@@ -84,6 +84,8 @@ def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_F
     if path.is_file():
         rows = partial(read_rows, path, fields.choose)
         return Source(str(path), rows, partial(Fingerprint.of, path, str(path.resolve())))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{corpus} is a pipe or a device, and a corpus is read several times: write it to a file")
     if path.suffix in (*FORMATS, *COMPRESSIONS) and not path.is_dir():
         raise UserError(f"there is no corpus file {corpus}")
     if "://" in str(corpus):
