@@ -155,6 +155,11 @@ def test_invalid_sets_are_named(tmp_path):
     one = QuestionSet("nq", "a.jsonl", 0, [])
     with pytest.raises(UserError, match=r"a\.jsonl and b\.jsonl are both called 'nq'"):
         check_names([one, dataclasses.replace(one, source="b.jsonl")])
+    with pytest.raises(UserError, match="are both called 'NQ'"):  # one file, where a disk ignores case
+        check_names([one, dataclasses.replace(one, name="NQ")])
+    for name in ("nq.rank1", "é" * 101):  # the answers of another process to nq; a name that no disk takes
+        with pytest.raises(UserError, match="cannot name its files"):
+            check_names([one, dataclasses.replace(one, name=name)])
     with pytest.raises(UserError, match="is called 'macro'"):
         check_names([dataclasses.replace(one, name=MACRO)])
 

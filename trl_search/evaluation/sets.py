@@ -17,6 +17,7 @@ from trl_search.data.questions import sampled_rows
 from trl_search.data.world import World
 
 MACRO = "macro"  # the average over the sets
+_LONGEST = 200  # bytes of a name; most disks allow 255 for a file, with its mode and ending
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,19 @@ def check_names(sets: Sequence[QuestionSet]) -> None:
     """Checks that names are unique, because a set's files and column are named after it.
 
     Raises:
-        UserError: if two sets have the same name, or one has the name of the average.
+        UserError: if two sets have the same name, also where a disk ignores case, or if a name cannot name files:
+            `macro` is the average, and `nq.rank1` names the answers of a second process to `nq`.
     """
     for i, one in enumerate(sets):
         if one.name == MACRO:
             raise UserError(f"{one.source} is called {MACRO!r}, like the average: give it another data_source")
+        if re.search(r"\.rank\d+$", one.name) or len(one.name.encode()) > _LONGEST:
+            raise UserError(
+                f"{one.source:.300} is called {one.name:.80!r}, which cannot name its files: give it a data_source of at "
+                f"most {_LONGEST} bytes that does not end in .rank and a number"
+            )
         for other in sets[:i]:
-            if one.name == other.name:
+            if one.name.casefold() == other.name.casefold():
                 raise UserError(
                     f"{other.source} and {one.source} are both called {one.name!r}: give each its own --output, or "
                     "give one another data_source"

@@ -2,7 +2,7 @@ r"""The tool-call formats of model families, and their translation into one comm
 
     hermes     <tool_call>\n{"name": "search", "arguments": {…}}\n</tool_call>      Qwen2.5, Qwen3, SmolLM3
     xml        <tool_call>\n<function=search>\n<parameter=query_list>\n[…]\n…       Qwen3-Coder, Qwen3.5, Nemotron 3
-    glm        <tool_call>search\n<arg_key>query_list</arg_key>\n<arg_value>[…]…    GLM-4.5; GLM-4.7 and later on one line
+    glm        <tool_call>search\n<arg_key>query_list</arg_key>\n<arg_value>[…]…    GLM-4.5, GLM-4.7, GLM-5
     llama      {"name": "search", "parameters": {…}}                               Llama 3.1, 3.2
     mistral    [TOOL_CALLS] [{"name": "search", …}] or [TOOL_CALLS]search[ARGS]{…} Mistral
     gemma      <|tool_call>call:search{query_list:[<|"|>…<|"|>]}<tool_call|>       Gemma 4
