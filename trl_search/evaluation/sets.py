@@ -100,8 +100,8 @@ def check_names(sets: Sequence[QuestionSet]) -> None:
             raise UserError(f"{one.source} is called {MACRO!r}, like the average: give it another data_source")
         if re.search(r"\.rank\d+$", one.name) or len(one.name.encode()) > _LONGEST:
             raise UserError(
-                f"{one.source:.300} is called {one.name:.80!r}, which cannot name its files: give it a data_source of at "
-                f"most {_LONGEST} bytes that does not end in .rank and a number"
+                f"{one.source[:300]} is called {one.name[:80]!r}, which cannot name its files: give it a data_source "
+                f"of at most {_LONGEST} bytes that does not end in .rank and a number"
             )
         for other in sets[:i]:
             if one.name.casefold() == other.name.casefold():
