@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
@@ -36,7 +37,7 @@ from trl_search.trainer.sft import SearchSFTConfig
         ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0 must be more than 0 and at most 1"),
         ({"vllm_importance_sampling_clip_max": 0.0}, "vllm_importance_sampling_clip_max=0.0 must be more than 0"),
         ({"num_generations": 0}, "num_generations=0 must be at least 2"),
-        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0 and max_steps=-1 train nothing"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 and max_steps=-1 train nothing"),
         ({"max_grad_norm": -0.5}, "max_grad_norm=-0.5 must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
         ({"adam_beta1": 1.0}, "adam_beta1=1.0 must be at least 0 and less than 1"),
@@ -83,3 +84,31 @@ def test_the_choices_are_trls() -> None:
     for name, choices in CHOICES.items():
         for choice in choices:
             assert f'"{choice}"' in source and f"'{choice}'" in described[name].replace("group'", "'group'"), choice
+
+
+def test_numbers_given_as_text_or_by_numpy_are_converted(tmp_path: Path) -> None:
+    """YAML reads 1e-6 as text, and sweeps draw with NumPy."""
+    given = {"learning_rate": "1e-6", "num_generations": np.int64(4), "max_steps": 2.0, "bf16": "false", "top_k": "20"}
+    made = config(tmp_path, **given, reward_weights=np.array([1, 0.5]))
+    found = {name: getattr(made, name) for name in given} | {"reward_weights": made.reward_weights}
+    assert repr(found) == repr(
+        {"learning_rate": 1e-6, "num_generations": 4, "max_steps": 2, "bf16": False, "top_k": 20}
+        | {"reward_weights": [1.0, 0.5]}
+    )
+    assert SearchSFTConfig(str(tmp_path), learning_rate="1e-6", use_cpu=True, bf16=False).learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
+        ({"learning_rate": None}, "learning_rate=None must be a finite number"),
+        ({"max_steps": 2.5}, "max_steps is 2.5, but must be a whole number"),
+        ({"bf16": "maybe"}, "bf16 is 'maybe', but must be true or false"),
+        ({"reward_weights": [1.0, None]}, "must be a list"),
+    ],
+    ids=str,
+)
+def test_other_types_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **options)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PrefixTuningConfig, PromptTuningConfig
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from transformers import Qwen2Config, Qwen2ForSequenceClassification, TrainerCallback
 from trl import GRPOConfig
 from trl.rewards import think_format_reward
 
@@ -62,6 +62,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"data": DATA.with_format("numpy")}, "train_dataset returns rows in the format numpy: reset it"),
         ({"data": DATA.with_format("pandas")}, "train_dataset returns rows in the format pandas"),
         ({"push_to_hub": True}, "^push_to_hub uploads the whole folder .* run `trl-search push .* owner/name`"),
+        ({"data_seed": 7}, "^data_seed=7 has no effect, as TRL draws the questions of GRPO with seed=1"),
         ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
@@ -261,3 +262,15 @@ def test_rewards_without_weight_are_refused(tmp_path, random_model, tokenizer):
         UserError, match=r"the weights of all rewards \(reflection\) are 0, so nothing would be learnt"
     ):
         trainer.train()
+
+
+def test_a_temperature_that_a_callback_changes_is_refused(tmp_path, random_model, tokenizer):
+    class Cooler(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.temperature = 0.5
+
+    trainer = real_trainer(tmp_path, random_model, tokenizer, trainer={"callbacks": [Cooler()]})
+    with pytest.raises(UserError, match=r"args.temperature was changed from 1\.0 to 0\.5 during the training"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert "eval_reward" in trainer.evaluate(DATA)  # nothing is learnt there

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2ForCausalLM
 
 from tests.support.scripted_trainer import real_trainer
 from trl_search.common.errors import UserError
@@ -49,3 +50,21 @@ def test_updates_that_are_rounded_away_are_warned_of(
     if warned:  # and the warning is right
         changed = (model.model.layers[0].self_attn.q_proj.weight != before).float().mean()
         assert changed < 0.1
+
+
+def test_a_reference_with_other_weights_is_warned_of(
+    tmp_path: Any, random_model: Any, tokenizer: Any, caplog: Any
+) -> None:
+    with pytest.raises(UserError, match=r"beta=0\.1 needs a reference model, which TRL loads by the name"):
+        real_trainer(tmp_path, random_model, tokenizer, beta=0.1)
+    random_model.save_pretrained(tmp_path / "base")
+    for changed in (False, True):
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+        if changed:  # as after a fine-tuning in the same script
+            model.model.norm.weight.data[0] += 1
+        trainer = real_trainer(tmp_path, model, tokenizer, beta=0.1, max_steps=1)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "trl_search"):
+            trainer.train()
+            trainer.train()  # the model is not the reference any more, as it should be
+        assert caplog.text.count("the reference of beta, which TRL loaded from") == changed

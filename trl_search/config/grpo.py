@@ -10,7 +10,7 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import check_least, checked_values
+from trl_search.config.recipe_values import check_least, checked_values, convert_numbers
 from trl_search.config.trl_keys import check_trls_keys
 from trl_search.policies.vllm_address import server_address, server_addresses
 
@@ -211,6 +211,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         ours = {name: getattr(self, name) for name in SearchGRPOConfig.__annotations__ if not name.startswith("_")}
         for name, value in checked_values(ours, [SearchGRPOConfig], "SearchGRPOConfig").items():
             setattr(self, name, value)
+        convert_numbers(self)
         check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
         check_least(self, num_generations=2)  # a group; TRL divides by it before it looks
         GRPOConfig.__post_init__(self)

@@ -6,6 +6,7 @@ instead of a list. A value with only one possible meaning is converted; any othe
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import types
@@ -51,6 +52,21 @@ def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source:
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong)}")
     return checked
+
+
+def convert_numbers(settings: Any) -> None:
+    """Converts the numbers and booleans of a configuration that is made in Python: `"1e-6"` from YAML, or NumPy's.
+
+    Raises:
+        UserError: for values of the wrong type; the message names all their keys and the types that they need.
+    """
+    kind, plain = type(settings), {int, float, bool, type(None), list[int], list[float]}
+    numeric = {name for name, hint in get_type_hints(kind).items() if {*_kinds(hint)} <= plain}
+    given = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings) if one.name in numeric}
+    # Some keys are None by default, though their type does not say so.
+    known = {name: value for name, value in given.items() if value is not None}
+    for name, value in checked_values(known, [kind], kind.__name__).items():
+        setattr(settings, name, value)
 
 
 def check_least(settings: object, **least: int) -> None:
@@ -101,6 +117,7 @@ def _as(value: Any, kind: Any) -> Any:
         if value in get_args(kind):
             return value
     elif origin is list:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy
         (element,) = get_args(kind) or (Any,)
         if not isinstance(value, (Mapping, bool)):
             return [_convert(one, element) for one in (value if isinstance(value, (list, tuple)) else [value])]
@@ -113,6 +130,8 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _scalar(value: Any, kind: type) -> Any:
+    if hasattr(value, "item"):  # of NumPy
+        value = value.item()
     if _is_enum(kind):
         if isinstance(value, str):
             return value  # transformers checks the name

@@ -32,7 +32,7 @@ def check_training_keys(args: Any) -> None:
         value = getattr(args, field.name)
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"{field.name}=nan is not a number: give one, or leave it out")
-    if not 0 <= args.learning_rate < math.inf:
+    if args.learning_rate is None or not 0 <= args.learning_rate < math.inf:
         raise UserError(f"learning_rate={args.learning_rate} must be a finite number, at least 0")
     check_least(args, weight_decay=0, max_grad_norm=0, adam_epsilon=0, data_seed=0)
     check_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, per_device_eval_batch_size=1)

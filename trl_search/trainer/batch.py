@@ -158,6 +158,15 @@ def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
     )
 
 
+def check_temperature(now: float, at_the_start: float) -> None:
+    """Raises `UserError` if a callback has changed the temperature: the loss computes log-probs at the first one."""
+    if now != at_the_start:
+        raise UserError(
+            f"args.temperature was changed from {at_the_start} to {now} during the training, but the loss would still "
+            f"compute log-probs at {at_the_start}: leave it as it is, or begin another training with a new trainer"
+        )
+
+
 def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
     """The ids of each prompt. Equal prompts (those of a group) are rendered once."""
     keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]

@@ -54,6 +54,7 @@ from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
     Rollout,
     check_failures,
+    check_temperature,
     encode_prompts,
     longest_context,
     rollout_metrics,
@@ -384,6 +385,8 @@ class SearchGRPOTrainer(
         # Generations are counted per optimizer step, because TRL's count, `_step`, restarts at 0 after a resume.
         step = self.state.global_step
         self._rollouts[mode, step] += 1
+        if mode == "train":
+            check_temperature(self.args.temperature, self.temperature)
         return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")
 
     def _log_rollout(self) -> None:

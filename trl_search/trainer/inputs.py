@@ -151,11 +151,23 @@ def refuse_what_rollouts_cannot_do(
             raise UserError(
                 f"accelerator_config {name}: true gives processes other rows than GRPO's groups need: leave it out"
             )
+    if args.data_seed not in (None, args.seed):
+        raise UserError(
+            f"data_seed={args.data_seed} has no effect, as TRL draws the questions of GRPO with seed={args.seed}: "
+            "leave it out, or set seed"
+        )
     if args.remove_unused_columns:
         raise UserError(
             "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
         )
-    check_adapter(model, kwargs.get("peft_config"), args.beta)
+    adapter = kwargs.get("peft_config")
+    check_adapter(model, adapter, args.beta)
+    whole = isinstance(model, PreTrainedModel) and adapter is None
+    if args.beta and whole and not model.config._name_or_path:
+        raise UserError(
+            f"beta={args.beta} needs a reference model, which TRL loads by the name of the model, but this model has "
+            "none: save it (model.save_pretrained(folder)) and give the folder, or set beta: 0"
+        )
 
 
 def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:

@@ -36,9 +36,11 @@ def check_can_learn(trainer: Any) -> None:
             f"the weights of all rewards ({', '.join(trainer.reward_func_names)}) are 0, so nothing would be learnt: "
             "add a reward, or set reward_weights"
         )
-    # DeepSpeed and FSDP update copies in float32.
+    # DeepSpeed and FSDP update copies in float32, and shard both models.
     if trainer.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         warn_of_lost_updates(trainer.model, trainer.args)
+        if trainer.ref_model is not None and trainer.state.global_step == 0:
+            warn_of_another_reference(trainer.model, trainer.ref_model)
 
 
 def check_trainable(model: torch.nn.Module) -> None:
@@ -68,3 +70,18 @@ def warn_of_lost_updates(model: torch.nn.Module, args: Any) -> None:
             "an adapter",
             str(low[0].dtype).removeprefix("torch."), args.learning_rate, 100 * lost / total,
         )  # fmt: skip
+
+
+def warn_of_another_reference(model: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Warns if the reference of the KL term, which TRL loads by the model's name, has other weights than the model."""
+    theirs = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        one, other = (weights.detach().flatten()[:_SAMPLE].cpu() for weights in (parameter, theirs[name]))
+        dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(one.to(dtype), other.to(dtype)):
+            logger.warning(
+                "the reference of beta, which TRL loaded from %s, has other weights than the trained model: to "
+                "compare with the model as it is now, save it (model.save_pretrained(folder)) and give the folder",
+                reference.config._name_or_path,  # type: ignore[union-attr]
+            )
+            return
