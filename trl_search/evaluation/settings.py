@@ -48,14 +48,19 @@ def describe_model(name: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return {"name": name, "revision": getattr(read_config(name), "_commit_hash", None)}
+    adapter = read_adapter(folder)
+    base = {} if adapter is None else {"adapter_of": describe_model(adapter["base_model_name_or_path"])}
+    return {"sha256": model_sha256(folder), **base}
+
+
+def model_sha256(folder: Path) -> str:
+    """A hash of the files of a model: weights, configuration, tokenizer."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and _MODEL_FILES.fullmatch(path.name))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as content:
             digest.update(f"{path.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    adapter = read_adapter(folder)
-    base = {} if adapter is None else {"adapter_of": describe_model(adapter["base_model_name_or_path"])}
-    return {"sha256": digest.hexdigest(), **base}
+    return digest.hexdigest()
 
 
 def describe_retriever(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:

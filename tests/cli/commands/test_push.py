@@ -17,6 +17,7 @@ from tests.records.publish.test_model_card import INFO
 from tests.support.model_hub import TOKEN, ModelHub, model_hub
 from trl_search.cli.main import main
 from trl_search.data.world import generate_world
+from trl_search.evaluation.settings import describe_model
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.records.publish.upload import plan_upload
 
@@ -103,6 +104,8 @@ def test_a_card_of_the_user_is_uploaded_unchanged(run, hub, tmp_path, capsys):
     assert hub.models["me/agent"]["README.md"] == mine.read_bytes()
     mine.write_text("no metadata")
     assert push(run, "me/agent", "--card", mine) == 2 and "has no metadata" in capsys.readouterr().err
+    mine.write_bytes("---\nlicense: mit\n---\n\nMes épreuves.\n".encode("latin-1"))
+    assert push(run, "me/agent", "--card", mine) == 2 and "is not UTF-8" in capsys.readouterr().err
 
 
 def test_the_card_of_a_checkpoint_describes_its_run_and_evaluation(run, hub, tmp_path):
@@ -115,6 +118,23 @@ def test_the_card_of_a_checkpoint_describes_its_run_and_evaluation(run, hub, tmp
     card = hub.models["me/best"]["README.md"].decode()
     assert "| search, evaluated | nq | 3,610 | 0.410 | 0.020 |" in card and "learning_rate: 0.0001" in card
     assert json.loads(hub.models["me/best"]["trl_search.json"])["instruction"] == ""
+
+
+def test_an_evaluation_of_another_model_is_refused(run, hub, tmp_path, capsys):
+    """Its scores went into the card of this one, and into the metadata that the hub compares."""
+    one = {"questions": 3610, "em": 0.41, "em_ci95": 0.02, "f1": 0.5, "searches": 2.0}
+    (tmp_path / "eval").mkdir()
+
+    def push_with_evaluation_of(model: dict[str, str]) -> int:
+        report = {"results": {"search": {"nq": one}}, "settings": {"model": model, "model_name": "runs/other"}}
+        (tmp_path / "eval/results.json").write_text(json.dumps(report))
+        return push(run, "me/agent", "--eval", tmp_path / "eval")
+
+    for other in ({"sha256": "0" * 64}, {"name": "Qwen/Qwen2.5-3B", "revision": "main"}):
+        assert push_with_evaluation_of(other) == 2 and not hub.models
+        assert "evaluated other weights (runs/other)" in capsys.readouterr().err
+    for same in (describe_model(str(run)), {"name": "me/agent", "revision": "main"}):
+        assert push_with_evaluation_of(same) == 0
 
 
 def test_the_card_names_the_licence_of_the_base_model(run, hub):

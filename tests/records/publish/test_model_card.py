@@ -268,6 +268,7 @@ def test_table_rows_of_an_evaluation(tmp_path):
     [
         (None, "has no results.json"),
         ('{"rows": {}}', "is not the result of an evaluation"),
+        ('{"results": {"search": 5}}', "is not the result of an evaluation"),
         ('{"resu', "results.json is not JSON .*: run the evaluation again"),
     ],
 )

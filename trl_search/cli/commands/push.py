@@ -91,7 +91,10 @@ def _is_repository(name: str) -> bool:
 def _own_card(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"there is no card {path}: give the path of a Markdown file")
-    text = path.read_text("utf-8")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}): convert it") from None
     if not text.startswith("---\n"):
         raise UserError(f"{path} has no metadata: a card begins with YAML between two lines of ---")
     return text

@@ -17,7 +17,7 @@ from trl_search.policies.loading import load_tokenizer
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.folder import SFT, section
-from trl_search.records.publish.results import Result, evaluation_results, training_results
+from trl_search.records.publish.results import Result, evaluation_results, refuse_another_model, training_results
 from trl_search.records.publish.upload import CURVES, on_hub
 from trl_search.records.rollbacks import rollbacks_of
 
@@ -107,6 +107,7 @@ def read_facts(
     results = training_results(run_folder, section(info, "task"), folder)
     for evaluation in evaluations:
         results += evaluation_results(evaluation)
+        refuse_another_model(evaluation, folder, repo_id)
     adapter = read_adapter(folder)
     return CardFacts(
         repo_id=repo_id,

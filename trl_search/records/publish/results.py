@@ -11,7 +11,8 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import is_number, read_object
 from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.evaluation.sets import MACRO
-from trl_search.records.folder import AFTER_ROW, BEST_ROW
+from trl_search.evaluation.settings import model_sha256
+from trl_search.records.folder import AFTER_ROW, BEST_ROW, section
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,36 @@ def evaluation_results(folder: Path) -> list[Result]:
         raise UserError(f"{path} is not the result of an evaluation: give the --output of a `trl-search eval`")
     lines: list[Result] = []
     for mode, sets in modes.items():
+        if not isinstance(sets, dict):
+            raise UserError(f"{path} is not the result of an evaluation: give the --output of a `trl-search eval`")
         for name, row in sets.items():
             average = name == MACRO
             if not average or len(sets) > 2:  # the average of one set is that set
                 label = f"average of {len(sets) - 1} sets" if average else name
                 lines += _line(f"{mode}, evaluated", label, row, final=mode == "search" and not average)
     return lines
+
+
+def refuse_another_model(evaluation: Path, published: Path, repo_id: str) -> None:
+    """Checks that an evaluation is of the model that is published: its numbers become those of the card.
+
+    Args:
+        evaluation (`Path`): The folder of the evaluation. One that does not record its model is accepted.
+        published (`Path`): The folder of the published model.
+        repo_id (`str`): Its name on the hub, under which it may have been evaluated.
+
+    Raises:
+        UserError: if it is of another model.
+    """
+    report = read_object(evaluation / RESULTS_FILE, "run the evaluation again")
+    settings = section(report, "settings")
+    model = section(settings, "model")
+    is_folder = "sha256" in model
+    if (model["sha256"] != model_sha256(published)) if is_folder else (model.get("name", repo_id) != repo_id):
+        raise UserError(
+            f"{evaluation} evaluated other weights ({settings.get('model_name', model.get('name'))}) than those in "
+            f"{published}, so its scores do not belong in this card: evaluate {published}, or leave --eval out"
+        )
 
 
 def _line(policy: str, dataset: str, row: Any, *, final: bool) -> list[Result]:
