@@ -89,7 +89,7 @@ from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logpr
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
-from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts, with_room
+from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
@@ -211,9 +211,7 @@ class SearchGRPOTrainer(
             self.rollout_func = self._rollout
             refuse_tokens_of_the_head(self.model)
             complete_reference(self.model)
-            room = self.protocol, self.model, args
-            self.train_dataset = with_room(self.train_dataset, "train_dataset", *room, skip=args.skip_long_prompts)
-            self.eval_dataset = with_room(self.eval_dataset, "eval_dataset", *room)
+            self.make_room()
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.run_log.environment = described(self.environment)
@@ -237,6 +235,8 @@ class SearchGRPOTrainer(
             UserError: if nothing could be learnt: too few questions, no reward with a weight, no trainable weight.
         """
         if self.environment is not None:
+            if self.prepare_later("train_dataset"):
+                self.question_choice = question_choice_of(self)
             check_dataset(self.args, self.train_dataset)
             check_can_learn(self)
         load_onto_numbered_cpus()
