@@ -344,7 +344,9 @@ print(faiss_module().cvar.distance_compute_blas_threshold, os.environ.get("OPENB
 def test_openblas_uses_the_kernels_for_this_processor():
     flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
     for given in (None, "Nehalem"):
-        environment = {**os.environ, "OPENBLAS_VERBOSE": "2"} | ({"OPENBLAS_CORETYPE": given} if given else {})
+        environment = {**os.environ, "OPENBLAS_VERBOSE": "2", "OPENBLAS_CORETYPE": given or ""}
+        if given is None:
+            del environment["OPENBLAS_CORETYPE"]
         told = subprocess.run(
             [sys.executable, "-c", BLAS], capture_output=True, text=True, check=True, env=environment
         )
