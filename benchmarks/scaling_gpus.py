@@ -30,6 +30,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[s
         command += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "nccl"}']
         command += ["--worker-extension-cls", "trl_search.policies.weight_checksums.WeightChecksums"]
         command += ["--data-parallel-size", str(case.gpus - case.ranks), "--disable-uvicorn-access-log"]
+        command += shlex.split(arguments.serve)
         environment = {**on_gpus(first, case.gpus - case.ranks), "VLLM_SERVER_DEV_MODE": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         log = log_of(case, arguments)
@@ -412,6 +414,7 @@ def main() -> None:
     parser.add_argument("--strong", type=int, default=512, help="total number of trajectories")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths")
     parser.add_argument("--engine", type=json.loads, default={}, help="more options of a colocated engine, as JSON")
+    parser.add_argument("--serve", default="", help="more options of `vllm serve`, such as '--api-server-count 4'")
     parser.add_argument("--timeout", type=float, default=300.0, help="timeout in seconds for cases that run together")
     parser.add_argument("--table", type=Path, help="print the table of this file and measure nothing")
     parser.add_argument("--worker", metavar="METHOD:GPUS", help=argparse.SUPPRESS)
