@@ -389,3 +389,19 @@ def test_a_copied_index_is_hashed_once(index: Path, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch, pytest.raises(IndexFolderError, match="was changed after"):
         patch.setattr("trl_search.retrieval.corpus.sources._sha256", lambda _: "another")
         load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "damaged", ["corpus.offsets.npy", "bm25/data.csc.index.npy", "bm25/vocab.index.json", MANIFEST]
+)
+def test_a_damaged_file_or_a_manifest_of_another_version_says_how_to_rebuild(tmp_path: Path, damaged: str) -> None:
+    build_index([Passage("1", "Orlune", "A harbour town.")], tmp_path / "index", "bm25")
+    file = tmp_path / "index" / damaged
+    if damaged == MANIFEST:
+        manifest = json.loads(file.read_text())
+        del manifest["options"]["fold_accents"]  # an option that an older version did not have
+        file.write_text(json.dumps(manifest))
+    else:
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(IndexFolderError, match=r"cannot be read .*rebuild with: trl-search index"):
+        load_retriever("bm25", index=tmp_path / "index")

@@ -27,7 +27,7 @@ from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.postings import choose_backend
 from trl_search.retrieval.corpus.fields import Fields
 from trl_search.retrieval.corpus.passages import Corpus, Passages, read_corpus, refuse_duplicates
-from trl_search.retrieval.index.folder import IndexFolderError, open_index, rebuild_hint
+from trl_search.retrieval.index.folder import IndexFolderError, open_index, reading_index, rebuild_hint
 from trl_search.types import Passage
 
 KIND = "bm25"
@@ -152,19 +152,20 @@ class BM25Retriever(Retriever):
                 f"{folder} was built by a version of trl-search that splits text differently, so queries would miss "
                 f"passages; {rebuild_hint(folder)}"
             )
-        analyzer = Analyzer(
-            **{name: index.manifest.options[name] for name in ("stemmer", "stopwords", "fold_accents")}
-        )
-        passages = len(index.corpus)
         engine: Engine
-        if (index.folder / TANTIVY_FOLDER).is_dir():
-            if backend is not None:
-                raise UserError(f"backend is an option of the bm25s engine, and {folder} was built for tantivy")
-            engine = tantivy_engine.TantivyEngine(index.folder / TANTIVY_FOLDER, passages, threads=threads)
-        else:
-            if threads is not None:
-                raise UserError(f"threads is an option of the tantivy engine, and {folder} was built for bm25s")
-            engine = bm25s_engine.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, choose_backend(backend))
+        with reading_index(folder):
+            analyzer = Analyzer(
+                **{name: index.manifest.options[name] for name in ("stemmer", "stopwords", "fold_accents")}
+            )
+            passages = len(index.corpus)
+            if (index.folder / TANTIVY_FOLDER).is_dir():
+                if backend is not None:
+                    raise UserError(f"backend is an option of the bm25s engine, and {folder} was built for tantivy")
+                engine = tantivy_engine.TantivyEngine(index.folder / TANTIVY_FOLDER, passages, threads=threads)
+            else:
+                if threads is not None:
+                    raise UserError(f"threads is an option of the tantivy engine, and {folder} was built for bm25s")
+                engine = bm25s_engine.BM25SEngine.open(index.folder / BM25S_FOLDER, passages, choose_backend(backend))
         return cls(engine, index.corpus, analyzer)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:

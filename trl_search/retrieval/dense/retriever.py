@@ -37,7 +37,7 @@ from trl_search.retrieval.dense.vectors import (
 from trl_search.retrieval.dense.vectors.gpu import search_in_memory
 from trl_search.retrieval.dense.vectors.search import read_faiss, stored_rows
 from trl_search.retrieval.index.build_folder import SCRATCH
-from trl_search.retrieval.index.folder import open_index
+from trl_search.retrieval.index.folder import open_index, reading_index
 from trl_search.retrieval.index.workers import Workers
 from trl_search.retrieval.ranking import MARGIN, Hits, best_rows
 from trl_search.types import Passage
@@ -196,7 +196,8 @@ def load(
             given = sorted(options) or ["corpus, passages and faiss_file"]
             raise UserError(f"{', '.join(given)}: fixed when {index} was built; rebuild it to change them")
         opened = open_index(index, KIND, check_source=check_source)
-        encoder = load_recorded(opened.manifest.details["encoder"], encoder, str(index), **how)
+        with reading_index(index):
+            encoder = load_recorded(opened.manifest.details["encoder"], encoder, str(index), **how)
         return DenseRetriever(encoder, open_vectors(opened.folder / KIND, device=places, **found), opened.corpus)
     if (corpus is None) == (passages is None) or (faiss_file is not None and corpus is None):
         raise UserError(

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -201,6 +201,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{_command(folder, written)}"
         )
     try:
+        if other := [name for name in ("options", "files", "details") if not isinstance(written.get(name), dict)]:
+            raise TypeError(f"{other[0]} is no object")
         source = written.pop("source")
         corpus = Fingerprint(**written.pop("corpus"))
         return Manifest(corpus=corpus, source=Fingerprint(**source) if source else None, **written)
@@ -232,7 +234,26 @@ def open_index(folder: str | Path, kind: str, *, check_source: bool = True) -> I
             f"{source.name} has changed since {folder} was built from it; {rebuild}; "
             "or use the index unchanged: load_retriever(..., check_source=False)"
         )
-    return Index(folder, manifest, Corpus(folder))
+    with reading_index(folder):
+        return Index(folder, manifest, Corpus(folder))
+
+
+@contextlib.contextmanager
+def reading_index(folder: str | Path) -> Iterator[None]:
+    """Explains what opening the files of an index raises, if they are damaged or of another version.
+
+    Raises:
+        IndexFolderError: with the command that builds the index again.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # a missing option; NumPy, JSON and tantivy raise ValueError
+        raise IndexFolderError(
+            f"{folder} cannot be read ({type(error).__name__}: {str(error)[:200]}): it is damaged, or another version "
+            f"of trl-search built it; {rebuild_hint(folder)}"
+        ) from error
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
