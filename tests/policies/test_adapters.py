@@ -7,7 +7,6 @@ import contextlib
 import pytest
 import torch
 from peft import (
-    FourierFTConfig,
     LNTuningConfig,
     LoraConfig,
     PeftModel,
@@ -169,15 +168,6 @@ def test_an_adapter_is_not_replaced_by_a_new_one(tmp_path, base, tokenizer):
     assert real_trainer(tmp_path, again, tokenizer).model.active_adapter == "default"
 
 
-def test_the_reference_is_the_adapter_at_the_start(tmp_path, random_model, tokenizer):
-    """TRL copies only weights whose name contains `.default.`, which FourierFT's does not."""
-    wrapped = trained(random_model, FourierFTConfig(n_frequency=8, target_modules=["q_proj"]))
-    trainer = real_trainer(tmp_path, wrapped, tokenizer, beta=0.1)
-    mine = logits(trainer.model)
-    trainer.model.set_adapter("ref")
-    torch.testing.assert_close(logits(trainer.model), mine, atol=0, rtol=0)
-
-
 def test_a_reference_of_another_adapter_is_refused(tmp_path, random_model, tokenizer):
     wrapped = trained(random_model, LoraConfig(r=2))
     wrapped.add_adapter("mine", LoraConfig(r=2))
@@ -220,3 +210,11 @@ def test_prompt_learning_is_not_loaded_as_its_base(tmp_path, base):
     get_peft_model(Qwen2ForCausalLM.from_pretrained(base), prompts).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="prefix_tuning puts tokens before every prompt"):
         adapted(Qwen2ForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+
+
+def test_the_folder_of_an_adapter_with_another_name_is_suggested(tmp_path, base):
+    """PEFT saves an adapter in a folder of its name, unless it is called `default`."""
+    named = get_peft_model(Qwen2ForCausalLM.from_pretrained(base), LoraConfig(r=2), adapter_name="mine")
+    named.save_pretrained(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds no model .*: give .*run/mine, which has a model"):
+        load_model(str(tmp_path / "run"), device="cpu")

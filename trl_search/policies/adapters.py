@@ -220,16 +220,3 @@ def refuse_tokens_of_the_head(model: Any) -> None:
             "embeddings (tie_word_embeddings), and TRL's loss cannot run it: use modules_to_save=['embed_tokens'] "
             "with ensure_weight_tying=True, or load the model with tie_word_embeddings=False"
         )
-
-
-def complete_reference(model: Any) -> None:
-    """Copies to TRL's reference adapter, `ref`, the weights that TRL leaves out: those whose name ends with `default`.
-
-    TRL copies `...lora_A.default.weight`, but not `...ia3_l.default`, which are initialised anew.
-    """
-    if not isinstance(model, PeftModel) or "ref" not in model.peft_config:
-        return
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".default"):
-                model.get_parameter(f"{name.removesuffix('default')}ref").copy_(parameter)

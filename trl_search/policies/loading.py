@@ -144,8 +144,9 @@ def model_source(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-            found = sorted((folder for folder in path.glob("*/") if (folder / "config.json").is_file()), key=_number)
+        files = ("config.json", ADAPTER_CONFIG)
+        if not any((path / file).is_file() for file in files):
+            found = sorted({path / one.parent.name for name in files for one in path.glob(f"*/{name}")}, key=_number)
             hint = f": give {found[-1]}, which has a model" if found else ": give the folder of a model"
             raise UserError(f"{path} holds no model (neither config.json nor {ADAPTER_CONFIG}){hint}")
         return str(path)

@@ -38,7 +38,6 @@ from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
-from trl_search.policies.adapters import complete_reference, refuse_tokens_of_the_head
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import check_vocabulary
 from trl_search.policies.metered import MeteredPolicy
@@ -91,6 +90,7 @@ from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
 from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
+from trl_search.trainer.reference import complete_reference
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
@@ -209,7 +209,6 @@ class SearchGRPOTrainer(
         self._rollouts: Counter[tuple[str, int]] = Counter()
         if self.environment is not None:
             self.rollout_func = self._rollout
-            refuse_tokens_of_the_head(self.model)
             complete_reference(self.model)
             self.make_room()
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
+from trl_search.policies.adapters import refuse_tokens_of_the_head
 from trl_search.trainer.batch import MicroBatch, Rollout
 from trl_search.trainer.loss.importance import correct_towards_engine
 from trl_search.trainer.loss.likelihood import llds_penalty
@@ -50,6 +51,7 @@ class SearchLoss(GRPOTrainer):
 
     def prepare_loss(self) -> None:
         """Chooses how log-probs are computed and which trajectories run, and logs both."""
+        refuse_tokens_of_the_head(self.model)
         self.logprobs = make_logprobs([self.model, self.ref_model], self.args, self.accelerator)
         self.all_run = must_all_run(self)
 
