@@ -64,9 +64,27 @@ def test_wrong_values_are_refused(tmp_path: Path, options: dict[str, Any], messa
         config(tmp_path, **options)
 
 
-def test_a_cold_start_refuses_wrong_values_of_the_optimizer_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="learning_rate=nan is not a number"):
-        SearchSFTConfig(str(tmp_path), learning_rate=float("nan"), use_cpu=True, bf16=False)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate=nan is not a number"),
+        ({"loss_type": "dtf"}, "unknown loss_type 'dtf': did you mean 'dft'"),
+        ({"packing": True}, "packing=True: trajectories are concatenated without padding anyway"),
+        (
+            {"assistant_only_loss": True},
+            "assistant_only_loss=True: the loss always covers just what the policy writes",
+        ),
+        ({"chat_template_path": "other"}, "chat_template_path='other': the chat template is the tokenizer's"),
+        ({"eval_strategy": "steps", "eval_steps": 5}, "eval_strategy=steps: a cold start has no evaluation set"),
+    ],
+    ids=str,
+)
+def test_a_cold_start_refuses_wrong_values_before_it_collects(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        SearchSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    assert SearchSFTConfig(str(tmp_path), use_cpu=True, bf16=False, loss_type="dft").loss_type == "dft"
 
 
 def test_right_values_are_accepted(tmp_path: Path) -> None:

@@ -21,6 +21,16 @@ CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 
+SFT_LOSSES = ("nll", "dft")
+# Keys of SFT that have no effect on trajectories, or fail once they are collected, and what holds instead.
+_NOT_OF_SFT = {
+    "packing": "trajectories are concatenated without padding anyway (padding_free)",
+    "assistant_only_loss": "the loss always covers just what the policy writes",
+    "completion_only_loss": "the loss always covers just what the policy writes",
+    "chat_template_path": "the chat template is the tokenizer's",
+    "dataset_kwargs": "the trajectories are tokenized already",
+}
+
 
 def check_training_keys(args: Any) -> None:
     """Checks the keys of a [`~transformers.TrainingArguments`], which GRPO and SFT share.
@@ -44,6 +54,26 @@ def check_training_keys(args: Any) -> None:
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(
             f"num_train_epochs={args.num_train_epochs} and max_steps={args.max_steps} train nothing: set one above 0"
+        )
+
+
+def check_sft_keys(args: Any) -> None:
+    """Checks an [`~trl.SFTConfig`], before trajectories are collected.
+
+    Raises:
+        UserError: for the first wrong value; the message names its key.
+    """
+    check_training_keys(args)
+    if args.loss_type not in SFT_LOSSES:
+        raise unknown_name("loss_type", args.loss_type, SFT_LOSSES)
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name, instead in _NOT_OF_SFT.items():
+        if getattr(args, name) != defaults[name]:
+            raise UserError(f"{name}={getattr(args, name)!r}: {instead}, so leave it out")
+    if args.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy={args.eval_strategy.value}: a cold start has no evaluation set, so leave it out, and run "
+            "`trl-search eval` on the result"
         )
 
 

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_search.common.errors import UserError
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import convert_numbers
-from trl_search.config.trl_keys import check_training_keys
+from trl_search.config.trl_keys import check_sft_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
 from trl_search.environment import Environment
@@ -74,7 +74,7 @@ class SearchSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         convert_numbers(self)
         super().__post_init__()
-        check_training_keys(self)
+        check_sft_keys(self)
 
 
 class _SFTTrainer(FiniteSteps, SFTTrainer):
