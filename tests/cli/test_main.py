@@ -103,20 +103,6 @@ def test_the_help_of_a_command_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["chat"], "the following arguments are required: MODEL; trl-search chat --help describes the command"),
-        (["doctor", "tiny", "--jsno"], "unknown option '--jsno': did you mean '--json'?"),
-        (["doctor", "--prompt_tokens", "x"], "--prompt_tokens: invalid int value: 'x'; trl-search doctor --help"),
-    ],
-)
-def test_mistakes_are_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-
-
-@pytest.mark.parametrize(
     ("terminal", "rank", "imported"), [(True, "0", False), (False, "0", False), (True, "1", False), (True, "0", True)]
 )
 def test_a_terminal_shows_what_takes_seconds(
@@ -207,6 +193,9 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
         ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
         ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
         ("doctor --serv qwen3b", "unknown option '--serv': did you mean '--server'"),
+        ("doctor tiny --jsno", "unknown option '--jsno': did you mean '--json'"),
+        ("doctor --prompt_tokens x", "--prompt_tokens: invalid int value: 'x'; trl-search doctor --help"),
+        ("chat", "the following arguments are required: MODEL; trl-search chat --help describes the command"),
         ("recipes list a b c", "unrecognized arguments: c; trl-search recipes --help describes the command"),
     ],
 )
@@ -244,6 +233,8 @@ def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[s
         ),
         ('from trl_search.retrieval.base import Unavailable; raise Unavailable("it is down")', "it is down"),
         ('import errno; raise OSError(errno.ENOSPC, "No space left on device")', "device): free some space"),
+        ('import errno; raise OSError(errno.ENOSPC, "No space left", "a.json")', "'a.json'): free some space"),
+        ('raise FileNotFoundError("it is not in the cache")', "error: it is not in the cache"),  # huggingface_hub
     ],
 )
 def test_user_errors_are_reported_in_one_line(

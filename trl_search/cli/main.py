@@ -152,10 +152,10 @@ def _prepare_streams() -> None:
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and disk_is_full(error):
+        return f"the disk is full ({error}): free some space, then run the same command again"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, OSError):
-        return f"the disk is full ({error}): free some space, then run the same command again"
     return str(error)
 
 
