@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.rewards.declaration import Reward
+from trl_search.rewards.logs import checked_logs
 
 LARGEST = 3e38  # TRL computes advantages in float32, where more is infinite
 
@@ -21,10 +22,14 @@ def checked(reward: Reward) -> Reward:
     name = reward_name(reward)
 
     async def score_later(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return check_scores(name, await reward(*args, completions=completions, **kwargs), len(completions))
+        count = len(completions)
+        scores = await reward(*args, completions=completions, **checked_logs(name, count, kwargs))
+        return check_scores(name, scores, count)
 
     def score(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return check_scores(name, reward(*args, completions=completions, **kwargs), len(completions))
+        count = len(completions)
+        scores = reward(*args, completions=completions, **checked_logs(name, count, kwargs))
+        return check_scores(name, scores, count)
 
     later = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
     wrapped = functools.update_wrapper(score_later if later else score, reward)
