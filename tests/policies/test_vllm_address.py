@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.servers import Said, serving
 from trl_search.cli.evaluation_checks import check_server
-from trl_search.cli.preflight import Status, server_checks
+from trl_search.cli.preflight import Status
+from trl_search.cli.server_checks import server_checks
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.vllm_address import server_address

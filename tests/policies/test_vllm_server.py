@@ -26,11 +26,12 @@ from tests.support.scripted_trainer import ROWS
 from tests.support.servers import retrieve_from, serving
 from tests.support.vllm_engine import VLLMServer, check_held_out, make_model_folder, require_vllm, run_with_vllm
 from trl_search.cli.main import main
-from trl_search.cli.preflight import Status, server_checks
+from trl_search.cli.preflight import Status
+from trl_search.cli.server_checks import server_checks
 from trl_search.common.errors import UserError
 from trl_search.environment import SearchEnvironment
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.policies.vllm_server import VLLM_VERSIONS, VLLMServerPolicy, server_start_time, version_problem
+from trl_search.policies.vllm_server import VLLMServerPolicy, server_start_time
 from trl_search.protocols import load_protocol
 from trl_search.rollout import Limits, rollout
 from trl_search.types import FinishReason, Sampling, StopReason
@@ -443,21 +444,3 @@ def test_incomplete_answers_are_refused(answering):
     answers[:] = [(200, CHOICE % "length")]
     with pytest.raises(UserError, match="after 2 of 9 tokens"):
         generate(VLLMServerPolicy(url), ([1], {"max_tokens": 9, "sampling": GREEDY}))
-
-
-def test_an_unfinished_build_of_vllm_is_named():
-    assert version_problem("dev").startswith("vLLM dev is outside")
-
-
-def test_the_lowest_vllm_version_is_the_lowest_that_trl_accepts():
-    import inspect
-
-    from trl.import_utils import is_vllm_available
-
-    assert f'"{VLLM_VERSIONS[0]}"' in inspect.getsource(is_vllm_available)
-
-
-@pytest.mark.parametrize("url", ["localhost:8000", "http://", ""])
-def test_invalid_addresses_are_refused(url):
-    with pytest.raises(UserError, match="must begin with http://"):
-        VLLMServerPolicy(url)

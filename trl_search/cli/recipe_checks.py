@@ -15,8 +15,9 @@ from typing import Any
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trl_search.cli.model_checks import check_template
-from trl_search.cli.preflight import Check, Device, Status, recipe_servers, server_checks
+from trl_search.cli.preflight import Check, Device, Status
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
+from trl_search.cli.server_checks import recipe_servers, server_checks
 from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object

@@ -93,7 +93,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
         ) from error
     from trl_search.policies.adapters import read_adapter
     from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-    from trl_search.policies.vllm_server import version_problem
+    from trl_search.policies.vllm_versions import version_problem
 
     if problem := version_problem(str(vllm.__version__)):
         raise UserError(f"{problem}: install a version in that range")

@@ -17,7 +17,6 @@ restarted meanwhile serves the weights that it was started with until the next s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -25,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-from packaging.version import InvalidVersion, Version
 
 from trl_search.common.errors import UserError
 from trl_search.common.retrying import attempts, attempts_async
@@ -34,12 +32,11 @@ from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_address import client_options, read_models, server_address
 from trl_search.policies.vllm_completions import error_text, format_request, read_completion, refusal
 from trl_search.policies.vllm_metrics import ASK_WORKER_START, count_engines, read_start_time, read_worker_start
+from trl_search.policies.vllm_versions import version_problem
 from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 
-# The first version of vLLM that TRL 1.16 supports, and the last one that was tested (TRL warns above 0.31).
-VLLM_VERSIONS = ("0.22.0", "0.32.0")
 # Requests in flight at once per process. Others queue here, to save file descriptors of the server.
 MAX_CONNECTIONS = 512
 # Well below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): with 4 s, a busy rank
@@ -293,16 +290,6 @@ class VLLMServerPolicy(Policy):
                 f"at {self.base_url} has room for {self.max_model_len}: start it with --max-model-len "
                 f"{self.context_length}, or lower max_completion_length"
             )
-
-
-def version_problem(version: str) -> str:
-    """Why a version of vLLM may not work with this TRL; empty if it does."""
-    first, last = VLLM_VERSIONS
-    # CPU builds have versions such as 0.32.0+cpu, and an unfinished build is called dev.
-    with contextlib.suppress(InvalidVersion):
-        if Version(first) <= Version(Version(version).base_version) <= Version(last):
-            return ""
-    return f"vLLM {version} is outside {first} to {last}, the versions that were tested with TRL 1.16"
 
 
 class ServerLost(UserError):

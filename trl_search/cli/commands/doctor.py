@@ -20,7 +20,8 @@ from typing import Any
 
 from trl_search.cli.options import tell_of_imports
 from trl_search.cli.parser import CommandParser
-from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks, server_checks
+from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks
+from trl_search.cli.server_checks import server_checks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

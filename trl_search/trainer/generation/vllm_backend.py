@@ -37,9 +37,10 @@ from trl_search.policies.adapters import refuse_tied
 from trl_search.policies.base import Policy
 from trl_search.policies.lora import adapter_rank, lora_options
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
-from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy, server_start_time, version_problem
+from trl_search.policies.vllm_server import ServerLost, VLLMServerPolicy, server_start_time
 from trl_search.policies.vllm_servers import VLLMServersPolicy
 from trl_search.policies.vllm_tensor_parallel import VLLMTensorParallelPolicy, over_gloo
+from trl_search.policies.vllm_versions import version_problem
 from trl_search.trainer.generation.adapter_sync import adapter_tensors, give_to_engine, give_to_server, save_adapter
 from trl_search.trainer.generation.model_weights import whole_weights
 from trl_search.trainer.generation.server_sync import SEVERAL_PATIENCE_S, WeightServers

@@ -13,17 +13,15 @@ from typing import Any
 
 import requests
 import torch
-from packaging.version import InvalidVersion, Version
 
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_metrics import ONE_ADDRESS, shares_engines
+from trl_search.policies.vllm_versions import can_join
 from trl_search.policies.weight_checksums import EXTENSION
 from trl_search.trainer.generation.vllm_client import post
 
 # The exceptions of TRL's client for a lost server. For an HTTP error it raises a bare Exception.
 LOST = (requests.RequestException, ConnectionError)
-# The first version with this form of the request to join an NCCL group (vllm-project/vllm#50902).
-_OTHER_GROUPS = Version("0.28.0")
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,9 @@ class WeightServer:
     def dtype(self) -> torch.dtype | None:
         """The type of its weights, if it returns checksums and stores the weights unquantized."""
         model = self.info.get("model_config", {})
-        dtype = getattr(torch, str(model.get("dtype")).removeprefix("torch."), None)
-        return (
-            dtype
-            if self._parallel.get("worker_extension_cls") == EXTENSION and not model.get("quantization")
-            else None
-        )
+        if self._parallel.get("worker_extension_cls") != EXTENSION or model.get("quantization"):
+            return None
+        return getattr(torch, str(model.get("dtype")).removeprefix("torch."), None)
 
     @property
     def _parallel(self) -> dict[str, Any]:
@@ -84,12 +79,11 @@ class WeightServer:
     def require_version(self, here: str) -> None:
         """Raises `UserError` if the server cannot join an NCCL group with vLLM's version in this process."""
         there = self.client._get(f"{self.url}/version")["version"]
-        with contextlib.suppress(InvalidVersion):
-            if (Version(there) < _OTHER_GROUPS) != (Version(here) < _OTHER_GROUPS):
-                raise UserError(
-                    f"the vLLM server at {self.url} has version {there}, and this process {here}, but vLLM sends "
-                    f"weights in another way since {_OTHER_GROUPS}: install the same version on both sides"
-                )
+        if not can_join(there, here):
+            raise UserError(
+                f"the vLLM server at {self.url} has version {there}, and this process {here}, between which vLLM "
+                "changed how weights are sent: install the same version on both sides"
+            )
 
     # Who sends its weights
 
