@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import check_least, checked_values
+from trl_search.config.recipe_values import checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
 from trl_search.environment import ENVIRONMENTS, PASSAGE_TEMPLATE, Environment, SearchEnvironment, load_environment
 from trl_search.environment.registry import SEARCH, name_of, options_of

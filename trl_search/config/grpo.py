@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import check_least, checked_values, convert_numbers
+from trl_search.config.recipe_values import checked_values, convert_numbers
 from trl_search.config.trl_keys import check_trls_keys
 from trl_search.policies.vllm_address import server_address, server_addresses
 

@@ -17,6 +17,7 @@ from trl_search.common.errors import UserError
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NUMERIC = {int, float, bool, type(None), list[int], list[float]}
 
 
 class _Mismatch(Exception):
@@ -60,26 +61,16 @@ def convert_numbers(settings: Any) -> None:
     Raises:
         UserError: for values of the wrong type; the message names all their keys and the types that they need.
     """
-    kind, plain = type(settings), {int, float, bool, type(None), list[int], list[float]}
-    numeric = {name for name, hint in get_type_hints(kind).items() if {*_kinds(hint)} <= plain}
-    given = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings) if one.name in numeric}
+    hints = get_type_hints(type(settings))
+    given = {
+        one.name: getattr(settings, one.name)
+        for one in dataclasses.fields(settings)
+        if _NUMERIC.issuperset(_kinds(hints[one.name]))
+    }
     # Some keys are None by default, though their type does not say so.
     known = {name: value for name, value in given.items() if value is not None}
-    for name, value in checked_values(known, [kind], kind.__name__).items():
+    for name, value in checked_values(known, [type(settings)], type(settings).__name__).items():
         setattr(settings, name, value)
-
-
-def check_least(settings: object, **least: int) -> None:
-    """Raises `UserError` for a value below its least one, and for NaN. `None`, no limit, may stay.
-
-    Example:
-        >>> check_least(SearchGRPOConfig(log_trajectories=-1), log_trajectories=0)
-        UserError: log_trajectories=-1 must be at least 0
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= bound:  # NaN is not, either
-            raise UserError(f"{name}={value} must be at least {bound}")
 
 
 def _convert(value: Any, hint: Any) -> Any:

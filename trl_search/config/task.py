@@ -11,10 +11,10 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.config.key_docs import with_documented_keys
-from trl_search.config.recipe_values import check_least
 from trl_search.config.searched import WORLD, Searched, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world

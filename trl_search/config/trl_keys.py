@@ -11,8 +11,8 @@ import dataclasses
 import math
 from typing import Any
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.config.recipe_values import check_least
 
 CHOICES = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),

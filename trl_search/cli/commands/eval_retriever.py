@@ -32,9 +32,9 @@ from trl_search.cli.options import (
 )
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
-from trl_search.config.recipe_values import check_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

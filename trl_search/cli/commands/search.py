@@ -19,7 +19,7 @@ import textwrap
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, asked_questions, searched_of
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
-from trl_search.config.recipe_values import check_least
+from trl_search.common.bounds import check_least
 from trl_search.types import Passage
 
 

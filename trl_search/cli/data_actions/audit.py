@@ -20,9 +20,9 @@ import contextlib
 from pathlib import Path
 
 from trl_search.cli.options import add_question_fields, question_fields
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
-from trl_search.config.recipe_values import check_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

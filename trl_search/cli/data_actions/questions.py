@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_search.cli.options import add_question_fields, add_world_options, question_fields
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
-from trl_search.config.recipe_values import check_least
 
 if TYPE_CHECKING:
     import datasets

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 
+from trl_search.common.bounds import check_least
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.retrieval.remote.wire import Limits
@@ -49,9 +50,7 @@ class ServerConfig:
                 f"max_queued={self.max_queued} is less than the {self.limits.max_queries} queries that one request "
                 "may hold: such a request could never be answered; raise the one or lower the other"
             )
-        for name, least in (("max_batch", 1), ("cache_bytes", 0)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name}={value} must be at least {least}")
+        check_least(self, max_batch=1, cache_bytes=0)
         for name in ("search_timeout_s", "body_timeout_s", "shutdown_timeout_s"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{name}={value} must be a finite number above 0")

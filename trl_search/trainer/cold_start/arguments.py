@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
-from trl_search.config.recipe_values import check_least
 from trl_search.config.task import QuestionArguments
 from trl_search.data.scripted_players import PLAYERS, WEAK
 from trl_search.environment.registry import SEARCH
