@@ -169,6 +169,9 @@ def test_an_adapter_is_not_replaced_by_a_new_one(tmp_path, base, tokenizer):
 
 
 def test_a_reference_of_another_adapter_is_refused(tmp_path, random_model, tokenizer):
+    first = real_trainer(tmp_path, trained(copy_of(random_model), LoraConfig(r=2)), tokenizer, beta=0.1)
+    with pytest.raises(UserError, match=r"still has the adapter 'ref', .* model.delete_adapter\('ref'\)"):
+        real_trainer(tmp_path, first.model, tokenizer, beta=0.1)
     wrapped = trained(random_model, LoraConfig(r=2))
     wrapped.add_adapter("mine", LoraConfig(r=2))
     wrapped.set_adapter("mine")

@@ -68,3 +68,21 @@ def test_a_reference_with_other_weights_is_warned_of(
             trainer.train()
             trainer.train()  # the model is not the reference any more, as it should be
         assert caplog.text.count("the reference of beta, which TRL loaded from") == changed
+
+
+def test_an_adapter_whose_base_is_only_in_memory_is_warned_of(
+    tmp_path: Any, random_model: Any, tokenizer: Any, caplog: Any
+) -> None:
+    """As after a fine-tuning, or after merging an earlier adapter, in the same script."""
+    random_model.save_pretrained(tmp_path / "base")
+    for dtype, changed in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        if changed:
+            merged = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False)).merge_and_unload()
+            assert merged is model
+        adapter = LoraConfig(r=2, target_modules="all-linear")
+        trainer = real_trainer(tmp_path, model, tokenizer, max_steps=1, trainer={"peft_config": adapter})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "trl_search"):
+            trainer.train()
+        assert ("but the base in memory has other weights (model.layers." in caplog.text) == changed

@@ -173,6 +173,11 @@ def check_adapter(model: Any, config: PeftConfig | None, beta: float) -> None:
             f"the adapter {model.active_adapter!r} is trained, but the reference of beta={beta} is made from the one "
             "called 'default': load yours under that name, or set beta: 0"
         )
+    if wrapped and beta and "ref" in model.peft_config:
+        raise UserError(
+            f"the model still has the adapter 'ref', the reference of an earlier trainer with beta={beta}: delete it, "
+            "model.delete_adapter('ref'), to make the model as it is now the reference"
+        )
 
 
 def refuse_second_adapter(model: torch.nn.Module) -> None:

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel
 
 from trl_search.common.errors import UserError
+from trl_search.policies.lora import leaves_the_base
+from trl_search.policies.named_base import changed_weight
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,10 @@ def check_can_learn(trainer: Any) -> None:
     # DeepSpeed and FSDP update copies in float32, and shard both models.
     if trainer.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         warn_of_lost_updates(trainer.model, trainer.args)
-        if trainer.ref_model is not None and trainer.state.global_step == 0:
-            warn_of_another_reference(trainer.model, trainer.ref_model)
+        if trainer.state.global_step == 0:
+            warn_of_changed_base(trainer.model)
+            if trainer.ref_model is not None:
+                warn_of_another_reference(trainer.model, trainer.ref_model)
 
 
 def check_trainable(model: torch.nn.Module) -> None:
@@ -85,3 +90,16 @@ def warn_of_another_reference(model: torch.nn.Module, reference: torch.nn.Module
                 reference.config._name_or_path,  # type: ignore[union-attr]
             )
             return
+
+
+def warn_of_changed_base(model: torch.nn.Module) -> None:
+    """Warns if the base of an adapter, which is not saved with it, is not the one that a later loading will take."""
+    if not isinstance(model, PeftModel) or not leaves_the_base(model.active_peft_config):
+        return
+    base: Any = model.get_base_model()
+    if changed := changed_weight(base):
+        logger.warning(
+            "only the adapter is saved, and a later loading takes its base from %s, but the base in memory has other "
+            "weights (%s): save it first (base.save_pretrained(folder), and its tokenizer), and load it from there",
+            base.config._name_or_path, changed,
+        )  # fmt: skip
