@@ -20,16 +20,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from trl_search.common.errors import UserError
-from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
-from trl_search.protocols import Protocol
 from trl_search.rewards.signature import names_in_logs
-from trl_search.trainer.groups.carry_over import refuse_streams
+from trl_search.trainer.prepared_datasets import PreparesDatasets
 from trl_search.trainer.prompts import check_reward_calls, with_prompts, with_room
 from trl_search.trainer.replaced import replaced
 
@@ -62,20 +59,13 @@ def check_best_model(args: SearchGRPOConfig, eval_dataset: Any, rewards: Sequenc
         )
 
 
-class Evaluates(Trainer):
+class Evaluates(PreparesDatasets):
     """A mixin whose `evaluate` and `predict` accept the constructor's datasets. List it before TRL's trainer."""
 
     environment: Environment | None
-    protocol: Protocol
-    args: SearchGRPOConfig
-    reward_funcs: list[Any]
-    model: PreTrainedModel
-    train_dataset: Any
-    eval_dataset: Any
     num_generations_eval: Any
     reward_func_names: list[str]
     _metrics: Any
-    _known: dict[str, Any]  # the datasets of the trainer that are prepared, by name
     _prefix = "eval"  # of the metrics of the running evaluation
     _batch_rows: Sequence[int] = ()  # the rows of each of its batches, of all ranks, without repeated ones
     _scored_rows: Mapping[str, list[int]] = MappingProxyType({})  # those in the mean of a reward, by metric
@@ -84,13 +74,13 @@ class Evaluates(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in transformers: the metrics of a dict of datasets are `eval_<name>_reward`, ..."""
-        prepared = self._prepared(eval_dataset, "eval_dataset")
+        prepared = self._with_prompts(eval_dataset, "eval_dataset")
         if not isinstance(prepared, str):
             # With dataloader_persistent_workers, transformers would evaluate the dataset of the call before again.
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)
         if self.environment is not None:
             if prepared is None or isinstance(prepared, str):
-                self.prepare_later("eval_dataset")
+                self.prepare_if_new("eval_dataset")
             self._before_evaluation(self.eval_dataset if prepared is None else prepared, "eval_dataset")
         with self._inside_a_step(), replaced(self, "_prefix", metric_key_prefix):
             return super().evaluate(prepared, ignore_keys, metric_key_prefix)
@@ -99,7 +89,7 @@ class Evaluates(Trainer):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """As in transformers; the metrics include those of the rollouts, such as `test_reward`."""
-        prepared = self._prepared(test_dataset, "test_dataset")
+        prepared = self._with_prompts(test_dataset, "test_dataset")
         if self.environment is None:
             return super().predict(prepared, ignore_keys, metric_key_prefix)
         self._before_evaluation(prepared, "test_dataset")
@@ -180,35 +170,7 @@ class Evaluates(Trainer):
             )
         check_reward_calls(self.reward_funcs, dataset, name)
 
-    def make_room(self) -> None:
-        """Checks that the prompts of the constructor's datasets leave room for a completion."""
-        self._known = {}
-        for name in ("train_dataset", "eval_dataset"):
-            self._keep(name, getattr(self, name))
-
-    def prepare_later(self, name: str) -> bool:
-        """Prepares a dataset as the constructor does, if it was set afterwards: `trainer.train_dataset = rows`.
-
-        Returns:
-            `bool`: Whether it was.
-        """
-        dataset = getattr(self, name)
-        if dataset is self._known[name]:
-            return False
-        prepared = with_prompts(dataset, self.protocol, self.reward_funcs, name)
-        if carries_over(self.args) and name == "train_dataset":
-            refuse_streams(prepared)
-        check_reward_calls(self.reward_funcs, prepared, name)
-        getattr(self, "_eval_dataloaders", {}).clear()
-        self._keep(name, prepared)
-        return True
-
-    def _keep(self, name: str, dataset: Any) -> None:
-        skip = name == "train_dataset" and self.args.skip_long_prompts
-        self._known[name] = with_room(dataset, name, self.protocol, self.model, self.args, skip=skip)
-        setattr(self, name, self._known[name])
-
-    def _prepared(self, dataset: Any, name: str) -> Any:
+    def _with_prompts(self, dataset: Any, name: str) -> Any:
         if self.environment is None or dataset is None or isinstance(dataset, str):  # a string names a prepared one
             return dataset
         prepared = with_prompts(dataset, self.protocol, self.reward_funcs, name)

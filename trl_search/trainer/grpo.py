@@ -34,7 +34,6 @@ from trl import GRPOTrainer
 
 from trl_search.common.garbage import sparing_what_is_loaded
 from trl_search.config.agent import protocol_of
-from trl_search.config.carry_over import carries_over
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
@@ -66,7 +65,7 @@ from trl_search.trainer.even_micro_batches import EvenMicroBatches
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention
 from trl_search.trainer.generation.policy import policy_of
 from trl_search.trainer.generation.vllm_backend import making_ours
-from trl_search.trainer.groups.carry_over import CarriesOver, refuse_streams
+from trl_search.trainer.groups.carry_over import CarriesOver
 from trl_search.trainer.groups.group_rewards import adjust_rewards, exceptions, rewards_of
 from trl_search.trainer.groups.question_choice import (
     ChoosesQuestions,
@@ -88,6 +87,7 @@ from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logpr
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.numbered_cpus import load_onto_numbered_cpus
+from trl_search.trainer.prepared_datasets import train_dataset_of
 from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.reference import complete_reference
@@ -184,12 +184,9 @@ class SearchGRPOTrainer(
             processing_class = tokenizer_of(model, args, processing_class)
             check_vocabulary(model, processing_class)
             self.protocol = protocol_of(args.agent, processing_class, environment.tools, environment.instruction)
-            train_dataset = with_prompts(train_dataset, self.protocol, rewards, "train_dataset")
-            if carries_over(args):
-                refuse_streams(train_dataset)
-            eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
             check_names(rewards)
-            check_reward_calls(rewards, train_dataset, "train_dataset")
+            train_dataset = train_dataset_of(train_dataset, self.protocol, rewards, args)
+            eval_dataset = with_prompts(eval_dataset, self.protocol, rewards, "eval_dataset")
             if args.eval_strategy != "no":
                 check_best_model(args, eval_dataset, rewards)
                 check_reward_calls(rewards, eval_dataset, "eval_dataset")
@@ -210,7 +207,7 @@ class SearchGRPOTrainer(
         if self.environment is not None:
             self.rollout_func = self._rollout
             complete_reference(self.model)
-            self.make_room()
+            self.check_room()
             self.run_log = RunLog(model=self.model.config._name_or_path, protocol=args.protocol)
             self.run_log.prompt = first_prompt(self.train_dataset, self.protocol)
             self.run_log.environment = described(self.environment)
@@ -234,7 +231,7 @@ class SearchGRPOTrainer(
             UserError: if nothing could be learnt: too few questions, no reward with a weight, no trainable weight.
         """
         if self.environment is not None:
-            if self.prepare_later("train_dataset"):
+            if self.prepare_if_new("train_dataset"):
                 self.question_choice = question_choice_of(self)
             check_dataset(self.args, self.train_dataset)
             check_can_learn(self)
