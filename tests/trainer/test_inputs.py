@@ -264,13 +264,42 @@ def test_rewards_without_weight_are_refused(tmp_path, random_model, tokenizer):
         trainer.train()
 
 
-def test_a_temperature_that_a_callback_changes_is_refused(tmp_path, random_model, tokenizer):
-    class Cooler(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            args.temperature = 0.5
+class Changes(TrainerCallback):
+    """Changes keys after the first step."""
 
-    trainer = real_trainer(tmp_path, random_model, tokenizer, trainer={"callbacks": [Cooler()]})
-    with pytest.raises(UserError, match=r"args.temperature was changed from 1\.0 to 0\.5 during the training"):
+    def __init__(self, **keys):
+        self.keys = keys
+
+    def on_step_end(self, args, state, control, **kwargs):
+        vars(args).update(self.keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"temperature": 0.5},
+            r"temperature was changed from 1\.0 to 0\.5 .* would still compute log-probs at 1\.0",
+        ),
+        (
+            {"max_searches": 1},
+            "max_searches was changed from 4 to 1 .* set trainer.environment.max_searches, too",
+        ),
+        ({"system_prompt": "Be brief."}, "system_prompt was changed from None .* or build another trainer"),
+    ],
+    ids=["temperature", "searches", "prompt"],
+)
+def test_what_a_callback_changes_without_effect_is_refused(tmp_path, random_model, tokenizer, keys, message):
+    trainer = real_trainer(tmp_path, random_model, tokenizer, trainer={"callbacks": [Changes(**keys)]})
+    with pytest.raises(UserError, match=message):
         trainer.train()
     assert trainer.state.global_step == 1
     assert "eval_reward" in trainer.evaluate(DATA)  # nothing is learnt there
+
+
+def test_what_a_callback_may_change_has_an_effect(tmp_path, random_model, tokenizer):
+    changes = Changes(max_turn_length=3, max_searches=1)
+    trainer = real_trainer(tmp_path, random_model, tokenizer, max_steps=2, trainer={"callbacks": [changes]})
+    trainer.environment.max_searches = 1
+    trainer.train()
+    assert max(len(trajectory.ids) for trajectory in trainer.last_rollout.trajectories) == 3

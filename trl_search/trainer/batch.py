@@ -8,6 +8,7 @@ Suffixes of tensors: B trajectories of this rank, C completion tokens, R traject
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_search.common.errors import UserError
+from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from trl_search.trainer.groups.group_rewards import Group
 
 logger = logging.getLogger(__name__)
+
+# Keys of the agent that are read for every batch.
+_LENGTHS = {"max_completion_length", "max_turn_length", "max_observation_length"}
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,29 @@ def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
     )
 
 
-def check_temperature(now: float, at_the_start: float) -> None:
-    """Raises `UserError` if a callback has changed the temperature: the loss computes log-probs at the first one."""
-    if now != at_the_start:
+def check_unchanged(args: SearchGRPOConfig, at_the_start: AgentSettings, temperature: float, environment: Any) -> None:
+    """Checks that no key was changed that is read only when the trainer is built. Lengths may change.
+
+    Args:
+        at_the_start ([`AgentSettings`]): Those with which environment and protocol were built.
+        temperature (`float`): That of the log-probs in the loss.
+
+    Raises:
+        UserError: names the key.
+    """
+    if args.temperature != temperature:
         raise UserError(
-            f"args.temperature was changed from {at_the_start} to {now} during the training, but the loss would still "
-            f"compute log-probs at {at_the_start}: leave it as it is, or begin another training with a new trainer"
+            f"args.temperature was changed from {temperature} to {args.temperature} after the trainer was built, but "
+            f"the loss would still compute log-probs at {temperature}: leave it as it is, or build another trainer"
+        )
+    for name, before in dataclasses.asdict(at_the_start).items():
+        now = getattr(args, name)
+        if now in (before, getattr(environment, name, before)) or name in _LENGTHS:
+            continue
+        remedy = f"set trainer.environment.{name}, too" if hasattr(environment, name) else "build another trainer"
+        raise UserError(
+            f"args.{name} was changed from {before!r:.60} to {now!r:.60} after the trainer was built, but its "
+            f"environment and protocol have the first: leave it as it is, or {remedy}"
         )
 
 

@@ -52,7 +52,7 @@ from trl_search.rollout import rollout
 from trl_search.trainer.batch import (
     Rollout,
     check_failures,
-    check_temperature,
+    check_unchanged,
     encode_prompts,
     longest_context,
     rollout_metrics,
@@ -382,7 +382,7 @@ class SearchGRPOTrainer(
         step = self.state.global_step
         self._rollouts[mode, step] += 1
         if mode == "train":
-            check_temperature(self.args.temperature, self.temperature)
+            check_unchanged(self.args, self.checkpoint_cards.agent, self.temperature, self.environment)
         return sampling_of(self.args, f"{mode}/{step}/{self._rollouts[mode, step]}/{self.accelerator.process_index}")
 
     def _log_rollout(self) -> None:
