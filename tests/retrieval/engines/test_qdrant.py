@@ -192,6 +192,48 @@ def test_mistakes_are_found_before_any_work(options: dict[str, Any], said: str, 
         QdrantBuilder(**{"vectors": "sparse"} | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"path": "nowhere"}, "not a folder of Qdrant's client"),
+        ({"path": __file__}, "not a folder of Qdrant's client"),
+        ({"url": "http://[::1"}, "not the address of a Qdrant server"),
+        ({"url": "ftp://host"}, "not the address of a Qdrant server"),
+        ({"url": "http://host", "hnsw_ef": 0}, "at least 1"),
+    ],
+)
+def test_a_place_that_holds_no_collection_is_refused(
+    options: dict[str, Any], said: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_retriever("qdrant", collection="passages", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_qdrant_does_not_take_are_refused(tmp_path: Path) -> None:
+    index = build(tmp_path)
+    with pytest.raises(UserError, match="exact"):
+        load_retriever("qdrant", index=index, exact="perhaps")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("meta.json", b"{", "cannot be opened: JSONDecodeError"),
+        ("meta.json", b"[]", "cannot be opened: TypeError"),
+        ("collection/passages/storage.sqlite", b"x" * 9000, "cannot be opened: DatabaseError"),
+        ("collection/passages/storage.sqlite", None, "holds 0 of 11 passages"),
+    ],
+)
+def test_damaged_files_of_the_client_are_named(file: str, content: bytes | None, said: str, tmp_path: Path) -> None:
+    index = build(tmp_path)
+    path = tmp_path / "engine" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_retriever("qdrant", index=index)
+
+
 def result(value: Any) -> Said:
     return Said({"result": value, "status": "ok", "time": 0.001})
 

@@ -14,6 +14,7 @@ client in this process without a server, for tests and up to 20,000 passages.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,10 @@ class QdrantRetriever(Retriever):
         self._vectors = about["vectors"]
         self._client, self._collection, self._encoder = client, collection, encoder
         self._passages = int(about["passages"])
-        self._params = models.SearchParams(**search_params)
+        try:
+            self._params = models.SearchParams(**search_params)
+        except ValueError as error:
+            raise UserError(f"Qdrant does not take these options of a search: {error}") from error
         self._lock = threading.Lock() if local else None
         self.max_concurrent_batches = 1 if local else 4
         if encoder is None:
@@ -174,7 +178,7 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         raise failure(error.status_code or 0, said) from error
     except ApiException as error:
         raise Unavailable(f"Qdrant cannot be reached: {error}") from error
-    except (RuntimeError, ValueError) as error:  # raised by the client and its built-in engine
+    except (RuntimeError, ValueError, sqlite3.Error) as error:  # raised by the client and its built-in engine
         raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
 
 
@@ -192,12 +196,15 @@ def connect(url: str | None, path: str | Path | None, timeout_s: int) -> Any:
     if path is not None:
         try:
             return make(path=str(path), force_disable_check_same_thread=True)
-        except RuntimeError as error:
-            raise UserError(f"{path} cannot be opened: {error}") from error
+        except (RuntimeError, OSError, sqlite3.Error, ValueError, TypeError, LookupError) as error:  # damaged files
+            raise UserError(f"{path} cannot be opened: {type(error).__name__}: {error}") from error
     # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
-    return make(
-        url=url, api_key=from_environment(API_KEY), timeout=timeout_s, check_compatibility=False, trust_env=False
-    )
+    try:
+        return make(
+            url=url, api_key=from_environment(API_KEY), timeout=timeout_s, check_compatibility=False, trust_env=False
+        )
+    except ValueError as error:
+        raise UserError(f"{url!r} is not the address of a Qdrant server, such as http://host:6333: {error}") from error
 
 
 def read_about(client: Any, collection: str) -> dict[str, Any]:
@@ -252,10 +259,19 @@ def load(
     url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:
         raise UserError("qdrant needs the name of a collection")
+    if (hnsw_ef is not None and hnsw_ef < 1) or (oversampling is not None and oversampling < 1):
+        raise UserError(f"hnsw_ef and oversampling must be at least 1; got {hnsw_ef} and {oversampling}")
+    if path is not None and not Path(path, "meta.json").exists():  # the client would make an empty folder
+        raise UserError(f"{path} is not a folder of Qdrant's client: load it with `trl-search index --kind qdrant`")
     client = connect(url, path, timeout_s)
     try:
         about = read_about(client, collection)
         refuse_another_corpus(about, expected, f"the collection {collection!r}", index)
+        if path is not None and (held := call(client.count, collection).count) != about["passages"]:
+            raise UserError(
+                f"{path} holds {held:,} of {about['passages']:,} passages of {collection!r}, because its files are "
+                "damaged or incomplete: load it again with --replace"
+            )
         used = None
         if about["vectors"] == DENSE:
             how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
