@@ -18,7 +18,7 @@ from trl_search.common.errors import UserError
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, stored_at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS pace (provider TEXT PRIMARY KEY, next_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS turns (provider TEXT PRIMARY KEY, taken_at REAL NOT NULL, next_at REAL NOT NULL);
 """
 
 
@@ -61,12 +61,16 @@ class WebStore:
         """Reserves the next search and returns the seconds to wait; `None`, without a reservation, if over
         `within_s`."""
         with self._open() as connection:
-            row = connection.execute("SELECT next_at FROM pace WHERE provider = ?", (provider,)).fetchone()
+            row = connection.execute("SELECT taken_at, next_at FROM turns WHERE provider = ?", (provider,)).fetchone()
             now = self._clock()
-            turn_at = max(now, row[0] if row else 0.0)
+            taken_at, next_at = row or (now, now)
+            if now < taken_at:  # the clock was set back: the queue stays as long as it was
+                next_at -= taken_at - now
+            turn_at = max(now, next_at)
             if turn_at - now > within_s:
                 return None
-            connection.execute("INSERT OR REPLACE INTO pace VALUES (?, ?)", (provider, turn_at + 1 / rate_per_s))
+            turn = (provider, now, turn_at + 1 / rate_per_s)
+            connection.execute("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", turn)
         return turn_at - now
 
     @contextlib.contextmanager
