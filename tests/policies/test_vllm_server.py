@@ -376,7 +376,10 @@ ABORTED = '{"choices": [{"token_ids": [], "logprobs": null, "finish_reason": "ab
 ASK = ([1], {"max_tokens": 2, "sampling": GREEDY})
 
 
-@pytest.mark.parametrize("trouble", [(503, "busy"), (429, "slow down"), (500, "oops"), (200, ABORTED)])
+@pytest.mark.parametrize(
+    "trouble",
+    [(503, "busy"), (429, "slow down"), (500, "oops"), (200, ABORTED), (200, "<html>"), (200, "{}")],
+)
 def test_temporary_server_errors_are_retried(answering, trouble):
     url, answers = answering
     answers += [trouble, trouble, (200, CHOICE % "length")]

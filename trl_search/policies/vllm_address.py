@@ -30,7 +30,7 @@ def server_address(url: str) -> str:
     """
     address = url.rstrip("/")
     try:
-        whole = re.fullmatch(r"https?://[^/\s,?#]+(/[^/\s,?#]+)*", address) and httpx.URL(address)
+        whole = re.fullmatch(r"https?://[^/\s,?#]+(/[^/\s,?#]+)*", address) and (httpx.URL(address).port or 0) < 65536
     except httpx.InvalidURL:
         whole = None
     if not whole:

@@ -72,6 +72,7 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
     """Reads the server's response to `body`.
 
     Raises:
+        KeyError, IndexError, TypeError, AttributeError: if it is not the answer of a vLLM server.
         UserError: if the response has no token ids, or fewer than `max_tokens` although no stop was reached.
     """
     choice = answer["choices"][0]
@@ -107,7 +108,8 @@ def error_text(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (KeyError, TypeError, ValueError):
-        return response.text[:500] or response.reason_phrase
+        # httpx' `text` raises for some names of a charset (rot13, idna).
+        return response.content[:500].decode("utf-8", "replace") or response.reason_phrase
 
 
 def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:

@@ -187,7 +187,11 @@ class VLLMServerPolicy(Policy):
         while True:
             tries += 1
             try:
-                completion = read_completion(await self._post(self._client, body), body, self.base_url)
+                answer = await self._post(self._client, body)
+                try:
+                    completion = read_completion(answer, body, self.base_url)
+                except (KeyError, IndexError, TypeError, AttributeError) as error:  # of a gateway before the server
+                    raise _Trouble(f"an answer that is no completion: {str(answer)[:200]}") from error
                 if completion.ids or self._interrupted:
                     return completion
                 raise _Trouble("it aborted the request")  # the server is shutting down or paused
@@ -212,10 +216,13 @@ class VLLMServerPolicy(Policy):
             headers["X-data-parallel-rank"] = str(self._homes.choose(self._engines))
         try:
             response = await client.post("/v1/completions", json=body, headers=headers)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise _Trouble(_reason(error)) from error
         if response.is_success:
-            answer: dict[str, Any] = response.json()
+            try:
+                answer: dict[str, Any] = response.json()
+            except (ValueError, RecursionError) as error:
+                raise _Trouble(f"an answer that is no JSON: {error_text(response)[:200]}") from error
             return answer
         said = f"{response.status_code}: {error_text(response)}"
         if response.status_code == 429 or response.status_code >= 500:

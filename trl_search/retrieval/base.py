@@ -7,6 +7,8 @@ import email.utils
 import time
 from collections.abc import Mapping, Sequence
 
+import httpx
+
 from trl_search.common.errors import Explained, UserError
 from trl_search.types import Passage
 
@@ -34,13 +36,31 @@ def failure(status: int | str, said: str) -> RetrievalError:
     return Unavailable(said) if status in TROUBLE else RetrievalError(said)
 
 
+def is_address(url: str) -> bool:
+    """Whether a request can be sent to this URL."""
+    try:
+        parsed = httpx.URL(url)
+        return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 65536
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+
+
+def body_text(content: bytes) -> str:
+    """The body of a response, for a message. httpx' `text` raises for some names of a charset (rot13, idna, hex)."""
+    return content.decode("utf-8", "replace")
+
+
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """The wait that a server asks for, in seconds or as a date; `None` if it asks for none."""
+    """The wait that a server asks for, in seconds or as a date; `None` if it asks for none.
+
+    No time counts as none. A server whose clock is behind names dates that are over, and would be asked again
+    a thousand times per second.
+    """
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
-        return float(value[:6])
+        return float(value[:6]) or None
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()) or None
     except ValueError:
         return None
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.fakes import FixedRetriever
 from tests.support.rerank_servers import Answer, jina, serving, shared_words, tei
+from tests.support.servers import Said
+from tests.support.servers import serving as http_serving
 from trl_search.common.errors import UserError
 from trl_search.retrieval import RetrievalError, Retriever, load_retriever
 from trl_search.retrieval.base import Unavailable
@@ -250,6 +252,10 @@ def test_temporary_server_errors_are_retried_and_then_fail_the_search() -> None:
             "did not return a reranking",
         ),
         (
+            (200, {"results": [{"index": row, "relevance_score": 10**400} for row in range(5)]}),
+            "did not return a reranking",
+        ),
+        (
             (200, {"results": [{"index": row, "relevance_score": float("nan")} for row in range(5)]}),
             "not a finite number",
         ),
@@ -261,6 +267,17 @@ def test_an_invalid_answer_fails_the_search_at_once(answer: Answer, message: str
         with pytest.raises(RetrievalError, match=message) as raised:
             retriever.search(["harbour"], k=1)
         assert len(asked) == 1 and "harbour" not in str(raised.value)  # servers log it, but not queries
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [({"Content-Encoding": "gzip"}, "not compressed as"), ({"Content-Type": "text/plain; charset=idna"}, "oops")],
+)
+def test_headers_that_do_not_fit_the_answer_fail_the_search(headers: dict[str, str], message: str) -> None:
+    with http_serving(lambda asked: Said(b"oops", 404, headers)) as server:
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=server.url)
+        with pytest.raises(RetrievalError, match=message):
+            retriever.search(["harbour"], k=1)
 
 
 def test_if_the_retriever_fails_the_reranker_is_not_asked() -> None:
@@ -290,6 +307,8 @@ def test_the_fake_servers_score_by_shared_words() -> None:
         ({"url": "http://a/rerank", "api": "tie"}, "unknown reranking api 'tie': did you mean 'tei'"),
         ({"url": "http://a/rerank", "api": "tei", "model": "m"}, "one model and no name for it"),
         ({"url": "a:8000"}, "as http://localhost:8080/rerank"),
+        ({"url": "http://[::1/rerank"}, "as http://localhost:8080/rerank"),
+        ({"url": "http://a:99999/rerank"}, "as http://localhost:8080/rerank"),
         ({"url": "http://a/rerank", "concurrency": 0}, "at least 1"),
         ({"url": "http://a/rerank", "token_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE.*is not set"),
         ({"url": "http://a/rerank", "depth": 0}, "at least 1; got 0"),

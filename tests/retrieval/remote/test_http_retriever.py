@@ -291,6 +291,29 @@ def shared_body() -> Iterator[tuple[HttpRetriever, list[Any]]]:
         retriever.close()
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_an_answer_that_is_not_compressed_as_it_says_is_a_failed_search(client, encoding: str) -> None:
+    with serving(lambda asked: Said(b"plain", headers={"Content-Encoding": encoding})) as server:
+        with pytest.raises(RetrievalError, match=f"127.0.0.1:{server.port}: .* not compressed as its Content-Enc"):
+            client(server).search(["a"], 1)
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("charset", ["rot13", "idna", "hex", "undefined"])
+def test_a_charset_that_is_none_does_not_hide_the_message(client, charset: str) -> None:
+    said = Said(b"no index", 404, {"Content-Type": f"text/plain; charset={charset}"})
+    with serving(lambda asked: said) as server, pytest.raises(RetrievalError, match=r"answered 404 .*: no index"):
+        client(server).search(["a"], 1)
+
+
+@pytest.mark.parametrize("retry_after", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_retry_after_of_no_time_does_not_flood_the_server(client, retry_after: str) -> None:
+    with serving(lambda asked: Said({"error": "full"}, 503, {"Retry-After": retry_after})) as server:
+        with pytest.raises(Unavailable, match="full; gave up after"):
+            client(server, patience_s=1.0).search(["a"], 1)
+        assert len(server.asked) < 20  # hundreds without a wait; each wait is at least 50 ms
+
+
 def test_the_number_of_results_is_checked(client) -> None:
     with (
         serving(says(Said({"result": [[]]}))) as server,
@@ -397,6 +420,7 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(client, monkeyp
         ({"urls": []}, "needs url= or urls="),
         ({"urls": "http://a"}, "pass url="),
         ({"url": "localhost:8000"}, "begins with http://"),
+        ({"url": "http://a:99999"}, "as http://host:8000"),
         ({"url": "http://user:s3cret@a"}, "token_env"),
         ({"urls": ["http://a:8000", "http://a:8000/retrieve"]}, "the same server twice"),
         ({"url": "http://a", "timeout_s": 0}, "above 0"),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,18 @@ def test_a_refusal_is_not_retried_and_reported_without_the_key(status: int, make
     assert KEY not in f"{raised.value}{raised.value.__cause__}{caplog.text}"
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (Said(SERPER, headers={"Content-Encoding": "gzip"}), "not compressed as its Content-Encoding says"),
+        (Said(b"no plan", 402, {"Content-Type": "text/plain; charset=idna"}), "answered 402: no plan"),
+    ],
+)
+def test_headers_that_do_not_fit_the_answer_fail_the_search(said: Said, message: str, make) -> None:
+    with serving(lambda asked: said) as server, pytest.raises(RetrievalError, match=f"serper.*{message}"):
+        make(load_provider("serper", server.url)).search(["orlune"], 2)
+
+
 @pytest.mark.parametrize("busy", [Said(b"slow down", 429, {"Retry-After": "7"}), Said(b"", 503)])
 def test_a_busy_provider_is_retried(busy: Said, make) -> None:
     answers, waits = [busy, Said(SERPER)], Waits()
@@ -395,6 +408,15 @@ def test_the_rate_is_shared_by_processes(tmp_path: Path) -> None:
     assert all(later - earlier > 0.9 for earlier, later in zip(sorted(turns), sorted(turns)[1:], strict=False))
 
 
+def test_a_clock_that_is_set_back_does_not_stop_the_searches(tmp_path: Path) -> None:
+    waits = Waits()
+    store = WebStore(tmp_path / "web.sqlite3", clock=waits)
+    take = partial(store.take_turn, "p", rate_per_s=0.5, within_s=25.0)
+    assert [take(), take()] == [0.0, 2.0]
+    waits.now -= 3600  # by NTP, or because a container resumes
+    assert [take(), take()] == [4.0, 6.0]  # behind those that wait
+
+
 def take_turns(path: Path) -> list[float]:
     def clock() -> float:
         time.sleep(0.005)  # between reading the next turn and taking it, when others could read it too
@@ -538,6 +560,8 @@ def test_the_web_retriever_is_loaded_by_name(tmp_path: Path) -> None:
     [
         ({"provider": "serpr"}, "did you mean 'serper'"),
         ({"provider": "searxng"}, "SEARXNG_URL"),
+        ({"provider": "searxng", "base_url": "localhost:8080"}, "not the address of searxng"),
+        ({"provider": "searxng", "base_url": "http://[::1"}, "not the address of searxng"),
         ({"provider": "brave"}, "set the environment variable BRAVE_API_KEY"),
         ({"provider": "serper", "rate_per_s": 0}, "above 0"),
         ({"provider": "ddgs", "base_url": "http://a"}, "no base_url"),

@@ -24,7 +24,7 @@ import httpx
 from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
-from trl_search.retrieval.base import RetrievalError, Unavailable, failure
+from trl_search.retrieval.base import RetrievalError, Unavailable, body_text, failure, is_address
 
 
 class HttpScorer:
@@ -52,7 +52,7 @@ class HttpScorer:
             raise UserError(
                 f"a text-embeddings-inference server has one model and no name for it; leave out {model!r}"
             )
-        if not url.startswith(("http://", "https://")):
+        if not is_address(url):
             raise UserError(f"{url!r}: give the address of a reranking server, such as http://localhost:8080/rerank")
         if concurrency < 1 or timeout_s <= 0 or (batch_size is not None and batch_size < 1):
             raise UserError(
@@ -108,10 +108,10 @@ class HttpScorer:
         response = repeated(lambda: self._post(body), on=Unavailable)
         try:
             return _in_order(self._read(response.json()), len(texts))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise RetrievalError(
                 f"{self._url} did not return a reranking of {len(texts)} documents "
-                f"({type(error).__name__}: {error}): {response.text[:200]!r}; is api right?"
+                f"({type(error).__name__}: {error}): {body_text(response.content)[:200]!r}; is api right?"
             ) from error
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
@@ -119,9 +119,14 @@ class HttpScorer:
             response = self._client.post(self._url, json=body)
         except httpx.TransportError as error:
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error or 'connection lost'}") from error
+        except httpx.DecodingError as error:
+            raise RetrievalError(
+                f"{self._url}: the answer is not compressed as its Content-Encoding says ({error})"
+            ) from error
         if response.status_code == 200:
             return response
-        raise failure(response.status_code, f"{self._url} answered {response.status_code}: {response.text[:300]}")
+        said = body_text(response.content)[:300]
+        raise failure(response.status_code, f"{self._url} answered {response.status_code}: {said}")
 
 
 def _jina_request(query: str, texts: Sequence[str], model: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from trl_search.common.errors import UserError
+from trl_search.retrieval.base import is_address
 
 FIRST_ASIDE_S, MAX_ASIDE_S = 0.5, 30.0
 
@@ -172,7 +173,7 @@ def _endpoint(url: str) -> Endpoint:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise UserError(f"{url!r} is not a URL ({error}); write http://host:8000") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if not is_address(url):
         raise UserError(f"{url!r}: a retrieval server's URL begins with http:// or https://, as http://host:8000")
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UserError("a retrieval server's URL is http://host:port; give a secret by token_env=, not in the URL")

@@ -39,7 +39,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
 from trl_search.common.retrying import GROWING_WAIT
 from trl_search.common.tls import tls_context
-from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable, retry_after_s
+from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable, body_text, retry_after_s
 from trl_search.retrieval.event_loops import AsyncRetriever
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.remote.wire import (
@@ -227,12 +227,14 @@ class _Broken(RetrievalError):
 
 
 def _named(error: Exception, endpoint: Endpoint, timed_out: str) -> Exception:
-    """Converts a lost connection or a timeout to a failure that names the server; returns any other error
-    unchanged."""
+    """Converts a lost connection, a timeout or an unreadable compression to a failure that names the server; returns
+    any other error unchanged."""
     if isinstance(error, TimeoutError):
         return _Repeatable(f"{endpoint.name}: {timed_out}")
     if isinstance(error, httpx.TransportError):
         return _Repeatable(f"{endpoint.name}: {type(error).__name__}: {error or 'connection lost'}")
+    if isinstance(error, httpx.DecodingError):
+        return _Broken(f"{endpoint.name}: the answer is not compressed as its Content-Encoding says ({error})")
     return error
 
 
@@ -264,7 +266,7 @@ def _body(response: httpx.Response) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError):
-        return response.text
+        return body_text(response.content)
 
 
 def _said(response: httpx.Response) -> str:

@@ -26,7 +26,7 @@ import httpx
 from trl_search.common.credentials import bearer_token, from_environment
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.extras import import_extra
-from trl_search.retrieval.base import RetrievalError, retry_after_s
+from trl_search.retrieval.base import RetrievalError, body_text, is_address, retry_after_s
 
 _TAG = re.compile(r"</?\w[^<>]*>")
 
@@ -144,7 +144,11 @@ class HttpProvider:
             response = await client.request(**self._api.ask(self._base_url, self._key, query, count))
         except httpx.TransportError as error:
             raise ProviderBusy(f"{self.name}: {type(error).__name__}: {self._clean(str(error))}") from error
-        status, said = response.status_code, self._clean(response.text[:300])
+        except httpx.DecodingError as error:
+            raise RetrievalError(
+                f"{self.name}: the answer is not compressed as its Content-Encoding says ({error})"
+            ) from error
+        status, said = response.status_code, self._clean(body_text(response.content)[:300])
         if status in (401, 403):
             remedy = (
                 f"is {self._api.key_variable} right?" if self._api.key_variable else "is 'json' among its formats?"
@@ -211,6 +215,8 @@ def load_provider(name: str, base_url: str | None = None) -> Provider:
     where = base_url or api.base_url or os.environ.get("SEARXNG_URL", "")
     if not where:
         raise UserError('searxng needs base_url="https://your.instance", or SEARXNG_URL in the environment')
+    if not is_address(where):
+        raise UserError(f"{where!r} is not the address of {name}: write it as https://your.instance")
     key = ""
     if api.key_variable is not None:
         given = from_environment(api.key_variable)
