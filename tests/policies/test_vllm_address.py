@@ -37,6 +37,7 @@ def test_addresses(given, address):
         ("localhost:8000", "must begin with http://"),
         ("http://", "must begin with http://"),
         ("", "must begin with http://"),
+        ("http://a:99999", "must begin with http://"),
         ("http://gpu-1:8000,http://gpu-2:8000", "got 'http://gpu-1:8000,http://gpu-2:8000'"),
         ("http://gpu-1:port", "no more than a host, a port and a path"),
         ("http://gpu-1:8000 ", "no more than a host, a port and a path"),
