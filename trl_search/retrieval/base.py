@@ -25,6 +25,9 @@ class TooLarge(RetrievalError):
     """A server refused a request for its size (413). A smaller one may be accepted."""
 
 
+# After this time a client closes an idle connection itself. uvicorn closes it after 5 s, which is httpx' default, too:
+# a request that crosses the close would be lost.
+KEEP_ALIVE_S = 2.0
 TROUBLE = frozenset({429, 502, 503, 504})  # HTTP statuses of temporary trouble
 
 
@@ -45,7 +48,7 @@ def is_address(url: str) -> bool:
         return False
 
 
-def body_text(content: bytes) -> str:
+def body_text(content: bytes | bytearray) -> str:
     """The body of a response, for a message. httpx' `text` raises for some names of a charset (rot13, idna, hex)."""
     return content.decode("utf-8", "replace")
 

@@ -280,6 +280,19 @@ def test_headers_that_do_not_fit_the_answer_fail_the_search(headers: dict[str, s
             retriever.search(["harbour"], k=1)
 
 
+def test_an_answer_without_an_end_is_given_up() -> None:
+    def answer(wfile: Any) -> None:
+        wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:  # until the client has gone
+            wfile.write(b"1\r\n \r\n")
+
+    with http_serving(lambda asked: Said(by_hand=answer)) as server:
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=server.url, timeout_s=0.2)
+        with pytest.raises(Unavailable, match=r"no complete answer in 0\.2 s"):
+            retriever.search(["harbour"], k=1)
+        assert len(server.asked) == 3
+
+
 def test_if_the_retriever_fails_the_reranker_is_not_asked() -> None:
     with serving(jina) as (url, asked):
         retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD, poison="fire"), url=url)

@@ -314,6 +314,13 @@ def test_a_retry_after_of_no_time_does_not_flood_the_server(client, retry_after:
         assert len(server.asked) < 20  # hundreds without a wait; each wait is at least 50 ms
 
 
+def test_idle_connections_are_closed_before_uvicorn_closes_them(client) -> None:
+    async def expiry_s() -> float:
+        return (await client("http://a").clients.get())._transport._pool._keepalive_expiry
+
+    assert asyncio.run(expiry_s()) < 5
+
+
 def test_the_number_of_results_is_checked(client) -> None:
     with (
         serving(says(Said({"result": [[]]}))) as server,

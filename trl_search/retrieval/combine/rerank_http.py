@@ -14,7 +14,9 @@ the last try, or on any other error, the search raises a `RetrievalError`.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +26,7 @@ import httpx
 from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
-from trl_search.retrieval.base import RetrievalError, Unavailable, body_text, failure, is_address
+from trl_search.retrieval.base import KEEP_ALIVE_S, RetrievalError, Unavailable, body_text, failure, is_address
 
 
 class HttpScorer:
@@ -73,7 +75,7 @@ class HttpScorer:
         self._client = httpx.Client(
             headers=self._headers,
             timeout=self._timeout_s,
-            limits=httpx.Limits(max_keepalive_connections=self._concurrency),
+            limits=httpx.Limits(max_keepalive_connections=self._concurrency, keepalive_expiry=KEEP_ALIVE_S),
             trust_env=False,
         )
 
@@ -105,18 +107,25 @@ class HttpScorer:
 
     def _ask(self, query: str, texts: Sequence[str]) -> list[float]:
         body = {**self._request(query, texts, self._model), **self._fields}
-        response = repeated(lambda: self._post(body), on=Unavailable)
+        content = repeated(lambda: self._post(body), on=Unavailable)
         try:
-            return _in_order(self._read(response.json()), len(texts))
+            return _in_order(self._read(json.loads(content)), len(texts))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise RetrievalError(
                 f"{self._url} did not return a reranking of {len(texts)} documents "
-                f"({type(error).__name__}: {error}): {body_text(response.content)[:200]!r}; is api right?"
+                f"({type(error).__name__}: {error}): {body_text(content)[:200]!r}; is api right?"
             ) from error
 
-    def _post(self, body: dict[str, Any]) -> httpx.Response:
+    def _post(self, body: dict[str, Any]) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        content = bytearray()
         try:
-            response = self._client.post(self._url, json=body)
+            with self._client.stream("POST", self._url, json=body) as response:
+                for part in response.iter_bytes():
+                    content += part
+                    # httpx' own limit is on the wait for each part, and an answer may have parts without end.
+                    if time.monotonic() > deadline:
+                        raise Unavailable(f"{self._url}: no complete answer in {self._timeout_s:g} s")
         except httpx.TransportError as error:
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error or 'connection lost'}") from error
         except httpx.DecodingError as error:
@@ -124,8 +133,8 @@ class HttpScorer:
                 f"{self._url}: the answer is not compressed as its Content-Encoding says ({error})"
             ) from error
         if response.status_code == 200:
-            return response
-        said = body_text(response.content)[:300]
+            return bytes(content)
+        said = body_text(content)[:300]
         raise failure(response.status_code, f"{self._url} answered {response.status_code}: {said}")
 
 

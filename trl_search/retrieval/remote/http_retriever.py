@@ -39,7 +39,15 @@ from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
 from trl_search.common.retrying import GROWING_WAIT
 from trl_search.common.tls import tls_context
-from trl_search.retrieval.base import TROUBLE, RetrievalError, TooLarge, Unavailable, body_text, retry_after_s
+from trl_search.retrieval.base import (
+    KEEP_ALIVE_S,
+    TROUBLE,
+    RetrievalError,
+    TooLarge,
+    Unavailable,
+    body_text,
+    retry_after_s,
+)
 from trl_search.retrieval.event_loops import AsyncRetriever
 from trl_search.retrieval.remote.endpoints import Endpoint, Endpoints
 from trl_search.retrieval.remote.wire import (
@@ -107,7 +115,8 @@ class HttpRetriever(AsyncRetriever):
         self._one_by_one = False  # set when a server says so
 
     def _make_client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * len(self.endpoints))
+        kept = 4 * len(self.endpoints)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=KEEP_ALIVE_S)
         return httpx.AsyncClient(
             headers=self._headers, timeout=None, limits=limits, verify=tls_context(), trust_env=False
         )
