@@ -162,6 +162,14 @@ def test_a_partial_answer_is_a_failure(
     assert len(server.asked) == (3 if kind is Unavailable else 1)
 
 
+@pytest.mark.parametrize("body", [{}, [], b"null", {"responses": [None]}, {"responses": [{"error": "boom"}]}])
+def test_an_answer_in_another_shape_is_a_failure(server: OpenSearchServer, tmp_path: Path, body: Any) -> None:
+    retriever = load_retriever("opensearch", index=build(server, tmp_path))
+    server.fail = lambda asked: Said(body)
+    with pytest.raises(RetrievalError, match="OpenSearch answered in an unexpected shape"):
+        retriever.search(["harbour"], 1)
+
+
 def test_temporary_errors_are_retried(server: OpenSearchServer, tmp_path: Path) -> None:
     build(server, tmp_path)
     retriever = load_retriever("opensearch", url=server.url, collection="wiki")

@@ -342,6 +342,11 @@ def test_failures_are_reported_and_temporary_errors_are_retried(monkeypatch: pyt
         with pytest.raises(RetrievalError, match="no such vector"):
             retriever.search(["harbour"], 3)
         assert len(server.asked) == asked + 1
+        for body in ({}, [], b"<html>"):  # of a proxy
+            troubles += [Said(body)] * 3
+            with pytest.raises(RetrievalError, match="Qdrant"):
+                retriever.search(["harbour"], 3)
+            troubles.clear()
         monkeypatch.setattr(qdrant, "MAX_BATCH", 2)
         server.asked.clear()
         hits.body["result"] *= 2

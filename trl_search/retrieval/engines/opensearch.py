@@ -77,10 +77,17 @@ class OpenSearchRetriever(Retriever):
                     "track_total_hits": False,
                 }
             )
-        answers = call(self._client.msearch, body=body, index=self._collection)["responses"]
-        if len(answers) != len(texts):
-            raise RetrievalError(f"OpenSearch answered {len(answers)} results to {len(texts)} queries")
-        return [[Passage(**hit["_source"], score=hit["_score"]) for hit in _hits(answer)] for answer in answers]
+        answer = call(self._client.msearch, body=body, index=self._collection)
+        try:
+            answers = answer["responses"]
+            if len(answers) != len(texts):
+                raise RetrievalError(f"OpenSearch answered {len(answers)} results to {len(texts)} queries")
+            return [[Passage(**hit["_source"], score=hit["_score"]) for hit in _hits(one)] for one in answers]
+        except (LookupError, TypeError, AttributeError, ValueError) as error:  # of a proxy, or another program's index
+            said = f"{type(error).__name__}: {error}"
+            raise RetrievalError(
+                f"OpenSearch answered in an unexpected shape ({said}): {str(answer)[:200]}"
+            ) from error
 
     def close(self) -> None:
         super().close()

@@ -178,7 +178,8 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         raise failure(error.status_code or 0, said) from error
     except ApiException as error:
         raise Unavailable(f"Qdrant cannot be reached: {error}") from error
-    except (RuntimeError, ValueError, sqlite3.Error) as error:  # raised by the client and its built-in engine
+    # Raised by the client, which asserts that there is a result, and by its built-in engine.
+    except (RuntimeError, ValueError, AssertionError, sqlite3.Error) as error:
         raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
 
 
