@@ -17,12 +17,7 @@ from trl_search.cli.model_checks import check_template, model_checks
 from trl_search.cli.preflight import Status
 from trl_search.common.errors import UserError
 from trl_search.policies import loading
-from trl_search.policies.loading import (
-    check_vocabulary,
-    load_base,
-    load_model,
-    load_tokenizer,
-)
+from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.trainer import inputs
 from trl_search.trainer.inputs import tokenizer_of

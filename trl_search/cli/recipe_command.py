@@ -26,7 +26,7 @@ def recipe_classes(command: str) -> tuple[Any, ...]:
 
 
 def command_of(path: Path, expected: str) -> str:
-    """Whether the keys of a recipe are those of `train` or of `sft`; the expected command if they fit both equally."""
+    """The command, `train` or `sft`, that knows more keys of a recipe; the expected one if both know as many."""
     from trl_search.config.recipe import read_recipe
 
     keys = read_recipe(path).keys() - {"env"}

@@ -26,16 +26,17 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
     Raises:
         UserError: for a value that PEFT would refuse once the model is loaded, or train without effect.
     """
-    if model_config.use_peft and model_config.lora_r < 1:
+    if not model_config.use_peft:
+        return None
+    if model_config.lora_r < 1:
         raise UserError(f"lora_r={model_config.lora_r} is the rank of the adapter: give a whole number, at least 1")
-    if model_config.use_peft and not (0 <= model_config.lora_dropout <= 1 and model_config.lora_alpha > 0):
+    if not (0 <= model_config.lora_dropout <= 1 and model_config.lora_alpha > 0):
         raise UserError(
             f"lora_dropout={model_config.lora_dropout} must be a number from 0 to 1, and "
             f"lora_alpha={model_config.lora_alpha} more than 0"
         )
     adapter: Any = get_peft_config(model_config)
-    if adapter is not None and not adapter.target_modules:
-        adapter.target_modules = "all-linear"
+    adapter.target_modules = adapter.target_modules or "all-linear"
     return adapter
 
 
@@ -108,7 +109,7 @@ def adapted(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuses adapters of which rollouts, or a later loading, would compute another policy than the trained one.
+    """Refuses adapters with which the policy in rollouts, or the saved one, would not be the one that was trained.
 
     Raises:
         UserError: names what to change.
@@ -134,7 +135,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def refuse_shifted_reference(config: PeftConfig, beta: float) -> None:
-    """Refuses adapters without which the model is not the one at the start, if that is the reference of the KL term.
+    """Refuses adapters that change their base, if there is a KL term: its reference is the model without the adapter.
 
     Raises:
         UserError: names what to change.

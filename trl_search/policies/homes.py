@@ -20,7 +20,7 @@ class Homes(Generic[Home]):
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[asyncio.Task[object], Home] = weakref.WeakKeyDictionary()
-        self._draw = random.Random()
+        self._draw = random.Random()  # of its own: transformers seeds `random` alike on all ranks
 
     def choose(self, among: Sequence[Home]) -> Home:
         """The home of the running trajectory; for a new one, or if its home is gone, one of those with the fewest.

@@ -30,16 +30,17 @@ def changed_weight(base: PreTrainedModel) -> str | None:
         with safe_open(file, "pt") as stored:
             for name in weights.keys() & stored.keys():
                 part = stored.get_slice(name)
-                if part.get_shape() == list(weights[name].shape) and _differ(weights[name][:1], part[:1]):
+                if part.get_shape() == list(weights[name].shape) and differ(weights[name][:1], part[:1]):
                     return name
     return None
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors differ by more than the rounding of the coarser type."""
     if not (one.is_floating_point() and other.is_floating_point()):  # quantized
         return False
     dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return not torch.equal(one.detach().cpu().to(dtype), other.to(dtype))
+    return not torch.equal(one.detach().cpu().to(dtype), other.detach().cpu().to(dtype))
 
 
 def _files(name: str) -> list[Path]:

@@ -94,7 +94,7 @@ def open_journal(trainer: Any, sampling: Sampling) -> Iterator[Journal]:
     if trainer.model.training:
         args, batch, log = trainer.args, trainer.last_rollout, trainer.run_log
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        searched = [pair for pair in log.task.items() if pair[0].startswith(("retriever", "world"))]
+        searched = {key: value for key, value in log.task.items() if key.startswith(("retriever", "world"))}
         settings = log.model, searched, log.environment, args.agent, sampling
         digest = batch_digest(trained, *settings, batch.prompt_ids, batch.rows, *batch.spare)
         path = Path(args.output_dir or ".") / FOLDER / f"rank{trainer.accelerator.process_index}.jsonl"

@@ -39,12 +39,7 @@ from trl_search.data.world import generate_world
 from trl_search.environment.registry import ENVIRONMENTS, SEARCH, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.adapters import adapter_config, check_target_modules, refuse_adapter_folder
-from trl_search.policies.loading import (
-    base_name,
-    check_vocabulary,
-    load_base,
-    load_tokenizer,
-)
+from trl_search.policies.loading import base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.finish import REPORT, finish_run
 from trl_search.records.folder import AFTER_ROW, BEST_ROW

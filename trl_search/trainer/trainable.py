@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from trl_search.common.errors import UserError
 from trl_search.policies.lora import leaves_the_base
-from trl_search.policies.named_base import changed_weight
+from trl_search.policies.named_base import changed_weight, differ
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,7 @@ def warn_of_another_reference(model: torch.nn.Module, reference: torch.nn.Module
     """Warns if the reference of the KL term, which TRL loads by the model's name, has other weights than the model."""
     theirs = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        one, other = (weights.detach().flatten()[:_SAMPLE].cpu() for weights in (parameter, theirs[name]))
-        dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(one.to(dtype), other.to(dtype)):
+        if differ(parameter.flatten()[:_SAMPLE], theirs[name].flatten()[:_SAMPLE]):
             logger.warning(
                 "the reference of beta, which TRL loaded from %s, has other weights than the trained model: to "
                 "compare with the model as it is now, save it (model.save_pretrained(folder)) and give the folder",

@@ -7,6 +7,7 @@ files: paths, addresses and keys of a machine are not published.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -19,6 +20,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from trl_search.config.agent import AgentSettings
+from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.data import HUB_SETS
 from trl_search.data.scripted_players import Script, play_scripts
 from trl_search.environment import SearchEnvironment
@@ -53,12 +55,12 @@ CONFIG_KEYS = (
     "epsilon_high", "loss_type", "scale_rewards", "temperature", "top_p", "use_vllm", "vllm_mode",
     "vllm_importance_sampling_mode", "bf16", "gradient_checkpointing", "seed",
 )  # fmt: skip
-# Options of the method, with their defaults; those that a run has changed are published.
-OPTION_KEYS = {
-    "turn_credit": "none", "turn_credit_coef": 0.5, "llds_coef": 0.0, "search_floor_steps": 0, "refill_groups": 0,
-    "curriculum": "none", "carry_over": 1.0, "max_staleness": 0, "importance_sampling_level": "token",
-    "top_entropy_quantile": 1.0,
-}  # fmt: skip
+# Options of the method; those that a run has changed are published.
+OPTION_KEYS = (
+    "turn_credit", "turn_credit_coef", "llds_coef", "search_floor_steps", "refill_groups", "curriculum", "carry_over",
+    "max_staleness", "importance_sampling_level", "top_entropy_quantile",
+)  # fmt: skip
+_DEFAULTS = {key.name: key.default for key in dataclasses.fields(SearchGRPOConfig)}
 
 
 def write_card(facts: CardFacts) -> ModelCard:
@@ -171,7 +173,8 @@ def _recipe(facts: CardFacts) -> dict[str, Any]:
     recipe: dict[str, Any] = {"model_name_or_path": facts.hub_base} if facts.hub_base else {}
     recipe |= {key: _published(facts.task[key]) for key in TASK_KEYS if facts.task.get(key) is not None}
     recipe |= {key: facts.config[key] for key in CONFIG_KEYS if facts.config.get(key) is not None}
-    recipe |= {key: facts.config[key] for key, usual in OPTION_KEYS.items() if facts.config.get(key, usual) != usual}
+    given = {key: facts.config.get(key, _DEFAULTS[key]) for key in OPTION_KEYS}
+    recipe |= {key: value for key, value in given.items() if value != _DEFAULTS[key]}
     if facts.adapter is not None:
         names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
         adapter = {key: facts.adapter[name] for name, key in names.items() if facts.adapter.get(name) is not None}

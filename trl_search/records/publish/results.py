@@ -70,12 +70,10 @@ def evaluation_results(folder: Path) -> list[Result]:
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS_FILE}: give the --output of a `trl-search eval` that has finished")
     modes = read_object(path, "run the evaluation again").get("results")
-    if not isinstance(modes, dict):
+    if not isinstance(modes, dict) or not all(isinstance(sets, dict) for sets in modes.values()):
         raise UserError(f"{path} is not the result of an evaluation: give the --output of a `trl-search eval`")
     lines: list[Result] = []
     for mode, sets in modes.items():
-        if not isinstance(sets, dict):
-            raise UserError(f"{path} is not the result of an evaluation: give the --output of a `trl-search eval`")
         for name, row in sets.items():
             average = name == MACRO
             if not average or len(sets) > 2:  # the average of one set is that set
@@ -98,8 +96,11 @@ def refuse_another_model(evaluation: Path, published: Path, repo_id: str) -> Non
     report = read_object(evaluation / RESULTS_FILE, "run the evaluation again")
     settings = section(report, "settings")
     model = section(settings, "model")
-    is_folder = "sha256" in model
-    if (model["sha256"] != model_sha256(published)) if is_folder else (model.get("name", repo_id) != repo_id):
+    if "sha256" in model:  # noqa: SIM108 (one line would be a riddle)
+        same = model["sha256"] == model_sha256(published)
+    else:
+        same = model.get("name", repo_id) == repo_id
+    if not same:
         raise UserError(
             f"{evaluation} evaluated other weights ({settings.get('model_name', model.get('name'))}) than those in "
             f"{published}, so its scores do not belong in this card: evaluate {published}, or leave --eval out"

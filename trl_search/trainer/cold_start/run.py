@@ -37,12 +37,7 @@ from trl_search.environment.registry import call_word, described, takes_retrieve
 from trl_search.evaluation.settings import describe_model
 from trl_search.policies.adapters import adapter_config, check_target_modules, refuse_adapter_folder
 from trl_search.policies.base import Policy
-from trl_search.policies.loading import (
-    base_name,
-    check_vocabulary,
-    load_base,
-    load_tokenizer,
-)
+from trl_search.policies.loading import base_name, check_vocabulary, load_base, load_tokenizer
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import VLLMServerPolicy

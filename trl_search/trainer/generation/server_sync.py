@@ -21,7 +21,7 @@ import httpx
 import torch
 
 from trl_search.common.errors import UserError
-from trl_search.common.tls import tls_context
+from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import ServerLost, server_start_time
 from trl_search.policies.weight_checksums import EXTENSION, checksum, has_checksum
 from trl_search.trainer.generation.vllm_client import ServerClient
@@ -174,7 +174,8 @@ def _ending_the_process_if_stuck(url: str) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(STUCK_S):
             try:
-                httpx.get(f"{url}/health", timeout=STUCK_S, verify=tls_context(), trust_env=False)
+                with httpx.Client(timeout=STUCK_S, **client_options(url)) as client:
+                    client.get("/health")
             except httpx.HTTPError as error:
                 print(
                     f"the vLLM server at {url} died while it received weights ({error}): restart it, then resume from "
