@@ -139,7 +139,8 @@ def test_the_metrics_of_several_sets_have_their_names(tmp_path, random_model, to
 
 def test_the_best_checkpoint_is_chosen_by_one_of_several_sets(tmp_path, random_model, tokenizer):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
-    best |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
+    best |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    best |= dict.fromkeys(("eval_steps", "save_steps", "max_steps"), 1)
     two = {"near": DATA.select(range(2)), "far": DATA.select(range(2))}
     with pytest.raises(
         UserError, match=r"names none of the evaluation sets.*such as eval_near_reward, eval_far_reward"

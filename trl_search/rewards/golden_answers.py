@@ -109,8 +109,8 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _read_literal(text: str) -> str | list[Any] | dict[str, Any]:
-    """Parses a string that is a list of strings or a struct; returns any other string unchanged, such as `[1]`,
-    `[sic]` and `(1, 2)`.
+    """Parses a string that is a struct, or a list of strings (some may be null); returns any other string unchanged,
+    such as `[1]`, `[sic]` and `(1, 2)`.
 
     Raises:
         UserError: for a string that begins like one of these, but cannot be parsed.
@@ -128,7 +128,8 @@ def _read_literal(text: str) -> str | list[Any] | dict[str, Any]:
             continue
         if isinstance(value, dict) and value:
             return value
-        if value == [] or (isinstance(value, list | tuple) and {*map(type, value)} in ({str}, {str, type(None)})):
+        types = {*map(type, value)} if isinstance(value, list | tuple) else set()
+        if value == [] or types in ({str}, {str, type(None)}):
             return list(value)
     if stripped[0] != "(" and stripped[1:].lstrip().startswith(("'", '"')):
         raise UserError(
