@@ -416,6 +416,19 @@ def test_a_server_that_cannot_be_paused_names_the_remedy(answering):
         asyncio.run(interrupt())
 
 
+def test_a_policy_that_cannot_be_opened_is_closed(answering):
+    url, _ = answering
+
+    async def open_and_ask():
+        policy = VLLMServerPolicy(url, model="another")
+        with pytest.raises(UserError, match="serves m, not another"):
+            await policy.open()
+        await policy.generate([1], max_tokens=1, sampling=GREEDY)
+
+    with pytest.raises(RuntimeError, match="the policy is closed"):
+        asyncio.run(open_and_ask())
+
+
 def test_the_start_time_of_a_lost_server_is_waited_for(answering):
     url, _ = answering
     assert server_start_time(url, 5.0) is None  # as with several API servers

@@ -103,24 +103,29 @@ class VLLMServerPolicy(Policy):
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
         self._client = httpx.AsyncClient(timeout=timeout, limits=limits, **client_options(self.base_url))
-        if self.max_model_len or self.weights_since is not None:
-            await self._wait_for_server()
         try:
-            (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
-            models = read_models(await self._client.get("/v1/models"))
-            await self._look(self._client)
-            problem = version_problem((await self._client.get("/version")).raise_for_status().json()["version"])
-        except httpx.HTTPError as error:
+            if self.max_model_len or self.weights_since is not None:
+                await self._wait_for_server()
+            await self._meet(self._client)
+        except UserError:
             await self.close()
+            raise
+
+    async def _meet(self, client: httpx.AsyncClient) -> None:
+        """Asks the server what it is and serves; the errors are those of `open`."""
+        try:
+            (await client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+            models = read_models(await client.get("/v1/models"))
+            await self._look(client)
+            problem = version_problem((await client.get("/version")).raise_for_status().json()["version"])
+        except httpx.HTTPError as error:
             raise ServerLost(
                 f"no vLLM server answers at {self.base_url} ({_reason(error)})",
                 "start it first (`vllm serve`, see docs/vllm.md), or correct vllm_server_base_url",
             ) from error
         except UserError:
-            await self.close()
             raise
         except (KeyError, TypeError, ValueError) as error:
-            await self.close()
             raise UserError(
                 f"the server at {self.base_url} is not a vLLM server (see its /v1/models and /version): give the "
                 "address of a `vllm serve`"
