@@ -334,6 +334,29 @@ def test_a_command_prints_to_any_stream(commands: Path, encoding: str, shell: st
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, printed, b"")
 
 
+def test_a_log_has_no_progress_bars_of_libraries(commands: Path) -> None:
+    lines = ("from datasets import Dataset", "def main(argv):")
+    lines += ("    Dataset.from_dict({'a': [1]}).map(lambda row: row)", "    return 0")
+    write(commands, "maps", "\n".join(('"""Maps."""', *lines)))
+    program = f"""
+        import sys, trl_search.cli.commands
+        trl_search.cli.commands.__path__ = [{str(commands)!r}]
+        from trl_search.cli.main import main
+        sys.argv = ["trl-search", "maps"]
+        sys.exit(main())
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_questions_are_utf8_in_every_locale() -> None:
     in_ascii_locale = "Zürich".encode().decode("ascii", "surrogateescape")
     assert asked_questions([in_ascii_locale, "東京"]) == ["Zürich", "東京"]

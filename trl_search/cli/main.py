@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     _prepare_streams()
+    if argv is None and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs no progress bars of the libraries
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
     # Only before the command's name: after it, `--debug` is a key of transformers' TrainingArguments.
