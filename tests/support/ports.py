@@ -1,10 +1,11 @@
-"""A port for a process that is told where to listen."""
+"""Ports for processes that are told where to listen."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import socket
+import time
 
 
 def free_port() -> int:
@@ -18,3 +19,13 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def wait_until_free(port: int) -> None:
+    """Waits until no process listens on a port of a killed server, whose children may end a moment later."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return
+        time.sleep(0.02)

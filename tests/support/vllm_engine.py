@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from tests.support.forked import ForkedProcess, ForkServer
-from tests.support.ports import free_port
+from tests.support.ports import free_port, wait_until_free
 from trl_search.policies.tiny import tiny_policy_path
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,7 @@ class VLLMServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+            wait_until_free(self.port)
 
     def metric(self, name: str) -> float:
         """The value of a Prometheus metric, such as `vllm:num_requests_running`."""
