@@ -140,11 +140,9 @@ def serving(case: Case, first: int, arguments: argparse.Namespace) -> Iterator[s
     port = 8_100 + int(visible_gpus()[first])
     with tempfile.TemporaryDirectory() as folder:
         model = vllm_shape.write_model_folder(Path(folder), case.shape)
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--max-model-len", "8192", "--load-format", "dummy"]
+        command = vllm_shape.serve_command(model, port, case.gpus - case.ranks)
         command += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "nccl"}']
         command += ["--worker-extension-cls", "trl_search.policies.weight_checksums.WeightChecksums"]
-        command += ["--data-parallel-size", str(case.gpus - case.ranks), "--disable-uvicorn-access-log"]
         command += shlex.split(arguments.serve)
         environment = {**on_gpus(first, case.gpus - case.ranks), "VLLM_SERVER_DEV_MODE": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

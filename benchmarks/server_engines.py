@@ -19,7 +19,6 @@ import re
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,10 +43,7 @@ def serving(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     """Runs `vllm serve` with random weights; yields its address once it answers."""
     model = vllm_shape.write_model_folder(folder / "model", arguments.shape)
     url = f"http://127.0.0.1:{arguments.port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(arguments.port), "--max-model-len", "8192", "--load-format", "dummy"]
-    command += ["--data-parallel-size", str(arguments.engines), "--disable-uvicorn-access-log"]
-    command += shlex.split(arguments.serve)
+    command = vllm_shape.serve_command(model, arguments.port, arguments.engines) + shlex.split(arguments.serve)
     if not torch.cuda.is_available():
         command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
     environment = {**vllm_environment(folder), "VLLM_SERVER_DEV_MODE": "1"}

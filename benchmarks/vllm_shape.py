@@ -11,6 +11,7 @@ import functools
 import json
 import random
 import shutil
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,13 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def words(tokenizer: PreTrainedTokenizerBase, count: int, seed: object) -> str:
     """A text of `count` tokens."""
     return "".join(random.Random(str(seed)).choices(single_token_words(tokenizer), k=count))
+
+
+def serve_command(model: Path, port: int, engines: int) -> list[str]:
+    """`vllm serve` on loopback with random weights of the model's shape. More options may follow."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-model-len", "8192", "--load-format", "dummy"]
+    return [*command, "--data-parallel-size", str(engines), "--disable-uvicorn-access-log"]
 
 
 def describe_machine() -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 from trl import ModelConfig
 
+from tests.support.adapters import trained
 from tests.support.scripted_trainer import config, real_trainer
 from trl_search.common.errors import UserError
 from trl_search.policies.adapters import adapted, adapter_config, check_target_modules, refuse_tied
@@ -40,17 +41,6 @@ class Whole:
 @torch.no_grad()
 def logits(model):
     return model.eval()(input_ids=IDS).logits
-
-
-def trained(model, adapter):
-    """The model with an adapter whose weights differ from those at its initialisation."""
-    wrapped = get_peft_model(model, adapter)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return wrapped
 
 
 def copy_of(model, *, tied=True):

@@ -7,9 +7,10 @@ import zlib
 
 import pytest
 import torch
-from peft import FourierFTConfig, LoraConfig, PeftModel, get_peft_model
+from peft import FourierFTConfig, LoraConfig, PeftModel
 from transformers import Qwen2ForCausalLM
 
+from tests.support.adapters import trained
 from tests.support.scripted_trainer import real_trainer, steps
 from tests.trainer.test_grpo import assert_equal_weights, weights
 
@@ -24,13 +25,7 @@ def adapter(request, tmp_path, random_model):
     """The folders of a base model and of a trained adapter."""
     random_model.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2) if request.param == "lora" else FourierFTConfig(n_frequency=8, target_modules=["q_proj"])
-    wrapped = get_peft_model(random_model, config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    wrapped.save_pretrained(tmp_path / "adapter")
+    trained(random_model, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter"
 
 
