@@ -1,8 +1,7 @@
 """The seams of TRL that `SearchGRPOTrainer` depends on, one test per seam, named after it.
 
-These tests test TRL, not this package. If a new TRL breaks one, read its `grpo_trainer.py`, correct the method of
-`trl_search/trainer/grpo.py` or `trl_search/trainer/loss/seams.py` that the test names, and raise the bound in
-`pyproject.toml`.
+These tests test TRL, not this package. If a new TRL breaks one, read its `grpo_trainer.py`, correct the method that
+the test names (`trl_search/trainer/grpo.py` lists their files), and raise the bound in `pyproject.toml`.
 """
 
 from __future__ import annotations

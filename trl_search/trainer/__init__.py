@@ -1,6 +1,7 @@
 """Training: GRPO on TRL's trainer, supervised fine-tuning, and the steps of `trl-search train` and `sft`.
 
-grpo.py       `SearchGRPOTrainer`: the seams between TRL's `GRPOTrainer` and our rollout
+grpo.py       `SearchGRPOTrainer`, and a list of the seams between TRL's `GRPOTrainer` and our rollout
+rollouts.py   the seams that generate and score a batch
 inputs.py     checks and completes the trainer's arguments
 pipeline.py   the steps of `trl-search train`
 sft.py        supervised fine-tuning on trajectories

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.errors import UserError
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
-from trl_search.trainer.reference import KeepsReference
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ MAX_ROLLBACKS = 2
 FACTOR = 0.5
 
 
-class RollsBack(KeepsReference):
+class RollsBack(Trainer):
     """A mixin that rolls back after a collapse. List it before TRL's trainer."""
 
     _buffered_inputs: Any

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
@@ -32,7 +32,6 @@ from trl_search.protocols import Protocol
 from trl_search.trainer.batch import Question, Rollout, encode_prompts
 from trl_search.trainer.groups.group_rewards import Group, score_group
 from trl_search.trainer.groups.pass_rates import PassRates
-from trl_search.trainer.groups.question_order import KeepsOrder
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.loss.mask import loss_mask
 from trl_search.trainer.resume import checkpoint_folder
@@ -104,7 +103,7 @@ def draw_order(weights_N: np.ndarray, random: np.random.Generator) -> np.ndarray
     return np.argsort(-keys_N, kind="stable")
 
 
-class ChoosesQuestions(KeepsOrder):
+class ChoosesQuestions(Trainer):
     """A mixin that replaces questions, and saves pass rates with checkpoints. List it before TRL's trainer."""
 
     args: SearchGRPOConfig
@@ -204,23 +203,4 @@ def check_dataset(args: SearchGRPOConfig, dataset: Any) -> None:
         raise UserError(
             f"{asked} needs more questions than the {groups} of a batch, but there are {len(dataset)}: "
             "give more, or leave it out"
-        )
-
-
-def check_ranks_agree(args: SearchGRPOConfig, dataset: Any, accelerator: Accelerator) -> None:
-    """Raises `UserError` if the ranks have different questions, or the same in another order. Every rank must call it.
-
-    Every rank takes its rows of a batch by their number in the dataset, so a group that is spread over ranks would
-    otherwise mix questions.
-    """
-    if accelerator.num_processes == 1:
-        return
-    asked = dataset if isinstance(dataset, Dataset) else dataset.take(args.generation_batch_size or 1)
-    digest = hashlib.sha256()
-    for rows in asked.select_columns("prompt").iter(batch_size=1000):
-        digest.update(repr(rows["prompt"]).encode(errors="replace"))
-    if len(set(gather_object([digest.hexdigest()]))) > 1:
-        raise UserError(
-            "the processes have different training questions, or the same in another order: load and shuffle them in "
-            "each process in the same way, with a fixed seed"
         )

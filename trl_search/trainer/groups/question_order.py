@@ -1,10 +1,11 @@
-"""Keeps a resumed run at its place in the training questions, and refuses to resume where the place is unknown.
+"""Keeps all ranks, and a resumed run, at the same place in the training questions, or refuses to train.
 
     checkpoint-40/question_order.json    {"seed": 42, "shuffle_dataset": true, "number of questions": 90447,
                                           "questions": "3f1c…", "questions per batch": 64, "steps per batch": 1.0}
 
 transformers skips as many batches as the checkpoint was trained on. With batches of another size, or the questions in
-another order, a resumed run would ask some questions twice and others never.
+another order, a resumed run would ask some questions twice and others never. Every rank takes its rows of a batch by
+their number in the dataset, so if ranks had other questions, a group that is spread over ranks would mix them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import Trainer
 
@@ -57,6 +59,23 @@ class KeepsOrder(Trainer):
     args: SearchGRPOConfig
     environment: Environment | None
     train_dataset: Any
+    _order: dict[str, Any]  # of the training that runs
+
+    def note_order(self) -> None:
+        """Notes the order of the questions when a training begins. Every rank must call it.
+
+        Raises:
+            UserError: if the ranks have different questions, or the same in another order.
+        """
+        self._order = order_of(self.args, self.train_dataset)
+        if self.accelerator.num_processes == 1:
+            return
+        digest = self._order["questions"] or digest_of(self.train_dataset.take(self.args.generation_batch_size))
+        if len(set(gather_object([digest]))) > 1:
+            raise UserError(
+                "the processes have different training questions, or the same in another order: load and shuffle them "
+                "in each process in the same way, with a fixed seed"
+            )
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return EpochOrder(super()._get_train_sampler(dataset), self)
@@ -69,32 +88,38 @@ class KeepsOrder(Trainer):
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.environment is not None and not self.args.ignore_data_skip:
-            check_order(Path(checkpoint), order_of(self.args, self.train_dataset))
+            check_order(Path(checkpoint), self._order)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.environment is not None and self.args.should_save:
-            write_json(checkpoint_folder(self, trial) / FILE, order_of(self.args, self.train_dataset))
+            write_json(checkpoint_folder(self, trial) / FILE, self._order)
         super()._save_checkpoint(model, trial)
 
 
 def order_of(args: SearchGRPOConfig, dataset: Any) -> dict[str, Any]:
-    """Everything that determines which questions the n-th optimizer step trains on."""
-    digest = None  # of a stream, which cannot be read twice
-    if isinstance(dataset, Dataset):
-        found = hashlib.sha256()
-        column = next(name for name in ("question", "prompt") if name in dataset.column_names)
-        for rows in dataset.select_columns(column).iter(batch_size=1000):
-            for value in rows[column]:
-                found.update(f"{question_text({column: value})}\n".encode(errors="replace"))
-        digest = found.hexdigest()
+    """Everything that determines which questions the n-th optimizer step trains on; of a stream, which cannot be read
+    twice, without its questions."""
+    known = isinstance(dataset, Dataset)
     return {
         "seed": args.seed,
         "shuffle_dataset": args.shuffle_dataset,
-        "number of questions": len(dataset) if isinstance(dataset, Dataset) else None,
-        "questions": digest,
+        "number of questions": len(dataset) if known else None,
+        "questions": digest_of(dataset) if known else None,
         "questions per batch": (args.generation_batch_size or 1) // (args.num_generations or 1),
         "steps per batch": (args.steps_per_generation or 1) * args.num_iterations / args.gradient_accumulation_steps,
     }
+
+
+def digest_of(dataset: Dataset | IterableDataset) -> str:
+    """A digest of the questions of a dataset in their order."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, Dataset):  # reads only one column
+        dataset = dataset.select_columns("question" if "question" in dataset.column_names else "prompt")
+    for rows in dataset.iter(batch_size=1000):
+        column = "question" if "question" in rows else "prompt"
+        for value in rows[column]:
+            digest.update(f"{question_text({column: value})}\n".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def check_order(checkpoint: Path, order: dict[str, Any]) -> None:
