@@ -91,7 +91,7 @@ def ask_server(url: str) -> ServerFacts:
             body = format_request(models[0]["id"], _PROMPT, max_tokens, Sampling(temperature), stop) | more
             answer = client.post("/v1/completions", json=body)
             if answer.is_client_error:
-                said = f"{answer.status_code}: {error_text(answer)}"
+                said = f"{answer.status_code}: {error_text(answer.content) or answer.reason_phrase}"
                 raise refusal(url, said, needed=len(_PROMPT) + max_tokens, model=body["model"])
             choice: dict[str, Any] = answer.raise_for_status().json()["choices"][0]
             return choice

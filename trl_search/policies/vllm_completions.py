@@ -18,12 +18,11 @@ temperature.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
-
-import httpx
 
 from trl_search.common.errors import UserError
 from trl_search.policies.vllm_address import KEY_REMEDY
@@ -115,13 +114,12 @@ def finish_reason(reason: str, stop_reason: int | str | None) -> FinishReason:
     return FinishReason.STOP if isinstance(stop_reason, str) else FinishReason.EOS
 
 
-def error_text(response: httpx.Response) -> str:
-    """The server's message in a response with an error."""
+def error_text(content: bytes) -> str:
+    """The server's message in the body of a response with an error."""
     try:
-        return str(response.json()["error"]["message"])
-    except (KeyError, TypeError, ValueError):
-        # httpx' `text` raises for some names of a charset (rot13, idna).
-        return response.content[:500].decode("utf-8", "replace") or response.reason_phrase
+        return str(json.loads(content)["error"]["message"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return content[:500].decode("utf-8", "replace")
 
 
 def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:

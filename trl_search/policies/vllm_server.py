@@ -30,19 +30,16 @@ from trl_search.common.retrying import attempts, attempts_async
 from trl_search.policies.base import Policy
 from trl_search.policies.homes import Homes
 from trl_search.policies.vllm_address import client_options, read_models, server_address
-from trl_search.policies.vllm_completions import error_text, format_request, read_completion, refusal
+from trl_search.policies.vllm_completions import format_request, read_completion, refusal
 from trl_search.policies.vllm_metrics import ASK_WORKER_START, count_engines, read_start_time, read_worker_start
+from trl_search.policies.vllm_requests import Refused, Trouble, VLLMRequests
 from trl_search.policies.vllm_versions import version_problem
 from trl_search.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 
-# Requests in flight at once per process. Others queue here, to save file descriptors of the server.
-MAX_CONNECTIONS = 512
-# Well below the 5 s after which vLLM closes an idle connection (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): with 4 s, a busy rank
-# still lost a request.
-_KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 10.0
+_CLOSED = "the policy is closed: await policy.open() first"
 _RPC = "/collective_rpc"
 
 
@@ -88,6 +85,7 @@ class VLLMServerPolicy(Policy):
         self.restarted = False
         self.weights_since = self._started_at = weights_since
         self._client: httpx.AsyncClient | None = None
+        self._requests: VLLMRequests | None = None
         self._interrupted = False
         self._recovery: asyncio.Task[None] | None = None
         self._engines = range(1)
@@ -100,9 +98,10 @@ class VLLMServerPolicy(Policy):
             ServerLost: if the server does not answer.
             UserError: if it is not a vLLM server, does not serve the model, or has too short a context length.
         """
-        timeout = httpx.Timeout(_PROBE_TIMEOUT_S, read=self.request_timeout_s, pool=None)
-        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
-        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, **client_options(self.base_url))
+        self._client = httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, **client_options(self.base_url))
+        self._requests = VLLMRequests(
+            self.base_url, connect_timeout_s=_PROBE_TIMEOUT_S, timeout_s=self.request_timeout_s
+        )
         try:
             if self.max_model_len or self.weights_since is not None:
                 await self._wait_for_server()
@@ -114,7 +113,7 @@ class VLLMServerPolicy(Policy):
     async def _meet(self, client: httpx.AsyncClient) -> None:
         """Asks the server what it is and serves; the errors are those of `open`."""
         try:
-            (await client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+            (await client.get("/health")).raise_for_status()
             models = read_models(await client.get("/v1/models"))
             await self._look(client)
             problem = version_problem((await client.get("/version")).raise_for_status().json()["version"])
@@ -145,19 +144,19 @@ class VLLMServerPolicy(Policy):
             UserError: if the server cannot be paused.
             ServerLost: if the server does not answer.
         """
+        if self._client is None:
+            raise RuntimeError(_CLOSED)
         self._interrupted = True
         started = time.monotonic()
         try:
-            # A separate client, because the requests in flight may use all connections of the other one.
-            async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, **client_options(self.base_url)) as client:
-                for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
-                    response = await client.post(path)
-                    if response.status_code == httpx.codes.NOT_FOUND:
-                        raise UserError(
-                            f"carry_over and max_staleness must pause the vLLM server, but the one at {self.base_url} "
-                            "cannot be paused: start it with VLLM_SERVER_DEV_MODE=1"
-                        )
-                    response.raise_for_status()
+            for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
+                response = await self._client.post(path)
+                if response.status_code == httpx.codes.NOT_FOUND:
+                    raise UserError(
+                        f"carry_over and max_staleness must pause the vLLM server, but the one at {self.base_url} "
+                        "cannot be paused: start it with VLLM_SERVER_DEV_MODE=1"
+                    )
+                response.raise_for_status()
         except httpx.HTTPError as error:
             raise _lost(self.base_url, time.monotonic() - started, error) from error
 
@@ -165,9 +164,10 @@ class VLLMServerPolicy(Policy):
         if self._recovery is not None:
             self._recovery.cancel()
             self._recovery = None
-        if self._client is not None:
-            client, self._client = self._client, None
+        if self._client is not None and self._requests is not None:
+            client, requests, self._client, self._requests = self._client, self._requests, None, None
             await client.aclose()
+            await requests.close()
 
     async def generate(
         self,
@@ -178,8 +178,8 @@ class VLLMServerPolicy(Policy):
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
     ) -> Completion:
-        if self._client is None:
-            raise RuntimeError("the policy is closed: await policy.open() first")
+        if self._requests is None:
+            raise RuntimeError(_CLOSED)
         if not prompt_ids:
             raise ValueError("prompt_ids is empty")
         body = format_request(self.model or "", prompt_ids, max(1, max_tokens), sampling, stop, stop_token_ids)
@@ -192,15 +192,18 @@ class VLLMServerPolicy(Policy):
         while True:
             tries += 1
             try:
-                answer = await self._post(self._client, body)
+                answer = await self._requests.post("/v1/completions", body, self._engine())
                 try:
                     completion = read_completion(answer, body, self.base_url)
                 except (KeyError, IndexError, TypeError, AttributeError) as error:  # of a gateway before the server
-                    raise _Trouble(f"an answer that is no completion: {str(answer)[:200]}") from error
+                    raise Trouble(f"an answer that is no completion: {str(answer)[:200]}") from error
                 if completion.ids or self._interrupted:
                     return completion
-                raise _Trouble("it aborted the request")  # the server is shutting down or paused
-            except _Trouble as error:
+                raise Trouble("it aborted the request")  # the server is shutting down or paused
+            except Refused as error:
+                longest = max(self.context_length, needed)
+                raise refusal(self.base_url, str(error), needed=longest, model=body["model"]) from error
+            except Trouble as error:
                 await self._recover(error)
                 self._require_weights()
                 failing_since = failing_since or time.monotonic()
@@ -215,27 +218,11 @@ class VLLMServerPolicy(Policy):
 
     # Connections and outages
 
-    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {}
-        if len(self._engines) > 1:
-            headers["X-data-parallel-rank"] = str(self._homes.choose(self._engines))
-        try:
-            response = await client.post("/v1/completions", json=body, headers=headers)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _Trouble(_reason(error)) from error
-        if response.is_success:
-            try:
-                answer: dict[str, Any] = response.json()
-            except (ValueError, RecursionError) as error:
-                raise _Trouble(f"an answer that is no JSON: {error_text(response)[:200]}") from error
-            return answer
-        said = f"{response.status_code}: {error_text(response)}"
-        if response.status_code == 429 or response.status_code >= 500:
-            raise _Trouble(said)
-        needed = max(self.context_length, len(body["prompt"]) + body["max_tokens"])
-        raise refusal(self.base_url, said, needed=needed, model=body["model"])
+    def _engine(self) -> dict[str, str]:
+        """The header that names the trajectory's engine, if there are several."""
+        return {"X-data-parallel-rank": str(self._homes.choose(self._engines))} if len(self._engines) > 1 else {}
 
-    async def _recover(self, trouble: _Trouble) -> None:
+    async def _recover(self, trouble: Trouble) -> None:
         """Waits until the server answers again. All lost requests share one probe."""
         if self._recovery is None or self._recovery.done():
             logger.warning("vLLM server at %s: %s. Trying again.", self.base_url, trouble)
@@ -251,7 +238,7 @@ class VLLMServerPolicy(Policy):
             async for attempt in attempts_async(httpx.HTTPError, patience_s=self.patience_s):
                 with attempt:
                     try:
-                        (await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)).raise_for_status()
+                        (await self._client.get("/health")).raise_for_status()
                     except httpx.ConnectError:
                         gone = True
                         raise
@@ -267,11 +254,11 @@ class VLLMServerPolicy(Policy):
             )
 
     async def _look(self, client: httpx.AsyncClient, gone: bool = False) -> None:
-        metrics = (await client.get("/metrics", timeout=_PROBE_TIMEOUT_S)).text
+        metrics = (await client.get("/metrics")).text
         self._engines = range(count_engines(metrics))
         started_at = read_start_time(metrics)
         if started_at is None:
-            worker = await client.post(_RPC, **ASK_WORKER_START, timeout=_PROBE_TIMEOUT_S)
+            worker = await client.post(_RPC, **ASK_WORKER_START)
             started_at = read_worker_start(worker)
         self.see(started_at, gone)
 
@@ -314,10 +301,6 @@ class ServerLost(UserError):
     def __init__(self, said: str, remedy: str) -> None:
         super().__init__(f"{said}: {remedy}")
         self.said = said
-
-
-class _Trouble(Exception):
-    """A failure of the server, not of the request: send it again."""
 
 
 def server_start_time(base_url: str, patience_s: float) -> float | None:
