@@ -253,7 +253,15 @@ def test_a_model_is_identified_by_the_content_of_its_files(tmp_path):
             (tmp_path / name / other).write_text(name)
     a, b, c = (describe_model(str(tmp_path / name)) for name in "abc")
     assert a == b != c and set(a) == {"sha256"}
-    for file in ("tokenizer.json", "chat_template.jinja", "adapter_model.safetensors", "generation_config.json"):
+    named = "additional_chat_templates/tool_use.jinja"
+    (tmp_path / "b" / named).parent.mkdir()
+    for file in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        named,
+    ):
         (tmp_path / "b" / file).write_text("x")
         assert a != (a := describe_model(str(tmp_path / "b")))
     a = describe_model(str(tmp_path / "a"))

@@ -19,6 +19,7 @@ from trl_search.common.errors import UserError
 from trl_search.policies import loading
 from trl_search.policies.loading import check_vocabulary, load_base, load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
+from trl_search.protocols import load_protocol
 from trl_search.trainer import inputs
 from trl_search.trainer.inputs import tokenizer_of
 
@@ -97,6 +98,17 @@ def test_a_tokenizer_of_another_model_is_refused():
     model.resize_token_embeddings(len(tokenizer) - 1)
     with pytest.raises(UserError, match="do not belong together"):
         check_vocabulary(model, tokenizer)
+
+
+def test_special_tokens_may_have_no_embedding():
+    """Gemma 3's tokenizer has an image token also for its 1B model, which reads no images."""
+    model, tokenizer = load_model(tiny_policy_path()), load_tokenizer(tiny_policy_path())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    check_vocabulary(model, tokenizer)
+    image = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    protocol = load_protocol("search_r1", tokenizer)
+    assert image == len(tokenizer) - 1 and image not in protocol.control.encode("an <image_soft_token>")
 
 
 def test_a_tokenizer_of_another_model_is_refused_from_the_configuration(tmp_path):

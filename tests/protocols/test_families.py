@@ -24,8 +24,12 @@ from trl_search.types import Answer, Observation, Passage, Search, StopReason
 
 QUERIES = ('who wrote "Quiet Raven" [1], {it\'s} here?', "Zürich\nLausanne")
 NATIVE = [name for name, family in FAMILIES.items() if family.form]
-# In these families an answer ends with another token than a call.
+# In these families, a turn may end with several tokens besides the EOS.
 TWO_ENDS = {
+    "Llama 3.1": ("<|eot_id|>", "<|eom_id|>"),
+    "Gemma 3": ("<end_of_turn>",),
+    "Phi-3, Phi-4": ("<|end|>",),
+    "Phi-4-mini": ("<|end|>",),
     "Gemma 4": ("<turn|>", "<|tool_response>"),
     "gpt-oss": ("<|return|>", "<|call|>"),
     "GLM-4.5": ("<|user|>", "<|observation|>"),
@@ -57,7 +61,7 @@ def test_a_rendered_call_is_parsed(family):
     for action in (Search(QUERIES), Answer("Lyon, 1899")):
         written = protocol.write("I <could> search.", action)
         written = written.removeprefix("<think>") if protocol.opened_thought(context) else written
-        for end in ([], [protocol.turn_end_id], [protocol.tokenizer.eos_token_id]):
+        for end in ([], *([index] for index in protocol.stop_token_ids)):
             assert protocol.parse(protocol.read_turn([*protocol.encode(written), *end], context=context)) == action
     hostile = protocol.write("<answer>Lyon</answer>", Search(QUERIES))
     assert protocol.parse(protocol.read_turn(protocol.encode(hostile))) == Search(QUERIES)

@@ -59,14 +59,24 @@ GLM_4_7 = """\
 SMOLLM2 = """\
 {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# It shows only tools that are given as `xml_tools`, and writes no calls.
 SMOLLM3 = """\
-<|im_start|>system{% for t in tools or [] %}{{ '\n' + t | tojson }}{% endfor %}<|im_end|>{{ '\n' }}
+<|im_start|>system{% for t in xml_tools or [] %}{{ '\n' + t | string }}{% endfor %}<|im_end|>{{ '\n' }}
 {%- for m in messages %}
-{%- if m.role == 'tool' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
-{%- else %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}
-{%- for c in m.tool_calls or [] %}{{ '<tool_call>\n' + c.function | tojson + '\n</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}
-{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + (m.content or '') + '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# Like Qwen3.5's, but lists are written in Python's notation.
+QWEN3_CODER = """\
+<|im_start|>system{% for t in tools or [] %}{{ '\n<function>\n<name>' + t.function.name }}{% endfor %}<|im_end|>
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{{- '\n<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response>\n<|im_end|>' }}
+{%- else %}{{ '\n<|im_start|>' + m.role + '\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>\n<function=' + c.function.name + '>\n' }}
+{%- for k, v in c.function.arguments.items() %}
+{{- '<parameter=' + k + '>\n' + (v | string) + '\n</parameter>\n' }}{% endfor %}
+{{- '</function>\n</tool_call>' }}{% endfor %}<|im_end|>
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ _LLAMA = ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_
 _GEMMA_4 = ("<|turn>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
 _MISTRAL = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
 _MISTRAL_REPLY = ("[TOOL_RESULTS]", "[/TOOL_RESULTS]")
-_PHI = ("<|endoftext|>", "<|user|>", "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>")
+_PHI = ("<|end|>", "<|user|>", "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>")
 _GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>")
 _GPT_OSS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>", "<|endoftext|>")
 _LFM2 = (*CHATML, "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>")
@@ -111,20 +121,23 @@ FAMILIES = {
     "Qwen2.5": Family("qwen2_5", "hermes", "<|im_end|>", QWEN, QWEN_WORDS[:2]),
     "Qwen3": Family("qwen3", "hermes", "<|im_end|>", QWEN, QWEN_WORDS),
     "Qwen3-2507": Family("qwen3_instruct_2507", "hermes", "<|im_end|>", QWEN, QWEN_WORDS),
+    "Qwen3-Coder": Family(QWEN3_CODER, "xml", "<|im_end|>", QWEN, QWEN_WORDS),
     "Qwen3.5, thinking": Family("qwen3_5_think", "xml", "<|im_end|>", QWEN, QWEN_WORDS),
     "Qwen3.5, not thinking": Family("qwen3_5_nothink", "xml", "<|im_end|>", QWEN, QWEN_WORDS),
     "Nemotron 3": Family("nemotron_3_nano", "xml", "<|im_end|>", CHATML, QWEN_WORDS),
     "SmolLM2": Family(SMOLLM2, None, "<|im_end|>", CHATML),
-    "SmolLM3": Family(SMOLLM3, "hermes", "<|im_end|>", CHATML, QWEN_WORDS),
+    "SmolLM3": Family(SMOLLM3, None, "<|im_end|>", CHATML, QWEN_WORDS),
     "Llama 3": Family("llama3", None, "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
     "Llama 3.1": Family("llama3_1", "llama", "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
     "Llama 3.2": Family("llama3_2", "llama", "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
-    "Gemma 3": Family("gemma3", None, "<end_of_turn>", ("<start_of_turn>", "<eos>"), ("[@BOS@]", "<table>"), "<bos>"),
+    "Gemma 3": Family("gemma3", None, "<eos>", ("<start_of_turn>", "<end_of_turn>"), ("[@BOS@]", "<table>"), "<bos>"),
     "Gemma 4": Family("gemma4", "gemma", "<turn|>", (*_GEMMA_4, '<|"|>', "<|channel>", "<channel|>"), bos="<bos>"),
     "Mistral 7B": Family(MISTRAL_V3, "mistral", "</s>", (*_MISTRAL, *_MISTRAL_REPLY), (), "<s>", "sentencepiece"),
     "Mistral Small 3.2": Family(MISTRAL_V13, "mistral", "</s>", _MISTRAL_13, bos="<s>"),
-    "Phi-3, Phi-4": Family("phi3", None, "<|end|>", ("<|endoftext|>", "<|user|>"), ("<|assistant|>", "<|system|>")),
-    "Phi-4-mini": Family(PHI_4_MINI, "phi", "<|end|>", _PHI, ("<|assistant|>", "<|system|>", "<|tool_response|>")),
+    "Phi-3, Phi-4": Family("phi3", None, "<|endoftext|>", ("<|end|>", "<|user|>"), ("<|assistant|>", "<|system|>")),
+    "Phi-4-mini": Family(
+        PHI_4_MINI, "phi", "<|endoftext|>", _PHI, ("<|assistant|>", "<|system|>", "<|tool_response|>")
+    ),
     "GLM-4.5": Family("glm4moe", "glm", "<|endoftext|>", _GLM, (*QWEN_WORDS, "<arg_key>", "<arg_value>")),
     "GLM-4.7": Family(GLM_4_7, "glm", "<|endoftext|>", _GLM, (*QWEN_WORDS, "<arg_key>", "<arg_value>")),
     "DeepSeek R1 distillations": Family("deepseek_r1_distill", None, "<｜end▁of▁sentence｜>", (), _DEEPSEEK),
@@ -134,7 +147,7 @@ FAMILIES = {
 }
 
 
-def make_tokenizer(family: Family, template: str | None) -> PreTrainedTokenizerFast:
+def make_tokenizer(family: Family, template: str | dict[str, str] | None) -> PreTrainedTokenizerFast:
     if family.pieces != "sentencepiece":
         vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

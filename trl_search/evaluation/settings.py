@@ -56,6 +56,7 @@ def describe_model(name: str) -> dict[str, Any]:
 def model_sha256(folder: Path) -> str:
     """A hash of the files of a model: weights, configuration, tokenizer."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and _MODEL_FILES.fullmatch(path.name))
+    files += sorted(folder.glob("additional_chat_templates/*.jinja"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as content:

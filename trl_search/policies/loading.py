@@ -188,9 +188,12 @@ def check_vocabulary(model: PreTrainedModel | str, tokenizer: PreTrainedTokenize
         model (`PreTrainedModel` or `str`): The model, or its name, of which only the configuration is read.
 
     Raises:
-        UserError: if the tokenizer has ids without an embedding in the model.
+        UserError: if the tokenizer has ids without an embedding in the model. Special tokens may have none, because
+            no text is encoded to them: Gemma 3 1B has none for its family's `<image_soft_token>`.
     """
-    rows, highest = _embedding_rows(model), max(tokenizer.get_vocab().values())
+    rows = _embedding_rows(model)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    highest = max(index for index in tokenizer.get_vocab().values() if index not in special)
     if 0 < rows <= highest:  # with ZeRO-3, rows may be 0 here
         raise UserError(
             f"the tokenizer has ids up to {highest}, but the model has embeddings for {rows} tokens: they do not "

@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
-from trl_search.protocols.call_formats import HARMONY, CallFormat
+from trl_search.protocols.call_formats import HARMONY, LLAMA, CallFormat
 from trl_search.protocols.calls import looks_like_a_call
 from trl_search.protocols.control_tokens import ControlTokens
+from trl_search.protocols.fair_limit import fair_limit
 from trl_search.protocols.instructions import instruction_for, tool_names
+from trl_search.protocols.prompt_check import check_prompt
 from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search, ToolCall
@@ -45,9 +47,10 @@ SEARCH_TOOL: dict[str, Any] = {
     },
 }
 
-MIN_DOCUMENT_TOKENS = 16
 # The date for templates that write today's date; it is the default of Llama 3's template.
 PROMPT_DATE = datetime.date(2024, 7, 26)
+# Llama 3.1 may end a call with it instead of `<|eot_id|>`, because its template says `Environment: ipython`.
+_LLAMA_CALL_END = "<|eom_id|>"
 # How many ids before a turn are read to see whether the prompt opened a thought.
 _CONTEXT = 16
 _ANSWER = "TRLSEARCHANSWER"
@@ -114,12 +117,13 @@ class Protocol(abc.ABC):
         # With a fixed date, a prompt is the same every day.
         self._template_options = {"strftime_now": PROMPT_DATE.strftime, **self.chat_template_kwargs}
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
-        self._think_markers = thought_markers(tokenizer.chat_template)
+        template = tokenizer.chat_template  # or several, by name: "default", "tool_use"
+        self.template_text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        self._think_markers = thought_markers(self.template_text)
         self._anchor = self._find_anchor()
         self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe
-        if system_prompt:
-            self._check_system_prompt()
         self._frame = self._observation_frame()
+        check_prompt(self.render_messages, self._asking("TRLSEARCHQUESTION"))
         opening, closing = self._frame
         self.control = ControlTokens(tokenizer, self.encode, (opening, closing, self._turn_frame()))
         self.opening_ids, self.closing_ids = self.encode(opening), self.encode(closing)
@@ -297,30 +301,23 @@ class Protocol(abc.ABC):
         _, _, after = self._turn_frame().partition(_ANSWER)
         if (following := self.encode(after.lstrip())) and following[0] in self.control.ids:
             ends[following[0]] = None
+        if self.call_format is LLAMA and _LLAMA_CALL_END in (vocabulary := self.tokenizer.get_vocab()):
+            ends[vocabulary[_LLAMA_CALL_END]] = None
         return tuple(ends)
 
     def _turn_frame(self) -> str:
-        """A conversation that continues after an answer, in the chat template; `""` if the template fails."""
-        if not self.tokenizer.chat_template:
+        """A conversation that continues after an answer, in the chat template; `""` if there is no template."""
+        if not self.template_text:
             return ""
         roles = {"user": "x", "assistant": _ANSWER}
         messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "x"))]
         try:
             return self.render_messages(messages, add_generation_prompt=False)
-        except Exception:  # a template may raise anything; the end of its turns is then unknown
-            return ""
-
-    def _check_system_prompt(self) -> None:
-        try:
-            shown = self.render_messages(self._asking("x"), add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
             raise UserError(
-                f"the chat template rejects a system message ({error}): put the text of system_prompt into instruction"
+                f"the chat template fails on a conversation of question, answer and question ({error}), so it does "
+                "not show which token ends a turn: set tokenizer.chat_template"
             ) from error
-        if self.system_prompt and self.system_prompt.strip() not in shown:
-            raise UserError(
-                "the chat template does not show a system message: put the text of system_prompt into instruction"
-            )
 
     # Text and ids
 
@@ -364,27 +361,3 @@ class Protocol(abc.ABC):
         )
         assert isinstance(text, str)
         return text
-
-
-def fair_limit(lengths: Sequence[int], room: int) -> tuple[int, int]:
-    """The largest limit L and number n such that the first n lengths, each cut to L, sum to at most `room`.
-
-    n counts all lengths unless L would then be below `MIN_DOCUMENT_TOKENS` and cut something.
-
-    Example:
-        >>> fair_limit([50, 200, 300], 450)
-        (200, 3)
-    """
-    for kept in range(len(lengths), 0, -1):
-        remaining, limit = room, 0
-        for i, length in enumerate(sorted(lengths[:kept])):
-            limit = remaining // (kept - i)
-            if length > limit:
-                break
-            # A document shorter than its share leaves room for the longer ones.
-            remaining -= length
-        else:
-            return max(lengths[:kept]), kept
-        if limit >= MIN_DOCUMENT_TOKENS:
-            return limit, kept
-    return 0, 0

@@ -165,9 +165,15 @@ def _deepseek_calls(body: str) -> list[Call]:
 
 
 def _value(raw: str) -> Any:
-    """An argument that is written without quotes: JSON if it is a list or an object, else the text itself."""
+    """An argument that is written without quotes: a list or an object in JSON, or in Python's notation as in
+    Qwen3-Coder's template, else the text itself."""
     raw = raw.strip()
-    return json.loads(raw) if raw.startswith(("[", "{")) else raw
+    if not raw.startswith(("[", "{")):
+        return raw
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return ast.literal_eval(raw)
 
 
 def _from_harmony(text: str) -> str:
@@ -189,6 +195,7 @@ def _from_harmony(text: str) -> str:
 
 HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>", _json_calls)
 HARMONY = CallFormat("harmony", "<|channel|>", "", _json_calls)
+LLAMA = CallFormat("llama", "", "", _json_calls)
 CALL_FORMATS = (
     HERMES,
     CallFormat("xml", "<tool_call>", "</tool_call>", _xml_call),
@@ -199,5 +206,5 @@ CALL_FORMATS = (
     CallFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _deepseek_calls),
     CallFormat("mistral", "[TOOL_CALLS]", "", _mistral_calls),
     HARMONY,
-    CallFormat("llama", "", "", _json_calls),
+    LLAMA,
 )

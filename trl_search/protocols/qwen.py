@@ -63,10 +63,7 @@ class QwenTools(Protocol):
         return f"<think> {thought} </think>\n{call}"
 
     def _observation_frame(self) -> tuple[str, str]:
-        if not self.tokenizer.chat_template:
-            raise TemplateProblem(
-                f"protocol {self.name!r} needs a chat template with tools, but the tokenizer has no template: {REMEDY}"
-            )
+        self._require_template()
         self.template = probe_template(self.show, self.tools)
         self.call_format = self.template.format
         end, *opening = self.encode(self.template.opening)
@@ -80,6 +77,12 @@ class QwenTools(Protocol):
             for tags in (REPLY_TAGS, REPLY_TAGS.replace("its", "their")):
                 self.instruction = self.instruction.replace(tags, "")
         return self.decode(opening), self.template.closing
+
+    def _require_template(self) -> None:
+        if not self.template_text:
+            raise TemplateProblem(
+                f"protocol {self.name!r} needs a chat template, but the tokenizer has none: {REMEDY}"
+            )
 
     def show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:
         return self.render_messages(messages, add_generation_prompt=goes_on)
@@ -121,12 +124,13 @@ class QwenInline(QwenTools):
     )
 
     def _observation_frame(self) -> tuple[str, str]:
+        self._require_template()
         self.call_format = HERMES
         try:
             taught = probe_template(self.show, self.tools).format
         except TemplateProblem:  # the template shows no tools, so only the instruction teaches a format
             taught = HERMES
-        if self.tools and self.tokenizer.chat_template and taught is not HERMES:
+        if self.tools and taught is not HERMES:
             raise TemplateProblem(
                 f"protocol 'qwen_inline' reads JSON in <tool_call>, but this chat template teaches the call format "
                 f"{taught.name!r}: use protocol='qwen_tools', or 'search_r1'"

@@ -31,12 +31,12 @@ class SearchR1(Protocol):
     )
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
+        if not self.template_text:
             return "\n".join(str(message["content"]) for message in messages) + "\n"
         return super().render_messages(messages, add_generation_prompt=add_generation_prompt)
 
     def _encode_start(self, text: str) -> list[int]:
-        if self.tokenizer.chat_template:
+        if self.template_text:
             return super()._encode_start(text)
         # Without a template, the tokenizer adds a BOS if the model needs one. An EOS would end the prompt.
         ids: list[int] = self.tokenizer.encode(text)
@@ -61,6 +61,6 @@ class SearchR1(Protocol):
                 f"protocol {self.name!r} has tags for search only, not for the environment's tool {others[0]!r}: "
                 "use protocol='qwen_tools'"
             )
-        if "<|channel|>" in (self.tokenizer.chat_template or ""):
+        if "<|channel|>" in self.template_text:
             self.call_format = HARMONY  # such a model writes its thoughts in a separate channel
         return "\n\n<information>", "</information>\n\n"

@@ -18,9 +18,9 @@ _WRITTEN = re.compile(rf"(?:{_OPENING})\s*(?:(?:{_CLOSING})\s*)?\Z")
 _TAIL = 64
 
 
-def thought_markers(chat_template: str | None) -> tuple[tuple[str, str], ...]:
+def thought_markers(chat_template: str) -> tuple[tuple[str, str], ...]:
     """The markers other than `<think>` in a chat template."""
-    return tuple(pair for pair in _OTHERS if pair[0].strip() in (chat_template or ""))
+    return tuple(pair for pair in _OTHERS if pair[0].strip() in chat_template)
 
 
 def with_think_tags(text: str, markers: tuple[tuple[str, str], ...]) -> str:

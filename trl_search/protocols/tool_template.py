@@ -79,14 +79,17 @@ def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTe
     Raises:
         TemplateProblem: if the template shows no tools, fails, or writes calls that no known format parses back.
     """
+    refused: TemplateProblem | None = None
     problem: Exception | None = None
     for message in _CALL_MESSAGES:
         try:
             return _probe(render, tools, message)
-        except Exception as error:  # a template may raise anything
+        except TemplateProblem as error:
+            refused = refused or error
+        except Exception as error:  # a template may raise anything for a form of message that it does not take
             problem = problem or error
-    if isinstance(problem, TemplateProblem):
-        raise problem
+    if refused is not None:
+        raise refused
     raise TemplateProblem(f"the chat template fails on a tool call ({problem}): {REMEDY}") from problem
 
 

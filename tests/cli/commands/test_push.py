@@ -259,7 +259,7 @@ def test_an_adapter_is_uploaded_without_its_base_model(lora, hub):
     assert "A LoRA adapter" in card and "library_name: peft" in card and str(Path.cwd()) not in card
 
 
-def test_the_plan_names_every_shard(tmp_path):
+def test_the_plan_names_every_shard_and_template(tmp_path):
     import numpy
     from safetensors.numpy import save_file
 
@@ -267,10 +267,12 @@ def test_the_plan_names_every_shard(tmp_path):
         save_file({"a": numpy.zeros(2)}, tmp_path / shard)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name in ("config.json", "tokenizer.json", "rng_state.pth", "scheduler.pt", "optimizer.pt"):
+    template = "additional_chat_templates/tool_use.jinja"
+    (tmp_path / template).parent.mkdir()
+    for name in ("config.json", "tokenizer.json", template, "rng_state.pth", "scheduler.pt", "optimizer.pt"):
         (tmp_path / name).write_text("{}")
     assert set(plan_upload(tmp_path, {"README.md": ""}).files) == {
-        "config.json", "tokenizer.json", "model.safetensors.index.json", *index["weight_map"].values(),
+        "config.json", "tokenizer.json", template, "model.safetensors.index.json", *index["weight_map"].values(),
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 TRAJECTORIES = "trajectories/*.parquet"
 
