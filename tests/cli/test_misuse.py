@@ -84,7 +84,7 @@ def test_any_model_and_anything_to_serve(
     ("words", "message"),
     [
         (["eval", "tiny", "--temperature", "nan"], "--temperature and --top_k must be at least 0"),
-        (["eval", "tiny", "--search_timeout_s", "inf"], "search_timeout_s=inf must be a finite number of seconds"),
+        (["eval", "tiny", "--search_timeout_s", "inf"], "search_timeout_s=inf must be a finite number above 0"),
         (["eval", "tiny", "--dtype", "float8"], "there is no dtype 'float8'"),
         (["eval", "tiny", "--device", "gpu"], "there is no device 'gpu'"),
         (["serve", "wiki", "--search_timeout_s", "nan"], "search_timeout_s=nan must be"),

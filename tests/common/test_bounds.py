@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_at_least, check_least, check_positive, check_share
 from trl_search.common.errors import UserError
 
 
@@ -16,3 +16,17 @@ def test_a_value_below_its_bound_is_named() -> None:
         check_least(settings, depth=4)
     with pytest.raises(UserError, match="share=nan must be at least 0"):
         check_least(settings, share=0)
+
+
+def test_numbers_outside_of_their_bounds_are_named() -> None:
+    check_at_least(1, limit=1, depth=None)
+    check_positive(timeout_s=0.1, k1=None)
+    check_share(b=0, share=1.0, min_p=None)
+    with pytest.raises(UserError, match="limit=0 must be at least 1"):
+        check_at_least(1, depth=1, limit=0)
+    for value in (0, -1, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"timeout_s={value} must be a finite number above 0"):
+            check_positive(timeout_s=value)
+    for value in (-0.1, 1.1, math.nan):
+        with pytest.raises(UserError, match=f"share={value} must be a number from 0 to 1"):
+            check_share(share=value)

@@ -229,7 +229,7 @@ def test_a_limit_is_a_seeded_sample_in_order(tmp_path: Path) -> None:
     assert ids == [int(identifier) for identifier in load_questions(path, limit=10, seed=3)["id"]]
     assert ids != [int(identifier) for identifier in load_questions(path, limit=10, seed=4)["id"]]
     assert len(load_questions(path, limit=1000)) == 100
-    with pytest.raises(UserError, match="limit is 0"):
+    with pytest.raises(UserError, match="limit=0 must be at least 1"):
         load_questions(path, limit=0)
 
 

@@ -64,7 +64,7 @@ def base(tmp_path, random_model, tokenizer):
 def test_an_adapter_has_a_rank_or_is_refused():
     assert adapter_config(ModelConfig("tiny", use_peft=True, lora_r=2)).target_modules == "all-linear"
     assert adapter_config(ModelConfig("tiny", lora_r=0)) is None
-    with pytest.raises(UserError, match="lora_r=0 is the rank of the adapter"):
+    with pytest.raises(UserError, match="lora_r=0 must be at least 1"):
         adapter_config(ModelConfig("tiny", use_peft=True, lora_r=0))
     with pytest.raises(UserError, match=r"lora_dropout=3\.0 must be a number from 0 to 1"):
         adapter_config(ModelConfig("tiny", use_peft=True, lora_dropout=3.0))

@@ -414,7 +414,7 @@ def test_every_caller_gets_its_own_result(asked: list[tuple[str, int, int]], max
 
 @pytest.mark.parametrize(("timeout_s", "max_batch"), [(0, 1), (-1, 1), (1, 0)])
 def test_impossible_limits_are_refused(timeout_s: float, max_batch: int) -> None:
-    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+    with pytest.raises(ValueError, match="must be"):
         SearchBatcher(Echo(), timeout_s=timeout_s, max_batch=max_batch)
 
 

@@ -127,7 +127,7 @@ def test_a_tokenizer_without_tool_calls_needs_another_protocol(tmp_path, random_
         ({"max_turn_length": 0}, "max_turn_length=0 must be at least 1"),
         ({"max_completion_length": None}, "max_completion_length is empty, but must be a whole number"),
         ({"max_searches": -1}, "max_searches=-1 must be at least 0"),
-        ({"search_timeout_s": 0}, "search_timeout_s=0.0 must be a finite number of seconds above 0"),
+        ({"search_timeout_s": 0}, "search_timeout_s=0.0 must be a finite number above 0"),
         ({"rollout_batch_size": 0}, "rollout_batch_size=0 must be at least 1"),
         ({"max_queries_per_search": 0}, "max_queries_per_search=0 must be at least 1"),
     ],

@@ -195,7 +195,10 @@ def test_a_training_with_credit_and_accumulation(tmp_path, random_model, tokeniz
         ({"turn_credit": "gain"}, "unknown turn_credit 'gain'"),
         ({"turn_credit": "retrieval", "loss_type": "vespo"}, "loss_type=vespo, which weights whole trajectories"),
         ({"turn_credit": "retrieval", "max_searches": 0}, "max_searches=0 permits none"),
-        ({"turn_credit": "retrieval", "turn_credit_coef": 0.0}, "turn_credit_coef=0.0 must be more than 0"),
+        (
+            {"turn_credit": "retrieval", "turn_credit_coef": 0.0},
+            "turn_credit_coef=0.0 must be a finite number above 0",
+        ),
     ],
 )
 def test_incompatible_options_are_refused(tmp_path, options, message):

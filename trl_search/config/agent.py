@@ -9,13 +9,12 @@ that it names by import path runs only if the user names the same path.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
@@ -164,8 +163,7 @@ def check_agent(settings: AgentSettings) -> None:
     ):
         if isinstance(getattr(settings, name), str):
             setattr(settings, name, parse_object(getattr(settings, name), name, example))
-    if not 0 < settings.search_timeout_s < math.inf:
-        raise UserError(f"search_timeout_s={settings.search_timeout_s} must be a finite number of seconds above 0")
+    check_positive(search_timeout_s=settings.search_timeout_s)
     counts = [key.name for key in dataclasses.fields(AgentSettings) if isinstance(key.default, int)]
     check_least(settings, **(dict.fromkeys(counts, 1) | {"max_searches": 0}))
 

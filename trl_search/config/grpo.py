@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_positive, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
@@ -252,8 +252,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 "on_collapse=rollback cannot restore the reference model, which sync_ref_model changes and no "
                 "checkpoint contains: leave one of them out"
             )
-        if not 0 <= self.max_failed_share <= 1:
-            raise UserError(f"max_failed_share={self.max_failed_share} must be a number from 0 to 1")
+        check_share(max_failed_share=self.max_failed_share)
         if self.turn_credit != "none":
             if self.loss_type == "vespo":
                 raise UserError(
@@ -264,8 +263,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 raise UserError(
                     f"turn_credit={self.turn_credit} credits searches, but max_searches=0 permits none: leave one out"
                 )
-            if self.turn_credit_coef <= 0:
-                raise UserError(f"turn_credit_coef={self.turn_credit_coef} must be more than 0")
+            check_positive(turn_credit_coef=self.turn_credit_coef)
         if self.search_floor_steps and not self.max_searches:
             raise UserError(
                 f"search_floor_steps={self.search_floor_steps} gives no reward without a search, but max_searches=0 "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.config.key_docs import with_documented_keys
@@ -113,8 +112,7 @@ class TaskArguments(QuestionArguments):
 
     def __post_init__(self) -> None:
         check_least(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)
-        if not 0 < self.warm_start_learning_rate < math.inf:
-            raise UserError(f"warm_start_learning_rate={self.warm_start_learning_rate} must be more than 0")
+        check_positive(warm_start_learning_rate=self.warm_start_learning_rate)
         if self.warm_start_steps and self.questions != WORLD:
             raise UserError(
                 "warm_start_steps needs questions: world. For other questions, set it to 0 and start with `trl-search "

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_share
 from trl_search.common.errors import UserError, unknown_name
 
 CHOICES = {
@@ -104,8 +104,7 @@ def check_trls_keys(args: Any) -> None:
         )
     if not 0 < args.top_p <= 1:
         raise UserError(f"top_p={args.top_p} must be more than 0 and at most 1, which considers all tokens")
-    if args.min_p is not None and not 0 <= args.min_p <= 1:
-        raise UserError(f"min_p={args.min_p} must be a number from 0 to 1")
+    check_share(min_p=args.min_p)
     if args.reward_weights is not None and not all(map(math.isfinite, args.reward_weights)):
         raise UserError(f"reward_weights={args.reward_weights} must be finite numbers")
     # The default with load_best_model_at_end and with lr_scheduler_type: reduce_lr_on_plateau.

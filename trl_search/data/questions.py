@@ -18,6 +18,7 @@ from pathlib import Path
 
 import datasets
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.table_files import FORMATS, read_rows, table_format, table_name
 from trl_search.data.evidence import EVIDENCE, EVIDENCE_COLUMNS, evidence_of
@@ -80,8 +81,7 @@ def load_questions(
     """
     if not isinstance(name_or_path, str | Path):
         raise UserError(f"questions must be given by a file, a folder or a name, not {name_or_path!r:.60}")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: give at least 1, or leave it out for every row")
+    check_at_least(1, limit=limit)
     name, path, columns = str(name_or_path), Path(name_or_path).expanduser(), fields or QuestionFields()
 
     def choose(names: Sequence[str], where: str) -> list[str]:

@@ -253,8 +253,6 @@ def _world(plan: Plan) -> World | None:
 
 
 def _question_sets(plan: Plan, world: World | None) -> list[QuestionSet]:
-    if plan.limit is not None and plan.limit < 1:
-        raise UserError(f"--limit is the number of questions per set, at least 1; got {plan.limit}")
     if world is not None:
         return [load_world_set(world, limit=plan.limit, seed=plan.seed)]
     sets = [

@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
+from trl_search.common.bounds import check_least, check_positive, check_share
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.policies.lora import leaves_the_base
@@ -28,13 +29,9 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
     """
     if not model_config.use_peft:
         return None
-    if model_config.lora_r < 1:
-        raise UserError(f"lora_r={model_config.lora_r} is the rank of the adapter: give a whole number, at least 1")
-    if not (0 <= model_config.lora_dropout <= 1 and model_config.lora_alpha > 0):
-        raise UserError(
-            f"lora_dropout={model_config.lora_dropout} must be a number from 0 to 1, and "
-            f"lora_alpha={model_config.lora_alpha} more than 0"
-        )
+    check_least(model_config, lora_r=1)
+    check_share(lora_dropout=model_config.lora_dropout)
+    check_positive(lora_alpha=model_config.lora_alpha)
     adapter: Any = get_peft_config(model_config)
     adapter.target_modules = adapter.target_modules or "all-linear"
     return adapter

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
 from trl_search.retrieval.threads import DaemonCalls, start_search
@@ -67,8 +68,8 @@ class SearchBatcher:
         max_batch: int = 512,
         on_threads: DaemonCalls | None = None,
     ) -> None:
-        if timeout_s <= 0 or max_batch < 1:
-            raise UserError(f"timeout_s must be above 0 and max_batch at least 1; got {timeout_s} and {max_batch}")
+        check_positive(timeout_s=timeout_s)
+        check_at_least(1, max_batch=max_batch)
         if retriever.max_concurrent_batches < 1:
             raise UserError(
                 f"max_concurrent_batches must be at least 1; {type(retriever).__name__} has "

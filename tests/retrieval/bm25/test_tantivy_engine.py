@@ -175,7 +175,7 @@ def test_any_number_of_threads_gives_the_same_results(tmp_path: Path) -> None:
     queries = [f"lantern vesk{row}" for row in range(30)]
     one = indexed(tmp_path, *texts, threads=1).search(queries, k=9)
     assert load_retriever("bm25", index=tmp_path / "index", threads=7).search(queries, k=9) == one
-    with pytest.raises(UserError, match="at least 1; got 0"):
+    with pytest.raises(UserError, match="threads=0 must be at least 1"):
         load_retriever("bm25", index=tmp_path / "index", threads=0)
 
 

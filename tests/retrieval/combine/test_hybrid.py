@@ -277,7 +277,7 @@ def test_if_a_part_cannot_be_loaded_only_the_loaded_parts_are_closed(monkeypatch
         ({"retrievers": [{}, {}], "weights": [1]}, "a weight for each of its 2 retrievers; got 1"),
         ({"retrievers": [{}, {}], "weights": [1, 0]}, "must be above 0.*leave it out"),
         ({"retrievers": [{}, {}], "weights": [1, float("nan")]}, "must be above 0"),
-        ({"retrievers": [{}, {}], "depth": 0}, "at least 1; got 0"),
+        ({"retrievers": [{}, {}], "depth": 0}, "depth=0 must be at least 1"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], message: str) -> None:

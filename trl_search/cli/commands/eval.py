@@ -34,6 +34,7 @@ from trl_search.cli.options import (
     sampling_of,
     tell_of_imports,
 )
+from trl_search.common.bounds import check_least, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 
@@ -127,10 +128,8 @@ def run(args: argparse.Namespace) -> int:
     if args.backend not in BACKENDS:
         raise unknown_name("backend", args.backend, BACKENDS)
     sampling = sampling_of(args, seed=args.seed)
-    if not 0 <= args.max_failed_share <= 1:
-        raise UserError(f"--max_failed_share is a share, from 0 to 1; got {args.max_failed_share}")
-    if args.concurrency < 1:
-        raise UserError(f"--concurrency is how many questions are asked at once, at least 1; got {args.concurrency}")
+    check_share(max_failed_share=args.max_failed_share)
+    check_least(args, limit=1, concurrency=1)
     tell_of_imports()
     from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.evaluation.run import Plan, run_evaluation

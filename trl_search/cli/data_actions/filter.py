@@ -26,6 +26,7 @@ from typing import Any
 from trl_search.cli.commands import eval as evaluation
 from trl_search.cli.data_actions.questions import writable, write_questions
 from trl_search.cli.options import add_sampling_options, question_fields
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
 
@@ -59,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.evaluation.answers_file import Records
     from trl_search.evaluation.settings import OtherSettings
 
-    if args.pass_at < 2:
-        raise UserError(f"--pass_at {args.pass_at}: a pass rate needs at least 2 samples per question")
+    check_least(args, pass_at=2, limit=1)
     if args.temperature <= 0:
         raise UserError("--temperature 0 gives the same answer each time: use the temperature of the training")
     output = writable(Path(args.output).expanduser(), args.overwrite)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
 from trl_search.retrieval.bm25.analyzer import STOP_MARK, Analyzer
@@ -97,8 +98,7 @@ class TantivyEngine:
     """
 
     def __init__(self, folder: Path, passages: int, *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise UserError(f"threads is the number of queries searched in parallel, at least 1; got {threads}")
+        check_at_least(1, threads=threads)
         self._tantivy = import_tantivy()
         self._schema = schema()
         self.searcher = _open(folder)

@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import run_sync
 from trl_search.retrieval.base import Retriever, check_search, merge_metrics
@@ -122,5 +123,4 @@ def _check(parts: int, weights: Sequence[float] | None, depth: int) -> None:
         raise UserError(f"hybrid needs a weight for each of its {parts} retrievers; got {len(weights)}")
     if weights is not None and not all(0 < weight < math.inf for weight in weights):
         raise UserError(f"a weight must be above 0, got {list(weights)}; to give a retriever no weight, leave it out")
-    if depth < 1:
-        raise UserError(f"depth is the number of passages requested from each retriever, at least 1; got {depth}")
+    check_at_least(1, depth=depth)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
 from trl_search.common.hub import only_cached
@@ -54,7 +55,7 @@ class RerankRetriever(Retriever):
     """
 
     def __init__(self, retriever: Retriever, scorer: Scorer, *, depth: int = DEPTH) -> None:
-        _check_depth(depth)
+        check_at_least(1, depth=depth)
         self._retriever, self._scorer, self._depth = retriever, scorer, depth
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -105,8 +106,7 @@ class CrossEncoderScorer:
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size is the number of pairs per forward pass, at least 1; got {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         library = import_extra("sentence_transformers", "a local reranker", "dense", "; or name a server: url=")
         local = only_cached(model)
         with loading_model(f"the reranker {model!r}"):
@@ -184,7 +184,7 @@ def load(
     Raises:
         UserError: for options that cannot be combined.
     """
-    _check_depth(depth)
+    check_at_least(1, depth=depth)
     remote = {"api": api, "concurrency": concurrency, "timeout_s": timeout_s, "token_env": token_env, "fields": fields}
     local = {"device": device, "max_length": max_length, "trust_remote_code": trust_remote_code}
     if model is None and url is None:
@@ -205,11 +205,6 @@ def load(
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _check_depth(depth: int) -> None:
-    if depth < 1:
-        raise UserError(f"depth is the number of candidates per query, at least 1; got {depth}")
 
 
 def _candidates(query: str, found: Sequence[Passage]) -> Candidates:

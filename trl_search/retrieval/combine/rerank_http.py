@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 
+from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
@@ -56,11 +57,8 @@ class HttpScorer:
             )
         if not is_address(url):
             raise UserError(f"{url!r}: give the address of a reranking server, such as http://localhost:8080/rerank")
-        if concurrency < 1 or timeout_s <= 0 or (batch_size is not None and batch_size < 1):
-            raise UserError(
-                f"concurrency and batch_size must be at least 1 and timeout_s above 0; got {concurrency}, "
-                f"{batch_size} and {timeout_s}"
-            )
+        check_at_least(1, concurrency=concurrency, batch_size=batch_size)
+        check_positive(timeout_s=timeout_s)
         self._url, self._model, self._fields = url, model, dict(fields or {})
         self._request, self._read, most = _WIRES[api]
         self._batch_size = batch_size or most

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import write_json
 from trl_search.retrieval.corpus.passages import Passages, join_contents
@@ -78,10 +79,7 @@ class EncodingOptions:
         """
         if self.dtype not in ("float32", "float16"):
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
-        if self.batch_size < 1:
-            raise UserError(
-                f"batch_size is the number of passages per forward pass, at least 1; got {self.batch_size}"
-            )
+        check_least(self, batch_size=1)
         for name in ("encoder", "query_encoder"):
             given = getattr(self, name)
             if given is not None and Path(given).is_dir():  # the index may be opened from another folder

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError
+from trl_search.common.bounds import check_least
 from trl_search.retrieval.base import RetrievalError, failure
 from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.retrieval.corpus.passages import Corpus
@@ -45,8 +45,7 @@ class OpenSearchBuilder:
     timeout_s: int = 120
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or (self.shards is not None and self.shards < 1):
-            raise UserError(f"shards and replicas must be at least 1; got {self.shards} and {self.replicas}")
+        check_least(self, shards=1, replicas=1)
         self._connect().close()
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
@@ -260,8 +261,7 @@ def load(
     url, collection, path, expected = from_folder(index, KIND, url, collection, path)
     if collection is None:
         raise UserError("qdrant needs the name of a collection")
-    if (hnsw_ef is not None and hnsw_ef < 1) or (oversampling is not None and oversampling < 1):
-        raise UserError(f"hnsw_ef and oversampling must be at least 1; got {hnsw_ef} and {oversampling}")
+    check_at_least(1, hnsw_ef=hnsw_ef, oversampling=oversampling)
     if path is not None and not Path(path, "meta.json").exists():  # the client would make an empty folder
         raise UserError(f"{path} is not a folder of Qdrant's client: load it with `trl-search index --kind qdrant`")
     client = connect(url, path, timeout_s)

@@ -34,6 +34,7 @@ from typing import Any
 import httpx
 import tenacity
 
+from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError
 from trl_search.common.event_loop import all_of
@@ -96,13 +97,8 @@ class HttpRetriever(AsyncRetriever):
             raise UserError('http needs url="http://host:8000" or urls=["http://a:8000", "http://b:8000"]')
         if isinstance(urls, str):
             raise UserError(f"urls must be a list of addresses: pass url={urls!r}")
-        if min(timeout_s, patience_s) <= 0 or max_batch < 1:
-            raise UserError(
-                f"timeout_s and patience_s must be above 0 and max_batch at least 1; got {timeout_s}, {patience_s} "
-                f"and {max_batch}"
-            )
-        if max_concurrent_batches is not None and max_concurrent_batches < 1:
-            raise UserError(f"max_concurrent_batches must be at least 1; got {max_concurrent_batches}")
+        check_positive(timeout_s=timeout_s, patience_s=patience_s)
+        check_at_least(1, max_batch=max_batch, max_concurrent_batches=max_concurrent_batches)
         self._urls = (url,) if url is not None else tuple(urls or ())
         self._timeout_s, self._patience_s, self._max_batch = timeout_s, patience_s, max_batch
         self._headers = authorization(token_env)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass, field
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_positive
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.retrieval.remote.wire import Limits
@@ -51,9 +50,8 @@ class ServerConfig:
                 "may hold: such a request could never be answered; raise the one or lower the other"
             )
         check_least(self, max_batch=1, cache_bytes=0)
-        for name in ("search_timeout_s", "body_timeout_s", "shutdown_timeout_s"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise UserError(f"{name}={value} must be a finite number above 0")
+        check_positive(search_timeout_s=self.search_timeout_s, body_timeout_s=self.body_timeout_s)
+        check_positive(shutdown_timeout_s=self.shutdown_timeout_s)
         if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):
             raise UserError("the token from ServerConfig has spaces or a newline around it: pass it stripped")
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 import tenacity
 
-from trl_search.common.errors import UserError
+from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.event_loop import all_of
 from trl_search.common.files import cache_folder, home_expanded
 from trl_search.common.tls import tls_context
@@ -74,11 +74,8 @@ class WebRetriever(AsyncRetriever):
         fetch: Callable[[str], Awaitable[str]] = fetch_page,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        if rate_per_s <= 0 or patience_s <= 0 or page_chars < 1 or tries < 1:
-            raise UserError(
-                "rate_per_s and patience_s must be above 0, page_chars and tries at least 1; got "
-                f"{rate_per_s}, {patience_s}, {page_chars} and {tries}"
-            )
+        check_positive(rate_per_s=rate_per_s, patience_s=patience_s)
+        check_at_least(1, page_chars=page_chars, tries=tries)
         self._provider, self._store, self._rate_per_s = provider, store, rate_per_s
         self._pages, self._page_chars = pages, page_chars
         self._patience_s, self._tries, self._fetch, self._sleep = patience_s, tries, fetch, sleep

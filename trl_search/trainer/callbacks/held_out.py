@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, write_json
 from trl_search.config.agent import AgentSettings
@@ -137,8 +138,7 @@ class EvaluateEvery(TrainerCallback):
     """
 
     def __init__(self, steps: int, held_out: HeldOut) -> None:
-        if steps < 1:
-            raise UserError(f"evaluate_every={steps} must be at least 1")
+        check_at_least(1, evaluate_every=steps)
         self.steps, self.held_out = steps, held_out
         self._before: dict[str, float] = {}  # what was measured before the first step
 

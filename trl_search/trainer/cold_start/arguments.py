@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_least, check_share
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
 from trl_search.config.task import QuestionArguments
@@ -91,8 +91,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
                 f"temperature={self.temperature} must be at least 0 (greedy), and top_p={self.top_p} more than 0 and "
                 "at most 1"
             )
-        if not 0 <= self.max_failed_share <= 1:
-            raise UserError(f"max_failed_share={self.max_failed_share} must be a number from 0 to 1")
+        check_share(max_failed_share=self.max_failed_share)
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
         played = self.teacher == "scripts" or self.demonstrations > 0

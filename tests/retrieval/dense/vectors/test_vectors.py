@@ -426,6 +426,6 @@ def test_a_published_ivf_index_is_searched_in_several_lists(
 def test_search_effort_is_an_option_of_approximate_indexes(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="nprobe is an option of an IVF"):
         open_vectors(folders["flat"], device="cpu", nprobe=3)
-    with pytest.raises(UserError, match="ef_search must be at least 1"):
+    with pytest.raises(UserError, match="ef_search=0 must be at least 1"):
         open_vectors(folders["hnsw"], device="cpu", ef_search=0)
     assert open_vectors(folders["hnsw"], device="cpu", ef_search=77).index.hnsw.efSearch == 77  # type: ignore[attr-defined]

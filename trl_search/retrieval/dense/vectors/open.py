@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
 from trl_search.retrieval.dense.vectors.build import ABOUT, VECTORS
 from trl_search.retrieval.dense.vectors.calibrate import apply_settings, choose_nprobe, find_ivf
@@ -127,8 +128,7 @@ def _apply_given(path: Path, index: Any, nprobe: int | None, ef_search: int | No
     ):
         if value is None:
             continue
-        if value < 1:
-            raise UserError(f"{name} must be at least 1; got {value}")
+        check_at_least(1, **{name: value})
         if not there:
             raise UserError(
                 f"{name} is an option of {'an IVF' if name == 'nprobe' else 'a graph'}, which {path} is not"
