@@ -39,6 +39,13 @@ class Said:
     by_hand: Callable[[Any], None] | None = None
 
 
+def endless(wfile: Any) -> None:
+    """A response by hand that sends zeros until the client has gone."""
+    wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+
 class WaitingHTTPServer(ThreadingHTTPServer):
     """Sleeps until the next request. `ThreadingHTTPServer` checks many times per second whether it should stop: with a
     hundred servers during the tests, this took half a core."""

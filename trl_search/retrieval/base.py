@@ -25,6 +25,12 @@ class TooLarge(RetrievalError):
     """A server refused a request for its size (413). A smaller one may be accepted."""
 
 
+class AnswerTooLong(RetrievalError):
+    """A server's answer is longer than `MAX_ANSWER_BYTES`; an answer without an end would fill the memory."""
+
+
+# 500 queries with 100 passages of 1,000 characters each have a fifth of it.
+MAX_ANSWER_BYTES = 256 << 20
 # After this time a client closes an idle connection itself. uvicorn closes it after 5 s, which is httpx' default, too:
 # a request that crosses the close would be lost.
 KEEP_ALIVE_S = 2.0
@@ -46,6 +52,23 @@ def is_address(url: str) -> bool:
         return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 65536
     except (httpx.InvalidURL, UnicodeError):
         return False
+
+
+def add_part(content: bytearray, part: bytes, name: str) -> None:
+    """Adds a part of an answer to its body.
+
+    Args:
+        name (`str`): The server, for the message.
+
+    Raises:
+        AnswerTooLong: above `MAX_ANSWER_BYTES`.
+    """
+    content += part
+    if len(content) > MAX_ANSWER_BYTES:
+        raise AnswerTooLong(
+            f"{name}: the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB; is it the right server? If it is, send "
+            "fewer queries in a request or ask for fewer passages"
+        )
 
 
 def body_text(content: bytes | bytearray) -> str:

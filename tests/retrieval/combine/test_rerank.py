@@ -14,10 +14,10 @@ import pytest
 
 from tests.support.fakes import FixedRetriever
 from tests.support.rerank_servers import Answer, jina, serving, shared_words, tei
-from tests.support.servers import Said
+from tests.support.servers import Said, endless
 from tests.support.servers import serving as http_serving
 from trl_search.common.errors import UserError
-from trl_search.retrieval import RetrievalError, Retriever, load_retriever
+from trl_search.retrieval import RetrievalError, Retriever, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.combine.rerank import CrossEncoderScorer, RerankRetriever
 from trl_search.types import Passage
@@ -291,6 +291,15 @@ def test_an_answer_without_an_end_is_given_up() -> None:
         with pytest.raises(Unavailable, match=r"no complete answer in 0\.2 s"):
             retriever.search(["harbour"], k=1)
         assert len(server.asked) == 3
+
+
+def test_an_answer_that_is_too_long_is_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(base, "MAX_ANSWER_BYTES", 1 << 20)
+    with http_serving(lambda asked: Said(by_hand=endless)) as server:
+        retriever = load_retriever("rerank", retriever=FixedRetriever(WORLD), url=server.url)
+        with pytest.raises(RetrievalError, match="longer than 1 MiB"):
+            retriever.search(["harbour"], k=1)
+        assert len(server.asked) == 1
 
 
 def test_if_the_retriever_fails_the_reranker_is_not_asked() -> None:

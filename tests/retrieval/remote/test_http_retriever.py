@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import os
 import threading
 import time
@@ -19,10 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.servers import Asked, Said, Server, retrieve_from, serving
+from tests.support.servers import Asked, Said, Server, endless, retrieve_from, serving
 from trl_search.common.errors import UserError
 from trl_search.environment import SearchEnvironment
-from trl_search.retrieval import RetrievalError, Retriever, load_retriever
+from trl_search.retrieval import RetrievalError, Retriever, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.remote.endpoints import Endpoints
@@ -345,6 +346,21 @@ def test_a_server_that_hangs_times_out(client) -> None:
         assert all(both.search([f"{at}"], 1)[0][0].id == f"{at}0" for at in range(20))
         assert total(both)["retrieval/failures"] == 1
         release.set()
+
+
+def test_an_answer_that_is_too_long_is_given_up(client, monkeypatch) -> None:
+    monkeypatch.setattr(base, "MAX_ANSWER_BYTES", 1 << 20)
+    with serving(lambda asked: Said(by_hand=endless)) as server, serving(ECHO) as other:
+        with pytest.raises(RetrievalError, match=rf"127.0.0.1:{server.port}: .*longer than 1 MiB.*fewer queries"):
+            client(server).search(["a"], 1)
+        assert len(server.asked) == 1
+        both = client(server, other)
+        with pytest.raises(RetrievalError, match="longer than 1 MiB"):
+            both.search([str(at) for at in range(64)], 1)  # two requests, one to each
+        assert both.search(["a"], 1)[0][0].id == "a0"  # the server at fault is put aside
+    packed = Said(gzip.compress(bytes(2 << 20)), 200, {"Content-Encoding": "gzip"})
+    with serving(lambda asked: packed) as server, pytest.raises(RetrievalError, match="longer than 1 MiB"):
+        client(server).search(["a"], 1)
 
 
 def test_a_connection_cut_during_the_response_is_retried(client) -> None:

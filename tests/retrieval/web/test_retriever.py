@@ -21,9 +21,9 @@ import httpx
 import pytest
 import tenacity
 
-from tests.support.servers import Said, Server, serving
+from tests.support.servers import Said, Server, endless, serving
 from trl_search.common.errors import UserError
-from trl_search.retrieval import RetrievalError, load_retriever
+from trl_search.retrieval import RetrievalError, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.web import retriever as web
@@ -234,6 +234,14 @@ def test_a_refusal_is_not_retried_and_reported_without_the_key(status: int, make
 def test_headers_that_do_not_fit_the_answer_fail_the_search(said: Said, message: str, make) -> None:
     with serving(lambda asked: said) as server, pytest.raises(RetrievalError, match=f"serper.*{message}"):
         make(load_provider("serper", server.url)).search(["orlune"], 2)
+
+
+def test_an_answer_that_is_too_long_fails_the_search(make, monkeypatch) -> None:
+    monkeypatch.setattr(base, "MAX_ANSWER_BYTES", 1 << 20)
+    with serving(lambda asked: Said(by_hand=endless)) as server:
+        with pytest.raises(RetrievalError, match="serper: the answer is longer than 1 MiB"):
+            make(load_provider("serper", server.url)).search(["orlune"], 2)
+        assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize("busy", [Said(b"slow down", 429, {"Retry-After": "7"}), Said(b"", 503)])

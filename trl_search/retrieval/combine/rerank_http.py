@@ -27,7 +27,15 @@ from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.credentials import authorization
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.retrying import repeated
-from trl_search.retrieval.base import KEEP_ALIVE_S, RetrievalError, Unavailable, body_text, failure, is_address
+from trl_search.retrieval.base import (
+    KEEP_ALIVE_S,
+    RetrievalError,
+    Unavailable,
+    add_part,
+    body_text,
+    failure,
+    is_address,
+)
 
 
 class HttpScorer:
@@ -120,7 +128,7 @@ class HttpScorer:
         try:
             with self._client.stream("POST", self._url, json=body) as response:
                 for part in response.iter_bytes():
-                    content += part
+                    add_part(content, part, self._url)
                     # httpx' own limit is on the wait for each part, and an answer may have parts without end.
                     if time.monotonic() > deadline:
                         raise Unavailable(f"{self._url}: no complete answer in {self._timeout_s:g} s")

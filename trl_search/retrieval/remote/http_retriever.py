@@ -23,6 +23,7 @@ Proxies of the environment (`HTTP_PROXY`) are ignored: they cannot resolve the h
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import statistics
@@ -43,9 +44,11 @@ from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import (
     KEEP_ALIVE_S,
     TROUBLE,
+    AnswerTooLong,
     RetrievalError,
     TooLarge,
     Unavailable,
+    add_part,
     body_text,
     retry_after_s,
 )
@@ -196,9 +199,14 @@ class HttpRetriever(AsyncRetriever):
         started = time.monotonic()
         try:
             client = await self.clients.get()
-            async with asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))):
-                response = await client.post(endpoint.url, json=body)
-            found = _read(endpoint, response, queries, k)
+            content = bytearray()
+            async with (
+                asyncio.timeout(max(0.05, min(self._timeout_s, deadline - started))),
+                client.stream("POST", endpoint.url, json=body) as response,
+            ):
+                async for part in response.aiter_bytes():
+                    add_part(content, part, endpoint.name)
+            found = _read(endpoint, response, bytes(content), queries, k)
         except asyncio.CancelledError:
             self.endpoints.given_up(endpoint, time.monotonic() - started)
             raise
@@ -232,51 +240,55 @@ class _Broken(RetrievalError):
 
 
 def _named(error: Exception, endpoint: Endpoint, timed_out: str) -> Exception:
-    """Converts a lost connection, a timeout or an unreadable compression to a failure that names the server; returns
-    any other error unchanged."""
+    """Converts a lost connection, a timeout or an unreadable or too long answer to a failure that names the server;
+    returns any other error unchanged."""
     if isinstance(error, TimeoutError):
         return _Repeatable(f"{endpoint.name}: {timed_out}")
     if isinstance(error, httpx.TransportError):
         return _Repeatable(f"{endpoint.name}: {type(error).__name__}: {error or 'connection lost'}")
+    if isinstance(error, AnswerTooLong):
+        return _Broken(str(error))
     if isinstance(error, httpx.DecodingError):
         return _Broken(f"{endpoint.name}: the answer is not compressed as its Content-Encoding says ({error})")
     return error
 
 
-def _read(endpoint: Endpoint, response: httpx.Response, queries: Sequence[str], k: int) -> list[list[Passage]]:
+def _read(
+    endpoint: Endpoint, response: httpx.Response, content: bytes, queries: Sequence[str], k: int
+) -> list[list[Passage]]:
     status = response.status_code
     if status != 200:
-        message = f"{endpoint.name} answered {status} {response.reason_phrase}: {_said(response)}"
+        message = f"{endpoint.name} answered {status} {response.reason_phrase}: {_said(content)}"
         if status in TROUBLE:
             raise _Repeatable(message, wait_s=retry_after_s(response.headers))
         if status >= 500:
             raise _Repeatable(message, tries=TRIES_OF_AN_ERROR)
         if status == 413:
             raise TooLarge(message)
-        if status == 422 and wants_one_query(_body(response)):
+        if status == 422 and wants_one_query(_body(content)):
             raise _WantsOneQuery(message)
         raise RetrievalError(message)
     try:
-        found = parse_response(response.json())
+        found = parse_response(json.loads(content))
     except (WireError, ValueError, RecursionError) as error:
         raise _Broken(
-            f"{endpoint.name} returned an invalid result ({error}): {_said(response)}; is it a retrieval server?"
+            f"{endpoint.name} returned an invalid result ({error}): {_said(content)}; is it a retrieval server?"
         ) from error
     if len(found) != len(queries):
         raise _Broken(f"{endpoint.name} answered {len(found)} results to {len(queries)} queries")
     return [passages[:k] for passages in found]
 
 
-def _body(response: httpx.Response) -> Any:
+def _body(content: bytes) -> Any:
     try:
-        return response.json()
+        return json.loads(content)
     except (ValueError, RecursionError):
-        return body_text(response.content)
+        return body_text(content)
 
 
-def _said(response: httpx.Response) -> str:
+def _said(content: bytes) -> str:
     """The server's error message: from the field that frameworks use, else the beginning of the body."""
-    body = _body(response)
+    body = _body(content)
     if isinstance(body, dict):
         body = next((body[key] for key in ("error", "detail", "message") if key in body), body)
     said = body if isinstance(body, str) else str(body)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import os
 import re
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import httpx
 from trl_search.common.credentials import bearer_token, from_environment
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.extras import import_extra
-from trl_search.retrieval.base import RetrievalError, body_text, is_address, retry_after_s
+from trl_search.retrieval.base import RetrievalError, add_part, body_text, is_address, retry_after_s
 
 _TAG = re.compile(r"</?\w[^<>]*>")
 
@@ -67,7 +68,7 @@ class Api:
         key_variable (`str`, *optional*): The environment variable of the key; `None` if it needs none.
         base_url (`str`): Its address; `""` if the user must give it.
         rate_per_s (`float`): Searches per second allowed by its smallest plan.
-        ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.request`.
+        ask (`Callable`): `(base_url, key, query, count)` to the arguments of `httpx.AsyncClient.stream`.
         read (`Callable`): Reads hits from the decoded answer; raises `LookupError` or `TypeError` for another shape.
     """
 
@@ -141,14 +142,17 @@ class HttpProvider:
 
     async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
         try:
-            response = await client.request(**self._api.ask(self._base_url, self._key, query, count))
+            content = bytearray()
+            async with client.stream(**self._api.ask(self._base_url, self._key, query, count)) as response:
+                async for part in response.aiter_bytes():
+                    add_part(content, part, self.name)
         except httpx.TransportError as error:
             raise ProviderBusy(f"{self.name}: {type(error).__name__}: {self._clean(str(error))}") from error
         except httpx.DecodingError as error:
             raise RetrievalError(
                 f"{self.name}: the answer is not compressed as its Content-Encoding says ({error})"
             ) from error
-        status, said = response.status_code, self._clean(body_text(response.content)[:300])
+        status, said = response.status_code, self._clean(body_text(content)[:300])
         if status in (401, 403):
             remedy = (
                 f"is {self._api.key_variable} right?" if self._api.key_variable else "is 'json' among its formats?"
@@ -159,7 +163,7 @@ class HttpProvider:
         if status != 200:
             raise RetrievalError(f"{self.name} answered {status}: {said}")
         try:
-            return self._api.read(response.json())[:count]
+            return self._api.read(json.loads(content))[:count]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise RetrievalError(f"{self.name} answered in an unexpected shape ({error!r}): {said}") from error
 
