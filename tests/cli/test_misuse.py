@@ -28,7 +28,7 @@ def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("TRL_SEARCH_TOKEN", raising=False)
-    monkeypatch.setattr("trl_search.evaluation.run.run_evaluation", lambda plan: None)
+    monkeypatch.setattr("trl_search.evaluation.run.run_evaluation", lambda plan: "")
     monkeypatch.setattr(serve_command, "serve", lambda load, config, listening, loaded: listening.close())
     monkeypatch.setattr("trl_search.retrieval.server.ray_serve.serve_on_ray", lambda *given, **options: None)
     # The templates and weights of the tiny policy do not change.

@@ -56,12 +56,31 @@ from trl_search.trainer.sft import SearchSFTConfig
             "metric_for_best_model=loss is the loss of an evaluation, .*: set it to reward",
         ),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "metric_for_best_model=loss is the"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type=warmup_stable_decay .* 'num_decay_steps'. Set what is missing in lr_scheduler_kwargs",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr .* min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "keyword argument 'cycles'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_values_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("warmup_stable_decay", '{"num_decay_steps": 10}'),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("polynomial", None),
+    ],
+)
+def test_a_schedule_with_what_it_needs_is_accepted(tmp_path: Path, kind: str, options: Any) -> None:
+    for steps in (-1, 20):
+        config(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=options, max_steps=steps, warmup_steps=0.1)
 
 
 @pytest.mark.parametrize(

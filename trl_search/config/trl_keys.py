@@ -55,6 +55,28 @@ def check_training_keys(args: Any) -> None:
         raise UserError(
             f"num_train_epochs={args.num_train_epochs} and max_steps={args.max_steps} train nothing: set one above 0"
         )
+    check_schedule(args)
+
+
+def check_schedule(args: Any) -> None:
+    """Builds the learning-rate schedule as transformers does once the model is loaded.
+
+    Raises:
+        UserError: if `lr_scheduler_kwargs` lacks what the schedule needs, or has what it does not take.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    steps = args.max_steps if args.max_steps > 0 else 10**6  # the number of epochs is not known in steps yet
+    options = {"num_warmup_steps": args.get_warmup_steps(steps), "num_training_steps": steps}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, **options, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value} with lr_scheduler_kwargs={args.lr_scheduler_kwargs}: "
+            f"{error}. Set what is missing in lr_scheduler_kwargs, or choose another schedule"
+        ) from error
 
 
 def check_sft_keys(args: Any) -> None:

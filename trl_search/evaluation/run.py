@@ -48,7 +48,7 @@ from trl_search.evaluation.settings import (
     settings_hash,
     with_left_out,
 )
-from trl_search.evaluation.table import Results, results_markdown
+from trl_search.evaluation.table import results_markdown
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import Retriever
@@ -96,8 +96,8 @@ class Plan:
         return bool(set(self.modes) & set(SEARCHING))
 
 
-def run_evaluation(plan: Plan) -> dict[str, Any]:
-    """Runs the rest of an evaluation and writes its results. Returns the content of `results.json`."""
+def run_evaluation(plan: Plan) -> str:
+    """Runs the rest of an evaluation and writes its results. Returns the table of results, in Markdown."""
     import torch
 
     # 1. The questions and the retriever.
@@ -168,9 +168,12 @@ def run_evaluation(plan: Plan) -> dict[str, Any]:
         "results": {mode: {name: one.as_json() for name, one in by_set.items()} for mode, by_set in results.items()},
         "settings": settings,
     }
+    markdown = results_markdown(settings, results, size=size)
     if processes.is_main_process:
-        _write(folder, report, settings, results, size)
-    return report
+        write_json(folder / RESULTS_FILE, report)
+        with written_whole(folder / RESULTS_MD) as path:
+            path.write_text(markdown, encoding="utf-8")
+    return markdown
 
 
 def _measure(
@@ -338,17 +341,3 @@ def _line(mode: str, asked: QuestionSet, result: Evaluation, seconds: float, cal
         f"{mode}, {asked.name}: EM {result.em:.3f} ± {result.em_ci95:.3f}, {result.searches:.2f} {calls} "
         f"({result.questions:,} questions{failed}, {seconds:.0f} s)"
     )
-
-
-def _write(
-    folder: Path,
-    report: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    results: Results,
-    size: str | None,
-) -> None:
-    markdown = results_markdown(settings, results, size=size)
-    write_json(folder / RESULTS_FILE, report)
-    with written_whole(folder / RESULTS_MD) as path:
-        path.write_text(markdown, encoding="utf-8")
-    print(f"\n{markdown}\nWrote {folder / RESULTS_MD} and {folder / RESULTS_FILE}.")

@@ -46,7 +46,7 @@ from trl_search.records.folder import AFTER_ROW, BEST_ROW
 from trl_search.retrieval import load_retriever
 from trl_search.trainer.callbacks.best_checkpoint import LINK, BestCheckpoint, read_best
 from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measure
-from trl_search.trainer.callbacks.progress import announce
+from trl_search.trainer.callbacks.progress import announce, counted
 from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
 from trl_search.trainer.inputs import (
@@ -163,7 +163,9 @@ def measure_untrained(run: Run) -> None:
     """Measures the baselines before the warm start, without a trainer."""
     if not run.baselines:
         return
-    announce("Baselines", f"{', '.join(run.baselines)}, on {len(run.task.held_out or []):,} held-out questions")
+    announce(
+        "Baselines", f"{', '.join(run.baselines)}, on {counted(len(run.task.held_out or []), 'held-out question')}"
+    )
     run.model.to(run.config.device)  # type: ignore[arg-type]
     speaker = TransformersPolicy(run.model, run.tokenizer, max_sequences=run.config.rollout_batch_size)
     for mode in run.baselines:
@@ -188,7 +190,7 @@ def warm_up(
     folder: Path,
 ) -> None:
     """Fine-tunes the model on weak scripted play in another world, so that it knows the format before GRPO."""
-    announce("Warm start", f"{arguments.warm_start_steps} supervised steps, in another world")
+    announce("Warm start", f"{counted(arguments.warm_start_steps, 'supervised step')}, in another world")
     world = generate_world(passages=arguments.world_passages, seed=arguments.world_seed + _ELSEWHERE)
     retriever = load_retriever("bm25", passages=world.passages)
     environment = build_environment(config.agent, retriever)
@@ -251,20 +253,20 @@ class MeasureBefore(TrainerCallback):
         if state.global_step:  # resumed: already measured
             return
         run, warmed_up = self.run, bool(self.run.arguments.warm_start_steps)
-        announce("Evaluation", f"before GRPO, on {len(self.held_out.rows):,} held-out questions")
+        announce("Evaluation", f"before GRPO, on {counted(len(self.held_out.rows), 'held-out question')}")
         for mode in [] if warmed_up else run.baselines:
             run.measured[BASELINES.get(mode, mode)] = self.held_out.measure(mode).average
         row = "search, warm-started" if warmed_up else "search, before GRPO"
         run.measured[row] = self.held_out.measure().average
         if state.is_world_process_zero:  # written now, in case the run is killed and resumed
             write_results(run, [])
-        announce("GRPO", f"{state.max_steps:,} steps on {len(run.task.train):,} questions")
+        announce("GRPO", f"{counted(state.max_steps, 'step')} on {counted(len(run.task.train), 'question')}")
 
 
 def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> None:
     """Measures the trained policy, writes results and report, and prints the table."""
     if held_out is not None and run.arguments.evaluate:
-        announce("Evaluation", f"after GRPO, on {len(held_out.rows):,} held-out questions")
+        announce("Evaluation", f"after GRPO, on {counted(len(held_out.rows), 'held-out question')}")
         run.measured[AFTER_ROW] = held_out.measure().average
     best = read_best(run.folder) if run.arguments.evaluate_every else None
     if best is not None and best.step != trainer.state.global_step:

@@ -34,7 +34,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
     """Replaces the evaluation: question i is solved in i of its 3 samples; for the last one all searches failed."""
     calls = []
 
-    def evaluate(args: argparse.Namespace) -> int:
+    def evaluate(args: argparse.Namespace) -> str:
         calls.append(args)
         rows = load_dataset("json", data_files=args.datasets, split="train")
         Path(args.output).mkdir()
@@ -43,9 +43,9 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
             number, sample = map(int, row["id"].split("-"))
             records.append(place, outcome(row, em=float(sample < number), failed=number == 3))
         records.close()
-        return 0
+        return "the table of results"
 
-    monkeypatch.setattr("trl_search.cli.commands.eval.run", evaluate)
+    monkeypatch.setattr("trl_search.cli.commands.eval.evaluate", evaluate)
     return calls
 
 
@@ -99,10 +99,10 @@ def test_options_that_give_no_rates_are_refused_before_anything_is_asked(source,
 
 
 def test_answers_of_another_filtering_are_named_with_their_folder(source, monkeypatch, capsys):
-    def differs(args: argparse.Namespace) -> int:
+    def differs(args: argparse.Namespace) -> str:
         raise OtherSettings(Path(args.output), "sets.asked.asked: 36 there, 15 now")
 
-    monkeypatch.setattr("trl_search.cli.commands.eval.run", differs)
+    monkeypatch.setattr("trl_search.cli.commands.eval.evaluate", differs)
     output = source.with_name("out.jsonl")
     assert main(["data", "filter", str(source), "--model", "tiny", "--output", str(output)]) == USER_ERROR
     said = capsys.readouterr().err
@@ -125,3 +125,4 @@ def test_the_tiny_policy_answers_in_its_world(tmp_path, capsys):
     options = ["--retriever", "world", "--world_passages", "300", "--device", "cpu", "--keep", "all"]
     rated = load_questions(filtered(tmp_path / "mine.jsonl", *options))
     assert rated["pass_rate"][0] == 0 and rated["pass_rate"][1] > 0 and len(rated) == 3
+    assert "results.md" not in capsys.readouterr().out, "the report of the evaluation is printed, too"

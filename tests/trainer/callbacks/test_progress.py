@@ -14,7 +14,7 @@ import pytest
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trl_search.trainer.callbacks import progress
-from trl_search.trainer.callbacks.progress import StepLines, announce, show_steps, step_line, step_table
+from trl_search.trainer.callbacks.progress import StepLines, announce, counted, show_steps, step_line, step_table
 
 
 def test_a_line_shows_what_was_logged():
@@ -22,6 +22,10 @@ def test_a_line_shows_what_was_logged():
     assert line == "step  3/12  reward 0.500  searches 0.720  seconds 5.10"
     large = step_line(3, 12, {"loss": -1.5e-6, "tokens/model": 1520.4, "entropy": 99.96, "step_time": 173.2})
     assert large == "step  3/12  loss -1.50e-06  tokens 1,520  entropy 100  seconds 173"
+
+
+def test_a_heading_counts_one_step_and_several_questions():
+    assert f"{counted(1, 'step')} on {counted(1500, 'question')}" == "1 step on 1,500 questions"
 
 
 def test_only_steps_print_lines_and_only_in_the_main_process(capsys):

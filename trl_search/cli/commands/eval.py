@@ -110,6 +110,17 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    table = evaluate(args)
+    if not int(os.environ.get("RANK", "0")):
+        from trl_search.evaluation.outcomes import RESULTS_FILE
+        from trl_search.evaluation.run import RESULTS_MD
+
+        print(f"\n{table}\nWrote {Path(args.output, RESULTS_MD)} and {Path(args.output, RESULTS_FILE)}.")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Runs an evaluation, also for `trl-search data filter`. Returns the table of its results, in Markdown."""
     from trl_search.common.provenance import command_without_secrets
     from trl_search.config.agent import asked, trained_settings
     from trl_search.config.task import set_names
@@ -164,5 +175,4 @@ def run(args: argparse.Namespace) -> int:
     plan.backend.check(int(os.environ.get("WORLD_SIZE", "1")))
     refuse_evaluation(plan)
     with explained_interrupt(lambda: "the same command resumes it and does not repeat finished questions"):
-        run_evaluation(plan)
-    return 0
+        return run_evaluation(plan)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
     fields = {"question_field": None, "answers_field": None, "id_field": None}
     try:
-        evaluation.run(argparse.Namespace(**{**vars(args), **options, **fields}))
+        evaluation.evaluate(argparse.Namespace(**{**vars(args), **options, **fields}))
     except OtherSettings as error:
         raise UserError(
             f"{folder} holds answers from other settings ({error.differences}): remove that folder, or give "

@@ -49,6 +49,11 @@ def announce(phase: str, said: str) -> None:
         Console(highlight=False, soft_wrap=True).print(Text.assemble("\n", (f"── {phase}", "bold"), f": {said}"))
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: `1 step`, `1,500 questions`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def show_steps(trainer: Trainer) -> None:
     """Makes a trainer print our metrics per step instead of all. With `disable_tqdm`, nothing is changed."""
     if not trainer.args.disable_tqdm:

@@ -45,7 +45,7 @@ from trl_search.protocols import SEARCH_TOOL
 from trl_search.records.folder import SFT
 from trl_search.records.run_log import RunLog
 from trl_search.retrieval import load_retriever
-from trl_search.trainer.callbacks.progress import announce
+from trl_search.trainer.callbacks.progress import announce, counted
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import PROBE, Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
@@ -195,7 +195,9 @@ def _collect_and_choose(
         return demonstrating(policy, row, seed, pool=pool, count=arguments.demonstrations) if pool else policy
 
     if left:
-        announce("Collecting", f"{len(left):,} attempts at {len(rows):,} questions, teacher: {teacher}")
+        announce(
+            "Collecting", f"{counted(len(left), 'attempt')} at {counted(len(rows), 'question')}, teacher: {teacher}"
+        )
     is_folder = not scripts and Path(teacher).expanduser().is_dir()
     settings = {
         **{key: getattr(arguments, key) for key in _DEFINING},
