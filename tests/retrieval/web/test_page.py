@@ -88,6 +88,7 @@ META = '<meta http-equiv="Content-Type" content="text/html; charset={}">'
         (WORDS, "utf-8-sig", "; charset=iso-8859-1", "gbk"),  # and a byte-order mark over both
         (WORDS, "utf-16", "", ""),
         (WORDS, "utf-8", "; charset=nonsense", "rot13"),
+        (WORDS, "utf-8", "; charset=punycode", "unicode_escape"),
         ("ランタン祭りは毎年秋にオルルンで開かれます。①", "cp932", "; charset=Shift_JIS", ""),
         (LATIN, "cp1252", "; charset=ISO-8859-1", ""),
         ("Фестиваль фонарей проходит в Орлуне каждую осень. ", "koi8-r", "", "koi8-r"),
@@ -188,6 +189,31 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse() -> None:
         with pytest.raises(PageError, match=r"192.168.0.1 is not"):
             fetch(server, f"http://both.example:{server.port}/", resolve=both)
         assert server.asked == []
+
+
+def test_a_hanging_lookup_delays_neither_other_searches_nor_the_end(monkeypatch: Any) -> None:
+    answers = threading.Event()
+
+    def hang(host: str, *_: Any, **__: Any) -> list[Any]:
+        answers.wait(20)
+        raise OSError("timed out")
+
+    async def fetch_many() -> int:
+        limits = PageLimits(timeout_s=0.2)
+        pages = [asyncio.create_task(fetch_page(f"http://{at}.example/", limits)) for at in range(40)]
+        await asyncio.sleep(0)
+        read = await asyncio.to_thread(lambda: 7)  # as the store is read
+        outcomes = await asyncio.gather(*pages, return_exceptions=True)
+        assert all("not read within 0.2 s" in str(outcome) for outcome in outcomes)
+        return read
+
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    started = time.monotonic()
+    try:
+        assert asyncio.run(fetch_many()) == 7
+        assert time.monotonic() - started < 15
+    finally:
+        answers.set()
 
 
 def test_a_name_without_an_address_is_an_error() -> None:

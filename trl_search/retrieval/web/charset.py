@@ -15,6 +15,8 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 _HEADER = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _META = re.compile(rb"<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
+# Encodings of Python that pages do not use. Punycode takes time quadratic in the page.
+_NOT_OF_PAGES = {"punycode", "idna", "unicode-escape", "raw-unicode-escape"}
 # The values are Python's names.
 _SUPERSETS = {
     "iso8859-1": "cp1252",
@@ -28,7 +30,7 @@ _SUPERSETS = {
 
 
 def decode(body: bytes, content_type: str) -> str | None:
-    """The text of a page, with invalid bytes replaced; `None` if no encoding is declared that Python supports."""
+    """The text of a page, with invalid bytes replaced; `None` if no encoding of pages is declared."""
     named = [encoding for mark, encoding in _MARKS if body.startswith(mark)]
     if header := _HEADER.search(content_type):
         named.append(header.group(1))
@@ -39,6 +41,8 @@ def decode(body: bytes, content_type: str) -> str | None:
     for label in named:
         try:
             name = codecs.lookup(label).name
+            if name in _NOT_OF_PAGES:
+                continue
             return body.decode(_SUPERSETS.get(name, name), "replace")
         except (LookupError, ValueError):  # unknown, or not a text encoding (rot13)
             continue

@@ -96,7 +96,9 @@ def is_public(address: Address) -> bool:
 
 async def look_up(host: str, port: int) -> list[str]:
     """The addresses of a host, from the operating system."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # Not on the loop's default threads, which read the store for all other searches: a dead name server takes 30 s.
+    lookup, _ = on_daemon_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    found = await lookup
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -191,7 +193,7 @@ async def _text(content_type: str, body: bytes, within_s: float) -> str:
         return (body.decode("utf-8", "replace") if decoded is None else decoded).strip()
     if decoded is not None:  # else trafilatura guesses
         body = decoded.encode("utf-8", "replace")
-    # Not on the loop's default threads, which resolve hosts and read the store for all other searches.
+    # Not on the loop's default threads either.
     text, _ = on_daemon_thread(lambda: page_text.extract(body, within_s))
     try:
         return await text
