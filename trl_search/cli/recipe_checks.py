@@ -24,6 +24,7 @@ from trl_search.common.files import parse_object, read_object
 from trl_search.common.hub import dataset_is_cached
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
+from trl_search.config.run_file import OUTPUT_DIR, absolute_folder
 from trl_search.config.searched import WORLD, resolve_searched
 from trl_search.config.task import set_names
 from trl_search.data import HUB_SETS, is_hub_set
@@ -301,7 +302,7 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
     weights = parameters * _BYTES.get(str(values.get("dtype") or "float32"), 4)
     kept = values.get("save_total_limit") or 1
     need = weights * (3 * kept + 1)
-    folder = Path(values.get("output_dir") or ".").absolute()
+    folder = Path(absolute_folder(values.get("output_dir")))
     free = free_bytes(folder)
     copies = "a checkpoint" if kept == 1 else f"{kept} checkpoints"
     said = f"{need / GIB:.1f} GiB for {copies} and the model; {free / GIB:.1f} GiB are free in {folder}"
@@ -312,7 +313,7 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
 
 def check_output(values: Mapping[str, Any]) -> Check:
     """Checks that the run would not overwrite a finished one."""
-    folder = Path(values.get("output_dir") or "runs/train")
+    folder = Path(values.get("output_dir") or OUTPUT_DIR)
     results = folder / RESULTS_FILE
     asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
     trained = results.is_file() and read_object(results, "move it away").get("history")

@@ -12,6 +12,7 @@ from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import checked_values, convert_numbers
+from trl_search.config.run_file import absolute_folder
 from trl_search.config.trl_keys import check_trls_keys
 from trl_search.policies.vllm_address import server_address, server_addresses
 
@@ -216,6 +217,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
         check_least(self, num_generations=2)  # a group; TRL divides by it before it looks
         GRPOConfig.__post_init__(self)
+        self.output_dir = absolute_folder(self.output_dir)
         check_agent(self)
         check_trls_keys(self)
         check_carry_over(self)

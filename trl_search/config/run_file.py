@@ -1,7 +1,8 @@
-"""Finds `run.json`, which records how a run was started, from the folder of the run or of one of its checkpoints."""
+"""The folder of a run (`output_dir`), and `run.json` in it, which records how the run was started."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ from trl_search.common.files import read_object
 
 RUN_FILE = "run.json"
 REMEDY = "remove the file, and give the agent's settings as options"
+OUTPUT_DIR = "trainer_output"  # transformers' default
+
+
+def absolute_folder(output_dir: str | None) -> str:
+    """The folder of a run, which stays the same if the user's code changes the working directory."""
+    return os.path.abspath(OUTPUT_DIR if output_dir is None else output_dir)
+
+
+def shown_path(path: Path) -> str:
+    """A path as a user would write it: relative to the working directory if it is in there."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def find_run_file(word: str) -> Path | None:

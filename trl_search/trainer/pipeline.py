@@ -33,6 +33,7 @@ from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none, write_json
 from trl_search.config.agent import build_environment, protocol_of
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.run_file import shown_path
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
@@ -126,7 +127,7 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     if config.on_collapse == "rollback" and not arguments.evaluate_every:
         raise UserError("on_collapse=rollback needs a best checkpoint: set evaluate_every, which keeps one")
-    folder = Path(config.output_dir or "runs/train").absolute()
+    folder = Path(config.output_dir or ".")
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     name = base_name(model_config)
     if checkpoint and arguments.warm_start_steps:
@@ -275,11 +276,11 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
         return
     seconds = write_results(run, trainer.state.log_history)
     finish_run(run.folder, run.config)
-    folder = run.config.output_dir or run.folder
+    folder = shown_path(run.folder)
     if run.measured:
         print(f"\n{results_table(run.measured, call_word(run.config.environment))}\n")
     print(f"{seconds:.0f} s in all. Model, {RESULTS_FILE} and {REPORT} are in {folder}.")
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(folder)
     print(f"  trl-search report {quoted}    curves, alarms, and every token of its trajectories")
     environment = run.config.environment
     # `refuse_unnamed_code` refuses an import path that only the model's folder names, so the command names it.

@@ -84,7 +84,7 @@ def how_to_resume(folder: Path) -> str:
     """How to continue after an interrupt: from a checkpoint of this run, else from the start."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            checkpoint = checkpoint_to_resume("last", folder.absolute())
+            checkpoint = checkpoint_to_resume("last", folder)
     except UserError:
         return "no checkpoint was written yet (save_steps), so the same command starts from the beginning"
     return f"the same command with --resume_from_checkpoint last continues from {checkpoint}"

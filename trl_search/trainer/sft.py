@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_search.common.errors import UserError
 from trl_search.config.key_docs import with_documented_keys
 from trl_search.config.recipe_values import convert_numbers
+from trl_search.config.run_file import absolute_folder
 from trl_search.config.trl_keys import check_sft_keys
 from trl_search.data.scripted_players import WEAK, scripted_trajectories
 from trl_search.data.world import World
@@ -74,6 +75,7 @@ class SearchSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         convert_numbers(self)
         super().__post_init__()
+        self.output_dir = absolute_folder(self.output_dir)
         check_sft_keys(self)
 
 

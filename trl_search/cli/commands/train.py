@@ -29,6 +29,6 @@ def main(argv: list[str]) -> int:
     def go_on(config: SearchGRPOConfig) -> str:
         from trl_search.trainer.resume import how_to_resume
 
-        return how_to_resume(Path(config.output_dir or "runs/train"))
+        return how_to_resume(Path(config.output_dir or "."))
 
     return run_recipe(argv, "train", __doc__, train, go_on)

@@ -27,6 +27,7 @@ from trl import ModelConfig
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
+from trl_search.config.run_file import shown_path
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task, searched_of
 from trl_search.data.evidence import check_corpus
 from trl_search.data.question_players import QuestionPlayers
@@ -110,10 +111,11 @@ def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config
     task = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in of_agent}
     log.task = {"base_model": model_config.model_name_or_path, **task, "train_trajectories": len(rows)}
     train(model, tokenizer, rows, config, peft_config=adapter, run_log=log)
+    output = Path(config.output_dir or ".")
     if PartialState().is_main_process:
-        write_json(Path(f"{config.output_dir}/{SETTINGS_FILE}"), arguments.agent.as_json())
-        print(f"{config.output_dir}: trained on {len(rows):,} trajectories")
-    return Path(config.output_dir or "")
+        write_json(output / SETTINGS_FILE, arguments.agent.as_json())
+        print(f"{shown_path(output)}: trained on {len(rows):,} trajectories")
+    return output
 
 
 def _scripted(
@@ -235,7 +237,7 @@ def _collect_and_choose(
         path = write_kept(folder, kept)
         print(describe(attempts, kept, outcomes, call_word(arguments.environment)))
         again = f", {collected.failed:,} that failed to try again" if collected.failed else ""
-        print(f"{collected.new:,} new, {collected.before:,} from before{again}\n{path}")
+        print(f"{collected.new:,} new, {collected.before:,} from before{again}\n{shown_path(path)}")
     return kept
 
 
