@@ -19,12 +19,9 @@ from tests.support.fake_hub import COMMIT, FakeHub, fake_hub
 from trl_search.common.errors import UserError
 from trl_search.data.hub_download import HubFile, HubFiles, fetch, free_bytes, list_files, naming_full_disk
 from trl_search.data.wiki18 import (
-    ARCHIVE,
     ARCHIVE_BYTES,
     CORPUS,
     CORPUS_BYTES,
-    DIM,
-    PASSAGES,
     PIECES,
     Wiki18Plan,
     check_wiki18,
@@ -33,6 +30,7 @@ from trl_search.data.wiki18 import (
     plan_wiki18,
     unpack_corpus,
 )
+from trl_search.data.wiki18_checks import ARCHIVE, DIM, PASSAGES
 from trl_search.retrieval.corpus.published import open_jsonl
 from trl_search.retrieval.dense.vectors import open_faiss_file
 
@@ -82,7 +80,8 @@ PUBLISHED = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published corpus of these tests has `COUNT` passages."""
-    monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", COUNT)
+    for module in ("wiki18", "wiki18_checks"):
+        monkeypatch.setattr(f"trl_search.data.{module}.PASSAGES", COUNT)
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ def test_a_download_starts_again_if_the_repository_changed(
     hub.cut_after, hub.broken = [10_500], True
     with pytest.raises(UserError):
         get(hub, tmp_path, ["e5-flat"])
-    monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", COUNT + 1)
+    monkeypatch.setattr("trl_search.data.wiki18_checks.PASSAGES", COUNT + 1)
     changed = flat_index(COUNT + 1)
     hub.repositories[PIECES["e5-flat"].repository] = {"part_aa": changed[:CUT], "part_ab": changed[CUT:]}
     hub.broken = False

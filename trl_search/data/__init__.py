@@ -8,7 +8,7 @@ summary.py           statistics of a set of questions
 world.py             the embedded world: a fictional encyclopedia with its questions
 scripted_players.py  players of the embedded world, which know the way to an answer
 question_players.py  players of any other questions, with their plans (question_plans.py), evidence and quotes
-wiki18.py            the Wikipedia corpus of the published runs, and its indexes
+wiki18.py            the Wikipedia corpus of the published runs, and its indexes (wiki18_checks.py)
 """
 
 from trl_search.data.hub_sets import EVALUATION_SETS, HUB_SETS, HubSet, is_hub_set

@@ -1,16 +1,12 @@
-"""Fetches, unpacks and checks wiki-18, the corpus of the published runs, and its e5 indexes.
+"""Fetches and unpacks wiki-18, the corpus of the published runs, and its e5 indexes (`wiki18_checks.py` checks them).
 
     corpus      PeterJinGo/wiki-18-corpus              wiki-18.jsonl.gz     -> wiki-18.jsonl      21,015,324 passages
     e5-flat     PeterJinGo/wiki-18-e5-index            part_aa + part_ab    -> e5_Flat.index      exact, float32
     e5-hnsw     PeterJinGo/wiki-18-e5-index-HNSW64     part_aa + part_ab    -> e5_HNSW64.index    a graph, in memory
 
 `plan_wiki18` reports the size of a download before it starts. Existing files are not overwritten, and a killed
-download resumes (`hub_download.py`). Two properties of these files are easy to get wrong:
-
-- `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path. `gzip -d`, as in the published
-  instructions, leaves the tar, whose first line begins with 512 bytes that are not JSON.
-- The indexes hold no ids: row i of the index is line i of the corpus. With a filtered, sorted or truncated corpus,
-  searches return wrong passages without an error, so count and ids are checked.
+download resumes (`hub_download.py`). `wiki-18.jsonl.gz` is a gzipped *tar* with one file in it, under a long path.
+`gzip -d`, as in the published instructions, leaves the tar, whose first line begins with 512 bytes that are not JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +15,9 @@ import gzip
 import json
 import os
 import shlex
-import struct
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -31,21 +25,14 @@ from typing import IO
 from trl_search.common.blocks import BLOCK_BYTES, read_blocks
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.data.hub_download import HubFiles, check_bytes, fetch, list_files, naming_full_disk
-from trl_search.retrieval.corpus.published import open_jsonl
+from trl_search.data.wiki18_checks import ARCHIVE, DIM, PASSAGES, check_corpus, check_index, is_tar
 from trl_search.retrieval.dense.vectors import plan
 from trl_search.retrieval.dense.vectors.search import gb
 
-PASSAGES, DIM = 21_015_324, 768
-CORPUS, ARCHIVE = "wiki-18.jsonl", "wiki-18.jsonl.gz"
+CORPUS = "wiki-18.jsonl"
 # Sizes of the archive and the corpus on the hub in 2025.
 ARCHIVE_BYTES, CORPUS_BYTES = 5_123_307_260, 14_393_573_105
 OFFSET_BYTES = 8  # per passage, in the file of line offsets
-IDS_COMPARED = 1000
-# The header of a FAISS file: kind, dimensions, vectors, two unused numbers, trained or not, metric.
-_HEAD = struct.Struct("<4siqqq?i")
-_FLAT_HEAD_BYTES = _HEAD.size + 8
-_INNER_PRODUCT = 0
-_KINDS = {"e5-flat": b"IxFI", "e5-hnsw": b"IHNf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +207,7 @@ def unpack_corpus(archive: Path, target: Path) -> None:
     unfinished = target.with_name(f"{target.name}.incomplete")
     try:
         with gzip.open(archive) as stream, naming_full_disk(unfinished):
-            if _is_tar(stream.read(512)):
+            if is_tar(stream.read(512)):
                 stream.seek(0)
                 _unpack_tar(stream, unfinished, archive)
             else:
@@ -232,73 +219,6 @@ def unpack_corpus(archive: Path, target: Path) -> None:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{archive} is damaged ({error}): delete it and run this again to fetch it again") from error
     os.replace(unfinished, target)
-
-
-def check_index(path: Path, word: str) -> str:
-    """Raises if the file's header is not that of the published index, or the file is too short. Returns what was
-    checked.
-
-    The header of an HNSW file does not give its length: only the hub's listing shows that its last bytes are missing.
-
-    Raises:
-        UserError: if the file is missing or is not the published index.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
-    with path.open("rb") as file:
-        head = file.read(_HEAD.size)
-    if len(head) < _HEAD.size or head[:4] != _KINDS[word]:
-        raise UserError(f"{path} is not the FAISS file of {word} (it begins with {head[:4]!r}): move it away")
-    _, dim, count, _, _, _, metric = _HEAD.unpack(head)
-    if dim != DIM or metric != _INNER_PRODUCT:
-        kind = "inner product" if metric == _INNER_PRODUCT else f"metric {metric}"
-        raise UserError(
-            f"{path} holds vectors of {dim} dimensions under {kind}; the e5 index has {DIM} under inner product"
-        )
-    if count != PASSAGES:
-        raise UserError(f"{path} holds {count:,} vectors and the published index {PASSAGES:,}: move it away")
-    vectors = f"{count:,} vectors of {dim} dimensions, by its head"
-    if word == "e5-flat":
-        check_bytes(path, _FLAT_HEAD_BYTES + 4 * dim * count)
-        return f"{vectors}, and the length that they take"
-    there, least = path.stat().st_size, 4 * dim * count
-    if there < least:
-        raise UserError(f"{path} has {there:,} bytes and its vectors alone take {least:,}: it was cut short")
-    return f"{vectors}, and no shorter than they are; the graph was not looked at"
-
-
-def check_corpus(path: Path) -> str:
-    """Raises if the number of passages or the ids differ from the published corpus. Returns what was checked.
-
-    Args:
-        path (`Path`): The jsonl file. Its line offsets are stored beside it, because searches need them too.
-
-    Raises:
-        UserError: if the file is missing or is not the published corpus.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")
-    with path.open("rb") as file:
-        if _is_tar(file.read(512)):
-            raise UserError(
-                f"{path} is a tar, as `gzip -d {ARCHIVE}` leaves it: move it away and run this again, or unpack it "
-                f"with `tar -xOf {path.name} > other-name.jsonl`"
-            )
-    with closing(open_jsonl(path)) as corpus:
-        count = len(corpus)
-        if count != PASSAGES:
-            raise UserError(
-                f"{path} has {count:,} passages and the published corpus {PASSAGES:,}: row i of an index is line i of "
-                "the corpus, so another corpus would be searched wrongly. Fetch the published one"
-            )
-        rows = sorted({count * part // IDS_COMPARED for part in range(IDS_COMPARED)} | {count - 1})
-        for row in rows:
-            if (identity := corpus[row].id) != str(row):
-                raise UserError(
-                    f"{path}, line {row + 1}: the passage has id {identity!r}, and the published corpus the passage "
-                    f"{row} there: this one was sorted, filtered or renumbered. Fetch the published one"
-                )
-    return f"{count:,} passages, and the ids of {len(rows):,} of them"
 
 
 def serving_needs(what: Sequence[str]) -> list[str]:
@@ -339,10 +259,6 @@ def next_commands(folder: Path) -> list[str]:
         f"trl-search serve dense --retriever_options {shlex.quote(options)}",
         """trl-search train qwen3b --retriever http --retriever_options '{"url": "http://localhost:8000"}'""",
     ]
-
-
-def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
 
 
 def _unpack_tar(stream: gzip.GzipFile, unfinished: Path, archive: Path) -> None:

@@ -20,7 +20,8 @@ from tests.data.test_wiki18 import CORPUS, INDEX, corpus_lines, lay, tar_gz
 from tests.support.fake_hub import FakeHub, fake_hub
 from trl_search.cli.main import USER_ERROR, main
 from trl_search.data import HUB_SETS, load_questions
-from trl_search.data.wiki18 import ARCHIVE, DIM, PIECES
+from trl_search.data.wiki18 import PIECES
+from trl_search.data.wiki18_checks import ARCHIVE, DIM
 from trl_search.data.world import generate_world
 
 ROOT = Path(__file__).parents[3]
@@ -141,8 +142,8 @@ def test_all_means_the_seven_sets(train: Path, capsys: pytest.CaptureFixture[str
 
 def run(hub: FakeHub, folder: Path, count: int, *more: str) -> subprocess.Popen[str]:
     """The command in a separate process, where the published corpus has `count` passages."""
-    program = "import sys, trl_search.data.wiki18 as wiki18; from trl_search.cli.main import main; "
-    program += f"wiki18.PASSAGES = {count}; sys.exit(main(sys.argv[1:]))"
+    program = "import sys, trl_search.data.wiki18_checks as checks; from trl_search.cli.main import main; "
+    program += f"checks.PASSAGES = {count}; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", program, "data", "wiki18", "--output", str(folder), *more],
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)},
@@ -192,7 +193,7 @@ def test_a_killed_download_is_resumed(
     options = json.loads(out.split("trl-search serve dense --retriever_options '")[1].split("'")[0])
     assert options["encoder"] == "intfloat/e5-base-v2" and Path(options["faiss_file"]).read_bytes() == flat
 
-    monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", count)
+    monkeypatch.setattr("trl_search.data.wiki18_checks.PASSAGES", count)
     assert main(["data", "wiki18", "--output", str(folder), "--check"]) == 0
     out = capsys.readouterr().out
     assert out.count("; not compared with the hub\n") == 2 and "whole" not in out
@@ -201,7 +202,7 @@ def test_a_killed_download_is_resumed(
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """Only the corpus, on a hub in this process."""
-    monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", 20)
+    monkeypatch.setattr("trl_search.data.wiki18_checks.PASSAGES", 20)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with fake_hub({PIECES["corpus"].repository: {ARCHIVE: tar_gz(corpus_lines())}}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
@@ -242,6 +243,6 @@ def test_a_corpus_that_is_not_the_published_one_is_refused(
     lay(tmp_path, corpus_lines([str(row) for row in range(19)]))
     said = refused(capsys, "wiki18", "--what", "corpus", "--output", tmp_path, "--check")
     assert "has 19 passages and the published corpus 21,015,324" in said
-    monkeypatch.setattr("trl_search.data.wiki18.PASSAGES", 19)
+    monkeypatch.setattr("trl_search.data.wiki18_checks.PASSAGES", 19)
     assert main(["data", "wiki18", "--what", "corpus", "--output", str(tmp_path)]) == 0
     assert "the published index 19" in refused(capsys, "wiki18", "--output", tmp_path, "--check")
