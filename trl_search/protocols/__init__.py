@@ -11,12 +11,13 @@ In each of them, the policy answers with `<answer> ... </answer>`.
 
 from __future__ import annotations
 
-from trl_search.protocols.base import SEARCH_TOOL, Protocol
+from trl_search.protocols.base import Protocol
 from trl_search.protocols.calls import MAX_QUERY_CHARS
 from trl_search.protocols.fair_limit import MIN_DOCUMENT_TOKENS, fair_limit
 from trl_search.protocols.qwen import QwenInline, QwenTools
 from trl_search.protocols.registry import PROTOCOLS, load_protocol, protocol_names
 from trl_search.protocols.search_r1 import SearchR1
+from trl_search.protocols.search_tool import SEARCH_TOOL
 
 __all__ = [
     "MAX_QUERY_CHARS",

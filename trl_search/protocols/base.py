@@ -21,31 +21,13 @@ from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.fair_limit import fair_limit
 from trl_search.protocols.instructions import instruction_for, tool_names
 from trl_search.protocols.prompt_check import check_prompt
+from trl_search.protocols.search_tool import SEARCH_TOOL
 from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
 from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Search, ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SEARCH_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Searches an encyclopedia and returns the passages that fit each query best.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "query_list": {
-                    "type": "array",
-                    "items": {"type": "string"},
-                    "description": "Fully-formed semantic queries.",
-                }
-            },
-            "required": ["query_list"],
-        },
-    },
-}
 
 # The date for templates that write today's date; it is the default of Llama 3's template.
 PROMPT_DATE = datetime.date(2024, 7, 26)
