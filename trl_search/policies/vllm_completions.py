@@ -6,10 +6,7 @@ A request contains
    generation_config.json, and that of Qwen2.5-Instruct sets a repetition penalty and a top-p;
 2. `include_stop_str_in_output` and `skip_special_tokens: false`, so that stop strings are found in the raw text. The
    response has the ids of all sampled tokens, even if a stop string ends inside the last one;
-3. `return_tokens_as_token_ids`, so that the server does not make text of each token for its logprob;
-4. its own seed, so that it is repeatable.
-
-With `--skip-tokenizer-init` a server makes no text at all, which is faster, and it finds no stop strings.
+3. its own seed, so that it is repeatable.
 
 `processed_logprobs` are computed after temperature *and* after top-p, top-k and min-p. `Policy` promises logprobs
 before the last three, so keep top_p=1, top_k=0, min_p=0 in training. vLLM's default, raw_logprobs, ignores the
@@ -31,8 +28,6 @@ from trl_search.types import Completion, FinishReason, Sampling
 # vLLM's value for -inf, which JSON cannot hold.
 _MINUS_INFINITY = -9999.0
 _MAX_SEED = 2**63 - 1
-# Tokens that can be without text although the server makes text: the bytes of an unfinished character.
-_BYTES_OF_A_CHARACTER = 4
 
 
 def format_request(
@@ -53,7 +48,6 @@ def format_request(
         "frequency_penalty": 0.0,
         "include_stop_str_in_output": True,
         "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
     }
 
 
@@ -78,8 +72,7 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
 
     Raises:
         KeyError, IndexError, TypeError, AttributeError: if it is not the answer of a vLLM server.
-        UserError: if the response has no token ids, or fewer than `max_tokens` although no stop was reached, or if the
-            server cannot find stop strings.
+        UserError: if the response has no token ids, or fewer than `max_tokens` although no stop was reached.
     """
     choice = answer["choices"][0]
     ids, reason = choice.get("token_ids"), choice["finish_reason"]
@@ -87,11 +80,6 @@ def read_completion(answer: dict[str, Any], body: dict[str, Any], base_url: str)
         return Completion((), (), FinishReason.INTERRUPTED)
     if not ids or choice.get("logprobs") is None:
         raise UserError(f"the vLLM server at {base_url} returned no token ids or logprobs: install a newer vLLM there")
-    if body["stop"] and not choice["text"] and len(ids) > _BYTES_OF_A_CHARACTER:
-        raise UserError(
-            f"the vLLM server at {base_url} makes no text, so it cannot find this protocol's stop strings: start it "
-            "without --skip-tokenizer-init, or use protocol qwen_tools, which has none"
-        )
     if reason == "length" and len(ids) < body["max_tokens"]:
         raise UserError(
             f"the vLLM server at {base_url} ended a turn after {len(ids)} of {body['max_tokens']} tokens: start it "
@@ -130,6 +118,7 @@ def refusal(base_url: str, said: str, *, needed: int, model: str) -> UserError:
         "max_model_len": longer,
         "does not exist": f"start it with {model}, or with --served-model-name {model}",
         "logprobs": "start it with --max-logprobs -1",
+        "skip_tokenizer_init": "start it without this option: stop strings are found in text",
         "401: ": KEY_REMEDY,
         "vocabulary": "it serves a model with another tokenizer: start it with the model that is trained",
         "": "check its settings with `trl-search doctor --server`",
