@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from trl_search.common.errors import UserError
+from trl_search.config.run_file import shown_path
 from trl_search.records.folder import read_run
 from trl_search.records.publish.card_facts import read_facts
 from trl_search.records.publish.model_card import write_card
@@ -35,5 +36,6 @@ def finish_run(folder: Path, args: TrainingArguments) -> None:
         report = write_report([run], folder / REPORT)
     except UserError as error:  # report.html exists and is a file of the user
         logger.warning("the report was not written: %s", error)
-    (folder / CARD).write_text(str(write_card(read_facts(folder, args.hub_model_id or str(folder)))), encoding="utf-8")
+    facts = read_facts(folder, args.hub_model_id or shown_path(folder))
+    (folder / CARD).write_text(str(write_card(facts)), encoding="utf-8")
     log_results(args, run, report)

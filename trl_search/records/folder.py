@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import finite_or_none
 from trl_search.config.run_file import RUN_FILE
 from trl_search.evaluation.outcomes import RESULTS_FILE
@@ -179,7 +179,7 @@ def read_trajectories(run: Run | str | Path, steps: Collection[int] | None = Non
             try:
                 tables.append(parquet.ParquetFile(path).read())
             except (OSError, pyarrow.ArrowException) as error:
-                run.problems.append(f"{TRAJECTORY_FOLDER}/{path.name} cannot be read ({_short(error)})")
+                run.problems.append(f"{TRAJECTORY_FOLDER}/{path.name} cannot be read ({first_line(error)})")
     if not tables:
         return TRAJECTORY_SCHEMA.empty_table()
     return pyarrow.concat_tables(tables, promote_options="permissive")
@@ -207,7 +207,7 @@ def _read_history(folder: Path, recorded: Mapping[str, Any], problems: list[str]
                     rows.append((f"line {number}", json.loads(line)))
                 except ValueError as error:
                     cut = " and was cut off" if number == len(lines) else ""
-                    problems.append(f"{path.name} line {number} is not JSON{cut} ({_short(error)})")
+                    problems.append(f"{path.name} line {number} is not JSON{cut} ({first_line(error)})")
     else:
         # The results of a finished run hold its history, too.
         history = recorded.get("history")
@@ -235,7 +235,7 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        problems.append(f"{path.name} is not JSON, perhaps half-written ({_short(error)})")
+        problems.append(f"{path.name} is not JSON, perhaps half-written ({first_line(error)})")
         return {}
     if not isinstance(value, dict):
         problems.append(f"{path.name} holds no JSON object")
@@ -248,13 +248,9 @@ def _readable(path: Path, problems: list[str]) -> bool:
     try:
         columns = parquet.read_schema(path)
     except (OSError, pyarrow.ArrowException) as error:
-        problems.append(f"{name} cannot be read, perhaps half-written ({_short(error)})")
+        problems.append(f"{name} cannot be read, perhaps half-written ({first_line(error)})")
         return False
     wrong = [name for name in TRAJECTORY_SCHEMA.names if columns.get_field_index(name) < 0]
     if wrong:
         problems.append(f"{name} holds no trajectories: it has no {', '.join(wrong)}")
     return not wrong
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -82,7 +82,7 @@ def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
     if "trackio" in (args.report_to or []):
         _resume_trackio(args)
     columns = ("em", "f1", "searches", "questions")
-    step = max((row["step"] for row in run.history if "step" in row), default=0)
+    step = max((row["step"] for row in run.history), default=0)
     for tracker in running_trackers(args):
         values: dict[str, Any] = {
             f"{RESULTS_KEY}/{name}_{when}": row[name]

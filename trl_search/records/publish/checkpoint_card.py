@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.config.agent import AgentSettings
+from trl_search.config.run_file import shown_path
 from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.publish.card_facts import CardFacts, base_of
@@ -46,7 +47,7 @@ class CheckpointCards(TrainerCallback):
         info, peft = self.run_log.info, getattr(model, "peft_config", None)
         task, adapter = info.get("task") or {}, next(iter(peft.values())).to_dict() if peft else None
         facts = CardFacts(
-            repo_id=args.hub_model_id or str(folder),
+            repo_id=args.hub_model_id or shown_path(folder),
             settings=self.agent,
             protocol=self.protocol,
             base_model=base_of(info, adapter),

@@ -111,8 +111,7 @@ def history_of(run: Run) -> list[Mapping[str, Any]]:
     """The logged rows of a run, and rows for evaluations in `results.json` (before and after training) that were not
     logged."""
     logged = {row["step"] for row in run.history if is_number(row.get("eval/em"))}
-    rows = [row for row in run.history if "step" in row]
-    last = max((row["step"] for row in rows), default=0)
+    last = max((row["step"] for row in run.history), default=0)
     measured = {0: run.before}
     measured[last] = run.after or measured.get(last, {})
     added = [
@@ -126,7 +125,7 @@ def history_of(run: Run) -> list[Mapping[str, Any]]:
         for step, result in measured.items()
         if result and step not in logged
     ]
-    return sorted([*rows, *added], key=lambda row: row["step"])
+    return sorted([*run.history, *added], key=lambda row: row["step"])
 
 
 def metrics_of(panel: Panel, histories: Iterable[History]) -> list[tuple[str, str]]:
@@ -198,7 +197,7 @@ def curve(history: History, metric: str) -> dict[int, float | None]:
         >>> curve([{"step": 1, "kl": 0.5}, {"step": 2}, {"step": 3, "kl": None}], "kl")
         {1: 0.5, 3: None}
     """
-    logged = [(row["step"], row[metric]) for row in history if metric in row and "step" in row]
+    logged = [(row["step"], row[metric]) for row in history if metric in row]
     return dict(sorted((step, float(value) if is_number(value) else None) for step, value in dict(logged).items()))
 
 

@@ -115,7 +115,7 @@ def _em_fact(run: Run) -> Fact | None:
 
 
 def _steps_fact(run: Run) -> Fact | None:
-    steps = [row["step"] for row in run.history if "step" in row]
+    steps = [row["step"] for row in run.history]
     if not steps:
         return None
     planned = section(run.info, "config").get("max_steps")

@@ -133,5 +133,6 @@ class SearchLoss(GRPOTrainer):
                 self._micro_batch, self.vllm_importance_sampling_mode, bounds, self.accelerator
             )
             # NaN is not logged if nothing ran, because reports read it as a broken run.
-            for name, value in ((name, value) for name, value in found.items() if not math.isnan(value)):
-                self._metrics["train" if self.model.training else "eval"][name].append(value)
+            for name, value in found.items():
+                if not math.isnan(value):
+                    self._metrics["train" if self.model.training else "eval"][name].append(value)
