@@ -201,3 +201,14 @@ def test_an_impossible_mode_is_refused(tokenizer):
         ask("agentic", None, tokenizer)
     with pytest.raises(UserError, match="AnswerOnly has no retriever"):
         ask("rag", None, tokenizer, environment=AnswerOnly())
+
+
+@pytest.mark.parametrize(("mode", "key"), [("search", "max_completion_length"), ("direct", "max_turn_length")])
+def test_questions_that_are_too_long_are_refused_before_the_first_answer(tokenizer, mode, key):
+    policy = says(tokenizer, Answer("x"))
+    policy.positions = 2048
+    long = {"question": "\N{EURO SIGN}" * 700, "golden_answers": ["x"]}
+    with pytest.raises(UserError, match=rf"1 of 7 questions are too long for mode '{mode}': .* row 6 .*Lower {key}"):
+        ask(mode, policy, tokenizer, [*ROWS, long])
+    assert policy.prompts == []
+    assert len(ask("rag", policy, tokenizer, [*ROWS, long])) == 7  # its prompts are not known before the search

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from trl_search.common.errors import UserError
 from trl_search.policies.token_sampling import sample
 from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.types import FinishReason, Sampling
@@ -197,6 +198,16 @@ def test_stop_strings_budgets_and_eos(probed_model, tokenizer):
     assert stopped.finish_reason is FinishReason.STOP and tokenizer.decode(stopped.ids) == "<search> a </search>"
     assert cut.finish_reason is FinishReason.LENGTH and list(cut.ids) == script[:2]
     assert ended.finish_reason is FinishReason.EOS and list(ended.ids) == [*script, tokenizer.eos_token_id]
+
+
+def test_a_conversation_longer_than_the_model_has_positions_is_refused(probed_model, tokenizer):
+    """A model with rotary positions would go on, and write nonsense."""
+    policy = TransformersPolicy(probed_model, tokenizer)
+    room = probed_model.config.max_position_embeddings
+    (completion,) = generate(policy, [([7] * (room - 2), {"max_tokens": 2, "sampling": GREEDY})])
+    assert completion.ids
+    with pytest.raises(UserError, match=rf"need {room + 1} positions, but .* has {room}: lower max_completion_length"):
+        generate(policy, [([7] * (room - 2), {"max_tokens": 3, "sampling": GREEDY})])
 
 
 def test_a_cancelled_request_frees_its_slot(random_model, tokenizer):

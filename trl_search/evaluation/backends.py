@@ -115,5 +115,7 @@ def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
         options = {**lora_options(supported_rank(PeftConfig.from_pretrained(str(folder)), remedy)), **options}
         request = LoRARequest("policy", 1, str(folder.resolve()))
     engine = vllm.LLM(model=model, **options)
-    dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
-    return VLLMColocatePolicy(engine, lora_request=request), {"dtype": dtype}
+    config = engine.llm_engine.model_config
+    policy = VLLMColocatePolicy(engine, lora_request=request)
+    policy.positions = config.max_model_len
+    return policy, {"dtype": str(config.dtype).removeprefix("torch.")}

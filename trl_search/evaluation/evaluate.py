@@ -29,6 +29,7 @@ from trl_search.environment import AnswerOnly, Environment, SearchEnvironment
 from trl_search.evaluation.outcomes import Outcome, score
 from trl_search.policies.base import Policy
 from trl_search.protocols import Protocol
+from trl_search.protocols.prompt_length import too_long_prompts
 from trl_search.rollout import Job, run_batch
 from trl_search.types import Passage, Sampling, Trajectory
 
@@ -79,8 +80,12 @@ def answer_questions(
 
     Returns:
         `list[Outcome]`: One per row, in the order of the rows.
+
+    Raises:
+        UserError: if questions are too long for the model.
     """
     protocol = mode_protocol(mode, tokenizer, environment, agent)
+    check_room(mode, rows, protocol, agent, policy.positions)
     world = environment if mode == "search" else AnswerOnly()
     if mode == "rag":
         assert isinstance(environment, SearchEnvironment)  # mode_protocol has rejected others
@@ -91,9 +96,7 @@ def answer_questions(
         question, key = row["question"], f"{row.get('id', index)}/{row['question']}"
         if isinstance(world, SearchedOnce):
             return Job(partial(world.prompt, protocol, question), row, key)
-        # A dataset's own prompt is for the agent; the baselines use their own instruction.
-        asked = protocol.conversation(row) if mode == "search" else protocol.messages(question)
-        return Job(protocol.prompt_ids(asked), row, key)
+        return Job(protocol.prompt_ids(_asked(mode, row, protocol)), row, key)
 
     def finish(index: int, trajectory: Trajectory) -> None:
         outcomes[index] = score(trajectory, rows[index], str(rows[index].get("id", index)))
@@ -115,6 +118,38 @@ def answer_questions(
         )
     )
     return [outcomes[index] for index in range(len(rows))]
+
+
+def check_room(
+    mode: str, rows: Sequence[Mapping[str, Any]], protocol: Protocol, agent: AgentSettings, positions: int | None
+) -> None:
+    """Checks that all questions leave room for an answer. The passages of `rag` are not known before the search.
+
+    Args:
+        positions (`int`, *optional*): Tokens of the longest conversation of the policy, if that is known.
+
+    Raises:
+        UserError: names the rows that leave too little room.
+    """
+    if positions is None or mode == "rag":
+        return
+    budget = agent.max_completion_length
+    if mode != "search":  # one turn
+        budget = min(budget, agent.max_turn_length)
+    too_long = too_long_prompts([_asked(mode, row, protocol) for row in rows], protocol, positions - budget)
+    if too_long:
+        longest = max(too_long, key=lambda row: too_long[row])
+        raise UserError(
+            f"{len(too_long)} of {len(rows)} questions are too long for mode {mode!r}: the prompt of row {longest} "
+            f"has {too_long[longest]} tokens and an answer may have {budget}, but the model has {positions} "
+            "positions. "
+            f"Lower {'max_completion_length' if mode == 'search' else 'max_turn_length'}, or leave such questions out"
+        )
+
+
+def _asked(mode: str, row: Mapping[str, Any], protocol: Protocol) -> list[dict[str, Any]]:
+    # A dataset's own prompt is for the agent; the baselines use their own instruction.
+    return protocol.conversation(row) if mode == "search" else list(protocol.messages(row["question"]))
 
 
 def mode_protocol(

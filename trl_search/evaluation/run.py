@@ -33,7 +33,7 @@ from trl_search.environment import AnswerOnly, Environment
 from trl_search.environment.registry import call_word, takes_retriever
 from trl_search.evaluation.answers_file import Records
 from trl_search.evaluation.backends import Backend, open_policy
-from trl_search.evaluation.evaluate import answer_questions
+from trl_search.evaluation.evaluate import answer_questions, check_room, mode_protocol
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, macro, summarize
 from trl_search.evaluation.published_scores import size_class
 from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_sets, load_world_set
@@ -144,6 +144,11 @@ def run_evaluation(plan: Plan) -> str:
             if processes.is_main_process:
                 write_json(folder / SETTINGS, with_left_out(before, settings))
             processes.wait_for_everyone()
+
+            for mode in plan.modes:
+                protocol = mode_protocol(mode, tokenizer, environment, plan.agent)
+                for one in sets:
+                    check_room(mode, one.rows, protocol, plan.agent, policy.positions)
 
             # 4. The questions without a record.
             results: dict[str, dict[str, Evaluation]] = {}

@@ -23,9 +23,11 @@ class Policy(abc.ABC):
 
     Attributes:
         slots (`int`, *optional*): Requests that the engine runs at once; others queue. `None`: unknown.
+        positions (`int`, *optional*): Tokens of the longest conversation. `None`: unknown.
     """
 
     slots: int | None = None
+    positions: int | None = None
 
     @abc.abstractmethod
     async def generate(

@@ -13,12 +13,14 @@ import random
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_search.common.errors import UserError
 from trl_search.policies import probe
+from trl_search.policies.base import Turn
 from trl_search.policies.engine_thread import EngineThread, Request
 from trl_search.policies.kv_cache import SLOT_ATTENTION, SlotCache
 from trl_search.policies.thread_device import use_device
@@ -87,6 +89,7 @@ class TransformersPolicy(EngineThread):
         self.model = model
         self.tokenizer = tokenizer
         self.max_sequences = self.slots = max_sequences
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -116,6 +119,21 @@ class TransformersPolicy(EngineThread):
         await super().close()
         self.model.train(self._was_training)
         self.model.set_attn_implementation(self._attention)
+
+    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
+        """[`Policy.generate`].
+
+        Raises:
+            UserError: for more tokens than the model has positions, where it would write nonsense.
+        """
+        needed = len(prompt_ids) + turn["max_tokens"]
+        if self.positions is not None and needed > self.positions:
+            raise UserError(
+                f"a conversation of {len(prompt_ids)} tokens and a turn of {turn['max_tokens']} need {needed} "
+                f"positions, but {_name(self.model)} has {self.positions}: lower max_completion_length, or leave such "
+                "long questions out"
+            )
+        return await super().generate(prompt_ids, **turn)
 
     async def _probe(self) -> None:
         """Samples two conversations of different lengths, two turns each, to cover padding, warm slots and window."""

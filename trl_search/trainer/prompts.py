@@ -7,7 +7,6 @@ The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.protocols import Protocol
+from trl_search.protocols.prompt_length import too_long_prompts
 from trl_search.rewards import check_columns, required_columns
 from trl_search.rewards.golden_answers import golden_list
 from trl_search.rewards.signature import check_calls
@@ -145,7 +145,7 @@ def with_room(
     positions, completion = positions_of(model, args), args.max_completion_length
     if positions is None or not hasattr(dataset, "select"):
         return dataset
-    too_long = _too_long(dataset["prompt"], protocol, positions - completion)
+    too_long = too_long_prompts(dataset["prompt"], protocol, positions - completion)
     if not too_long:
         return dataset
     total, longest = len(dataset), max(too_long.values())
@@ -163,16 +163,3 @@ def with_room(
         f"so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
         f"{', or '.join(remedies) or 'shorten the prompts'}"
     )
-
-
-def _too_long(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:
-    """The lengths in tokens of the prompts that are longer than `room`, by row."""
-    frame = len(protocol.prompt_ids(protocol.messages("")))
-    found: dict[int, int] = {}
-    for row, prompt in enumerate(prompts):
-        # A token has at least one byte, so a prompt with few bytes need not be tokenized.
-        if frame + len(json.dumps(prompt, ensure_ascii=False).encode(errors="replace")) > room:
-            length = len(protocol.prompt_ids(prompt))
-            if length > room:
-                found[row] = length
-    return found

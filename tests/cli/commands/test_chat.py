@@ -245,8 +245,15 @@ def test_a_session_on_a_terminal(terminal: Terminal, tmp_path: Path):
     terminal.type("half a quest")
     terminal.until("quest")
     terminal.interrupt(prompt)
+    for wrong in ("0", "\N{SUPERSCRIPT TWO}"):
+        terminal.type(f"/k {wrong}\n")
+        terminal.until(prompt)
     terminal.type("/k 1\n")
     terminal.until(prompt)
+    terminal.type("qz" * 1100 + "\n")  # more tokens than the model has positions
+    terminal.until(prompt)
+    told = (tmp_path / "errors.log").read_text()
+    assert told.count("write it as /k 5") == 2 and "error: a conversation of 2" in told
     terminal.type("/help\n")
     assert "passages per query (now 1)" in terminal.until(prompt)
     terminal.type(f"{ASKED[0]}\n")

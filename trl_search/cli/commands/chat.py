@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -181,7 +182,7 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
         elif command == "/k":
             if searched is None:
                 print("this environment has no search, so /k does nothing", file=sys.stderr)
-            elif rest.strip().isdigit() and int(rest) > 0:
+            elif re.fullmatch("[1-9][0-9]{0,5}", rest.strip()):
                 searched.passages_per_query = int(rest)
             else:
                 print("write it as /k 5", file=sys.stderr)
@@ -190,13 +191,11 @@ def _session(chat: Chat, args: argparse.Namespace, seed: int, world: World | Non
         else:
             try:
                 (asked,) = asked_questions([line])
-            except UserError as error:
-                print(error, file=sys.stderr)
-                continue
-            try:
                 _answer(chat, asked, args, seed)
             except KeyboardInterrupt:
                 print("(interrupted)", file=sys.stderr)
+            except UserError as error:  # a question that is too long, a server that was lost: the next one may do
+                print(f"error: {error}", file=sys.stderr)
             seed += 1
 
 
