@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import httpx
@@ -14,6 +13,7 @@ from trl_search.cli.recipe_checks import GIB, check_model_is_there, check_questi
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.cli.start_checks import StartChecks
 from trl_search.common.errors import UserError
+from trl_search.common.launched import launched_rank
 from trl_search.evaluation.run import Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
 from trl_search.policies.loading import placement
@@ -24,7 +24,7 @@ _TIMEOUT_S = 5.0
 
 def refuse_evaluation(plan: Plan) -> None:
     """Raises `UserError` if the evaluation cannot run here. Only the first process checks."""
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return
     found = StartChecks()
     found.see("output", lambda: read_settings_file(plan.output))

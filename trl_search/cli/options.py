@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object
+from trl_search.common.launched import launched_rank
 
 if TYPE_CHECKING:
     from trl_search.config.searched import Searched
@@ -77,7 +77,7 @@ def explained_interrupt(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
 def tell_of_imports() -> None:
     """Tells a user at a terminal why nothing happens: torch and TRL take 5 to 10 s to import."""
-    if sys.stderr.isatty() and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    if sys.stderr.isatty() and "torch" not in sys.modules and launched_rank() == 0:
         print("importing torch and TRL ...", file=sys.stderr, flush=True)
 
 

@@ -54,6 +54,11 @@ class Check:
     said: str
     remedy: str = ""
 
+    @property
+    def text(self) -> str:
+        """What was found, and the remedy."""
+        return f"{self.said}: {self.remedy}" if self.remedy else self.said
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

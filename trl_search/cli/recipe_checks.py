@@ -22,6 +22,7 @@ from trl_search.cli.start_checks import refuse
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.hub import dataset_is_cached
+from trl_search.common.launched import launched_processes, launched_rank
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
 from trl_search.config.run_file import OUTPUT_DIR, absolute_folder
@@ -50,7 +51,7 @@ def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
     Raises:
         UserError: with every problem and its remedy, if there is a problem.
     """
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return
     refuse(recipe_checks(values, classes))
 
@@ -93,7 +94,7 @@ def gpus() -> list[Device]:
 
 def check_configuration(values: Mapping[str, Any], classes: Sequence[Any]) -> Check:
     """Runs TRL's and our own checks of the keys, for example of batch sizes and names."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         # Building the arguments connects the ranks: with `use_cpu` over gloo, while the others wait in NCCL.
         return Check("configuration", Status.OK, "every rank checks it when it starts")
     anywhere = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "report_to": "none"}

@@ -50,7 +50,7 @@ def refuse(checks: Iterable[Check]) -> None:
         if check.status is Status.PROBLEM and check.said not in [problem.said for problem in problems]:
             problems.append(check)
     if len(problems) == 1:
-        raise UserError(f"{problems[0].said}{f': {problems[0].remedy}' if problems[0].remedy else ''}")
+        raise UserError(problems[0].text)
     if problems:
-        lines = [f"  {check.name}: {check.said}{f': {check.remedy}' if check.remedy else ''}" for check in problems]
+        lines = [f"  {check.name}: {check.text}" for check in problems]
         raise UserError("\n".join(["this cannot run here:", *lines]))

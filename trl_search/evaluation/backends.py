@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.policies.base import Policy
 
 BACKENDS = ("transformers", "vllm", "vllm_server")
@@ -85,12 +86,7 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
 def _engine(backend: Backend, model: str) -> tuple[Policy, dict[str, Any]]:
     # The policy steps the engine itself, so the engine must run in this process. vLLM reads the variable on import.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"--backend vllm needs vLLM ({error}): pip install 'trl-search[vllm]', or use --backend transformers"
-        ) from error
+    vllm = import_extra("vllm", "--backend vllm", "vllm", ", or use --backend transformers")
     from trl_search.policies.adapters import read_adapter
     from trl_search.policies.vllm_colocate import VLLMColocatePolicy
     from trl_search.policies.vllm_versions import version_problem

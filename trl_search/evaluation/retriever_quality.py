@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from trl_search.common.errors import UserError
+from trl_search.common.extras import import_extra
 from trl_search.common.table_files import read_rows, table_format, table_name
 from trl_search.data import QuestionFields
 from trl_search.data.questions import sampled_rows
@@ -144,10 +145,7 @@ def _file(folder: Path, name: str) -> Path:
 def _against_judgements(
     found: Mapping[str, Sequence[Passage]], judgements: Mapping[str, Mapping[str, int]], k: int
 ) -> dict[str, float]:
-    try:
-        import ir_measures
-    except ImportError:
-        raise UserError("nDCG, recall and MRR need ir-measures: pip install 'trl-search[measures]'") from None
+    ir_measures = import_extra("ir_measures", "the computation of nDCG, recall and MRR", "measures")
     # Ranks as scores keep the retriever's order if it gave the same score twice.
     run = {query: {one.id: float(-rank) for rank, one in enumerate(found[query])} for query in judgements}
     cut = min(k, 10)

@@ -88,5 +88,4 @@ def _recipe(argv: list[str]) -> tuple[dict[str, Any], tuple[Any, ...]]:
 
 
 def line(check: Check) -> str:
-    remedy = f": {check.remedy}" if check.remedy else ""
-    return f"{check.status.value:<8} {check.name:<17} {check.said}{remedy}"
+    return f"{check.status.value:<8} {check.name:<17} {check.text}"

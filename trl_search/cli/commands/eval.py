@@ -19,7 +19,6 @@ instruction, budgets). Options override them. docs/evaluation.md explains how ea
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from trl_search.cli.options import (
 from trl_search.common.bounds import check_least, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
+from trl_search.common.launched import launched_processes, launched_rank
 
 _SIZES = ("auto", "3B", "7B", "all", "none")
 
@@ -111,7 +111,7 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     table = evaluate(args)
-    if not int(os.environ.get("RANK", "0")):
+    if launched_rank() == 0:
         from trl_search.evaluation.outcomes import RESULTS_FILE
         from trl_search.evaluation.run import RESULTS_MD
 
@@ -172,7 +172,7 @@ def evaluate(args: argparse.Namespace) -> str:
         published=args.published,
         command=command_without_secrets(["trl-search", *sys.argv[1:]]),
     )
-    plan.backend.check(int(os.environ.get("WORLD_SIZE", "1")))
+    plan.backend.check(launched_processes())
     refuse_evaluation(plan)
     with explained_interrupt(lambda: "the same command resumes it and does not repeat finished questions"):
         return run_evaluation(plan)

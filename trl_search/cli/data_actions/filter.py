@@ -17,7 +17,6 @@ filtering. Several processes (`accelerate launch -m trl_search data filter ...`)
 from __future__ import annotations
 
 import argparse
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from trl_search.cli.options import add_sampling_options, question_fields
 from trl_search.common.bounds import check_least
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
+from trl_search.common.launched import launched_rank
 
 _SET = "asked"
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             f"{folder} holds answers from other settings ({error.differences}): remove that folder, or give "
             "another --output"
         ) from error
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return 0
 
     # 2. Compute the pass rate of each question.

@@ -6,9 +6,10 @@ process never waits.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
+
+from trl_search.common.launched import launched_processes
 
 LONGEST_WAIT = timedelta(days=7)  # the slowest process may read a corpus or encode for days
 
@@ -33,7 +34,7 @@ ALONE = Workers()
 
 def launched_workers() -> Workers:
     """The processes that `accelerate launch` started, including this one. Makes this process's GPU torch's default."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if launched_processes() == 1:
         return ALONE
     import torch
     from accelerate import PartialState
