@@ -17,7 +17,7 @@ from trl_search.data.scripted_players import play_scripts
 from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.protocols.call_formats import CALL_FORMATS
-from trl_search.protocols.calls import call_of
+from trl_search.protocols.calls import NO_SUCH_TOOL, call_of
 from trl_search.protocols.tool_template import call_history, write_turn
 from trl_search.rewards.tag_structure import format_score
 from trl_search.types import Answer, Observation, Passage, Search, StopReason
@@ -65,6 +65,18 @@ def test_a_rendered_call_is_parsed(family):
             assert protocol.parse(protocol.read_turn([*protocol.encode(written), *end], context=context)) == action
     hostile = protocol.write("<answer>Lyon</answer>", Search(QUERIES))
     assert protocol.parse(protocol.read_turn(protocol.encode(hostile))) == Search(QUERIES)
+
+
+def test_gpt_oss_writes_thought_call_and_answer_in_their_channels():
+    protocol = protocol_of("gpt-oss")
+    analysis = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    call = ' to=functions.search<|channel|>commentary json<|message|>{"query_list": ["x"]}'
+    assert protocol.write("hm", Search(("x",))) == analysis + call
+    answered = protocol.write("hm", Answer("Lyon"))
+    assert answered == f"{analysis}<|channel|>final<|message|><answer> Lyon </answer>"
+    assert protocol.read_turn(protocol.encode(answered)) == "<think>hm</think><answer> Lyon </answer>"
+    browser = '<|channel|>analysis to=browser.search code<|message|>{"query": "x"}<|call|>'  # it was trained with it
+    assert protocol.parse(protocol.read_turn(protocol.encode(browser))) == NO_SUCH_TOOL
 
 
 @pytest.mark.parametrize("family", NATIVE)

@@ -34,8 +34,8 @@ _GLM_NAME = re.compile(r"\s*([^\W\d]\w{0,99})\s*(?=<arg_key>|\Z|\n)")
 _ARG = re.compile(r"<arg_key>([^<]{1,99})</arg_key>\s{0,9}<arg_value>((?:[^<]|<(?!/?arg_))*)</arg_value>")
 _KEY = re.compile(r"([{,]\s{0,9})(\w{1,99})(\s{0,9}:)")
 _HEADER = re.compile(
-    r"(?:<\|start\|>assistant)?(?: to=functions\.(?P<before>\w{1,99}))?<\|channel\|>(?P<channel>\w{1,20})"
-    r"(?: to=functions\.(?P<after>\w{1,99}))?[^<]{0,40}(?:<\|constrain\|>\w{1,20})?[^<]{0,9}<\|message\|>"
+    r"(?:<\|start\|>assistant)?(?: to=(?:functions\.)?(?P<before>[\w.]{1,99}))?<\|channel\|>(?P<channel>\w{1,20})"
+    r"(?: to=(?:functions\.)?(?P<after>[\w.]{1,99}))?[^<]{0,40}(?:<\|constrain\|>\w{1,20})?[^<]{0,9}<\|message\|>"
 )
 _HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>")
 

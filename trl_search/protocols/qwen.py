@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_search.protocols.base import Protocol
-from trl_search.protocols.call_formats import HERMES, write_call
+from trl_search.protocols.call_formats import HARMONY, HERMES, write_call
 from trl_search.protocols.calls import call_of, read_call, with_types
 from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.instructions import REPLY_TAGS
@@ -52,15 +52,18 @@ class QwenTools(Protocol):
         return with_types(action, schemas[action.name]) if isinstance(action, ToolCall) else action
 
     def write(self, thought: str, action: Search | ToolCall | Answer) -> str:
+        in_channels = self.call_format is HARMONY
         if isinstance(action, Answer):
-            return f"<think> {thought} </think>\n<answer> {action.text} </answer>"
-        asked = call_of(action)
-        if self.call_format is HERMES:
-            call = write_call(asked.name, asked.arguments)
+            said = f"{'<|channel|>final<|message|>' if in_channels else ''}<answer> {action.text} </answer>"
+        elif self.call_format is HERMES:
+            asked = call_of(action)
+            said = write_call(asked.name, asked.arguments)
         else:
             # If the prompt opens a thought, the template first closes it; here `thought` closes it.
-            call = _CLOSED_THOUGHT.sub("", write_turn(self.template, self.show, asked))
-        return f"<think> {thought} </think>\n{call}"
+            said = _CLOSED_THOUGHT.sub("", write_turn(self.template, self.show, call_of(action)))
+        if in_channels:
+            return f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant{said}"
+        return f"<think> {thought} </think>\n{said}"
 
     def _observation_frame(self) -> tuple[str, str]:
         self._require_template()
