@@ -335,7 +335,10 @@ class Protocol(abc.ABC):
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [
+                _without_nulls(message) | {key: message[key] for key in message if key == "content"}
+                for message in messages
+            ],
             tools=(self.tools or None) if self.shows_tools else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
@@ -343,3 +346,11 @@ class Protocol(abc.ABC):
         )
         assert isinstance(text, str)
         return text
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have `None`. Arrow, and so a dataset, gives each message, call and set of arguments
+    the keys of all others, which a template would write: `{"query_list": ["x"], "unit": null}`."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,12 @@ from trl_search.protocols import Protocol
 
 def conversation_check(protocol: Protocol) -> Callable[[Sequence[Any], str], None]:
     """A check of conversations that are given as prompts. A chat template that leaves out a message, such as one of
-    an unknown role, is found once per sequence of roles.
+    an unknown role, is found once per sequence of roles and of the keys of their messages.
 
     Raises:
         UserError: from the check; it names the place of the conversation.
     """
-    shown: set[tuple[str, ...]] = set()
+    shown: set[tuple[Any, ...]] = set()
 
     def check(messages: Sequence[Any], place: str) -> None:
         for message in messages:
@@ -38,18 +39,23 @@ def conversation_check(protocol: Protocol) -> Callable[[Sequence[Any], str], Non
                 f"{place} is a conversation without a system message, and is asked unchanged, so system_prompt has no "
                 "effect: put it into the conversation, or leave it out"
             )
-        if roles in shown:
+        form = tuple(
+            (message["role"], *sorted(key for key in message if message[key] is not None)) for message in messages
+        )
+        if form in shown:
             return
         try:
             text = protocol.render_messages(messages, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
             raise UserError(f"{place} is refused by the chat template: {error}") from error
         for message in messages:
-            if message["role"] != "assistant" and (message["content"] or "").strip() not in text:
+            said = (message["content"] or "").strip()
+            quoted = json.dumps(said, ensure_ascii=False)[1:-1]  # as some templates write a tool's reply
+            if message["role"] != "assistant" and said not in text and quoted not in text:
                 raise UserError(
                     f"{place} has a message of the role {message['role']!r}, which the chat template does not show: "
                     "give it a role that the template knows, such as user"
                 )
-        shown.add(roles)
+        shown.add(form)
 
     return check
