@@ -94,7 +94,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         check_share(max_failed_share=self.max_failed_share)
         if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
             raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
-        played = self.teacher == "scripts" or self.demonstrations > 0
+        played = self.teacher_is_scripted or self.demonstrations > 0
         if self.script is not None:
             if not played:
                 raise UserError(
@@ -107,9 +107,9 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
                 "script (script: my_agent:open_page; docs/own-agent.md), or use a model as the teacher and set "
                 "demonstrations: 0"
             )
-        elif self.teacher == "scripts" and self.questions != "world" and not self.max_searches:
+        elif self.teacher_is_scripted and self.questions != "world" and not self.max_searches:
             raise UserError("teacher: scripts shows how to search: set max_searches to at least 1")
-        if self.demonstrations < 0 or (self.demonstrations and self.teacher == "scripts"):
+        if self.demonstrations < 0 or (self.demonstrations and self.teacher_is_scripted):
             raise UserError(
                 f"demonstrations={self.demonstrations} must be at least 0, and 0 with teacher: scripts: set it to 0, "
                 "or use a model as the teacher"
@@ -120,7 +120,16 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
     @property
     def plays_the_world(self) -> bool:
         """Whether the shipped scripts play the embedded world; their trajectories are not collected or selected."""
-        return self.teacher == "scripts" and self.questions == "world" and self.script is None
+        return self.teacher_is_scripted and self.questions == "world" and self.script is None
+
+    @property
+    def plays_with_evidence(self) -> bool:
+        """Whether the shipped scripts play other questions; they look for gold passages, if the rows name them."""
+        return self.script is None and (self.teacher_is_scripted or self.demonstrations > 0)
+
+    @property
+    def teacher_is_scripted(self) -> bool:
+        return self.teacher == "scripts"
 
     @property
     def teacher_is_served(self) -> bool:
