@@ -119,6 +119,20 @@ class Chat:
         finally:
             heard.on = False
 
+    def check_length(self, question: str) -> None:
+        """Checks that a question leaves room for a turn.
+
+        Raises:
+            UserError: if the model has fewer positions.
+        """
+        length = len(self.protocol.prompt_ids(self.protocol.messages(question)))
+        turn, positions = min(self.limits.turn_tokens, self.limits.completion_tokens), self.policy.engine.positions
+        if positions is not None and length + turn > positions:
+            raise UserError(
+                f"the question {question[:60]!r} ... is too long: its prompt has {length} tokens and a turn may have "
+                f"{turn}, but the model has {positions} positions"
+            )
+
     def close(self) -> None:
         """Stops the engine and the searches. Safe to call twice."""
         if self._opened:

@@ -1,7 +1,7 @@
 """Shows a chat on a terminal: thoughts, calls, passages and the answer each have a colour.
 
-There are no colours in a pipe or if `NO_COLOR` is set. Text of a model or a search is untrusted. Its control
-characters, which could move the cursor, rename the window or reverse the text, are printed as escapes (`\\x1b`).
+There are no colours in a pipe or if `NO_COLOR` is set. Text of a model or a search is untrusted, and printed with
+`visible`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from trl_search.chat.events import Calling, Corrected, Event, Found, Returned, Said, SearchFailed, Searching
 from trl_search.chat.session import Reply
+from trl_search.common.visible import visible
 from trl_search.types import Passage
 
 MAX_PASSAGE_CHARS = 320
@@ -22,18 +23,6 @@ STYLES = {"think": "dim italic", "tool_call": "cyan", "search": "cyan", "answer"
 _TAG = re.compile(rf"<(/?)({'|'.join(STYLES)})>")
 _TAGS = [f"<{slash}{name}>" for name in STYLES for slash in ("", "/")]
 _TAG_BEGUN = re.compile(r"<[^<>]{0,11}$")
-# C0 and C1 except tab and newline, characters that change the direction of text, and halves of surrogate pairs.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with every control character as an escape.
-
-    Example:
-        >>> visible("\\x1b[2Jgone")
-        '\\\\x1b[2Jgone'
-    """
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Painter:

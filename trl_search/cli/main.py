@@ -20,6 +20,7 @@ import trl_search.cli.commands
 from trl_search.cli.parser import CommandParser
 from trl_search.common.errors import Explained, unknown_name
 from trl_search.common.files import disk_is_full, home_expanded
+from trl_search.common.visible import visible
 
 # The order in which a new user needs them; other commands follow alphabetically.
 ORDER = (
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"trl-search: error: {_message(error)}", file=sys.stderr)
+        print(visible(f"trl-search: error: {_message(error)}"), file=sys.stderr)  # it may hold a server's text
         return USER_ERROR
 
 

@@ -50,7 +50,7 @@ def test_one_question(capsys, monkeypatch):
 
 
 def test_a_pipe_of_questions_gives_one_json_object_per_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\n\n  {ASKED[1]}  \n"))
+    monkeypatch.setattr(sys, "stdin", Pipe(f"\ufeff{ASKED[0]}\n\n  {ASKED[1]}  \n"))
     assert main([*TINY, "--json", "--seed", "7", "--passages_per_query", "2"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["question"] for record in records] == ASKED and [record["seed"] for record in records] == [7, 8]
@@ -67,6 +67,13 @@ def test_a_question_that_is_no_text_is_refused_before_anything_is_loaded(capsys,
     assert main([*TINY, "--json"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "a question is not UTF-8" in captured.err
+
+
+def test_a_question_that_is_too_long_is_refused_before_the_first_answer(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Pipe(f"{ASKED[0]}\n{'qz' * 1100}\n"))
+    assert main([*TINY, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "'qzqz" in captured.err and "is too long: its prompt has 2" in captured.err
 
 
 def test_without_searches_the_policy_answers_from_memory(capsys):

@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--world and --retriever {args.retriever} exclude each other: give only one of them")
     what = args.retriever or _default_retriever(args)
     if not args.questions and not sys.stdin.isatty():
-        args.questions = [line.strip() for line in sys.stdin if line.strip()]
+        lines = sys.stdin.read().removeprefix("\ufeff").split("\n")  # Windows' editors write a byte-order mark
+        args.questions = [line.strip() for line in lines if line.strip()]
         if not args.questions:
             raise UserError("there is no question: give one in quotes, or one per line on stdin")
     args.questions = asked_questions(args.questions)
@@ -131,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
     seed = random.getrandbits(32) if args.seed is None else args.seed
     with contextlib.closing(retriever) if retriever else contextlib.nullcontext(), chat:
         if args.questions:
+            for question in args.questions:
+                chat.check_length(question)
             answered = [_answer(chat, question, args, seed + n) for n, question in enumerate(args.questions)]
             return int(not all(answered))
         _session(chat, args, seed, None if searched is None else searched.world)

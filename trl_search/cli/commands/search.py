@@ -20,6 +20,7 @@ from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_op
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
 from trl_search.common.bounds import check_least
+from trl_search.common.visible import visible
 from trl_search.types import Passage
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.closing(searched.load()) as retriever:
         found = retriever.search(questions, args.passages_per_query)
     for question, passages in zip(questions, found, strict=True):
-        print(f"{question}\n")
+        print(f"{visible(question)}\n")
         print("\n\n".join(_shown(rank, passage) for rank, passage in enumerate(passages, start=1)) or "   no match")
         print()
     return 0
@@ -50,4 +51,4 @@ def run(args: argparse.Namespace) -> int:
 def _shown(rank: int, passage: Passage) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     text = textwrap.fill(passage.text, width, initial_indent="   ", subsequent_indent="   ")
-    return f"{rank}. {passage.title or '(no title)'}   [id {passage.id}, score {passage.score:.2f}]\n{text}"
+    return visible(f"{rank}. {passage.title or '(no title)'}   [id {passage.id}, score {passage.score:.2f}]\n{text}")
