@@ -98,6 +98,7 @@ def test_parsing_takes_linear_time(tokenizer, piece):
     [
         '```json\n{"name": "search", "arguments": {"query": "x"}}\n```', 'search(query="x")', 'search: {"query": "x"}',
         "<function=search><parameter=query_list>x</parameter></function>", "null", '"[\\"a\\", \\"b\\"]"',
+        'search{"query_list": ["x"]}', "call:search{query: x}",
     ],
 )  # fmt: skip
 def test_a_near_call_is_not_a_query(tokenizer, call):
@@ -113,6 +114,8 @@ def test_a_call_without_its_tags_is_a_near_call(tokenizer):
     fenced = 'I will look it up.\n```json\n{"name": "search", "arguments": {"query": "x"}}\n```'
     assert protocol.parse(fenced) == Invalid(protocol.correction, near=True)
     assert protocol.parse("<search> x </search>") == Invalid(protocol.correction, near=True)
+    built_in = '<|python_tag|>brave_search.call(query="x")'  # Llama 3.1 was trained with it
+    assert protocol.parse(built_in) == Invalid(protocol.correction, near=True)
     assert protocol.parse(f"<think> {fenced} </think> Hm.") == EndOfTurn()
     assert protocol.parse("I could search (again) or give up.") == EndOfTurn()
     assert load_protocol("qwen_tools", tokenizer, tools=()).parse(fenced) == EndOfTurn()

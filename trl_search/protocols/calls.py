@@ -20,14 +20,14 @@ MAX_QUERY_CHARS = 1000
 NO_SUCH_TOOL = Invalid("there is no tool of that name")
 # Every repetition is bounded, so that matching takes linear time.
 _NOT_A_QUERY = re.compile(
-    r"""```|</?[a-z_|]|\[/?[A-Z_]{2,20}\]|^\w{0,20}search\s{0,3}(?:\(|:\s{0,3}[{\["'])|^"[\[{]|^(?:null|none|undefined)$""",
+    r"""```|</?[a-z_|]|\[/?[A-Z_]{2,20}\]|^[\w:]{0,20}search\s{0,3}(?:[({]|:\s{0,3}[{\["'])|^"[\[{]|^(?:null|none|undefined)$""",
     re.IGNORECASE,
 )
 # The JSON types that bare text is converted to.
 _TYPES: dict[str, tuple[type, ...]] = {"number": (int, float), "integer": (int,), "boolean": (bool,)}
 _UNTAGGED = re.compile(
     r"""["'](?:name|function)["']\s{0,9}:\s{0,9}["']search["']|["']query(?:_list)?["']\s{0,9}:"""
-    r"""|\bsearch\((?:["'\[{]|query)|<function=|<\|?/?tool_call|\[TOOL_CALLS\]""",
+    r"""|\bsearch\((?:["'\[{]|query)|<function=|<\|?/?tool_call|\[TOOL_CALLS\]|<\|python_tag\|>""",
     re.IGNORECASE,
 )
 
