@@ -78,6 +78,16 @@ def test_a_damaged_archive_is_reported_in_one_line(
     ("name", "content", "message"),
     [
         ("q.csv", b"a,b\n1,2\n3\n", r"q\.csv, line 3: 1 fields, but the header has 2"),
+        (
+            "q.csv",
+            b"a;b\n1;2\n",
+            r"q\.csv: the header 'a;b' is separated by semicolons, but a \.csv file by commas: save",
+        ),
+        (
+            "q.tsv",
+            b"a,b\n1,2\n",
+            r"q\.tsv: the header 'a,b' is separated by commas, but a \.tsv file by tabs: save it",
+        ),
         ("q.csv", b"a,b\n1,2,3\n", r"q\.csv, line 2: 3 fields, but the header has 2"),
         ("q.tsv", b'a\tb\n"open\t2\n3\t4\n', r"q\.tsv, after line 0: unexpected end of data"),
         ("q.tsv", b'a\tb\n"x" y\t2\n', r"q\.tsv, after line 0: .* expected after"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import subprocess
@@ -196,6 +197,19 @@ def test_a_missing_column_names_the_option(tmp_path: Path) -> None:
         load_questions(path, fields=QuestionFields(answers="aswer"))
     with pytest.raises(UserError, match=r"no column 'number'.*--id_field COLUMN"):
         load_questions(path, fields=QuestionFields(answers="answer", id="number"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"), [("Ann Lee|Lee", 1), ("Ann Lee; Lee", 1), ('["Ann|Lee", "Lee"]', 0), ("Ann Lee, Lee", 0)]
+)
+def test_answers_joined_in_one_cell_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cell: str, told: int
+) -> None:
+    """They were taken as one answer in silence, and every reward of the run was 0."""
+    with (tmp_path / "q.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Frage", "Antworten"), ("Wer?", cell), ("Wann?", "1900")])
+    load_questions(tmp_path / "q.csv", fields=QuestionFields("Frage", "Antworten"))
+    assert caplog.text.count(f"q.csv, line 2: {cell!r}; 1 of 2 rows). If these are several answers") == told
 
 
 def test_golden_answers_take_precedence_over_the_reward_model(tmp_path: Path) -> None:

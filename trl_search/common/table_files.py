@@ -157,6 +157,7 @@ def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(rows, [])
+            _check_separator(header, delimiter, path)
             chosen = _unambiguous(header if choose is None else choose(header, str(path)), header, path)
             for cells in rows:
                 number = rows.line_num
@@ -177,6 +178,17 @@ def _csv_rows(path: Path, delimiter: str, choose: Choose | None) -> Iterator[Row
         raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason}): convert the file") from None
     except _BROKEN as error:
         raise _broken(path, number, error) from error
+
+
+def _check_separator(header: Sequence[str], delimiter: str, path: Path) -> None:
+    """Refuses a file with another separator: Excel writes `.csv` files with semicolons in many countries."""
+    other = next((mark for mark in ";\t,|" if mark != delimiter and len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        names = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
+        raise UserError(
+            f"{path}: the header {header[0]!r:.80} is separated by {names[other]}, but a {table_format(path)} file by "
+            f"{names[delimiter]}: save it with {names[delimiter]}, or as .jsonl"
+        )
 
 
 def _parquet_rows(path: Path, choose: Choose | None) -> Iterator[Row]:

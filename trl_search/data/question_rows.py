@@ -124,6 +124,13 @@ def _golden(row: Mapping[str, Any], fields: QuestionFields) -> list[str]:
     return golden if golden or fields.answers else golden_list(_dig(row, "reward_model", "ground_truth"))
 
 
+def joined_answers(row: Mapping[str, Any], fields: QuestionFields) -> str | None:
+    """The cell of the golden answers, if it may hold several in one string: "Lyon|Lugdunum". `None` otherwise."""
+    cell = row.get(fields.answers or "golden_answers")
+    held = isinstance(cell, str) and ("|" in cell or ";" in cell) and golden_list(cell) == [cell]
+    return cell if held else None
+
+
 def _dig(row: Mapping[str, Any], column: str, key: str) -> Any:
     """`row[column][key]`, or `None` if it is missing; the column may hold its struct as JSON."""
     struct = row.get(column)

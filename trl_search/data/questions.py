@@ -24,7 +24,7 @@ from trl_search.common.table_files import FORMATS, read_rows, table_format, tabl
 from trl_search.data.evidence import EVIDENCE, EVIDENCE_COLUMNS, evidence_of
 from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
-from trl_search.data.question_rows import PASS_RATE, QuestionFields, question_row
+from trl_search.data.question_rows import PASS_RATE, QuestionFields, joined_answers, question_row
 
 # A file with one of these names takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
 SPLITS = ("train", "dev", "validation", "test")
@@ -96,12 +96,23 @@ def load_questions(
         origin, raw = str(path), read_rows(path, choose)
     else:
         raise unknown_name("dataset", name, HUB_SETS)
-    rows = [
-        {**question_row(row, index, where, source, columns), **(evidence_of(row, where) if evidence else {})}
-        for index, (where, row) in enumerate(raw)
-    ]
+    rows, joined = [], []
+    for index, (where, row) in enumerate(raw):
+        rows.append(
+            {**question_row(row, index, where, source, columns), **(evidence_of(row, where) if evidence else {})}
+        )
+        if cell := joined_answers(row, columns):
+            joined.append(f"{where}: {cell!r:.80}")
     if not rows:
         raise UserError(f"{origin} is empty: it holds no questions")
+    if joined:
+        logger.warning(
+            'one answer holds a | or a ; (%s; %d of %d rows). If these are several answers, write a list, ["a", "b"], '
+            "in the cell: else only the whole text counts as right",
+            joined[0],
+            len(joined),
+            len(rows),
+        )
     told = {name: datasets.List(datasets.Value("string")) for name in EVIDENCE} if evidence else {}
     if any(PASS_RATE in row for row in rows):
         told[PASS_RATE] = datasets.Value("float64")

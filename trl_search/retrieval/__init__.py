@@ -116,8 +116,8 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     nearest = nearest_names(name, RETRIEVERS.names(), 1)
     hint = f"did you mean {nearest[0]!r}? Give" if nearest else "give"
     raise UserError(
-        f"{name!r} is not a retriever: {hint} an index folder, the address of a server (http://host:8000), or one of "
-        f"the kinds {', '.join(RETRIEVERS.names())}"
+        f"{name!r} is not a retriever, and not a folder here: {hint} an index folder, the address of a server "
+        f"(http://host:8000), or one of the kinds {', '.join(RETRIEVERS.names())}"
     )
 
 

@@ -188,6 +188,47 @@ def test_a_truncated_compressed_file_is_named(tmp_path: Path, packed: str) -> No
         list(read_corpus(file))
 
 
+def test_a_folder_of_text_files_is_a_corpus(tmp_path: Path) -> None:
+    """It was read as one row per line, and refused for an id that no option could name."""
+    notes = tmp_path / "notes"
+    (notes / "alps" / ".git").mkdir(parents=True)
+    (notes / "Orlune.txt").write_bytes(b"\xef\xbb\xbfA harbour town.\r\nIt is old.\r\n")
+    (notes / "alps" / "Orlune.txt").write_text("A peak.")
+    (notes / "alps" / ".git" / "config").write_text("left out")
+    found = [
+        Passage("Orlune.txt", "Orlune", "A harbour town.\nIt is old.\n"),
+        Passage("alps/Orlune.txt", "Orlune", "A peak."),
+    ]
+    assert list(read_corpus(notes)) == found
+    build_index(notes, tmp_path / "index")
+    assert list(open_index(tmp_path / "index", "bm25").corpus) == found
+
+    before = open_source(notes).fingerprint
+    assert before is not None
+    recorded = before()
+    (notes / "alps" / "Orlune.txt").write_text("A pass.")
+    assert before() != recorded
+
+    with pytest.raises(UserError, match="'docno' is missing; the fields are: id, title, text"):
+        open_source(notes, Fields(id_field="docno"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.txt", b"Z\xfcrich", r"b\.txt: not UTF-8 .* at byte 1.*convert the file"),
+        ("b.pdf", b"%PDF", r"holds a\.txt, but also b\.pdf: .*files of one kind, \.txt or \.md; move the others"),
+    ],
+)
+def test_a_folder_of_text_files_with_others_is_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("A town.")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_corpus(tmp_path))
+
+
 def test_a_beir_folder_gives_its_corpus(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(JSONL)
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who?"}\n')

@@ -5,7 +5,8 @@
     accelerate launch -m trl_search index --corpus org/dataset --kind dense ...        encodes on every GPU
 
 The corpus is a file (`.jsonl`, `.json`, `.csv`, `.tsv`, each also as `.gz`, `.bz2`, `.xz` or `.zst`; `.parquet`), a
-BEIR folder, or a dataset on the hub (`name`, `name:config`, `name:config:split`). Its rows have one of two forms:
+folder of `.txt` or `.md` files (one passage each: `trl-search data chunk` cuts long ones), a BEIR folder, or a dataset
+on the hub (`name`, `name:config`, `name:config:split`). Its rows have one of two forms:
 
     {"id": "17", "contents": "\\"Mira Talvane\\"\\nMira Talvane was born in Orlune ..."}
     {"id": "17", "title": "Mira Talvane", "text": "Mira Talvane was born in Orlune ..."}
@@ -59,7 +60,7 @@ OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", "id_field", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", required=True, metavar="FILE", help="the passages: a file, or a dataset's name")
+    parser.add_argument("--corpus", required=True, metavar="FILE", help="the passages: a file, a folder, or a dataset's name")
     parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to write")
     parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="kind of index (default: bm25)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
     trl-search data chunk documents.jsonl --size 100 --output corpus.jsonl                    words, as in wiki-18
     trl-search data chunk docs.parquet --size 200 --overlap 40 --output corpus.jsonl          overlap of 40 words
+    trl-search data chunk notes/ --output corpus.jsonl                                        a folder of .txt files
     trl-search data chunk docs.tsv --size 254 --tokenizer intfloat/e5-base-v2 --output ...    tokens of an encoder
 
 DOCUMENTS has the formats of `trl-search index --corpus`. A passage is a verbatim piece of its document, with the same
@@ -21,7 +22,7 @@ from trl_search.common.files import written_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("documents", metavar="DOCUMENTS", help="a file, a BEIR folder, or a dataset's name")
+    parser.add_argument("documents", metavar="DOCUMENTS", help="a file, a folder, or a dataset's name")
     parser.add_argument("--output", required=True, metavar="FILE", help="the corpus to write, a .jsonl file")
     parser.add_argument(
         "--size", type=int, default=100, metavar="N", help="words or tokens per passage (default: 100)"

@@ -74,7 +74,7 @@ class Fields:
 def _first(names: Iterable[str], row: Mapping[str, Any], where: str, missing: str, option: str) -> str:
     found = next((name for name in names if row.get(name) is not None), None)
     if found is None:
-        raise UserError(f"{where}: {missing}; {_listed(row)}; name yours with --{option} ({option}=...)")
+        raise UserError(f"{where}: {missing}; {_listed(row)}; name yours with --{option} ({option}=...), or add one")
     return found
 
 

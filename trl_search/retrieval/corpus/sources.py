@@ -2,6 +2,7 @@
 
     wiki.jsonl   psgs_w100.tsv.gz   wiki.parquet     a file (`common/table_files.py`)
     scifact/                                         a BEIR folder with its corpus.jsonl, or an index folder
+    notes/                                           a folder of .txt or .md files (`text_folder.py`)
     org/name   org/name:config:split                 a dataset of the hub, through `datasets`; or a folder of its files
 
 For every source, `fields.py` finds the fields, and every error names its place: "x.jsonl, line 7".
@@ -22,6 +23,7 @@ from trl_search.common.files import cache_folder, home_expanded, written_whole
 from trl_search.common.hub import refuse_unreachable_dataset
 from trl_search.common.table_files import COMPRESSIONS, FORMATS, Row, read_rows
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields, passage_row
+from trl_search.retrieval.corpus.text_folder import COLUMNS, TextFolder
 from trl_search.types import Passage
 
 BEIR_CORPUS = [f"corpus.jsonl{packed}" for packed in ("", *COMPRESSIONS)]
@@ -90,7 +92,19 @@ def open_source(corpus: str | Path | Iterable[Passage], fields: Fields = USUAL_F
         raise UserError(f"there is no corpus file {corpus}")
     if "://" in str(corpus):
         raise UserError(f"{corpus} is an address, but a corpus is a file, an index folder, or a dataset of the hub")
+    if path.is_dir() and (folder := TextFolder.find(path)) is not None:
+        return _text_source(folder, fields)
     return _dataset_source(str(path) if path.is_dir() else str(corpus), fields)
+
+
+def _text_source(folder: TextFolder, fields: Fields) -> Source:
+    fields.choose(COLUMNS, str(folder.path))
+
+    def fingerprint() -> Fingerprint:
+        size, sha256 = folder.size_and_sha256()
+        return Fingerprint(str(folder.path), size, 0, sha256)
+
+    return Source(str(folder.path), folder.rows, fingerprint)
 
 
 def _passage_rows(passages: Iterable[Passage]) -> Iterator[Row]:
