@@ -60,7 +60,9 @@ OWN = ("corpus", "output", "kind", "overwrite", "skip_duplicates", "id_field", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", required=True, metavar="FILE", help="the passages: a file, a folder, or a dataset's name")
+    parser.add_argument(
+        "--corpus", required=True, metavar="FILE", help="the passages: a file, a folder, or a dataset's name"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="the index folder to write")
     parser.add_argument("--kind", default="bm25", choices=INDEX_KINDS.names(), help="kind of index (default: bm25)")
     parser.add_argument(
