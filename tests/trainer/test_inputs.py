@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from trl.rewards import think_format_reward
 
 from tests.support.fakes import FixedRetriever
+from tests.support.families import FAMILIES
 from tests.support.scripted_trainer import DATA, PASSAGES, config, later_is_better, real_trainer, steps
 from trl_search.common.errors import UserError
 from trl_search.environment import AnswerOnly
@@ -202,6 +203,22 @@ def test_training_evaluation_and_record_use_the_same_prompt(tmp_path, random_mod
         evaluated.measure()
     asked = [messages for messages in seen if messages != trainer.protocol.messages("")]  # measured for its length
     assert asked and all(messages == own for messages in asked)
+
+
+def test_cached_prompts_depend_on_the_control_tokens_of_the_model(tmp_path):
+    """Else the second model would get the prompts of the first, with its own control tokens in them."""
+    row = {"question": "What do [INST] and <|eot_id|> mean?"}
+    Dataset.from_list([row]).save_to_disk(tmp_path / "data")
+    for family in ("Qwen3", "Mistral 7B", "Llama 3"):
+        protocol = SearchR1(FAMILIES[family].tokenizer())
+        rows = with_prompts(Dataset.load_from_disk(tmp_path / "data"), protocol, [], "train_dataset")
+        assert rows[0]["prompt"] == protocol.conversation(row)
+        asked = protocol.prompt_ids(protocol.messages("x"))
+        control = [
+            [index for index in ids if index in protocol.control.ids]
+            for ids in (asked, protocol.prompt_ids(rows[0]["prompt"]))
+        ]
+        assert control[0] == control[1]
 
 
 def test_cached_prompts_depend_on_the_protocol(tmp_path, tokenizer):

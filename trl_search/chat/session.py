@@ -244,6 +244,7 @@ def load_chat(
         ...     chat.ask("Who founded Orlune?").answer
     """
     from trl_search.policies.loading import load_model, load_tokenizer
+    from trl_search.policies.server_tokenizer import refuse_other_tokenizer
     from trl_search.policies.tiny import tiny_policy_path
     from trl_search.policies.transformers_policy import TransformersPolicy
     from trl_search.policies.vllm_server import VLLMServerPolicy
@@ -262,6 +263,7 @@ def load_chat(
         loaded = load_model(name, device=device, dtype=dtype)
         policy = TransformersPolicy(loaded, tokenizer, max_sequences=1)
     else:
+        refuse_other_tokenizer(server, tokenizer, model)
         policy = VLLMServerPolicy(server, patience_s=30.0)
     protocol = protocol_of(settings, tokenizer, environment.tools, environment.instruction)
     return Chat(policy, protocol, environment, settings.limits, sampling)

@@ -77,9 +77,11 @@ def open_policy(backend: Backend, model: str, tokenizer: Any) -> Iterator[tuple[
     elif backend.name == "vllm":
         yield _engine(backend, model)
     else:
+        from trl_search.policies.server_tokenizer import refuse_other_tokenizer
         from trl_search.policies.vllm_server import VLLMServerPolicy
 
         assert backend.server is not None
+        refuse_other_tokenizer(backend.server, tokenizer, model, backend.served_model)
         yield VLLMServerPolicy(backend.server, model=backend.served_model), {}
 
 

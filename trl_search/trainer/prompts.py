@@ -99,12 +99,19 @@ def _check_golden(dataset: Dataset, name: str) -> None:
 def _fingerprint(dataset: Any, protocol: Protocol) -> str | None:
     """The cache key of the prompts for `map`: a hash of everything they depend on.
 
-    By default `map` also hashes the tokenizer, which takes most of the trainer's start-up time. `None` for a protocol
-    of another package, whose prompts may depend on more.
+    By default `map` also hashes the whole tokenizer, which takes most of the trainer's start-up time. Here, only what
+    decides how control tokens in a question are escaped is hashed. `None` for a protocol of another package, whose
+    prompts may depend on more.
     """
     if not isinstance(dataset, Dataset) or not type(protocol).__module__.startswith("trl_search.protocols."):
         return None
-    return Hasher.hash([dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt])
+    tokenizer = protocol.tokenizer
+    added = sorted((index, token.content, token.special) for index, token in tokenizer.added_tokens_decoder.items())
+    normalizer = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None))
+    escapes = [added, normalizer, protocol.template_text]
+    return Hasher.hash(
+        [dataset._fingerprint, type(protocol).__name__, protocol.instruction, protocol.system_prompt, escapes]
+    )
 
 
 def check_reward_calls(rewards: Sequence[Any], dataset: Any, name: str) -> None:

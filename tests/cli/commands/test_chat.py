@@ -115,6 +115,8 @@ def test_a_vllm_server_generates_whole_turns(capsys):
     def answer(asked: Asked) -> Said:
         if asked.target == "/collective_rpc":  # as without VLLM_SERVER_DEV_MODE=1
             return Said(status=404)
+        if asked.target == "/tokenize":
+            return Said({"tokens": [token + shift for token in tokenizer.encode(asked.json["prompt"])]})
         if asked.target != "/v1/completions":
             return Said({"data": [{"id": "tiny", "max_model_len": 2048}], "version": "0.31.0"})
         first = "<tool_response>" not in tokenizer.decode(asked.json["prompt"])
@@ -122,9 +124,14 @@ def test_a_vllm_server_generates_whole_turns(capsys):
         logprobs = {"token_logprobs": [-0.1] * len(ids)}
         return Said({"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}]})
 
+    shift = 0
     with serving(answer) as server:
         assert main([*TINY, ASKED[0], "--json", "--server", server.url]) == 0
-    reply = json.loads(capsys.readouterr().out)
+        shift = 1
+        assert main([*TINY, ASKED[0], "--json", "--server", server.url]) == 2
+    captured = capsys.readouterr()
+    assert "has another tokenizer than tiny, so it serves another model" in captured.err
+    reply = json.loads(captured.out)
     assert reply["queries"] == ["town"] and reply["answer"] == "Orlune" and len(reply["passages"]) == 3
 
 

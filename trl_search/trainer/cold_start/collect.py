@@ -37,6 +37,7 @@ from trl_search.common.provenance import without_secrets
 from trl_search.environment import Environment
 from trl_search.evaluation.outcomes import score
 from trl_search.policies.base import Policy
+from trl_search.policies.server_tokenizer import PROBE
 from trl_search.protocols import Protocol
 from trl_search.rewards.tag_structure import format_score
 from trl_search.rollout import Job, Limits, run_batch
@@ -225,10 +226,6 @@ def _attempt(index: int, sample: int, row: Mapping[str, Any], trajectory: Trajec
         ids=trajectory.ids,
         mask=trajectory.mask,
     )
-
-
-# Tokenizers that encode this text identically count as the same.
-PROBE = '<|im_start|>assistant\n<think> Wer schrieb „Die Mühle“? 東京 3.14 </think>\n<tool_call> {"a": [1]}<|im_end|>'
 
 
 def _hash(value: Any) -> str:

@@ -25,12 +25,11 @@ from trl_search.environment import Environment
 from trl_search.evaluation.settings import describe_model
 from trl_search.policies.base import Policy
 from trl_search.policies.loading import base_name, load_base, load_tokenizer
+from trl_search.policies.server_tokenizer import PROBE, server_ids
 from trl_search.policies.transformers_policy import TransformersPolicy
-from trl_search.policies.vllm_address import client_options
 from trl_search.policies.vllm_server import VLLMServerPolicy
 from trl_search.protocols import Protocol
 from trl_search.trainer.cold_start.arguments import ColdStartArguments
-from trl_search.trainer.cold_start.collect import PROBE
 from trl_search.trainer.cold_start.demonstrations import Demonstration, demonstrating, play_demonstrations
 from trl_search.trainer.sft import SearchSFTConfig
 from trl_search.types import Passage
@@ -141,9 +140,7 @@ def _tell_of_evidence(rows: Sequence[Mapping[str, Any]]) -> None:
 def check_server_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `UserError` if the server's tokenizer encodes the probe differently."""
     try:
-        with httpx.Client(**client_options(url)) as client:
-            answer = client.post("/tokenize", json={"prompt": PROBE, "add_special_tokens": False})
-        ids = answer.raise_for_status().json()["tokens"]
+        ids = server_ids(url)
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise UserError(
             f"no vLLM server answers at {url}/tokenize ({error}): start one first (`vllm serve`)"
