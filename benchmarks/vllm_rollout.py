@@ -43,7 +43,8 @@ from trl_search.policies import vllm_colocate
 from trl_search.policies.vllm_colocate import VLLMColocatePolicy
 from trl_search.protocols import Protocol, QwenTools
 from trl_search.retrieval import Retriever
-from trl_search.trainer.batch import Rollout, encode_prompts
+from trl_search.trainer.batch import Rollout
+from trl_search.trainer.prompts import encode_prompts
 from trl_search.types import Action, Answer, Completion, FinishReason, Passage, Sampling
 
 MAX_TOKENS = 4096

@@ -83,14 +83,14 @@ def test_any_model_and_anything_to_serve(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval", "tiny", "--temperature", "nan"], "--temperature and --top_k must be at least 0"),
+        (["eval", "tiny", "--temperature", "nan"], "temperature=nan must be a finite number, at least 0"),
         (["eval", "tiny", "--search_timeout_s", "inf"], "search_timeout_s=inf must be a finite number above 0"),
         (["eval", "tiny", "--dtype", "float8"], "there is no dtype 'float8'"),
         (["eval", "tiny", "--device", "gpu"], "there is no device 'gpu'"),
         (["serve", "wiki", "--search_timeout_s", "nan"], "search_timeout_s=nan must be"),
         (["serve", "bm25", "--retriever_options", '{"index": 3}'], "index must be a string, not 3"),
         (["serve", "wiki", "--replicas", "2"], "--replicas needs --ray"),
-        (["serve", "wiki", "--ray", "--replica_cpus", "nan"], "cpus above 0"),
+        (["serve", "wiki", "--ray", "--replica_cpus", "nan"], "cpus=nan must be a finite number above 0"),
         (["serve", "wiki", "--ray", "--ray_address", ""], "the address of the Ray cluster is empty"),
     ],
 )

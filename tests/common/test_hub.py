@@ -105,7 +105,8 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(network: Network, tmp_
     assert check_model_is_there("me/agent").status is Status.OK
     assert load_tokenizer("me/agent").get_vocab() and load_model("me/agent").num_parameters()
     assert network.waited_s == 0
-    assert main(["eval", "me/agent", "--datasets", "world", "--limit", "1", "--output", str(tmp_path / "out")]) == 0
+    question = ["--datasets", "world", "--limit", "1", "--max_completion_length", "400"]
+    assert main(["eval", "me/agent", *question, "--output", str(tmp_path / "out")]) == 0
     assert network.waited_s == 0
 
 

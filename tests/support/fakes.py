@@ -28,7 +28,6 @@ class ScriptedPolicy(Policy):
         self.extra = extra_tokens_after_stop
         self.prompts: list[list[int]] = []
         self.budgets: list[int] = []
-        self.turns: dict[tuple[int, ...], int] = {}
 
     async def generate(
         self,

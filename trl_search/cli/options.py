@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from trl_search.common.bounds import check_not_negative, check_part
 from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object
 from trl_search.common.launched import launched_rank
@@ -99,11 +99,8 @@ def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
     """The sampling settings of `--temperature`, `--top_p` and `--top_k`."""
     from trl_search.types import Sampling
 
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError(
-            "--temperature and --top_k must be at least 0 and --top_p in (0, 1]; got "
-            f"{args.temperature}, {args.top_k} and {args.top_p}"
-        )
+    check_not_negative(temperature=args.temperature, top_k=args.top_k)
+    check_part(top_p=args.top_p)
     return Sampling(args.temperature, args.top_p, args.top_k, seed=seed)
 
 

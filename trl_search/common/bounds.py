@@ -37,8 +37,22 @@ def check_positive(**values: float | None) -> None:
             raise UserError(f"{name}={value} must be a finite number above 0")
 
 
+def check_not_negative(**values: float | None) -> None:
+    """Raises `UserError` for a value that is not a finite number of at least 0."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{name}={value} must be a finite number, at least 0")
+
+
 def check_share(**values: float | None) -> None:
     """Raises `UserError` for a value that is not a number from 0 to 1."""
     for name, value in values.items():
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name}={value} must be a number from 0 to 1")
+
+
+def check_part(**values: float | None) -> None:
+    """Raises `UserError` for a value that is not a number above 0 and at most 1, or is `None`."""
+    for name, value in values.items():
+        if value is None or not 0 < value <= 1:
+            raise UserError(f"{name}={value} must be more than 0 and at most 1")

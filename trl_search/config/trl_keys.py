@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from trl_search.common.bounds import check_least, check_share
+from trl_search.common.bounds import check_least, check_part, check_share
 from trl_search.common.errors import UserError, unknown_name
 
 CHOICES = {
@@ -116,16 +116,11 @@ def check_trls_keys(args: Any) -> None:
             f"vllm_importance_sampling_clip_max={args.vllm_importance_sampling_clip_max} must be more than 0: at 0, "
             "no token would be trained on"
         )
-    if not 0 < args.top_entropy_quantile <= 1:
-        raise UserError(
-            f"top_entropy_quantile={args.top_entropy_quantile} must be more than 0 and at most 1: all tokens"
-        )
+    check_part(top_entropy_quantile=args.top_entropy_quantile, top_p=args.top_p)
     if not 0 < args.temperature < math.inf:
         raise UserError(
             f"temperature={args.temperature} must be more than 0: GRPO compares the different trajectories of a group"
         )
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"top_p={args.top_p} must be more than 0 and at most 1, which considers all tokens")
     check_share(min_p=args.min_p)
     if args.reward_weights is not None and not all(map(math.isfinite, args.reward_weights)):
         raise UserError(f"reward_weights={args.reward_weights} must be finite numbers")

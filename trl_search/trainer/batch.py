@@ -2,6 +2,7 @@
 
 TRL calls the seams in turn and gives each only a part of the batch. An earlier seam stores here what a later one
 needs; nothing else is kept between them. `trainer.last_rollout` is the latest batch, for callers to read.
+`MicroBatch` is the same for one call of the loss. The functions sample, check and measure a whole batch.
 
 Suffixes of tensors: B trajectories of this rank, C completion tokens, R trajectories of all ranks, F reward functions.
 """
@@ -9,7 +10,6 @@ Suffixes of tensors: B trajectories of this rank, C completion tokens, R traject
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.protocols import Protocol
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.trajectory_log import Replaced
 from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
@@ -187,45 +186,6 @@ def check_unchanged(args: SearchGRPOConfig, at_the_start: AgentSettings, tempera
             f"args.{name} was changed from {before!r:.60} to {now!r:.60} after the trainer was built, but its "
             f"environment and protocol have the first: leave it as it is, or {remedy}"
         )
-
-
-def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
-    """The ids of each prompt. Equal prompts (those of a group) are rendered once."""
-    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
-    rendered = {key: protocol.prompt_ids(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
-    return [rendered[key] for key in keys]
-
-
-def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
-    """The context length of the model, or of vLLM if it is known and smaller. None: no limit."""
-    rooms = [_positions_of_model(model)]
-    if args.use_vllm and args.vllm_mode == "colocate":
-        rooms.append(args.vllm_max_model_length)
-    return min((room for room in rooms if room is not None), default=None)
-
-
-def _positions_of_model(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: SearchGRPOConfig) -> int:
-    """The length of the longest prompt plus a full completion, in tokens. vLLM checks it against its own room.
-
-    Raises:
-        UserError: if it exceeds the context length of the model.
-    """
-    longest = max(map(len, prompt_ids))
-    needed = longest + args.max_completion_length
-    positions = _positions_of_model(model)
-    if positions is not None and needed > positions:
-        remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
-        if longest >= positions:
-            remedy = "leave such questions out"
-        raise UserError(
-            f"a prompt of {longest} tokens and max_completion_length={args.max_completion_length} need {needed} "
-            f"positions, but the model has {positions}: {remedy}"
-        )
-    return needed
 
 
 def check_failures(trajectories: Sequence[Trajectory], max_failed_share: float) -> None:

@@ -3,10 +3,12 @@
     {"question": "Who?", ...}  ─►  {"prompt": [{"role": "user", "content": "<instruction> Who?"}], "question": ...}
 
 The constructor, `trainer.evaluate(dataset)` and `trainer.predict(dataset)` all use it (`evaluations.py`).
+In each batch, `encode_prompts` turns the prompts into ids, and `longest_context` checks their length.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +25,6 @@ from trl_search.protocols.prompt_length import too_long_prompts
 from trl_search.rewards import check_columns, required_columns
 from trl_search.rewards.golden_answers import golden_list
 from trl_search.rewards.signature import check_calls
-from trl_search.trainer.batch import positions_of
 from trl_search.trainer.conversations import conversation_check
 
 logger = logging.getLogger(__name__)
@@ -170,3 +171,42 @@ def with_room(
         f"so max_completion_length={completion} leaves {max(0, positions - completion)} for a prompt: "
         f"{', or '.join(remedies) or 'shorten the prompts'}"
     )
+
+
+def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
+    """The context length of the model, or of vLLM if it is known and smaller. None: no limit."""
+    rooms = [_positions_of_model(model)]
+    if args.use_vllm and args.vllm_mode == "colocate":
+        rooms.append(args.vllm_max_model_length)
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: SearchGRPOConfig) -> int:
+    """The length of the longest prompt plus a full completion, in tokens. vLLM checks it against its own room.
+
+    Raises:
+        UserError: if it exceeds the context length of the model.
+    """
+    longest = max(map(len, prompt_ids))
+    needed = longest + args.max_completion_length
+    positions = _positions_of_model(model)
+    if positions is not None and needed > positions:
+        remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
+        if longest >= positions:
+            remedy = "leave such questions out"
+        raise UserError(
+            f"a prompt of {longest} tokens and max_completion_length={args.max_completion_length} need {needed} "
+            f"positions, but the model has {positions}: {remedy}"
+        )
+    return needed
+
+
+def _positions_of_model(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
+    """The ids of each prompt. Equal prompts (those of a group) are rendered once."""
+    keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
+    rendered = {key: protocol.prompt_ids(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
+    return [rendered[key] for key in keys]

@@ -23,8 +23,6 @@ from trl_search.trainer.batch import (
     Rollout,
     check_failures,
     check_unchanged,
-    encode_prompts,
-    longest_context,
     rollout_metrics,
     sampling_of,
 )
@@ -38,6 +36,7 @@ from trl_search.trainer.journal import open_journal
 from trl_search.trainer.loss.mask import loss_mask, loss_mask_of, sampling_logprobs
 from trl_search.trainer.loss.seams import SearchLoss
 from trl_search.trainer.loss.without_gradient import drop_rounding
+from trl_search.trainer.prompts import encode_prompts, longest_context
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.turn_credit import credited_advantages
 from trl_search.trainer.unread_tokenizer import UnreadTokenizer

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_search.common.errors import UserError
 from trl_search.rewards.answers import contains_answer
 from trl_search.rewards.golden_answers import golden_list
-from trl_search.trainer.batch import positions_of
+from trl_search.trainer.prompts import positions_of
 from trl_search.types import Trajectory, Turn
 
 ANSWER = "<answer>"

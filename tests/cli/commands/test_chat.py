@@ -150,7 +150,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
             [str(tiny_policy_path()), "q", "--environment", "trl_search:SearchEnvironment"],
             "no record says what trl_search:SearchEnvironment searches: give --retriever",
         ),
-        (["tiny", "q", "--temperature", "-1"], "--temperature and --top_k must be at least 0"),
+        (["tiny", "q", "--temperature", "-1"], "temperature=-1.0 must be a finite number, at least 0"),
         (["tiny", "q", "--world", "--retriever", "web"], "give only one of them"),
         (["tiny", "q", "--protocol", "qwen_tool"], "did you mean 'qwen_tools'?"),
         (["tiny", "q", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),

@@ -247,7 +247,7 @@ def test_an_adapter_folder_is_evaluated_as_base_model_with_adapter(tmp_path):
         ),
         (["tiny", "--datasets", "FILE", "--limit", "0"], "limit=0 must be at least 1"),
         (["tiny", "--datasets", "FILE", "--backend", "vlm"], "unknown backend 'vlm': did you mean 'vllm'"),
-        (["tiny", "--datasets", "FILE", "--temperature", "-1"], "--temperature"),
+        (["tiny", "--datasets", "FILE", "--temperature", "-1"], "temperature=-1.0 must be"),
         (["tiny", "--datasets", "FILE", "--max_searches", "-1"], "max_searches=-1 must be at least 0"),
         (["tiny", "--datasets", "FILE", "--concurrency", "0"], "concurrency=0 must be at least 1"),
         (

@@ -325,7 +325,7 @@ def test_any_text_has_terms(text: str) -> None:
         ({"passages": passages("x"), "stemmer": "klingon"}, "unknown stemmer 'klingon'.*There are .*arabic"),
         ({"passages": passages("x"), "stopwords": "klingon"}, "unknown stop words"),
         ({"passages": passages("x"), "backend": "auto"}, "unknown BM25 backend 'auto'.*numba, numpy"),
-        ({"passages": passages("x"), "b": 2}, "0 <= b <= 1"),
+        ({"passages": passages("x"), "b": 2}, "b=2 must be a number from 0 to 1"),
         ({"passages": [*passages("x"), *passages("y")]}, "passages 1 and 2 have the same id '0'"),
         ({"corpus": "nowhere.jsonl"}, "no corpus file nowhere.jsonl"),
     ],

@@ -274,7 +274,7 @@ def test_the_engine_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         ({"engine": "tantiwy"}, "unknown BM25 engine 'tantiwy': did you mean 'tantivy'"),
         ({"engine": "tantivy", "k1": 0.9}, "fixed at 1.2 and 0.75, got k1=0.9"),
         ({"engine": "tantivy", "b": 0.4}, "fixed at 1.2 and 0.75.*b=0.4"),
-        ({"engine": "bm25s", "b": 1.5}, "0 <= b <= 1"),
+        ({"engine": "bm25s", "b": 1.5}, "b=1.5 must be a number from 0 to 1"),
     ],
 )
 def test_a_wrong_option_is_named(tmp_path: Path, options: dict[str, object], message: str) -> None:

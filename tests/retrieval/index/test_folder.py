@@ -226,8 +226,8 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
         ("bm52", {}, "unknown kind of index 'bm52': did you mean 'bm25'"),
         ("bm25", {"stemer": None}, "did you mean 'stemmer'"),
         ("bm25", {"stemmer": "klingon"}, "unknown stemmer"),
-        ("bm25", {"k1": -1}, "k1 >= 0"),
-        ("bm25", {"k1": float("nan")}, "k1 >= 0"),  # a manifest cannot store it
+        ("bm25", {"k1": -1}, "k1=-1 must be a finite number, at least 0"),
+        ("bm25", {"k1": float("nan")}, "k1=nan must be"),  # a manifest cannot store it
     ],
 )
 def test_wrong_options_are_refused_before_any_work(

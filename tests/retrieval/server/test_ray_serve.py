@@ -227,6 +227,6 @@ def test_mistakes_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -
     from trl_search.retrieval.server.ray_serve import RayConfig
 
     assert main(["serve", "bm25", "--ray", "--replicas", "0"]) == 2
-    assert "replicas must be at least 1" in capsys.readouterr().err
-    with pytest.raises(UserError, match="cpus above 0"):
+    assert "replicas=0 must be at least 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="must be a finite number above 0"):
         RayConfig(cpus=0)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from trl_search.common.bounds import check_not_negative, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.base import Retriever, check_search
 from trl_search.retrieval.bm25 import bm25s_engine, tantivy_engine
@@ -72,8 +72,8 @@ class BM25Builder:
     fold_accents: bool = False
 
     def __post_init__(self) -> None:
-        if (self.k1 is not None and not 0 <= self.k1 < math.inf) or (self.b is not None and not 0 <= self.b <= 1):
-            raise UserError(f"BM25 needs k1 >= 0 and 0 <= b <= 1; got k1={self.k1}, b={self.b}")
+        check_not_negative(k1=self.k1)
+        check_share(b=self.b)
         if self.engine not in (BM25S, TANTIVY, "auto"):
             raise unknown_name("BM25 engine", self.engine, [BM25S, TANTIVY, "auto"])
         # Reject a wrong option now, not after an hour of reading.

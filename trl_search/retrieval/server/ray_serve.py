@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from trl_search.common.bounds import check_at_least, check_not_negative, check_positive
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
 from trl_search.common.garbage import spare_what_is_loaded
@@ -61,8 +61,9 @@ class RayConfig:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or not 0 < self.cpus < math.inf or not 0 <= self.gpus < math.inf:
-            raise UserError(f"replicas must be at least 1, cpus above 0 and gpus at least 0; got {self}")
+        check_at_least(1, replicas=self.replicas)
+        check_positive(cpus=self.cpus)
+        check_not_negative(gpus=self.gpus)
         if self.address is not None and not self.address.strip():
             raise UserError("the address of the Ray cluster is empty: give HOST:PORT, or leave it out to start one")
 

@@ -36,8 +36,8 @@ from trl_search.evaluation.evaluate import answer_questions
 from trl_search.evaluation.outcomes import Evaluation, by_dataset, macro, summarize
 from trl_search.policies.base import Policy
 from trl_search.records.alarm_rules import EM_BEFORE
-from trl_search.trainer.batch import encode_prompts
 from trl_search.trainer.grpo import SearchGRPOTrainer
+from trl_search.trainer.prompts import encode_prompts
 
 logger = logging.getLogger(__name__)
 

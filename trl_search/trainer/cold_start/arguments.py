@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_search.common.bounds import check_least, check_share
+from trl_search.common.bounds import check_least, check_not_negative, check_part, check_share
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
 from trl_search.config.task import QuestionArguments
@@ -86,14 +85,11 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         super().__post_init__()
         check_least(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
         check_least(self, max_train_questions=1, min_searches=0)
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"temperature={self.temperature} must be at least 0 (greedy), and top_p={self.top_p} more than 0 and "
-                "at most 1"
-            )
+        check_not_negative(temperature=self.temperature)
+        check_part(top_p=self.top_p)
+        if self.min_f1 is not None:
+            check_part(min_f1=self.min_f1)
         check_share(max_failed_share=self.max_failed_share)
-        if self.min_f1 is not None and not 0 < self.min_f1 <= 1:
-            raise UserError(f"min_f1={self.min_f1} must be above 0, and at most 1")
         played = self.teacher_is_scripted or self.demonstrations > 0
         if self.script is not None:
             if not played:

@@ -31,8 +31,9 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.policies.metered import MeteredPolicy
 from trl_search.protocols import Protocol
-from trl_search.trainer.batch import Rollout, encode_prompts
+from trl_search.trainer.batch import Rollout
 from trl_search.trainer.groups.trajectory_pool import PooledGroup, Row, TrajectoryPool
+from trl_search.trainer.prompts import encode_prompts
 from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Sampling
 

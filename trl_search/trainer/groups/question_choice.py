@@ -29,11 +29,12 @@ from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.policies.thread_device import use_device
 from trl_search.protocols import Protocol
-from trl_search.trainer.batch import Question, Rollout, encode_prompts
+from trl_search.trainer.batch import Question, Rollout
 from trl_search.trainer.groups.group_rewards import Group, score_group
 from trl_search.trainer.groups.pass_rates import PassRates
 from trl_search.trainer.groups.refill import Refill
 from trl_search.trainer.loss.mask import loss_mask
+from trl_search.trainer.prompts import encode_prompts
 from trl_search.trainer.resume import checkpoint_folder
 from trl_search.types import Trajectory
 
