@@ -106,9 +106,9 @@ def test_a_chat_samples_the_tokens_of_a_rollout_and_streams_them(world, retrieve
 
 
 def test_a_chat_uses_the_settings_of_the_training(retriever):
-    settings = dataclasses.replace(TINY, max_searches=0, chat_template_kwargs={"enable_thinking": False})
+    settings = dataclasses.replace(TINY, max_searches=0, instruction="Asked: ")
     with load_chat("tiny", retriever, settings=settings, device="cpu") as chat:
-        assert chat.protocol.tools == [] and chat.protocol.chat_template_kwargs == {"enable_thinking": False}
+        assert chat.protocol.tools == [] and chat.protocol.instruction == "Asked: "
 
 
 def test_a_seed_repeats_an_answer_and_is_reported(world, retriever):

@@ -50,3 +50,16 @@ def test_a_tokenizer_may_have_several_templates():
     assert protocol.read_turn(protocol.encode("[THINK]hm[/THINK]")) == "<think>hm</think>"
     with pytest.raises(UserError, match="multiple chat templates with no default"):
         load_protocol("search_r1", make_tokenizer(family, {"rag": SMOLLM2}))
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "told"),
+    [
+        ("Qwen3", "enable_thinkin", "did you mean 'enable_thinking'"),
+        ("Qwen3-2507", "enable_thinking", "does not read 'enable_thinking', so it has no effect: leave it out"),
+        ("Qwen3", "chat_template", "does not read 'chat_template'"),
+    ],
+)
+def test_an_option_that_the_template_does_not_read_is_refused(family, option, told):
+    with pytest.raises(UserError, match=told):
+        load_protocol("search_r1", FAMILIES[family].tokenizer(), chat_template_kwargs={option: False})

@@ -20,7 +20,7 @@ from trl_search.protocols.calls import looks_like_a_call
 from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.fair_limit import fair_limit
 from trl_search.protocols.instructions import instruction_for, tool_names
-from trl_search.protocols.prompt_check import check_prompt
+from trl_search.protocols.prompt_check import check_options, check_prompt
 from trl_search.protocols.search_tool import SEARCH_TOOL
 from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
@@ -101,6 +101,7 @@ class Protocol(abc.ABC):
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         template = tokenizer.chat_template  # or several, by name: "default", "tool_use"
         self.template_text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        check_options(self.chat_template_kwargs, self.template_text)
         self._think_markers = thought_markers(self.template_text)
         self._anchor = self._find_anchor()
         self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe

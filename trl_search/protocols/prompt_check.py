@@ -6,7 +6,9 @@ Nemotron Nano 2's removes "/think", also from "</think>".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
@@ -45,6 +47,25 @@ def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any
             f"the chat template does not show a system message ({lost!r} is missing): put the text of system_prompt "
             "into instruction"
         )
+
+
+def check_options(options: Iterable[str], template: str) -> None:
+    """Checks that the template reads every option: Jinja ignores the others without a word.
+
+    Args:
+        options (`Iterable[str]`): The keys of `chat_template_kwargs`.
+
+    Raises:
+        UserError: for an option that does not occur in the template.
+    """
+    words = set(re.findall(r"\w+", template))
+    for option in options:
+        if option not in words:
+            near = difflib.get_close_matches(option, words, n=1)
+            raise UserError(
+                f"chat_template_kwargs: the chat template does not read {option!r}, so it has no effect: "
+                f"{f'did you mean {near[0]!r}?' if near else 'leave it out'}"
+            )
 
 
 def _lost(text: str, shown: str) -> str:
