@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, make_tokenizer
 from trl_search.cli.commands.doctor import is_model
 from trl_search.cli.model_checks import check_control, check_protocol, model_checks
 from trl_search.cli.preflight import Status
@@ -28,3 +28,14 @@ def test_each_line_says_what_was_found():
     thinking = FAMILIES["Qwen3.5, thinking"].tokenizer()
     assert "the prompt opens a thought" in check_protocol("search_r1", thinking).said
     assert check_control(gemma).status is Status.OK
+
+
+def test_a_model_needs_one_protocol_that_can_be_used():
+    needs_tools = "{% for tool in tools %}{{ tool }}{% endfor %}" + (
+        FAMILIES["Qwen2.5"].tokenizer().chat_template or ""
+    )
+    only_tools, none = (make_tokenizer(FAMILIES["Qwen2.5"], template) for template in (needs_tools, "Hello!"))
+    refused = check_protocol("search_r1", only_tools)
+    assert refused.status is Status.NOTE and refused.remedy == "set tokenizer.chat_template"
+    assert check_control(only_tools).status is Status.OK
+    assert check_control(none).status is Status.PROBLEM

@@ -21,9 +21,9 @@ ONE_QUESTION = "{% if messages | length > 1 %}{{ raise_exception('one message') 
 @pytest.mark.parametrize(
     ("template", "protocol", "told"),
     [
-        (IMAGES, "search_r1", "changes the question: it does not show 'Answer the given question"),
+        (IMAGES, "search_r1", "changes the question \\('Answer the given question.*: set another instruction"),
         (IMAGES, "qwen_inline", "changes the question"),
-        (WITHOUT_THINK, "search_r1", r"does not show 'inside <think> and </think> first"),
+        (WITHOUT_THINK, "search_r1", r"changes the question \('inside <think> and </think> first"),
         (NEEDS_TOOLS, "search_r1", r"fails on a question \('NoneType' object is not iterable\)"),
         (ONE_QUESTION, "search_r1", r"fails on a conversation of question, answer and question \(one message\)"),
         (None, "qwen_inline", "'qwen_inline' needs a chat template, .*use protocol='search_r1'"),
@@ -56,7 +56,11 @@ def test_a_tokenizer_may_have_several_templates():
     ("family", "option", "told"),
     [
         ("Qwen3", "enable_thinkin", "did you mean 'enable_thinking'"),
-        ("Qwen3-2507", "enable_thinking", "does not read 'enable_thinking', so it has no effect: leave it out"),
+        (
+            "Qwen3-2507",
+            "enable_thinking",
+            "does not read 'enable_thinking' of chat_template_kwargs, so it has no effect: leave it out",
+        ),
         ("Qwen3", "chat_template", "does not read 'chat_template'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,10 @@ def check_template(model: str, protocol: str, eos_token: str | None = None) -> C
 
 def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:
     """Whether a passage can smuggle in a control token: writes each of them into one and encodes it."""
-    protocol = load_protocol("search_r1", tokenizer)
+    protocol = _usable_protocol(tokenizer)
+    if protocol is None:
+        said = "not checked, because no protocol can be used"
+        return Check("control tokens", Status.PROBLEM, said, "choose another model, or another chat template")
     control = protocol.control.ids
     text = " ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(control))
     room = 64 * (len(control) + 1)
@@ -80,6 +84,13 @@ def check_control(tokenizer: PreTrainedTokenizerBase) -> Check:
         said = "a passage can produce control tokens"
         return Check("control tokens", Status.PROBLEM, said, "choose another model, and report this tokenizer")
     return Check("control tokens", Status.OK, f"{len(control)}; a passage can produce none of them")
+
+
+def _usable_protocol(tokenizer: PreTrainedTokenizerBase) -> Protocol | None:
+    for name in protocol_names():
+        with contextlib.suppress(ValueError):
+            return load_protocol(name, tokenizer)
+    return None
 
 
 def _facts(protocol: Protocol, prompt: tuple[int, ...]) -> list[str]:

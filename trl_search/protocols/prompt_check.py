@@ -31,7 +31,7 @@ def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any
         raise UserError(f"the chat template fails on a question ({error}): set tokenizer.chat_template") from error
     if lost := _lost(asked["content"].strip(), shown):
         raise UserError(
-            f"the chat template changes the question: it does not show {lost!r}. Set another instruction, or "
+            f"the chat template changes the question ({lost!r} is missing): set another instruction, or "
             "tokenizer.chat_template"
         )
     if not system:
@@ -63,7 +63,7 @@ def check_options(options: Iterable[str], template: str) -> None:
         if option not in words:
             near = difflib.get_close_matches(option, words, n=1)
             raise UserError(
-                f"chat_template_kwargs: the chat template does not read {option!r}, so it has no effect: "
+                f"the chat template does not read {option!r} of chat_template_kwargs, so it has no effect: "
                 f"{f'did you mean {near[0]!r}?' if near else 'leave it out'}"
             )
 
