@@ -14,7 +14,7 @@ from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.cli.start_checks import StartChecks
 from trl_search.common.errors import UserError
 from trl_search.common.launched import launched_rank
-from trl_search.evaluation.run import Plan, searches, what_is_searched
+from trl_search.evaluation.plan import Plan, searches, what_is_searched
 from trl_search.evaluation.settings import read_settings_file
 from trl_search.policies.loading import placement
 from trl_search.policies.vllm_address import client_options, read_models

@@ -13,8 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,16 @@ from tqdm.auto import tqdm
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import git_state, hardware, versions
-from trl_search.config.agent import AgentSettings, build_environment
-from trl_search.config.searched import WORLD, Searched, resolve_searched, run_record
-from trl_search.data import QuestionFields
+from trl_search.config.agent import build_environment
+from trl_search.config.searched import WORLD
 from trl_search.data.world import World, generate_world
 from trl_search.environment import AnswerOnly, Environment
-from trl_search.environment.registry import call_word, takes_retriever
+from trl_search.environment.registry import call_word
 from trl_search.evaluation.answers_file import Records
-from trl_search.evaluation.backends import Backend, open_policy
+from trl_search.evaluation.backends import open_policy
 from trl_search.evaluation.evaluate import answer_questions, check_room, mode_protocol
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation, Outcome, macro, summarize
+from trl_search.evaluation.plan import Plan, searches, what_is_searched
 from trl_search.evaluation.published_scores import size_class
 from trl_search.evaluation.sets import MACRO, QuestionSet, check_names, load_sets, load_world_set
 from trl_search.evaluation.settings import (
@@ -52,48 +51,10 @@ from trl_search.evaluation.table import results_markdown
 from trl_search.policies.loading import load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval import Retriever
-from trl_search.types import Sampling
 
 FORMAT = 1
 RESULTS_MD = "results.md"
-SEARCHING = ("search", "rag")
 _FEW = 100  # questions before the share of failed ones is checked
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of `trl-search eval`.
-
-    Attributes:
-        retriever (`str`, *optional*): A kind of retriever, an index folder, or the address of a server.
-        seed (`int`): Seed of the sample of questions.
-        fields (`QuestionFields`, *optional*): The columns of question files with an unknown schema.
-        published (`str`): Published rows to show: `auto`, `3B`, `7B`, `all`, `none`.
-        command (`str`): The command line, without its secrets.
-    """
-
-    model: str
-    modes: Sequence[str]
-    datasets: Sequence[str]
-    output: Path
-    agent: AgentSettings
-    backend: Backend
-    sampling: Sampling
-    retriever: str | None
-    retriever_options: Mapping[str, Any]
-    world_passages: int
-    world_seed: int
-    limit: int | None
-    seed: int
-    max_failed_share: float
-    published: str
-    command: str
-    fields: QuestionFields | None = None
-
-    @property
-    def acts(self) -> bool:
-        """Whether some mode uses the environment."""
-        return bool(set(self.modes) & set(SEARCHING))
 
 
 def run_evaluation(plan: Plan) -> str:
@@ -276,40 +237,6 @@ def _retriever(plan: Plan) -> tuple[Retriever | None, dict[str, Any] | None]:
         return None, None
     searched = what_is_searched(plan)
     return searched.load(), describe_retriever(searched.kind, searched.described())
-
-
-def what_is_searched(plan: Plan) -> Searched:
-    """What the modes of a plan search: its `retriever`, else the world of its questions, else what the run searched.
-
-    Raises:
-        UserError: if none of these is known.
-    """
-    in_world, size = WORLD in plan.datasets, (plan.world_passages, plan.world_seed)
-    word = plan.retriever or ("bm25" if in_world else None)
-    if word is None and run_record(plan.model) is not None:
-        word = plan.model
-    if word is None:
-        raise UserError(
-            f"--modes {next(mode for mode in plan.modes if mode in SEARCHING)} needs something to search: give "
-            "--retriever, an index folder, the address of a server, or a kind of retriever with its "
-            "--retriever_options"
-        )
-    return resolve_searched(word, plan.retriever_options, world_size=size, in_world=in_world)
-
-
-def searches(plan: Plan) -> bool:
-    """Whether the environment of the plan's agent takes a retriever.
-
-    Raises:
-        UserError: if there is no such environment, or if the mode `rag` has no retriever.
-    """
-    takes = takes_retriever(plan.agent.environment)
-    if "rag" in plan.modes and not takes:
-        raise UserError(
-            f"mode 'rag' searches, but the environment {plan.agent.environment} takes no retriever: leave rag out of "
-            "--modes"
-        )
-    return takes
 
 
 @contextlib.contextmanager

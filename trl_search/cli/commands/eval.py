@@ -143,7 +143,8 @@ def evaluate(args: argparse.Namespace) -> str:
     check_least(args, limit=1, concurrency=1)
     tell_of_imports()
     from trl_search.cli.evaluation_checks import refuse_evaluation
-    from trl_search.evaluation.run import Plan, run_evaluation
+    from trl_search.evaluation.plan import Plan
+    from trl_search.evaluation.run import run_evaluation
 
     plan = Plan(
         model=args.model,
