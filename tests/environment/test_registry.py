@@ -66,7 +66,12 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
         ("search", {"retriever": RETRIEVER, "timeout_s": -1}, "give seconds, more than 0"),
         ("os:system", {"command": "false"}, "returned a int, not an Environment"),
         ("subprocess:Popen", {}, "neither a subclass of Environment nor a function"),
-        ("no_such_module:World", {}, "cannot be imported: No module named"),
+        ("no_such_module:World", {}, "No module named 'no_such_module': put no_such_module.py into /.*, or install"),
+        (
+            LIBRARY,
+            {"retriever": RETRIEVER, "pags": 3},
+            "unknown option 'pags': did you mean 'pages'",
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_made_is_explained(name: str, options: dict, message: str) -> None:

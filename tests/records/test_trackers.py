@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakes import FixedRetriever
-from tests.support.scripted_trainer import GOLD, answer, scripted_trainer, search
+from tests.support.scripted_trainer import GOLD, answer, config, scripted_trainer, search
+from trl_search.common.errors import UserError
 from trl_search.records.folder import Run, read_run
+from trl_search.records.run_log import name_for_trackers
 from trl_search.records.trackers import log_results, mask_html, mask_text, stretches
 from trl_search.types import Passage
 
@@ -63,6 +65,19 @@ def wandb_records(path: Path) -> Iterator[Any]:
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def test_wandb_without_a_key_is_refused_in_one_line(tmp_path, monkeypatch):
+    """wandb's own exception ended the run with a traceback."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    args = config(tmp_path, report_to="wandb")
+    with pytest.raises(UserError, match=r"report_to: wandb: .*wandb login.* Or set WANDB_MODE=offline"):
+        name_for_trackers(args, tmp_path, "2026-11-26T15:31:14+00:00")
+    wandb.teardown()  # it would keep these settings
 
 
 def test_wandb_offline_has_config_git_state_and_tables_with_the_mask(tmp_path, random_model, tokenizer, monkeypatch):

@@ -126,6 +126,10 @@ def test_a_tokenizer_without_tool_calls_needs_another_protocol(tmp_path, random_
         ({"max_failed_share": 1.5}, "max_failed_share=1.5 must be a number from 0 to 1"),
         ({"passages_per_query": 0}, "passages_per_query=0 must be at least 1"),
         ({"max_turn_length": 0}, "max_turn_length=0 must be at least 1"),
+        (
+            {"num_generations": 3},
+            r"a batch has 4 trajectories \(per_device_.*which is not a multiple of num_generations=3: make it",
+        ),
         ({"max_completion_length": None}, "max_completion_length is empty, but must be a whole number"),
         ({"max_searches": -1}, "max_searches=-1 must be at least 0"),
         ({"search_timeout_s": 0}, "search_timeout_s=0.0 must be a finite number above 0"),

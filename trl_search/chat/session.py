@@ -258,6 +258,7 @@ def load_chat(
     environment = HeardEnvironment(build_environment(settings, None if retriever is None else as_retriever(retriever)))
     name = tiny_policy_path() if model == "tiny" else model
     tokenizer = load_tokenizer(name)
+    protocol = protocol_of(settings, tokenizer, environment.tools, environment.instruction)
     policy: Policy
     if server is None:
         loaded = load_model(name, device=device, dtype=dtype)
@@ -265,5 +266,4 @@ def load_chat(
     else:
         refuse_other_tokenizer(server, tokenizer, model)
         policy = VLLMServerPolicy(server, patience_s=30.0)
-    protocol = protocol_of(settings, tokenizer, environment.tools, environment.instruction)
     return Chat(policy, protocol, environment, settings.limits, sampling)

@@ -102,7 +102,10 @@ def import_object(noun: str, path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{noun} {path!r} cannot be imported: {error}") from error
+        top = module.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == top
+        remedy = f": put {top}.py into {os.getcwd()}, or install the package" if missing else ""
+        raise UserError(f"{noun} {path!r} cannot be imported: {error}{remedy}") from error
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,6 +19,7 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
 from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.lengths import check_lengths
 from trl_search.config.recipe_values import checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
 from trl_search.environment import ENVIRONMENTS, PASSAGE_TEMPLATE, Environment, SearchEnvironment, load_environment
@@ -200,8 +201,11 @@ def protocol_of(
 
     Args:
         tools (`Sequence[dict]`), instruction (`str`, *optional*): The environment's tools and instruction.
+
+    Raises:
+        UserError: if the shortest turn or observation does not fit into the agent's lengths.
     """
-    return load_protocol(
+    protocol = load_protocol(
         agent.protocol,
         tokenizer,
         instruction=instruction if agent.instruction is None else agent.instruction,
@@ -209,6 +213,8 @@ def protocol_of(
         tools=tools,
         chat_template_kwargs=agent.chat_template_kwargs,
     )
+    check_lengths(agent, protocol)
+    return protocol
 
 
 def build_environment(agent: AgentSettings, retriever: Retriever | None) -> Environment:

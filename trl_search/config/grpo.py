@@ -216,7 +216,7 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         convert_numbers(self)
         check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
         check_least(self, num_generations=2)  # a group; TRL divides by it before it looks
-        GRPOConfig.__post_init__(self)
+        self._check_trls_values()
         self.output_dir = absolute_folder(self.output_dir)
         check_agent(self)
         check_trls_keys(self)
@@ -273,6 +273,19 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
             )
         if self.chooses_questions:
             check_whole_groups(self, f"{self.chooses_questions} replaces whole groups")
+
+    def _check_trls_values(self) -> None:
+        """Runs TRL's checks. Its message about incomplete groups names only a key that is rarely set."""
+        try:
+            GRPOConfig.__post_init__(self)
+        except ValueError as error:
+            batch = self.generation_batch_size or 0
+            if batch % (self.num_generations or 1) == 0:
+                raise
+            raise UserError(
+                f"a batch has {batch} trajectories (per_device_train_batch_size × steps_per_generation × processes), "
+                f"which is not a multiple of num_generations={self.num_generations}: make it one"
+            ) from error
 
     @property
     def chooses_questions(self) -> str:

@@ -168,7 +168,8 @@ def _find_file(path: Path, split: str | None) -> Path:
     if len(found) > 1:
         raise UserError(f"folder {path} holds {' and '.join(file.name for file in found)}: name the file itself")
     if not found:
-        held = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+        names = sorted(entry.name for entry in path.iterdir())
+        held = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "") or "nothing"
         raise UserError(
             f"folder {path} holds no {stem}{{{','.join(FORMATS)}}}, but: {held}. Name the split, or the file itself."
         )

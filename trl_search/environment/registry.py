@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.registry import Registry
 from trl_search.environment.base import Environment, check_environment
 from trl_search.environment.search import SearchEnvironment
@@ -65,6 +65,10 @@ def load_environment(
         signature.bind(**given)
     except TypeError as error:
         raise UserError(f"environment {name!r}: {error}; its options are {signature}") from None
+    known = _search_options(make)
+    for key in given:
+        if known and key not in known:
+            raise UserError(f"environment {name!r}: {unknown_name('option', key, known)}")
     made = make(**given)
     if not isinstance(made, Environment):
         raise UserError(f"environment {name!r} returned a {type(made).__name__}, not an Environment")
@@ -124,6 +128,15 @@ def described(environment: Environment) -> dict[str, Any]:
 
 def _is_told(name: str, value: Any) -> bool:
     return not name.startswith("_") and isinstance(value, str | int | float | None)
+
+
+def _search_options(make: Any) -> list[str]:
+    """The options of a subclass of `SearchEnvironment`, whose `**options` go to the class above it; else none."""
+    if not (isinstance(make, type) and issubclass(make, SearchEnvironment)):
+        return []
+    classes = make.__mro__[: make.__mro__.index(SearchEnvironment) + 1]
+    parameters = [one for cls in classes for one in inspect.signature(cls).parameters.values()]
+    return [one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
 def _has_parameter(make: Any, name: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_search.common.errors import UserError
 from trl_search.common.files import write_json, written_whole
 from trl_search.common.provenance import command_without_secrets, git_state, hardware, versions, without_secrets
 from trl_search.config.run_file import RUN_FILE
@@ -119,7 +120,10 @@ def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) ->
         import wandb
 
         if wandb.run is None:  # otherwise transformers would start one in the project huggingface
-            wandb.init(project=os.environ.get("WANDB_PROJECT", args.project), name=args.run_name)
+            try:
+                wandb.init(project=os.environ.get("WANDB_PROJECT", args.project), name=args.run_name)
+            except wandb.errors.UsageError as error:
+                raise UserError(f"report_to: wandb: {error} Or set WANDB_MODE=offline, or --report_to none") from error
 
 
 def cut_back(folder: Path, step: int, logged: Iterable[Mapping[str, Any]] = ()) -> None:

@@ -140,11 +140,12 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
         trust_remote_code=config.trust_remote_code,
         eos_token=config.eos_token,
     )
+    # The trainer checks the protocol too, but after the model is loaded, and the prompts, but after the warm start.
+    protocol = protocol_of(config.agent, tokenizer, environment.tools, environment.instruction)
     model = load_base(name, model_config, config)
     check_vocabulary(model, tokenizer)
     check_target_modules(model, adapter)
-    if arguments.warm_start_steps and checkpoint is None:  # the trainer checks this too, but after the warm start
-        protocol = protocol_of(config.agent, tokenizer, environment.tools, environment.instruction)
+    if arguments.warm_start_steps and checkpoint is None:
         prompts = with_prompts(task.train, protocol, [], "train_dataset")
         with_room(prompts, "train_dataset", protocol, model, config, skip=config.skip_long_prompts)
     return Run(
