@@ -105,3 +105,7 @@ def test_a_vllm_server_is_checked_for_the_model_it_serves() -> None:
     with serving(lambda asked: Said({"data": [{"id": "policy"}]})) as server:
         assert check_server(server.url, None).status is Status.OK
         assert check_server(server.url, "other").status is Status.PROBLEM
+    with serving(lambda asked: Said({"data": [{"id": "base"}, {"id": "policy", "parent": "base"}]})) as server:
+        unnamed = check_server(server.url, None)  # the base would answer
+        assert unnamed.status is Status.PROBLEM and "base, policy as --served_model" in unnamed.remedy
+        assert check_server(server.url, "policy").status is Status.OK

@@ -224,6 +224,7 @@ def load_chat(
     device: str | None = None,
     dtype: str | None = None,
     server: str | None = None,
+    served_model: str | None = None,
 ) -> Chat:
     """Loads a model for a chat.
 
@@ -235,6 +236,7 @@ def load_chat(
         device (`str`, *optional*): By default `"cuda"` if there is a GPU, else `"cpu"`.
         dtype (`str`, *optional*): By default bfloat16 on a GPU and float32 on a CPU.
         server (`str`, *optional*): The address of a `vllm serve` with the model; then only the tokenizer is loaded.
+        served_model (`str`, *optional*): The model's name there; by default the first that the server lists.
 
     Raises:
         UserError: if `model` is not a name, or the model cannot be found or loaded.
@@ -264,6 +266,6 @@ def load_chat(
         loaded = load_model(name, device=device, dtype=dtype)
         policy = TransformersPolicy(loaded, tokenizer, max_sequences=1)
     else:
-        refuse_other_tokenizer(server, tokenizer, model)
-        policy = VLLMServerPolicy(server, patience_s=30.0)
+        refuse_other_tokenizer(server, tokenizer, model, served_model)
+        policy = VLLMServerPolicy(server, model=served_model, patience_s=30.0)
     return Chat(policy, protocol, environment, settings.limits, sampling)

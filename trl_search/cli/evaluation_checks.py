@@ -69,7 +69,9 @@ def check_server(url: str, served: str | None) -> Check:
     """Whether a vLLM server answers and serves the model."""
     try:
         with httpx.Client(timeout=_TIMEOUT_S, **client_options(url)) as client:
-            names = [str(model["id"]) for model in read_models(client.get("/v1/models"))]
+            models = read_models(client.get("/v1/models"))
+        names = [str(model["id"]) for model in models]
+        adapters = [str(model["id"]) for model in models if model.get("parent")]
     except UserError as error:
         return Check("server", Status.PROBLEM, str(error))
     except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
@@ -78,4 +80,7 @@ def check_server(url: str, served: str | None) -> Check:
     if served is not None and served not in names:
         said = f"{url} serves {', '.join(names)}, not {served}"
         return Check("server", Status.PROBLEM, said, "give one of these names as --served_model")
+    if served is None and adapters:
+        said = f"{url} serves adapters ({', '.join(adapters)}) beside their base, which would answer"
+        return Check("server", Status.PROBLEM, said, f"give one of {', '.join(names)} as --served_model")
     return Check("server", Status.OK, f"{url} serves {', '.join(names)}")

@@ -126,7 +126,8 @@ def test_a_vllm_server_generates_whole_turns(capsys):
 
     shift = 0
     with serving(answer) as server:
-        assert main([*TINY, ASKED[0], "--json", "--server", server.url]) == 0
+        assert main([*TINY, ASKED[0], "--json", "--server", server.url, "--served_model", "tiny"]) == 0
+        assert main([*TINY, ASKED[0], "--server", server.url, "--served_model", "other"]) == 2
         shift = 1
         assert main([*TINY, ASKED[0], "--json", "--server", server.url]) == 2
     captured = capsys.readouterr()
@@ -158,6 +159,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         (["tiny", "q", "--retriever_options", "{"], "--retriever_options is not JSON"),
         (["tiny", "q", "--retriever_options", "[]"], "must be a JSON object"),
         (["tiny", "q", "--server", "http://127.0.0.1:9"], "no vLLM server answers"),
+        (["tiny", "q", "--served_model", "policy"], "--served_model is the name of MODEL on a --server"),
         (["tiny", "q", "--retriever", "http://127.0.0.1:9"], "start its server: `trl-search serve`"),
         (["tinny", "q", "--world"], "there is no model tinny: did you mean 'tiny'?"),
         (["tiny", "--world"], "there is no question"),

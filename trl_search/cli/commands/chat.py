@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda, if available)")
     run.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
     run.add_argument("--server", metavar="URL", help="a `vllm serve` that serves MODEL; turns are then not streamed")
+    run.add_argument("--served_model", metavar="NAME", help="name of MODEL there (default: the first one it lists)")
     run.add_argument("--json", action="store_true", help="print only one JSON object per question")
 
 
@@ -120,10 +121,16 @@ def run(args: argparse.Namespace) -> int:
     searched = searched_of(args, what) if searches else None
     if searched is not None:
         refuse(retriever_checks(searched))  # later, a server that is not running would fail each search
+    if args.server is not None:
+        from trl_search.cli.evaluation_checks import check_server
+
+        refuse([check_server(args.server, args.served_model)])
+    elif args.served_model is not None:
+        raise UserError("--served_model is the name of MODEL on a --server: give its address, too")
 
     def load() -> tuple[Retriever | None, Chat]:
         retriever = None if searched is None else searched.load()
-        where = {"device": args.device, "dtype": args.dtype, "server": args.server}
+        where = {"device": args.device, "dtype": args.dtype, "server": args.server, "served_model": args.served_model}
         return retriever, load_chat(args.model, retriever, settings=settings, sampling=sampling, **where)
 
     # stdout holds only the answers, but DeepSpeed prints to it on import.
