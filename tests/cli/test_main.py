@@ -192,6 +192,7 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
         ("data chunk d.jsonl --output c.jsonl --overlp 4", "unknown option '--overlp': did you mean '--overlap'"),
         ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
         ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
+        ("data audit q.jsonl --corpus c --world_passages 9", "There are: --answers_field, --corpus,"),  # not data's
         ("doctor --serv qwen3b", "unknown option '--serv': did you mean '--server'"),
         ("doctor tiny --jsno", "unknown option '--jsno': did you mean '--json'"),
         ("doctor --prompt_tokens x", "--prompt_tokens: invalid int value: 'x'; trl-search doctor --help"),

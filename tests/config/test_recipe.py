@@ -101,7 +101,9 @@ def test_a_file_of_that_name_takes_precedence_over_the_shipped_recipe(
     assert parse("recipes/qwen3b.yaml")[1].max_searches == 7
 
 
-def test_an_unknown_recipe_suggests_the_nearest() -> None:
+def test_an_unknown_recipe_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder, but a recipe is a YAML file: .*--model_name_or_path"):
+        find_recipe(str(tmp_path))
     with pytest.raises(UserError, match="unknown recipe 'quickstrat': did you mean 'quickstart'"):
         parse("quickstrat")
 

@@ -46,6 +46,10 @@ def test_an_index_is_audited_and_unanswerable_questions_are_written(
     assert main([*command, "--corpus", str(corpus)]) == 0
     said = capsys.readouterr().out
     assert "in the corpus      0.500" in said and "in the first" not in said
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "Vesk.txt").write_text("A country.")
+    assert main([*command, "--corpus", str(tmp_path / "notes")]) == 0  # a folder without an index was refused
+    assert "in the corpus      0.500" in capsys.readouterr().out
 
 
 def test_an_evaluation_gives_the_shares_read_and_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

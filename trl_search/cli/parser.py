@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trl_search.common.errors import UserError, unknown_name
 
@@ -15,7 +15,7 @@ _UNRECOGNIZED = "unrecognized arguments: "  # how argparse begins the message
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, with one-line errors. The parsers of a command's actions are of this class, too."""
+    """argparse's parser, with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         """Raises `UserError`; for an unknown option, with the nearest ones."""
@@ -28,6 +28,18 @@ class CommandParser(argparse.ArgumentParser):
     def _options(self) -> Iterator[str]:
         for action in self._actions:
             yield from (option for option in action.option_strings if option.startswith("--"))
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._options()
+
+    def add_subparsers(self, **options: Any) -> Any:
+        return super().add_subparsers(**{"parser_class": ActionParser, **options})
+
+
+class ActionParser(CommandParser):
+    """The parser of one of a command's actions, such as `data audit`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses unknown words here. Else argparse leaves them to the parser of the command, which does not have this
+        action's options."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(_UNRECOGNIZED + " ".join(unknown))
+        return found, unknown

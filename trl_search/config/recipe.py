@@ -43,6 +43,10 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     names = [one for one in sorted(shipped) if command in (None, recipe_command(one))]
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"there is no recipe {name}; the shipped recipes are {', '.join(names)}")
+    if path.is_dir():
+        raise UserError(
+            f"{name} is a folder, but a recipe is a YAML file: give one, and the model as --model_name_or_path {name}"
+        )
     raise unknown_name("recipe", name, names)
 
 

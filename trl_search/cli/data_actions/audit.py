@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="NAME_OR_PATH", help="questions: a name from `trl-search data list`, or a file"
     )
-    parser.add_argument("--corpus", required=True, metavar="CORPUS", help="an index folder or a corpus file")
+    parser.add_argument(
+        "--corpus", required=True, metavar="CORPUS", help="an index folder, or a corpus: a file or a folder"
+    )
     parser.add_argument("--run", metavar="DIR", dest="evaluated", help="an evaluation that asked these questions")
     parser.add_argument("--limit", type=int, metavar="N", help="use a random sample of N questions per set")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that sample (default: 0)")
@@ -45,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.evaluation.retriever_quality import load_judged, measure
     from trl_search.retrieval import open_retriever
     from trl_search.retrieval.corpus.passages import Corpus, read_corpus
+    from trl_search.retrieval.corpus.text_folder import TextFolder
     from trl_search.retrieval.index.folder import read_manifest
 
     check_least(args, limit=1, passages_per_query=1)
     folder = Path(args.corpus).expanduser()
-    if is_index := folder.is_dir() and not (folder / "queries.jsonl").exists():
+    is_corpus = (folder / "queries.jsonl").exists() or TextFolder.find(folder) is not None
+    if is_index := folder.is_dir() and not is_corpus:
         read_manifest(folder)  # raises if the folder is not a finished index
     sets = load_judged(args.source, split="test", limit=args.limit, seed=args.seed, fields=question_fields(args))
     if any(not one.golden_answers for one in sets):
