@@ -13,7 +13,7 @@ from trl.chat_template_utils import add_response_schema
 
 from tests.support.fakes import FixedRetriever
 from tests.support.families import FAMILIES, SMOLLM2, Family, make_tokenizer
-from trl_search.data.scripted_players import play_scripts
+from trl_search.data.scripted_players import as_sampled, play_scripts
 from trl_search.environment import SearchEnvironment
 from trl_search.protocols import Protocol, load_protocol
 from trl_search.protocols.call_formats import CALL_FORMATS
@@ -150,6 +150,17 @@ def test_every_token_that_ends_a_turn_is_a_stop_token(family):
     assert set(TWO_ENDS.get(family, ())) <= set(ends)
     if family == "gpt-oss":  # its thoughts end with <|end|>, but the turn continues
         assert "<|end|>" not in ends
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [("Phi-4-mini", "<|end|>"), ("GLM-4.5", "<|user|>"), ("gpt-oss", "<|return|>"), ("Llama 3.1", "<|eot_id|>")],
+)
+def test_a_script_ends_its_answer_as_the_template_does(family, end):
+    """Else a cold start teaches two ends, of which one is in no conversation of the template."""
+    protocol = protocol_of(family)
+    said = as_sampled(protocol.write("hm", Answer("x")), protocol, [], ends=True, stop=())
+    assert protocol.tokenizer.convert_ids_to_tokens(said.ids[-1]) == end
 
 
 # Untrusted text

@@ -188,7 +188,7 @@ def as_sampled(
     ids = protocol.encode(text)
     # If a stop string ends the turn, the policy samples no end-of-turn token.
     if not stop:
-        ids.append(int(protocol.tokenizer.eos_token_id) if ends else protocol.turn_end_id)
+        ids.append(protocol.answer_end_id if ends else protocol.turn_end_id)
     return Completion(tuple(ids), (0.0,) * len(ids), FinishReason.STOP if stop else FinishReason.EOS)
 
 

@@ -111,6 +111,7 @@ class Protocol(abc.ABC):
         self.control = ControlTokens(tokenizer, self.encode, (opening, closing, self._turn_frame()))
         self.opening_ids, self.closing_ids = self.encode(opening), self.encode(closing)
         self._newline_ids = self.encode(self.quote("\n"))
+        self.answer_end_id = self._find_answer_end()
         self.stop_token_ids = self._find_stop_tokens()
 
     # The prompt
@@ -276,14 +277,18 @@ class Protocol(abc.ABC):
         """The token that ends a turn before the environment replies."""
         return int(self.tokenizer.eos_token_id)
 
+    def _find_answer_end(self) -> int:
+        """The token with which the template ends an answer: the EOS, or another one in some families."""
+        _, _, after = self._turn_frame().partition(_ANSWER)
+        following = self.encode(after.lstrip())[:1]
+        # In gpt-oss, an earlier answer is a message of the history, which ends with another token than the turn.
+        if self.call_format is HARMONY or self.control.ids.isdisjoint(following):
+            return int(self.tokenizer.eos_token_id)
+        return following[0]
+
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """The tokens that end a turn. Every engine gets them, because a checkpoint may name another EOS."""
-        ends = {int(self.tokenizer.eos_token_id): None, self.turn_end_id: None}
-        if self.call_format is HARMONY:  # a turn consists of several messages, so the end of a message is not its end
-            return tuple(ends)
-        _, _, after = self._turn_frame().partition(_ANSWER)
-        if (following := self.encode(after.lstrip())) and following[0] in self.control.ids:
-            ends[following[0]] = None
+        ends = dict.fromkeys((int(self.tokenizer.eos_token_id), self.turn_end_id, self.answer_end_id))
         if self.call_format is LLAMA and _LLAMA_CALL_END in (vocabulary := self.tokenizer.get_vocab()):
             ends[vocabulary[_LLAMA_CALL_END]] = None
         return tuple(ends)
