@@ -451,6 +451,15 @@ def test_the_package_lists_its_public_names() -> None:
     assert all(getattr(trl_search, name) is not None for name in dir(trl_search))
 
 
+def test_an_interrupted_cold_start_does_not_promise_a_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_search.trainer.cold_start.run.run_sft", interrupted)
+    assert main(["sft", "sft_world", "--output_dir", str(tmp_path)]) == 130
+    assert "collected attempts are kept; no checkpoint was written yet" in capsys.readouterr().err
+
+
 def test_an_interrupt_says_how_to_resume(tmp_path, monkeypatch, capsys):
     from trl_search.cli.options import explained_interrupt
     from trl_search.trainer import resume

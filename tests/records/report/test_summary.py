@@ -79,7 +79,7 @@ def test_the_numbers_of_the_summary() -> None:
     assert facts == {
         "Held-out exact match": ("0.200 → 0.600", "95 % interval 0.570 to 0.630; best 0.650 (step 4)"),
         "One-shot RAG": ("0.300", "95 % interval 0.270 to 0.330"),
-        "Training reward": ("0.200 → 0.500", "first and last logs"),
+        "Training reward": ("0.200 → 0.500", "means of the first and the last 3 logs"),
         "Searches per question": ("0.50 → 1.50", "held-out questions"),
         "Steps": ("6 of 10", "61 min in all, 5 s per step"),
         "Model": ("Qwen2.5-3B", "qwen_tools · bm25"),

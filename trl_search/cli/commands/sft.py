@@ -12,7 +12,11 @@ The trained model is in output_dir; `trl-search train RECIPE --model_name_or_pat
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_search.trainer.sft import SearchSFTConfig
 
 
 def main(argv: list[str]) -> int:
@@ -23,5 +27,9 @@ def main(argv: list[str]) -> int:
 
         run_sft(*arguments)
 
-    how = "the same command resumes the collection; --resume_from_checkpoint last also keeps the trained steps"
-    return run_recipe(argv, "sft", __doc__, train, lambda _: how)
+    def go_on(config: SearchSFTConfig) -> str:
+        from trl_search.trainer.resume import how_to_resume
+
+        return f"collected attempts are kept; {how_to_resume(Path(config.output_dir or '.'))}"
+
+    return run_recipe(argv, "sft", __doc__, train, go_on)

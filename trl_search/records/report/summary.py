@@ -73,7 +73,9 @@ def facts_of(run: Run) -> list[Fact]:
     reward = points(history, "reward")
     if len(reward) > 1:
         first, last = _ends(list(reward.values()))
-        found.append(Fact("Training reward", f"{first:.3f} → {last:.3f}", "first and last logs"))
+        logs = _ends_of(len(reward))
+        note = f"means of the first and the last {logs} logs" if logs > 1 else "first and last log"
+        found.append(Fact("Training reward", f"{first:.3f} → {last:.3f}", note))
     calls = next((logged for name in _CALLS if (logged := points(history, name))), {})
     if len(calls) > 1:
         values = list(calls.values())
@@ -169,8 +171,13 @@ def _half_width(row: Mapping[str, Any]) -> float:
     return float(row["em_ci95"]) if is_number(row.get("em_ci95")) else 0.0
 
 
+def _ends_of(logs: int) -> int:
+    """How many logs each end has: the two do not overlap."""
+    return min(REWARD_LOGS, logs // 2)
+
+
 def _ends(values: list[float]) -> tuple[float, float]:
-    logs = min(REWARD_LOGS, len(values) // 2)
+    logs = _ends_of(len(values))
     return sum(values[:logs]) / logs, sum(values[-logs:]) / logs
 
 
