@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from trl_search.common.errors import UserError
 from trl_search.protocols import SEARCH_TOOL, Protocol
 from trl_search.protocols.turn import outside_thoughts
 from trl_search.types import Answer, Observation, Search
 
-if TYPE_CHECKING:
-    from trl_search.config.agent import AgentSettings
-
 _SHORTEST_ANSWER, _SHORTEST_SEARCH = Answer("a"), Search(("a",))
 
 
-def check_lengths(agent: AgentSettings, protocol: Protocol) -> None:
+def check_lengths(agent: Any, protocol: Protocol) -> None:
     """Checks that an answer, a search and an observation of one word, without a thought, fit into their lengths.
+
+    Args:
+        agent ([`AgentSettings`]): Has the lengths.
 
     Raises:
         UserError: for a length that is too small; the message names the key and its least value.

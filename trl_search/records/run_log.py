@@ -107,6 +107,9 @@ def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) ->
     transformers' defaults are the project `huggingface` and no name. The start time distinguishes runs in the same
     folder. A resumed run keeps its name, so that trackio continues it.
 
+    Raises:
+        UserError: if W&B cannot be used as it is configured.
+
     Example:
         >>> name_for_trackers(args, Path("runs/qwen3b"), "2026-11-26T15:31:14+00:00")
         >>> args.project, args.run_name
