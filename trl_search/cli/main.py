@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib
 import io
+import logging
 import os
 import pkgutil
 import sys
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     if argv is None and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs no progress bars of the libraries
+    # DeepSpeed, if it is installed, warns on every machine without a GPU. `doctor` says that, too.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
     # Only before the command's name: after it, `--debug` is a key of transformers' TrainingArguments.
