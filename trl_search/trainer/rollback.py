@@ -123,6 +123,20 @@ class RollsBack(Trainer):
         self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Warns if the checkpoint was trained with another learning rate, because the run continues with that."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        groups = getattr(self.optimizer, "param_groups", ())
+        loaded = {group.get("initial_lr", group["lr"]) for group in groups}
+        ours = {rate for number in range(MAX_ROLLBACKS + 1) for rate in self._rates_after(number)}
+        if checkpoint is not None and not loaded <= ours and self.is_world_process_zero():
+            logger.warning(
+                "learning_rate=%g has no effect: a resumed run continues with that of its checkpoint, %s. To train on "
+                "with another one, start a new run with the checkpoint as model_name_or_path",
+                self.args.learning_rate,
+                ", ".join(f"{rate:g}" for rate in sorted(loaded - ours)),
+            )
+
     def _rates_after(self, rollbacks: int) -> list[float]:
         return [rate * FACTOR**rollbacks for rate in self._peak_rates or [self.args.learning_rate]]
 
