@@ -41,6 +41,15 @@ def test_an_unknown_word_lists_what_is_possible(home: Path, word: str, message: 
         resolve_retriever(word)
 
 
+def test_a_corpus_instead_of_its_index_is_refused_with_the_command_that_builds_one(home: Path) -> None:
+    """The command that the message gave would have written into the folder of the documents."""
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("A town.")
+    for corpus in ("./notes", "notes/a.txt"):
+        with pytest.raises(UserError, match=rf"index.*--corpus {corpus.removeprefix('./')} --output NEW"):
+            resolve_retriever(corpus)
+
+
 def test_two_places_are_refused(home: Path) -> None:
     for word, options in (("wiki", {"index": "indexes/other"}), ("http://host:1", {"url": "http://host:2"})):
         with pytest.raises(UserError, match=r"two places to search.*--retriever_options '{}'"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def resolve_retriever(word: str | Path, options: Mapping[str, Any] | None = None
     if isinstance(word, str) and name in RETRIEVERS:
         return name, given
     folder = Path(home_expanded(name))
+    if folder.is_file():
+        raise UserError(
+            f"{name} is a file, and a retriever searches an index: build one with trl-search index --corpus "
+            f"{shlex.quote(name)} --output NEW_FOLDER, and give NEW_FOLDER"
+        )
     if folder.is_dir() or isinstance(word, Path) or os.sep in name or name.startswith((".", "~")):
         return read_manifest(folder).kind, _with(given, "index", str(folder))
     nearest = nearest_names(name, RETRIEVERS.names(), 1)

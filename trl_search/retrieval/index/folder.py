@@ -26,6 +26,7 @@ from trl_search.common.files import home_expanded, write_json
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
 from trl_search.retrieval.corpus.sources import Fingerprint, open_source
+from trl_search.retrieval.corpus.text_folder import TEXT_FORMATS
 from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path, may_be_built
 from trl_search.retrieval.index.workers import ALONE, Workers
 from trl_search.retrieval.registry import INDEX_KINDS
@@ -188,6 +189,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if any(file.suffix in TEXT_FORMATS for file in folder.iterdir()):
+            raise IndexFolderError(
+                f"{folder} holds documents, and is not an index: build one of them with trl-search index --corpus "
+                f"{shlex.quote(str(folder))} --output NEW_FOLDER"
+            ) from None
         raise IndexFolderError(
             f"{folder} is not a finished index (it has no {MANIFEST}): a copy or a build was cut short, or it is "
             f"not an index; build it with: {_command(folder)}"
