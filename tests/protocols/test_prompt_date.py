@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from trl_search.common.errors import UserError
 from trl_search.protocols import load_protocol
 
 TEMPLATE = (
@@ -22,3 +23,10 @@ def test_a_prompt_is_the_same_tomorrow(tokenizer, options, date):
     dated.chat_template = TEMPLATE
     protocol = load_protocol("search_r1", dated, instruction="", **options)
     assert f"Today: {date}\n" in protocol.decode(protocol.prompt_ids(protocol.messages("Who?")))
+
+
+def test_a_date_that_would_change_from_day_to_day_is_refused(tokenizer):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = TEMPLATE.replace("'%d %b %Y'", "'%d %b' ~ ' %Y'")
+    with pytest.raises(UserError, match=r"today's date.*literal format"):
+        load_protocol("search_r1", dated, instruction="")

@@ -8,8 +8,10 @@ cache is read.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from trl_search.common.errors import UserError, first_line
 
@@ -39,6 +41,14 @@ def only_cached(name: str) -> bool:
     cached = any(Path(cache, folder, "snapshots").is_dir() for cache in caches)
     remedy = f"bring {Path(constants.HF_HUB_CACHE, folder)} from a machine with a network (hf download {name})"
     return _hub_is_away(name, cached, remedy)
+
+
+def cached_revision(name: str) -> str | None:
+    """The commit of a model's configuration in the cache; `None` if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def refuse_unreachable_dataset(name: str, config: str | None, said: str) -> None:
@@ -82,16 +92,24 @@ def _hub_is_away(name: str, cached: bool, remedy: str) -> bool:
 def _why_away() -> str | None:
     """Why the hub cannot be reached; `None` if it can. A hub that is slow to answer is left to its client's
     timeouts."""
-    import httpx
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    timeout = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
+    http = hub_http()
+    timeout = http.Timeout(_ANSWER_S, connect=_CONNECT_S)
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout, follow_redirects=False)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+    except (http.ConnectError, http.ConnectTimeout, http.ProxyError) as error:
         return first_line(error)
-    except httpx.HTTPError:
+    except http.HTTPError:
         return None
     return None
+
+
+def hub_http() -> Any:
+    """The library whose errors the client of the hub raises: httpx, or httpx2 from huggingface-hub 2 on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    (error,) = (base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return sys.modules[error.__module__.partition(".")[0]]

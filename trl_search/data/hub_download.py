@@ -24,6 +24,7 @@ from typing import BinaryIO, cast
 from trl_search.common.blocks import read_blocks, read_sha256
 from trl_search.common.errors import UserError, first_line
 from trl_search.common.files import disk_is_full
+from trl_search.common.hub import hub_http
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,6 @@ def _check_hashes(files: HubFiles, path: Path) -> None:
 @contextlib.contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
     """Turns errors of the hub into a `UserError` with the remedy."""
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
@@ -246,7 +246,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
             f"{repository}: HF_HUB_OFFLINE is set, so the hub is not used. Unset it to download; without a network, "
             "bring the files here"
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError) as error:
+    except (HfHubHTTPError, hub_http().HTTPError) as error:
         raise UserError(
             f"{repository}: the hub did not answer as expected ({first_line(error)}). The bytes so far are kept: run "
             "this again to resume, with HF_ENDPOINT for a mirror; without a network, bring the files here"

@@ -8,7 +8,6 @@ passage cannot answer, call a tool, or end a turn.
 from __future__ import annotations
 
 import abc
-import datetime
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.fair_limit import fair_limit
 from trl_search.protocols.instructions import instruction_for, tool_names
 from trl_search.protocols.prompt_check import check_options, check_prompt
+from trl_search.protocols.prompt_date import with_fixed_date
 from trl_search.protocols.search_tool import SEARCH_TOOL
 from trl_search.protocols.thoughts import opened_thought, thought_markers, with_think_tags
 from trl_search.protocols.turn import in_thought, outside_thoughts, read_turn
@@ -29,8 +29,6 @@ from trl_search.types import Action, Answer, EndOfTurn, Invalid, Observation, Se
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The date for templates that write today's date; it is the default of Llama 3's template.
-PROMPT_DATE = datetime.date(2024, 7, 26)
 # Llama 3.1 may end a call with it instead of `<|eot_id|>`, because its template says `Environment: ipython`.
 _LLAMA_CALL_END = "<|eom_id|>"
 # How many ids before a turn are read to see whether the prompt opened a thought.
@@ -96,8 +94,6 @@ class Protocol(abc.ABC):
         self.system_prompt = system_prompt
         self.tools: list[Any] = list(tools)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        # With a fixed date, a prompt is the same every day.
-        self._template_options = {"strftime_now": PROMPT_DATE.strftime, **self.chat_template_kwargs}
         self._tag = re.compile(rf"<(?=\s{{0,9}}/?\s{{0,9}}(?:{'|'.join([_TAGS, *self.own_tags])})\b)", re.IGNORECASE)
         template = tokenizer.chat_template  # or several, by name: "default", "tool_use"
         self.template_text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
@@ -340,15 +336,17 @@ class Protocol(abc.ABC):
         return text
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        tools = (self.tools or None) if self.shows_tools else None
         text = self.tokenizer.apply_chat_template(
             [
                 _without_nulls(message) | {key: message[key] for key in message if key == "content"}
                 for message in messages
             ],
-            tools=(self.tools or None) if self.shows_tools else None,
+            tools=tools,
+            chat_template=with_fixed_date(self.tokenizer.get_chat_template(tools=tools)),
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **self._template_options,
+            **self.chat_template_kwargs,
         )
         assert isinstance(text, str)
         return text

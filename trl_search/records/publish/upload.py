@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from tqdm import tqdm
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
+from trl_search.common.hub import hub_http
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.policies.adapters import ADAPTER_CONFIG
 
@@ -134,7 +134,7 @@ def ask_hub(ask: Callable[[], Any], repo_id: str) -> Any:
         }.get(status, "try again later")
         said = (error.server_message or error.response.reason_phrase)[:300]
         raise UserError(f"the hub answered {status} for {repo_id} ({said}): {remedy}") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (hub_http().HTTPError, OSError) as error:
         raise UserError(f"the hub cannot be reached ({error}): check the network, or use --dry_run") from error
 
 
