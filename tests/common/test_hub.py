@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
-import httpx
 import pytest
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
@@ -20,14 +20,15 @@ from trl_search.cli.main import main
 from trl_search.cli.preflight import Status
 from trl_search.cli.recipe_checks import check_model_is_there, check_questions
 from trl_search.common.errors import UserError
-from trl_search.common.hub import only_cached
+from trl_search.common.hub import hub_http, only_cached
 from trl_search.data import load_questions
 from trl_search.policies.loading import load_model, load_tokenizer
 from trl_search.policies.tiny import tiny_policy_path
 from trl_search.retrieval.dense.encoder import load_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-Answer = Callable[[httpx.Request], httpx.Response]
+Answer = Callable[[Any], Any]
+httpx = hub_http()
 
 
 class Network:
@@ -38,10 +39,10 @@ class Network:
         self.waited_s = 0.0
         self.answer: Answer = self.refuse
 
-    def refuse(self, request: httpx.Request) -> httpx.Response:
+    def refuse(self, request: Any) -> Any:
         raise httpx.ConnectError("Name or service not known", request=request)
 
-    def handle(self, request: httpx.Request) -> httpx.Response:
+    def handle(self, request: Any) -> Any:
         self.asked.append(request.url.path)
         return self.answer(request)
 
@@ -133,7 +134,7 @@ def test_a_cache_that_lacks_a_needed_file_is_an_error_at_once(network: Network, 
 
 
 def test_a_hub_that_answers_slowly_is_left_to_its_client(network: Network, tmp_path: Path) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: Any) -> Any:
         raise httpx.ReadTimeout("slow", request=request)
 
     network.answer = answer

@@ -32,7 +32,6 @@ SAMPLED = (
 REFUSED = {
     "gemma2": "softcap",
     "gpt_oss": "s_aux",
-    "gptj": "cannot be replaced",
     "gpt_neo": "cannot be replaced",
     "bloom": "cannot be replaced",  # ALiBi
     "mpt": "cannot be replaced",

@@ -73,8 +73,9 @@ def test_calls_in_a_prompt_have_only_their_own_arguments(family: str) -> None:
 
 def test_a_call_that_the_template_refuses_is_found_in_any_row() -> None:
     talk = called("search", {"query_list": ["x"]})
-    without = [{**message, "content": None} if message.get("tool_calls") else message for message in talk]
+    both = {"content": "so", "thinking": "why"}  # which gpt-oss' template does not take together with a call
+    refused = [{**message, **both} if message.get("tool_calls") else message for message in talk]
     protocol = load_protocol("qwen_tools", FAMILIES["gpt-oss"].tokenizer())
-    rows = Dataset.from_list([{"prompt": talk}, {"prompt": without}])
+    rows = Dataset.from_list([{"prompt": talk}, {"prompt": refused}])
     with pytest.raises(UserError, match=r"the prompt of train_dataset\[1\] is refused by the chat template"):
         with_prompts(rows, protocol, [], "train_dataset")

@@ -19,7 +19,7 @@ from trl_search.trainer.loss.logprobs import make_logprobs
 from trl_search.trainer.loss.probe import probed
 
 PACKED = ("qwen2", "qwen3", "qwen3_moe", "llama", "smollm3", "gpt2", "opt")
-PADDED_ONLY = ("qwen2_window", "mistral", "mixtral", "starcoder2", "phi3", "gemma3", "gemma2", "gptj", "lfm2", "bloom")
+PADDED_ONLY = ("qwen2_window", "mistral", "mixtral", "starcoder2", "phi3", "gemma3", "gemma2", "lfm2", "bloom")
 
 
 def prepared(family, folder, requested):
@@ -91,4 +91,4 @@ def test_padding_free_batches_are_used_only_if_trajectories_stay_separate():
     assert why_not_padding_free(miniature("qwen3")) is None
     assert "sliding-window" in why_not_padding_free(miniature("mistral"))
     assert "conv" in why_not_padding_free(miniature("lfm2"))
-    assert "cannot be replaced" in why_not_padding_free(miniature("gptj"))
+    assert "cannot be replaced" in why_not_padding_free(miniature("bloom"))
