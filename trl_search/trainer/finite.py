@@ -119,7 +119,10 @@ class FiniteSteps(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        assert self.model is not None
-        weights = state_dict.items() if state_dict else self.model.named_parameters()
-        refuse_nonfinite_weights(weights, output_dir or self.args.output_dir)
+        # From 5.24 on, transformers calls this on every rank. With FSDP only one has the weights, and asking the others
+        # for theirs would be a collective operation.
+        if self.args.should_save:
+            assert self.model is not None
+            weights = state_dict.items() if state_dict else self.model.named_parameters()
+            refuse_nonfinite_weights(weights, output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict=state_dict)
