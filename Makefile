@@ -21,7 +21,7 @@ TORCH += --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --ti
 endif
 endif
 
-.PHONY: help setup quickstart test test-fast lint format docs test-gpu clean
+.PHONY: help setup quickstart test test-fast test-newest lint format docs test-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
@@ -69,6 +69,12 @@ test: setup $(VENV)/.vllm-done $(VENV)/.chromium-done  ## lint and the whole tes
 
 test-fast: setup  ## the fast tests: no vLLM, browser, wheel, server or whole run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not multi_gpu'
+
+# What a fresh `pip install` takes, not the versions of constraints.txt. vLLM's tests are skipped there.
+test-newest:  ## the tests with the newest releases that pyproject.toml allows, in .venv-newest
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 3 --dist loadfile
 
 lint: setup  ## ruff and mypy
 	$(LINT)

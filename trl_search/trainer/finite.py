@@ -119,8 +119,8 @@ class FiniteSteps(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # From 5.24 on, transformers calls this on every rank. With FSDP only one has the weights, and asking the others
-        # for theirs would be a collective operation.
+        # From 5.24 on, transformers calls this on every rank. With FSDP only one has the weights, and to look at the
+        # others' would be a collective operation.
         if self.args.should_save:
             assert self.model is not None
             weights = state_dict.items() if state_dict else self.model.named_parameters()
