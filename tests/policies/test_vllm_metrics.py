@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
 from trl_search.policies.vllm_metrics import count_engines, read_start_time, read_worker_start
 
@@ -30,3 +31,10 @@ def test_a_worker_says_when_it_started():
     assert read_worker_start(httpx.Response(200, json={"results": [1.5e9, 1.6e9]})) == 1.5e9
     assert read_worker_start(httpx.Response(404)) is None  # without VLLM_SERVER_DEV_MODE=1
     assert read_worker_start(httpx.Response(500)) is None  # without --worker-extension-cls
+
+
+@pytest.mark.parametrize("body", [b"<html>starting</html>", b"{}", b'{"results": []}', b"[1]", b'{"results": [null]}'])
+def test_a_gateway_that_answers_for_the_server_is_asked_again(body):
+    """As an error of the connection, which is repeated."""
+    with pytest.raises(httpx.HTTPError, match="collective_rpc answered"):
+        read_worker_start(httpx.Response(200, content=body))

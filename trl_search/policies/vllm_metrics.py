@@ -21,8 +21,17 @@ def read_start_time(metrics: str) -> float | None:
 
 
 def read_worker_start(answer: httpx.Response) -> float | None:
-    """The start time of the first worker, from the answer to `ASK_WORKER_START`; `None` if the server refused."""
-    return float(answer.json()["results"][0]) if answer.is_success else None
+    """The start time of the first worker, from the answer to `ASK_WORKER_START`; `None` if the server refused.
+
+    Raises:
+        httpx.DecodingError: if something else answered: a gateway, while the server starts.
+    """
+    if not answer.is_success:
+        return None
+    try:
+        return float(answer.json()["results"][0])
+    except (LookupError, TypeError, ValueError) as error:
+        raise httpx.DecodingError(f"/collective_rpc answered {answer.content[:100]!r}") from error
 
 
 def shares_engines(info: Mapping[str, Any]) -> bool:
