@@ -25,6 +25,13 @@ class Library(SearchEnvironment):
         self.pages = pages
 
 
+class Forgetful(SearchEnvironment):
+    """Does not call the constructor above it."""
+
+    def __init__(self, retriever):
+        self.pages = 3
+
+
 LIBRARY = f"{__name__}:Library"
 
 
@@ -66,6 +73,7 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
         ("search", {"retriever": RETRIEVER, "timeout_s": -1}, "give seconds, more than 0"),
         ("os:system", {"command": "false"}, "returned a int, not an Environment"),
         ("subprocess:Popen", {}, "neither a subclass of Environment nor a function"),
+        (f"{__name__}:Forgetful", {"retriever": RETRIEVER}, r"Forgetful.__init__ does not call super\(\).__init__"),
         ("no_such_module:World", {}, "No module named 'no_such_module': put no_such_module.py into /.*, or install"),
         (
             LIBRARY,

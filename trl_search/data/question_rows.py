@@ -54,7 +54,7 @@ def _find(option: str, named: str | None, known: Sequence[str], columns: Sequenc
     wanted = repr(named) if named is not None else f"{known[0]!r} (nor {known[1]!r}, where verl keeps it)"
     raise UserError(
         f"{where}: there is no column {wanted}; the columns are: {', '.join(columns) or 'none'}. "
-        f"Name the one that holds it: --{option} COLUMN"
+        f"Name the one that holds it: --{option} COLUMN (QuestionFields({option.removesuffix('_field')}=COLUMN))"
     )
 
 

@@ -49,6 +49,7 @@ class Environment(abc.ABC):
     row: Mapping[str, Any]
     tools: Sequence[dict[str, Any]] = ()
     instruction: str | None = None
+    _set_by_init: Sequence[str] = ()  # attributes that are missing if a subclass does not call this class's `__init__`
 
     def start(self, row: Mapping[str, Any]) -> Environment:
         """Returns the environment of one trajectory: a shallow copy of this one, with its `row` set.
@@ -101,6 +102,8 @@ def check_environment(value: Any) -> Environment:
         if callable(value) and not isinstance(value, type):
             raise UserError(f"environment={name} is a function: call it, and give the Environment that it returns")
         raise UserError(f"an environment must be an instance of a subclass of Environment, not {value!r:.80}")
+    if not all(hasattr(value, attribute) for attribute in value._set_by_init):
+        raise UserError(f"{name}.__init__ does not call super().__init__(retriever, **options): call it first")
     try:
         tool_names(value.tools)
     except UserError as error:

@@ -46,6 +46,7 @@ class SearchEnvironment(Environment):
     """
 
     tools: Sequence[dict[str, Any]] = (SEARCH_TOOL,)
+    _set_by_init = ("retriever", "batcher")
 
     def __init__(
         self,
