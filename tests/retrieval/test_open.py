@@ -50,6 +50,11 @@ def test_a_corpus_instead_of_its_index_is_refused_with_the_command_that_builds_o
             resolve_retriever(corpus)
 
 
+def test_a_misspelt_option_is_named_before_the_missing_one(home: Path) -> None:
+    with pytest.raises(UserError, match="unknown option of bm25 'indx': did you mean 'index'"):
+        load_retriever("bm25", indx="wiki")
+
+
 def test_two_places_are_refused(home: Path) -> None:
     for word, options in (("wiki", {"index": "indexes/other"}), ("http://host:1", {"url": "http://host:2"})):
         with pytest.raises(UserError, match=r"two places to search.*--retriever_options '{}'"):

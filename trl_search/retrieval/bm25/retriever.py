@@ -217,15 +217,15 @@ def load(
     """
     named = Fields(id_field, title_field, text_field)
     named.check_use(corpus)
+    own = [option.name for option in fields(BM25Builder) if option.name != "engine"]
+    for option in options:
+        if option not in own:
+            raise unknown_name("option of bm25", option, [*list(inspect.signature(load).parameters)[:-1], *own])
     if sum(source is not None for source in (index, corpus, passages)) != 1:
         raise UserError(
             "bm25 needs one of index=DIR, corpus=FILE.jsonl and passages=[...]; on the command line, give the index "
             'folder itself, or --retriever_options \'{"corpus": "FILE.jsonl"}\''
         )
-    own = [option.name for option in fields(BM25Builder) if option.name != "engine"]
-    for option in options:
-        if option not in own:
-            raise unknown_name("option of bm25", option, [*list(inspect.signature(load).parameters)[:-1], *own])
     if index is not None:
         if options:
             raise UserError(f"{', '.join(sorted(options))}: fixed when {index} was built; rebuild it to change them")
