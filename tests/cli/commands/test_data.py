@@ -125,10 +125,20 @@ def test_impossible_calls_are_refused_in_one_line(train: Path, capsys: pytest.Ca
     assert list(train.parent.iterdir()) == [train]
 
 
+def test_the_named_columns_are_also_those_of_the_sets_to_drop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test.csv").write_text("Frage,Antwort\nwer,A\n")
+    (tmp_path / "train.csv").write_text("Frage,Antwort\nWer?,A\nWann?,B\n")
+    words = ["--question_field", "Frage", "--answers_field", "Antwort", "--dedupe_against", str(tmp_path / "test.csv")]
+    assert main(["data", "questions", str(tmp_path / "train.csv"), *words]) == 0
+    assert "dropped             1 of 2" in capsys.readouterr().out
+
+
 def test_all_means_the_seven_sets(train: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     asked: list[Any] = []
 
-    def load(name: Any) -> Any:
+    def load(name: Any, fields: Any) -> Any:
         asked.append(name)
         return load_questions(write(train.with_name("none.jsonl"), "something else"))
 

@@ -203,6 +203,9 @@ def test_a_folder_of_text_files_is_a_corpus(tmp_path: Path) -> None:
     build_index(notes, tmp_path / "index")
     assert list(open_index(tmp_path / "index", "bm25").corpus) == found
 
+    with pytest.raises(IndexFolderError, match="lies in the folder of the corpus"):  # it would be read as documents
+        build_index(notes, notes / "index")
+
     before = open_source(notes).fingerprint
     assert before is not None
     recorded = before()

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dedupe_against",
         default="",
         metavar="SETS",
-        help="drop questions that are in these sets: names or files, comma-separated",
+        help="drop questions that are in these sets: names, or files with the same columns, comma-separated",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     parser.add_argument("--output", metavar="FILE", help="write the rows to FILE, .parquet or .jsonl")
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if "all" in against:
         against = [*EVALUATION_SETS, *(name for name in against if name not in ("all", *EVALUATION_SETS))]
     if against:
-        kept, dropped = without_overlap(questions, *map(load_evaluation_questions, against))
+        others = [load_evaluation_questions(name, fields=question_fields(args)) for name in against]
+        kept, dropped = without_overlap(questions, *others)
         print(f"dropped             {len(questions) - len(kept):,} of {len(questions):,}, which also occur in")
         for source, count in dropped.items():
             print(f"  {source:<17} {count:,}")

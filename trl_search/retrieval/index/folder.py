@@ -25,7 +25,7 @@ from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import home_expanded, write_json
 from trl_search.retrieval.corpus.fields import USUAL_FIELDS, Fields
 from trl_search.retrieval.corpus.passages import ROWS, Corpus, write_corpus
-from trl_search.retrieval.corpus.sources import Fingerprint, open_source
+from trl_search.retrieval.corpus.sources import BEIR_CORPUS, Fingerprint, open_source
 from trl_search.retrieval.corpus.text_folder import TEXT_FORMATS
 from trl_search.retrieval.index.build_folder import MANIFEST, BuildFolder, build_path, may_be_built
 from trl_search.retrieval.index.workers import ALONE, Workers
@@ -124,6 +124,7 @@ def build_index(
     corpus, output = home_expanded(corpus), _place(output)
     builder = make_builder(kind, options)
     _check_output(output, overwrite)
+    _check_outside(output, corpus)
     with BuildFolder(output, announce) as build:
         source = open_source(corpus, fields)
         fingerprint = source.fingerprint() if source.fingerprint is not None else None
@@ -309,6 +310,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
     elif not may_be_built(output):
         raise IndexFolderError(f"{output} exists and is not a finished index; remove it or choose another output")
+
+
+def _check_outside(output: Path, corpus: object) -> None:
+    """Refuses an index among the files of its corpus: the next build would take its files for documents."""
+    folder = Path(corpus).resolve() if isinstance(corpus, str | Path) else None
+    if folder is None or not folder.is_dir() or any((folder / name).is_file() for name in BEIR_CORPUS):
+        return
+    if output.is_relative_to(folder):
+        raise IndexFolderError(f"{output} lies in the folder of the corpus, {corpus}: choose an output outside of it")
 
 
 def _command(folder: Path, manifest: Any = None) -> str:
