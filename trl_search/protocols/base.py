@@ -8,6 +8,7 @@ passage cannot answer, call a tool, or end a turn.
 from __future__ import annotations
 
 import abc
+import functools
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,7 @@ class Protocol(abc.ABC):
         template = tokenizer.chat_template  # or several, by name: "default", "tool_use"
         self.template_text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
         check_options(self.chat_template_kwargs, self.template_text)
+        self._shown_tools = (self.tools or None) if self.shows_tools else None
         self._think_markers = thought_markers(self.template_text)
         self._anchor = self._find_anchor()
         self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe
@@ -335,15 +337,18 @@ class Protocol(abc.ABC):
         assert isinstance(text, str)
         return text
 
+    @functools.cached_property
+    def _dated_template(self) -> str:
+        return with_fixed_date(self.tokenizer.get_chat_template(tools=self._shown_tools))
+
     def render_messages(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        tools = (self.tools or None) if self.shows_tools else None
         text = self.tokenizer.apply_chat_template(
             [
                 _without_nulls(message) | {key: message[key] for key in message if key == "content"}
                 for message in messages
             ],
-            tools=tools,
-            chat_template=with_fixed_date(self.tokenizer.get_chat_template(tools=tools)),
+            tools=self._shown_tools,
+            chat_template=self._dated_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **self.chat_template_kwargs,
