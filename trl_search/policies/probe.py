@@ -38,11 +38,17 @@ def window_of(model: Any) -> int | None:
     return window if window and (kinds is None or "sliding_attention" in kinds) else None
 
 
+def positions_of_model(model: Any) -> int | None:
+    """The tokens of the longest conversation that a model can read; `None` if it has no limit."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def probe_length(model: Any, device: torch.device) -> int:
     """The number of tokens of a probe, past the model's window unless that takes too long on this device."""
     window = window_of(model) or 0
     length = window + _PAST_WINDOW if window < _MAX_TOKENS.get(device.type, _MAX_TOKENS_GPU) else 2 * _PAST_WINDOW
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + _SHORT
+    room = positions_of_model(model) or length + _SHORT
     return max(_SHORT, min(max(length, 2 * _PAST_WINDOW), room - _SHORT))
 
 

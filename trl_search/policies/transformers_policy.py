@@ -89,7 +89,7 @@ class TransformersPolicy(EngineThread):
         self.model = model
         self.tokenizer = tokenizer
         self.max_sequences = self.slots = max_sequences
-        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = probe.positions_of_model(model)
         self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}

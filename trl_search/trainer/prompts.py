@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.policies.probe import positions_of_model
 from trl_search.protocols import Protocol
 from trl_search.protocols.prompt_length import too_long_prompts
 from trl_search.rewards import check_columns, required_columns
@@ -175,7 +176,7 @@ def with_room(
 
 def positions_of(model: Any, args: SearchGRPOConfig) -> int | None:
     """The context length of the model, or of vLLM if it is known and smaller. None: no limit."""
-    rooms = [_positions_of_model(model)]
+    rooms = [positions_of_model(model)]
     if args.use_vllm and args.vllm_mode == "colocate":
         rooms.append(args.vllm_max_model_length)
     return min((room for room in rooms if room is not None), default=None)
@@ -189,7 +190,7 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
     """
     longest = max(map(len, prompt_ids))
     needed = longest + args.max_completion_length
-    positions = _positions_of_model(model)
+    positions = positions_of_model(model)
     if positions is not None and needed > positions:
         remedy = f"lower max_completion_length to {positions - longest}, or leave such questions out"
         if longest >= positions:
@@ -199,10 +200,6 @@ def longest_context(prompt_ids: Sequence[Sequence[int]], model: Any, args: Searc
             f"positions, but the model has {positions}: {remedy}"
         )
     return needed
-
-
-def _positions_of_model(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int, ...]]:
