@@ -1,7 +1,7 @@
 """Programs that tests/trainer/generation/test_vllm_gpu.py runs in separate processes, with a real engine on GPUs.
 
     python -m tests.support.vllm_gpu_run colocate FOLDER full|merged|adapter    # two steps, a checkpoint, two more
-    accelerate launch --num_processes 2 -m tests.support.vllm_gpu_run server FOLDER URL     # two steps
+    accelerate launch ... -m tests.support.vllm_gpu_run server FOLDER URL,full|merged|adapter  # two steps, two ranks
     accelerate launch ... -m tests.support.vllm_gpu_run sharded FOLDER full|merged|adapter  # as colocate, on two ranks
     accelerate launch ... -m tests.support.vllm_gpu_run tensor_parallel FOLDER full|adapter  # one engine for two ranks
     python -m tests.support.vllm_gpu_run servers FOLDER URL,URL,PID    # four steps; the second is killed after one
@@ -190,9 +190,11 @@ def servers(folder: Path, where: str) -> None:
     (folder / "servers.json").write_text(json.dumps(result))
 
 
-def server(folder: Path, url: str) -> None:
+def server(folder: Path, where: str) -> None:
+    url, kind = where.split(",")
     options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_group_port": free_port()}
-    trainer = make_trainer(folder / "run-server", 2, False, **options)
+    options["vllm_lora_sync"] = "adapter" if kind == "adapter" else "merged"
+    trainer = make_trainer(folder / "run-server", 2, kind != "full", **options)
     trainer.train()
     result = {**seen(trainer), "processes": trainer.accelerator.num_processes}
     (folder / f"server-{trainer.accelerator.process_index}.json").write_text(json.dumps(result))

@@ -149,8 +149,12 @@ def test_two_hosts_train_together(tmp_path):
     check_ranks(tmp_path, "full", 2)
 
 
+GETS_WEIGHTS = ("--weight-transfer-config", '{"backend": "nccl"}', "--worker-extension-cls", EXTENSION)
+GETS_ADAPTERS = ("--enable-lora", "--max-lora-rank", "8")
+
+
 @contextlib.contextmanager
-def serving(folder, count):
+def serving(folder, count, *options):
     """`count` times `vllm serve` on GPU 1; yields the addresses and the processes, each a group leader."""
     processes, urls = [], []
     for number in range(count):
@@ -159,11 +163,12 @@ def serving(folder, count):
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tiny_policy_path()),
             *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"),
             *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30), "--dtype", "bfloat16"),
-            *("--logprobs-mode", "processed_logprobs"),
-            *("--weight-transfer-config", '{"backend": "nccl"}', "--worker-extension-cls", EXTENSION),
+            *("--logprobs-mode", "processed_logprobs", *options),
         ]
         log = (folder / f"serve-{number}.log").open("w")
-        on_gpu_1 = environment(CUDA_VISIBLE_DEVICES="1", VLLM_SERVER_DEV_MODE="1")
+        on_gpu_1 = environment(
+            CUDA_VISIBLE_DEVICES="1", VLLM_SERVER_DEV_MODE="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True"
+        )
         processes.append(
             subprocess.Popen(command, env=on_gpu_1, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         )
@@ -179,10 +184,20 @@ def serving(folder, count):
 
 @pytest.mark.multi_gpu
 @TWO_GPUS
-@pytest.mark.parametrize("method", ["ddp", "fsdp2", "zero3"])
-def test_a_server_serves_the_rollouts_of_two_ranks(method, tmp_path):
-    with serving(tmp_path, 1) as (urls, _):
-        launch(method, "server", str(tmp_path), urls[0])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("full", "ddp"),
+        ("full", "fsdp2"),
+        ("full", "zero3"),
+        ("merged", "ddp"),
+        ("merged", "fsdp2"),
+        ("adapter", "ddp"),
+    ],
+)
+def test_a_server_serves_the_rollouts_of_two_ranks(kind, method, tmp_path):
+    with serving(tmp_path, 1, *(GETS_ADAPTERS if kind == "adapter" else GETS_WEIGHTS)) as (urls, _):
+        launch(method, "server", str(tmp_path), f"{urls[0]},{kind}")
     results = [json.loads((tmp_path / f"server-{rank}.json").read_text()) for rank in range(2)]
     for result in results:
         assert result["processes"] == 2 and result["step"] == 2
@@ -194,7 +209,7 @@ def test_a_server_serves_the_rollouts_of_two_ranks(method, tmp_path):
 @TWO_GPUS
 def test_training_outlives_one_of_two_servers(tmp_path):
     """Both read back the checksums of their weights after each sync, so wrong weights would end the run."""
-    with serving(tmp_path, 2) as (urls, processes):
+    with serving(tmp_path, 2, *GETS_WEIGHTS) as (urls, processes):
         what = f"{urls[0]},{urls[1]},{processes[1].pid}"
         run("tests.support.vllm_gpu_run", "servers", str(tmp_path), what, CUDA_VISIBLE_DEVICES="0")
         assert processes[1].wait(timeout=60) != 0
