@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import email.utils
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import httpx
 
@@ -69,6 +69,26 @@ def add_part(content: bytearray, part: bytes, name: str) -> None:
             f"{name}: the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB; is it the right server? If it is, send "
             "fewer queries in a request or ask for fewer passages"
         )
+
+
+def read_answer(parts: Iterable[bytes], name: str, *, timeout_s: float, started: float) -> bytes:
+    """Joins the parts of an answer.
+
+    Args:
+        name (`str`): The server, for messages.
+        timeout_s (`float`): Seconds since `started`, in `time.monotonic()`. A client's own limit is on the wait for
+            each part, and an answer may have parts without end.
+
+    Raises:
+        AnswerTooLong: above `MAX_ANSWER_BYTES`.
+        Unavailable: out of time.
+    """
+    content = bytearray()
+    for part in parts:
+        add_part(content, part, name)
+        if time.monotonic() - started > timeout_s:
+            raise Unavailable(f"{name}: no complete answer in {timeout_s:g} s")
+    return bytes(content)
 
 
 def body_text(content: bytes | bytearray) -> str:

@@ -4,6 +4,7 @@ can use has OpenSearch. The tests check which requests are sent and how each ans
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 pytest.importorskip("opensearchpy", reason="needs opensearch-py: pip install 'trl-search[opensearch]'")
 
 from tests.support.opensearch_server import SHARDS, OpenSearchServer, error_body
-from tests.support.servers import Said
+from tests.support.servers import Said, endless
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
-from trl_search.retrieval import RetrievalError, load_retriever
+from trl_search.retrieval import RetrievalError, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.engines import opensearch, opensearch_build
 from trl_search.retrieval.engines.opensearch_build import OpenSearchBuilder
@@ -168,6 +169,24 @@ def test_an_answer_in_another_shape_is_a_failure(server: OpenSearchServer, tmp_p
     server.fail = lambda asked: Said(body)
     with pytest.raises(RetrievalError, match="OpenSearch answered in an unexpected shape"):
         retriever.search(["harbour"], 1)
+
+
+def test_an_answer_that_is_too_long_is_given_up(
+    server: OpenSearchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = load_retriever("opensearch", index=build(server, tmp_path))
+    monkeypatch.setattr(base, "MAX_ANSWER_BYTES", 1 << 20)
+    server.asked.clear()
+    server.fail = lambda asked: Said(by_hand=endless)
+    with pytest.raises(RetrievalError, match="OpenSearch: the answer is longer than 1 MiB"):
+        retriever.search(["harbour"], 1)
+    packed = gzip.compress(bytes(2 << 20))
+    server.fail = lambda asked: Said(packed, headers={"Content-Encoding": "gzip", "Content-Length": str(len(packed))})
+    with pytest.raises(RetrievalError, match="longer than 1 MiB"):
+        retriever.search(["harbour"], 1)
+    assert len(server.asked) == 2
+    server.fail = lambda asked: None
+    assert retriever.search(["word7"], 1)[0][0].id == "p7"
 
 
 def test_temporary_errors_are_retried(server: OpenSearchServer, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ with them.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -17,11 +18,11 @@ import pytest
 qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: pip install 'trl-search[qdrant]'")
 
 from tests.support.encoders import save_random_bert  # noqa: E402
-from tests.support.servers import Asked, Said, serving  # noqa: E402
+from tests.support.servers import Asked, Said, endless, serving  # noqa: E402
 from trl_search.cli.main import main  # noqa: E402
 from trl_search.common.errors import UserError  # noqa: E402
 from trl_search.data.world import generate_world  # noqa: E402
-from trl_search.retrieval import RetrievalError, load_retriever  # noqa: E402
+from trl_search.retrieval import RetrievalError, base, load_retriever  # noqa: E402
 from trl_search.retrieval.base import Unavailable  # noqa: E402
 from trl_search.retrieval.bm25.analyzer import Analyzer  # noqa: E402
 from trl_search.retrieval.engines import qdrant, qdrant_build  # noqa: E402
@@ -355,3 +356,19 @@ def test_failures_are_reported_and_temporary_errors_are_retried(monkeypatch: pyt
         assert sizes == [2, 2]
     with pytest.raises(Unavailable, match="cannot be reached"):
         retriever.search(["harbour"], 3)
+
+
+def test_an_answer_that_is_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(bytes(2 << 20))
+    troubles = [Said(packed, headers={"Content-Encoding": "gzip"}), Said(by_hand=endless)]
+
+    def answer(asked: Asked) -> Said:
+        return collection({"trl_search": ABOUT}) if asked.method == "GET" else troubles.pop()
+
+    with serving(answer) as server:
+        retriever = load_retriever("qdrant", url=server.url, collection="wiki")
+        monkeypatch.setattr(base, "MAX_ANSWER_BYTES", 1 << 20)
+        for _ in range(2):
+            with pytest.raises(RetrievalError, match="Qdrant: the answer is longer than 1 MiB"):
+                retriever.search(["harbour"], 3)
+    assert not troubles

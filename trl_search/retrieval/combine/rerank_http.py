@@ -31,10 +31,10 @@ from trl_search.retrieval.base import (
     KEEP_ALIVE_S,
     RetrievalError,
     Unavailable,
-    add_part,
     body_text,
     failure,
     is_address,
+    read_answer,
 )
 
 
@@ -123,15 +123,11 @@ class HttpScorer:
             ) from error
 
     def _post(self, body: dict[str, Any]) -> bytes:
-        deadline = time.monotonic() + self._timeout_s
-        content = bytearray()
+        started = time.monotonic()
         try:
             with self._client.stream("POST", self._url, json=body) as response:
-                for part in response.iter_bytes():
-                    add_part(content, part, self._url)
-                    # httpx' own limit is on the wait for each part, and an answer may have parts without end.
-                    if time.monotonic() > deadline:
-                        raise Unavailable(f"{self._url}: no complete answer in {self._timeout_s:g} s")
+                parts = response.iter_bytes()
+                content = read_answer(parts, self._url, timeout_s=self._timeout_s, started=started)
         except httpx.TransportError as error:
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error or 'connection lost'}") from error
         except httpx.DecodingError as error:
@@ -139,7 +135,7 @@ class HttpScorer:
                 f"{self._url}: the answer is not compressed as its Content-Encoding says ({error})"
             ) from error
         if response.status_code == 200:
-            return bytes(content)
+            return content
         said = body_text(content)[:300]
         raise failure(response.status_code, f"{self._url} answered {response.status_code}: {said}")
 

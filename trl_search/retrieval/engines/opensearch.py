@@ -132,6 +132,8 @@ def call(method: Callable[..., Any], **options: Any) -> Any:
     try:
         return method(**options)
     except NoConnection as error:
+        if isinstance(error.info, RetrievalError):  # of `Connection`
+            raise error.info from None
         raise Unavailable(f"OpenSearch cannot be reached: {error.error}") from error
     except TransportError as error:
         said = f"OpenSearch answered {error.status_code}: {error.error}"
@@ -147,6 +149,8 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
         UserError: for a missing client or address, or an address that holds a password.
     """
     client = import_extra("opensearchpy", "OpenSearch", "opensearch")
+    from trl_search.retrieval.engines.opensearch_connection import Connection
+
     if url is None or not url.startswith(("http://", "https://")):
         raise UserError(f"opensearch needs the address of a node or balancer, url='http://host:9200'; got {url!r}")
     if "@" in url:
@@ -154,6 +158,7 @@ def connect(url: str | None, ca_certs: str | Path | None, timeout_s: float) -> A
     user, password = from_environment(USER), from_environment(PASSWORD)
     return client.OpenSearch(
         hosts=[url],
+        connection_class=Connection,
         http_auth=(user, password) if user and password else None,
         ca_certs=None if ca_certs is None else str(ca_certs),
         timeout=timeout_s,

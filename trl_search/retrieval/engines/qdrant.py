@@ -16,17 +16,28 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from trl_search.common.bounds import check_at_least
 from trl_search.common.credentials import from_environment
 from trl_search.common.errors import UserError
 from trl_search.common.extras import import_extra
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
+from trl_search.common.tls import tls_context
+from trl_search.retrieval.base import (
+    KEEP_ALIVE_S,
+    RetrievalError,
+    Retriever,
+    Unavailable,
+    check_search,
+    failure,
+    read_answer,
+)
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
@@ -178,10 +189,32 @@ def call(method: Callable[..., Any], collection: str, **options: Any) -> Any:
         said = f"Qdrant answered {error.status_code}: {error.content.decode('utf-8', 'replace')[:300]}"
         raise failure(error.status_code or 0, said) from error
     except ApiException as error:
+        if isinstance(source := getattr(error, "source", None), RetrievalError):  # of `_Transport`
+            raise source from None
         raise Unavailable(f"Qdrant cannot be reached: {error}") from error
     # Raised by the client, which asserts that there is a result, and by its built-in engine.
     except (RuntimeError, ValueError, AssertionError, sqlite3.Error) as error:
         raise RetrievalError(f"Qdrant, collection {collection!r}: {error}") from error
+
+
+class _Transport(httpx.HTTPTransport):
+    """Reads answers up to the limits of `read_answer`, which the client does not have. Proxies of the environment are
+    ignored: they cannot resolve the hosts of a cluster."""
+
+    def __init__(self, timeout_s: float) -> None:
+        limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
+        super().__init__(verify=tls_context(), trust_env=False, limits=limits)
+        self._timeout_s = timeout_s
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        started = time.monotonic()
+        answer = super().handle_request(request)
+        try:
+            content = read_answer(answer.iter_bytes(), "Qdrant", timeout_s=self._timeout_s, started=started)
+        finally:
+            answer.close()
+        headers = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
+        return httpx.Response(answer.status_code, headers=headers, content=content)
 
 
 def connect(url: str | None, path: str | Path | None, timeout_s: int) -> Any:
@@ -200,10 +233,13 @@ def connect(url: str | None, path: str | Path | None, timeout_s: int) -> Any:
             return make(path=str(path), force_disable_check_same_thread=True)
         except (RuntimeError, OSError, sqlite3.Error, ValueError, TypeError, LookupError) as error:  # damaged files
             raise UserError(f"{path} cannot be opened: {type(error).__name__}: {error}") from error
-    # Ignore proxies of the environment: they cannot resolve the hosts of a cluster.
     try:
         return make(
-            url=url, api_key=from_environment(API_KEY), timeout=timeout_s, check_compatibility=False, trust_env=False
+            url=url,
+            api_key=from_environment(API_KEY),
+            timeout=timeout_s,
+            check_compatibility=False,
+            transport=_Transport(timeout_s),
         )
     except ValueError as error:
         raise UserError(f"{url!r} is not the address of a Qdrant server, such as http://host:6333: {error}") from error
