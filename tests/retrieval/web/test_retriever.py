@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +27,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval import RetrievalError, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
+from trl_search.retrieval.web import hosts
 from trl_search.retrieval.web import retriever as web
 from trl_search.retrieval.web.page import PageError
 from trl_search.retrieval.web.providers import DdgsProvider, Provider, ProviderBusy, WebHit, load_provider
@@ -522,6 +524,60 @@ def test_a_page_with_a_temporary_error_is_tried_again(make) -> None:
     retriever = make(Engine(), pages=True, fetch=fetch)
     assert [retriever.search(["a"], 1)[0][0].text for _ in range(3)] == ["a", "text of the page", "text of the page"]
     assert retriever.take_metrics()["retrieval/page_failures"] == 1
+
+
+class Wiki(Engine):
+    """Finds a page of each of two sites."""
+
+    async def search(self, client: httpx.AsyncClient, query: str, count: int) -> list[WebHit]:
+        return [WebHit(query, f"https://{site}.example/{query}", "snippet") for site in ("wiki", "news")]
+
+
+def test_few_pages_of_a_site_are_fetched_at_a_time(make, monkeypatch) -> None:
+    fetching: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    monkeypatch.setattr(hosts, "PAGES_PER_HOST", 2)
+
+    async def fetch(url: str) -> str:
+        site = httpx.URL(url).host
+        fetching[site] += 1
+        most[site] = max(most[site], fetching[site])
+        await asyncio.sleep(0.02)
+        fetching[site] -= 1
+        return url
+
+    retriever = make(Wiki(), pages=True, fetch=fetch)
+
+    async def four_batches() -> None:
+        await asyncio.gather(*(retriever.search_async([f"{at}", f"{at}0", f"{at}00"], 2) for at in range(1, 5)))
+
+    asyncio.run(four_batches())
+    assert most == {"wiki.example": 2, "news.example": 2}
+
+
+def test_a_page_whose_site_is_busy_for_too_long_is_left_out(make, monkeypatch) -> None:
+    monkeypatch.setattr(hosts, "PAGES_PER_HOST", 1)
+    monkeypatch.setattr(hosts, "PATIENCE_S", 0.01)
+
+    async def texts() -> list[str]:
+        begun, ends = asyncio.Event(), asyncio.Event()
+
+        async def fetch(url: str) -> str:
+            if "wiki" in url:
+                begun.set()
+                await ends.wait()
+            return url
+
+        retriever = make(Wiki(), pages=True, fetch=fetch)
+        slow = asyncio.create_task(retriever.search_async(["slow"], 1))
+        await begun.wait()
+        (passages,) = await retriever.search_async(["late"], 2)
+        ends.set()
+        assert (await slow)[0][0].text == "https://wiki.example/slow"
+        assert retriever.take_metrics()["retrieval/page_failures"] == 1
+        return [passage.text for passage in passages]
+
+    assert asyncio.run(texts()) == ["snippet", "https://news.example/late"]
 
 
 def test_for_a_page_on_a_private_address_the_snippet_is_kept(make) -> None:

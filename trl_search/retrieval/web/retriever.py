@@ -33,6 +33,7 @@ from trl_search.common.files import cache_folder, home_expanded
 from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.event_loops import AsyncRetriever
+from trl_search.retrieval.web.hosts import HostTurns
 from trl_search.retrieval.web.page import PageError, fetch_page
 from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.store import WebStore
@@ -81,6 +82,7 @@ class WebRetriever(AsyncRetriever):
         self._patience_s, self._tries, self._fetch, self._sleep = patience_s, tries, fetch, sleep
         self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._turns = HostTurns()
         super().__init__()
 
     def _make_client(self) -> httpx.AsyncClient:
@@ -181,7 +183,7 @@ class WebRetriever(AsyncRetriever):
         stored = await asyncio.to_thread(self._store.get, key)
         if stored is None:
             try:
-                async with gate:
+                async with self._turns.take(hit.url), gate:
                     stored = [(await self._fetch(hit.url))[: self._page_chars]]
             except PageError as error:
                 self._count("page_failures")
