@@ -164,6 +164,8 @@ def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [check.said for check in check_packages({"report_to": "wandbb", "optim": "paged_lion_8bit"})]
     assert said[0].startswith("unknown report_to 'wandbb': did you mean 'wandb'") and len(said) == 2
     assert said[1] == "optim: paged_lion_8bit needs bitsandbytes"
+    (check,) = check_packages({"report_to": ["mlflow"]})
+    assert check.said.startswith("report_to: mlflow needs mlflow: pip install mlflow")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from trl_search.evaluation.outcomes import RESULTS_FILE
 from trl_search.policies.adapters import ADAPTER_CONFIG
 from trl_search.policies.loading import model_source, read_config
 from trl_search.protocols.instructions import tool_names
+from trl_search.records.tracker_checks import refuse_trackers
 
 GIB = 2**30
 _TRACKERS = ("wandb", "trackio", "tensorboard")
@@ -146,9 +148,11 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
     if str(values.get("attn_implementation") or "").startswith("flash_attention"):
         wanted["attn_implementation"] = ("flash_attn", "flash-attn")
     for tracker in set_names(values.get("report_to") or []):
-        if tracker in _TRACKERS:
+        if tracker in _TRACKERS and importlib.util.find_spec(tracker) is None:
             wanted[f"report_to: {tracker}"] = (tracker, tracker)
-        elif tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+        elif tracker in INTEGRATION_TO_CALLBACK:
+            yield _unless_refused("packages", partial(_tracker, tracker, values))
+        elif tracker not in ("all", "none"):
             said = str(unknown_name("report_to", tracker, [*INTEGRATION_TO_CALLBACK, "none"]))
             yield Check("packages", Status.PROBLEM, said)
     for key, (module, extra) in wanted.items():
@@ -159,6 +163,11 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
     for key, module, package in _packages_of_others(values):
         if importlib.util.find_spec(module) is None:
             yield Check("packages", Status.PROBLEM, f"{key} needs {package}", f"pip install {package}")
+
+
+def _tracker(name: str, values: Mapping[str, Any]) -> str:
+    refuse_trackers([name], values.get("trackio_space_id"))
+    return f"report_to: {name}"
 
 
 def _packages_of_others(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

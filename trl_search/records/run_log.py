@@ -125,7 +125,7 @@ def name_for_trackers(args: TrainingArguments, folder: Path, started_at: str) ->
         if wandb.run is None:  # otherwise transformers would start one in the project huggingface
             try:
                 wandb.init(project=os.environ.get("WANDB_PROJECT", args.project), name=args.run_name)
-            except wandb.errors.UsageError as error:
+            except wandb.errors.Error as error:
                 raise UserError(f"report_to: wandb: {error} Or set WANDB_MODE=offline, or --report_to none") from error
 
 

@@ -20,6 +20,7 @@ from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
 from trl_search.policies.adapters import check_adapter, refuse_adapter_folder
 from trl_search.policies.loading import load_tokenizer, read_config
+from trl_search.records.tracker_checks import refuse_trackers
 from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
 from trl_search.rewards.declaration import with_settings
@@ -136,6 +137,8 @@ def refuse_what_rollouts_cannot_do(
         refuse_what_vllm_cannot_do(args)
     refuse_what_fsdp_cannot_do(args)
     refuse_push(args.push_to_hub, args.output_dir)
+    if args.process_index == 0:
+        refuse_trackers(args.report_to or [], args.trackio_space_id)
     if args.torch_compile and not args.use_vllm:
         raise UserError(
             "torch_compile wraps the model in a module from which rollouts cannot sample: leave it out, or generate "
