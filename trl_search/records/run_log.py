@@ -86,14 +86,8 @@ class RunLog(TrainerCallback):
         }
         write_json(folder / RUN_FILE, self.info)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
+        logs: Mapping[str, Any] = of["logs"]
         # Without `info`, this is an evaluation before any training, and the folder may belong to another run.
         if not (logs and self.info and state.is_world_process_zero):
             return

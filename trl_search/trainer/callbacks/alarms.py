@@ -104,14 +104,8 @@ class CollapseAlarm(TrainerCallback):
             if row.get("step", 0) <= self.counts_after:
                 self.lasting.clear()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
+        logs: dict[str, Any] = of["logs"]
         if not logs or not is_training_log(logs):
             return
         found, new = self._update(logs)

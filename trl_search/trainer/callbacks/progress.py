@@ -97,14 +97,7 @@ class StepLines(ProgressCallback):
             self.prediction_bar = tqdm(total=len(eval_dataloader), leave=leave, disable=None, **_bar_size())
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         # Logs without `loss` are evaluations, of which the rewards are shown, or the final summary.
         if state.is_world_process_zero and logs and ("loss" in logs or _rewards(logs)):
             tqdm.write(step_line(state.global_step, state.max_steps, logs))
@@ -139,14 +132,7 @@ def step_table() -> TrainerCallback:
         ) -> None:
             self.training_tracker = NotebookTrainingTracker(state.max_steps, ["step"])
 
-        def on_log(
-            self,
-            args: TrainingArguments,
-            state: TrainerState,
-            control: TrainerControl,
-            logs: Mapping[str, Any] | None = None,
-            **kwargs: Any,
-        ) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if self.training_tracker is not None and logs and "loss" in logs:
                 self.training_tracker.write_line({"step": state.global_step, **shown(logs)})
 
