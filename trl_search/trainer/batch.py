@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ from trl_search.protocols.instructions import tool_names
 from trl_search.records.trajectory_log import Replaced
 from trl_search.records.trajectory_metrics import idle_metrics, trajectory_metrics
 from trl_search.retrieval.base import RetrievalError, merge_metrics
-from trl_search.trainer.laps import Laps
 from trl_search.types import Sampling, StopReason, Trajectory
 
 if TYPE_CHECKING:
@@ -45,6 +45,19 @@ class Question:
 
     row: Mapping[str, Any]
     prompt_ids: tuple[int, ...]
+
+
+@dataclass
+class Laps:
+    """Seconds per part of a step; each part begins when the one before it ends. Repeated parts are summed."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
+
+    def end(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._began
+        self._began = now
 
 
 @dataclass

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from trl_search.policies.base import Policy
 from trl_search.policies.metered import MeteredPolicy
+from trl_search.policies.transformers_policy import TransformersPolicy
 from trl_search.records.publish.checkpoint_card import CheckpointCards
 from trl_search.records.trajectory_log import Scored, TrajectoryLog
 from trl_search.rollout import rollout
@@ -27,7 +29,6 @@ from trl_search.trainer.batch import (
     sampling_of,
 )
 from trl_search.trainer.evaluations import Evaluates
-from trl_search.trainer.generation.policy import policy_of
 from trl_search.trainer.groups.carry_over import CarriesOver
 from trl_search.trainer.groups.group_rewards import adjust_rewards, exceptions, rewards_of
 from trl_search.trainer.groups.question_choice import ChoosesQuestions
@@ -39,7 +40,6 @@ from trl_search.trainer.loss.without_gradient import drop_rounding
 from trl_search.trainer.prompts import encode_prompts, longest_context
 from trl_search.trainer.replaced import replaced
 from trl_search.trainer.turn_credit import credited_advantages
-from trl_search.trainer.unread_tokenizer import UnreadTokenizer
 from trl_search.types import Sampling
 
 
@@ -154,15 +154,30 @@ class SearchRollouts(CarriesOver, ChoosesQuestions, Evaluates, SearchLoss):
     def generation_policy(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[Policy]:
         """The engine with the weights of this step: vLLM, or the model itself. All ranks must enter together.
 
-        Args:
-            prompt_ids (`Sequence[Sequence[int]]`): The prompts to be rolled out.
-
         Raises:
             UserError: if the model has too few positions for the longest prompt and a full completion.
         """
         self.release_engine()
-        with policy_of(self, longest_context(prompt_ids, self.model, self.args)) as policy:
-            yield policy
+        context_length = longest_context(prompt_ids, self.model, self.args)
+        if self.use_vllm:
+            engine: Any = self.vllm_generation
+            if self.state.global_step != self._last_loaded_step:  # before a rollout, TRL has already synced
+                engine.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            with engine.policy(context_length) as policy:
+                yield policy
+            return
+        args: Any = self.args
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+        ):
+            yield TransformersPolicy(model, self.protocol.tokenizer, max_sequences=args.rollout_batch_size)
 
     def add_to_log(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the next training log. TRL averages the values of several calls."""
@@ -187,3 +202,22 @@ class SearchRollouts(CarriesOver, ChoosesQuestions, Evaluates, SearchLoss):
             self._metrics[mode][name].append(value)
         self._log_completion_extra("stop_reason", [str(trajectory.stop_reason) for trajectory in trajectories])
         self._log_completion_extra("searches", [trajectory.searches for trajectory in trajectories])
+
+
+class UnreadTokenizer:
+    """Keeps TRL from decoding and parsing completions.
+
+    TRL would decode each trajectory, observations included, into one string. The string is not used, takes a second
+    in a step of 700k tokens, and may not parse.
+    """
+
+    response_template = response_schema = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def batch_decode(self, sequences: Sequence[Any], **options: Any) -> list[str]:
+        return [""] * len(sequences)

@@ -101,7 +101,7 @@ def test_a_turn_parked_in_the_middle_has_the_log_probs_of_two_policies(folder, t
     )  # fmt: skip
     protocol = trainer.protocol
     Stalling.slow = [list(protocol.prompt_ids(protocol.messages(DATA[0]["question"])))]
-    monkeypatch.setattr("trl_search.trainer.generation.policy.TransformersPolicy", Stalling)
+    monkeypatch.setattr("trl_search.trainer.rollouts.TransformersPolicy", Stalling)
     batches, weights = recorded(trainer), {}
     rollout = trainer.carry_over_rollout
 

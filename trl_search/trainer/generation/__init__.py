@@ -1,6 +1,5 @@
 """The trainer's engines, and how they get the weights of each step.
 
-policy.py          chooses vLLM or the model itself, by the configuration
 vllm_backend.py    TRL's vLLM engine, or one or several servers
 model_weights.py   iterates over the policy's weights, one full tensor at a time
 server_sync.py     sends these weights to servers
